@@ -1,0 +1,56 @@
+"""Test set-up: eight CPU devices, strict dtypes, checked shapes."""
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Shapes of the pure maths are enforced, not commented.
+install_import_hook(
+  ["drift_jax.drift", "drift_jax.models", "drift_jax.metrics"],
+  "beartype.beartype",
+)
+flags.FLAGS.mark_as_parsed()
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+def relative_error(actual, expected) -> float:
+  """|actual - expected| / |expected| in float64; 0 / 0 is 0."""
+  actual = np.asarray(actual, np.float64)
+  expected = np.asarray(expected, np.float64)
+  assert actual.shape == expected.shape, (actual.shape, expected.shape)
+  difference = np.linalg.norm(actual - expected)
+  norm = np.linalg.norm(expected)
+  return float(
+    difference if difference == 0 or norm == 0 else difference / norm
+  )
+
+
+def assert_close(actual, expected, rtol: float, name: str = "") -> None:
+  """Fails when the relative error of the whole array exceeds rtol."""
+  error = relative_error(actual, expected)
+  assert error <= rtol, f"{name}: relative error {error:.3g} > {rtol:g}"
+
+
+@pytest.fixture(scope="session")
+def golden():
+  """Loads tests/golden/NAME.npz as a dict of arrays, each file once."""
+  cache: dict[str, dict[str, np.ndarray]] = {}
+
+  def load(name: str) -> dict[str, np.ndarray]:
+    if name not in cache:
+      with np.load(GOLDEN / f"{name}.npz") as archive:
+        cache[name] = {key: archive[key] for key in archive.files}
+    return cache[name]
+
+  return load
