@@ -1,0 +1,200 @@
+"""The sample queue: golden states, draws from the right class, errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from drift_jax.data import bank as bank_lib
+
+
+def make_bank(num_classes=4, class_size=5, unconditional_size=6, shape=(2, 3)):
+  return bank_lib.create(
+    num_classes=num_classes,
+    class_size=class_size,
+    unconditional_size=unconditional_size,
+    sample_shape=shape,
+  )
+
+
+@pytest.fixture(scope="module")
+def extras(golden):
+  prefix = "bank/"
+  return {
+    k[len(prefix) :]: v
+    for k, v in golden("extras").items()
+    if k.startswith(prefix)
+  }
+
+
+def test_golden_states(extras):
+  bank = make_bank(int(extras["num_classes"]), int(extras["max_size"]))
+  first = int(extras["first_chunk"])
+  samples, labels = extras["samples"], extras["labels"]
+  bank = bank_lib.push(bank, samples[:first], labels[:first])
+  for name, expected in (
+    ("samples", extras["after_first/bank"]),
+    ("pointer", extras["after_first/ptr"]),
+    ("count", extras["after_first/count"]),
+  ):
+    np.testing.assert_array_equal(getattr(bank, name), expected)
+  bank = bank_lib.push(bank, samples[first:], labels[first:])
+  np.testing.assert_array_equal(bank.samples, extras["bank"])
+  np.testing.assert_array_equal(bank.pointer, extras["ptr"])
+  np.testing.assert_array_equal(bank.count, extras["count"])
+
+
+def test_golden_draw(extras):
+  """The release's draw, from the slots that its generator chose."""
+  bank = make_bank(int(extras["num_classes"]), int(extras["max_size"]))
+  bank = bank_lib.push(bank, extras["samples"], extras["labels"])
+  expected = extras["sample/out_np_seed_12345"]
+  flat = np.asarray(bank.samples)
+  for row, label in enumerate(extras["sample/labels"]):
+    slots = [
+      int(np.flatnonzero((flat[label] == image).all(axis=(1, 2)))[0])
+      for image in expected[row]
+    ]
+    taken = bank_lib.take(
+      bank, jnp.array([label]), jnp.array([slots], jnp.int32)
+    )
+    np.testing.assert_array_equal(taken[0], expected[row])
+
+
+def reference_push(rings, samples, labels, size):
+  for sample, label in zip(samples, labels, strict=True):
+    rings.setdefault(int(label), []).append(sample)
+    rings[int(label)] = rings[int(label)][-size:]
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 40])
+def test_rings_hold_the_newest(chunk):
+  """Against lists, also when one push overruns a ring several times."""
+  rng = np.random.RandomState(0)
+  bank = make_bank(num_classes=3, class_size=4, unconditional_size=7, shape=())
+  samples = np.arange(1, 41, dtype=np.float32)
+  labels = rng.randint(0, 3, 40).astype(np.int32)
+  rings: dict[int, list[float]] = {}
+  for start in range(0, 40, chunk):
+    part = slice(start, start + chunk)
+    bank = bank_lib.push(bank, samples[part], labels[part])
+    reference_push(rings, samples[part], labels[part], 4)
+  for label in range(3):
+    count = int(bank.count[label])
+    assert count == len(rings[label])
+    assert set(np.asarray(bank.samples[label, :count])) == set(rings[label])
+  assert set(np.asarray(bank.any_samples)) == set(samples[-7:])
+  assert int(bank.any_count) == 7
+
+
+def test_oldest_is_overwritten_first():
+  bank = make_bank(num_classes=1, class_size=3, unconditional_size=3, shape=())
+  for value in range(1, 6):
+    bank = bank_lib.push(
+      bank, jnp.array([float(value)]), jnp.zeros(1, jnp.int32)
+    )
+  np.testing.assert_array_equal(bank.samples[0], [4.0, 5.0, 3.0])
+  np.testing.assert_array_equal(bank.any_samples, [4.0, 5.0, 3.0])
+
+
+def full_bank():
+  """Sample value = 100 * label + serial number."""
+  labels = np.repeat(np.arange(4), 8).astype(np.int32)
+  samples = (100 * labels + np.tile(np.arange(8), 4)).astype(np.float32)
+  bank = make_bank(num_classes=4, class_size=8, unconditional_size=32, shape=())
+  return bank_lib.push(bank, samples, labels)
+
+
+def test_draws_come_from_their_class_without_repeats():
+  bank = full_bank()
+  labels = jnp.array([0, 3, 1, 3], jnp.int32)
+  for seed in range(20):
+    positives, unconditional = bank_lib.sample(
+      bank,
+      jax.random.key(seed),
+      labels,
+      num_positives=8,
+      num_unconditional=32,
+    )
+    np.testing.assert_array_equal(
+      np.asarray(positives) // 100, np.repeat(labels[:, None], 8, 1)
+    )
+    for row in (*np.asarray(positives), *np.asarray(unconditional)):
+      assert len(set(row)) == len(row)
+
+
+def test_draws_are_uniform():
+  """Every slot equally often: 4000 draws of 2 of 8, each within 5 sigma."""
+  bank = full_bank()
+  labels = jnp.zeros(4000, jnp.int32)
+  positives, _ = bank_lib.sample(
+    bank, jax.random.key(0), labels, num_positives=2, num_unconditional=1
+  )
+  _, counts = np.unique(np.asarray(positives), return_counts=True)
+  assert len(counts) == 8
+  sigma = np.sqrt(4000 * 0.25 * 0.75)
+  assert np.abs(counts - 1000).max() < 5 * sigma
+
+
+def test_draws_are_seeded():
+  bank = full_bank()
+  labels = jnp.array([1, 2], jnp.int32)
+
+  def draw(seed):
+    return bank_lib.sample(
+      bank, jax.random.key(seed), labels, num_positives=4, num_unconditional=4
+    )[0]
+
+  np.testing.assert_array_equal(draw(1), draw(1))
+  assert not np.array_equal(draw(1), draw(2))
+
+
+def test_empty_slots_are_never_drawn():
+  bank = make_bank(num_classes=2, class_size=8, unconditional_size=8, shape=())
+  bank = bank_lib.push(
+    bank, jnp.array([1.0, 2.0, 3.0]), jnp.zeros(3, jnp.int32)
+  )
+  for seed in range(10):
+    positives, unconditional = bank_lib.sample(
+      bank,
+      jax.random.key(seed),
+      jnp.zeros(1, jnp.int32),
+      num_positives=7,  # with replacement: more than there are
+      num_unconditional=3,
+    )
+    assert np.asarray(positives).min() > 0
+    # As equally often as 7 draws of 3 can be.
+    _, counts = np.unique(np.asarray(positives), return_counts=True)
+    assert sorted(counts) == [2, 2, 3]
+    assert sorted(np.asarray(unconditional)[0]) == [1.0, 2.0, 3.0]
+
+
+def test_labels_come_from_the_newest():
+  newest = jnp.array([5, 5, 7, 9], jnp.int32)
+  drawn = bank_lib.draw_labels(jax.random.key(0), newest, 4)
+  assert sorted(np.asarray(drawn)) == [5, 5, 7, 9]
+
+
+def test_too_few_samples_is_an_error_that_names_class_and_count():
+  arguments = {"num_positives": 4, "num_unconditional": 2}
+  counts = np.array([9, 3, 0])
+  with pytest.raises(ValueError, match="class 1 has 3 samples.*positives=4"):
+    bank_lib.check(
+      counts, 9, np.array([0, 1]), **arguments, with_replacement=False
+    )
+  bank_lib.check(
+    counts, 9, np.array([0, 1]), **arguments, with_replacement=True
+  )
+  with pytest.raises(ValueError, match="class 2 has no sample"):
+    bank_lib.check(counts, 9, np.array([2]), **arguments, with_replacement=True)
+  with pytest.raises(ValueError, match="unconditional queue holds 1"):
+    bank_lib.check(
+      counts, 1, np.array([0]), **arguments, with_replacement=False
+    )
+
+
+def test_labels_out_of_range_are_an_error():
+  with pytest.raises(ValueError, match=r"label 4, outside \[0, 4\)"):
+    bank_lib.check_labels(np.array([0, 4]), 4)
+  with pytest.raises(ValueError, match="label -1"):
+    bank_lib.check_labels(np.array([-1, 2]), 4)
