@@ -1,0 +1,26 @@
+"""Files that appear whole or not at all."""
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Iterator
+
+PathLike = str | os.PathLike[str]
+
+
+@contextlib.contextmanager
+def replacing(path: PathLike) -> Iterator[pathlib.Path]:
+  """Yields a temporary name in path's folder, renamed to path on success.
+
+  Whoever reads `path` sees the old file or the complete new one, also when the
+  process dies in between. The folder is made when it is missing; after an
+  exception the temporary file is removed and `path` is untouched.
+  """
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+  try:
+    yield temporary
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)

@@ -1,0 +1,91 @@
+"""Generated samples as 8-bit images."""
+
+import jax
+import numpy as np
+from PIL import Image
+
+from drift_jax.metrics import files
+
+Images = np.ndarray | jax.Array
+
+
+def unit_to_uint8(images: Images) -> np.ndarray:
+  """uint8(255 x) for x in [0, 1], any shape: truncated, not rounded.
+
+  What is below 0 and NaN become 0, what is above 1 becomes 255. Truncation is
+  what the published FIDs were measured with (arXiv:2602.04770, section 5.2); it
+  is computed in float32.
+  """
+  unit = np.asarray(jax.device_get(images)).astype(np.float32)
+  unit = np.where(np.isnan(unit), np.float32(0), unit)
+  return (np.clip(unit, 0.0, 1.0) * np.float32(255)).astype(np.uint8)
+
+
+def to_uint8(images: Images) -> np.ndarray:
+  """uint8(255 (x + 1) / 2) for x in [-1, 1], any shape.
+
+  -1 becomes 0 and 1 becomes 255; out-of-range and non-finite values are treated
+  as in `unit_to_uint8`.
+  """
+  images = np.asarray(jax.device_get(images)).astype(np.float32)
+  return unit_to_uint8((images + np.float32(1)) / np.float32(2))
+
+
+def image_grid(
+  images: Images, *, columns: int, padding: int, scale: int
+) -> np.ndarray:
+  """Lays images out in rows, left to right and top to bottom.
+
+  Args:
+    images: [N, H, W, C] in [-1, 1], C = 1 (grey) or 3 (RGB), N >= 1.
+    columns: images in a row; the last row may be shorter.
+    padding: white pixels between images and around them, >= 0.
+    scale: each pixel becomes scale x scale equal ones, >= 1.
+
+  Returns:
+    uint8 [rows (scale H + padding) + padding, columns (...) + padding, 3].
+
+  Raises:
+    ValueError: for another shape, or numbers out of range.
+  """
+  if images.ndim != 4 or 0 in images.shape or images.shape[-1] not in (1, 3):
+    raise ValueError(
+      "images must be non-empty [N, H, W, C] with C = 1 or 3, got shape"
+      f" {images.shape}"
+    )
+  if columns < 1 or padding < 0 or scale < 1:
+    raise ValueError(
+      "an image grid needs columns >= 1, padding >= 0 and scale >= 1, got"
+      f" columns={columns}, padding={padding}, scale={scale}"
+    )
+  pixels = to_uint8(images).repeat(scale, axis=1).repeat(scale, axis=2)
+  count, height, width, _ = pixels.shape
+  rows = -(-count // columns)
+  grid = np.full(
+    (
+      rows * (height + padding) + padding,
+      columns * (width + padding) + padding,
+      3,
+    ),
+    255,
+    np.uint8,
+  )
+  for i, image in enumerate(pixels):
+    top = padding + (i // columns) * (height + padding)
+    left = padding + (i % columns) * (width + padding)
+    grid[top : top + height, left : left + width] = image
+  return grid
+
+
+def save_png(image: np.ndarray, path: files.PathLike) -> None:
+  """Writes uint8 [H, W, 3] as a PNG file; it appears whole or not at all.
+
+  Raises:
+    ValueError: for another dtype or shape.
+  """
+  if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+    raise ValueError(
+      f"a PNG needs uint8 [H, W, 3], got {image.dtype} {image.shape}"
+    )
+  with files.replacing(path) as temporary:
+    Image.fromarray(image).save(temporary, format="png")

@@ -1,0 +1,256 @@
+"""Evaluators for small data sets, which keep every image in memory.
+
+They compare all pairs of images or fit a kernel classifier, in time that grows
+with the square of the counts: each refuses more than MAX_IMAGES training,
+held-out or generated images.
+"""
+
+import functools
+
+import numpy as np
+from numpy.typing import ArrayLike
+from sklearn import svm
+
+from drift_jax.metrics.coverage import (
+  check_grid,
+  check_neighbours,
+  density_coverage,
+  duplicates,
+)
+from drift_jax.metrics.evaluators import (
+  check_images,
+  check_per_class,
+  class_subset,
+)
+from drift_jax.metrics.images import Images
+
+MAX_IMAGES = 10_000
+
+
+def _check_count(count: int, what: str, name: str) -> None:
+  if count > MAX_IMAGES:
+    raise ValueError(
+      f"{name}: {count} {what} images; this evaluator is for small data sets"
+      f" and takes at most {MAX_IMAGES}"
+    )
+
+
+def _flat_reals(
+  train_images: Images,
+  train_labels: np.ndarray,
+  test_images: Images,
+  test_labels: np.ndarray,
+  name: str,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Training and held-out images [N, H, W, C] as [N, H W C], checked."""
+  train = check_images(train_images, train_labels, name)
+  test = check_images(test_images, test_labels, name)
+  if train.shape[1:] != test.shape[1:]:
+    raise ValueError(
+      f"{name}: training images are {train.shape[1:]}, held-out ones"
+      f" {test.shape[1:]}"
+    )
+  _check_count(len(train), "training", name)
+  _check_count(len(test), "held-out", name)
+  return train.reshape(len(train), -1), test.reshape(len(test), -1)
+
+
+class _KeepsImages:
+  """The part of these evaluators that collects what was generated."""
+
+  name: str
+
+  def __init__(self, name: str):
+    self.name = name
+    self.reset()
+
+  def reset(self) -> None:
+    self._images: list[np.ndarray] = []
+    self._labels: list[np.ndarray] = []
+
+  def update(self, images: Images, labels: np.ndarray) -> None:
+    array = check_images(images, labels, self.name)
+    count = sum(map(len, self._images)) + len(array)
+    _check_count(count, "generated", self.name)
+    self._images.append(array.reshape(len(array), -1))
+    self._labels.append(np.asarray(labels))
+
+  def _generated(self) -> tuple[np.ndarray, np.ndarray]:
+    """(images [N, H W C], labels [N]) since reset."""
+    if not self._images:
+      raise ValueError(f"{self.name}: no images since reset()")
+    return np.concatenate(self._images), np.concatenate(self._labels)
+
+
+class CoverageEvaluator(_KeepsImages):
+  """`density` and `coverage` (`density_coverage`) against held-out reals.
+
+  Raw pixels are the features. For small data sets: keeps all images and takes
+  at most MAX_IMAGES of each kind.
+  """
+
+  def __init__(
+    self,
+    train_images: Images,
+    train_labels: np.ndarray,
+    test_images: Images,
+    test_labels: np.ndarray,
+    *,
+    k: int,
+    per_class: int,
+    seed: int,
+  ):
+    """Takes images [N, H, W, C] in [-1, 1] and integer labels [N].
+
+    Args:
+      train_images, train_labels: reals that stand in for generated images in
+        the baseline.
+      test_images, test_labels: held-out reals, the reference.
+      k: neighbours that set the radius around a held-out image.
+      per_class: images of each class that will be generated.
+      seed: picks the training images of the baseline.
+
+    Raises:
+      ValueError: for empty, ill-matched or too many images, too few training
+        images of a class, or k out of range.
+    """
+    super().__init__("coverage")
+    train, self._test = _flat_reals(
+      train_images, train_labels, test_images, test_labels, self.name
+    )
+    check_neighbours(k, len(self._test))
+    self._stand_in = train[class_subset(train_labels, per_class, seed)]
+    self._classes = np.unique(train_labels)
+    self._per_class = per_class
+    self._k = k
+
+  def result(self) -> dict[str, float]:
+    images, labels = self._generated()
+    check_per_class(labels, self._classes, self._per_class, self.name)
+    return self._figures(images)
+
+  def baseline(self) -> dict[str, float]:
+    return dict(self._baseline)
+
+  @functools.cached_property
+  def _baseline(self) -> dict[str, float]:
+    return self._figures(self._stand_in)
+
+  def _figures(self, images: np.ndarray) -> dict[str, float]:
+    density, coverage = density_coverage(self._test, images, self._k)
+    return {"density": density, "coverage": coverage}
+
+
+class LabelAccuracyEvaluator(_KeepsImages):
+  """`label_accuracy`: how often a classifier sees the label asked for.
+
+  The classifier is scikit-learn's SVC (Gaussian kernel, C = 10, deterministic),
+  fitted to the pixels of the real training images only; the baseline is its
+  accuracy on the held-out reals. A generator that draws only class means scores
+  1: read it beside coverage. For small data sets: takes at most MAX_IMAGES.
+  """
+
+  def __init__(
+    self,
+    train_images: Images,
+    train_labels: np.ndarray,
+    test_images: Images,
+    test_labels: np.ndarray,
+  ):
+    """Takes images [N, H, W, C] in [-1, 1] and integer labels [N].
+
+    Raises:
+      ValueError: for empty, ill-matched or too many images, or training images
+        of a single class.
+    """
+    super().__init__("label_accuracy")
+    self._train, self._test = _flat_reals(
+      train_images, train_labels, test_images, test_labels, self.name
+    )
+    self._train_labels = np.asarray(train_labels)
+    self._test_labels = np.asarray(test_labels)
+    if len(np.unique(self._train_labels)) < 2:
+      raise ValueError(
+        f"{self.name}: a classifier needs at least 2 classes, the training"
+        f" labels hold only {np.unique(self._train_labels)}"
+      )
+
+  def result(self) -> dict[str, float]:
+    return self._figures(*self._generated())
+
+  def baseline(self) -> dict[str, float]:
+    return dict(self._baseline)
+
+  @functools.cached_property
+  def _classifier(self) -> svm.SVC:
+    return svm.SVC(C=10.0, gamma="scale").fit(self._train, self._train_labels)
+
+  @functools.cached_property
+  def _baseline(self) -> dict[str, float]:
+    return self._figures(self._test, self._test_labels)
+
+  def _figures(
+    self, images: np.ndarray, labels: np.ndarray
+  ) -> dict[str, float]:
+    predicted = self._classifier.predict(images)
+    return {"label_accuracy": float(np.mean(predicted == labels))}
+
+
+class DuplicatesEvaluator(_KeepsImages):
+  """Copies of training images among the generated (`duplicates`).
+
+  Figures: exact_duplicates and near_duplicates (counts), near_duplicate_rate
+  (near_duplicates over the number of images) and near_threshold (Euclidean
+  distance in pixels of [-1, 1]). The baseline counts the held-out reals: real
+  training images in place of generated ones would all be copies of themselves.
+  For small data sets: takes at most MAX_IMAGES of each kind.
+  """
+
+  def __init__(
+    self,
+    train_images: Images,
+    train_labels: np.ndarray,
+    test_images: Images,
+    test_labels: np.ndarray,
+    *,
+    grid: ArrayLike,
+  ):
+    """Takes images [N, H, W, C] in [-1, 1] and integer labels [N].
+
+    Args:
+      train_images, train_labels: what must not be copied.
+      test_images, test_labels: held-out reals.
+      grid: [G] ascending values that a pixel of the data can take.
+
+    Raises:
+      ValueError: for empty, ill-matched or too many images, or a grid that does
+        not ascend.
+    """
+    super().__init__("duplicates")
+    self._train, self._test = _flat_reals(
+      train_images, train_labels, test_images, test_labels, self.name
+    )
+    self._grid = check_grid(grid)
+
+  def result(self) -> dict[str, float]:
+    images, _ = self._generated()
+    counts = duplicates(images, self._train, self._test, grid=self._grid)
+    return {
+      "exact_duplicates": counts["exact"],
+      "near_duplicates": counts["near"],
+      "near_duplicate_rate": counts["near"] / counts["count"],
+      "near_threshold": counts["threshold"],
+    }
+
+  def baseline(self) -> dict[str, float]:
+    return dict(self._baseline)
+
+  @functools.cached_property
+  def _baseline(self) -> dict[str, float]:
+    counts = duplicates(self._test, self._train, self._test, grid=self._grid)
+    return {
+      "exact_duplicates": counts["heldout_exact"],
+      "near_duplicates": counts["heldout_near"],
+      "near_duplicate_rate": counts["heldout_near"] / counts["heldout_count"],
+      "near_threshold": counts["threshold"],
+    }

@@ -1,0 +1,193 @@
+"""Where the numbers of a run go: JSON lines, TensorBoard events, the log."""
+
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any, cast
+
+import jax
+import numpy as np
+
+from drift_jax.metrics import files, tensorboard
+
+tensorboard.register()  # before anything of clu that would want TensorFlow
+
+from clu import periodic_actions as periodic_actions  # noqa: E402
+from clu.metric_writers import (  # noqa: E402
+  LoggingWriter,
+  MetricWriter,
+  MultiWriter,
+)
+
+MetricWriter.register(tensorboard.SummaryWriter)
+
+_FILE = "metrics.jsonl"
+
+
+def _parse(path: pathlib.Path, number: int, line: str) -> dict[str, Any]:
+  try:
+    record = json.loads(line)
+  except json.JSONDecodeError as error:
+    raise ValueError(
+      f"{path}, line {number} is no JSON record: {line[:80]!r}"
+    ) from error
+  if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+    raise ValueError(
+      f"{path}, line {number} must be an object with an integer 'step', got"
+      f" {line[:80]!r}"
+    )
+  return record
+
+
+def _complete_lines(path: pathlib.Path) -> list[str]:
+  """Lines that end in a newline; a last one without was cut off by a kill."""
+  text = path.read_text(encoding="utf-8")
+  return text[: text.rfind("\n") + 1].splitlines()
+
+
+def read_jsonl(path: files.PathLike) -> list[dict[str, float | int]]:
+  """Reads metrics.jsonl: one dict {"step": int, name: float} a line, in order.
+
+  null (a number that was not finite) is read as NaN. A last line without its
+  newline, of a process that was killed, is left out.
+
+  Raises:
+    ValueError: when a line is no JSON object with a step, naming the line.
+  """
+  path = pathlib.Path(path)
+  return [
+    {
+      name: math.nan if value is None else value
+      for name, value in _parse(path, number, line).items()
+    }
+    for number, line in enumerate(_complete_lines(path), 1)
+  ]
+
+
+def _drop_later_lines(path: pathlib.Path, resume_step: int) -> None:
+  """Keeps the complete lines with step <= resume_step, byte for byte."""
+  kept = [
+    line + "\n"
+    for number, line in enumerate(_complete_lines(path), 1)
+    if _parse(path, number, line)["step"] <= resume_step
+  ]
+  with files.replacing(path) as temporary:
+    temporary.write_text("".join(kept), encoding="utf-8")
+
+
+class JsonlWriter(MetricWriter):
+  """Scalars as JSON lines; images and everything else are left to others.
+
+  Each call of write_scalars makes one line, {"step": step, name: value, ...},
+  which is handed to the operating system at once. Non-finite numbers become
+  null, since JSON has none.
+  """
+
+  def __init__(self, path: files.PathLike, resume_step: int):
+    """Opens path for appending.
+
+    Args:
+      path: file of JSON lines; made with its folder when missing.
+      resume_step: lines of later steps are dropped first, atomically. A resumed
+        run that repeats them thus ends with the file of an uninterrupted one.
+        -1 drops all: a fresh start.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+      _drop_later_lines(path, resume_step)
+    self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+
+  def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+    """Appends one line.
+
+    Raises:
+      ValueError: for a scalar named 'step', or a value that is not a single
+        number.
+    """
+    if "step" in scalars:
+      raise ValueError(f"a scalar at step {step} must not be named 'step'")
+    record: dict[str, float | int | None] = {"step": int(step)}
+    for name, value in scalars.items():
+      array = np.asarray(jax.device_get(value))
+      if array.size != 1:
+        raise ValueError(
+          f"scalar '{name}' at step {step} has shape {array.shape}"
+        )
+      number = float(array.item())
+      record[name] = number if math.isfinite(number) else None
+    self._file.write(json.dumps(record, allow_nan=False) + "\n")
+    self._file.flush()
+
+  def write_images(self, step: int, images: Mapping[str, Any]) -> None:
+    pass
+
+  def write_summaries(
+    self,
+    step: int,
+    values: Mapping[str, Any],
+    metadata: Mapping[str, Any] | None = None,
+  ) -> None:
+    pass
+
+  def write_videos(self, step: int, videos: Mapping[str, Any]) -> None:
+    pass
+
+  def write_audios(
+    self, step: int, audios: Mapping[str, Any], *, sample_rate: int
+  ) -> None:
+    pass
+
+  def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+    pass
+
+  def write_histograms(
+    self,
+    step: int,
+    arrays: Mapping[str, Any],
+    num_buckets: Mapping[str, int] | None = None,
+  ) -> None:
+    pass
+
+  def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+    pass
+
+  def flush(self) -> None:
+    self._file.flush()
+
+  def close(self) -> None:
+    self._file.close()
+
+
+def create_writer(
+  workdir: files.PathLike, *, resume_step: int, is_main: bool, console: bool
+) -> MultiWriter:
+  """clu's MultiWriter for a training run.
+
+  Args:
+    workdir: gets metrics.jsonl and TensorBoard event files.
+    resume_step: step of the checkpoint that the run goes on from; later records
+      are dropped from metrics.jsonl and hidden in TensorBoard. -1 for a fresh
+      start, which drops all.
+    is_main: False for all processes but one: they write nothing and touch no
+      file.
+    console: also log scalars, at level INFO, one line a call.
+
+  Returns:
+    A writer whose write_scalars(step, {name: number}) and write_images(step,
+    {name: uint8 [H, W, 3]}) may be called any number of times a step.
+  """
+  if not is_main:
+    return MultiWriter([])
+  workdir = pathlib.Path(workdir)
+  writers = [
+    JsonlWriter(workdir / _FILE, resume_step),
+    cast(
+      MetricWriter,
+      tensorboard.SummaryWriter(str(workdir), purge_step=resume_step + 1),
+    ),
+  ]
+  if console:
+    writers.append(LoggingWriter())
+  return MultiWriter(writers)

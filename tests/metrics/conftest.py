@@ -1,0 +1,41 @@
+"""Real images for the tests of metrics: scikit-learn's digits."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from sklearn import datasets
+
+GRID = np.linspace(-1.0, 1.0, 17)
+
+
+@dataclasses.dataclass(frozen=True)
+class Digits:
+  """1797 images [N, 8, 8, 1] in [-1, 1]; 54 of each class are held out."""
+
+  train_images: np.ndarray
+  train_labels: np.ndarray
+  test_images: np.ndarray
+  test_labels: np.ndarray
+
+  @property
+  def arrays(self):
+    return (
+      self.train_images,
+      self.train_labels,
+      self.test_images,
+      self.test_labels,
+    )
+
+
+@pytest.fixture(scope="session")
+def digits() -> Digits:
+  bunch = datasets.load_digits()
+  images = (bunch.images / 8.0 - 1.0).astype(np.float32)[..., None]
+  labels = bunch.target.astype(np.int32)
+  order = np.random.default_rng(0).permutation(len(labels))
+  heldout = np.concatenate(
+    [order[labels[order] == label][:54] for label in range(10)]
+  )
+  train = np.setdiff1d(np.arange(len(labels)), heldout)
+  return Digits(images[train], labels[train], images[heldout], labels[heldout])

@@ -1,0 +1,170 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from drift_jax.metrics import (
+  Evaluator,
+  FeatureStats,
+  FrechetEvaluator,
+  baselines,
+  class_subset,
+  frechet_distance,
+)
+
+FEATURES = np.random.default_rng(0).normal(size=(64, 5)).astype(np.float32)
+
+
+@jax.jit
+def features(images):
+  return jnp.tanh(images.reshape(len(images), -1) @ FEATURES)
+
+
+def pixels(images):
+  return images.reshape(len(images), -1)
+
+
+def build(digits, feature_fn=features, name="fd_test", **changes):
+  settings = {"per_class": 20, "batch_size": 32, "seed": 0} | changes
+  return FrechetEvaluator(name, feature_fn, *digits.arrays, **settings)
+
+
+def statistics(images):
+  return FeatureStats.from_features(features(images))
+
+
+def class_indices(labels, per_class):
+  return np.concatenate(
+    [np.flatnonzero(labels == label)[:per_class] for label in range(10)]
+  )
+
+
+@pytest.mark.parametrize("split", [200, 32, 7])
+def test_frechet_streams_to_the_exact_distance(digits, split):
+  chosen = class_indices(digits.train_labels, 20)
+  images = -digits.train_images[chosen]
+  labels = digits.train_labels[chosen]
+  evaluator = build(digits)
+  assert isinstance(evaluator, Evaluator)
+  # Images before a reset must not count.
+  evaluator.update(images[:50], labels[:50])
+  evaluator.reset()
+  for start in range(0, 200, split):
+    part = slice(start, start + split)
+    evaluator.update(jnp.asarray(images[part]), labels[part])
+  expected = frechet_distance(
+    statistics(images), statistics(digits.test_images)
+  )
+  result = evaluator.result()
+  assert list(result) == ["fd_test"]
+  assert result["fd_test"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_frechet_baseline_is_train_against_heldout_of_the_same_count(digits):
+  evaluator = build(digits, seed=3)
+  chosen = class_subset(digits.train_labels, 20, seed=3)
+  expected = frechet_distance(
+    statistics(digits.train_images[chosen]), statistics(digits.test_images)
+  )
+  assert evaluator.baseline()["fd_test"] == pytest.approx(expected, rel=1e-6)
+  whole = frechet_distance(
+    statistics(digits.train_images), statistics(digits.test_images)
+  )
+  assert expected > 1.2 * whole
+
+
+def test_feature_fn_sees_one_shape_and_each_image_once(digits):
+  batches = []
+
+  def record(images):
+    batches.append(images)
+    return pixels(images)
+
+  evaluator = build(digits, record, per_class=20, batch_size=48)
+  evaluator.baseline()
+  assert {batch.shape for batch in batches} == {(48, 8, 8, 1)}
+  assert {batch.dtype for batch in batches} == {np.dtype(np.float32)}
+  # 540 held-out images in 12 batches, 200 training images in 5; computed once.
+  assert len(batches) == 17
+  evaluator.baseline()
+  assert len(batches) == 17
+  evaluator.update(digits.train_images[:50], digits.train_labels[:50])
+  sent = np.concatenate(batches[17:])
+  assert len(sent) == 96
+  assert np.array_equal(sent[:50], digits.train_images[:50])
+
+
+def test_class_subset():
+  labels = np.array([2, 0, 2, 2, 0, 5, 5, 0])
+  chosen = class_subset(labels, 2, seed=0)
+  assert labels[chosen].tolist() == [0, 0, 2, 2, 5, 5]
+  assert len(set(chosen)) == 6
+  assert np.array_equal(chosen, class_subset(labels, 2, seed=0))
+  draws = {tuple(class_subset(labels, 2, seed=i)) for i in range(20)}
+  assert len(draws) > 3
+  with pytest.raises(ValueError, match="class 5 has 2.*fewer than.* 3 "):
+    class_subset(labels, 3, seed=0)
+  with pytest.raises(ValueError, match="per_class=0"):
+    class_subset(labels, 0, seed=0)
+  with pytest.raises(ValueError, match="0 labels"):
+    class_subset(labels[:0], 1, seed=0)
+
+
+@pytest.mark.parametrize("name", ["fid", "FID", "fd_fid", "fid_encoder", "x"])
+def test_reserved_names(digits, name):
+  with pytest.raises(ValueError, match=f"'{name}'.*'fd_'.*Inception"):
+    build(digits, name=name)
+
+
+def test_baselines_are_joined_and_must_not_collide(digits):
+  one, two = build(digits), build(digits, pixels, name="fd_pixel")
+  assert baselines([one, two]) == one.baseline() | two.baseline()
+  with pytest.raises(ValueError, match="both report 'fd_test'"):
+    baselines([one, build(digits)])
+
+
+def test_wrong_counts(digits):
+  evaluator = build(digits)
+  with pytest.raises(ValueError, match="fd_test: no images"):
+    evaluator.result()
+  chosen = class_indices(digits.train_labels, 20)
+  images, labels = digits.train_images[chosen], digits.train_labels[chosen]
+  evaluator.update(images[:-1], labels[:-1])
+  with pytest.raises(ValueError, match="19 .*class 9.* 20 .*per_class=20"):
+    evaluator.result()
+  evaluator.reset()
+  evaluator.update(images[20:], labels[20:])
+  with pytest.raises(ValueError, match="0 generated images of class 0"):
+    evaluator.result()
+  evaluator.update(images[:20], labels[:20])
+  evaluator.update(images[:1], np.array([11], np.int32))
+  with pytest.raises(ValueError, match="1 generated images of class 11.* 0 "):
+    evaluator.result()
+  with pytest.raises(ValueError, match="class 0 has .*fewer than.* 200 "):
+    build(digits, per_class=200)
+  with pytest.raises(ValueError, match="batch_size"):
+    build(digits, batch_size=0)
+
+
+def test_bad_images_and_features(digits):
+  images, labels = digits.train_images[:4], digits.train_labels[:4]
+  evaluator = build(digits)
+  for bad_images, bad_labels in (
+    (images[:0], labels[:0]),
+    (images[..., 0], labels),
+    (images, labels[:3]),
+  ):
+    with pytest.raises(ValueError, match="fd_test: need non-empty images"):
+      evaluator.update(bad_images, bad_labels)
+  broken = images.copy()
+  broken[2, 0, 0, 0] = np.nan
+  with pytest.raises(ValueError, match="fd_test features: 1 of 4.*row 2"):
+    evaluator.update(broken, labels)
+  for bad_fn in (lambda x: x, lambda x: pixels(x)[:3]):
+    with pytest.raises(ValueError, match=r"feature_fn must return \[32, D\]"):
+      build(digits, bad_fn).update(images, labels)
+  narrow = build(digits, lambda x: pixels(x)[:, :6])
+  narrow.update(images, labels)
+  narrow._feature_fn = pixels
+  with pytest.raises(ValueError, match="dimensions differ: 6 .*64"):
+    narrow.update(images, labels)

@@ -1,0 +1,178 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from drift_jax.metrics import (
+  Evaluator,
+  balanced_labels,
+  evaluate,
+  evaluation_scalars,
+  generate,
+)
+
+SHAPE = (2, 2, 1)
+
+
+def encode(labels, alpha, index):
+  """Images that say what they were asked for: label, alpha, index, 0."""
+  values = jnp.stack(
+    [
+      labels.astype(jnp.float32),
+      alpha,
+      index.astype(jnp.float32),
+      jnp.zeros_like(alpha),
+    ],
+    axis=1,
+  )
+  return values.reshape(-1, *SHAPE)
+
+
+class Recorder:
+  """An evaluator that reports how many images it saw, and keeps them."""
+
+  def __init__(self, name: str, figure: str = ""):
+    self.name = name
+    self.figure = figure or name
+    self.resets = 0
+    self.all: list[np.ndarray] = []
+    self.reset()
+
+  def reset(self):
+    self.resets += 1
+    self.images: list[np.ndarray] = []
+
+  def update(self, images, labels):
+    assert np.array_equal(images[:, 0, 0, 0], labels)
+    self.images.append(images)
+    self.all.append(images)
+
+  def result(self):
+    return {self.figure: float(sum(map(len, self.images)))}
+
+  def baseline(self):
+    return {self.figure: 0.0}
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 12, 13, 50])
+def test_generate_exactly_once_in_full_batches(batch_size):
+  labels = np.arange(12)[::-1] % 5
+  calls = []
+
+  def sample_fn(labels, alpha, index):
+    calls.append((labels, alpha, index))
+    return encode(labels, alpha, index)
+
+  batches = list(generate(sample_fn, labels, 1.5, batch_size=batch_size))
+  for call in calls:
+    assert [array.shape for array in call] == [(batch_size,)] * 3
+    assert [array.dtype for array in call] == [np.int32, np.float32, np.int32]
+    # Padding repeats a valid sample, so that label and index fit.
+    assert np.array_equal(labels[call[2]], call[0])
+  assert len(calls) == -(-12 // batch_size)
+  images = np.concatenate([images for images, _ in batches])
+  drawn = np.concatenate([labels for _, labels in batches])
+  assert images.shape == (12, *SHAPE) and images.dtype == np.float32
+  assert np.array_equal(drawn, labels) and drawn.dtype == np.int32
+  assert np.array_equal(images[:, 0, 0, 0], labels)
+  assert np.array_equal(images[:, 1, 0, 0], np.arange(12))
+  assert (images[:, 0, 1, 0] == 1.5).all()
+
+
+def test_one_compilation():
+  traces = []
+
+  @jax.jit
+  def sample_fn(labels, alpha, index):
+    traces.append(labels.shape)
+    return encode(labels, alpha, index).astype(jnp.bfloat16)
+
+  for alpha in (1.0, 2.0):
+    for images, _ in generate(sample_fn, np.arange(10), alpha, batch_size=4):
+      assert images.dtype == np.float32
+  assert traces == [(4,)]
+
+
+def test_balanced_labels():
+  labels = balanced_labels(12, 4)
+  assert labels.dtype == np.int32
+  assert labels.tolist() == [0, 1, 2, 3] * 3
+  for count, valid in ((10, "8 and 12$"), (3, "are 4$")):
+    with pytest.raises(ValueError, match=f"num_images={count}.*{valid}"):
+      balanced_labels(count, 4)
+  for count, classes in ((0, 4), (4, 0), (-4, 4)):
+    with pytest.raises(ValueError, match="at least one"):
+      balanced_labels(count, classes)
+
+
+def test_evaluate_hands_each_image_to_all_once_per_alpha():
+  calls = []
+
+  def sample_fn(labels, alpha, index):
+    calls.append(alpha[0])
+    return encode(labels, alpha, index)
+
+  recorders = [Recorder("one"), Recorder("two")]
+  assert isinstance(recorders[0], Evaluator)
+  labels = balanced_labels(9, 3)
+  results = evaluate(recorders, sample_fn, labels, [2.0, 1.0], 4)
+  assert results == {
+    2.0: {"one": 9.0, "two": 9.0},
+    1.0: {"one": 9.0, "two": 9.0},
+  }
+  assert list(results) == [2.0, 1.0]
+  assert calls == [2.0] * 3 + [1.0] * 3
+  for recorder in recorders:
+    assert recorder.resets == 3
+    seen = np.concatenate(recorder.all)
+    assert seen[:, 0, 1, 0].tolist() == [2.0] * 9 + [1.0] * 9
+    assert seen[:, 1, 0, 0].tolist() == [*range(9)] * 2
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_non_finite_image_names_alpha_and_index(value):
+  def sample_fn(labels, alpha, index):
+    images = encode(labels, alpha, index)
+    broken = (index == 6) & (alpha == 2.0)
+    return jnp.where(broken[:, None, None, None], value, images)
+
+  labels = balanced_labels(9, 3)
+  evaluate([Recorder("one")], sample_fn, labels, [1.0], 4)
+  with pytest.raises(ValueError, match=r"image 6 \(label 0, alpha 2.0\)"):
+    evaluate([Recorder("one")], sample_fn, labels, [1.0, 2.0], 4)
+
+
+def test_bad_arguments():
+  labels = balanced_labels(4, 2)
+  two = [Recorder("one", "same"), Recorder("two", "same")]
+  with pytest.raises(ValueError, match="'one' and 'two' both report 'same'"):
+    evaluate(two, encode, labels, [1.0], 4)
+  with pytest.raises(ValueError, match="'one' and 'one' both report 'one'"):
+    evaluate([Recorder("one")] * 2, encode, labels, [1.0], 4)
+  for evaluators, alphas in (([], [1.0]), (two[:1], []), (two, [1.0, 1.0])):
+    with pytest.raises(ValueError, match="distinct alphas"):
+      evaluate(evaluators, encode, labels, alphas, 4)
+  for bad in (labels[:0], labels[None], labels.astype(np.float32)):
+    with pytest.raises(ValueError, match="integer array"):
+      list(generate(encode, bad, 1.0, batch_size=2))
+  with pytest.raises(ValueError, match="batch_size"):
+    list(generate(encode, labels, 1.0, batch_size=0))
+  for sample_fn in (
+    lambda *call: encode(*call)[:1],
+    lambda *call: encode(*call)[..., 0],
+  ):
+    with pytest.raises(ValueError, match=r"sample_fn must return \[2, H"):
+      list(generate(sample_fn, labels, 1.0, batch_size=2))
+
+
+def test_evaluation_scalars():
+  scalars = evaluation_scalars(
+    {1.0: {"fd_pixel": 2.0, "coverage": 0.5}, 1.5: {"fd_pixel": 3.0}},
+    {"fd_pixel": 0.5},
+  )
+  assert scalars == {
+    "eval/fd_pixel/alpha_1.0": 2.0,
+    "eval/coverage/alpha_1.0": 0.5,
+    "eval/fd_pixel/alpha_1.5": 3.0,
+    "eval/fd_pixel/baseline": 0.5,
+  }

@@ -1,0 +1,137 @@
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from drift_jax.metrics import plot_drift, plot_frechet, plot_mae, plots
+
+
+def drift_records():
+  return [
+    {
+      "step": step,
+      "loss": 9.0,
+      "drift_rms/0.02": 3.0 / (step + 10),
+      "drift_rms/0.05": 4.0 / (step + 10),
+      "drift_rms/0.2": math.nan if step == 50 else 6.0 / (step + 10),
+      "drift_rms/0.2/layer1": 1e9,
+    }
+    for step in range(0, 1000, 10)
+  ]
+
+
+def frechet_records():
+  records = [{"step": 10, "loss": 1.0}]
+  for step in range(100, 1001, 100):
+    record = {"step": step}
+    for space, floor in (("fd_pixel", 0.42), ("fd_encoder", 0.02)):
+      for alpha in (1.0, 1.5, 2.0):
+        value = floor * (1.5 + 900.0 * alpha / step)
+        record[f"eval/{space}/alpha_{alpha}"] = value
+      record[f"eval/{space}/baseline"] = floor
+    record["eval/coverage/alpha_1.0"] = 1e9
+    records.append(record)
+  return records
+
+
+def mae_records():
+  return [
+    {"step": step, "recon_loss": 50.0 / (step + 5), "accuracy": step / 1000}
+    for step in range(0, 1000, 10)
+  ]
+
+
+CASES = [
+  (plot_drift, drift_records),
+  (plot_frechet, frechet_records),
+  (plot_mae, mae_records),
+]
+
+
+@pytest.fixture
+def figures(monkeypatch):
+  """Figures that were saved, in order."""
+  saved = []
+  save = plots._save
+
+  def keep(figure, path):
+    saved.append(figure)
+    save(figure, path)
+
+  monkeypatch.setattr(plots, "_save", keep)
+  return saved
+
+
+@pytest.mark.parametrize("plot, make", CASES)
+def test_writes_a_picture(tmp_path, plot, make):
+  plot(make(), tmp_path / "new" / "plot.png")
+  with Image.open(tmp_path / "new" / "plot.png") as image:
+    assert image.format == "PNG"
+    assert min(image.size) > 400
+    assert np.asarray(image.convert("L")).std() > 5
+  assert len(list((tmp_path / "new").iterdir())) == 1
+
+
+def test_drift_lines_are_the_records(tmp_path, figures):
+  records = drift_records()
+  plot_drift(records[::-1], tmp_path / "plot.png")
+  (axis,) = figures[0].axes
+  assert axis.get_yscale() == "log"
+  lines = {line.get_label(): line.get_xydata() for line in axis.get_lines()}
+  assert list(lines) == [f"temperature {t}" for t in ("0.02", "0.05", "0.2")]
+  expected = [(r["step"], r["drift_rms/0.05"]) for r in records]
+  assert np.array_equal(lines["temperature 0.05"], expected)
+  # The record that is not finite is left out.
+  assert len(lines["temperature 0.2"]) == len(records) - 1
+
+
+def test_frechet_panels_lines_and_baselines(tmp_path, figures):
+  plot_frechet(frechet_records(), tmp_path / "plot.png")
+  panels = {axis.get_ylabel().split()[0]: axis for axis in figures[0].axes}
+  assert sorted(panels) == ["fd_encoder", "fd_pixel"]
+  for space, floor in (("fd_pixel", 0.42), ("fd_encoder", 0.02)):
+    *curves, baseline = panels[space].get_lines()
+    labels = [line.get_label() for line in curves]
+    assert labels == ["α = 1", "α = 1.5", "α = 2"]
+    assert curves[2].get_ydata()[0] == floor * (1.5 + 18.0)
+    assert baseline.get_linestyle() == "--"
+    assert set(baseline.get_ydata()) == {floor}
+
+
+def test_mae_panels(tmp_path, figures):
+  plot_mae(mae_records(), tmp_path / "plot.png")
+  assert len(figures[0].axes) == 2
+  without = [{"step": 1, "recon_loss": 2.0}]
+  plot_mae(without, tmp_path / "plot.png")
+  (axis,) = figures[1].axes
+  assert axis.get_lines()[0].get_xydata().tolist() == [[1.0, 2.0]]
+
+
+@pytest.mark.parametrize("plot, make", CASES)
+def test_single_record(tmp_path, plot, make):
+  plot(make()[-1:], tmp_path / "plot.png")
+  assert (tmp_path / "plot.png").exists()
+
+
+@pytest.mark.parametrize("plot", [plot_drift, plot_frechet, plot_mae])
+@pytest.mark.parametrize("records", [[], [{"step": 1, "loss": 2.0}]])
+def test_nothing_to_plot(tmp_path, plot, records):
+  expected = "loss, step" if records else "none"
+  with pytest.raises(ValueError, match=f"their keys are {expected}"):
+    plot(records, tmp_path / "plot.png")
+  assert not (tmp_path / "plot.png").exists()
+
+
+def test_no_pyplot(tmp_path):
+  code = """
+import sys
+from drift_jax.metrics import plot_mae
+plot_mae([{"step": 1, "accuracy": 0.5}], sys.argv[1])
+assert "matplotlib.pyplot" not in sys.modules
+"""
+  path = tmp_path / "plot.png"
+  subprocess.run([sys.executable, "-c", code, path], check=True)
+  assert path.exists()

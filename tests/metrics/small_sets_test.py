@@ -1,0 +1,163 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from drift_jax.metrics import (
+  CoverageEvaluator,
+  DuplicatesEvaluator,
+  Evaluator,
+  LabelAccuracyEvaluator,
+  class_subset,
+  density_coverage,
+  duplicates,
+  small_sets,
+)
+from tests.metrics.conftest import GRID
+
+
+def flat(images):
+  return np.asarray(images).reshape(len(images), -1)
+
+
+def coverage_evaluator(digits, **changes):
+  settings = {"k": 5, "per_class": 54, "seed": 1} | changes
+  return CoverageEvaluator(*digits.arrays, **settings)
+
+
+@pytest.fixture
+def every(digits):
+  return [
+    coverage_evaluator(digits),
+    LabelAccuracyEvaluator(*digits.arrays),
+    DuplicatesEvaluator(*digits.arrays, grid=GRID),
+  ]
+
+
+@pytest.fixture(scope="module")
+def stand_in(digits):
+  """54 training images of each class: what a perfect memory would draw."""
+  chosen = class_subset(digits.train_labels, 54, seed=1)
+  return digits.train_images[chosen], digits.train_labels[chosen]
+
+
+def test_evaluators_forget_on_reset_and_join_batches(every, stand_in):
+  images, labels = stand_in
+  for evaluator in every:
+    assert isinstance(evaluator, Evaluator)
+    evaluator.update(images, labels)
+    expected = evaluator.result()
+    evaluator.update(-images, labels)
+    evaluator.reset()
+    with pytest.raises(ValueError, match=f"{evaluator.name}: no images"):
+      evaluator.result()
+    for part in (slice(0, 100), slice(100, 101), slice(101, None)):
+      evaluator.update(jnp.asarray(images[part]), labels[part])
+    assert evaluator.result() == expected
+    assert all(type(value) is float for value in expected.values())
+    assert list(evaluator.baseline()) == list(expected)
+
+
+def test_coverage_against_heldout(digits, stand_in):
+  evaluator = coverage_evaluator(digits)
+  density, covered = density_coverage(
+    flat(digits.test_images), flat(stand_in[0]), 5
+  )
+  assert evaluator.baseline() == {"density": density, "coverage": covered}
+  # 540 real digits against 540 others.
+  assert 0.95 < covered <= 1.0 and 0.9 < density < 1.15
+  evaluator.update(*stand_in)
+  assert evaluator.result() == evaluator.baseline()
+  evaluator.reset()
+  images, labels = stand_in
+  means = [images[labels == label].mean(axis=0) for label in labels]
+  evaluator.update(np.stack(means), labels)
+  collapsed = evaluator.result()
+  assert collapsed["density"] > 3.0 and collapsed["coverage"] < 0.7
+
+
+def test_label_accuracy_is_that_of_a_classifier_of_reals(digits):
+  evaluator = LabelAccuracyEvaluator(*digits.arrays)
+  heldout = evaluator.baseline()["label_accuracy"]
+  assert heldout >= 0.985
+  evaluator.update(digits.test_images, digits.test_labels)
+  assert evaluator.result() == evaluator.baseline()
+  evaluator.reset()
+  wrong = (digits.test_labels + 1) % 10
+  evaluator.update(digits.test_images, wrong)
+  assert evaluator.result()["label_accuracy"] < 0.01
+  again = LabelAccuracyEvaluator(*digits.arrays)
+  assert again.baseline()["label_accuracy"] == heldout
+
+
+def test_label_accuracy_learns_nothing_from_heldout_images(digits):
+  images, labels, test_images, test_labels = digits.arrays
+  wrong = (test_labels + 1) % 10
+  evaluator = LabelAccuracyEvaluator(images, labels, test_images, wrong)
+  assert evaluator.baseline()["label_accuracy"] < 0.01
+  evaluator.update(images, labels)
+  assert evaluator.result()["label_accuracy"] == 1.0
+
+
+def test_duplicates_of_training_images(digits):
+  evaluator = DuplicatesEvaluator(*digits.arrays, grid=GRID)
+  baseline = evaluator.baseline()
+  counts = duplicates(
+    flat(digits.test_images),
+    flat(digits.train_images),
+    flat(digits.test_images),
+    grid=GRID,
+  )
+  assert baseline == {
+    "exact_duplicates": 0.0,
+    "near_duplicates": 6.0,
+    "near_duplicate_rate": 6.0 / 540.0,
+    "near_threshold": counts["threshold"],
+  }
+  noise = np.random.default_rng(0).uniform(-1, 1, (5, 8, 8, 1))
+  images = np.concatenate([digits.train_images[:15], noise.astype(np.float32)])
+  evaluator.update(images, np.zeros(20, np.int32))
+  assert evaluator.result() == {
+    "exact_duplicates": 15.0,
+    "near_duplicates": 15.0,
+    "near_duplicate_rate": 0.75,
+    "near_threshold": counts["threshold"],
+  }
+
+
+def test_too_many_images_are_refused(monkeypatch, digits, every):
+  monkeypatch.setattr(small_sets, "MAX_IMAGES", 1000)
+  for evaluator in every:
+    part = digits.train_images[:600], digits.train_labels[:600]
+    evaluator.update(*part)
+    with pytest.raises(ValueError, match="1200 generated.*at most 1000"):
+      evaluator.update(*part)
+  with pytest.raises(ValueError, match="coverage: 1257 training.*at most 1000"):
+    coverage_evaluator(digits)
+  monkeypatch.setattr(small_sets, "MAX_IMAGES", 1257)
+  train, labels, _, _ = digits.arrays
+  more = np.concatenate([train, train[:1]])
+  more_labels = np.concatenate([labels, labels[:1]])
+  with pytest.raises(ValueError, match="accuracy: 1258 held-out.*at most 1257"):
+    LabelAccuracyEvaluator(train, labels, more, more_labels)
+
+
+def test_bad_settings(digits):
+  with pytest.raises(ValueError, match="k = 540 .*1 to 539"):
+    coverage_evaluator(digits, k=540)
+  with pytest.raises(ValueError, match="class 0 has"):
+    coverage_evaluator(digits, per_class=500)
+  with pytest.raises(ValueError, match="ascending"):
+    DuplicatesEvaluator(*digits.arrays, grid=GRID[::-1])
+  train, labels, test, test_labels = digits.arrays
+  with pytest.raises(ValueError, match=r"\(8, 8, 1\).*\(4, 8, 1\)"):
+    LabelAccuracyEvaluator(train, labels, test[:, :4], test_labels)
+  with pytest.raises(ValueError, match="at least 2 classes"):
+    LabelAccuracyEvaluator(train, np.zeros_like(labels), test, test_labels)
+
+
+def test_wrong_count_per_class(digits, stand_in):
+  evaluator = coverage_evaluator(digits)
+  images, labels = stand_in
+  evaluator.update(images[1:], labels[1:])
+  with pytest.raises(ValueError, match="53 generated images of class 0"):
+    evaluator.result()

@@ -1,0 +1,211 @@
+import json
+import logging
+import math
+import pathlib
+import struct
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX.proto import event_pb2
+
+from drift_jax.metrics import (
+  JsonlWriter,
+  create_writer,
+  read_jsonl,
+  tensorboard,
+  writers,
+)
+
+
+def read_events(folder: pathlib.Path) -> list[event_pb2.Event]:
+  """Events of all files, from TFRecord framing: length, crc, data, crc."""
+  events = []
+  for path in sorted(folder.glob("events.out.tfevents.*")):
+    data = path.read_bytes()
+    while data:
+      (length,) = struct.unpack("<Q", data[:8])
+      events.append(event_pb2.Event.FromString(data[12 : 12 + length]))
+      data = data[16 + length :]
+  return events
+
+
+def start(workdir, resume_step=-1, is_main=True, console=False):
+  return create_writer(
+    workdir, resume_step=resume_step, is_main=is_main, console=console
+  )
+
+
+def write_run(workdir, first, last, resume_step=-1):
+  writer = start(workdir, resume_step)
+  for step in range(first, last + 1):
+    writer.write_scalars(step, {"loss": jnp.float32(1 / step), "rate": 0.1})
+    if step % 2 == 0:
+      writer.write_scalars(step, {"eval/fd_pixel/alpha_1.0": 2.0 * step})
+  writer.close()
+
+
+def test_import_needs_no_tensorflow(tmp_path):
+  code = """
+import sys
+import drift_jax.metrics
+from clu import periodic_actions
+from clu import metric_writers
+writer = metric_writers.create_default_writer(sys.argv[1], asynchronous=False)
+writer.write_scalars(1, {"loss": 0.5})
+writer.close()
+assert drift_jax.metrics.periodic_actions is periodic_actions
+assert 'tensorflow' not in sys.modules
+"""
+  subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
+  assert "loss" in {
+    value.tag
+    for event in read_events(tmp_path)
+    for value in event.summary.value
+  }
+
+
+def test_summary_writer_has_the_whole_interface():
+  for name in writers.MetricWriter.__abstractmethods__:
+    assert callable(getattr(tensorboard.SummaryWriter, name))
+
+
+def test_lines(tmp_path):
+  writer = start(tmp_path)
+  writer.write_scalars(
+    3, {"a": 1, "b": np.float64(0.5), "c": jnp.ones((1,), jnp.bfloat16)}
+  )
+  # Readable at once, before any flush or close.
+  lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  assert [json.loads(line) for line in lines] == [
+    {"step": 3, "a": 1.0, "b": 0.5, "c": 1.0}
+  ]
+  assert read_jsonl(tmp_path / "metrics.jsonl") == [json.loads(lines[0])]
+  writer.close()
+
+
+def test_non_finite_numbers_are_valid_json(tmp_path):
+  writer = start(tmp_path)
+  values = {"a": math.nan, "b": jnp.float32(jnp.inf), "c": -math.inf, "d": 2.0}
+  writer.write_scalars(1, values)
+  writer.close()
+  text = (tmp_path / "metrics.jsonl").read_text()
+  assert text == '{"step": 1, "a": null, "b": null, "c": null, "d": 2.0}\n'
+  (record,) = read_jsonl(tmp_path / "metrics.jsonl")
+  assert math.isnan(record["a"]) and math.isnan(record["c"])
+  assert record["d"] == 2.0
+
+
+@pytest.mark.parametrize("tail", ["", '{"step": 9, "lo', '{"step": 4, "loss"'])
+def test_resumed_file_equals_an_uninterrupted_one(tmp_path, tail):
+  write_run(tmp_path / "whole", 1, 9)
+  write_run(tmp_path / "resumed", 1, 7)
+  path = tmp_path / "resumed" / "metrics.jsonl"
+  with open(path, "a") as file:
+    file.write(tail)
+  write_run(tmp_path / "resumed", 5, 9, resume_step=4)
+  assert path.read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+  assert not list(path.parent.glob("*.tmp"))
+
+
+def test_fresh_start_drops_an_old_run(tmp_path):
+  for _ in range(2):
+    writer = start(tmp_path)
+    writer.write_scalars(0, {"loss": 1.0})
+    writer.close()
+  assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 0, "loss": 1.0}]
+
+
+def test_tensorboard_holds_scalars_and_images(tmp_path):
+  image = np.random.default_rng(0).integers(0, 256, (6, 4, 3), np.uint8)
+  writer = start(tmp_path)
+  writer.write_scalars(5, {"loss": jnp.float32(0.25)})
+  writer.write_images(5, {"samples": image, "pair": np.stack([image] * 2)})
+  writer.write_texts(5, {"note": "text"})
+  writer.write_histograms(5, {"weights": np.arange(10.0)})
+  writer.write_hparams({"lr": 0.1})
+  writer.close()
+  values = {
+    value.tag: (event.step, value)
+    for event in read_events(tmp_path)
+    for value in event.summary.value
+  }
+  step, scalar = values["loss"]
+  assert (step, scalar.simple_value) == (5, 0.25)
+  for tag in ("samples", "pair/0", "pair/1"):
+    step, value = values[tag]
+    assert step == 5
+    assert (value.image.height, value.image.width) == (6, 4)
+    assert value.image.encoded_image_string.startswith(b"\x89PNG")
+  assert values["weights"][1].histo.num == 10
+  assert any(tag.startswith("note") for tag in values)
+  assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 5, "loss": 0.25}]
+
+
+def test_tensorboard_hides_what_a_resumed_run_repeats(tmp_path):
+  start(tmp_path, resume_step=40).close()
+  sessions = [
+    event.step
+    for event in read_events(tmp_path)
+    if event.HasField("session_log")
+  ]
+  assert sessions == [41]
+
+
+def test_only_the_main_process_writes(tmp_path):
+  writer = start(tmp_path / "run", is_main=False, console=True)
+  writer.write_scalars(1, {"loss": 1.0})
+  writer.write_images(1, {"samples": np.zeros((2, 2, 3), np.uint8)})
+  writer.flush()
+  writer.close()
+  assert not (tmp_path / "run").exists()
+
+
+def test_console_lines(tmp_path, caplog):
+  caplog.set_level(logging.INFO, logger="absl")
+  for console in (False, True):
+    writer = start(tmp_path, console=console)
+    writer.write_scalars(7, {"loss": 0.5})
+    writer.close()
+    assert ("[7] loss=0.5" in caplog.text) == console
+
+
+def test_clu_write_values_goes_through(tmp_path):
+  # drift_jax.metrics, which lets clu do without TensorFlow, must come first.
+  from clu.metric_writers import write_values
+
+  writer = start(tmp_path)
+  write_values(writer, 2, {"loss": jnp.float32(0.5), "rate": 1e-3})
+  writer.close()
+  records = read_jsonl(tmp_path / "metrics.jsonl")
+  assert records == [{"step": 2, "loss": 0.5, "rate": 1e-3}]
+
+
+def test_bad_scalars(tmp_path):
+  writer = JsonlWriter(tmp_path / "metrics.jsonl", -1)
+  with pytest.raises(ValueError, match="'step'"):
+    writer.write_scalars(1, {"step": 2.0})
+  with pytest.raises(ValueError, match=r"'loss' at step 1 has shape \(3,\)"):
+    writer.write_scalars(1, {"good": 1.0, "loss": np.zeros(3)})
+  writer.close()
+  assert read_jsonl(tmp_path / "metrics.jsonl") == []
+
+
+@pytest.mark.parametrize("broken", ["nonsense", '{"loss": 1.0}', "[1]"])
+def test_broken_line_is_named(tmp_path, broken):
+  path = tmp_path / "metrics.jsonl"
+  path.write_text(f'{{"step": 1}}\n{broken}\n{{"step": 2}}\n')
+  with pytest.raises(ValueError, match="metrics.jsonl, line 2 "):
+    read_jsonl(path)
+  with pytest.raises(ValueError, match="line 2 "):
+    JsonlWriter(path, 5)
+  assert path.read_text().count("\n") == 3
+
+
+def test_unsupported_summaries_are_named(tmp_path):
+  writer = start(tmp_path)
+  with pytest.raises(ValueError, match=r"videos \(clip\)"):
+    writer.write_videos(1, {"clip": np.zeros((2, 4, 4, 3))})
+  writer.close()
