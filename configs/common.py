@@ -1,0 +1,135 @@
+"""What every config shares: `generator()` and `mae()` give full trees.
+
+Each value here is a default of the project; configs override what differs.
+Keys, types and valid ranges: drift_jax/config.py.
+"""
+
+from ml_collections import ConfigDict
+
+
+def _shared(task: str) -> ConfigDict:
+  config = ConfigDict()
+  config.task = task
+  config.seed = 0
+
+  config.data = ConfigDict()
+  config.data.source = ""  # name of a data set, e.g. 'digits'
+  config.data.num_threads = 1  # reader threads
+
+  config.optim = ConfigDict()  # AdamW (Table 8)
+  config.optim.schedule = "constant"  # after the warm-up; or 'cosine'
+  config.optim.learning_rate = 2e-4
+  config.optim.warmup_steps = 5_000
+  config.optim.b1 = 0.9
+  config.optim.b2 = 0.95
+  config.optim.eps = 1e-8
+  config.optim.weight_decay = 0.01
+  config.optim.grad_clip = 2.0  # global norm
+
+  config.ema = ConfigDict()
+  config.ema.decays = (0.999,)  # one average for each
+
+  config.train = ConfigDict()
+  config.train.num_steps = 30_000
+  config.train.log_every = 100  # steps
+
+  config.checkpoint = ConfigDict()
+  config.checkpoint.every = 1_000  # steps
+  config.checkpoint.keep_latest = 2
+  config.checkpoint.keep_every = 0  # also keep multiples of this; 0: none
+  config.checkpoint.best_metric = ""  # also keep the smallest, e.g. 'fd_pixel'
+  config.checkpoint.on_corrupt = "error"  # or 'previous'
+
+  config.mesh = ConfigDict()  # sizes of the device mesh; -1: all that are left
+  config.mesh.data = -1
+  config.mesh.fsdp = 1
+  return config
+
+
+def generator() -> ConfigDict:
+  """Defaults of task 'generator'; the model's sizes are left to the config."""
+  config = _shared("generator")
+
+  config.model = ConfigDict()
+  config.model.mlp_ratio = 4.0
+  config.model.context_tokens = 16  # prepended in-context tokens
+  config.model.style_vocab = 64  # entries of each style table
+  config.model.style_tokens = 32  # random style indices per sample
+  config.model.dtype = "float32"  # activations; parameters are float32
+  config.model.attention_dtype = "float32"
+  config.model.remat = False  # recompute blocks in the backward pass
+
+  config.encoders = ConfigDict()  # {name: {path, dtype}} of frozen encoders
+
+  config.features = ConfigDict()  # A.5
+  config.features.sample = True  # the flattened sample itself
+  config.features.every_k_block = 2  # output of every second block
+  config.features.patch_mean_size = (2, 4)  # side of the pooled patches
+  config.features.patch_std_size = (2, 4)
+  config.features.use_mean = True  # global mean
+  config.features.use_std = True  # global standard deviation
+
+  config.drift = ConfigDict()  # A.6
+  config.drift.temperatures = (0.02, 0.05, 0.2)  # of normalised distances
+  config.drift.affinity_floor = 1e-6
+  config.drift.normalization = "xy"  # Table 11: 'xy', 'y', 'none'
+  config.drift.attraction = 1.0  # Table 1: a V+ - b V-
+  config.drift.repulsion = 1.0
+
+  config.guidance = ConfigDict()  # p(alpha) ~ alpha^-exponent (A.7)
+  config.guidance.minimum = 1.0
+  config.guidance.maximum = 4.0
+  config.guidance.exponent = 3.0
+  config.guidance.no_cfg_frac = 0.0  # probability of alpha = 1
+
+  config.batch = ConfigDict()
+  config.batch.labels = 64  # N_c, over all devices
+  config.batch.generated = 64  # N, for each label
+  config.batch.positives = 64  # N_pos, for each label
+  config.batch.unconditional = 16  # N_unc, for each label
+
+  config.queue = ConfigDict()  # A.8
+  config.queue.class_size = 128  # samples
+  config.queue.unconditional_size = 1_000
+  config.queue.push_per_step = 64
+  config.queue.prefill = 0  # samples pushed before the first step
+  config.queue.with_replacement = False  # repeat where a class has too few
+
+  config.eval = ConfigDict()
+  config.eval.every = 1_000  # steps; 0: never
+  config.eval.num_images = 50_000
+  config.eval.batch_size = 256
+  config.eval.alphas = (1.0,)
+  config.eval.ema_decay = 0.999  # which average is evaluated
+  config.eval.metrics = ("fd_pixel",)
+  config.eval.coverage_k = 5  # neighbours of density and coverage
+  config.eval.grid_per_class = 10  # images per class in the sample grid
+  return config
+
+
+def mae() -> ConfigDict:
+  """Defaults of task 'mae'; the model's sizes are left to the config."""
+  config = _shared("mae")
+
+  config.model = ConfigDict()
+  config.model.layers = (3, 4, 6, 3)  # blocks of each stage
+  config.model.mask_patch_size = 2  # on the grid after input patching
+  config.model.dtype = "float32"
+  config.model.remat = False
+
+  config.mae = ConfigDict()  # A.3
+  config.mae.batch_size = 8_192
+  config.mae.mask_ratio = 0.5
+  config.mae.classification_steps = 3_000  # last steps; 0: no fine-tune
+  config.mae.classification_ramp = 1_000  # steps to the full weight
+  config.mae.classification_weight = 0.1
+
+  config.optim.learning_rate = 4e-3
+  config.optim.warmup_steps = 4_000
+  config.ema.decays = (0.9995,)
+
+  config.eval = ConfigDict()
+  config.eval.every = 1_000  # steps; 0: never
+  config.eval.batch_size = 256
+  config.eval.ema_decay = 0.9995
+  return config

@@ -1,0 +1,125 @@
+"""Sizes of the published models (Table 8), by name.
+
+Each function returns a new ConfigDict of the keyword arguments of
+drift_jax.models.build_generator, build_mae or build_convnext:
+
+  config.model = models.GENERATORS["generator_b2_latent"]()
+"""
+
+from ml_collections import ConfigDict
+
+
+def generator_b2_latent() -> ConfigDict:
+  """B/2 on 32x32x4 latents: 133 M parameters."""
+  return _generator_base(_latent_generator())
+
+
+def generator_l2_latent() -> ConfigDict:
+  """L/2 on 32x32x4 latents: 463 M parameters."""
+  return _generator_large(_latent_generator())
+
+
+def generator_b16_pixel() -> ConfigDict:
+  """B/16 on 256x256x3 pixels: 134 M parameters."""
+  return _generator_base(_pixel_generator())
+
+
+def generator_l16_pixel() -> ConfigDict:
+  """L/16 on 256x256x3 pixels: 464 M parameters."""
+  return _generator_large(_pixel_generator())
+
+
+def mae_256_latent() -> ConfigDict:
+  """Latent-MAE of base width 256 (ablations): 431 M parameters."""
+  return _mae(base_channels=256, in_channels=4, input_patch_size=1)
+
+
+def mae_640_latent() -> ConfigDict:
+  """Latent-MAE of base width 640: 2.7 G parameters."""
+  return _mae(base_channels=640, in_channels=4, input_patch_size=1)
+
+
+def mae_640_pixel() -> ConfigDict:
+  """Pixel-MAE of base width 640 on 8x8 patches: 2.7 G parameters."""
+  return _mae(base_channels=640, in_channels=3, input_patch_size=8)
+
+
+def convnextv2_base() -> ConfigDict:
+  """ConvNeXt-V2 base without its head: 88 M parameters."""
+  config = ConfigDict()
+  config.depths = (3, 3, 27, 3)  # blocks of each stage
+  config.widths = (128, 256, 512, 1024)  # channels of each stage
+  config.dtype = "float32"
+  return config
+
+
+GENERATORS = {
+  "generator_b2_latent": generator_b2_latent,
+  "generator_l2_latent": generator_l2_latent,
+  "generator_b16_pixel": generator_b16_pixel,
+  "generator_l16_pixel": generator_l16_pixel,
+}
+MAES = {
+  "mae_256_latent": mae_256_latent,
+  "mae_640_latent": mae_640_latent,
+  "mae_640_pixel": mae_640_pixel,
+}
+CONVNEXTS = {"convnextv2_base": convnextv2_base}
+
+
+def _generator() -> ConfigDict:
+  config = ConfigDict()
+  config.mlp_ratio = 4.0
+  config.num_classes = 1000
+  config.context_tokens = 16  # prepended in-context tokens
+  config.style_vocab = 64  # entries of each style table
+  config.style_tokens = 32  # random style indices per sample
+  config.dtype = "bfloat16"  # activations; parameters are float32
+  return config
+
+
+def _latent_generator() -> ConfigDict:
+  config = _generator()
+  config.input_size = 32  # latent cells
+  config.in_channels = 4
+  config.out_channels = 4
+  config.patch_size = 2  # latent cells
+  config.attention_dtype = "bfloat16"
+  config.remat = False
+  return config
+
+
+def _pixel_generator() -> ConfigDict:
+  config = _generator()
+  config.input_size = 256  # pixels
+  config.in_channels = 3
+  config.out_channels = 3
+  config.patch_size = 16  # pixels
+  config.attention_dtype = "float32"
+  config.remat = True  # recompute blocks in the backward pass
+  return config
+
+
+def _generator_base(config: ConfigDict) -> ConfigDict:
+  config.update(hidden_size=768, cond_dim=768, depth=12, num_heads=12)
+  return config
+
+
+def _generator_large(config: ConfigDict) -> ConfigDict:
+  config.update(hidden_size=1024, cond_dim=1024, depth=24, num_heads=16)
+  return config
+
+
+def _mae(
+  *, base_channels: int, in_channels: int, input_patch_size: int
+) -> ConfigDict:
+  config = ConfigDict()
+  config.in_channels = in_channels
+  config.base_channels = base_channels
+  config.layers = (3, 4, 6, 3)  # blocks of each stage
+  config.input_patch_size = input_patch_size  # pixels folded into channels
+  config.mask_patch_size = 2  # cells of the folded grid
+  config.num_classes = 1000
+  config.dtype = "bfloat16"
+  config.remat = False
+  return config

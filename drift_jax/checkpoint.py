@@ -1,0 +1,308 @@
+"""Orbax checkpoints of everything that the next step needs.
+
+A checkpoint holds the training state (parameters, optimiser, EMAs, step and
+random key) and the feed's state (data position and sample queue). Saving is
+asynchronous; after the commit every file's size and CRC-32 go into the
+checkpoint's checksums.json, so that a truncated or altered file is told from
+a good one before anything is restored.
+"""
+
+import concurrent.futures
+import json
+import operator
+import os
+import zlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers
+
+from drift_jax.console import logger
+
+CHECKSUMS = "checksums.json"
+_CHUNK = 1 << 22
+# What Orbax and TensorStore raise on files that can't be read.
+_READ_ERRORS = (ValueError, OSError, KeyError, TypeError, RuntimeError)
+
+
+class CheckpointError(RuntimeError):
+  """A checkpoint that can't be used; the message says which, why, what now."""
+
+
+def _checksums(directory: epath.Path) -> dict[str, list[int]]:
+  """{relative path: [bytes, CRC-32]} of every file below a checkpoint."""
+  sums = {}
+  for folder, _, names in os.walk(directory):
+    for name in names:
+      if name == CHECKSUMS:
+        continue
+      path = epath.Path(folder) / name
+      size = crc = 0
+      with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+          size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+      sums[os.path.relpath(path, directory)] = [size, crc]
+  return sums
+
+
+def _write_checksums(directory: epath.Path) -> None:
+  try:
+    text = json.dumps(_checksums(directory), sort_keys=True)
+    temporary = directory / (CHECKSUMS + ".tmp")
+    temporary.write_text(text)
+    temporary.rename(directory / CHECKSUMS)
+  except FileNotFoundError:
+    # The retention policy removed this checkpoint meanwhile.
+    logger.info("Checkpoint %s is gone, no checksums written.", directory)
+
+
+def damage(directory: epath.Path) -> list[str]:
+  """What differs from checksums.json: one line a file; [] if nothing does."""
+  path = directory / CHECKSUMS
+  if not path.exists():
+    return []
+  try:
+    want = json.loads(path.read_text())
+  except json.JSONDecodeError as error:
+    return [f"{CHECKSUMS}: {error}"]
+  have = _checksums(directory)
+  lines = []
+  for name, (size, crc) in sorted(want.items()):
+    if name not in have:
+      lines.append(f"{name}: missing")
+    elif have[name][0] != size:
+      lines.append(f"{name}: {have[name][0]} bytes, want {size}")
+    elif have[name][1] != crc:
+      lines.append(f"{name}: its content changed (CRC-32)")
+  return lines
+
+
+class Checkpointer:
+  """Saves and restores (state, feed state) under a directory."""
+
+  def __init__(
+    self,
+    directory: os.PathLike[str] | str,
+    *,
+    keep_latest: int = 1,
+    keep_every: int = 0,
+    best_metric: str = "",
+    on_corrupt: str = "error",
+  ):
+    """Opens (and creates) the directory.
+
+    Args:
+      directory: holds one folder for each step.
+      keep_latest: newest checkpoints to keep.
+      keep_every: also keep every step that is a multiple of it; 0 for none.
+      best_metric: also keep the checkpoint with the smallest value of it.
+      on_corrupt: 'error', or 'previous' to fall back to an older checkpoint.
+    """
+    self._directory = epath.Path(directory).resolve()
+    self._on_corrupt = on_corrupt
+    self._options: dict[str, Any] = {
+      "keep_latest": keep_latest,
+      "keep_every": keep_every,
+      "best_metric": best_metric,
+    }
+    self._manager = self._open()
+    self._pending: list[int] = []
+    self._executor = concurrent.futures.ThreadPoolExecutor(1)
+
+  def _open(self) -> ocp.CheckpointManager:
+    policies: list[Any] = [
+      checkpoint_managers.LatestN(self._options["keep_latest"])
+    ]
+    best_fn = None
+    if best := self._options["best_metric"]:
+      # Orbax writes metrics to disk only where best_fn is set; what is kept
+      # is up to the policies alone.
+      best_fn = operator.itemgetter(best)
+      policies.append(
+        checkpoint_managers.BestN(
+          get_metric_fn=best_fn,
+          reverse=True,
+          n=1,
+          keep_checkpoints_without_metrics=False,
+        )
+      )
+    if self._options["keep_every"]:
+      policies.append(
+        checkpoint_managers.EveryNSteps(self._options["keep_every"])
+      )
+    return ocp.CheckpointManager(
+      self._directory,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+        best_fn=best_fn,
+        best_mode="min",
+        create=True,
+        # What a killed save left behind.
+        cleanup_tmp_directories=True,
+      ),
+      item_names=("state", "feed"),
+    )
+
+  def steps(self) -> list[int]:
+    """Steps with a complete checkpoint, oldest first."""
+    return sorted(self._manager.all_steps())
+
+  def latest_step(self) -> int | None:
+    """The newest complete checkpoint's step."""
+    steps = self.steps()
+    return steps[-1] if steps else None
+
+  def best_step(self) -> int | None:
+    """The step with the smallest best_metric among those kept."""
+    best = self._options["best_metric"]
+    scores = {}
+    for step in self.steps():
+      metrics = self._manager.metrics(step)
+      if metrics and best in metrics:
+        scores[step] = metrics[best]
+    return min(scores, key=lambda step: scores[step]) if scores else None
+
+  def save(
+    self,
+    step: int,
+    state: Any,
+    feed: Any,
+    metrics: dict[str, float] | None = None,
+  ) -> None:
+    """Starts saving a step; returns once the arrays have been copied."""
+    if step in self._manager.all_steps():
+      return
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        feed=ocp.args.StandardSave(feed),
+      ),
+      metrics=metrics,
+    )
+    self._pending.append(step)
+    self.poll()
+
+  def poll(self) -> None:
+    """Hands committed checkpoints to the checksum thread; never waits."""
+    if not self._manager.is_saving_in_progress():
+      self._finish_pending()
+
+  def _finish_pending(self) -> None:
+    for step in self._pending:
+      if jax.process_index() == 0:
+        self._executor.submit(_write_checksums, self._directory / str(step))
+    self._pending = []
+
+  def wait(self) -> None:
+    """Blocks until everything started is on disk, checksums included."""
+    self._manager.wait_until_finished()
+    self._finish_pending()
+    self._executor.submit(lambda: None).result()
+
+  def close(self) -> None:
+    """Waits, then releases the manager."""
+    self.wait()
+    self._executor.shutdown()
+    self._manager.close()
+
+  def restore(
+    self, abstract_state: Any, abstract_feed: Any, step: int | None = None
+  ) -> tuple[Any, Any] | None:
+    """The newest (or the given) checkpoint as (state, feed); None if none.
+
+    The targets are trees of ShapeDtypeStruct with shardings: any mesh will
+    do, whatever mesh saved it.
+
+    Raises:
+      CheckpointError: for a damaged checkpoint, unless on_corrupt='previous',
+        which sets it aside and goes on with the one before it.
+    """
+    items = ocp.args.Composite(
+      state=ocp.args.StandardRestore(abstract_state),
+      feed=ocp.args.StandardRestore(abstract_feed),
+    )
+    while (chosen := self.latest_step() if step is None else step) is not None:
+      problem = self._problem(chosen)
+      if problem is None:
+        try:
+          restored = self._manager.restore(chosen, args=items)
+          return restored["state"], restored["feed"]
+        except _READ_ERRORS as error:
+          if (self._directory / str(chosen) / CHECKSUMS).exists():
+            raise  # The files are as written: it is not damage.
+          problem = f"{type(error).__name__}: {str(error)[:500]}"
+      self._set_aside(chosen, problem, given=step is not None)
+    return None
+
+  def _problem(self, step: int) -> str | None:
+    directory = self._directory / str(step)
+    if not directory.exists():
+      raise CheckpointError(
+        f"no checkpoint of step {step} in {self._directory}: there are "
+        f"{self.steps()}"
+      )
+    lines = damage(directory)
+    if not lines:
+      return None
+    more = f" and {len(lines) - 3} more files" if len(lines) > 3 else ""
+    return "; ".join(lines[:3]) + more
+
+  def _set_aside(self, step: int, problem: str, given: bool) -> None:
+    """Renames a damaged checkpoint if the user asked to go on without it."""
+    directory = self._directory / str(step)
+    before = [s for s in self.steps() if s < step]
+    if given or self._on_corrupt != "previous" or not before:
+      remedy = (
+        f"Pass --config.checkpoint.on_corrupt=previous to go on from step "
+        f"{before[-1]}, or restore the files"
+        if before and not given
+        else "There is no other checkpoint to go on from: restore the files "
+        "or use a new workdir"
+      )
+      raise CheckpointError(
+        f"checkpoint {directory} is damaged: {problem}. {remedy}."
+      )
+    aside = self._directory / f"damaged_{step}"
+    logger.error(
+      "Checkpoint %s is damaged: %s. It is kept as %s; going on from step %d "
+      "(checkpoint.on_corrupt=previous).",
+      directory,
+      problem,
+      aside,
+      before[-1],
+    )
+    self._manager.close()
+    directory.rename(aside)
+    self._manager = self._open()
+
+  def restore_subtree(
+    self, abstract: Any, step: int | None = None
+  ) -> tuple[int, Any]:
+    """Part of the newest (or the given) state, e.g. {'ema': {'0.999': ...}}.
+
+    Nothing else of the checkpoint is read.
+
+    Returns:
+      (step, the restored tree).
+
+    Raises:
+      CheckpointError: if there is no such checkpoint or it is damaged.
+    """
+    chosen = self.latest_step() if step is None else step
+    if chosen is None:
+      raise CheckpointError(f"there is no checkpoint in {self._directory}")
+    if problem := self._problem(chosen):
+      self._set_aside(chosen, problem, given=True)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+      tree = checkpointer.restore(
+        self._directory / str(chosen) / "state",
+        args=ocp.args.PyTreeRestore(
+          item=abstract,
+          restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+          partial_restore=True,
+        ),
+      )
+    return chosen, tree

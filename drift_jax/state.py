@@ -1,0 +1,98 @@
+"""Training state: abstract first, then sharded, then initialised by one jit."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from drift_jax import sharding
+
+Params = Any
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything that a step reads and writes.
+
+  Attributes:
+    step: int32, optimiser steps done.
+    rng: uint32 key data; streams are folded from it by step and use.
+    params: float32 parameters.
+    opt_state: the optimiser's state.
+    ema: {str(decay): averaged parameters}.
+  """
+
+  step: jax.Array
+  rng: jax.Array
+  params: Params
+  opt_state: optax.OptState
+  ema: dict[str, Params]
+
+  def key(self) -> jax.Array:
+    """The typed key of this step."""
+    return jax.random.fold_in(jax.random.wrap_key_data(self.rng), self.step)
+
+
+def abstract_and_init(
+  init_params: Callable[[jax.Array], Params],
+  optimizer: optax.GradientTransformation,
+  *,
+  ema_decays: Sequence[float],
+  seed: int,
+  mesh: jax.sharding.Mesh,
+) -> tuple[TrainState, Callable[[], TrainState]]:
+  """The abstract sharded state, and a function that makes the real one.
+
+  Args:
+    init_params: key -> parameters.
+    optimizer: its state is sharded by the same rules as the parameters.
+    ema_decays: averages to keep; all start at the initial parameters.
+    seed: of the parameters and of every later draw.
+    mesh: where the state lives.
+
+  Returns:
+    (tree of ShapeDtypeStructs with shardings, init), where init() computes
+    the state directly in its shards: no device ever holds all of it.
+  """
+
+  def init() -> TrainState:
+    key = jax.random.key(seed)
+    params = init_params(jax.random.fold_in(key, 0))
+    return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      rng=jax.random.key_data(jax.random.fold_in(key, 1)),
+      params=params,
+      opt_state=optimizer.init(params),
+      ema={str(d): jax.tree.map(jnp.copy, params) for d in ema_decays},
+    )
+
+  shapes = jax.eval_shape(init)
+  shardings = sharding.infer_sharding(shapes, mesh)
+  abstract = jax.tree.map(
+    lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+    shapes,
+    shardings,
+  )
+  return abstract, jax.jit(init, out_shardings=shardings)
+
+
+def update(
+  state: TrainState, grads: Params, optimizer: optax.GradientTransformation
+) -> TrainState:
+  """One optimiser step, then every EMA: e <- d e + (1 - d) params."""
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  ema = {
+    decay: optax.incremental_update(params, average, 1.0 - float(decay))
+    for decay, average in state.ema.items()
+  }
+  return TrainState(
+    step=state.step + 1,
+    rng=state.rng,
+    params=params,
+    opt_state=opt_state,
+    ema=ema,
+  )

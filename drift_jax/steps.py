@@ -1,0 +1,360 @@
+"""Training and sampling steps: pure functions, no I/O, testable alone."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from drift_jax import drift
+from drift_jax import state as state_lib
+from drift_jax.models import mae as mae_lib
+
+Metrics = dict[str, jax.Array]
+FeatureDict = dict[str, Float[Array, "n T D"]]
+
+# The key of the sample itself, flattened: the drifting loss with no encoder.
+SAMPLE_KEY = "global"
+
+
+def apply(module: nn.Module, params: Any, *args: Any, **kwargs: Any) -> Any:
+  """module.apply on bare parameters, without mutable collections."""
+  return module.apply({"params": params}, *args, **kwargs)
+
+
+class Draws(NamedTuple):
+  """The random numbers of one generator step."""
+
+  alpha: Float[Array, " L"]
+  noise: Float[Array, "LN H W C"]
+  style: Int[Array, "LN S"]
+
+
+class GeneratorBatch(NamedTuple):
+  """One step's reals: positives of each label and unconditional ones."""
+
+  labels: Int[Array, " L"]
+  positives: Float[Array, "L P H W C"]
+  unconditional: Float[Array, "L U H W C"]
+
+
+class MaeBatch(NamedTuple):
+  """Images in [-1, 1] and their labels."""
+
+  images: Float[Array, "B H W C"]
+  labels: Int[Array, " B"]
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureSpace:
+  """The frozen encoders and the feature vectors that are taken from them.
+
+  Attributes:
+    encoders: {name: module with a `features` method}; may be empty.
+    options: {name: keyword arguments of that encoder's `features`}.
+    sample: whether the flattened sample itself is one more feature.
+  """
+
+  encoders: Mapping[str, nn.Module]
+  options: Mapping[str, Mapping[str, Any]]
+  sample: bool
+
+  def __call__(
+    self, encoder_params: Mapping[str, Any], images: Float[Array, "n H W C"]
+  ) -> FeatureDict:
+    """All feature vectors {key: [n, T, D]} of A.5.
+
+    With several encoders each key carries its encoder's name in front.
+    """
+    out: FeatureDict = {}
+    if self.sample:
+      out[SAMPLE_KEY] = images.reshape(len(images), 1, -1)
+    for name, encoder in self.encoders.items():
+      features = apply(
+        encoder,
+        encoder_params[name],
+        images,
+        method="features",
+        **self.options[name],
+      )
+      prefix = f"{name}/" if len(self.encoders) > 1 else ""
+      out |= {prefix + k: v for k, v in features.items() if k != SAMPLE_KEY}
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorTask:
+  """The static part of a generator's training step."""
+
+  generator: nn.Module
+  features: FeatureSpace
+  sample_shape: tuple[int, int, int]
+  style_tokens: int
+  style_vocab: int
+  num_generated: int
+  drift: Mapping[str, Any]
+  guidance: Mapping[str, float]
+
+
+def draw(key: PRNGKeyArray, task: GeneratorTask, num_labels: int) -> Draws:
+  """Alpha per label, noise and style indices per generated sample.
+
+  Three streams, one for each use.
+  """
+  alpha_key, noise_key, style_key = jax.random.split(key, 3)
+  count = num_labels * task.num_generated
+  return Draws(
+    alpha=drift.sample_alpha(alpha_key, (num_labels,), **task.guidance),
+    noise=jax.random.normal(noise_key, (count, *task.sample_shape)),
+    style=jax.random.randint(
+      style_key, (count, task.style_tokens), 0, max(task.style_vocab, 1)
+    ),
+  )
+
+
+def _problems(
+  features: Float[Array, "Ln T D"], num_labels: int
+) -> Float[Array, "LT n D"]:
+  """[L * n, T, D] -> [L * T, n, D]: one problem per (label, location)."""
+  _, locations, width = features.shape
+  features = features.reshape(num_labels, -1, locations, width)
+  return features.swapaxes(1, 2).reshape(num_labels * locations, -1, width)
+
+
+def generator_loss(
+  params: Any,
+  batch: GeneratorBatch,
+  draws: Draws,
+  encoder_params: Mapping[str, Any],
+  task: GeneratorTask,
+) -> tuple[Float[Array, ""], dict[str, Any]]:
+  """Eq. 14: the sum over features of the mean drifting loss.
+
+  Returns:
+    (loss, {'samples': [L * N, H, W, C], 'per_feature': {key: loss}, 'info':
+    {key: drift.drift_loss' info}}). Sample l * N + n belongs to label l.
+  """
+  num_labels, num_positives = batch.positives.shape[:2]
+  num_unconditional = batch.unconditional.shape[1]
+  repeats = task.num_generated
+  samples = apply(
+    task.generator,
+    params,
+    jnp.repeat(batch.labels, repeats),
+    jnp.repeat(draws.alpha, repeats),
+    noise=draws.noise,
+    style=draws.style,
+  )
+  generated = task.features(encoder_params, samples)
+  reals = jnp.concatenate([batch.positives, batch.unconditional], axis=1)
+  reals = reals.reshape(-1, *reals.shape[2:])
+  real_features = jax.lax.stop_gradient(task.features(encoder_params, reals))
+
+  weight = None
+  if num_unconditional:
+    weight = drift.unconditional_weight(draws.alpha, repeats, num_unconditional)
+  total = jnp.zeros((), jnp.float32)
+  per_feature, info = {}, {}
+  for key, x in generated.items():
+    x = _problems(x, num_labels)
+    y = _problems(real_features[key], num_labels)
+    locations = len(x) // num_labels
+    loss, info[key] = drift.drift_loss(
+      x,
+      y[:, :num_positives],
+      y[:, num_positives:] if num_unconditional else None,
+      weight_neg=None
+      if weight is None
+      else jnp.broadcast_to(
+        jnp.repeat(weight, locations)[:, None], (len(x), num_unconditional)
+      ),
+      **task.drift,
+    )
+    per_feature[key] = loss.mean()
+    total = total + per_feature[key]
+  return total, {"samples": samples, "per_feature": per_feature, "info": info}
+
+
+def _mean_over(values: list[jax.Array]) -> jax.Array:
+  return jnp.mean(jnp.stack(values))
+
+
+def drift_metrics(info: Mapping[str, Mapping[str, Any]]) -> Metrics:
+  """What a user watches: raw drift RMS, scale, neighbours.
+
+  The loss is constant by construction, so these are the run's real signals.
+  Overall and per group of keys (a group is a key's part before the first
+  '_': conv1, layer1, ..., global): 'drift_rms/<tau>[/<group>]' is the root
+  of the mean over keys of the raw drift's mean square, in units where the
+  mean distance is sqrt(C); 'scale/<group>' the mean distance S itself;
+  'neighbours/<tau>' the effective number of positives that a sample feels;
+  'floor_fraction/<tau>' the share of affinities at the floor.
+  """
+  groups: dict[str, list[str]] = {}
+  for key in info:
+    groups.setdefault(key.split("_")[0], []).append(key)
+  out: Metrics = {}
+  temperatures = next(iter(info.values()))["drift_ms"]
+  for tau in temperatures:
+    per_key = {key: entry["drift_ms"][tau] for key, entry in info.items()}
+    out[f"drift_rms/{tau}"] = jnp.sqrt(_mean_over(list(per_key.values())))
+    for group, keys in groups.items():
+      out[f"drift_rms/{tau}/{group}"] = jnp.sqrt(
+        _mean_over([per_key[key] for key in keys])
+      )
+    for name, source in (
+      ("neighbours", "effective_positives"),
+      ("floor_fraction", "floor_fraction"),
+    ):
+      out[f"{name}/{tau}"] = _mean_over(
+        [entry[source][tau] for entry in info.values()]
+      )
+  for group, keys in groups.items():
+    out[f"scale/{group}"] = _mean_over([info[key]["scale"] for key in keys])
+  return out
+
+
+def train_step(
+  state: state_lib.TrainState,
+  batch: GeneratorBatch,
+  encoder_params: Mapping[str, Any],
+  draws: Draws | None = None,
+  *,
+  task: GeneratorTask,
+  optimizer: optax.GradientTransformation,
+  schedule: optax.Schedule,
+) -> tuple[state_lib.TrainState, Metrics]:
+  """One step of the generator; draws are made from state.key() if not given.
+
+  Metrics: 'loss' (constant by construction, see drift_metrics), 'grad_norm'
+  before clipping, 'learning_rate', and drift_metrics'.
+  """
+  if draws is None:
+    draws = draw(state.key(), task, len(batch.labels))
+  (loss, aux), grads = jax.value_and_grad(generator_loss, has_aux=True)(
+    state.params, batch, draws, encoder_params, task
+  )
+  metrics = {
+    "loss": loss,
+    "grad_norm": optax.tree.norm(grads),
+    "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+    **drift_metrics(aux["info"]),
+  }
+  return state_lib.update(state, grads, optimizer), metrics
+
+
+def sample_step(
+  params: Any,
+  labels: Int[Array, " n"],
+  alpha: Float[Array, " n"],
+  index: Int[Array, " n"],
+  *,
+  seed: int,
+  task: GeneratorTask,
+) -> Float[Array, "n H W C"]:
+  """Images in [-1, 1] by one forward pass.
+
+  Noise and style of sample i depend on (seed, index[i]) alone: any batch
+  size, order and number of devices gives the same images.
+  """
+
+  def noise_of(i: jax.Array) -> tuple[jax.Array, jax.Array]:
+    noise_key, style_key = jax.random.split(
+      jax.random.fold_in(jax.random.key(seed), i)
+    )
+    noise = jax.random.normal(noise_key, task.sample_shape)
+    style = jax.random.randint(
+      style_key, (task.style_tokens,), 0, max(task.style_vocab, 1)
+    )
+    return noise, style
+
+  noise, style = jax.vmap(noise_of)(index)
+  return apply(task.generator, params, labels, alpha, noise=noise, style=style)
+
+
+@dataclasses.dataclass(frozen=True)
+class MaeTask:
+  """The static part of an encoder's training step."""
+
+  mae: nn.Module
+  mask_ratio: float
+  classification_start: int
+  classification_ramp: int
+  classification_weight: float
+
+
+def classification_lambda(
+  step: Int[Array, ""], task: MaeTask
+) -> Float[Array, ""]:
+  """Weight of the classification loss: 0, then linear to its final value."""
+  ramp = (step - task.classification_start) / task.classification_ramp
+  return task.classification_weight * jnp.clip(ramp, 0.0, 1.0)
+
+
+def _mae_parts(
+  params: Any, batch: MaeBatch, key: PRNGKeyArray, lam: Any, task: MaeTask
+) -> dict[str, Float[Array, " B"]]:
+  """Per-image losses with a mask drawn from the key."""
+  output = apply(
+    task.mae,
+    params,
+    batch.images,
+    mask_ratio=task.mask_ratio,
+    rngs={"mask": key},
+  )
+  return mae_lib.mae_loss(output, batch.labels, lam)
+
+
+def mae_loss(
+  params: Any, batch: MaeBatch, key: PRNGKeyArray, lam: Any, task: MaeTask
+) -> tuple[Float[Array, ""], Metrics]:
+  """Batch mean of lam * CE + (1 - lam) * reconstruction, and its parts."""
+  parts = _mae_parts(params, batch, key, lam, task)
+  means = {name: jnp.mean(value) for name, value in parts.items()}
+  return means["loss"], means
+
+
+def mae_eval_step(
+  params: Any,
+  batch: MaeBatch,
+  valid: Bool[Array, " B"],
+  key: PRNGKeyArray,
+  number: Int[Array, ""],
+  *,
+  task: MaeTask,
+) -> Metrics:
+  """Sums over the valid images of reconstruction loss and accuracy.
+
+  The masks depend on (key, number) alone.
+  """
+  key = jax.random.fold_in(key, number)
+  parts = _mae_parts(params, batch, key, 0.0, task)
+  return {
+    name: jnp.sum(jnp.where(valid, parts[name], 0.0))
+    for name in ("recon_loss", "accuracy")
+  }
+
+
+def mae_step(
+  state: state_lib.TrainState,
+  batch: MaeBatch,
+  *,
+  task: MaeTask,
+  optimizer: optax.GradientTransformation,
+  schedule: optax.Schedule,
+) -> tuple[state_lib.TrainState, Metrics]:
+  """One step of encoder training (A.3)."""
+  lam = classification_lambda(state.step, task)
+  (_, metrics), grads = jax.value_and_grad(mae_loss, has_aux=True)(
+    state.params, batch, state.key(), lam, task
+  )
+  metrics = metrics | {
+    "classification_lambda": lam,
+    "grad_norm": optax.tree.norm(grads),
+    "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+  }
+  return state_lib.update(state, grads, optimizer), metrics

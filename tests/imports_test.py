@@ -1,0 +1,87 @@
+"""The import rule: only from a lower rank; siblings only inside a folder."""
+
+import ast
+import pathlib
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parent.parent / "drift_jax"
+RANKS = {
+  "drift": 0,
+  "sharding": 0,
+  "config": 0,
+  "console": 0,
+  "data": 1,
+  "models": 1,
+  "optim": 1,
+  "artifacts": 2,
+  "checkpoint": 2,
+  "metrics": 2,
+  "state": 2,
+  "loop": 3,
+  "steps": 3,
+  "experiment": 4,
+  "evaluate": 5,
+  "sample": 5,
+  "train": 5,
+  "train_mae": 5,
+  "main": 6,
+}
+# What pure code must not touch: configs, meshes, files and clocks.
+FORBIDDEN_IN_PURE = {
+  "ml_collections",
+  "drift_jax.config",
+  "drift_jax.sharding",
+  "orbax",
+  "pathlib",
+  "os",
+  "io",
+  "time",
+  "datetime",
+}
+
+
+def unit_of(path: pathlib.Path) -> str:
+  """The ranked name that a file belongs to."""
+  return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(tree: ast.AST):
+  """Dotted names of every import, those inside functions included."""
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, "relative imports hide the rank"
+      yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def files():
+  return [p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.name))
+def test_imports_point_downwards(path):
+  unit = unit_of(path)
+  assert unit in RANKS, f"give {unit} a rank in tests/imports_test.py"
+  for name in imported(ast.parse(path.read_text())):
+    parts = name.split(".")
+    assert parts[0] != "configs", f"{path}: imports a config"
+    if parts[0] != "drift_jax" or len(parts) < 2 or parts[1] == unit:
+      continue
+    assert RANKS[parts[1]] < RANKS[unit], f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("folder", ["drift", "models"])
+def test_pure_code_stays_pure(folder):
+  for path in (PACKAGE / folder).rglob("*.py"):
+    for name in imported(ast.parse(path.read_text())):
+      for forbidden in FORBIDDEN_IN_PURE:
+        assert not (name + ".").startswith(forbidden + "."), (path, name)
+
+
+def test_no_global_statements_and_no_unpickling():
+  for path in files():
+    for node in ast.walk(ast.parse(path.read_text())):
+      assert not isinstance(node, ast.Global), path
+    assert "pickle" not in path.read_text(), path
