@@ -90,7 +90,7 @@ def save(
   }
   temporary = folder / (METADATA_FILE + ".tmp")
   temporary.write_text(json.dumps(metadata, indent=2))
-  temporary.rename(folder / METADATA_FILE)
+  temporary.replace(folder / METADATA_FILE)
   return epath.Path(directory)
 
 

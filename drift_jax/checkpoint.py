@@ -52,7 +52,7 @@ def _write_checksums(directory: epath.Path) -> None:
     text = json.dumps(_checksums(directory), sort_keys=True)
     temporary = directory / (CHECKSUMS + ".tmp")
     temporary.write_text(text)
-    temporary.rename(directory / CHECKSUMS)
+    temporary.replace(directory / CHECKSUMS)
   except FileNotFoundError:
     # The retention policy removed this checkpoint meanwhile.
     logger.info("Checkpoint %s is gone, no checksums written.", directory)

@@ -163,7 +163,7 @@ def main(argv: list[str]) -> None:
   out = pathlib.Path(_OUT.value or f"{_WORKDIR.value}/evaluation.json")
   temporary = out.with_suffix(".tmp")
   temporary.write_text(json.dumps(report, indent=2))
-  temporary.rename(out)
+  temporary.replace(out)
   logger.info("Wrote %s.", out)
 
 

@@ -45,7 +45,7 @@ def open_workdir(
   if jax.process_index() == 0:
     temporary = path / (CONFIG_FILE + ".tmp")
     temporary.write_text(text)
-    temporary.rename(file)
+    temporary.replace(file)
   return path
 
 

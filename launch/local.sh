@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# The quickstart, on any machine with two cores: installs into .venv, then
+# trains the digits encoder and the digits generator, and judges the samples.
+#
+#   bash launch/local.sh [--smoke] [FOLDER]     FOLDER: runs/quickstart
+#
+# A run found in the folder is continued.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+smoke=
+if [ "${1:-}" = --smoke ]; then
+  smoke=,smoke
+  shift
+fi
+folder=${1:-runs/quickstart}
+
+source launch/environment.sh
+make_environment requirements.txt
+start=$SECONDS
+
+echo "1/3 The encoder: a masked autoencoder of 8x8 digits."
+.venv/bin/python -m drift_jax.main --config="configs/digits.py:encoder$smoke" \
+  --workdir="$folder/encoder"
+echo "2/3 The generator: drifts in that encoder's features."
+.venv/bin/python -m drift_jax.main --config="configs/digits.py:features$smoke" \
+  --workdir="$folder/generator" \
+  --config.encoders.mae.path="$folder/encoder/encoder"
+echo "3/3 The figures of its best checkpoint, with fresh noise."
+.venv/bin/python -m drift_jax.evaluate --workdir="$folder/generator"
+.venv/bin/python -m drift_jax.sample --workdir="$folder/generator" \
+  --out="$folder/samples.png"
+
+cat <<END
+
+Done in $((SECONDS - start)) s after installation. Look at:
+  samples      $folder/samples.png
+  curves       $folder/generator/plots/drift_rms.png
+               $folder/generator/plots/frechet.png
+               $folder/encoder/plots/mae.png
+  figures      $folder/generator/evaluation.json
+  checkpoints  $folder/generator/checkpoints
+END

@@ -1,0 +1,232 @@
+"""Checkpoints: what is kept, any mesh restores, damage is told from health."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from drift_jax import checkpoint, sharding
+from drift_jax.data import bank as bank_lib
+
+
+def make_state(mesh, value=0.0):
+  tree = {
+    "params": {"kernel": jnp.arange(256.0).reshape(8, 32) + value},
+    "ema": {"0.999": {"kernel": jnp.ones((8, 32)) + value}},
+  }
+  return jax.device_put(tree, sharding.infer_sharding(tree, mesh))
+
+
+def make_feed(position=3):
+  bank = bank_lib.create(
+    num_classes=2, class_size=3, unconditional_size=4, sample_shape=(2,)
+  )
+  bank = bank_lib.push(bank, jnp.ones((2, 2)), jnp.array([0, 1], jnp.int32))
+  return {"position": np.asarray(position, np.int64), "bank": bank}
+
+
+def abstract(tree, shardings):
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    tree,
+    shardings,
+  )
+
+
+def targets(mesh):
+  state, feed = make_state(mesh), make_feed()
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  bank = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    feed["bank"],
+  )
+  return (
+    abstract(state, sharding.infer_sharding(state, mesh)),
+    {"position": feed["position"], "bank": bank},
+  )
+
+
+def equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture
+def mesh():
+  return sharding.make_mesh(8, 1)
+
+
+@pytest.fixture
+def three_steps(tmp_path, mesh):
+  """Checkpoints of steps 1, 2 and 3 in a closed directory."""
+  saver = checkpoint.Checkpointer(tmp_path, keep_latest=3)
+  for step in (1, 2, 3):
+    saver.save(step, make_state(mesh, step), make_feed(step))
+  saver.close()
+  return tmp_path
+
+
+def test_saved_on_8_by_1_restores_on_2_by_4(three_steps):
+  other = sharding.make_mesh(2, 4)
+  saver = checkpoint.Checkpointer(three_steps)
+  restored = saver.restore(*targets(other))
+  assert restored is not None
+  state, feed = restored
+  equal(state, make_state(other, 3))
+  equal(feed["bank"], make_feed()["bank"])
+  assert int(feed["position"]) == 3
+  kernel = state["params"]["kernel"]
+  assert kernel.sharding.mesh.shape == {"data": 2, "fsdp": 4}
+  assert kernel.addressable_shards[0].data.shape == (8, 8)
+  saver.close()
+
+
+def test_an_empty_directory_restores_nothing(tmp_path, mesh):
+  saver = checkpoint.Checkpointer(tmp_path)
+  assert saver.restore(*targets(mesh)) is None
+  assert saver.latest_step() is None and saver.best_step() is None
+  with pytest.raises(checkpoint.CheckpointError, match="no checkpoint in"):
+    saver.restore_subtree(targets(mesh)[0])
+  saver.close()
+
+
+def test_keeps_the_latest_the_best_and_every_kth(tmp_path, mesh):
+  distances = {2: 5.0, 4: 1.0, 6: 3.0, 8: 2.0}
+  saver = checkpoint.Checkpointer(
+    tmp_path, keep_latest=2, keep_every=5, best_metric="fd_pixel"
+  )
+  for step in range(1, 10):
+    metrics = {"fd_pixel": distances[step]} if step in distances else None
+    saver.save(step, make_state(mesh, step), make_feed(step), metrics)
+  saver.wait()
+  assert saver.steps() == [4, 5, 8, 9]
+  assert saver.best_step() == 4
+  saver.close()
+  # The ranking survives a new process' manager.
+  saver = checkpoint.Checkpointer(
+    tmp_path, keep_latest=2, keep_every=5, best_metric="fd_pixel"
+  )
+  assert saver.best_step() == 4
+  saver.save(11, make_state(mesh), make_feed(), {"fd_pixel": 4.0})
+  saver.wait()
+  assert saver.steps() == [4, 5, 9, 11]
+  saver.close()
+
+
+def test_saving_does_not_see_later_changes(tmp_path, mesh):
+  """The state may be donated right after save returns."""
+  saver = checkpoint.Checkpointer(tmp_path)
+  state = make_state(mesh, 1.0)
+  expected = jax.tree.map(np.array, state)
+  saver.save(1, state, make_feed())
+  bump = jax.jit(lambda t: jax.tree.map(lambda x: x + 1.0, t), donate_argnums=0)
+  for _ in range(3):
+    state = bump(state)
+  saver.wait()
+  restored = saver.restore(*targets(mesh))
+  assert restored is not None
+  equal(restored[0], expected)
+  saver.close()
+
+
+def largest_file(directory: pathlib.Path) -> pathlib.Path:
+  files = [
+    p
+    for p in directory.rglob("*")
+    if p.is_file() and p.name != checkpoint.CHECKSUMS
+  ]
+  return max(files, key=lambda p: p.stat().st_size)
+
+
+def truncate(path: pathlib.Path) -> None:
+  path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip_a_bit(path: pathlib.Path) -> None:
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+  ("harm", "says"),
+  [
+    (truncate, r"\d+ bytes, want \d+"),
+    (flip_a_bit, "its content changed"),
+    (pathlib.Path.unlink, "missing"),
+  ],
+)
+def test_damage_is_an_error_unless_asked(three_steps, mesh, harm, says):
+  harm(largest_file(three_steps / "3"))
+  saver = checkpoint.Checkpointer(three_steps, keep_latest=3)
+  with pytest.raises(
+    checkpoint.CheckpointError,
+    match=f"(?s)3 is damaged: .*{says}.*on_corrupt=previous.*from step 2",
+  ):
+    saver.restore(*targets(mesh))
+  saver.close()
+  assert (three_steps / "3").exists()
+
+  saver = checkpoint.Checkpointer(
+    three_steps, keep_latest=3, on_corrupt="previous"
+  )
+  restored = saver.restore(*targets(mesh))
+  assert restored is not None
+  equal(restored[0], make_state(mesh, 2))
+  assert (three_steps / "damaged_3").exists()
+  # The step can be saved again.
+  saver.save(3, make_state(mesh, 30), make_feed(3))
+  saver.wait()
+  restored = saver.restore(*targets(mesh))
+  assert restored is not None
+  equal(restored[0], make_state(mesh, 30))
+  saver.close()
+
+
+def test_damage_without_checksums_is_found_by_reading(three_steps, mesh):
+  """As after a kill between the commit and its checksums."""
+  (three_steps / "3" / checkpoint.CHECKSUMS).unlink()
+  for path in (three_steps / "3" / "state").rglob("manifest.ocdbt"):
+    truncate(path)
+  saver = checkpoint.Checkpointer(three_steps, keep_latest=3)
+  with pytest.raises(checkpoint.CheckpointError, match="3 is damaged"):
+    saver.restore(*targets(mesh))
+  saver.close()
+
+
+def test_every_checkpoint_damaged(three_steps, mesh):
+  for step in (1, 2, 3):
+    truncate(largest_file(three_steps / str(step)))
+  saver = checkpoint.Checkpointer(
+    three_steps, keep_latest=3, on_corrupt="previous"
+  )
+  with pytest.raises(checkpoint.CheckpointError, match="no other checkpoint"):
+    saver.restore(*targets(mesh))
+  saver.close()
+
+
+def test_the_wrong_shape_is_not_called_damage(three_steps, mesh):
+  state, feed = targets(mesh)
+  state["params"]["other"] = state["params"].pop("kernel")
+  saver = checkpoint.Checkpointer(three_steps, on_corrupt="previous")
+  with pytest.raises(Exception, match="other") as caught:
+    saver.restore(state, feed)
+  assert not isinstance(caught.value, checkpoint.CheckpointError)
+  assert saver.steps()[-1] == 3
+  saver.close()
+
+
+def test_part_of_a_state(three_steps, mesh):
+  saver = checkpoint.Checkpointer(three_steps, keep_latest=3)
+  wanted = {"ema": targets(mesh)[0]["ema"]}
+  step, tree = saver.restore_subtree(wanted)
+  assert step == 3 and set(tree) == {"ema"}
+  equal(tree["ema"], make_state(mesh, 3)["ema"])
+  assert saver.restore_subtree(wanted, 2)[0] == 2
+  with pytest.raises(checkpoint.CheckpointError, match=r"\[1, 2, 3\]"):
+    saver.restore_subtree(wanted, 7)
+  truncate(largest_file(three_steps / "3"))
+  with pytest.raises(checkpoint.CheckpointError, match="damaged"):
+    saver.restore_subtree(wanted)
+  saver.close()

@@ -1,0 +1,162 @@
+"""The shared loop with a fake step: schedule, watch, resume, errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from drift_jax import checkpoint, loop
+from drift_jax.state import TrainState
+
+
+class Feed:
+  """Batches 0, 1, 2, ..."""
+
+  def __init__(self):
+    self.position = 0
+    self.started = 0
+
+  def start(self):
+    self.started += 1
+
+  def __next__(self):
+    self.position += 1
+    return {"number": np.full(1, self.position - 1.0, np.float32)}
+
+  def state(self):
+    return {"position": np.asarray(self.position, np.int64)}
+
+  abstract = state
+
+  def restore(self, state):
+    self.position = int(state["position"])
+
+
+class Writer:
+  """Remembers what was written."""
+
+  def __init__(self):
+    self.lines = []
+
+  def write_scalars(self, step, scalars):
+    self.lines.append((step, dict(scalars)))
+
+  def flush(self):
+    pass
+
+
+def new_state():
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    rng=jax.random.key_data(jax.random.key(0)),
+    params={"sum": jnp.zeros(())},
+    opt_state=(),
+    ema={"0.9": {"sum": jnp.zeros(())}},
+  )
+
+
+def make_step(bad_step=None, name="loss"):
+  @jax.jit
+  def step(state, batch):
+    total = state.params["sum"] + batch["number"][0]
+    new = TrainState(
+      step=state.step + 1,
+      rng=state.rng,
+      params={"sum": total},
+      opt_state=(),
+      ema=state.ema,
+    )
+    metrics = {"loss": total, "grad_norm": jnp.ones(())}
+    if bad_step is not None:
+      bad = new.step == bad_step
+      metrics[name] = jnp.where(bad, jnp.nan, metrics[name])
+    return new, metrics
+
+  return step
+
+
+def run(path, *, num_steps=6, step_fn=None, every=2, evaluate=None):
+  saver = checkpoint.Checkpointer(path, keep_latest=10, best_metric="fd")
+  feed, writer = Feed(), Writer()
+  target = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+    new_state(),
+  )
+  try:
+    state = loop.restore_or_start(saver, target, new_state, feed)
+    state = loop.fit(
+      state,
+      step_fn=step_fn or make_step(),
+      feed=feed,
+      put=lambda batch: jax.tree.map(jax.device_put, batch),
+      schedule=loop.Schedule(
+        num_steps=num_steps,
+        log_every=1,
+        eval_every=3,
+        checkpoint_every=every,
+      ),
+      evaluate=evaluate or (lambda step, state: {"eval/fd": 10.0 - step}),
+      best_metric=lambda s: {"fd": s["eval/fd"]} if s else None,
+      checkpointer=saver,
+      writer=writer,
+    )
+    return state, feed, writer, saver.steps()
+  finally:
+    saver.close()
+
+
+def test_everything_happens_when_due(tmp_path):
+  state, feed, writer, steps = run(tmp_path, num_steps=7)
+  assert int(state.step) == 7 and feed.started == 1
+  assert float(state.params["sum"]) == sum(range(7))
+  assert steps == [2, 4, 6, 7]  # the last step is always saved
+  logged = [step for step, line in writer.lines if "loss" in line]
+  evaluated = [step for step, line in writer.lines if "eval/fd" in line]
+  assert logged == list(range(1, 8))
+  assert evaluated == [3, 6, 7]
+
+
+def test_resume_continues_with_the_next_batch(tmp_path):
+  whole, *_ = run(tmp_path / "whole", num_steps=6)
+  run(tmp_path / "parts", num_steps=3)
+  state, feed, writer, _ = run(tmp_path / "parts", num_steps=6)
+  assert feed.started == 0
+  assert float(state.params["sum"]) == float(whole.params["sum"])
+  assert [step for step, line in writer.lines if "loss" in line] == [4, 5, 6]
+
+
+def test_a_finished_run_does_nothing_more(tmp_path):
+  run(tmp_path, num_steps=4)
+  _, _, writer, steps = run(tmp_path, num_steps=4)
+  assert writer.lines == [] and steps == [2, 4]
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+@pytest.mark.parametrize("bad_step", [4, 5])
+def test_a_non_finite_step_is_named_and_never_saved(tmp_path, name, bad_step):
+  with pytest.raises(
+    loop.NonFiniteError,
+    match=rf"step {bad_step} is not finite: .*{name}=nan.*of step "
+    rf"{2 * ((bad_step - 1) // 2)} is untouched",
+  ):
+    run(tmp_path, step_fn=make_step(bad_step, name))
+  # A run without the fault goes on from the last good checkpoint.
+  state, _, writer, _ = run(tmp_path)
+  assert float(state.params["sum"]) == sum(range(6))
+  assert writer.lines[0][0] == 2 * ((bad_step - 1) // 2) + 1
+
+
+def test_a_non_finite_first_step(tmp_path):
+  with pytest.raises(loop.NonFiniteError, match="No checkpoint had been"):
+    run(tmp_path, step_fn=make_step(1))
+
+
+def test_an_evaluation_that_fails_leaves_the_checkpoints(tmp_path):
+  def evaluate(step, state):
+    raise ValueError("no metric today")
+
+  with pytest.raises(ValueError, match="no metric today"):
+    run(tmp_path, evaluate=evaluate)
+  saver = checkpoint.Checkpointer(tmp_path)
+  assert saver.steps() == [2]
+  saver.close()

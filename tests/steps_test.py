@@ -1,0 +1,477 @@
+"""The training step against the authors' release, and its own properties."""
+
+import dataclasses
+import functools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import traverse_util
+
+from drift_jax import models, optim, sharding, steps
+from drift_jax import state as state_lib
+from drift_jax.models import release
+from tests.conftest import GOLDEN, assert_close, relative_error
+
+SETTINGS = json.loads((GOLDEN / "train_step.json").read_text())
+# Nearly constant features, whose distances are rounding (golden README).
+ROUNDING_KEYS = ("conv1_mean", "conv1_std")
+RUNS = {"run0": 3, "run1": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class GoldenFeatures(steps.FeatureSpace):
+  """The release's features less the two that are constant there."""
+
+  def __call__(self, encoder_params, images):
+    features = super().__call__(encoder_params, images)
+    return {
+      key: value
+      for key, value in features.items()
+      if key not in SETTINGS["feature_keys_left_out"]
+    }
+
+
+def unflatten(flat):
+  return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def published_leaves(params) -> dict[str, np.ndarray]:
+  tree = release.to_release("gen", SETTINGS["generator_model_config"], params)
+  return traverse_util.flatten_dict(jax.device_get(tree), sep="/")
+
+
+def params_of(archive: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  prefix = "params/"
+  return {
+    k[len(prefix) :]: v for k, v in archive.items() if k.startswith(prefix)
+  }
+
+
+@pytest.fixture(scope="module")
+def setup(golden):
+  """(generator, its parameters, mae, its parameters)."""
+  flat = params_of(golden("gen_latent"))
+  name = "LightningDiT_0/pos_embed"
+  flat[name] = golden("train_step")["params_override/" + name]
+  generator, params = release.from_release(
+    "gen", SETTINGS["generator_model_config"], unflatten(flat)
+  )
+  mae, mae_params = release.from_release(
+    "mae",
+    SETTINGS["mae_model_config"],
+    unflatten(params_of(golden("mae_latent_params"))),
+  )
+  return generator, params, mae, mae_params
+
+
+def make_task(generator, mae, settings) -> steps.GeneratorTask:
+  options = SETTINGS["activation_kwargs"]
+  return steps.GeneratorTask(
+    generator=generator,
+    features=GoldenFeatures(
+      encoders={"mae": mae},
+      options={
+        "mae": {
+          **options,
+          "patch_mean_size": tuple(options["patch_mean_size"]),
+          "patch_std_size": tuple(options["patch_std_size"]),
+        }
+      },
+      sample=True,
+    ),
+    sample_shape=(16, 16, 4),
+    style_tokens=4,
+    style_vocab=8,
+    num_generated=settings["G"],
+    drift={"temperatures": tuple(settings["R"])},
+    guidance={
+      "minimum": settings["cfg_min"],
+      "maximum": settings["cfg_max"],
+      "exponent": settings["neg_cfg_pw"],
+      "no_cfg_frac": settings["no_cfg_frac"],
+    },
+  )
+
+
+def golden_batch(data) -> tuple[steps.GeneratorBatch, steps.Draws]:
+  batch = steps.GeneratorBatch(
+    labels=jnp.asarray(data["labels"]),
+    positives=jnp.asarray(data["positive"]),
+    unconditional=jnp.asarray(data["negative"]),
+  )
+  draws = steps.Draws(
+    alpha=jnp.asarray(data["cfg"]),
+    noise=jnp.asarray(data["noise_x"]),
+    style=jnp.asarray(data["noise_labels"]),
+  )
+  return batch, draws
+
+
+@pytest.fixture(scope="module")
+def replay(golden, setup):
+  """Runs every golden step; {run: [(data, aux, grads, before, after, metrics,
+  ema)]}, each step from the parameters of the step before."""
+  generator, params, mae, mae_params = setup
+  archive = golden("train_step")
+  results = {}
+  for run, count in RUNS.items():
+    settings = SETTINGS[run]["settings"]
+    task = make_task(generator, mae, settings)
+    schedule = optim.learning_rate_schedule(
+      kind="constant",
+      peak=settings["lr"],
+      warmup_steps=settings["warm"],
+      total_steps=100,
+    )
+    optimizer = optim.make_optimizer(
+      schedule,
+      b1=SETTINGS["adam"]["b1"],
+      b2=SETTINGS["adam"]["b2"],
+      eps=SETTINGS["adam"]["eps"],
+      weight_decay=settings["wd"],
+      grad_clip=settings["max_grad_norm"],
+    )
+    state = state_lib.TrainState(
+      step=jnp.zeros((), jnp.int32),
+      rng=jax.random.key_data(jax.random.key(0)),
+      params=params,
+      opt_state=optimizer.init(params),
+      ema={str(settings["ema"]): params},
+    )
+
+    def one(state, batch, draws, task=task, opt=optimizer, lr=schedule):
+      (_, aux), grads = jax.value_and_grad(steps.generator_loss, has_aux=True)(
+        state.params, batch, draws, {"mae": mae_params}, task
+      )
+      after, metrics = steps.train_step(
+        state,
+        batch,
+        {"mae": mae_params},
+        draws,
+        task=task,
+        optimizer=opt,
+        schedule=lr,
+      )
+      return after, metrics, aux, grads
+
+    one = jax.jit(one)
+    results[run] = []
+    for step in range(count):
+      prefix = f"{run}/step{step}/"
+      data = {
+        k[len(prefix) :]: v for k, v in archive.items() if k.startswith(prefix)
+      }
+      batch, draws = golden_batch(data)
+      after, metrics, aux, grads = one(state, batch, draws)
+      results[run].append((data, aux, grads, state, after, metrics, settings))
+      state = after
+  return results
+
+
+def each_step(replay):
+  for run, entries in replay.items():
+    for step, entry in enumerate(entries):
+      yield f"{run}/step{step}", entry
+
+
+def test_samples_loss_and_learning_rate(replay):
+  for name, (data, aux, _, _, _, metrics, _) in each_step(replay):
+    assert_close(aux["samples"], data["gen_samples"], 1e-4, name)
+    assert_close(metrics["loss"], data["loss"], 1e-4, name)
+    assert_close(metrics["grad_norm"], data["g_norm"], 2e-3, name)
+    assert_close(metrics["learning_rate"], data["lr"], 1e-6, name)
+
+
+def test_loss_of_every_feature(replay):
+  for name, (data, aux, *_) in each_step(replay):
+    expected = {
+      k.removeprefix("loss_per_feature/")
+      for k in data
+      if k.startswith("loss_per_feature/")
+    }
+    assert set(aux["per_feature"]) == expected
+    assert len(expected) == 40
+    for key, value in aux["per_feature"].items():
+      assert_close(value, data[f"loss_per_feature/{key}"], 1e-3, name + key)
+
+
+def test_info_of_every_feature(replay):
+  for name, (data, aux, *_, settings) in each_step(replay):
+    for key, info in aux["info"].items():
+      rtol = 2e-2 if key in ROUNDING_KEYS else 1e-3
+      assert_close(info["scale"], data[f"info/scale/{key}"], rtol, name + key)
+      for tau in settings["R"]:
+        assert_close(
+          info["drift_ms"][tau],
+          data[f"info/loss_{tau}/{key}"],
+          rtol,
+          f"{name}/{key}/{tau}",
+        )
+
+
+def test_gradient_norms(replay):
+  for name, (data, _, grads, *_) in each_step(replay):
+    leaves = published_leaves(grads)
+    assert len(leaves) == 53
+    for leaf, value in leaves.items():
+      assert_close(
+        np.linalg.norm(value), data[f"grad_norm/{leaf}"], 2e-2, name + leaf
+      )
+
+
+def test_updates(replay):
+  for name, (data, _, _, before, after, *_) in each_step(replay):
+    change = jax.tree.map(
+      lambda new, old: new - old, after.params, before.params
+    )
+    for leaf, value in published_leaves(change).items():
+      assert_close(
+        np.linalg.norm(value), data[f"update_norm/{leaf}"], 1e-2, name + leaf
+      )
+
+
+def test_parameters_and_ema_after_the_last_step(replay):
+  for run, entries in replay.items():
+    data, _, _, _, after, _, settings = entries[-1]
+    for kind, tree in (
+      ("params", after.params),
+      ("ema", after.ema[str(settings["ema"])]),
+    ):
+      for leaf, value in published_leaves(tree).items():
+        expected = data[f"new_{kind}_head/{leaf}"]
+        assert_close(value.ravel()[:32], expected, 2e-3, f"{run}/{kind}/{leaf}")
+
+
+def test_alpha_of_the_golden_uniforms(replay):
+  """The draws of alpha, from the uniforms that the release drew."""
+  from drift_jax import drift
+
+  for name, (data, *_, settings) in each_step(replay):
+    alpha = drift.alpha_from_uniform(
+      jnp.asarray(data["cfg_frac"]),
+      minimum=settings["cfg_min"],
+      maximum=settings["cfg_max"],
+      exponent=settings["neg_cfg_pw"],
+    )
+    alpha = drift.drop_guidance(
+      alpha, jnp.asarray(data["cfg_frac2"]), settings["no_cfg_frac"]
+    )
+    assert_close(alpha, data["cfg"], 1e-6, name)
+
+
+# The rest uses a model of the toy size in raw sample space.
+
+
+def toy_task(num_generated: int = 4) -> steps.GeneratorTask:
+  return steps.GeneratorTask(
+    generator=models.build_generator(
+      input_size=4,
+      in_channels=1,
+      out_channels=1,
+      patch_size=2,
+      hidden_size=16,
+      depth=1,
+      num_heads=2,
+      mlp_ratio=4.0,
+      num_classes=3,
+      cond_dim=16,
+      context_tokens=1,
+      style_vocab=4,
+      style_tokens=2,
+      dtype="float32",
+      attention_dtype="float32",
+      remat=False,
+    ),
+    features=steps.FeatureSpace(encoders={}, options={}, sample=True),
+    sample_shape=(4, 4, 1),
+    style_tokens=2,
+    style_vocab=4,
+    num_generated=num_generated,
+    drift={"temperatures": (0.05, 0.2), "affinity_floor": 0.0},
+    guidance={
+      "minimum": 1.0,
+      "maximum": 4.0,
+      "exponent": 1.0,
+      "no_cfg_frac": 0.25,
+    },
+  )
+
+
+def toy_batch(num_labels: int, seed: int = 0) -> steps.GeneratorBatch:
+  rng = np.random.RandomState(seed)
+  return steps.GeneratorBatch(
+    labels=rng.randint(0, 3, num_labels).astype(np.int32),
+    positives=rng.randn(num_labels, 5, 4, 4, 1).astype(np.float32),
+    unconditional=rng.randn(num_labels, 3, 4, 4, 1).astype(np.float32),
+  )
+
+
+def run_toy(mesh, num_steps: int = 5) -> list[dict[str, float]]:
+  """Losses and gradient norms of the jitted step on a mesh."""
+  from drift_jax import experiment
+
+  task = toy_task()
+  schedule = optim.learning_rate_schedule(
+    kind="constant", peak=1e-2, warmup_steps=0, total_steps=5
+  )
+  optimizer = optim.make_optimizer(
+    schedule, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.01, grad_clip=2.0
+  )
+  abstract, init = state_lib.abstract_and_init(
+    experiment.init_generator(task),
+    optimizer,
+    ema_decays=(0.9,),
+    seed=0,
+    mesh=mesh,
+  )
+  state = init()
+  step = jax.jit(
+    functools.partial(
+      steps.train_step, task=task, optimizer=optimizer, schedule=schedule
+    ),
+    donate_argnums=0,
+    out_shardings=(
+      jax.tree.map(lambda x: x.sharding, abstract),
+      sharding.replicated(mesh),
+    ),
+  )
+  history = []
+  for i in range(num_steps):
+    batch = toy_batch(8, seed=i)._asdict()
+    batch = steps.GeneratorBatch(**sharding.put_batch(batch, mesh))
+    state, metrics = step(state, batch, {})
+    history.append({k: float(v) for k, v in metrics.items()})
+  return history
+
+
+@pytest.fixture(scope="module")
+def one_device():
+  return run_toy(sharding.make_mesh(1, 1, jax.devices()[:1]))
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (2, 4), (1, 8)])
+def test_every_mesh_trains_the_same(one_device, shape):
+  """Measured: at most 2e-6 relative over 5 steps, in every metric."""
+  many = run_toy(sharding.make_mesh(*shape))
+  for step, (a, b) in enumerate(zip(one_device, many, strict=True)):
+    assert a.keys() == b.keys()
+    for name in a:
+      assert_close(b[name], a[name], 1e-4, f"step {step} {name}")
+
+
+def test_parameters_are_sharded_over_fsdp():
+  from drift_jax import experiment
+
+  mesh = sharding.make_mesh(2, 4)
+  abstract, init = state_lib.abstract_and_init(
+    experiment.init_generator(toy_task()),
+    optax.adam(1e-3),
+    ema_decays=(0.9, 0.99),
+    seed=0,
+    mesh=mesh,
+  )
+  state = init()
+  kernel = state.params["blocks"]["mlp"]["up"]["kernel"]
+  assert kernel.addressable_shards[0].data.size * 4 == kernel.size
+  assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(
+    lambda x: x.sharding, abstract
+  )
+  # The averages and the moments follow the parameters.
+  assert state.ema["0.99"]["blocks"]["mlp"]["up"]["kernel"].sharding == (
+    kernel.sharding
+  )
+
+
+def test_draws_follow_key_and_step_alone():
+  task = toy_task()
+  key = jax.random.key(3)
+  a, b = steps.draw(key, task, 4), steps.draw(key, task, 4)
+  assert all(jax.tree.leaves(jax.tree.map(lambda x, y: (x == y).all(), a, b)))
+  c = steps.draw(jax.random.fold_in(key, 1), task, 4)
+  assert not np.allclose(a.noise, c.noise)
+  assert a.style.min() >= 0 and a.style.max() < task.style_vocab
+
+
+def test_gradient_reaches_only_the_generator():
+  """Zero gradient through positives, unconditional reals and encoders."""
+  task = toy_task()
+  params = task.generator.init(
+    {"params": jax.random.key(0), "noise": jax.random.key(1)},
+    np.zeros(1, np.int32),
+    1.0,
+  )["params"]
+  params = jax.tree.map(lambda x: x + 0.05, params)
+  batch = toy_batch(2)
+  draws = steps.draw(jax.random.key(1), task, 2)
+
+  def loss(params, positives, unconditional):
+    reals = batch._replace(positives=positives, unconditional=unconditional)
+    return steps.generator_loss(params, reals, draws, {}, task)[0]
+
+  grads = jax.grad(loss, argnums=(0, 1, 2))(
+    params, batch.positives, batch.unconditional
+  )
+  assert optax.tree.norm(grads[0]) > 0
+  assert not np.any(grads[1]) and not np.any(grads[2])
+
+
+def test_samples_do_not_depend_on_batch_or_order():
+  task = toy_task()
+  params = task.generator.init(
+    {"params": jax.random.key(0), "noise": jax.random.key(1)},
+    np.zeros(1, np.int32),
+    1.0,
+  )["params"]
+  params = jax.tree.map(lambda x: x + 0.05, params)
+  labels = np.array([0, 1, 2, 1], np.int32)
+  alpha = np.full(4, 1.5, np.float32)
+  index = np.arange(4, dtype=np.int32)
+  step = functools.partial(steps.sample_step, seed=7, task=task)
+  images = step(params, labels, alpha, index)
+  flipped = step(params, labels[::-1], alpha, index[::-1])[::-1]
+  assert_close(flipped, images, 1e-6)
+  one = step(params, labels[2:3], alpha[:1], index[2:3])
+  assert_close(one, images[2:3], 1e-6)
+  assert relative_error(images[0], images[3]) > 1e-3
+  other = functools.partial(steps.sample_step, seed=8, task=task)
+  assert relative_error(other(params, labels, alpha, index), images) > 1e-3
+
+
+def test_metrics_group_keys_by_map():
+  info = {
+    "conv1": {"drift_ms": {0.1: 4.0}, "scale": 1.0},
+    "conv1_mean": {"drift_ms": {0.1: 16.0}, "scale": 3.0},
+    "global": {"drift_ms": {0.1: 1.0}, "scale": 5.0},
+  }
+  for entry in info.values():
+    entry["effective_positives"] = {0.1: 2.0}
+    entry["floor_fraction"] = {0.1: 0.5}
+  metrics = steps.drift_metrics(
+    jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), info)
+  )
+  assert float(metrics["drift_rms/0.1"]) == pytest.approx(math.sqrt(7.0))
+  assert float(metrics["drift_rms/0.1/conv1"]) == pytest.approx(math.sqrt(10.0))
+  assert float(metrics["drift_rms/0.1/global"]) == pytest.approx(1.0)
+  assert float(metrics["scale/conv1"]) == pytest.approx(2.0)
+  assert float(metrics["neighbours/0.1"]) == pytest.approx(2.0)
+  assert float(metrics["floor_fraction/0.1"]) == pytest.approx(0.5)
+
+
+def test_classification_weight_ramps_at_the_end():
+  task = steps.MaeTask(
+    mae=None,  # pyright: ignore[reportArgumentType]
+    mask_ratio=0.5,
+    classification_start=100,
+    classification_ramp=50,
+    classification_weight=0.1,
+  )
+  values = [
+    float(steps.classification_lambda(jnp.asarray(s), task))
+    for s in (0, 100, 125, 150, 400)
+  ]
+  assert values == pytest.approx([0.0, 0.0, 0.05, 0.1, 0.1])
