@@ -1,0 +1,229 @@
+"""The drifting field of Alg. 2: distances, affinities, coefficients, drift.
+
+Every function works on the last two axes and accepts leading batch axes. The
+targets of a sample are its positives (data, which attract) and its negatives
+(generated samples and unconditional data, which repel).
+"""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Normalization = Literal["xy", "y", "none"]
+
+# Up to this many channels a matmul has little to save on any accelerator, and
+# subtraction is far more accurate for close pairs.
+_MAX_DIRECT_CHANNELS = 64
+
+# In units of the temperature: the kernel of a masked pair is exactly 0, and
+# unlike an infinity it survives a column that holds nothing else.
+_MASKED_DISTANCE = 1e10
+
+# Keeps the distance of coincident points, and its derivative, finite.
+_TINY_SQUARED_DISTANCE = 1e-30
+
+
+def squared_distances(
+  x: Float[Array, "*B N C"], y: Float[Array, "*B T C"]
+) -> Float[Array, "*B N T"]:
+  """||x_i - y_j||^2 in float32, never through an array of [B, N, T, C].
+
+  Up to 64 channels by subtraction, which jit fuses into the reduction, and
+  which is exact for coincident pairs. Beyond, by the gram expansion about the
+  mean of x, with an absolute error of about 1e-7 (||x||^2 + ||y||^2) and
+  negative values clipped to 0.
+  """
+  if x.shape[-1] <= _MAX_DIRECT_CHANNELS:
+    difference = x[..., :, None, :] - y[..., None, :, :]
+    return jnp.sum(difference**2, axis=-1)
+  # Distances do not change, but an offset would cost the gram its digits; far
+  # clusters keep theirs when one end of every pair is near the origin.
+  center = jnp.mean(x, axis=-2, keepdims=True)
+  x, y = x - center, y - center
+  gram = jnp.matmul(x, y.mT, precision=jax.lax.Precision.HIGHEST)
+  norm_x = jnp.sum(x**2, axis=-1)[..., :, None]
+  norm_y = jnp.sum(y**2, axis=-1)[..., None, :]
+  return jnp.maximum(norm_x + norm_y - 2.0 * gram, 0.0)
+
+
+def affinities(
+  squared_distance: Float[Array, "*B N T"],
+  temperature: float | Float[Array, ""],
+  *,
+  normalization: Normalization = "xy",
+  affinity_floor: float = 0.0,
+) -> Float[Array, "*B N T"]:
+  """Normalised kernel A between N samples and their T targets (Alg. 2).
+
+  With k(x, y) = exp(-||x - y|| / temperature) (eq. 12 of arXiv:2602.04770):
+    "xy":   A = sqrt(softmax over targets * softmax over samples);
+    "y":    A = softmax over targets;
+    "none": A = k, no normalisation (Table 11).
+  Then A = sqrt(max(A^2, affinity_floor)).
+
+  Args:
+    squared_distance: ||x - y||^2; targets are the positives and the negatives
+      together, in any order.
+    temperature: tau > 0, in the units of ||x - y||.
+    normalization: "xy", "y" or "none".
+    affinity_floor: lower bound of A^2, >= 0; 0 switches it off.
+
+  Returns:
+    A in [sqrt(affinity_floor), 1] (above 1 only if the floor is).
+
+  Raises:
+    ValueError: for a negative floor or an unknown normalization.
+  """
+  if not affinity_floor >= 0:
+    raise ValueError(f"affinity_floor={affinity_floor} must be >= 0")
+  squared = jnp.maximum(squared_distance, _TINY_SQUARED_DISTANCE)
+  if normalization == "xy":
+    over_targets = _sqrt_softmax(squared, temperature, axis=-1)
+    over_samples = _sqrt_softmax(squared, temperature, axis=-2)
+    affinity = over_targets * over_samples
+  elif normalization == "y":
+    affinity = _sqrt_softmax(squared, temperature, axis=-1) ** 2
+  elif normalization == "none":
+    affinity = jnp.exp(-jnp.sqrt(squared) / temperature)
+  else:
+    raise ValueError(
+      f"normalization={normalization!r} is unknown; valid options: "
+      f"{', '.join(get_args(Normalization))}"
+    )
+  return jnp.maximum(affinity, affinity_floor**0.5)
+
+
+def _sqrt_softmax(
+  squared: Float[Array, "*B N T"],
+  temperature: float | Float[Array, ""],
+  axis: int,
+) -> Float[Array, "*B N T"]:
+  """sqrt(softmax(-d / temperature)) of the distances d = sqrt(squared).
+
+  A softmax's square root is the L2-normalised square root of its kernel. It
+  depends on d - min(d) alone, and a small temperature magnifies the rounding
+  of d; (d^2 - min(d)^2) / (d + min(d)) is the same without it.
+  """
+  nearest = jnp.min(squared, axis=axis, keepdims=True)
+  excess = (squared - nearest) / (jnp.sqrt(squared) + jnp.sqrt(nearest))
+  sqrt_kernel = jnp.exp(-excess / (2.0 * temperature))
+  return sqrt_kernel / jnp.linalg.norm(sqrt_kernel, axis=axis, keepdims=True)
+
+
+def product_coefficients(
+  affinity_pos: Float[Array, "*B N P"],
+  affinity_neg: Float[Array, "*B N M"],
+) -> tuple[Float[Array, "*B N P"], Float[Array, "*B N M"]]:
+  """Coefficients W of the product form (eq. 11, Alg. 2).
+
+    W_pos = A_pos * sum over negatives of A_neg
+    W_neg = A_neg * sum over positives of A_pos
+  so that each row of [W_pos, -W_neg] sums to zero.
+  """
+  w_pos = affinity_pos * affinity_neg.sum(axis=-1, keepdims=True)
+  w_neg = affinity_neg * affinity_pos.sum(axis=-1, keepdims=True)
+  return w_pos, w_neg
+
+
+def mean_shift(
+  x: Float[Array, "*B N C"],
+  y: Float[Array, "*B T C"],
+  w: Float[Array, "*B N T"],
+) -> Float[Array, "*B N C"]:
+  """Sum over targets of w_ij (y_j - x_i): invariant to translation (eq. 8).
+
+  Rounding is relative to the coordinates: centre them first.
+  """
+  shift = jnp.matmul(w, y, precision=jax.lax.Precision.HIGHEST)
+  return shift - w.sum(axis=-1, keepdims=True) * x
+
+
+def coefficients(
+  x: Float[Array, "N D"],
+  y_pos: Float[Array, "P D"],
+  y_neg: Float[Array, "M D"],
+  temperature: float,
+  *,
+  mask_self: bool,
+  normalization: Normalization = "xy",
+) -> tuple[Float[Array, "N P"], Float[Array, "N M"], Float[Array, "N P+M"]]:
+  """Coefficients (W_pos, W_neg) and affinities A of Alg. 2, float32.
+
+  A has the positives first. Arguments and errors are those of `compute_v`.
+  """
+  n, p, m = x.shape[0], y_pos.shape[0], y_neg.shape[0]
+  check_temperature(temperature)
+  if mask_self and n != m:
+    raise ValueError(
+      "mask_self=True masks the pair (x_i, y_neg_i), so x and y_neg need as "
+      f"many rows; got {n} and {m}"
+    )
+  x, y_pos, y_neg = (a.astype(jnp.float32) for a in (x, y_pos, y_neg))
+  squared = squared_distances(x, jnp.concatenate([y_pos, y_neg]))
+  if mask_self:
+    self_pair = jnp.eye(n, p + m, k=p, dtype=bool)
+    masked = (_MASKED_DISTANCE * temperature) ** 2
+    squared = jnp.where(self_pair, masked, squared)
+  affinity = affinities(squared, temperature, normalization=normalization)
+  w_pos, w_neg = product_coefficients(affinity[:, :p], affinity[:, p:])
+  return w_pos, w_neg, affinity
+
+
+def compute_v(
+  x: Float[Array, "N D"],
+  y_pos: Float[Array, "P D"],
+  y_neg: Float[Array, "M D"],
+  temperature: float,
+  *,
+  mask_self: bool,
+  normalization: Normalization = "xy",
+  attraction: float = 1.0,
+  repulsion: float = 1.0,
+) -> Float[Array, "N D"]:
+  """The drifting field V = a V+ - b V- at x, on raw distances (Alg. 2).
+
+    V+(x_i) = sum_j W_pos[i, j] (y_pos[j] - x_i),  V- likewise (eq. 7-12,
+  arXiv:2602.04770; W of `product_coefficients`). With a = b = 1 the x_i
+  cancel: V = W_pos y_pos - W_neg y_neg. Sums, not means, over the targets.
+
+  Args:
+    x: samples at which the field is evaluated.
+    y_pos: positives, samples of the data distribution p.
+    y_neg: negatives, samples of the generated distribution q.
+    temperature: tau > 0, in the units of the coordinates.
+    mask_self: True when y_neg are the samples x themselves; the pair
+      (x_i, y_neg_i) then takes no part. False gives the population form,
+      which is anti-symmetric: exchanging y_pos and y_neg flips V.
+    normalization: "xy" (softmax over both axes), "y" or "none" (Table 11).
+    attraction: a; any (a, b) != (1, 1) breaks the anti-symmetry (Table 1).
+    repulsion: b.
+
+  Returns:
+    V in the units of the coordinates, float32, without any normalisation.
+
+  Raises:
+    ValueError: temperature <= 0, unknown normalization, or mask_self with
+      N != M.
+  """
+  x, y_pos, y_neg = (a.astype(jnp.float32) for a in (x, y_pos, y_neg))
+  w_pos, w_neg, _ = coefficients(
+    x,
+    y_pos,
+    y_neg,
+    temperature,
+    mask_self=mask_self,
+    normalization=normalization,
+  )
+  center = jnp.mean(x, axis=0)
+  x, y_pos, y_neg = x - center, y_pos - center, y_neg - center
+  v_pos = mean_shift(x, y_pos, w_pos)
+  v_neg = mean_shift(x, y_neg, w_neg)
+  return attraction * v_pos - repulsion * v_neg
+
+
+def check_temperature(temperature: float) -> None:
+  """Raises a ValueError unless temperature > 0."""
+  if not temperature > 0:
+    raise ValueError(f"temperature={temperature} must be positive")
