@@ -1,0 +1,218 @@
+"""ConvNeXt-V2 as a feature extractor on pixels (appendix A.5)."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float
+
+from drift_jax.drift.features import pooled_features, root_mean_square
+from drift_jax.models.arguments import (
+  DTYPES,
+  reject_unknown,
+  require_choice,
+  require_int,
+)
+from drift_jax.models.layers import NORM_EPSILON, LayerNorm
+
+INPUT_SIZE = 224
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+STAGE_EPSILON = 1e-3
+# Under square roots, whose gradient at 0 (a dead channel) is infinite.
+SQUARE_FLOOR = 1e-12
+
+_kernel_init = nn.initializers.truncated_normal(stddev=0.02)
+
+
+def normalize_colors(x: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+  """((x + 1) / 2 - mean) / std with ImageNet's RGB statistics, unclipped."""
+  mean = jnp.asarray(IMAGENET_MEAN, jnp.float32)
+  std = jnp.asarray(IMAGENET_STD, jnp.float32)
+  return ((x.astype(jnp.float32) + 1) / 2 - mean) / std
+
+
+def resize_input(x: Float[Array, "B H W C"]) -> Float[Array, "B S S C"]:
+  """Bilinear resize to 224 x 224, antialiased where that shrinks x."""
+  shape = (x.shape[0], INPUT_SIZE, INPUT_SIZE, x.shape[3])
+  return jax.image.resize(x, shape, "bilinear", antialias=True)
+
+
+def normalize_stage(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+  """(x - mean) / (std + 1e-3), both over the channels; float32."""
+  x = x.astype(jnp.float32)
+  mean = jnp.mean(x, axis=-1, keepdims=True)
+  variance = jnp.var(x, axis=-1, keepdims=True)
+  std = jnp.sqrt(jnp.maximum(variance, SQUARE_FLOOR))
+  return (x - mean) / (std + STAGE_EPSILON)
+
+
+class GlobalResponseNorm(nn.Module):
+  """gamma * (x * n) + beta + x, n = |x| / mean_c |x|, |x| over H and W."""
+
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    shape = (1, 1, 1, x.shape[-1])
+    gamma = self.param("gamma", nn.initializers.zeros, shape)
+    beta = self.param("beta", nn.initializers.zeros, shape)
+    x = x.astype(jnp.float32)
+    square = jnp.sum(jnp.square(x), axis=(1, 2), keepdims=True)
+    norm = jnp.sqrt(jnp.maximum(square, SQUARE_FLOOR))
+    ratio = norm / (jnp.mean(norm, axis=-1, keepdims=True) + NORM_EPSILON)
+    gamma, beta = gamma.astype(jnp.float32), beta.astype(jnp.float32)
+    return (gamma * (x * ratio) + beta + x).astype(self.dtype)
+
+
+class ConvNextBlock(nn.Module):
+  """x + linear(GRN(gelu(linear(LN(7x7 depthwise convolution(x))))))."""
+
+  width: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    out = nn.Conv(
+      self.width,
+      (7, 7),
+      padding=((3, 3), (3, 3)),
+      feature_group_count=self.width,
+      kernel_init=_kernel_init,
+      dtype=self.dtype,
+      name="depthwise",
+    )(x)
+    out = LayerNorm(self.dtype, name="norm")(out)
+    out = nn.Dense(
+      4 * self.width, kernel_init=_kernel_init, dtype=self.dtype, name="expand"
+    )(out)
+    out = nn.gelu(out, approximate=False)
+    out = GlobalResponseNorm(self.dtype, name="response_norm")(out)
+    out = nn.Dense(
+      self.width, kernel_init=_kernel_init, dtype=self.dtype, name="project"
+    )(out)
+    return x + out
+
+
+class ConvNext(nn.Module):
+  """ConvNeXt-V2 without its head; build it with `build_convnext`."""
+
+  depths: tuple[int, ...]
+  widths: tuple[int, ...]
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(
+    self, x: Float[ArrayLike, "B H W 3"]
+  ) -> tuple[list[Float[Array, "B _ _ _"]], Float[Array, "B D"]]:
+    """Maps of the four stages and the LayerNorm of the last one's mean.
+
+    Args:
+      x: RGB pixels in [-1, 1], NHWC, of any size; resized to 224 x 224 by
+        antialiased bilinear interpolation.
+
+    Returns:
+      ([B, 56, 56, widths[0]], ..., [B, 7, 7, widths[3]]) in the model's
+      dtype, and [B, widths[3]] in float32.
+    """
+    hidden = resize_input(normalize_colors(jnp.asarray(x)))
+    hidden = hidden.astype(self.dtype)
+    maps = []
+    for stage, (depth, width) in enumerate(
+      zip(self.depths, self.widths, strict=True), start=1
+    ):
+      norm = LayerNorm(self.dtype, name=f"stage{stage}_down_norm")
+      size = 4 if stage == 1 else 2
+      down = nn.Conv(
+        width,
+        (size, size),
+        strides=(size, size),
+        padding="VALID",
+        kernel_init=_kernel_init,
+        dtype=self.dtype,
+        name=f"stage{stage}_down_conv",
+      )
+      hidden = norm(down(hidden)) if stage == 1 else down(norm(hidden))
+      for i in range(depth):
+        name = f"stage{stage}_block{i + 1}"
+        hidden = ConvNextBlock(width, self.dtype, name=name)(hidden)
+      maps.append(hidden)
+    pooled = jnp.mean(hidden.astype(jnp.float32), axis=(1, 2))
+    return maps, LayerNorm(jnp.dtype(jnp.float32), name="norm")(pooled)
+
+  def pooled(self, x: Float[ArrayLike, "B H W 3"]) -> Float[Array, "B D"]:
+    """LayerNorm of the spatial mean of the last stage, float32."""
+    return self(x)[1]
+
+  def features(
+    self, x: Float[ArrayLike, "B H W 3"], *, input_scale: bool = False
+  ) -> dict[str, Float[Array, "B _ _"]]:
+    """Feature vectors for the drifting loss, beside those of an MAE.
+
+    Each stage's map is normalised over its channels, (x - mean) / (std +
+    1e-3). Stage 0 gives its spatial mean and std, the others the map too, as
+    `convenxt_stage_I`, `..._mean` and `..._std` (the published spelling).
+    `global_mean` is the LayerNorm of the pooled last stage, and `global_std`
+    repeats that stage's std, which thereby counts twice in the loss.
+
+    Args:
+      x: RGB pixels in [-1, 1], NHWC.
+      input_scale: adds `norm_x`, the root mean square per channel of x. An
+        MAE has a key of that name too.
+
+    Returns:
+      Key -> [B, T, D]; maps and their means in the model's dtype, the rest
+      float32.
+    """
+    x = jnp.asarray(x)
+    maps, pooled = self(x)
+    features = {}
+    for stage, feature_map in enumerate(maps):
+      name = f"convenxt_stage_{stage}"
+      features |= pooled_features(
+        normalize_stage(feature_map).astype(self.dtype),
+        name,
+        patch_mean_size=(),
+        patch_std_size=(),
+        use_mean=True,
+        use_std=True,
+      )
+    del features["convenxt_stage_0"]
+    features["global_mean"] = pooled[:, None]
+    features["global_std"] = features["convenxt_stage_3_std"]
+    if input_scale:
+      features["norm_x"] = root_mean_square(x)
+    return features
+
+
+def build_convnext(
+  *,
+  depths: Sequence[int],
+  widths: Sequence[int],
+  dtype: str,
+  **unknown: object,
+) -> ConvNext:
+  """The ConvNeXt-V2 encoder of arXiv:2602.04770, appendix A.5.
+
+  Args:
+    depths: number of blocks in each of the four stages.
+    widths: channels of each stage.
+    dtype: of activations and products, 'float32' or 'bfloat16'; parameters
+      are float32.
+
+  Raises:
+    ValueError: an unknown argument, or a value out of range.
+  """
+  reject_unknown(build_convnext, unknown)
+  for name, values in (("depths", depths), ("widths", widths)):
+    if len(values) != 4:
+      raise ValueError(
+        f"{name}={tuple(values)}: must be 4 numbers, one for each stage"
+      )
+    for stage, value in enumerate(values, start=1):
+      require_int(f"{name} (stage {stage})", value, 1)
+  require_choice("dtype", dtype, DTYPES)
+  return ConvNext(
+    depths=tuple(depths), widths=tuple(widths), dtype=jnp.dtype(dtype)
+  )

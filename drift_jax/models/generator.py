@@ -1,0 +1,325 @@
+"""The one-step generator: a DiT from noise to samples (appendix A.2)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Int
+
+from drift_jax.models import layers
+from drift_jax.models.arguments import (
+  DTYPES,
+  reject_unknown,
+  require_choice,
+  require_int,
+  require_multiple,
+)
+
+# Weight of the guidance scale's embedding in the conditioning vector.
+ALPHA_EMBEDDING_WEIGHT = 0.02
+
+
+class Generator(nn.Module):
+  """x = f(noise; class, style, alpha): one forward pass, no iteration.
+
+  Build it with `build_generator`, which checks the arguments and describes
+  them. Calls:
+
+    samples = generator.apply({'params': p}, labels, alpha,
+                              noise=noise, style=style)
+    samples = generator.apply({'params': p}, labels, alpha,
+                              rngs={'noise': key})
+
+  The second draws what is not given: the same numbers that method='draw'
+  returns for the batch size and the same key.
+  """
+
+  input_size: int
+  in_channels: int
+  out_channels: int
+  patch_size: int
+  hidden_size: int
+  depth: int
+  num_heads: int
+  mlp_ratio: float
+  num_classes: int
+  cond_dim: int
+  context_tokens: int
+  style_vocab: int
+  style_tokens: int
+  dtype: jnp.dtype
+  attention_dtype: jnp.dtype
+  remat: bool
+
+  def setup(self) -> None:
+    side = self.input_size // self.patch_size
+    self.class_embed = nn.Embed(
+      self.num_classes,
+      self.cond_dim,
+      dtype=jnp.float32,
+      embedding_init=layers.embedding_init,
+    )
+    if self.style_tokens:
+      self.style_embed = self.param(
+        "style_embed",
+        layers.embedding_init,
+        (self.style_tokens, self.style_vocab, self.cond_dim),
+      )
+    self.alpha_embed = layers.ScalarEmbedding(self.cond_dim)
+    self.patch_embed = nn.Dense(
+      self.hidden_size,
+      dtype=self.dtype,
+      kernel_init=layers.linear_init,
+    )
+    self.pos_embed = self.param(
+      "pos_embed",
+      layers.sincos_position_init(side),
+      (1, side * side, self.hidden_size),
+    )
+    if self.context_tokens:
+      self.context_proj = nn.Dense(
+        self.hidden_size,
+        dtype=self.dtype,
+        kernel_init=layers.linear_init,
+      )
+      self.context_embed = self.param(
+        "context_embed",
+        layers.embedding_init,
+        (1, self.context_tokens, self.hidden_size),
+      )
+    block = layers.Block
+    if self.remat:
+      # Inside a scan the loop already keeps XLA from merging the recomputed
+      # block with the stored one.
+      block = nn.remat(block, prevent_cse=False)
+    self.blocks = nn.scan(
+      block,
+      variable_axes={"params": 0, "intermediates": 0},
+      split_rngs={"params": True},
+      in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
+      length=self.depth,
+    )(
+      num_heads=self.num_heads,
+      mlp_width=layers.swiglu_width(self.hidden_size, self.mlp_ratio),
+      dtype=self.dtype,
+      attention_dtype=self.attention_dtype,
+    )
+    self.final = layers.FinalLayer(
+      self.patch_size**2 * self.out_channels, self.dtype
+    )
+
+  def draw(
+    self, batch: int
+  ) -> tuple[Float[Array, "B H W C"], Int[Array, "B S"]]:
+    """Noise ~ N(0, 1) and uniform style indices from the stream 'noise'.
+
+    Raises:
+      ValueError: there is no such stream.
+    """
+    if not (self.has_rng("noise") or self.is_initializing()):
+      raise ValueError(
+        "the generator needs noise and style: pass noise= and style=, or"
+        " rngs={'noise': key} to draw them"
+      )
+    noise_key, style_key = jax.random.split(self.make_rng("noise"))
+    noise = jax.random.normal(
+      noise_key, (batch, self.input_size, self.input_size, self.in_channels)
+    )
+    style = jax.random.randint(
+      style_key, (batch, self.style_tokens), 0, max(self.style_vocab, 1)
+    )
+    return noise, style
+
+  def condition(
+    self,
+    labels: Int[ArrayLike, " B"],
+    alpha: Float[ArrayLike, "*B"] | float | int,
+    style: Int[ArrayLike, "B S"],
+  ) -> Float[Array, "B D"]:
+    """Conditioning vector, float32.
+
+    class embedding + sum over the style tokens of each one's embedding
+    + 0.02 RMSNorm(MLP(sinusoidal(alpha))).
+
+    Args:
+      labels: class indices in [0, num_classes); beyond it the result is NaN.
+      alpha: guidance scale >= 1, one for all samples or one each.
+      style: index in [0, style_vocab) into each style token's own table.
+    """
+    labels = jnp.asarray(labels)
+    style = jnp.asarray(style)
+    alpha = jnp.broadcast_to(jnp.asarray(alpha, jnp.float32), labels.shape)
+    out = self.class_embed(labels)
+    if self.style_tokens:
+      rows = self.style_embed[jnp.arange(self.style_tokens), style]
+      out = out + jnp.sum(rows.astype(jnp.float32), axis=1)
+    return out + ALPHA_EMBEDDING_WEIGHT * self.alpha_embed(alpha)
+
+  def __call__(
+    self,
+    labels: Int[ArrayLike, " B"],
+    alpha: Float[ArrayLike, "*B"] | float | int,
+    *,
+    noise: Float[ArrayLike, "B H W C"] | None = None,
+    style: Int[ArrayLike, "B S"] | None = None,
+  ) -> Float[Array, "B H W F"]:
+    """Samples [B, input_size, input_size, out_channels], NHWC, float32.
+
+    Args:
+      labels: class indices in [0, num_classes).
+      alpha: guidance scale >= 1, one for all samples or one each; may be
+        traced.
+      noise: standard normal, [B, input_size, input_size, in_channels].
+      style: [B, style_tokens], uniform in [0, style_vocab).
+
+    Raises:
+      ValueError: shapes that disagree with the model or with each other;
+        neither noise and style nor the random stream 'noise' was given.
+    """
+    labels = jnp.asarray(labels)
+    batch = labels.shape[0]
+    if noise is None or (style is None and self.style_tokens):
+      drawn_noise, drawn_style = self.draw(batch)
+      noise = drawn_noise if noise is None else noise
+      style = drawn_style if style is None else style
+    if style is None:
+      style = jnp.zeros((batch, 0), jnp.int32)
+    noise, style = jnp.asarray(noise), jnp.asarray(style)
+    self._check_shapes(batch, noise.shape, style.shape, jnp.shape(alpha))
+    condition = self.condition(labels, alpha, style)
+
+    x = layers.patchify(noise.astype(self.dtype), self.patch_size)
+    side = x.shape[1]
+    x = self.patch_embed(x.reshape(batch, side * side, -1))
+    x = x + self.pos_embed.astype(self.dtype)
+    if self.context_tokens:
+      context = self.context_proj(condition)[:, None, :]
+      context = context + self.context_embed.astype(self.dtype)
+      x = jnp.concatenate([context, x], axis=1)
+    x, _ = self.blocks(x, condition)
+    x = self.final(x, condition)
+    self.sow("intermediates", "final_output", x)
+    x = x[:, self.context_tokens :].reshape(batch, side, side, -1)
+    return layers.unpatchify(x, self.patch_size)
+
+  def _check_shapes(
+    self,
+    batch: int,
+    noise: tuple[int, ...],
+    style: tuple[int, ...],
+    alpha: tuple[int, ...],
+  ) -> None:
+    size = self.input_size
+    expected = (batch, size, size, self.in_channels)
+    if noise != expected:
+      raise ValueError(
+        f"noise has shape {noise}, but {batch} labels and this model need"
+        f" {expected}"
+      )
+    if style != (batch, self.style_tokens):
+      raise ValueError(
+        f"style has shape {style}, but {batch} labels and"
+        f" style_tokens={self.style_tokens} need"
+        f" {(batch, self.style_tokens)}"
+      )
+    if alpha not in ((), (batch,)):
+      raise ValueError(
+        f"alpha has shape {alpha}: must be a scalar or one value for each of"
+        f" the {batch} labels"
+      )
+
+
+def build_generator(
+  *,
+  input_size: int,
+  in_channels: int,
+  out_channels: int,
+  patch_size: int,
+  hidden_size: int,
+  depth: int,
+  num_heads: int,
+  mlp_ratio: float,
+  num_classes: int,
+  cond_dim: int,
+  context_tokens: int,
+  style_vocab: int,
+  style_tokens: int,
+  dtype: str,
+  attention_dtype: str,
+  remat: bool,
+  **unknown: object,
+) -> Generator:
+  """The DiT generator of arXiv:2602.04770, appendix A.2.
+
+  Transformer of SwiGLU, RMSNorm, QK-norm, rotary positions and adaLN-zero on
+  patches of noise, behind in-context conditioning tokens. Parameters are
+  float32; those of the blocks are stacked, [depth, ...].
+
+  Args:
+    input_size: height and width of noise and samples, in pixels.
+    in_channels: channels of the noise.
+    out_channels: channels of the samples.
+    patch_size: side of a patch, in pixels; divides input_size.
+    hidden_size: width of a token; a multiple of 4 and of 2 * num_heads.
+    depth: number of blocks.
+    num_heads: attention heads.
+    mlp_ratio: SwiGLU's width is 2/3 of it times hidden_size, rounded up to 32.
+    num_classes: labels are in [0, num_classes).
+    cond_dim: width of the conditioning vector.
+    context_tokens: in-context tokens before the patches; 0 for none.
+    style_vocab: size of each style token's table.
+    style_tokens: number of random style indices; 0 for no style embedding.
+    dtype: of activations and matrix products, 'float32' or 'bfloat16'.
+    attention_dtype: of the attention products; its softmax is float32.
+    remat: recompute each block in the backward pass, to save memory.
+
+  Raises:
+    ValueError: an unknown argument, or values that contradict each other.
+  """
+  reject_unknown(build_generator, unknown)
+  for name, value, minimum in (
+    ("input_size", input_size, 1),
+    ("in_channels", in_channels, 1),
+    ("out_channels", out_channels, 1),
+    ("patch_size", patch_size, 1),
+    ("hidden_size", hidden_size, 1),
+    ("depth", depth, 1),
+    ("num_heads", num_heads, 1),
+    ("num_classes", num_classes, 1),
+    ("cond_dim", cond_dim, 1),
+    ("context_tokens", context_tokens, 0),
+    ("style_tokens", style_tokens, 0),
+    ("style_vocab", style_vocab, 1 if style_tokens else 0),
+  ):
+    require_int(name, value, minimum)
+  require_multiple("input_size", input_size, "patch_size", patch_size)
+  # Rotary positions turn pairs of channels of a head; the position table has
+  # sine and cosine for row and column.
+  require_multiple("hidden_size", hidden_size, "2 * num_heads", 2 * num_heads)
+  require_multiple("hidden_size", hidden_size, "4 (sin-cos positions)", 4)
+  if mlp_ratio <= 0:
+    raise ValueError(f"mlp_ratio={mlp_ratio}: must be > 0")
+  require_choice("dtype", dtype, DTYPES)
+  require_choice("attention_dtype", attention_dtype, DTYPES)
+  if dtype == "float32" and attention_dtype == "bfloat16":
+    raise ValueError(
+      "attention_dtype='bfloat16' with dtype='float32' would round a float32"
+      " model's attention: set attention_dtype='float32' or dtype='bfloat16'"
+    )
+  return Generator(
+    input_size=input_size,
+    in_channels=in_channels,
+    out_channels=out_channels,
+    patch_size=patch_size,
+    hidden_size=hidden_size,
+    depth=depth,
+    num_heads=num_heads,
+    mlp_ratio=mlp_ratio,
+    num_classes=num_classes,
+    cond_dim=cond_dim,
+    context_tokens=context_tokens,
+    style_vocab=style_vocab,
+    style_tokens=style_tokens,
+    dtype=jnp.dtype(dtype),
+    attention_dtype=jnp.dtype(attention_dtype),
+    remat=remat,
+  )

@@ -1,0 +1,326 @@
+"""Layers of the generator: normalisation, rotary positions, attention, MLP.
+
+All activations are [batch, tokens, channels]; parameters are float32 and the
+matrix products run in the `dtype` of their module.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+NORM_EPSILON = 1e-6
+MAX_GROUPS = 32
+ROPE_THETA = 10_000.0
+
+embedding_init = nn.initializers.normal(stddev=0.02)
+linear_init = nn.initializers.xavier_uniform()
+
+
+def dense(
+  features: int,
+  *,
+  dtype: jnp.dtype,
+  name: str,
+  kernel_init: nn.initializers.Initializer = linear_init,
+) -> nn.Dense:
+  """Linear layer with bias: float32 parameters, computed in `dtype`."""
+  return nn.Dense(
+    features,
+    dtype=dtype,
+    kernel_init=kernel_init,
+    name=name,
+  )
+
+
+class RMSNorm(nn.Module):
+  """x / sqrt(mean_c(x^2) + 1e-6) * scale, in float32.
+
+  The mean is over the last axis. The result is float32 whatever the input's
+  dtype; the caller casts it where it needs less.
+  """
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+    x = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    x = x * jax.lax.rsqrt(mean_square + NORM_EPSILON)
+    return x * scale.astype(jnp.float32)
+
+
+class GroupNorm(nn.Module):
+  """(x - mean) / sqrt(var + 1e-6) * scale + bias in float32, then `dtype`.
+
+  Mean and variance are over all locations and the channels of a group. There
+  are as many groups as divide the channels, at most 32.
+  """
+
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    batch, height, width, channels = x.shape
+    groups = max(n for n in range(1, MAX_GROUPS + 1) if channels % n == 0)
+    grouped = x.reshape(batch, height, width, groups, channels // groups)
+    normal = _standardize(grouped, (1, 2, 4)).reshape(x.shape)
+    return _scale_and_shift(self, normal).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+  """(x - mean) / sqrt(var + 1e-6) * scale + bias in float32, then `dtype`.
+
+  Mean and variance are over the channels.
+  """
+
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
+    return _scale_and_shift(self, _standardize(x, (-1,))).astype(self.dtype)
+
+
+def _standardize(
+  x: Float[Array, "..."], axes: tuple[int, ...]
+) -> Float[Array, "..."]:
+  x = x.astype(jnp.float32)
+  mean = jnp.mean(x, axis=axes, keepdims=True)
+  variance = jnp.var(x, axis=axes, keepdims=True)
+  return (x - mean) * jax.lax.rsqrt(variance + NORM_EPSILON)
+
+
+def _scale_and_shift(
+  module: nn.Module, x: Float[Array, "*B C"]
+) -> Float[Array, "*B C"]:
+  shape = (x.shape[-1],)
+  scale = module.param("scale", nn.initializers.ones, shape)
+  bias = module.param("bias", nn.initializers.zeros, shape)
+  return x * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+
+
+def rotary_angles(tokens: int, head_dim: int) -> np.ndarray:
+  """Angles [tokens, head_dim / 2] in radians: t * 10000^(-2 i / head_dim)."""
+  frequencies = ROPE_THETA ** (-np.arange(0, head_dim, 2) / head_dim)
+  return np.arange(tokens)[:, None] * frequencies[None, :]
+
+
+def apply_rotary(x: Float[Array, "B T H D"]) -> Float[Array, "B T H D"]:
+  """Rotates the channel pairs (i, i + D/2) of position t by t * theta_i.
+
+  Rotary position embedding with half-split pairs over one axis of positions
+  0..T-1 (T counts the context tokens too), in float32, returned in x's dtype.
+  """
+  angles = rotary_angles(x.shape[1], x.shape[3])[None, :, None, :]
+  cos = jnp.asarray(np.cos(angles), jnp.float32)
+  sin = jnp.asarray(np.sin(angles), jnp.float32)
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  rotated = [first * cos - second * sin, second * cos + first * sin]
+  return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+def attention(
+  query: Float[Array, "B T H D"],
+  key: Float[Array, "B T H D"],
+  value: Float[Array, "B T H D"],
+  *,
+  dtype: jnp.dtype,
+) -> Float[Array, "B T H D"]:
+  """softmax(q k^T / sqrt(D)) v over all tokens, without a mask.
+
+  The products take operands of `dtype`; the softmax is float32 for every
+  dtype. The result has `dtype`.
+  """
+  query, key, value = (x.astype(dtype) for x in (query, key, value))
+  logits = jnp.einsum(
+    "bthd,bshd->bhts", query, key, preferred_element_type=jnp.float32
+  )
+  weights = jax.nn.softmax(logits * query.shape[-1] ** -0.5, axis=-1)
+  return jnp.einsum("bhts,bshd->bthd", weights.astype(dtype), value)
+
+
+class Attention(nn.Module):
+  """Multi-head self-attention with QK-norm, then rotary positions."""
+
+  num_heads: int
+  dtype: jnp.dtype
+  attention_dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
+    batch, tokens, channels = x.shape
+    qkv = dense(3 * channels, dtype=self.dtype, name="qkv")(x)
+    qkv = qkv.reshape(batch, tokens, 3, self.num_heads, -1)
+    query, key, value = (qkv[:, :, i] for i in range(3))
+    query = apply_rotary(RMSNorm(name="q_norm")(query))
+    key = apply_rotary(RMSNorm(name="k_norm")(key))
+    out = attention(query, key, value, dtype=self.attention_dtype)
+    out = out.reshape(batch, tokens, channels)
+    return dense(channels, dtype=self.dtype, name="out")(out)
+
+
+def swiglu_width(hidden_size: int, mlp_ratio: float) -> int:
+  """Hidden width 2/3 * mlp_ratio * hidden_size, rounded up to 32."""
+  return -(-int(2 / 3 * mlp_ratio * hidden_size) // 32) * 32
+
+
+class SwiGLU(nn.Module):
+  """down(silu(gate(x)) * up(x))."""
+
+  width: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
+    gate = dense(self.width, dtype=self.dtype, name="gate")(x)
+    up = dense(self.width, dtype=self.dtype, name="up")(x)
+    hidden = nn.silu(gate) * up
+    return dense(x.shape[-1], dtype=self.dtype, name="down")(hidden)
+
+
+class Modulation(nn.Module):
+  """adaLN: `count` vectors [B, 1, width] from silu(condition), in float32.
+
+  Zero-initialised (adaLN-zero), so that shift, scale and gate start at 0.
+  """
+
+  count: int
+  width: int
+
+  @nn.compact
+  def __call__(
+    self, condition: Float[Array, "B D"]
+  ) -> tuple[Float[Array, "B 1 C"], ...]:
+    out = dense(
+      self.count * self.width,
+      dtype=jnp.dtype(jnp.float32),
+      kernel_init=nn.initializers.zeros,
+      name="linear",
+    )(nn.silu(condition))
+    return tuple(jnp.split(out[:, None, :], self.count, axis=-1))
+
+
+class Block(nn.Module):
+  """DiT block: x + gate * f(norm(x) * (1 + scale) + shift), f twice.
+
+  f is attention, then SwiGLU. Shift, scale and gate come from the condition
+  in float32. Shaped as the body of a scan over depth: the carry is x, there
+  is no per-block output. Each output is sown as 'intermediates/output'.
+  """
+
+  num_heads: int
+  mlp_width: int
+  dtype: jnp.dtype
+  attention_dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "B T C"], condition: Float[Array, "B D"]
+  ) -> tuple[Float[Array, "B T C"], None]:
+    modulation = Modulation(6, x.shape[-1], name="modulation")(condition)
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
+    hidden = RMSNorm(name="attention_norm")(x) * (1 + scale_a) + shift_a
+    hidden = Attention(
+      self.num_heads, self.dtype, self.attention_dtype, name="attention"
+    )(hidden.astype(self.dtype))
+    x = x + (gate_a * hidden.astype(jnp.float32)).astype(self.dtype)
+    hidden = RMSNorm(name="mlp_norm")(x) * (1 + scale_m) + shift_m
+    hidden = SwiGLU(self.mlp_width, self.dtype, name="mlp")(
+      hidden.astype(self.dtype)
+    )
+    x = x + (gate_m * hidden.astype(jnp.float32)).astype(self.dtype)
+    self.sow("intermediates", "output", x)
+    return x, None
+
+
+class FinalLayer(nn.Module):
+  """linear(norm(x) * (1 + scale) + shift), zero-initialised; float32 out."""
+
+  features: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "B T C"], condition: Float[Array, "B D"]
+  ) -> Float[Array, "B T F"]:
+    shift, scale = Modulation(2, x.shape[-1], name="modulation")(condition)
+    x = RMSNorm(name="norm")(x) * (1 + scale) + shift
+    x = dense(
+      self.features,
+      dtype=self.dtype,
+      kernel_init=nn.initializers.zeros,
+      name="linear",
+    )(x.astype(self.dtype))
+    return x.astype(jnp.float32)
+
+
+def sinusoidal_embedding(
+  t: Float[Array, " B"], features: int
+) -> Float[Array, "B F"]:
+  """[cos(t w_i), sin(t w_i)], w_i = 10000^(-2 i / features), float32."""
+  half = features // 2
+  frequencies = 10_000.0 ** (-np.arange(half) / half)
+  angles = t[:, None] * jnp.asarray(frequencies, jnp.float32)
+  return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class ScalarEmbedding(nn.Module):
+  """RMSNorm(MLP(sinusoidal(t))) in float32: 256 -> features -> features."""
+
+  features: int
+
+  @nn.compact
+  def __call__(self, t: Float[Array, " B"]) -> Float[Array, "B F"]:
+    x = sinusoidal_embedding(t, 256)
+    for name in ("linear_in", "linear_out"):
+      x = dense(
+        self.features,
+        dtype=jnp.dtype(jnp.float32),
+        kernel_init=embedding_init,
+        name=name,
+      )(nn.silu(x) if name == "linear_out" else x)
+    return RMSNorm(name="norm")(x)
+
+
+def sincos_position_init(side: int) -> nn.initializers.Initializer:
+  """Initialiser of a [1, side^2, C] table: fixed 2-D sin-cos codes.
+
+  The first half of the channels encodes the column, the second the row, each
+  as [sin, cos] of position * 10000^(-4 i / C); C must be a multiple of 4.
+  """
+
+  def init(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
+    del key
+    quarter = shape[-1] // 4
+    frequencies = 10_000.0 ** (-np.arange(quarter) / quarter)
+    row, column = np.divmod(np.arange(side * side), side)
+    codes = []
+    for position in (column, row):
+      angles = position[:, None] * frequencies[None, :]
+      codes += [np.sin(angles), np.cos(angles)]
+    return jnp.asarray(np.concatenate(codes, axis=1)[None], dtype)
+
+  return init
+
+
+def patchify(
+  x: Float[Array, "B H W C"], patch: int
+) -> Float[Array, "B H//{patch} W//{patch} C*{patch}**2"]:
+  """Folds patches of pixels into channels, ordered (row, column, channel)."""
+  batch, height, width, channels = x.shape
+  x = x.reshape(batch, height // patch, patch, width // patch, patch, channels)
+  x = x.transpose(0, 1, 3, 2, 4, 5)
+  return x.reshape(
+    batch, height // patch, width // patch, patch * patch * channels
+  )
+
+
+def unpatchify(
+  x: Float[Array, "B H W C"], patch: int
+) -> Float[Array, "B H*{patch} W*{patch} C//{patch}**2"]:
+  """Inverse of `patchify`."""
+  batch, height, width, folded = x.shape
+  channels = folded // patch**2
+  x = x.reshape(batch, height, width, patch, patch, channels)
+  x = x.transpose(0, 1, 3, 2, 4, 5)
+  return x.reshape(batch, height * patch, width * patch, channels)

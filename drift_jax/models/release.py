@@ -1,0 +1,453 @@
+"""The published parameter trees: their names and shapes <-> those here.
+
+A tree here holds the generator's blocks and style tables stacked along a
+leading axis; a published tree holds one entry for each. All else is renaming.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from drift_jax.models.arguments import require_choice
+from drift_jax.models.convnext import build_convnext
+from drift_jax.models.generator import build_generator
+from drift_jax.models.mae import build_mae
+
+Config = Mapping[str, Any]
+Params = Mapping[str, Any]
+
+# Published artifacts of the autoencoders do not record it.
+IMAGENET_CLASSES = 1000
+
+_LISTED_DIFFERENCES = 5
+
+
+class Entry(NamedTuple):
+  """One parameter here and its counterpart, or counterparts, there."""
+
+  ours: str
+  theirs: tuple[str, ...]
+  stacked: bool = False
+
+
+def from_release(
+  kind: str, model_config: Config, params: Params
+) -> tuple[nn.Module, dict[str, Any]]:
+  """Builds a published model from its configuration and parameters.
+
+  Args:
+    kind: 'gen', 'mae' or 'convnext'.
+    model_config: the model's configuration under its published names. An
+      autoencoder without `num_classes` has 1000.
+    params: nested dict of arrays under the published names, without an outer
+      'params'. NumPy arrays stay on the host.
+
+  Returns:
+    The module and its parameters, for `module.apply({'params': params}, ...)`.
+    Works under `jax.eval_shape` and `jax.jit`.
+
+  Raises:
+    ValueError: unknown kind; an option without counterpart here; names or
+      shapes of params that do not fit model_config.
+  """
+  module, entries, shapes = _describe(kind, model_config)
+  flat = _flatten(params)
+  expected = {
+    name: shapes[entry.ours][1:] if entry.stacked else shapes[entry.ours]
+    for entry in entries
+    for name in entry.theirs
+  }
+  _check(f"published {kind!r} parameters", flat, expected)
+  converted = {}
+  for entry in entries:
+    leaves = [flat[name] for name in entry.theirs]
+    converted[entry.ours] = _stack(leaves) if entry.stacked else leaves[0]
+  return module, traverse_util.unflatten_dict(converted, sep="/")
+
+
+def to_release(
+  kind: str, model_config: Config, params: Params
+) -> dict[str, Any]:
+  """Exact inverse of `from_release`: parameters under the published names.
+
+  Args:
+    kind: 'gen', 'mae' or 'convnext'.
+    model_config: the model's configuration under its published names.
+    params: parameters of the module that `from_release` builds from it.
+
+  Raises:
+    ValueError: as `from_release`.
+  """
+  _, entries, shapes = _describe(kind, model_config)
+  flat = _flatten(params)
+  _check(f"{kind!r} parameters", flat, shapes)
+  converted = {}
+  for entry in entries:
+    leaf = flat[entry.ours]
+    for i, name in enumerate(entry.theirs):
+      converted[name] = leaf[i] if entry.stacked else leaf
+  return traverse_util.unflatten_dict(converted, sep="/")
+
+
+def published_config(kind: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+  """The published model_config of a model given by its arguments here.
+
+  Args:
+    kind: 'gen', 'mae' or 'convnext'.
+    arguments: of `build_generator`, `build_mae` or `build_convnext`.
+
+  Returns:
+    Plain values only, fit for JSON. An autoencoder's `remat` has no
+    counterpart and is left out.
+
+  Raises:
+    ValueError: unknown kind; an argument that is missing.
+  """
+  require_choice("kind", kind, tuple(_KINDS))
+  keys = _KINDS[kind].keys
+  extra = {"gen": ("attention_dtype", "remat"), "mae": ("num_classes",)}
+  missing = [
+    name
+    for name in (*keys, "dtype", *extra.get(kind, ()))
+    if name not in arguments
+  ]
+  if missing:
+    raise ValueError(f"arguments of {kind!r} lack {', '.join(missing)}")
+  config = {theirs: arguments[ours] for ours, theirs in keys.items()}
+  for key, value in config.items():
+    if isinstance(value, (tuple, list)):
+      config[key] = [int(x) for x in value]
+  config["use_bf16"] = arguments["dtype"] == "bfloat16"
+  if kind == "gen":
+    config |= dict.fromkeys(_ALWAYS_ON, True)
+    config["attn_fp32"] = arguments["attention_dtype"] == "float32"
+    config["use_remat"] = arguments["remat"]
+  if kind == "mae":
+    config["num_classes"] = arguments["num_classes"]
+    config["dropout_prob"] = 0.0
+  return config
+
+
+def _describe(
+  kind: str, config: Config
+) -> tuple[nn.Module, list[Entry], dict[str, tuple[int, ...]]]:
+  """The module, its entries, and the shapes of its parameters by name."""
+  require_choice("kind", kind, tuple(_KINDS))
+  described = _KINDS[kind]
+  module = described.build(config)
+  inputs = described.inputs(config)
+  variables = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+  shapes = {k: v.shape for k, v in _flatten(variables["params"]).items()}
+  return module, described.entries(config), shapes
+
+
+def _flatten(params: Params) -> dict[str, Any]:
+  return traverse_util.flatten_dict(dict(params), sep="/")
+
+
+def _stack(leaves: Sequence[Any]) -> Any:
+  on_host = all(isinstance(leaf, np.ndarray) for leaf in leaves)
+  return np.stack(leaves) if on_host else jnp.stack(leaves)
+
+
+def _check(
+  what: str, flat: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+  """Raises ValueError unless names and shapes are the expected ones."""
+  shape_errors = [
+    f"{name} has shape {tuple(flat[name].shape)}, not {shape}"
+    for name, shape in expected.items()
+    if name in flat and tuple(flat[name].shape) != shape
+  ]
+  complaints = [
+    f"{title} ({len(items)}): {'; '.join(items[:_LISTED_DIFFERENCES])}"
+    for title, items in (
+      ("missing", sorted(expected.keys() - flat.keys())),
+      ("unexpected", sorted(flat.keys() - expected.keys())),
+      ("wrong shapes", shape_errors),
+    )
+    if items
+  ]
+  if complaints:
+    raise ValueError(f"{what} do not fit model_config: {'. '.join(complaints)}")
+
+
+def _read(
+  kind: str,
+  config: Config,
+  *,
+  required: Iterable[str],
+  optional: Mapping[str, Any],
+) -> dict[str, Any]:
+  """The configuration with defaults; ValueError on missing, unknown keys."""
+  required = list(required)
+  missing = [key for key in required if key not in config]
+  unknown = [key for key in config if key not in (*required, *optional)]
+  if missing or unknown:
+    raise ValueError(
+      f"model_config of {kind!r}: missing {missing}, unknown {unknown};"
+      f" required keys: {', '.join(required)}; optional ones:"
+      f" {', '.join(optional)}"
+    )
+  return {**optional, **config}
+
+
+def _dtype(use_bf16: bool) -> str:
+  return "bfloat16" if use_bf16 else "float32"
+
+
+# Arguments here -> keys there.
+_GENERATOR_KEYS = {
+  "input_size": "input_size",
+  "in_channels": "in_channels",
+  "out_channels": "out_channels",
+  "patch_size": "patch_size",
+  "hidden_size": "hidden_size",
+  "depth": "depth",
+  "num_heads": "num_heads",
+  "mlp_ratio": "mlp_ratio",
+  "num_classes": "num_classes",
+  "cond_dim": "cond_dim",
+  "context_tokens": "n_cls_tokens",
+  "style_vocab": "noise_classes",
+  "style_tokens": "noise_coords",
+}
+_MAE_KEYS = {
+  "in_channels": "in_channels",
+  "base_channels": "base_channels",
+  "layers": "layers",
+  "input_patch_size": "input_patch_size",
+  "mask_patch_size": "patch_size",
+}
+_CONVNEXT_KEYS = {"depths": "depths", "widths": "dims"}
+_ALWAYS_ON = ("use_qknorm", "use_swiglu", "use_rope", "use_rmsnorm")
+
+
+def _build_generator(config: Config) -> nn.Module:
+  config = _read(
+    "gen",
+    config,
+    required=(*_GENERATOR_KEYS.values(), *_ALWAYS_ON),
+    optional={"use_bf16": False, "attn_fp32": True, "use_remat": False},
+  )
+  for key in _ALWAYS_ON:
+    if config[key] is not True:
+      raise ValueError(
+        f"model_config has {key}={config[key]!r}: every published generator"
+        " sets it to true, and there is no other form here"
+      )
+  dtype = _dtype(config["use_bf16"])
+  return build_generator(
+    **{ours: config[theirs] for ours, theirs in _GENERATOR_KEYS.items()},
+    dtype=dtype,
+    attention_dtype="float32" if config["attn_fp32"] else dtype,
+    remat=config["use_remat"],
+  )
+
+
+def _build_mae(config: Config) -> nn.Module:
+  config = _read(
+    "mae",
+    config,
+    required=_MAE_KEYS.values(),
+    optional={
+      "num_classes": IMAGENET_CLASSES,
+      "dropout_prob": 0.0,
+      "use_bf16": False,
+      "use_remat": False,
+    },
+  )
+  if config["dropout_prob"] > 0:
+    raise ValueError(
+      f"model_config has dropout_prob={config['dropout_prob']}: every"
+      " published autoencoder has 0, and there is no dropout here"
+    )
+  return build_mae(
+    **{ours: config[theirs] for ours, theirs in _MAE_KEYS.items()},
+    num_classes=config["num_classes"],
+    dtype=_dtype(config["use_bf16"]),
+    remat=config["use_remat"],
+  )
+
+
+def _build_convnext(config: Config) -> nn.Module:
+  config = _read(
+    "convnext",
+    config,
+    required=_CONVNEXT_KEYS.values(),
+    optional={"use_bf16": False},
+  )
+  return build_convnext(
+    **{ours: config[theirs] for ours, theirs in _CONVNEXT_KEYS.items()},
+    dtype=_dtype(config["use_bf16"]),
+  )
+
+
+# Inputs just large enough to initialise a model of each kind.
+
+
+def _generator_inputs(config: Config) -> list[jax.ShapeDtypeStruct]:
+  del config
+  labels = jax.ShapeDtypeStruct((1,), jnp.int32)
+  return [labels, jax.ShapeDtypeStruct((), jnp.float32)]
+
+
+def _mae_inputs(config: Config) -> list[jax.ShapeDtypeStruct]:
+  side = config["input_patch_size"] * config["patch_size"]
+  shape = (1, side, side, config["in_channels"])
+  return [jax.ShapeDtypeStruct(shape, jnp.float32)]
+
+
+def _convnext_inputs(config: Config) -> list[jax.ShapeDtypeStruct]:
+  del config
+  return [jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)]
+
+
+def _renamed(ours: str, theirs: str, leaves: Mapping[str, str]) -> list[Entry]:
+  return [Entry(f"{ours}/{a}", (f"{theirs}/{b}",)) for a, b in leaves.items()]
+
+
+_KERNEL = {"kernel": "kernel"}
+_LINEAR = {"kernel": "kernel", "bias": "bias"}
+_WRAPPED_LINEAR = {"kernel": "Dense_0/kernel", "bias": "Dense_0/bias"}
+_NORM = {"scale": "scale", "bias": "bias"}
+_WEIGHT_NORM = {"scale": "weight", "bias": "bias"}
+_RESPONSE_NORM = {"gamma": "gamma", "beta": "beta"}
+_RMS_NORM = {"scale": "weight"}
+
+
+def _generator_entries(config: Config) -> list[Entry]:
+  depth = config["depth"]
+  dit = "LightningDiT_0"
+  entries = [
+    Entry("class_embed/embedding", ("Embed_0/embedding",)),
+    Entry("pos_embed", (f"{dit}/pos_embed",)),
+  ]
+  if config["noise_coords"]:
+    tables = range(config["noise_coords"])
+    names = tuple(f"noise_embeds_{i}/embedding" for i in tables)
+    entries.append(Entry("style_embed", names, True))
+  if config["n_cls_tokens"]:
+    entries.append(Entry("context_embed", (f"{dit}/cls_embed",)))
+    entries += _renamed("context_proj", f"{dit}/TorchLinear_1", _WRAPPED_LINEAR)
+  for ours, theirs, leaves in (
+    (
+      "alpha_embed/linear_in",
+      "TimestepEmbedder_0/TorchLinear_0",
+      _WRAPPED_LINEAR,
+    ),
+    (
+      "alpha_embed/linear_out",
+      "TimestepEmbedder_0/TorchLinear_1",
+      _WRAPPED_LINEAR,
+    ),
+    ("alpha_embed/norm", "RMSNorm_0", _RMS_NORM),
+    ("patch_embed", f"{dit}/TorchLinear_0", _WRAPPED_LINEAR),
+    ("final/norm", f"{dit}/FinalLayer_0/RMSNorm_0", _RMS_NORM),
+    (
+      "final/modulation/linear",
+      f"{dit}/FinalLayer_0/TorchLinear_0",
+      _WRAPPED_LINEAR,
+    ),
+    ("final/linear", f"{dit}/FinalLayer_0/TorchLinear_1", _WRAPPED_LINEAR),
+  ):
+    entries += _renamed(ours, theirs, leaves)
+  for ours, theirs, leaves in (
+    ("modulation/linear", "TorchLinear_0", _WRAPPED_LINEAR),
+    ("attention_norm", "RMSNorm_0", _RMS_NORM),
+    ("attention/qkv", "Attention_0/TorchLinear_0", _WRAPPED_LINEAR),
+    ("attention/q_norm", "Attention_0/q_norm", _RMS_NORM),
+    ("attention/k_norm", "Attention_0/k_norm", _RMS_NORM),
+    ("attention/out", "Attention_0/TorchLinear_1", _WRAPPED_LINEAR),
+    ("mlp_norm", "RMSNorm_1", _RMS_NORM),
+    ("mlp/gate", "SwiGLUFFN_0/TorchLinear_0", _WRAPPED_LINEAR),
+    ("mlp/up", "SwiGLUFFN_0/TorchLinear_1", _WRAPPED_LINEAR),
+    ("mlp/down", "SwiGLUFFN_0/TorchLinear_2", _WRAPPED_LINEAR),
+  ):
+    for a, b in leaves.items():
+      names = tuple(f"{dit}/blocks_{i}/{theirs}/{b}" for i in range(depth))
+      entries.append(Entry(f"blocks/{ours}/{a}", names, True))
+  return entries
+
+
+def _mae_entries(config: Config) -> list[Entry]:
+  pairs = [
+    ("encoder/stem_conv", "encoder/conv1", _KERNEL),
+    ("encoder/stem_norm", "encoder/gn1", _NORM),
+    ("decoder/bridge/conv", "decoder/bridge/conv", _KERNEL),
+    ("decoder/bridge/norm", "decoder/bridge/gn", _NORM),
+    ("decoder/head", "decoder/head", _LINEAR),
+    ("classifier", "fc", _LINEAR),
+  ]
+  for level in (4, 3, 2, 1):
+    ours = f"decoder/up{level}"
+    theirs = f"decoder/up{level}{level - 1}"
+    pairs.append((f"{ours}/norm", f"{theirs}/concat_norm_fn", _NORM))
+    for part in ("proj", "refine"):
+      pairs += [
+        (f"{ours}/{part}/conv", f"{theirs}/{part}/conv", _KERNEL),
+        (f"{ours}/{part}/norm", f"{theirs}/{part}/gn", _NORM),
+      ]
+  for stage, count in enumerate(config["layers"]):
+    ours = f"encoder/stage{stage + 1}"
+    pairs.append((f"{ours}_norm", f"encoder/layer{stage + 1}_norm", _NORM))
+    for i in range(count):
+      ours = f"encoder/stage{stage + 1}_block{i + 1}"
+      theirs = f"encoder/stages_{stage}/layers_{i}"
+      for j in (1, 2):
+        pairs += [
+          (f"{ours}/conv{j}", f"{theirs}/conv{j}", _KERNEL),
+          (f"{ours}/norm{j}", f"{theirs}/gn{j}", _NORM),
+        ]
+      if stage > 0 and i == 0:
+        pairs += [
+          (f"{ours}/proj_conv", f"{theirs}/proj_conv", _KERNEL),
+          (f"{ours}/proj_norm", f"{theirs}/proj_gn", _NORM),
+        ]
+  return [entry for pair in pairs for entry in _renamed(*pair)]
+
+
+def _convnext_entries(config: Config) -> list[Entry]:
+  pairs = [("norm", "norm", _NORM)]
+  for stage, depth in enumerate(config["depths"]):
+    ours = f"stage{stage + 1}"
+    theirs = f"downsample_layers_{stage}"
+    conv, layer_norm = (0, 1) if stage == 0 else (1, 0)
+    pairs += [
+      (f"{ours}_down_conv", f"{theirs}/layers_{conv}", _LINEAR),
+      (f"{ours}_down_norm", f"{theirs}/layers_{layer_norm}", _WEIGHT_NORM),
+    ]
+    for i in range(depth):
+      ours = f"stage{stage + 1}_block{i + 1}"
+      theirs = f"stages_{stage}/layers_{i}"
+      pairs += [
+        (f"{ours}/depthwise", f"{theirs}/dwconv", _LINEAR),
+        (f"{ours}/norm", f"{theirs}/norm", _WEIGHT_NORM),
+        (f"{ours}/expand", f"{theirs}/pwconv1", _LINEAR),
+        (f"{ours}/response_norm", f"{theirs}/grn", _RESPONSE_NORM),
+        (f"{ours}/project", f"{theirs}/pwconv2", _LINEAR),
+      ]
+  return [entry for pair in pairs for entry in _renamed(*pair)]
+
+
+class _Kind(NamedTuple):
+  keys: Mapping[str, str]
+  build: Callable[[Config], nn.Module]
+  entries: Callable[[Config], list[Entry]]
+  inputs: Callable[[Config], list[jax.ShapeDtypeStruct]]
+
+
+_KINDS = {
+  "gen": _Kind(
+    _GENERATOR_KEYS, _build_generator, _generator_entries, _generator_inputs
+  ),
+  "mae": _Kind(_MAE_KEYS, _build_mae, _mae_entries, _mae_inputs),
+  "convnext": _Kind(
+    _CONVNEXT_KEYS, _build_convnext, _convnext_entries, _convnext_inputs
+  ),
+}

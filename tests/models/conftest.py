@@ -1,0 +1,40 @@
+"""Golden models: the release's configurations and parameters, loaded here."""
+
+import functools
+import json
+
+import jax
+import pytest
+from flax import traverse_util
+
+from tests.conftest import GOLDEN
+
+# These tests compile much and run little: unoptimised code is ready sooner.
+fast_jit = functools.partial(
+  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
+
+
+@pytest.fixture(scope="session")
+def golden_json():
+  """Loads tests/golden/NAME.json."""
+
+  def load(name: str):
+    return json.loads((GOLDEN / f"{name}.json").read_text())
+
+  return load
+
+
+@pytest.fixture(scope="session")
+def release_params(golden):
+  """The `params/...` arrays of tests/golden/NAME.npz as a nested dict."""
+
+  def load(name: str):
+    flat = {
+      key.removeprefix("params/"): value
+      for key, value in golden(name).items()
+      if key.startswith("params/")
+    }
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+  return load

@@ -1,0 +1,133 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from drift_jax.models import build_convnext, release
+from drift_jax.models.convnext import (
+  GlobalResponseNorm,
+  normalize_colors,
+  normalize_stage,
+  resize_input,
+)
+from tests.conftest import assert_close, relative_error
+from tests.models.conftest import fast_jit
+
+
+@pytest.fixture(scope="module")
+def tiny(golden, golden_json, release_params):
+  """The golden arrays, the model and its parameters."""
+  config = golden_json("convnext_tiny_config")
+  model, params = release.from_release(
+    "convnext",
+    {"depths": config["depths"], "dims": config["dims"]},
+    release_params("convnext_tiny"),
+  )
+  return golden("convnext_tiny"), model, {"params": params}
+
+
+def test_golden_features(tiny):
+  arrays, model, variables = tiny
+  features = fast_jit(
+    functools.partial(model.apply, method="features", input_scale=True)
+  )(variables, arrays["x"])
+  assert_close(features.pop("norm_x"), arrays["has_scale/norm_x"], 1e-6)
+  prefix = "act/"
+  assert {prefix + key for key in features} == {
+    key for key in arrays if key.startswith(prefix)
+  }
+  for key, value in features.items():
+    assert_close(value, arrays[prefix + key], 5e-6, key)
+  plain = jax.eval_shape(
+    functools.partial(model.apply, method="features"), variables, arrays["x"]
+  )
+  assert plain.keys() == features.keys()
+
+
+def test_golden_pooled_output(tiny):
+  arrays, model, variables = tiny
+  pooled = fast_jit(functools.partial(model.apply, method="pooled"))(
+    variables, arrays["x"]
+  )
+  assert pooled.dtype == jnp.float32
+  assert_close(pooled, arrays["pooled"], 5e-6)
+
+
+def test_golden_colours_are_normalised_without_clipping(tiny):
+  arrays, _, _ = tiny
+  rows = normalize_colors(jnp.asarray(arrays["x"]))[:, 0]
+  assert_close(rows, arrays["preprocessed_x_row0"], 1e-6)
+  beyond = normalize_colors(jnp.full((1, 1, 1, 3), 3.0))[0, 0, 0]
+  expected = (2 - np.array([0.485, 0.456, 0.406])) / [0.229, 0.224, 0.225]
+  assert_close(beyond, expected, 1e-6)
+
+
+@pytest.mark.parametrize("size", [256, 48])
+def test_resize_is_a_triangle_filter_as_wide_as_the_shrinkage(size: int):
+  x = np.random.RandomState(0).randn(1, size, size, 2).astype(np.float32)
+  scale = size / 224
+  centres = (np.arange(224) + 0.5) * scale - 0.5
+  distances = np.abs(np.arange(size)[None, :] - centres[:, None])
+  weights = np.maximum(0, 1 - distances / max(scale, 1))
+  weights /= weights.sum(axis=1, keepdims=True)
+  rows = np.einsum("ih,bhwc->biwc", weights, x)
+  expected = np.einsum("jw,biwc->bijc", weights, rows)
+  assert_close(resize_input(jnp.asarray(x)), expected, 5e-5)
+
+
+def test_gradient_reaches_the_pixels_beyond_the_colour_range(tiny):
+  arrays, model, variables = tiny
+
+  def objective(x):
+    return jnp.sum(jnp.sin(model.apply(variables, x, method="pooled")))
+
+  gradient = fast_jit(jax.grad(objective))(1.5 * arrays["x"])
+  assert np.isfinite(gradient).all()
+  assert (np.abs(gradient) > 0).mean() > 0.99
+
+
+def test_dead_channels_and_flat_maps_have_finite_gradients():
+  norm = GlobalResponseNorm(jnp.dtype("float32"))
+  x = jnp.ones((1, 2, 2, 3)).at[..., 1].set(0.0)
+  params = {"gamma": jnp.ones((1, 1, 1, 3)), "beta": jnp.zeros((1, 1, 1, 3))}
+
+  def objective(x):
+    return jnp.sum(norm.apply({"params": params}, x) ** 2)
+
+  assert np.isfinite(jax.grad(objective)(x)).all()
+  gradient = jax.grad(lambda x: jnp.sum(normalize_stage(x)))(jnp.ones_like(x))
+  assert np.isfinite(gradient).all()
+
+
+def test_bfloat16_computes_near_float32(tiny):
+  arrays, model, variables = tiny
+  rough = build_convnext(
+    depths=model.depths, widths=model.widths, dtype="bfloat16"
+  )
+  pooled = fast_jit(functools.partial(rough.apply, method="pooled"))
+  error = relative_error(pooled(variables, arrays["x"]), arrays["pooled"])
+  assert 1e-4 < error < 3e-2
+  rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables)
+  error = relative_error(pooled(rounded, arrays["x"]), arrays["pooled"])
+  assert error < 3e-2
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"dims": (8,)}, "does not know 'dims'.*valid arguments: depths, widths"),
+    ({"depths": (1, 1, 1)}, r"depths=\(1, 1, 1\): must be 4 numbers"),
+    ({"widths": (8, 8, 0, 8)}, r"widths \(stage 3\)=0: must be an integer"),
+    ({"dtype": "half"}, "dtype='half': must be one of 'float32', 'bfloat16'"),
+  ],
+)
+def test_bad_arguments_are_explained(change, message):
+  arguments = {
+    "depths": (1, 1, 1, 1),
+    "widths": (8, 8, 8, 8),
+    "dtype": "float32",
+  }
+  with pytest.raises(ValueError, match=message):
+    build_convnext(**(arguments | change))

@@ -1,0 +1,389 @@
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from drift_jax.models import build_generator, release
+from tests.conftest import assert_close, relative_error
+from tests.models.conftest import fast_jit
+
+SMALL = {
+  "input_size": 4,
+  "in_channels": 2,
+  "out_channels": 3,
+  "patch_size": 2,
+  "hidden_size": 16,
+  "depth": 2,
+  "num_heads": 2,
+  "mlp_ratio": 4.0,
+  "num_classes": 5,
+  "cond_dim": 12,
+  "context_tokens": 3,
+  "style_vocab": 6,
+  "style_tokens": 2,
+  "dtype": "float32",
+  "attention_dtype": "float32",
+  "remat": False,
+}
+LABELS = jnp.array([0, 1, 4, 4])
+
+
+class Run(NamedTuple):
+  arrays: dict[str, np.ndarray]
+  config: dict[str, Any]
+  generator: Any
+  params: Any
+  samples: np.ndarray
+  intermediates: Any
+
+
+@pytest.fixture(scope="module", params=["gen_latent", "gen_pixel"])
+def run(request, golden, golden_json, release_params) -> Run:
+  """The golden model with its parameters, run once on the golden inputs."""
+  arrays = golden(request.param)
+  config = golden_json(f"{request.param}_config")["model_config"]
+  generator, params = release.from_release(
+    "gen", config, release_params(request.param)
+  )
+  samples, state = fast_jit(
+    functools.partial(generator.apply, mutable=["intermediates"])
+  )(
+    {"params": params},
+    arrays["labels"],
+    arrays["cfg_scale"],
+    noise=arrays["x"],
+    style=arrays["noise_labels"],
+  )
+  return Run(arrays, config, generator, params, samples, state["intermediates"])
+
+
+def test_golden_condition(run: Run):
+  condition = run.generator.apply(
+    {"params": run.params},
+    run.arrays["labels"],
+    run.arrays["cfg_scale"],
+    run.arrays["noise_labels"],
+    method="condition",
+  )
+  assert_close(condition, run.arrays["cond"], 1e-6)
+
+
+def test_golden_blocks_and_samples(run: Run):
+  prefix = "intermediates/LightningDiT_0"
+  (blocks,) = run.intermediates["blocks"]["output"]
+  assert len(blocks) == run.config["depth"]
+  for i, block in enumerate(blocks):
+    assert_close(block, run.arrays[f"{prefix}/blocks_{i}"], 2e-6, f"block {i}")
+  (final,) = run.intermediates["final_output"]
+  assert_close(final, run.arrays[f"{prefix}/FinalLayer_0"], 2e-6)
+  assert_close(run.samples, run.arrays["samples"], 2e-6)
+
+
+def test_golden_effects_of_alpha_and_class(run: Run):
+  # Rows 0 and 1 differ in alpha only (about 1e-2), rows 0 and 5 in the class.
+  expected = run.arrays["samples"]
+  for row in (1, 5):
+    effect = expected[0] - expected[row]
+    assert_close(run.samples[0] - run.samples[row], effect, 1e-3)
+
+
+def test_golden_scalar_alpha(run: Run):
+  inputs = {"noise": run.arrays["x"], "style": run.arrays["noise_labels"]}
+  variables = {"params": run.params}
+  labels = run.arrays["labels"]
+  condition = run.generator.apply(
+    variables, labels, 2.5, inputs["style"], method="condition"
+  )
+  assert_close(condition, run.arrays["scalar_cfg2.5/cond"], 1e-6)
+  samples = fast_jit(functools.partial(run.generator.apply, alpha=2.5))(
+    variables, labels, **inputs
+  )
+  assert_close(samples, run.arrays["scalar_cfg2.5/samples"], 2e-6)
+
+
+def test_golden_gradients(run: Run):
+  def objective(params, noise):
+    samples = run.generator.apply(
+      {"params": params},
+      run.arrays["labels"],
+      run.arrays["cfg_scale"],
+      noise=noise,
+      style=run.arrays["noise_labels"],
+    )
+    return jnp.sum(samples * run.arrays["grad/cotangent"])
+
+  gradients = fast_jit(jax.grad(objective, argnums=(0, 1)))(
+    run.params, run.arrays["x"]
+  )
+  assert_close(gradients[1], run.arrays["grad/x"], 1e-5)
+  published = release.to_release("gen", run.config, gradients[0])
+  norms = {
+    name: np.linalg.norm(leaf)
+    for name, leaf in traverse_util.flatten_dict(published, sep="/").items()
+  }
+  prefix = "grad/param_norm/"
+  expected = {
+    key.removeprefix(prefix): value
+    for key, value in run.arrays.items()
+    if key.startswith(prefix)
+  }
+  assert norms.keys() == expected.keys()
+  for name, norm in norms.items():
+    assert norm == pytest.approx(expected[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("attn_fp32", [True, False])
+def test_golden_bfloat16(run: Run, attn_fp32: bool):
+  config = run.config | {"use_bf16": True, "attn_fp32": attn_fp32}
+  generator, params = release.from_release(
+    "gen", config, release.to_release("gen", run.config, run.params)
+  )
+  samples = fast_jit(generator.apply)(
+    {"params": params},
+    run.arrays["labels"],
+    run.arrays["cfg_scale"],
+    noise=run.arrays["x"],
+    style=run.arrays["noise_labels"],
+  )
+  assert samples.dtype == jnp.float32
+  golden = run.arrays[f"bf16_attn_fp32_{int(attn_fp32)}/samples"]
+  assert_close(samples, golden, 2e-2)
+  assert relative_error(samples, run.arrays["samples"]) > 1e-3
+
+
+class Small(NamedTuple):
+  generator: Any
+  initial: Any
+  params: Any
+  apply: Any
+
+
+@pytest.fixture(scope="module")
+def small() -> Small:
+  """A small generator: as initialised, and with parameters far from it."""
+  generator = build_generator(**SMALL)
+  initial = fast_jit(generator.init)(jax.random.key(0), LABELS, 1.0)
+  return Small(
+    generator, initial, _random_like(initial), fast_jit(generator.apply)
+  )
+
+
+def _random_like(variables):
+  """Every leaf random: an adaLN-zero model as initialised is constant."""
+  random = np.random.RandomState(0)
+  return jax.tree.map(
+    lambda x: jnp.asarray(0.3 * random.randn(*x.shape), jnp.float32),
+    variables,
+  )
+
+
+def _inputs() -> dict[str, jax.Array]:
+  random = np.random.RandomState(1)
+  return {
+    "noise": jnp.asarray(random.randn(4, 4, 4, 2), jnp.float32),
+    "style": jnp.asarray(random.randint(6, size=(4, 2)), jnp.int32),
+  }
+
+
+def test_initialisation(small: Small):
+  flat = traverse_util.flatten_dict(small.initial["params"], sep="/")
+  for name, leaf in flat.items():
+    assert leaf.dtype == jnp.float32, name
+    if name.startswith("blocks/"):
+      assert leaf.shape[0] == SMALL["depth"], name
+    zero = name.endswith("bias") or "modulation" in name
+    if zero or name == "final/linear/kernel":
+      assert not leaf.any(), name
+    elif name.endswith("scale"):
+      assert (leaf == 1).all(), name
+    elif "embed" in name and name not in (
+      "patch_embed/kernel",
+      "pos_embed",
+    ):
+      # normal(0.02), within 5 standard errors of the standard deviation
+      tolerance = 5 / math.sqrt(2 * leaf.size)
+      assert np.std(leaf) == pytest.approx(0.02, rel=tolerance), name
+    elif name.endswith("kernel"):
+      # Xavier uniform: sqrt(6 / (in + out)) over the layer's own axes
+      bound = math.sqrt(6 / sum(leaf.shape[-2:]))
+      assert 0.9 * bound < np.abs(leaf).max() <= bound, name
+  qkv = flat["blocks/attention/qkv/kernel"]
+  assert relative_error(qkv[0], qkv[1]) > 0.5
+
+
+def test_initial_blocks_are_the_identity_and_samples_zero(small: Small):
+  apply = functools.partial(small.generator.apply, mutable=["intermediates"])
+  samples, state = fast_jit(apply)(small.initial, LABELS, 1.0, **_inputs())
+  first, second = state["intermediates"]["blocks"]["output"][0]
+  np.testing.assert_array_equal(first, second)
+  assert first.any()
+  assert not samples.any()
+
+
+def test_drawn_noise_equals_the_same_noise_given(small: Small):
+  rngs = {"noise": jax.random.key(3)}
+  noise, style = small.generator.apply(
+    small.params, len(LABELS), method="draw", rngs=rngs
+  )
+  apply = functools.partial(small.apply, small.params, LABELS, 2.0)
+  samples = apply(noise=noise, style=style)
+  drawn = apply(rngs=rngs)
+  np.testing.assert_allclose(drawn, samples, rtol=1e-5, atol=1e-5)
+  np.testing.assert_array_equal(drawn, apply(rngs=rngs))
+  other = small.generator.apply(
+    small.params, len(LABELS), method="draw", rngs={"noise": jax.random.key(4)}
+  )
+  assert (other[0] != noise).all() and (other[1] != style).any()
+  # What is given does not change what is drawn for the rest.
+  mixed = apply(noise=noise, rngs=rngs)
+  np.testing.assert_allclose(mixed, samples, rtol=1e-5, atol=1e-5)
+
+
+def test_drawn_noise_is_standard_normal_and_style_uniform(small: Small):
+  noise, style = small.generator.apply(
+    small.params, 4_000, method="draw", rngs={"noise": jax.random.key(0)}
+  )
+  assert noise.shape == (4_000, 4, 4, 2) and style.shape == (4_000, 2)
+  assert abs(np.mean(noise)) < 0.02 and abs(np.std(noise) - 1) < 0.02
+  for token in range(2):
+    counts = np.bincount(style[:, token], minlength=6)
+    assert len(counts) == 6
+    np.testing.assert_allclose(counts, 4_000 / 6, rtol=0.2)
+  assert np.mean(style[:, 0] == style[:, 1]) == pytest.approx(1 / 6, abs=0.05)
+
+
+def test_each_style_token_has_its_own_table(small: Small):
+  styles = jnp.array([[1, 2], [2, 1], [3, 2]])
+  first, swapped, other = small.generator.apply(
+    small.params, jnp.zeros(3, jnp.int32), 1.0, styles, method="condition"
+  )
+  assert relative_error(swapped, first) > 0.1
+  tables = small.params["params"]["style_embed"]
+  assert_close(first - other, tables[0, 1] - tables[0, 3], 1e-5)
+
+
+def test_alpha_may_be_one_number_or_one_for_each_sample(small: Small):
+  def apply(alpha):
+    return small.apply(small.params, LABELS, alpha, **_inputs())
+
+  each = apply(jnp.array([1.0, 2.0, 3.0, 4.0]))
+  for i in range(4):
+    one = apply(float(i + 1))
+    np.testing.assert_allclose(each[i], one[i], rtol=1e-5, atol=1e-5)
+  assert relative_error(apply(1.0), apply(4.0)) > 1e-4
+
+
+def test_samples_of_a_batch_do_not_mix(small: Small):
+  inputs = _inputs()
+  samples = small.apply(small.params, LABELS, 1.0, **inputs)
+  inputs["noise"] = inputs["noise"].at[0].add(1.0)
+  changed = small.apply(small.params, LABELS, 1.0, **inputs)
+  np.testing.assert_array_equal(samples[1:], changed[1:])
+  assert relative_error(samples[0], changed[0]) > 0.01
+
+
+def test_label_out_of_range_gives_nan(small: Small):
+  labels = jnp.array([0, 1, 4, 5])
+  samples = small.apply(small.params, labels, 1.0, **_inputs())
+  assert np.isfinite(samples[:3]).all() and np.isnan(samples[3]).all()
+
+
+def test_remat_changes_neither_samples_nor_gradients(small: Small):
+  def objective(remat, variables):
+    generator = build_generator(**(SMALL | {"remat": remat}))
+    samples = generator.apply(variables, LABELS, 1.0, **_inputs())
+    return jnp.sum(jnp.sin(samples))
+
+  gradients, products = [], []
+  for remat in (False, True):
+    gradient = fast_jit(jax.grad(functools.partial(objective, remat)))
+    traced = gradient.trace(small.params)
+    products.append(str(traced.jaxpr).count("dot_general["))
+    gradients.append(traced.lower().compile()(small.params))
+  # The backward pass repeats the products of a block.
+  assert products[1] >= products[0] + 6
+  jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), *gradients)
+
+
+@pytest.mark.parametrize("absent", ["style", "context"])
+def test_style_and_context_tokens_may_be_absent(absent: str):
+  generator = build_generator(**(SMALL | {f"{absent}_tokens": 0}))
+  shapes = jax.eval_shape(generator.init, jax.random.key(0), LABELS, 1.0)
+  assert not [name for name in shapes["params"] if absent in name]
+  variables = _random_like(shapes)
+  inputs = _inputs()
+  if absent == "style":
+    del inputs["style"]
+  apply = fast_jit(generator.apply)
+  samples = apply(variables, LABELS, 1.0, **inputs)
+  assert samples.shape == (4, 4, 4, 3) and np.isfinite(samples).all()
+  one_class = apply(variables, 0 * LABELS, 1.0, **inputs)
+  assert relative_error(one_class[1:], samples[1:]) > 1e-3
+
+
+@pytest.mark.parametrize("attention_dtype", ["float32", "bfloat16"])
+def test_precision_of_attention_is_an_option(attention_dtype: str):
+  generator = build_generator(
+    **(SMALL | {"dtype": "bfloat16", "attention_dtype": attention_dtype})
+  )
+  key = jax.random.key(0)
+  variables = jax.eval_shape(generator.init, key, LABELS, 1.0)
+  assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+
+  def apply(variables):
+    return generator.apply(variables, LABELS, 1.0, rngs={"noise": key})
+
+  assert jax.eval_shape(apply, variables).dtype == jnp.float32
+  text = str(jax.make_jaxpr(apply)(variables))
+  # Weights times values of 7 tokens: the only result of these four axes.
+  short = {"float32": "f32", "bfloat16": "bf16"}[attention_dtype]
+  assert text.count(f":{short}[4,2,8,7] = dot_general") == 1
+
+
+def test_parameters_stored_in_bfloat16_are_accepted(small: Small):
+  rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), small.params)
+  samples = small.apply(rounded, LABELS, 1.0, **_inputs())
+  assert samples.dtype == jnp.float32
+  expected = small.apply(small.params, LABELS, 1.0, **_inputs())
+  assert_close(samples, expected, 5e-2)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"num_head": 2}, r"'num_head' \(did you mean 'num_heads'\?\); valid"),
+    ({"input_size": 5}, "input_size=5 must be a multiple of patch_size=2"),
+    ({"num_heads": 3}, "multiple of 2 \\* num_heads=6"),
+    ({"hidden_size": 18, "num_heads": 1}, "sin-cos positions"),
+    ({"depth": 0}, "depth=0: must be an integer >= 1"),
+    ({"style_vocab": 0}, "style_vocab=0"),
+    ({"context_tokens": -1}, "context_tokens=-1: must be an integer >= 0"),
+    ({"mlp_ratio": 0.0}, "mlp_ratio=0.0: must be > 0"),
+    ({"dtype": "float16"}, "dtype='float16': must be one of 'float32'"),
+    ({"attention_dtype": "fp8"}, "attention_dtype='fp8': must be one of"),
+    ({"attention_dtype": "bfloat16"}, "set attention_dtype='float32' or"),
+  ],
+)
+def test_bad_arguments_are_explained(change, message):
+  with pytest.raises(ValueError, match=message):
+    build_generator(**(SMALL | change))
+
+
+def test_bad_inputs_are_explained(small: Small):
+  noise, style = _inputs().values()
+  apply = functools.partial(small.generator.apply, small.params, LABELS)
+  with pytest.raises(ValueError, match="pass noise= and style=, or rngs="):
+    apply(1.0)
+  with pytest.raises(ValueError, match="pass noise= and style=, or rngs="):
+    apply(1.0, noise=noise)
+  with pytest.raises(ValueError, match=r"need \(4, 4, 4, 2\)"):
+    apply(1.0, noise=noise[:, :2], style=style)
+  with pytest.raises(ValueError, match="style_tokens=2 need"):
+    apply(1.0, noise=noise, style=style[:, :1])
+  with pytest.raises(ValueError, match=r"alpha has shape \(2,\)"):
+    apply(jnp.ones(2), noise=noise, style=style)

@@ -1,0 +1,111 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from drift_jax.models import layers
+from tests.conftest import assert_close
+
+
+def _normal(seed: int, *shape: int) -> np.ndarray:
+  return np.random.RandomState(seed).randn(*shape).astype(np.float32)
+
+
+def test_attention_equals_a_float64_oracle():
+  query, key, value = (_normal(i, 2, 5, 3, 4) for i in range(3))
+  q, k, v = (x.astype(np.float64) for x in (query, key, value))
+  expected = np.zeros(q.shape)
+  for b, h in np.ndindex(2, 3):
+    logits = q[b, :, h] @ k[b, :, h].T / 2
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    weights /= weights.sum(axis=1, keepdims=True)
+    expected[b, :, h] = weights @ v[b, :, h]
+  arrays = [jnp.asarray(x) for x in (query, key, value)]
+  out = layers.attention(*arrays, dtype=jnp.dtype("float32"))
+  assert_close(out, expected, 1e-6)
+  out = layers.attention(*arrays, dtype=jnp.dtype("bfloat16"))
+  assert out.dtype == jnp.bfloat16
+  assert_close(out, expected, 1e-2)
+
+
+def test_bfloat16_attention_keeps_logits_and_softmax_in_float32():
+  # The products are 257 and 256, of which bfloat16 can hold only the second.
+  query = jnp.array([[16.0, 1.0, 0.0, 0.0], [16.0, 1.0, 0.0, 0.0]])
+  key = jnp.array([[16.0, 1.0, 0.0, 0.0], [16.0, 0.0, 0.0, 0.0]])
+  value = jnp.array([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+  out = layers.attention(
+    *(x[None, :, None] for x in (query, key, value)),
+    dtype=jnp.dtype("bfloat16"),
+  )
+  expected = 1 / (1 + np.exp(-0.5))
+  assert float(out[0, 0, 0, 0]) == pytest.approx(expected, rel=2**-8)
+
+
+def test_rotary_turns_half_split_pairs_by_position():
+  x = _normal(0, 1, 7, 2, 6)
+  out = layers.apply_rotary(jnp.asarray(x))
+  expected = np.zeros(x.shape)
+  for t, h, i in np.ndindex(7, 2, 3):
+    angle = t * 10_000.0 ** (-2 * i / 6)
+    turn = np.exp(1j * angle) * (x[0, t, h, i] + 1j * x[0, t, h, i + 3])
+    expected[0, t, h, i], expected[0, t, h, i + 3] = turn.real, turn.imag
+  assert_close(out, expected, 1e-6)
+
+
+def test_rotary_products_depend_on_relative_position_only():
+  query, key = _normal(0, 8), _normal(1, 8)
+  tokens = 6
+  rotated = [
+    np.asarray(
+      layers.apply_rotary(jnp.tile(jnp.asarray(x), (1, tokens, 1, 1)))
+    )[0, :, 0]
+    for x in (query, key)
+  ]
+  products = rotated[0] @ rotated[1].T
+  for offset in range(-tokens + 1, tokens):
+    diagonal = np.diagonal(products, offset)
+    np.testing.assert_allclose(diagonal, diagonal[0], rtol=1e-4, atol=1e-5)
+  assert np.ptp(products[0]) > 0.1
+
+
+@pytest.mark.parametrize(
+  ("hidden_size", "width"), [(64, 192), (768, 2048), (1024, 2752), (48, 128)]
+)
+def test_swiglu_width_is_two_thirds_rounded_up_to_32(hidden_size, width):
+  assert layers.swiglu_width(hidden_size, 4.0) == width
+
+
+def test_position_table_is_sin_cos_of_column_and_row():
+  side, channels = 3, 8
+  init = layers.sincos_position_init(side)
+  table = init(jax.random.key(0), (1, side * side, channels))
+  for row, column in np.ndindex(side, side):
+    expected = []
+    for position in (column, row):
+      angles = [position * 10_000.0 ** (-i / 2) for i in range(2)]
+      expected += [np.sin(angles), np.cos(angles)]
+    token = table[0, row * side + column]
+    np.testing.assert_allclose(token, np.concatenate(expected), atol=1e-6)
+
+
+def test_unpatchify_inverts_patchify_and_the_order_is_row_column_channel():
+  x = jnp.asarray(_normal(0, 2, 4, 6, 3))
+  folded = layers.patchify(x, 2)
+  np.testing.assert_array_equal(
+    folded[1, 1, 2], np.asarray(x)[1, 2:4, 4:6].reshape(-1)
+  )
+  np.testing.assert_array_equal(layers.unpatchify(folded, 2), x)
+
+
+@pytest.mark.parametrize(
+  ("channels", "groups"), [(4, 4), (32, 32), (48, 24), (96, 32), (37, 1)]
+)
+def test_group_norm_has_the_most_groups_that_divide_up_to_32(channels, groups):
+  x = 3 + 2 * _normal(0, 2, 3, 3, channels)
+  norm = layers.GroupNorm(jnp.dtype("float32"))
+  out, _ = norm.init_with_output(jax.random.key(0), jnp.asarray(x))
+  grouped = x.astype(np.float64).reshape(2, 9, groups, -1)
+  mean = grouped.mean((1, 3), keepdims=True)
+  variance = grouped.var((1, 3), keepdims=True)
+  expected = (grouped - mean) / np.sqrt(variance + 1e-6)
+  assert_close(out, expected.reshape(x.shape), 1e-6)

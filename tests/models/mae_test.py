@@ -1,0 +1,366 @@
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from drift_jax.models import MAEOutput, build_mae, mae_loss, release
+from drift_jax.models.mae import ResidualBlock
+from tests.conftest import assert_close, relative_error
+from tests.models.conftest import fast_jit
+
+# The 8x8 digits: the four stages see 8x8, 4x4, 2x2 and 1x1 maps.
+SMALL = {
+  "in_channels": 1,
+  "base_channels": 8,
+  "layers": (1, 1, 1, 1),
+  "input_patch_size": 1,
+  "mask_patch_size": 2,
+  "num_classes": 10,
+  "dtype": "float32",
+  "remat": False,
+}
+KEY_LISTS = {
+  "default_every_k_2": {},
+  "every_k_1": {"every_k_block": 1},
+  "every_k_inf": {"every_k_block": math.inf},
+  "no_std_no_patch_std": {"use_std": False, "patch_std_size": ()},
+  "no_mean": {"use_mean": False},
+  "none": {
+    "use_mean": False,
+    "use_std": False,
+    "patch_mean_size": (),
+    "patch_std_size": (),
+    "every_k_block": math.inf,
+  },
+}
+
+
+class Run(NamedTuple):
+  arrays: dict[str, np.ndarray]
+  golden_config: dict[str, Any]
+  mae: Any
+  variables: Any
+  apply: Any
+
+
+@pytest.fixture(scope="module", params=["mae_latent", "mae_pixel"])
+def run(request, golden, golden_json, release_params) -> Run:
+  config = golden_json(f"{request.param}_config")
+  mae, params = release.from_release(
+    "mae", config["model_config"], release_params(f"{request.param}_params")
+  )
+  return Run(
+    golden(request.param),
+    config,
+    mae,
+    {"params": params},
+    fast_jit(mae.apply),
+  )
+
+
+def test_golden_features(run: Run):
+  x = run.arrays["x"]
+  features = fast_jit(functools.partial(run.mae.apply, method="features"))(
+    run.variables, x
+  )
+  np.testing.assert_array_equal(features.pop("global"), x.reshape(2, 1, -1))
+  expected = {
+    key.removeprefix("act/"): value
+    for key, value in run.arrays.items()
+    if key.startswith("act/")
+  }
+  assert features.keys() == expected.keys()
+  for key, value in features.items():
+    assert_close(value, expected[key], 1e-5, key)
+
+
+@pytest.mark.parametrize("name", KEY_LISTS)
+def test_golden_key_lists(run: Run, name: str):
+  assert run.golden_config["key_lists"].keys() == KEY_LISTS.keys()
+  x = run.arrays["x"]
+  features = jax.eval_shape(
+    lambda: run.mae.apply(
+      run.variables, x, method="features", **KEY_LISTS[name]
+    )
+  )
+  shapes = {key: list(value.shape) for key, value in features.items()}
+  assert shapes.pop("global") == [2, 1, x[0].size]
+  assert shapes == run.golden_config["key_lists"][name]
+
+
+def test_golden_reconstruction_logits_and_losses(run: Run):
+  for name in ("mask_random", "mask_none_all"):
+    mask = run.arrays[f"loss/{name}/mask"]
+    output = run.apply(run.variables, run.arrays["x"], mask)
+    np.testing.assert_array_equal(output.mask, mask)
+    assert_close(output.recon, run.arrays[f"loss/{name}/recon"], 5e-5, name)
+    assert_close(output.logits, run.arrays[f"loss/{name}/logits"], 1e-5, name)
+    for lam in (0.0, 0.1):
+      losses = mae_loss(output, run.arrays["loss/labels"], lam)
+      prefix = f"loss/{name}/lambda{lam}/"
+      assert {prefix + key for key in losses} == {
+        key
+        for key in run.arrays
+        if key.startswith(prefix) and "grad_norm" not in key
+      }
+      for key, value in losses.items():
+        assert_close(value, run.arrays[prefix + key], 1e-5, prefix + key)
+
+
+def test_golden_target_is_the_folded_input(run: Run):
+  expected = run.arrays.get("patched_x", run.arrays["x"])
+  output = run.apply(
+    run.variables, run.arrays["x"], run.arrays["loss/mask_random/mask"]
+  )
+  np.testing.assert_array_equal(output.target, expected)
+
+
+def test_golden_gradient_norms(run: Run):
+  def objective(params, lam):
+    output = run.mae.apply(
+      {"params": params},
+      run.arrays["x"],
+      run.arrays["loss/mask_random/mask"],
+    )
+    losses = mae_loss(output, run.arrays["loss/labels"], lam)
+    return jnp.mean(losses["loss"])
+
+  gradient = fast_jit(jax.grad(objective))
+  for lam in (0.0, 0.1):
+    tree = release.to_release(
+      "mae",
+      run.golden_config["model_config"],
+      gradient(run.variables["params"], lam),
+    )
+    leaves = traverse_util.flatten_dict(tree, sep="/")
+    prefix = f"loss/mask_random/lambda{lam}/grad_norm/"
+    assert {prefix + name for name in leaves} == {
+      key for key in run.arrays if key.startswith(prefix)
+    }
+    for name, leaf in leaves.items():
+      expected = run.arrays[prefix + name]
+      norm = np.linalg.norm(leaf)
+      assert norm == pytest.approx(expected, rel=2e-5, abs=1e-12), name
+
+
+class Small(NamedTuple):
+  mae: Any
+  variables: Any
+  apply: Any
+
+
+@pytest.fixture(scope="module")
+def small() -> Small:
+  mae = build_mae(**SMALL)
+  shapes = jax.eval_shape(mae.init, jax.random.key(0), _digits())
+  random = np.random.RandomState(0)
+  variables = jax.tree.map(
+    lambda x: jnp.asarray(0.3 * random.randn(*x.shape), x.dtype), shapes
+  )
+  return Small(mae, variables, fast_jit(mae.apply))
+
+
+def _digits() -> jax.Array:
+  random = np.random.RandomState(0)
+  return jnp.asarray(random.uniform(-1, 1, (3, 8, 8, 1)), jnp.float32)
+
+
+def test_a_stage_of_one_cell_works(small: Small):
+  rngs = {"mask": jax.random.key(1)}
+  output = small.apply(small.variables, _digits(), rngs=rngs)
+  assert output.recon.shape == output.target.shape == (3, 8, 8, 1)
+  assert output.logits.shape == (3, 10)
+  features = jax.eval_shape(
+    functools.partial(small.mae.apply, method="features"),
+    small.variables,
+    _digits(),
+  )
+  sides = {f"layer{i + 1}": 8 // 2**i for i in range(4)}
+  for name, side in sides.items():
+    assert features[name].shape == (3, side**2, 8 * 8 // side)
+    patches = {k for k in (2, 4) if f"{name}_mean_{k}" in features}
+    assert patches == {k for k in (2, 4) if side % k == 0}
+
+
+def test_initialisation_follows_the_fan_in(small: Small):
+  shapes = jax.tree.leaves(small.variables)
+  assert {x.dtype for x in shapes} == {jnp.dtype("float32")}
+  block = ResidualBlock(channels=16, stride=2, dtype=jnp.dtype("float32"))
+  params = block.init(jax.random.key(0), jnp.zeros((1, 4, 4, 8)))["params"]
+  for name in ("conv1", "conv2", "proj_conv"):
+    (kernel,) = params[name].values()
+    expected = math.sqrt(2 / np.prod(kernel.shape[:3]))
+    # 5 standard errors of the standard deviation
+    tolerance = 5 / math.sqrt(2 * kernel.size)
+    assert np.std(kernel) == pytest.approx(expected, rel=tolerance), name
+  assert (params["norm1"]["scale"] == 1).all()
+
+
+def test_drawn_mask_hides_whole_patches_with_the_given_probability():
+  mae = build_mae(**(SMALL | {"mask_patch_size": 4}))
+  draw = fast_jit(
+    lambda key, ratio: mae.apply(
+      {"params": {}},
+      (200, 32, 32),
+      ratio,
+      rngs={"mask": key},
+      method="_draw_mask",
+    )
+  )
+  mask = np.asarray(draw(jax.random.key(0), 0.3))
+  assert mask.shape == (200, 32, 32, 1) and set(np.unique(mask)) == {0, 1}
+  patches = mask.reshape(200, 8, 4, 8, 4).transpose(0, 1, 3, 2, 4)
+  patches = patches.reshape(200 * 64, 16)
+  np.testing.assert_array_equal(patches.min(axis=1), patches.max(axis=1))
+  # Standard error of the mean over 12 800 patches: 0.004.
+  assert patches.mean() == pytest.approx(0.3, abs=0.016)
+  # Independent: the share per sample scatters as 64 coin flips do.
+  shares = patches[:, 0].reshape(200, 64).mean(axis=1)
+  assert shares.std() == pytest.approx(math.sqrt(0.3 * 0.7 / 64), rel=0.2)
+  assert not draw(jax.random.key(0), 0.0).any()
+  assert draw(jax.random.key(0), 1.0).all()
+
+
+def test_drawn_mask_is_reproducible_and_equals_the_same_mask_given(
+  small: Small,
+):
+  x = _digits()
+  rngs = {"mask": jax.random.key(1)}
+  drawn = small.apply(small.variables, x, rngs=rngs)
+  again = small.apply(small.variables, x, rngs=rngs)
+  given = small.apply(small.variables, x, drawn.mask)
+  other = small.apply(small.variables, x, rngs={"mask": jax.random.key(2)})
+  for field in MAEOutput._fields:
+    np.testing.assert_array_equal(getattr(drawn, field), getattr(again, field))
+    assert_close(getattr(given, field), getattr(drawn, field), 1e-6)
+  assert (np.asarray(other.mask) != np.asarray(drawn.mask)).any()
+
+
+def test_hidden_cells_do_not_reach_the_reconstruction(small: Small):
+  x = _digits()
+  mask = np.zeros((3, 8, 8, 1), np.float32)
+  mask[:, 2:4, 4:6] = 1
+  output = small.apply(small.variables, x, mask)
+  hidden = small.apply(small.variables, x + 5 * mask, mask)
+  seen = small.apply(small.variables, x + 5 * (1 - mask), mask)
+  for field in ("recon", "logits"):
+    before = getattr(output, field)
+    np.testing.assert_array_equal(getattr(hidden, field), before)
+    assert relative_error(getattr(seen, field), before) > 0.01
+  np.testing.assert_array_equal(hidden.target, x + 5 * mask)
+
+
+def test_pooled_is_the_spatial_mean_of_the_last_stage(run: Run):
+  pooled = fast_jit(functools.partial(run.mae.apply, method="pooled"))(
+    run.variables, run.arrays["x"]
+  )
+  assert pooled.shape == (2, 8 * 32) and pooled.dtype == jnp.float32
+  assert_close(pooled, run.arrays["act/layer4_mean"][:, 0], 1e-5)
+
+
+def test_remat_changes_neither_features_nor_gradients(small: Small):
+  def objective(remat, x):
+    mae = build_mae(**(SMALL | {"remat": remat}))
+    return jnp.sum(jnp.sin(mae.apply(small.variables, x, method="pooled")))
+
+  gradients, convolutions = [], []
+  for remat in (False, True):
+    gradient = fast_jit(jax.grad(functools.partial(objective, remat)))
+    traced = gradient.trace(_digits())
+    convolutions.append(str(traced.jaxpr).count("conv_general_dilated["))
+    gradients.append(traced.lower().compile()(_digits()))
+  # The backward pass repeats the two convolutions of each of four blocks.
+  assert convolutions[1] >= convolutions[0] + 8
+  assert_close(gradients[1], gradients[0], 1e-5)
+
+
+def test_bfloat16_computes_near_float32_from_the_same_parameters(run: Run):
+  config = run.golden_config["model_config"] | {"use_bf16": True}
+  mae, _ = release.from_release(
+    "mae",
+    config,
+    release.to_release(
+      "mae", run.golden_config["model_config"], run.variables["params"]
+    ),
+  )
+  pooled = fast_jit(functools.partial(mae.apply, method="pooled"))
+  expected = run.arrays["act/layer4_mean"][:, 0]
+  error = relative_error(pooled(run.variables, run.arrays["x"]), expected)
+  assert 1e-4 < error < 4e-2
+  rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), run.variables)
+  error = relative_error(pooled(rounded, run.arrays["x"]), expected)
+  assert error < 4e-2
+
+
+def _output(seed: int) -> MAEOutput:
+  random = np.random.RandomState(seed)
+  mask = random.randint(2, size=(4, 3, 5, 1)).astype(np.float32)
+  mask[0] = 0
+  return MAEOutput(
+    jnp.asarray(random.randn(4, 3, 5, 2), jnp.float32),
+    jnp.asarray(3 * random.randn(4, 6), jnp.float32),
+    jnp.asarray(mask),
+    jnp.asarray(random.randn(4, 3, 5, 2), jnp.float32),
+  )
+
+
+def test_loss_equals_a_float64_oracle_for_traced_lam():
+  output = _output(0)
+  labels = np.array([0, 5, 2, int(np.argmax(output.logits[3]))])
+  recon, logits, mask, target = (np.asarray(x, np.float64) for x in output)
+  losses = fast_jit(mae_loss)(output, jnp.asarray(labels), jnp.float32(0.3))
+  for b in range(4):
+    cells = [
+      ((recon[b, i, j] - target[b, i, j]) ** 2).sum()
+      for i, j in np.ndindex(3, 5)
+      if mask[b, i, j, 0]
+    ]
+    expected = {
+      "recon_loss": np.mean(cells) if cells else 0.0,
+      "cls_loss": np.log(np.exp(logits[b]).sum()) - logits[b, labels[b]],
+      "accuracy": float(logits[b].argmax() == labels[b]),
+      "mask_ratio": mask[b].mean(),
+    }
+    expected["loss"] = 0.3 * expected["cls_loss"] + 0.7 * expected["recon_loss"]
+    assert losses.keys() == expected.keys()
+    for key, value in expected.items():
+      assert losses[key][b] == pytest.approx(value, rel=1e-5), key
+  assert losses["accuracy"][3] == 1
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"patch_size": 2}, r"'patch_size' \(did you mean '.*patch_size'\?\)"),
+    ({"layers": (3, 4, 6)}, r"layers=\(3, 4, 6\): must be 4 block counts"),
+    ({"layers": (1, 1, 0, 1)}, r"layers \(stage 3\)=0: must be an integer"),
+    ({"base_channels": 0}, "base_channels=0: must be an integer >= 1"),
+    ({"dtype": "float64"}, "dtype='float64': must be one of 'float32'"),
+  ],
+)
+def test_bad_arguments_are_explained(change, message):
+  with pytest.raises(ValueError, match=message):
+    build_mae(**(SMALL | change))
+
+
+def test_bad_inputs_are_explained(small: Small):
+  apply = functools.partial(small.mae.apply, small.variables)
+  x = _digits()
+  with pytest.raises(ValueError, match="pass mask=, or rngs="):
+    apply(x)
+  with pytest.raises(ValueError, match=r"the folded input needs \(3, 8, 8, 1"):
+    apply(x, jnp.zeros((3, 4, 4, 1)))
+  with pytest.raises(ValueError, match="needs in_channels=1"):
+    apply(jnp.zeros((3, 8, 8, 3)), method="features")
+  with pytest.raises(ValueError, match="7 x 8: its sides must be multiples"):
+    apply(x[:, :7], rngs={"mask": jax.random.key(0)})
+  with pytest.raises(ValueError, match="every_k_block=0: must be >= 1"):
+    apply(x, method="features", every_k_block=0)
+  folded = build_mae(**(SMALL | {"input_patch_size": 3}))
+  with pytest.raises(ValueError, match="multiples of input_patch_size=3"):
+    folded.init(jax.random.key(0), x)

@@ -1,0 +1,322 @@
+import functools
+import io
+import json
+import math
+import tarfile
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from configs import models as presets
+from drift_jax.models import (
+  build_convnext,
+  build_generator,
+  build_mae,
+  release,
+)
+from tests.conftest import GOLDEN
+
+KINDS = {
+  "gen": (presets.GENERATORS, build_generator),
+  "mae": (presets.MAES, build_mae),
+  "convnext": (presets.CONVNEXTS, build_convnext),
+}
+ALL_PRESETS = [
+  (kind, name) for kind, (table, _) in KINDS.items() for name in table
+]
+# Preset -> tests/golden/shapes_NAME.json and parameters in the encoder alone.
+SHAPES = {
+  "generator_b2_latent": "gen_B2_latent",
+  "generator_l2_latent": "gen_L2_latent",
+  "generator_b16_pixel": "gen_B16_pixel",
+  "generator_l16_pixel": "gen_L16_pixel",
+  "mae_256_latent": "mae_256_latent",
+  "mae_640_latent": "mae_640_latent",
+  "mae_640_pixel": "mae_640_pixel",
+  "convnextv2_base": "convnextv2_base",
+}
+INPUTS = {
+  "gen": lambda config: (jnp.zeros(1, jnp.int32), 1.0),
+  "mae": lambda config: (
+    jnp.zeros((1, *2 * (32 * config.input_patch_size,), config.in_channels)),
+  ),
+  "convnext": lambda config: (jnp.zeros((1, 256, 256, 3)),),
+}
+
+
+@functools.cache
+def _preset(kind: str, name: str):
+  """The preset's config, module and the shapes of its variables."""
+  table, build = KINDS[kind]
+  config = table[name]()
+  module = build(**config)
+  shapes = jax.eval_shape(
+    lambda: module.init(jax.random.key(0), *INPUTS[kind](config))
+  )
+  return config, module, shapes
+
+
+def _published(kind: str, name: str, golden) -> dict:
+  if kind == "convnext":
+    return {"depths": golden["depths"], "dims": golden["dims"]}
+  return golden["model_config"]
+
+
+def test_every_preset_has_golden_shapes_and_every_golden_a_preset():
+  files = {path.stem for path in GOLDEN.glob("shapes_*.json")}
+  assert {f"shapes_{SHAPES.get(name)}" for _, name in ALL_PRESETS} == files
+  functions = {
+    name
+    for name, value in vars(presets).items()
+    if callable(value) and not name.startswith("_") and name != "ConfigDict"
+  }
+  assert functions == {name for _, name in ALL_PRESETS}
+
+
+@pytest.mark.parametrize(("kind", "name"), ALL_PRESETS)
+def test_preset_has_the_published_parameters(kind, name, golden_json):
+  golden = golden_json(f"shapes_{SHAPES[name]}")
+  _, _, shapes = _preset(kind, name)
+  config = _published(kind, name, golden)
+  there = jax.eval_shape(
+    lambda params: release.to_release(kind, config, params), shapes["params"]
+  )
+  leaves = {
+    path: [list(leaf.shape), str(leaf.dtype)]
+    for path, leaf in traverse_util.flatten_dict(there, sep="/").items()
+  }
+  assert leaves == golden["leaves"]
+  counts = {k: math.prod(shape) for k, (shape, _) in leaves.items()}
+  assert sum(counts.values()) == golden["n_params"]
+  if kind == "mae":
+    encoder = sum(v for k, v in counts.items() if k.startswith("encoder/"))
+    assert encoder == golden["n_params_encoder"]
+  back = jax.eval_shape(
+    lambda params: release.from_release(kind, config, params)[1], there
+  )
+  assert back == shapes["params"]
+
+
+@pytest.mark.parametrize(("kind", "name"), ALL_PRESETS)
+def test_preset_is_the_published_configuration(kind, name, golden_json):
+  config, module, shapes = _preset(kind, name)
+  published = release.published_config(kind, dict(config))
+  assert json.loads(json.dumps(published)) == published
+  golden = _published(kind, name, golden_json(f"shapes_{SHAPES[name]}"))
+  defaults = {
+    "gen": {"use_remat": False},
+    "mae": {},
+    "convnext": {"use_bf16": False},
+  }
+  assert published == defaults[kind] | golden
+  rebuilt = []
+
+  def rebuild(params):
+    there = release.to_release(kind, published, params)
+    rebuilt.append(release.from_release(kind, published, there)[0])
+
+  jax.eval_shape(rebuild, shapes["params"])
+  assert rebuilt == [module]
+
+
+@pytest.mark.parametrize(
+  ("key", "mae", "convnext_dtype"),
+  [
+    ("latent_mae256", "mae_256_latent", None),
+    ("latent_mae640", "mae_640_latent", None),
+    ("pixel_mae640_only", "mae_640_pixel", None),
+    ("pixel_mae640_convnext", "mae_640_pixel", "float32"),
+    ("pixel_mae640_convnext_bf16", "mae_640_pixel", "bfloat16"),
+  ],
+)
+def test_presets_give_the_published_features(
+  key, mae, convnext_dtype, golden_json
+):
+  expected = golden_json("activation_keys")
+  assert len(expected) == 5
+  config, module, variables = _preset("mae", mae)
+  (x,) = INPUTS["mae"](config)
+  features = dict(_features(module, variables, x))
+  if convnext_dtype:
+    config, _, variables = _preset("convnext", "convnextv2_base")
+    config.dtype = convnext_dtype
+    features |= _features(build_convnext(**config), variables, x)
+  assert list(x.shape) == expected[key]["x_shape"]
+  assert {
+    name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in features.items()
+  } == expected[key]["features"]
+
+
+def _features(module, variables, x):
+  apply = functools.partial(module.apply, method="features")
+  return jax.eval_shape(apply, variables, x)
+
+
+def _artifact_gen():
+  folder = GOLDEN / "artifact_gen" / "params_ema"
+  metadata = json.loads((folder / "metadata.json").read_text())
+  return metadata, (folder / "ema_params.msgpack").read_bytes()
+
+
+def _artifact_mae():
+  with tarfile.open(GOLDEN / "artifact_mae.tar.gz") as archive:
+    files = {}
+    for name in ("metadata.json", "ema_params.msgpack"):
+      member = archive.extractfile(f"params_ema/{name}")
+      assert isinstance(member, io.BufferedReader)
+      files[name] = member.read()
+  return json.loads(files["metadata.json"]), files["ema_params.msgpack"]
+
+
+@pytest.mark.parametrize(
+  ("kind", "read", "arrays"),
+  [
+    ("gen", _artifact_gen, "gen_latent"),
+    ("mae", _artifact_mae, "mae_latent_params"),
+  ],
+)
+def test_artifact_survives_the_round_trip_byte_for_byte(
+  kind, read, arrays, release_params
+):
+  metadata, data = read()
+  assert metadata["kind"] == kind
+  tree = flax.serialization.msgpack_restore(data)
+  config = metadata["model_config"]
+  _, params = release.from_release(kind, config, tree)
+  back = release.to_release(kind, config, params)
+  flat = traverse_util.flatten_dict(back, sep="/")
+  # msgpack keeps the order of keys; restore it before comparing the bytes.
+  order = traverse_util.flatten_dict(tree, sep="/")
+  assert flat.keys() == order.keys()
+  ordered = traverse_util.unflatten_dict(
+    {name: np.asarray(flat[name]) for name in order}, sep="/"
+  )
+  assert flax.serialization.msgpack_serialize(ordered) == data
+  golden = traverse_util.flatten_dict(release_params(arrays), sep="/")
+  assert flat.keys() == golden.keys()
+  for name, leaf in flat.items():
+    np.testing.assert_array_equal(leaf, golden[name], name)
+
+
+def test_conversion_traces_and_keeps_numpy_on_the_host(
+  golden_json, release_params
+):
+  config = golden_json("gen_latent_config")["model_config"]
+  tree = release_params("gen_latent")
+  _, params = release.from_release("gen", config, tree)
+  assert {type(x) for x in jax.tree.leaves(params)} == {np.ndarray}
+  traced = jax.jit(lambda p: release.from_release("gen", config, p)[1])(tree)
+  jax.tree.map(np.testing.assert_array_equal, traced, params)
+
+
+def test_blocks_and_style_tables_stack_in_numeric_order():
+  # Sorted by name, number 10 would come before number 2.
+  config, tree = _small_release(depth=11, style_tokens=12)
+  for i in range(11):
+    tree["LightningDiT_0"][f"blocks_{i}"]["RMSNorm_0"]["weight"] += i
+  for i in range(12):
+    tree[f"noise_embeds_{i}"]["embedding"] += i
+  _, params = release.from_release("gen", config, tree)
+  scales = params["blocks"]["attention_norm"]["scale"]
+  np.testing.assert_array_equal(scales[:, 0], np.arange(11))
+  np.testing.assert_array_equal(params["style_embed"][:, 0, 0], np.arange(12))
+
+
+def _small_release(**change):
+  """A small generator's published configuration and zero parameters."""
+  arguments = presets.generator_b2_latent().to_dict()
+  arguments |= {"hidden_size": 24, "cond_dim": 8, "depth": 2} | change
+  config = release.published_config("gen", arguments)
+  module = build_generator(**arguments)
+  inputs = INPUTS["gen"](config)
+  shapes = jax.eval_shape(
+    lambda: release.to_release(
+      "gen", config, module.init(jax.random.key(0), *inputs)["params"]
+    )
+  )
+  return config, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+
+
+def test_absent_style_and_context_tokens_are_absent_there_too():
+  config, tree = _small_release(style_tokens=0, context_tokens=0)
+  names = set(traverse_util.flatten_dict(tree, sep="/"))
+  assert not [x for x in names if "noise_embeds" in x or "cls_embed" in x]
+  _, params = release.from_release("gen", config, tree)
+  assert not {"style_embed", "context_embed", "context_proj"} & params.keys()
+
+
+def test_autoencoder_without_num_classes_has_1000(golden_json, release_params):
+  config = golden_json("mae_latent_config")["model_config"]
+  tree = release_params("mae_latent_params")
+  del config["num_classes"]
+  with pytest.raises(
+    ValueError, match=r"wrong shapes \(2\): fc/kernel has.*not \(256, 1000\)"
+  ):
+    release.from_release("mae", config, tree)
+  tree["fc"] = {
+    "kernel": np.zeros((256, 1000), np.float32),
+    "bias": np.zeros(1000, np.float32),
+  }
+  module, _ = release.from_release("mae", config, tree)
+  assert module.num_classes == 1000
+
+
+def test_differences_from_the_configuration_are_listed(
+  golden_json, release_params
+):
+  config = golden_json("gen_latent_config")["model_config"]
+  tree = release_params("gen_latent")
+  _, params = release.from_release("gen", config, tree)
+  tree["Embed_1"] = tree.pop("Embed_0")
+  tree["RMSNorm_0"]["weight"] = np.ones(65, np.float32)
+  message = (
+    r"missing \(1\): Embed_0/embedding\. "
+    r"unexpected \(1\): Embed_1/embedding\. "
+    r"wrong shapes \(1\): RMSNorm_0/weight has shape \(65,\), not \(64,\)"
+  )
+  with pytest.raises(ValueError, match=message):
+    release.from_release("gen", config, tree)
+  with pytest.raises(ValueError, match=r"missing \(16\): .*/blocks_2/"):
+    release.from_release(
+      "gen", config | {"depth": 3}, release_params("gen_latent")
+    )
+  params["blocks"]["mlp_norm"]["scale"] = np.ones((3, 64), np.float32)
+  message = r"blocks/mlp_norm/scale has shape \(3, 64\), not \(2, 64\)"
+  with pytest.raises(ValueError, match=message):
+    release.to_release("gen", config, params)
+
+
+@pytest.mark.parametrize(
+  ("kind", "name", "change", "message"),
+  [
+    ("gen", "gen_latent", {"use_rope": False}, "use_rope=False: every"),
+    ("gen", "gen_latent", {"use_qknorm": 0}, "use_qknorm=0: every"),
+    ("gen", "gen_latent", {"use_swiglu": None}, "use_swiglu=None: every"),
+    ("gen", "gen_latent", {"window": 8}, r"unknown \['window'\]"),
+    ("mae", "mae_latent", {"dropout_prob": 0.1}, "dropout_prob=0.1: every"),
+    ("mae", "mae_latent", {"mask_patch_size": 2}, "unknown .'mask_patch_size"),
+    ("vae", "gen_latent", {}, "kind='vae': must be one of 'gen', 'mae', 'conv"),
+  ],
+)
+def test_configurations_without_counterpart_are_explained(
+  kind, name, change, message, golden_json
+):
+  config = golden_json(f"{name}_config")["model_config"] | change
+  for function in (release.from_release, release.to_release):
+    with pytest.raises(ValueError, match=message):
+      function(kind, config, {})
+
+
+def test_missing_keys_are_named(golden_json):
+  config = golden_json("gen_latent_config")["model_config"]
+  del config["use_rmsnorm"], config["depth"]
+  with pytest.raises(ValueError, match=r"missing \['depth', 'use_rmsnorm'\]"):
+    release.from_release("gen", config, {})
+  arguments = presets.mae_256_latent().to_dict()
+  del arguments["num_classes"], arguments["layers"]
+  with pytest.raises(ValueError, match="'mae' lack layers, num_classes"):
+    release.published_config("mae", arguments)
