@@ -114,6 +114,7 @@ def mae() -> ConfigDict:
   config.model = ConfigDict()
   config.model.layers = (3, 4, 6, 3)  # blocks of each stage
   config.model.mask_patch_size = 2  # on the grid after input patching
+  config.model.norm_groups = 32  # fewer where they do not divide the channels
   config.model.dtype = "float32"
   config.model.remat = False
 

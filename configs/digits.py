@@ -89,6 +89,7 @@ def _encoder() -> ConfigDict:
     layers=(1, 1, 1, 1),
     input_patch_size=1,
     num_classes=10,
+    norm_groups=4,  # 32 would make every channel of so narrow a net a group
   )
   config.mae.update(
     batch_size=256,

@@ -120,6 +120,7 @@ def _mae(
   config.input_patch_size = input_patch_size  # pixels folded into channels
   config.mask_patch_size = 2  # cells of the folded grid
   config.num_classes = 1000
+  config.norm_groups = 32
   config.dtype = "bfloat16"
   config.remat = False
   return config

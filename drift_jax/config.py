@@ -68,6 +68,7 @@ class MaeModel(Section):
   input_patch_size: int
   mask_patch_size: int
   num_classes: int
+  norm_groups: int
   dtype: str
   remat: bool
 

@@ -12,7 +12,7 @@ import optax
 import pytest
 from flax import traverse_util
 
-from drift_jax import models, optim, sharding, steps
+from drift_jax import drift, experiment, models, optim, sharding, steps
 from drift_jax import state as state_lib
 from drift_jax.models import release
 from tests.conftest import GOLDEN, assert_close, relative_error
@@ -112,30 +112,54 @@ def golden_batch(data) -> tuple[steps.GeneratorBatch, steps.Draws]:
   return batch, draws
 
 
-@pytest.fixture(scope="module")
-def replay(golden, setup):
-  """Runs every golden step; {run: [(data, aux, grads, before, after, metrics,
-  ema)]}, each step from the parameters of the step before."""
-  generator, params, mae, mae_params = setup
-  archive = golden("train_step")
-  results = {}
-  for run, count in RUNS.items():
-    settings = SETTINGS[run]["settings"]
-    task = make_task(generator, mae, settings)
-    schedule = optim.learning_rate_schedule(
-      kind="constant",
-      peak=settings["lr"],
-      warmup_steps=settings["warm"],
-      total_steps=100,
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """One replayed step: what the release recorded and what came out here."""
+
+  data: dict[str, np.ndarray]
+  settings: dict
+  before: state_lib.TrainState
+  after: state_lib.TrainState
+  metrics: dict
+  aux: dict
+  grads: dict
+
+
+def make_chain(setup, archive, run, count):
+  """params -> the run's steps, each from the parameters of the one before."""
+  generator, _, mae, mae_params = setup
+  settings = SETTINGS[run]["settings"]
+  task = make_task(generator, mae, settings)
+  schedule = optim.learning_rate_schedule(
+    kind="constant",
+    peak=settings["lr"],
+    warmup_steps=settings["warm"],
+    total_steps=100,
+  )
+  optimizer = optim.make_optimizer(
+    schedule,
+    **{name: SETTINGS["adam"][name] for name in ("b1", "b2", "eps")},
+    weight_decay=settings["wd"],
+    grad_clip=settings["max_grad_norm"],
+  )
+
+  @jax.jit
+  def one(state, batch, draws):
+    (_, aux), grads = jax.value_and_grad(steps.generator_loss, has_aux=True)(
+      state.params, batch, draws, {"mae": mae_params}, task
     )
-    optimizer = optim.make_optimizer(
-      schedule,
-      b1=SETTINGS["adam"]["b1"],
-      b2=SETTINGS["adam"]["b2"],
-      eps=SETTINGS["adam"]["eps"],
-      weight_decay=settings["wd"],
-      grad_clip=settings["max_grad_norm"],
+    after, metrics = steps.train_step(
+      state,
+      batch,
+      {"mae": mae_params},
+      draws,
+      task=task,
+      optimizer=optimizer,
+      schedule=schedule,
     )
+    return after, metrics, aux, grads
+
+  def chain(params) -> list[Step]:
     state = state_lib.TrainState(
       step=jnp.zeros((), jnp.int32),
       rng=jax.random.key_data(jax.random.key(0)),
@@ -143,125 +167,173 @@ def replay(golden, setup):
       opt_state=optimizer.init(params),
       ema={str(settings["ema"]): params},
     )
-
-    def one(state, batch, draws, task=task, opt=optimizer, lr=schedule):
-      (_, aux), grads = jax.value_and_grad(steps.generator_loss, has_aux=True)(
-        state.params, batch, draws, {"mae": mae_params}, task
-      )
-      after, metrics = steps.train_step(
-        state,
-        batch,
-        {"mae": mae_params},
-        draws,
-        task=task,
-        optimizer=opt,
-        schedule=lr,
-      )
-      return after, metrics, aux, grads
-
-    one = jax.jit(one)
-    results[run] = []
+    out = []
     for step in range(count):
       prefix = f"{run}/step{step}/"
       data = {
         k[len(prefix) :]: v for k, v in archive.items() if k.startswith(prefix)
       }
-      batch, draws = golden_batch(data)
-      after, metrics, aux, grads = one(state, batch, draws)
-      results[run].append((data, aux, grads, state, after, metrics, settings))
+      after, metrics, aux, grads = one(state, *golden_batch(data))
+      out.append(Step(data, settings, state, after, metrics, aux, grads))
       state = after
-  return results
+    return out
+
+  return chain
+
+
+@pytest.fixture(scope="module")
+def chains(golden, setup):
+  return {
+    run: make_chain(setup, golden("train_step"), run, count)
+    for run, count in RUNS.items()
+  }
+
+
+@pytest.fixture(scope="module")
+def replay(chains, setup):
+  """{run: steps from the golden parameters}."""
+  return {run: chain(setup[1]) for run, chain in chains.items()}
+
+
+@pytest.fixture(scope="module")
+def last_bit(chains, setup):
+  """run0's last step from parameters that differ in their last bit, twice."""
+
+  def nudged(seed):
+    rng = np.random.RandomState(seed)
+    return jax.tree.map(
+      lambda x: x * (1 + 6e-8 * rng.choice([-1, 1], x.shape)).astype(x.dtype),
+      setup[1],
+    )
+
+  return [chains["run0"](nudged(seed))[-1] for seed in range(2)]
 
 
 def each_step(replay):
   for run, entries in replay.items():
-    for step, entry in enumerate(entries):
-      yield f"{run}/step{step}", entry
+    for i, step in enumerate(entries):
+      yield f"{run}/step{i}", step
 
 
-def test_samples_loss_and_learning_rate(replay):
-  for name, (data, aux, _, _, _, metrics, _) in each_step(replay):
-    assert_close(aux["samples"], data["gen_samples"], 1e-4, name)
-    assert_close(metrics["loss"], data["loss"], 1e-4, name)
-    assert_close(metrics["grad_norm"], data["g_norm"], 2e-3, name)
-    assert_close(metrics["learning_rate"], data["lr"], 1e-6, name)
+def given_parameters(replay):
+  """The steps up to the first full-size Adam update (run0's first has a rate
+  of 1e-6): those whose parameters are the golden ones."""
+  return [item for item in each_step(replay) if item[0] != "run0/step2"]
+
+
+def info_error(step: Step, key: str, tau: float, expected) -> float:
+  return relative_error(step.aux["info"][key]["drift_ms"][tau], expected)
+
+
+def test_samples(replay):
+  for name, step in given_parameters(replay):
+    assert_close(step.aux["samples"], step.data["gen_samples"], 1e-4, name)
+
+
+def test_samples_after_adam_are_as_close_as_rounding_allows(replay, last_bit):
+  """Adam divides by the gradient's size: after its first full step the last
+  bit of the starting parameters moves the samples by 3e-4 (measured), which
+  is also how far the release is (2.9e-4)."""
+  step = replay["run0"][2]
+  samples = step.aux["samples"]
+  allowed = max(relative_error(s.aux["samples"], samples) for s in last_bit)
+  assert allowed < 1e-3
+  assert_close(samples, step.data["gen_samples"], 2 * allowed)
+
+
+def test_loss_and_learning_rate(replay):
+  for name, step in each_step(replay):
+    assert_close(step.metrics["loss"], step.data["loss"], 1e-4, name)
+    assert_close(step.metrics["grad_norm"], step.data["g_norm"], 2e-3, name)
+    assert_close(step.metrics["learning_rate"], step.data["lr"], 1e-6, name)
 
 
 def test_loss_of_every_feature(replay):
-  for name, (data, aux, *_) in each_step(replay):
+  for name, step in each_step(replay):
+    per_feature = step.aux["per_feature"]
     expected = {
       k.removeprefix("loss_per_feature/")
-      for k in data
+      for k in step.data
       if k.startswith("loss_per_feature/")
     }
-    assert set(aux["per_feature"]) == expected
+    assert set(per_feature) == expected
     assert len(expected) == 40
-    for key, value in aux["per_feature"].items():
-      assert_close(value, data[f"loss_per_feature/{key}"], 1e-3, name + key)
+    for key, value in per_feature.items():
+      assert_close(
+        value, step.data[f"loss_per_feature/{key}"], 1e-3, name + key
+      )
 
 
 def test_info_of_every_feature(replay):
-  for name, (data, aux, *_, settings) in each_step(replay):
-    for key, info in aux["info"].items():
+  for name, step in given_parameters(replay):
+    for key, info in step.aux["info"].items():
       rtol = 2e-2 if key in ROUNDING_KEYS else 1e-3
-      assert_close(info["scale"], data[f"info/scale/{key}"], rtol, name + key)
-      for tau in settings["R"]:
-        assert_close(
-          info["drift_ms"][tau],
-          data[f"info/loss_{tau}/{key}"],
-          rtol,
-          f"{name}/{key}/{tau}",
-        )
+      scale = step.data[f"info/scale/{key}"]
+      assert_close(info["scale"], scale, rtol, name + key)
+      for tau in step.settings["R"]:
+        expected = step.data[f"info/loss_{tau}/{key}"]
+        assert info_error(step, key, tau, expected) <= rtol, (name, key, tau)
+
+
+def test_info_after_adam_is_as_close_as_rounding_allows(replay, last_bit):
+  """As for the samples; measured 3.4e-3 for both, at the worst key."""
+  step = replay["run0"][2]
+  pairs = [(k, t) for k in step.aux["info"] for t in step.settings["R"]]
+  own = {(k, t): float(step.aux["info"][k]["drift_ms"][t]) for k, t in pairs}
+  allowed = max(
+    info_error(s, k, t, own[k, t]) for s in last_bit for k, t in pairs
+  )
+  assert allowed < 1e-2
+  for key, tau in pairs:
+    rtol = 2e-2 if key in ROUNDING_KEYS else 2 * allowed
+    expected = step.data[f"info/loss_{tau}/{key}"]
+    assert info_error(step, key, tau, expected) <= rtol, (key, tau)
 
 
 def test_gradient_norms(replay):
-  for name, (data, _, grads, *_) in each_step(replay):
-    leaves = published_leaves(grads)
+  for name, step in each_step(replay):
+    leaves = published_leaves(step.grads)
     assert len(leaves) == 53
     for leaf, value in leaves.items():
-      assert_close(
-        np.linalg.norm(value), data[f"grad_norm/{leaf}"], 2e-2, name + leaf
-      )
+      expected = step.data[f"grad_norm/{leaf}"]
+      assert_close(np.linalg.norm(value), expected, 2e-2, name + leaf)
 
 
 def test_updates(replay):
-  for name, (data, _, _, before, after, *_) in each_step(replay):
+  for name, step in each_step(replay):
     change = jax.tree.map(
-      lambda new, old: new - old, after.params, before.params
+      lambda new, old: new - old, step.after.params, step.before.params
     )
     for leaf, value in published_leaves(change).items():
-      assert_close(
-        np.linalg.norm(value), data[f"update_norm/{leaf}"], 1e-2, name + leaf
-      )
+      expected = step.data[f"update_norm/{leaf}"]
+      assert_close(np.linalg.norm(value), expected, 1e-2, name + leaf)
 
 
 def test_parameters_and_ema_after_the_last_step(replay):
   for run, entries in replay.items():
-    data, _, _, _, after, _, settings = entries[-1]
-    for kind, tree in (
-      ("params", after.params),
-      ("ema", after.ema[str(settings["ema"])]),
-    ):
+    step = entries[-1]
+    average = step.after.ema[str(step.settings["ema"])]
+    for kind, tree in (("params", step.after.params), ("ema", average)):
       for leaf, value in published_leaves(tree).items():
-        expected = data[f"new_{kind}_head/{leaf}"]
+        expected = step.data[f"new_{kind}_head/{leaf}"]
         assert_close(value.ravel()[:32], expected, 2e-3, f"{run}/{kind}/{leaf}")
 
 
 def test_alpha_of_the_golden_uniforms(replay):
   """The draws of alpha, from the uniforms that the release drew."""
-  from drift_jax import drift
-
-  for name, (data, *_, settings) in each_step(replay):
+  for name, step in each_step(replay):
     alpha = drift.alpha_from_uniform(
-      jnp.asarray(data["cfg_frac"]),
-      minimum=settings["cfg_min"],
-      maximum=settings["cfg_max"],
-      exponent=settings["neg_cfg_pw"],
+      jnp.asarray(step.data["cfg_frac"]),
+      minimum=step.settings["cfg_min"],
+      maximum=step.settings["cfg_max"],
+      exponent=step.settings["neg_cfg_pw"],
     )
     alpha = drift.drop_guidance(
-      alpha, jnp.asarray(data["cfg_frac2"]), settings["no_cfg_frac"]
+      alpha,
+      jnp.asarray(step.data["cfg_frac2"]),
+      step.settings["no_cfg_frac"],
     )
-    assert_close(alpha, data["cfg"], 1e-6, name)
+    assert_close(alpha, step.data["cfg"], 1e-6, name)
 
 
 # The rest uses a model of the toy size in raw sample space.
@@ -313,8 +385,6 @@ def toy_batch(num_labels: int, seed: int = 0) -> steps.GeneratorBatch:
 
 def run_toy(mesh, num_steps: int = 5) -> list[dict[str, float]]:
   """Losses and gradient norms of the jitted step on a mesh."""
-  from drift_jax import experiment
-
   task = toy_task()
   schedule = optim.learning_rate_schedule(
     kind="constant", peak=1e-2, warmup_steps=0, total_steps=5
@@ -365,8 +435,6 @@ def test_every_mesh_trains_the_same(one_device, shape):
 
 
 def test_parameters_are_sharded_over_fsdp():
-  from drift_jax import experiment
-
   mesh = sharding.make_mesh(2, 4)
   abstract, init = state_lib.abstract_and_init(
     experiment.init_generator(toy_task()),

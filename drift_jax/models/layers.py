@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Array, Float
 
 NORM_EPSILON = 1e-6
-MAX_GROUPS = 32
 ROPE_THETA = 10_000.0
 
 embedding_init = nn.initializers.normal(stddev=0.02)
@@ -54,15 +53,16 @@ class GroupNorm(nn.Module):
   """(x - mean) / sqrt(var + 1e-6) * scale + bias in float32, then `dtype`.
 
   Mean and variance are over all locations and the channels of a group. There
-  are as many groups as divide the channels, at most 32.
+  are as many groups as divide the channels, at most max_groups.
   """
 
   dtype: jnp.dtype
+  max_groups: int
 
   @nn.compact
   def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
     batch, height, width, channels = x.shape
-    groups = max(n for n in range(1, MAX_GROUPS + 1) if channels % n == 0)
+    groups = max(n for n in range(1, self.max_groups + 1) if channels % n == 0)
     grouped = x.reshape(batch, height, width, groups, channels // groups)
     normal = _standardize(grouped, (1, 2, 4)).reshape(x.shape)
     return _scale_and_shift(self, normal).astype(self.dtype)

@@ -58,11 +58,12 @@ class ConvNormRelu(nn.Module):
 
   channels: int
   dtype: jnp.dtype
+  norm_groups: int
 
   @nn.compact
   def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
     x = _conv(self.channels, 3, self.dtype, "conv")(x)
-    return nn.relu(GroupNorm(self.dtype, name="norm")(x))
+    return nn.relu(GroupNorm(self.dtype, self.norm_groups, name="norm")(x))
 
 
 class ResidualBlock(nn.Module):
@@ -71,16 +72,17 @@ class ResidualBlock(nn.Module):
   channels: int
   stride: int
   dtype: jnp.dtype
+  norm_groups: int
 
   @nn.compact
   def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
     out = _conv(self.channels, 3, self.dtype, "conv1", self.stride)(x)
-    out = nn.relu(GroupNorm(self.dtype, name="norm1")(out))
+    out = nn.relu(GroupNorm(self.dtype, self.norm_groups, name="norm1")(out))
     out = _conv(self.channels, 3, self.dtype, "conv2")(out)
-    out = GroupNorm(self.dtype, name="norm2")(out)
+    out = GroupNorm(self.dtype, self.norm_groups, name="norm2")(out)
     if self.stride != 1 or x.shape[-1] != self.channels:
       x = _conv(self.channels, 1, self.dtype, "proj_conv", self.stride)(x)
-      x = GroupNorm(self.dtype, name="proj_norm")(x)
+      x = GroupNorm(self.dtype, self.norm_groups, name="proj_norm")(x)
     return nn.relu(out + x)
 
 
@@ -94,6 +96,7 @@ class Encoder(nn.Module):
   base_channels: int
   layers: tuple[int, ...]
   dtype: jnp.dtype
+  norm_groups: int
   remat: bool
 
   @nn.compact
@@ -102,7 +105,7 @@ class Encoder(nn.Module):
     block_type = nn.remat(ResidualBlock) if self.remat else ResidualBlock
     x = x.astype(self.dtype)
     x = _conv(self.base_channels, 3, self.dtype, "stem_conv")(x)
-    x = nn.relu(GroupNorm(self.dtype, name="stem_norm")(x))
+    x = nn.relu(GroupNorm(self.dtype, self.norm_groups, name="stem_norm")(x))
     outputs, blocks = [x], []
     for stage, count in enumerate(self.layers):
       channels = self.base_channels * 2**stage
@@ -110,9 +113,13 @@ class Encoder(nn.Module):
       for i in range(count):
         stride = 2 if stage > 0 and i == 0 else 1
         name = f"stage{stage + 1}_block{i + 1}"
-        x = block_type(channels, stride, self.dtype, name=name)(x)
+        x = block_type(
+          channels, stride, self.dtype, self.norm_groups, name=name
+        )(x)
         blocks[-1].append(x)
-      x = GroupNorm(self.dtype, name=f"stage{stage + 1}_norm")(x)
+      x = GroupNorm(
+        self.dtype, self.norm_groups, name=f"stage{stage + 1}_norm"
+      )(x)
       outputs.append(x)
     return outputs, blocks
 
@@ -122,6 +129,7 @@ class UpBlock(nn.Module):
 
   channels: int
   dtype: jnp.dtype
+  norm_groups: int
 
   @nn.compact
   def __call__(
@@ -130,9 +138,13 @@ class UpBlock(nn.Module):
     batch, height, width, _ = skip.shape
     x = jax.image.resize(x, (batch, height, width, x.shape[-1]), "bilinear")
     x = jnp.concatenate([x, skip], axis=-1)
-    x = GroupNorm(self.dtype, name="norm")(x)
-    x = ConvNormRelu(self.channels, self.dtype, name="proj")(x)
-    return ConvNormRelu(self.channels, self.dtype, name="refine")(x)
+    x = GroupNorm(self.dtype, self.norm_groups, name="norm")(x)
+    x = ConvNormRelu(self.channels, self.dtype, self.norm_groups, name="proj")(
+      x
+    )
+    return ConvNormRelu(
+      self.channels, self.dtype, self.norm_groups, name="refine"
+    )(x)
 
 
 class Decoder(nn.Module):
@@ -141,14 +153,19 @@ class Decoder(nn.Module):
   base_channels: int
   out_channels: int
   dtype: jnp.dtype
+  norm_groups: int
 
   @nn.compact
   def __call__(self, outputs: Maps) -> Float[Array, "B H W C"]:
     *skips, x = outputs
-    x = ConvNormRelu(x.shape[-1], self.dtype, name="bridge")(x)
+    x = ConvNormRelu(x.shape[-1], self.dtype, self.norm_groups, name="bridge")(
+      x
+    )
     for level in (4, 3, 2, 1):
       skip = skips[level - 1]
-      x = UpBlock(skip.shape[-1], self.dtype, name=f"up{level}")(x, skip)
+      x = UpBlock(
+        skip.shape[-1], self.dtype, self.norm_groups, name=f"up{level}"
+      )(x, skip)
     x = nn.Conv(self.out_channels, (1, 1), dtype=self.dtype, name="head")(x)
     return x.astype(jnp.float32)
 
@@ -166,17 +183,23 @@ class MAE(nn.Module):
   input_patch_size: int
   mask_patch_size: int
   num_classes: int
+  norm_groups: int
   dtype: jnp.dtype
   remat: bool
 
   def setup(self) -> None:
     self.encoder = Encoder(
-      self.base_channels, self.layers, self.dtype, self.remat
+      self.base_channels,
+      self.layers,
+      self.dtype,
+      self.norm_groups,
+      self.remat,
     )
     self.decoder = Decoder(
       self.base_channels,
       self.in_channels * self.input_patch_size**2,
       self.dtype,
+      self.norm_groups,
     )
     self.classifier = nn.Dense(self.num_classes, dtype=jnp.float32)
 
@@ -362,6 +385,7 @@ def build_mae(
   input_patch_size: int,
   mask_patch_size: int,
   num_classes: int,
+  norm_groups: int,
   dtype: str,
   remat: bool,
   **unknown: object,
@@ -379,6 +403,9 @@ def build_mae(
       the stem; 1 for none.
     mask_patch_size: side of the patches hidden together, in folded cells.
     num_classes: labels are in [0, num_classes).
+    norm_groups: groups of each GroupNorm, or fewer where they do not divide
+      its channels; 32 in every published model. With one channel a group the
+      means over a map are constants: keep it below base_channels.
     dtype: of activations and products, 'float32' or 'bfloat16'; parameters
       are float32.
     remat: recompute each residual block in the backward pass.
@@ -393,6 +420,7 @@ def build_mae(
     ("input_patch_size", input_patch_size),
     ("mask_patch_size", mask_patch_size),
     ("num_classes", num_classes),
+    ("norm_groups", norm_groups),
   ):
     require_int(name, value, 1)
   if len(layers) != 4:
@@ -409,6 +437,7 @@ def build_mae(
     input_patch_size=input_patch_size,
     mask_patch_size=mask_patch_size,
     num_classes=num_classes,
+    norm_groups=norm_groups,
     dtype=jnp.dtype(dtype),
     remat=remat,
   )

@@ -22,6 +22,7 @@ Config = Mapping[str, Any]
 Params = Mapping[str, Any]
 
 # Published artifacts of the autoencoders do not record it.
+NORM_GROUPS = 32
 IMAGENET_CLASSES = 1000
 
 _LISTED_DIFFERENCES = 5
@@ -103,14 +104,18 @@ def published_config(kind: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
   Returns:
     Plain values only, fit for JSON. An autoencoder's `remat` has no
-    counterpart and is left out.
+    counterpart and is left out; norm_groups is there if it is not the 32 of
+    every published model.
 
   Raises:
     ValueError: unknown kind; an argument that is missing.
   """
   require_choice("kind", kind, tuple(_KINDS))
   keys = _KINDS[kind].keys
-  extra = {"gen": ("attention_dtype", "remat"), "mae": ("num_classes",)}
+  extra = {
+    "gen": ("attention_dtype", "remat"),
+    "mae": ("num_classes", "norm_groups"),
+  }
   missing = [
     name
     for name in (*keys, "dtype", *extra.get(kind, ()))
@@ -130,6 +135,8 @@ def published_config(kind: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
   if kind == "mae":
     config["num_classes"] = arguments["num_classes"]
     config["dropout_prob"] = 0.0
+    if arguments["norm_groups"] != NORM_GROUPS:
+      config["norm_groups"] = arguments["norm_groups"]
   return config
 
 
@@ -260,6 +267,7 @@ def _build_mae(config: Config) -> nn.Module:
       "dropout_prob": 0.0,
       "use_bf16": False,
       "use_remat": False,
+      "norm_groups": NORM_GROUPS,
     },
   )
   if config["dropout_prob"] > 0:
@@ -270,6 +278,7 @@ def _build_mae(config: Config) -> nn.Module:
   return build_mae(
     **{ours: config[theirs] for ours, theirs in _MAE_KEYS.items()},
     num_classes=config["num_classes"],
+    norm_groups=config["norm_groups"],
     dtype=_dtype(config["use_bf16"]),
     remat=config["use_remat"],
   )

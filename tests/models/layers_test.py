@@ -102,7 +102,7 @@ def test_unpatchify_inverts_patchify_and_the_order_is_row_column_channel():
 )
 def test_group_norm_has_the_most_groups_that_divide_up_to_32(channels, groups):
   x = 3 + 2 * _normal(0, 2, 3, 3, channels)
-  norm = layers.GroupNorm(jnp.dtype("float32"))
+  norm = layers.GroupNorm(jnp.dtype("float32"), 32)
   out, _ = norm.init_with_output(jax.random.key(0), jnp.asarray(x))
   grouped = x.astype(np.float64).reshape(2, 9, groups, -1)
   mean = grouped.mean((1, 3), keepdims=True)

@@ -21,6 +21,7 @@ SMALL = {
   "input_patch_size": 1,
   "mask_patch_size": 2,
   "num_classes": 10,
+  "norm_groups": 32,
   "dtype": "float32",
   "remat": False,
 }
@@ -364,3 +365,17 @@ def test_bad_inputs_are_explained(small: Small):
   folded = build_mae(**(SMALL | {"input_patch_size": 3}))
   with pytest.raises(ValueError, match="multiples of input_patch_size=3"):
     folded.init(jax.random.key(0), x)
+
+
+def test_fewer_groups_keep_the_means_of_narrow_maps():
+  """One channel a group centres every channel: its mean is then constant."""
+  x = np.random.RandomState(0).randn(4, 8, 8, 1).astype(np.float32)
+  spread = {}
+  for groups in (2, 32):
+    mae = build_mae(**(SMALL | {"norm_groups": groups}))
+    variables = mae.init(
+      {"params": jax.random.key(0), "mask": jax.random.key(1)}, x
+    )
+    features = mae.apply(variables, x, method="features")
+    spread[groups] = float(jnp.std(features["layer1_mean"], axis=0).max())
+  assert spread[32] < 1e-6 < 1e-3 < spread[2]
