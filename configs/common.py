@@ -59,7 +59,9 @@ def generator() -> ConfigDict:
   config.model.attention_dtype = "float32"
   config.model.remat = False  # recompute blocks in the backward pass
 
-  config.encoders = ConfigDict()  # {name: {path, dtype}} of frozen encoders
+  # Frozen encoders, {name: {path, dtype, in_loss}}; those with in_loss=False
+  # only judge (eval.metrics "fd_encoder").
+  config.encoders = ConfigDict()
 
   config.features = ConfigDict()  # A.5
   config.features.sample = True  # the flattened sample itself
@@ -92,7 +94,9 @@ def generator() -> ConfigDict:
   config.queue.class_size = 128  # samples
   config.queue.unconditional_size = 1_000
   config.queue.push_per_step = 64
-  config.queue.prefill = 0  # samples pushed before the first step
+  # Samples pushed before the first step: about num_classes * class_size, so
+  # that every class has its positives.
+  config.queue.prefill = 128_000
   config.queue.with_replacement = False  # repeat where a class has too few
 
   config.eval = ConfigDict()

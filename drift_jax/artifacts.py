@@ -42,12 +42,14 @@ class Artifact:
     module: the linen module.
     params: its parameters under this package's names.
     metadata: what metadata.json says.
+    sha256: of the parameters' file, in hexadecimal.
   """
 
   kind: str
   module: nn.Module
   params: Any
   metadata: Mapping[str, Any]
+  sha256: str
 
 
 def save(
@@ -120,25 +122,30 @@ def load(
   try:
     metadata = json.loads(metadata_path.read_text())
     kind, model_config = metadata["kind"], dict(metadata["model_config"])
-  except (json.JSONDecodeError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError) as error:
     raise ArtifactError(f"{metadata_path} can't be read: {error!r}") from error
   if kind not in KINDS:
     raise ArtifactError(
       f"{metadata_path}: kind={kind!r}, valid options are {list(KINDS)}"
     )
-  data = (folder / PARAMS_FILE).read_bytes()
+  params_path = folder / PARAMS_FILE
+  if not params_path.exists():
+    raise ArtifactError(
+      f"{params_path} is missing beside its {METADATA_FILE}: copy the whole "
+      "folder, or export it again"
+    )
+  data = params_path.read_bytes()
   digest = hashlib.sha256(data).hexdigest()
   if metadata.get("sha256", digest) != digest:
     raise ArtifactError(
-      f"{folder / PARAMS_FILE} ({len(data)} bytes) is damaged: its SHA-256 is "
+      f"{params_path} ({len(data)} bytes) is damaged: its SHA-256 is "
       f"not the one in {METADATA_FILE}; export it again"
     )
   try:
     tree: Any = flax.serialization.msgpack_restore(data)
   except (ValueError, TypeError, KeyError) as error:
     raise ArtifactError(
-      f"{folder / PARAMS_FILE} ({len(data)} bytes) is no complete msgpack: "
-      f"{error!r}"
+      f"{params_path} ({len(data)} bytes) is no complete msgpack: {error!r}"
     ) from error
   if dtype is not None:
     model_config["use_bf16"] = dtype == "bfloat16"
@@ -148,4 +155,4 @@ def load(
     raise ArtifactError(f"{folder}: {error}") from error
   if dtype is not None:
     params = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)
-  return Artifact(kind, module, params, metadata)
+  return Artifact(kind, module, params, metadata, digest)

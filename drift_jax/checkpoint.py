@@ -9,7 +9,7 @@ a good one before anything is restored.
 
 import concurrent.futures
 import json
-import operator
+import math
 import os
 import zlib
 from typing import Any
@@ -23,7 +23,9 @@ from drift_jax.console import logger
 
 CHECKSUMS = "checksums.json"
 _CHUNK = 1 << 22
-# What Orbax and TensorStore raise on files that can't be read.
+# What Orbax and TensorStore raise on files that can't be read. JAX's own
+# runtime errors (out of memory, ...) are RuntimeErrors too, but say nothing
+# about the files.
 _READ_ERRORS = (ValueError, OSError, KeyError, TypeError, RuntimeError)
 
 
@@ -79,6 +81,15 @@ def damage(directory: epath.Path) -> list[str]:
   return lines
 
 
+def _free_name(path: epath.Path) -> epath.Path:
+  """The path itself, or with the first of _2, _3, ... that is not taken."""
+  free, number = path, 1
+  while free.exists():
+    number += 1
+    free = path.with_name(f"{path.name}_{number}")
+  return free
+
+
 class Checkpointer:
   """Saves and restores (state, feed state) under a directory."""
 
@@ -90,8 +101,9 @@ class Checkpointer:
     keep_every: int = 0,
     best_metric: str = "",
     on_corrupt: str = "error",
+    read_only: bool = False,
   ):
-    """Opens (and creates) the directory.
+    """Opens the directory; creates it unless read_only.
 
     Args:
       directory: holds one folder for each step.
@@ -99,16 +111,21 @@ class Checkpointer:
       keep_every: also keep every step that is a multiple of it; 0 for none.
       best_metric: also keep the checkpoint with the smallest value of it.
       on_corrupt: 'error', or 'previous' to fall back to an older checkpoint.
+      read_only: changes nothing on disk, so that it may be opened next to a
+        run that saves; a directory that is not there holds no checkpoint.
     """
     self._directory = epath.Path(directory).resolve()
     self._on_corrupt = on_corrupt
+    self._read_only = read_only
     self._options: dict[str, Any] = {
       "keep_latest": keep_latest,
       "keep_every": keep_every,
       "best_metric": best_metric,
     }
     self._manager = self._open()
+    # Steps being saved, then what computes their checksums.
     self._pending: list[int] = []
+    self._checksums: list[concurrent.futures.Future[None]] = []
     self._executor = concurrent.futures.ThreadPoolExecutor(1)
 
   def _open(self) -> ocp.CheckpointManager:
@@ -116,10 +133,10 @@ class Checkpointer:
       checkpoint_managers.LatestN(self._options["keep_latest"])
     ]
     best_fn = None
-    if best := self._options["best_metric"]:
+    if self._options["best_metric"]:
       # Orbax writes metrics to disk only where best_fn is set; what is kept
       # is up to the policies alone.
-      best_fn = operator.itemgetter(best)
+      best_fn = self._score
       policies.append(
         checkpoint_managers.BestN(
           get_metric_fn=best_fn,
@@ -138,12 +155,20 @@ class Checkpointer:
         preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
         best_fn=best_fn,
         best_mode="min",
-        create=True,
-        # What a killed save left behind.
-        cleanup_tmp_directories=True,
+        create=not self._read_only,
+        # What a killed save left behind; to a reader, maybe a save under way.
+        cleanup_tmp_directories=not self._read_only,
       ),
       item_names=("state", "feed"),
     )
+
+  def _score(self, metrics: dict[str, float]) -> float:
+    """What ranks a checkpoint: best_metric; inf where it is missing or NaN.
+
+    A resumed run may rank by another metric than its older checkpoints hold.
+    """
+    value = metrics.get(self._options["best_metric"], math.inf)
+    return math.inf if math.isnan(value) else value
 
   def steps(self) -> list[int]:
     """Steps with a complete checkpoint, oldest first."""
@@ -155,14 +180,16 @@ class Checkpointer:
     return steps[-1] if steps else None
 
   def best_step(self) -> int | None:
-    """The step with the smallest best_metric among those kept."""
-    best = self._options["best_metric"]
-    scores = {}
-    for step in self.steps():
-      metrics = self._manager.metrics(step)
-      if metrics and best in metrics:
-        scores[step] = metrics[best]
-    return min(scores, key=lambda step: scores[step]) if scores else None
+    """The step with the smallest best_metric among those kept.
+
+    None if no checkpoint has a finite one.
+    """
+    scores = {
+      step: self._score(self._manager.metrics(step) or {})
+      for step in self.steps()
+    }
+    best = min(scores, key=lambda step: scores[step], default=None)
+    return best if best is not None and scores[best] < math.inf else None
 
   def save(
     self,
@@ -171,9 +198,24 @@ class Checkpointer:
     feed: Any,
     metrics: dict[str, float] | None = None,
   ) -> None:
-    """Starts saving a step; returns once the arrays have been copied."""
-    if step in self._manager.all_steps():
-      return
+    """Starts saving a step; returns once the arrays have been copied.
+
+    Raises:
+      ValueError: if the step is not newer than every checkpoint there is, or
+        the directory was opened read-only.
+    """
+    if self._read_only:
+      raise ValueError(
+        f"{self._directory} is open read-only: can't save {step}"
+      )
+    newest = self.latest_step()
+    if newest is not None and step <= newest:
+      raise ValueError(
+        f"step {step} can't be saved in {self._directory}: it already holds "
+        f"step {newest}, and steps must increase. Use a new directory"
+      )
+    # The save may delete an older checkpoint: nothing may be writing there.
+    self._wait_for_checksums()
     self._manager.save(
       step,
       args=ocp.args.Composite(
@@ -182,31 +224,47 @@ class Checkpointer:
       ),
       metrics=metrics,
     )
+    # The manager has waited for the previous save.
+    self._start_checksums()
     self._pending.append(step)
-    self.poll()
 
   def poll(self) -> None:
-    """Hands committed checkpoints to the checksum thread; never waits."""
+    """Hands a committed checkpoint to the checksum thread; never waits."""
     if not self._manager.is_saving_in_progress():
-      self._finish_pending()
+      self._start_checksums()
 
-  def _finish_pending(self) -> None:
+  def _start_checksums(self) -> None:
+    # What the manager no longer lists is being deleted.
+    kept = self.steps()
     for step in self._pending:
-      if jax.process_index() == 0:
-        self._executor.submit(_write_checksums, self._directory / str(step))
+      if step in kept and jax.process_index() == 0:
+        self._checksums.append(
+          self._executor.submit(_write_checksums, self._directory / str(step))
+        )
     self._pending = []
 
+  def _wait_for_checksums(self) -> None:
+    futures, self._checksums = self._checksums, []
+    for future in futures:
+      future.result()
+
   def wait(self) -> None:
-    """Blocks until everything started is on disk, checksums included."""
+    """Blocks until everything started is on disk, checksums included.
+
+    Raises:
+      OSError: whatever kept a checkpoint or its checksums from being written.
+    """
     self._manager.wait_until_finished()
-    self._finish_pending()
-    self._executor.submit(lambda: None).result()
+    self._start_checksums()
+    self._wait_for_checksums()
 
   def close(self) -> None:
-    """Waits, then releases the manager."""
-    self.wait()
-    self._executor.shutdown()
-    self._manager.close()
+    """Waits, then releases the manager, also where waiting fails."""
+    try:
+      self.wait()
+    finally:
+      self._executor.shutdown()
+      self._manager.close()
 
   def restore(
     self, abstract_state: Any, abstract_feed: Any, step: int | None = None
@@ -230,6 +288,8 @@ class Checkpointer:
         try:
           restored = self._manager.restore(chosen, args=items)
           return restored["state"], restored["feed"]
+        except jax.errors.JaxRuntimeError:
+          raise
         except _READ_ERRORS as error:
           if (self._directory / str(chosen) / CHECKSUMS).exists():
             raise  # The files are as written: it is not damage.
@@ -254,18 +314,25 @@ class Checkpointer:
     """Renames a damaged checkpoint if the user asked to go on without it."""
     directory = self._directory / str(step)
     before = [s for s in self.steps() if s < step]
+    given = given or self._read_only
     if given or self._on_corrupt != "previous" or not before:
-      remedy = (
-        f"Pass --config.checkpoint.on_corrupt=previous to go on from step "
-        f"{before[-1]}, or restore the files"
-        if before and not given
-        else "There is no other checkpoint to go on from: restore the files "
-        "or use a new workdir"
-      )
+      if given:
+        others = [s for s in self.steps() if s != step]
+        remedy = f"Restore the files or ask for another step: {others}"
+      elif before:
+        remedy = (
+          "Pass --config.checkpoint.on_corrupt=previous to go on from step "
+          f"{before[-1]}, or restore the files"
+        )
+      else:
+        remedy = (
+          "There is no other checkpoint to go on from: restore the files or "
+          "use a new workdir"
+        )
       raise CheckpointError(
         f"checkpoint {directory} is damaged: {problem}. {remedy}."
       )
-    aside = self._directory / f"damaged_{step}"
+    aside = _free_name(self._directory / f"damaged_{step}")
     logger.error(
       "Checkpoint %s is damaged: %s. It is kept as %s; going on from step %d "
       "(checkpoint.on_corrupt=previous).",

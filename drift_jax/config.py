@@ -10,9 +10,9 @@ would be valid.
 import dataclasses
 import difflib
 import json
-import types
+import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_collections
@@ -74,10 +74,15 @@ class MaeModel(Section):
 
 
 class Encoder(Section):
-  """A frozen feature encoder: an exported directory and its precision."""
+  """A frozen feature encoder: an exported directory and its precision.
+
+  With in_loss the generator drifts in its features; without, it only judges
+  (eval.metrics 'fd_encoder').
+  """
 
   path: str
   dtype: str
+  in_loss: bool
 
 
 class Features(Section):
@@ -252,6 +257,14 @@ EVAL_METRICS = (
 )
 # Keys that a resumed run may change; any other change is another experiment.
 RESUMABLE = ("train.", "eval.", "checkpoint.", "mesh.", "data.num_threads")
+# What the values that rank checkpoints depend on: while a best one is kept,
+# a change would compare figures that are not comparable.
+RANKING = (
+  "checkpoint.best_metric",
+  "eval.alphas",
+  "eval.ema_decay",
+  "eval.num_images",
+)
 
 
 def parse(config: Any) -> GeneratorConfig | MaeConfig:
@@ -281,6 +294,46 @@ def check(config: GeneratorConfig | MaeConfig) -> None:
     _check_mae(config)
 
 
+def unknown_key(key: str, value: Any, valid: Iterable[str]) -> str:
+  """The message about a dotted key whose last name is not a valid one."""
+  valid = sorted(valid)
+  close = difflib.get_close_matches(
+    key.rpartition(".")[2], valid, n=3, cutoff=0.5
+  )
+  hint = f"did you mean {' or '.join(close)}? " if close else ""
+  options = (
+    f"valid keys here are {valid}"
+    if valid
+    else "this section is empty, add it in the config file"
+  )
+  return f"unknown key {key}={value!r}: {hint}{options}"
+
+
+def check_override(
+  config: Mapping[str, Any], key: str, value: str | None
+) -> None:
+  """Raises ConfigError where a dotted key is not one of a config's keys.
+
+  Args:
+    config: a plain dict, with every key that may be overridden.
+    key: e.g. 'optim.learning_rate'.
+    value: what the key is to be set to, for the message.
+  """
+  section: Any = config
+  names = key.split(".")
+  for depth, name in enumerate(names):
+    if not isinstance(section, Mapping):
+      raise ConfigError(
+        f"unknown key {key}={value!r}: {'.'.join(names[:depth])} is a value, "
+        "not a section"
+      )
+    if name not in section:
+      raise ConfigError(
+        unknown_key(".".join(names[: depth + 1]), value, section)
+      )
+    section = section[name]
+
+
 def _build(cls: Any, values: Any, path: str) -> Any:
   """Builds a section from a mapping, recursively."""
   if not isinstance(values, Mapping):
@@ -288,12 +341,7 @@ def _build(cls: Any, values: Any, path: str) -> Any:
   hints = typing.get_type_hints(cls)
   for key in values:
     if key not in hints:
-      close = difflib.get_close_matches(str(key), hints, n=3, cutoff=0.5)
-      hint = f"did you mean {' or '.join(close)}? " if close else ""
-      raise ConfigError(
-        f"unknown key {path}{key}={values[key]!r}: {hint}"
-        f"valid keys here are {sorted(hints)}"
-      )
+      raise ConfigError(unknown_key(path + str(key), values[key], hints))
   missing = sorted(set(hints) - set(values))
   if missing:
     raise ConfigError(f"missing key {path}{missing[0]} (all: {missing})")
@@ -307,7 +355,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
   origin = typing.get_origin(hint)
   if dataclasses.is_dataclass(hint):
     return _build(hint, value, path + ".")
-  if origin is Mapping or hint is Mapping or origin is dict:
+  if origin is Mapping:
     if not isinstance(value, Mapping):
       raise ConfigError(f"{path}={value!r} must be a dict of sections")
     item = typing.get_args(hint)[1]
@@ -320,20 +368,16 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
       )
     item = typing.get_args(hint)[0]
     return tuple(_convert(item, v, f"{path}[{i}]") for i, v in enumerate(value))
-  if origin is types.UnionType:
-    options = typing.get_args(hint)
-    if any(type(value) is option for option in options):
-      return value
-    names = " or ".join(option.__name__ for option in options)
-    raise ConfigError(
-      f"{path}={value!r} has type {type(value).__name__}, want {names}"
-    )
   if hint is float and type(value) is int:
-    return float(value)
+    value = float(value)
   if type(value) is not hint:
     raise ConfigError(
       f"{path}={value!r} has type {type(value).__name__}, want {hint.__name__}"
     )
+  _require(
+    hint is not float or math.isfinite(value),
+    f"{path}={value!r} must be a finite number",
+  )
   return value
 
 
@@ -355,8 +399,18 @@ def _at_least(path: str, value: float, least: float) -> None:
   _require(value >= least, f"{path}={value!r} must be at least {least}")
 
 
+def _distinct(path: str, values: tuple[Any, ...]) -> None:
+  _require(
+    len(set(values)) == len(values), f"{path}={values} holds a value twice"
+  )
+
+
 def _check_common(config: GeneratorConfig | MaeConfig) -> None:
   optim, checkpoint = config.optim, config.checkpoint
+  _require(
+    0 <= config.seed < 2**32,
+    f"seed={config.seed} must lie in [0, 2**32): random keys have 32 bits",
+  )
   _choice("optim.schedule", optim.schedule, ("constant", "cosine"))
   _at_least("train.num_steps", config.train.num_steps, 1)
   _at_least("train.log_every", config.train.log_every, 1)
@@ -379,9 +433,7 @@ def _check_common(config: GeneratorConfig | MaeConfig) -> None:
     len(decays) > 0 and all(0 <= d < 1 for d in decays),
     f"ema.decays={decays} must hold at least one value in [0, 1)",
   )
-  _require(
-    len(set(decays)) == len(decays), f"ema.decays={decays} holds a value twice"
-  )
+  _distinct("ema.decays", decays)
   _require(
     config.eval.ema_decay in decays,
     f"eval.ema_decay={config.eval.ema_decay} is not one of ema.decays={decays}",
@@ -391,6 +443,11 @@ def _check_common(config: GeneratorConfig | MaeConfig) -> None:
     _require(
       size == -1 or size >= 1, f"mesh.{name}={size} must be -1 or at least 1"
     )
+  _require(
+    (config.mesh.data, config.mesh.fsdp) != (-1, -1),
+    "mesh.data=-1 and mesh.fsdp=-1: only one may be -1 (all devices that the "
+    "other leaves); set the other",
+  )
   _at_least("eval.every", config.eval.every, 0)
   _at_least("eval.batch_size", config.eval.batch_size, 1)
   _at_least("checkpoint.every", checkpoint.every, 1)
@@ -398,6 +455,7 @@ def _check_common(config: GeneratorConfig | MaeConfig) -> None:
   _at_least("checkpoint.keep_every", checkpoint.keep_every, 0)
   _choice("checkpoint.on_corrupt", checkpoint.on_corrupt, ("error", "previous"))
   _choice("model.dtype", config.model.dtype, ("float32", "bfloat16"))
+  _at_least("model.num_classes", config.model.num_classes, 1)
 
 
 def _check_generator(config: GeneratorConfig) -> None:
@@ -430,15 +488,25 @@ def _check_generator(config: GeneratorConfig) -> None:
       "replacement: raise it or set queue.with_replacement=True",
     )
   _at_least("queue.prefill", queue.prefill, 0)
+  drawn = "positives"
+  if batch.unconditional > batch.positives:
+    drawn = "unconditional"
+  want = getattr(batch, drawn)
+  # Prefilling pushes whole batches.
+  pushes = math.ceil(queue.prefill / queue.push_per_step) + 1
+  _require(
+    queue.with_replacement or pushes * queue.push_per_step >= want,
+    f"queue.prefill={queue.prefill} and queue.push_per_step="
+    f"{queue.push_per_step} leave {pushes * queue.push_per_step} samples in "
+    f"the queue at the first step, fewer than batch.{drawn}={want}: raise "
+    "queue.prefill or set queue.with_replacement=True",
+  )
   _require(
     len(drift.temperatures) > 0 and all(t > 0 for t in drift.temperatures),
     f"drift.temperatures={drift.temperatures} must hold at least one positive "
     "value",
   )
-  _require(
-    len(set(drift.temperatures)) == len(drift.temperatures),
-    f"drift.temperatures={drift.temperatures} holds a value twice",
-  )
+  _distinct("drift.temperatures", drift.temperatures)
   _at_least("drift.affinity_floor", drift.affinity_floor, 0)
   _choice("drift.normalization", drift.normalization, ("xy", "y", "none"))
   _require(
@@ -456,10 +524,19 @@ def _check_generator(config: GeneratorConfig) -> None:
     "batch.unconditional=0: set it, or guidance.maximum=1",
   )
   _require(
-    config.features.sample or len(config.encoders) > 0,
-    "features.sample=False with no encoders leaves no features to drift in: "
-    "set features.sample=True or add an encoder",
+    config.features.sample
+    or any(encoder.in_loss for encoder in config.encoders.values()),
+    "features.sample=False with no encoder in the loss leaves no features to "
+    "drift in: set features.sample=True or encoders.NAME.in_loss=True",
   )
+  _at_least("features.every_k_block", config.features.every_k_block, 1)
+  for name in ("patch_mean_size", "patch_std_size"):
+    sizes = getattr(config.features, name)
+    _require(
+      all(size >= 1 for size in sizes),
+      f"features.{name}={sizes}: sides of patches must be at least 1; () for "
+      "none",
+    )
   for name, encoder in config.encoders.items():
     _choice(f"encoders.{name}.dtype", encoder.dtype, ("float32", "bfloat16"))
     _require(
@@ -484,8 +561,15 @@ def _check_generator(config: GeneratorConfig) -> None:
   _require(
     len(evaluation.alphas) > 0, "eval.alphas is empty: give at least one alpha"
   )
+  _distinct("eval.alphas", evaluation.alphas)
   for name in evaluation.metrics:
     _choice("eval.metrics", name, EVAL_METRICS)
+  _distinct("eval.metrics", evaluation.metrics)
+  _require(
+    len(evaluation.metrics) > 0 or evaluation.every == 0,
+    f"eval.metrics is empty, but eval.every={evaluation.every}: give some of "
+    f"{list(EVAL_METRICS)}, or eval.every=0 for no evaluation",
+  )
   _require(
     "fd_encoder" not in evaluation.metrics or len(config.encoders) > 0,
     "eval.metrics holds 'fd_encoder' but there are no encoders: remove it or "
@@ -509,6 +593,14 @@ def _check_generator(config: GeneratorConfig) -> None:
     best == "" or best.startswith("fd_"),
     f"checkpoint.best_metric={best!r}: the best is the smallest, so it must "
     "be a Frechet distance ('fd_pixel' or 'fd_encoder') or ''",
+  )
+  saved = config.checkpoint.every
+  _require(
+    best == "" or (evaluation.every > 0 and evaluation.every % saved == 0),
+    f"checkpoint.best_metric={best!r} with eval.every={evaluation.every} and "
+    f"checkpoint.every={saved}: only an evaluation of a step that is saved "
+    "can be ranked; make eval.every a multiple of checkpoint.every, or "
+    "checkpoint.best_metric=''",
   )
 
 
@@ -556,17 +648,52 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def check_resumable(old: str, new: str) -> None:
   """Raises ConfigError where two configs (JSON) are not the same experiment.
 
-  Keys under RESUMABLE may differ.
+  Keys under RESUMABLE may differ, with two exceptions: train.num_steps where
+  the course of the training depends on its end, and the keys of RANKING while
+  a best checkpoint is kept.
   """
   before, after = flatten(json.loads(old)), flatten(json.loads(new))
-  changed = [
-    f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+  different = {
+    key: f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
     for key in sorted(set(before) | set(after))
-    if before.get(key) != after.get(key) and not key.startswith(RESUMABLE)
+    if before.get(key) != after.get(key)
+  }
+  changed = [
+    text for key, text in different.items() if not key.startswith(RESUMABLE)
   ]
   if changed:
     raise ConfigError(
       "the workdir holds a run with another config; use a new workdir or the "
       f"old values. Changed: {'; '.join(changed)} (only {list(RESUMABLE)} may "
       "change in a resumed run)"
+    )
+  if "train.num_steps" in different:
+    _check_new_end(different["train.num_steps"], before)
+  best = before.get("checkpoint.best_metric")
+  mixed = [different[key] for key in RANKING if key in different]
+  if best and mixed:
+    raise ConfigError(
+      f"the workdir's best checkpoint is ranked by {best!r}, and figures from "
+      "before and after this change can't be compared; use a new workdir or "
+      f"the old values. Changed: {'; '.join(mixed)}"
+    )
+
+
+def _check_new_end(change: str, config: Mapping[str, Any]) -> None:
+  """Raises ConfigError where training depends on train.num_steps."""
+  schedule = config["optim.schedule"]
+  reasons = []
+  if schedule != "constant":
+    reasons.append(
+      f"optim.schedule={schedule!r} reaches its end at train.num_steps"
+    )
+  if fine_tune := config.get("mae.classification_steps"):
+    reasons.append(
+      f"the last mae.classification_steps={fine_tune} steps train otherwise"
+    )
+  if reasons:
+    raise ConfigError(
+      f"the workdir holds a run of another length; use a new workdir or the "
+      f"old value. Changed: {change} (a resumed run may change it only where "
+      f"nothing else depends on it, but {' and '.join(reasons)})"
     )

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +12,6 @@ from drift_jax import (
   artifacts,
   checkpoint,
   console,
-  data,
   experiment,
   metrics,
   sharding,
@@ -31,10 +29,17 @@ _METRICS = flags.DEFINE_list(
   "metrics", None, "Figures, e.g. fd_pixel,coverage; the config's if not given."
 )
 _NUM_IMAGES = flags.DEFINE_integer(
-  "num_images", None, "Images for each alpha; the config's if not given."
+  "num_images",
+  None,
+  "Images for each alpha; the config's if not given.",
+  lower_bound=2,
 )
 _SEED = flags.DEFINE_integer(
-  "seed", None, "Of noise and style; config.seed + 1 if not given."
+  "seed",
+  None,
+  "Of noise and style; config.seed + 1 if not given.",
+  lower_bound=0,
+  upper_bound=2**32 - 1,
 )
 _STEP = flags.DEFINE_integer(
   "step", None, "Checkpoint; the best one, else the newest, if not given."
@@ -80,12 +85,14 @@ def evaluate(
   """
   mesh = sharding.make_mesh()
   run = experiment.load_generator(workdir, mesh, step=step, ema_decay=ema_decay)
+  given = {
+    "alphas": None if alphas is None else tuple(alphas),
+    "metrics": None if metric_names is None else tuple(metric_names),
+    "num_images": num_images,
+    "ema_decay": ema_decay,
+  }
   evaluation = dataclasses.replace(
-    run.config.eval,
-    alphas=tuple(alphas or run.config.eval.alphas),
-    metrics=tuple(metric_names or run.config.eval.metrics),
-    num_images=num_images or run.config.eval.num_images,
-    ema_decay=ema_decay or run.config.eval.ema_decay,
+    run.config.eval, **{k: v for k, v in given.items() if v is not None}
   )
   # A metric may be asked for that the training did not rank by.
   checkpoints = dataclasses.replace(run.config.checkpoint, best_metric="")
@@ -93,19 +100,21 @@ def evaluate(
     run.config, eval=evaluation, checkpoint=checkpoints
   )
   config_lib.check(config)
+  if not evaluation.metrics:
+    raise config_lib.ConfigError(
+      f"eval.metrics is empty: ask for some of {config_lib.EVAL_METRICS}"
+    )
   seed = config.seed + 1 if seed is None else seed
   encoders = (
     experiment.load_encoders(config.encoders, mesh)
     if "fd_encoder" in evaluation.metrics
     else {}
   )
-  evaluators = experiment.make_evaluators(
-    config,
-    encoders,
-    data.make_source(config.data.source, "train"),
-    data.make_source(config.data.source, "test"),
-    mesh,
+  train, test = (
+    experiment.open_source(config.data, split) for split in ("train", "test")
   )
+  with experiment.naming("eval"):
+    evaluators = experiment.make_evaluators(config, encoders, train, test, mesh)
   sample_fn = experiment.make_sampler(run.task, mesh, seed)(run.params)
   results = metrics.evaluate(
     evaluators,
@@ -160,16 +169,15 @@ def main(argv: list[str]) -> None:
   ) as error:
     sys.exit(f"Error: {error}")
   print(table(report))
-  out = pathlib.Path(_OUT.value or f"{_WORKDIR.value}/evaluation.json")
-  temporary = out.with_suffix(".tmp")
-  temporary.write_text(json.dumps(report, indent=2))
-  temporary.replace(out)
+  out = _OUT.value or f"{_WORKDIR.value}/evaluation.json"
+  with metrics.replacing(out) as temporary:
+    temporary.write_text(json.dumps(report, indent=2))
   logger.info("Wrote %s.", out)
 
 
 def parse_floats(flag: str, values: list[str] | None) -> list[float] | None:
   """Numbers of a list flag; ConfigError names the entry that is none."""
-  if not values:
+  if values is None:
     return None
   try:
     return [float(value) for value in values]

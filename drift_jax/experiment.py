@@ -1,10 +1,11 @@
 """From a typed config to the objects of a run: models, steps, evaluators."""
 
+import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from drift_jax import (
   artifacts,
   checkpoint,
   data,
+  loop,
   metrics,
   models,
   optim,
@@ -23,30 +25,162 @@ from drift_jax import (
   steps,
 )
 from drift_jax import config as config_lib
+from drift_jax import state as state_lib
 from drift_jax.console import logger
+from drift_jax.state import TrainState
 
 CONFIG_FILE = "config.json"
 
 
+ENCODERS_FILE = "encoders.json"
+CHECKPOINTS = "checkpoints"
+AnyConfig = config_lib.GeneratorConfig | config_lib.MaeConfig
+
+
+class Evaluate(Protocol):
+  """A task's evaluation in the loop; it must leave the state alone."""
+
+  def __call__(
+    self, step: int, state: TrainState, writer: metrics.MetricWriter
+  ) -> dict[str, float]: ...
+
+
+@contextlib.contextmanager
+def naming(section: str) -> Iterator[None]:
+  """Turns a constructor's ValueError into a ConfigError of the section."""
+  try:
+    yield
+  except ValueError as error:
+    if isinstance(error, config_lib.ConfigError):
+      raise
+    raise config_lib.ConfigError(f"{section}: {error}") from error
+
+
+def open_mesh(config: config_lib.Mesh) -> Mesh:
+  """The mesh that the config describes, over this process' devices.
+
+  Raises:
+    ConfigError: sizes that do not fit the devices; several processes.
+  """
+  if jax.process_count() > 1:
+    raise config_lib.ConfigError(
+      f"{jax.process_count()} processes were started, but a run uses one: "
+      "start a single process on the machine's devices"
+    )
+  with naming("mesh"):
+    return sharding.make_mesh(config.data, config.fsdp)
+
+
+def open_source(config: config_lib.Data, split: str) -> data.ImageSource:
+  """A split of the data set that the config names."""
+  with naming("data"):
+    return data.make_source(config.source, split)
+
+
 def open_workdir(
-  workdir: str, config: config_lib.GeneratorConfig | config_lib.MaeConfig
+  workdir: str,
+  config: AnyConfig,
+  encoders: Mapping[str, artifacts.Artifact] | None = None,
 ) -> epath.Path:
-  """Creates the workdir and writes the resolved config into it.
+  """Creates the workdir and writes config.json (and encoders.json) into it.
+
+  Where the workdir holds a checkpoint already, the config and the encoders'
+  content must be those of that run.
 
   Raises:
     ConfigError: if the workdir holds a run of another experiment.
   """
   path = epath.Path(workdir)
-  path.mkdir(parents=True, exist_ok=True)
-  file = path / CONFIG_FILE
   text = config_lib.to_json(config)
-  if file.exists():
-    config_lib.check_resumable(file.read_text(), text)
-  if jax.process_index() == 0:
-    temporary = path / (CONFIG_FILE + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(file)
+  sums = {name: a.sha256 for name, a in (encoders or {}).items()}
+  steps_seen = list((path / CHECKPOINTS).glob("[0-9]*"))
+  if steps_seen and (path / CONFIG_FILE).exists():
+    config_lib.check_resumable((path / CONFIG_FILE).read_text(), text)
+  if steps_seen and (path / ENCODERS_FILE).exists():
+    before = json.loads((path / ENCODERS_FILE).read_text())
+    for name in sums:
+      if before.get(name) != sums[name]:
+        raise config_lib.ConfigError(
+          f"encoders.{name}: the run in {workdir} began with other weights "
+          f"(SHA-256 {before.get(name)}, now {sums[name]}): give it that "
+          "encoder again or use a new workdir"
+        )
+  path.mkdir(parents=True, exist_ok=True)
+  with metrics.replacing(path / CONFIG_FILE) as file:
+    file.write_text(text)
+  if sums:
+    with metrics.replacing(path / ENCODERS_FILE) as file:
+      file.write_text(json.dumps(sums, indent=2))
   return path
+
+
+def run(
+  config: AnyConfig,
+  path: epath.Path,
+  mesh: Mesh,
+  *,
+  name: str,
+  init_params: Callable[[jax.Array], Any],
+  step: Callable[..., tuple[TrainState, loop.Metrics]],
+  feed: loop.Feed,
+  put: Callable[[Any], Any],
+  evaluate: Evaluate,
+  best_metric: Callable[[dict[str, float]], dict[str, float] | None],
+) -> TrainState:
+  """Trains to config.train.num_steps, from a checkpoint if there is one.
+
+  Args:
+    config: of either task.
+    path: the workdir.
+    mesh: where the state lives.
+    name: of the model, for the log.
+    init_params: key -> parameters.
+    step: (state, batch, *, optimizer, schedule) -> (state, metrics).
+    feed, put, best_metric: see loop.fit.
+    evaluate: called with the metric writer as well.
+  """
+  optimizer, schedule = make_optimizer(config.optim, config.train.num_steps)
+  abstract, init = state_lib.abstract_and_init(
+    init_params,
+    optimizer,
+    ema_decays=config.ema.decays,
+    seed=config.seed,
+    mesh=mesh,
+  )
+  count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(abstract.params))
+  logger.info("%s: %s parameters", name, f"{count:,}")
+  jitted = jax.jit(
+    functools.partial(step, optimizer=optimizer, schedule=schedule),
+    donate_argnums=0,
+    out_shardings=(
+      jax.tree.map(lambda x: x.sharding, abstract),
+      sharding.replicated(mesh),
+    ),
+  )
+  with contextlib.ExitStack() as stack:
+    checkpointer = make_checkpointer(config.checkpoint, path)
+    stack.callback(checkpointer.close)
+    state = loop.restore_or_start(checkpointer, abstract, init, feed)
+    writer = metrics.create_writer(
+      path, resume_step=int(state.step) or -1, is_main=True
+    )
+    stack.callback(writer.close)
+    return loop.fit(
+      state,
+      step_fn=jitted,
+      feed=feed,
+      put=put,
+      schedule=loop.Schedule(
+        num_steps=config.train.num_steps,
+        log_every=config.train.log_every,
+        eval_every=config.eval.every,
+        checkpoint_every=config.checkpoint.every,
+      ),
+      evaluate=functools.partial(evaluate, writer=writer),
+      best_metric=best_metric,
+      checkpointer=checkpointer,
+      writer=writer,
+    )
 
 
 def make_optimizer(
@@ -89,30 +223,49 @@ def load_encoders(
         f"encoders.{name}.path={encoder.path!r} holds a generator, want an "
         "encoder ('mae' or 'convnext')"
       )
-    shardings = sharding.infer_sharding(artifact.params, mesh)
-    params = jax.device_put(artifact.params, shardings)
+    params = artifact.params
+    if artifact.kind == "mae":
+      # Its features need neither the decoder nor the classifier.
+      params = {"encoder": params["encoder"]}
+    params = jax.device_put(params, sharding.infer_sharding(params, mesh))
     loaded[name] = dataclasses.replace(artifact, params=params)
   return loaded
 
 
+def check_encoders(
+  task: steps.GeneratorTask, encoders: Mapping[str, artifacts.Artifact]
+) -> None:
+  """Raises ConfigError for an encoder that can't read the samples."""
+  image = jax.ShapeDtypeStruct((1, *task.sample_shape), np.float32)
+  for name, artifact in encoders.items():
+    in_loss = name in task.features.encoders
+    with naming(f"encoders.{name} on samples of shape {task.sample_shape}"):
+      jax.eval_shape(
+        functools.partial(
+          steps.apply,
+          artifact.module,
+          method="features" if in_loss else "pooled",
+          **task.features.options.get(name, {}),
+        ),
+        artifact.params,
+        image,
+      )
+
+
 def feature_space(
-  features: config_lib.Features, encoders: Mapping[str, artifacts.Artifact]
+  config: config_lib.GeneratorConfig,
+  encoders: Mapping[str, artifacts.Artifact],
 ) -> steps.FeatureSpace:
   """Which feature vectors of which encoders enter the loss (A.5)."""
-  mae_options = {
-    "every_k_block": features.every_k_block,
-    "patch_mean_size": features.patch_mean_size,
-    "patch_std_size": features.patch_std_size,
-    "use_mean": features.use_mean,
-    "use_std": features.use_std,
-  }
+  features = dataclasses.asdict(config.features)
+  sample = features.pop("sample")
+  in_loss = {n: a for n, a in encoders.items() if config.encoders[n].in_loss}
   return steps.FeatureSpace(
-    encoders={name: a.module for name, a in encoders.items()},
+    encoders={name: a.module for name, a in in_loss.items()},
     options={
-      name: mae_options if a.kind == "mae" else {}
-      for name, a in encoders.items()
+      name: features if a.kind == "mae" else {} for name, a in in_loss.items()
     },
-    sample=features.sample,
+    sample=sample,
   )
 
 
@@ -122,9 +275,11 @@ def generator_task(
 ) -> steps.GeneratorTask:
   """The static part of the generator's step."""
   model = config.model
+  with naming("model"):
+    generator = models.build_generator(**dataclasses.asdict(model))
   return steps.GeneratorTask(
-    generator=models.build_generator(**dataclasses.asdict(model)),
-    features=feature_space(config.features, encoders),
+    generator=generator,
+    features=feature_space(config, encoders),
     sample_shape=(model.input_size, model.input_size, model.out_channels),
     style_tokens=model.style_tokens,
     style_vocab=model.style_vocab,
@@ -150,8 +305,10 @@ def init_generator(task: steps.GeneratorTask) -> Callable[[jax.Array], Any]:
 
 def mae_task(config: config_lib.MaeConfig) -> steps.MaeTask:
   """The static part of the encoder's step."""
+  with naming("model"):
+    mae = models.build_mae(**dataclasses.asdict(config.model))
   return steps.MaeTask(
-    mae=models.build_mae(**dataclasses.asdict(config.model)),
+    mae=mae,
     mask_ratio=config.mae.mask_ratio,
     classification_start=config.train.num_steps
     - config.mae.classification_steps,
@@ -178,31 +335,28 @@ def init_mae(
 
 
 def make_loader(
-  config: config_lib.GeneratorConfig | config_lib.MaeConfig,
-  source: data.ImageSource,
-  batch_size: int,
+  config: AnyConfig, source: data.ImageSource, batch_size: int
 ) -> data.Loader:
-  """This process' share of the training images."""
+  """Endless shuffled batches of the training images."""
   return data.Loader(
     source,
     batch_size=batch_size,
     seed=config.seed,
     num_threads=config.data.num_threads,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
   )
 
 
 def make_checkpointer(
-  config: config_lib.Checkpoint, path: epath.Path
+  config: config_lib.Checkpoint, path: epath.Path, *, read_only: bool = False
 ) -> checkpoint.Checkpointer:
-  """The checkpoints of a workdir."""
+  """The checkpoints of a workdir; a run that is going on may be read."""
   return checkpoint.Checkpointer(
-    path / "checkpoints",
+    path / CHECKPOINTS,
     keep_latest=config.keep_latest,
     keep_every=config.keep_every,
     best_metric=config.best_metric,
     on_corrupt=config.on_corrupt,
+    read_only=read_only,
   )
 
 
@@ -362,12 +516,6 @@ def grid_image(images: np.ndarray, columns: int) -> np.ndarray:
   return metrics.image_grid(images, columns=columns, padding=2, scale=scale)
 
 
-def log_parameters(name: str, params: Any) -> None:
-  """Logs a parameter count."""
-  count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
-  logger.info("%s: %s parameters", name, f"{count:,}")
-
-
 @dataclasses.dataclass(frozen=True)
 class TrainedGenerator:
   """A generator restored from a workdir, ready to sample.
@@ -421,7 +569,9 @@ def load_generator(
     shapes,
     sharding.infer_sharding(shapes, mesh),
   )
-  checkpointer = make_checkpointer(config.checkpoint, epath.Path(workdir))
+  checkpointer = make_checkpointer(
+    config.checkpoint, epath.Path(workdir), read_only=True
+  )
   try:
     if step is None:
       step = checkpointer.best_step()

@@ -17,14 +17,16 @@ from drift_jax.console import logger
 from drift_jax.state import TrainState
 
 Metrics = dict[str, jax.Array]
-# A non-finite value of any of these stops the run.
-WATCHED = ("loss", "grad_norm")
+# A non-finite value of any of these stops the run. Loss and gradient are of
+# the parameters before the step's update: only param_norm tells whether the
+# state that a checkpoint of this step would hold is finite.
+WATCHED = ("loss", "grad_norm", "param_norm")
 # Names in front of what the console line shows, where a task has them.
 CONSOLE = ("loss", "recon_loss", "accuracy", "drift_rms/", "grad_norm")
 
 
 class NonFiniteError(FloatingPointError):
-  """A loss or gradient that is not finite; the message names the step."""
+  """Something watched is not finite; the message names step and values."""
 
 
 class Feed(Protocol):
@@ -88,7 +90,7 @@ def restore_or_start(
 
 
 class _Watch:
-  """Checks each step's loss and gradient, one step late.
+  """Checks each step's loss, gradient and parameters, one step late.
 
   The device always has the next step queued while the host looks at the last
   one, so that watching costs no idle time.
@@ -99,7 +101,7 @@ class _Watch:
     self._checkpointer = checkpointer
 
   def add(self, step: int, metrics: Metrics) -> None:
-    watched = {name: metrics[name] for name in WATCHED}
+    watched = {k: metrics[k] for k in WATCHED if k in metrics}
     self._pending.append((step, watched))
     while len(self._pending) > 1:
       self._check_oldest()
@@ -127,6 +129,18 @@ class _Watch:
     )
 
 
+def _on_console(name: str) -> bool:
+  """Whether the console line shows a metric.
+
+  A prefix that ends in '/' stands for the names one level below it.
+  """
+  return any(
+    name == prefix or (prefix.endswith("/") and name.count("/") == 1)
+    for prefix in CONSOLE
+    if name.startswith(prefix)
+  )
+
+
 class _Progress:
   """A bar on a terminal, plain lines elsewhere."""
 
@@ -137,50 +151,58 @@ class _Progress:
       else None
     )
     self._total = total
-    self._mark = (first, time.perf_counter())
+    # Step and time since which the speed is taken; none before the first
+    # step, which compiles.
+    self._mark: tuple[int, float] | None = None
     self._paused = 0.0
 
-  def advance(self) -> None:
+  def advance(self, step: int) -> None:
+    """Counts a step that has been handed to the device."""
+    if self._mark is None:
+      self._mark = (step, time.perf_counter())
     if self._bar is not None:
       self._bar.update()
 
-  def report(self, step: int, scalars: dict[str, float]) -> float:
-    """Shows the scalars; returns the speed in steps per second."""
+  def report(self, step: int, scalars: dict[str, float]) -> float | None:
+    """Shows the scalars; returns the speed in steps per second.
+
+    None where there is nothing to time: only the first step has been done.
+    """
+    speed = self._speed(step)
+    shown = {
+      name: f"{value:.4g}"
+      for name, value in scalars.items()
+      if _on_console(name)
+    }
+    if self._bar is not None:
+      self._bar.set_postfix(shown, refresh=False)
+      return speed
+    text = " ".join(f"{name}={value}" for name, value in shown.items())
+    if speed is not None:
+      left = (self._total - step) / speed
+      text += f" ({speed:.1f} steps/s, {left:.0f} s left)"
+    logger.info("step %d/%d %s", step, self._total, text)
+    return speed
+
+  def _speed(self, step: int) -> float | None:
+    """Since the last mark, which moves here."""
+    if self._mark is None or step == self._mark[0]:
+      return None
     now = time.perf_counter()
     seconds = now - self._mark[1] - self._paused
     speed = (step - self._mark[0]) / max(seconds, 1e-9)
     self._mark = (step, now)
     self._paused = 0.0
-    shown = {
-      name: f"{value:.4g}"
-      for name, value in scalars.items()
-      if any(
-        name == c or (c.endswith("/") and name.count("/") == 1)
-        for c in CONSOLE
-        if name.startswith(c)
-      )
-    }
-    if self._bar is not None:
-      self._bar.set_postfix(shown, refresh=False)
-    else:
-      left = (self._total - step) / speed
-      text = " ".join(f"{name}={value}" for name, value in shown.items())
-      logger.info(
-        "step %d/%d %s (%.1f steps/s, %.0f s left)",
-        step,
-        self._total,
-        text,
-        speed,
-        left,
-      )
     return speed
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
     """Keeps what is not training out of the speed."""
     start = time.perf_counter()
-    yield
-    self._paused += time.perf_counter() - start
+    try:
+      yield
+    finally:
+      self._paused += time.perf_counter() - start
 
   def close(self) -> None:
     if self._bar is not None:
@@ -214,10 +236,17 @@ def fit(
     writer: receives the metrics.
 
   Raises:
-    NonFiniteError: a step's loss or gradient is not finite. Nothing of that
-      step or later is saved.
+    ValueError: the state is already past schedule.num_steps.
+    NonFiniteError: a step's loss, gradient or updated parameters are not
+      finite. Nothing of that step or later is saved.
   """
   first = int(state.step)
+  if first > schedule.num_steps:
+    raise ValueError(
+      f"the run stands at step {first}, past train.num_steps="
+      f"{schedule.num_steps}: raise train.num_steps to at least {first}, or "
+      "use a new workdir"
+    )
   progress = _Progress(first, schedule.num_steps)
   watch = _Watch(checkpointer)
   try:
@@ -226,12 +255,14 @@ def fit(
       with jax.transfer_guard("disallow"):
         state, metrics = step_fn(state, batch)
       watch.add(step, metrics)
-      progress.advance()
+      progress.advance(step)
       if schedule.due(step, schedule.log_every):
         watch.check_all()
         scalars = {k: float(v) for k, v in jax.device_get(metrics).items()}
         speed = progress.report(step, scalars)
-        writer.write_scalars(step, scalars | {"perf/steps_per_second": speed})
+        if speed is not None:
+          scalars["perf/steps_per_second"] = speed
+        writer.write_scalars(step, scalars)
         checkpointer.poll()
       figures = {}
       if schedule.due(step, schedule.eval_every):

@@ -5,7 +5,14 @@ import sys
 import numpy as np
 from absl import app, flags
 
-from drift_jax import checkpoint, console, experiment, metrics, sharding
+from drift_jax import (
+  artifacts,
+  checkpoint,
+  console,
+  experiment,
+  metrics,
+  sharding,
+)
 from drift_jax import config as config_lib
 from drift_jax.console import logger
 
@@ -16,7 +23,9 @@ _LABELS = flags.DEFINE_list(
   "labels", None, "Class indices, e.g. 3,7; all classes if not given."
 )
 _ALPHA = flags.DEFINE_float("alpha", 1.0, "Guidance scale.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of noise and style.", lower_bound=0)
+_SEED = flags.DEFINE_integer(
+  "seed", 0, "Of noise and style.", lower_bound=0, upper_bound=2**32 - 1
+)
 _COUNT = flags.DEFINE_integer(
   "count", 10, "Images of each label: a row of the grid.", lower_bound=1
 )
@@ -40,7 +49,8 @@ def parse_labels(names: list[str] | None, num_classes: int) -> np.ndarray:
   if not names:
     return np.arange(num_classes, dtype=np.int32)
   for name in names:
-    if not name.strip().isdigit() or int(name) >= num_classes:
+    # Not isdigit, which is true of '²' as well.
+    if not name.strip().isdecimal() or int(name) >= num_classes:
       raise config_lib.ConfigError(
         f"--labels={','.join(names)}: {name!r} is no class index in "
         f"[0, {num_classes})"
@@ -111,7 +121,11 @@ def main(argv: list[str]) -> None:
       step=_STEP.value,
       ema_decay=_EMA_DECAY.value,
     )
-  except (config_lib.ConfigError, checkpoint.CheckpointError) as error:
+  except (
+    config_lib.ConfigError,
+    checkpoint.CheckpointError,
+    artifacts.ArtifactError,
+  ) as error:
     sys.exit(f"Error: {error}")
   metrics.save_png(experiment.grid_image(images, _COUNT.value), _OUT.value)
   logger.info("Wrote %s.", _OUT.value)

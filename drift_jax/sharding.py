@@ -34,7 +34,8 @@ def make_mesh(
   sizes = {"data": data, "fsdp": fsdp}
   free = [name for name, size in sizes.items() if size == -1]
   known = int(np.prod([size for size in sizes.values() if size != -1]))
-  if len(free) > 1 or known < 1 or len(devices) % known:
+  valid = all(size == -1 or size >= 1 for size in sizes.values())
+  if not valid or len(free) > 1 or len(devices) % known:
     raise ValueError(
       f"mesh data={data}, fsdp={fsdp} does not fit {len(devices)} devices: "
       f"give sizes >= 1 that divide {len(devices)}, at most one of them -1"

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from drift_jax import sharding
+from drift_jax import sharding, streams
 
 Params = Any
 
@@ -59,11 +59,10 @@ def abstract_and_init(
   """
 
   def init() -> TrainState:
-    key = jax.random.key(seed)
-    params = init_params(jax.random.fold_in(key, 0))
+    params = init_params(streams.stream(seed, "params"))
     return TrainState(
       step=jnp.zeros((), jnp.int32),
-      rng=jax.random.key_data(jax.random.fold_in(key, 1)),
+      rng=jax.random.key_data(streams.stream(seed, "train")),
       params=params,
       opt_state=optimizer.init(params),
       ema={str(d): jax.tree.map(jnp.copy, params) for d in ema_decays},

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from drift_jax import drift
+from drift_jax import drift, streams
 from drift_jax import state as state_lib
 from drift_jax.models import mae as mae_lib
 
@@ -231,7 +231,8 @@ def train_step(
   """One step of the generator; draws are made from state.key() if not given.
 
   Metrics: 'loss' (constant by construction, see drift_metrics), 'grad_norm'
-  before clipping, 'learning_rate', and drift_metrics'.
+  before clipping, 'learning_rate', 'param_norm' after the update, and
+  drift_metrics'.
   """
   if draws is None:
     draws = draw(state.key(), task, len(batch.labels))
@@ -244,7 +245,8 @@ def train_step(
     "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
     **drift_metrics(aux["info"]),
   }
-  return state_lib.update(state, grads, optimizer), metrics
+  state = state_lib.update(state, grads, optimizer)
+  return state, metrics | {"param_norm": optax.tree.norm(state.params)}
 
 
 def sample_step(
@@ -262,10 +264,10 @@ def sample_step(
   size, order and number of devices gives the same images.
   """
 
+  root = streams.stream(seed, "sample")
+
   def noise_of(i: jax.Array) -> tuple[jax.Array, jax.Array]:
-    noise_key, style_key = jax.random.split(
-      jax.random.fold_in(jax.random.key(seed), i)
-    )
+    noise_key, style_key = jax.random.split(jax.random.fold_in(root, i))
     noise = jax.random.normal(noise_key, task.sample_shape)
     style = jax.random.randint(
       style_key, (task.style_tokens,), 0, max(task.style_vocab, 1)
@@ -357,4 +359,5 @@ def mae_step(
     "grad_norm": optax.tree.norm(grads),
     "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
   }
-  return state_lib.update(state, grads, optimizer), metrics
+  state = state_lib.update(state, grads, optimizer)
+  return state, metrics | {"param_norm": optax.tree.norm(state.params)}

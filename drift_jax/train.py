@@ -5,17 +5,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
+from drift_jax import artifacts, data, experiment, metrics, sharding, steps
 from drift_jax import config as config_lib
-from drift_jax import (
-  data,
-  experiment,
-  loop,
-  metrics,
-  sharding,
-  steps,
-)
-from drift_jax import state as state_lib
 from drift_jax.console import logger
 from drift_jax.state import TrainState
 
@@ -35,81 +28,47 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
 
   Raises:
     ConfigError: a config that can't be run.
+    ArtifactError: an encoder that can't be loaded.
     CheckpointError: a damaged checkpoint.
     NonFiniteError: a loss or gradient that is not finite.
   """
   config = config_lib.parse(config)
   if not isinstance(config, config_lib.GeneratorConfig):
     raise config_lib.ConfigError(f"task={config.task!r}, want 'generator'")
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+  mesh = experiment.open_mesh(config.mesh)
   experiment.check_divides("batch.labels", config.batch.labels, mesh)
-  train = data.make_source(config.data.source, "train")
+  train = experiment.open_source(config.data, "train")
   encoders = experiment.load_encoders(config.encoders, mesh)
   task = experiment.generator_task(config, encoders)
+  experiment.check_encoders(task, encoders)
   experiment.check_source(train, task.sample_shape, config.model.num_classes)
-  path = experiment.open_workdir(workdir, config)
+  evaluation = Evaluation(config, encoders, task, train, mesh)
+  path = experiment.open_workdir(workdir, config, encoders)
+  encoder_params = {n: encoders[n].params for n in task.features.encoders}
 
-  optimizer, schedule = experiment.make_optimizer(
-    config.optim, config.train.num_steps
-  )
-  abstract, init = state_lib.abstract_and_init(
-    experiment.init_generator(task),
-    optimizer,
-    ema_decays=config.ema.decays,
-    seed=config.seed,
-    mesh=mesh,
-  )
-  experiment.log_parameters("generator", abstract.params)
-  feed = experiment.generator_feed(config, train)
-  checkpointer = experiment.make_checkpointer(config.checkpoint, path)
-  state = loop.restore_or_start(checkpointer, abstract, init, feed)
-  writer = metrics.create_writer(
-    path,
-    resume_step=int(state.step) or -1,
-    is_main=jax.process_index() == 0,
-    console=False,
-  )
-  encoder_params = {name: a.params for name, a in encoders.items()}
-  jitted = jax.jit(
-    functools.partial(
-      steps.train_step, task=task, optimizer=optimizer, schedule=schedule
-    ),
-    donate_argnums=0,
-    out_shardings=(
-      jax.tree.map(lambda x: x.sharding, abstract),
-      sharding.replicated(mesh),
-    ),
-  )
+  def step(state: TrainState, batch: Any, **kwargs: Any) -> Any:
+    batch, params = batch
+    return steps.train_step(state, batch, params, task=task, **kwargs)
 
-  def step_fn(state: TrainState, batch: Any) -> tuple[TrainState, Any]:
-    return jitted(state, batch, encoder_params)
+  def put(batch: Any) -> Any:
+    batch = steps.GeneratorBatch(**sharding.put_batch(batch, mesh))
+    return batch, encoder_params
 
-  def put(batch: Any) -> steps.GeneratorBatch:
-    return steps.GeneratorBatch(**sharding.put_batch(batch, mesh))
-
-  evaluation = Evaluation(config, encoders, task, train, mesh, writer, path)
   try:
-    state = loop.fit(
-      state,
-      step_fn=step_fn,
-      feed=feed,
+    return experiment.run(
+      config,
+      path,
+      mesh,
+      name="generator",
+      init_params=experiment.init_generator(task),
+      step=step,
+      feed=experiment.generator_feed(config, train),
       put=put,
-      schedule=loop.Schedule(
-        num_steps=config.train.num_steps,
-        log_every=config.train.log_every,
-        eval_every=config.eval.every,
-        checkpoint_every=config.checkpoint.every,
-      ),
-      evaluate=evaluation,
+      evaluate=functools.partial(evaluation, path=path),
       best_metric=evaluation.best_metric,
-      checkpointer=checkpointer,
-      writer=writer,
     )
   finally:
-    checkpointer.close()
-    writer.close()
-  evaluation.plot()
-  return state
+    evaluation.plot(path)
 
 
 class Evaluation:
@@ -118,16 +77,12 @@ class Evaluation:
   def __init__(
     self,
     config: config_lib.GeneratorConfig,
-    encoders: Any,
+    encoders: dict[str, artifacts.Artifact],
     task: steps.GeneratorTask,
     train: data.ImageSource,
     mesh: jax.sharding.Mesh,
-    writer: Any,
-    path: Any,
   ):
     self._config = config
-    self._writer = writer
-    self._path = path
     self._sampler = experiment.make_sampler(task, mesh, config.seed)
     self._batch_size = experiment.pad_to_mesh(config.eval.batch_size, mesh)
     self._labels = metrics.balanced_labels(
@@ -136,13 +91,20 @@ class Evaluation:
     self._evaluators: list[metrics.Evaluator] = []
     self._baselines: dict[str, float] = {}
     if config.eval.every:
-      test = data.make_source(config.data.source, "test")
-      self._evaluators = experiment.make_evaluators(
-        config, encoders, train, test, mesh
-      )
-      self._baselines = metrics.baselines(self._evaluators)
+      test = experiment.open_source(config.data, "test")
+      with experiment.naming("eval"):
+        self._evaluators = experiment.make_evaluators(
+          config, encoders, train, test, mesh
+        )
+        self._baselines = metrics.baselines(self._evaluators)
 
-  def __call__(self, step: int, state: TrainState) -> dict[str, float]:
+  def __call__(
+    self,
+    step: int,
+    state: TrainState,
+    writer: metrics.MetricWriter,
+    path: epath.Path,
+  ) -> dict[str, float]:
     """Scalars under eval/; writes the sample grid and the plots."""
     config = self._config.eval
     sample_fn = self._sampler(state.ema[str(config.ema_decay)])
@@ -160,20 +122,22 @@ class Evaluation:
       alpha=config.alphas[0],
       batch_size=self._batch_size,
     )
-    if jax.process_index() == 0:
-      folder = self._path / "samples"
-      folder.mkdir(parents=True, exist_ok=True)
-      metrics.save_png(grid, folder / f"step_{step:07d}.png")
-      self._writer.write_images(step, {"samples": grid})
+    metrics.save_png(grid, path / "samples" / f"step_{step:07d}.png")
+    writer.write_images(step, {"samples": grid})
     for alpha, figures in results.items():
-      text = ", ".join(
-        f"{name} {value:.4g} (real {self._baselines[name]:.4g})"
-        if name in self._baselines
-        else f"{name} {value:.4g}"
-        for name, value in figures.items()
+      logger.info(
+        "eval step %d, alpha %g: %s", step, alpha, self._describe(figures)
       )
-      logger.info("eval step %d, alpha %g: %s", step, alpha, text)
+    self.plot(path)
     return metrics.evaluation_scalars(results, self._baselines)
+
+  def _describe(self, figures: dict[str, float]) -> str:
+    return ", ".join(
+      f"{name} {value:.4g} (real {self._baselines[name]:.4g})"
+      if name in self._baselines
+      else f"{name} {value:.4g}"
+      for name, value in figures.items()
+    )
 
   def best_metric(self, scalars: dict[str, float]) -> dict[str, float] | None:
     """The smallest value over alpha of checkpoint.best_metric."""
@@ -185,13 +149,13 @@ class Evaluation:
     ]
     return {name: float(np.min(values))} if values else None
 
-  def plot(self) -> None:
-    """Draws plots/ from metrics.jsonl."""
-    if jax.process_index():
+  def plot(self, path: epath.Path) -> None:
+    """Draws plots/ from what metrics.jsonl holds so far, if anything."""
+    if not (path / "metrics.jsonl").exists():
       return
-    records = metrics.read_jsonl(self._path / "metrics.jsonl")
-    folder = self._path / "plots"
-    folder.mkdir(parents=True, exist_ok=True)
-    metrics.plot_drift(records, folder / "drift_rms.png")
-    if self._evaluators:
-      metrics.plot_frechet(records, folder / "frechet.png")
+    records = metrics.read_jsonl(path / "metrics.jsonl")
+    keys = {key for record in records for key in record}
+    if any(key.startswith("drift_rms/") for key in keys):
+      metrics.plot_drift(records, path / "plots" / "drift_rms.png")
+    if any(key.startswith("eval/fd_") for key in keys):
+      metrics.plot_frechet(records, path / "plots" / "frechet.png")

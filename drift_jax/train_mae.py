@@ -6,21 +6,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
-from drift_jax import (
-  artifacts,
-  data,
-  experiment,
-  loop,
-  metrics,
-  sharding,
-  steps,
-)
+from drift_jax import artifacts, data, experiment, metrics, sharding, steps
 from drift_jax import config as config_lib
-from drift_jax import state as state_lib
 from drift_jax.console import logger
 from drift_jax.models import release
 from drift_jax.state import TrainState
+from drift_jax.streams import stream
 
 # Where the trained encoder lies in the workdir: what encoders.NAME.path of a
 # generator's config points at.
@@ -48,75 +41,39 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   config = config_lib.parse(config)
   if not isinstance(config, config_lib.MaeConfig):
     raise config_lib.ConfigError(f"task={config.task!r}, want 'mae'")
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+  mesh = experiment.open_mesh(config.mesh)
   experiment.check_divides("mae.batch_size", config.mae.batch_size, mesh)
-  train = data.make_source(config.data.source, "train")
+  train = experiment.open_source(config.data, "train")
   task = experiment.mae_task(config)
   experiment.check_source(
     train,
     (*train.sample_shape[:2], config.model.in_channels),
     config.model.num_classes,
   )
+  evaluate = held_out_evaluation(config, task, mesh)
   path = experiment.open_workdir(workdir, config)
-
-  optimizer, schedule = experiment.make_optimizer(
-    config.optim, config.train.num_steps
-  )
-  abstract, init = state_lib.abstract_and_init(
-    experiment.init_mae(task, train.sample_shape),
-    optimizer,
-    ema_decays=config.ema.decays,
-    seed=config.seed,
-    mesh=mesh,
-  )
-  experiment.log_parameters("encoder with decoder", abstract.params)
-  feed = data.ImageFeed(
-    experiment.make_loader(config, train, config.mae.batch_size)
-  )
-  checkpointer = experiment.make_checkpointer(config.checkpoint, path)
-  state = loop.restore_or_start(checkpointer, abstract, init, feed)
-  writer = metrics.create_writer(
-    path,
-    resume_step=int(state.step) or -1,
-    is_main=jax.process_index() == 0,
-    console=False,
-  )
-  step_fn = jax.jit(
-    functools.partial(
-      steps.mae_step, task=task, optimizer=optimizer, schedule=schedule
-    ),
-    donate_argnums=0,
-    out_shardings=(
-      jax.tree.map(lambda x: x.sharding, abstract),
-      sharding.replicated(mesh),
-    ),
-  )
 
   def put(batch: Any) -> steps.MaeBatch:
     batch = sharding.put_batch(batch, mesh)
     return steps.MaeBatch(batch["image"], batch["label"])
 
-  evaluate = held_out_evaluation(config, task, mesh)
   try:
-    state = loop.fit(
-      state,
-      step_fn=step_fn,
-      feed=feed,
-      put=put,
-      schedule=loop.Schedule(
-        num_steps=config.train.num_steps,
-        log_every=config.train.log_every,
-        eval_every=config.eval.every,
-        checkpoint_every=config.checkpoint.every,
+    state = experiment.run(
+      config,
+      path,
+      mesh,
+      name="encoder with decoder",
+      init_params=experiment.init_mae(task, train.sample_shape),
+      step=functools.partial(steps.mae_step, task=task),
+      feed=data.ImageFeed(
+        experiment.make_loader(config, train, config.mae.batch_size)
       ),
+      put=put,
       evaluate=evaluate,
       best_metric=lambda scalars: None,
-      checkpointer=checkpointer,
-      writer=writer,
     )
   finally:
-    checkpointer.close()
-    writer.close()
+    _plot(path)
   decay = config.eval.ema_decay
   where = artifacts.save(
     path / EXPORT,
@@ -129,55 +86,53 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     ema_decay=decay,
   )
   logger.info("Exported the encoder to %s.", where)
-  if jax.process_index() == 0:
-    records = metrics.read_jsonl(path / "metrics.jsonl")
-    (path / "plots").mkdir(parents=True, exist_ok=True)
-    metrics.plot_mae(records, path / "plots" / "mae.png")
   return state
+
+
+def _plot(path: epath.Path) -> None:
+  if not (path / "metrics.jsonl").exists():
+    return
+  records = metrics.read_jsonl(path / "metrics.jsonl")
+  if any("recon_loss" in record for record in records):
+    metrics.plot_mae(records, path / "plots" / "mae.png")
 
 
 def held_out_evaluation(
   config: config_lib.MaeConfig, task: steps.MaeTask, mesh: jax.sharding.Mesh
-) -> Any:
-  """(step, state) -> reconstruction and accuracy on the held-out images.
+) -> experiment.Evaluate:
+  """Reconstruction and accuracy on the held-out images.
 
   The mask is the same at every evaluation, so that figures are comparable.
   """
-  test = data.make_source(config.data.source, "test")
+  test = experiment.open_source(config.data, "test")
   batch_size = experiment.pad_to_mesh(config.eval.batch_size, mesh)
-  key = jax.random.key(config.seed)
+  key = stream(config.seed, "mask")
   jitted = jax.jit(
     functools.partial(steps.mae_eval_step, task=task),
     out_shardings=sharding.replicated(mesh),
   )
 
-  def evaluate(step: int, state: TrainState) -> dict[str, float]:
+  def evaluate(
+    step: int, state: TrainState, writer: metrics.MetricWriter
+  ) -> dict[str, float]:
+    del writer  # the loop writes the scalars
     params = state.ema[str(config.eval.ema_decay)]
     totals: dict[str, float] = {}
     for start in range(0, len(test), batch_size):
-      images = test.images[start : start + batch_size]
-      labels = test.labels[start : start + batch_size]
-      valid = np.arange(batch_size) < len(images)
-      padding = batch_size - len(images)
-      batch = sharding.put_batch(
-        (
-          np.concatenate([images, np.repeat(images[-1:], padding, 0)]),
-          np.concatenate([labels, np.repeat(labels[-1:], padding, 0)]),
-          valid,
-        ),
-        mesh,
+      index = np.arange(start, start + batch_size)
+      valid = index < len(test)
+      index = np.minimum(index, len(test) - 1)
+      images, labels, valid = sharding.put_batch(
+        (test.images[index], test.labels[index], valid), mesh
       )
       sums = jitted(
-        params, steps.MaeBatch(*batch[:2]), batch[2], key, np.int32(start)
+        params, steps.MaeBatch(images, labels), valid, key, np.int32(start)
       )
       for name, value in jax.device_get(sums).items():
         totals[name] = totals.get(name, 0.0) + float(value)
-    scalars = {f"eval/{k}": v / len(test) for k, v in totals.items()}
-    logger.info(
-      "eval step %d: %s",
-      step,
-      ", ".join(f"{k[5:]} {v:.4g}" for k, v in scalars.items()),
-    )
-    return scalars
+    figures = {name: value / len(test) for name, value in totals.items()}
+    text = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+    logger.info("eval step %d: %s", step, text)
+    return {f"eval/{name}": value for name, value in figures.items()}
 
   return evaluate

@@ -12,17 +12,19 @@ if [ "${1:-}" = --smoke ]; then
   smoke=,smoke
   shift
 fi
-folder=${1:-runs/quickstart}
+folder=${1:-runs/quickstart${smoke/,/-}}
 
 source launch/environment.sh
 make_environment requirements.txt
+# Large pages for XLA's buffers: a third faster on Linux CPUs (glibc 2.35 on).
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 start=$SECONDS
 
 echo "1/3 The encoder: a masked autoencoder of 8x8 digits."
 .venv/bin/python -m drift_jax.main --config="configs/digits.py:encoder$smoke" \
   --workdir="$folder/encoder"
-echo "2/3 The generator: drifts in that encoder's features."
-.venv/bin/python -m drift_jax.main --config="configs/digits.py:features$smoke" \
+echo "2/3 The generator: drifts in pixel space, judged by that encoder too."
+.venv/bin/python -m drift_jax.main --config="configs/digits.py:judge$smoke" \
   --workdir="$folder/generator" \
   --config.encoders.mae.path="$folder/encoder/encoder"
 echo "3/3 The figures of its best checkpoint, with fresh noise."

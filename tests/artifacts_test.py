@@ -1,5 +1,6 @@
 """Exported models: the release's format read and written, damage refused."""
 
+import hashlib
 import json
 import shutil
 
@@ -75,6 +76,32 @@ def test_missing(tmp_path):
     artifacts.load(tmp_path)
 
 
+def test_missing_parameters(copy):
+  files(copy)[0].unlink()
+  with pytest.raises(
+    artifacts.ArtifactError, match=r"ema_params\.msgpack is missing beside"
+  ):
+    artifacts.load(copy)
+
+
+def test_checksum_of_ours_and_of_the_release(tmp_path):
+  """The release's metadata have none."""
+  released = artifacts.load(SOURCE)
+  assert "sha256" not in released.metadata
+  digest = hashlib.sha256(files(SOURCE)[0].read_bytes()).hexdigest()
+  assert released.sha256 == digest
+  artifacts.save(
+    tmp_path,
+    kind="gen",
+    model_config=released.metadata["model_config"],
+    params=jax.tree.map(lambda x: 2 * x, released.params),
+    step=1,
+    ema_decay=0.9,
+  )
+  ours = artifacts.load(tmp_path)
+  assert ours.sha256 == ours.metadata["sha256"] != released.sha256
+
+
 def test_truncated_parameters(copy):
   params, _ = files(copy)
   params.write_bytes(params.read_bytes()[:-100])
@@ -106,9 +133,10 @@ def test_unknown_kind_and_unreadable_metadata(copy):
   metadata.write_text(json.dumps(values | {"kind": "vae"}))
   with pytest.raises(artifacts.ArtifactError, match="kind='vae'.*'convnext'"):
     artifacts.load(copy)
-  metadata.write_text("{")
-  with pytest.raises(artifacts.ArtifactError, match="can't be read"):
-    artifacts.load(copy)
+  for content in (b"{", b"\xff\xfe", b"[]"):
+    metadata.write_bytes(content)
+    with pytest.raises(artifacts.ArtifactError, match="can't be read"):
+      artifacts.load(copy)
 
 
 def test_parameters_of_another_model(copy):

@@ -1,10 +1,14 @@
 """Checkpoints: what is kept, any mesh restores, damage is told from health."""
 
+import json
+import math
 import pathlib
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from drift_jax import checkpoint, sharding
@@ -229,4 +233,173 @@ def test_part_of_a_state(three_steps, mesh):
   truncate(largest_file(three_steps / "3"))
   with pytest.raises(checkpoint.CheckpointError, match="damaged"):
     saver.restore_subtree(wanted)
+  saver.close()
+
+
+@pytest.fixture
+def slow_write(monkeypatch):
+  """Files of a save stay temporary until the returned event is set."""
+  release = threading.Event()
+  handler = ocp.CompositeCheckpointHandler
+  commit = handler.finalize
+
+  def finalize(self, directory, *args, **kwargs):
+    assert release.wait(60)
+    return commit(self, directory, *args, **kwargs)
+
+  monkeypatch.setattr(handler, "finalize", finalize)
+  return release
+
+
+def test_a_reader_leaves_a_save_under_way_alone(tmp_path, mesh, slow_write):
+  saver = checkpoint.Checkpointer(tmp_path)
+  saver.save(1, make_state(mesh, 1), make_feed())
+  assert not (tmp_path / "1").exists(), "the save is still under way"
+  assert len(list(tmp_path.iterdir())) == 1
+  reader = checkpoint.Checkpointer(tmp_path, read_only=True)
+  assert reader.steps() == []
+  reader.close()
+  slow_write.set()
+  saver.wait()
+  restored = saver.restore(*targets(mesh))
+  assert restored is not None
+  equal(restored[0], make_state(mesh, 1))
+  saver.close()
+
+
+def test_a_reader_writes_nothing(three_steps, mesh):
+  truncate(largest_file(three_steps / "3"))
+  before = sorted(three_steps.rglob("*"))
+  reader = checkpoint.Checkpointer(
+    three_steps, on_corrupt="previous", read_only=True
+  )
+  with pytest.raises(ValueError, match="open read-only: can't save 4"):
+    reader.save(4, make_state(mesh), make_feed())
+  with pytest.raises(
+    checkpoint.CheckpointError, match=r"damaged: .*another step: \[1, 2\]"
+  ):
+    reader.restore(*targets(mesh))
+  assert reader.restore_subtree(targets(mesh)[0], 2)[0] == 2
+  reader.close()
+  assert sorted(three_steps.rglob("*")) == before
+
+
+def test_a_reader_of_an_absent_directory(tmp_path, mesh):
+  reader = checkpoint.Checkpointer(tmp_path / "no" / "run", read_only=True)
+  assert reader.restore(*targets(mesh)) is None
+  assert reader.steps() == [] and reader.best_step() is None
+  with pytest.raises(checkpoint.CheckpointError, match="no checkpoint in"):
+    reader.restore_subtree(targets(mesh)[0])
+  reader.close()
+  assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("old", [{"fd_pixel": 1.0}, {"fd_encoder": math.nan}])
+def test_another_best_metric_on_resume(tmp_path, mesh, old):
+  """Checkpoints without the new metric, or with NaN, rank last."""
+  saver = checkpoint.Checkpointer(tmp_path, best_metric=next(iter(old)))
+  saver.save(1, make_state(mesh), make_feed(), old)
+  saver.save(2, make_state(mesh), make_feed())
+  saver.close()
+  saver = checkpoint.Checkpointer(tmp_path, best_metric="fd_encoder")
+  assert saver.best_step() is None
+  for step, metrics in ((3, {"fd_encoder": 4.0}), (4, {"fd_encoder": 5.0})):
+    saver.save(step, make_state(mesh), make_feed(), metrics)
+  saver.wait()
+  assert saver.best_step() == 3
+  assert saver.steps() == [3, 4]
+  saver.close()
+
+
+def test_checksums_that_fail_are_not_swallowed(tmp_path, mesh, monkeypatch):
+  def fail(directory):
+    raise PermissionError(f"can't read {directory}")
+
+  monkeypatch.setattr(checkpoint, "_checksums", fail)
+  saver = checkpoint.Checkpointer(tmp_path)
+  saver.save(1, make_state(mesh), make_feed())
+  with pytest.raises(PermissionError, match="can't read .*1"):
+    saver.wait()
+  saver.save(2, make_state(mesh), make_feed())
+  with pytest.raises(PermissionError, match="can't read .*2"):
+    saver.close()
+
+
+def test_every_kept_step_gets_checksums_without_poll_or_wait(tmp_path, mesh):
+  saver = checkpoint.Checkpointer(tmp_path, keep_latest=2)
+  for step in range(1, 5):
+    saver.save(step, make_state(mesh), make_feed())
+  saver.close()
+  for step in (3, 4):
+    sums = json.loads((tmp_path / str(step) / "checksums.json").read_text())
+    assert len(sums) > 4
+
+
+def test_no_checksums_are_written_where_retention_deletes(
+  tmp_path, mesh, monkeypatch
+):
+  """Neither after a save has decided to delete a step nor before, unfinished:
+  a file that appears in a folder being deleted would keep it alive."""
+  begun, written = threading.Event(), []
+  write = checkpoint._write_checksums
+
+  def record(directory):
+    begun.set()
+    threading.Event().wait(0.3)  # a large checkpoint
+    assert directory.exists()
+    write(directory)
+    written.append(int(directory.name))
+
+  monkeypatch.setattr(checkpoint, "_write_checksums", record)
+  saver = checkpoint.Checkpointer(tmp_path, keep_latest=1)
+  saver.save(1, make_state(mesh), make_feed())
+  saver.save(2, make_state(mesh), make_feed())  # deletes 1
+  while not begun.is_set():
+    saver.poll()
+  saver.save(3, make_state(mesh), make_feed())  # deletes 2
+  saver.close()
+  assert written == [2, 3]
+  assert [path.name for path in tmp_path.iterdir()] == ["3"]
+
+
+def test_out_of_memory_is_not_damage(three_steps, mesh, monkeypatch):
+  (three_steps / "3" / checkpoint.CHECKSUMS).unlink()
+  saver = checkpoint.Checkpointer(
+    three_steps, keep_latest=3, on_corrupt="previous"
+  )
+
+  def restore(*args, **kwargs):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+  monkeypatch.setattr(saver._manager, "restore", restore)
+  with pytest.raises(jax.errors.JaxRuntimeError, match="Out of memory"):
+    saver.restore(*targets(mesh))
+  assert saver.steps() == [1, 2, 3]
+  saver.close()
+
+
+def test_damage_of_the_same_step_twice(three_steps, mesh):
+  for aside in ("damaged_3", "damaged_3_2"):
+    truncate(largest_file(three_steps / "3"))
+    saver = checkpoint.Checkpointer(
+      three_steps, keep_latest=3, on_corrupt="previous"
+    )
+    restored = saver.restore(*targets(mesh))
+    assert restored is not None
+    equal(restored[0], make_state(mesh, 2))
+    assert (three_steps / aside).exists()
+    saver.save(3, make_state(mesh, 3), make_feed(3))
+    saver.close()
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_step_can_not_be_saved_twice(three_steps, mesh, step):
+  saver = checkpoint.Checkpointer(three_steps, keep_latest=3)
+  with pytest.raises(
+    ValueError, match=rf"step {step} can't .*{three_steps.name}.* step 3"
+  ):
+    saver.save(step, make_state(mesh, 9), make_feed())
+  restored = saver.restore(*targets(mesh))
+  assert restored is not None
+  equal(restored[0], make_state(mesh, 3))
   saver.close()

@@ -1,6 +1,7 @@
 """Config validation: every mistake is named before anything compiles."""
 
 import dataclasses
+import functools
 import importlib.util
 import inspect
 import json
@@ -8,11 +9,13 @@ import pathlib
 import re
 import typing
 
+import jax
+import numpy as np
 import pytest
 
 from configs import common, digits
 from drift_jax import config as config_lib
-from drift_jax import models
+from drift_jax import loop, models, state, train, train_mae
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -74,6 +77,10 @@ def test_unknown_keys_name_the_closest(key, value, message):
     ("drift.temperatures", ("a",), r"temperatures\[0\]='a' has type str"),
     ("optim", 3, "optim=3 must be a section"),
     ("encoders", (), r"encoders=\(\) must be a dict"),
+    ("optim.learning_rate", float("nan"), r"learning_rate=nan must be a fini"),
+    ("optim.grad_clip", float("inf"), r"optim\.grad_clip=inf must be a fini"),
+    ("guidance.exponent", float("nan"), r"guidance\.exponent=nan must be a f"),
+    ("eval.alphas", (1.0, float("inf")), r"eval\.alphas\[1\]=inf must be a f"),
   ],
 )
 def test_wrong_types(key, value, message):
@@ -84,6 +91,8 @@ def test_wrong_types(key, value, message):
   ("key", "value", "message"),
   [
     ("task", "train", r"task='train': valid options are \['gen.*'mae'\]"),
+    ("seed", -1, r"seed=-1 must lie in \[0, 2\*\*32\)"),
+    ("seed", 2**32, r"seed=4294967296 must lie in \[0, 2\*\*32\)"),
     ("optim.schedule", "cosin", r"'cosin': valid .*did you mean 'cosine'"),
     ("optim.learning_rate", 0.0, "learning_rate=0.0 must be positive"),
     ("optim.b2", 1.0, r"b2=1\.0 must lie in"),
@@ -92,9 +101,13 @@ def test_wrong_types(key, value, message):
     ("ema.decays", (0.9, 0.9), "twice"),
     ("eval.ema_decay", 0.5, r"ema_decay=0\.5 is not one of"),
     ("mesh.fsdp", 0, "mesh.fsdp=0"),
+    ("mesh.fsdp", -1, "mesh.data=-1 and mesh.fsdp=-1: only one may"),
     ("checkpoint.on_corrupt", "ignore", r"'error', 'previous'"),
     ("checkpoint.best_metric", "fid", "best_metric='fid' is not computed"),
     ("checkpoint.best_metric", "coverage", "Frechet"),
+    ("checkpoint.every", 100, r"eval.every=250 and checkpoint.every=100: only"),
+    ("checkpoint.every", 500, r"eval.every=250 and checkpoint.every=500: only"),
+    ("eval.every", 0, r"'fd_pixel' with eval.every=0 and checkpoint.every=250"),
     ("batch.labels", 0, "batch.labels=0 must be at least 1"),
     ("batch.labels", 64, "push_per_step=32 is less than batch.labels=64"),
     ("batch.positives", 500, "queue.class_size=128 can't give"),
@@ -107,11 +120,26 @@ def test_wrong_types(key, value, message):
     ("guidance.no_cfg_frac", 1.5, r"no_cfg_frac=1\.5"),
     ("batch.unconditional", 0, "maximum=4.0 > 1 needs unconditional reals"),
     ("features.sample", False, "no features to drift in"),
+    ("features.every_k_block", 0, "every_k_block=0 must be at least 1"),
+    ("features.patch_mean_size", (2, 0), r"patch_mean_size=\(2, 0\): sides"),
+    ("features.patch_std_size", (-1,), r"patch_std_size=\(-1,\): sides"),
     ("eval.alphas", (9.0,), r"9\.0 was never trained"),
     ("eval.alphas", (), "empty"),
+    (
+      "eval.alphas",
+      (1.0, 2, 2.0),
+      r"alphas=\(1\.0, 2\.0, 2\.0\) holds a value",
+    ),
+    ("eval.metrics", ("fd_pixel", "fd_pixel"), "eval.metrics=.* twice"),
+    (
+      "eval.metrics",
+      (),
+      r"metrics is empty, but eval\.every=250: .*duplicates",
+    ),
     ("eval.metrics", ("fid",), "'fid': valid options are"),
     ("eval.metrics", ("fd_encoder", "fd_pixel"), "there are no encoders"),
     ("eval.num_images", 55, "num_images=55 can't be balanced"),
+    ("model.num_classes", 0, "model.num_classes=0 must be at least 1"),
     ("model.out_channels", 3, "in_channels=1 and model.out_channels=3"),
     ("model.dtype", "float16", r"\['float32', 'bfloat16'\]"),
   ],
@@ -125,6 +153,8 @@ def test_contradictions(key, value, message):
   [
     ("mae.mask_ratio", 1.0, r"mask_ratio=1\.0"),
     ("mae.classification_steps", 10**6, "classification_steps=1000000"),
+    ("model.num_classes", 0, "model.num_classes=0 must be at least 1"),
+    ("mae.mask_ratio", float("nan"), "mask_ratio=nan must be a finite number"),
     ("model.layers", (1, 1), r"layers=\(1, 1\)"),
     ("checkpoint.best_metric", "fd_pixel", "valid options"),
     ("drift", {}, "unknown key drift"),
@@ -143,6 +173,56 @@ def check_rejected(config, key, value, message):
   section[leaf] = value
   with pytest.raises(config_lib.ConfigError, match=message):
     config_lib.parse(values)
+
+
+@pytest.mark.parametrize(
+  ("positives", "unconditional", "drawn"), [(65, 8, "posi"), (8, 65, "uncond")]
+)
+def test_a_first_step_that_must_fail(positives, unconditional, drawn):
+  """Prefilling rounds up to whole batches: 33 -> 2 batches of 32."""
+  values = generator().to_dict()
+  values["batch"].update(positives=positives, unconditional=unconditional)
+  values["queue"].update(push_per_step=32, prefill=33)
+  config_lib.parse(values)
+  values["queue"]["prefill"] = 32
+  with pytest.raises(
+    config_lib.ConfigError,
+    match=rf"leave 64 samples .* first step, fewer than batch\.{drawn}\w+=65",
+  ):
+    config_lib.parse(values)
+  values["queue"]["with_replacement"] = True
+  config_lib.parse(values)
+
+
+def test_without_a_best_evaluations_and_saves_are_independent():
+  values = generator().to_dict()
+  values["checkpoint"].update(best_metric="", every=100)
+  config_lib.parse(values)
+  values["eval"].update(every=0, metrics=())
+  config_lib.parse(values)
+
+
+@pytest.mark.parametrize(
+  ("key", "message"),
+  [
+    (
+      "drift.temprature",
+      r"drift\.temprature='1': did you mean temperatures\? ",
+    ),
+    ("drfit.x", "unknown key drfit='1': did you mean drift"),
+    ("optim.schedule.x", r"schedule\.x='1': optim\.schedule is a value, not a"),
+    (
+      "encoders.mae.path",
+      "unknown key encoders.mae='1': this section is empty",
+    ),
+  ],
+)
+def test_overrides_of_unknown_keys(key, message):
+  values = generator().to_dict()
+  config_lib.check_override(values, "drift.temperatures", "1")
+  config_lib.check_override(values, "drift", "{}")
+  with pytest.raises(config_lib.ConfigError, match=message):
+    config_lib.check_override(values, key, "1")
 
 
 def test_missing_keys_are_named():
@@ -172,57 +252,163 @@ def test_models_take_what_configs_give():
     assert names == wanted
 
 
-def section_types(cls, seen=None):
-  seen = set() if seen is None else seen
+def section_types(cls):
+  """A config class and every section below it."""
+  found = {cls}
   for hint in typing.get_type_hints(cls).values():
     for item in (hint, *typing.get_args(hint)):
-      if dataclasses.is_dataclass(item) and item not in seen:
-        seen.add(item)
-        section_types(item, seen)
-  return seen
+      if dataclasses.is_dataclass(item):
+        found |= section_types(item)
+  return found
 
 
-def test_every_key_is_read():
-  """No dead options: each field is used by name, or its section is splatted."""
-  sources = "\n".join(
-    path.read_text()
-    for path in (ROOT / "drift_jax").rglob("*.py")
-    if path.name != "config.py"
+@pytest.fixture
+def reads(monkeypatch):
+  """{(section, field)} that is read, but for validation and config.json."""
+  recorded = set()
+  paused = []
+
+  def recording(self, name):
+    if not paused and not name.startswith("_"):
+      recorded.add((type(self).__name__, name))
+    return object.__getattribute__(self, name)
+
+  def pausing(function):
+    @functools.wraps(function)
+    def wrapped(*args):
+      paused.append(function)
+      try:
+        return function(*args)
+      finally:
+        paused.pop()
+
+    return wrapped
+
+  for name in ("parse", "check", "to_json"):
+    function = getattr(config_lib, name)
+    monkeypatch.setattr(config_lib, name, pausing(function))
+  monkeypatch.setattr(
+    config_lib.Section, "__getattribute__", recording, raising=False
   )
-  splatted = {
-    section
-    for section, pattern in (
-      ("GeneratorModel", r"build_generator\(\*\*dataclasses\.asdict"),
-      ("MaeModel", r"build_mae\(\*\*dataclasses\.asdict"),
-      ("Drift", r"drift=dataclasses\.asdict\(config\.drift\)"),
-      ("Guidance", r"guidance=dataclasses\.asdict\(config\.guidance\)"),
-      ("Queue", r"\*\*dataclasses\.asdict\(config\.queue\)"),
+  return recorded
+
+
+@pytest.fixture
+def no_steps(monkeypatch):
+  """Training without its steps, which take long to compile and see no config:
+  a state of zeros is evaluated, then returned."""
+  abstract_and_init = state.abstract_and_init
+
+  def zeros(*args, **kwargs):
+    abstract, _ = abstract_and_init(*args, **kwargs)
+    return abstract, lambda: jax.tree.map(
+      lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), abstract
     )
-    if re.search(pattern, sources)
+
+  def fit(state, *, evaluate, best_metric, **unused):
+    best_metric(evaluate(1, state))
+    return state
+
+  monkeypatch.setattr(state, "abstract_and_init", zeros)
+  monkeypatch.setattr(loop, "fit", fit)
+
+
+def test_every_key_is_read(reads, no_steps, tmp_path):
+  """No dead options: the two tasks together look at every field."""
+  encoder = digits.get_config("encoder,smoke")
+  encoder.model.base_channels = 4
+  train_mae.train_and_evaluate(encoder, str(tmp_path / "mae"))
+  config = digits.get_config("features,smoke")
+  config.encoders.mae.path = str(tmp_path / "mae" / "encoder")
+  config.model.update(depth=1, hidden_size=16, cond_dim=16, num_heads=2)
+  train.train_and_evaluate(config, str(tmp_path / "generator"))
+  fields = {
+    (section.__name__, field.name)
+    for task in config_lib.TASKS.values()
+    for section in section_types(task)
+    for field in dataclasses.fields(section)
   }
-  assert len(splatted) == 5
-  for task in config_lib.TASKS.values():
-    for section in section_types(task) | {task}:
-      if section.__name__ in splatted:
-        continue
-      for field in dataclasses.fields(section):
-        assert re.search(rf"\.{field.name}\b", sources), (
-          f"{section.__name__}.{field.name} is never read"
-        )
+  # Which task it is, main asks `parse`.
+  chosen = {(task.__name__, "task") for task in config_lib.TASKS.values()}
+  assert fields - chosen - reads == set()
 
 
-def test_resumed_runs_may_change_only_what_is_harmless():
-  old = config_lib.to_json(config_lib.parse(generator()))
-  longer = generator()
-  longer.train.num_steps *= 2
-  longer.checkpoint.on_corrupt = "previous"
-  config_lib.check_resumable(old, config_lib.to_json(config_lib.parse(longer)))
-  other = generator()
-  other.optim.learning_rate = 5e-4
+def check_resumed(config, changes):
+  """Checks a resume of `config` with {key: value} changed."""
+  old = config_lib.to_json(config_lib.parse(config))
+  with config.unlocked():
+    config.update_from_flattened_dict(changes)
+  config_lib.check_resumable(old, config_lib.to_json(config_lib.parse(config)))
+
+
+def test_resumed_runs_may_change_what_is_harmless():
+  config = generator()
+  config.optim.schedule = "constant"
+  config.train.num_steps = 1_500
+  check_resumed(
+    config,
+    {
+      "train.num_steps": 3_000,
+      "train.log_every": 7,
+      "checkpoint.on_corrupt": "previous",
+      "checkpoint.keep_latest": 5,
+      "eval.every": 500,
+      "eval.metrics": ("fd_pixel",),
+      "mesh.fsdp": 8,
+      "data.num_threads": 4,
+    },
+  )
+
+
+def test_resumed_runs_may_not_become_another_experiment():
+  config = generator()
+  config.optim.learning_rate = 1e-3
   with pytest.raises(
     config_lib.ConfigError, match=r"optim\.learning_rate: 0\.001 -> 0\.0005"
   ):
-    config_lib.check_resumable(old, config_lib.to_json(config_lib.parse(other)))
+    check_resumed(config, {"optim.learning_rate": 5e-4})
+
+
+def test_runs_whose_course_depends_on_their_end_keep_it():
+  config = generator()
+  config.optim.schedule = "cosine"
+  config.train.num_steps = 1_500
+  with pytest.raises(
+    config_lib.ConfigError,
+    match=r"num_steps: 1500 -> 3000 .*optim\.schedule='cosine' reaches its end",
+  ):
+    check_resumed(config, {"train.num_steps": 3_000})
+  config = mae()
+  config.optim.schedule = "constant"
+  config.train.num_steps = 600
+  config.mae.classification_steps = 200
+  with pytest.raises(
+    config_lib.ConfigError,
+    match=r"num_steps: 600 -> 900 .*classification_steps=200 steps train other",
+  ):
+    check_resumed(config, {"train.num_steps": 900})
+  config.train.num_steps = 600
+  config.mae.classification_steps = 0
+  check_resumed(config, {"train.num_steps": 900})
+
+
+@pytest.mark.parametrize(
+  ("key", "value"),
+  [
+    ("checkpoint.best_metric", ""),
+    ("eval.num_images", 270),
+    ("eval.alphas", (1.0,)),
+    ("eval.ema_decay", 0.99),
+  ],
+)
+def test_ranks_do_not_mix(key, value):
+  with pytest.raises(
+    config_lib.ConfigError, match=rf"ranked by 'fd_pixel'.*Changed: {key}"
+  ):
+    check_resumed(generator(), {key: value})
+  config = generator()
+  config.checkpoint.best_metric = ""
+  check_resumed(config, {key: value})
 
 
 def test_common_defaults_are_the_ablation_settings():

@@ -1,5 +1,6 @@
 """Test set-up: eight CPU devices, strict dtypes, checked shapes."""
 
+import functools
 import os
 import pathlib
 
@@ -20,6 +21,11 @@ install_import_hook(
   "beartype.beartype",
 )
 flags.FLAGS.mark_as_parsed()
+
+# For tests that compile much and run little: unoptimised code, ready sooner.
+fast_jit = functools.partial(
+  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

@@ -11,6 +11,7 @@ RANKS = {
   "sharding": 0,
   "config": 0,
   "console": 0,
+  "streams": 0,
   "data": 1,
   "models": 1,
   "optim": 1,

@@ -1,11 +1,14 @@
 """The shared loop with a fake step: schedule, watch, resume, errors."""
 
+import logging
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drift_jax import checkpoint, loop
+from drift_jax import checkpoint, console, loop
 from drift_jax.state import TrainState
 
 
@@ -66,7 +69,11 @@ def make_step(bad_step=None, name="loss"):
       opt_state=(),
       ema=state.ema,
     )
-    metrics = {"loss": total, "grad_norm": jnp.ones(())}
+    metrics = {
+      "loss": total,
+      "grad_norm": jnp.ones(()),
+      "param_norm": jnp.abs(total),
+    }
     if bad_step is not None:
       bad = new.step == bad_step
       metrics[name] = jnp.where(bad, jnp.nan, metrics[name])
@@ -75,7 +82,9 @@ def make_step(bad_step=None, name="loss"):
   return step
 
 
-def run(path, *, num_steps=6, step_fn=None, every=2, evaluate=None):
+def run(
+  path, *, num_steps=6, step_fn=None, every=2, evaluate=None, log_every=1
+):
   saver = checkpoint.Checkpointer(path, keep_latest=10, best_metric="fd")
   feed, writer = Feed(), Writer()
   target = jax.tree.map(
@@ -91,7 +100,7 @@ def run(path, *, num_steps=6, step_fn=None, every=2, evaluate=None):
       put=lambda batch: jax.tree.map(jax.device_put, batch),
       schedule=loop.Schedule(
         num_steps=num_steps,
-        log_every=1,
+        log_every=log_every,
         eval_every=3,
         checkpoint_every=every,
       ),
@@ -131,7 +140,7 @@ def test_a_finished_run_does_nothing_more(tmp_path):
   assert writer.lines == [] and steps == [2, 4]
 
 
-@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+@pytest.mark.parametrize("name", ["loss", "grad_norm", "param_norm"])
 @pytest.mark.parametrize("bad_step", [4, 5])
 def test_a_non_finite_step_is_named_and_never_saved(tmp_path, name, bad_step):
   with pytest.raises(
@@ -160,3 +169,121 @@ def test_an_evaluation_that_fails_leaves_the_checkpoints(tmp_path):
   saver = checkpoint.Checkpointer(tmp_path)
   assert saver.steps() == [2]
   saver.close()
+
+
+def test_metrics_that_a_task_does_not_have_are_not_watched(tmp_path):
+  full = make_step()
+
+  def step(state, batch):
+    state, metrics = full(state, batch)
+    return state, {"loss": metrics["loss"]}
+
+  state, *_ = run(tmp_path, num_steps=2, step_fn=step)
+  assert int(state.step) == 2
+
+
+def test_a_state_past_the_end_is_an_error(tmp_path):
+  run(tmp_path, num_steps=4)
+  with pytest.raises(
+    ValueError, match="stands at step 4, past train.num_steps=3: raise train"
+  ):
+    run(tmp_path, num_steps=3)
+
+
+def test_the_evaluation_sees_the_whole_state_after_its_step(tmp_path):
+  seen = {}
+
+  def evaluate(step, state):
+    seen[step] = (int(state.step), float(state.params["sum"]))
+    assert set(state.ema) == {"0.9"}
+    return {}
+
+  run(tmp_path, num_steps=6, evaluate=evaluate)
+  assert seen == {3: (3, 0.0 + 1 + 2), 6: (6, 15.0)}
+
+
+def slow_at(step_fn, seconds):
+  """step_fn, taking `seconds[step]` more."""
+  count = 0
+
+  def step(state, batch):
+    nonlocal count
+    count += 1
+    time.sleep(seconds.get(count, 0.0))
+    return step_fn(state, batch)
+
+  return step
+
+
+def test_the_speed_leaves_out_the_first_step_and_what_is_not_training(
+  tmp_path,
+):
+  """Steps of 20 ms around a first one and evaluations of 400 ms."""
+
+  def evaluate(step, state):
+    time.sleep(0.4)
+    return {}
+
+  seconds = {1: 0.4} | {step: 0.02 for step in range(2, 8)}
+  _, _, writer, _ = run(
+    tmp_path,
+    num_steps=7,
+    step_fn=slow_at(make_step(), seconds),
+    evaluate=evaluate,
+    every=0,
+    log_every=2,
+  )
+  speeds = {
+    step: line["perf/steps_per_second"]
+    for step, line in writer.lines
+    if "loss" in line
+  }
+  assert set(speeds) == {2, 4, 6, 7}
+  # 50 in an idle machine; 5 or less with a 400 ms pause in the interval.
+  assert all(7 < speed <= 50 for speed in speeds.values()), speeds
+
+
+def test_the_first_step_alone_has_no_speed(tmp_path):
+  _, _, writer, _ = run(tmp_path, num_steps=2)
+  lines = [line for _, line in writer.lines if "loss" in line]
+  assert "perf/steps_per_second" not in lines[0]
+  assert lines[1]["perf/steps_per_second"] > 0
+
+
+def test_a_failed_evaluation_still_ends_the_pause():
+  progress = loop._Progress(0, 10)
+  progress.advance(1)
+  with pytest.raises(ValueError, match="no metric"), progress.paused():
+    time.sleep(0.2)
+    raise ValueError("no metric")
+  time.sleep(0.02)
+  progress.advance(2)
+  speed = progress.report(2, {})
+  assert speed is not None and speed > 8  # 1 / 0.02, not 1 / 0.22
+
+
+def test_the_console_line(caplog, monkeypatch):
+  # Whether an entry point has set the logger up or not.
+  monkeypatch.setattr(console.logger, "propagate", False)
+  progress = loop._Progress(0, 4)
+  scalars = {
+    "loss": 1.25,
+    "grad_norm": 2.0,
+    "drift_rms/0.2": 0.5,
+    "drift_rms/0.2/layer1": 0.75,
+    "learning_rate": 1e-3,
+    "lossless": 3.0,
+  }
+  console.logger.addHandler(caplog.handler)
+  try:
+    with caplog.at_level(logging.INFO, logger=console.logger.name):
+      progress.advance(1)
+      assert progress.report(1, scalars) is None
+      progress.advance(2)
+      progress.report(2, scalars)
+  finally:
+    console.logger.removeHandler(caplog.handler)
+  first, second = (record.getMessage() for record in caplog.records)
+  assert first == "step 1/4 loss=1.25 grad_norm=2 drift_rms/0.2=0.5"
+  assert second.startswith("step 2/4 loss=1.25 grad_norm=2 drift_rms/0.2=0.5 (")
+  assert "steps/s" in second and "s left)" in second

@@ -19,7 +19,9 @@ def test_mesh_shapes(sizes, shape):
   assert mesh.axis_names == ("data", "fsdp")
 
 
-@pytest.mark.parametrize("sizes", [(3, 1), (-1, 3), (-1, -1), (2, 2), (0, 8)])
+@pytest.mark.parametrize(
+  "sizes", [(3, 1), (-1, 3), (-1, -1), (2, 2), (0, 8), (-2, -4)]
+)
 def test_mesh_that_does_not_fit(sizes):
   with pytest.raises(ValueError, match="8 devices|are 8"):
     sharding.make_mesh(*sizes)

@@ -15,7 +15,7 @@ from flax import traverse_util
 from drift_jax import drift, experiment, models, optim, sharding, steps
 from drift_jax import state as state_lib
 from drift_jax.models import release
-from tests.conftest import GOLDEN, assert_close, relative_error
+from tests.conftest import GOLDEN, assert_close, fast_jit, relative_error
 
 SETTINGS = json.loads((GOLDEN / "train_step.json").read_text())
 # Nearly constant features, whose distances are rounding (golden README).
@@ -143,21 +143,18 @@ def make_chain(setup, archive, run, count):
     grad_clip=settings["max_grad_norm"],
   )
 
-  @jax.jit
+  @fast_jit
   def one(state, batch, draws):
-    (_, aux), grads = jax.value_and_grad(steps.generator_loss, has_aux=True)(
+    # steps.train_step, spelt out: it keeps neither gradients nor samples.
+    (loss, aux), grads = jax.value_and_grad(steps.generator_loss, has_aux=True)(
       state.params, batch, draws, {"mae": mae_params}, task
     )
-    after, metrics = steps.train_step(
-      state,
-      batch,
-      {"mae": mae_params},
-      draws,
-      task=task,
-      optimizer=optimizer,
-      schedule=schedule,
-    )
-    return after, metrics, aux, grads
+    metrics = {
+      "loss": loss,
+      "grad_norm": optax.tree.norm(grads),
+      "learning_rate": schedule(state.step),
+    }
+    return state_lib.update(state, grads, optimizer), metrics, aux, grads
 
   def chain(params) -> list[Step]:
     state = state_lib.TrainState(
@@ -195,20 +192,6 @@ def replay(chains, setup):
   return {run: chain(setup[1]) for run, chain in chains.items()}
 
 
-@pytest.fixture(scope="module")
-def last_bit(chains, setup):
-  """run0's last step from parameters that differ in their last bit, twice."""
-
-  def nudged(seed):
-    rng = np.random.RandomState(seed)
-    return jax.tree.map(
-      lambda x: x * (1 + 6e-8 * rng.choice([-1, 1], x.shape)).astype(x.dtype),
-      setup[1],
-    )
-
-  return [chains["run0"](nudged(seed))[-1] for seed in range(2)]
-
-
 def each_step(replay):
   for run, entries in replay.items():
     for i, step in enumerate(entries):
@@ -230,15 +213,15 @@ def test_samples(replay):
     assert_close(step.aux["samples"], step.data["gen_samples"], 1e-4, name)
 
 
-def test_samples_after_adam_are_as_close_as_rounding_allows(replay, last_bit):
-  """Adam divides by the gradient's size: after its first full step the last
-  bit of the starting parameters moves the samples by 3e-4 (measured), which
-  is also how far the release is (2.9e-4)."""
+def test_samples_after_adam(replay):
+  """Adam divides by the gradient's size, and some gradients are rounding.
+
+  Flipping the last bit of run0's starting parameters moves the samples of
+  its step 2 by 3.4e-4 (measured: 2 of 3 random flips; the third moved them by
+  5e-7), which is how far the release is (2.9e-4).
+  """
   step = replay["run0"][2]
-  samples = step.aux["samples"]
-  allowed = max(relative_error(s.aux["samples"], samples) for s in last_bit)
-  assert allowed < 1e-3
-  assert_close(samples, step.data["gen_samples"], 2 * allowed)
+  assert_close(step.aux["samples"], step.data["gen_samples"], 5e-4)
 
 
 def test_loss_and_learning_rate(replay):
@@ -275,19 +258,15 @@ def test_info_of_every_feature(replay):
         assert info_error(step, key, tau, expected) <= rtol, (name, key, tau)
 
 
-def test_info_after_adam_is_as_close_as_rounding_allows(replay, last_bit):
-  """As for the samples; measured 3.4e-3 for both, at the worst key."""
+def test_info_after_adam(replay):
+  """As for the samples: 3.4e-3 at the worst key, by the release and by
+  flipping the last bit alike."""
   step = replay["run0"][2]
-  pairs = [(k, t) for k in step.aux["info"] for t in step.settings["R"]]
-  own = {(k, t): float(step.aux["info"][k]["drift_ms"][t]) for k, t in pairs}
-  allowed = max(
-    info_error(s, k, t, own[k, t]) for s in last_bit for k, t in pairs
-  )
-  assert allowed < 1e-2
-  for key, tau in pairs:
-    rtol = 2e-2 if key in ROUNDING_KEYS else 2 * allowed
-    expected = step.data[f"info/loss_{tau}/{key}"]
-    assert info_error(step, key, tau, expected) <= rtol, (key, tau)
+  for key in step.aux["info"]:
+    for tau in step.settings["R"]:
+      rtol = 2e-2 if key in ROUNDING_KEYS else 5e-3
+      expected = step.data[f"info/loss_{tau}/{key}"]
+      assert info_error(step, key, tau, expected) <= rtol, (key, tau)
 
 
 def test_gradient_norms(replay):
@@ -455,6 +434,47 @@ def test_parameters_are_sharded_over_fsdp():
   )
 
 
+def test_train_step_is_gradient_then_update():
+  """What the golden chain spells out is what train_step does."""
+  task = toy_task()
+  schedule = optim.learning_rate_schedule(
+    kind="constant", peak=1e-2, warmup_steps=4, total_steps=5
+  )
+  optimizer = optim.make_optimizer(
+    schedule, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.01, grad_clip=2.0
+  )
+  _, init = state_lib.abstract_and_init(
+    experiment.init_generator(task),
+    optimizer,
+    ema_decays=(0.9,),
+    seed=0,
+    mesh=sharding.make_mesh(1, 1, jax.devices()[:1]),
+  )
+  state, batch = init(), toy_batch(2)
+
+  @fast_jit
+  def both(state, batch):
+    draws = steps.draw(state.key(), task, 2)
+    (loss, _), grads = jax.value_and_grad(steps.generator_loss, has_aux=True)(
+      state.params, batch, draws, {}, task
+    )
+    after = state_lib.update(state, grads, optimizer)
+    expected = {
+      "loss": loss,
+      "grad_norm": optax.tree.norm(grads),
+      "learning_rate": schedule(state.step),
+    }
+    return (after, expected), steps.train_step(
+      state, batch, {}, task=task, optimizer=optimizer, schedule=schedule
+    )
+
+  (after, expected), (stepped, metrics) = both(state, batch)
+  jax.tree.map(np.testing.assert_array_equal, after, stepped)
+  assert int(stepped.step) == 1
+  for name, value in expected.items():
+    assert_close(metrics[name], value, 1e-6, name)
+
+
 def test_draws_follow_key_and_step_alone():
   task = toy_task()
   key = jax.random.key(3)
@@ -481,7 +501,7 @@ def test_gradient_reaches_only_the_generator():
     reals = batch._replace(positives=positives, unconditional=unconditional)
     return steps.generator_loss(params, reals, draws, {}, task)[0]
 
-  grads = jax.grad(loss, argnums=(0, 1, 2))(
+  grads = fast_jit(jax.grad(loss, argnums=(0, 1, 2)))(
     params, batch.positives, batch.unconditional
   )
   assert optax.tree.norm(grads[0]) > 0
@@ -499,14 +519,14 @@ def test_samples_do_not_depend_on_batch_or_order():
   labels = np.array([0, 1, 2, 1], np.int32)
   alpha = np.full(4, 1.5, np.float32)
   index = np.arange(4, dtype=np.int32)
-  step = functools.partial(steps.sample_step, seed=7, task=task)
+  step = fast_jit(functools.partial(steps.sample_step, seed=7, task=task))
   images = step(params, labels, alpha, index)
   flipped = step(params, labels[::-1], alpha, index[::-1])[::-1]
   assert_close(flipped, images, 1e-6)
   one = step(params, labels[2:3], alpha[:1], index[2:3])
   assert_close(one, images[2:3], 1e-6)
   assert relative_error(images[0], images[3]) > 1e-3
-  other = functools.partial(steps.sample_step, seed=8, task=task)
+  other = fast_jit(functools.partial(steps.sample_step, seed=8, task=task))
   assert relative_error(other(params, labels, alpha, index), images) > 1e-3
 
 

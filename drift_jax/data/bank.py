@@ -39,14 +39,13 @@ def create(
   class_size: int,
   unconditional_size: int,
   sample_shape: tuple[int, ...],
-  dtype: jnp.dtype | type = jnp.float32,
 ) -> Bank:
-  """An empty bank."""
+  """An empty bank of float32 samples."""
   return Bank(
-    samples=jnp.zeros((num_classes, class_size, *sample_shape), dtype),
+    samples=jnp.zeros((num_classes, class_size, *sample_shape)),
     pointer=jnp.zeros(num_classes, jnp.int32),
     count=jnp.zeros(num_classes, jnp.int32),
-    any_samples=jnp.zeros((unconditional_size, *sample_shape), dtype),
+    any_samples=jnp.zeros((unconditional_size, *sample_shape)),
     any_pointer=jnp.zeros((), jnp.int32),
     any_count=jnp.zeros((), jnp.int32),
   )
@@ -186,11 +185,6 @@ def check(
     )
 
 
-def nbytes(bank: Bank) -> int:
-  """Size of the bank in bytes."""
-  return sum(leaf.nbytes for leaf in jax.tree.leaves(bank))
-
-
 __all__ = [
   "Bank",
   "check",
@@ -198,7 +192,6 @@ __all__ = [
   "create",
   "draw_labels",
   "draw_slots",
-  "nbytes",
   "push",
   "sample",
   "take",

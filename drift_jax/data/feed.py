@@ -6,12 +6,14 @@ A feed is an iterator over host batches whose whole future follows from
 
 import functools
 import math
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
+from drift_jax import streams
 from drift_jax.data import bank as bank_lib
 from drift_jax.data.loader import Loader
 
@@ -82,6 +84,22 @@ def _advance(
 _push = jax.jit(bank_lib.push, donate_argnames="bank")
 
 
+def _host_device() -> Any:
+  """This process' CPU.
+
+  Raises:
+    RuntimeError: if JAX was told to leave the CPU out.
+  """
+  try:
+    return jax.local_devices(backend="cpu")[0]
+  except RuntimeError as error:
+    raise RuntimeError(
+      "the sample queue lives in host memory and needs JAX's CPU backend: "
+      "include cpu in JAX_PLATFORMS after the accelerator, e.g. "
+      f"JAX_PLATFORMS=cuda,cpu (it is {os.environ.get('JAX_PLATFORMS')!r})"
+    ) from error
+
+
 class QueueFeed:
   """Positives and unconditional reals through the sample queue (A.8).
 
@@ -131,7 +149,7 @@ class QueueFeed:
       "num_positives": num_positives,
       "num_unconditional": num_unconditional,
     }
-    self._host = jax.local_devices(backend="cpu")[0]
+    self._host = _host_device()
     with jax.default_device(self._host):
       self._bank = bank_lib.create(
         num_classes=num_classes,
@@ -159,7 +177,8 @@ class QueueFeed:
     step = self._loader.position - self._prefill_batches
     reals = self._next_reals()
     with jax.default_device(self._host):
-      key = jax.random.fold_in(jax.random.key(self._seed), step)
+      root = streams.stream(self._seed, "queue")
+      key = jax.random.fold_in(root, step)
       self._bank, batch = _advance(
         self._bank, key, reals["image"], reals["label"], **self._sizes
       )

@@ -51,13 +51,19 @@ class Loader:
     self._read_options = grain.ReadOptions(
       num_threads=num_threads, prefetch_buffer_size=2 * num_threads
     )
-    self.seek(0)
+    self.position = 0
+    self._iterator = self._iterate()
+
+  def _iterate(self) -> grain.DatasetIterator:
+    dataset = self._dataset[self.position :]
+    return iter(dataset.to_iter_dataset(self._read_options))
 
   def seek(self, position: int) -> None:
     """Makes batch number `position` the next one."""
+    # Its reader threads would otherwise live on with what they prefetched.
+    self._iterator.close()
     self.position = position
-    dataset = self._dataset[position:]
-    self._iterator = iter(dataset.to_iter_dataset(self._read_options))
+    self._iterator = self._iterate()
 
   def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
     return self

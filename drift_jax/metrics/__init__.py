@@ -11,6 +11,7 @@ from drift_jax.metrics.evaluators import (
   baselines,
   class_subset,
 )
+from drift_jax.metrics.files import replacing
 from drift_jax.metrics.frechet import FeatureStats, frechet_distance
 from drift_jax.metrics.generation import (
   SampleFn,
@@ -34,8 +35,8 @@ from drift_jax.metrics.small_sets import (
 )
 from drift_jax.metrics.writers import (
   JsonlWriter,
+  MetricWriter,
   create_writer,
-  periodic_actions,
   read_jsonl,
 )
 
@@ -48,6 +49,7 @@ __all__ = [
   "FrechetEvaluator",
   "JsonlWriter",
   "LabelAccuracyEvaluator",
+  "MetricWriter",
   "SampleFn",
   "balanced_labels",
   "baselines",
@@ -61,11 +63,11 @@ __all__ = [
   "generate",
   "image_grid",
   "nearest_distances",
-  "periodic_actions",
   "plot_drift",
   "plot_frechet",
   "plot_mae",
   "read_jsonl",
+  "replacing",
   "save_png",
   "to_uint8",
   "unit_to_uint8",

@@ -13,9 +13,7 @@ from drift_jax.metrics import files, tensorboard
 
 tensorboard.register()  # before anything of clu that would want TensorFlow
 
-from clu import periodic_actions as periodic_actions  # noqa: E402
 from clu.metric_writers import (  # noqa: E402
-  LoggingWriter,
   MetricWriter,
   MultiWriter,
 )
@@ -161,7 +159,7 @@ class JsonlWriter(MetricWriter):
 
 
 def create_writer(
-  workdir: files.PathLike, *, resume_step: int, is_main: bool, console: bool
+  workdir: files.PathLike, *, resume_step: int, is_main: bool
 ) -> MultiWriter:
   """clu's MultiWriter for a training run.
 
@@ -172,7 +170,6 @@ def create_writer(
       start, which drops all.
     is_main: False for all processes but one: they write nothing and touch no
       file.
-    console: also log scalars, at level INFO, one line a call.
 
   Returns:
     A writer whose write_scalars(step, {name: number}) and write_images(step,
@@ -181,13 +178,7 @@ def create_writer(
   if not is_main:
     return MultiWriter([])
   workdir = pathlib.Path(workdir)
-  writers = [
-    JsonlWriter(workdir / _FILE, resume_step),
-    cast(
-      MetricWriter,
-      tensorboard.SummaryWriter(str(workdir), purge_step=resume_step + 1),
-    ),
-  ]
-  if console:
-    writers.append(LoggingWriter())
-  return MultiWriter(writers)
+  events = tensorboard.SummaryWriter(str(workdir), purge_step=resume_step + 1)
+  return MultiWriter(
+    [JsonlWriter(workdir / _FILE, resume_step), cast(MetricWriter, events)]
+  )

@@ -1,5 +1,8 @@
 """Sources, loader and feeds: determinism, resume, coverage, errors."""
 
+import collections
+import threading
+
 import jax
 import numpy as np
 import pytest
@@ -175,3 +178,94 @@ def test_queue_feed_refuses_labels_out_of_range():
   feed = make_feed(num_classes=2)
   with pytest.raises(ValueError, match=r"label 2, outside \[0, 2\)"):
     feed.start()
+
+
+def test_labels_are_drawn_from_the_newest_push():
+  """Each label no more often than it has just been pushed."""
+  feed, loader = make_feed(), data.Loader(Numbers(), batch_size=6, seed=3)
+  feed.start()
+  loader.seek(4)  # past the prefill
+  drawn = collections.Counter()
+  for _ in range(12):
+    pushed = collections.Counter(next(loader)["label"].tolist())
+    labels = collections.Counter(next(feed)["labels"].tolist())
+    assert labels <= pushed
+    drawn += labels
+  assert set(drawn) == {0, 1, 2}
+
+
+def test_labels_of_the_newest_push_alone():
+  """Ten classes in the queue, but a push holds two: only they are drawn."""
+
+  class InOrder(Numbers):
+    def __getitem__(self, index):
+      return {
+        "image": np.full((2, 2, 1), index, np.float32),
+        "label": np.int32(index % 10),
+      }
+
+  feed = make_feed(
+    InOrder(200), num_classes=10, prefill=180, num_labels=6, num_positives=1
+  )
+  feed.start()
+  loader = data.Loader(InOrder(200), batch_size=6, seed=3)
+  loader.seek(30)
+  for _ in range(10):
+    pushed = sorted(next(loader)["label"].tolist())
+    assert sorted(next(feed)["labels"].tolist()) == pushed
+
+
+def test_every_label_gets_its_own_unconditional_reals():
+  """Rows differ, repeat nothing, and are the newest samples of any class."""
+  feed = make_feed(Numbers(100), num_unconditional=8)
+  loader = data.Loader(Numbers(100), batch_size=6, seed=3)
+  newest = collections.deque(maxlen=12)
+  feed.start()
+  for _ in range(4):
+    newest.extend(next(loader)["image"][:, 0, 0, 0])
+  for _ in range(6):
+    newest.extend(next(loader)["image"][:, 0, 0, 0])
+    rows = next(feed)["unconditional"][:, :, 0, 0, 0]
+    for row in rows:
+      assert len(set(row)) == 8 and set(row) <= set(newest)
+    # 12! / 4! orders of 8 of 12: a repeated row is no coincidence.
+    assert len({tuple(sorted(row)) for row in rows}) > 1
+    assert len({tuple(row) for row in rows}) == len(rows)
+
+
+def test_image_feed_resumes_where_its_state_was_taken():
+  def make():
+    return data.ImageFeed(data.Loader(Numbers(), batch_size=7, seed=3))
+
+  feed = make()
+  feed.start()
+  for _ in range(5):
+    next(feed)
+  saved = jax.tree.map(np.array, feed.state())
+  expected = [next(feed) for _ in range(4)]
+  other = make()
+  other.restore(saved)
+  for batch in expected:
+    resumed = next(other)
+    for name in ("image", "label"):
+      np.testing.assert_array_equal(resumed[name], batch[name])
+  assert not np.array_equal(next(make())["image"], expected[0]["image"])
+
+
+def test_seek_stops_the_old_readers():
+  loader = data.Loader(Numbers(), batch_size=2, seed=0, num_threads=4)
+  next(loader)
+  before = threading.active_count()
+  for position in range(5):
+    loader.seek(position)
+    next(loader)
+  assert threading.active_count() <= before
+
+
+def test_without_a_cpu_backend_says_what_to_set(monkeypatch):
+  def local_devices(backend=None):
+    raise RuntimeError(f"Unknown backend {backend}")
+
+  monkeypatch.setattr(jax, "local_devices", local_devices)
+  with pytest.raises(RuntimeError, match="JAX_PLATFORMS=cuda,cpu"):
+    make_feed()

@@ -1,18 +1,11 @@
 """Golden models: the release's configurations and parameters, loaded here."""
 
-import functools
 import json
 
-import jax
 import pytest
 from flax import traverse_util
 
 from tests.conftest import GOLDEN
-
-# These tests compile much and run little: unoptimised code is ready sooner.
-fast_jit = functools.partial(
-  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
 
 
 @pytest.fixture(scope="session")

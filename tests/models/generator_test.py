@@ -9,8 +9,7 @@ import pytest
 from flax import traverse_util
 
 from drift_jax.models import build_generator, release
-from tests.conftest import assert_close, relative_error
-from tests.models.conftest import fast_jit
+from tests.conftest import assert_close, fast_jit, relative_error
 
 SMALL = {
   "input_size": 4,

@@ -10,8 +10,7 @@ from flax import traverse_util
 
 from drift_jax.models import MAEOutput, build_mae, mae_loss, release
 from drift_jax.models.mae import ResidualBlock
-from tests.conftest import assert_close, relative_error
-from tests.models.conftest import fast_jit
+from tests.conftest import assert_close, fast_jit, relative_error
 
 # The 8x8 digits: the four stages see 8x8, 4x4, 2x2 and 1x1 maps.
 SMALL = {
