@@ -100,7 +100,7 @@ def _generator() -> ConfigDict:
 def _features(config: ConfigDict) -> None:
   """Patches of 4x4 of an 8x8 image are left out: they cost and add little."""
   config.features.update(patch_mean_size=(2,), patch_std_size=(2,))
-  config.train.num_steps = 1_000
+  config.batch.positives = 64
 
 
 def _encoder() -> ConfigDict:
