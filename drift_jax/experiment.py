@@ -138,6 +138,9 @@ def run(
     step: (state, batch, *, optimizer, schedule) -> (state, metrics).
     feed, put, best_metric: see loop.fit.
     evaluate: called with the metric writer as well.
+
+  Raises:
+    ConfigError: the workdir's run is longer than config.train.num_steps.
   """
   optimizer, schedule = make_optimizer(config.optim, config.train.num_steps)
   abstract, init = state_lib.abstract_and_init(
@@ -161,6 +164,11 @@ def run(
     checkpointer = make_checkpointer(config.checkpoint, path)
     stack.callback(checkpointer.close)
     state = loop.restore_or_start(checkpointer, abstract, init, feed)
+    if int(state.step) > config.train.num_steps:
+      raise config_lib.ConfigError(
+        f"train.num_steps={config.train.num_steps}, but {path} holds a run of "
+        f"{int(state.step)} steps: raise it or use a new workdir"
+      )
     writer = metrics.create_writer(
       path, resume_step=int(state.step) or -1, is_main=True
     )
