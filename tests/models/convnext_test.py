@@ -12,8 +12,7 @@ from drift_jax.models.convnext import (
   normalize_stage,
   resize_input,
 )
-from tests.conftest import assert_close, relative_error
-from tests.models.conftest import fast_jit
+from tests.conftest import assert_close, fast_jit, relative_error
 
 
 @pytest.fixture(scope="module")

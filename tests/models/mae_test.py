@@ -190,7 +190,9 @@ def test_a_stage_of_one_cell_works(small: Small):
 def test_initialisation_follows_the_fan_in(small: Small):
   shapes = jax.tree.leaves(small.variables)
   assert {x.dtype for x in shapes} == {jnp.dtype("float32")}
-  block = ResidualBlock(channels=16, stride=2, dtype=jnp.dtype("float32"))
+  block = ResidualBlock(
+    channels=16, stride=2, dtype=jnp.dtype("float32"), norm_groups=32
+  )
   params = block.init(jax.random.key(0), jnp.zeros((1, 4, 4, 8)))["params"]
   for name in ("conv1", "conv2", "proj_conv"):
     (kernel,) = params[name].values()
