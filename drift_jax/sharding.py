@@ -19,7 +19,6 @@ RULES: Rules = (
   (r"(^|/)(bias|scale|weight|step|count|rng)$", "replicate"),
   (r".*", "fsdp"),
 )
-REPLICATED: Rules = ((r".*", "replicate"),)
 
 
 def make_mesh(
