@@ -1,7 +1,7 @@
 """Sizes of the published models (Table 8), by name.
 
 Each function returns a new ConfigDict of the keyword arguments of
-drift_jax.models.build_generator, build_mae or build_convnext:
+drift_jax.models.build_generator, build_mae, build_convnext or build_vae:
 
   config.model = models.GENERATORS["generator_b2_latent"]()
 """
@@ -53,6 +53,20 @@ def convnextv2_base() -> ConfigDict:
   return config
 
 
+def sd_vae() -> ConfigDict:
+  """Stable Diffusion's autoencoder, 8 pixels a cell: 84 M parameters."""
+  config = ConfigDict()
+  config.in_channels = 3
+  config.latent_channels = 4
+  config.widths = (128, 256, 512, 512)  # channels of each level
+  config.blocks_per_level = 2
+  config.norm_groups = 32
+  config.scaling_factor = 0.18215  # latents are multiplied with it
+  config.dtype = "float32"
+  config.remat = False
+  return config
+
+
 GENERATORS = {
   "generator_b2_latent": generator_b2_latent,
   "generator_l2_latent": generator_l2_latent,
@@ -65,6 +79,7 @@ MAES = {
   "mae_640_pixel": mae_640_pixel,
 }
 CONVNEXTS = {"convnextv2_base": convnextv2_base}
+VAES = {"sd_vae": sd_vae}
 
 
 def _generator() -> ConfigDict:

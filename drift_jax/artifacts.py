@@ -26,7 +26,7 @@ from drift_jax.models import release
 SUBDIRECTORY = "params_ema"
 PARAMS_FILE = "ema_params.msgpack"
 METADATA_FILE = "metadata.json"
-KINDS = ("gen", "mae", "convnext")
+KINDS = ("gen", "mae", "convnext", "vae")
 
 
 class ArtifactError(ValueError):
@@ -38,7 +38,7 @@ class Artifact:
   """A model with its parameters.
 
   Attributes:
-    kind: 'gen', 'mae' or 'convnext'.
+    kind: 'gen', 'mae', 'convnext' or 'vae'.
     module: the linen module.
     params: its parameters under this package's names.
     metadata: what metadata.json says.
@@ -58,28 +58,30 @@ def save(
   kind: str,
   model_config: Mapping[str, Any],
   params: Any,
-  step: int,
-  ema_decay: float,
+  step: int | None,
+  ema_decay: float | None,
+  source: Mapping[str, Any] | None = None,
 ) -> epath.Path:
   """Writes an artifact; the metadata comes last, so a torn one has none.
 
+  One that was there before stays whole until the new one is on the disk.
+
   Args:
     directory: gets a folder params_ema.
-    kind: 'gen', 'mae' or 'convnext'.
+    kind: 'gen', 'mae', 'convnext' or 'vae'.
     model_config: the release's own names (release.published_config).
     params: this package's names.
-    step: training steps behind the parameters.
-    ema_decay: of the average that these are.
+    step: training steps behind the parameters; None if not trained here.
+    ema_decay: of the average that these are; None if not trained here.
+    source: where converted parameters came from; plain values.
 
   Returns:
     The directory.
   """
   folder = epath.Path(directory) / SUBDIRECTORY
   folder.mkdir(parents=True, exist_ok=True)
-  (folder / METADATA_FILE).unlink(missing_ok=True)
   tree = release.to_release(kind, model_config, jax.device_get(params))
   data = flax.serialization.msgpack_serialize(jax.tree.map(np.asarray, tree))
-  (folder / PARAMS_FILE).write_bytes(data)
   metadata = {
     "format": "flax.msgpack",
     "kind": kind,
@@ -90,9 +92,22 @@ def save(
     "model_config": dict(model_config),
     "sha256": hashlib.sha256(data).hexdigest(),
   }
-  temporary = folder / (METADATA_FILE + ".tmp")
-  temporary.write_text(json.dumps(metadata, indent=2))
-  temporary.replace(folder / METADATA_FILE)
+  if source is not None:
+    metadata["source"] = dict(source)
+  contents = {
+    PARAMS_FILE: data,
+    METADATA_FILE: json.dumps(metadata, indent=2).encode(),
+  }
+  temporaries = {name: folder / (name + ".tmp") for name in contents}
+  try:
+    for name, temporary in temporaries.items():
+      temporary.write_bytes(contents[name])
+    (folder / METADATA_FILE).unlink(missing_ok=True)
+    for name, temporary in temporaries.items():
+      temporary.replace(folder / name)
+  finally:
+    for temporary in temporaries.values():
+      temporary.unlink(missing_ok=True)
   return epath.Path(directory)
 
 
@@ -117,7 +132,8 @@ def load(
   if not metadata_path.exists():
     raise ArtifactError(
       f"no exported model in {directory}: {metadata_path} is missing (encoder "
-      "training writes WORKDIR/encoder when it ends)"
+      "training writes WORKDIR/encoder when it ends; python -m "
+      "drift_jax.tools.convert_weights makes one of published weights)"
     )
   try:
     metadata = json.loads(metadata_path.read_text())

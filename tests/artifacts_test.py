@@ -1,5 +1,6 @@
 """Exported models: the release's format read and written, damage refused."""
 
+import errno
 import hashlib
 import json
 import shutil
@@ -8,8 +9,11 @@ import flax.serialization
 import jax
 import numpy as np
 import pytest
+from etils import epath
+from flax import traverse_util
 
 from drift_jax import artifacts
+from drift_jax.models import build_vae, release
 from tests.conftest import GOLDEN, assert_close
 
 SOURCE = GOLDEN / "artifact_gen"
@@ -71,6 +75,79 @@ def test_precision_of_storage_and_computation():
   assert str(artifact.module.dtype) == "float32"
 
 
+def save_vae(directory, value=0.5):
+  """A small autoencoder whose parameters are all `value`."""
+  config = {
+    "in_channels": 3,
+    "latent_channels": 2,
+    "block_out_channels": [4, 8],
+    "layers_per_block": 1,
+    "norm_num_groups": 2,
+    "scaling_factor": 0.25,
+  }
+  flat = {
+    name: np.full(shape, value, np.float32)
+    for name, shape in release.parameter_shapes("vae", config).items()
+  }
+  params = traverse_util.unflatten_dict(flat, sep="/")
+  artifacts.save(
+    directory,
+    kind="vae",
+    model_config=config,
+    params=params,
+    step=None,
+    ema_decay=None,
+    source={"location": "somewhere"},
+  )
+  return config, params
+
+
+def test_autoencoder(tmp_path):
+  config, params = save_vae(tmp_path)
+  artifact = artifacts.load(tmp_path)
+  assert artifact.kind == "vae"
+  assert artifact.metadata["source"] == {"location": "somewhere"}
+  assert artifact.metadata["step"] is artifact.metadata["ema_decay"] is None
+  assert artifact.module == build_vae(
+    in_channels=3,
+    latent_channels=2,
+    widths=(4, 8),
+    blocks_per_level=1,
+    norm_groups=2,
+    scaling_factor=0.25,
+    dtype="float32",
+    remat=False,
+  )
+  jax.tree.map(np.testing.assert_array_equal, artifact.params, params)
+  assert artifact.sha256 == artifact.metadata["sha256"]
+  rough = artifacts.load(tmp_path, dtype="bfloat16")
+  assert rough.module == artifact.module.clone(dtype=np.dtype("bfloat16"))
+  assert {str(x.dtype) for x in jax.tree.leaves(rough.params)} == {"bfloat16"}
+  assert rough.sha256 == artifact.sha256
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_full_disk_leaves_the_earlier_artifact(tmp_path, monkeypatch, failing):
+  save_vae(tmp_path)
+  before = artifacts.load(tmp_path)
+  calls = []
+  path_type = type(epath.Path(tmp_path))
+  write_bytes = path_type.write_bytes
+
+  def fill(self, data):
+    calls.append(self)
+    if len(calls) > failing:
+      write_bytes(self, data[:10])
+      raise OSError(errno.ENOSPC, "No space left on device")
+    write_bytes(self, data)
+
+  monkeypatch.setattr(path_type, "write_bytes", fill)
+  with pytest.raises(OSError, match="No space left"):
+    save_vae(tmp_path, value=1.0)
+  assert artifacts.load(tmp_path).sha256 == before.sha256
+  assert sorted(files(tmp_path)[0].parent.iterdir()) == sorted(files(tmp_path))
+
+
 def test_missing(tmp_path):
   with pytest.raises(artifacts.ArtifactError, match="metadata.json is missing"):
     artifacts.load(tmp_path)
@@ -130,8 +207,8 @@ def test_altered_parameters_of_ours(copy):
 def test_unknown_kind_and_unreadable_metadata(copy):
   _, metadata = files(copy)
   values = json.loads(metadata.read_text())
-  metadata.write_text(json.dumps(values | {"kind": "vae"}))
-  with pytest.raises(artifacts.ArtifactError, match="kind='vae'.*'convnext'"):
+  metadata.write_text(json.dumps(values | {"kind": "vea"}))
+  with pytest.raises(artifacts.ArtifactError, match="kind='vea'.*'vae'"):
     artifacts.load(copy)
   for content in (b"{", b"\xff\xfe", b"[]"):
     metadata.write_bytes(content)

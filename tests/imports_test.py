@@ -24,6 +24,7 @@ RANKS = {
   "experiment": 4,
   "evaluate": 5,
   "sample": 5,
+  "tools": 5,
   "train": 5,
   "train_mae": 5,
   "main": 6,

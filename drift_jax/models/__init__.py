@@ -3,11 +3,15 @@
 from drift_jax.models.convnext import build_convnext
 from drift_jax.models.generator import build_generator
 from drift_jax.models.mae import MAEOutput, build_mae, mae_loss
+from drift_jax.models.vae import build_vae, latent_mean, sample_latents
 
 __all__ = [
   "MAEOutput",
   "build_convnext",
   "build_generator",
   "build_mae",
+  "build_vae",
+  "latent_mean",
   "mae_loss",
+  "sample_latents",
 ]

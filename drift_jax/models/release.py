@@ -2,6 +2,7 @@
 
 A tree here holds the generator's blocks and style tables stacked along a
 leading axis; a published tree holds one entry for each. All else is renaming.
+The paper's release holds no 'vae': its published names are those here.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from drift_jax.models.arguments import require_choice
 from drift_jax.models.convnext import build_convnext
 from drift_jax.models.generator import build_generator
 from drift_jax.models.mae import build_mae
+from drift_jax.models.vae import build_vae
 
 Config = Mapping[str, Any]
 Params = Mapping[str, Any]
@@ -42,7 +44,7 @@ def from_release(
   """Builds a published model from its configuration and parameters.
 
   Args:
-    kind: 'gen', 'mae' or 'convnext'.
+    kind: 'gen', 'mae', 'convnext' or 'vae'.
     model_config: the model's configuration under its published names. An
       autoencoder without `num_classes` has 1000.
     params: nested dict of arrays under the published names, without an outer
@@ -63,7 +65,9 @@ def from_release(
     for entry in entries
     for name in entry.theirs
   }
-  _check(f"published {kind!r} parameters", flat, expected)
+  require_parameters(
+    f"published {kind!r} parameters do not fit model_config", flat, expected
+  )
   converted = {}
   for entry in entries:
     leaves = [flat[name] for name in entry.theirs]
@@ -77,7 +81,7 @@ def to_release(
   """Exact inverse of `from_release`: parameters under the published names.
 
   Args:
-    kind: 'gen', 'mae' or 'convnext'.
+    kind: 'gen', 'mae', 'convnext' or 'vae'.
     model_config: the model's configuration under its published names.
     params: parameters of the module that `from_release` builds from it.
 
@@ -86,7 +90,9 @@ def to_release(
   """
   _, entries, shapes = _describe(kind, model_config)
   flat = _flatten(params)
-  _check(f"{kind!r} parameters", flat, shapes)
+  require_parameters(
+    f"{kind!r} parameters do not fit model_config", flat, shapes
+  )
   converted = {}
   for entry in entries:
     leaf = flat[entry.ours]
@@ -99,11 +105,11 @@ def published_config(kind: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
   """The published model_config of a model given by its arguments here.
 
   Args:
-    kind: 'gen', 'mae' or 'convnext'.
-    arguments: of `build_generator`, `build_mae` or `build_convnext`.
+    kind: 'gen', 'mae', 'convnext' or 'vae'.
+    arguments: of the function that builds this kind, e.g. `build_mae`.
 
   Returns:
-    Plain values only, fit for JSON. An autoencoder's `remat` has no
+    Plain values only, fit for JSON. The `remat` of 'mae' and 'vae' has no
     counterpart and is left out; norm_groups is there if it is not the 32 of
     every published model.
 
@@ -140,6 +146,18 @@ def published_config(kind: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
   return config
 
 
+def parameter_shapes(
+  kind: str, model_config: Config
+) -> dict[str, tuple[int, ...]]:
+  """Shapes of a model's parameters here, by names joined with '/'.
+
+  Raises:
+    ValueError: unknown kind; a model_config that can't be built.
+  """
+  _, _, shapes = _describe(kind, model_config)
+  return shapes
+
+
 def _describe(
   kind: str, config: Config
 ) -> tuple[nn.Module, list[Entry], dict[str, tuple[int, ...]]]:
@@ -150,6 +168,8 @@ def _describe(
   inputs = described.inputs(config)
   variables = jax.eval_shape(module.init, jax.random.key(0), *inputs)
   shapes = {k: v.shape for k, v in _flatten(variables["params"]).items()}
+  if described.entries is None:
+    return module, [Entry(name, (name,)) for name in shapes], shapes
   return module, described.entries(config), shapes
 
 
@@ -162,10 +182,16 @@ def _stack(leaves: Sequence[Any]) -> Any:
   return np.stack(leaves) if on_host else jnp.stack(leaves)
 
 
-def _check(
+def require_parameters(
   what: str, flat: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
-  """Raises ValueError unless names and shapes are the expected ones."""
+  """Raises ValueError unless names and shapes are the expected ones.
+
+  Args:
+    what: begins the message, which lists the first differences.
+    flat: arrays by name.
+    expected: shapes by name.
+  """
   shape_errors = [
     f"{name} has shape {tuple(flat[name].shape)}, not {shape}"
     for name, shape in expected.items()
@@ -181,7 +207,7 @@ def _check(
     if items
   ]
   if complaints:
-    raise ValueError(f"{what} do not fit model_config: {'. '.join(complaints)}")
+    raise ValueError(f"{what}: {'. '.join(complaints)}")
 
 
 def _read(
@@ -232,6 +258,14 @@ _MAE_KEYS = {
   "mask_patch_size": "patch_size",
 }
 _CONVNEXT_KEYS = {"depths": "depths", "widths": "dims"}
+_VAE_KEYS = {
+  "in_channels": "in_channels",
+  "latent_channels": "latent_channels",
+  "widths": "block_out_channels",
+  "blocks_per_level": "layers_per_block",
+  "norm_groups": "norm_num_groups",
+  "scaling_factor": "scaling_factor",
+}
 _ALWAYS_ON = ("use_qknorm", "use_swiglu", "use_rope", "use_rmsnorm")
 
 
@@ -297,6 +331,20 @@ def _build_convnext(config: Config) -> nn.Module:
   )
 
 
+def _build_vae(config: Config) -> nn.Module:
+  config = _read(
+    "vae",
+    config,
+    required=_VAE_KEYS.values(),
+    optional={"use_bf16": False},
+  )
+  return build_vae(
+    **{ours: config[theirs] for ours, theirs in _VAE_KEYS.items()},
+    dtype=_dtype(config["use_bf16"]),
+    remat=False,
+  )
+
+
 # Inputs just large enough to initialise a model of each kind.
 
 
@@ -315,6 +363,12 @@ def _mae_inputs(config: Config) -> list[jax.ShapeDtypeStruct]:
 def _convnext_inputs(config: Config) -> list[jax.ShapeDtypeStruct]:
   del config
   return [jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)]
+
+
+def _vae_inputs(config: Config) -> list[jax.ShapeDtypeStruct]:
+  side = 2 ** (len(config["block_out_channels"]) - 1)
+  shape = (1, side, side, config["in_channels"])
+  return [jax.ShapeDtypeStruct(shape, jnp.float32)]
 
 
 def _renamed(ours: str, theirs: str, leaves: Mapping[str, str]) -> list[Entry]:
@@ -447,7 +501,7 @@ def _convnext_entries(config: Config) -> list[Entry]:
 class _Kind(NamedTuple):
   keys: Mapping[str, str]
   build: Callable[[Config], nn.Module]
-  entries: Callable[[Config], list[Entry]]
+  entries: Callable[[Config], list[Entry]] | None  # None: the same names
   inputs: Callable[[Config], list[jax.ShapeDtypeStruct]]
 
 
@@ -459,4 +513,5 @@ _KINDS = {
   "convnext": _Kind(
     _CONVNEXT_KEYS, _build_convnext, _convnext_entries, _convnext_inputs
   ),
+  "vae": _Kind(_VAE_KEYS, _build_vae, None, _vae_inputs),
 }

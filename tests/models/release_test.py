@@ -16,6 +16,7 @@ from drift_jax.models import (
   build_convnext,
   build_generator,
   build_mae,
+  build_vae,
   release,
 )
 from tests.conftest import GOLDEN
@@ -39,6 +40,8 @@ SHAPES = {
   "mae_640_pixel": "mae_640_pixel",
   "convnextv2_base": "convnextv2_base",
 }
+# Autoencoders of the latents and their parameters.
+VAES = {"sd_vae": 83_653_863}
 INPUTS = {
   "gen": lambda config: (jnp.zeros(1, jnp.int32), 1.0),
   "mae": lambda config: (
@@ -74,7 +77,24 @@ def test_every_preset_has_golden_shapes_and_every_golden_a_preset():
     for name, value in vars(presets).items()
     if callable(value) and not name.startswith("_") and name != "ConfigDict"
   }
-  assert functions == {name for _, name in ALL_PRESETS}
+  assert functions == {name for _, name in ALL_PRESETS} | VAES.keys()
+
+
+def test_autoencoders_have_their_parameters_under_our_names():
+  """The release has none; vae_test has diffusers' names and numbers."""
+  assert presets.VAES.keys() == VAES.keys()
+  for name, count in VAES.items():
+    arguments = presets.VAES[name]().to_dict()
+    vae = build_vae(**arguments)
+    config = release.published_config("vae", arguments)
+    assert json.loads(json.dumps(config)) == config
+    shapes = release.parameter_shapes("vae", config)
+    assert sum(map(math.prod, shapes.values())) == count
+    zeros = {k: np.zeros(shape, np.int8) for k, shape in shapes.items()}
+    tree = traverse_util.unflatten_dict(zeros, sep="/")
+    module, params = release.from_release("vae", config, tree)
+    assert module == vae
+    assert params == release.to_release("vae", config, params) == tree
 
 
 @pytest.mark.parametrize(("kind", "name"), ALL_PRESETS)
@@ -299,7 +319,7 @@ def test_differences_from_the_configuration_are_listed(
     ("gen", "gen_latent", {"window": 8}, r"unknown \['window'\]"),
     ("mae", "mae_latent", {"dropout_prob": 0.1}, "dropout_prob=0.1: every"),
     ("mae", "mae_latent", {"mask_patch_size": 2}, "unknown .'mask_patch_size"),
-    ("vae", "gen_latent", {}, "kind='vae': must be one of 'gen', 'mae', 'conv"),
+    ("vea", "gen_latent", {}, "kind='vea': must be one of 'gen', 'mae', 'conv"),
   ],
 )
 def test_configurations_without_counterpart_are_explained(

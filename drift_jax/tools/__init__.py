@@ -1,0 +1,1 @@
+"""Commands beside the runs: python -m drift_jax.tools.NAME."""

@@ -1,0 +1,491 @@
+"""Published weights converted: layouts, places, and what is refused."""
+
+import contextlib
+import hashlib
+import http.server
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+import types
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from drift_jax import artifacts
+from drift_jax.models import release
+from drift_jax.tools import convert_weights
+from drift_jax.tools.convert_weights import WeightsError, convert
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+FILE = "diffusion_pytorch_model.safetensors"
+COMMIT = 40 * "a"
+CONFIG = {
+  "_class_name": "AutoencoderKL",
+  "_diffusers_version": "0.42.1",
+  "act_fn": "silu",
+  "block_out_channels": [4, 8],
+  "down_block_types": ["DownEncoderBlock2D"] * 2,
+  "in_channels": 3,
+  "latent_channels": 2,
+  "layers_per_block": 1,
+  "norm_num_groups": 2,
+  "out_channels": 3,
+  "sample_size": 8,
+  "scaling_factor": 0.13025,
+  "up_block_types": ["UpDecoderBlock2D"] * 2,
+}
+MODEL_CONFIG = {
+  key: CONFIG[key]
+  for key in (
+    "in_channels",
+    "latent_channels",
+    "block_out_channels",
+    "layers_per_block",
+    "norm_num_groups",
+    "scaling_factor",
+  )
+}
+
+
+@pytest.fixture(scope="module")
+def weights():
+  """A small AutoencoderKL under diffusers' names, in torch's layout.
+
+  float16 holds the values exactly, so that it loses none of them.
+  """
+  random = np.random.RandomState(0)
+  shapes = release.parameter_shapes("vae", MODEL_CONFIG)
+  return {
+    convert_weights.vae_name(path): random.randint(
+      -99, 99, convert_weights.torch_shape(shape)
+    ).astype(np.float32)
+    for path, shape in shapes.items()
+  }
+
+
+@pytest.fixture
+def folder(tmp_path, weights):
+  """What diffusers' save_pretrained writes."""
+  path = tmp_path / "there"
+  path.mkdir()
+  safetensors.numpy.save_file(weights, path / FILE)
+  (path / "config.json").write_text(json.dumps(CONFIG))
+  return path
+
+
+def test_folder_and_file_give_the_same_autoencoder(folder, tmp_path, weights):
+  artifact = convert("vae", str(folder), str(tmp_path / "a"))
+  assert artifact.kind == "vae"
+  assert artifact.metadata["model_config"] == MODEL_CONFIG
+  assert artifact.module.scaling_factor == 0.13025
+  assert artifact.metadata["source"] == {
+    "location": str(folder),
+    "file": FILE,
+    "revision": None,
+    "sha256": hashlib.sha256((folder / FILE).read_bytes()).hexdigest(),
+  }
+  encoder = artifact.params["encoder"]
+  kernel = encoder["level1_resample"]["kernel"]
+  theirs = weights["encoder.down_blocks.0.downsamplers.0.conv.weight"]
+  assert kernel[0, 2, 3, 1] == theirs[1, 3, 0, 2]
+  query = encoder["middle_attention"]["query"]["kernel"]
+  assert (
+    query[3, 1] == weights["encoder.mid_block.attentions.0.to_q.weight"][1, 3]
+  )
+  again = convert("vae", str(folder / FILE), str(tmp_path / "b"))
+  assert again.sha256 == artifact.sha256
+
+
+def test_pipeline_folder_has_it_in_vae(folder, tmp_path):
+  (tmp_path / "pipeline").mkdir()
+  folder.rename(tmp_path / "pipeline" / "vae")
+  artifact = convert("vae", str(tmp_path / "pipeline"), str(tmp_path / "a"))
+  assert artifact.metadata["model_config"] == MODEL_CONFIG
+
+
+def older(weights):
+  """The layout of before diffusers 0.17: other names, 1x1 convolutions."""
+  names = {
+    "to_q": "query",
+    "to_k": "key",
+    "to_v": "value",
+    "to_out.0": "proj_attn",
+  }
+  result = {}
+  for name, array in weights.items():
+    for new, old in names.items():
+      if f".{new}." in name:
+        name = name.replace(f".{new}.", f".{old}.")
+        array = array[:, :, None, None] if array.ndim == 2 else array
+    result[name] = array
+  return result
+
+
+def cast(dtype):
+  return lambda weights: {k: v.astype(dtype) for k, v in weights.items()}
+
+
+@pytest.mark.parametrize(
+  "change",
+  [older, cast(np.float16), cast(ml_dtypes.bfloat16), cast(np.float64)],
+)
+def test_other_layouts_and_precisions_give_the_same_parameters(
+  weights, tmp_path, change
+):
+  expected = convert_weights.convert_vae(weights, CONFIG).params
+  changed = change(weights)
+  assert {k: (v.shape, v.dtype) for k, v in changed.items()} != {
+    k: (v.shape, v.dtype) for k, v in weights.items()
+  }
+  safetensors.numpy.save_file(changed, tmp_path / FILE)
+  read = convert_weights.read_weights(tmp_path / FILE)
+  params = convert_weights.convert_vae(read, CONFIG).params
+  jax.tree.map(np.testing.assert_array_equal, params, expected)
+  assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {
+    np.dtype(np.float32)
+  }
+
+
+def test_other_weights_are_listed_and_nothing_is_written(
+  folder, tmp_path, weights
+):
+  wrong = dict(weights)
+  del wrong["quant_conv.bias"]
+  wrong["quant_conv.scale"] = np.zeros(3, np.float32)
+  wrong["decoder.conv_in.weight"] = np.zeros((8, 2, 3, 1), np.float32)
+  safetensors.numpy.save_file(wrong, folder / FILE)
+  with pytest.raises(
+    WeightsError,
+    match=(
+      r"missing \(1\): quant_conv.bias. unexpected \(1\): quant_conv.scale. "
+      r"wrong shapes \(1\): decoder.conv_in.weight has shape \(8, 2, 3, 1\), "
+      r"not \(8, 2, 3, 3\)"
+    ),
+  ):
+    convert("vae", str(folder), str(tmp_path / "out"))
+  assert not (tmp_path / "out").exists()
+
+
+def test_without_config_json_it_is_stable_diffusions(weights):
+  with pytest.raises(
+    WeightsError, match=r"there is no config\.json\).*not \(512,\)"
+  ):
+    convert_weights.convert_vae(weights, None)
+
+
+@pytest.mark.parametrize(
+  ("values", "message"),
+  [
+    (np.zeros(4, np.int32), "has dtype int32, want floating point"),
+    (np.full(4, np.nan, np.float32), "holds values that are not finite"),
+  ],
+)
+def test_values_that_are_no_weights(weights, values, message):
+  name = "encoder.conv_in.bias"
+  with pytest.raises(WeightsError, match=f"{name} {message}"):
+    convert_weights.convert_vae(weights | {name: values}, CONFIG)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"_class_name": "VQModel"}, "_class_name='VQModel', but only 'AutoenCo"),
+    ({"use_quant_conv": False}, "use_quant_conv=False, but only True can be"),
+    ({"shift_factor": 0.06}, "shift_factor=0.06, but only None can be conv"),
+    ({"out_channels": 4}, "out_channels=4, but only 3 can be converted"),
+    ({"up_block_types": ["Attn"]}, "up_block_types=.'Attn'., but only .'UpDe"),
+    ({"scaling_factor": None}, "scaling_factor=None, want a value like 0.18"),
+    ({"scaling_factor": -1.0}, "scaling_factor=-1.0: must be positive"),
+    ({"norm_num_groups": 3}, "=4 must be a multiple of norm_groups=3"),
+  ],
+)
+def test_other_architectures_are_refused(weights, change, message):
+  with pytest.raises(WeightsError, match=f"(?i)config.json.*{message}"):
+    convert_weights.convert_vae(weights, CONFIG | change)
+
+
+class Trap:
+  """Writes a file when it is unpickled."""
+
+  def __init__(self, path: pathlib.Path):
+    self.path = path
+
+  def __reduce__(self):
+    return (pathlib.Path.touch, (self.path,))
+
+
+def test_pickle_under_another_name_is_not_executed(tmp_path):
+  import pickle
+
+  trap = pickle.dumps({"encoder.conv_in.weight": Trap(tmp_path / "sprung")})
+  (tmp_path / FILE).write_bytes(trap)
+  with pytest.raises(
+    WeightsError, match=r"beginning with b'\\x80.*no complete safetensors file"
+  ):
+    convert("vae", str(tmp_path), str(tmp_path / "out"))
+  assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, -1])
+def test_truncated_weights(folder, tmp_path, kept):
+  data = (folder / FILE).read_bytes()
+  (folder / FILE).write_bytes(data[:kept])
+  with pytest.raises(WeightsError, match=r"\d+ bytes, .*no complete safetens"):
+    convert("vae", str(folder), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+  ("content", "message"), [(b"{", "is no JSON"), (b"[1]", "want a dict")]
+)
+def test_unreadable_config(folder, tmp_path, content, message):
+  (folder / "config.json").write_bytes(content)
+  with pytest.raises(WeightsError, match=rf"config\.json.*{message}"):
+    convert("vae", str(folder), str(tmp_path / "out"))
+
+
+def test_nothing_there(tmp_path):
+  (tmp_path / "empty").mkdir()
+  (tmp_path / "weights.npz").touch()
+  for source, message in (
+    ("nowhere", "there is no file or folder nowhere"),
+    (str(tmp_path / "empty"), f"holds none of .'{FILE}', .*'vae/{FILE}'"),
+    (str(tmp_path / "weights.npz"), "unknown suffix '.npz', valid options"),
+    ("hf://owner", "want hf://OWNER/NAME"),
+  ):
+    with pytest.raises(WeightsError, match=message):
+      convert("vae", source, str(tmp_path / "out"))
+
+
+def test_torch_file_without_torch(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "torch", None)
+  (tmp_path / "vae.bin").touch()
+  with pytest.raises(WeightsError, match="needs torch, .* not installed; take"):
+    convert("vae", str(tmp_path / "vae.bin"), str(tmp_path / "out"))
+
+
+class Tensor:
+  """As much of torch.Tensor as is read."""
+
+  def __init__(self, array: np.ndarray):
+    self.array = array
+    self.dtype = array.dtype.name
+
+  def float(self) -> "Tensor":
+    return Tensor(self.array.astype(np.float32))
+
+  def numpy(self) -> np.ndarray:
+    assert self.dtype != "bfloat16", "torch refuses it too"
+    return self.array
+
+
+def test_torch_file_loads_arrays_only(tmp_path, monkeypatch, weights):
+  """The library is a stand-in; its arguments are what matters."""
+  tensors = {
+    k: Tensor(v.astype(ml_dtypes.bfloat16)) for k, v in weights.items()
+  }
+  loaded = [
+    tensors,
+    {"state_dict": tensors},
+    [tensors],
+    RuntimeError("no\nzip"),
+  ]
+
+  def load(path, *, map_location, weights_only):
+    assert (path.name, map_location, weights_only) == ("vae.pt", "cpu", True)
+    result = loaded.pop(0)
+    if isinstance(result, Exception):
+      raise result
+    return result
+
+  torch = types.SimpleNamespace(load=load, Tensor=Tensor, bfloat16="bfloat16")
+  monkeypatch.setitem(sys.modules, "torch", torch)
+  (tmp_path / "vae.pt").touch()
+  for _ in range(2):
+    read = convert_weights.read_weights(tmp_path / "vae.pt")
+    assert read.keys() == weights.keys()
+    for name, array in read.items():
+      np.testing.assert_array_equal(array, weights[name])
+  with pytest.raises(WeightsError, match="no state dict"):
+    convert_weights.read_weights(tmp_path / "vae.pt")
+  with pytest.raises(WeightsError, match=r"arrays only \(RuntimeError\): it"):
+    convert_weights.read_weights(tmp_path / "vae.pt")
+
+
+@contextlib.contextmanager
+def hub(repositories):
+  """A hub on this machine; {'OWNER/NAME': {FILE: bytes}} -> its address."""
+
+  class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, format, *args):
+      del format, args
+
+    def answer(self, with_body: bool) -> None:
+      repository, _, rest = self.path.lstrip("/").partition("/resolve/")
+      revision, _, name = rest.partition("/")
+      files = repositories.get(repository)
+      if files is None or revision not in ("main", COMMIT):
+        self.send_response(404)
+        missing = "RepoNotFound" if files is None else "RevisionNotFound"
+        self.send_header("X-Error-Code", missing)
+        body = b""
+      elif name not in files:
+        self.send_response(404)
+        self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("X-Repo-Commit", COMMIT)
+        body = b""
+      else:
+        body = files[name]
+        self.send_response(200)
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+      self.send_header("Content-Length", str(len(body)))
+      self.end_headers()
+      if with_body:
+        self.wfile.write(body)
+
+    def do_HEAD(self) -> None:
+      self.answer(False)
+
+    def do_GET(self) -> None:
+      self.answer(True)
+
+  server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+  thread = threading.Thread(target=server.serve_forever)
+  thread.start()
+  try:
+    yield f"http://127.0.0.1:{server.server_port}"
+  finally:
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def call(*command, **environment):
+  return subprocess.run(
+    [sys.executable, *map(str, command)],
+    cwd=ROOT,
+    env=os.environ
+    | {
+      "JAX_PLATFORMS": "cpu",
+      "NO_PROXY": "127.0.0.1",
+      "PYTHONPATH": str(ROOT),
+    }
+    | environment,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+
+
+TRY_EACH = """
+import sys
+from drift_jax.tools import convert_weights
+for i, source in enumerate(sys.argv[2:]):
+  try:
+    convert_weights.convert("vae", source, f"{sys.argv[1]}/{i}")
+    print("converted")
+  except convert_weights.WeightsError as error:
+    print(error)
+"""
+
+
+def test_hub_online_then_offline(folder, tmp_path):
+  files = {path.name: path.read_bytes() for path in folder.iterdir()}
+  repositories = {
+    "owner/vae": files,
+    "owner/pipeline": {f"vae/{name}": data for name, data in files.items()},
+    "owner/bare": {FILE: files[FILE]},
+    "owner/text": {"README.md": b""},
+  }
+  cache = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+  with hub(repositories) as address:
+    online = call(
+      "-c",
+      TRY_EACH,
+      tmp_path / "online",
+      "hf://owner/vae",
+      f"hf://owner/pipeline@{COMMIT}/vae/{FILE}",
+      "hf://owner/bare",
+      "hf://owner/text",
+      "hf://owner/nothing",
+      "hf://owner/vae@v2",
+      HF_ENDPOINT=address,
+      **cache,
+    )
+  assert online.returncode == 0, online.stderr
+  lines = online.stdout.splitlines()
+  assert lines[:2] == ["converted", "converted"]
+  # No config.json there: taken for Stable Diffusion's, which it isn't.
+  assert "hf://owner/bare: these are not the weights" in lines[2]
+  assert f"hf://owner/text: the repository holds none of ['{FILE}'" in lines[3]
+  assert "hf://owner/nothing" in lines[4] and "404" in lines[4]
+  assert "hf://owner/vae@v2" in lines[5] and "404" in lines[5]
+  assert len(lines) == 6
+  first, second = (artifacts.load(tmp_path / "online" / str(i)) for i in (0, 1))
+  assert first.sha256 == second.sha256
+  assert first.metadata["source"] == {
+    "location": "hf://owner/vae",
+    "file": FILE,
+    "revision": COMMIT,
+    "sha256": hashlib.sha256(files[FILE]).hexdigest(),
+  }
+  assert second.metadata["source"]["revision"] == COMMIT
+  assert first.metadata["model_config"] == MODEL_CONFIG
+
+  offline = call(
+    "-c",
+    TRY_EACH,
+    tmp_path / "offline",
+    "hf://owner/vae",
+    "hf://owner/bare",
+    "hf://owner/unseen",
+    HF_HUB_OFFLINE="1",
+    **cache,
+  )
+  lines = offline.stdout.splitlines()
+  assert lines[0] == "converted", offline.stderr
+  assert lines[1].startswith("hf://owner/bare: these are not the weights")
+  assert lines[2].startswith(f"hf://owner/unseen: {FILE}: ")
+  assert len(lines) == 3
+
+
+def test_command_line(folder, tmp_path):
+  command = ("-m", "drift_jax.tools.convert_weights", "vae")
+  done = call(*command, f"--source={folder}", f"--out={tmp_path / 'out'}")
+  assert done.returncode == 0 and done.stdout == "", done
+  assert done.stderr.count("\n") == 1
+  artifact = artifacts.load(tmp_path / "out")
+  assert f"SHA-256 {artifact.sha256}" in done.stderr
+  assert "'scaling_factor': 0.13025" in done.stderr
+  (tmp_path / "file").touch()
+  done = call(*command, f"--source={folder}", f"--out={tmp_path / 'file'}")
+  assert done.returncode == 1 and done.stdout == "", done
+  assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
+  assert str(tmp_path / "file") in done.stderr
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["vea"], "invalid choice: 'vea' (choose from"),
+    (["vae", "--source=x"], "the following arguments are required: --out"),
+    (["vae", "--source=x", "--out=y", "--sauce=z"], "--sauce=z"),
+    ([], "required: MODEL"),
+    (["vae", "--source=nowhere", "--out=y"], "no file or folder nowhere"),
+  ],
+)
+def test_mistakes_on_the_command_line_are_one_line(
+  arguments, message, monkeypatch
+):
+  monkeypatch.setattr(convert_weights.console, "setup", lambda: None)
+  with pytest.raises(SystemExit) as exit_info:
+    convert_weights.main(arguments)
+  text = exit_info.value.code
+  assert isinstance(text, str) and text.startswith("Error: ")
+  assert message in text and "\n" not in text
