@@ -13,8 +13,32 @@ def _shared(task: str) -> ConfigDict:
   config.seed = 0
 
   config.data = ConfigDict()
-  config.data.source = ""  # name of a data set, e.g. 'digits'
-  config.data.num_threads = 1  # reader threads
+  # 'digits', 'tfds:NAME', 'folder:DIR', 'tar:FILE' or 'latents:DIR'
+  config.data.source = ""
+  config.data.data_dir = ""  # of TFDS; '': TFDS_DATA_DIR or its default
+  config.data.train_split = "train"
+  config.data.test_split = "test"  # held-out images, for evaluation
+  # Images of each class that are held out where there is no such split.
+  config.data.held_out = 0
+  config.data.class_order = ""  # '': sorted names; 'imagenet': the standard one
+  config.data.image_size = 256  # pixels
+  config.data.channels = 3  # 1: grey
+  config.data.crop = "center"  # ADM's; or 'random', 'pad', 'none'
+  config.data.crop_scale = (0.2, 1.0)  # share of the area, for 'random'
+  config.data.flip = True  # mirror half of the images
+  # How images travel to the device: 'uint8' for pixels, 'bfloat16' or
+  # 'float16' for latents; or 'float32'.
+  config.data.wire = "uint8"
+  config.data.in_memory = False  # decode once: for small sets
+  config.data.decoder = "pillow"  # or 'simplejpeg', if it is installed
+  config.data.max_corrupt = 0  # unreadable images that are tolerated
+  config.data.num_threads = 16  # reader threads
+  config.data.num_workers = 0  # reader processes; 0: threads of this one
+  config.data.prefetch = 2  # batches on the device ahead of the step
+
+  config.vae = ConfigDict()  # the autoencoder behind latents
+  config.vae.path = ""  # what tools.convert_weights wrote; '': no latents
+  config.vae.dtype = "bfloat16"
 
   config.optim = ConfigDict()  # AdamW (Table 8)
   config.optim.schedule = "constant"  # after the warm-up; or 'cosine'
@@ -85,6 +109,8 @@ def generator() -> ConfigDict:
   config.guidance.no_cfg_frac = 0.0  # probability of alpha = 1
 
   config.batch = ConfigDict()
+  # How positives are found: 'queue' (A.8), or 'class_grouped': by index.
+  config.batch.reals = "queue"
   config.batch.labels = 64  # N_c, over all devices
   config.batch.generated = 64  # N, for each label
   config.batch.positives = 64  # N_pos, for each label
@@ -93,7 +119,7 @@ def generator() -> ConfigDict:
   config.queue = ConfigDict()  # A.8
   config.queue.class_size = 128  # samples
   config.queue.unconditional_size = 1_000
-  config.queue.push_per_step = 64
+  config.queue.push_per_step = 64  # of each process
   # Samples pushed before the first step: about num_classes * class_size, so
   # that every class has its positives.
   config.queue.prefill = 128_000
@@ -101,13 +127,14 @@ def generator() -> ConfigDict:
 
   config.eval = ConfigDict()
   config.eval.every = 1_000  # steps; 0: never
-  config.eval.num_images = 50_000
+  config.eval.num_images = 50_000  # balanced; 0: as many as are held out
   config.eval.batch_size = 256
   config.eval.alphas = (1.0,)
   config.eval.ema_decay = 0.999  # which average is evaluated
   config.eval.metrics = ("fd_pixel",)
   config.eval.coverage_k = 5  # neighbours of density and coverage
-  config.eval.grid_per_class = 10  # images per class in the sample grid
+  config.eval.grid_classes = 10  # rows of the sample grid
+  config.eval.grid_per_class = 10  # its columns
   return config
 
 
@@ -138,3 +165,85 @@ def mae() -> ConfigDict:
   config.eval.batch_size = 256
   config.eval.ema_decay = 0.9995
   return config
+
+
+def choose(variant: str, options: tuple[str, ...]) -> tuple[str, bool]:
+  """'b2,smoke' -> ('b2', True); the first option where none is named."""
+  names = [name for name in variant.split(",") if name]
+  for name in names:
+    if name not in (*options, "smoke"):
+      raise ValueError(
+        f"variant {name!r}: valid options are {(*options, 'smoke')}"
+      )
+  chosen = [name for name in names if name != "smoke"] or [options[0]]
+  if len(chosen) > 1:
+    raise ValueError(f"variants {chosen} exclude each other")
+  return chosen[0], "smoke" in names
+
+
+def add_encoder(config: ConfigDict, name: str, path: str) -> None:
+  """Adds a frozen encoder to the loss, stored in bfloat16."""
+  config.encoders[name] = ConfigDict(
+    {"path": path, "dtype": "bfloat16", "in_loss": True}
+  )
+
+
+def judge_by_encoder(config: ConfigDict) -> None:
+  """Evaluates a long run in the features of its encoder."""
+  config.eval.update(every=5_000, metrics=("fd_encoder",))
+  config.checkpoint.update(every=5_000, best_metric="fd_encoder")
+
+
+def smoke_generator(config: ConfigDict) -> None:
+  """The same code path with a tiny network, in a minute, on a few images."""
+  config.data.num_threads = 2
+  config.model.update(
+    hidden_size=32,
+    cond_dim=32,
+    depth=2,
+    num_heads=2,
+    num_classes=0,  # of whatever images there are
+    dtype="float32",
+  )
+  config.batch.update(labels=4, generated=4, positives=4, unconditional=2)
+  config.queue.update(
+    class_size=8,
+    unconditional_size=16,
+    push_per_step=4,
+    prefill=16,
+    with_replacement=True,  # a class may have one image only
+  )
+  config.features.update(patch_mean_size=(2,), patch_std_size=(2,))
+  config.optim.warmup_steps = 1
+  config.train.update(num_steps=2, log_every=1)
+  # No figures: they want more images. The sample grid is drawn.
+  config.eval.update(
+    every=1,
+    num_images=0,
+    batch_size=4,
+    metrics=(),
+    grid_classes=2,
+    grid_per_class=2,
+  )
+  config.checkpoint.update(every=1, best_metric="")
+  config.mesh.update(data=-1, fsdp=1)
+
+
+def smoke_mae(config: ConfigDict) -> None:
+  """The same code path with a tiny network, in a minute, on a few images."""
+  config.data.num_threads = 2
+  config.model.update(
+    base_channels=4,
+    layers=(1, 1, 1, 1),
+    norm_groups=4,
+    num_classes=0,
+    dtype="float32",
+  )
+  config.mae.update(batch_size=8, classification_ramp=1)
+  if config.mae.classification_steps:
+    config.mae.classification_steps = 1
+  config.optim.warmup_steps = 1
+  config.train.update(num_steps=2, log_every=1)
+  config.eval.update(every=2, batch_size=8)
+  config.checkpoint.every = 1
+  config.mesh.update(data=-1, fsdp=1)

@@ -19,6 +19,16 @@ from ml_collections import ConfigDict
 
 from configs import common
 
+# Already decoded, with 17 grey levels, which 8 bits would not hold.
+DATA = {
+  "source": "digits",
+  "image_size": 8,
+  "channels": 1,
+  "crop": "none",
+  "flip": False,
+  "wire": "float32",
+  "num_threads": 1,
+}
 VARIANTS = ("encoder", "judge", "features", "smoke")
 
 
@@ -49,7 +59,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
 def _generator() -> ConfigDict:
   config = common.generator()
-  config.data.source = "digits"
+  config.data.update(DATA)
 
   config.model.update(
     input_size=8,
@@ -106,7 +116,7 @@ def _features(config: ConfigDict) -> None:
 
 def _encoder() -> ConfigDict:
   config = common.mae()
-  config.data.source = "digits"
+  config.data.update(DATA)
   config.model.update(
     in_channels=1,
     base_channels=16,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from absl import app, flags
+from etils import epath
 
 from drift_jax import (
   artifacts,
@@ -31,8 +32,9 @@ _METRICS = flags.DEFINE_list(
 _NUM_IMAGES = flags.DEFINE_integer(
   "num_images",
   None,
-  "Images for each alpha; the config's if not given.",
-  lower_bound=2,
+  "Images for each alpha; 0: as many as are held out; the config's if not "
+  "given.",
+  lower_bound=0,
 )
 _SEED = flags.DEFINE_integer(
   "seed",
@@ -68,7 +70,8 @@ def evaluate(
     workdir: of the run.
     alphas: guidance scales; None for the config's.
     metric_names: see config.EVAL_METRICS; None for the config's.
-    num_images: for each alpha, a multiple of the class count.
+    num_images: for each alpha, a multiple of the class count; 0 for as many as
+      are held out, class for class.
     seed: of noise and style; None takes config.seed + 1, noise that the run's
       own evaluations (which chose the best checkpoint) did not use.
     step: checkpoint; None for the best, else the newest.
@@ -110,16 +113,23 @@ def evaluate(
     if "fd_encoder" in evaluation.metrics
     else {}
   )
-  train, test = (
-    experiment.open_source(config.data, split) for split in ("train", "test")
+  experiment.check_frozen(
+    epath.Path(workdir), experiment.frozen_sums(encoders, None)
   )
+  readers = experiment.open_readers(config, run.vae)
+  test = readers.test()
   with experiment.naming("eval"):
-    evaluators = experiment.make_evaluators(config, encoders, train, test, mesh)
+    labels = experiment.evaluation_labels(
+      evaluation, config.model.num_classes, test
+    )
+    evaluators = experiment.make_evaluators(
+      config, encoders, readers.train, test, mesh
+    )
   sample_fn = experiment.make_sampler(run.task, mesh, seed)(run.params)
   results = metrics.evaluate(
     evaluators,
     sample_fn,
-    metrics.balanced_labels(evaluation.num_images, config.model.num_classes),
+    labels,
     evaluation.alphas,
     experiment.pad_to_mesh(evaluation.batch_size, mesh),
   )
@@ -127,7 +137,7 @@ def evaluate(
     "step": run.step,
     "ema_decay": evaluation.ema_decay,
     "seed": seed,
-    "num_images": evaluation.num_images,
+    "num_images": len(labels),
     "results": results,
     "baseline": metrics.baselines(evaluators),
   }

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from drift_jax import checkpoint
+from drift_jax import checkpoint, data
 from drift_jax.console import logger
 from drift_jax.state import TrainState
 
@@ -41,6 +41,8 @@ class Feed(Protocol):
   def abstract(self) -> dict[str, Any]: ...
 
   def restore(self, state: dict[str, Any]) -> None: ...
+
+  def close(self) -> None: ...
 
 
 class Writer(Protocol):
@@ -155,6 +157,8 @@ class _Progress:
     # step, which compiles.
     self._mark: tuple[int, float] | None = None
     self._paused = 0.0
+    # What the last speed was taken over, without pauses.
+    self.seconds = 0.0
 
   def advance(self, step: int) -> None:
     """Counts a step that has been handed to the device."""
@@ -189,8 +193,8 @@ class _Progress:
     if self._mark is None or step == self._mark[0]:
       return None
     now = time.perf_counter()
-    seconds = now - self._mark[1] - self._paused
-    speed = (step - self._mark[0]) / max(seconds, 1e-9)
+    self.seconds = max(now - self._mark[1] - self._paused, 1e-9)
+    speed = (step - self._mark[0]) / self.seconds
     self._mark = (step, now)
     self._paused = 0.0
     return speed
@@ -215,6 +219,7 @@ def fit(
   step_fn: Callable[[TrainState, Any], tuple[TrainState, Metrics]],
   feed: Feed,
   put: Callable[[Any], Any],
+  prefetch: int,
   schedule: Schedule,
   evaluate: Callable[[int, TrainState], dict[str, float]],
   best_metric: Callable[[dict[str, float]], dict[str, float] | None],
@@ -228,6 +233,7 @@ def fit(
     step_fn: jitted (state, batch) -> (state, scalar metrics).
     feed: yields host batches; its state goes into every checkpoint.
     put: places a host batch on the mesh.
+    prefetch: batches that are read and placed ahead of the step.
     schedule: when to log, evaluate and save.
     evaluate: (step, state) -> scalars; must leave the state alone.
     best_metric: picks what the checkpoint manager ranks by from evaluate's
@@ -249,19 +255,37 @@ def fit(
     )
   progress = _Progress(first, schedule.num_steps)
   watch = _Watch(checkpointer)
+  batches = data.Prefetcher(
+    feed,
+    put,
+    first_step=first + 1,
+    depth=prefetch,
+    # Behind the last step nothing is read.
+    pause_after=lambda step: (
+      step == schedule.num_steps
+      or schedule.due(step, schedule.checkpoint_every)
+    ),
+  )
+  waited = 0.0
   try:
     for step in range(first + 1, schedule.num_steps + 1):
-      batch = put(next(feed))
+      batch = next(batches)
       with jax.transfer_guard("disallow"):
         state, metrics = step_fn(state, batch)
       watch.add(step, metrics)
       progress.advance(step)
+      if step == first + 1:
+        waited = batches.seconds_waited  # the first batch starts the readers
       if schedule.due(step, schedule.log_every):
         watch.check_all()
         scalars = {k: float(v) for k, v in jax.device_get(metrics).items()}
         speed = progress.report(step, scalars)
         if speed is not None:
           scalars["perf/steps_per_second"] = speed
+          scalars["perf/data_wait_fraction"] = (
+            batches.seconds_waited - waited
+          ) / progress.seconds
+        waited = batches.seconds_waited
         writer.write_scalars(step, scalars)
         checkpointer.poll()
       figures = {}
@@ -274,8 +298,9 @@ def fit(
         watch.check_all()
         writer.flush()
         with progress.paused():
-          checkpointer.save(step, state, feed.state(), best_metric(figures))
+          checkpointer.save(step, state, batches.state(), best_metric(figures))
   finally:
+    batches.close()
     progress.close()
     writer.flush()
   checkpointer.wait()

@@ -93,6 +93,7 @@ def sample(
   classes = parse_labels(labels, run.config.model.num_classes)
   experiment.check_alphas([alpha], run.config.guidance)
   sample_fn = experiment.make_sampler(run.task, mesh, seed)(run.params)
+  decode = experiment.make_decoder(run.vae, mesh)
   wanted = np.repeat(classes, count)
   batches = list(
     metrics.generate(
@@ -103,7 +104,7 @@ def sample(
     )
   )
   logger.info("%d images from step %d of %s.", len(wanted), run.step, workdir)
-  return np.concatenate([images for images, _ in batches]), wanted
+  return np.concatenate([decode(samples) for samples, _ in batches]), wanted
 
 
 def main(argv: list[str]) -> None:

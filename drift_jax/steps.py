@@ -8,11 +8,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from drift_jax import drift, streams
 from drift_jax import state as state_lib
 from drift_jax.models import mae as mae_lib
+from drift_jax.models import vae as vae_lib
 
 Metrics = dict[str, jax.Array]
 FeatureDict = dict[str, Float[Array, "n T D"]]
@@ -26,6 +27,13 @@ def apply(module: nn.Module, params: Any, *args: Any, **kwargs: Any) -> Any:
   return module.apply({"params": params}, *args, **kwargs)
 
 
+def from_wire(images: Shaped[Array, "..."]) -> Float[Array, "..."]:
+  """Images as they travel -> float32: uint8 p becomes p / 127.5 - 1."""
+  if images.dtype == jnp.uint8:
+    return images.astype(jnp.float32) / 127.5 - 1.0
+  return images.astype(jnp.float32)
+
+
 class Draws(NamedTuple):
   """The random numbers of one generator step."""
 
@@ -35,17 +43,20 @@ class Draws(NamedTuple):
 
 
 class GeneratorBatch(NamedTuple):
-  """One step's reals: positives of each label and unconditional ones."""
+  """One step's reals: positives of each label and unconditional ones.
+
+  As they travel: see from_wire.
+  """
 
   labels: Int[Array, " L"]
-  positives: Float[Array, "L P H W C"]
-  unconditional: Float[Array, "L U H W C"]
+  positives: Shaped[Array, "L P H W C"]
+  unconditional: Shaped[Array, "L U H W C"]
 
 
 class MaeBatch(NamedTuple):
-  """Images in [-1, 1] and their labels."""
+  """Images and their labels, as they travel: see from_wire."""
 
-  images: Float[Array, "B H W C"]
+  images: Shaped[Array, "B H W C"]
   labels: Int[Array, " B"]
 
 
@@ -151,7 +162,7 @@ def generator_loss(
   )
   generated = task.features(encoder_params, samples)
   reals = jnp.concatenate([batch.positives, batch.unconditional], axis=1)
-  reals = reals.reshape(-1, *reals.shape[2:])
+  reals = from_wire(reals.reshape(-1, *reals.shape[2:]))
   real_features = jax.lax.stop_gradient(task.features(encoder_params, reals))
 
   weight = None
@@ -280,9 +291,19 @@ def sample_step(
 
 @dataclasses.dataclass(frozen=True)
 class MaeTask:
-  """The static part of an encoder's training step."""
+  """The static part of an encoder's training step.
+
+  Attributes:
+    mae: the encoder with its decoder.
+    vae: encodes the images into the latents that the encoder takes, or None.
+    mask_ratio: probability that a patch is hidden.
+    classification_start: step at which the fine-tune begins.
+    classification_ramp: steps until its weight is full.
+    classification_weight: the full weight.
+  """
 
   mae: nn.Module
+  vae: vae_lib.Vae | None
   mask_ratio: float
   classification_start: int
   classification_ramp: int
@@ -297,25 +318,54 @@ def classification_lambda(
   return task.classification_weight * jnp.clip(ramp, 0.0, 1.0)
 
 
+def mae_inputs(
+  batch: MaeBatch, vae_params: Any, key: PRNGKeyArray | None, task: MaeTask
+) -> Float[Array, "B H W C"]:
+  """What the encoder takes: the images, or their latents under task.vae.
+
+  With a key latents are drawn from their distribution, without one they are
+  its means.
+  """
+  images = from_wire(batch.images)
+  if task.vae is None:
+    return images
+  moments = apply(task.vae, vae_params, images, method="encode")
+  scaling = task.vae.scaling_factor
+  if key is None:
+    return vae_lib.latent_mean(moments, scaling_factor=scaling)
+  noise = jax.random.normal(key, (*moments.shape[:-1], moments.shape[-1] // 2))
+  return vae_lib.sample_latents(moments, noise, scaling_factor=scaling)
+
+
 def _mae_parts(
-  params: Any, batch: MaeBatch, key: PRNGKeyArray, lam: Any, task: MaeTask
+  params: Any,
+  inputs: Float[Array, "B H W C"],
+  labels: Int[Array, " B"],
+  key: PRNGKeyArray,
+  lam: Any,
+  task: MaeTask,
 ) -> dict[str, Float[Array, " B"]]:
   """Per-image losses with a mask drawn from the key."""
   output = apply(
     task.mae,
     params,
-    batch.images,
+    inputs,
     mask_ratio=task.mask_ratio,
     rngs={"mask": key},
   )
-  return mae_lib.mae_loss(output, batch.labels, lam)
+  return mae_lib.mae_loss(output, labels, lam)
 
 
 def mae_loss(
-  params: Any, batch: MaeBatch, key: PRNGKeyArray, lam: Any, task: MaeTask
+  params: Any,
+  inputs: Float[Array, "B H W C"],
+  labels: Int[Array, " B"],
+  key: PRNGKeyArray,
+  lam: Any,
+  task: MaeTask,
 ) -> tuple[Float[Array, ""], Metrics]:
   """Batch mean of lam * CE + (1 - lam) * reconstruction, and its parts."""
-  parts = _mae_parts(params, batch, key, lam, task)
+  parts = _mae_parts(params, inputs, labels, key, lam, task)
   means = {name: jnp.mean(value) for name, value in parts.items()}
   return means["loss"], means
 
@@ -326,6 +376,7 @@ def mae_eval_step(
   valid: Bool[Array, " B"],
   key: PRNGKeyArray,
   number: Int[Array, ""],
+  vae_params: Any = None,
   *,
   task: MaeTask,
 ) -> Metrics:
@@ -334,7 +385,8 @@ def mae_eval_step(
   The masks depend on (key, number) alone.
   """
   key = jax.random.fold_in(key, number)
-  parts = _mae_parts(params, batch, key, 0.0, task)
+  inputs = mae_inputs(batch, vae_params, None, task)
+  parts = _mae_parts(params, inputs, batch.labels, key, 0.0, task)
   return {
     name: jnp.sum(jnp.where(valid, parts[name], 0.0))
     for name in ("recon_loss", "accuracy")
@@ -344,15 +396,19 @@ def mae_eval_step(
 def mae_step(
   state: state_lib.TrainState,
   batch: MaeBatch,
+  vae_params: Any = None,
   *,
   task: MaeTask,
   optimizer: optax.GradientTransformation,
   schedule: optax.Schedule,
 ) -> tuple[state_lib.TrainState, Metrics]:
-  """One step of encoder training (A.3)."""
+  """One step of encoder training (A.3); vae_params are task.vae's."""
   lam = classification_lambda(state.step, task)
+  key = state.key()
+  # The mask's key is the step's own, with or without an autoencoder.
+  inputs = mae_inputs(batch, vae_params, jax.random.fold_in(key, 1), task)
   (_, metrics), grads = jax.value_and_grad(mae_loss, has_aux=True)(
-    state.params, batch, state.key(), lam, task
+    state.params, inputs, batch.labels, key, lam, task
   )
   metrics = metrics | {
     "classification_lambda": lam,

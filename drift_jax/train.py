@@ -1,13 +1,14 @@
 """Generator training: `train_and_evaluate(config, workdir)`."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from drift_jax import artifacts, data, experiment, metrics, sharding, steps
+from drift_jax import artifacts, experiment, metrics, sharding, steps
 from drift_jax import config as config_lib
 from drift_jax.console import logger
 from drift_jax.state import TrainState
@@ -37,13 +38,19 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     raise config_lib.ConfigError(f"task={config.task!r}, want 'generator'")
   mesh = experiment.open_mesh(config.mesh)
   experiment.check_divides("batch.labels", config.batch.labels, mesh)
-  train = experiment.open_source(config.data, "train")
+  vae = experiment.load_vae(config.vae, mesh)
+  readers = experiment.open_readers(config, vae)
+  config = experiment.with_num_classes(config, readers.train)
   encoders = experiment.load_encoders(config.encoders, mesh)
   task = experiment.generator_task(config, encoders)
   experiment.check_encoders(task, encoders)
-  experiment.check_source(train, task.sample_shape, config.model.num_classes)
-  evaluation = Evaluation(config, encoders, task, train, mesh)
-  path = experiment.open_workdir(workdir, config, encoders)
+  experiment.check_shape(readers.train, task.sample_shape, "the model makes")
+  evaluation = Evaluation(
+    config, encoders, task, readers, experiment.make_decoder(vae, mesh), mesh
+  )
+  path = experiment.open_workdir(
+    workdir, config, experiment.frozen_sums(encoders, vae)
+  )
   encoder_params = {n: encoders[n].params for n in task.features.encoders}
 
   def step(state: TrainState, batch: Any, **kwargs: Any) -> Any:
@@ -62,7 +69,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
       name="generator",
       init_params=experiment.init_generator(task),
       step=step,
-      feed=experiment.generator_feed(config, train),
+      feed=experiment.generator_feed(config, readers.train),
       put=put,
       evaluate=functools.partial(evaluation, path=path),
       best_metric=evaluation.best_metric,
@@ -79,22 +86,24 @@ class Evaluation:
     config: config_lib.GeneratorConfig,
     encoders: dict[str, artifacts.Artifact],
     task: steps.GeneratorTask,
-    train: data.ImageSource,
+    readers: experiment.Readers,
+    decode: Callable[[np.ndarray], np.ndarray],
     mesh: jax.sharding.Mesh,
   ):
     self._config = config
+    self._decode = decode
     self._sampler = experiment.make_sampler(task, mesh, config.seed)
     self._batch_size = experiment.pad_to_mesh(config.eval.batch_size, mesh)
-    self._labels = metrics.balanced_labels(
-      config.eval.num_images, config.model.num_classes
-    )
     self._evaluators: list[metrics.Evaluator] = []
     self._baselines: dict[str, float] = {}
-    if config.eval.every:
-      test = experiment.open_source(config.data, "test")
+    if config.eval.every and config.eval.metrics:
+      test = readers.test()
       with experiment.naming("eval"):
+        self._labels = experiment.evaluation_labels(
+          config.eval, config.model.num_classes, test
+        )
         self._evaluators = experiment.make_evaluators(
-          config, encoders, train, test, mesh
+          config, encoders, readers.train, test, mesh
         )
         self._baselines = metrics.baselines(self._evaluators)
 
@@ -108,16 +117,20 @@ class Evaluation:
     """Scalars under eval/; writes the sample grid and the plots."""
     config = self._config.eval
     sample_fn = self._sampler(state.ema[str(config.ema_decay)])
-    results = metrics.evaluate(
-      self._evaluators,
-      sample_fn,
-      self._labels,
-      config.alphas,
-      self._batch_size,
-    )
+    results = {}
+    if self._evaluators:
+      results = metrics.evaluate(
+        self._evaluators,
+        sample_fn,
+        self._labels,
+        config.alphas,
+        self._batch_size,
+      )
     grid = experiment.sample_grid(
       sample_fn,
+      self._decode,
       num_classes=self._config.model.num_classes,
+      classes=config.grid_classes,
       per_class=config.grid_per_class,
       alpha=config.alphas[0],
       batch_size=self._batch_size,

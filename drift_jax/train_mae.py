@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from drift_jax import artifacts, data, experiment, metrics, sharding, steps
+from drift_jax import artifacts, experiment, metrics, sharding, steps
 from drift_jax import config as config_lib
 from drift_jax.console import logger
 from drift_jax.models import release
@@ -43,19 +43,28 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     raise config_lib.ConfigError(f"task={config.task!r}, want 'mae'")
   mesh = experiment.open_mesh(config.mesh)
   experiment.check_divides("mae.batch_size", config.mae.batch_size, mesh)
-  train = experiment.open_source(config.data, "train")
-  task = experiment.mae_task(config)
-  experiment.check_source(
-    train,
-    (*train.sample_shape[:2], config.model.in_channels),
-    config.model.num_classes,
+  vae = experiment.load_vae(config.vae, mesh)
+  readers = experiment.open_readers(config, vae)
+  config = experiment.with_num_classes(config, readers.train)
+  # Images are encoded on the device, cached latents are not.
+  encoding = None if readers.train.grid is None else vae
+  task = experiment.mae_task(config, encoding)
+  vae_params = None if encoding is None else encoding.params
+  input_shape = experiment.mae_input_shape(
+    task, vae_params, readers.train.sample_shape, config.model.in_channels
   )
-  evaluate = held_out_evaluation(config, task, mesh)
-  path = experiment.open_workdir(workdir, config)
+  evaluate = held_out_evaluation(config, task, readers, vae_params, mesh)
+  path = experiment.open_workdir(
+    workdir, config, experiment.frozen_sums({}, vae)
+  )
 
-  def put(batch: Any) -> steps.MaeBatch:
+  def step(state: TrainState, batch: Any, **kwargs: Any) -> Any:
+    batch, params = batch
+    return steps.mae_step(state, batch, params, task=task, **kwargs)
+
+  def put(batch: Any) -> Any:
     batch = sharding.put_batch(batch, mesh)
-    return steps.MaeBatch(batch["image"], batch["label"])
+    return steps.MaeBatch(batch["image"], batch["label"]), vae_params
 
   try:
     state = experiment.run(
@@ -63,11 +72,9 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
       path,
       mesh,
       name="encoder with decoder",
-      init_params=experiment.init_mae(task, train.sample_shape),
-      step=functools.partial(steps.mae_step, task=task),
-      feed=data.ImageFeed(
-        experiment.make_loader(config, train, config.mae.batch_size)
-      ),
+      init_params=experiment.init_mae(task, input_shape),
+      step=step,
+      feed=experiment.mae_feed(config, readers.train),
       put=put,
       evaluate=evaluate,
       best_metric=lambda scalars: None,
@@ -98,13 +105,19 @@ def _plot(path: epath.Path) -> None:
 
 
 def held_out_evaluation(
-  config: config_lib.MaeConfig, task: steps.MaeTask, mesh: jax.sharding.Mesh
+  config: config_lib.MaeConfig,
+  task: steps.MaeTask,
+  readers: experiment.Readers,
+  vae_params: Any,
+  mesh: jax.sharding.Mesh,
 ) -> experiment.Evaluate:
   """Reconstruction and accuracy on the held-out images.
 
   The mask is the same at every evaluation, so that figures are comparable.
   """
-  test = experiment.open_source(config.data, "test")
+  if not config.eval.every:
+    return lambda step, state, writer: {}
+  test = readers.test()
   batch_size = experiment.pad_to_mesh(config.eval.batch_size, mesh)
   key = stream(config.seed, "mask")
   jitted = jax.jit(
@@ -123,10 +136,15 @@ def held_out_evaluation(
       valid = index < len(test)
       index = np.minimum(index, len(test) - 1)
       images, labels, valid = sharding.put_batch(
-        (test.images[index], test.labels[index], valid), mesh
+        (test.fixed(index), test.labels[index], valid), mesh
       )
       sums = jitted(
-        params, steps.MaeBatch(images, labels), valid, key, np.int32(start)
+        params,
+        steps.MaeBatch(images, labels),
+        valid,
+        key,
+        np.int32(start),
+        vae_params,
       )
       for name, value in jax.device_get(sums).items():
         totals[name] = totals.get(name, 0.0) + float(value)

@@ -13,9 +13,11 @@ import jax
 import numpy as np
 import pytest
 
-from configs import common, digits
+from configs import common, digits, mae_latent
+from drift_jax import artifacts, loop, models, state, train, train_mae
 from drift_jax import config as config_lib
-from drift_jax import loop, models, state, train, train_mae
+from drift_jax.models import release
+from tests.data import pictures
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -109,7 +111,23 @@ def test_wrong_types(key, value, message):
     ("checkpoint.every", 500, r"eval.every=250 and checkpoint.every=500: only"),
     ("eval.every", 0, r"'fd_pixel' with eval.every=0 and checkpoint.every=250"),
     ("batch.labels", 0, "batch.labels=0 must be at least 1"),
-    ("batch.labels", 64, "push_per_step=32 is less than batch.labels=64"),
+    ("batch.reals", "loader", r"'loader': .*\['queue', 'class_grouped'\]"),
+    ("queue.push_per_step", 0, "push_per_step=0 must be at least 1"),
+    ("data.crop", "centre", r"'centre': .*'random'.*did you mean 'center'"),
+    ("data.wire", "int8", r"wire='int8': .*did you mean 'uint8'"),
+    ("data.decoder", "turbo", r"decoder='turbo'.*'pillow'"),
+    ("data.class_order", "x", "class_order='x'.*imagenet"),
+    ("data.channels", 4, "channels=4 must be 1 or 3"),
+    ("data.crop_scale", (0.5, 0.2), r"crop_scale=\(0\.5, 0\.2\)"),
+    ("data.crop_scale", (0.5,), r"crop_scale=\(0\.5,\)"),
+    ("data.image_size", 0, "image_size=0 must be at least 1"),
+    ("data.num_workers", -1, "num_workers=-1 must be at least 0"),
+    ("data.max_corrupt", -1, "max_corrupt=-1 must be at least 0"),
+    ("data.train_split", "", "train_split is empty"),
+    ("data.test_split", "train", "are both 'train'.*not be trained on"),
+    ("data.source", "latents:x", r"'latents:x' needs vae\.path.*convert_weig"),
+    ("vae.path", "x", "vae.path='x' with data.source='digits'.*latent cache"),
+    ("vae.dtype", "float16", r"vae\.dtype='float16'"),
     ("batch.positives", 500, "queue.class_size=128 can't give"),
     ("drift.temperatures", (), "at least one positive"),
     ("drift.temperatures", (0.1, -0.1), "at least one positive"),
@@ -131,15 +149,12 @@ def test_wrong_types(key, value, message):
       r"alphas=\(1\.0, 2\.0, 2\.0\) holds a value",
     ),
     ("eval.metrics", ("fd_pixel", "fd_pixel"), "eval.metrics=.* twice"),
-    (
-      "eval.metrics",
-      (),
-      r"metrics is empty, but eval\.every=250: .*duplicates",
-    ),
+    ("eval.num_images", 1, "num_images=1: figures need at least 2"),
+    ("eval.grid_classes", 0, "grid_classes=0 must be at least 1"),
     ("eval.metrics", ("fid",), "'fid': valid options are"),
     ("eval.metrics", ("fd_encoder", "fd_pixel"), "there are no encoders"),
     ("eval.num_images", 55, "num_images=55 can't be balanced"),
-    ("model.num_classes", 0, "model.num_classes=0 must be at least 1"),
+    ("model.num_classes", -1, "model.num_classes=-1 must be at least 0"),
     ("model.out_channels", 3, "in_channels=1 and model.out_channels=3"),
     ("model.dtype", "float16", r"\['float32', 'bfloat16'\]"),
   ],
@@ -153,7 +168,7 @@ def test_contradictions(key, value, message):
   [
     ("mae.mask_ratio", 1.0, r"mask_ratio=1\.0"),
     ("mae.classification_steps", 10**6, "classification_steps=1000000"),
-    ("model.num_classes", 0, "model.num_classes=0 must be at least 1"),
+    ("model.num_classes", -1, "model.num_classes=-1 must be at least 0"),
     ("mae.mask_ratio", float("nan"), "mask_ratio=nan must be a finite number"),
     ("model.layers", (1, 1), r"layers=\(1, 1\)"),
     ("checkpoint.best_metric", "fd_pixel", "valid options"),
@@ -314,7 +329,7 @@ def no_steps(monkeypatch):
 
 
 def test_every_key_is_read(reads, no_steps, tmp_path):
-  """No dead options: the two tasks together look at every field."""
+  """No dead options: digits and images together look at every field."""
   encoder = digits.get_config("encoder,smoke")
   encoder.model.base_channels = 4
   train_mae.train_and_evaluate(encoder, str(tmp_path / "mae"))
@@ -322,6 +337,36 @@ def test_every_key_is_read(reads, no_steps, tmp_path):
   config.encoders.mae.path = str(tmp_path / "mae" / "encoder")
   config.model.update(depth=1, hidden_size=16, cond_dim=16, num_heads=2)
   train.train_and_evaluate(config, str(tmp_path / "generator"))
+  for label in range(2):
+    for number in range(3):
+      path = tmp_path / "images" / f"class{label}" / f"{number}.png"
+      pictures.write(path, 3 * label + number)
+  vae_arguments = {
+    "in_channels": 3,
+    "latent_channels": 2,
+    "widths": (4, 4),
+    "blocks_per_level": 1,
+    "norm_groups": 2,
+    "scaling_factor": 1.0,
+    "dtype": "float32",
+    "remat": False,
+  }
+  vae = models.build_vae(**vae_arguments)
+  artifacts.save(
+    tmp_path / "vae",
+    kind="vae",
+    model_config=release.published_config("vae", vae_arguments),
+    params=vae.init(jax.random.key(0), np.zeros((1, 16, 16, 3)))["params"],
+    step=None,
+    ema_decay=None,
+  )
+  latents = mae_latent.get_config("smoke")
+  latents.data.update(
+    source=f"folder:{tmp_path / 'images'}", held_out=1, image_size=16
+  )
+  latents.model.in_channels = 2
+  latents.vae.path = str(tmp_path / "vae")
+  train_mae.train_and_evaluate(latents, str(tmp_path / "latents"))
   fields = {
     (section.__name__, field.name)
     for task in config_lib.TASKS.values()
@@ -415,6 +460,7 @@ def test_common_defaults_are_the_ablation_settings():
   """Table 8, first column."""
   config = common.generator()
   assert config.batch.to_dict() == {
+    "reals": "queue",
     "labels": 64,
     "generated": 64,
     "positives": 64,

@@ -33,6 +33,9 @@ class Feed:
   def restore(self, state):
     self.position = int(state["position"])
 
+  def close(self):
+    pass
+
 
 class Writer:
   """Remembers what was written."""
@@ -82,7 +85,14 @@ def make_step(bad_step=None, name="loss"):
 
 
 def run(
-  path, *, num_steps=6, step_fn=None, every=2, evaluate=None, log_every=1
+  path,
+  *,
+  num_steps=6,
+  step_fn=None,
+  every=2,
+  evaluate=None,
+  log_every=1,
+  prefetch=2,
 ):
   saver = checkpoint.Checkpointer(path, keep_latest=10, best_metric="fd")
   feed, writer = Feed(), Writer()
@@ -97,6 +107,7 @@ def run(
       step_fn=step_fn or make_step(),
       feed=feed,
       put=lambda batch: jax.tree.map(jax.device_put, batch),
+      prefetch=prefetch,
       schedule=loop.Schedule(
         num_steps=num_steps,
         log_every=log_every,
@@ -124,10 +135,14 @@ def test_everything_happens_when_due(tmp_path):
   assert evaluated == [3, 6, 7]
 
 
-def test_resume_continues_with_the_next_batch(tmp_path):
-  whole, *_ = run(tmp_path / "whole", num_steps=6)
-  run(tmp_path / "parts", num_steps=3)
-  state, feed, writer, _ = run(tmp_path / "parts", num_steps=6)
+@pytest.mark.parametrize("prefetch", [0, 1, 5])
+def test_resume_continues_with_the_next_batch(tmp_path, prefetch):
+  """Whatever had been read ahead when the state was saved."""
+  whole, *_ = run(tmp_path / "whole", num_steps=6, prefetch=0)
+  run(tmp_path / "parts", num_steps=3, prefetch=prefetch)
+  state, feed, writer, _ = run(
+    tmp_path / "parts", num_steps=6, prefetch=prefetch
+  )
   assert feed.started == 0
   assert float(state.params["sum"]) == float(whole.params["sum"])
   assert [step for step, line in writer.lines if "loss" in line] == [4, 5, 6]
@@ -266,6 +281,8 @@ def test_the_first_step_alone_has_no_speed(tmp_path):
   lines = [line for _, line in writer.lines if "loss" in line]
   assert "perf/steps_per_second" not in lines[0]
   assert lines[1]["perf/steps_per_second"] > 0
+  assert "perf/data_wait_fraction" not in lines[0]
+  assert 0 <= lines[1]["perf/data_wait_fraction"] <= 1
 
 
 def test_a_failed_evaluation_still_ends_the_pause(clock):

@@ -172,6 +172,7 @@ def mae():
   )
   task = steps.MaeTask(
     mae=MeanMae(),
+    vae=None,
     mask_ratio=0.5,
     classification_start=100,
     classification_ramp=1,

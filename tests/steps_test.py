@@ -5,6 +5,7 @@ import functools
 import json
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -553,6 +554,7 @@ def test_metrics_group_keys_by_map():
 def test_classification_weight_ramps_at_the_end():
   task = steps.MaeTask(
     mae=None,  # pyright: ignore[reportArgumentType]
+    vae=None,
     mask_ratio=0.5,
     classification_start=100,
     classification_ramp=50,
@@ -563,3 +565,112 @@ def test_classification_weight_ramps_at_the_end():
     for s in (0, 100, 125, 150, 400)
   ]
   assert values == pytest.approx([0.0, 0.0, 0.05, 0.1, 0.1])
+
+
+def test_images_from_the_wire():
+  pixels = jnp.arange(256, dtype=jnp.uint8)
+  expected = np.arange(256, dtype=np.float64) / 127.5 - 1.0
+  images = np.asarray(jax.jit(steps.from_wire)(pixels))
+  assert images.dtype == np.float32
+  np.testing.assert_allclose(
+    images, expected, rtol=0, atol=2.4e-7
+  )  # 2 ulp of 1
+  for dtype in (jnp.float16, jnp.bfloat16, jnp.float32):
+    latents = jnp.asarray([-3.5, 0.0, 1.25], dtype)
+    out = steps.from_wire(latents)
+    assert out.dtype == jnp.float32
+    assert out.tolist() == [-3.5, 0.0, 1.25]
+
+
+def test_the_wire_changes_no_reals():
+  """A uint8 batch is the float32 batch of the same pixels, to the step."""
+  rng = np.random.RandomState(0)
+  pixels = rng.randint(0, 256, (2, 5, 4, 4, 3)).astype(np.uint8)
+  task = steps.GeneratorTask(
+    generator=Tinted(),
+    features=steps.FeatureSpace(encoders={}, options={}, sample=True),
+    sample_shape=(4, 4, 3),
+    style_tokens=1,
+    style_vocab=2,
+    num_generated=3,
+    drift={
+      "temperatures": (0.2,),
+      "affinity_floor": 1e-6,
+      "normalization": "xy",
+      "attraction": 1.0,
+      "repulsion": 1.0,
+    },
+    guidance={
+      "minimum": 1.0,
+      "maximum": 4.0,
+      "exponent": 3.0,
+      "no_cfg_frac": 0.0,
+    },
+  )
+  params = {"tint": jnp.full(3, 0.1)}
+  draws = steps.draw(jax.random.key(0), task, 2)
+
+  def gradient(images):
+    batch = steps.GeneratorBatch(
+      labels=jnp.arange(2, dtype=jnp.int32),
+      positives=images[:, :3],
+      unconditional=images[:, 3:],
+    )
+    return jax.grad(
+      lambda p: steps.generator_loss(p, batch, draws, {}, task)[0]
+    )(params)["tint"]
+
+  images = pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
+  expected = gradient(jnp.asarray(images))
+  assert np.linalg.norm(expected) > 0
+  assert_close(gradient(jnp.asarray(pixels)), expected, 1e-6)
+
+
+class Tinted(nn.Module):
+  """A generator with one colour to learn."""
+
+  @nn.compact
+  def __call__(self, labels, alpha, *, noise, style):
+    tint = self.param("tint", nn.initializers.zeros, (3,))
+    return noise + tint
+
+
+def test_latents_of_an_encoder_of_latents():
+  """Drawn from the posterior in training, its mean in evaluation."""
+  vae = models.build_vae(
+    in_channels=3,
+    latent_channels=2,
+    widths=(4, 4),
+    blocks_per_level=1,
+    norm_groups=2,
+    scaling_factor=0.5,
+    dtype="float32",
+    remat=False,
+  )
+  pixels = np.random.RandomState(0).randint(0, 256, (3, 8, 8, 3))
+  batch = steps.MaeBatch(
+    jnp.asarray(pixels, jnp.uint8), jnp.zeros(3, jnp.int32)
+  )
+  images = steps.from_wire(batch.images)
+  params = vae.init(jax.random.key(0), images)["params"]
+  task = steps.MaeTask(
+    mae=None,  # pyright: ignore[reportArgumentType]
+    vae=vae,
+    mask_ratio=0.5,
+    classification_start=100,
+    classification_ramp=50,
+    classification_weight=0.1,
+  )
+  moments = vae.apply({"params": params}, images, method="encode")
+  mean, log_variance = np.split(np.asarray(moments, np.float64), 2, axis=-1)
+  fixed = steps.mae_inputs(batch, params, None, task)
+  assert fixed.shape == (3, 4, 4, 2)
+  assert_close(fixed, 0.5 * mean, 1e-6)
+  keys = jax.random.split(jax.random.key(1), 2_000)
+  drawn = fast_jit(
+    jax.vmap(lambda key: steps.mae_inputs(batch, params, key, task))
+  )(keys)
+  deviation = 0.5 * np.exp(log_variance / 2)
+  error = np.abs(np.mean(drawn, axis=0) - 0.5 * mean) / deviation
+  assert error.max() < 5 / np.sqrt(2_000)
+  assert np.abs(np.std(drawn, axis=0) / deviation - 1).max() < 0.1

@@ -66,17 +66,18 @@ def test_every_user_takes_its_own_stream(monkeypatch):
   )
   assert set(taken) == {"params", "train"}
 
-  class Records:
-    def __len__(self):
-      return 4
-
-    def __getitem__(self, index):
-      return {"image": np.zeros(1, np.float32), "label": np.int32(0)}
-
+  reader = data.ArrayReader(
+    data.ArraySource(
+      images=np.zeros((4, 1, 1, 1), np.float32),
+      labels=np.zeros(4, np.int32),
+      class_names=("only",),
+      grid=np.zeros(1, np.float32),
+    ),
+    wire="float32",
+  )
+  taken.clear()
   feed = data.QueueFeed(
-    data.Loader(Records(), batch_size=1, seed=0),
-    num_classes=1,
-    sample_shape=(1,),
+    data.Loader(reader, batch_size=1, seed=0),
     seed=5,
     class_size=2,
     unconditional_size=2,
@@ -87,7 +88,6 @@ def test_every_user_takes_its_own_stream(monkeypatch):
     num_positives=1,
     num_unconditional=1,
   )
-  taken.clear()
   next(feed)
   assert taken == ["queue"]
 

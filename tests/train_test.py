@@ -20,7 +20,6 @@ from configs import digits
 from drift_jax import (
   artifacts,
   checkpoint,
-  data,
   experiment,
   metrics,
   steps,
@@ -473,7 +472,8 @@ def test_the_generator_is_evaluated_by_its_average(tmp_path, monkeypatch):
     config,
     {},
     experiment.generator_task(config, {}),
-    data.make_source("digits", "train"),
+    experiment.open_readers(config, None),
+    lambda samples: samples,
     experiment.open_mesh(config.mesh),
   )
   writer = metrics.create_writer(tmp_path, resume_step=-1, is_main=True)
@@ -484,7 +484,8 @@ def test_the_generator_is_evaluated_by_its_average(tmp_path, monkeypatch):
 
 
 def test_the_encoder_is_evaluated_by_its_average(tmp_path, monkeypatch):
-  def sums(params, batch, valid, key, number, *, task):
+  def sums(params, batch, valid, key, number, vae_params, *, task):
+    assert vae_params is None
     return {"recon_loss": params["w"] * jnp.sum(valid.astype(jnp.float32))}
 
   monkeypatch.setattr(steps, "mae_eval_step", sums)
@@ -496,7 +497,9 @@ def test_the_encoder_is_evaluated_by_its_average(tmp_path, monkeypatch):
   assert isinstance(config, config_lib.MaeConfig)
   evaluate = train_mae.held_out_evaluation(
     config,
-    experiment.mae_task(config),
+    experiment.mae_task(config, None),
+    experiment.open_readers(config, None),
+    None,
     experiment.open_mesh(config.mesh),
   )
   writer = metrics.create_writer(tmp_path, resume_step=-1, is_main=True)

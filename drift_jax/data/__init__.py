@@ -1,15 +1,35 @@
-"""Data: embedded sets, the Grain loader, the sample queue and the feeds."""
+"""Data: sources, readers, the Grain loader, the sample queue and the feeds."""
 
-from drift_jax.data.bank import Bank
-from drift_jax.data.feed import ImageFeed, QueueFeed
+from drift_jax.data.encoded import NoSplitError
+from drift_jax.data.feed import GroupedFeed, ImageFeed, QueueFeed
+from drift_jax.data.latents import LatentReader
 from drift_jax.data.loader import Loader
-from drift_jax.data.sources import ImageSource, make_source
+from drift_jax.data.memory import MemorySource
+from drift_jax.data.prefetch import Prefetcher
+from drift_jax.data.readers import ArrayReader, ImageReader, Reader
+from drift_jax.data.sources import (
+  ArraySource,
+  Source,
+  digits,
+  held_out,
+  open_source,
+)
 
 __all__ = [
-  "Bank",
+  "ArrayReader",
+  "ArraySource",
+  "GroupedFeed",
   "ImageFeed",
-  "ImageSource",
+  "ImageReader",
+  "LatentReader",
   "Loader",
+  "MemorySource",
+  "NoSplitError",
+  "Prefetcher",
   "QueueFeed",
-  "make_source",
+  "Reader",
+  "Source",
+  "digits",
+  "held_out",
+  "open_source",
 ]

@@ -1,7 +1,8 @@
 """Feeds: what the training loop draws a step's batch from.
 
 A feed is an iterator over host batches whose whole future follows from
-`state()`: save that, `restore` it, and the same batches come again.
+`state()`: save that, `restore` it, and the same batches come again. Images
+come in the reader's dtype, as they travel to the device.
 """
 
 import functools
@@ -12,12 +13,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from drift_jax import streams
 from drift_jax.data import bank as bank_lib
-from drift_jax.data.loader import Loader
-
-Batch = dict[str, np.ndarray]
+from drift_jax.data.loader import Batch, IndexedReads, Loader, share
+from drift_jax.data.order import ClassGrouped
+from drift_jax.data.readers import Reader
 
 
 class ImageFeed:
@@ -36,7 +38,7 @@ class ImageFeed:
     """Nothing to prepare: a loader starts anywhere."""
 
   def state(self) -> dict[str, Any]:
-    """The data position."""
+    """The data position, the same on every process."""
     return {"position": np.asarray(self._loader.position, np.int64)}
 
   def abstract(self) -> dict[str, Any]:
@@ -44,44 +46,115 @@ class ImageFeed:
     return self.state()
 
   def restore(self, state: dict[str, Any]) -> None:
-    """Continues where `state` was taken."""
+    """Continues where `state` was taken, by however many processes."""
     self._loader.seek(int(state["position"]))
 
-
-@functools.partial(
-  jax.jit,
-  static_argnames=("num_labels", "num_positives", "num_unconditional"),
-  donate_argnames="bank",
-)
-def _advance(
-  bank: bank_lib.Bank,
-  key: jax.Array,
-  samples: jax.Array,
-  labels: jax.Array,
-  *,
-  num_labels: int,
-  num_positives: int,
-  num_unconditional: int,
-) -> tuple[bank_lib.Bank, dict[str, jax.Array]]:
-  bank = bank_lib.push(bank, samples, labels)
-  label_key, sample_key = jax.random.split(key)
-  drawn = bank_lib.draw_labels(label_key, labels, num_labels)
-  positives, unconditional = bank_lib.sample(
-    bank,
-    sample_key,
-    drawn,
-    num_positives=num_positives,
-    num_unconditional=num_unconditional,
-  )
-  batch = {
-    "labels": drawn,
-    "positives": positives,
-    "unconditional": unconditional,
-  }
-  return bank, batch
+  def close(self) -> None:
+    """Stops the loader's threads and workers."""
+    self._loader.close()
 
 
-_push = jax.jit(bank_lib.push, donate_argnames="bank")
+class GroupedFeed:
+  """Positives and unconditional reals of each label, read by index (4).
+
+  Batches are {'labels': [l], 'positives': [l, N_pos, H, W, C],
+  'unconditional': [l, N_unc, H, W, C]}, as ClassGrouped chooses them: no
+  queue, nothing to fill or to save but the position. Process p of P holds the
+  contiguous part [p N_c / P, (p + 1) N_c / P) of the labels.
+  """
+
+  def __init__(
+    self,
+    reader: Reader,
+    *,
+    seed: int,
+    num_labels: int,
+    num_positives: int,
+    num_unconditional: int,
+    num_threads: int = 1,
+    num_workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+  ):
+    """Starts nothing: threads and workers start with the first batch.
+
+    Args:
+      reader: of the records; picklable if num_workers > 0.
+      seed: of the draws and the augmentation.
+      num_labels: N_c, labels of a step over all processes.
+      num_positives: N_pos of each label.
+      num_unconditional: N_unc for each label.
+      num_threads, num_workers: see IndexedReads.
+      process_index, process_count: whose part to read.
+
+    Raises:
+      ValueError: labels that the processes can't share, a label out of range,
+        or a class with too few images.
+    """
+    self._rows = share("batch.labels", num_labels, process_index, process_count)
+    self._order = ClassGrouped(
+      reader.labels,
+      reader.class_names,
+      seed=seed,
+      num_labels=num_labels,
+      num_positives=num_positives,
+      num_unconditional=num_unconditional,
+    )
+
+    def part(offset: int, each: int) -> range:
+      first, last = self._rows.start * each, self._rows.stop * each
+      return range(offset + first, offset + last)
+
+    parts = [
+      part(0, num_positives),
+      part(num_labels * num_positives, num_unconditional),
+    ]
+    self._reads = IndexedReads(
+      reader,
+      self._order,
+      parts,
+      seed=seed,
+      num_threads=num_threads,
+      num_workers=num_workers,
+    )
+
+  def __iter__(self) -> Iterator[Batch]:
+    return self
+
+  def __next__(self) -> Batch:
+    step = self._reads.position
+    _, images = next(self._reads)
+    rows = len(self._rows)
+    count = rows * self._order.num_positives
+    shape = images.shape[1:]
+    return {
+      "labels": self._order.labels(step)[self._rows.start : self._rows.stop],
+      "positives": images[:count].reshape(
+        rows, self._order.num_positives, *shape
+      ),
+      "unconditional": images[count:].reshape(
+        rows, self._order.num_unconditional, *shape
+      ),
+    }
+
+  def start(self) -> None:
+    """Nothing to prepare: any step can be read first."""
+
+  def state(self) -> dict[str, Any]:
+    """The next step's number, the same on every process."""
+    return {"position": np.asarray(self._reads.position, np.int64)}
+
+  def abstract(self) -> dict[str, Any]:
+    """Shapes of `state()`, to restore into."""
+    return self.state()
+
+  def restore(self, state: dict[str, Any]) -> None:
+    """Continues where `state` was taken, by however many processes."""
+    self._reads.seek(int(state["position"]))
+
+  def close(self) -> None:
+    """Stops reading threads and workers."""
+    self._reads.close()
 
 
 def _host_device() -> Any:
@@ -94,10 +167,50 @@ def _host_device() -> Any:
     return jax.local_devices(backend="cpu")[0]
   except RuntimeError as error:
     raise RuntimeError(
-      "the sample queue lives in host memory and needs JAX's CPU backend: "
+      "the sample queue draws on the host and needs JAX's CPU backend: "
       "include cpu in JAX_PLATFORMS after the accelerator, e.g. "
       f"JAX_PLATFORMS=cuda,cpu (it is {os.environ.get('JAX_PLATFORMS')!r})"
     ) from error
+
+
+def _hosts_sharding(process_count: int) -> NamedSharding:
+  """Axis 0 over the processes, each part on its process' CPU."""
+  if process_count == 1:
+    devices = [_host_device()]
+  else:
+    first: dict[int, Any] = {}
+    for device in jax.devices("cpu"):
+      first.setdefault(device.process_index, device)
+    devices = [first[process] for process in range(process_count)]
+  return NamedSharding(
+    Mesh(np.array(devices), ("host",)), PartitionSpec("host")
+  )
+
+
+def _aligned_copy(array: np.ndarray) -> np.ndarray:
+  """A copy that JAX's CPU takes over as it is: at a multiple of 64 bytes.
+
+  It would copy others once more, and `jax.device_put` shares an aligned array
+  with its caller even if told not to.
+  """
+  buffer = np.empty(array.nbytes + 64, np.uint8)
+  start = -buffer.ctypes.data % 64
+  copy = buffer[start : start + array.nbytes].view(array.dtype)
+  copy = copy.reshape(array.shape)
+  copy[...] = array
+  return copy
+
+
+@functools.partial(jax.jit, static_argnames="process_index")
+def _step_keys(
+  root: jax.Array, step: int, process_index: int | None
+) -> tuple[jax.Array, jax.Array]:
+  """Keys of a step's labels and of its samples."""
+  key = jax.random.fold_in(root, step)
+  if process_index is not None:
+    key = jax.random.fold_in(key, process_index)
+  label_key, sample_key = jax.random.split(key)
+  return label_key, sample_key
 
 
 class QueueFeed:
@@ -105,14 +218,17 @@ class QueueFeed:
 
   Each step pushes one loader batch, draws its labels from it, and samples
   from the queue. The queue lives in host memory, whatever the accelerator.
+
+  With several processes each has its own queue, fed by its own part of the
+  loader's batches, and draws its own part of the step's labels with its own
+  random numbers: what a run draws depends on the number of processes, and a
+  checkpoint resumes on as many as saved it.
   """
 
   def __init__(
     self,
     loader: Loader,
     *,
-    num_classes: int,
-    sample_shape: tuple[int, ...],
     seed: int,
     class_size: int,
     unconditional_size: int,
@@ -126,92 +242,130 @@ class QueueFeed:
     """Creates an empty queue; `start` or `restore` comes before the first step.
 
     Args:
-      loader: yields push_per_step records {'image', 'label'} a batch.
-      num_classes: labels lie in [0, num_classes).
-      sample_shape: of one image.
+      loader: its global batches hold push_per_step records for each process.
       seed: of every draw of labels and samples.
       class_size: slots for each class.
       unconditional_size: slots of the unconditional ring.
-      push_per_step: reals pushed each step.
-      prefill: reals pushed by `start`, rounded up to whole batches.
+      push_per_step: reals that each process pushes each step.
+      prefill: reals that each process pushes in `start`, rounded up to whole
+        batches.
       with_replacement: whether a class with too few samples may repeat them.
-      num_labels: labels of a step.
+      num_labels: labels of a step over all processes.
       num_positives: positives of each label.
       num_unconditional: unconditional reals of each label.
+
+    Raises:
+      ValueError: a loader of another batch size, labels that the processes
+        can't share, or more labels for a process than it pushes.
     """
+    processes = loader.process_count
+    if loader.batch_size != push_per_step * processes:
+      raise ValueError(
+        f"the loader's global batch of {loader.batch_size} is not "
+        f"queue.push_per_step={push_per_step} for each of {processes} processes"
+      )
+    rows = share("batch.labels", num_labels, loader.process_index, processes)
+    if len(rows) > push_per_step:
+      raise ValueError(
+        f"batch.labels={num_labels} over {processes} processes takes "
+        f"{len(rows)} labels from the newest queue.push_per_step="
+        f"{push_per_step} samples: raise queue.push_per_step"
+      )
     self._loader = loader
-    self._num_classes = num_classes
-    self._seed = seed
+    # One process folds nothing in: there is nothing to tell it from.
+    self._process = loader.process_index if processes > 1 else None
     self._prefill_batches = math.ceil(prefill / push_per_step)
     self._with_replacement = with_replacement
-    self._sizes = {
-      "num_labels": num_labels,
-      "num_positives": num_positives,
-      "num_unconditional": num_unconditional,
-    }
+    self._num_labels = len(rows)
+    self._num_positives = num_positives
+    self._num_unconditional = num_unconditional
     self._host = _host_device()
     with jax.default_device(self._host):
-      self._bank = bank_lib.create(
-        num_classes=num_classes,
-        class_size=class_size,
-        unconditional_size=unconditional_size,
-        sample_shape=sample_shape,
-      )
-
-  def _next_reals(self) -> Batch:
-    reals = next(self._loader)
-    bank_lib.check_labels(reals["label"], self._num_classes)
-    return reals
+      self._root = streams.stream(seed, "queue")
+    self._bank = bank_lib.create(
+      num_classes=len(loader.reader.class_names),
+      class_size=class_size,
+      unconditional_size=unconditional_size,
+      sample_shape=loader.reader.sample_shape,
+      dtype=loader.reader.dtype,
+    )
 
   def start(self) -> None:
     """Fills the queue of a new run."""
-    with jax.default_device(self._host):
-      for _ in range(self._prefill_batches):
-        reals = self._next_reals()
-        self._bank = _push(self._bank, reals["image"], reals["label"])
+    for _ in range(self._prefill_batches):
+      reals = next(self._loader)
+      bank_lib.push(self._bank, reals["image"], reals["label"])
 
   def __iter__(self) -> Iterator[Batch]:
     return self
 
   def __next__(self) -> Batch:
     step = self._loader.position - self._prefill_batches
-    reals = self._next_reals()
+    reals = next(self._loader)
+    bank_lib.push(self._bank, reals["image"], reals["label"])
     with jax.default_device(self._host):
-      root = streams.stream(self._seed, "queue")
-      key = jax.random.fold_in(root, step)
-      self._bank, batch = _advance(
-        self._bank, key, reals["image"], reals["label"], **self._sizes
+      label_key, sample_key = _step_keys(self._root, step, self._process)
+      labels = bank_lib.draw_labels(label_key, reals["label"], self._num_labels)
+      bank_lib.check(
+        self._bank.count,
+        int(self._bank.any_count),
+        labels,
+        num_positives=self._num_positives,
+        num_unconditional=self._num_unconditional,
+        with_replacement=self._with_replacement,
       )
-    batch = jax.tree.map(np.asarray, batch)
-    bank_lib.check(
-      np.asarray(self._bank.count),
-      int(self._bank.any_count),
-      batch["labels"],
-      num_positives=self._sizes["num_positives"],
-      num_unconditional=self._sizes["num_unconditional"],
-      with_replacement=self._with_replacement,
-    )
-    return batch
+      positives, unconditional = bank_lib.sample(
+        self._bank,
+        sample_key,
+        labels,
+        num_positives=self._num_positives,
+        num_unconditional=self._num_unconditional,
+      )
+    return {
+      "labels": labels,
+      "positives": positives,
+      "unconditional": unconditional,
+    }
 
   def state(self) -> dict[str, Any]:
-    """The data position and the queue."""
+    """The data position and a copy of the queue, [P, ...] over processes.
+
+    The copy takes the queue's memory once more until it has been saved.
+    """
+    sharding = _hosts_sharding(self._loader.process_count)
+
+    def copied(array: np.ndarray) -> jax.Array:
+      local = jax.device_put(_aligned_copy(array)[None], self._host)
+      return jax.make_array_from_single_device_arrays(
+        (self._loader.process_count, *array.shape), sharding, [local]
+      )
+
     return {
       "position": np.asarray(self._loader.position, np.int64),
-      "bank": self._bank,
+      "bank": {name: copied(x) for name, x in self._bank.arrays().items()},
     }
 
   def abstract(self) -> dict[str, Any]:
     """Shapes of `state()`, to restore into."""
-    place = jax.sharding.SingleDeviceSharding(self._host)
+    processes = self._loader.process_count
+    sharding = _hosts_sharding(processes)
     return {
       "position": np.asarray(0, np.int64),
-      "bank": jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        self._bank,
-      ),
+      "bank": {
+        name: jax.ShapeDtypeStruct(
+          (processes, *x.shape), x.dtype, sharding=sharding
+        )
+        for name, x in self._bank.arrays().items()
+      },
     }
 
   def restore(self, state: dict[str, Any]) -> None:
     """Continues where `state` was taken; the queue is not refilled."""
     self._loader.seek(int(state["position"]))
-    self._bank = state["bank"]
+    for name, array in self._bank.arrays().items():
+      (shard,) = state["bank"][name].addressable_shards
+      array[...] = np.asarray(shard.data)[0]
+
+  def close(self) -> None:
+    """Stops the loader's threads and workers."""
+    self._loader.close()

@@ -1,26 +1,93 @@
-"""Seeded Grain pipeline: the same global batches for any process count."""
+"""Batches of a reader's records, read ahead by threads or worker processes.
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+Global batches are the same, record by record and bit by bit, for any number
+of processes, workers and threads: which records a batch holds is the order's
+choice (order.py), and what becomes of a record (crop, flip, latent noise)
+depends on (seed, the record's number in the run) alone.
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
 
+from drift_jax.data import order as order_lib
+from drift_jax.data.readers import Reader
 
-class RandomAccess(Protocol):
-  """What a source must offer: a length and records by index."""
+Batch = dict[str, np.ndarray]
 
-  def __len__(self) -> int: ...
+# Handing something over from a worker takes about a millisecond, a third of
+# what decoding an image takes: workers hand over so many at once, or more.
+_WORKER_CHUNK = 16
 
-  def __getitem__(self, index: int) -> Any: ...
+
+def share(
+  name: str, size: int, process_index: int, process_count: int
+) -> range:
+  """The contiguous part of range(size) that one process holds.
+
+  Raises:
+    ValueError: if `size`, which the message calls `name`, can't be split.
+  """
+  if size < 1 or size % process_count:
+    raise ValueError(
+      f"{name}={size} must be a positive multiple of the {process_count} "
+      "processes"
+    )
+  part = size // process_count
+  return range(process_index * part, (process_index + 1) * part)
 
 
-class Loader:
-  """Endless shuffled batches of a source, resumable at any batch in O(1).
+def _pieces(part: range, chunk: int) -> list[range]:
+  """Near-equal pieces of at most `chunk` that make up `part`."""
+  count = -(-len(part) // chunk)
+  return [
+    part[i * len(part) // count : (i + 1) * len(part) // count]
+    for i in range(count)
+  ]
 
-  Batch number b holds the same records whenever it is read: its content
-  depends on (source, seed, b) alone. With several processes, process p holds
-  every process_count-th record of the global batch, starting at p.
+
+class _Jobs:
+  """Reads as a random-access source: element j is one read of one batch."""
+
+  def __init__(
+    self,
+    reader: Reader,
+    order: order_lib.Order,
+    pieces: Sequence[range],
+    seed: int,
+  ):
+    self._reader = reader
+    self._order = order
+    self._pieces = pieces
+    self._seed = seed
+
+  def __len__(self) -> int:
+    return sys.maxsize
+
+  def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    batch, number = divmod(index, len(self._pieces))
+    piece = self._pieces[number]
+    indices = self._order.records(batch, piece.start, piece.stop)
+    numbers = batch * self._order.size + np.arange(piece.start, piece.stop)
+    rngs = order_lib.record_generators(self._seed, numbers)
+    images = self._reader.read(indices, rngs)
+    want = (len(piece), *self._reader.sample_shape)
+    if images.shape != want or images.dtype != self._reader.dtype:
+      raise ValueError(
+        f"{type(self._reader).__name__}.read gave {images.dtype} of shape "
+        f"{images.shape}, want {self._reader.dtype} of {want}"
+      )
+    return indices, images
+
+
+class IndexedReads:
+  """One process' part of the batches of an order, resumable in O(1).
+
+  Up to one batch is read ahead. With worker processes, each of them also
+  holds up to two reads in shared memory.
 
   Attributes:
     position: number of the next batch.
@@ -28,47 +95,159 @@ class Loader:
 
   def __init__(
     self,
-    source: RandomAccess,
+    reader: Reader,
+    order: order_lib.Order,
+    parts: Sequence[range],
+    *,
+    seed: int,
+    num_threads: int,
+    num_workers: int,
+  ):
+    """Starts nothing: threads and workers start with the first batch.
+
+    Args:
+      reader: of the records; picklable if num_workers > 0.
+      order: which records a batch holds; picklable as well.
+      parts: of range(order.size), what this process holds.
+      seed: of the augmentation.
+      num_threads: that read at the same time (in each worker, if there are
+        any); 0 reads only when asked.
+      num_workers: processes that read; 0 reads in this one.
+    """
+    chunk = max(reader.chunk, _WORKER_CHUNK if num_workers else 1)
+    pieces = [piece for part in parts for piece in _pieces(part, chunk)]
+    self._shape = reader.sample_shape
+    self._dtype = reader.dtype
+    self._lengths = [len(piece) for piece in pieces]
+    self._dataset = grain.MapDataset.source(_Jobs(reader, order, pieces, seed))
+    ahead = -(-len(pieces) // max(1, num_workers))
+    self._read_options = grain.ReadOptions(
+      num_threads=num_threads,
+      prefetch_buffer_size=max(2 * num_threads, ahead) if num_threads else 0,
+    )
+    self._workers = grain.MultiprocessingOptions(
+      num_workers=num_workers, per_worker_buffer_size=2
+    )
+    self.position = 0
+    self._iterator: grain.DatasetIterator | None = None
+
+  def _iterate(self) -> grain.DatasetIterator:
+    dataset = self._dataset[self.position * len(self._lengths) :]
+    return iter(
+      dataset.to_iter_dataset(self._read_options).mp_prefetch(self._workers)
+    )
+
+  def seek(self, position: int) -> None:
+    """Makes batch number `position` the next one."""
+    self.close()
+    self.position = position
+
+  def close(self) -> None:
+    """Stops threads and workers; the next batch would start them again."""
+    if self._iterator is not None:
+      # Readers would otherwise live on with what they read ahead.
+      self._iterator.close()
+      self._iterator = None
+
+  def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    return self
+
+  def __next__(self) -> tuple[np.ndarray, np.ndarray]:
+    """The next batch's (indices [n], records [n, H, W, C]), part by part.
+
+    What a reader raises arrives here; asked again, the same batch is read.
+    """
+    if self._iterator is None:
+      self._iterator = self._iterate()
+    count = sum(self._lengths)
+    indices = np.empty(count, np.int64)
+    images = np.empty((count, *self._shape), self._dtype)
+    start = 0
+    with contextlib.ExitStack() as on_error:
+      # Within a batch there is no position to go on from.
+      on_error.callback(self.close)
+      for length in self._lengths:
+        piece = slice(start, start + length)
+        # Copied: what a worker sends lies in shared memory, which is scarce.
+        indices[piece], images[piece] = next(self._iterator)
+        start += length
+      on_error.pop_all()
+    self.position += 1
+    return indices, images
+
+
+class Loader:
+  """Endless shuffled batches of a reader, resumable at any batch in O(1).
+
+  Batches are {'image': [b, H, W, C] of the reader's dtype, 'label': [b]
+  int32}. Process p of P holds the contiguous part [p B / P, (p + 1) B / P) of
+  each global batch of B records.
+
+  Attributes:
+    reader: of the records.
+    batch_size: records of a global batch.
+    process_index, process_count: whose part this is.
+  """
+
+  def __init__(
+    self,
+    reader: Reader,
     *,
     batch_size: int,
     seed: int,
     num_threads: int = 1,
+    num_workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
   ):
-    if batch_size < 1 or batch_size % process_count:
-      raise ValueError(
-        f"global batch size {batch_size} must be a positive multiple of the "
-        f"{process_count} processes"
-      )
-    self._dataset = (
-      grain.MapDataset.source(source)
-      .seed(seed)
-      .shuffle()
-      .repeat(None)[process_index::process_count]
-      .batch(batch_size // process_count, drop_remainder=True)
-    )
-    self._read_options = grain.ReadOptions(
-      num_threads=num_threads, prefetch_buffer_size=2 * num_threads
-    )
-    self.position = 0
-    self._iterator = self._iterate()
+    """Starts nothing: threads and workers start with the first batch.
 
-  def _iterate(self) -> grain.DatasetIterator:
-    dataset = self._dataset[self.position :]
-    return iter(dataset.to_iter_dataset(self._read_options))
+    Args:
+      reader: of the records; picklable if num_workers > 0.
+      batch_size: records of a global batch.
+      seed: of the order and the augmentation.
+      num_threads, num_workers: see IndexedReads.
+      process_index, process_count: whose part to read.
+
+    Raises:
+      ValueError: a batch size that the processes can't share; a label out of
+        range.
+    """
+    part = share("global batch size", batch_size, process_index, process_count)
+    order_lib.check_labels(reader.labels, reader.class_names)
+    self.reader = reader
+    self.batch_size = batch_size
+    self.process_index = process_index
+    self.process_count = process_count
+    self._labels = reader.labels
+    self._reads = IndexedReads(
+      reader,
+      order_lib.Shuffled(len(reader.labels), size=batch_size, seed=seed),
+      [part],
+      seed=seed,
+      num_threads=num_threads,
+      num_workers=num_workers,
+    )
+
+  @property
+  def position(self) -> int:
+    """Number of the next batch."""
+    return self._reads.position
 
   def seek(self, position: int) -> None:
     """Makes batch number `position` the next one."""
-    # Its reader threads would otherwise live on with what they prefetched.
-    self._iterator.close()
-    self.position = position
-    self._iterator = self._iterate()
+    self._reads.seek(position)
 
-  def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+  def close(self) -> None:
+    """Stops threads and workers; the next batch would start them again."""
+    self._reads.close()
+
+  def __iter__(self) -> Iterator[Batch]:
     return self
 
-  def __next__(self) -> dict[str, np.ndarray]:
-    batch = next(self._iterator)
-    self.position += 1
-    return batch
+  def __next__(self) -> Batch:
+    indices, images = next(self._reads)
+    return {
+      "image": images,
+      "label": self._labels[indices].astype(np.int32),
+    }

@@ -8,6 +8,7 @@ from drift_jax.metrics.coverage import (
 from drift_jax.metrics.evaluators import (
   Evaluator,
   FrechetEvaluator,
+  Reals,
   baselines,
   class_subset,
 )
@@ -42,6 +43,7 @@ from drift_jax.metrics.writers import (
 
 __all__ = [
   "MAX_IMAGES",
+  "Reals",
   "CoverageEvaluator",
   "DuplicatesEvaluator",
   "Evaluator",

@@ -1,7 +1,7 @@
 """Evaluators: plug-ins that are fed generated images and report figures."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -83,35 +83,53 @@ def baselines(evaluators: Sequence[Evaluator]) -> dict[str, float]:
   )
 
 
-def class_subset(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
-  """Indices of per_class samples of each class, drawn without replacement.
+@runtime_checkable
+class Reals(Protocol):
+  """Real images that are read when they are needed.
+
+  Attributes:
+    labels: [N] integers.
+  """
+
+  @property
+  def labels(self) -> np.ndarray: ...
+
+  def fixed(self, indices: np.ndarray) -> np.ndarray:
+    """Images [n, H, W, C] float32 of the given numbers, always the same."""
+    ...
+
+
+def class_subset(
+  labels: np.ndarray, wanted: np.ndarray, seed: int
+) -> np.ndarray:
+  """Indices of as many samples of each class as `wanted` holds labels of it.
 
   Args:
-    labels: [N] integers.
-    per_class: samples of each class that occurs, >= 1.
-    seed: fixes the draw.
+    labels: [N] integers, what there is.
+    wanted: [M] integers, what is to be stood in for.
+    seed: fixes the draw, which is without replacement.
 
   Returns:
-    [classes * per_class] indices in ascending order of class.
+    [M] indices in ascending order of class.
 
   Raises:
     ValueError: when a class has fewer samples, naming it and its count.
   """
-  labels = np.asarray(labels)
-  if per_class < 1 or not labels.size:
+  labels, wanted = np.asarray(labels), np.asarray(wanted)
+  if not wanted.size or not labels.size:
     raise ValueError(
-      f"cannot draw per_class={per_class} of {labels.size} labels"
+      f"cannot draw samples for {wanted.size} labels from {labels.size}"
     )
   random = np.random.default_rng(seed)
   chosen = []
-  for label in np.unique(labels):
+  for label, count in zip(*np.unique(wanted, return_counts=True), strict=True):
     members = np.flatnonzero(labels == label)
-    if len(members) < per_class:
+    if len(members) < count:
       raise ValueError(
         f"class {label} has {len(members)} training images, fewer than"
-        f" the {per_class} generated per class that they stand in for"
+        f" the {count} generated ones that they stand in for"
       )
-    chosen.append(random.permutation(members)[:per_class])
+    chosen.append(random.permutation(members)[:count])
   return np.concatenate(chosen)
 
 
@@ -130,25 +148,33 @@ def check_images(images: Images, labels: np.ndarray, name: str) -> np.ndarray:
   return array
 
 
-def check_per_class(
-  labels: np.ndarray, classes: np.ndarray, per_class: int, name: str
-) -> None:
+def check_reals(train: Reals, test: Reals, name: str) -> None:
+  """Refuses empty sets.
+
+  Raises:
+    ValueError: naming the evaluator and the set.
+  """
+  for kind, reals in (("training", train), ("held-out", test)):
+    if not len(reals.labels):
+      raise ValueError(f"{name}: there are no {kind} images")
+
+
+def check_labels(labels: np.ndarray, wanted: np.ndarray, name: str) -> None:
   """Refuses generated counts that the baseline does not stand for.
 
   Frechet distance, density and coverage depend on how many images there are, so
   a baseline of another count would mislead.
 
   Raises:
-    ValueError: when one of `classes` does not have per_class images, or another
-      class has some.
+    ValueError: when a class has more or fewer labels than in `wanted`.
   """
-  for label in np.union1d(labels, classes):
+  for label in np.union1d(labels, wanted):
     count = np.count_nonzero(labels == label)
-    wanted = per_class if label in classes else 0
-    if count != wanted:
+    expected = np.count_nonzero(wanted == label)
+    if count != expected:
       raise ValueError(
         f"{name}: {count} generated images of class {label}, but the baseline"
-        f" is for {wanted} (per_class={per_class} of {len(classes)} classes)"
+        f" is for {expected}"
       )
 
 
@@ -156,7 +182,7 @@ class FrechetEvaluator:
   """Frechet distance to held-out reals in one feature space.
 
   Reports one figure under its own name, `frechet_distance` between all
-  generated and all held-out images; the baseline is that between per_class
+  generated and all held-out images; the baseline is that between as many
   training images of each class and the held-out ones. Statistics are streamed:
   no image is kept.
   """
@@ -165,33 +191,29 @@ class FrechetEvaluator:
     self,
     name: str,
     feature_fn: FeatureFn,
-    train_images: Images,
-    train_labels: np.ndarray,
-    test_images: Images,
-    test_labels: np.ndarray,
+    train: Reals,
+    test: Reals,
     *,
-    per_class: int,
+    labels: np.ndarray,
     batch_size: int,
     seed: int,
   ):
-    """Keeps references; features are computed when first needed.
+    """Keeps references; images are read when first needed.
 
     Args:
       name: `fd_` and the feature space, e.g. `fd_encoder`, `fd_pixel`. FID is
         reserved for Inception-v3 features.
       feature_fn: images [batch_size, H, W, C] float32 in [-1, 1] -> features
         [batch_size, D]. Always called with full batches: jit it.
-      train_images: [N, H, W, C] in [-1, 1].
-      train_labels: [N] integers.
-      test_images: [M, H, W, C] held-out reals.
-      test_labels: [M] integers.
-      per_class: images of each class that will be generated.
+      train: real images that stand in for generated ones in the baseline.
+      test: held-out reals, the reference.
+      labels: [M] integers, those of the images that will be generated.
       batch_size: images per call of feature_fn.
       seed: picks the training images of the baseline.
 
     Raises:
-      ValueError: for a reserved name, empty or ill-matched images, too few
-        training images of a class, or batch_size < 1.
+      ValueError: for a reserved name, no images, too few training images of a
+        class, or batch_size < 1.
     """
     if not name.startswith("fd_") or "fid" in name.lower():
       raise ValueError(
@@ -204,11 +226,10 @@ class FrechetEvaluator:
     self.name = name
     self._feature_fn = feature_fn
     self._batch_size = batch_size
-    self._per_class = per_class
-    self._classes = np.unique(train_labels)
-    self._test_images = check_images(test_images, test_labels, name)
-    train = check_images(train_images, train_labels, name)
-    self._stand_in = train[class_subset(train_labels, per_class, seed)]
+    check_reals(train, test, name)
+    self._wanted = np.asarray(labels)
+    self._train, self._test = train, test
+    self._stand_in = class_subset(train.labels, labels, seed)
     self.reset()
 
   def reset(self) -> None:
@@ -224,7 +245,7 @@ class FrechetEvaluator:
     if self._stats is None:
       raise ValueError(f"{self.name}: no images since reset()")
     labels = np.concatenate(self._labels)
-    check_per_class(labels, self._classes, self._per_class, self.name)
+    check_labels(labels, self._wanted, self.name)
     return {self.name: frechet_distance(self._stats, self._reference)}
 
   def baseline(self) -> dict[str, float]:
@@ -232,29 +253,49 @@ class FrechetEvaluator:
 
   @functools.cached_property
   def _reference(self) -> FeatureStats:
-    return self._statistics(self._test_images)
+    return self._statistics_of(self._test, np.arange(len(self._test.labels)))
 
   @functools.cached_property
   def _baseline(self) -> float:
-    return frechet_distance(self._statistics(self._stand_in), self._reference)
+    stand_in = self._statistics_of(self._train, self._stand_in)
+    return frechet_distance(stand_in, self._reference)
+
+  def _statistics_of(self, reals: Reals, indices: np.ndarray) -> FeatureStats:
+    """Statistics of real images, read batch by batch."""
+    return _merged(
+      self._statistics(
+        check_images(reals.fixed(part), reals.labels[part], self.name)
+      )
+      for part in _parts(indices, self._batch_size)
+    )
 
   def _statistics(self, images: np.ndarray) -> FeatureStats:
     """Statistics of features, computed in batches of one compiled shape."""
-    stats = None
-    for start in range(0, len(images), self._batch_size):
-      index = np.arange(start, start + self._batch_size)
-      batch = images[np.minimum(index, len(images) - 1)]
-      features = np.asarray(jax.device_get(self._feature_fn(batch)))
-      if features.ndim != 2 or len(features) != self._batch_size:
-        raise ValueError(
-          f"{self.name}: feature_fn must return [{self._batch_size}, D], got"
-          f" shape {features.shape}"
-        )
-      part = FeatureStats.from_features(
-        as_feature_matrix(
-          features[: len(images) - start], f"{self.name} features"
-        )
+    return _merged(
+      self._batch_statistics(images, part)
+      for part in _parts(np.arange(len(images)), self._batch_size)
+    )
+
+  def _batch_statistics(
+    self, images: np.ndarray, part: np.ndarray
+  ) -> FeatureStats:
+    filled = np.resize(part, self._batch_size)
+    features = np.asarray(jax.device_get(self._feature_fn(images[filled])))
+    if features.ndim != 2 or len(features) != self._batch_size:
+      raise ValueError(
+        f"{self.name}: feature_fn must return [{self._batch_size}, D], got"
+        f" shape {features.shape}"
       )
-      stats = part if stats is None else stats.merge(part)
-    assert stats is not None  # check_images refuses empty sets
-    return stats
+    return FeatureStats.from_features(
+      as_feature_matrix(features[: len(part)], f"{self.name} features")
+    )
+
+
+def _parts(indices: np.ndarray, size: int) -> Iterator[np.ndarray]:
+  for start in range(0, len(indices), size):
+    yield indices[start : start + size]
+
+
+def _merged(parts: Iterable[FeatureStats]) -> FeatureStats:
+  """All parts in one; there is at least one."""
+  return functools.reduce(lambda total, part: total.merge(part), parts)

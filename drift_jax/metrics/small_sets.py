@@ -18,8 +18,10 @@ from drift_jax.metrics.coverage import (
   duplicates,
 )
 from drift_jax.metrics.evaluators import (
+  Reals,
   check_images,
-  check_per_class,
+  check_labels,
+  check_reals,
   class_subset,
 )
 from drift_jax.metrics.images import Images
@@ -35,24 +37,29 @@ def _check_count(count: int, what: str, name: str) -> None:
     )
 
 
+def _flat(
+  reals: Reals, what: str, name: str, indices: np.ndarray | None = None
+) -> np.ndarray:
+  """Images [N, H, W, C], all or those of the indices, as [N, H W C]."""
+  if indices is None:
+    indices = np.arange(len(reals.labels))
+  _check_count(len(indices), what, name)
+  images = check_images(reals.fixed(indices), indices, name)
+  return images.reshape(len(images), -1)
+
+
 def _flat_reals(
-  train_images: Images,
-  train_labels: np.ndarray,
-  test_images: Images,
-  test_labels: np.ndarray,
-  name: str,
+  train: Reals, test: Reals, name: str
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Training and held-out images [N, H, W, C] as [N, H W C], checked."""
-  train = check_images(train_images, train_labels, name)
-  test = check_images(test_images, test_labels, name)
-  if train.shape[1:] != test.shape[1:]:
+  """All training and held-out images as [N, H W C], checked."""
+  check_reals(train, test, name)
+  flat = _flat(train, "training", name), _flat(test, "held-out", name)
+  if flat[0].shape[1:] != flat[1].shape[1:]:
     raise ValueError(
-      f"{name}: training images are {train.shape[1:]}, held-out ones"
-      f" {test.shape[1:]}"
+      f"{name}: training images have {flat[0].shape[1]} values, held-out ones"
+      f" {flat[1].shape[1]}"
     )
-  _check_count(len(train), "training", name)
-  _check_count(len(test), "held-out", name)
-  return train.reshape(len(train), -1), test.reshape(len(test), -1)
+  return flat
 
 
 class _KeepsImages:
@@ -91,23 +98,20 @@ class CoverageEvaluator(_KeepsImages):
 
   def __init__(
     self,
-    train_images: Images,
-    train_labels: np.ndarray,
-    test_images: Images,
-    test_labels: np.ndarray,
+    train: Reals,
+    test: Reals,
     *,
     k: int,
-    per_class: int,
+    labels: np.ndarray,
     seed: int,
   ):
-    """Takes images [N, H, W, C] in [-1, 1] and integer labels [N].
+    """Reads the images that it compares.
 
     Args:
-      train_images, train_labels: reals that stand in for generated images in
-        the baseline.
-      test_images, test_labels: held-out reals, the reference.
+      train: reals that stand in for generated images in the baseline.
+      test: held-out reals, the reference.
       k: neighbours that set the radius around a held-out image.
-      per_class: images of each class that will be generated.
+      labels: [M] integers, those of the images that will be generated.
       seed: picks the training images of the baseline.
 
     Raises:
@@ -115,18 +119,17 @@ class CoverageEvaluator(_KeepsImages):
         images of a class, or k out of range.
     """
     super().__init__("coverage")
-    train, self._test = _flat_reals(
-      train_images, train_labels, test_images, test_labels, self.name
-    )
+    check_reals(train, test, self.name)
+    chosen = class_subset(train.labels, labels, seed)
+    self._stand_in = _flat(train, "training", self.name, chosen)
+    self._test = _flat(test, "held-out", self.name)
     check_neighbours(k, len(self._test))
-    self._stand_in = train[class_subset(train_labels, per_class, seed)]
-    self._classes = np.unique(train_labels)
-    self._per_class = per_class
+    self._wanted = np.asarray(labels)
     self._k = k
 
   def result(self) -> dict[str, float]:
     images, labels = self._generated()
-    check_per_class(labels, self._classes, self._per_class, self.name)
+    check_labels(labels, self._wanted, self.name)
     return self._figures(images)
 
   def baseline(self) -> dict[str, float]:
@@ -152,23 +155,19 @@ class LabelAccuracyEvaluator(_KeepsImages):
 
   def __init__(
     self,
-    train_images: Images,
-    train_labels: np.ndarray,
-    test_images: Images,
-    test_labels: np.ndarray,
+    train: Reals,
+    test: Reals,
   ):
-    """Takes images [N, H, W, C] in [-1, 1] and integer labels [N].
+    """Reads all images.
 
     Raises:
       ValueError: for empty, ill-matched or too many images, or training images
         of a single class.
     """
     super().__init__("label_accuracy")
-    self._train, self._test = _flat_reals(
-      train_images, train_labels, test_images, test_labels, self.name
-    )
-    self._train_labels = np.asarray(train_labels)
-    self._test_labels = np.asarray(test_labels)
+    self._train, self._test = _flat_reals(train, test, self.name)
+    self._train_labels = np.asarray(train.labels)
+    self._test_labels = np.asarray(test.labels)
     if len(np.unique(self._train_labels)) < 2:
       raise ValueError(
         f"{self.name}: a classifier needs at least 2 classes, the training"
@@ -208,18 +207,16 @@ class DuplicatesEvaluator(_KeepsImages):
 
   def __init__(
     self,
-    train_images: Images,
-    train_labels: np.ndarray,
-    test_images: Images,
-    test_labels: np.ndarray,
+    train: Reals,
+    test: Reals,
     *,
     grid: ArrayLike,
   ):
-    """Takes images [N, H, W, C] in [-1, 1] and integer labels [N].
+    """Reads all images.
 
     Args:
-      train_images, train_labels: what must not be copied.
-      test_images, test_labels: held-out reals.
+      train: what must not be copied.
+      test: held-out reals.
       grid: [G] ascending values that a pixel of the data can take.
 
     Raises:
@@ -227,9 +224,7 @@ class DuplicatesEvaluator(_KeepsImages):
         not ascend.
     """
     super().__init__("duplicates")
-    self._train, self._test = _flat_reals(
-      train_images, train_labels, test_images, test_labels, self.name
-    )
+    self._train, self._test = _flat_reals(train, test, self.name)
     self._grid = check_grid(grid)
 
   def result(self) -> dict[str, float]:

@@ -1,111 +1,39 @@
-"""Sources, loader and feeds: determinism, resume, coverage, errors."""
+"""Feeds: determinism, resume, draws of the right class, real processes."""
 
 import collections
-import threading
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 
 import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
-from drift_jax import data
+from drift_jax import streams
+from drift_jax.data.feed import GroupedFeed, ImageFeed, QueueFeed
+from drift_jax.data.loader import Loader
+from drift_jax.data.order import ClassGrouped
+from tests.data import processes
+from tests.data.fakes import Numbers, values
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
-class Numbers:
-  """Record i: image value i, label i mod 3."""
-
-  def __init__(self, count=30):
-    self.count = count
-
-  def __len__(self):
-    return self.count
-
-  def __getitem__(self, index):
-    return {
-      "image": np.full((2, 2, 1), index, np.float32),
-      "label": np.int32(index % 3),
-    }
+def make_loader(reader=None, process_count=1, **changes):
+  arguments = {"batch_size": 6 * process_count, "seed": 3} | changes
+  return Loader(reader or Numbers(), process_count=process_count, **arguments)
 
 
-def first(loader, count):
-  return [next(loader)["image"][:, 0, 0, 0] for _ in range(count)]
+def make_image(reader=None):
+  return ImageFeed(make_loader(reader or Numbers(noise=True), batch_size=7))
 
 
-def test_digits_split():
-  train = data.make_source("digits", "train")
-  test = data.make_source("digits", "test")
-  assert (len(train), len(test)) == (1257, 540)
-  assert np.bincount(test.labels).tolist() == [54] * 10
-  assert train.sample_shape == (8, 8, 1)
-  assert train.images.min() == -1.0 and train.images.max() == 1.0
-  assert np.isin(train.images, train.grid).all()
-  together = np.concatenate([train.images, test.images]).reshape(1797, -1)
-  assert len(np.unique(together, axis=0)) == 1797
-
-
-def test_source_errors():
-  with pytest.raises(ValueError, match="'digit'.*digits"):
-    data.make_source("digit", "train")
-  with pytest.raises(ValueError, match="'val'.*train"):
-    data.make_source("digits", "val")
-
-
-def test_every_epoch_covers_every_record_once():
-  loader = data.Loader(Numbers(), batch_size=10, seed=0)
-  for _ in range(3):
-    epoch = np.concatenate(first(loader, 3))
-    assert sorted(epoch) == list(range(30))
-
-
-def test_epochs_and_seeds_differ():
-  loader = data.Loader(Numbers(), batch_size=30, seed=0)
-  a, b = first(loader, 2)
-  c = first(data.Loader(Numbers(), batch_size=30, seed=1), 1)[0]
-  assert not np.array_equal(a, b) and not np.array_equal(a, c)
-  assert np.array_equal(
-    a, first(data.Loader(Numbers(), batch_size=30, seed=0), 1)[0]
-  )
-
-
-def test_seek_is_where_reading_would_be():
-  loader = data.Loader(Numbers(), batch_size=7, seed=0)
-  batches = first(loader, 12)
-  loader.seek(9)
-  assert loader.position == 9
-  np.testing.assert_array_equal(first(loader, 3), batches[9:])
-
-
-@pytest.mark.parametrize("processes", [2, 3])
-def test_processes_share_the_global_batch(processes):
-  whole = first(data.Loader(Numbers(), batch_size=6, seed=0), 7)
-  parts = [
-    first(
-      data.Loader(
-        Numbers(),
-        batch_size=6,
-        seed=0,
-        process_index=p,
-        process_count=processes,
-      ),
-      7,
-    )
-    for p in range(processes)
-  ]
-  for step, batch in enumerate(whole):
-    together = np.concatenate([part[step] for part in parts])
-    assert sorted(together) == sorted(batch)
-
-
-def test_batch_size_must_divide():
-  with pytest.raises(
-    ValueError, match="7 must be a positive multiple of the 2"
-  ):
-    data.Loader(Numbers(), batch_size=7, seed=0, process_count=2)
-
-
-def make_feed(source=None, **changes):
+def make_queue(reader=None, *, loader=None, **changes):
   arguments = {
-    "num_classes": 3,
-    "sample_shape": (2, 2, 1),
     "seed": 0,
     "class_size": 5,
     "unconditional_size": 12,
@@ -116,40 +44,56 @@ def make_feed(source=None, **changes):
     "num_positives": 3,
     "num_unconditional": 5,
   } | changes
-  loader = data.Loader(source or Numbers(), batch_size=6, seed=3)
-  return data.QueueFeed(loader, **arguments)
+  return QueueFeed(loader or make_loader(reader), **arguments)
 
 
-def test_queue_feed_draws_the_right_class():
-  feed = make_feed()
-  feed.start()
-  for _ in range(10):
-    batch = next(feed)
-    assert batch["positives"].shape == (4, 3, 2, 2, 1)
-    assert batch["unconditional"].shape == (4, 5, 2, 2, 1)
-    numbers = batch["positives"][:, :, 0, 0, 0]
-    np.testing.assert_array_equal(
-      numbers % 3, np.repeat(batch["labels"][:, None], 3, 1)
-    )
+def make_grouped(reader=None, **changes):
+  arguments = {
+    "seed": 3,
+    "num_labels": 4,
+    "num_positives": 3,
+    "num_unconditional": 5,
+  } | changes
+  return GroupedFeed(reader or Numbers(noise=True), **arguments)
 
 
-def test_queue_feed_resumes_bit_equal():
-  feed = make_feed()
+FEEDS = {"image": make_image, "queue": make_queue, "grouped": make_grouped}
+
+
+@pytest.fixture(params=FEEDS)
+def make(request):
+  return FEEDS[request.param]
+
+
+def assert_same(batch, other):
+  assert batch.keys() == other.keys()
+  for name in batch:
+    assert batch[name].dtype == other[name].dtype
+    np.testing.assert_array_equal(batch[name], other[name])
+
+
+def test_resumes_bit_equal_where_its_state_was_taken(make):
+  feed = make()
   feed.start()
   for _ in range(4):
     next(feed)
-  saved = jax.tree.map(np.array, feed.state())
+  saved = feed.state()
   expected = [next(feed) for _ in range(5)]
-  other = make_feed()
-  other.restore(jax.tree.map(jax.numpy.asarray, saved))
+  other = make()
+  other.restore(saved)
   for batch in expected:
-    resumed = next(other)
-    for name in batch:
-      np.testing.assert_array_equal(resumed[name], batch[name])
+    assert_same(next(other), batch)
+  new = make()
+  new.start()
+  images = {"image", "positives"} & set(expected[0])
+  for name in images:
+    assert not np.array_equal(next(new)[name], expected[0][name])
+  for each in (feed, other, new):
+    each.close()
 
 
-def test_abstract_has_the_shapes_of_the_state():
-  feed = make_feed()
+def test_abstract_has_the_shapes_of_the_state(make):
+  feed = make()
   shapes = [
     jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     for tree in (feed.abstract(), feed.state())
@@ -157,32 +101,99 @@ def test_abstract_has_the_shapes_of_the_state():
   assert shapes[0] == shapes[1]
 
 
-def test_queue_feed_without_prefill_names_the_class():
-  feed = make_feed(prefill=0)
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16, ml_dtypes.bfloat16])
+def test_images_come_in_the_readers_dtype(make, dtype):
+  feed = make(Numbers(dtype=dtype))
+  feed.start()
+  for name, array in next(feed).items():
+    assert array.dtype == (np.int32 if name.startswith("label") else dtype)
+  feed.close()
+
+
+def test_queue_draws_the_right_class():
+  feed = make_queue()
+  feed.start()
+  for _ in range(10):
+    batch = next(feed)
+    assert batch["positives"].shape == (4, 3, 2, 2, 1)
+    assert batch["unconditional"].shape == (4, 5, 2, 2, 1)
+    np.testing.assert_array_equal(
+      values(batch["positives"]) % 3, np.repeat(batch["labels"][:, None], 3, 1)
+    )
+
+
+def test_queue_draws_what_its_definition_draws():
+  """Rings as lists, draws by JAX alone: the keys and their use are fixed."""
+  loader, feed = make_loader(), make_queue()
+  feed.start()
+  rings = {label: [None] * 5 for label in range(3)}
+  pushed, everything = collections.Counter(), [None] * 12
+
+  def push(batch):
+    for value, label in zip(
+      values(batch["image"]), batch["label"], strict=True
+    ):
+      rings[int(label)][pushed[int(label)] % 5] = value
+      everything[pushed["any"] % 12] = value
+      pushed[int(label)] += 1
+      pushed["any"] += 1
+
+  for _ in range(4):
+    push(next(loader))
+  for step in range(5):
+    newest = next(loader)
+    push(newest)
+    key = jax.random.fold_in(streams.stream(0, "queue"), step)
+    label_key, sample_key = jax.random.split(key)
+    labels = jax.random.choice(label_key, newest["label"], (4,), replace=False)
+    a, b = jax.random.split(sample_key)
+    slots = jnp.argsort(jax.random.uniform(a, (4, 5)), axis=1)[:, :3]
+    any_slots = jnp.argsort(jax.random.uniform(b, (4, 12)), axis=1)[:, :5]
+    batch = next(feed)
+    np.testing.assert_array_equal(batch["labels"], labels)
+    for row, label in enumerate(np.asarray(labels)):
+      np.testing.assert_array_equal(
+        values(batch["positives"][row]),
+        [rings[int(label)][slot] for slot in slots[row]],
+      )
+      np.testing.assert_array_equal(
+        values(batch["unconditional"][row]),
+        [everything[slot] for slot in any_slots[row]],
+      )
+
+
+def test_queue_state_is_a_copy():
+  """What has been handed out to be saved does not change any more."""
+  feed = make_queue()
+  feed.start()
+  state = feed.state()
+  before = jax.tree.map(np.array, state)
+  for _ in range(3):
+    next(feed)
+  jax.tree.map(np.testing.assert_array_equal, state, before)
+  after = feed.state()["bank"]["samples"]
+  assert not np.array_equal(after, before["bank"]["samples"])
+
+
+def test_queue_without_prefill_names_the_class():
+  feed = make_queue(prefill=0)
   feed.start()
   with pytest.raises(ValueError, match=r"class \d has \d samples"):
     next(feed)
 
 
-def test_queue_feed_with_replacement_starts_at_once():
-  feed = make_feed(prefill=0, with_replacement=True)
+def test_queue_with_replacement_starts_at_once():
+  feed = make_queue(prefill=0, with_replacement=True)
   feed.start()
   batch = next(feed)
-  numbers = batch["positives"][:, :, 0, 0, 0]
   np.testing.assert_array_equal(
-    numbers % 3, np.repeat(batch["labels"][:, None], 3, 1)
+    values(batch["positives"]) % 3, np.repeat(batch["labels"][:, None], 3, 1)
   )
 
 
-def test_queue_feed_refuses_labels_out_of_range():
-  feed = make_feed(num_classes=2)
-  with pytest.raises(ValueError, match=r"label 2, outside \[0, 2\)"):
-    feed.start()
-
-
-def test_labels_are_drawn_from_the_newest_push():
+def test_queue_labels_are_drawn_from_the_newest_push():
   """Each label no more often than it has just been pushed."""
-  feed, loader = make_feed(), data.Loader(Numbers(), batch_size=6, seed=3)
+  feed, loader = make_queue(), make_loader()
   feed.start()
   loader.seek(4)  # past the prefill
   drawn = collections.Counter()
@@ -194,38 +205,29 @@ def test_labels_are_drawn_from_the_newest_push():
   assert set(drawn) == {0, 1, 2}
 
 
-def test_labels_of_the_newest_push_alone():
-  """Ten classes in the queue, but a push holds two: only they are drawn."""
-
-  class InOrder(Numbers):
-    def __getitem__(self, index):
-      return {
-        "image": np.full((2, 2, 1), index, np.float32),
-        "label": np.int32(index % 10),
-      }
-
-  feed = make_feed(
-    InOrder(200), num_classes=10, prefill=180, num_labels=6, num_positives=1
-  )
+def test_queue_labels_of_the_newest_push_alone():
+  """Ten classes in the queue, but a push holds fewer: only they are drawn."""
+  reader = Numbers(200, classes=10)
+  feed = make_queue(reader, prefill=180, num_labels=6, num_positives=1)
   feed.start()
-  loader = data.Loader(InOrder(200), batch_size=6, seed=3)
+  loader = make_loader(reader)
   loader.seek(30)
   for _ in range(10):
     pushed = sorted(next(loader)["label"].tolist())
     assert sorted(next(feed)["labels"].tolist()) == pushed
 
 
-def test_every_label_gets_its_own_unconditional_reals():
+def test_queue_gives_every_label_its_own_unconditional_reals():
   """Rows differ, repeat nothing, and are the newest samples of any class."""
-  feed = make_feed(Numbers(100), num_unconditional=8)
-  loader = data.Loader(Numbers(100), batch_size=6, seed=3)
+  feed = make_queue(Numbers(100), num_unconditional=8)
+  loader = make_loader(Numbers(100))
   newest = collections.deque(maxlen=12)
   feed.start()
   for _ in range(4):
-    newest.extend(next(loader)["image"][:, 0, 0, 0])
+    newest.extend(values(next(loader)["image"]))
   for _ in range(6):
-    newest.extend(next(loader)["image"][:, 0, 0, 0])
-    rows = next(feed)["unconditional"][:, :, 0, 0, 0]
+    newest.extend(values(next(loader)["image"]))
+    rows = values(next(feed)["unconditional"])
     for row in rows:
       assert len(set(row)) == 8 and set(row) <= set(newest)
     # 12! / 4! orders of 8 of 12: a repeated row is no coincidence.
@@ -233,36 +235,27 @@ def test_every_label_gets_its_own_unconditional_reals():
     assert len({tuple(row) for row in rows}) == len(rows)
 
 
-def test_image_feed_resumes_where_its_state_was_taken():
-  def make():
-    return data.ImageFeed(data.Loader(Numbers(), batch_size=7, seed=3))
-
-  feed = make()
-  feed.start()
-  for _ in range(5):
-    next(feed)
-  saved = jax.tree.map(np.array, feed.state())
-  expected = [next(feed) for _ in range(4)]
-  other = make()
-  other.restore(saved)
-  for batch in expected:
-    resumed = next(other)
-    for name in ("image", "label"):
-      np.testing.assert_array_equal(resumed[name], batch[name])
-  assert not np.array_equal(next(make())["image"], expected[0]["image"])
+def test_queue_sizes_must_fit():
+  with pytest.raises(ValueError, match="batch of 6 is not .*=7 for each of 1"):
+    make_queue(push_per_step=7)
+  with pytest.raises(ValueError, match="labels=9 over 1 .*takes 9.*step=6"):
+    make_queue(num_labels=9)
+  with pytest.raises(ValueError, match="labels=3 must be .* multiple of the 2"):
+    make_queue(loader=make_loader(process_count=2), num_labels=3)
 
 
-def test_seek_stops_the_old_readers():
-  """A loader starts its readers as it needs them: up to 4 may be yet to
-  come, but not some more for each of 20 seeks."""
-  loader = data.Loader(Numbers(), batch_size=2, seed=0, num_threads=4)
-  next(loader)
-  before, held = threading.active_count(), []
-  for position in range(20):
-    held.append(loader._iterator)  # not left to the garbage collector
-    loader.seek(position)
-    next(loader)
-  assert threading.active_count() <= before + 4
+def test_queues_of_two_processes_draw_on_their_own():
+  """Equal queues, one label: only the processes' own keys tell them apart."""
+  rows = []
+  for process in range(2):
+    reader = Numbers(1, classes=1)
+    loader = make_loader(reader, process_index=process, process_count=2)
+    feed = make_queue(loader=loader, class_size=30)
+    feed.start()
+    feed._bank.samples[0, :, 0, 0, 0] = np.arange(30)
+    rows.append(values(next(feed)["positives"]))
+    assert rows[-1].shape == (2, 3)
+  assert not np.array_equal(*rows)
 
 
 def test_without_a_cpu_backend_says_what_to_set(monkeypatch):
@@ -271,4 +264,132 @@ def test_without_a_cpu_backend_says_what_to_set(monkeypatch):
 
   monkeypatch.setattr(jax, "local_devices", local_devices)
   with pytest.raises(RuntimeError, match="JAX_PLATFORMS=cuda,cpu"):
-    make_feed()
+    make_queue()
+
+
+def test_grouped_reads_what_its_order_says():
+  reader = Numbers(classes=3, chunk=4)
+  feed = make_grouped(reader, num_labels=2)
+  order = ClassGrouped(
+    reader.labels,
+    reader.class_names,
+    seed=3,
+    num_labels=2,
+    num_positives=3,
+    num_unconditional=5,
+  )
+  for step in range(9):
+    batch = next(feed)
+    np.testing.assert_array_equal(batch["labels"], order.labels(step))
+    np.testing.assert_array_equal(
+      values(batch["positives"]), order.positives(step)
+    )
+    np.testing.assert_array_equal(
+      values(batch["unconditional"]), order.unconditional(step)
+    )
+  feed.close()
+
+
+def test_grouped_without_unconditional_reals():
+  feed = make_grouped(num_unconditional=0)
+  batch = next(feed)
+  assert batch["unconditional"].shape == (4, 0, 2, 2, 1)
+  feed.close()
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_grouped_processes_hold_contiguous_labels(count):
+  whole = make_grouped()
+  parts = [
+    make_grouped(process_index=p, process_count=count) for p in range(count)
+  ]
+  for _ in range(5):
+    batch = next(whole)
+    pieces = [next(part) for part in parts]
+    for name in batch:
+      together = np.concatenate([piece[name] for piece in pieces])
+      np.testing.assert_array_equal(together, batch[name])
+  for feed in (whole, *parts):
+    feed.close()
+
+
+def test_grouped_errors():
+  with pytest.raises(ValueError, match="labels=4 must be .* of the 3"):
+    make_grouped(process_count=3)
+  with pytest.raises(ValueError, match="class1.*has 2 images"):
+    make_grouped(Numbers(labels=[0] * 8 + [1, 1], classes=2), num_labels=1)
+
+
+def free_port():
+  with socket.socket() as server:
+    server.bind(("127.0.0.1", 0))
+    return server.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+  """What two real processes of two devices each held and saw."""
+  directory, port = tmp_path_factory.mktemp("processes"), free_port()
+  environment = os.environ | {
+    "PYTHONPATH": str(ROOT),
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "",
+  }
+  running = [
+    subprocess.Popen(
+      [sys.executable, processes.__file__, str(p), "2", str(port), directory],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      env=environment,
+      cwd=ROOT,
+    )
+    for p in range(2)
+  ]
+  output = [process.communicate(timeout=240)[0] for process in running]
+  for process, text in zip(running, output, strict=True):
+    assert process.returncode == 0, text[-4000:]
+  return [
+    {
+      kind: dict(np.load(directory / f"{kind}{p}.npz").items())
+      for kind in ("local", "whole")
+    }
+    for p in range(2)
+  ]
+
+
+@pytest.mark.parametrize("name", ["image", "grouped", "workers"])
+def test_two_processes_see_the_batches_of_one(two_processes, name):
+  """Disjoint, complete shards; the same global arrays on both, bit for bit."""
+  feed = processes.image_feed() if name == "image" else processes.grouped_feed()
+  expected = processes.flat(name, processes.batches(feed))
+  for key, array in expected.items():
+    shards = [process["local"][key] for process in two_processes]
+    np.testing.assert_array_equal(np.concatenate(shards), array)
+    for process in two_processes:
+      np.testing.assert_array_equal(process["whole"][key], array)
+
+
+def test_two_processes_keep_a_queue_each(two_processes):
+  """Each draws half of the labels from its own half of the data.
+
+  That a checkpoint resumes both queues bit-equal is asserted over there.
+  """
+  loader = Loader(processes.reader(), batch_size=12, seed=1)
+  halves = [set(), set()]
+  for _ in range(4):
+    image = next(loader)["image"]
+    for half in range(2):
+      halves[half] |= {row.tobytes() for row in image[6 * half : 6 * half + 6]}
+  for step in range(processes.BATCHES):
+    new = next(loader)["image"]
+    for half, process in enumerate(two_processes):
+      halves[half] |= {row.tobytes() for row in new[6 * half : 6 * half + 6]}
+      key = f"queue/{step}/"
+      positives = process["local"][key + "positives"]
+      assert positives.shape == (2, 2, 4, 4, 3)
+      assert {x.tobytes() for row in positives for x in row} <= halves[half]
+      np.testing.assert_array_equal(
+        np.floor(values(positives)) % 4,
+        np.repeat(process["local"][key + "labels"][:, None], 2, 1),
+      )

@@ -10,6 +10,17 @@ GRID = np.linspace(-1.0, 1.0, 17)
 
 
 @dataclasses.dataclass(frozen=True)
+class ImageSet:
+  """Images in memory, as metrics.Reals."""
+
+  images: np.ndarray
+  labels: np.ndarray
+
+  def fixed(self, indices: np.ndarray) -> np.ndarray:
+    return self.images[indices]
+
+
+@dataclasses.dataclass(frozen=True)
 class Digits:
   """1797 images [N, 8, 8, 1] in [-1, 1]; 54 of each class are held out."""
 
@@ -19,12 +30,10 @@ class Digits:
   test_labels: np.ndarray
 
   @property
-  def arrays(self):
+  def reals(self):
     return (
-      self.train_images,
-      self.train_labels,
-      self.test_images,
-      self.test_labels,
+      ImageSet(self.train_images, self.train_labels),
+      ImageSet(self.test_images, self.test_labels),
     )
 
 
@@ -39,3 +48,8 @@ def digits() -> Digits:
   )
   train = np.setdiff1d(np.arange(len(labels)), heldout)
   return Digits(images[train], labels[train], images[heldout], labels[heldout])
+
+
+def labels_of(per_class: int) -> np.ndarray:
+  """Labels of as many digits of each class."""
+  return np.arange(10 * per_class, dtype=np.int32) % 10

@@ -11,6 +11,7 @@ from drift_jax.metrics import (
   class_subset,
   frechet_distance,
 )
+from tests.metrics.conftest import ImageSet, labels_of
 
 FEATURES = np.random.default_rng(0).normal(size=(64, 5)).astype(np.float32)
 
@@ -25,8 +26,9 @@ def pixels(images):
 
 
 def build(digits, feature_fn=features, name="fd_test", **changes):
-  settings = {"per_class": 20, "batch_size": 32, "seed": 0} | changes
-  return FrechetEvaluator(name, feature_fn, *digits.arrays, **settings)
+  settings = {"labels": labels_of(20), "batch_size": 32, "seed": 0}
+  settings |= changes
+  return FrechetEvaluator(name, feature_fn, *digits.reals, **settings)
 
 
 def statistics(images):
@@ -62,7 +64,7 @@ def test_frechet_streams_to_the_exact_distance(digits, split):
 
 def test_frechet_baseline_is_train_against_heldout_of_the_same_count(digits):
   evaluator = build(digits, seed=3)
-  chosen = class_subset(digits.train_labels, 20, seed=3)
+  chosen = class_subset(digits.train_labels, labels_of(20), seed=3)
   expected = frechet_distance(
     statistics(digits.train_images[chosen]), statistics(digits.test_images)
   )
@@ -80,7 +82,7 @@ def test_feature_fn_sees_one_shape_and_each_image_once(digits):
     batches.append(images)
     return pixels(images)
 
-  evaluator = build(digits, record, per_class=20, batch_size=48)
+  evaluator = build(digits, record, batch_size=48)
   evaluator.baseline()
   assert {batch.shape for batch in batches} == {(48, 8, 8, 1)}
   assert {batch.dtype for batch in batches} == {np.dtype(np.float32)}
@@ -96,18 +98,21 @@ def test_feature_fn_sees_one_shape_and_each_image_once(digits):
 
 def test_class_subset():
   labels = np.array([2, 0, 2, 2, 0, 5, 5, 0])
-  chosen = class_subset(labels, 2, seed=0)
-  assert labels[chosen].tolist() == [0, 0, 2, 2, 5, 5]
-  assert len(set(chosen)) == 6
-  assert np.array_equal(chosen, class_subset(labels, 2, seed=0))
-  draws = {tuple(class_subset(labels, 2, seed=i)) for i in range(20)}
+  wanted = np.array([5, 0, 2, 2, 0])
+  chosen = class_subset(labels, wanted, seed=0)
+  assert labels[chosen].tolist() == [0, 0, 2, 2, 5]
+  assert len(set(chosen)) == 5
+  assert np.array_equal(chosen, class_subset(labels, wanted, seed=0))
+  draws = {tuple(class_subset(labels, wanted, seed=i)) for i in range(20)}
   assert len(draws) > 3
   with pytest.raises(ValueError, match="class 5 has 2.*fewer than.* 3 "):
-    class_subset(labels, 3, seed=0)
-  with pytest.raises(ValueError, match="per_class=0"):
-    class_subset(labels, 0, seed=0)
-  with pytest.raises(ValueError, match="0 labels"):
-    class_subset(labels[:0], 1, seed=0)
+    class_subset(labels, np.array([5, 5, 5]), seed=0)
+  with pytest.raises(ValueError, match="class 7 has 0"):
+    class_subset(labels, np.array([7]), seed=0)
+  with pytest.raises(ValueError, match="for 0 labels"):
+    class_subset(labels, wanted[:0], seed=0)
+  with pytest.raises(ValueError, match="from 0"):
+    class_subset(labels[:0], wanted, seed=0)
 
 
 @pytest.mark.parametrize("name", ["fid", "FID", "fd_fid", "fid_encoder", "x"])
@@ -130,7 +135,7 @@ def test_wrong_counts(digits):
   chosen = class_indices(digits.train_labels, 20)
   images, labels = digits.train_images[chosen], digits.train_labels[chosen]
   evaluator.update(images[:-1], labels[:-1])
-  with pytest.raises(ValueError, match="19 .*class 9.* 20 .*per_class=20"):
+  with pytest.raises(ValueError, match="19 .*class 9.* for 20"):
     evaluator.result()
   evaluator.reset()
   evaluator.update(images[20:], labels[20:])
@@ -138,10 +143,10 @@ def test_wrong_counts(digits):
     evaluator.result()
   evaluator.update(images[:20], labels[:20])
   evaluator.update(images[:1], np.array([11], np.int32))
-  with pytest.raises(ValueError, match="1 generated images of class 11.* 0 "):
+  with pytest.raises(ValueError, match="1 generated images of class 11.* 0"):
     evaluator.result()
   with pytest.raises(ValueError, match="class 0 has .*fewer than.* 200 "):
-    build(digits, per_class=200)
+    build(digits, labels=labels_of(200))
   with pytest.raises(ValueError, match="batch_size"):
     build(digits, batch_size=0)
 
@@ -156,6 +161,18 @@ def test_bad_images_and_features(digits):
   ):
     with pytest.raises(ValueError, match="fd_test: need non-empty images"):
       evaluator.update(bad_images, bad_labels)
+  train, test = digits.reals
+  empty = ImageSet(test.images[:0], test.labels[:0])
+  for reals in ((train, empty), (empty, test)):
+    with pytest.raises(ValueError, match="fd_test: there are no"):
+      FrechetEvaluator(
+        "fd_test",
+        features,
+        *reals,
+        labels=labels_of(1),
+        batch_size=4,
+        seed=0,
+      )
   broken = images.copy()
   broken[2, 0, 0, 0] = np.nan
   with pytest.raises(ValueError, match="fd_test features: 1 of 4.*row 2"):

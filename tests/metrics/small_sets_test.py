@@ -12,7 +12,7 @@ from drift_jax.metrics import (
   duplicates,
   small_sets,
 )
-from tests.metrics.conftest import GRID
+from tests.metrics.conftest import GRID, ImageSet, labels_of
 
 
 def flat(images):
@@ -20,23 +20,23 @@ def flat(images):
 
 
 def coverage_evaluator(digits, **changes):
-  settings = {"k": 5, "per_class": 54, "seed": 1} | changes
-  return CoverageEvaluator(*digits.arrays, **settings)
+  settings = {"k": 5, "labels": labels_of(54), "seed": 1} | changes
+  return CoverageEvaluator(*digits.reals, **settings)
 
 
 @pytest.fixture
 def every(digits):
   return [
     coverage_evaluator(digits),
-    LabelAccuracyEvaluator(*digits.arrays),
-    DuplicatesEvaluator(*digits.arrays, grid=GRID),
+    LabelAccuracyEvaluator(*digits.reals),
+    DuplicatesEvaluator(*digits.reals, grid=GRID),
   ]
 
 
 @pytest.fixture(scope="module")
 def stand_in(digits):
   """54 training images of each class: what a perfect memory would draw."""
-  chosen = class_subset(digits.train_labels, 54, seed=1)
+  chosen = class_subset(digits.train_labels, labels_of(54), seed=1)
   return digits.train_images[chosen], digits.train_labels[chosen]
 
 
@@ -76,7 +76,7 @@ def test_coverage_against_heldout(digits, stand_in):
 
 
 def test_label_accuracy_is_that_of_a_classifier_of_reals(digits):
-  evaluator = LabelAccuracyEvaluator(*digits.arrays)
+  evaluator = LabelAccuracyEvaluator(*digits.reals)
   heldout = evaluator.baseline()["label_accuracy"]
   assert heldout >= 0.985
   evaluator.update(digits.test_images, digits.test_labels)
@@ -85,21 +85,21 @@ def test_label_accuracy_is_that_of_a_classifier_of_reals(digits):
   wrong = (digits.test_labels + 1) % 10
   evaluator.update(digits.test_images, wrong)
   assert evaluator.result()["label_accuracy"] < 0.01
-  again = LabelAccuracyEvaluator(*digits.arrays)
+  again = LabelAccuracyEvaluator(*digits.reals)
   assert again.baseline()["label_accuracy"] == heldout
 
 
 def test_label_accuracy_learns_nothing_from_heldout_images(digits):
-  images, labels, test_images, test_labels = digits.arrays
-  wrong = (test_labels + 1) % 10
-  evaluator = LabelAccuracyEvaluator(images, labels, test_images, wrong)
+  train, test = digits.reals
+  wrong = ImageSet(test.images, (test.labels + 1) % 10)
+  evaluator = LabelAccuracyEvaluator(train, wrong)
   assert evaluator.baseline()["label_accuracy"] < 0.01
-  evaluator.update(images, labels)
+  evaluator.update(train.images, train.labels)
   assert evaluator.result()["label_accuracy"] == 1.0
 
 
 def test_duplicates_of_training_images(digits):
-  evaluator = DuplicatesEvaluator(*digits.arrays, grid=GRID)
+  evaluator = DuplicatesEvaluator(*digits.reals, grid=GRID)
   baseline = evaluator.baseline()
   counts = duplicates(
     flat(digits.test_images),
@@ -131,28 +131,36 @@ def test_too_many_images_are_refused(monkeypatch, digits, every):
     evaluator.update(*part)
     with pytest.raises(ValueError, match="1200 generated.*at most 1000"):
       evaluator.update(*part)
-  with pytest.raises(ValueError, match="coverage: 1257 training.*at most 1000"):
-    coverage_evaluator(digits)
+  train, test = digits.reals
+  # Only those that stand in for generated images count, and they are read.
+  coverage_evaluator(digits)
+  with pytest.raises(ValueError, match="coverage: 1010 training.*at most 1000"):
+    coverage_evaluator(digits, labels=labels_of(101))
+  with pytest.raises(ValueError, match="accuracy: 1257 training.*at most 1000"):
+    LabelAccuracyEvaluator(train, test)
   monkeypatch.setattr(small_sets, "MAX_IMAGES", 1257)
-  train, labels, _, _ = digits.arrays
-  more = np.concatenate([train, train[:1]])
-  more_labels = np.concatenate([labels, labels[:1]])
+  more = ImageSet(
+    np.concatenate([train.images, train.images[:1]]),
+    np.concatenate([train.labels, train.labels[:1]]),
+  )
   with pytest.raises(ValueError, match="accuracy: 1258 held-out.*at most 1257"):
-    LabelAccuracyEvaluator(train, labels, more, more_labels)
+    LabelAccuracyEvaluator(train, more)
 
 
 def test_bad_settings(digits):
   with pytest.raises(ValueError, match="k = 540 .*1 to 539"):
     coverage_evaluator(digits, k=540)
   with pytest.raises(ValueError, match="class 0 has"):
-    coverage_evaluator(digits, per_class=500)
+    coverage_evaluator(digits, labels=labels_of(500))
   with pytest.raises(ValueError, match="ascending"):
-    DuplicatesEvaluator(*digits.arrays, grid=GRID[::-1])
-  train, labels, test, test_labels = digits.arrays
-  with pytest.raises(ValueError, match=r"\(8, 8, 1\).*\(4, 8, 1\)"):
-    LabelAccuracyEvaluator(train, labels, test[:, :4], test_labels)
+    DuplicatesEvaluator(*digits.reals, grid=GRID[::-1])
+  train, test = digits.reals
+  with pytest.raises(ValueError, match="have 64 values.*32"):
+    LabelAccuracyEvaluator(train, ImageSet(test.images[:, :4], test.labels))
   with pytest.raises(ValueError, match="at least 2 classes"):
-    LabelAccuracyEvaluator(train, np.zeros_like(labels), test, test_labels)
+    LabelAccuracyEvaluator(
+      ImageSet(train.images, np.zeros_like(train.labels)), test
+    )
 
 
 def test_wrong_count_per_class(digits, stand_in):

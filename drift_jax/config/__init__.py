@@ -1,0 +1,55 @@
+"""The typed form of a config, and its validation with messages that teach.
+
+configs/*.py hold the values (every default included); the dataclasses of
+`schema` hold names, types and what may go together. `parse` turns a ConfigDict
+into them before anything is compiled: an unknown key, a missing key, a wrong
+type or contradicting values raise ConfigError with the key, the value and what
+would be valid.
+"""
+
+from drift_jax.config.checks import check
+from drift_jax.config.parsing import check_override, parse, unknown_key
+from drift_jax.config.resume import check_resumable, to_json
+from drift_jax.config.schema import (
+  EVAL_METRICS,
+  TASKS,
+  Checkpoint,
+  ConfigError,
+  Data,
+  Encoder,
+  GeneratorConfig,
+  GeneratorEval,
+  GeneratorModel,
+  Guidance,
+  MaeConfig,
+  MaeModel,
+  Mesh,
+  Optim,
+  Section,
+  Vae,
+)
+
+__all__ = [
+  "EVAL_METRICS",
+  "TASKS",
+  "Checkpoint",
+  "ConfigError",
+  "Data",
+  "Encoder",
+  "GeneratorConfig",
+  "GeneratorEval",
+  "GeneratorModel",
+  "Guidance",
+  "MaeConfig",
+  "MaeModel",
+  "Mesh",
+  "Optim",
+  "Section",
+  "Vae",
+  "check",
+  "check_override",
+  "check_resumable",
+  "parse",
+  "to_json",
+  "unknown_key",
+]

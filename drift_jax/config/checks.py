@@ -1,0 +1,314 @@
+"""What may go together: ranges and contradictions of a typed config."""
+
+import difflib
+import math
+from typing import Any
+
+from drift_jax.config.schema import (
+  CROPS,
+  DECODERS,
+  EVAL_METRICS,
+  WIRE_DTYPES,
+  ConfigError,
+  GeneratorConfig,
+  MaeConfig,
+)
+
+
+def check(config: GeneratorConfig | MaeConfig) -> None:
+  """Raises ConfigError where values are out of range or contradict."""
+  if isinstance(config, GeneratorConfig):
+    _check_generator(config)
+  else:
+    _check_mae(config)
+
+
+def _require(condition: bool, message: str) -> None:
+  if not condition:
+    raise ConfigError(message)
+
+
+def _choice(path: str, value: str, options: tuple[str, ...]) -> None:
+  close = difflib.get_close_matches(value, options, n=1)
+  hint = f" (did you mean {close[0]!r}?)" if close else ""
+  _require(
+    value in options,
+    f"{path}={value!r}: valid options are {list(options)}{hint}",
+  )
+
+
+def _at_least(path: str, value: float, least: float) -> None:
+  _require(value >= least, f"{path}={value!r} must be at least {least}")
+
+
+def _distinct(path: str, values: tuple[Any, ...]) -> None:
+  _require(
+    len(set(values)) == len(values), f"{path}={values} holds a value twice"
+  )
+
+
+def _check_common(config: GeneratorConfig | MaeConfig) -> None:
+  optim, checkpoint = config.optim, config.checkpoint
+  _require(
+    0 <= config.seed < 2**32,
+    f"seed={config.seed} must lie in [0, 2**32): random keys have 32 bits",
+  )
+  _choice("optim.schedule", optim.schedule, ("constant", "cosine"))
+  _at_least("train.num_steps", config.train.num_steps, 1)
+  _at_least("train.log_every", config.train.log_every, 1)
+  _check_data(config)
+  _at_least("optim.warmup_steps", optim.warmup_steps, 0)
+  _at_least("optim.weight_decay", optim.weight_decay, 0)
+  for name in ("learning_rate", "grad_clip", "eps"):
+    value = getattr(optim, name)
+    _require(value > 0, f"optim.{name}={value!r} must be positive")
+  for name in ("b1", "b2"):
+    value = getattr(optim, name)
+    _require(0 <= value < 1, f"optim.{name}={value!r} must lie in [0, 1)")
+  _require(
+    optim.warmup_steps <= config.train.num_steps,
+    f"optim.warmup_steps={optim.warmup_steps} is longer than "
+    f"train.num_steps={config.train.num_steps}",
+  )
+  decays = config.ema.decays
+  _require(
+    len(decays) > 0 and all(0 <= d < 1 for d in decays),
+    f"ema.decays={decays} must hold at least one value in [0, 1)",
+  )
+  _distinct("ema.decays", decays)
+  _require(
+    config.eval.ema_decay in decays,
+    f"eval.ema_decay={config.eval.ema_decay} is not one of ema.decays={decays}",
+  )
+  for name in ("fsdp", "data"):
+    size = getattr(config.mesh, name)
+    _require(
+      size == -1 or size >= 1, f"mesh.{name}={size} must be -1 or at least 1"
+    )
+  _require(
+    (config.mesh.data, config.mesh.fsdp) != (-1, -1),
+    "mesh.data=-1 and mesh.fsdp=-1: only one may be -1 (all devices that the "
+    "other leaves); set the other",
+  )
+  _at_least("eval.every", config.eval.every, 0)
+  _at_least("eval.batch_size", config.eval.batch_size, 1)
+  _at_least("checkpoint.every", checkpoint.every, 1)
+  _at_least("checkpoint.keep_latest", checkpoint.keep_latest, 1)
+  _at_least("checkpoint.keep_every", checkpoint.keep_every, 0)
+  _choice("checkpoint.on_corrupt", checkpoint.on_corrupt, ("error", "previous"))
+  _choice("model.dtype", config.model.dtype, ("float32", "bfloat16"))
+  # 0: as many as the data have, filled in when they are opened.
+  _at_least("model.num_classes", config.model.num_classes, 0)
+
+
+def _check_data(config: GeneratorConfig | MaeConfig) -> None:
+  data, vae = config.data, config.vae
+  for name in ("num_threads", "image_size"):
+    _at_least(f"data.{name}", getattr(data, name), 1)
+  for name in ("num_workers", "prefetch", "max_corrupt", "held_out"):
+    _at_least(f"data.{name}", getattr(data, name), 0)
+  _choice("data.crop", data.crop, CROPS)
+  _choice("data.wire", data.wire, WIRE_DTYPES)
+  _choice("data.decoder", data.decoder, DECODERS)
+  _choice("data.class_order", data.class_order, ("", "imagenet"))
+  _require(
+    data.channels in (1, 3), f"data.channels={data.channels} must be 1 or 3"
+  )
+  scale = data.crop_scale
+  _require(
+    len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1,
+    f"data.crop_scale={scale} must be (smallest, largest) share of the "
+    "image's area, 0 < smallest <= largest <= 1",
+  )
+  _require(data.train_split != "", "data.train_split is empty: name a split")
+  _require(
+    data.train_split != data.test_split,
+    f"data.train_split and data.test_split are both {data.train_split!r}: "
+    "held-out images must not be trained on",
+  )
+  _choice("vae.dtype", vae.dtype, ("float32", "bfloat16"))
+  _require(
+    vae.path != "" or not data.source.startswith("latents:"),
+    f"data.source={data.source!r} needs vae.path, the autoencoder that made "
+    "the latents: python -m drift_jax.tools.convert_weights vae writes it",
+  )
+
+
+def _check_generator(config: GeneratorConfig) -> None:
+  _check_common(config)
+  _require(
+    config.vae.path == "" or config.data.source.startswith("latents:"),
+    f"vae.path={config.vae.path!r} with data.source={config.data.source!r}: a "
+    "generator of latents reads a latent cache; make one by python -m "
+    "drift_jax.tools.cache_latents and set data.source=latents:DIR",
+  )
+  batch, model = config.batch, config.model
+  drift, guidance, evaluation = config.drift, config.guidance, config.eval
+  for name in ("labels", "generated", "positives"):
+    _at_least(f"batch.{name}", getattr(batch, name), 1)
+  _at_least("batch.unconditional", batch.unconditional, 0)
+  _require(
+    batch.generated >= 2 or batch.unconditional >= 1,
+    f"batch.generated={batch.generated} with batch.unconditional=0: a single "
+    "sample has no negative but itself, which is masked, so nothing repels "
+    "it; use at least 2",
+  )
+  _choice("batch.reals", batch.reals, ("queue", "class_grouped"))
+  if batch.reals == "queue":
+    _check_queue(config)
+  _require(
+    len(drift.temperatures) > 0 and all(t > 0 for t in drift.temperatures),
+    f"drift.temperatures={drift.temperatures} must hold at least one positive "
+    "value",
+  )
+  _distinct("drift.temperatures", drift.temperatures)
+  _at_least("drift.affinity_floor", drift.affinity_floor, 0)
+  _choice("drift.normalization", drift.normalization, ("xy", "y", "none"))
+  _require(
+    1 <= guidance.minimum <= guidance.maximum,
+    f"guidance.minimum={guidance.minimum}, guidance.maximum="
+    f"{guidance.maximum}: want 1 <= minimum <= maximum",
+  )
+  _require(
+    0 <= guidance.no_cfg_frac <= 1,
+    f"guidance.no_cfg_frac={guidance.no_cfg_frac} must lie in [0, 1]",
+  )
+  _require(
+    guidance.maximum == 1 or batch.unconditional > 0,
+    f"guidance.maximum={guidance.maximum} > 1 needs unconditional reals, but "
+    "batch.unconditional=0: set it, or guidance.maximum=1",
+  )
+  _require(
+    config.features.sample
+    or any(encoder.in_loss for encoder in config.encoders.values()),
+    "features.sample=False with no encoder in the loss leaves no features to "
+    "drift in: set features.sample=True or encoders.NAME.in_loss=True",
+  )
+  _at_least("features.every_k_block", config.features.every_k_block, 1)
+  for name in ("patch_mean_size", "patch_std_size"):
+    sizes = getattr(config.features, name)
+    _require(
+      all(size >= 1 for size in sizes),
+      f"features.{name}={sizes}: sides of patches must be at least 1; () for "
+      "none",
+    )
+  for name, encoder in config.encoders.items():
+    _choice(f"encoders.{name}.dtype", encoder.dtype, ("float32", "bfloat16"))
+    _require(
+      encoder.path != "",
+      f"encoders.{name}.path is empty: give the directory that encoder "
+      "training wrote, WORKDIR/encoder",
+    )
+  _choice(
+    "model.attention_dtype", model.attention_dtype, ("float32", "bfloat16")
+  )
+  _require(
+    model.in_channels == model.out_channels,
+    f"model.in_channels={model.in_channels} and model.out_channels="
+    f"{model.out_channels} differ: noise and samples have one shape",
+  )
+  for alpha in evaluation.alphas:
+    _require(
+      guidance.minimum <= alpha <= guidance.maximum,
+      f"eval.alphas={evaluation.alphas}: {alpha} was never trained, alpha is "
+      f"drawn from [{guidance.minimum}, {guidance.maximum}] (guidance.*)",
+    )
+  _require(
+    len(evaluation.alphas) > 0, "eval.alphas is empty: give at least one alpha"
+  )
+  _distinct("eval.alphas", evaluation.alphas)
+  for name in evaluation.metrics:
+    _choice("eval.metrics", name, EVAL_METRICS)
+  _distinct("eval.metrics", evaluation.metrics)
+  _require(
+    "fd_encoder" not in evaluation.metrics or len(config.encoders) > 0,
+    "eval.metrics holds 'fd_encoder' but there are no encoders: remove it or "
+    "add an encoder",
+  )
+  _at_least("eval.num_images", evaluation.num_images, 0)
+  _require(
+    evaluation.num_images != 1, "eval.num_images=1: figures need at least 2"
+  )
+  _require(
+    model.num_classes == 0 or evaluation.num_images % model.num_classes == 0,
+    f"eval.num_images={evaluation.num_images} can't be balanced over "
+    f"model.num_classes={model.num_classes}: use a multiple, or 0 for as many "
+    "as are held out",
+  )
+  _at_least("eval.coverage_k", evaluation.coverage_k, 1)
+  _at_least("eval.grid_classes", evaluation.grid_classes, 1)
+  _at_least("eval.grid_per_class", evaluation.grid_per_class, 1)
+  best = config.checkpoint.best_metric
+  _require(
+    best == "" or best in evaluation.metrics,
+    f"checkpoint.best_metric={best!r} is not computed: eval.metrics="
+    f"{evaluation.metrics}; use one of them or ''",
+  )
+  _require(
+    best == "" or best.startswith("fd_"),
+    f"checkpoint.best_metric={best!r}: the best is the smallest, so it must "
+    "be a Frechet distance ('fd_pixel' or 'fd_encoder') or ''",
+  )
+  saved = config.checkpoint.every
+  _require(
+    best == "" or (evaluation.every > 0 and evaluation.every % saved == 0),
+    f"checkpoint.best_metric={best!r} with eval.every={evaluation.every} and "
+    f"checkpoint.every={saved}: only an evaluation of a step that is saved "
+    "can be ranked; make eval.every a multiple of checkpoint.every, or "
+    "checkpoint.best_metric=''",
+  )
+
+
+def _check_queue(config: GeneratorConfig) -> None:
+  batch, queue = config.batch, config.queue
+  _at_least("queue.push_per_step", queue.push_per_step, 1)
+  for size, drawn in (
+    ("class_size", "positives"),
+    ("unconditional_size", "unconditional"),
+  ):
+    have, want = getattr(queue, size), getattr(batch, drawn)
+    _at_least(f"queue.{size}", have, 1)
+    _require(
+      have >= want or queue.with_replacement,
+      f"queue.{size}={have} can't give batch.{drawn}={want} without "
+      "replacement: raise it or set queue.with_replacement=True",
+    )
+  _at_least("queue.prefill", queue.prefill, 0)
+  drawn = "positives"
+  if batch.unconditional > batch.positives:
+    drawn = "unconditional"
+  want = getattr(batch, drawn)
+  # Prefilling pushes whole batches.
+  pushes = math.ceil(queue.prefill / queue.push_per_step) + 1
+  _require(
+    queue.with_replacement or pushes * queue.push_per_step >= want,
+    f"queue.prefill={queue.prefill} and queue.push_per_step="
+    f"{queue.push_per_step} leave {pushes * queue.push_per_step} samples in "
+    f"the queue at the first step, fewer than batch.{drawn}={want}: raise "
+    "queue.prefill or set queue.with_replacement=True",
+  )
+
+
+def _check_mae(config: MaeConfig) -> None:
+  _check_common(config)
+  mae = config.mae
+  _at_least("mae.batch_size", mae.batch_size, 1)
+  _require(
+    0 < mae.mask_ratio < 1,
+    f"mae.mask_ratio={mae.mask_ratio} must lie strictly between 0 and 1",
+  )
+  _require(
+    0 <= mae.classification_steps <= config.train.num_steps,
+    f"mae.classification_steps={mae.classification_steps} must lie in "
+    f"[0, train.num_steps={config.train.num_steps}]",
+  )
+  _at_least("mae.classification_ramp", mae.classification_ramp, 1)
+  _require(
+    0 <= mae.classification_weight <= 1,
+    f"mae.classification_weight={mae.classification_weight} must lie in [0, 1]",
+  )
+  _require(
+    len(config.model.layers) == 4 and min(config.model.layers) >= 1,
+    f"model.layers={config.model.layers} must hold 4 counts of at least 1",
+  )
+  _choice("checkpoint.best_metric", config.checkpoint.best_metric, ("",))

@@ -1,0 +1,122 @@
+"""From a ConfigDict to typed sections, with messages that teach."""
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import ml_collections
+
+from drift_jax.config import checks
+from drift_jax.config.schema import (
+  TASKS,
+  ConfigError,
+  GeneratorConfig,
+  MaeConfig,
+)
+
+
+def parse(config: Any) -> GeneratorConfig | MaeConfig:
+  """The typed, validated form of a ConfigDict (or plain dict).
+
+  Raises:
+    ConfigError: see the module's docstring.
+  """
+  values = (
+    config.to_dict()
+    if isinstance(config, ml_collections.ConfigDict)
+    else config
+  )
+  task = values.get("task")
+  if task not in TASKS:
+    raise ConfigError(f"task={task!r}: valid options are {sorted(TASKS)}")
+  parsed = _build(TASKS[task], values, "")
+  checks.check(parsed)
+  return parsed
+
+
+def unknown_key(key: str, value: Any, valid: Iterable[str]) -> str:
+  """The message about a dotted key whose last name is not a valid one."""
+  valid = sorted(valid)
+  close = difflib.get_close_matches(
+    key.rpartition(".")[2], valid, n=3, cutoff=0.5
+  )
+  hint = f"did you mean {' or '.join(close)}? " if close else ""
+  options = (
+    f"valid keys here are {valid}"
+    if valid
+    else "this section is empty, add it in the config file"
+  )
+  return f"unknown key {key}={value!r}: {hint}{options}"
+
+
+def check_override(
+  config: Mapping[str, Any], key: str, value: str | None
+) -> None:
+  """Raises ConfigError where a dotted key is not one of a config's keys.
+
+  Args:
+    config: a plain dict, with every key that may be overridden.
+    key: e.g. 'optim.learning_rate'.
+    value: what the key is to be set to, for the message.
+  """
+  section: Any = config
+  names = key.split(".")
+  for depth, name in enumerate(names):
+    if not isinstance(section, Mapping):
+      raise ConfigError(
+        f"unknown key {key}={value!r}: {'.'.join(names[:depth])} is a value, "
+        "not a section"
+      )
+    if name not in section:
+      raise ConfigError(
+        unknown_key(".".join(names[: depth + 1]), value, section)
+      )
+    section = section[name]
+
+
+def _build(cls: Any, values: Any, path: str) -> Any:
+  """Builds a section from a mapping, recursively."""
+  if not isinstance(values, Mapping):
+    raise ConfigError(f"{path[:-1]}={values!r} must be a section (a dict)")
+  hints = typing.get_type_hints(cls)
+  for key in values:
+    if key not in hints:
+      raise ConfigError(unknown_key(path + str(key), values[key], hints))
+  missing = sorted(set(hints) - set(values))
+  if missing:
+    raise ConfigError(f"missing key {path}{missing[0]} (all: {missing})")
+  return cls(
+    **{key: _convert(hints[key], values[key], path + key) for key in hints}
+  )
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+  """Checks a value against its hint; ints pass as floats, lists as tuples."""
+  origin = typing.get_origin(hint)
+  if dataclasses.is_dataclass(hint):
+    return _build(hint, value, path + ".")
+  if origin is Mapping:
+    if not isinstance(value, Mapping):
+      raise ConfigError(f"{path}={value!r} must be a dict of sections")
+    item = typing.get_args(hint)[1]
+    return {k: _convert(item, v, f"{path}.{k}") for k, v in value.items()}
+  if origin is tuple:
+    if not isinstance(value, (tuple, list)):
+      raise ConfigError(
+        f"{path}={value!r} has type {type(value).__name__}, want a tuple of "
+        f"{typing.get_args(hint)[0].__name__}"
+      )
+    item = typing.get_args(hint)[0]
+    return tuple(_convert(item, v, f"{path}[{i}]") for i, v in enumerate(value))
+  if hint is float and type(value) is int:
+    value = float(value)
+  if type(value) is not hint:
+    raise ConfigError(
+      f"{path}={value!r} has type {type(value).__name__}, want {hint.__name__}"
+    )
+  if hint is float and not math.isfinite(value):
+    raise ConfigError(f"{path}={value!r} must be a finite number")
+  return value

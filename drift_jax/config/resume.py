@@ -1,0 +1,98 @@
+"""What a resumed run may change."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from drift_jax.config.schema import ConfigError, GeneratorConfig, MaeConfig
+
+# Keys that a resumed run may change; any other change is another experiment.
+RESUMABLE = (
+  "train.",
+  "eval.",
+  "checkpoint.",
+  "mesh.",
+  "data.data_dir",
+  "data.num_threads",
+  "data.num_workers",
+  "data.prefetch",
+)
+# What the values that rank checkpoints depend on: while a best one is kept,
+# a change would compare figures that are not comparable.
+RANKING = (
+  "checkpoint.best_metric",
+  "eval.alphas",
+  "eval.ema_decay",
+  "eval.num_images",
+)
+
+
+def to_json(config: GeneratorConfig | MaeConfig) -> str:
+  """The resolved config as JSON with sorted keys."""
+  return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Nested dict -> {'section.key': value}."""
+  flat: dict[str, Any] = {}
+  for key, value in values.items():
+    if isinstance(value, Mapping) and value:
+      flat.update(flatten(value, f"{prefix}{key}."))
+    else:
+      flat[f"{prefix}{key}"] = value
+  return flat
+
+
+def check_resumable(old: str, new: str) -> None:
+  """Raises ConfigError where two configs (JSON) are not the same experiment.
+
+  Keys under RESUMABLE may differ, with two exceptions: train.num_steps where
+  the course of the training depends on its end, and the keys of RANKING while
+  a best checkpoint is kept.
+  """
+  before, after = flatten(json.loads(old)), flatten(json.loads(new))
+  different = {
+    key: f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+    for key in sorted(set(before) | set(after))
+    if before.get(key) != after.get(key)
+  }
+  changed = [
+    text for key, text in different.items() if not key.startswith(RESUMABLE)
+  ]
+  if changed:
+    raise ConfigError(
+      "the workdir holds a run with another config; use a new workdir or the "
+      f"old values. Changed: {'; '.join(changed)} (only {list(RESUMABLE)} may "
+      "change in a resumed run)"
+    )
+  if "train.num_steps" in different:
+    _check_new_end(different["train.num_steps"], before)
+  best = before.get("checkpoint.best_metric")
+  mixed = [different[key] for key in RANKING if key in different]
+  if best and mixed:
+    raise ConfigError(
+      f"the workdir's best checkpoint is ranked by {best!r}, and figures from "
+      "before and after this change can't be compared; use a new workdir or "
+      f"the old values. Changed: {'; '.join(mixed)}"
+    )
+
+
+def _check_new_end(change: str, config: Mapping[str, Any]) -> None:
+  """Raises ConfigError where training depends on train.num_steps."""
+  schedule = config["optim.schedule"]
+  reasons = []
+  if schedule != "constant":
+    reasons.append(
+      f"optim.schedule={schedule!r} reaches its end at train.num_steps"
+    )
+  if fine_tune := config.get("mae.classification_steps"):
+    reasons.append(
+      f"the last mae.classification_steps={fine_tune} steps train otherwise"
+    )
+  if reasons:
+    raise ConfigError(
+      f"the workdir holds a run of another length; use a new workdir or the "
+      f"old value. Changed: {change} (a resumed run may change it only where "
+      f"nothing else depends on it, but {' and '.join(reasons)})"
+    )

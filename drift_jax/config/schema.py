@@ -1,0 +1,285 @@
+"""Names, types and sections of a config; values live in configs/*.py."""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+
+class ConfigError(ValueError):
+  """A config that can't be run; the message names key, value and remedy."""
+
+
+@typing.dataclass_transform(frozen_default=True, kw_only_default=True)
+class Section:
+  """Base of all sections: subclasses become frozen keyword-only classes."""
+
+  def __init_subclass__(cls, **kwargs: Any):
+    super().__init_subclass__(**kwargs)
+    dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+
+class Data(Section):
+  """Where real images come from and how they are cut (drift_jax.data)."""
+
+  source: str
+  data_dir: str
+  train_split: str
+  test_split: str
+  held_out: int
+  class_order: str
+  image_size: int
+  channels: int
+  crop: str
+  crop_scale: tuple[float, ...]
+  flip: bool
+  wire: str
+  in_memory: bool
+  decoder: str
+  max_corrupt: int
+  num_threads: int
+  num_workers: int
+  prefetch: int
+
+
+class Vae(Section):
+  """The autoencoder behind latents: a converted directory and its precision.
+
+  The latent cache must have been made with it. It decodes samples for
+  pictures, and encodes images where an encoder of latents is trained on them.
+  """
+
+  path: str
+  dtype: str
+
+
+class GeneratorModel(Section):
+  """Arguments of drift_jax.models.build_generator."""
+
+  input_size: int
+  in_channels: int
+  out_channels: int
+  patch_size: int
+  hidden_size: int
+  depth: int
+  num_heads: int
+  mlp_ratio: float
+  num_classes: int
+  cond_dim: int
+  context_tokens: int
+  style_vocab: int
+  style_tokens: int
+  dtype: str
+  attention_dtype: str
+  remat: bool
+
+
+class MaeModel(Section):
+  """Arguments of drift_jax.models.build_mae."""
+
+  in_channels: int
+  base_channels: int
+  layers: tuple[int, ...]
+  input_patch_size: int
+  mask_patch_size: int
+  num_classes: int
+  norm_groups: int
+  dtype: str
+  remat: bool
+
+
+class Encoder(Section):
+  """A frozen feature encoder: an exported directory and its precision.
+
+  With in_loss the generator drifts in its features; without, it only judges
+  (eval.metrics 'fd_encoder').
+  """
+
+  path: str
+  dtype: str
+  in_loss: bool
+
+
+class Features(Section):
+  """Which feature vectors of A.5 enter the loss."""
+
+  sample: bool
+  every_k_block: int
+  patch_mean_size: tuple[int, ...]
+  patch_std_size: tuple[int, ...]
+  use_mean: bool
+  use_std: bool
+
+
+class Drift(Section):
+  """The drifting field and its normalisations (method of A.6)."""
+
+  temperatures: tuple[float, ...]
+  affinity_floor: float
+  normalization: str
+  attraction: float
+  repulsion: float
+
+
+class Guidance(Section):
+  """Distribution of the guidance scale alpha during training (A.7)."""
+
+  minimum: float
+  maximum: float
+  exponent: float
+  no_cfg_frac: float
+
+
+class Batch(Section):
+  """Sizes of one step: N_c labels, each with N, N_pos and N_unc samples.
+
+  `reals` says how positives and unconditional reals are found: through the
+  sample queue, or by index, class by class.
+  """
+
+  reals: str
+  labels: int
+  generated: int
+  positives: int
+  unconditional: int
+
+
+class Queue(Section):
+  """The sample queue (A.8)."""
+
+  class_size: int
+  unconditional_size: int
+  push_per_step: int
+  prefill: int
+  with_replacement: bool
+
+
+class Optim(Section):
+  """AdamW, its schedule and the gradient clip."""
+
+  schedule: str
+  learning_rate: float
+  warmup_steps: int
+  b1: float
+  b2: float
+  eps: float
+  weight_decay: float
+  grad_clip: float
+
+
+class Ema(Section):
+  """Exponential moving averages of the parameters, several at once."""
+
+  decays: tuple[float, ...]
+
+
+class Train(Section):
+  """Length of the run and how often it reports."""
+
+  num_steps: int
+  log_every: int
+
+
+class GeneratorEval(Section):
+  """Evaluation in the loop."""
+
+  every: int
+  num_images: int
+  batch_size: int
+  alphas: tuple[float, ...]
+  ema_decay: float
+  metrics: tuple[str, ...]
+  coverage_k: int
+  grid_classes: int
+  grid_per_class: int
+
+
+class MaeEval(Section):
+  """Evaluation of the encoder on held-out images."""
+
+  every: int
+  batch_size: int
+  ema_decay: float
+
+
+class Checkpoint(Section):
+  """What is saved, what is kept, what happens when it can't be read."""
+
+  every: int
+  keep_latest: int
+  keep_every: int
+  best_metric: str
+  on_corrupt: str
+
+
+class Mesh(Section):
+  """Sizes of the device mesh; one may be -1."""
+
+  data: int
+  fsdp: int
+
+
+class MaeLoss(Section):
+  """Masked reconstruction and the classification fine-tune (A.3)."""
+
+  batch_size: int
+  mask_ratio: float
+  classification_steps: int
+  classification_ramp: int
+  classification_weight: float
+
+
+class GeneratorConfig(Section):
+  """A run that trains a generator: config.task = 'generator'."""
+
+  task: str
+  seed: int
+  data: Data
+  vae: Vae
+  model: GeneratorModel
+  encoders: Mapping[str, Encoder]
+  features: Features
+  drift: Drift
+  guidance: Guidance
+  batch: Batch
+  queue: Queue
+  optim: Optim
+  ema: Ema
+  train: Train
+  eval: GeneratorEval
+  checkpoint: Checkpoint
+  mesh: Mesh
+
+
+class MaeConfig(Section):
+  """A run that trains a feature encoder: config.task = 'mae'."""
+
+  task: str
+  seed: int
+  data: Data
+  vae: Vae
+  model: MaeModel
+  mae: MaeLoss
+  optim: Optim
+  ema: Ema
+  train: Train
+  eval: MaeEval
+  checkpoint: Checkpoint
+  mesh: Mesh
+
+
+TASKS = {"generator": GeneratorConfig, "mae": MaeConfig}
+
+# The figures that the generator's evaluation can compute.
+EVAL_METRICS = (
+  "fd_pixel",
+  "fd_encoder",
+  "coverage",
+  "label_accuracy",
+  "duplicates",
+)
+# How images are cut to data.image_size: ADM's centre crop; a random resized
+# crop (A.3); a black frame around smaller images; nothing, they fit.
+CROPS = ("center", "random", "pad", "none")
+WIRE_DTYPES = ("uint8", "float32", "float16", "bfloat16")
+DECODERS = ("pillow", "simplejpeg")

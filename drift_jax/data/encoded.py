@@ -1,0 +1,202 @@
+"""Sources of encoded images: decoding, damaged files and class order."""
+
+import abc
+import functools
+import importlib.resources
+import operator
+import threading
+from collections.abc import Callable, Sequence
+from concurrent import futures
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from drift_jax import console
+from drift_jax.data import decode
+
+CLASS_ORDERS = ("", "imagenet")
+_LISTED = 10  # paths that an error shows
+_SCANNED_AT_ONCE = 256
+
+_T = TypeVar("_T")
+
+
+class CorruptImageError(ValueError):
+  """More images than allowed can't be decoded."""
+
+
+class NoSplitError(ValueError):
+  """The data are there, but have no split of that name."""
+
+
+class EncodedSource(abc.ABC):
+  """Images stored as JPEG, PNG or WebP, decoded on access.
+
+  An image that can't be decoded is reported by path, counted, and replaced
+  by the next image of its class (in index order, round to the first) that
+  can: the replacement depends on the index and the files alone, so batches
+  stay the same for any number of threads, processes and resumes. With more
+  than `max_corrupt` of them reading raises. Each process counts those that
+  it meets. Failing to read at all (a missing file, a disk error) always
+  raises: it may pass, and what came instead would depend on when.
+
+  Safe to read from several threads, and may be sent to a worker process.
+
+  Attributes:
+    class_names: one name for each label.
+  """
+
+  def __init__(
+    self, *, class_names: Sequence[str], max_corrupt: int, decoder: str
+  ):
+    decode.check_decoder(decoder)
+    if max_corrupt < 0:
+      raise ValueError(f"data.max_corrupt={max_corrupt} must not be negative")
+    self.class_names = tuple(class_names)
+    self._max_corrupt = max_corrupt
+    self._decoder = decoder
+    self._corrupt: dict[int, str] = {}
+    self._lock = threading.Lock()
+
+  def __getstate__(self) -> dict[str, Any]:
+    state = vars(self) | {"_corrupt": {}}
+    del state["_lock"]
+    return state
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    vars(self).update(state)
+    self._lock = threading.Lock()
+
+  @property
+  @abc.abstractmethod
+  def labels(self) -> np.ndarray:
+    """[N] int32."""
+
+  @abc.abstractmethod
+  def __len__(self) -> int: ...
+
+  @abc.abstractmethod
+  def path(self, index: int) -> str:
+    """Where the image is stored, for messages."""
+
+  @abc.abstractmethod
+  def read_bytes(self, index: int) -> bytes:
+    """The encoded image; 0 <= index < N."""
+
+  @property
+  def corrupt(self) -> tuple[tuple[str, str], ...]:
+    """(path, reason) of the undecodable images that this process has met."""
+    with self._lock:
+      return tuple((self.path(i), why) for i, why in self._corrupt.items())
+
+  def _count_corrupt(self, index: int, error: decode.DecodeError) -> None:
+    with self._lock:
+      if index not in self._corrupt:
+        self._corrupt[index] = str(error)
+        console.logger.warning("corrupt: %s: %s", self.path(index), error)
+    found = self.corrupt
+    if len(found) > self._max_corrupt:
+      listed = [f"{path}: {why}" for path, why in found[:_LISTED]]
+      more = len(found) - len(listed)
+      raise CorruptImageError(
+        f"{len(found)} corrupt image(s), data.max_corrupt={self._max_corrupt} "
+        "allows no more; mend or remove them, or raise it:\n  "
+        + "\n  ".join(listed + [f"and {more} more"] * bool(more))
+      ) from error
+
+  def _read(self, index: int, decoded: Callable[[bytes, str], _T]) -> _T:
+    index = operator.index(index)
+    if not 0 <= index < len(self):
+      raise IndexError(f"index {index} of {len(self)} images")
+    try:
+      return decoded(self.read_bytes(index), self._decoder)
+    except decode.DecodeError as error:
+      self._count_corrupt(index, error)
+    same = np.flatnonzero(self.labels == self.labels[index])
+    for other in np.roll(same, -int(np.searchsorted(same, index)))[1:]:
+      try:
+        return decoded(self.read_bytes(int(other)), self._decoder)
+      except decode.DecodeError as error:
+        self._count_corrupt(int(other), error)
+    label = int(self.labels[index])
+    raise CorruptImageError(
+      f"class {label} ({self.class_names[label]!r}) has {len(same)} images, "
+      f"none of which can be decoded; the first: {self.path(int(same[0]))}"
+    )
+
+  def __getitem__(self, index: int) -> np.ndarray:
+    """uint8 [h, w, 3] RGB, not to write to (see `decode.decode`).
+
+    Raises:
+      CorruptImageError: more images than `max_corrupt` can't be decoded.
+      OSError: the image can't be read.
+    """
+    return self._read(index, decode.decode)
+
+  def image(self, index: int) -> Image.Image:
+    """Like `source[index]` as a PIL image of mode RGB, a copy spared."""
+    return self._read(index, decode.decode_image)
+
+
+def scan(source: EncodedSource, num_threads: int) -> list[tuple[str, str]]:
+  """(path, reason) of every image that can't be read or decoded, in order."""
+
+  def check(start: int) -> list[tuple[str, str]]:
+    bad = []
+    for index in range(start, min(start + _SCANNED_AT_ONCE, len(source))):
+      try:
+        decode.decode(source.read_bytes(index), "pillow")
+      except (decode.DecodeError, OSError) as error:
+        bad.append((source.path(index), str(error)))
+    return bad
+
+  with futures.ThreadPoolExecutor(num_threads) as pool:
+    starts = range(0, len(source), _SCANNED_AT_ONCE)
+    return [entry for part in pool.map(check, starts) for entry in part]
+
+
+@functools.cache
+def imagenet_classes() -> dict[str, str]:
+  """WordNet id -> readable name, the 1000 classes in their standard order.
+
+  The names are WordNet's lemmas, e.g. n01440764 'tench, Tinca tinca'; of the
+  two that are equal one is 'crane (bird)', the other 'crane (machine)'.
+  """
+  file = importlib.resources.files("drift_jax.data") / "imagenet_classes.txt"
+  lines = file.read_text(encoding="utf-8").splitlines()
+  return dict(line.split("\t") for line in lines)
+
+
+def order_classes(
+  names: Sequence[str], class_order: str
+) -> tuple[tuple[str, ...], np.ndarray]:
+  """Class names by label, and the label of each of `names`, int32 [len].
+
+  Args:
+    names: what the data call their classes.
+    class_order: '' numbers them as they come. 'imagenet': they are WordNet
+      ids, the labels are those of the standard order, and there are 1000
+      class names (readable) whichever of them occur.
+
+  Raises:
+    ValueError: an unknown order; a name that is not one of the 1000 ids.
+  """
+  if class_order not in CLASS_ORDERS:
+    raise ValueError(
+      f"data.class_order={class_order!r}: valid options are "
+      f"{list(CLASS_ORDERS)}"
+    )
+  if not class_order:
+    return tuple(names), np.arange(len(names), dtype=np.int32)
+  known = imagenet_classes()
+  unknown = [name for name in names if name not in known]
+  if unknown:
+    raise ValueError(
+      f"data.class_order='imagenet', but {unknown[:_LISTED]} "
+      f"({len(unknown)} of {len(names)} classes) are not among its 1000 "
+      "WordNet ids, e.g. n01440764: use data.class_order='' for other classes"
+    )
+  position = {name: label for label, name in enumerate(known)}
+  labels = np.array([position[name] for name in names], np.int32)
+  return tuple(known.values()), labels

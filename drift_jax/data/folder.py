@@ -1,0 +1,413 @@
+"""Folders of images by class, and uncompressed tar files of such folders.
+
+Two layouts: DIR/SPLIT/CLASS/FILE, or DIR/CLASS/FILE, which is one training
+split. Images are the files ending in .jpg, .jpeg, .png or .webp, in capitals
+or not; other files and images outside a class folder are left out with a
+warning, hidden ones (starting with a dot) without. Classes and files come in
+the order of their names, compared as code points. In a folder symbolic links
+are followed; in a tar links are an error.
+"""
+
+import bisect
+import itertools
+import os
+import pathlib
+import tarfile
+import time
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from drift_jax import console
+from drift_jax.data import encoded
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+# Folders with these names are splits, never the one folder that a tar was
+# made of.
+SPLITS = ("train", "test", "val", "validation")
+_LISTED = 5
+_LOG_SECONDS = 10.0
+_COMPRESSED = {
+  b"\x1f\x8b": ("gzip", "gunzip -k {}"),
+  b"\xfd7zXZ\x00": ("xz", "xz -dk {}"),
+  b"BZh": ("bzip2", "bunzip2 -k {}"),
+  b"\x28\xb5\x2f\xfd": ("zstd", "zstd -d {}"),
+}
+
+
+def _is_image(name: str) -> bool:
+  return name.lower().endswith(SUFFIXES)
+
+
+class _Tree(Protocol):
+  """Folders by their path from the root ('' is the root), '/' between."""
+
+  name: str  # of the whole, for messages
+
+  def folders(self, path: str) -> Sequence[str]:
+    """Names of the folders in the folder, sorted, none hidden."""
+    ...
+
+  def files(self, path: str) -> Sequence[str]:
+    """Names of the files in the folder, sorted, none hidden."""
+    ...
+
+
+def _join(path: str, name: str) -> str:
+  return f"{path}/{name}" if path else name
+
+
+def _find_split(tree: _Tree, split: str) -> tuple[str, str]:
+  """Paths of the split's folder and of the one whose classes give labels."""
+  base = ""
+  while True:  # a folder that holds nothing but the data's folder
+    inside = tree.folders(base)
+    if len(inside) != 1 or inside[0] in (*SPLITS, split):
+      break
+    if not tree.folders(_join(base, inside[0])):
+      break
+    base = _join(base, inside[0])
+  splits = [name for name in inside if tree.folders(_join(base, name))]
+  if split in splits:
+    labels_from = "train" if "train" in splits else split
+    return _join(base, split), _join(base, labels_from)
+  if splits:
+    raise encoded.NoSplitError(
+      f"{tree.name} has no split {split!r}: its splits are "
+      f"{splits[:_LISTED]} (folders that hold folders; the layout is "
+      "SPLIT/CLASS/FILE or CLASS/FILE)"
+    )
+  if not inside:
+    raise ValueError(
+      f"{tree.name} holds no class folders: the layout is SPLIT/CLASS/FILE or "
+      "CLASS/FILE"
+    )
+  if split != "train":
+    raise encoded.NoSplitError(
+      f"{tree.name} has no split {split!r}: it holds class folders directly, "
+      "which are its split 'train'; set data.held_out to take a test split "
+      "from them"
+    )
+  return base, base
+
+
+def _warn_of_leftovers(place: str, names: Sequence[str]) -> None:
+  if names:
+    console.logger.warning(
+      "%s: %d files are no images in a class folder and are left out: %s%s",
+      place,
+      len(names),
+      ", ".join(names[:_LISTED]),
+      ", ..." if len(names) > _LISTED else "",
+    )
+
+
+class _Layout:
+  """The images of one split: their paths, labels and class names."""
+
+  def __init__(self, tree: _Tree, *, split: str, class_order: str):
+    root, labels_from = _find_split(tree, split)
+    folders = tree.folders(root)
+    known = tree.folders(labels_from)
+    self.class_names, label_of = encoded.order_classes(known, class_order)
+    unknown = sorted(set(folders) - set(known))
+    if unknown:
+      raise ValueError(
+        f"{tree.name}: {unknown[:_LISTED]} in {root!r} are not classes of "
+        f"{labels_from!r}"
+      )
+    labels = dict(zip(known, label_of.tolist(), strict=True))
+    self.root = root
+    self.folders = tuple(folders)
+    self.files: list[Sequence[str]] = []
+    leftovers = [_join(root, name) for name in tree.files(root)]
+    for folder in folders:
+      names = tree.files(_join(root, folder))
+      images = [name for name in names if _is_image(name)]
+      if len(images) < len(names):
+        others = (name for name in names if not _is_image(name))
+        leftovers.extend(f"{_join(root, folder)}/{name}" for name in others)
+      self.files.append(images)
+    _warn_of_leftovers(tree.name, leftovers)
+    empty = [
+      f for f, images in zip(folders, self.files, strict=True) if not images
+    ]
+    if len(empty) == len(folders):
+      raise ValueError(
+        f"{tree.name}: no image (*{', *'.join(SUFFIXES)}) in the class folders "
+        f"of {root or '.'!r} (they must lie directly in these)"
+      )
+    if empty and not class_order:
+      raise ValueError(
+        f"{tree.name}: no image (*{', *'.join(SUFFIXES)}) in class "
+        f"{empty[:_LISTED]} ({len(empty)} of {len(folders)} classes): remove "
+        "the folder or fill it"
+      )
+    counts = [len(images) for images in self.files]
+    self.labels = np.repeat(
+      np.array([labels[folder] for folder in folders], np.int32), counts
+    )
+
+
+class _Names:
+  """Strings in two flat buffers: a million cost no more than their bytes."""
+
+  def __init__(self, names: Iterable[str]):
+    # As the file system gave them: names need not be valid UTF-8.
+    encoded_names = [os.fsencode(name) for name in names]
+    self._bytes = b"".join(encoded_names)
+    self._ends = np.cumsum([len(n) for n in encoded_names], dtype=np.int64)
+
+  def __getitem__(self, index: int) -> str:
+    start = int(self._ends[index - 1]) if index else 0
+    return os.fsdecode(self._bytes[start : int(self._ends[index])])
+
+
+class _FileSource(encoded.EncodedSource):
+  """What a folder and a tar share: paths and labels of a layout."""
+
+  def __init__(self, layout: _Layout, *, max_corrupt: int, decoder: str):
+    super().__init__(
+      class_names=layout.class_names, max_corrupt=max_corrupt, decoder=decoder
+    )
+    self._labels = layout.labels
+    self._root = layout.root
+    self._folders = layout.folders
+    self._folder_ends = list(itertools.accumulate(map(len, layout.files)))
+    self._names = _Names(itertools.chain.from_iterable(layout.files))
+
+  @property
+  def labels(self) -> np.ndarray:
+    """[N] int32."""
+    return self._labels
+
+  def __len__(self) -> int:
+    return len(self._labels)
+
+  def _inner_path(self, index: int) -> str:
+    folder = self._folders[bisect.bisect_right(self._folder_ends, index)]
+    return f"{_join(self._root, folder)}/{self._names[index]}"
+
+
+class _Directory:
+  """A _Tree of the file system; each folder is listed once."""
+
+  def __init__(self, path: pathlib.Path):
+    self.name = str(path)
+    self._path = path
+    self._listings: dict[str, tuple[list[str], list[str]]] = {}
+
+  def _list(self, path: str) -> tuple[list[str], list[str]]:
+    if path not in self._listings:
+      folders: list[str] = []
+      files: list[str] = []
+      with os.scandir(self._path / path) as entries:
+        for entry in entries:
+          if not entry.name.startswith("."):
+            (folders if entry.is_dir() else files).append(entry.name)
+      self._listings[path] = (sorted(folders), sorted(files))
+    return self._listings[path]
+
+  def folders(self, path: str) -> Sequence[str]:
+    return self._list(path)[0]
+
+  def files(self, path: str) -> Sequence[str]:
+    return self._list(path)[1]
+
+
+class FolderSource(_FileSource):
+  """Images in a folder of class folders (see the module)."""
+
+  def __init__(
+    self,
+    path: str | os.PathLike[str],
+    *,
+    split: str,
+    class_order: str,
+    max_corrupt: int,
+    decoder: str,
+  ):
+    """Lists the files.
+
+    Args:
+      path: DIR.
+      split: name of the split's folder; 'train' where there are none.
+      class_order: '' or 'imagenet' (see `encoded.order_classes`). With '' the
+        labels number the sorted names of the train split's folders, for
+        every split.
+      max_corrupt: images that may turn out undecodable before it is an error.
+      decoder: see `decode.decode`.
+
+    Raises:
+      NoSplitError: the split does not exist.
+      ValueError: the folder does not exist or has another layout; a class has
+        no image.
+    """
+    self._path = pathlib.Path(path).expanduser()
+    if not self._path.is_dir():
+      raise ValueError(
+        f"data.source='folder:{path}': {self._path.absolute()} is not a folder"
+      )
+    tree = _Directory(self._path)
+    layout = _Layout(tree, split=split, class_order=class_order)
+    super().__init__(layout, max_corrupt=max_corrupt, decoder=decoder)
+
+  def path(self, index: int) -> str:
+    """The file's path."""
+    return str(self._path / self._inner_path(index))
+
+  def read_bytes(self, index: int) -> bytes:
+    """The file's content."""
+    with open(self.path(index), "rb", buffering=0) as file:
+      return file.read()
+
+
+class _Index:
+  """A _Tree of a tar file: where in the file each member's bytes lie.
+
+  A tar within the tar counts as a folder of its name less the suffix, which
+  is how ILSVRC2012_img_train.tar holds its classes.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    self.name = str(path)
+    # By folder: the names of its folders; (offset, size) of its files.
+    self._folders: dict[str, set[str]] = {"": set()}
+    self._files: dict[str, dict[str, tuple[int, int]]] = {"": {}}
+    self._count, self._logged = 0, time.monotonic()
+    with open(path, "rb") as file:
+      start = file.read(8)
+      for magic, (kind, command) in _COMPRESSED.items():
+        if start.startswith(magic):
+          raise ValueError(
+            f"{path} is compressed with {kind}, in which no single image can "
+            f"be found: decompress it once with `{command.format(path)}`"
+          )
+      file.seek(0)
+      try:
+        self._add(file, "")
+      except tarfile.TarError as error:
+        raise ValueError(f"{path} is not a whole tar file: {error}") from error
+
+  def _add_folder(self, folder: str) -> None:
+    while folder not in self._files:
+      self._files[folder] = {}
+      self._folders.setdefault(folder, set())
+      above, _, name = folder.rpartition("/")
+      self._folders.setdefault(above, set()).add(name)
+      folder = above
+
+  def _add(self, file: Any, within: str) -> None:
+    archive: Any = tarfile.open(fileobj=file, mode="r:")
+    while (member := archive.next()) is not None:
+      archive.members.clear()  # a million TarInfo are a gigabyte
+      parts = [p for p in member.name.split("/") if p not in ("", ".")]
+      if not parts or any(p.startswith(".") for p in parts):
+        continue
+      path = _join(within, "/".join(parts))
+      folder, _, name = path.rpartition("/")
+      if member.isdir():
+        self._add_folder(path)
+      elif not member.isreg() or member.sparse is not None:
+        if _is_image(name):
+          raise ValueError(
+            f"{self.name}: {path} is a link or sparse: make the tar with `tar "
+            "--dereference --hard-dereference` and without --sparse"
+          )
+      else:
+        if name.endswith(".tar"):
+          self._add_folder(path.removesuffix(".tar"))
+          file.seek(member.offset_data)
+          self._add(file, path.removesuffix(".tar"))
+          continue
+        self._add_folder(folder)
+        # A file that was appended again replaces the earlier one.
+        self._files[folder][name] = (member.offset_data, member.size)
+        self._log_progress()
+
+  def _log_progress(self) -> None:
+    self._count += 1
+    if time.monotonic() - self._logged > _LOG_SECONDS:
+      self._logged = time.monotonic()
+      console.logger.info("indexing %s: %d files", self.name, self._count)
+
+  def folders(self, path: str) -> Sequence[str]:
+    return sorted(self._folders[path])
+
+  def files(self, path: str) -> Sequence[str]:
+    return sorted(self._files[path])
+
+  def place(self, folder: str, name: str) -> tuple[int, int]:
+    """(offset, size) of a file."""
+    return self._files[folder][name]
+
+
+class TarSource(_FileSource):
+  """Images in an uncompressed tar of class folders (see the module).
+
+  The offsets are found in one pass over the headers; images are then read
+  from their place in the file, nothing is extracted.
+  """
+
+  def __init__(
+    self,
+    path: str | os.PathLike[str],
+    *,
+    split: str,
+    class_order: str,
+    max_corrupt: int,
+    decoder: str,
+  ):
+    """Indexes the tar; arguments as of `FolderSource`.
+
+    Raises:
+      ValueError: the file does not exist, is compressed or no whole tar, or
+        what `FolderSource` raises.
+    """
+    self._path = pathlib.Path(path).expanduser()
+    if not self._path.is_file():
+      raise ValueError(
+        f"data.source='tar:{path}': {self._path.absolute()} is not a file"
+      )
+    index = _Index(self._path)
+    layout = _Layout(index, split=split, class_order=class_order)
+    super().__init__(layout, max_corrupt=max_corrupt, decoder=decoder)
+    self._places = np.array(
+      [
+        index.place(_join(layout.root, folder), name)
+        for folder, names in zip(layout.folders, layout.files, strict=True)
+        for name in names
+      ],
+      np.int64,
+    )
+    self._open()
+
+  def _open(self) -> None:
+    # Reads carry their own offset, so threads share one descriptor.
+    self._descriptor = os.open(self._path, os.O_RDONLY)
+    weakref.finalize(self, os.close, self._descriptor)
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    super().__setstate__(state)
+    self._open()
+
+  def path(self, index: int) -> str:
+    """TAR/MEMBER."""
+    return f"{self._path}/{self._inner_path(index)}"
+
+  def read_bytes(self, index: int) -> bytes:
+    """The member's content.
+
+    Raises:
+      OSError: the tar ends before the member does.
+    """
+    offset, size = map(int, self._places[index])
+    data = os.pread(self._descriptor, size, offset)
+    if len(data) < size:
+      raise OSError(
+        f"{self.path(index)}: {len(data)} of {size} bytes: the tar was cut "
+        "short after it was indexed"
+      )
+    return data

@@ -1,0 +1,296 @@
+"""Latents for training, sampled from a cache of posterior moments."""
+
+import os
+import pathlib
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
+
+from drift_jax.data.latent_format import (
+  REDO,
+  TOOL,
+  LatentCacheError,
+  dtype_of,
+  load_labels,
+  verify,
+)
+
+WIRE_DTYPES = ("float16", "bfloat16", "float32")
+
+_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+_READER_BUFFER_SIZE = 16384
+# Images that are sampled at once. Threads take turns in the interpreter: they
+# run side by side only during operations on arrays of this size.
+_BLOCK = 64
+
+
+class LatentReader:
+  """Latents of a cache: z = (mean + exp(logvar / 2) * eps) * scaling_factor.
+
+  Safe to read from several threads, and cheap to send to other processes:
+  shards are opened when they are first read from.
+
+  Attributes:
+    class_names: one for each label.
+    labels: [N] int32.
+    sample_shape: (h, w, c).
+    dtype: what `read` gives.
+    grid: None; latents are continuous.
+    chunk: images to read at a time.
+    manifest: of the cache.
+  """
+
+  grid: np.ndarray | None = None
+  chunk = _BLOCK
+
+  def __init__(
+    self,
+    directory: os.PathLike[str] | str,
+    split: str,
+    *,
+    dtype: str = "float16",
+    flip: bool = True,
+    expected_vae_sha256: str | None = None,
+  ):
+    """Opens and checks a cache: the manifest, labels, every shard's size.
+
+    Args:
+      directory: of the cache.
+      split: of the cache.
+      dtype: of what `read` gives: 'float16', 'bfloat16' or 'float32'.
+      flip: read the mirror image of half of the images.
+      expected_vae_sha256: identity of the autoencoder that will decode; None
+        where nothing decodes.
+
+    Raises:
+      LatentCacheError: an incomplete or damaged cache, or one of another
+        autoencoder.
+    """
+    if dtype not in WIRE_DTYPES:
+      raise LatentCacheError(
+        f"dtype={dtype!r}: valid options are {list(WIRE_DTYPES)}"
+      )
+    self.manifest = verify(directory, split, checksum=False)
+    settings = self.manifest.settings
+    if expected_vae_sha256 not in (None, settings.vae_sha256):
+      raise LatentCacheError(
+        f"the latents of {directory} come from the autoencoder with SHA-256 "
+        f"{settings.vae_sha256}, but the one given has {expected_vae_sha256}: "
+        f"give that autoencoder, or make another cache with {TOOL}"
+      )
+    self._folder = pathlib.Path(directory) / split
+    self.labels = load_labels(self._folder, settings)
+    self.class_names = settings.class_names
+    self.sample_shape = settings.latent_shape
+    self.dtype = dtype_of(dtype)
+    self._flip = flip
+    self._readers: dict[int, ArrayRecordReader] = {}
+    self._lock = threading.Lock()
+    self._work = _Workspace(int(np.prod(self.sample_shape)))
+
+  def __getstate__(self) -> dict[str, Any]:
+    return self.__dict__ | {"_readers": {}, "_lock": None, "_work": None}
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    self.__dict__.update(state)
+    self._lock = threading.Lock()
+    self._work = _Workspace(int(np.prod(self.sample_shape)))
+
+  def __len__(self) -> int:
+    return len(self.labels)
+
+  def read(
+    self, indices: np.ndarray, rngs: Sequence[np.random.Generator]
+  ) -> np.ndarray:
+    """Samples of the posteriors, mirrored with probability 1/2 if `flip`.
+
+    Image i depends on (indices[i], rngs[i]) alone.
+
+    Args:
+      indices: [c] in [0, N).
+      rngs: c generators.
+
+    Returns:
+      [c, h, w, C] scaled latents of `dtype`.
+
+    Raises:
+      LatentCacheError: a shard that can't be read; it and the record are named.
+      IndexError: indices outside [0, N).
+    """
+    indices = np.asarray(indices, np.int64)
+    latents = np.empty((len(indices), *self.sample_shape), self.dtype)
+    for start in range(0, len(indices), _BLOCK):
+      block = slice(start, start + _BLOCK)
+      self._sample(indices[block], rngs[block], latents[block])
+    return latents
+
+  def _sample(
+    self,
+    indices: np.ndarray,
+    rngs: Sequence[np.random.Generator],
+    out: np.ndarray,
+  ) -> None:
+    mirrored = np.zeros(len(indices), np.int64)
+    if self._flip:
+      mirrored[:] = [rng.random() < 0.5 for rng in rngs]
+    records = self._records(indices, mirrored)
+    noise = fill_normals(rngs, self._work.noise, self._work.bits)
+    moments = self._unpack(records, self._work.moments)
+    sample = moments[:, 1]
+    sample *= np.float32(0.5)
+    np.exp(sample, out=sample)
+    sample *= noise[:, : sample.shape[1]]
+    sample += moments[:, 0]
+    sample *= np.float32(self.manifest.settings.scaling_factor)
+    out.reshape(sample.shape)[...] = sample
+
+  def fixed(self, indices: np.ndarray) -> np.ndarray:
+    """The posteriors' means, unmirrored and scaled.
+
+    Args:
+      indices: [c] in [0, N).
+
+    Returns:
+      [c, h, w, C] float32: mean * scaling_factor.
+
+    Raises:
+      LatentCacheError: a shard that can't be read; it and the record are named.
+      IndexError: indices outside [0, N).
+    """
+    indices = np.asarray(indices, np.int64)
+    records = self._records(indices, np.zeros_like(indices))
+    moments = np.empty(
+      (len(records), *self._work.moments.shape[1:]), np.float32
+    )
+    means = self._unpack(records, moments)[:, 0]
+    means = means * np.float32(self.manifest.settings.scaling_factor)
+    return means.reshape(-1, *self.sample_shape)
+
+  def _unpack(self, records: Sequence[bytes], out: np.ndarray) -> np.ndarray:
+    """Writes [c, 2, v] float32 to the start of `out`: mean, log of variance."""
+    out = out[: len(records)]
+    stored = np.frombuffer(b"".join(records), "<u2").reshape(out.shape)
+    if self.manifest.settings.dtype == "float16":
+      out.view(np.int32)[...] = stored.view(np.int16)
+      return _scale_halves(out)
+    out[...] = stored.view(ml_dtypes.bfloat16)
+    return out
+
+  def _records(
+    self, indices: np.ndarray, mirrored: np.ndarray
+  ) -> Sequence[bytes]:
+    """The records of images, in order."""
+    if len(indices) and not (
+      0 <= indices.min() and indices.max() < len(self.labels)
+    ):
+      raise IndexError(
+        f"image indices {indices.min()} to {indices.max()} of {len(self)}"
+      )
+    shards, images = np.divmod(indices, self.manifest.settings.images_per_shard)
+    positions = 2 * images + mirrored
+    return [
+      self._record(shard, position)
+      for shard, position in zip(
+        shards.tolist(), positions.tolist(), strict=True
+      )
+    ]
+
+  def _record(self, shard: int, position: int) -> bytes:
+    reader = self._readers.get(shard) or self._open(shard)
+    try:
+      # Several records at a time are no faster, unless they are neighbours.
+      return reader.read([position])[0]
+    except (RuntimeError, IndexError) as error:
+      path = self._folder / self.manifest.shards[shard].file
+      raise LatentCacheError(
+        f"record {position} of {path} can't be read ({error}); {REDO}"
+      ) from error
+
+  def _open(self, shard: int) -> ArrayRecordReader:
+    with self._lock:
+      if shard not in self._readers:
+        entry = self.manifest.shards[shard]
+        reader = ArrayRecordReader(
+          str(self._folder / entry.file),
+          options=_READER_OPTIONS,
+          file_reader_buffer_size=_READER_BUFFER_SIZE,
+        )
+        if not reader.ok() or reader.num_records() != 2 * entry.num_images:
+          raise LatentCacheError(
+            f"{self._folder / entry.file} holds {reader.num_records()} records "
+            f"instead of {2 * entry.num_images}, or can't be opened; {REDO}"
+          )
+        self._readers[shard] = reader
+      return self._readers[shard]
+
+
+class _Workspace(threading.local):
+  """Arrays that each thread uses again: fresh memory costs more than the sums.
+
+  Attributes:
+    moments: [block, 2, v] float32.
+    noise: [block, v] float32, v rounded up to an even number.
+    bits: [block, v / 2] uint64.
+  """
+
+  def __init__(self, values: int):
+    pairs = -(-values // 2)
+    self.moments = np.empty((_BLOCK, 2, values), np.float32)
+    self.noise = np.empty((_BLOCK, 2 * pairs), np.float32)
+    self.bits = np.empty((_BLOCK, pairs), np.uint64)
+
+
+def _scale_halves(values: np.ndarray) -> np.ndarray:
+  """Finite float16, given as sign-extended int32 in `values`, to float32.
+
+  In place, and three times as fast as astype.
+  """
+  # Sign, exponent and significand go to their places in a float32, whose
+  # exponent is then too small by the difference of the biases, 127 - 15.
+  bits = values.view(np.int32)
+  bits <<= 13
+  bits &= np.int32(-0x70002000)
+  values *= np.float32(2.0**112)
+  return values
+
+
+def fill_normals(
+  rngs: Sequence[np.random.Generator], noise: np.ndarray, bits: np.ndarray
+) -> np.ndarray:
+  """Standard normals, row i from rngs[i] alone: the first rows of `noise`.
+
+  Box and Muller's sqrt(-2 log u) (cos, sin)(2 pi v), of a block at once: half
+  the time of Generator.standard_normal. u and v are multiples of 2^-24.
+
+  Args:
+    rngs: c generators whose raw values have 64 bits (PCG64, Philox, SFC64).
+    noise: [>= c, 2 n] float32, written to.
+    bits: [>= c, n] uint64, for intermediate results.
+
+  Returns:
+    [c, 2 n] float32, a part of `noise`.
+  """
+  noise, bits = noise[: len(rngs)], bits[: len(rngs)]
+  pairs = bits.shape[1]
+  for row, rng in zip(bits, rngs, strict=True):
+    # Unlike Generator.integers, this does not give way to other threads.
+    row[:] = rng.bit_generator.random_raw(pairs)
+  integers = bits.view(np.uint32)
+  integers >>= np.uint32(8)
+  noise[...] = integers
+  radius, angle = noise[:, :pairs], noise[:, pairs:]
+  radius += np.float32(1)  # u > 0
+  radius *= np.float32(2.0**-24)
+  np.log(radius, out=radius)
+  radius *= np.float32(-2)
+  np.sqrt(radius, out=radius)
+  angle *= np.float32(2 * np.pi * 2.0**-24)
+  cosine = np.cos(angle, out=bits.view(np.float32)[:, :pairs])
+  np.sin(angle, out=angle)
+  angle *= radius
+  radius *= cosine
+  return noise

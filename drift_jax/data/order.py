@@ -1,0 +1,400 @@
+"""Which records come when: index arithmetic, seeded, random access.
+
+An order says which records make up batch number b as a pure function of
+(seed, b): nothing is read, no state is carried, any batch can be asked for
+next. What one process holds of a batch, and who reads it, is the loader's.
+"""
+
+import functools
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+
+# A permutation is kept while draws walk through it; the one before it too,
+# because threads that read ahead cross the boundary at different times.
+_KEPT_PERMUTATIONS = 2
+
+
+class Order(Protocol):
+  """What a batch is made of.
+
+  Attributes:
+    size: records of one (global) batch.
+  """
+
+  @property
+  def size(self) -> int: ...
+
+  def records(self, batch: int, start: int, stop: int) -> np.ndarray:
+    """[stop - start] indices of records [start, stop) of a batch."""
+    ...
+
+
+@functools.cache
+def _tag(use: str) -> int:
+  return zlib.crc32(use.encode())
+
+
+def generator(seed: int, use: str, *numbers: int) -> np.random.Generator:
+  """A NumPy generator of (seed, use, numbers) alone.
+
+  Args:
+    seed: of the run, >= 0.
+    use: a name; different uses share no stream.
+    numbers: e.g. of a record or a permutation, >= 0.
+  """
+  return np.random.default_rng([seed, _tag(use), *numbers])
+
+
+class _Words(np.random.bit_generator.ISeedSequence):
+  """Hands four given words to a bit generator that asks for its seed."""
+
+  def __init__(self, words: np.ndarray):
+    self._words = words
+
+  def generate_state(self, n_words: int, dtype: Any = np.uint32) -> np.ndarray:
+    return self._words
+
+
+def record_generators(
+  seed: int, numbers: np.ndarray
+) -> list[np.random.Generator]:
+  """One generator for each record number, of (seed, number) alone.
+
+  The four words of PCG64's seed are outputs of four SplitMix64 generators at
+  place `number` (Steele, Lea and Flood, 2014), whose starts NumPy's
+  SeedSequence draws from the seed: ten times quicker than a SeedSequence for
+  each record, which would take as long as a latent's read.
+
+  Args:
+    seed: of the run, >= 0.
+    numbers: [n] of the records in the run, >= 0.
+  """
+  start = np.random.SeedSequence([seed, _tag("augment")]).generate_state(
+    4, np.uint64
+  )
+  place = numbers.astype(np.uint64)[:, None] + np.uint64(1)
+  word = start + place * np.uint64(0x9E3779B97F4A7C15)
+  word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+  word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+  word ^= word >> np.uint64(31)
+  seeds: list[Any] = [_Words(row) for row in word]
+  return [np.random.Generator(np.random.PCG64(seed)) for seed in seeds]
+
+
+def check_labels(labels: np.ndarray, class_names: Sequence[str]) -> None:
+  """Raises ValueError for a label without a class name, saying which."""
+  bad = np.flatnonzero((labels < 0) | (labels >= len(class_names)))
+  if bad.size:
+    raise ValueError(
+      f"record {int(bad[0])} of the data has label {int(labels[bad[0]])}, "
+      f"outside [0, {len(class_names)}): the data name {len(class_names)} "
+      f"classes ({bad.size} of {len(labels)} records are like that)"
+    )
+
+
+class Shuffled:
+  """Every record once an epoch, each epoch in a new order, without end.
+
+  Record number g (batch b holds numbers b*size to (b+1)*size - 1, across
+  epochs) comes from a permutation of epoch g // N that Grain computes element
+  by element, so that no permutation is ever stored.
+
+  Attributes:
+    size: records of one batch.
+  """
+
+  def __init__(self, num_records: int, *, size: int, seed: int):
+    if num_records < 1:
+      raise ValueError("the data hold no record to shuffle")
+    self.size = size
+    self._dataset = (
+      grain.MapDataset.range(num_records).seed(seed).shuffle().repeat(None)
+    )
+
+  def __getitem__(self, number: int) -> int:
+    """Index of the record that comes as number `number` of the run."""
+    return int(self.records(0, number, number + 1)[0])
+
+  def records(self, batch: int, start: int, stop: int) -> np.ndarray:
+    """[stop - start] int64 indices of records [start, stop) of a batch."""
+    first = batch * self.size
+    numbers = range(first + start, first + stop)
+    return np.array([self._dataset[g] for g in numbers], np.int64)
+
+
+class DistinctStream:
+  """An endless sequence over range(n) in blocks, its repeats far apart.
+
+  It is a concatenation of seeded permutations, so that after any number of
+  elements each has come as often as every other, or once more. In `window`
+  consecutive blocks no element comes twice: where such a window crosses from
+  permutation k to k + 1, the head of k + 1 takes the first of its elements
+  that are not in the tail of k; the others follow in their order. The head
+  never takes from k + 1's own tail, so that permutation k + 1 as it comes
+  depends on the raw permutations k and k + 1 alone, and any block can be
+  computed without those before it.
+
+  That needs n elements to choose from, at most (3 * window - 1) * block - 1;
+  `fresh` tells. With fewer, but window * block or more, the stream is one
+  permutation again and again: the same two guarantees, but the same
+  neighbours in every pass.
+
+  Attributes:
+    size: n.
+    fresh: whether every pass is a new permutation.
+  """
+
+  def __init__(
+    self, size: int, *, block: int, window: int, seed: int, use: Sequence[int]
+  ):
+    """Computes nothing yet.
+
+    Args:
+      size: n >= window * block.
+      block: elements of one block, >= 1.
+      window: consecutive blocks that share no element, >= 1.
+      seed: of the run.
+      use: numbers that tell this stream from others.
+
+    Raises:
+      ValueError: fewer than window * block elements.
+    """
+    if size < window * block:
+      raise ValueError(
+        f"{window} x {block} distinct elements of {size} can't be had"
+      )
+    self.size = size
+    self._block = block
+    self._window = window
+    self._key = (seed, *use)
+    self.fresh = self._always_enough()
+    self._kept: tuple[tuple[int, np.ndarray], ...] = ()
+
+  def _always_enough(self) -> bool:
+    """Whether every head has enough before the pass' own tail, at worst."""
+    # The boundaries' places within a block repeat after this many passes.
+    passes = self._block // math.gcd(self._block, self.size)
+    tail, head = self._crossing(np.arange(1, passes + 2))
+    return bool(np.all(tail[1:] + tail[:-1] + head[:-1] <= self.size))
+
+  def _crossing(self, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How far the windows that hold elements of both permutation number - 1
+    and permutation `number` reach into each, number >= 1."""
+    boundary = number * self.size
+    span = self._window * self._block
+    first = ((boundary - span) // self._block + 1) * self._block
+    last = (boundary - 1) // self._block * self._block
+    return boundary - first, last + span - boundary
+
+  def _raw(self, number: int) -> np.ndarray:
+    seed, *use = self._key
+    order = generator(seed, "order", *use, number).permutation(self.size)
+    return order.astype(np.int32)
+
+  def permutation(self, number: int) -> np.ndarray:
+    """[n] int32: elements number * n to (number + 1) * n - 1 of the stream."""
+    if not self.fresh:
+      number = 0
+    for kept, order in self._kept:
+      if kept == number:
+        return order
+    order = self._arranged(number)
+    # One assignment, so that threads need no lock.
+    self._kept = ((number, order), *self._kept)[:_KEPT_PERMUTATIONS]
+    return order
+
+  def _arranged(self, number: int) -> np.ndarray:
+    order = self._raw(number)
+    if number == 0:
+      return order
+    tail, head = self._crossing(np.asarray(number))
+    if tail == 0 or head == 0:
+      return order
+    # Arranging leaves a permutation's tail alone: a kept one will do.
+    before = dict(self._kept).get(number - 1)
+    before = self._raw(number - 1) if before is None else before
+    in_tail = np.zeros(self.size, bool)
+    in_tail[before[-tail:]] = True
+    # As `fresh` holds, these lie in front of this permutation's own tail.
+    chosen = np.zeros(self.size, bool)
+    chosen[np.flatnonzero(~in_tail[order])[:head]] = True
+    return np.concatenate([order[chosen], order[~chosen]])
+
+  def take(self, start: int, stop: int) -> np.ndarray:
+    """[stop - start] int32: elements start to stop - 1 of the stream."""
+    parts = []
+    while start < stop:
+      number, offset = divmod(start, self.size)
+      count = min(stop - start, self.size - offset)
+      parts.append(self.permutation(number)[offset : offset + count])
+      start += count
+    return np.concatenate(parts) if parts else np.zeros(0, np.int32)
+
+
+class ClassGrouped:
+  """Labels, their positives and unconditional reals, straight by index (4).
+
+  Step s has N_c labels, N_pos images of each label's class and N_unc of any
+  class for each label, as a pure function of (seed, s):
+  - Labels are consecutive blocks of N_c of a stream of permutations of the
+    classes: each class is drawn as often as every other, or once more. No
+    class comes twice in a step if the number of classes allows it (2 N_c - 1
+    or more, or a multiple of N_c).
+  - Positives are the next N_pos of the class' own stream, unconditional reals
+    the next N_c * N_unc of a stream over everything. No image comes twice
+    among a step's positives, nor among its unconditional reals; over time
+    each image of a class comes as often as every other, or once more.
+
+  A batch's records are the positives, label by label, then the unconditional
+  reals, label by label.
+
+  Attributes:
+    size: records of one step, N_c * (N_pos + N_unc).
+    num_labels, num_positives, num_unconditional: N_c, N_pos, N_unc.
+  """
+
+  def __init__(
+    self,
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    *,
+    seed: int,
+    num_labels: int,
+    num_positives: int,
+    num_unconditional: int,
+  ):
+    """Sorts the data by class.
+
+    Args:
+      labels: [N] of every record, in [0, len(class_names)).
+      class_names: one for each label.
+      seed: of every draw.
+      num_labels: N_c.
+      num_positives: N_pos.
+      num_unconditional: N_unc, may be 0.
+
+    Raises:
+      ValueError: a label out of range, or fewer images of a class (or in all)
+        than one step can draw; names the class and both numbers.
+    """
+    check_labels(labels, class_names)
+    self.num_labels = num_labels
+    self.num_positives = num_positives
+    self.num_unconditional = num_unconditional
+    self.size = num_labels * (num_positives + num_unconditional)
+    num_classes = len(class_names)
+    self._num_classes = num_classes
+    self._labels, in_step = self._label_stream(num_classes, seed)
+    counts = np.bincount(labels, minlength=num_classes)
+    self._check(counts, class_names, in_step)
+    self._by_class = np.argsort(labels, kind="stable").astype(np.int32)
+    self._offsets = np.concatenate([[0], np.cumsum(counts)])
+    self._positives = [
+      DistinctStream(
+        int(count),
+        block=num_positives,
+        window=in_step,
+        seed=seed,
+        use=(_tag("positives"), label),
+      )
+      for label, count in enumerate(counts)
+    ]
+    self._unconditional = None
+    if num_unconditional:
+      self._unconditional = DistinctStream(
+        len(labels),
+        block=num_labels * num_unconditional,
+        window=1,
+        seed=seed,
+        use=(_tag("unconditional"),),
+      )
+
+  def _label_stream(
+    self, num_classes: int, seed: int
+  ) -> tuple[DistinctStream, int]:
+    """The classes' stream, and how often one can come in a step."""
+    use = (_tag("labels"),)
+    if num_classes >= self.num_labels:
+      stream = DistinctStream(
+        num_classes, block=self.num_labels, window=1, seed=seed, use=use
+      )
+      if stream.fresh:
+        return stream, 1
+    # A step's block starts at most this far into a permutation, and may touch
+    # the following ones.
+    latest = num_classes - math.gcd(num_classes, self.num_labels)
+    in_step = (latest + self.num_labels - 1) // num_classes + 1
+    stream = DistinctStream(num_classes, block=1, window=1, seed=seed, use=use)
+    return stream, in_step
+
+  def _check(
+    self, counts: np.ndarray, class_names: Sequence[str], in_step: int
+  ) -> None:
+    need = in_step * self.num_positives
+    label = int(np.argmin(counts))
+    if counts[label] < need:
+      times = "" if in_step == 1 else f", coming up to {in_step} times"
+      raise ValueError(
+        f"class {label} ({class_names[label]}) has {int(counts[label])} "
+        f"images, but a step of batch.labels={self.num_labels} and "
+        f"batch.positives={self.num_positives} can draw {need} of it{times}, "
+        f"without replacement; {int((counts < need).sum())} of the "
+        f"{len(counts)} classes have too few: lower batch.positives or "
+        "batch.labels, lower data.held_out, or take the sample queue with "
+        "queue.with_replacement=True"
+      )
+    need = self.num_labels * self.num_unconditional
+    if counts.sum() < need:
+      raise ValueError(
+        f"the data hold {int(counts.sum())} images, but a step draws "
+        f"batch.labels={self.num_labels} x batch.unconditional="
+        f"{self.num_unconditional} = {need} unconditional reals without "
+        "replacement: lower one of them, or take the sample queue"
+      )
+
+  def labels(self, step: int) -> np.ndarray:
+    """[N_c] int32: the labels of a step."""
+    start = step * self.num_labels
+    return self._labels.take(start, start + self.num_labels)
+
+  def positives(self, step: int) -> np.ndarray:
+    """[N_c, N_pos] int32: indices of each label's positives."""
+    count = self.num_labels * self.num_positives
+    flat = self.records(step, 0, count)
+    return flat.reshape(self.num_labels, self.num_positives)
+
+  def unconditional(self, step: int) -> np.ndarray:
+    """[N_c, N_unc] int32: indices of each label's unconditional reals."""
+    count = self.num_labels * self.num_positives
+    flat = self.records(step, count, self.size)
+    return flat.reshape(self.num_labels, self.num_unconditional)
+
+  def _row(self, draw: int, start: int, stop: int) -> np.ndarray:
+    """Positives start to stop - 1 of label number `draw` of the run."""
+    # Each pass over the classes draws each once: the pass' number is how
+    # often the class has been drawn before.
+    earlier = draw // self._num_classes
+    label = int(self._labels.take(draw, draw + 1)[0])
+    first = earlier * self.num_positives
+    chosen = self._positives[label].take(first + start, first + stop)
+    return self._by_class[self._offsets[label] + chosen]
+
+  def records(self, batch: int, start: int, stop: int) -> np.ndarray:
+    """[stop - start] int32 indices of records [start, stop) of a step."""
+    parts = []
+    positives = self.num_labels * self.num_positives
+    while start < min(stop, positives):
+      row, offset = divmod(start, self.num_positives)
+      count = min(stop - start, self.num_positives - offset)
+      draw = batch * self.num_labels + row
+      parts.append(self._row(draw, offset, offset + count))
+      start += count
+    if start < stop and self._unconditional is not None:
+      first = batch * (self.size - positives) - positives
+      parts.append(self._unconditional.take(first + start, first + stop))
+    return np.concatenate(parts) if parts else np.zeros(0, np.int32)

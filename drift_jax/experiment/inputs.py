@@ -1,0 +1,262 @@
+"""From a config to readers, loaders and feeds."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+
+from drift_jax import artifacts, data
+from drift_jax import config as config_lib
+from drift_jax.console import logger
+from drift_jax.experiment.runs import AnyConfig, naming
+
+_Config = TypeVar("_Config", config_lib.GeneratorConfig, config_lib.MaeConfig)
+LATENTS = "latents:"
+# Which images are held out does not change with the run's seed: runs of
+# several seeds are judged by the same images.
+HELD_OUT_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Readers:
+  """The training images, and how to open the held-out ones."""
+
+  train: data.Reader
+  test: Callable[[], data.Reader]
+
+
+def open_readers(config: AnyConfig, vae: artifacts.Artifact | None) -> Readers:
+  """Readers of the data that config.data names.
+
+  Where the data have no split called config.data.test_split,
+  config.data.held_out images of each class are taken from the training split.
+
+  Args:
+    config: of the run.
+    vae: what the latents of a cache must have been made with.
+
+  Raises:
+    ConfigError: data that are not there, are damaged, or do not fit the
+      config.
+  """
+  settings = config.data
+  if settings.source.startswith(LATENTS):
+    assert vae is not None  # the config's checks ask for vae.path
+    open_train = functools.partial(
+      _open_latents, settings, settings.train_split, vae
+    )
+    open_test = functools.partial(
+      _open_latents, settings, settings.test_split, vae
+    )
+  else:
+    sources = _Sources(settings)
+
+    def open_train() -> data.Reader:
+      return _reader(sources.train(), settings)
+
+    def open_test() -> data.Reader:
+      return _reader(sources.test(), settings)
+
+  @functools.cache
+  def held_out() -> data.Reader:
+    with naming("data"):
+      return open_test()
+
+  with naming("data"):
+    return Readers(open_train(), held_out)
+
+
+def _open_latents(
+  settings: config_lib.Data, split: str, vae: artifacts.Artifact
+) -> data.LatentReader:
+  """A split of a latent cache.
+
+  Raises:
+    ValueError: a cache that is incomplete, damaged or of another autoencoder.
+  """
+  reader = data.LatentReader(
+    settings.source.removeprefix(LATENTS),
+    split,
+    dtype=settings.wire,
+    flip=settings.flip,
+    expected_vae_sha256=vae.sha256,
+  )
+  # The checksum is that of the parameters alone.
+  cached = reader.manifest.settings.scaling_factor
+  scaling_factor = vae.metadata["model_config"]["scaling_factor"]
+  if cached != scaling_factor:
+    raise ValueError(
+      f"{settings.source} was scaled by {cached}, but vae.path has a "
+      f"scaling_factor of {scaling_factor}: give the autoencoder that it was "
+      "made with"
+    )
+  return reader
+
+
+class _Sources:
+  """The splits of the data, none of their images read."""
+
+  def __init__(self, settings: config_lib.Data):
+    self._settings = settings
+
+  def _open(self, split: str) -> data.Source:
+    settings = self._settings
+    return data.open_source(
+      settings.source,
+      split=split,
+      data_dir=settings.data_dir,
+      class_order=settings.class_order,
+      max_corrupt=settings.max_corrupt,
+      decoder=settings.decoder,
+    )
+
+  @functools.cached_property
+  def _own_test(self) -> data.Source | None:
+    """The data's own test split, if they have one."""
+    if not self._settings.test_split:
+      return None
+    try:
+      return self._open(self._settings.test_split)
+    except data.NoSplitError:
+      if not self._settings.held_out:
+        raise
+      return None
+
+  @functools.cached_property
+  def _divided(self) -> tuple[data.Source, data.Source]:
+    """The training split without and with nothing but its held-out images."""
+    per_class = self._settings.held_out
+    logger.info(
+      "data: no split %r, %d images of each class are held out of %r.",
+      self._settings.test_split,
+      per_class,
+      self._settings.train_split,
+    )
+    return data.held_out(
+      self._open(self._settings.train_split),
+      per_class=per_class,
+      seed=HELD_OUT_SEED,
+    )
+
+  def train(self) -> data.Source:
+    """The training images; all of the split where nothing need be held out."""
+    if not self._settings.held_out or self._own_test is not None:
+      return self._open(self._settings.train_split)
+    return self._divided[0]
+
+  def test(self) -> data.Source:
+    """The held-out images.
+
+    Raises:
+      ValueError: there are none.
+    """
+    if self._own_test is not None:
+      return self._own_test
+    if not self._settings.held_out:
+      raise ValueError(
+        "evaluation needs held-out images, but data.test_split and "
+        "data.held_out are empty: set one of them, or eval.every=0"
+      )
+    return self._divided[1]
+
+
+def _reader(source: data.Source, settings: config_lib.Data) -> data.Reader:
+  if isinstance(source, data.ArraySource):
+    return data.ArrayReader(source, wire=settings.wire)
+  if settings.in_memory:
+    source = data.MemorySource(source, num_threads=settings.num_threads)
+  smallest, largest = settings.crop_scale
+  return data.ImageReader(
+    source,
+    size=settings.image_size,
+    channels=settings.channels,
+    crop=settings.crop,
+    crop_scale=(smallest, largest),
+    flip=settings.flip,
+    wire=settings.wire,
+  )
+
+
+def with_num_classes(config: _Config, reader: data.Reader) -> _Config:
+  """The config with the data's class count where it leaves that open.
+
+  Raises:
+    ConfigError: another count than the data's, or one that does not go with
+      the rest of the config.
+  """
+  classes = len(reader.class_names)
+  if config.model.num_classes not in (0, classes):
+    raise config_lib.ConfigError(
+      f"the data have {classes} classes, model.num_classes="
+      f"{config.model.num_classes}: set it to {classes}, or to 0 for as many "
+      "as the data have"
+    )
+  model = dataclasses.replace(config.model, num_classes=classes)
+  config = dataclasses.replace(config, model=model)
+  config_lib.check(config)
+  return config
+
+
+def check_shape(reader: data.Reader, shape: tuple[int, ...], what: str) -> None:
+  """Raises ConfigError where the data do not fit the model."""
+  if reader.sample_shape != shape:
+    raise config_lib.ConfigError(
+      f"the data have images of shape {reader.sample_shape}, {what} {shape}: "
+      "set data.image_size, data.channels and the model's sizes to match"
+    )
+
+
+def make_loader(
+  config: AnyConfig, reader: data.Reader, batch_size: int
+) -> data.Loader:
+  """Endless shuffled batches of the training images."""
+  return data.Loader(
+    reader,
+    batch_size=batch_size,
+    seed=config.seed,
+    num_threads=config.data.num_threads,
+    num_workers=config.data.num_workers,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+
+
+def mae_feed(
+  config: config_lib.MaeConfig, reader: data.Reader
+) -> data.ImageFeed:
+  """Batches of training images."""
+  with naming("data"):
+    return data.ImageFeed(make_loader(config, reader, config.mae.batch_size))
+
+
+def generator_feed(
+  config: config_lib.GeneratorConfig, reader: data.Reader
+) -> data.QueueFeed | data.GroupedFeed:
+  """Positives and unconditional reals, the way that config.batch.reals says.
+
+  Raises:
+    ConfigError: too few images of a class, or labels that the processes
+      can't share.
+  """
+  batch = config.batch
+  sizes = {
+    "seed": config.seed,
+    "num_labels": batch.labels,
+    "num_positives": batch.positives,
+    "num_unconditional": batch.unconditional,
+  }
+  with naming("data"):
+    if batch.reals == "class_grouped":
+      return data.GroupedFeed(
+        reader,
+        **sizes,
+        num_threads=config.data.num_threads,
+        num_workers=config.data.num_workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+      )
+    queue = dataclasses.asdict(config.queue)
+    pushed = config.queue.push_per_step * jax.process_count()
+    return data.QueueFeed(make_loader(config, reader, pushed), **sizes, **queue)

@@ -1,0 +1,232 @@
+"""A run on disk and in time: mesh, workdir, optimiser, checkpoints, loop."""
+
+import contextlib
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+import optax
+from etils import epath
+from jax.sharding import Mesh
+
+from drift_jax import checkpoint, loop, metrics, optim, sharding
+from drift_jax import config as config_lib
+from drift_jax import state as state_lib
+from drift_jax.console import logger
+from drift_jax.state import TrainState
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "frozen_weights.json"
+CHECKPOINTS = "checkpoints"
+AnyConfig = config_lib.GeneratorConfig | config_lib.MaeConfig
+
+
+class Evaluate(Protocol):
+  """A task's evaluation in the loop; it must leave the state alone."""
+
+  def __call__(
+    self, step: int, state: TrainState, writer: metrics.MetricWriter
+  ) -> dict[str, float]: ...
+
+
+@contextlib.contextmanager
+def naming(section: str) -> Iterator[None]:
+  """Turns a constructor's ValueError into a ConfigError of the section."""
+  try:
+    yield
+  except ValueError as error:
+    if isinstance(error, config_lib.ConfigError):
+      raise
+    raise config_lib.ConfigError(f"{section}: {error}") from error
+
+
+def open_mesh(config: config_lib.Mesh) -> Mesh:
+  """The mesh that the config describes, over this process' devices.
+
+  Raises:
+    ConfigError: sizes that do not fit the devices; several processes.
+  """
+  if jax.process_count() > 1:
+    raise config_lib.ConfigError(
+      f"{jax.process_count()} processes were started, but a run uses one: "
+      "start a single process on the machine's devices"
+    )
+  with naming("mesh"):
+    return sharding.make_mesh(config.data, config.fsdp)
+
+
+def open_workdir(
+  workdir: str, config: AnyConfig, frozen: Mapping[str, str]
+) -> epath.Path:
+  """Creates the workdir; writes config.json and the frozen weights' sums.
+
+  Where the workdir holds a checkpoint already, the config and the frozen
+  weights must be those of that run.
+
+  Args:
+    workdir: of the run.
+    config: resolved.
+    frozen: {'encoders.NAME' or 'vae': SHA-256 of its weights}.
+
+  Raises:
+    ConfigError: if the workdir holds a run of another experiment.
+  """
+  path = epath.Path(workdir)
+  text = config_lib.to_json(config)
+  steps_seen = list((path / CHECKPOINTS).glob("[0-9]*"))
+  if steps_seen and (path / CONFIG_FILE).exists():
+    config_lib.check_resumable((path / CONFIG_FILE).read_text(), text)
+  if steps_seen:
+    check_frozen(path, frozen)
+  path.mkdir(parents=True, exist_ok=True)
+  with metrics.replacing(path / CONFIG_FILE) as file:
+    file.write_text(text)
+  if frozen:
+    with metrics.replacing(path / WEIGHTS_FILE) as file:
+      file.write_text(json.dumps(frozen, indent=2))
+  return path
+
+
+def check_frozen(path: epath.Path, frozen: Mapping[str, str]) -> None:
+  """Raises ConfigError where weights are not those that the run began with."""
+  if not (path / WEIGHTS_FILE).exists():
+    return
+  before = json.loads((path / WEIGHTS_FILE).read_text())
+  for name in frozen:
+    if before.get(name) != frozen[name]:
+      raise config_lib.ConfigError(
+        f"{name}: the run in {path} began with other weights (SHA-256 "
+        f"{before.get(name)}, now {frozen[name]}): give it those again or use "
+        "a new workdir"
+      )
+
+
+def run(
+  config: AnyConfig,
+  path: epath.Path,
+  mesh: Mesh,
+  *,
+  name: str,
+  init_params: Callable[[jax.Array], Any],
+  step: Callable[..., tuple[TrainState, loop.Metrics]],
+  feed: loop.Feed,
+  put: Callable[[Any], Any],
+  evaluate: Evaluate,
+  best_metric: Callable[[dict[str, float]], dict[str, float] | None],
+) -> TrainState:
+  """Trains to config.train.num_steps, from a checkpoint if there is one.
+
+  Args:
+    config: of either task.
+    path: the workdir.
+    mesh: where the state lives.
+    name: of the model, for the log.
+    init_params: key -> parameters.
+    step: (state, batch, *, optimizer, schedule) -> (state, metrics).
+    feed, put, best_metric: see loop.fit.
+    evaluate: called with the metric writer as well.
+
+  Raises:
+    ConfigError: the workdir's run is longer than config.train.num_steps.
+  """
+  optimizer, schedule = make_optimizer(config.optim, config.train.num_steps)
+  abstract, init = state_lib.abstract_and_init(
+    init_params,
+    optimizer,
+    ema_decays=config.ema.decays,
+    seed=config.seed,
+    mesh=mesh,
+  )
+  count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(abstract.params))
+  logger.info("%s: %s parameters", name, f"{count:,}")
+  jitted = jax.jit(
+    functools.partial(step, optimizer=optimizer, schedule=schedule),
+    donate_argnums=0,
+    out_shardings=(
+      jax.tree.map(lambda x: x.sharding, abstract),
+      sharding.replicated(mesh),
+    ),
+  )
+  with contextlib.ExitStack() as stack:
+    stack.callback(feed.close)
+    checkpointer = make_checkpointer(config.checkpoint, path)
+    stack.callback(checkpointer.close)
+    state = loop.restore_or_start(checkpointer, abstract, init, feed)
+    if int(state.step) > config.train.num_steps:
+      raise config_lib.ConfigError(
+        f"train.num_steps={config.train.num_steps}, but {path} holds a run of "
+        f"{int(state.step)} steps: raise it or use a new workdir"
+      )
+    writer = metrics.create_writer(
+      path, resume_step=int(state.step) or -1, is_main=True
+    )
+    stack.callback(writer.close)
+    return loop.fit(
+      state,
+      step_fn=jitted,
+      feed=feed,
+      put=put,
+      prefetch=config.data.prefetch,
+      schedule=loop.Schedule(
+        num_steps=config.train.num_steps,
+        log_every=config.train.log_every,
+        eval_every=config.eval.every,
+        checkpoint_every=config.checkpoint.every,
+      ),
+      evaluate=functools.partial(evaluate, writer=writer),
+      best_metric=best_metric,
+      checkpointer=checkpointer,
+      writer=writer,
+    )
+
+
+def make_optimizer(
+  config: config_lib.Optim, num_steps: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """The optimiser and the schedule that it follows."""
+  schedule = optim.learning_rate_schedule(
+    kind=config.schedule,
+    peak=config.learning_rate,
+    warmup_steps=config.warmup_steps,
+    total_steps=num_steps,
+  )
+  optimizer = optim.make_optimizer(
+    schedule,
+    b1=config.b1,
+    b2=config.b2,
+    eps=config.eps,
+    weight_decay=config.weight_decay,
+    grad_clip=config.grad_clip,
+  )
+  return optimizer, schedule
+
+
+def make_checkpointer(
+  config: config_lib.Checkpoint, path: epath.Path, *, read_only: bool = False
+) -> checkpoint.Checkpointer:
+  """The checkpoints of a workdir; a run that is going on may be read."""
+  return checkpoint.Checkpointer(
+    path / CHECKPOINTS,
+    keep_latest=config.keep_latest,
+    keep_every=config.keep_every,
+    best_metric=config.best_metric,
+    on_corrupt=config.on_corrupt,
+    read_only=read_only,
+  )
+
+
+def check_divides(name: str, size: int, mesh: Mesh) -> None:
+  """Raises ConfigError where a batch axis can't be split over the mesh."""
+  if size % mesh.size:
+    raise config_lib.ConfigError(
+      f"{name}={size} can't be split over the {mesh.size} devices of mesh "
+      f"{dict(mesh.shape)}: use a multiple of {mesh.size}"
+    )
+
+
+def pad_to_mesh(size: int, mesh: Mesh) -> int:
+  """The smallest multiple of the device count that is at least `size`."""
+  return -(-size // mesh.size) * mesh.size

@@ -1,0 +1,513 @@
+"""Latents of a data set, encoded once: what latent training reads.
+
+  python -m drift_jax.tools.cache_latents --source=folder:DIR --split=train \\
+      --vae=DIR --out=DIR
+  python -m drift_jax.tools.cache_latents --verify --split=train --out=DIR
+
+Every image is cropped (ADM's centre crop) and encoded twice, itself and its
+mirror image; the moments of both posteriors are stored, not samples of them.
+Run the same command again after a crash: finished shards are checked and kept.
+Several processes share the work when each runs the same command; process p of P
+takes every P-th shard, and whoever finishes last writes the manifest.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import functools
+import itertools
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from drift_jax import artifacts, console, sharding
+from drift_jax.console import logger
+from drift_jax.data import (
+  encoded,
+  latent_format,
+  latent_writer,
+  order,
+  sources,
+  transforms,
+)
+from drift_jax.data.latent_format import (
+  LatentCacheError,
+  Manifest,
+  Settings,
+  Shard,
+)
+
+COMPUTE_DTYPES = ("float32", "bfloat16")
+# Between two lines of progress where there is no terminal to draw a bar on.
+LOG_SECONDS = 30.0
+# Batches decoded ahead of the device, and batches that the device works on.
+_DECODED_AHEAD = 3
+_IN_FLIGHT = 2
+
+Encoder = Callable[[np.ndarray], jax.Array]
+
+
+class Piece(NamedTuple):
+  """A batch of one shard.
+
+  Attributes:
+    shard: its number.
+    indices: in the source.
+    values: [b, ...] of these images: pixels, later moments.
+  """
+
+  shard: int
+  indices: range
+  values: Any
+
+
+@functools.partial(jax.jit, static_argnames=("module", "precision"))
+def moments_of(
+  params: Any, pixels: jax.Array, *, module: nn.Module, precision: str
+) -> jax.Array:
+  """uint8 [B, H, W, 3] -> float32 [B, 2, h, w, 2 c], image and mirror image."""
+  images = pixels.astype(jnp.float32) / 127.5 - 1.0
+  both = jnp.stack([images, images[:, :, ::-1]], axis=1)
+  flat = both.reshape(-1, *images.shape[1:])
+  with jax.default_matmul_precision(precision):
+    moments: Any = module.apply({"params": params}, flat, method="encode")
+  return moments.astype(jnp.float32).reshape(
+    *both.shape[:2], *moments.shape[1:]
+  )
+
+
+def make_encoder(
+  vae: artifacts.Artifact, mesh: jax.sharding.Mesh, compute_dtype: str
+) -> Encoder:
+  """`moments_of` a host batch, which is split over the devices of the mesh.
+
+  Returns:
+    uint8 [B, H, W, 3] -> float32 [B, 2, h, w, 2 c], still being computed. B is
+    a multiple of the number of devices.
+  """
+  params = jax.device_put(vae.params, sharding.replicated(mesh))
+  # Matrix units would otherwise round the factors of float32 products.
+  precision = "highest" if compute_dtype == "float32" else "default"
+
+  def encode(pixels: np.ndarray) -> jax.Array:
+    batch = sharding.put_batch(pixels, mesh)
+    return moments_of(params, batch, module=vae.module, precision=precision)
+
+  return encode
+
+
+def decode_batches(
+  source: sources.Source,
+  settings: Settings,
+  shards: Sequence[int],
+  *,
+  batch_size: int,
+  pool: concurrent.futures.Executor,
+) -> Iterator[Piece]:
+  """Batches of centre crops, uint8 [b, size, size, 3], in order.
+
+  The pool works ahead while the caller does something else.
+  """
+
+  def load(index: int) -> np.ndarray:
+    image = sources.image_of(source, index)
+    return np.asarray(transforms.center_crop(image, settings.image_size))
+
+  pending: collections.deque[tuple[int, range, list[Any]]] = collections.deque()
+  for shard in shards:
+    images = settings.images(shard)
+    for start in range(0, len(images), batch_size):
+      indices = images[start : start + batch_size]
+      pending.append((shard, indices, [pool.submit(load, i) for i in indices]))
+      if len(pending) > _DECODED_AHEAD:
+        yield _collect(*pending.popleft())
+  while pending:
+    yield _collect(*pending.popleft())
+
+
+def _collect(shard: int, indices: range, futures: Sequence[Any]) -> Piece:
+  images = np.stack([future.result() for future in futures])
+  return Piece(shard, indices, images)
+
+
+def encode_batches(
+  pieces: Iterable[Piece], encode: Encoder, batch_size: int
+) -> Iterator[Piece]:
+  """Moments [b, 2, h, w, 2 c] float32 of batches of pixels, in order.
+
+  Every batch is filled up to `batch_size`: one program is compiled. The device
+  has the next batch before the last one's result is fetched.
+  """
+  running: collections.deque[Piece] = collections.deque()
+  for piece in pieces:
+    fill = [(0, batch_size - len(piece.indices))] + [(0, 0)] * 3
+    running.append(piece._replace(values=encode(np.pad(piece.values, fill))))
+    if len(running) >= _IN_FLIGHT:
+      yield _fetch(running.popleft())
+  while running:
+    yield _fetch(running.popleft())
+
+
+def _fetch(piece: Piece) -> Piece:
+  moments = np.asarray(jax.device_get(piece.values))
+  return piece._replace(values=moments[: len(piece.indices)])
+
+
+class Progress:
+  """A bar on a terminal, else a line now and then."""
+
+  def __init__(self, what: str, total: int):
+    self._what = what
+    self._total = total
+    self._done = 0
+    self._start = self._logged = time.monotonic()
+    self._bar = tqdm(
+      total=total, desc=what, unit="img", disable=not sys.stderr.isatty()
+    )
+
+  def update(self, count: int) -> None:
+    """Counts images that are done."""
+    self._done += count
+    self._bar.update(count)
+    now = time.monotonic()
+    if self._bar.disable and now - self._logged >= LOG_SECONDS:
+      self._logged = now
+      rate = self._done / (now - self._start)
+      left = (self._total - self._done) / rate / 60
+      logger.info(
+        "%s: %d of %d images, %.4g images/s, %.3g min left",
+        self._what,
+        self._done,
+        self._total,
+        rate,
+        left,
+      )
+
+  def close(self) -> float:
+    """Images per second from start to end."""
+    self._bar.close()
+    return self._done / max(time.monotonic() - self._start, 1e-9)
+
+
+def cache_latents(
+  source: sources.Source,
+  *,
+  name: str,
+  split: str,
+  vae: str,
+  out: str,
+  image_size: int = 256,
+  batch_size: int = 64,
+  images_per_shard: int = 4096,
+  dtype: str = "float16",
+  compute_dtype: str = "float32",
+  num_threads: int | None = None,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Manifest | None:
+  """Encodes this process' shards that are not finished.
+
+  Args:
+    source: of the images.
+    name: of the source, recorded in the cache.
+    split: of the source.
+    vae: folder of the exported autoencoder.
+    out: folder of the cache.
+    image_size: of the centre crop, in pixels.
+    batch_size: images on all devices of this process; rounded up to a multiple
+      of the number of devices.
+    images_per_shard: the last shard may have fewer.
+    dtype: of the stored moments, 'float16' or 'bfloat16'.
+    compute_dtype: of the encoder, 'float32' or 'bfloat16'.
+    num_threads: that decode; None for a few more than there are cores.
+    process_index: of this process: it takes shards p, p + P, ...
+    process_count: P.
+
+  Returns:
+    The manifest, None while other processes' shards are missing.
+
+  Raises:
+    LatentCacheError: settings that no cache can have or that differ from the
+      cache's; a full disk.
+    ArtifactError: no autoencoder in `vae`.
+    CorruptImageError: more images than allowed can't be decoded.
+    OSError: an image can't be read.
+  """
+  if compute_dtype not in COMPUTE_DTYPES:
+    raise LatentCacheError(
+      f"compute_dtype={compute_dtype!r}: valid options are "
+      f"{list(COMPUTE_DTYPES)}"
+    )
+  for what, value in (("batch_size", batch_size), ("num_threads", num_threads)):
+    if value is not None and value < 1:
+      raise LatentCacheError(f"{what}={value} must be at least 1")
+  if not 0 <= process_index < process_count:
+    raise LatentCacheError(
+      f"process_index={process_index} must lie in [0, process_count), "
+      f"process_count={process_count}"
+    )
+  autoencoder = artifacts.load(vae, dtype=compute_dtype)
+  if autoencoder.kind != "vae":
+    raise LatentCacheError(
+      f"{vae} holds a model of kind {autoencoder.kind!r}, want 'vae': make one "
+      "with python -m drift_jax.tools.convert_weights vae"
+    )
+  module: Any = autoencoder.module
+  settings = Settings(
+    source=name,
+    split=split,
+    num_images=len(source),
+    labels_sha256=latent_format.labels_sha256(source.labels),
+    class_names=tuple(source.class_names),
+    image_size=image_size,
+    vae_sha256=autoencoder.sha256,
+    scaling_factor=float(module.scaling_factor),
+    downsampling=module.downsampling,
+    latent_channels=module.latent_channels,
+    dtype=dtype,
+    compute_dtype=compute_dtype,
+    images_per_shard=images_per_shard,
+  )
+  folder = latent_writer.prepare(out, settings)
+  todo = _unfinished(
+    folder, settings, range(process_index, settings.num_shards, process_count)
+  )
+  latent_writer.require_space(folder, settings, todo)
+  if todo:
+    mesh = sharding.make_mesh(devices=jax.local_devices())
+    batch_size = -(-batch_size // mesh.size) * mesh.size
+    encode = make_encoder(autoencoder, mesh, compute_dtype)
+    with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
+      try:
+        pieces = decode_batches(
+          source, settings, todo, batch_size=batch_size, pool=pool
+        )
+        _write(
+          encode_batches(pieces, encode, batch_size), folder, settings, todo
+        )
+      finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+  manifest = latent_writer.write_manifest(folder, settings, source.labels)
+  if manifest is None:
+    logger.info("Done here; other processes' shards of %s are missing.", folder)
+  else:
+    logger.info("%s is complete: %d images.", folder, settings.num_images)
+  return manifest
+
+
+def _unfinished(
+  folder: pathlib.Path, settings: Settings, shards: Sequence[int]
+) -> list[int]:
+  """The shards to write; those that are there are read and compared."""
+  total = sum(len(settings.images(shard)) for shard in shards)
+  progress = Progress("Checking", total)
+  todo = []
+  for shard in shards:
+    done = latent_format.finished_shard(folder, settings, shard, checksum=True)
+    if done is None:
+      todo.append(shard)
+    progress.update(len(settings.images(shard)))
+  progress.close()
+  if len(todo) < len(shards):
+    finished = len(shards) - len(todo)
+    logger.info("%d of %d shards are finished.", finished, len(shards))
+  return todo
+
+
+def _write(
+  pieces: Iterable[Piece],
+  folder: pathlib.Path,
+  settings: Settings,
+  shards: Sequence[int],
+) -> None:
+  """Writes the shards; each is completed while the next is computed."""
+  total = sum(len(settings.images(shard)) for shard in shards)
+  progress = Progress("Encoding", total)
+  finishing: concurrent.futures.Future[Shard] | None = None
+  with concurrent.futures.ThreadPoolExecutor(1) as background:
+    for shard, group in itertools.groupby(pieces, lambda piece: piece.shard):
+      with latent_writer.ShardWriter(folder, settings, shard) as writer:
+        for piece in group:
+          for index, moments in zip(piece.indices, piece.values, strict=True):
+            writer.add(index, moments)
+          progress.update(len(piece.indices))
+        if finishing is not None:
+          finishing.result()
+        finishing = background.submit(writer.finish)
+    if finishing is not None:
+      finishing.result()
+  logger.info("Encoded %d images at %.4g images/s.", total, progress.close())
+
+
+def open_images(
+  spec: str, *, split: str, data_dir: str, class_order: str, max_corrupt: int
+) -> sources.Source:
+  """The source of images that the command line names.
+
+  Raises:
+    LatentCacheError: no such source, one that does not hold 8-bit RGB, or a
+      label without a class name.
+  """
+  try:
+    source = sources.open_source(
+      spec,
+      split=split,
+      data_dir=data_dir,
+      class_order=class_order,
+      max_corrupt=max_corrupt,
+      decoder="pillow",
+    )
+    order.check_labels(source.labels, source.class_names)
+  except ValueError as error:
+    raise LatentCacheError(
+      f"--source={spec} --split={split}: {error}"
+    ) from error
+  if isinstance(source, sources.ArraySource):
+    raise LatentCacheError(
+      f"--source={spec}: these images are no 8-bit RGB, which the autoencoder "
+      "takes; valid options are folder:DIR, tar:FILE and tfds:NAME"
+    )
+  return source
+
+
+def verify(out: str, split: str) -> Manifest:
+  """Reads a whole cache and compares its checksums.
+
+  Raises:
+    LatentCacheError: naming every damaged shard.
+  """
+  _, manifest = latent_format.load_manifest(out, split)
+  progress = Progress("Verifying", manifest.settings.num_images)
+  latent_format.verify(
+    out, split, on_shard=lambda shard: progress.update(shard.num_images)
+  )
+  rate = progress.close()
+  logger.info("%s/%s is whole (%.4g images/s).", out, split, rate)
+  return manifest
+
+
+def _parser() -> argparse.ArgumentParser:
+  description, _, details = (__doc__ or "").partition("\n")
+  parser = argparse.ArgumentParser(
+    prog="python -m drift_jax.tools.cache_latents",
+    description=description,
+    epilog=details,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  add = parser.add_argument
+  add("--source", help="folder:DIR, tar:FILE or tfds:NAME")
+  add("--split", default="train", help="of the source (default: train)")
+  add("--vae", help="folder of the exported autoencoder")
+  add("--out", required=True, help="folder of the cache")
+  add(
+    "--verify",
+    action="store_true",
+    help="only read the cache in --out and compare its checksums",
+  )
+  add("--image_size", type=int, default=256, help="of the crop (default: 256)")
+  add(
+    "--batch_size",
+    type=int,
+    default=64,
+    help="images on all devices of a process (default: 64)",
+  )
+  add("--images_per_shard", type=int, default=4096, help="(default: 4096)")
+  add(
+    "--dtype",
+    default="float16",
+    choices=latent_format.DTYPES,
+    help="of the stored moments (default: float16)",
+  )
+  add(
+    "--compute_dtype",
+    default="float32",
+    choices=COMPUTE_DTYPES,
+    help="of the encoder (default: float32)",
+  )
+  add(
+    "--data_dir", default="", help="where relative sources and TFDS' data lie"
+  )
+  add(
+    "--class_order",
+    default="",
+    choices=encoded.CLASS_ORDERS,
+    help="'imagenet' for the standard labels of WordNet folders",
+  )
+  add(
+    "--max_corrupt",
+    type=int,
+    default=0,
+    help="images that may turn out undecodable (default: 0); each is replaced "
+    "by another one of its class",
+  )
+  add(
+    "--num_threads", type=int, help="that decode (default: one for each core)"
+  )
+  add("--process_index", type=int, help="of this process (default: JAX's)")
+  add("--process_count", type=int, help="that share the work (default: JAX's)")
+  return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Does what the command line asks for; a mistake is one line."""
+  parser = _parser()
+  arguments = parser.parse_args(argv)
+  missing = [
+    f"--{n}" for n in ("source", "vae") if getattr(arguments, n) is None
+  ]
+  if missing and not arguments.verify:
+    parser.error(f"the following arguments are required: {', '.join(missing)}")
+  if (arguments.process_index is None) != (arguments.process_count is None):
+    parser.error("give both of --process_index and --process_count, or neither")
+  console.setup()
+  try:
+    if arguments.verify:
+      verify(arguments.out, arguments.split)
+    else:
+      _run(arguments)
+  except (
+    LatentCacheError,
+    artifacts.ArtifactError,
+    encoded.CorruptImageError,
+    OSError,
+  ) as error:
+    sys.exit(f"Error: {error}")
+
+
+def _run(arguments: argparse.Namespace) -> None:
+  source = open_images(
+    arguments.source,
+    split=arguments.split,
+    data_dir=arguments.data_dir,
+    class_order=arguments.class_order,
+    max_corrupt=arguments.max_corrupt,
+  )
+  index, count = arguments.process_index, arguments.process_count
+  cache_latents(
+    source,
+    name=arguments.source,
+    split=arguments.split,
+    vae=arguments.vae,
+    out=arguments.out,
+    image_size=arguments.image_size,
+    batch_size=arguments.batch_size,
+    images_per_shard=arguments.images_per_shard,
+    dtype=arguments.dtype,
+    compute_dtype=arguments.compute_dtype,
+    num_threads=arguments.num_threads,
+    process_index=jax.process_index() if index is None else index,
+    process_count=jax.process_count() if count is None else count,
+  )
+
+
+if __name__ == "__main__":
+  main()

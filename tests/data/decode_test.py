@@ -1,0 +1,170 @@
+"""Decoding: modes to RGB, formats by content, damage."""
+
+import importlib.util
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from drift_jax.data import decode
+
+HAS_SIMPLEJPEG = importlib.util.find_spec("simplejpeg") is not None
+
+
+def encode(image: Image.Image, kind: str, **options) -> bytes:
+  file = io.BytesIO()
+  image.save(file, kind, **options)
+  return file.getvalue()
+
+
+def noise(mode: str = "RGB", size=(23, 17)) -> Image.Image:
+  rng = np.random.default_rng(0)
+  channels = len(Image.new(mode, (1, 1)).getbands())
+  pixels = rng.integers(0, 256, (size[1], size[0], channels), np.uint8)
+  return Image.fromarray(pixels.squeeze(), mode=None).convert(mode)
+
+
+@pytest.mark.parametrize(
+  ("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True})]
+)
+def test_lossless_formats_come_back(kind, options):
+  image = noise()
+  pixels = decode.decode(encode(image, kind, **options), "pillow")
+  assert pixels.dtype == np.uint8 and pixels.shape == (17, 23, 3)
+  np.testing.assert_array_equal(pixels, np.asarray(image))
+
+
+def test_greyscale_becomes_three_equal_channels():
+  grey = noise("L")
+  for kind in ("PNG", "JPEG"):
+    pixels = decode.decode(encode(grey, kind), "pillow")
+    assert pixels.shape == (17, 23, 3)
+    assert (pixels == pixels[..., :1]).all()
+  png = decode.decode(encode(grey, "PNG"), "pillow")
+  np.testing.assert_array_equal(png[..., 0], np.asarray(grey))
+
+
+def test_alpha_is_dropped_not_composited():
+  for mode, colour, want in [
+    ("RGBA", (200, 100, 50, 0), (200, 100, 50)),
+    ("LA", (70, 0), (70, 70, 70)),
+  ]:
+    data = encode(Image.new(mode, (4, 4), colour), "PNG")
+    assert (decode.decode(data, "pillow") == want).all()
+
+
+def test_palette_with_transparency_gives_its_colours_without_a_warning():
+  image = Image.new("P", (6, 2))
+  image.putpalette([10, 20, 30, 200, 100, 50, 7, 8, 9])
+  image.putdata([0, 1, 2] * 4)
+  data = encode(image, "PNG", transparency=bytes([0, 128, 255]))
+  want = np.array([[10, 20, 30], [200, 100, 50], [7, 8, 9]] * 2)
+  assert (decode.decode(data, "pillow") == want).all()
+
+
+def test_16_bit_keeps_the_high_byte():
+  values = (np.arange(256, dtype=np.uint16) * 256 + 255).reshape(16, 16)
+  pixels = decode.decode(encode(Image.fromarray(values), "PNG"), "pillow")
+  np.testing.assert_array_equal(pixels[..., 1], values >> 8)
+
+
+def test_cmyk_of_adobe_is_inverted():
+  """Pillow writes CMYK JPEGs inverted and marked, as Photoshop does."""
+  data = encode(Image.new("CMYK", (16, 16), (10, 20, 30, 40)), "JPEG")
+  assert b"Adobe" in data
+  want = [(255 - c) * (255 - 40) / 255 for c in (10, 20, 30)]
+  for decoder in ["pillow", "simplejpeg"][: 1 + HAS_SIMPLEJPEG]:
+    assert np.abs(decode.decode(data, decoder) - np.array(want)).max() <= 1
+
+
+def test_exif_orientation_is_not_applied():
+  exif = Image.Exif()
+  exif[0x0112] = 6  # turned by 90 degrees
+  data = encode(noise(), "JPEG", exif=exif)
+  assert decode.decode(data, "pillow").shape == (17, 23, 3)
+
+
+def test_first_frame_of_an_animation():
+  first = noise()
+  data = encode(
+    first,
+    "WEBP",
+    lossless=True,
+    save_all=True,
+    append_images=[first.transpose(Image.Transpose.FLIP_LEFT_RIGHT)],
+  )
+  np.testing.assert_array_equal(
+    decode.decode(data, "pillow"), np.asarray(first)
+  )
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("keep", [0, 0.3, 0.7])
+def test_truncated_files_raise(kind, keep):
+  data = encode(noise(size=(64, 64)), kind)
+  decode.decode(data, "pillow")
+  for decoder in ["pillow", "simplejpeg"][: 1 + HAS_SIMPLEJPEG]:
+    with pytest.raises(decode.DecodeError):
+      decode.decode(data[: int(keep * len(data))], decoder)
+
+
+def test_damaged_bytes_raise_nothing_else():
+  """2000 files with a few wrong bytes: an image or a DecodeError."""
+  rng = np.random.default_rng(0)
+  files = [
+    encode(noise(m), k)
+    for m, k in [("RGB", "JPEG"), ("RGB", "PNG"), ("L", "PNG"), ("RGB", "WEBP")]
+  ]
+  outcomes = []
+  for trial in range(2000):
+    data = bytearray(files[trial % len(files)])
+    for _ in range(3):
+      # Not the size in a header: a huge image is Pillow's own warning.
+      data[rng.integers(30, len(data))] = rng.integers(256)
+    try:
+      decode.decode(bytes(data), "pillow")
+      outcomes.append(True)
+    except decode.DecodeError:
+      outcomes.append(False)
+  assert 0.05 < np.mean(outcomes) < 0.95
+
+
+def test_other_formats_are_refused():
+  with pytest.raises(decode.DecodeError, match="not a JPEG, PNG, WEBP image"):
+    decode.decode(encode(noise(), "GIF"), "pillow")
+
+
+def test_both_forms_agree():
+  data = encode(noise(), "JPEG")
+  image = decode.decode_image(data, "pillow")
+  assert image.mode == "RGB"
+  np.testing.assert_array_equal(
+    np.asarray(image), decode.decode(data, "pillow")
+  )
+
+
+@pytest.mark.skipif(not HAS_SIMPLEJPEG, reason="simplejpeg not installed")
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+def test_simplejpeg_gives_the_same_pixels(subsampling):
+  for image in (noise(size=(131, 77)), noise("L", (131, 77))):
+    options = {} if image.mode == "L" else {"subsampling": subsampling}
+    data = encode(image, "JPEG", progressive=subsampling == 1, **options)
+    want = decode.decode(data, "pillow")
+    np.testing.assert_array_equal(decode.decode(data, "simplejpeg"), want)
+    np.testing.assert_array_equal(
+      np.asarray(decode.decode_image(data, "simplejpeg")), want
+    )
+  png = encode(noise(), "PNG")
+  np.testing.assert_array_equal(
+    decode.decode(png, "simplejpeg"), decode.decode(png, "pillow")
+  )
+
+
+def test_unknown_and_missing_decoders(monkeypatch):
+  decode.check_decoder("pillow")
+  with pytest.raises(ValueError, match=r"'fast'.*\['pillow', 'simplejpeg'\]"):
+    decode.check_decoder("fast")
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(ValueError, match="pip install simplejpeg"):
+    decode.check_decoder("simplejpeg")

@@ -1,0 +1,597 @@
+"""The latent cache: what is written is read, and damage is never believed."""
+
+import concurrent.futures
+import dataclasses
+import json
+import os
+import pathlib
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+from scipy import stats
+
+from drift_jax.data import latent_format, latent_writer, latents
+from drift_jax.data.latent_format import LatentCacheError, Settings
+from tests.conftest import assert_close
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+LABELS = np.arange(11, dtype=np.int32) % 3
+SETTINGS = Settings(
+  source="folder:pictures",
+  split="train",
+  num_images=11,
+  labels_sha256=latent_format.labels_sha256(LABELS),
+  class_names=("cat", "dog", "owl"),
+  image_size=32,
+  vae_sha256="a" * 64,
+  scaling_factor=0.18215,
+  downsampling=8,
+  latent_channels=3,
+  dtype="float16",
+  compute_dtype="float32",
+  images_per_shard=4,
+)
+
+
+def random_moments(count: int, settings: Settings = SETTINGS) -> np.ndarray:
+  """[count, 2, h, w, 2 c]: mean ~ 5 N(0, 1), log of variance in [-20, 2]."""
+  rng = np.random.default_rng(0)
+  height, width, channels = settings.latent_shape
+  shape = (count, 2, height, width, channels)
+  mean = 5 * rng.standard_normal(shape)
+  return np.concatenate([mean, rng.uniform(-20, 2, shape)], -1).astype(
+    np.float32
+  )
+
+
+def write(directory, settings: Settings, moments, shards=None) -> None:
+  folder = latent_writer.prepare(directory, settings)
+  for shard in range(settings.num_shards) if shards is None else shards:
+    with latent_writer.ShardWriter(folder, settings, shard) as writer:
+      for index in settings.images(shard):
+        writer.add(index, moments[index])
+      writer.finish()
+
+
+def make(directory, settings: Settings, moments, labels=LABELS) -> None:
+  write(directory, settings, moments)
+  folder = latent_writer.prepare(directory, settings)
+  assert latent_writer.write_manifest(folder, settings, labels) is not None
+
+
+def generators(*seeds):
+  return [np.random.default_rng([seed, 5]) for seed in seeds]
+
+
+@pytest.fixture(scope="module")
+def moments():
+  return random_moments(11)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory, moments):
+  path = tmp_path_factory.mktemp("cache")
+  make(path, SETTINGS, moments)
+  return path
+
+
+@pytest.fixture
+def copy(cache, tmp_path):
+  shutil.copytree(cache, tmp_path / "copy")
+  return tmp_path / "copy"
+
+
+def files(folder: pathlib.Path) -> dict[str, bytes]:
+  return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+# --- content ---------------------------------------------------------------
+
+
+def test_reader_describes_the_cache(cache):
+  reader = latents.LatentReader(cache, "train", dtype="bfloat16")
+  assert len(reader) == 11 and reader.sample_shape == (4, 4, 3)
+  assert reader.class_names == ("cat", "dog", "owl")
+  assert reader.labels.dtype == np.int32
+  np.testing.assert_array_equal(reader.labels, LABELS)
+  assert reader.dtype == ml_dtypes.bfloat16 and reader.grid is None
+  assert reader.manifest.settings == SETTINGS
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16"])
+def test_fixed_is_the_scaled_mean_of_the_image_itself(
+  tmp_path, moments, stored
+):
+  settings = dataclasses.replace(SETTINGS, dtype=stored)
+  make(tmp_path, settings, moments)
+  reader = latents.LatentReader(tmp_path, "train")
+  indices = np.array([10, 0, 3, 4, 3])
+  fixed = reader.fixed(indices)
+  dtype = ml_dtypes.bfloat16 if stored == "bfloat16" else np.float16
+  mean = moments[indices, 0, :, :, :3].astype(dtype).astype(np.float32)
+  assert fixed.dtype == np.float32
+  np.testing.assert_array_equal(fixed, mean * np.float32(0.18215))
+
+
+def eps_of(tmp_path, rngs, flip):
+  """The noise that a reader draws: mean 0, variance 1, no scaling."""
+  settings = dataclasses.replace(SETTINGS, scaling_factor=1.0)
+  if not tmp_path.exists():
+    make(tmp_path, settings, np.zeros((11, 2, 4, 4, 6), np.float32))
+  reader = latents.LatentReader(tmp_path, "train", dtype="float32", flip=flip)
+  return reader.read(np.zeros(len(rngs), int), rngs)
+
+
+@pytest.mark.parametrize("wire", ["float16", "bfloat16", "float32"])
+def test_read_samples_the_posterior(cache, moments, tmp_path, wire):
+  """z = (mean + exp(logvar / 2) eps) * scaling, against float64."""
+  indices = np.array([10, 2, 2, 7, 0])
+  reader = latents.LatentReader(cache, "train", dtype=wire, flip=False)
+  drawn = reader.read(indices, generators(*range(5)))
+  assert drawn.dtype == reader.dtype and drawn.shape == (5, 4, 4, 3)
+  eps = eps_of(tmp_path / "unit", generators(*range(5)), flip=False)
+  stored = moments[indices, 0].astype(np.float16).astype(np.float64)
+  mean, log_variance = stored[..., :3], stored[..., 3:]
+  want = (mean + np.exp(log_variance / 2) * eps) * 0.18215
+  # The rounding of the wire: 2^-9, 2^-12 and float32's.
+  tolerance = {"bfloat16": 2e-3, "float16": 3e-4, "float32": 2e-7}[wire]
+  assert_close(drawn, want, tolerance)
+
+
+def test_flip_reads_the_mirror_image_of_half(cache, moments):
+  reader = latents.LatentReader(cache, "train", dtype="float32")
+  count = 400
+  drawn = reader.read(np.full(count, 9), generators(*range(count)))
+  means = moments[9, :, :, :, :3] * 0.18215
+  distance = np.abs(drawn[:, None] - means).mean(axis=(2, 3, 4))
+  mirrored = distance[:, 1] < distance[:, 0]
+  assert 0.4 < mirrored.mean() < 0.6  # 4 standard deviations
+  assert (distance.min(axis=1) < 0.2 * distance.max(axis=1)).all()
+  never = latents.LatentReader(cache, "train", dtype="float32", flip=False)
+  drawn = never.read(np.full(count, 9), generators(*range(count)))
+  assert np.abs(drawn.mean(axis=0) - means[0]).max() < 0.05
+
+
+def test_an_image_depends_on_its_own_index_and_generator(cache):
+  """Bit by bit the same alone, in any company, and in any thread."""
+  reader = latents.LatentReader(cache, "train")
+  indices = np.arange(40) * 7 % 11
+  together = reader.read(indices, generators(*range(40)))
+  order = np.random.default_rng(1).permutation(40)
+  shuffled = reader.read(indices[order], generators(*order))
+  np.testing.assert_array_equal(shuffled, together[order])
+  other = pickle.loads(pickle.dumps(reader))
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    alone = pool.map(
+      lambda i: other.read(indices[i : i + 1], generators(i)), range(40)
+    )
+  np.testing.assert_array_equal(np.concatenate(list(alone)), together)
+  assert not np.array_equal(
+    together[:1], reader.read(indices[:1], generators(99))
+  )
+
+
+class Raw:
+  """Stands for a Generator and its BitGenerator: the given raw values."""
+
+  def __init__(self, value, before=lambda: None):
+    self.bit_generator = self
+    self._value = value
+    self._before = before
+
+  def random_raw(self, count):
+    self._before()
+    return np.full(count, self._value, np.uint64)
+
+
+def test_a_thread_does_not_disturb_another_one(cache):
+  """One reads while another one is in the middle of a block."""
+  reader = latents.LatentReader(cache, "train", flip=False)
+  want = reader.read(np.array([5, 8]), [Raw(2**62), Raw(2**61)])
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+
+    def disturb():
+      pool.submit(reader.read, np.arange(9), generators(*range(9))).result()
+
+    disturbed = reader.read(
+      np.array([5, 8]), [Raw(2**62), Raw(2**61, before=disturb)]
+    )
+  np.testing.assert_array_equal(disturbed, want)
+
+
+@pytest.mark.parametrize("value", [0, 2**64 - 1])
+def test_the_ends_of_the_uniform_numbers(value):
+  noise = latents.fill_normals(
+    [Raw(value)], np.empty((1, 6), np.float32), np.empty((1, 3), np.uint64)
+  )
+  radius = np.hypot(noise[:, :3], noise[:, 3:])
+  want = {0: (2 * 24 * np.log(2)) ** 0.5, 2**64 - 1: 0.0}[value]
+  np.testing.assert_allclose(radius, want, rtol=1e-6)
+
+
+def test_more_than_a_block(cache):
+  reader = latents.LatentReader(cache, "train")
+  count = 2 * latents.LatentReader.chunk + 3
+  indices = np.arange(count) % 11
+  many = reader.read(indices, generators(*range(count)))
+  few = reader.read(indices[-5:], generators(*range(count - 5, count)))
+  np.testing.assert_array_equal(many[-5:], few)
+
+
+def test_empty_and_wrong_indices(cache):
+  reader = latents.LatentReader(cache, "train")
+  assert reader.read(np.zeros(0, int), []).shape == (0, 4, 4, 3)
+  assert reader.fixed(np.zeros(0, int)).shape == (0, 4, 4, 3)
+  for index in (11, -1):
+    with pytest.raises(IndexError, match="of 11"):
+      reader.fixed(np.array([3, index]))
+
+
+def test_every_float16_is_read_exactly():
+  every = np.arange(2**16, dtype=np.uint16)
+  every = every[np.isfinite(every.view(np.float16))]
+  values = np.empty(len(every), np.float32)
+  values.view(np.int32)[...] = every.view(np.int16)
+  np.testing.assert_array_equal(
+    latents._scale_halves(values), every.view(np.float16).astype(np.float32)
+  )
+
+
+def test_noise_is_standard_normal():
+  """Moments to 4 standard errors, shape by Kolmogorov and Smirnov."""
+  rows, count = 64, 4096
+  noise = latents.fill_normals(
+    [np.random.default_rng(seed) for seed in range(rows)],
+    np.empty((rows + 1, count), np.float32),
+    np.empty((rows + 1, count // 2), np.uint64),
+  ).astype(np.float64)
+  assert noise.shape == (rows, count) and np.isfinite(noise).all()
+  total = noise.size
+  assert abs(noise.mean()) < 4 / total**0.5
+  assert abs((noise**2).mean() - 1) < 4 * (2 / total) ** 0.5
+  assert abs((noise**4).mean() - 3) < 4 * (96 / total) ** 0.5
+  assert stats.kstest(noise.ravel(), "norm").pvalue > 1e-3
+  # What shares a radius, an angle or a row is uncorrelated, squares too.
+  cosine, sine = noise[:, : count // 2], noise[:, count // 2 :]
+  for a, b in ((cosine, sine), (noise[:, 1:], noise[:, :-1])):
+    for power in (1, 2):
+      correlation = np.corrcoef((a**power).ravel(), (b**power).ravel())[0, 1]
+      assert abs(correlation) < 4 / a.size**0.5
+  # 2 x 2^18 P(|x| > 4) = 16.6 expected.
+  assert 3 <= (np.abs(noise) > 4).sum() <= 36
+
+
+# --- writing ---------------------------------------------------------------
+
+
+def test_the_same_moments_make_the_same_bytes(cache, moments, tmp_path):
+  make(tmp_path, SETTINGS, moments)
+  assert files(tmp_path / "train") == files(cache / "train")
+
+
+@pytest.mark.parametrize(
+  ("value", "part"),
+  [(1e5, "reach 100000, which float16 can't hold"), (np.nan, "reach nan")],
+)
+def test_moments_that_can_not_be_stored(tmp_path, moments, value, part):
+  moments = moments.copy()
+  moments[6, 1, 2, 3, 1] = value
+  with pytest.raises(LatentCacheError, match=f"image 6 of .* {part}"):
+    write(tmp_path, SETTINGS, moments)
+  # Shard 0 is whole; of shard 1 nothing is left.
+  assert sorted(files(tmp_path / "train")) == [
+    "settings.json",
+    "train-00000-of-00003.arrayrecord",
+    "train-00000-of-00003.json",
+  ]
+  if np.isfinite(value):
+    wide = dataclasses.replace(SETTINGS, dtype="bfloat16")
+    make(tmp_path / "wide", wide, moments)
+
+
+def test_other_settings_are_refused_by_name(cache):
+  other = dataclasses.replace(
+    SETTINGS,
+    vae_sha256="b" * 64,
+    dtype="bfloat16",
+    class_names=tuple(str(i) for i in range(1000)),
+  )
+  with pytest.raises(LatentCacheError) as error:
+    latent_writer.prepare(cache, other)
+  message = str(error.value)
+  for part in (
+    f"vae_sha256: cached '{'a' * 64}', now '{'b' * 64}'",
+    "dtype: cached 'float16', now 'bfloat16'",
+    "class_names: cached ('cat', 'dog', 'owl'), now ('0', '1', '2'",
+    "or another --out",
+  ):
+    assert part in message
+  assert len(message) < 700 and "num_images" not in message
+
+
+@pytest.mark.parametrize(
+  ("change", "part"),
+  [
+    ({"dtype": "float32"}, r"dtype='float32': valid options are \['float16'"),
+    ({"image_size": 33}, "image_size=33 .* multiple of .* downsampling 8"),
+    ({"num_images": 0}, "'train', holds no images"),
+    ({"images_per_shard": 0}, "images_per_shard=0 must be positive"),
+    (
+      {"num_images": 5121, "images_per_shard": 10},
+      "images_per_shard=10 makes 513 shards of 5121 images.* give 11 or more",
+    ),
+  ],
+)
+def test_settings_that_no_cache_can_have(tmp_path, change, part):
+  settings = dataclasses.replace(SETTINGS, **change)
+  with pytest.raises(LatentCacheError, match=part):
+    latent_writer.prepare(tmp_path / "new", settings)
+  assert not (tmp_path / "new").exists()
+
+
+def test_what_a_killed_job_left_is_done_again(cache, moments, tmp_path):
+  """A shard without its record, one of other settings, temporary files."""
+  make(tmp_path, SETTINGS, moments)
+  folder = tmp_path / "train"
+  first, second, third = (
+    folder / f"train-0000{k}-of-00003.arrayrecord" for k in range(3)
+  )
+  first.with_suffix(".json").unlink()
+  record = json.loads(second.with_suffix(".json").read_text())
+  second.with_suffix(".json").write_text(
+    json.dumps(record | {"settings_sha256": "0" * 64})
+  )
+  (folder / f".{first.name}.12ab.tmp").write_bytes(b"half")
+
+  def done(checksum):
+    return [
+      latent_format.finished_shard(folder, SETTINGS, k, checksum=checksum)
+      is not None
+      for k in range(3)
+    ]
+
+  assert done(checksum=False) == done(checksum=True) == [False, False, True]
+  data = bytearray(third.read_bytes())
+  data[-1] ^= 1
+  third.write_bytes(data)
+  assert done(checksum=False) == [False, False, True]
+  assert done(checksum=True) == [False, False, False]
+  assert latent_writer.write_manifest(folder, SETTINGS, LABELS) is None
+  with latent_writer.ShardWriter(folder, SETTINGS, 2) as writer:
+    assert not third.exists() and not third.with_suffix(".json").exists()
+    writer.abort()
+  write(tmp_path, SETTINGS, moments, shards=[0, 1, 2])
+  assert latent_writer.write_manifest(folder, SETTINGS, LABELS) is not None
+  assert files(folder) == files(cache / "train")
+
+
+def test_too_little_space_is_known_before(tmp_path):
+  settings = dataclasses.replace(
+    SETTINGS,
+    num_images=10**12,
+    images_per_shard=10**11,
+  )
+  folder = latent_writer.prepare(tmp_path, settings)
+  with pytest.raises(
+    LatentCacheError, match="free, but 10 shards to write take 3.84e[+]05 GB"
+  ):
+    latent_writer.require_space(folder, settings, range(10))
+  latent_writer.require_space(folder, settings, [])
+
+
+FILL = """
+import resource, sys
+import numpy as np
+from drift_jax.data import latent_writer
+from tests.data.latents_test import LABELS, SETTINGS, random_moments, write
+
+directory, limit = sys.argv[1], int(sys.argv[2])
+if limit:
+  resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+try:
+  write(directory, SETTINGS, random_moments(11))
+except latent_writer.LatentCacheError as error:
+  print(error)
+"""
+
+
+def fill(directory, limit=0):
+  done = subprocess.run(
+    [sys.executable, "-c", FILL, str(directory), str(limit)],
+    env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+def test_a_file_that_may_not_grow(tmp_path):
+  """EFBIG, which needs no rights to provoke."""
+  message = fill(tmp_path, limit=50_000)
+  for part in (
+    "train-00000-of-00003.arrayrecord",
+    "File too large",
+    "finished shards are kept",
+    "cache_latents with the same flags again",
+  ):
+    assert part in message
+  assert sorted(files(tmp_path / "train")) == ["settings.json"]
+
+
+def test_a_full_disk(tmp_path, cache, moments):
+  """ENOSPC on a real file system, in the third shard."""
+  disk = tmp_path / "disk"
+  disk.mkdir()
+  mount = ["mount", "-t", "tmpfs", "-o", "size=320k", "tmpfs", str(disk)]
+  if not shutil.which("mount") or subprocess.run(mount).returncode:
+    pytest.skip("may not mount a tmpfs here")
+  try:
+    with pytest.raises(LatentCacheError, match="No space left") as error:
+      write(disk, SETTINGS, moments)
+    assert "train-00002-of-00003" in str(error.value)
+    names = sorted(files(disk / "train"))
+    # Nothing hidden, and the finished shards are whole.
+    assert len(names) == 5 and not any(name.startswith(".") for name in names)
+    kept = {name: (disk / "train" / name).read_bytes() for name in names}
+    assert kept.items() <= files(cache / "train").items()
+    subprocess.run(["mount", "-o", "remount,size=2m", str(disk)], check=True)
+    write(disk, SETTINGS, moments, shards=[2])
+    folder = disk / "train"
+    assert latent_writer.write_manifest(folder, SETTINGS, LABELS) is not None
+    assert files(folder) == files(cache / "train")
+  finally:
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+# --- damage ----------------------------------------------------------------
+
+SHARD = "train-00001-of-00003.arrayrecord"
+
+
+def edit_manifest(folder, *keys, value):
+  path = folder / "manifest.json"
+  content = json.loads(path.read_text())
+  inner = content
+  for key in keys[:-1]:
+    inner = inner[key]
+  assert inner[keys[-1]] != value
+  inner[keys[-1]] = value
+  path.write_text(json.dumps(content))
+
+
+def truncate(path, share=0.5):
+  os.truncate(path, int(path.stat().st_size * share))
+
+
+@pytest.mark.parametrize(
+  ("harm", "parts"),
+  [
+    (
+      lambda f: (f / SHARD).unlink(),
+      (f"1 of 3 shards: .*{SHARD} is missing", "redoes what is damaged only"),
+    ),
+    (
+      lambda f: truncate(f / SHARD),
+      (f"1 of 3 shards: .*{SHARD} has 65536 bytes instead of 131072",),
+    ),
+    (
+      lambda f: truncate(f / "manifest.json"),
+      ("no complete JSON", "run python"),
+    ),
+    (
+      lambda f: edit_manifest(f, "version", value=2),
+      ("version 2, but this program reads 'drift_jax latents', version 1",),
+    ),
+    (
+      lambda f: edit_manifest(f, "settings", "dtype", value=16),
+      ("dtype=16 is no str",),
+    ),
+    (
+      lambda f: edit_manifest(f, "settings", "vae_sha256", value="b" * 64),
+      ("was changed: .* not made with its settings",),
+    ),
+    (
+      lambda f: edit_manifest(f, "shards", 1, "num_images", value=3),
+      ("was changed: its shards .3, of 10 images. .*of 11 images",),
+    ),
+    (lambda f: (f / "labels.npy").unlink(), ("labels.npy can't be read",)),
+    (lambda f: truncate(f / "labels.npy", 0.9), ("labels.npy can't be read",)),
+    (
+      lambda f: np.save(f / "labels.npy", LABELS[::-1].copy()),
+      ("labels.npy .int32 .11,.. does not hold the 11 labels",),
+    ),
+    (
+      lambda f: np.save(f / "labels.npy", LABELS.astype(np.int64)),
+      ("labels.npy .int64",),
+    ),
+  ],
+)
+def test_damage_found_at_opening(copy, harm, parts):
+  harm(copy / "train")
+  with pytest.raises(LatentCacheError) as error:
+    latents.LatentReader(copy, "train")
+  for part in parts:
+    assert re.search(part, str(error.value)), str(error.value)
+
+
+def test_a_label_without_a_name(tmp_path, moments):
+  labels = LABELS.copy()
+  labels[8] = 3
+  settings = dataclasses.replace(
+    SETTINGS, labels_sha256=latent_format.labels_sha256(labels)
+  )
+  make(tmp_path, settings, moments, labels)
+  with pytest.raises(
+    LatentCacheError, match=r"label 3 of image 8 lies outside \[0, 3\)"
+  ):
+    latents.LatentReader(tmp_path, "train")
+
+
+def test_another_autoencoder(cache):
+  latents.LatentReader(cache, "train", expected_vae_sha256="a" * 64)
+  with pytest.raises(LatentCacheError, match=f"{'a' * 64}.*has {'c' * 64}"):
+    latents.LatentReader(cache, "train", expected_vae_sha256="c" * 64)
+
+
+def test_wire_dtype_is_checked(cache):
+  with pytest.raises(LatentCacheError, match="'int8': valid options are"):
+    latents.LatentReader(cache, "train", dtype="int8")
+
+
+def test_a_flipped_bit_is_found_by_verify_and_by_reading(copy):
+  path = copy / "train" / SHARD
+  data = bytearray(path.read_bytes())
+  # The third image's own record, by its content.
+  reader = latents.LatentReader(copy, "train", flip=False)
+  place = bytes(data).index(reader._record(1, 4)) + 17
+  data[place] ^= 1
+  path.write_bytes(data)
+  reader = latents.LatentReader(copy, "train", flip=False)
+  for _ in range(2):  # and again: the shard stays open
+    with pytest.raises(
+      LatentCacheError, match=f"record 4 of .*{SHARD} can't be read .*mismatch"
+    ):
+      reader.fixed(np.array([1, 5, 6, 7]))
+    assert reader.fixed(np.array([1, 5, 7])).shape == (3, 4, 4, 3)
+  with pytest.raises(
+    LatentCacheError, match=f"1 of 3 shards: .*{SHARD} is damaged: its SHA-256"
+  ):
+    latent_format.verify(copy, "train")
+
+
+def test_a_shard_that_is_replaced_while_nobody_looks(copy):
+  """The right size, and no ArrayRecord."""
+  path = copy / "train" / SHARD
+  path.write_bytes(bytes(path.stat().st_size))
+  reader = latents.LatentReader(copy, "train")
+  with pytest.raises(LatentCacheError, match=f"{SHARD} holds 0 records"):
+    reader.fixed(np.array([4]))
+  assert reader.fixed(np.array([3, 8])).shape == (2, 4, 4, 3)
+
+
+def test_verify_of_a_whole_cache(cache):
+  seen = []
+  manifest = latent_format.verify(cache, "train", on_shard=seen.append)
+  assert tuple(seen) == manifest.shards and len(seen) == 3
+
+
+def test_incomplete_and_missing_caches(tmp_path, moments, cache):
+  write(tmp_path, SETTINGS, moments, shards=[1])
+  with pytest.raises(
+    LatentCacheError, match="not complete: 2 of its 3 shards are missing; run"
+  ):
+    latents.LatentReader(tmp_path, "train")
+  with pytest.raises(
+    LatentCacheError, match=r"split 'test' in .*valid options are \['train'\]"
+  ):
+    latents.LatentReader(cache, "test")
+  with pytest.raises(LatentCacheError, match="make one with python -m"):
+    latents.LatentReader(tmp_path / "nowhere", "train")

@@ -1,0 +1,219 @@
+"""Loader: coverage, resume, the same batches however they are read."""
+
+import gc
+import multiprocessing
+import os
+import threading
+import time
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from drift_jax.data.loader import Loader
+from tests.data.fakes import Numbers, values
+
+
+def make_loader(reader=None, **changes):
+  arguments = {"batch_size": 6, "seed": 0, "num_threads": 2} | changes
+  return Loader(reader or Numbers(), **arguments)
+
+
+def first(loader, count):
+  """The first batches; stops what the loader started."""
+  batches = [next(loader) for _ in range(count)]
+  loader.close()
+  return batches
+
+
+def numbers(batches):
+  return [values(batch["image"]) for batch in batches]
+
+
+def assert_same(batches, expected):
+  for batch, other in zip(batches, expected, strict=True):
+    assert batch.keys() == other.keys()
+    for name in batch:
+      assert batch[name].dtype == other[name].dtype
+      np.testing.assert_array_equal(batch[name], other[name])
+
+
+def test_every_epoch_covers_every_record_once():
+  batches = first(make_loader(batch_size=10), 9)
+  for epoch in range(3):
+    seen = np.concatenate(numbers(batches[3 * epoch : 3 * epoch + 3]))
+    assert sorted(seen) == list(range(30))
+  for batch in batches:
+    np.testing.assert_array_equal(batch["label"], values(batch["image"]) % 3)
+    assert batch["label"].dtype == np.int32
+
+
+def test_epochs_and_seeds_differ():
+  a, b = numbers(first(make_loader(batch_size=30), 2))
+  (c,) = numbers(first(make_loader(batch_size=30, seed=1), 1))
+  assert not np.array_equal(a, b) and not np.array_equal(a, c)
+
+
+def test_seek_is_where_reading_would_be():
+  batches = first(make_loader(Numbers(noise=True), batch_size=7), 12)
+  loader = make_loader(Numbers(noise=True), batch_size=7)
+  for position in (9, 0, 5):
+    loader.seek(position)
+    assert loader.position == position
+    assert_same([next(loader) for _ in range(3)], batches[position:][:3])
+    assert loader.position == position + 3
+  loader.close()
+
+
+def test_close_keeps_the_position():
+  batches = first(make_loader(Numbers(noise=True)), 4)
+  loader = make_loader(Numbers(noise=True))
+  assert_same(first(loader, 2) + first(loader, 2), batches)
+
+
+@pytest.mark.parametrize("processes", [2, 3, 6])
+def test_processes_hold_contiguous_parts_of_the_global_batch(processes):
+  whole = first(make_loader(Numbers(noise=True)), 7)
+  parts = [
+    first(
+      make_loader(
+        Numbers(noise=True), process_index=p, process_count=processes
+      ),
+      7,
+    )
+    for p in range(processes)
+  ]
+  together = [
+    {
+      name: np.concatenate([part[step][name] for part in parts])
+      for name in ("image", "label")
+    }
+    for step in range(7)
+  ]
+  assert_same(together, whole)
+
+
+@pytest.mark.parametrize("chunk", [2, 4, 64])
+@pytest.mark.parametrize("threads", [0, 3])
+def test_chunks_and_threads_change_nothing(chunk, threads):
+  whole = first(make_loader(Numbers(noise=True), batch_size=10), 7)
+  reader = Numbers(noise=True, chunk=chunk)
+  other = make_loader(reader, batch_size=10, num_threads=threads)
+  assert_same(first(other, 7), whole)
+
+
+def test_augmentation_belongs_to_the_record_and_its_epoch():
+  """The same record is augmented anew each epoch, each record differently."""
+  loader = make_loader(Numbers(noise=True), batch_size=30)
+  noise = []
+  for batch in first(loader, 3):
+    value = values(batch["image"])
+    order = np.argsort(value)
+    np.testing.assert_array_equal(np.floor(value[order]), np.arange(30))
+    noise.append(value[order] % 1)
+  assert len(np.unique(np.concatenate(noise))) == 90
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16, ml_dtypes.bfloat16])
+def test_records_keep_their_dtype(dtype):
+  (batch,) = first(make_loader(Numbers(dtype=dtype), batch_size=30), 1)
+  assert batch["image"].dtype == dtype
+  assert batch["image"].shape == (30, 2, 2, 1)
+  assert sorted(values(batch["image"])) == list(range(30))
+
+
+def test_batch_size_must_divide():
+  with pytest.raises(
+    ValueError, match="7 must be a positive multiple of the 2"
+  ):
+    make_loader(batch_size=7, process_count=2)
+
+
+def test_labels_out_of_range_are_an_error():
+  with pytest.raises(ValueError, match=r"record 2 .*label 5, outside \[0, 3\)"):
+    make_loader(Numbers(labels=[0, 1, 5]))
+
+
+def test_a_reader_of_another_dtype_is_an_error():
+  reader = Numbers()
+  reader.dtype = np.dtype(np.float16)
+  reader.read = lambda indices, rngs: np.zeros((len(indices), 2, 2, 1))
+  loader = make_loader(reader)
+  with pytest.raises(ValueError, match=r"read gave float64.*want float16"):
+    next(loader)
+  loader.close()
+
+
+def failing_loader(**changes):
+  """Fails in batch 4, and no sooner."""
+  order = np.concatenate(numbers(first(make_loader(), 5)))
+  return make_loader(Numbers(fails_at=int(order[26])), **changes)
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_what_a_reader_raises_arrives(threads):
+  loader = failing_loader(num_threads=threads)
+  for _ in range(4):
+    next(loader)
+  with pytest.raises(OSError, match="of shard-7 can't be read"):
+    next(loader)
+  assert loader.position == 4
+  loader.close()
+
+
+def test_after_an_error_the_same_batch_is_read():
+  """It fails within the batch; nothing of it is taken for the next."""
+  batches = first(make_loader(batch_size=10), 4)
+  reader = Numbers(fails_at=int(values(batches[1]["image"])[4]))
+  loader = make_loader(reader, batch_size=10)
+  assert_same([next(loader)], batches[:1])
+  with pytest.raises(OSError, match="can't be read"):
+    next(loader)
+  reader._fails_at = None
+  assert_same(first(loader, 3), batches[1:])
+
+
+def test_seek_and_close_stop_threads():
+  """Up to 4 may be yet to come, but not some more for each of 20 seeks."""
+  before = threading.active_count()
+  loader, held = make_loader(num_threads=4), []
+  for position in range(20):
+    loader.seek(position)
+    next(loader)
+    held.append(loader._reads._iterator)  # not left to the garbage collector
+  assert threading.active_count() <= before + 8
+  loader.close()
+  for thread in threading.enumerate():
+    if thread.name.startswith("grain-prefetch"):
+      thread.join(5)
+  assert threading.active_count() <= before
+
+
+def shared_memory():
+  return {name for name in os.listdir("/dev/shm") if name.startswith("psm_")}
+
+
+def test_worker_processes():
+  """The same batches; a reader's error arrives; nothing is left behind."""
+  options = {"dtype": ml_dtypes.bfloat16, "noise": True, "chunk": 4}
+  reader = Numbers(shape=(16, 16, 2), **options)
+  whole = first(make_loader(reader), 5)
+  bad = int(np.concatenate(numbers(first(make_loader(), 5)))[26])
+  failing = Numbers(shape=(16, 16, 2), fails_at=bad, **options)
+  before = shared_memory()
+  loader = make_loader(failing, num_threads=1, num_workers=2)
+  assert_same([next(loader) for _ in range(4)], whole[:4])
+  with pytest.raises(OSError, match=f"record {bad} of shard-7 can't be read"):
+    next(loader)
+  loader.close()
+  gc.collect()
+  assert not [
+    process
+    for process in multiprocessing.active_children()
+    if process.name.startswith("grain")
+  ]
+  # Deleted by a thread; other tests' segments may come and go meanwhile.
+  deadline = time.monotonic() + 20
+  while shared_memory() - before and time.monotonic() < deadline:
+    time.sleep(0.05)
+  assert shared_memory() <= before

@@ -1,0 +1,169 @@
+"""Prefetch: order, states that match what was consumed, errors, overlap."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from drift_jax.data.prefetch import Prefetcher
+
+
+class Counter:
+  """A feed of 1, 2, 3, ...; its state is how many it has given."""
+
+  def __init__(self, seconds=0.0, fails_at=None):
+    self.given = 0
+    self.threads = set()
+    self._seconds = seconds
+    self._fails_at = fails_at
+
+  def __next__(self):
+    time.sleep(self._seconds)
+    self.threads.add(threading.get_ident())
+    if self.given + 1 == self._fails_at:
+      raise OSError("shard-7 can't be read")
+    self.given += 1
+    return np.full(2, self.given)
+
+  def state(self):
+    return {"position": self.given}
+
+
+def make(feed, depth, every=0, put=lambda batch: batch, first_step=1):
+  return Prefetcher(
+    feed,
+    put,
+    first_step=first_step,
+    depth=depth,
+    pause_after=lambda step: every > 0 and step % every == 0,
+  )
+
+
+def wait_until(condition):
+  deadline = time.monotonic() + 10
+  while not condition() and time.monotonic() < deadline:
+    time.sleep(0.001)
+  assert condition()
+
+
+DEPTHS = pytest.mark.parametrize("depth", [0, 1, 3])
+
+
+@DEPTHS
+def test_batches_come_in_order_placed(depth):
+  with make(Counter(), depth, put=lambda batch: -batch) as batches:
+    for step in range(1, 20):
+      np.testing.assert_array_equal(next(batches), [-step, -step])
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_depth_batches_are_made_in_advance_and_no_more(depth):
+  feed = Counter()
+  with make(feed, depth) as batches:
+    time.sleep(0.02)
+    assert feed.given == 0  # nothing before it is asked for
+    for step in range(1, 4):
+      next(batches)
+      wait_until(lambda: feed.given == step + depth)  # noqa: B023
+      time.sleep(0.02)
+      assert feed.given == step + depth
+
+
+@DEPTHS
+@pytest.mark.parametrize("first_step", [1, 8])
+def test_states_describe_what_was_consumed(depth, first_step):
+  """Also where a state that is due is not asked for: the run goes on."""
+  feed = Counter()
+  with make(feed, depth, every=5, first_step=first_step) as batches:
+    for consumed in range(1, 30):
+      step = first_step + consumed - 1
+      next(batches)
+      if step % 5 == 0:
+        time.sleep(0.005)
+        assert feed.given == consumed
+        if step != 15:
+          assert batches.state() == {"position": consumed}
+
+
+def test_reading_goes_on_after_the_state():
+  """Without waiting for the next batch to be asked for."""
+  feed = Counter()
+  with make(feed, 2, every=3) as batches:
+    for _ in range(3):
+      next(batches)
+    batches.state()
+    wait_until(lambda: feed.given == 5)
+
+
+def test_a_state_out_of_turn_is_an_error():
+  with make(Counter(), 2, every=5) as batches:
+    next(batches)
+    with pytest.raises(RuntimeError, match="2 batches .* up to that of step 3"):
+      batches.state()
+
+
+@DEPTHS
+def test_what_a_feed_raises_arrives_at_its_step(depth):
+  feed = Counter(fails_at=4)
+  with make(feed, depth) as batches:
+    for _ in range(3):
+      next(batches)
+    with pytest.raises(OSError, match="^shard-7 can't be read$"):
+      next(batches)
+    with pytest.raises(RuntimeError, match="no batch can follow"):
+      next(batches)
+  assert feed.given == 3
+
+
+def test_what_placing_raises_arrives():
+  def put(batch):
+    raise ValueError("not a multiple of the 8 devices")
+
+  with make(Counter(), 1, put=put) as batches:
+    with pytest.raises(ValueError, match="multiple of the 8"):
+      next(batches)
+
+
+def test_depth_0_has_no_thread():
+  feed = Counter()
+  with make(feed, 0) as batches:
+    next(batches)
+  assert feed.threads == {threading.get_ident()}
+
+
+def test_close_waits_for_the_thread():
+  feed = Counter(seconds=0.02)
+  batches = make(feed, 3)
+  next(batches)
+  batches.close()
+  given = feed.given
+  assert not [t for t in threading.enumerate() if t.name.startswith("prefetch")]
+  time.sleep(0.05)
+  assert feed.given == given < 4
+
+
+def test_reading_overlaps_with_computing():
+  """Waiting falls to what reading takes beyond computing; it is counted."""
+
+  def waited(depth):
+    with make(Counter(seconds=0.02), depth) as batches:
+      next(batches)
+      before, start = batches.seconds_waited, time.perf_counter()
+      for _ in range(8):
+        time.sleep(0.04)  # stands for the device's work
+        next(batches)
+      total = time.perf_counter() - start
+    assert batches.seconds_reading >= 9 * 0.02
+    return batches.seconds_waited - before, total
+
+  serial, serial_total = waited(0)
+  overlapped, overlapped_total = waited(2)
+  assert serial >= 8 * 0.02
+  assert overlapped < 0.75 * serial
+  assert overlapped_total < serial_total
+
+
+def test_negative_depth():
+  with pytest.raises(ValueError, match="depth -1"):
+    make(Counter(), -1)

@@ -1,0 +1,130 @@
+"""One of several processes that train on the same data: for feed_test.py.
+
+  python tests/data/processes.py PROCESS COUNT PORT DIRECTORY
+
+Writes what it holds of the first global batches, and what all hold together,
+to DIRECTORY/PROCESS.npz, and tries a checkpoint of the sample queues.
+"""
+
+import pathlib
+import sys
+
+import jax
+import numpy as np
+from absl import flags
+from jax.experimental import multihost_utils
+
+from drift_jax import checkpoint, sharding
+from drift_jax.data.feed import GroupedFeed, ImageFeed, QueueFeed
+from drift_jax.data.loader import Loader
+from tests.data.fakes import Numbers
+
+BATCHES = 3
+
+
+def reader():
+  return Numbers(48, classes=4, shape=(4, 4, 3), noise=True, chunk=2)
+
+
+def image_feed(**options):
+  return ImageFeed(
+    Loader(reader(), batch_size=8, seed=1, num_threads=1, **options)
+  )
+
+
+def grouped_feed(**options):
+  return GroupedFeed(
+    reader(),
+    seed=1,
+    num_labels=8,
+    num_positives=2,
+    num_unconditional=3,
+    num_threads=1,
+    **options,
+  )
+
+
+def queue_feed(process, count):
+  """6 samples a step for each process, 2 of 8 / count labels."""
+  loader = Loader(
+    reader(),
+    batch_size=6 * count,
+    seed=1,
+    process_index=process,
+    process_count=count,
+  )
+  return QueueFeed(
+    loader,
+    seed=1,
+    class_size=4,
+    unconditional_size=9,
+    push_per_step=6,
+    prefill=18,
+    with_replacement=True,
+    num_labels=4,
+    num_positives=2,
+    num_unconditional=3,
+  )
+
+
+def batches(feed):
+  out = [next(feed) for _ in range(BATCHES)]
+  feed.close()
+  return out
+
+
+def flat(name, batch_list):
+  """{'name/step/entry': array} of a list of batches."""
+  return {
+    f"{name}/{step}/{entry}": np.asarray(array)
+    for step, batch in enumerate(batch_list)
+    for entry, array in batch.items()
+  }
+
+
+def queue_batches(process, count, directory):
+  """Steps of the queue; the last ones again from a checkpoint."""
+  feed = queue_feed(process, count)
+  feed.start()
+  next(feed)
+  checkpointer = checkpoint.Checkpointer(directory / "checkpoints")
+  checkpointer.save(1, {"step": np.asarray(1)}, feed.state())
+  expected = batches(feed)
+  checkpointer.wait()
+  other = queue_feed(process, count)
+  restored = checkpointer.restore({"step": np.asarray(0)}, other.abstract())
+  assert restored is not None
+  other.restore(restored[1])
+  resumed = flat("queue", batches(other))
+  checkpointer.close()
+  for name, array in flat("queue", expected).items():
+    np.testing.assert_array_equal(resumed[name], array)
+  return expected
+
+
+def main(process, count, port, directory):
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_num_cpu_devices", 2)
+  jax.distributed.initialize(f"127.0.0.1:{port}", count, process)
+  mesh = sharding.make_mesh()
+  options = {"process_index": process, "process_count": count}
+  local, whole = {}, {}
+  for name, feed in {
+    "image": image_feed(**options),
+    "grouped": grouped_feed(**options),
+    "workers": grouped_feed(num_workers=2, **options),
+  }.items():
+    mine = batches(feed)
+    local |= flat(name, mine)
+    placed = [sharding.put_batch(batch, mesh) for batch in mine]
+    whole |= flat(name, multihost_utils.process_allgather(placed, tiled=True))
+  local |= flat("queue", queue_batches(process, count, directory))
+  np.savez(directory / f"local{process}.npz", **local)
+  np.savez(directory / f"whole{process}.npz", **whole)
+
+
+if __name__ == "__main__":
+  flags.FLAGS(sys.argv[:1])
+  main(
+    int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], pathlib.Path(sys.argv[4])
+  )

@@ -1,0 +1,140 @@
+"""The digits, held-out images, and which source a spec opens."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from drift_jax.data import encoded, folder, sources
+from tests.data.pictures import picture, write
+
+OPTIONS = {
+  "data_dir": "",
+  "class_order": "",
+  "max_corrupt": 0,
+  "decoder": "pillow",
+}
+
+
+def test_digits_split():
+  train, test = sources.digits("train"), sources.digits("test")
+  assert (len(train), len(test)) == (1257, 540)
+  assert np.bincount(test.labels).tolist() == [54] * 10
+  assert train.sample_shape == (8, 8, 1)
+  assert train.images.dtype == np.float32 and train.labels.dtype == np.int32
+  assert train.images.min() == -1.0 and train.images.max() == 1.0
+  assert np.isin(train.images, train.grid).all()
+  np.testing.assert_array_equal(train[3], train.images[3])
+  together = np.concatenate([train.images, test.images]).reshape(1797, -1)
+  assert len(np.unique(together, axis=0)) == 1797
+  with pytest.raises(encoded.NoSplitError, match="'val'.*train"):
+    sources.digits("val")
+
+
+class Labelled:
+  """Record i: one pixel of value i."""
+
+  def __init__(self, labels, classes):
+    self.labels = np.array(labels, np.int32)
+    self.class_names = tuple("abcdefgh"[:classes])
+
+  def __len__(self):
+    return len(self.labels)
+
+  def __getitem__(self, index):
+    return np.full((1, 1, 3), index, np.uint8)
+
+
+def test_held_out_takes_the_same_number_of_each_class():
+  labels = [0, 1, 3, 1, 0, 1, 3, 3, 0, 1, 0, 3]  # no 2
+  source = Labelled(labels, 4)
+  train, test = sources.held_out(source, per_class=1, seed=0)
+  assert np.bincount(test.labels).tolist() == [1, 1, 0, 1]
+  assert np.bincount(train.labels).tolist() == [3, 3, 0, 3]
+  assert sorted([*train.indices, *test.indices]) == list(range(12))
+  assert (np.diff(train.indices) > 0).all() and (
+    np.diff(test.indices) > 0
+  ).all()
+  assert test.class_names == ("a", "b", "c", "d")
+  for part in (train, test):
+    for index in range(len(part)):
+      assert part[index][0, 0, 0] == part.indices[index]
+      assert part.labels[index] == labels[part.indices[index]]
+
+
+def test_held_out_is_seeded_and_uniform():
+  source = Labelled([0, 1] * 10, 2)
+
+  def draw(seed):
+    return sources.held_out(source, per_class=4, seed=seed)[1].indices
+
+  np.testing.assert_array_equal(draw(1), draw(1))
+  assert not np.array_equal(draw(1), draw(2))
+  counts = np.bincount(np.concatenate([draw(s) for s in range(500)]))
+  # Each of ten images of a class with probability 0.4: 5 sigma.
+  assert np.abs(counts - 200).max() < 5 * np.sqrt(500 * 0.4 * 0.6)
+
+
+def test_held_out_is_the_same_for_every_version():
+  """Tested images must never become training images."""
+  source = Labelled([0, 1] * 10, 2)
+  _, test = sources.held_out(source, per_class=2, seed=0)
+  assert test.indices.tolist() == [1, 8, 18, 19]
+
+
+def test_held_out_leaves_something_to_train_on():
+  source = Labelled([0, 0, 0, 1, 1, 2], 3)
+  with pytest.raises(
+    ValueError, match=r"held_out=2.*class 1 \('b'\) has 2 .* 1 other classes"
+  ):
+    sources.held_out(source, per_class=2, seed=0)
+  with pytest.raises(ValueError, match="held_out=0"):
+    sources.held_out(source, per_class=0, seed=0)
+
+
+@pytest.fixture
+def root(tmp_path):
+  for seed in range(6):
+    write(tmp_path / "pets/train" / "ab"[seed % 2] / f"{seed}.png", seed)
+  return tmp_path / "pets"
+
+
+def test_subset_of_files_keeps_paths_and_pictures(root):
+  source = sources.open_source(f"folder:{root}", split="train", **OPTIONS)
+  subset = sources.Subset(source, np.array([4, 0]))
+  subset = pickle.loads(pickle.dumps(subset))
+  assert subset.labels.tolist() == [1, 0]
+  assert sources.path_of(subset, 0) == str(root / "train/b/3.png")
+  np.testing.assert_array_equal(
+    np.asarray(sources.image_of(subset, 0)), np.asarray(picture(3))
+  )
+  np.testing.assert_array_equal(subset[1], np.asarray(picture(0)))
+  plain = sources.Subset(Labelled([0, 0], 1), np.array([1]))
+  assert sources.path_of(plain, 0) == "image 1"
+  assert np.asarray(sources.image_of(plain, 0)).tolist() == [[[1, 1, 1]]]
+
+
+def test_relative_paths_start_at_data_dir(root):
+  source = sources.open_source(
+    "folder:pets", split="train", **OPTIONS | {"data_dir": str(root.parent)}
+  )
+  assert isinstance(source, folder.FolderSource) and len(source) == 6
+  assert source.path(0) == str(root / "train/a/0.png")
+
+
+def test_specs():
+  digits = sources.open_source("digits", split="test", **OPTIONS)
+  assert len(digits) == 540
+  with pytest.raises(ValueError, match="class_order='imagenet': the digits"):
+    sources.open_source(
+      "digits", split="test", **OPTIONS | {"class_order": "imagenet"}
+    )
+  for spec in ("digit", "folders:x", "folder:", "tfds", "", "webdataset:x"):
+    with pytest.raises(
+      ValueError, match=f"'{spec}'.*digits.*folder:DIR.*tar:FILE.*tfds:NAME"
+    ):
+      sources.open_source(spec, split="train", **OPTIONS)
+  with pytest.raises(ValueError, match="nowhere is not a folder"):
+    sources.open_source("folder:nowhere", split="train", **OPTIONS)
+  with pytest.raises(ValueError, match="nowhere is not a file"):
+    sources.open_source("tar:nowhere", split="train", **OPTIONS)

@@ -1,0 +1,437 @@
+"""The caching job: what it stores, and what survives a kill."""
+
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from drift_jax import artifacts, console
+from drift_jax.data import encoded, latent_format, latents, sources, transforms
+from drift_jax.data.latent_format import LatentCacheError
+from drift_jax.models import build_vae
+from drift_jax.tools import cache_latents
+from tests.conftest import assert_close
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+SIZE = 16
+NUM_IMAGES = 23
+VAE = {
+  "in_channels": 3,
+  "latent_channels": 2,
+  "block_out_channels": [4, 4],
+  "layers_per_block": 1,
+  "norm_num_groups": 2,
+  "scaling_factor": 0.18215,
+}
+
+
+def save_vae(path, seed):
+  vae = build_vae(
+    in_channels=3,
+    latent_channels=2,
+    widths=(4, 4),
+    blocks_per_level=1,
+    norm_groups=2,
+    scaling_factor=0.18215,
+    dtype="float32",
+    remat=False,
+  )
+  shapes = jax.eval_shape(
+    vae.init, jax.random.key(0), np.zeros((1, 4, 4, 3), np.float32)
+  )["params"]
+  rng = np.random.default_rng(seed)
+  params = jax.tree.map(
+    lambda leaf: rng.normal(0.0, 0.3, leaf.shape).astype(np.float32), shapes
+  )
+  artifacts.save(
+    path,
+    kind="vae",
+    model_config=VAE,
+    params=params,
+    step=None,
+    ema_decay=None,
+  )
+  return path
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+  return save_vae(tmp_path_factory.mktemp("vae"), seed=0)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+  """23 pictures of three classes, of several sizes and formats."""
+  path = tmp_path_factory.mktemp("pictures")
+  rng = np.random.default_rng(0)
+  for index in range(NUM_IMAGES):
+    folder = path / f"class{index % 3}"
+    folder.mkdir(exist_ok=True)
+    height, width = rng.integers(SIZE - 3, 3 * SIZE, 2)
+    pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
+    suffix = ("png", "jpg", "webp")[index % 3]
+    Image.fromarray(pixels).save(folder / f"{index:02d}.{suffix}")
+  return path
+
+
+def arguments(pictures, vae, out, /, **changes) -> dict:
+  return {
+    "source": f"folder:{pictures}",
+    "split": "train",
+    "vae": vae,
+    "out": out,
+    "image_size": SIZE,
+    "batch_size": 3,
+    "images_per_shard": 4,
+  } | changes
+
+
+def flags(pictures, vae, out, /, **changes) -> list[str]:
+  given = arguments(pictures, vae, out, **changes)
+  return [f"--{name}={value}" for name, value in given.items()]
+
+
+def run(pictures, vae, out, /, **changes):
+  """The job in this process, on its eight devices."""
+  given = arguments(pictures, vae, out, **changes)
+  spec = given.pop("source")
+  source = cache_latents.open_images(
+    spec,
+    split=given["split"],
+    data_dir="",
+    class_order="",
+    max_corrupt=given.pop("max_corrupt", 0),
+  )
+  return cache_latents.cache_latents(source, name=spec, **given)
+
+
+@pytest.fixture(scope="module")
+def whole(pictures, vae, tmp_path_factory):
+  """The cache that an uninterrupted run makes."""
+  out = tmp_path_factory.mktemp("whole")
+  assert run(pictures, vae, out) is not None
+  return out
+
+
+def files(folder: pathlib.Path) -> dict[str, bytes]:
+  return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def times(folder: pathlib.Path) -> dict[str, int]:
+  return {p.name: p.stat().st_mtime_ns for p in folder.glob("*.arrayrecord")}
+
+
+def test_moments_of_the_crop_and_of_its_mirror_image(whole, pictures, vae):
+  """Every image against the encoder alone, without batches and padding."""
+  reader = latents.LatentReader(whole, "train", dtype="float32")
+  source = sources.open_source(
+    f"folder:{pictures}",
+    split="train",
+    data_dir="",
+    class_order="",
+    max_corrupt=0,
+    decoder="pillow",
+  )
+  np.testing.assert_array_equal(reader.labels, source.labels)
+  assert reader.class_names == ("class0", "class1", "class2")
+  assert reader.sample_shape == (8, 8, 2) and len(reader) == NUM_IMAGES
+  artifact = artifacts.load(vae)
+  assert reader.manifest.settings.vae_sha256 == artifact.sha256
+  crops = np.stack(
+    [
+      np.asarray(transforms.center_crop(sources.image_of(source, i), SIZE))
+      for i in range(NUM_IMAGES)
+    ]
+  )
+  for flip, pixels in enumerate((crops, crops[:, :, ::-1])):
+    want = artifact.module.apply(
+      {"params": artifact.params},
+      pixels.astype(np.float32) / 127.5 - 1,
+      method="encode",
+    )
+    records = [
+      np.frombuffer(reader._record(i // 4, 2 * (i % 4) + flip), np.float16)
+      for i in range(NUM_IMAGES)
+    ]
+    stored = np.stack(records).reshape(NUM_IMAGES, 2, 8, 8, 2)
+    # Stored as float16: 2^-11 at worst.
+    assert_close(stored[:, 0], want[..., :2], 3e-4, "mean")
+    assert_close(stored[:, 1], want[..., 2:], 3e-4, "log variance")
+  # The encoder is no mirror: a flip of the latent would be something else.
+  mean, mirrored = (
+    np.stack(
+      [
+        np.frombuffer(reader._record(i, flip), np.float16)[:128]
+        for i in range(5)
+      ]
+    ).reshape(5, 8, 8, 2)
+    for flip in (0, 1)
+  )
+  assert np.abs(mean[:, :, ::-1] - mirrored).mean() > 0.05 * mean.std()
+
+
+def test_two_processes_make_what_one_makes(whole, pictures, vae, tmp_path):
+  assert run(pictures, vae, tmp_path, process_index=1, process_count=2) is None
+  names = [f"train-0000{k}-of-00006" for k in (1, 3, 5)]
+  assert sorted(files(tmp_path / "train")) == ["settings.json"] + sorted(
+    f"{name}.{suffix}" for name in names for suffix in ("arrayrecord", "json")
+  )
+  with pytest.raises(LatentCacheError, match="3 of its 6 shards are missing"):
+    latents.LatentReader(tmp_path, "train")
+  assert run(pictures, vae, tmp_path, process_index=0, process_count=2)
+  assert files(tmp_path / "train") == files(whole / "train")
+
+
+SLOW = """
+import sys, time
+from drift_jax.data import transforms
+from drift_jax.tools import cache_latents
+
+crop = transforms.center_crop
+
+def slow(image, size):
+  time.sleep(0.2)
+  return crop(image, size)
+
+transforms.center_crop = slow
+cache_latents.main(sys.argv[1:])
+"""
+
+
+def start(program, *argv):
+  return subprocess.Popen(
+    [sys.executable, *program, *map(str, argv)],
+    cwd=ROOT,
+    env=os.environ
+    | {
+      "JAX_PLATFORMS": "cpu",
+      "JAX_NUM_CPU_DEVICES": "8",
+      "PYTHONPATH": str(ROOT),
+    },
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def test_a_killed_job_goes_on(whole, pictures, vae, tmp_path):
+  """SIGKILL while a shard is being written, then the same command again."""
+  folder = tmp_path / "train"
+  job = start(("-c", SLOW), *flags(pictures, vae, tmp_path, num_threads=2))
+  deadline = time.monotonic() + 120
+  while not (list(folder.glob("*-of-*.json")) and list(folder.glob(".*.tmp"))):
+    assert job.poll() is None, job.communicate()[1]
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+  job.send_signal(signal.SIGKILL)
+  job.communicate()
+  assert not (folder / "manifest.json").exists()
+  finished = {
+    path: path.stat()
+    for record in folder.glob("*-of-*.json")
+    for path in (record, record.with_suffix(".arrayrecord"))
+  }
+  assert 0 < len(finished) < 12 and list(folder.glob(".*.tmp"))
+  with pytest.raises(LatentCacheError, match="of its 6 shards are missing"):
+    latents.LatentReader(tmp_path, "train")
+  assert run(pictures, vae, tmp_path) is not None
+  assert files(folder) == files(whole / "train")
+  for path, stat in finished.items():
+    assert path.stat().st_ino == stat.st_ino, "a finished shard was redone"
+    assert path.stat().st_mtime_ns == stat.st_mtime_ns
+
+
+def test_a_rerun_mends_what_is_damaged_only(whole, pictures, vae, tmp_path):
+  folder = tmp_path / "train"
+  shutil.copytree(whole / "train", folder)
+  damaged = folder / "train-00002-of-00006.arrayrecord"
+  data = bytearray(damaged.read_bytes())
+  data[70_000] ^= 4
+  damaged.write_bytes(data)
+  (folder / "train-00004-of-00006.arrayrecord").unlink()
+  before = times(folder)
+  assert run(pictures, vae, tmp_path) is not None
+  assert files(folder) == files(whole / "train")
+  after = times(folder)
+  redone = {name for name in after if after[name] != before.get(name)}
+  assert redone == {damaged.name, "train-00004-of-00006.arrayrecord"}
+
+
+def test_other_settings_are_refused(whole, pictures, vae, tmp_path):
+  for changes, part in (
+    ({"vae": save_vae(tmp_path / "other", seed=1)}, "vae_sha256: cached '"),
+    ({"image_size": 18}, "image_size: cached 16, now 18"),
+    ({"dtype": "bfloat16"}, "dtype: cached 'float16', now 'bfloat16'"),
+    ({"compute_dtype": "bfloat16"}, "compute_dtype: cached 'float32', now"),
+    ({"images_per_shard": 5}, "images_per_shard: cached 4, now 5"),
+  ):
+    with pytest.raises(LatentCacheError, match=part):
+      run(pictures, vae, whole, **changes)
+  shutil.copytree(pictures, tmp_path / "more")
+  (tmp_path / "more/class0/00.png").rename(tmp_path / "more/class2/00.png")
+  source = cache_latents.open_images(
+    f"folder:{tmp_path}/more",
+    split="train",
+    data_dir="",
+    class_order="",
+    max_corrupt=0,
+  )
+  given = arguments(pictures, vae, whole)
+  name = given.pop("source")
+  with pytest.raises(LatentCacheError, match="labels_sha256: cached"):
+    cache_latents.cache_latents(source, name=name, **given)
+
+
+@pytest.mark.parametrize(
+  ("changes", "part"),
+  [
+    ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+    ({"num_threads": 0}, "num_threads=0 must be at least 1"),
+    ({"image_size": 17}, "image_size=17 must be a positive multiple"),
+    ({"compute_dtype": "float16"}, "compute_dtype='float16': valid options"),
+    ({"process_index": 2, "process_count": 2}, "process_index=2 must lie in"),
+    ({"source": "folder:/nowhere"}, "--source=folder:/nowhere --split=train: "),
+    ({"source": "digits"}, "no 8-bit RGB.* valid options are folder:DIR"),
+    ({"split": "test"}, "--split=test: .* has no split 'test'"),
+  ],
+)
+def test_mistakes(pictures, vae, tmp_path, changes, part):
+  with pytest.raises(LatentCacheError, match=part):
+    run(pictures, vae, tmp_path / "never", **changes)
+  assert not (tmp_path / "never").exists()
+
+
+def test_a_model_that_is_no_autoencoder(pictures, vae, tmp_path, monkeypatch):
+  load = artifacts.load
+  monkeypatch.setattr(
+    artifacts,
+    "load",
+    lambda *args, **kw: dataclasses.replace(load(*args, **kw), kind="mae"),
+  )
+  with pytest.raises(LatentCacheError, match="kind 'mae', want 'vae'"):
+    run(pictures, vae, tmp_path)
+
+
+def test_a_corrupt_image(pictures, vae, tmp_path, whole):
+  """Stops the job by default; its shard is not finished."""
+  shutil.copytree(pictures, tmp_path / "pictures")
+  victim = tmp_path / "pictures/class1/10.jpg"
+  os.truncate(victim, victim.stat().st_size // 2)
+  places = tmp_path / "pictures", vae, tmp_path / "out"
+  with pytest.raises(encoded.CorruptImageError, match="class1/10.jpg"):
+    run(*places)
+  index = 8 + 3  # eight images of class0 come first
+  shard = f"train-0000{index // 4}-of-00006.arrayrecord"
+  names = files(tmp_path / "out/train")
+  assert shard not in names and "manifest.json" not in names
+  assert not any(name.startswith(".") for name in names)
+  assert run(*places, max_corrupt=1) is not None
+  reader = latents.LatentReader(tmp_path / "out", "train")
+  healthy = latents.LatentReader(whole, "train")
+  others = np.delete(np.arange(NUM_IMAGES), index)
+  np.testing.assert_array_equal(reader.fixed(others), healthy.fixed(others))
+  # The next of its class stands in.
+  np.testing.assert_array_equal(
+    reader.fixed(np.array([index])), healthy.fixed(np.array([index + 1]))
+  )
+
+
+@pytest.mark.parametrize("compute_dtype", ["bfloat16"])
+def test_half_precision(pictures, vae, tmp_path, whole, compute_dtype):
+  run(
+    pictures,
+    vae,
+    tmp_path,
+    dtype="bfloat16",
+    compute_dtype=compute_dtype,
+    batch_size=64,
+    images_per_shard=100,
+  )
+  half = latents.LatentReader(tmp_path, "train")
+  full = latents.LatentReader(whole, "train")
+  indices = np.arange(NUM_IMAGES)
+  assert half.manifest.settings.num_shards == 1
+  assert_close(half.fixed(indices), full.fixed(indices), 3e-2)
+  assert not np.array_equal(half.fixed(indices), full.fixed(indices))
+
+
+def test_main(whole, pictures, vae, tmp_path, monkeypatch, caplog):
+  """The command line: cache, verify, and one line for a mistake."""
+  monkeypatch.setattr(console, "setup", lambda: None)
+  monkeypatch.setattr(console.logger, "propagate", True)
+  monkeypatch.setattr(cache_latents, "LOG_SECONDS", 0.0)
+  caplog.set_level(logging.INFO, "drift_jax")
+  cache_latents.main(flags(pictures, vae, tmp_path))
+  assert files(tmp_path / "train") == files(whole / "train")
+  log = [record.getMessage() for record in caplog.records]
+  assert any(
+    line.startswith("Encoding: 20 of 23 images, ") and "min left" in line
+    for line in log
+  )
+  assert log[-1] == f"{tmp_path}/train is complete: 23 images."
+  cache_latents.main(["--verify", f"--out={tmp_path}"])
+  assert "is whole" in caplog.records[-1].getMessage()
+  shard = tmp_path / "train/train-00003-of-00006.arrayrecord"
+  data = bytearray(shard.read_bytes())
+  data[-1] ^= 1
+  shard.write_bytes(data)
+  with pytest.raises(SystemExit, match=f"Error: 1 of 6 shards: {shard} is dam"):
+    cache_latents.main(["--verify", f"--out={tmp_path}"])
+  with pytest.raises(SystemExit, match="Error: no exported model in /nowhere"):
+    cache_latents.main(flags(pictures, "/nowhere", tmp_path))
+
+
+@pytest.mark.parametrize(
+  ("argv", "part"),
+  [
+    (["--out=o"], "required: --source, --vae"),
+    (["--out=o", "--source=s", "--vae=v", "--process_index=0"], "give both"),
+    (["--out=o", "--dtype=int8"], "invalid choice: 'int8'"),
+  ],
+)
+def test_usage(argv, part, capsys):
+  with pytest.raises(SystemExit) as error:
+    cache_latents.main(argv)
+  assert error.value.code == 2 and part in capsys.readouterr().err
+
+
+def test_a_full_disk(whole, pictures, vae, tmp_path):
+  """A limit on the size of files, in a process of its own."""
+  limited = (
+    "import resource, sys; from drift_jax.tools import cache_latents; "
+    "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+    "cache_latents.main(sys.argv[1:])"
+  )
+  job = start(("-c", limited), *flags(pictures, vae, tmp_path))
+  _, message = job.communicate(timeout=120)
+  assert job.returncode == 1 and "Traceback" not in message
+  last = message.splitlines()[-1]
+  assert last.startswith("Error: can't write ") and "File too large" in last
+  assert sorted(files(tmp_path / "train")) == ["settings.json"]
+  assert run(pictures, vae, tmp_path) is not None
+  assert files(tmp_path / "train") == files(whole / "train")
+
+
+def test_the_manifest_is_readable(whole):
+  """Names that other programs may rely on."""
+  manifest = json.loads((whole / "train/manifest.json").read_text())
+  assert manifest["format"] == latent_format.FORMAT
+  assert manifest["version"] == 1
+  assert manifest["settings"]["scaling_factor"] == 0.18215
+  assert manifest["shards"][5] == {
+    "file": "train-00005-of-00006.arrayrecord",
+    "num_images": 3,
+    "bytes": 131072,
+    "sha256": manifest["shards"][5]["sha256"],
+    "settings_sha256": manifest["shards"][0]["settings_sha256"],
+  }
