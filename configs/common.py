@@ -1,7 +1,7 @@
 """What every config shares: `generator()` and `mae()` give full trees.
 
 Each value here is a default of the project; configs override what differs.
-Keys, types and valid ranges: drift_jax/config.py.
+Keys, types and valid ranges: drift_jax/config/.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +15,9 @@ def _shared(task: str) -> ConfigDict:
   config.data = ConfigDict()
   # 'digits', 'tfds:NAME', 'folder:DIR', 'tar:FILE' or 'latents:DIR'
   config.data.source = ""
-  config.data.data_dir = ""  # of TFDS; '': TFDS_DATA_DIR or its default
+  # Where relative DIR and FILE start, and where TFDS keeps its data sets; '':
+  # the working directory, and TFDS_DATA_DIR or ~/tensorflow_datasets.
+  config.data.data_dir = ""
   config.data.train_split = "train"
   config.data.test_split = "test"  # held-out images, for evaluation
   # Images of each class that are held out where there is no such split.

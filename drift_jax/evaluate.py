@@ -9,15 +9,8 @@ from typing import Any
 from absl import app, flags
 from etils import epath
 
-from drift_jax import (
-  artifacts,
-  checkpoint,
-  console,
-  experiment,
-  metrics,
-  sharding,
-)
 from drift_jax import config as config_lib
+from drift_jax import console, experiment, metrics, sharding
 from drift_jax.console import logger
 
 _WORKDIR = flags.DEFINE_string(
@@ -172,11 +165,7 @@ def main(argv: list[str]) -> None:
       step=_STEP.value,
       ema_decay=_EMA_DECAY.value,
     )
-  except (
-    config_lib.ConfigError,
-    checkpoint.CheckpointError,
-    artifacts.ArtifactError,
-  ) as error:
+  except experiment.ERRORS as error:
     sys.exit(f"Error: {error}")
   print(table(report))
   out = _OUT.value or f"{_WORKDIR.value}/evaluation.json"

@@ -3,6 +3,7 @@
 import pathlib
 import re
 import runpy
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> None:
     sys.exit(f"Error: {error}")
   # Everything heavy is imported here, so that --help and a config that can't
   # be run cost nothing.
-  from drift_jax import artifacts, checkpoint, console, loop
+  from drift_jax import console, experiment
 
   console.setup()
   if task == "mae":
@@ -45,13 +46,13 @@ def main(argv: list[str]) -> None:
     from drift_jax import train as trainer
   try:
     trainer.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
-  except (
-    config_lib.ConfigError,
-    artifacts.ArtifactError,
-    checkpoint.CheckpointError,
-    loop.NonFiniteError,
-  ) as error:
+  except experiment.ERRORS as error:
     sys.exit(f"Error: {error}")
+  except KeyboardInterrupt:
+    console.logger.info(
+      "Interrupted: the same command goes on from the newest checkpoint."
+    )
+    sys.exit(128 + signal.SIGINT)
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:

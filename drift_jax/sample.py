@@ -5,15 +5,8 @@ import sys
 import numpy as np
 from absl import app, flags
 
-from drift_jax import (
-  artifacts,
-  checkpoint,
-  console,
-  experiment,
-  metrics,
-  sharding,
-)
 from drift_jax import config as config_lib
+from drift_jax import console, experiment, metrics, sharding
 from drift_jax.console import logger
 
 _WORKDIR = flags.DEFINE_string(
@@ -122,11 +115,7 @@ def main(argv: list[str]) -> None:
       step=_STEP.value,
       ema_decay=_EMA_DECAY.value,
     )
-  except (
-    config_lib.ConfigError,
-    checkpoint.CheckpointError,
-    artifacts.ArtifactError,
-  ) as error:
+  except experiment.ERRORS as error:
     sys.exit(f"Error: {error}")
   metrics.save_png(experiment.grid_image(images, _COUNT.value), _OUT.value)
   logger.info("Wrote %s.", _OUT.value)

@@ -31,6 +31,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     ConfigError: a config that can't be run.
     ArtifactError: an encoder that can't be loaded.
     CheckpointError: a damaged checkpoint.
+    DataError, OSError: images that can't be read.
     NonFiniteError: a loss or gradient that is not finite.
   """
   config = config_lib.parse(config)
@@ -45,6 +46,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   task = experiment.generator_task(config, encoders)
   experiment.check_encoders(task, encoders)
   experiment.check_shape(readers.train, task.sample_shape, "the model makes")
+  feed = experiment.generator_feed(config, readers.train)
   evaluation = Evaluation(
     config, encoders, task, readers, experiment.make_decoder(vae, mesh), mesh
   )
@@ -69,7 +71,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
       name="generator",
       init_params=experiment.init_generator(task),
       step=step,
-      feed=experiment.generator_feed(config, readers.train),
+      feed=feed,
       put=put,
       evaluate=functools.partial(evaluation, path=path),
       best_metric=evaluation.best_metric,

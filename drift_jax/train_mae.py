@@ -36,6 +36,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   Raises:
     ConfigError: a config that can't be run.
     CheckpointError: a damaged checkpoint.
+    DataError, OSError: images that can't be read.
     NonFiniteError: a loss or gradient that is not finite.
   """
   config = config_lib.parse(config)
@@ -53,6 +54,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   input_shape = experiment.mae_input_shape(
     task, vae_params, readers.train.sample_shape, config.model.in_channels
   )
+  feed = experiment.mae_feed(config, readers.train)
   evaluate = held_out_evaluation(config, task, readers, vae_params, mesh)
   path = experiment.open_workdir(
     workdir, config, experiment.frozen_sums({}, vae)
@@ -74,7 +76,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
       name="encoder with decoder",
       init_params=experiment.init_mae(task, input_shape),
       step=step,
-      feed=experiment.mae_feed(config, readers.train),
+      feed=feed,
       put=put,
       evaluate=evaluate,
       best_metric=lambda scalars: None,

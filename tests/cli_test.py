@@ -121,17 +121,34 @@ def test_main_before_the_workdir(tmp_path, arguments, parts):
 def test_main_while_it_trains(tmp_path):
   """A real divergence takes long to compile; train_test has one."""
   program = """if True:
-    from absl import app
-    from drift_jax import loop, main, train
+    import sys
+    from drift_jax import data, loop, main, train
 
-    def diverge(config, workdir):
-      raise loop.NonFiniteError("step 3 is not finite")
+    def fail(config, workdir):
+      raise errors.pop(0)
 
-    train.train_and_evaluate = diverge
-    app.run(main.main, flags_parser=main.parse_flags)
+    train.train_and_evaluate = fail
+    main.parse_flags(sys.argv)
+    errors = [
+      loop.NonFiniteError("step 3 is not finite"),
+      data.DataError("a/1.png is 8 x 8"),
+      FileNotFoundError(2, "No such file or directory", "a/2.png"),
+      KeyboardInterrupt(),
+    ]
+    while errors:
+      try:
+        main.main(sys.argv[:1])
+      except SystemExit as ended:
+        print(ended.code)
   """
   done = call("-c", program, SMOKE, f"--workdir={tmp_path}")
-  assert_one_line(done, "step 3 is not finite")
+  assert done.stdout.splitlines() == [
+    "Error: step 3 is not finite",
+    "Error: a/1.png is 8 x 8",
+    "Error: [Errno 2] No such file or directory: 'a/2.png'",
+    "130",
+  ]
+  assert done.stderr.count("\n") == 1 and "Interrupted: " in done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ import jax
 import numpy as np
 import pytest
 
-from configs import common, digits, mae_latent
-from drift_jax import artifacts, loop, models, state, train, train_mae
+from configs import common, digits, imagenet_latent, mae_latent
 from drift_jax import config as config_lib
-from drift_jax.models import release
+from drift_jax import loop, models, state, train, train_mae
+from tests.autoencoders import save_vae
 from tests.data import pictures
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -113,6 +113,9 @@ def test_wrong_types(key, value, message):
     ("batch.labels", 0, "batch.labels=0 must be at least 1"),
     ("batch.reals", "loader", r"'loader': .*\['queue', 'class_grouped'\]"),
     ("queue.push_per_step", 0, "push_per_step=0 must be at least 1"),
+    ("data.source", "folders:x", r"'folders:x'.*'latents:DIR'.*mean 'folder:D"),
+    ("data.source", "tar:", r"source='tar:': valid options"),
+    ("data.source", "digits:x", r"source='digits:x': valid options"),
     ("data.crop", "centre", r"'centre': .*'random'.*did you mean 'center'"),
     ("data.wire", "int8", r"wire='int8': .*did you mean 'uint8'"),
     ("data.decoder", "turbo", r"decoder='turbo'.*'pillow'"),
@@ -207,6 +210,17 @@ def test_a_first_step_that_must_fail(positives, unconditional, drawn):
     config_lib.parse(values)
   values["queue"]["with_replacement"] = True
   config_lib.parse(values)
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "message"),
+  [
+    ("wire", "uint8", "data.wire='uint8' can't hold latents.*'bfloat16'"),
+    ("held_out", 5, "held_out=5 with data.source='latents:.*not divided"),
+  ],
+)
+def test_what_latents_can_not_be(key, value, message):
+  check_rejected(imagenet_latent.get_config(), f"data.{key}", value, message)
 
 
 def test_without_a_best_evaluations_and_saves_are_independent():
@@ -341,25 +355,7 @@ def test_every_key_is_read(reads, no_steps, tmp_path):
     for number in range(3):
       path = tmp_path / "images" / f"class{label}" / f"{number}.png"
       pictures.write(path, 3 * label + number)
-  vae_arguments = {
-    "in_channels": 3,
-    "latent_channels": 2,
-    "widths": (4, 4),
-    "blocks_per_level": 1,
-    "norm_groups": 2,
-    "scaling_factor": 1.0,
-    "dtype": "float32",
-    "remat": False,
-  }
-  vae = models.build_vae(**vae_arguments)
-  artifacts.save(
-    tmp_path / "vae",
-    kind="vae",
-    model_config=release.published_config("vae", vae_arguments),
-    params=vae.init(jax.random.key(0), np.zeros((1, 16, 16, 3)))["params"],
-    step=None,
-    ema_decay=None,
-  )
+  save_vae(tmp_path / "vae")
   latents = mae_latent.get_config("smoke")
   latents.data.update(
     source=f"folder:{tmp_path / 'images'}", held_out=1, image_size=16
@@ -401,6 +397,9 @@ def test_resumed_runs_may_change_what_is_harmless():
       "eval.metrics": ("fd_pixel",),
       "mesh.fsdp": 8,
       "data.num_threads": 4,
+      # Both are what to change when a run ends on a damaged image, or is slow.
+      "data.max_corrupt": 5,
+      "data.in_memory": True,
     },
   )
 

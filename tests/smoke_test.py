@@ -5,26 +5,15 @@ import pathlib
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from drift_jax import artifacts, metrics, models
-from drift_jax.models import release
+from drift_jax import metrics
+from tests.autoencoders import save_vae
 
 ROOT = pathlib.Path(__file__).parent.parent
 CLASSES = ("n01440764", "n01443537", "n02124075")
-VAE = {
-  "in_channels": 3,
-  "latent_channels": 4,
-  "widths": (4, 4, 4, 8),
-  "blocks_per_level": 1,
-  "norm_groups": 2,
-  "scaling_factor": 0.18215,
-  "dtype": "float32",
-  "remat": False,
-}
 
 
 def call(module, *arguments):
@@ -76,19 +65,10 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("vae")
-  params = models.build_vae(**VAE).init(
-    jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32)
-  )["params"]
-  artifacts.save(
-    folder,
-    kind="vae",
-    model_config=release.published_config("vae", VAE),
-    params=params,
-    step=None,
-    ema_decay=None,
+  # As deep as the SD-VAE: 256 px become 32 x 32 latents.
+  return save_vae(
+    tmp_path_factory.mktemp("vae"), widths=(4, 4, 4, 8), latent_channels=4
   )
-  return folder
 
 
 def test_latents(tmp_path, images, vae):

@@ -8,6 +8,7 @@ from drift_jax.config.schema import (
   CROPS,
   DECODERS,
   EVAL_METRICS,
+  SOURCES,
   WIRE_DTYPES,
   ConfigError,
   GeneratorConfig,
@@ -101,8 +102,20 @@ def _check_common(config: GeneratorConfig | MaeConfig) -> None:
   _at_least("model.num_classes", config.model.num_classes, 0)
 
 
+def _check_source(source: str) -> None:
+  kind, _, rest = source.partition(":")
+  kinds = {option.partition(":")[0]: option for option in SOURCES}
+  close = difflib.get_close_matches(kind, kinds, n=1)
+  hint = f" (did you mean {kinds[close[0]]!r}?)" if close else ""
+  _require(
+    source == "digits" or (rest != "" and kind in kinds and kind != "digits"),
+    f"data.source={source!r}: valid options are {list(SOURCES)}{hint}",
+  )
+
+
 def _check_data(config: GeneratorConfig | MaeConfig) -> None:
   data, vae = config.data, config.vae
+  _check_source(data.source)
   for name in ("num_threads", "image_size"):
     _at_least(f"data.{name}", getattr(data, name), 1)
   for name in ("num_workers", "prefetch", "max_corrupt", "held_out"):
@@ -125,6 +138,17 @@ def _check_data(config: GeneratorConfig | MaeConfig) -> None:
     data.train_split != data.test_split,
     f"data.train_split and data.test_split are both {data.train_split!r}: "
     "held-out images must not be trained on",
+  )
+  _require(
+    data.wire != "uint8" or not data.source.startswith("latents:"),
+    f"data.wire='uint8' can't hold latents (data.source={data.source!r}): "
+    "use 'bfloat16' or 'float16'",
+  )
+  _require(
+    data.held_out == 0 or not data.source.startswith("latents:"),
+    f"data.held_out={data.held_out} with data.source={data.source!r}: a latent "
+    "cache is not divided; cache the held-out images as a split of their own "
+    "(data.test_split) and set data.held_out=0",
   )
   _choice("vae.dtype", vae.dtype, ("float32", "bfloat16"))
   _require(

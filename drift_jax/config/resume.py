@@ -14,6 +14,8 @@ RESUMABLE = (
   "checkpoint.",
   "mesh.",
   "data.data_dir",
+  "data.in_memory",
+  "data.max_corrupt",
   "data.num_threads",
   "data.num_workers",
   "data.prefetch",

@@ -278,6 +278,8 @@ EVAL_METRICS = (
   "label_accuracy",
   "duplicates",
 )
+# Where data may come from (data.source).
+SOURCES = ("digits", "tfds:NAME", "folder:DIR", "tar:FILE", "latents:DIR")
 # How images are cut to data.image_size: ADM's centre crop; a random resized
 # crop (A.3); a black frame around smaller images; nothing, they fit.
 CROPS = ("center", "random", "pad", "none")

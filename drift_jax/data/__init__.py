@@ -1,10 +1,11 @@
 """Data: sources, readers, the Grain loader, the sample queue and the feeds."""
 
 from drift_jax.data.encoded import NoSplitError
+from drift_jax.data.errors import DataError
 from drift_jax.data.feed import GroupedFeed, ImageFeed, QueueFeed
 from drift_jax.data.latents import LatentReader
 from drift_jax.data.loader import Loader
-from drift_jax.data.memory import MemorySource
+from drift_jax.data.memory import MemoryReader, MemorySource
 from drift_jax.data.prefetch import Prefetcher
 from drift_jax.data.readers import ArrayReader, ImageReader, Reader
 from drift_jax.data.sources import (
@@ -18,11 +19,13 @@ from drift_jax.data.sources import (
 __all__ = [
   "ArrayReader",
   "ArraySource",
+  "DataError",
   "GroupedFeed",
   "ImageFeed",
   "ImageReader",
   "LatentReader",
   "Loader",
+  "MemoryReader",
   "MemorySource",
   "NoSplitError",
   "Prefetcher",

@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
+from drift_jax.data.errors import DataError
+
 
 @dataclasses.dataclass
 class Bank:
@@ -214,7 +216,7 @@ def check(
   num_unconditional: int,
   with_replacement: bool,
 ) -> None:
-  """Raises ValueError where a draw would need more samples than are there.
+  """Raises DataError where a draw would need more samples than are there.
 
   Names the class, how many samples it has and how many are wanted. With
   replacement, one sample is enough.
@@ -222,7 +224,7 @@ def check(
   need = 1 if with_replacement else num_positives
   for label in labels:
     if count[label] < need:
-      raise ValueError(
+      raise DataError(
         f"class {int(label)} has {int(count[label])} samples in the queue, "
         f"but batch.positives={num_positives} are drawn without replacement: "
         "raise queue.prefill or queue.class_size, lower batch.positives, or "
@@ -233,7 +235,7 @@ def check(
       )
   need = min(1, num_unconditional) if with_replacement else num_unconditional
   if any_count < need:
-    raise ValueError(
+    raise DataError(
       f"the unconditional queue holds {any_count} samples, but "
       f"batch.unconditional={num_unconditional} are drawn: raise "
       "queue.prefill or queue.unconditional_size"

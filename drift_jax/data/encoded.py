@@ -14,6 +14,7 @@ from PIL import Image
 
 from drift_jax import console
 from drift_jax.data import decode
+from drift_jax.data.errors import DataError
 
 CLASS_ORDERS = ("", "imagenet")
 _LISTED = 10  # paths that an error shows
@@ -22,11 +23,11 @@ _SCANNED_AT_ONCE = 256
 _T = TypeVar("_T")
 
 
-class CorruptImageError(ValueError):
+class CorruptImageError(DataError):
   """More images than allowed can't be decoded."""
 
 
-class NoSplitError(ValueError):
+class NoSplitError(DataError):
   """The data are there, but have no split of that name."""
 
 

@@ -87,8 +87,7 @@ def _find_split(tree: _Tree, split: str) -> tuple[str, str]:
   if split != "train":
     raise encoded.NoSplitError(
       f"{tree.name} has no split {split!r}: it holds class folders directly, "
-      "which are its split 'train'; set data.held_out to take a test split "
-      "from them"
+      "which are its split 'train'"
     )
   return base, base
 

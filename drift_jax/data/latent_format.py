@@ -26,6 +26,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from drift_jax.data.errors import DataError
+
 FORMAT = "drift_jax latents"
 VERSION = 1
 DTYPES = ("float16", "bfloat16")
@@ -39,7 +41,7 @@ TOOL = "python -m drift_jax.tools.cache_latents"
 REDO = f"run {TOOL} with the same flags again: it redoes what is damaged only"
 
 
-class LatentCacheError(ValueError):
+class LatentCacheError(DataError):
   """A latent cache that can't be written or read; the message says why."""
 
 

@@ -7,12 +7,17 @@ depends on (seed, the record's number in the run) alone.
 """
 
 import contextlib
+import multiprocessing
+import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
 
+from drift_jax import console
 from drift_jax.data import order as order_lib
 from drift_jax.data.readers import Reader
 
@@ -83,6 +88,25 @@ class _Jobs:
     return indices, images
 
 
+def _start_worker(number: int, count: int) -> None:
+  """In a worker: leaves its end to the process that it reads for.
+
+  Ctrl-C reaches both, but that process stops its workers in order. One that
+  was killed can't: its workers, which would wait for ever, end by themselves.
+  """
+  del number, count
+  console.setup()
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  parent = multiprocessing.parent_process()
+  assert parent is not None  # a worker has one
+
+  def wait() -> None:
+    parent.join()
+    os._exit(1)
+
+  threading.Thread(target=wait, name="end-with-parent", daemon=True).start()
+
+
 class IndexedReads:
   """One process' part of the batches of an order, resumable in O(1).
 
@@ -133,9 +157,10 @@ class IndexedReads:
 
   def _iterate(self) -> grain.DatasetIterator:
     dataset = self._dataset[self.position * len(self._lengths) :]
-    return iter(
-      dataset.to_iter_dataset(self._read_options).mp_prefetch(self._workers)
-    )
+    reads = dataset.to_iter_dataset(self._read_options)
+    if self._workers.num_workers:
+      reads = reads.mp_prefetch(self._workers, worker_init_fn=_start_worker)
+    return iter(reads)
 
   def seek(self, position: int) -> None:
     """Makes batch number `position` the next one."""

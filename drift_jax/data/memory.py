@@ -1,10 +1,13 @@
-"""All images of a source, decoded once: for sets that fit in memory."""
+"""Images that are decoded once: for sets that fit in memory."""
 
+from collections.abc import Sequence
 from concurrent import futures
 
 import numpy as np
+from PIL import Image
 
-from drift_jax.data.sources import Source
+from drift_jax.data.readers import ImageReader
+from drift_jax.data.sources import Source, path_of
 
 
 class MemorySource:
@@ -27,6 +30,7 @@ class MemorySource:
     """
     self.class_names = source.class_names
     self.labels = source.labels
+    self._source = source
     with futures.ThreadPoolExecutor(num_threads) as pool:
       images = list(pool.map(source.__getitem__, range(len(source))))
     self._images: np.ndarray | list[np.ndarray] = images
@@ -40,3 +44,63 @@ class MemorySource:
   def __getitem__(self, index: int) -> np.ndarray:
     """uint8 [h, w, 3]."""
     return self._images[index]
+
+  def image(self, index: int) -> Image.Image:
+    """The record as a PIL image of mode RGB."""
+    return Image.fromarray(self._images[index])
+
+  def path(self, index: int) -> str:
+    """Where the record came from."""
+    return path_of(self._source, index)
+
+
+class MemoryReader:
+  """A reader's crops where these leave nothing to chance but the flip.
+
+  Gives what the reader gives, at the speed of a copy.
+
+  Attributes:
+    class_names: one name for each label.
+    labels: [N] int32.
+    sample_shape: (size, size, channels).
+    dtype: of `read`'s images.
+    grid: the reader's.
+    chunk: 1024; there is nothing to decode.
+  """
+
+  chunk = 1024
+
+  def __init__(self, reader: ImageReader, *, flip: bool):
+    """Decodes and crops every image.
+
+    Args:
+      reader: any but one of random crops.
+      flip: mirror half of the images that `read` gives.
+
+    Raises:
+      DataError, OSError: as ImageReader.read.
+    """
+    self.class_names = reader.class_names
+    self.labels = reader.labels
+    self.sample_shape = reader.sample_shape
+    self.dtype = reader.dtype
+    self.grid = reader.grid
+    self._flip = flip
+    self._pixels = reader.pixels(np.arange(len(reader)))
+
+  def __len__(self) -> int:
+    return len(self._pixels)
+
+  def read(
+    self, indices: np.ndarray, rngs: Sequence[np.random.Generator]
+  ) -> np.ndarray:
+    """[c, size, size, channels] of `dtype`; float32 in [-1, 1]."""
+    out = self._pixels[indices]
+    if self._flip:
+      mirrored = np.array([rng.random() < 0.5 for rng in rngs], bool)
+      out[mirrored] = out[mirrored, :, ::-1]
+    return out if self.dtype == np.uint8 else self.grid[out]
+
+  def fixed(self, indices: np.ndarray) -> np.ndarray:
+    """[c, size, size, channels] float32 in [-1, 1], not flipped."""
+    return self.grid[self._pixels[indices]]

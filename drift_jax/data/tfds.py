@@ -241,7 +241,9 @@ class TfdsSource(encoded.EncodedSource):
         if first == last
         else (f"one of {self.path(first)} to [{last}]")
       )
-      raise OSError(f"{where} is unreadable: {error}") from error
+      raise OSError(
+        f"{where} is unreadable: {error}; copy or prepare the data set anew"
+      ) from error
 
   def read_bytes(self, index: int) -> bytes:
     """The encoded image of a record.

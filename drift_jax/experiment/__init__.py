@@ -32,6 +32,7 @@ from drift_jax.experiment.networks import (
   mae_task,
 )
 from drift_jax.experiment.runs import (
+  ERRORS,
   Evaluate,
   check_divides,
   check_frozen,
@@ -44,6 +45,7 @@ from drift_jax.experiment.runs import (
 )
 
 __all__ = [
+  "ERRORS",
   "Evaluate",
   "Readers",
   "TrainedGenerator",

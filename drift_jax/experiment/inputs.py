@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -77,7 +78,8 @@ def _open_latents(
     ValueError: a cache that is incomplete, damaged or of another autoencoder.
   """
   reader = data.LatentReader(
-    settings.source.removeprefix(LATENTS),
+    pathlib.Path(settings.data_dir).expanduser()
+    / pathlib.Path(settings.source.removeprefix(LATENTS)).expanduser(),
     split,
     dtype=settings.wire,
     flip=settings.flip,
@@ -119,10 +121,14 @@ class _Sources:
       return None
     try:
       return self._open(self._settings.test_split)
-    except data.NoSplitError:
-      if not self._settings.held_out:
-        raise
-      return None
+    except data.NoSplitError as error:
+      if self._settings.held_out:
+        return None
+      raise data.NoSplitError(
+        f"{error}. Evaluation needs held-out images: name another "
+        "data.test_split, set data.held_out to take images of each class from "
+        "the training split, or eval.every=0"
+      ) from error
 
   @functools.cached_property
   def _divided(self) -> tuple[data.Source, data.Source]:
@@ -176,6 +182,7 @@ def _reader(source: data.Source, settings: config_lib.Data) -> data.Reader:
     crop_scale=(smallest, largest),
     flip=settings.flip,
     wire=settings.wire,
+    num_threads=settings.num_threads,
   )
 
 

@@ -12,7 +12,15 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from drift_jax import checkpoint, loop, metrics, optim, sharding
+from drift_jax import (
+  artifacts,
+  checkpoint,
+  data,
+  loop,
+  metrics,
+  optim,
+  sharding,
+)
 from drift_jax import config as config_lib
 from drift_jax import state as state_lib
 from drift_jax.console import logger
@@ -21,6 +29,15 @@ from drift_jax.state import TrainState
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "frozen_weights.json"
 CHECKPOINTS = "checkpoints"
+# What ends a program with one line: its message says what to do about it.
+ERRORS = (
+  config_lib.ConfigError,
+  artifacts.ArtifactError,
+  checkpoint.CheckpointError,
+  data.DataError,
+  loop.NonFiniteError,
+  OSError,  # a file or a disk; the message has the path
+)
 AnyConfig = config_lib.GeneratorConfig | config_lib.MaeConfig
 
 
@@ -40,7 +57,10 @@ def naming(section: str) -> Iterator[None]:
   except ValueError as error:
     if isinstance(error, config_lib.ConfigError):
       raise
-    raise config_lib.ConfigError(f"{section}: {error}") from error
+    text = str(error)
+    if not text.startswith(f"{section}."):  # a key names the section already
+      text = f"{section}: {text}"
+    raise config_lib.ConfigError(text) from error
 
 
 def open_mesh(config: config_lib.Mesh) -> Mesh:

@@ -6,6 +6,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import tarfile
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,9 @@ from drift_jax import streams
 from drift_jax.data.feed import GroupedFeed, ImageFeed, QueueFeed
 from drift_jax.data.loader import Loader
 from drift_jax.data.order import ClassGrouped
-from tests.data import processes
+from tests.data import latents_test, processes, tfds_test
 from tests.data.fakes import Numbers, values
+from tests.data.pictures import write
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -327,13 +329,32 @@ def free_port():
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
+def stored(tmp_path_factory):
+  """The same pictures as a folder and as a tar; others in TFDS; latents."""
+  data = tmp_path_factory.mktemp("data")
+  for index in range(18):
+    write(data / f"pictures/{'abc'[index % 3]}/{index}.png", index)
+  with tarfile.open(data / "pictures.tar", "w") as archive:
+    archive.add(data / "pictures", "pictures")
+  tfds_test.TinyPictures(
+    data_dir=data, file_format="array_record"
+  ).download_and_prepare()
+  latents_test.make(
+    data / "latents", latents_test.SETTINGS, latents_test.random_moments(11)
+  )
+  return data
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory, stored):
   """What two real processes of two devices each held and saw."""
   directory, port = tmp_path_factory.mktemp("processes"), free_port()
+  (directory / "data").symlink_to(stored)
   environment = os.environ | {
     "PYTHONPATH": str(ROOT),
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "",
+    "XDG_CACHE_HOME": str(directory / "cache"),
   }
   running = [
     subprocess.Popen(
@@ -358,12 +379,24 @@ def two_processes(tmp_path_factory):
   ]
 
 
-@pytest.mark.parametrize("name", ["image", "grouped", "workers"])
-def test_two_processes_see_the_batches_of_one(two_processes, name):
+@pytest.fixture(scope="module")
+def one_process(stored):
+  """{name: {key: array}} of the same feeds in one process, with no workers."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("XDG_CACHE_HOME", str(stored / "cache"))
+    feeds = processes.feeds(stored)
+    return {
+      n: processes.flat(n, processes.batches(f)) for n, f in feeds.items()
+    }
+
+
+@pytest.mark.parametrize(
+  "name", ["image", "grouped", "workers", "folder", "tar", "tfds", "latents"]
+)
+def test_two_processes_see_the_batches_of_one(one_process, two_processes, name):
   """Disjoint, complete shards; the same global arrays on both, bit for bit."""
-  feed = processes.image_feed() if name == "image" else processes.grouped_feed()
-  expected = processes.flat(name, processes.batches(feed))
-  for key, array in expected.items():
+  assert len({a.tobytes() for a in one_process[name].values()}) > 3
+  for key, array in one_process[name].items():
     shards = [process["local"][key] for process in two_processes]
     np.testing.assert_array_equal(np.concatenate(shards), array)
     for process in two_processes:

@@ -3,6 +3,10 @@
 import gc
 import multiprocessing
 import os
+import pathlib
+import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -12,6 +16,8 @@ import pytest
 
 from drift_jax.data.loader import Loader
 from tests.data.fakes import Numbers, values
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def make_loader(reader=None, **changes):
@@ -189,8 +195,13 @@ def test_seek_and_close_stop_threads():
   assert threading.active_count() <= before
 
 
-def shared_memory():
-  return {name for name in os.listdir("/dev/shm") if name.startswith("psm_")}
+def shared_memory(size):
+  """Segments of so many bytes; those of other processes have other sizes."""
+  return {
+    path.name
+    for path in pathlib.Path("/dev/shm").glob("psm_*")
+    if path.exists() and path.stat().st_size == size
+  }
 
 
 def test_worker_processes():
@@ -200,9 +211,11 @@ def test_worker_processes():
   whole = first(make_loader(reader), 5)
   bad = int(np.concatenate(numbers(first(make_loader(), 5)))[26])
   failing = Numbers(shape=(16, 16, 2), fails_at=bad, **options)
-  before = shared_memory()
+  size = whole[0]["image"].nbytes
+  before = shared_memory(size)
   loader = make_loader(failing, num_threads=1, num_workers=2)
   assert_same([next(loader) for _ in range(4)], whole[:4])
+  assert shared_memory(size) > before
   with pytest.raises(OSError, match=f"record {bad} of shard-7 can't be read"):
     next(loader)
   loader.close()
@@ -212,8 +225,30 @@ def test_worker_processes():
     for process in multiprocessing.active_children()
     if process.name.startswith("grain")
   ]
-  # Deleted by a thread; other tests' segments may come and go meanwhile.
+  # Deleted by a thread.
   deadline = time.monotonic() + 20
-  while shared_memory() - before and time.monotonic() < deadline:
+  while shared_memory(size) - before and time.monotonic() < deadline:
     time.sleep(0.05)
-  assert shared_memory() <= before
+  assert shared_memory(size) <= before
+
+
+def test_workers_end_with_a_process_that_was_killed():
+  program = """if True:
+    import os, signal
+    from absl import flags
+    from tests.data.loader_test import make_loader
+
+    flags.FLAGS.mark_as_parsed()
+    if __name__ == "__main__":
+      print(next(make_loader(num_threads=1, num_workers=1))["label"].shape)
+      os.kill(os.getpid(), signal.SIGKILL)
+  """
+  # Returns when nobody holds stdout any more: the worker is gone as well.
+  done = subprocess.run(
+    [sys.executable, "-u", "-c", program],
+    env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+    stdout=subprocess.PIPE,
+    text=True,
+    timeout=60,
+  )
+  assert done.returncode == -signal.SIGKILL and done.stdout == "(6,)\n"

@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from drift_jax.data import encoded, memory, sources
+from drift_jax.data import encoded, memory, readers, sources
 from tests.data.pictures import cut, picture, write
 
 OPTIONS = {
@@ -36,6 +36,9 @@ def test_holds_images_of_any_size(tmp_path):
   for index, seed in enumerate(seeds):
     want = np.asarray(picture(seed, sizes[seed]))
     np.testing.assert_array_equal(source[index], want)
+    np.testing.assert_array_equal(np.asarray(source.image(index)), want)
+  assert isinstance(source, sources.StoredImages)
+  assert source.path(0) == f"{tmp_path}/data/0/000.png"
 
 
 def test_images_of_one_size_are_one_array(tmp_path):
@@ -58,3 +61,47 @@ def test_refuses_what_the_source_refuses(tmp_path):
   )
   with pytest.raises(encoded.CorruptImageError, match="a/1.png"):
     memory.MemorySource(source, num_threads=2)
+
+
+@pytest.mark.parametrize(
+  ("crop", "flip", "wire", "channels"),
+  [
+    ("center", True, "uint8", 3),
+    ("pad", False, "float32", 1),
+    ("center", True, "float32", 1),
+  ],
+)
+def test_crops_in_memory_are_the_reader_s(tmp_path, crop, flip, wire, channels):
+  """Bit for bit, flips included."""
+  for seed in range(12):
+    write(tmp_path / f"data/{seed % 2}/{seed:02}.png", seed)
+  stored = sources.open_source(
+    f"folder:{tmp_path}/data", split="train", **OPTIONS
+  )
+  reader = readers.ImageReader(
+    stored,
+    size=8 if crop == "center" else 16,
+    channels=channels,
+    crop=crop,
+    crop_scale=(0.2, 1.0),
+    flip=flip,
+    wire=wire,
+  )
+  held = memory.MemoryReader(reader, flip=flip)
+  indices = np.array([3, 0, 11, 3, 7, 5, 1, 2])
+
+  def rngs():
+    return [np.random.default_rng(i) for i in range(len(indices))]
+
+  got, want = held.read(indices, rngs()), reader.read(indices, rngs())
+  assert got.dtype == want.dtype == held.dtype
+  np.testing.assert_array_equal(got, want)
+  unflipped = reader.pixels(indices)
+  if flip and wire == "uint8":
+    assert not np.array_equal(got, unflipped)
+  np.testing.assert_array_equal(held.fixed(indices), reader.fixed(indices))
+  assert held.sample_shape == reader.sample_shape and len(held) == 12
+  np.testing.assert_array_equal(held.labels, reader.labels)
+  # What was read is a copy: augmenting it again leaves the images alone.
+  got[...] = 0
+  np.testing.assert_array_equal(held.read(indices, rngs()), want)

@@ -3,7 +3,8 @@
   python tests/data/processes.py PROCESS COUNT PORT DIRECTORY
 
 Writes what it holds of the first global batches, and what all hold together,
-to DIRECTORY/PROCESS.npz, and tries a checkpoint of the sample queues.
+to DIRECTORY/PROCESS.npz, and tries a checkpoint of the sample queues. Stored
+images come from DIRECTORY/data.
 """
 
 import pathlib
@@ -16,7 +17,10 @@ from jax.experimental import multihost_utils
 
 from drift_jax import checkpoint, sharding
 from drift_jax.data.feed import GroupedFeed, ImageFeed, QueueFeed
+from drift_jax.data.latents import LatentReader
 from drift_jax.data.loader import Loader
+from drift_jax.data.readers import ImageReader
+from drift_jax.data.sources import open_source
 from tests.data.fakes import Numbers
 
 BATCHES = 3
@@ -26,22 +30,61 @@ def reader():
   return Numbers(48, classes=4, shape=(4, 4, 3), noise=True, chunk=2)
 
 
-def image_feed(**options):
-  return ImageFeed(
-    Loader(reader(), batch_size=8, seed=1, num_threads=1, **options)
+def images(spec, data):
+  """Stored images, each cut and flipped in its own way."""
+  source = open_source(
+    spec,
+    split="train",
+    data_dir=str(data),
+    class_order="",
+    max_corrupt=0,
+    decoder="pillow",
+  )
+  return ImageReader(
+    source,
+    size=4,
+    channels=3,
+    crop="random",
+    crop_scale=(0.2, 1.0),
+    flip=True,
+    wire="uint8",
   )
 
 
-def grouped_feed(**options):
+def image_feed(records, **options):
+  return ImageFeed(
+    Loader(records, batch_size=8, seed=1, num_threads=1, **options)
+  )
+
+
+def grouped_feed(records, sizes=(8, 2, 3), **options):
   return GroupedFeed(
-    reader(),
+    records,
     seed=1,
-    num_labels=8,
-    num_positives=2,
-    num_unconditional=3,
+    num_labels=sizes[0],
+    num_positives=sizes[1],
+    num_unconditional=sizes[2],
     num_threads=1,
     **options,
   )
+
+
+def small_feed(records, **options):
+  return grouped_feed(records, (4, 1, 1), **options)
+
+
+def feeds(data, *, num_workers=0, **options):
+  """{name: feed}; what comes when is the same for any reader, so that not
+  every reader need meet every feed."""
+  return {
+    "image": image_feed(reader(), **options),
+    "grouped": grouped_feed(reader(), **options),
+    "workers": grouped_feed(reader(), num_workers=num_workers, **options),
+    "folder": image_feed(images("folder:pictures", data), **options),
+    "tar": small_feed(images("tar:pictures.tar", data), **options),
+    "tfds": image_feed(images("tfds:tiny_pictures", data), **options),
+    "latents": small_feed(LatentReader(data / "latents", "train"), **options),
+  }
 
 
 def queue_feed(process, count):
@@ -109,11 +152,8 @@ def main(process, count, port, directory):
   mesh = sharding.make_mesh()
   options = {"process_index": process, "process_count": count}
   local, whole = {}, {}
-  for name, feed in {
-    "image": image_feed(**options),
-    "grouped": grouped_feed(**options),
-    "workers": grouped_feed(num_workers=2, **options),
-  }.items():
+  all_feeds = feeds(directory / "data", num_workers=2, **options)
+  for name, feed in all_feeds.items():
     mine = batches(feed)
     local |= flat(name, mine)
     placed = [sharding.put_batch(batch, mesh) for batch in mine]

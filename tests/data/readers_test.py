@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from drift_jax.data import readers, sources, transforms
+from drift_jax.data import errors, readers, sources, transforms
 from tests.data.pictures import picture, write
 
 SIZES = [(40, 30), (24, 50), (16, 16), (33, 17)]
@@ -34,6 +34,7 @@ def make(source=None, **changes):
     "crop_scale": (0.2, 1.0),
     "flip": False,
     "wire": "uint8",
+    "num_threads": 2,
   } | changes
   return readers.ImageReader(source or Pictures(), **arguments)
 
@@ -54,7 +55,7 @@ def test_center_crops():
   reader = make()
   assert reader.sample_shape == (16, 16, 3) and reader.dtype == np.uint8
   assert len(reader) == 4 and reader.class_names == ("a", "b")
-  assert reader.labels.tolist() == [0, 1, 1, 0] and reader.chunk == 1
+  assert reader.labels.tolist() == [0, 1, 1, 0] and reader.chunk == 1024
   got = reader.read(np.array([1, 3, 1]), rngs(0, 1, 2))
   assert got.dtype == np.uint8 and got.shape == (3, 16, 16, 3)
   for row, index in zip(got, [1, 3, 1], strict=True):
@@ -70,6 +71,15 @@ def test_fixed_is_the_centre_crop_as_float(crop):
   pixels = make().read(np.arange(4), rngs(0, 1, 2, 3))
   np.testing.assert_array_equal(got, readers.pixel_grid()[pixels])
   assert np.isin(got, reader.grid).all()
+
+
+def test_threads_change_nothing_of_fixed():
+  """More images than threads, in order; what one of them meets arrives."""
+  indices = np.tile(np.arange(4), 10)
+  got = make(num_threads=3).fixed(indices)
+  np.testing.assert_array_equal(got, make(num_threads=1).fixed(indices))
+  with pytest.raises(errors.DataError, match="image 0 is 40 x 30"):
+    make(num_threads=3, crop="none").fixed(np.array([2, 2, 0, 2]))
 
 
 def test_float_wire_carries_the_same_values():
@@ -119,7 +129,9 @@ def test_pad():
     got[10:40, 5:45], np.asarray(picture(0, SIZES[0]))
   )
   assert got[:10].max() == 0
-  with pytest.raises(ValueError, match="24 x 50.*32 x 32"):
+  with pytest.raises(
+    errors.DataError, match="image 1 is 24 x 50.*crop='pad' .*at most 32 x 32"
+  ):
     make(crop="pad", size=32).fixed(np.array([1]))
 
 

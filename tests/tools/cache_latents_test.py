@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,50 +18,13 @@ from PIL import Image
 from drift_jax import artifacts, console
 from drift_jax.data import encoded, latent_format, latents, sources, transforms
 from drift_jax.data.latent_format import LatentCacheError
-from drift_jax.models import build_vae
 from drift_jax.tools import cache_latents
+from tests.autoencoders import save_vae
 from tests.conftest import assert_close
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 SIZE = 16
 NUM_IMAGES = 23
-VAE = {
-  "in_channels": 3,
-  "latent_channels": 2,
-  "block_out_channels": [4, 4],
-  "layers_per_block": 1,
-  "norm_num_groups": 2,
-  "scaling_factor": 0.18215,
-}
-
-
-def save_vae(path, seed):
-  vae = build_vae(
-    in_channels=3,
-    latent_channels=2,
-    widths=(4, 4),
-    blocks_per_level=1,
-    norm_groups=2,
-    scaling_factor=0.18215,
-    dtype="float32",
-    remat=False,
-  )
-  shapes = jax.eval_shape(
-    vae.init, jax.random.key(0), np.zeros((1, 4, 4, 3), np.float32)
-  )["params"]
-  rng = np.random.default_rng(seed)
-  params = jax.tree.map(
-    lambda leaf: rng.normal(0.0, 0.3, leaf.shape).astype(np.float32), shapes
-  )
-  artifacts.save(
-    path,
-    kind="vae",
-    model_config=VAE,
-    params=params,
-    step=None,
-    ema_decay=None,
-  )
-  return path
 
 
 @pytest.fixture(scope="module")

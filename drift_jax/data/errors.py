@@ -1,0 +1,8 @@
+"""The error that says what is wrong with the data."""
+
+
+class DataError(ValueError):
+  """Data that are damaged, missing or not what was asked for.
+
+  The message names what, where and the remedy.
+  """
