@@ -1,7 +1,8 @@
 """Sizes of the published models (Table 8), by name.
 
 Each function returns a new ConfigDict of the keyword arguments of
-drift_jax.models.build_generator, build_mae, build_convnext or build_vae:
+drift_jax.models.build_generator, build_mae, build_convnext, build_vae or
+build_inception:
 
   config.model = models.GENERATORS["generator_b2_latent"]()
 """
@@ -67,6 +68,14 @@ def sd_vae() -> ConfigDict:
   return config
 
 
+def inception_fid() -> ConfigDict:
+  """The Inception-v3 of FID, 2048 features: 24 M parameters."""
+  config = ConfigDict()
+  config.width = 16  # all numbers of channels are multiples of it
+  config.num_classes = 1008
+  return config
+
+
 GENERATORS = {
   "generator_b2_latent": generator_b2_latent,
   "generator_l2_latent": generator_l2_latent,
@@ -80,6 +89,7 @@ MAES = {
 }
 CONVNEXTS = {"convnextv2_base": convnextv2_base}
 VAES = {"sd_vae": sd_vae}
+INCEPTIONS = {"inception_fid": inception_fid}
 
 
 def _generator() -> ConfigDict:

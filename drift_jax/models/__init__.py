@@ -2,13 +2,16 @@
 
 from drift_jax.models.convnext import build_convnext
 from drift_jax.models.generator import build_generator
+from drift_jax.models.inception import InceptionOutput, build_inception
 from drift_jax.models.mae import MAEOutput, build_mae, mae_loss
 from drift_jax.models.vae import build_vae, latent_mean, sample_latents
 
 __all__ = [
+  "InceptionOutput",
   "MAEOutput",
   "build_convnext",
   "build_generator",
+  "build_inception",
   "build_mae",
   "build_vae",
   "latent_mean",

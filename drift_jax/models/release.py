@@ -2,7 +2,8 @@
 
 A tree here holds the generator's blocks and style tables stacked along a
 leading axis; a published tree holds one entry for each. All else is renaming.
-The paper's release holds no 'vae': its published names are those here.
+The paper's release holds no 'vae' and no 'inception': their published names
+are those here.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from flax import traverse_util
 from drift_jax.models.arguments import require_choice
 from drift_jax.models.convnext import build_convnext
 from drift_jax.models.generator import build_generator
+from drift_jax.models.inception import build_inception
 from drift_jax.models.mae import build_mae
 from drift_jax.models.vae import build_vae
 
@@ -44,7 +46,7 @@ def from_release(
   """Builds a published model from its configuration and parameters.
 
   Args:
-    kind: 'gen', 'mae', 'convnext' or 'vae'.
+    kind: 'gen', 'mae', 'convnext', 'vae' or 'inception'.
     model_config: the model's configuration under its published names. An
       autoencoder without `num_classes` has 1000.
     params: nested dict of arrays under the published names, without an outer
@@ -81,7 +83,7 @@ def to_release(
   """Exact inverse of `from_release`: parameters under the published names.
 
   Args:
-    kind: 'gen', 'mae', 'convnext' or 'vae'.
+    kind: 'gen', 'mae', 'convnext', 'vae' or 'inception'.
     model_config: the model's configuration under its published names.
     params: parameters of the module that `from_release` builds from it.
 
@@ -105,7 +107,7 @@ def published_config(kind: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
   """The published model_config of a model given by its arguments here.
 
   Args:
-    kind: 'gen', 'mae', 'convnext' or 'vae'.
+    kind: 'gen', 'mae', 'convnext', 'vae' or 'inception'.
     arguments: of the function that builds this kind, e.g. `build_mae`.
 
   Returns:
@@ -119,21 +121,19 @@ def published_config(kind: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
   require_choice("kind", kind, tuple(_KINDS))
   keys = _KINDS[kind].keys
   extra = {
-    "gen": ("attention_dtype", "remat"),
-    "mae": ("num_classes", "norm_groups"),
-  }
-  missing = [
-    name
-    for name in (*keys, "dtype", *extra.get(kind, ()))
-    if name not in arguments
-  ]
+    "gen": ("dtype", "attention_dtype", "remat"),
+    "mae": ("dtype", "num_classes", "norm_groups"),
+    "inception": (),
+  }.get(kind, ("dtype",))
+  missing = [name for name in (*keys, *extra) if name not in arguments]
   if missing:
     raise ValueError(f"arguments of {kind!r} lack {', '.join(missing)}")
   config = {theirs: arguments[ours] for ours, theirs in keys.items()}
   for key, value in config.items():
     if isinstance(value, (tuple, list)):
       config[key] = [int(x) for x in value]
-  config["use_bf16"] = arguments["dtype"] == "bfloat16"
+  if "dtype" in extra:
+    config["use_bf16"] = arguments["dtype"] == "bfloat16"
   if kind == "gen":
     config |= dict.fromkeys(_ALWAYS_ON, True)
     config["attn_fp32"] = arguments["attention_dtype"] == "float32"
@@ -266,6 +266,7 @@ _VAE_KEYS = {
   "norm_groups": "norm_num_groups",
   "scaling_factor": "scaling_factor",
 }
+_INCEPTION_KEYS = {"width": "width", "num_classes": "num_classes"}
 _ALWAYS_ON = ("use_qknorm", "use_swiglu", "use_rope", "use_rmsnorm")
 
 
@@ -345,6 +346,23 @@ def _build_vae(config: Config) -> nn.Module:
   )
 
 
+def _build_inception(config: Config) -> nn.Module:
+  config = _read(
+    "inception",
+    config,
+    required=_INCEPTION_KEYS.values(),
+    optional={"use_bf16": False},
+  )
+  if config["use_bf16"]:
+    raise ValueError(
+      "model_config has use_bf16=True: Inception features are float32, and"
+      " there is no other form here"
+    )
+  return build_inception(
+    **{ours: config[theirs] for ours, theirs in _INCEPTION_KEYS.items()}
+  )
+
+
 # Inputs just large enough to initialise a model of each kind.
 
 
@@ -369,6 +387,11 @@ def _vae_inputs(config: Config) -> list[jax.ShapeDtypeStruct]:
   side = 2 ** (len(config["block_out_channels"]) - 1)
   shape = (1, side, side, config["in_channels"])
   return [jax.ShapeDtypeStruct(shape, jnp.float32)]
+
+
+def _inception_inputs(config: Config) -> list[jax.ShapeDtypeStruct]:
+  del config
+  return [jax.ShapeDtypeStruct((1, 1, 1, 3), jnp.uint8)]
 
 
 def _renamed(ours: str, theirs: str, leaves: Mapping[str, str]) -> list[Entry]:
@@ -514,4 +537,7 @@ _KINDS = {
     _CONVNEXT_KEYS, _build_convnext, _convnext_entries, _convnext_inputs
   ),
   "vae": _Kind(_VAE_KEYS, _build_vae, None, _vae_inputs),
+  "inception": _Kind(
+    _INCEPTION_KEYS, _build_inception, None, _inception_inputs
+  ),
 }

@@ -15,6 +15,7 @@ from configs import models as presets
 from drift_jax.models import (
   build_convnext,
   build_generator,
+  build_inception,
   build_mae,
   build_vae,
   release,
@@ -40,8 +41,15 @@ SHAPES = {
   "mae_640_pixel": "mae_640_pixel",
   "convnextv2_base": "convnextv2_base",
 }
-# Autoencoders of the latents and their parameters.
-VAES = {"sd_vae": 83_653_863}
+# Models that the release lacks: kind -> presets, builder, parameters of each.
+OTHERS = {
+  "vae": (presets.VAES, build_vae, {"sd_vae": 83_653_863}),
+  "inception": (
+    presets.INCEPTIONS,
+    build_inception,
+    {"inception_fid": 23_833_744},
+  ),
+}
 INPUTS = {
   "gen": lambda config: (jnp.zeros(1, jnp.int32), 1.0),
   "mae": lambda config: (
@@ -77,24 +85,36 @@ def test_every_preset_has_golden_shapes_and_every_golden_a_preset():
     for name, value in vars(presets).items()
     if callable(value) and not name.startswith("_") and name != "ConfigDict"
   }
-  assert functions == {name for _, name in ALL_PRESETS} | VAES.keys()
+  assert functions == {name for _, name in ALL_PRESETS} | {
+    name for _, _, counts in OTHERS.values() for name in counts
+  }
 
 
-def test_autoencoders_have_their_parameters_under_our_names():
-  """The release has none; vae_test has diffusers' names and numbers."""
-  assert presets.VAES.keys() == VAES.keys()
-  for name, count in VAES.items():
-    arguments = presets.VAES[name]().to_dict()
-    vae = build_vae(**arguments)
-    config = release.published_config("vae", arguments)
+@pytest.mark.parametrize("kind", OTHERS)
+def test_others_have_their_parameters_under_our_names(kind):
+  """The release has none; their own tests have their published numbers."""
+  table, build, counts = OTHERS[kind]
+  assert table.keys() == counts.keys()
+  for name, count in counts.items():
+    arguments = table[name]().to_dict()
+    expected = build(**arguments)
+    config = release.published_config(kind, arguments)
     assert json.loads(json.dumps(config)) == config
-    shapes = release.parameter_shapes("vae", config)
+    shapes = release.parameter_shapes(kind, config)
     assert sum(map(math.prod, shapes.values())) == count
     zeros = {k: np.zeros(shape, np.int8) for k, shape in shapes.items()}
     tree = traverse_util.unflatten_dict(zeros, sep="/")
-    module, params = release.from_release("vae", config, tree)
-    assert module == vae
-    assert params == release.to_release("vae", config, params) == tree
+    module, params = release.from_release(kind, config, tree)
+    assert module == expected
+    assert params == release.to_release(kind, config, params) == tree
+
+
+def test_inception_is_float32():
+  config = dict(presets.inception_fid())
+  with pytest.raises(ValueError, match="use_bf16=True: Inception features are"):
+    release.parameter_shapes("inception", config | {"use_bf16": True})
+  same = release.parameter_shapes("inception", config | {"use_bf16": False})
+  assert same == release.parameter_shapes("inception", config)
 
 
 @pytest.mark.parametrize(("kind", "name"), ALL_PRESETS)

@@ -18,7 +18,7 @@ from drift_jax.models import (
   sample_latents,
 )
 from drift_jax.models.vae import Vae, repeat_pixels
-from drift_jax.tools import convert_weights
+from drift_jax.tools.conversions.vae import convert_vae
 from tests.conftest import assert_close, fast_jit, relative_error
 
 SMALL = {
@@ -54,7 +54,7 @@ def full(golden):
   for line in arrays["parameters"]:
     name, shape = str(line).split()
     weights[name] = draw(name, tuple(map(int, shape.split(","))))
-  model_config, params = convert_weights.convert_vae(weights, None)
+  model_config, params = convert_vae(weights, None)
   published = release.published_config("vae", presets.sd_vae().to_dict())
   assert published == model_config | {"use_bf16": False}
   vae = build_vae(**presets.sd_vae())

@@ -19,12 +19,18 @@ import safetensors.numpy
 
 from drift_jax import artifacts
 from drift_jax.models import release
-from drift_jax.tools import convert_weights
-from drift_jax.tools.convert_weights import WeightsError, convert
+from drift_jax.tools import convert_weights, weight_files
+from drift_jax.tools.conversions import inception
+from drift_jax.tools.conversions.layouts import WeightsError, torch_shape
+from drift_jax.tools.conversions.vae import convert_vae, vae_name
+from drift_jax.tools.convert_weights import convert
+from drift_jax.tools.weight_files import read_weights
+from tests.conftest import assert_close
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 FILE = "diffusion_pytorch_model.safetensors"
 COMMIT = 40 * "a"
+LAYER = "Mixed_6e.branch7x7_2"  # of Inception-v3
 CONFIG = {
   "_class_name": "AutoencoderKL",
   "_diffusers_version": "0.42.1",
@@ -62,9 +68,9 @@ def weights():
   random = np.random.RandomState(0)
   shapes = release.parameter_shapes("vae", MODEL_CONFIG)
   return {
-    convert_weights.vae_name(path): random.randint(
-      -99, 99, convert_weights.torch_shape(shape)
-    ).astype(np.float32)
+    vae_name(path): random.randint(-99, 99, torch_shape(shape)).astype(
+      np.float32
+    )
     for path, shape in shapes.items()
   }
 
@@ -138,14 +144,14 @@ def cast(dtype):
 def test_other_layouts_and_precisions_give_the_same_parameters(
   weights, tmp_path, change
 ):
-  expected = convert_weights.convert_vae(weights, CONFIG).params
+  expected = convert_vae(weights, CONFIG).params
   changed = change(weights)
   assert {k: (v.shape, v.dtype) for k, v in changed.items()} != {
     k: (v.shape, v.dtype) for k, v in weights.items()
   }
   safetensors.numpy.save_file(changed, tmp_path / FILE)
-  read = convert_weights.read_weights(tmp_path / FILE)
-  params = convert_weights.convert_vae(read, CONFIG).params
+  read = read_weights(tmp_path / FILE)
+  params = convert_vae(read, CONFIG).params
   jax.tree.map(np.testing.assert_array_equal, params, expected)
   assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {
     np.dtype(np.float32)
@@ -176,7 +182,7 @@ def test_without_config_json_it_is_stable_diffusions(weights):
   with pytest.raises(
     WeightsError, match=r"there is no config\.json\).*not \(512,\)"
   ):
-    convert_weights.convert_vae(weights, None)
+    convert_vae(weights, None)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +195,7 @@ def test_without_config_json_it_is_stable_diffusions(weights):
 def test_values_that_are_no_weights(weights, values, message):
   name = "encoder.conv_in.bias"
   with pytest.raises(WeightsError, match=f"{name} {message}"):
-    convert_weights.convert_vae(weights | {name: values}, CONFIG)
+    convert_vae(weights | {name: values}, CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +213,7 @@ def test_values_that_are_no_weights(weights, values, message):
 )
 def test_other_architectures_are_refused(weights, change, message):
   with pytest.raises(WeightsError, match=f"(?i)config.json.*{message}"):
-    convert_weights.convert_vae(weights, CONFIG | change)
+    convert_vae(weights, CONFIG | change)
 
 
 class Trap:
@@ -307,14 +313,28 @@ def test_torch_file_loads_arrays_only(tmp_path, monkeypatch, weights):
   monkeypatch.setitem(sys.modules, "torch", torch)
   (tmp_path / "vae.pt").touch()
   for _ in range(2):
-    read = convert_weights.read_weights(tmp_path / "vae.pt")
+    read = read_weights(tmp_path / "vae.pt")
     assert read.keys() == weights.keys()
     for name, array in read.items():
       np.testing.assert_array_equal(array, weights[name])
   with pytest.raises(WeightsError, match="no state dict"):
-    convert_weights.read_weights(tmp_path / "vae.pt")
+    read_weights(tmp_path / "vae.pt")
   with pytest.raises(WeightsError, match=r"arrays only \(RuntimeError\): it"):
-    convert_weights.read_weights(tmp_path / "vae.pt")
+    read_weights(tmp_path / "vae.pt")
+
+
+@contextlib.contextmanager
+def serving(handler):
+  """A server on this machine -> its address."""
+  server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+  thread = threading.Thread(target=server.serve_forever)
+  thread.start()
+  try:
+    yield f"http://127.0.0.1:{server.server_port}"
+  finally:
+    server.shutdown()
+    thread.join()
+    server.server_close()
 
 
 @contextlib.contextmanager
@@ -355,15 +375,20 @@ def hub(repositories):
     def do_GET(self) -> None:
       self.answer(True)
 
-  server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-  thread = threading.Thread(target=server.serve_forever)
-  thread.start()
-  try:
-    yield f"http://127.0.0.1:{server.server_port}"
-  finally:
-    server.shutdown()
-    thread.join()
-    server.server_close()
+  with serving(Handler) as address:
+    yield address
+
+
+@contextlib.contextmanager
+def site(answer):
+  """A web site on this machine; answer(handler) replies to each GET."""
+  handler = type(
+    "Handler",
+    (http.server.BaseHTTPRequestHandler,),
+    {"do_GET": answer, "log_message": lambda *_: None},
+  )
+  with serving(handler) as address:
+    yield address
 
 
 def call(*command, **environment):
@@ -489,3 +514,189 @@ def test_mistakes_on_the_command_line_are_one_line(
   text = exit_info.value.code
   assert isinstance(text, str) and text.startswith("Error: ")
   assert message in text and "\n" not in text
+
+
+@pytest.fixture
+def inception_weights(monkeypatch):
+  """A narrow Inception-v3 under pytorch-fid's names, in torch's layout.
+
+  inception_test converts the whole one.
+  """
+  model_config = {"width": 1, "num_classes": 4}
+  monkeypatch.setattr(inception, "MODEL_CONFIG", model_config)
+  random = np.random.RandomState(5)
+  shapes = inception.published_shapes(
+    release.parameter_shapes("inception", model_config)
+  )
+  return {
+    name: random.uniform(0.5, 2, shape).astype(np.float32)
+    for name, shape in shapes.items()
+  }
+
+
+def test_inception_folds_batch_norm_into_convolutions(inception_weights):
+  counters = {f"{LAYER}.bn.num_batches_tracked": np.zeros((), np.int64)}
+  config, params = inception.convert_inception(
+    inception_weights | counters, None
+  )
+  assert config == inception.MODEL_CONFIG
+  kernel, gamma, beta, mean, variance = (
+    inception_weights[f"{LAYER}.{name}"].astype(np.float64)
+    for name in (
+      "conv.weight",
+      "bn.weight",
+      "bn.bias",
+      "bn.running_mean",
+      "bn.running_var",
+    )
+  )
+  x = np.random.RandomState(6).randn(12, 1, 7)
+  y = np.einsum("oihw,ihw->o", kernel, x)
+  y = (y - mean) / np.sqrt(variance + 1e-3) * gamma + beta
+  layer = params["Mixed_6e"]["branch7x7_2"]
+  assert {leaf.dtype for leaf in layer.values()} == {np.dtype(np.float32)}
+  ours = np.einsum("hwio,ihw->o", layer["kernel"].astype(np.float64), x)
+  assert_close(ours + layer["bias"], y, 1e-7)
+
+
+def test_other_inception_weights_are_listed(inception_weights):
+  for change, message in (
+    (
+      {"fc.weight": np.zeros((5, 128), np.float32)},
+      r"not the weights of FID's Inception-v3: wrong shapes \(1\): fc.weight"
+      r" has shape \(5, 128\), not \(4, 128\)",
+    ),
+    (
+      {"AuxLogits.fc.bias": np.zeros(1, np.float32)},
+      r"unexpected \(1\): AuxLogits.fc.bias",
+    ),
+    (
+      {f"{LAYER}.bn.running_var": np.full(12, -1, np.float32)},
+      f"{LAYER}.bn.running_var holds -1.0, want >= 0",
+    ),
+    (
+      {f"{LAYER}.bn.running_mean": np.full(12, np.nan, np.float32)},
+      f"{LAYER}.bn.running_mean holds values that are not finite",
+    ),
+  ):
+    with pytest.raises(WeightsError, match=message):
+      inception.convert_inception(inception_weights | change, None)
+
+
+def test_inception_that_is_not_the_published_file_says_so(
+  inception_weights, tmp_path, caplog
+):
+  name = "pt_inception-2015-12-05-6726825d.safetensors"
+  safetensors.numpy.save_file(inception_weights, tmp_path / name)
+  artifact = convert("inception", str(tmp_path), str(tmp_path / "out"))
+  assert artifact.kind == "inception"
+  assert artifact.module.width == 1
+  assert artifact.metadata["source"] == {
+    "location": str(tmp_path),
+    "file": name,
+    "revision": None,
+    "sha256": hashlib.sha256((tmp_path / name).read_bytes()).hexdigest(),
+    "published": False,
+  }
+  (record,) = caplog.records
+  assert "is not the published file" in record.getMessage()
+  with pytest.raises(artifacts.ArtifactError, match="use_bf16=True: Inception"):
+    artifacts.load(tmp_path / "out", dtype="bfloat16")
+
+
+def test_published_inception_is_told_by_its_checksum(
+  inception_weights, tmp_path, monkeypatch
+):
+  """Downloaded without a source, read with torch: both are stand-ins."""
+  body = b"zip of arrays"
+  requests = []
+
+  def answer(handler):
+    requests.append(handler.path)
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    handler.wfile.write(body)
+
+  def load(path, *, map_location, weights_only):
+    assert path.read_bytes() == body and weights_only
+    return {k: Tensor(v) for k, v in inception_weights.items()}
+
+  torch = types.SimpleNamespace(load=load, Tensor=Tensor, bfloat16="bfloat16")
+  monkeypatch.setitem(sys.modules, "torch", torch)
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+  monkeypatch.setattr(convert_weights.console, "setup", lambda: None)
+  digest = hashlib.sha256(body).hexdigest()
+  with site(answer) as address:
+    url = f"{address}/releases/pt_inception-2015-12-05-{digest[:8]}.pth"
+    model = convert_weights.MODELS["inception"]
+    assert model.url == inception.URL and model.sha256 == inception.SHA256
+    monkeypatch.setitem(
+      convert_weights.MODELS,
+      "inception",
+      model._replace(url=url, sha256=digest),
+    )
+    convert_weights.main(["inception", f"--out={tmp_path / 'out'}"])
+  artifact = artifacts.load(tmp_path / "out")
+  assert artifact.metadata["source"] == {
+    "location": url,
+    "file": f"pt_inception-2015-12-05-{digest[:8]}.pth",
+    "revision": None,
+    "sha256": digest,
+    "published": True,
+  }
+  assert requests == [f"/releases/pt_inception-2015-12-05-{digest[:8]}.pth"]
+
+
+def test_published_name_with_other_contents_is_damaged(tmp_path):
+  path = tmp_path / "pt_inception-2015-12-05-6726825d.pth"
+  path.write_bytes(b"half of it")
+  with pytest.raises(
+    WeightsError, match=r"\(10 bytes\) has SHA-256 .* begins with 6726825d"
+  ):
+    convert("inception", str(path), str(tmp_path / "out"))
+  assert not (tmp_path / "out").exists()
+
+
+def test_download_keeps_only_what_has_the_checksum(tmp_path, monkeypatch):
+  monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+  good = b"good" * 1000
+  digest = hashlib.sha256(good).hexdigest()
+  replies = [(404, b"", 0), (200, good, 4001), (200, b"bad", 3), (200, good, 0)]
+
+  def answer(handler):
+    status, body, length = replies.pop(0)
+    handler.send_response(status)
+    if length:
+      handler.send_header("Content-Length", str(length))
+    handler.end_headers()
+    handler.wfile.write(body)
+
+  cache = tmp_path / "cache"
+  with site(answer) as address:
+    url = f"{address}/a/w.pth?raw=true"
+    for message in (
+      "404",
+      "ended after 4000 of 4001 bytes; try again",
+      f"3 bytes with SHA-256 .*, not the published file's {digest}",
+    ):
+      with pytest.raises(WeightsError, match=f"w.pth.*{message}"):
+        weight_files.download(url, digest, cache)
+      assert not list(cache.iterdir())
+    path = weight_files.download(url, digest, cache)
+    assert path == cache / "w.pth" and path.read_bytes() == good
+    assert weight_files.download(url, digest, cache) == path and not replies
+    # What is damaged later is fetched again.
+    path.write_bytes(good[:-1])
+    replies.append((200, good, len(good)))
+    weight_files.download(url, digest, cache)
+    assert path.read_bytes() == good and not replies
+  path.unlink()
+  with pytest.raises(WeightsError, match="refused.*give its path"):
+    weight_files.download(url, digest, cache)
+
+
+def test_url_of_weights_without_a_known_checksum_is_refused(tmp_path):
+  with pytest.raises(WeightsError, match="only weights whose SHA-256 is known"):
+    convert("vae", "https://127.0.0.1/a.safetensors", str(tmp_path))

@@ -1,0 +1,329 @@
+"""Inception-v3 as FID means it: TensorFlow's graph of 2015-12-05.
+
+Its modules and parameters have the names of the published weights. It differs
+from other Inception-v3 in its pools: the average ones do not count padding, and
+the last block has a maximum in place of an average.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Shaped
+
+from drift_jax.models.arguments import reject_unknown, require_int
+
+IMAGE_SIZE = 299
+# Accelerators round float32 factors unless told not to; FID is of float32.
+_PRECISION = jax.lax.Precision.HIGHEST
+
+
+class InceptionOutput(NamedTuple):
+  """What Inception-v3 gives for B images, float32.
+
+  Attributes:
+    pool3: means over the last block's 8 x 8 locations, >= 0; the features of
+      FID, KID, precision and recall. D = 2048.
+    logits_unbiased: pool3 @ kernel; the Inception score's. K = 1008.
+    logits_biased: logits_unbiased + bias.
+  """
+
+  pool3: Float[Array, "B D"]
+  logits_unbiased: Float[Array, "B K"]
+  logits_biased: Float[Array, "B K"]
+
+
+def resize_bilinear(
+  images: Float[Array, "B H W C"], size: int
+) -> Float[Array, "B size size C"]:
+  """TensorFlow 1's bilinear resize, without corner or centre alignment.
+
+  Pixel i of the result is taken at position i H / size of the input, so pixel 0
+  is pixel 0, and what lies beyond the last pixel is the last pixel. There is no
+  low-pass filter when the image shrinks.
+  """
+  for axis in (2, 1):
+    length = images.shape[axis]
+    position = np.arange(size, dtype=np.float32) * np.float32(length / size)
+    before = position.astype(np.int32)
+    after = np.minimum(before + 1, length - 1)
+    weight = (position - before).astype(np.float32)
+    weight = weight.reshape(-1, *(3 - axis) * (1,))
+    a, b = (jnp.take(images, i, axis, mode="clip") for i in (before, after))
+    images = a + (b - a) * weight
+  return images
+
+
+def preprocess(
+  images: Shaped[ArrayLike, "..."],
+) -> Float[Array, "B 299 299 C"]:
+  """(resize_bilinear(images, 299) - 128) / 128, in float32.
+
+  Args:
+    images: uint8 [B, H, W, 3] RGB.
+
+  Returns:
+    Values in [-1, 127/128].
+
+  Raises:
+    ValueError: another dtype or shape.
+  """
+  images = jnp.asarray(images)
+  if images.dtype != jnp.uint8:
+    raise ValueError(
+      f"Inception's images have dtype {images.dtype}, want uint8 in [0, 255]"
+      " (metrics.to_uint8 makes them from [-1, 1], truncating as the published"
+      " figures do)"
+    )
+  if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
+    raise ValueError(
+      f"Inception's images have shape {images.shape}, want non-empty"
+      " [B, H, W, 3]"
+    )
+  pixels = resize_bilinear(images.astype(jnp.float32), IMAGE_SIZE)
+  return (pixels - 128) / 128
+
+
+# Pools are sums and maxima of slices: XLA's windowed reductions take longer on
+# CPUs, and these fuse with what follows.
+
+
+def _shifted(x: Array, axis: int, stride: int) -> list[Array]:
+  """The three slices along an axis that windows of three consist of."""
+  last = (x.shape[axis] - 3) // stride * stride
+  return [
+    jax.lax.slice_in_dim(x, i, i + last + 1, stride, axis) for i in range(3)
+  ]
+
+
+def _pad_locations(x: Array, value: float) -> Array:
+  widths = ((0, 0), (1, 1), (1, 1), (0, 0))
+  return jnp.pad(x, widths, constant_values=value)
+
+
+def max_pool(
+  x: Float[Array, "B H W C"], stride: int
+) -> Float[Array, "B h w C"]:
+  """Maxima of 3 x 3 locations, only of those that lie inside.
+
+  Of stride 1 it keeps the size; of stride 2 windows lie wholly inside.
+  """
+  if stride == 1:
+    x = _pad_locations(x, -jnp.inf)
+  for axis in (1, 2):
+    x = functools.reduce(jnp.maximum, _shifted(x, axis, stride))
+  return x
+
+
+def average_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+  """Means of 3 x 3 locations, only of those that lie inside: 4, 6 or 9."""
+  inverse_counts = []
+  for length in x.shape[1:3]:
+    i = np.arange(length)
+    count = np.minimum(i + 2, length) - np.maximum(i - 1, 0)
+    inverse_counts.append(1 / count)
+  inverse = np.outer(*inverse_counts).astype(np.float32)
+  x = _pad_locations(x, 0.0)
+  for axis in (1, 2):
+    x = functools.reduce(jnp.add, _shifted(x, axis, 1))
+  return x * inverse[..., None]
+
+
+def _conv(
+  name: str,
+  channels: int,
+  size: int | tuple[int, int],
+  stride: int = 1,
+  padding: str = "SAME",
+) -> Callable[[Array], Array]:
+  """relu(conv(x) + bias), BatchNorm being folded into kernel and bias."""
+  conv = nn.Conv(
+    channels,
+    (size, size) if isinstance(size, int) else size,
+    strides=(stride, stride),
+    padding=padding,
+    precision=_PRECISION,
+    name=name,
+  )
+  return lambda x: nn.relu(conv(x))
+
+
+def _concatenate(*branches: Array) -> Array:
+  return jnp.concatenate(branches, axis=-1)
+
+
+class BlockA(nn.Module):
+  """Mixed_5*: 1x1, 5x5, twice 3x3 and average pool, 35 x 35 locations."""
+
+  width: int
+  pool_channels: int
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
+    w = self.width
+    one = _conv("branch1x1", 4 * w, 1)(x)
+    five = _conv("branch5x5_1", 3 * w, 1)(x)
+    five = _conv("branch5x5_2", 4 * w, 5)(five)
+    double = _conv("branch3x3dbl_1", 4 * w, 1)(x)
+    double = _conv("branch3x3dbl_2", 6 * w, 3)(double)
+    double = _conv("branch3x3dbl_3", 6 * w, 3)(double)
+    pool = _conv("branch_pool", self.pool_channels, 1)(average_pool(x))
+    return _concatenate(one, five, double, pool)
+
+
+class BlockB(nn.Module):
+  """Mixed_6a: 3x3, twice 3x3 and maximum pool, down to 17 x 17 locations."""
+
+  width: int
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+    w = self.width
+    three = _conv("branch3x3", 24 * w, 3, 2, "VALID")(x)
+    double = _conv("branch3x3dbl_1", 4 * w, 1)(x)
+    double = _conv("branch3x3dbl_2", 6 * w, 3)(double)
+    double = _conv("branch3x3dbl_3", 6 * w, 3, 2, "VALID")(double)
+    return _concatenate(three, double, max_pool(x, 2))
+
+
+class BlockC(nn.Module):
+  """Mixed_6b to e: 1x1, 7x7, twice 7x7 and average pool; 7x7 is 1x7, 7x1."""
+
+  width: int
+  inner_channels: int
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
+    w, c = self.width, self.inner_channels
+    one = _conv("branch1x1", 12 * w, 1)(x)
+    seven = _conv("branch7x7_1", c, 1)(x)
+    seven = _conv("branch7x7_2", c, (1, 7))(seven)
+    seven = _conv("branch7x7_3", 12 * w, (7, 1))(seven)
+    double = _conv("branch7x7dbl_1", c, 1)(x)
+    double = _conv("branch7x7dbl_2", c, (7, 1))(double)
+    double = _conv("branch7x7dbl_3", c, (1, 7))(double)
+    double = _conv("branch7x7dbl_4", c, (7, 1))(double)
+    double = _conv("branch7x7dbl_5", 12 * w, (1, 7))(double)
+    pool = _conv("branch_pool", 12 * w, 1)(average_pool(x))
+    return _concatenate(one, seven, double, pool)
+
+
+class BlockD(nn.Module):
+  """Mixed_7a: 3x3, 7x7 then 3x3, maximum pool, down to 8 x 8 locations."""
+
+  width: int
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+    w = self.width
+    three = _conv("branch3x3_1", 12 * w, 1)(x)
+    three = _conv("branch3x3_2", 20 * w, 3, 2, "VALID")(three)
+    seven = _conv("branch7x7x3_1", 12 * w, 1)(x)
+    seven = _conv("branch7x7x3_2", 12 * w, (1, 7))(seven)
+    seven = _conv("branch7x7x3_3", 12 * w, (7, 1))(seven)
+    seven = _conv("branch7x7x3_4", 12 * w, 3, 2, "VALID")(seven)
+    return _concatenate(three, seven, max_pool(x, 2))
+
+
+class BlockE(nn.Module):
+  """Mixed_7b, 7c: 1x1, 1x3 and 3x1, the same after 3x3, and a pool."""
+
+  width: int
+  pool: Callable[[Array], Array]
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
+    w = self.width
+    one = _conv("branch1x1", 20 * w, 1)(x)
+    three = _conv("branch3x3_1", 24 * w, 1)(x)
+    double = _conv("branch3x3dbl_1", 28 * w, 1)(x)
+    double = _conv("branch3x3dbl_2", 24 * w, 3)(double)
+    return _concatenate(
+      one,
+      _conv("branch3x3_2a", 24 * w, (1, 3))(three),
+      _conv("branch3x3_2b", 24 * w, (3, 1))(three),
+      _conv("branch3x3dbl_3a", 24 * w, (1, 3))(double),
+      _conv("branch3x3dbl_3b", 24 * w, (3, 1))(double),
+      _conv("branch_pool", 12 * w, 1)(self.pool(x)),
+    )
+
+
+class Classifier(nn.Module):
+  """x @ kernel, and the same + bias."""
+
+  num_classes: int
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "B D"]
+  ) -> tuple[Float[Array, "B K"], Float[Array, "B K"]]:
+    shape = (x.shape[-1], self.num_classes)
+    kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+    bias = self.param("bias", nn.initializers.zeros, shape[-1:])
+    logits = jnp.dot(x, kernel, precision=_PRECISION)
+    return logits, logits + bias
+
+
+class Inception(nn.Module):
+  """Inception-v3; build it with `build_inception`, which explains it."""
+
+  width: int
+  num_classes: int
+
+  def __call__(self, images: Shaped[ArrayLike, "..."]) -> InceptionOutput:
+    """Features and logits of uint8 [B, H, W, 3] RGB; see `preprocess`.
+
+    Raises:
+      ValueError: images of another dtype or shape.
+    """
+    return self.network(preprocess(images))
+
+  @nn.compact
+  def network(self, x: Float[Array, "B 299 299 3"]) -> InceptionOutput:
+    """The same of what `preprocess` gives."""
+    w = self.width
+    x = _conv("Conv2d_1a_3x3", 2 * w, 3, 2, "VALID")(x)
+    x = _conv("Conv2d_2a_3x3", 2 * w, 3, 1, "VALID")(x)
+    x = _conv("Conv2d_2b_3x3", 4 * w, 3)(x)
+    x = max_pool(x, 2)
+    x = _conv("Conv2d_3b_1x1", 5 * w, 1)(x)
+    x = _conv("Conv2d_4a_3x3", 12 * w, 3, 1, "VALID")(x)
+    x = max_pool(x, 2)
+    x = BlockA(w, 2 * w, name="Mixed_5b")(x)
+    x = BlockA(w, 4 * w, name="Mixed_5c")(x)
+    x = BlockA(w, 4 * w, name="Mixed_5d")(x)
+    x = BlockB(w, name="Mixed_6a")(x)
+    x = BlockC(w, 8 * w, name="Mixed_6b")(x)
+    x = BlockC(w, 10 * w, name="Mixed_6c")(x)
+    x = BlockC(w, 10 * w, name="Mixed_6d")(x)
+    x = BlockC(w, 12 * w, name="Mixed_6e")(x)
+    x = BlockD(w, name="Mixed_7a")(x)
+    x = BlockE(w, average_pool, name="Mixed_7b")(x)
+    x = BlockE(w, functools.partial(max_pool, stride=1), name="Mixed_7c")(x)
+    pool3 = jnp.mean(x, axis=(1, 2))
+    return InceptionOutput(
+      pool3, *Classifier(self.num_classes, name="fc")(pool3)
+    )
+
+
+def build_inception(
+  *, width: int, num_classes: int, **unknown: object
+) -> Inception:
+  """The network of FID and the Inception score; always float32.
+
+  Args:
+    width: all numbers of channels are multiples of it, that of pool3 is 128
+      width. 16 in the published network; less for tests.
+    num_classes: logits; 1008 in the published network.
+
+  Raises:
+    ValueError: an unknown argument, or a value out of range.
+  """
+  reject_unknown(build_inception, unknown)
+  require_int("width", width, 1)
+  require_int("num_classes", num_classes, 1)
+  return Inception(width=width, num_classes=num_classes)

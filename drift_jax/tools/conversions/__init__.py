@@ -1,0 +1,1 @@
+"""Published names and layouts of weights into ours, one module a model."""

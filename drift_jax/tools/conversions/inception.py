@@ -1,0 +1,102 @@
+"""The Inception-v3 of FID, as pytorch-fid and torch-fidelity publish it."""
+
+import numpy as np
+from flax import traverse_util
+
+from drift_jax.models import release
+from drift_jax.tools.conversions.layouts import (
+  Config,
+  Converted,
+  Weights,
+  WeightsError,
+  jax_layout,
+  torch_shape,
+)
+
+# Both publish this file, under names that end in its first eight digits.
+SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+URL = (
+  "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+  "pt_inception-2015-12-05-6726825d.pth"
+)
+MODEL_CONFIG = {"width": 16, "num_classes": 1008}
+BATCH_NORM_EPSILON = 1e-3
+
+_BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
+_COUNTER = ".num_batches_tracked"  # of training; some files hold it
+
+
+def convert_inception(weights: Weights, config: Config | None) -> Converted:
+  """pytorch-fid's state dict -> kind 'inception'.
+
+  BatchNorm with its running statistics is folded into the convolution before
+  it, in float64: kernel' = kernel s and bias' = bias - mean s, where
+  s = weight / sqrt(var + 1e-3).
+
+  Args:
+    weights: torch's layouts (OIHW convolutions); any floating dtype.
+    config: not looked at.
+
+  Raises:
+    WeightsError: names, shapes or values that do not fit.
+  """
+  del config
+  shapes = release.parameter_shapes("inception", MODEL_CONFIG)
+  try:
+    release.require_parameters(
+      "these are not the weights of FID's Inception-v3",
+      {k: v for k, v in weights.items() if not k.endswith(_COUNTER)},
+      published_shapes(shapes),
+    )
+  except ValueError as error:
+    raise WeightsError(str(error)) from error
+  params = {}
+  for path in shapes:
+    module, _, leaf = path.rpartition("/")
+    name = module.replace("/", ".")
+    if module == "fc":
+      torch_name = f"{name}.{'weight' if leaf == 'kernel' else leaf}"
+      params[path] = jax_layout(torch_name, weights[torch_name])
+    elif leaf == "kernel":
+      params[path], params[f"{module}/bias"] = _fold(name, weights)
+  return Converted(
+    dict(MODEL_CONFIG), traverse_util.unflatten_dict(params, sep="/")
+  )
+
+
+def published_shapes(
+  shapes: dict[str, tuple[int, ...]],
+) -> dict[str, tuple[int, ...]]:
+  """Names and shapes in pytorch-fid's state dict of those here."""
+  published = {}
+  for path, shape in shapes.items():
+    module, _, leaf = path.rpartition("/")
+    name = module.replace("/", ".")
+    if module == "fc":
+      leaf = "weight" if leaf == "kernel" else leaf
+      published[f"{name}.{leaf}"] = torch_shape(shape)
+    elif leaf == "kernel":
+      published[f"{name}.conv.weight"] = torch_shape(shape)
+    else:
+      published |= {f"{name}.bn.{key}": shape for key in _BATCH_NORM}
+  return published
+
+
+def _fold(name: str, weights: Weights) -> tuple[np.ndarray, np.ndarray]:
+  """Kernel and bias of a convolution with the BatchNorm after it."""
+  kernel = jax_layout(f"{name}.conv.weight", weights[f"{name}.conv.weight"])
+  weight, bias, mean, variance = (
+    jax_layout(f"{name}.bn.{key}", weights[f"{name}.bn.{key}"]).astype(
+      np.float64
+    )
+    for key in _BATCH_NORM
+  )
+  if variance.min() < 0:
+    raise WeightsError(
+      f"{name}.bn.running_var holds {variance.min()}, want >= 0"
+    )
+  scale = weight / np.sqrt(variance + BATCH_NORM_EPSILON)
+  return (
+    (kernel * scale).astype(np.float32),
+    (bias - mean * scale).astype(np.float32),
+  )

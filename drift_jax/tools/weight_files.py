@@ -1,0 +1,247 @@
+"""Files of published weights: where they are, and what is in them."""
+
+import hashlib
+import http.client
+import importlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import huggingface_hub
+import numpy as np
+import safetensors
+import safetensors.numpy
+from huggingface_hub import errors as hub_errors
+
+from drift_jax.console import logger
+from drift_jax.metrics import files
+from drift_jax.tools.conversions.layouts import CONFIG_FILE, WeightsError
+
+TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+_HUB = re.compile(
+  r"hf://(?P<repository>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?"
+  r"(?:/(?P<file>.+))?"
+)
+_URL = re.compile(r"https?://")
+_TIMEOUT = 60  # seconds without an answer
+_MAX_FAILURE = 300  # characters of another library's message
+
+
+class Located(NamedTuple):
+  """Weights found on this machine, with the revision if from the hub."""
+
+  weights: pathlib.Path
+  config: pathlib.Path | None
+  revision: str | None
+
+
+def locate(source: str, names: Sequence[str], sha256: str | None) -> Located:
+  """Finds the weights and the config.json beside them.
+
+  A file on the hub is downloaded into its cache (HF_HOME, HF_ENDPOINT and
+  HF_HUB_OFFLINE are respected), one elsewhere into ours, see `download`.
+
+  Args:
+    source: a file, a folder, hf://OWNER/NAME[@REVISION][/FILE], or a URL.
+    names: what to look for in a folder or repository, in this order.
+    sha256: of the published file, in hexadecimal; None refuses URLs.
+
+  Raises:
+    WeightsError: nothing there; the message says where it looked.
+  """
+  if _URL.match(source):
+    if sha256 is None:
+      raise WeightsError(
+        f"{source}: only weights whose SHA-256 is known here are downloaded"
+        " from a URL; download the file and give its path"
+      )
+    return Located(download(source, sha256, cache_folder()), None, None)
+  if source.startswith("hf:"):
+    return _locate_on_hub(source, names)
+  path = pathlib.Path(source)
+  if path.is_dir():
+    found = [path / name for name in names if (path / name).is_file()]
+    if not found:
+      raise WeightsError(f"{source} holds none of {list(names)}")
+    path = found[0]
+  if not path.is_file():
+    raise WeightsError(f"there is no file or folder {source}")
+  config = path.parent / CONFIG_FILE
+  return Located(path, config if config.is_file() else None, None)
+
+
+def _locate_on_hub(source: str, names: Sequence[str]) -> Located:
+  match = _HUB.fullmatch(source)
+  if match is None:
+    raise WeightsError(
+      f"--source={source}: want hf://OWNER/NAME, hf://OWNER/NAME/FILE or"
+      " hf://OWNER/NAME@REVISION/FILE"
+    )
+  repository, revision = match["repository"], match["revision"]
+  names = [match["file"]] if match["file"] else names
+  for name in names:
+    weights = _download_from_hub(source, repository, revision, name)
+    if weights is None:
+      continue
+    # All files of one snapshot: FOLDER/snapshots/COMMIT/FILE.
+    commit = weights.parents[len(pathlib.PurePosixPath(name).parts) - 1].name
+    config_name = pathlib.PurePosixPath(name).with_name(CONFIG_FILE)
+    config = _download_from_hub(source, repository, commit, str(config_name))
+    return Located(weights, config, commit)
+  raise WeightsError(f"{source}: the repository holds none of {list(names)}")
+
+
+def _download_from_hub(
+  source: str, repository: str, revision: str | None, name: str
+) -> pathlib.Path | None:
+  """The file in the hub's cache; None if the repository has no such file."""
+  try:
+    return pathlib.Path(
+      huggingface_hub.hf_hub_download(repository, name, revision=revision)
+    )
+  except hub_errors.RemoteEntryNotFoundError:
+    return None
+  except hub_errors.LocalEntryNotFoundError as error:
+    # Not reached, but the cache may know from before that it isn't there.
+    cached = huggingface_hub.try_to_load_from_cache(
+      repository, name, revision=revision
+    )
+    if cached is not None and not isinstance(cached, str):
+      return None
+    raise WeightsError(f"{source}: {name}: {_one_line(error)}") from error
+  except (OSError, hub_errors.HFValidationError) as error:
+    raise WeightsError(f"{source}: {name}: {_one_line(error)}") from error
+
+
+def cache_folder() -> pathlib.Path:
+  """XDG_CACHE_HOME/drift_jax, by default ~/.cache/drift_jax."""
+  root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+  return pathlib.Path(root).expanduser() / "drift_jax"
+
+
+def sha256_of(path: pathlib.Path) -> str:
+  """SHA-256 of a file, in hexadecimal."""
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def download(url: str, sha256: str, folder: pathlib.Path) -> pathlib.Path:
+  """The file at a URL, from the folder if it is there already.
+
+  It appears there whole and with the right checksum, or not at all.
+
+  Raises:
+    WeightsError: not reached, cut off, or another file.
+  """
+  path = folder / pathlib.PurePosixPath(urllib.parse.urlsplit(url).path).name
+  if path.is_file() and sha256_of(path) == sha256:
+    logger.info("Taking %s, downloaded before.", path)
+    return path
+  logger.info("Downloading %s to %s.", url, path)
+  try:
+    with files.replacing(path) as temporary:
+      with (
+        urllib.request.urlopen(url, timeout=_TIMEOUT) as response,
+        temporary.open("wb") as file,
+      ):
+        shutil.copyfileobj(response, file)
+      size, length = (
+        temporary.stat().st_size,
+        response.headers["Content-Length"],
+      )
+      if length is not None and size != int(length):
+        raise WeightsError(
+          f"{url}: the connection ended after {size} of {length} bytes; try"
+          " again"
+        )
+      digest = sha256_of(temporary)
+      if digest != sha256:
+        raise WeightsError(
+          f"{url} has {size} bytes with SHA-256 {digest}, not the published"
+          f" file's {sha256}"
+        )
+  except (OSError, http.client.HTTPException) as error:
+    raise WeightsError(
+      f"{url}: {_one_line(error)} (or download the file elsewhere and give its"
+      " path)"
+    ) from error
+  return path
+
+
+def read_weights(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """Arrays by name from .safetensors, or from a torch file if torch is there.
+
+  Raises:
+    WeightsError: another suffix, a damaged file, a file that is not what its
+      suffix says, or a torch file where torch is not installed.
+  """
+  if path.suffix == ".safetensors":
+    try:
+      return safetensors.numpy.load_file(path)
+    except safetensors.SafetensorError as error:
+      with path.open("rb") as file:
+        beginning = file.read(8)
+      raise WeightsError(
+        f"{path} ({path.stat().st_size} bytes, beginning with {beginning!r})"
+        f" is no complete safetensors file: {_one_line(error)}"
+      ) from error
+  if path.suffix in TORCH_SUFFIXES:
+    return _read_torch(path)
+  raise WeightsError(
+    f"{path}: unknown suffix {path.suffix!r}, valid options are"
+    f" {['.safetensors', *TORCH_SUFFIXES]}"
+  )
+
+
+def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
+  try:
+    torch = importlib.import_module("torch")
+  except ImportError as error:
+    raise WeightsError(
+      f"{path}: reading {path.suffix} needs torch, which is not installed; "
+      "take the .safetensors file of the same model, or pip install torch"
+    ) from error
+  try:
+    tensors = torch.load(path, map_location="cpu", weights_only=True)
+  # What torch.load raises on a bad file is an open list (KeyError is on it),
+  # and its messages advise to load the file unsafely: they are not repeated.
+  except Exception as error:
+    raise WeightsError(
+      f"{path} ({path.stat().st_size} bytes) can't be read as a torch file of"
+      f" arrays only ({type(error).__name__}): it is damaged or holds more than"
+      " arrays; take the .safetensors file of the same model"
+    ) from error
+  if isinstance(tensors, Mapping) and "state_dict" in tensors:
+    tensors = tensors["state_dict"]
+  if not isinstance(tensors, Mapping) or not all(
+    isinstance(tensor, torch.Tensor) for tensor in tensors.values()
+  ):
+    raise WeightsError(f"{path} holds no arrays by name: it is no state dict")
+  return {
+    str(name): (
+      tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+    ).numpy()
+    for name, tensor in tensors.items()
+  }
+
+
+def read_config(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    config = json.loads(path.read_bytes())
+  except ValueError as error:
+    raise WeightsError(f"{path} is no JSON: {error}") from error
+  if not isinstance(config, dict):
+    raise WeightsError(f"{path} holds {config!r}, want a dict")
+  return config
+
+
+def _one_line(error: BaseException) -> str:
+  text = " ".join(str(error).split()) or type(error).__name__
+  return text if len(text) <= _MAX_FAILURE else f"{text[:_MAX_FAILURE]}..."
