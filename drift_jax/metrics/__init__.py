@@ -13,7 +13,12 @@ from drift_jax.metrics.evaluators import (
   class_subset,
 )
 from drift_jax.metrics.files import replacing
-from drift_jax.metrics.frechet import FeatureStats, frechet_distance
+from drift_jax.metrics.frechet import (
+  FeatureStats,
+  FeatureStream,
+  Moments,
+  frechet_distance,
+)
 from drift_jax.metrics.generation import (
   SampleFn,
   balanced_labels,
@@ -27,7 +32,23 @@ from drift_jax.metrics.images import (
   to_uint8,
   unit_to_uint8,
 )
+from drift_jax.metrics.inception_score import InceptionScore, inception_score
+from drift_jax.metrics.kid import kernel_distance, kernel_distance_subsets
+from drift_jax.metrics.neighbours import (
+  Neighbours,
+  distance_summary,
+  nearest_neighbours,
+  neighbour_grid,
+  plot_nearest_distances,
+)
 from drift_jax.metrics.plots import plot_drift, plot_frechet, plot_mae
+from drift_jax.metrics.precision_recall import precision_recall
+from drift_jax.metrics.reference import (
+  Provenance,
+  ReferenceStats,
+  load_reference,
+  save_reference,
+)
 from drift_jax.metrics.small_sets import (
   MAX_IMAGES,
   CoverageEvaluator,
@@ -43,34 +64,50 @@ from drift_jax.metrics.writers import (
 
 __all__ = [
   "MAX_IMAGES",
-  "Reals",
   "CoverageEvaluator",
   "DuplicatesEvaluator",
   "Evaluator",
   "FeatureStats",
+  "FeatureStream",
   "FrechetEvaluator",
+  "InceptionScore",
   "JsonlWriter",
   "LabelAccuracyEvaluator",
   "MetricWriter",
+  "Moments",
+  "Neighbours",
+  "Provenance",
+  "Reals",
+  "ReferenceStats",
   "SampleFn",
   "balanced_labels",
   "baselines",
   "class_subset",
   "create_writer",
   "density_coverage",
+  "distance_summary",
   "duplicates",
   "evaluate",
   "evaluation_scalars",
   "frechet_distance",
   "generate",
   "image_grid",
+  "inception_score",
+  "kernel_distance",
+  "kernel_distance_subsets",
+  "load_reference",
   "nearest_distances",
+  "nearest_neighbours",
+  "neighbour_grid",
   "plot_drift",
   "plot_frechet",
   "plot_mae",
+  "plot_nearest_distances",
+  "precision_recall",
   "read_jsonl",
   "replacing",
   "save_png",
+  "save_reference",
   "to_uint8",
   "unit_to_uint8",
 ]

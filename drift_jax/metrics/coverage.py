@@ -1,62 +1,22 @@
 """Density, coverage and duplicates from nearest neighbours.
 
-All distances are Euclidean, in float64, from differences of coordinates: equal
-points are at distance exactly 0 and ties stay ties. Memory is bounded by blocks
-of rows, time grows with the product of the counts: for small data sets.
+All distances are Euclidean and exact in float64, in blocks: see `distances`.
+Time grows with the product of the counts: for small data sets.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
-from jaxtyping import Float64
 from numpy.typing import ArrayLike
-from scipy.spatial import distance
 
-from drift_jax.metrics import frechet
+from drift_jax.metrics import distances, frechet
 
-# Distances held at a time: 32 MiB of float64.
-_BLOCK_ENTRIES = 2**22
-_NEAR_QUANTILE = 0.01
-
-
-def _distance_blocks(
-  rows: Float64[np.ndarray, "N D"], columns: Float64[np.ndarray, "M D"]
-) -> Iterator[tuple[slice, Float64[np.ndarray, "B M"]]]:
-  """Yields (which rows, their distances to all columns), in order."""
-  step = max(1, _BLOCK_ENTRIES // len(columns))
-  for start in range(0, len(rows), step):
-    block = slice(start, min(start + step, len(rows)))
-    yield block, distance.cdist(rows[block], columns)
-
-
-def _check_same_width(
-  a: np.ndarray, name_a: str, b: np.ndarray, name_b: str
-) -> None:
-  if a.shape[1] != b.shape[1]:
-    raise ValueError(
-      f"{name_a} and {name_b} differ in dimension: {a.shape} and {b.shape}"
-    )
-
-
-def _neighbour_radii(
-  points: Float64[np.ndarray, "N D"], k: int
-) -> Float64[np.ndarray, " N"]:
-  """Distance of each point to its k-th nearest other point."""
-  radii = np.empty(len(points))
-  for block, distances in _distance_blocks(points, points):
-    # A point is not its own neighbour, but its duplicates are.
-    distances[np.arange(len(distances)), np.arange(len(points))[block]] = np.inf
-    radii[block] = np.partition(distances, k - 1, axis=1)[:, k - 1]
-  return radii
+# A generated sample nearer to the training set than this quantile of the
+# held-out reals is a near duplicate.
+NEAR_QUANTILE = 0.01
 
 
 def check_neighbours(k: int, count: int) -> None:
-  """Raises ValueError unless each of count points has k others."""
-  if not 1 <= k < count:
-    raise ValueError(
-      f"k = {k} neighbours among {count} real samples: valid are 1 to"
-      f" {count - 1}"
-    )
+  """Raises ValueError unless each of count real samples has k others."""
+  distances.check_neighbours(k, count, "real")
 
 
 def check_grid(grid: ArrayLike) -> np.ndarray:
@@ -70,7 +30,11 @@ def check_grid(grid: ArrayLike) -> np.ndarray:
 
 
 def density_coverage(
-  real: ArrayLike, fake: ArrayLike, k: int
+  real: ArrayLike,
+  fake: ArrayLike,
+  k: int,
+  *,
+  block_entries: int = distances.BLOCK_ENTRIES,
 ) -> tuple[float, float]:
   """Density and coverage (Naeem et al. 2020, arXiv:2002.09797, eq. 4 and 5).
 
@@ -87,36 +51,40 @@ def density_coverage(
     real: [N, D] features of real samples.
     fake: [M, D] features of generated samples.
     k: neighbours, 1 <= k < N.
+    block_entries: numbers in a block of distances, which bounds memory.
 
   Returns:
     (density, coverage); density is >= 0 and about 1 for a perfect generator
     (more when samples crowd the modes), coverage lies in [0, 1].
 
   Raises:
-    ValueError: for empty, non-finite or ill-matched features, or k out of
-      range.
+    ValueError: for empty, non-finite or ill-matched features, or k or
+      block_entries out of range.
   """
-  real = frechet.as_feature_matrix(real, "real")
-  fake = frechet.as_feature_matrix(fake, "fake")
-  _check_same_width(real, "real", fake, "fake")
+  real = distances.as_points(real, "real")
+  fake = distances.as_points(fake, "fake")
+  distances.check_same_width(real, "real", fake, "fake")
   check_neighbours(k, len(real))
-  radii = _neighbour_radii(real, k)
-  inside_count = covered_count = 0
-  for block, distances in _distance_blocks(real, fake):
-    inside = distances < radii[block, None]
-    inside_count += int(inside.sum())
-    covered_count += int(inside.any(axis=1).sum())
-  return inside_count / (k * len(fake)), covered_count / len(real)
+  radii = distances.neighbour_radii(real, k, block_entries)
+  in_ball, _ = distances.ball_counts(
+    real, radii, fake, closed=False, block_entries=block_entries
+  )
+  density = int(in_ball.sum()) / (k * len(fake))
+  return density, int(np.count_nonzero(in_ball)) / len(real)
 
 
 def nearest_distances(
-  query: ArrayLike, reference: ArrayLike
+  query: ArrayLike,
+  reference: ArrayLike,
+  *,
+  block_entries: int = distances.BLOCK_ENTRIES,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Nearest reference of each query.
 
   Args:
     query: [N, D].
     reference: [M, D].
+    block_entries: numbers in a block of distances, which bounds memory.
 
   Returns:
     (distance [N] float64, index [N] int64 into reference; the lowest index
@@ -125,15 +93,14 @@ def nearest_distances(
   Raises:
     ValueError: for empty, non-finite or ill-matched inputs.
   """
-  query = frechet.as_feature_matrix(query, "query")
-  reference = frechet.as_feature_matrix(reference, "reference")
-  _check_same_width(query, "query", reference, "reference")
-  nearest = np.empty(len(query))
-  index = np.empty(len(query), np.int64)
-  for block, distances in _distance_blocks(query, reference):
-    index[block] = distances.argmin(axis=1)
-    nearest[block] = distances.min(axis=1)
-  return nearest, index
+  query = distances.as_points(query, "query")
+  reference = distances.as_points(reference, "reference")
+  distances.check_same_width(query, "query", reference, "reference")
+  search = distances.NearestSearch(
+    query, 1, exclude_self=False, block_entries=block_entries
+  )
+  search.add(reference)
+  return np.sqrt(search.squared[:, 0]), search.index[:, 0]
 
 
 def _grid_codes(values: np.ndarray, grid: np.ndarray) -> list[bytes]:
@@ -172,8 +139,8 @@ def duplicates(
   fake = frechet.as_feature_matrix(fake, "fake")
   train = frechet.as_feature_matrix(train, "train")
   heldout = frechet.as_feature_matrix(heldout, "heldout")
-  _check_same_width(fake, "fake", train, "train")
-  _check_same_width(heldout, "heldout", train, "train")
+  distances.check_same_width(fake, "fake", train, "train")
+  distances.check_same_width(heldout, "heldout", train, "train")
   grid = check_grid(grid)
   train_codes = set(_grid_codes(train, grid))
 
@@ -182,7 +149,7 @@ def duplicates(
 
   fake_distance, _ = nearest_distances(fake, train)
   heldout_distance, _ = nearest_distances(heldout, train)
-  threshold = float(np.quantile(heldout_distance, _NEAR_QUANTILE))
+  threshold = float(np.quantile(heldout_distance, NEAR_QUANTILE))
   return {
     "exact": float(exact(fake)),
     "near": float((fake_distance < threshold).sum()),

@@ -6,25 +6,33 @@ Frechet distance (FD) and must not be called FID.
 """
 
 import dataclasses
+import functools
+from collections.abc import Iterable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from absl import logging
-from jaxtyping import Float64
+from jaxtyping import Float64, UInt8
 from numpy.typing import ArrayLike
+from scipy import linalg
 
 from drift_jax.metrics import files
 
 _FIELDS = ("count", "mean", "scatter")
+# Rows that a stream of features is cut into.
+_CHUNK_ROWS = 2048
+# Reciprocal condition number from which Cholesky factors lose no digits that
+# eigenvectors would keep.
+_WELL_CONDITIONED = 1e-9
 
 
-def as_feature_matrix(features: ArrayLike, name: str) -> np.ndarray:
-  """Returns features as a float64 matrix [N, D].
+def check_feature_matrix(matrix: np.ndarray, name: str) -> None:
+  """Refuses what is no matrix of finite numbers [N, D].
 
   Raises:
-    ValueError: when they are not two-dimensional, are empty or hold a
-      non-finite number; the message names `name` and the offending row.
+    ValueError: when it is not two-dimensional, is empty or holds a non-finite
+      number; the message names `name` and the offending row.
   """
-  matrix = np.asarray(features, np.float64)
   if matrix.ndim != 2 or 0 in matrix.shape:
     raise ValueError(
       f"{name} must be a non-empty [N, D] matrix, got shape {matrix.shape}"
@@ -35,7 +43,34 @@ def as_feature_matrix(features: ArrayLike, name: str) -> np.ndarray:
       f"{name}: {np.count_nonzero(~finite)} of {len(matrix)} rows are not"
       f" finite, the first is row {np.argmin(finite)}"
     )
+
+
+def as_feature_matrix(features: ArrayLike, name: str) -> np.ndarray:
+  """Returns features as a float64 matrix [N, D].
+
+  Raises:
+    ValueError: as `check_feature_matrix`.
+  """
+  matrix = np.asarray(features, np.float64)
+  check_feature_matrix(matrix, name)
   return matrix
+
+
+@runtime_checkable
+class Moments(Protocol):
+  """What a Frechet distance needs of a set of feature vectors."""
+
+  @property
+  def count(self) -> int | None:
+    """Number of vectors, None when nobody recorded it."""
+    ...
+
+  @property
+  def mean(self) -> Float64[np.ndarray, " D"]: ...
+
+  def covariance(self) -> Float64[np.ndarray, "D D"]:
+    """Unbiased covariance (ddof 1)."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,6 +99,42 @@ class FeatureStats:
     mean = matrix.mean(axis=0)
     centred = matrix - mean
     return cls(len(matrix), mean, centred.T @ centred)
+
+  @classmethod
+  def from_moments(
+    cls, mean: ArrayLike, covariance: ArrayLike, count: int
+  ) -> "FeatureStats":
+    """Statistics with the given mean [D], unbiased covariance [D, D] and count.
+
+    The inverse of (mean, covariance()), to one rounding.
+
+    Raises:
+      ValueError: for other shapes, non-finite numbers or count < 2.
+    """
+    sigma = as_feature_matrix(covariance, "covariance")
+    mu = as_feature_matrix(np.asarray(mean)[None], "mean")[0]
+    if sigma.shape != (len(mu), len(mu)):
+      raise ValueError(
+        f"a mean of {len(mu)} dimensions needs a covariance of shape"
+        f" {(len(mu), len(mu))}, got {sigma.shape}"
+      )
+    if count < 2:
+      raise ValueError(
+        f"a covariance needs at least 2 feature vectors, got {count}"
+      )
+    return cls(count, mu, sigma * (count - 1))
+
+  @classmethod
+  def merged(cls, parts: Iterable["FeatureStats"]) -> "FeatureStats":
+    """Statistics of all sets together, merged from left to right.
+
+    Raises:
+      ValueError: when there are none or the dimensions differ.
+    """
+    parts = list(parts)
+    if not parts:
+      raise ValueError("there are no feature statistics to merge")
+    return functools.reduce(lambda total, part: total.merge(part), parts)
 
   def merge(self, other: "FeatureStats") -> "FeatureStats":
     """Statistics of both sets together (Chan, Golub, LeVeque 1983).
@@ -97,6 +168,41 @@ class FeatureStats:
       )
     return self.scatter / (self.count - 1)
 
+  def packed(self) -> UInt8[np.ndarray, " bytes"]:
+    """All numbers bit by bit, for collectives that know no float64.
+
+    JAX's process_allgather would round float64 to float32.
+    """
+    numbers = np.concatenate(
+      [[float(self.count)], self.mean, self.scatter.ravel()]
+    )
+    return numbers.view(np.uint8)
+
+  @classmethod
+  def unpacked(cls, data: ArrayLike) -> "FeatureStats":
+    """What `packed` packed.
+
+    Raises:
+      ValueError: for another dtype, shape or size.
+    """
+    raw = np.asarray(data)
+    dimensions = int(np.sqrt(raw.size // 8))
+    if (
+      raw.dtype != np.uint8
+      or raw.shape != (8 * (1 + dimensions + dimensions**2),)
+      or dimensions < 1
+    ):
+      raise ValueError(
+        "packed feature statistics are 8 (1 + D + D^2) uint8 numbers, got"
+        f" {raw.dtype} {raw.shape}"
+      )
+    numbers = np.ascontiguousarray(raw).view(np.float64)
+    return cls(
+      int(numbers[0]),
+      numbers[1 : 1 + dimensions].copy(),
+      numbers[1 + dimensions :].reshape(dimensions, dimensions).copy(),
+    )
+
   def save(self, path: files.PathLike) -> None:
     """Writes count, mean and scatter to an .npz file, atomically."""
     with files.replacing(path) as temporary, open(temporary, "wb") as file:
@@ -119,7 +225,69 @@ class FeatureStats:
       return cls(int(archive["count"]), archive["mean"], archive["scatter"])
 
 
-def _check_dimensions(a: FeatureStats, b: FeatureStats) -> None:
+class FeatureStream:
+  """Statistics of features that come batch by batch.
+
+  Batches are cut and joined to chunks of 2048 rows, so the result is the same
+  to the last bit for any sizes of batches, and little time goes into merging:
+  a merge is as dear as the statistics of some hundred rows of 2048 features.
+  Memory: 2048 rows of features and some [D, D] matrices of float64, 170 MB for
+  D = 2048, however many rows come.
+  """
+
+  def __init__(self) -> None:
+    self._stats: FeatureStats | None = None
+    self._waiting: list[np.ndarray] = []
+    self._rows = 0
+    self._dimensions: int | None = None
+
+  def update(self, features: ArrayLike) -> None:
+    """Takes features [B, D], any float dtype.
+
+    Raises:
+      ValueError: for an empty, non-finite or not two-dimensional array, or
+        another dimension than before.
+    """
+    matrix = as_feature_matrix(features, "features")
+    if self._dimensions not in (None, matrix.shape[1]):
+      raise ValueError(
+        f"features of {matrix.shape[1]} dimensions after ones of"
+        f" {self._dimensions}"
+      )
+    self._dimensions = matrix.shape[1]
+    for start in range(0, len(matrix), _CHUNK_ROWS):
+      self._add(matrix[start : start + _CHUNK_ROWS])
+
+  def _add(self, matrix: np.ndarray) -> None:
+    room = _CHUNK_ROWS - self._rows
+    # A copy: a waiting view would follow what the caller does to its array.
+    self._waiting.append(matrix[:room].copy())
+    self._rows += len(self._waiting[-1])
+    if self._rows == _CHUNK_ROWS:
+      self._stats = self._joined()
+      rest = matrix[room:].copy()
+      self._waiting = [rest] if len(rest) else []
+      self._rows = len(rest)
+
+  def _joined(self) -> FeatureStats | None:
+    if not self._waiting:
+      return self._stats
+    stats = FeatureStats.from_features(np.concatenate(self._waiting))
+    return stats if self._stats is None else self._stats.merge(stats)
+
+  def result(self) -> FeatureStats:
+    """Statistics of all features so far.
+
+    Raises:
+      ValueError: when there are none.
+    """
+    stats = self._joined()
+    if stats is None:
+      raise ValueError("no features were given")
+    return stats
+
+
+def _check_dimensions(a: Moments, b: Moments) -> None:
   if a.mean.shape != b.mean.shape:
     raise ValueError(
       "feature dimensions differ:"
@@ -128,10 +296,27 @@ def _check_dimensions(a: FeatureStats, b: FeatureStats) -> None:
     )
 
 
+def _cholesky(
+  covariance: Float64[np.ndarray, "D D"],
+) -> Float64[np.ndarray, "D D"] | None:
+  """Lower Cholesky factor, None when the matrix is not safely definite."""
+  try:
+    factor = np.linalg.cholesky(covariance)
+  except np.linalg.LinAlgError:
+    return None
+  (condition,) = linalg.get_lapack_funcs(("pocon",), (factor,))
+  norm = np.abs(covariance).sum(axis=0).max()
+  reciprocal, _ = condition(factor, norm, uplo="L")
+  return factor if reciprocal >= _WELL_CONDITIONED else None
+
+
 def _square_root_factor(
   covariance: Float64[np.ndarray, "D D"],
 ) -> Float64[np.ndarray, "D R"]:
   """A with A A^T = covariance and as many columns as its numerical rank."""
+  factor = _cholesky(covariance)
+  if factor is not None:
+    return factor
   values, vectors = np.linalg.eigh(covariance)
   # Below this an eigenvalue is rounding (numpy.linalg.matrix_rank's rule), and
   # its square root, 1e-8 of the largest, would not be small any more.
@@ -140,12 +325,17 @@ def _square_root_factor(
   return vectors[:, kept] * np.sqrt(values[kept])
 
 
-def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
+def frechet_distance(a: Moments, b: Moments) -> float:
   """FD = |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), float64.
 
-  With S_a = A A^T and S_b = B B^T from symmetric eigen-decompositions,
-  tr (S_a S_b)^(1/2) is the sum of the singular values of A^T B. This holds for
-  singular covariances too, and loses no digits to square roots of rounding.
+  With S_a = A A^T and S_b = B B^T, by Cholesky's method for well-conditioned
+  matrices and from symmetric eigen-decompositions for others, the trace of
+  (S_a S_b)^(1/2), or of (S_a^(1/2) S_b S_a^(1/2))^(1/2), is the sum of the
+  singular values of A^T B. This holds for singular covariances too, and loses
+  no digits to square roots of rounding.
+
+  A set of D or fewer vectors has a singular covariance of its D dimensions: a
+  warning says so, and how many are needed.
 
   Returns:
     A number >= 0, in squared units of the features.
@@ -156,13 +346,15 @@ def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
   _check_dimensions(a, b)
   dimensions = len(a.mean)
   covariance_a, covariance_b = a.covariance(), b.covariance()
-  if min(a.count, b.count) < dimensions:
+  counts = [moments.count for moments in (a, b)]
+  if any(count is not None and count <= dimensions for count in counts):
     logging.warning(
-      "Frechet distance from %d and %d feature vectors of dimension %d: fewer"
-      " vectors than dimensions bias it upwards; compare equal counts only.",
-      a.count,
-      b.count,
+      "Frechet distance from %s and %s feature vectors of dimension %d: at"
+      " least %d of each are needed for covariances of full rank. With fewer it"
+      " is biased upwards; compare equal counts only.",
+      *("?" if count is None else count for count in counts),
       dimensions,
+      dimensions + 1,
     )
   product = _square_root_factor(covariance_a).T @ _square_root_factor(
     covariance_b

@@ -3,7 +3,6 @@ import pytest
 from sklearn.neighbors import NearestNeighbors
 
 from drift_jax.metrics import (
-  coverage,
   density_coverage,
   duplicates,
   nearest_distances,
@@ -32,24 +31,14 @@ def test_density_coverage_oracle(k, shift):
 
 
 @pytest.mark.parametrize("block", [1, 7, 100, 2**22])
-def test_blocks_do_not_change_the_result(monkeypatch, block):
+def test_blocks_do_not_change_the_result(block):
   real, fake = points(2, 31), points(3, 23)
   expected = oracle(real, fake, 3)
   nearest = np.linalg.norm(fake[:, None] - real[None], axis=-1)
-  monkeypatch.setattr(coverage, "_BLOCK_ENTRIES", block)
-  assert density_coverage(real, fake, 3) == expected
-  distance, index = nearest_distances(fake, real)
+  assert density_coverage(real, fake, 3, block_entries=block) == expected
+  distance, index = nearest_distances(fake, real, block_entries=block)
   np.testing.assert_allclose(distance, nearest.min(axis=1), rtol=1e-15)
   assert np.array_equal(index, nearest.argmin(axis=1))
-
-
-def test_memory_is_bounded_by_blocks(monkeypatch):
-  monkeypatch.setattr(coverage, "_BLOCK_ENTRIES", 100)
-  blocks = coverage._distance_blocks(points(4, 64), points(5, 30))
-  sizes = [(block, distances.size) for block, distances in blocks]
-  assert max(size for _, size in sizes) <= 100
-  rows = np.concatenate([np.arange(64)[block] for block, _ in sizes])
-  assert np.array_equal(rows, np.arange(64))
 
 
 @pytest.mark.parametrize("k", [1, 4])

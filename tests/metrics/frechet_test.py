@@ -3,7 +3,13 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from drift_jax.metrics import FeatureStats, frechet_distance
+from drift_jax.metrics import (
+  FeatureStats,
+  FeatureStream,
+  Moments,
+  frechet,
+  frechet_distance,
+)
 from tests.conftest import assert_close
 
 CASES = ["shifted", "same", "rank_deficient", "relu_like"]
@@ -159,11 +165,121 @@ def test_save_and_load(tmp_path):
     FeatureStats.load(tmp_path / "other.npz")
 
 
+@pytest.mark.parametrize("decades", [2, 6, 14])
+def test_both_factorisations_agree_with_the_symmetric_form(
+  monkeypatch, decades
+):
+  random = np.random.default_rng(16)
+  scales = np.logspace(0, -decades / 2, 24)
+  a, b = (
+    FeatureStats.from_features(
+      (random.normal(size=(400, 24)) * scales)
+      @ np.linalg.qr(random.normal(size=(24, 24)))[0]
+      + shift
+    )
+    for shift in (0.0, 0.1)
+  )
+  values, vectors = np.linalg.eigh(a.covariance())
+  root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+  product = np.linalg.eigvalsh(root @ b.covariance() @ root)
+  expected = (
+    np.sum((a.mean - b.mean) ** 2)
+    + np.trace(a.covariance() + b.covariance())
+    - 2.0 * np.sqrt(np.maximum(product, 0)).sum()
+  )
+  assert (frechet._cholesky(a.covariance()) is None) == (decades == 14)
+  distance = frechet_distance(a, b)
+  monkeypatch.setattr(frechet, "_cholesky", lambda covariance: None)
+  assert frechet_distance(a, b) == pytest.approx(distance, rel=1e-13)
+  # Square roots of rounded eigenvalues are what limits the symmetric form.
+  tolerance = 1e-8 if decades == 14 else 1e-12
+  assert distance == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.parametrize("sizes", [[1, 7, 30], [64], [100, 3], [45]])
+def test_a_stream_does_not_depend_on_batches(monkeypatch, sizes):
+  monkeypatch.setattr(frechet, "_CHUNK_ROWS", 16)
+  features = random_features(17, 107, 5)
+  once = FeatureStream()
+  once.update(features)
+  stream = FeatureStream()
+  start = 0
+  for size in (sizes * 107)[:107]:
+    batch = features[start : start + size].copy()
+    if len(batch):
+      stream.update(batch)
+      # Nobody but the stream may hold what it keeps.
+      batch[:] = np.nan
+      partial = stream.result()
+      assert partial.count == min(start + size, 107)
+    start += size
+  result, expected = stream.result(), once.result()
+  assert np.array_equal(result.mean, expected.mean)
+  assert np.array_equal(result.scatter, expected.scatter)
+  whole = FeatureStats.from_features(features)
+  assert result.count == 107
+  assert_close(result.mean, whole.mean, 1e-15)
+  assert_close(result.scatter, whole.scatter, 1e-14)
+
+
+def test_bad_streams():
+  stream = FeatureStream()
+  with pytest.raises(ValueError, match="no features"):
+    stream.result()
+  with pytest.raises(ValueError, match="1 of 2.*row 1"):
+    stream.update([[0.0], [np.nan]])
+  stream.update(np.zeros((4, 3)))
+  with pytest.raises(ValueError, match="of 2 dimensions after ones of 3"):
+    stream.update(np.zeros((4, 2)))
+  assert stream.result().count == 4
+
+
+def test_hosts_exchange_all_digits():
+  parts = [stats(seed, 20 + seed, 5) for seed in range(4)]
+  packed = [part.packed() for part in parts]
+  assert {array.dtype.name for array in packed} == {"uint8"}
+  assert {array.shape for array in packed} == {(8 * 31,)}
+  # As an all-gather returns them.
+  gathered = np.stack(packed)
+  merged = FeatureStats.merged(FeatureStats.unpacked(row) for row in gathered)
+  expected = FeatureStats.merged(parts)
+  assert merged.count == expected.count == 86
+  assert np.array_equal(merged.mean, expected.mean)
+  assert np.array_equal(merged.scatter, expected.scatter)
+  whole = np.concatenate([random_features(s, 20 + s, 5) for s in range(4)])
+  assert_close(expected.covariance(), np.cov(whole, rowvar=False), 1e-13)
+  with pytest.raises(ValueError, match="no feature statistics"):
+    FeatureStats.merged([])
+  for bad in (packed[0][:-8], packed[0].astype(np.int64), packed[0][:0]):
+    with pytest.raises(ValueError, match=r"8 \(1 [+] D [+] D\^2\) uint8"):
+      FeatureStats.unpacked(bad)
+
+
+def test_moments_and_back():
+  fitted = stats(18)
+  assert isinstance(fitted, Moments)
+  back = FeatureStats.from_moments(fitted.mean, fitted.covariance(), 60)
+  assert back.count == 60
+  assert np.array_equal(back.mean, fitted.mean)
+  assert_close(back.scatter, fitted.scatter, 1e-15)
+  whole = fitted.merge(stats(19))
+  assert_close(back.merge(stats(19)).covariance(), whole.covariance(), 1e-14)
+  for mean, covariance, count, message in (
+    (np.zeros(3), np.eye(4), 5, r"shape \(3, 3\), got \(4, 4\)"),
+    (np.zeros(3), np.zeros(3), 5, "covariance must be"),
+    (np.full(3, np.nan), np.eye(3), 5, "mean: 1 of 1 rows are not finite"),
+    (np.zeros(3), np.eye(3), 1, "at least 2 feature vectors, got 1"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      FeatureStats.from_moments(mean, covariance, count)
+
+
 def test_few_samples_are_warned_of(caplog):
-  frechet_distance(stats(13, 7, 6), stats(14, 6, 6))
+  frechet_distance(stats(13, 7, 6), stats(14, 7, 6))
   assert not caplog.records
-  frechet_distance(stats(13, 9, 6), stats(14, 5, 6))
-  assert "9 and 5 feature vectors of dimension 6" in caplog.text
+  frechet_distance(stats(13, 9, 6), stats(14, 6, 6))
+  assert "9 and 6 feature vectors of dimension 6" in caplog.text
+  assert "at least 7 of each are needed" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,159 @@
+"""Inception score of class logits, from sums that are small and mergeable."""
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import special
+
+from drift_jax.metrics import frechet
+
+# Published scores shuffle the samples with this seed before they are split.
+_PERMUTATION_SEED = 2020
+_ROWS = 4096
+
+
+class InceptionScore:
+  """Inception score of a known number of samples that come batch by batch.
+
+  Salimans et al. 2016 (arXiv:1606.03498), section 4, as arXiv:2602.04770
+  reports it: samples are shuffled with numpy's RandomState(2020), cut into
+  `splits` equal parts (the remainder is dropped), and with p(c|x) the softmax
+  of the logits and p(c) its mean over a part,
+
+      IS = exp(1/n sum_x sum_c p(c|x) log p(c|x) - sum_c p(c) log p(c))
+
+  for each part; mean and standard deviation (ddof 0) over the parts are
+  reported. Which part a sample belongs to follows from its number, so only sums
+  are kept: 8 (C + 1) bytes for each part and 9 for each sample, 0.5 MB for
+  50 000 samples of 1008 classes in 10 parts. Sums are float64.
+  """
+
+  def __init__(self, count: int, classes: int, splits: int):
+    """Starts with no samples.
+
+    Args:
+      count: N, samples that will come, each once.
+      classes: C, logits of a sample (1008 for the Inception-v3 of 2015, all of
+        them used, without the bias of their layer).
+      splits: parts, 1 <= splits <= N; 10 is usual.
+
+    Raises:
+      ValueError: for numbers out of range.
+    """
+    if classes < 1 or not 1 <= splits <= count:
+      raise ValueError(
+        "an Inception score needs classes >= 1 and 1 <= splits <= count, got"
+        f" classes={classes}, splits={splits}, count={count}"
+      )
+    self._part_size = count // splits
+    used = self._part_size * splits
+    order = np.random.RandomState(_PERMUTATION_SEED).permutation(count)
+    self._part = np.full(count, -1)
+    self._part[order[:used]] = np.repeat(np.arange(splits), self._part_size)
+    self._seen = np.zeros(count, bool)
+    self._probability = np.zeros((splits, classes))
+    self._negentropy = np.zeros(splits)
+
+  def update(self, logits: ArrayLike, indices: ArrayLike) -> None:
+    """Takes logits [B, C] of the samples with the given numbers [B].
+
+    Raises:
+      ValueError: for empty or non-finite logits or another shape, or numbers
+        that are out of range or came before.
+    """
+    matrix = frechet.as_feature_matrix(logits, "logits")
+    numbers = np.asarray(indices)
+    classes = self._probability.shape[1]
+    if matrix.shape[1] != classes:
+      raise ValueError(
+        f"logits have {matrix.shape[1]} classes, the score is for {classes}"
+      )
+    if numbers.shape != (len(matrix),) or numbers.dtype.kind not in "iu":
+      raise ValueError(
+        f"{len(matrix)} rows of logits need integer numbers of shape"
+        f" {(len(matrix),)}, got {numbers.dtype} {numbers.shape}"
+      )
+    outside = (numbers < 0) | (numbers >= len(self._seen))
+    if outside.any():
+      raise ValueError(
+        f"sample number {numbers[outside][0]}: valid are 0 to"
+        f" {len(self._seen) - 1}"
+      )
+    known, times = np.unique(numbers, return_counts=True)
+    repeated = known[self._seen[known] | (times > 1)]
+    if len(repeated):
+      raise ValueError(f"sample number {repeated[0]} came twice")
+    self._seen[known] = True
+    for start in range(0, len(matrix), _ROWS):
+      rows = slice(start, start + _ROWS)
+      self._add(matrix[rows], self._part[numbers[rows]])
+
+  def _add(self, logits: np.ndarray, part: np.ndarray) -> None:
+    log_probability = special.log_softmax(logits, axis=1)
+    probability = np.exp(log_probability)
+    # The part of dropped samples, -1, is no row of the membership matrix.
+    member = np.arange(len(self._negentropy))[:, None] == part
+    member = member.astype(np.float64)
+    self._probability += member @ probability
+    self._negentropy += member @ (probability * log_probability).sum(axis=1)
+
+  def merge(self, other: "InceptionScore") -> None:
+    """Adds the samples that another process saw; other is left as it is.
+
+    Raises:
+      ValueError: when counts, classes or splits differ, or both saw a sample.
+    """
+    own, others = (
+      (len(score._seen), score._probability.shape[1], len(score._negentropy))
+      for score in (self, other)
+    )
+    if own != others:
+      raise ValueError(
+        "Inception scores of different (count, classes, splits) cannot be"
+        f" merged: {own} and {others}"
+      )
+    both = self._seen & other._seen
+    if both.any():
+      raise ValueError(f"sample number {np.argmax(both)} came twice")
+    self._seen |= other._seen
+    self._probability += other._probability
+    self._negentropy += other._negentropy
+
+  def result(self) -> tuple[float, float]:
+    """(mean, standard deviation) over the parts; the mean is in [1, C].
+
+    Raises:
+      ValueError: unless all samples came.
+    """
+    if not self._seen.all():
+      raise ValueError(
+        f"an Inception score of {len(self._seen)} samples got only"
+        f" {np.count_nonzero(self._seen)}"
+      )
+    marginal = self._probability / self._part_size
+    divergence = self._negentropy / self._part_size
+    divergence -= special.xlogy(marginal, marginal).sum(axis=1)
+    scores = np.exp(divergence)
+    return float(scores.mean()), float(scores.std())
+
+
+def inception_score(logits: ArrayLike, splits: int) -> tuple[float, float]:
+  """Inception score of all samples at once; `InceptionScore` has the equation.
+
+  Args:
+    logits: [N, C] before the softmax, any float dtype; float32 costs 202 MB for
+      50 000 x 1008.
+    splits: parts, 1 <= splits <= N; 10 is usual.
+
+  Returns:
+    (mean, standard deviation) over the parts.
+
+  Raises:
+    ValueError: for empty or non-finite logits or splits out of range.
+  """
+  matrix = np.asarray(logits)
+  frechet.check_feature_matrix(matrix, "logits")
+  score = InceptionScore(matrix.shape[0], matrix.shape[1], splits)
+  for start in range(0, len(matrix), _ROWS):
+    rows = matrix[start : start + _ROWS]
+    score.update(rows, np.arange(start, start + len(rows)))
+  return score.result()

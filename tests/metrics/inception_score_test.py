@@ -1,0 +1,123 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from drift_jax.metrics import InceptionScore, inception_score
+
+
+def logits(seed: int, count: int, classes: int, peak: float = 3.0):
+  random = np.random.default_rng(seed)
+  return (peak * random.normal(size=(count, classes))).astype(np.float32)
+
+
+@pytest.mark.parametrize("case", ["splits10", "splits1", "splits5_peaked"])
+def test_golden(golden, case):
+  arrays = golden("metrics")
+  splits = int(arrays[f"is/{case}/splits"])
+  mean, deviation = inception_score(arrays[f"is/{case}/logits"], splits)
+  # The golden probabilities are float32.
+  assert mean == pytest.approx(float(arrays[f"is/{case}/mean"]), rel=3e-8)
+  expected = float(arrays[f"is/{case}/std"])
+  assert deviation == pytest.approx(expected, rel=3e-7)
+
+
+def test_oracle():
+  values = logits(0, 47, 9)
+  values -= 40.0  # which the softmax does not see
+  probability = np.exp(values.astype(np.float64))
+  probability /= probability.sum(axis=1, keepdims=True)
+  shuffled = probability[np.random.RandomState(2020).permutation(47)]
+  scores = [
+    np.exp(np.mean([stats.entropy(row, part.mean(axis=0)) for row in part]))
+    for part in np.split(shuffled[:45], 5)
+  ]
+  mean, deviation = inception_score(values, 5)
+  assert mean == pytest.approx(np.mean(scores), rel=1e-13)
+  assert deviation == pytest.approx(np.std(scores), rel=1e-11)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_batches_order_and_processes_do_not_matter(seed):
+  values = logits(1, 103, 7)
+  expected = inception_score(values, 4)
+  random = np.random.default_rng(seed)
+  order = random.permutation(103)
+  workers = [InceptionScore(103, 7, 4) for _ in range(3)]
+  for part in np.split(order, np.sort(random.integers(1, 103, 6))):
+    if len(part):
+      workers[random.integers(3)].update(values[part], part)
+  with pytest.raises(ValueError, match="103 samples got only"):
+    workers[0].result()
+  workers[0].merge(workers[1])
+  workers[0].merge(workers[2])
+  assert workers[0].result() == pytest.approx(expected, rel=1e-13)
+
+
+def test_ends_of_the_scale():
+  # Certain of one class each, all classes equally often: C.
+  certain = np.tile(1e4 * np.eye(8, dtype=np.float32), (5, 1))
+  assert inception_score(certain, 1)[0] == pytest.approx(8.0, rel=1e-13)
+  # The same prediction for all, however certain: 1.
+  for row in (np.zeros(8), np.arange(8.0), 1e4 * np.eye(8)[0]):
+    same = np.tile(row, (40, 1))
+    assert inception_score(same, 5) == pytest.approx((1.0, 0.0), abs=1e-13)
+
+
+def test_many_samples_take_several_blocks():
+  values = logits(2, 9001, 3)
+  score = InceptionScore(9001, 3, 10)
+  score.update(values, np.arange(9001))
+  whole = inception_score(values, 10)
+  assert score.result() == pytest.approx(whole, rel=1e-13)
+  assert inception_score(values[:9000], 10) != whole
+
+
+def test_bfloat16_logits_are_widened():
+  rounded = jnp.asarray(logits(3, 40, 5), jnp.bfloat16)
+  wide = np.asarray(rounded).astype(np.float64)
+  assert inception_score(np.asarray(rounded), 2) == inception_score(wide, 2)
+
+
+def test_bad_input():
+  values = logits(4, 20, 6)
+  for count, classes, splits in ((20, 6, 0), (20, 0, 2), (20, 6, 21)):
+    with pytest.raises(ValueError, match=f"splits={splits}, count={count}"):
+      InceptionScore(count, classes, splits)
+  with pytest.raises(ValueError, match="splits=21"):
+    inception_score(values, 21)
+  with pytest.raises(ValueError, match="non-empty"):
+    inception_score(values[:0], 1)
+  broken = values.copy()
+  broken[3, 1] = np.inf
+  with pytest.raises(ValueError, match="the first is row 3"):
+    inception_score(broken, 2)
+  score = InceptionScore(20, 6, 2)
+  index = np.arange(20)
+  with pytest.raises(ValueError, match="5 classes, the score is for 6"):
+    score.update(values[:, :5], index)
+  with pytest.raises(ValueError, match=r"shape \(20,\), got int64 \(19,\)"):
+    score.update(values, index[:-1])
+  with pytest.raises(ValueError, match="got float64"):
+    score.update(values, index / 1.0)
+  for bad in (20, -1):
+    with pytest.raises(ValueError, match=f"number {bad}: valid are 0 to 19"):
+      score.update(values[:2], np.array([0, bad]))
+  with pytest.raises(ValueError, match="number 5 came twice"):
+    score.update(values[:3], np.array([4, 5, 5]))
+  # Nothing of what was refused counts.
+  score.update(values, index)
+  assert score.result() == pytest.approx(inception_score(values, 2), rel=1e-13)
+  with pytest.raises(ValueError, match="number 7 came twice"):
+    score.update(values[:1], np.array([7]))
+
+
+def test_bad_merges():
+  first, second = InceptionScore(20, 6, 2), InceptionScore(20, 6, 2)
+  first.update(logits(5, 8, 6), np.arange(8))
+  second.update(logits(5, 8, 6), np.arange(7, 15))
+  with pytest.raises(ValueError, match="number 7 came twice"):
+    first.merge(second)
+  for shape in ((21, 6, 2), (20, 5, 2), (20, 6, 4)):
+    with pytest.raises(ValueError, match=r"\(20, 6, 2\) and \(2"):
+      first.merge(InceptionScore(*shape))

@@ -1,0 +1,132 @@
+import itertools
+import tracemalloc
+
+import numpy as np
+import pytest
+from sklearn.metrics import pairwise
+
+from drift_jax.metrics import kernel_distance, kernel_distance_subsets
+
+
+def features(seed: int, count: int, dimensions: int = 12, shift: float = 0.0):
+  random = np.random.default_rng(seed)
+  values = np.maximum(random.normal(size=(count, dimensions)) + shift, 0.0)
+  return values.astype(np.float32)
+
+
+def oracle(real, fake):
+  """The estimate from whole kernel matrices of scikit-learn."""
+  real, fake = real.astype(np.float64), fake.astype(np.float64)
+
+  def kernel(x, y):
+    return pairwise.polynomial_kernel(x, y, degree=3, gamma=None, coef0=1)
+
+  n, m = len(real), len(fake)
+  within_real = (kernel(real, real).sum() - np.trace(kernel(real, real))) / n
+  within_fake = (kernel(fake, fake).sum() - np.trace(kernel(fake, fake))) / m
+  across = kernel(real, fake).mean()
+  return within_real / (n - 1) + within_fake / (m - 1) - 2.0 * across
+
+
+@pytest.mark.parametrize("block", [1, 30, 1000, 2**22])
+def test_oracle_for_any_block(block):
+  real, fake = features(0, 61), features(1, 40, shift=0.3)
+  expected = oracle(real, fake)
+  assert expected > 0.05
+  result = kernel_distance(real, fake, block_entries=block)
+  assert result == pytest.approx(expected, rel=1e-12)
+  swapped = kernel_distance(fake, real, block_entries=block)
+  assert swapped == pytest.approx(expected, rel=1e-12)
+
+
+def test_unbiased_over_all_draws():
+  # All pairs of subsets of a small population: the mean of estimates is the
+  # distance of the populations with their own pairs counted as distinct.
+  real, fake = features(2, 6, 3), features(3, 5, 3, shift=0.5)
+  estimates = [
+    kernel_distance(real[list(rows)], fake[list(columns)])
+    for rows in itertools.combinations(range(6), 3)
+    for columns in itertools.combinations(range(5), 2)
+  ]
+  assert np.mean(estimates) == pytest.approx(oracle(real, fake), rel=1e-12)
+  assert min(estimates) < 0.0
+
+
+def test_subsets_average_to_the_whole():
+  real, fake = features(4, 300), features(5, 260, shift=0.3)
+  mean, deviation = kernel_distance_subsets(
+    real, fake, subsets=200, subset_size=100, seed=0
+  )
+  error = deviation / np.sqrt(200)
+  assert abs(mean - kernel_distance(real, fake)) < 4 * error < 0.1 * mean
+  again = kernel_distance_subsets(
+    real, fake, subsets=200, subset_size=100, seed=0
+  )
+  assert again == (mean, deviation)
+  other = kernel_distance_subsets(
+    real, fake, subsets=200, subset_size=100, seed=1
+  )
+  assert other[0] != mean
+
+
+def test_subsets_are_those_of_the_seed():
+  real, fake = features(6, 50), features(7, 40)
+  random = np.random.default_rng(3)
+  expected = [
+    oracle(
+      real[random.choice(50, 20, replace=False)],
+      fake[random.choice(40, 20, replace=False)],
+    )
+    for _ in range(5)
+  ]
+  result = kernel_distance_subsets(
+    real, fake, subsets=5, subset_size=20, seed=3
+  )
+  assert result == pytest.approx((np.mean(expected), np.std(expected)), 1e-10)
+
+
+def test_whole_sets_have_one_subset():
+  real, fake = features(8, 30), features(9, 30)
+  mean, deviation = kernel_distance_subsets(
+    real, fake, subsets=3, subset_size=30, seed=0
+  )
+  assert mean == pytest.approx(kernel_distance(real, fake), rel=1e-11)
+  assert deviation < 1e-12
+
+
+def test_memory_is_bounded_by_blocks():
+  real, fake = features(10, 2000), features(11, 2000)
+  tracemalloc.start()
+  kernel_distance(real, fake, block_entries=2**14)
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  # A whole kernel matrix is 244 blocks.
+  assert peak < 5 * 2**14 * 8
+
+
+def test_bad_input():
+  good, other = features(12, 9), features(13, 9, 4)
+  broken = good.copy()
+  broken[4, 2] = np.nan
+
+  def subsets(real, fake):
+    return kernel_distance_subsets(real, fake, subsets=2, subset_size=3, seed=0)
+
+  for call, bad in itertools.product((kernel_distance, subsets), (0, 1)):
+    for value, message in (
+      (other, r"differ in dimension.*\(9, "),
+      (good[:0], "non-empty"),
+      (broken, "the first is row 4"),
+    ):
+      pair = (value, good) if bad else (good, value)
+      with pytest.raises(ValueError, match=message):
+        call(*pair)
+  with pytest.raises(ValueError, match="at least 2.*9 real and 1 fake"):
+    kernel_distance(good, good[:1])
+  with pytest.raises(ValueError, match="block_entries"):
+    kernel_distance(good, good, block_entries=0)
+  for number, size in ((0, 3), (1, 1), (1, 9)):
+    with pytest.raises(ValueError, match=f"size={size} from.*2 to 8"):
+      kernel_distance_subsets(
+        good, good[:8], subsets=number, subset_size=size, seed=0
+      )

@@ -1,0 +1,203 @@
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+from sklearn.neighbors import NearestNeighbors
+
+from drift_jax.metrics import (
+  distance_summary,
+  image_grid,
+  nearest_neighbours,
+  neighbour_grid,
+  plot_nearest_distances,
+  save_png,
+)
+
+
+@pytest.fixture(scope="module")
+def features(digits):
+  """(held-out [540, 64], training [1257, 64]) pixels, float32."""
+  heldout = digits.test_images.reshape(540, 64)
+  return heldout, digits.train_images.reshape(-1, 64)
+
+
+@pytest.mark.parametrize("size", [1257, 256, 100])
+def test_oracle_for_a_streamed_training_set(features, size):
+  query, train = features
+  parts = (train[i : i + size] for i in range(0, len(train), size))
+  found = nearest_neighbours(query, parts, 10, block_entries=2**17)
+  tree = NearestNeighbors(n_neighbors=10, algorithm="kd_tree").fit(train)
+  np.testing.assert_allclose(
+    found.distance, tree.kneighbors(query)[0], rtol=1e-14
+  )
+  # Squares of digits' distances are exact, with ties: lowest number first.
+  squared = np.square(query[:, None] - train).sum(axis=-1)
+  expected = np.argsort(squared, axis=1, kind="stable")[:, :10]
+  assert np.array_equal(found.index, expected)
+  assert found.count == 1257
+
+
+def test_a_copied_training_image_is_at_distance_zero(features):
+  query, train = features
+  mixed = np.concatenate([train[[900, 3]], query[:2]])
+  found = nearest_neighbours(mixed, [train[:500], train[500:]], 1)
+  assert found.index[:2, 0].tolist() == [900, 3]
+  assert not found.distance[:2].any() and found.distance[2:].all()
+
+
+def test_blocks_are_read_one_at_a_time(features):
+  query, train = features
+  alive = []
+
+  def blocks():
+    for start in range(0, 1000, 100):
+      block = train[start : start + 100].copy()
+      alive.append(block.__array_interface__["data"][0])
+      yield block
+
+  nearest_neighbours(query[:5], blocks(), 3)
+  # Freed memory is used again, so addresses repeat.
+  assert len(set(alive)) <= 3
+
+
+def test_bad_input(features):
+  query, train = features
+  with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+    nearest_neighbours(query, [train], 0)
+  with pytest.raises(ValueError, match="k = 5 .*among 4 training.*1 to 4"):
+    nearest_neighbours(query, [train[:3], train[:1]], 5)
+  with pytest.raises(ValueError, match="among 0 training"):
+    nearest_neighbours(query, [], 5)
+  with pytest.raises(ValueError, match=r"block 1 of the.*\(1257, 60\)"):
+    nearest_neighbours(query, [train, train[:, :60]], 5)
+  broken = train.copy()
+  broken[7, 0] = np.nan
+  with pytest.raises(ValueError, match="block 1 of the.*row 7"):
+    nearest_neighbours(query, [train, broken], 5)
+  with pytest.raises(ValueError, match="query.*row 7"):
+    nearest_neighbours(broken, [train], 5)
+  with pytest.raises(ValueError, match="block_entries"):
+    nearest_neighbours(query, [train], 5, block_entries=0)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("scale", [1, 3])
+def test_grid_shows_each_image_beside_its_neighbours(tmp_path, channels, scale):
+  random = np.random.default_rng(0)
+  generated = random.uniform(-1, 1, (3, 8, 6, channels)).astype(np.float32)
+  nearest = random.uniform(-1, 1, (3, 10, 8, 6, channels)).astype(np.float32)
+  grid = neighbour_grid(generated, nearest, padding=1, scale=scale)
+  gap = 2 * scale
+  cell = 6 * scale + 1
+  assert grid.shape == (3 * (8 * scale + 1) + 1, 11 * cell + 2 + gap, 3)
+  for row in range(3):
+    top = row * (8 * scale + 1)
+    strip = grid[top : top + 8 * scale + 2]
+    for column in range(-1, 10):
+      image = generated[row] if column < 0 else nearest[row, column]
+      left = 0 if column < 0 else cell + 1 + gap + column * cell
+      expected = image_grid(image[None], columns=1, padding=1, scale=scale)
+      assert np.array_equal(strip[:, left : left + cell + 1], expected)
+  save_png(grid, tmp_path / "grid.png")
+  with Image.open(tmp_path / "grid.png") as image:
+    assert np.array_equal(np.asarray(image), grid)
+
+
+def test_bad_grids():
+  generated = np.zeros((3, 8, 6, 1))
+  for shape in ((2, 5, 8, 6, 1), (3, 5, 8, 8, 1), (3, 8, 6, 1)):
+    with pytest.raises(ValueError, match=r"\[3, k, 8, 6, 1\], got \("):
+      neighbour_grid(generated, np.zeros(shape), padding=1, scale=1)
+  with pytest.raises(ValueError, match="non-empty"):
+    neighbour_grid(generated, np.zeros((3, 0, 8, 6, 1)), padding=1, scale=1)
+
+
+def test_summary_of_new_and_of_memorised_images(features):
+  query, train = features
+  heldout = nearest_neighbours(query, [train], 1).distance[:, 0]
+  summary = distance_summary(heldout, heldout)
+  # 540 distances: 6 lie below their 1 % quantile.
+  assert summary["generated_closer"] == summary["heldout_closer"] == 6 / 540
+  assert summary["threshold"] == summary["generated_p01"]
+  assert summary["heldout_p50"] == np.median(heldout)
+  assert summary["generated_count"] == summary["heldout_count"] == 540
+  assert summary["generated_identical"] == 0.0
+  mixed = np.concatenate([train[:30], train[30:60] + 1e-3, query[:60]])
+  generated = nearest_neighbours(mixed, [train], 1).distance[:, 0]
+  summary = distance_summary(generated, heldout)
+  near = np.count_nonzero(heldout[:60] < summary["threshold"])
+  assert summary["generated_closer"] == (60 + near) / 120
+  assert summary["generated_identical"] == 0.25
+  assert summary["generated_p95"] == np.quantile(generated, 0.95)
+  assert all(type(value) is float for value in summary.values())
+
+
+def test_closer_is_strict():
+  summary = distance_summary([0.5, 0.49], [0.5])
+  assert summary["threshold"] == 0.5
+  assert summary["generated_closer"] == 0.5
+  assert summary["heldout_closer"] == 0.0
+
+
+@pytest.mark.parametrize(
+  "values, message",
+  [
+    ([], r"non-empty \[N\], got shape \(0,\)"),
+    ([[1.0]], r"shape \(1, 1\)"),
+    ([1.0, np.nan], "number 1 is nan"),
+    ([1.0, 2.0, -1.0], "number 2 is -1.0"),
+  ],
+)
+def test_bad_distances(tmp_path, values, message):
+  with pytest.raises(ValueError, match=f"generated distances.*{message}"):
+    distance_summary(values, [1.0])
+  with pytest.raises(ValueError, match=f"held-out distances.*{message}"):
+    distance_summary([1.0], values)
+  with pytest.raises(ValueError, match=message):
+    plot_nearest_distances(values, [1.0], tmp_path / "plot.png", space="x")
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def figures(monkeypatch):
+  """Figures that were saved, in order."""
+  saved = []
+  save = Figure.savefig
+
+  def keep(figure, *args, **kwargs):
+    saved.append(figure)
+    save(figure, *args, **kwargs)
+
+  monkeypatch.setattr(Figure, "savefig", keep)
+  return saved
+
+
+def test_plot_shows_the_distances(tmp_path, figures):
+  random = np.random.default_rng(1)
+  heldout = random.gamma(9.0, size=400)
+  generated = random.gamma(7.0, size=300)
+  path = tmp_path / "new" / "plot.png"
+  plot_nearest_distances(generated, heldout, path, space="MAE features")
+  with Image.open(path) as image:
+    assert image.format == "PNG" and min(image.size) > 600
+  assert len(list(path.parent.iterdir())) == 1
+  histogram, cumulative = figures[0].axes
+  assert "MAE features" in cumulative.get_xlabel()
+  for i, values in enumerate((generated, heldout)):
+    fractions, edges, _ = histogram.patches[i].get_data()
+    assert fractions.sum() == pytest.approx(1.0, rel=1e-12)
+    inside = np.mean((values >= edges[10]) & (values < edges[20]))
+    assert fractions[10:20].sum() == pytest.approx(inside, rel=1e-12)
+    steps = cumulative.get_lines()[i].get_xydata()
+    assert np.array_equal(steps[1:, 0], np.sort(values))
+    assert np.allclose(steps[:, 1], np.linspace(0, 1, len(values) + 1))
+  summary = distance_summary(generated, heldout)
+  line = cumulative.get_lines()[2]
+  assert set(line.get_xdata()) == {summary["threshold"]}
+  assert f"{summary['generated_closer']:.1%}" in line.get_label()
+
+
+def test_plot_of_nothing_but_copies(tmp_path, figures):
+  plot_nearest_distances([0.0], [0.0, 0.0], tmp_path / "plot.png", space="x")
+  fractions, edges, _ = figures[0].axes[0].patches[0].get_data()
+  assert (np.diff(edges) > 0).all() and fractions[0] == 1.0
