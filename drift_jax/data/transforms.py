@@ -29,6 +29,8 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
   cuts the middle out. An image of size x size passes unchanged; a smaller
   one is enlarged.
   """
+  if image.size == (size, size):
+    return image
   while min(image.size) >= 2 * size:
     image = _resize(
       image, image.width // 2, image.height // 2, Image.Resampling.BOX

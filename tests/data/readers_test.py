@@ -55,7 +55,7 @@ def test_center_crops():
   reader = make()
   assert reader.sample_shape == (16, 16, 3) and reader.dtype == np.uint8
   assert len(reader) == 4 and reader.class_names == ("a", "b")
-  assert reader.labels.tolist() == [0, 1, 1, 0] and reader.chunk == 256
+  assert reader.labels.tolist() == [0, 1, 1, 0] and reader.chunk == 64
   got = reader.read(np.array([1, 3, 1]), rngs(0, 1, 2))
   assert got.dtype == np.uint8 and got.shape == (3, 16, 16, 3)
   for row, index in zip(got, [1, 3, 1], strict=True):

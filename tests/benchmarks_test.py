@@ -1,0 +1,156 @@
+"""The benchmarks: that they run, and that they compare what they say."""
+
+import itertools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from benchmarks import images, plain, timing
+from drift_jax.data import transforms
+from tests.data import pictures
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+# With simplejpeg and opencv there are more.
+DATA_ROWS = (
+  ("decode, 2 images of about 300 x 280, 1 thread", "pillow"),
+  ("centre crop to 256 px, 1 thread", "folder, pillow"),
+  ("centre crop to 256 px, 1 thread", "tar, pillow"),
+  ("centre crop to 256 px, 1 thread", "Pillow's draft mode, not offered"),
+  ("centre crop to 256 px, Loader, 2 threads", "folder, pillow"),
+  ("centre crop to 256 px, Loader, 2 threads", "tar, pillow"),
+  ("random resized crop to 256 px, 1 thread", "folder, pillow"),
+  ("random resized crop to 256 px, Loader, 2 threads", "tar, pillow"),
+  ("decode, 4 images of 32 x 32 px, 1 thread", "pillow"),
+  ("32 x 32 px from files, 1 thread", "folder, pillow"),
+  ("32 x 32 px from files, Loader, 2 threads", "folder, pillow"),
+  ("32 x 32 px from memory, 1 thread", "MemoryReader"),
+  ("32 x 32 px from memory, Loader, 2 threads", "MemoryReader"),
+  ("latents, 1 thread", "LatentReader"),
+  ("latents, 2 threads", "LatentReader"),
+  ("latents, 2 threads", "Loader"),
+  ("class-grouped loader, 2 threads", "step of 2 x (4 + 2) latents"),
+  ("class-grouped loader, 2 threads", "the same"),
+  ("queue of 8 x 8 + 8 latents, bfloat16", "memory"),
+  ("queue of 8 x 8 + 8 latents, bfloat16", "push of 2"),
+  ("queue of 8 x 8 + 8 latents, bfloat16", "sample of 2 x (4 + 2)"),
+  ("queue of 256-px images, uint8", "memory of 2 x 8 + 1"),
+  ("queue of 256-px images, uint8", "memory of 8 x 8 + 8, computed"),
+  ("host to device", "Prefetcher"),
+  ("after this", "host memory of the process"),
+)
+
+
+def test_data_measures_every_part(tmp_path):
+  for number, folder in enumerate(("cat", "dog")):
+    path = tmp_path / "large" / folder / f"{number}.jpg"
+    pictures.write(path, number, (300, 280))
+  for number in range(4):
+    path = tmp_path / "small" / f"{number % 2}" / f"{number}.jpg"
+    pictures.write(path, number, (32, 32))
+  command = [
+    *(sys.executable, "benchmarks/data.py", "--tiny", "--seconds=0"),
+    f"--images={tmp_path / 'large'}",
+    f"--small_images={tmp_path / 'small'}",
+    f"--json={tmp_path / 'numbers.json'}",
+  ]
+  done = subprocess.run(
+    command,
+    cwd=ROOT,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert done.returncode == 0, done.stderr
+  content = json.loads((tmp_path / "numbers.json").read_text())
+  rows = {(row["section"], row["name"]): row for row in content["rows"]}
+  assert set(DATA_ROWS) <= set(rows)
+  lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
+  assert len(lines) == 2 + len(content["rows"])
+  for line, row in zip(lines[2:], content["rows"], strict=True):
+    assert row["name"] in line and row["note"] in line
+  for key in DATA_ROWS[:3] + DATA_ROWS[8:10] + DATA_ROWS[11:12]:
+    assert rows[key]["note"].startswith("same pixels in all"), key
+  compared = [row for row in content["rows"] if row["times"] is not None]
+  assert len(compared) >= 22
+  for row in compared:
+    assert row["value"] >= 0 and row["plain"] > 0 and row["times"] > 0, row
+  machine = content["machine"]
+  assert machine["cores"] == os.cpu_count() and machine["device"]
+  assert {"python", "numpy", "jax"} <= set(machine["versions"])
+
+
+def test_comparison_takes_turns():
+  now = [0.0]
+  order: list[str] = []
+
+  def case(name: str, durations: tuple[float, ...]) -> timing.Case:
+    each = itertools.cycle(durations)
+
+    def run() -> None:
+      order.append(name)
+      now[0] += next(each)
+
+    def untimed() -> None:
+      now[0] += 100
+
+    return timing.Case(run, untimed, untimed)
+
+  report = timing.Report(seconds=0)
+  report.compare(
+    "section",
+    "images/s",
+    12,
+    # The first of each is the warm-up; the medians are 4, 2 and 8.
+    case("plain", (9.0, 4.0, 2.0, 4.0, 8.0, 4.0)),
+    {
+      "twice": case("twice", (9.0, 2.0, 1.0, 2.0, 4.0, 2.0)),
+      "half": case("half", (1.0, 8.0, 4.0, 8.0, 16.0, 8.0)),
+    },
+    clock=lambda: now[0],
+    notes={"half": "slow"},
+  )
+  turn = ["plain", "twice", "half"]
+  turns = [order[i : i + 3] for i in range(3, len(order), 3)]
+  assert order[:3] == turn and len(turns) == timing.MIN_TURNS
+  assert sorted(map(tuple, turns)) == sorted(
+    [tuple(turn)] * 2 + [tuple(turn[::-1])] * 3
+  )
+  twice, half = report.rows
+  assert (twice.value, twice.plain, twice.times) == (6.0, 3.0, 2.0)
+  assert (half.value, half.plain, half.times) == (1.5, 3.0, 0.5)
+  assert half.note == "slow" and half.unit == "images/s"
+  lines = report.table().splitlines()
+  assert lines[2] == "| section | twice | images/s | 6 | 3 | 2.00 |  |"
+  assert lines[3] == "|  | half | images/s | 1.5 | 3 | 0.50 | slow |"
+
+
+def test_a_time_is_in_milliseconds():
+  now = itertools.accumulate(itertools.repeat(0.25))
+  report = timing.Report(seconds=0)
+  nothing = timing.Case(lambda: None)
+  report.compare("s", "ms", 1, nothing, {"x": nothing}, clock=lambda: next(now))
+  assert report.rows[0].value == report.rows[0].plain == 250.0
+
+
+@pytest.mark.parametrize("size", [(300, 260), (256, 256), (1100, 530)])
+def test_the_plain_crop_is_ours(size):
+  image = pictures.picture(3, size)
+  ours = np.asarray(transforms.center_crop(image, 256))
+  np.testing.assert_array_equal(plain.center_crop(image, 256), ours)
+  assert images.effect([ours], [ours]) == "same pixels in all 1 images"
+
+
+def test_effect_names_what_changed():
+  black = np.zeros((4, 4, 3), np.uint8)
+  changes = [black, black + np.uint8(1), black + np.uint8(10)]
+  # 20 log10 255 = 48.1 dB for a difference of 1, 20 less for 10.
+  assert images.effect(changes, [black] * 3) == (
+    "other pixels in 2 of 3 images, PSNR of these 38.1 dB on average, 28.1 at "
+    "worst"
+  )
