@@ -171,10 +171,11 @@ class _Sources:
 def _reader(source: data.Source, settings: config_lib.Data) -> data.Reader:
   if isinstance(source, data.ArraySource):
     return data.ArrayReader(source, wire=settings.wire)
-  if settings.in_memory:
+  drawn = settings.crop == "random"
+  if settings.in_memory and drawn:
     source = data.MemorySource(source, num_threads=settings.num_threads)
   smallest, largest = settings.crop_scale
-  return data.ImageReader(
+  reader = data.ImageReader(
     source,
     size=settings.image_size,
     channels=settings.channels,
@@ -184,6 +185,9 @@ def _reader(source: data.Source, settings: config_lib.Data) -> data.Reader:
     wire=settings.wire,
     num_threads=settings.num_threads,
   )
+  if settings.in_memory and not drawn:
+    return data.MemoryReader(reader, flip=settings.flip)
+  return reader
 
 
 def with_num_classes(config: _Config, reader: data.Reader) -> _Config:

@@ -1,6 +1,7 @@
 """Which images train and which judge; data that do not fit the config."""
 
 import dataclasses
+import shutil
 import types
 
 import numpy as np
@@ -155,15 +156,16 @@ def test_mistakes_are_named_before_anything_is_read(images, changes, message):
 
 
 def test_an_image_of_another_size(images):
-  """Found by path, when it is read."""
-  config = make(
-    f"folder:{images}/both", **{"image_size": 16, "model.input_size": 16}
-  )
+  """Found by path, when it is read: at once if all are held in memory."""
+  sizes = {"image_size": 16, "model.input_size": 16}
+  message = "train/cat/0.png is 8 x 8 .*data.crop='none'"
+  config = make(f"folder:{images}/both", **sizes, in_memory=False)
   readers = experiment.open_readers(config, None)
-  with pytest.raises(
-    experiment.ERRORS, match="train/cat/0.png is 8 x 8 .*data.crop='none'"
-  ):
+  with pytest.raises(experiment.ERRORS, match=message):
     readers.train.fixed(np.arange(1))
+  config = make(f"folder:{images}/both", **sizes, in_memory=True)
+  with pytest.raises(experiment.ERRORS, match=message):
+    experiment.open_readers(config, None)
 
 
 def test_classes_are_counted_or_compared(images):
@@ -313,3 +315,22 @@ def test_configs_offer_what_readers_take():
   assert schema.CROPS == readers_lib.CROPS
   assert schema.WIRE_DTYPES == readers_lib.WIRES
   assert schema.DECODERS == decode.DECODERS
+
+
+@pytest.mark.parametrize("crop", ["none", "random"])
+def test_images_in_memory_need_no_files(tmp_path, images, crop):
+  """And are those that the files would have given, crops and flips too."""
+  shutil.copytree(images / "one", tmp_path / "one")
+  source = f"folder:{tmp_path}/one"
+  indices = np.array([4, 14, 0, 4])
+
+  def read(reader):
+    rngs = [np.random.default_rng(i) for i in range(len(indices))]
+    return reader.read(indices, rngs)
+
+  config = make(source, crop=crop, held_out=1, in_memory=False)
+  expected = read(experiment.open_readers(config, None).train)
+  config = make(source, crop=crop, held_out=1, in_memory=True)
+  reader = experiment.open_readers(config, None).train
+  shutil.rmtree(tmp_path / "one")
+  np.testing.assert_array_equal(read(reader), expected)
