@@ -66,7 +66,7 @@ def _generator() -> ConfigDict:
   config.train.num_steps = 50_000
   config.eval.update(
     every=2_500,
-    num_images=0,
+    num_samples=0,
     batch_size=500,
     alphas=(1.0, 1.5),
     ema_decay=0.999,

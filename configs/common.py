@@ -129,11 +129,22 @@ def generator() -> ConfigDict:
 
   config.eval = ConfigDict()
   config.eval.every = 1_000  # steps; 0: never
-  config.eval.num_images = 50_000  # balanced; 0: as many as are held out
+  # Of each evaluation, as many of each class; 0: as many as are held out, or
+  # as eval.labels lists.
+  config.eval.num_samples = 50_000
+  config.eval.labels = ""  # a file of class indices, .txt or .npy
   config.eval.batch_size = 256
   config.eval.alphas = (1.0,)
   config.eval.ema_decay = 0.999  # which average is evaluated
   config.eval.metrics = ("fd_pixel",)
+  # Networks that judge, exported by tools.convert_weights, and statistics of
+  # real images in their features, made by tools.reference_stats.
+  config.eval.inception = ConfigDict()  # of 'fid', 'inception_score', ...
+  config.eval.inception.path = ""
+  config.eval.inception.reference = ""
+  config.eval.dinov2 = ConfigDict()  # of 'fd_dinov2'
+  config.eval.dinov2.path = ""
+  config.eval.dinov2.reference = ""
   config.eval.coverage_k = 5  # neighbours of density and coverage
   config.eval.grid_classes = 10  # rows of the sample grid
   config.eval.grid_per_class = 10  # its columns
@@ -221,7 +232,7 @@ def smoke_generator(config: ConfigDict) -> None:
   # No figures: they want more images. The sample grid is drawn.
   config.eval.update(
     every=1,
-    num_images=0,
+    num_samples=0,
     batch_size=4,
     metrics=(),
     grid_classes=2,

@@ -98,7 +98,7 @@ def _generator() -> ConfigDict:
   config.train.update(num_steps=1_500, log_every=50)
   config.eval.update(
     every=250,
-    num_images=540,  # 54 of each class, as many as are held out
+    num_samples=540,  # 54 of each class, as many as are held out
     batch_size=540,
     alphas=(1.0, 2.0),
     ema_decay=0.995,
@@ -148,4 +148,4 @@ def _smoke(config: ConfigDict) -> None:
       batch_size=64, classification_steps=10, classification_ramp=5
     )
   else:
-    config.eval.update(num_images=100, batch_size=100)
+    config.eval.update(num_samples=100, batch_size=100)

@@ -1,38 +1,61 @@
-"""Figures of a trained run: python -m drift_jax.evaluate --workdir=DIR ..."""
+"""Figures of a generator or of images: python -m drift_jax.evaluate ...
 
-import dataclasses
+  python -m drift_jax.evaluate --workdir=DIR [--alphas=1,1.5] ...
+  python -m drift_jax.evaluate --weights=DIR --inception=DIR
+      --inception_reference=FILE --num_samples=50000 ...
+  python -m drift_jax.evaluate --images=DIR|FILE.npz --inception=DIR
+      --inception_reference=FILE
+
+Prints a table and writes a JSON report; where asked, also the figures over
+alpha, the samples and their nearest training images.
+"""
+
 import json
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from absl import app, flags
-from etils import epath
 
 from drift_jax import config as config_lib
-from drift_jax import console, experiment, metrics, sharding
+from drift_jax import console, experiment, metrics, processes
 from drift_jax.console import logger
 
-_WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder of the run.", required=True
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")
+_WEIGHTS = flags.DEFINE_string(
+  "weights", None, "Folder of a generator's exported weights."
+)
+_VAE = flags.DEFINE_string(
+  "vae", "", "Of --weights: the autoencoder behind its latents."
+)
+_IMAGES = flags.DEFINE_string(
+  "images", None, "Folder or ADM .npz of images that were made elsewhere."
 )
 _ALPHAS = flags.DEFINE_list(
   "alphas", None, "Guidance scales; the config's if not given."
 )
 _METRICS = flags.DEFINE_list(
-  "metrics", None, "Figures, e.g. fd_pixel,coverage; the config's if not given."
-)
-_NUM_IMAGES = flags.DEFINE_integer(
-  "num_images",
+  "metrics",
   None,
-  "Images for each alpha; 0: as many as are held out; the config's if not "
-  "given.",
+  f"Figures, of {config_lib.EVAL_METRICS}; the config's, or "
+  f"{','.join(experiment.METRICS)} without one.",
+)
+_NUM_SAMPLES = flags.DEFINE_integer(
+  "num_samples",
+  None,
+  "For each alpha; 0: as many as are held out, or as --labels lists; the "
+  f"config's, or {experiment.NUM_SAMPLES} without one.",
   lower_bound=0,
+)
+_LABELS = flags.DEFINE_string(
+  "labels", None, "File of class indices (.txt, .npy); balanced if not given."
+)
+_BATCH_SIZE = flags.DEFINE_integer(
+  "batch_size", None, "Samples at a time, on all devices.", lower_bound=1
 )
 _SEED = flags.DEFINE_integer(
   "seed",
   None,
-  "Of noise and style; config.seed + 1 if not given.",
+  "Of noise and style; config.seed + 1 if not given, 0 without a config.",
   lower_bound=0,
   upper_bound=2**32 - 1,
 )
@@ -42,111 +65,71 @@ _STEP = flags.DEFINE_integer(
 _EMA_DECAY = flags.DEFINE_float(
   "ema_decay", None, "Which EMA; the evaluated one if not given."
 )
-_OUT = flags.DEFINE_string(
-  "out", None, "JSON to write; WORKDIR/evaluation.json if not given."
+_JUDGES = {
+  (name, key): flags.DEFINE_string(
+    name if key == "path" else f"{name}_reference", None, text
+  )
+  for name, key, text in (
+    ("inception", "path", "Folder of the converted Inception-v3."),
+    ("inception", "reference", "Its statistics of real images, .npz."),
+    ("dinov2", "path", "Folder of a converted DINOv2."),
+    ("dinov2", "reference", "Its statistics of real images, .npz."),
+  )
+}
+_NEIGHBOURS = flags.DEFINE_integer(
+  "neighbours",
+  0,
+  "Of --workdir: nearest training images of samples to look for; 10 in B.4.",
+  lower_bound=0,
 )
-
-
-def evaluate(
-  workdir: str,
-  *,
-  alphas: Sequence[float] | None = None,
-  metric_names: Sequence[str] | None = None,
-  num_images: int | None = None,
-  seed: int | None = None,
-  step: int | None = None,
-  ema_decay: float | None = None,
-) -> dict[str, Any]:
-  """Figures of a checkpoint, beside the same figures of real images.
-
-  Args:
-    workdir: of the run.
-    alphas: guidance scales; None for the config's.
-    metric_names: see config.EVAL_METRICS; None for the config's.
-    num_images: for each alpha, a multiple of the class count; 0 for as many as
-      are held out, class for class.
-    seed: of noise and style; None takes config.seed + 1, noise that the run's
-      own evaluations (which chose the best checkpoint) did not use.
-    step: checkpoint; None for the best, else the newest.
-    ema_decay: which average; None for the evaluated one.
-
-  Returns:
-    {'step', 'ema_decay', 'seed', 'num_images', 'results': {alpha: {figure:
-    value}}, 'baseline': {figure: value of real train images}}.
-
-  Raises:
-    ConfigError: arguments that do not fit the run.
-    CheckpointError: no usable checkpoint.
-    ArtifactError: an encoder that can't be loaded.
-  """
-  mesh = sharding.make_mesh()
-  run = experiment.load_generator(workdir, mesh, step=step, ema_decay=ema_decay)
-  given = {
-    "alphas": None if alphas is None else tuple(alphas),
-    "metrics": None if metric_names is None else tuple(metric_names),
-    "num_images": num_images,
-    "ema_decay": ema_decay,
-  }
-  evaluation = dataclasses.replace(
-    run.config.eval, **{k: v for k, v in given.items() if v is not None}
-  )
-  # A metric may be asked for that the training did not rank by.
-  checkpoints = dataclasses.replace(run.config.checkpoint, best_metric="")
-  config = dataclasses.replace(
-    run.config, eval=evaluation, checkpoint=checkpoints
-  )
-  config_lib.check(config)
-  if not evaluation.metrics:
-    raise config_lib.ConfigError(
-      f"eval.metrics is empty: ask for some of {config_lib.EVAL_METRICS}"
-    )
-  seed = config.seed + 1 if seed is None else seed
-  encoders = (
-    experiment.load_encoders(config.encoders, mesh)
-    if "fd_encoder" in evaluation.metrics
-    else {}
-  )
-  experiment.check_frozen(
-    epath.Path(workdir), experiment.frozen_sums(encoders, None)
-  )
-  readers = experiment.open_readers(config, run.vae)
-  test = readers.test()
-  with experiment.naming("eval"):
-    labels = experiment.evaluation_labels(
-      evaluation, config.model.num_classes, test
-    )
-    evaluators = experiment.make_evaluators(
-      config, encoders, readers.train, test, mesh
-    )
-  sample_fn = experiment.make_sampler(run.task, mesh, seed)(run.params)
-  results = metrics.evaluate(
-    evaluators,
-    sample_fn,
-    labels,
-    evaluation.alphas,
-    experiment.pad_to_mesh(evaluation.batch_size, mesh),
-  )
-  return {
-    "step": run.step,
-    "ema_decay": evaluation.ema_decay,
-    "seed": seed,
-    "num_images": len(labels),
-    "results": results,
-    "baseline": metrics.baselines(evaluators),
-  }
+_SPACE = flags.DEFINE_string(
+  "neighbour_space",
+  "encoder",
+  "Where they are near: encoder, pixel, or the folder of a converted network.",
+)
+_NEIGHBOUR_SAMPLES = flags.DEFINE_integer(
+  "neighbour_samples", 1000, "At least as many samples.", lower_bound=1
+)
+_SAMPLES_OUT = flags.DEFINE_string(
+  "samples_out",
+  None,
+  "Write the samples as an .npz in ADM's format; with several alphas, one for "
+  "each, NAME_alpha_A.npz.",
+)
+_OUT = flags.DEFINE_string(
+  "out",
+  None,
+  "JSON to write, pictures beside it; WORKDIR/evaluation.json or "
+  "evaluation.json if not given.",
+)
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator",
+  "",
+  "HOST:PORT of process 0 where several share the work; auto: found by itself.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is.")
 
 
 def table(report: dict[str, Any]) -> str:
   """The report as a Markdown table: a row for each figure."""
-  alphas = list(report["results"])
-  header = [f"{report['num_images']} images, step {report['step']}"]
-  header += [f"alpha {alpha:g}" for alpha in alphas] + ["real"]
+  columns = list(report["results"])
+  header = [f"{report['num_samples']} samples"]
+  if report.get("step") is not None:
+    header[0] += f", step {report['step']}"
+  header += [
+    column if isinstance(column, str) else f"alpha {column:g}"
+    for column in columns
+  ]
+  header += ["real"] if report["baseline"] else []
   rows = [header, ["---"] * len(header)]
-  for figure in report["results"][alphas[0]]:
-    values = [report["results"][alpha][figure] for alpha in alphas]
+  for figure in report["results"][columns[0]]:
+    values = [report["results"][column][figure] for column in columns]
     row = [figure] + [f"{value:.4g}" for value in values]
-    baseline = report["baseline"].get(figure)
-    rows.append(row + ["" if baseline is None else f"{baseline:.4g}"])
+    if report["baseline"]:
+      baseline = report["baseline"].get(figure)
+      row.append("" if baseline is None else f"{baseline:.4g}")
+    rows.append(row)
   return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -156,22 +139,65 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   console.setup()
   try:
-    report = evaluate(
-      _WORKDIR.value,
-      alphas=parse_floats("alphas", _ALPHAS.value),
-      metric_names=_METRICS.value,
-      num_images=_NUM_IMAGES.value,
-      seed=_SEED.value,
-      step=_STEP.value,
-      ema_decay=_EMA_DECAY.value,
-    )
+    report, out = _run()
   except experiment.ERRORS as error:
     sys.exit(f"Error: {error}")
+  if not processes.is_first():
+    return
   print(table(report))
-  out = _OUT.value or f"{_WORKDIR.value}/evaluation.json"
   with metrics.replacing(out) as temporary:
     temporary.write_text(json.dumps(report, indent=2))
   logger.info("Wrote %s.", out)
+
+
+def _run() -> tuple[dict[str, Any], str]:
+  """The report that the flags ask for, and where it goes."""
+  with experiment.naming("processes"):
+    processes.initialize(
+      _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+    )
+  sources = {
+    "--workdir": _WORKDIR.value,
+    "--weights": _WEIGHTS.value,
+    "--images": _IMAGES.value,
+  }
+  given = [flag for flag, value in sources.items() if value is not None]
+  if len(given) != 1:
+    raise config_lib.ConfigError(
+      f"give one of {list(sources)}, got {given or 'none'}"
+    )
+  if _NEIGHBOURS.value and _WORKDIR.value is None:
+    raise config_lib.ConfigError(
+      f"--neighbours={_NEIGHBOURS.value} with {given[0]}: only a run "
+      "(--workdir) knows its training images"
+    )
+  folder = "" if _WORKDIR.value is None else f"{_WORKDIR.value}/"
+  out = _OUT.value or f"{folder}evaluation.json"
+  request = experiment.Request(
+    alphas=parse_floats("alphas", _ALPHAS.value),
+    metrics=_METRICS.value,
+    num_samples=_NUM_SAMPLES.value,
+    labels=_LABELS.value,
+    batch_size=_BATCH_SIZE.value,
+    seed=_SEED.value,
+    judges={
+      key: flag.value for key, flag in _JUDGES.items() if flag.value is not None
+    },
+    neighbours=_NEIGHBOURS.value,
+    neighbour_space=_SPACE.value,
+    neighbour_samples=_NEIGHBOUR_SAMPLES.value,
+    samples_out=_SAMPLES_OUT.value,
+    out=out,
+  )
+  if _WORKDIR.value is not None:
+    settings = {"step": _STEP.value, "ema_decay": _EMA_DECAY.value}
+    return experiment.report_on_run(_WORKDIR.value, request, **settings), out
+  if _WEIGHTS.value is not None:
+    return experiment.report_on_weights(
+      _WEIGHTS.value, request, vae=_VAE.value
+    ), out
+  assert _IMAGES.value is not None
+  return experiment.report_on_images(_IMAGES.value, request), out
 
 
 def parse_floats(flag: str, values: list[str] | None) -> list[float] | None:

@@ -97,7 +97,8 @@ def sample(
     )
   )
   logger.info("%d images from step %d of %s.", len(wanted), run.step, workdir)
-  return np.concatenate([decode(samples) for samples, _ in batches]), wanted
+  images = [experiment.gathered(b, decode(b.samples)) for b in batches]
+  return np.concatenate(images), wanted
 
 
 def main(argv: list[str]) -> None:

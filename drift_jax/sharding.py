@@ -125,3 +125,15 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.make_array_from_process_local_data(sharding, leaf)
 
   return jax.tree_util.tree_map_with_path(put, batch)
+
+
+def local_rows(array: Any) -> np.ndarray:
+  """This process' rows of a batch, on the host, in `put_batch`'s order."""
+  if not isinstance(array, jax.Array) or array.is_fully_addressable:
+    return np.asarray(jax.device_get(array))
+  shards = {
+    shard.index[0].start or 0: shard for shard in array.addressable_shards
+  }
+  return np.concatenate(
+    jax.device_get([shards[start].data for start in sorted(shards)])
+  )

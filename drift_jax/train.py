@@ -1,7 +1,6 @@
 """Generator training: `train_and_evaluate(config, workdir)`."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -47,9 +46,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   experiment.check_encoders(task, encoders)
   experiment.check_shape(readers.train, task.sample_shape, "the model makes")
   feed = experiment.generator_feed(config, readers.train)
-  evaluation = Evaluation(
-    config, encoders, task, readers, experiment.make_decoder(vae, mesh), mesh
-  )
+  evaluation = Evaluation(config, encoders, task, readers, vae, mesh)
   path = experiment.open_workdir(
     workdir, config, experiment.frozen_sums(encoders, vae)
   )
@@ -89,23 +86,23 @@ class Evaluation:
     encoders: dict[str, artifacts.Artifact],
     task: steps.GeneratorTask,
     readers: experiment.Readers,
-    decode: Callable[[np.ndarray], np.ndarray],
+    vae: artifacts.Artifact | None,
     mesh: jax.sharding.Mesh,
   ):
     self._config = config
-    self._decode = decode
+    self._decode = experiment.make_decoder(vae, mesh)
+    self._to_pixels = experiment.make_pixels(vae, mesh)
     self._sampler = experiment.make_sampler(task, mesh, config.seed)
     self._batch_size = experiment.pad_to_mesh(config.eval.batch_size, mesh)
     self._evaluators: list[metrics.Evaluator] = []
     self._baselines: dict[str, float] = {}
     if config.eval.every and config.eval.metrics:
-      test = readers.test()
       with experiment.naming("eval"):
         self._labels = experiment.evaluation_labels(
-          config.eval, config.model.num_classes, test
+          config.eval, config.model.num_classes, readers
         )
-        self._evaluators = experiment.make_evaluators(
-          config, encoders, readers.train, test, mesh
+        self._evaluators, _ = experiment.run_evaluators(
+          config, encoders, readers, self._labels, vae, mesh
         )
         self._baselines = metrics.baselines(self._evaluators)
 
@@ -127,6 +124,7 @@ class Evaluation:
         self._labels,
         config.alphas,
         self._batch_size,
+        to_pixels=self._to_pixels,
       )
     grid = experiment.sample_grid(
       sample_fn,
@@ -172,5 +170,5 @@ class Evaluation:
     keys = {key for record in records for key in record}
     if any(key.startswith("drift_rms/") for key in keys):
       metrics.plot_drift(records, path / "plots" / "drift_rms.png")
-    if any(key.startswith("eval/fd_") for key in keys):
+    if any(key.startswith(("eval/fd_", "eval/fid/")) for key in keys):
       metrics.plot_frechet(records, path / "plots" / "frechet.png")

@@ -207,17 +207,17 @@ def test_sample_of_a_digit_that_is_no_number(run, tmp_path):
 
 def test_evaluate_more_images_than_there_are(run):
   done = call(
-    "-m", "drift_jax.evaluate", f"--workdir={run}", "--num_images=5400"
+    "-m", "drift_jax.evaluate", f"--workdir={run}", "--num_samples=5400"
   )
   assert_one_line(done, "training images, fewer than the 540 generated")
 
 
 def test_evaluate_counts(run):
   """0: as many as are held out; of one image there are no figures."""
-  done = call("-m", "drift_jax.evaluate", f"--workdir={run}", "--num_images=0")
-  assert done.returncode == 0 and "| 540 images" in done.stdout, done
-  done = call("-m", "drift_jax.evaluate", f"--workdir={run}", "--num_images=1")
-  assert_one_line(done, "eval.num_images=1: figures need at least 2")
+  done = call("-m", "drift_jax.evaluate", f"--workdir={run}", "--num_samples=0")
+  assert done.returncode == 0 and "| 540 samples" in done.stdout, done
+  done = call("-m", "drift_jax.evaluate", f"--workdir={run}", "--num_samples=1")
+  assert_one_line(done, "eval.num_samples=1: figures need at least 2")
 
 
 def test_evaluate_writes_into_a_new_folder(run, tmp_path):
@@ -227,14 +227,14 @@ def test_evaluate_writes_into_a_new_folder(run, tmp_path):
     "-m",
     "drift_jax.evaluate",
     f"--workdir={run}",
-    "--num_images=20",
+    "--num_samples=20",
     "--ema_decay=0",
     "--seed=0",
     f"--out={out}",
   )
   assert done.returncode == 0, done.stderr
   report = json.loads(out.read_text())
-  assert (report["num_images"], report["ema_decay"], report["seed"]) == (
+  assert (report["num_samples"], report["ema_decay"], report["seed"]) == (
     20,
     0,
     0,

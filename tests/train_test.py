@@ -348,11 +348,11 @@ def test_evaluate_prints_a_table_and_writes_json(whole):
     "evaluate",
     f"--workdir={whole}",
     "--alphas=1,3",
-    "--num_images=100",
+    "--num_samples=100",
   )
   assert "| fd_pixel |" in done.stdout and "alpha 3" in done.stdout
   report = json.loads((whole / "evaluation.json").read_text())
-  assert report["num_images"] == 100
+  assert report["num_samples"] == 100
   assert set(report["results"]) == {"1.0", "3.0"}
   assert report["baseline"]["fd_pixel"] > 0
 

@@ -7,11 +7,12 @@ type or contradicting values raise ConfigError with the key, the value and what
 would be valid.
 """
 
-from drift_jax.config.checks import check
+from drift_jax.config.checks import check, check_judges
 from drift_jax.config.parsing import check_override, parse, unknown_key
 from drift_jax.config.resume import check_resumable, to_json
 from drift_jax.config.schema import (
   EVAL_METRICS,
+  JUDGED_METRICS,
   TASKS,
   Checkpoint,
   ConfigError,
@@ -21,6 +22,7 @@ from drift_jax.config.schema import (
   GeneratorEval,
   GeneratorModel,
   Guidance,
+  Judge,
   MaeConfig,
   MaeModel,
   Mesh,
@@ -31,6 +33,7 @@ from drift_jax.config.schema import (
 
 __all__ = [
   "EVAL_METRICS",
+  "JUDGED_METRICS",
   "TASKS",
   "Checkpoint",
   "ConfigError",
@@ -40,6 +43,7 @@ __all__ = [
   "GeneratorEval",
   "GeneratorModel",
   "Guidance",
+  "Judge",
   "MaeConfig",
   "MaeModel",
   "Mesh",
@@ -47,6 +51,7 @@ __all__ = [
   "Section",
   "Vae",
   "check",
+  "check_judges",
   "check_override",
   "check_resumable",
   "parse",

@@ -2,16 +2,20 @@
 
 import difflib
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from drift_jax.config.schema import (
   CROPS,
   DECODERS,
   EVAL_METRICS,
+  JUDGED_METRICS,
+  RANKING_METRICS,
   SOURCES,
   WIRE_DTYPES,
   ConfigError,
   GeneratorConfig,
+  Judge,
   MaeConfig,
 )
 
@@ -249,15 +253,21 @@ def _check_generator(config: GeneratorConfig) -> None:
     "eval.metrics holds 'fd_encoder' but there are no encoders: remove it or "
     "add an encoder",
   )
-  _at_least("eval.num_images", evaluation.num_images, 0)
+  check_judges(
+    evaluation.metrics,
+    {"inception": evaluation.inception, "dinov2": evaluation.dinov2},
+  )
+  _at_least("eval.num_samples", evaluation.num_samples, 0)
   _require(
-    evaluation.num_images != 1, "eval.num_images=1: figures need at least 2"
+    evaluation.num_samples != 1, "eval.num_samples=1: figures need at least 2"
   )
   _require(
-    model.num_classes == 0 or evaluation.num_images % model.num_classes == 0,
-    f"eval.num_images={evaluation.num_images} can't be balanced over "
-    f"model.num_classes={model.num_classes}: use a multiple, or 0 for as many "
-    "as are held out",
+    evaluation.labels != ""
+    or model.num_classes == 0
+    or evaluation.num_samples % model.num_classes == 0,
+    f"eval.num_samples={evaluation.num_samples} can't be balanced over "
+    f"model.num_classes={model.num_classes}: use a multiple, a list of labels "
+    "(eval.labels), or 0 for as many as are held out",
   )
   _at_least("eval.coverage_k", evaluation.coverage_k, 1)
   _at_least("eval.grid_classes", evaluation.grid_classes, 1)
@@ -269,9 +279,9 @@ def _check_generator(config: GeneratorConfig) -> None:
     f"{evaluation.metrics}; use one of them or ''",
   )
   _require(
-    best == "" or best.startswith("fd_"),
+    best == "" or best in RANKING_METRICS,
     f"checkpoint.best_metric={best!r}: the best is the smallest, so it must "
-    "be a Frechet distance ('fd_pixel' or 'fd_encoder') or ''",
+    f"be a distance {RANKING_METRICS} or ''",
   )
   saved = config.checkpoint.every
   _require(
@@ -281,6 +291,29 @@ def _check_generator(config: GeneratorConfig) -> None:
     "can be ranked; make eval.every a multiple of checkpoint.every, or "
     "checkpoint.best_metric=''",
   )
+
+
+def check_judges(names: Sequence[str], judges: Mapping[str, Judge]) -> None:
+  """Raises ConfigError where figures lack their network or real images.
+
+  Args:
+    names: figures.
+    judges: {'inception' or 'dinov2': what there is}.
+  """
+  for judge, figures in JUDGED_METRICS.items():
+    wanted = [name for name in names if name in figures]
+    _require(
+      not wanted or judges[judge].path != "",
+      f"eval.metrics holds {wanted}, which need eval.{judge}.path: python -m "
+      f"drift_jax.tools.convert_weights {judge} writes it",
+    )
+    compared = [name for name in wanted if name != "inception_score"]
+    _require(
+      not compared or judges[judge].reference != "",
+      f"eval.metrics holds {compared}, which need eval.{judge}.reference, "
+      "statistics of real images: python -m drift_jax.tools.reference_stats "
+      "makes them; public .npz files for ImageNet at 256 px are read too",
+    )
 
 
 def _check_queue(config: GeneratorConfig) -> None:

@@ -25,8 +25,13 @@ RESUMABLE = (
 RANKING = (
   "checkpoint.best_metric",
   "eval.alphas",
+  "eval.dinov2.path",
+  "eval.dinov2.reference",
   "eval.ema_decay",
-  "eval.num_images",
+  "eval.inception.path",
+  "eval.inception.reference",
+  "eval.labels",
+  "eval.num_samples",
 )
 
 

@@ -180,15 +180,25 @@ class Train(Section):
   log_every: int
 
 
+class Judge(Section):
+  """A network that judges images, and statistics of real ones' features."""
+
+  path: str
+  reference: str
+
+
 class GeneratorEval(Section):
   """Evaluation in the loop."""
 
   every: int
-  num_images: int
+  num_samples: int
+  labels: str
   batch_size: int
   alphas: tuple[float, ...]
   ema_decay: float
   metrics: tuple[str, ...]
+  inception: Judge
+  dinov2: Judge
   coverage_k: int
   grid_classes: int
   grid_per_class: int
@@ -270,13 +280,34 @@ class MaeConfig(Section):
 
 TASKS = {"generator": GeneratorConfig, "mae": MaeConfig}
 
+# Figures of eval.inception and eval.dinov2. 'fd_inception' is what FID is of
+# other weights than the published ones, which those after it are for.
+JUDGED_METRICS = {
+  "inception": (
+    "fd_inception",
+    "fid",
+    "inception_score",
+    "precision_recall",
+    "kid",
+    "coverage_inception",
+  ),
+  "dinov2": ("fd_dinov2",),
+}
 # The figures that the generator's evaluation can compute.
 EVAL_METRICS = (
+  *JUDGED_METRICS["inception"],
+  *JUDGED_METRICS["dinov2"],
   "fd_pixel",
   "fd_encoder",
   "coverage",
   "label_accuracy",
   "duplicates",
+)
+# Those that are better when they are smaller: what can rank checkpoints.
+RANKING_METRICS = (
+  "fid",
+  "kid",
+  *(name for name in EVAL_METRICS if name.startswith("fd_")),
 )
 # Where data may come from (data.source).
 SOURCES = ("digits", "tfds:NAME", "folder:DIR", "tar:FILE", "latents:DIR")

@@ -1,9 +1,9 @@
-"""Samplers, evaluators and pictures; generators restored from a run."""
+"""Samplers and pictures; generators restored from a run."""
 
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from drift_jax import artifacts, data, metrics, sharding, steps
+from drift_jax import artifacts, metrics, processes, sharding, steps
 from drift_jax import config as config_lib
 from drift_jax.experiment.networks import (
   frozen_sums,
@@ -23,8 +23,8 @@ from drift_jax.experiment.runs import (
   CONFIG_FILE,
   check_frozen,
   make_checkpointer,
-  pad_to_mesh,
 )
+from drift_jax.metrics.images import Images
 
 
 def make_sampler(
@@ -48,107 +48,9 @@ def make_sampler(
   return bind
 
 
-def on_batches(
-  module: Any, params: Any, method: str, mesh: Mesh
-) -> Callable[[np.ndarray], np.ndarray]:
-  """Host arrays [n, ...] -> host arrays: a frozen network's method, jitted.
-
-  Any n: the batch is padded to a multiple of the devices.
-  """
-  apply = jax.jit(
-    functools.partial(steps.apply, module, method=method),
-    out_shardings=sharding.batch_sharding(mesh),
-  )
-
-  def call(inputs: np.ndarray) -> np.ndarray:
-    padded = np.resize(
-      inputs, (pad_to_mesh(len(inputs), mesh), *inputs.shape[1:])
-    )
-    out = apply(params, sharding.put_batch(padded, mesh))
-    return np.asarray(jax.device_get(out))[: len(inputs)]
-
-  return call
-
-
-def make_decoder(
-  vae: artifacts.Artifact | None, mesh: Mesh
-) -> Callable[[np.ndarray], np.ndarray]:
-  """Samples [n, ...] -> images [n, H, W, C]: decodes where there is a VAE."""
-  if vae is None:
-    return lambda samples: samples
-  return on_batches(vae.module, vae.params, "decode", mesh)
-
-
-def _flatten(images: np.ndarray) -> np.ndarray:
-  return np.asarray(images).reshape(len(images), -1)
-
-
-def evaluation_labels(
-  config: config_lib.GeneratorEval, num_classes: int, test: data.Reader
-) -> np.ndarray:
-  """Labels of the images that an evaluation generates.
-
-  Balanced, or those of the held-out images where config.num_images is 0.
-  """
-  if config.num_images == 0:
-    return np.asarray(test.labels, np.int32)
-  return metrics.balanced_labels(config.num_images, num_classes)
-
-
-def make_evaluators(
-  config: config_lib.GeneratorConfig,
-  encoders: Mapping[str, artifacts.Artifact],
-  train: data.Reader,
-  test: data.Reader,
-  mesh: Mesh,
-) -> list[metrics.Evaluator]:
-  """The evaluators that config.eval.metrics names."""
-  chosen = config.eval
-  labels = evaluation_labels(chosen, config.model.num_classes, test)
-  settings = {"labels": labels, "seed": config.seed}
-
-  def frechet(
-    name: str, features: Callable[[np.ndarray], np.ndarray]
-  ) -> metrics.Evaluator:
-    return metrics.FrechetEvaluator(
-      name, features, train, test, batch_size=chosen.batch_size, **settings
-    )
-
-  def fd_encoder() -> metrics.Evaluator:
-    pooled = [a for a in encoders.values() if a.kind == "mae"]
-    if not pooled:
-      raise config_lib.ConfigError(
-        "eval.metrics holds 'fd_encoder', which needs an encoder of kind "
-        f"'mae'; encoders: {[(n, a.kind) for n, a in encoders.items()]}"
-      )
-    return frechet(
-      "fd_encoder",
-      on_batches(pooled[0].module, pooled[0].params, "pooled", mesh),
-    )
-
-  def duplicates() -> metrics.Evaluator:
-    if train.grid is None:
-      raise config_lib.ConfigError(
-        "eval.metrics holds 'duplicates', which compares pixels, but the data "
-        f"are latents (data.source={config.data.source!r}): remove it"
-      )
-    return metrics.DuplicatesEvaluator(train, test, grid=train.grid)
-
-  factories: dict[str, Callable[[], metrics.Evaluator]] = {
-    "fd_encoder": fd_encoder,
-    "fd_pixel": lambda: frechet("fd_pixel", _flatten),
-    "coverage": lambda: metrics.CoverageEvaluator(
-      train, test, k=chosen.coverage_k, **settings
-    ),
-    "label_accuracy": lambda: metrics.LabelAccuracyEvaluator(train, test),
-    "duplicates": duplicates,
-  }
-  return [factories[name]() for name in chosen.metrics]
-
-
 def sample_grid(
   sample_fn: metrics.SampleFn,
-  decode: Callable[[np.ndarray], np.ndarray],
+  decode: Callable[[Images], Images],
   *,
   num_classes: int,
   classes: int,
@@ -170,8 +72,8 @@ def sample_grid(
   rows = min(classes, num_classes)
   shown = np.arange(rows, dtype=np.int32) * num_classes // rows
   images = [
-    decode(batch)
-    for batch, _ in metrics.generate(
+    gathered(batch, decode(batch.samples))
+    for batch in metrics.generate(
       sample_fn,
       np.repeat(shown.astype(np.int32), per_class),
       alpha,
@@ -181,10 +83,71 @@ def sample_grid(
   return grid_image(np.concatenate(images), per_class)
 
 
+def gathered(batch: metrics.Batch, values: Images) -> np.ndarray:
+  """The rows of a batch that count, of all processes, in order: float32."""
+  own = batch.rows(values).astype(np.float32)
+  return np.concatenate(processes.gather(own))
+
+
 def grid_image(images: np.ndarray, columns: int) -> np.ndarray:
   """A grid that is legible on a screen: small images are magnified."""
   scale = max(1, 48 // images.shape[1])
   return metrics.image_grid(images, columns=columns, padding=2, scale=scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportedGenerator:
+  """A generator's exported weights, ready to sample.
+
+  Attributes:
+    task: the static part.
+    params: on the mesh.
+    num_classes: labels lie in [0, num_classes).
+    vae: the autoencoder behind its latents, or None.
+    artifact: where they come from.
+  """
+
+  task: steps.GeneratorTask
+  params: Any
+  num_classes: int
+  vae: artifacts.Artifact | None
+  artifact: artifacts.Artifact
+
+
+def load_exported(weights: str, vae: str, mesh: Mesh) -> ExportedGenerator:
+  """A generator of ours or of the release, from its folder.
+
+  Args:
+    weights: folder of kind 'gen'.
+    vae: of the autoencoder behind its latents; '' for a generator of pixels.
+    mesh: where the parameters go.
+
+  Raises:
+    ArtifactError: weights that can't be loaded or are no generator's.
+  """
+  artifact = artifacts.load(weights)
+  if artifact.kind != "gen":
+    raise artifacts.ArtifactError(
+      f"{weights} holds a model of kind {artifact.kind!r}, want 'gen'"
+    )
+  module: Any = artifact.module
+  task = steps.GeneratorTask(
+    generator=module,
+    features=steps.FeatureSpace(encoders={}, options={}, sample=True),
+    sample_shape=(module.input_size, module.input_size, module.out_channels),
+    style_tokens=module.style_tokens,
+    style_vocab=module.style_vocab,
+    num_generated=1,
+    drift={},
+    guidance={},
+  )
+  params = jax.device_put(
+    artifact.params, sharding.infer_sharding(artifact.params, mesh)
+  )
+  section = config_lib.Vae(path=vae, dtype="float32")
+  return ExportedGenerator(
+    task, params, module.num_classes, load_vae(section, mesh), artifact
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Evaluators, writers, image files and curves. Nothing here reads a config."""
 
+from drift_jax.metrics.batches import Batch, PixelsFn, local_batches
 from drift_jax.metrics.coverage import (
   density_coverage,
   duplicates,
@@ -7,10 +8,12 @@ from drift_jax.metrics.coverage import (
 )
 from drift_jax.metrics.evaluators import (
   Evaluator,
+  FeatureFn,
   FrechetEvaluator,
   Reals,
   baselines,
   class_subset,
+  features_of,
 )
 from drift_jax.metrics.files import replacing
 from drift_jax.metrics.frechet import (
@@ -25,10 +28,13 @@ from drift_jax.metrics.generation import (
   evaluate,
   evaluation_scalars,
   generate,
+  read_labels,
 )
 from drift_jax.metrics.images import (
   image_grid,
+  real_pixels,
   save_png,
+  to_rgb,
   to_uint8,
   unit_to_uint8,
 )
@@ -41,13 +47,24 @@ from drift_jax.metrics.neighbours import (
   neighbour_grid,
   plot_nearest_distances,
 )
-from drift_jax.metrics.plots import plot_drift, plot_frechet, plot_mae
+from drift_jax.metrics.network import FROM_FEATURES, NetworkEvaluator
+from drift_jax.metrics.plots import (
+  plot_alphas,
+  plot_drift,
+  plot_frechet,
+  plot_mae,
+)
 from drift_jax.metrics.precision_recall import precision_recall
 from drift_jax.metrics.reference import (
   Provenance,
   ReferenceStats,
   load_reference,
   save_reference,
+)
+from drift_jax.metrics.sample_files import (
+  ImageSet,
+  SampleWriter,
+  open_images,
 )
 from drift_jax.metrics.small_sets import (
   MAX_IMAGES,
@@ -63,23 +80,30 @@ from drift_jax.metrics.writers import (
 )
 
 __all__ = [
+  "FROM_FEATURES",
   "MAX_IMAGES",
+  "Batch",
   "CoverageEvaluator",
   "DuplicatesEvaluator",
   "Evaluator",
+  "FeatureFn",
   "FeatureStats",
   "FeatureStream",
   "FrechetEvaluator",
+  "ImageSet",
   "InceptionScore",
   "JsonlWriter",
   "LabelAccuracyEvaluator",
   "MetricWriter",
   "Moments",
   "Neighbours",
+  "NetworkEvaluator",
+  "PixelsFn",
   "Provenance",
   "Reals",
   "ReferenceStats",
   "SampleFn",
+  "SampleWriter",
   "balanced_labels",
   "baselines",
   "class_subset",
@@ -89,6 +113,7 @@ __all__ = [
   "duplicates",
   "evaluate",
   "evaluation_scalars",
+  "features_of",
   "frechet_distance",
   "generate",
   "image_grid",
@@ -96,18 +121,24 @@ __all__ = [
   "kernel_distance",
   "kernel_distance_subsets",
   "load_reference",
+  "local_batches",
   "nearest_distances",
   "nearest_neighbours",
   "neighbour_grid",
+  "open_images",
+  "plot_alphas",
   "plot_drift",
   "plot_frechet",
   "plot_mae",
   "plot_nearest_distances",
   "precision_recall",
   "read_jsonl",
+  "read_labels",
+  "real_pixels",
   "replacing",
   "save_png",
   "save_reference",
+  "to_rgb",
   "to_uint8",
   "unit_to_uint8",
 ]

@@ -7,14 +7,16 @@ from typing import Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from drift_jax import processes, sharding
+from drift_jax.metrics.batches import Batch, OneLate, local_batches
 from drift_jax.metrics.frechet import (
   FeatureStats,
-  as_feature_matrix,
+  FeatureStream,
   frechet_distance,
 )
 from drift_jax.metrics.images import Images
 
-FeatureFn = Callable[[np.ndarray], np.ndarray | jax.Array]
+FeatureFn = Callable[[Images], Images]
 
 
 @runtime_checkable
@@ -31,15 +33,12 @@ class Evaluator(Protocol):
     """Forgets all generated images."""
     ...
 
-  def update(self, images: Images, labels: np.ndarray) -> None:
-    """Takes generated images [B, H, W, C] in [-1, 1] and labels [B].
-
-    Exactly the valid ones: padding must have been removed.
-    """
+  def update(self, batch: Batch) -> None:
+    """Takes generated samples; of several processes, all take each batch."""
     ...
 
   def result(self) -> dict[str, float]:
-    """Figures of all images since reset.
+    """Figures of all samples of all processes since reset.
 
     Raises:
       ValueError: when there are none.
@@ -50,7 +49,8 @@ class Evaluator(Protocol):
     """The same figures with real training images in place of generated ones.
 
     As many of each class as are generated, against the held-out reals: what a
-    perfect generator of this sample count would score. Computed once.
+    perfect generator of this sample count would score. Computed once; empty
+    where it would cost too much.
     """
     ...
 
@@ -133,21 +133,6 @@ def class_subset(
   return np.concatenate(chosen)
 
 
-def check_images(images: Images, labels: np.ndarray, name: str) -> np.ndarray:
-  """Returns images as float32 [N, H, W, C] on the host.
-
-  Raises:
-    ValueError: when there are none, or not one label for each.
-  """
-  array = np.asarray(jax.device_get(images)).astype(np.float32)
-  if array.ndim != 4 or 0 in array.shape or np.shape(labels) != array.shape[:1]:
-    raise ValueError(
-      f"{name}: need non-empty images [N, H, W, C] and labels [N], got shapes"
-      f" {array.shape} and {np.shape(labels)}"
-    )
-  return array
-
-
 def check_reals(train: Reals, test: Reals, name: str) -> None:
   """Refuses empty sets.
 
@@ -178,13 +163,41 @@ def check_labels(labels: np.ndarray, wanted: np.ndarray, name: str) -> None:
       )
 
 
+def features_of(
+  feature_fn: FeatureFn,
+  read: Callable[[np.ndarray], np.ndarray],
+  indices: np.ndarray,
+  *,
+  batch_size: int,
+) -> Iterator[np.ndarray]:
+  """Features of real images, batch by batch; the device is never waited for.
+
+  Args:
+    feature_fn: this process' part of a batch, on the host, -> features
+      [batch_size, D] on the mesh.
+    read: indices -> images, e.g. `Reals.fixed`.
+    indices: [N] integers, of all processes.
+    batch_size: of all processes together.
+
+  Yields:
+    [b, D]: those of this process; b may be 0.
+  """
+  held: tuple[Images, int] | None = None
+  for numbers, valid in local_batches(len(indices), batch_size):
+    last, held = held, (feature_fn(read(indices[numbers])), valid)
+    if last is not None:
+      yield sharding.local_rows(last[0])[: last[1]]
+  if held is not None:
+    yield sharding.local_rows(held[0])[: held[1]]
+
+
 class FrechetEvaluator:
   """Frechet distance to held-out reals in one feature space.
 
   Reports one figure under its own name, `frechet_distance` between all
-  generated and all held-out images; the baseline is that between as many
-  training images of each class and the held-out ones. Statistics are streamed:
-  no image is kept.
+  generated and all held-out samples; the baseline is that between as many
+  training samples of each class and the held-out ones. Statistics are streamed:
+  no sample is kept.
   """
 
   def __init__(
@@ -198,22 +211,23 @@ class FrechetEvaluator:
     batch_size: int,
     seed: int,
   ):
-    """Keeps references; images are read when first needed.
+    """Keeps references; reals are read when first needed.
 
     Args:
       name: `fd_` and the feature space, e.g. `fd_encoder`, `fd_pixel`. FID is
         reserved for Inception-v3 features.
-      feature_fn: images [batch_size, H, W, C] float32 in [-1, 1] -> features
-        [batch_size, D]. Always called with full batches: jit it.
-      train: real images that stand in for generated ones in the baseline.
+      feature_fn: samples [B, H, W, C], on the mesh or this process' part of
+        them on the host, -> features [B, D] on the mesh. Always called with
+        full batches: jit it.
+      train: reals that stand in for generated samples in the baseline.
       test: held-out reals, the reference.
-      labels: [M] integers, those of the images that will be generated.
-      batch_size: images per call of feature_fn.
-      seed: picks the training images of the baseline.
+      labels: [M] integers, those of the samples that will be generated.
+      batch_size: reals per call of feature_fn, of all processes together.
+      seed: picks the training samples of the baseline.
 
     Raises:
-      ValueError: for a reserved name, no images, too few training images of a
-        class, or batch_size < 1.
+      ValueError: for a reserved name, no reals, too few training samples of a
+        class, or a batch_size that the processes can't share.
     """
     if not name.startswith("fd_") or "fid" in name.lower():
       raise ValueError(
@@ -221,8 +235,7 @@ class FrechetEvaluator:
         " 'fd_' (e.g. 'fd_encoder', 'fd_pixel'), and 'fid' is reserved for"
         " Inception-v3 features"
       )
-    if batch_size < 1:
-      raise ValueError(f"{name}: batch_size must be >= 1, got {batch_size}")
+    next(local_batches(1, batch_size))
     self.name = name
     self._feature_fn = feature_fn
     self._batch_size = batch_size
@@ -233,23 +246,27 @@ class FrechetEvaluator:
     self.reset()
 
   def reset(self) -> None:
-    self._stats: FeatureStats | None = None
-    self._labels: list[np.ndarray] = []
+    self._stats = FeatureStream()
+    self._late = OneLate(lambda batch, rows: self._stats.update(rows[0]))
+    self._labels = [np.empty(0, np.int32)]
 
-  def update(self, images: Images, labels: np.ndarray) -> None:
-    stats = self._statistics(check_images(images, labels, self.name))
-    self._stats = stats if self._stats is None else self._stats.merge(stats)
-    self._labels.append(np.asarray(labels))
+  def update(self, batch: Batch) -> None:
+    self._late.push(batch, self._features(batch.samples))
+    self._labels.append(batch.labels)
 
   def result(self) -> dict[str, float]:
-    if self._stats is None:
-      raise ValueError(f"{self.name}: no images since reset()")
-    labels = np.concatenate(self._labels)
+    self._late.flush()
+    labels = np.concatenate(processes.gather(np.concatenate(self._labels)))
+    if not len(labels):
+      raise ValueError(f"{self.name}: no samples since reset()")
     check_labels(labels, self._wanted, self.name)
-    return {self.name: frechet_distance(self._stats, self._reference)}
+    return {self.name: self._distance(self._stats.result())}
 
   def baseline(self) -> dict[str, float]:
     return {self.name: self._baseline}
+
+  def _distance(self, stats: FeatureStats) -> float:
+    return frechet_distance(stats, self._reference)
 
   @functools.cached_property
   def _reference(self) -> FeatureStats:
@@ -257,45 +274,21 @@ class FrechetEvaluator:
 
   @functools.cached_property
   def _baseline(self) -> float:
-    stand_in = self._statistics_of(self._train, self._stand_in)
-    return frechet_distance(stand_in, self._reference)
+    return self._distance(self._statistics_of(self._train, self._stand_in))
 
   def _statistics_of(self, reals: Reals, indices: np.ndarray) -> FeatureStats:
-    """Statistics of real images, read batch by batch."""
-    return _merged(
-      self._statistics(
-        check_images(reals.fixed(part), reals.labels[part], self.name)
-      )
-      for part in _parts(indices, self._batch_size)
-    )
+    stream = FeatureStream()
+    for features in features_of(
+      self._features, reals.fixed, indices, batch_size=self._batch_size
+    ):
+      stream.update(features)
+    return stream.result()
 
-  def _statistics(self, images: np.ndarray) -> FeatureStats:
-    """Statistics of features, computed in batches of one compiled shape."""
-    return _merged(
-      self._batch_statistics(images, part)
-      for part in _parts(np.arange(len(images)), self._batch_size)
-    )
-
-  def _batch_statistics(
-    self, images: np.ndarray, part: np.ndarray
-  ) -> FeatureStats:
-    filled = np.resize(part, self._batch_size)
-    features = np.asarray(jax.device_get(self._feature_fn(images[filled])))
-    if features.ndim != 2 or len(features) != self._batch_size:
+  def _features(self, samples: Images) -> Images:
+    features = self._feature_fn(samples)
+    if features.ndim != 2:
       raise ValueError(
-        f"{self.name}: feature_fn must return [{self._batch_size}, D], got"
-        f" shape {features.shape}"
+        f"{self.name}: feature_fn must return [B, D], got shape"
+        f" {features.shape}"
       )
-    return FeatureStats.from_features(
-      as_feature_matrix(features[: len(part)], f"{self.name} features")
-    )
-
-
-def _parts(indices: np.ndarray, size: int) -> Iterator[np.ndarray]:
-  for start in range(0, len(indices), size):
-    yield indices[start : start + size]
-
-
-def _merged(parts: Iterable[FeatureStats]) -> FeatureStats:
-  """All parts in one; there is at least one."""
-  return functools.reduce(lambda total, part: total.merge(part), parts)
+    return features

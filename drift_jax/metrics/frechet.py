@@ -6,19 +6,17 @@ Frechet distance (FD) and must not be called FID.
 """
 
 import dataclasses
-import functools
-from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
 
+import jax
 import numpy as np
 from absl import logging
-from jaxtyping import Float64, UInt8
+from jaxtyping import Float64
 from numpy.typing import ArrayLike
 from scipy import linalg
 
-from drift_jax.metrics import files
+from drift_jax import processes
 
-_FIELDS = ("count", "mean", "scatter")
 # Rows that a stream of features is cut into.
 _CHUNK_ROWS = 2048
 # Reciprocal condition number from which Cholesky factors lose no digits that
@@ -100,42 +98,6 @@ class FeatureStats:
     centred = matrix - mean
     return cls(len(matrix), mean, centred.T @ centred)
 
-  @classmethod
-  def from_moments(
-    cls, mean: ArrayLike, covariance: ArrayLike, count: int
-  ) -> "FeatureStats":
-    """Statistics with the given mean [D], unbiased covariance [D, D] and count.
-
-    The inverse of (mean, covariance()), to one rounding.
-
-    Raises:
-      ValueError: for other shapes, non-finite numbers or count < 2.
-    """
-    sigma = as_feature_matrix(covariance, "covariance")
-    mu = as_feature_matrix(np.asarray(mean)[None], "mean")[0]
-    if sigma.shape != (len(mu), len(mu)):
-      raise ValueError(
-        f"a mean of {len(mu)} dimensions needs a covariance of shape"
-        f" {(len(mu), len(mu))}, got {sigma.shape}"
-      )
-    if count < 2:
-      raise ValueError(
-        f"a covariance needs at least 2 feature vectors, got {count}"
-      )
-    return cls(count, mu, sigma * (count - 1))
-
-  @classmethod
-  def merged(cls, parts: Iterable["FeatureStats"]) -> "FeatureStats":
-    """Statistics of all sets together, merged from left to right.
-
-    Raises:
-      ValueError: when there are none or the dimensions differ.
-    """
-    parts = list(parts)
-    if not parts:
-      raise ValueError("there are no feature statistics to merge")
-    return functools.reduce(lambda total, part: total.merge(part), parts)
-
   def merge(self, other: "FeatureStats") -> "FeatureStats":
     """Statistics of both sets together (Chan, Golub, LeVeque 1983).
 
@@ -168,62 +130,6 @@ class FeatureStats:
       )
     return self.scatter / (self.count - 1)
 
-  def packed(self) -> UInt8[np.ndarray, " bytes"]:
-    """All numbers bit by bit, for collectives that know no float64.
-
-    JAX's process_allgather would round float64 to float32.
-    """
-    numbers = np.concatenate(
-      [[float(self.count)], self.mean, self.scatter.ravel()]
-    )
-    return numbers.view(np.uint8)
-
-  @classmethod
-  def unpacked(cls, data: ArrayLike) -> "FeatureStats":
-    """What `packed` packed.
-
-    Raises:
-      ValueError: for another dtype, shape or size.
-    """
-    raw = np.asarray(data)
-    dimensions = int(np.sqrt(raw.size // 8))
-    if (
-      raw.dtype != np.uint8
-      or raw.shape != (8 * (1 + dimensions + dimensions**2),)
-      or dimensions < 1
-    ):
-      raise ValueError(
-        "packed feature statistics are 8 (1 + D + D^2) uint8 numbers, got"
-        f" {raw.dtype} {raw.shape}"
-      )
-    numbers = np.ascontiguousarray(raw).view(np.float64)
-    return cls(
-      int(numbers[0]),
-      numbers[1 : 1 + dimensions].copy(),
-      numbers[1 + dimensions :].reshape(dimensions, dimensions).copy(),
-    )
-
-  def save(self, path: files.PathLike) -> None:
-    """Writes count, mean and scatter to an .npz file, atomically."""
-    with files.replacing(path) as temporary, open(temporary, "wb") as file:
-      np.savez(file, count=self.count, mean=self.mean, scatter=self.scatter)
-
-  @classmethod
-  def load(cls, path: files.PathLike) -> "FeatureStats":
-    """Reads what `save` wrote.
-
-    Raises:
-      ValueError: when the file lacks one of the three arrays.
-    """
-    with np.load(path) as archive:
-      missing = [name for name in _FIELDS if name not in archive]
-      if missing:
-        raise ValueError(
-          f"{path} is no file of feature statistics: it lacks {missing} and"
-          f" holds {sorted(archive)}"
-        )
-      return cls(int(archive["count"]), archive["mean"], archive["scatter"])
-
 
 class FeatureStream:
   """Statistics of features that come batch by batch.
@@ -242,12 +148,14 @@ class FeatureStream:
     self._dimensions: int | None = None
 
   def update(self, features: ArrayLike) -> None:
-    """Takes features [B, D], any float dtype.
+    """Takes features [B, D], any float dtype; B may be 0.
 
     Raises:
-      ValueError: for an empty, non-finite or not two-dimensional array, or
-        another dimension than before.
+      ValueError: for a non-finite or not two-dimensional array, or another
+        dimension than before.
     """
+    if np.ndim(features) == 2 and not len(np.asarray(features)):
+      return
     matrix = as_feature_matrix(features, "features")
     if self._dimensions not in (None, matrix.shape[1]):
       raise ValueError(
@@ -276,15 +184,44 @@ class FeatureStream:
     return stats if self._stats is None else self._stats.merge(stats)
 
   def result(self) -> FeatureStats:
-    """Statistics of all features so far.
+    """Statistics of all features so far, of all processes together.
 
     Raises:
-      ValueError: when there are none.
+      ValueError: when there are none, or the processes' dimensions differ.
     """
     stats = self._joined()
+    if jax.process_count() > 1:
+      stats = _over_processes(stats)
     if stats is None:
       raise ValueError("no features were given")
     return stats
+
+
+def _over_processes(own: FeatureStats | None) -> FeatureStats | None:
+  """Statistics of all processes' sets together, the same in all.
+
+  As `FeatureStats.merge`, with the mean of all as the common centre: only one
+  sum of [D, D] matrices goes over the network.
+  """
+  size = [0, 0] if own is None else [own.count, len(own.mean)]
+  counts, dimensions = np.concatenate(
+    processes.gather(np.asarray([size], np.int64))
+  ).T
+  found = np.unique(dimensions[counts > 0])
+  if not len(found):
+    return None
+  if len(found) > 1:
+    raise ValueError(
+      f"features of {found.tolist()} dimensions in different processes"
+    )
+  if own is None:
+    empty = np.zeros((found[0], found[0]))
+    own = FeatureStats(0, empty[0], empty)
+  count = int(counts.sum())
+  mean = processes.total(own.mean * (own.count / count))
+  delta = own.mean - mean
+  scatter = own.scatter + own.count * np.outer(delta, delta)
+  return FeatureStats(count, mean, processes.total(scatter))
 
 
 def _check_dimensions(a: Moments, b: Moments) -> None:

@@ -3,63 +3,110 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from drift_jax import processes
+from drift_jax.metrics import files
+from drift_jax.metrics.batches import Batch, PixelsFn, local_batches
 from drift_jax.metrics.evaluators import Evaluator, merge_figures
+from drift_jax.metrics.images import to_rgb
 
-SampleFn = Callable[
-  [np.ndarray, np.ndarray, np.ndarray], np.ndarray | jax.Array
-]
+SampleFn = Callable[[np.ndarray, np.ndarray, np.ndarray], jax.Array]
 
 
-def balanced_labels(num_images: int, num_classes: int) -> np.ndarray:
-  """Labels 0, 1, ..., num_classes - 1, 0, 1, ...: [num_images] int32.
+def balanced_labels(num_samples: int, num_classes: int) -> np.ndarray:
+  """Labels 0, 1, ..., num_classes - 1, 0, 1, ...: [num_samples] int32.
 
   Raises:
-    ValueError: when num_classes does not divide num_images, naming the nearest
+    ValueError: when num_classes does not divide num_samples, naming the nearest
       counts that it divides.
   """
-  if num_classes < 1 or num_images < 1:
+  if num_classes < 1 or num_samples < 1:
     raise ValueError(
       "balanced labels need at least one image and one class, got"
-      f" num_images={num_images}, num_classes={num_classes}"
+      f" num_samples={num_samples}, num_classes={num_classes}"
     )
-  if num_images % num_classes:
-    below = num_images - num_images % num_classes
+  if num_samples % num_classes:
+    below = num_samples - num_samples % num_classes
     valid = [n for n in (below, below + num_classes) if n]
     raise ValueError(
-      f"num_images={num_images} cannot be balanced over"
+      f"num_samples={num_samples} cannot be balanced over"
       f" num_classes={num_classes}; the nearest valid counts are"
       f" {' and '.join(map(str, valid))}"
     )
-  return np.arange(num_images, dtype=np.int32) % np.int32(num_classes)
+  return np.arange(num_samples, dtype=np.int32) % np.int32(num_classes)
+
+
+def read_labels(
+  path: files.PathLike, *, num_classes: int, count: int | None
+) -> np.ndarray:
+  """Labels [N] int32 that a file lists, in its order.
+
+  Args:
+    path: .npy of integers [N], or a text with one class index a line.
+    num_classes: labels lie in [0, num_classes).
+    count: N, or None for as many as there are.
+
+  Raises:
+    FileNotFoundError: when there is no such file.
+    ValueError: for anything that is no label, naming it, or another count.
+  """
+  name = str(path)
+  try:
+    labels = (
+      np.load(name) if name.endswith(".npy") else np.loadtxt(name, np.int64)
+    )
+  except ValueError as error:
+    raise ValueError(f"{name} lists no labels: {error}") from error
+  labels = np.atleast_1d(labels)
+  if labels.ndim != 1 or not labels.size or labels.dtype.kind not in "iu":
+    raise ValueError(
+      f"{name} must list class indices, one a line (.txt), or as integers [N]"
+      f" (.npy), found {labels.dtype} {labels.shape}"
+    )
+  wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+  if len(wrong):
+    raise ValueError(
+      f"{name}: entry {wrong[0]} is {labels[wrong[0]]}, labels lie in"
+      f" [0, {num_classes})"
+    )
+  if count not in (None, len(labels)):
+    raise ValueError(
+      f"{name} lists {len(labels)} labels, but num_samples={count}: give a list"
+      " of as many, or 0 for as many as it lists"
+    )
+  return labels.astype(np.int32)
 
 
 def generate(
-  sample_fn: SampleFn, labels: np.ndarray, alpha: float, *, batch_size: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Draws one image for each label, in batches of one compiled shape.
+  sample_fn: SampleFn,
+  labels: np.ndarray,
+  alpha: float,
+  *,
+  batch_size: int,
+  to_pixels: PixelsFn = to_rgb,
+) -> Iterator[Batch]:
+  """Draws one sample for each label, in batches of one compiled shape.
 
-  The last batch is filled up by repeating its last sample, and its output is
-  trimmed: exactly N images come out, each once. If the noise of a sample
-  depends on its index alone, the images do not depend on batch_size.
+  The last batch is filled up by repeating its last sample, and no row of these
+  is handed out: exactly N samples come out of all processes, each once. If the
+  noise of a sample depends on its number alone, the samples do not depend on
+  batch_size, devices or processes. The next batch is under way when one is
+  handed out.
 
   Args:
-    sample_fn: (labels [batch_size] int32, alpha [batch_size] float32, index
-      [batch_size] int32) -> images [batch_size, H, W, C]. Arguments are NumPy
-      arrays; index numbers the samples 0 ... N - 1. The result must be
-      addressable in full by this process.
-    labels: [N] integers.
+    sample_fn: (labels [b] int32, alpha [b] float32, index [b] int32), NumPy
+      arrays of this process' part of a batch, b = batch_size / processes ->
+      samples [batch_size, H, W, C]. index numbers the samples 0 ... N - 1.
+    labels: [N] integers, the same in all processes.
     alpha: guidance scale, the same for all samples.
-    batch_size: samples per call, >= 1.
-
-  Yields:
-    (images [B, H, W, C] float32, labels [B] int32), B = batch_size but in the
-    last one.
+    batch_size: samples per call of all processes together.
+    to_pixels: samples -> 8-bit RGB images; called where somebody asks for them.
 
   Raises:
-    ValueError: for empty or ill-shaped labels, batch_size < 1, or images of
-      another shape.
+    ValueError: for empty or ill-shaped labels, a batch_size that the processes
+      can't share, or samples of another shape.
   """
   labels = np.asarray(labels)
   if labels.ndim != 1 or not labels.size or labels.dtype.kind not in "iu":
@@ -67,36 +114,43 @@ def generate(
       f"labels must be a non-empty [N] integer array, got {labels.dtype}"
       f" {labels.shape}"
     )
-  if batch_size < 1:
-    raise ValueError(f"batch_size must be at least 1, got {batch_size}")
   labels = labels.astype(np.int32)
-  scales = np.full(batch_size, alpha, np.float32)
-  for start in range(0, len(labels), batch_size):
-    index = np.arange(start, start + batch_size, dtype=np.int32)
-    index = np.minimum(index, np.int32(len(labels) - 1))
-    images = np.asarray(
-      jax.device_get(sample_fn(labels[index], scales, index))
-    ).astype(np.float32)
-    if images.ndim != 4 or len(images) != batch_size:
+  last = None
+  for index, valid in local_batches(len(labels), batch_size):
+    wanted = labels[index]
+    samples = sample_fn(wanted, np.full(len(index), alpha, np.float32), index)
+    if samples.ndim != 4 or len(samples) != batch_size:
       raise ValueError(
-        f"sample_fn must return [{batch_size}, H, W, C] images, got shape"
-        f" {images.shape}"
+        f"sample_fn must return [{batch_size}, H, W, C] samples, got shape"
+        f" {samples.shape}"
       )
-    valid = min(batch_size, len(labels) - start)
-    yield images[:valid], labels[start : start + valid]
+    batch = Batch(samples, index[:valid], wanted[:valid], to_pixels)
+    if last is not None:
+      yield last
+    last = batch
+  if last is not None:
+    yield last
 
 
-def _check_finite(
-  images: np.ndarray, labels: np.ndarray, alpha: float, start: int
-) -> None:
-  finite = np.isfinite(images).all(axis=(1, 2, 3))
-  if not finite.all():
-    first = int(np.argmin(finite))
-    raise ValueError(
-      f"generated image {start + first} (label {labels[first]}, alpha {alpha})"
-      f" is not finite; {np.count_nonzero(~finite)} of its batch of"
-      f" {len(images)} are not"
-    )
+@jax.jit
+def _non_finite(samples: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(whether a sample is not finite, which are not [B])."""
+  bad = ~jnp.isfinite(samples).all(axis=(1, 2, 3))
+  return bad.any(), bad
+
+
+def _check_finite(batch: Batch, alpha: float) -> None:
+  """Raises in all processes where a sample of any of them is not finite."""
+  found, bad = _non_finite(batch.samples)
+  if not bool(found):
+    return
+  own = np.stack([batch.index, batch.labels], axis=1)[batch.rows(bad)]
+  all_bad = np.concatenate(processes.gather(own))
+  number, label = min(map(tuple, all_bad.tolist()))
+  raise ValueError(
+    f"generated sample {number} (label {label}, alpha {alpha}) is not finite;"
+    f" {len(all_bad)} of its batch are not"
+  )
 
 
 def evaluate(
@@ -105,22 +159,25 @@ def evaluate(
   labels: np.ndarray,
   alphas: Sequence[float],
   batch_size: int,
+  *,
+  to_pixels: PixelsFn = to_rgb,
 ) -> dict[float, dict[str, float]]:
   """Figures of all evaluators for each guidance scale alpha.
 
-  Each image is drawn once per alpha and handed to every evaluator. Sample
-  numbers restart at 0 for each alpha, so the same noise is compared.
+  Each sample is drawn once per alpha and handed to every evaluator. Sample
+  numbers restart at 0 for each alpha, so the same noise is compared. Several
+  processes share the work; each returns the figures of all samples.
 
   Args:
     evaluators: at least one; they are reset for each alpha.
-    sample_fn, labels, batch_size: as in `generate`.
+    sample_fn, labels, batch_size, to_pixels: as in `generate`.
     alphas: guidance scales, each once.
 
   Returns:
     {alpha: {figure: value}} in the order of alphas.
 
   Raises:
-    ValueError: when a generated image is not finite (naming its alpha, index
+    ValueError: when a generated sample is not finite (naming its alpha, number
       and label), two evaluators report the same figure, or alphas or evaluators
       are empty or repeat.
   """
@@ -134,14 +191,12 @@ def evaluate(
   for alpha in scales:
     for evaluator in evaluators:
       evaluator.reset()
-    start = 0
-    for images, batch_labels in generate(
-      sample_fn, labels, alpha, batch_size=batch_size
+    for batch in generate(
+      sample_fn, labels, alpha, batch_size=batch_size, to_pixels=to_pixels
     ):
-      _check_finite(images, batch_labels, alpha, start)
-      start += len(images)
+      _check_finite(batch, alpha)
       for evaluator in evaluators:
-        evaluator.update(images, batch_labels)
+        evaluator.update(batch)
     results[alpha] = merge_figures(
       (evaluator.name, evaluator.result()) for evaluator in evaluators
     )

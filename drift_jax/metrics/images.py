@@ -1,6 +1,7 @@
 """Generated samples as 8-bit images."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -29,6 +30,37 @@ def to_uint8(images: Images) -> np.ndarray:
   """
   images = np.asarray(jax.device_get(images)).astype(np.float32)
   return unit_to_uint8((images + np.float32(1)) / np.float32(2))
+
+
+@jax.jit
+def to_rgb(images: jax.Array) -> jax.Array:
+  """`to_uint8` on the device, as RGB: [B, H, W, 1 or 3] -> [B, H, W, 3].
+
+  Grey becomes three equal channels, as evaluation networks take it.
+
+  Raises:
+    ValueError: another number of channels.
+  """
+  if images.ndim != 4 or images.shape[-1] not in (1, 3):
+    raise ValueError(
+      "an evaluation network looks at images [B, H, W, 1 or 3], got shape"
+      f" {images.shape}: latents need their autoencoder (vae.path)"
+    )
+  unit = (images.astype(jnp.float32) + 1) / 2
+  unit = jnp.clip(jnp.where(jnp.isnan(unit), 0, unit), 0, 1)
+  pixels = (unit * 255).astype(jnp.uint8)
+  return jnp.broadcast_to(pixels, (*pixels.shape[:3], 3))
+
+
+def real_pixels(images: np.ndarray) -> np.ndarray:
+  """Real images [n, H, W, 1 or 3] in [-1, 1] -> uint8 [n, H, W, 3], rounded.
+
+  The inverse of pixel p -> p / 127.5 - 1, which truncation is not: what real
+  images are compared by must be the pixels of their files.
+  """
+  pixels = np.rint((np.asarray(images, np.float32) + 1) * np.float32(127.5))
+  pixels = np.clip(pixels, 0, 255).astype(np.uint8)
+  return np.broadcast_to(pixels, (*pixels.shape[:3], 3))
 
 
 def image_grid(

@@ -1,9 +1,10 @@
-"""Inception score of class logits, from sums that are small and mergeable."""
+"""Inception score of class logits, from sums that are small."""
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
 
+from drift_jax import processes
 from drift_jax.metrics import frechet
 
 # Published scores shuffle the samples with this seed before they are split.
@@ -96,41 +97,24 @@ class InceptionScore:
     self._probability += member @ probability
     self._negentropy += member @ (probability * log_probability).sum(axis=1)
 
-  def merge(self, other: "InceptionScore") -> None:
-    """Adds the samples that another process saw; other is left as it is.
-
-    Raises:
-      ValueError: when counts, classes or splits differ, or both saw a sample.
-    """
-    own, others = (
-      (len(score._seen), score._probability.shape[1], len(score._negentropy))
-      for score in (self, other)
-    )
-    if own != others:
-      raise ValueError(
-        "Inception scores of different (count, classes, splits) cannot be"
-        f" merged: {own} and {others}"
-      )
-    both = self._seen & other._seen
-    if both.any():
-      raise ValueError(f"sample number {np.argmax(both)} came twice")
-    self._seen |= other._seen
-    self._probability += other._probability
-    self._negentropy += other._negentropy
-
   def result(self) -> tuple[float, float]:
     """(mean, standard deviation) over the parts; the mean is in [1, C].
 
+    Of the samples of all processes together.
+
     Raises:
-      ValueError: unless all samples came.
+      ValueError: unless all samples came, each once.
     """
-    if not self._seen.all():
+    seen = processes.total(self._seen.astype(np.int32))
+    if (seen > 1).any():
+      raise ValueError(f"sample number {np.argmax(seen > 1)} came twice")
+    if not seen.all():
       raise ValueError(
-        f"an Inception score of {len(self._seen)} samples got only"
-        f" {np.count_nonzero(self._seen)}"
+        f"an Inception score of {len(seen)} samples got only"
+        f" {np.count_nonzero(seen)}"
       )
-    marginal = self._probability / self._part_size
-    divergence = self._negentropy / self._part_size
+    marginal = processes.total(self._probability) / self._part_size
+    divergence = processes.total(self._negentropy) / self._part_size
     divergence -= special.xlogy(marginal, marginal).sum(axis=1)
     scores = np.exp(divergence)
     return float(scores.mean()), float(scores.std())

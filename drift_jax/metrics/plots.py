@@ -18,7 +18,9 @@ from drift_jax.metrics import files
 Records = Sequence[Mapping[str, float | int]]
 
 _DRIFT_KEY = re.compile(r"drift_rms/([0-9.eE+-]+)")
-_FRECHET_KEY = re.compile(r"eval/(fd_[^/]+)/(?:alpha_([0-9.eE+-]+)|baseline)")
+_FRECHET_KEY = re.compile(
+  r"eval/(fid|fd_[^/]+)/(?:alpha_([0-9.eE+-]+)|baseline)"
+)
 _COLOURS = (
   "#1f6fb4",
   "#d1632a",
@@ -165,6 +167,57 @@ def plot_frechet(records: Records, path: files.PathLike) -> None:
     _log_scale(axis)
     axis.set_ylabel(f"{space}\nFréchet distance (squared feature units)")
     axis.legend(frameon=False)
+  _save(figure, path)
+
+
+def plot_alphas(
+  results: Mapping[float, Mapping[str, float]], path: files.PathLike
+) -> None:
+  """Figures over the guidance scale, a panel for each (Fig. 5).
+
+  Args:
+    results: {alpha: {figure: value}}, at least two alphas: Frechet distances
+      and the Inception score are drawn, with a mark at each one's best alpha.
+    path: PNG file to write.
+
+  Raises:
+    ValueError: fewer than two alphas, or no such figure.
+  """
+  alphas = sorted(results)
+  names = [
+    name
+    for name in results[alphas[0]]
+    if name in ("fid", "inception_score") or name.startswith("fd_")
+  ]
+  if len(alphas) < 2 or not names:
+    raise ValueError(
+      "a plot over alpha needs at least two alphas, and a Frechet distance or"
+      f" an Inception score; got alphas {alphas} and figures"
+      f" {sorted(results[alphas[0]])}"
+    )
+  figure, axes = _figure(len(names), 3.0)
+  for axis, name in zip(axes, names, strict=True):
+    values = np.asarray([results[alpha][name] for alpha in alphas])
+    colour = _COLOURS[0 if name != "inception_score" else 1]
+    _draw(axis, np.asarray(alphas), values, label=name, colour=colour)
+    best = int(
+      values.argmax() if name == "inception_score" else values.argmin()
+    )
+    axis.annotate(
+      f"{values[best]:.4g} at α = {alphas[best]:g}",
+      (alphas[best], values[best]),
+      xytext=(0, 8),
+      textcoords="offset points",
+      ha="center",
+    )
+    axis.margins(y=0.18)
+    axis.set_ylabel(
+      {"fid": "FID", "inception_score": "Inception score"}.get(
+        name, f"{name}\n(Fréchet distance)"
+      )
+    )
+  axes[-1].set_xlabel("guidance scale α")
+  axes[-1].xaxis.set_major_locator(ticker.AutoLocator())
   _save(figure, path)
 
 

@@ -1,7 +1,8 @@
 """Files of reference statistics: ours and the public ones.
 
-Ours is an .npz of `mu` [D], `sigma` [D, D] (float64, ddof 1), `count` and
-`provenance`, a JSON text. Public files for ImageNet-256 hold `mu` and `sigma`
+Ours is an .npz of `mu` [D], `sigma` [D, D] (float64, ddof 1), `provenance`, a
+JSON text, `count` where it is known, and maybe `features` [n, D] (float32) of
+single images. Public files for ImageNet-256 hold `mu` and `sigma`
 (among other arrays in ADM's VIRTUAL_imagenet256_labeled.npz, which are not
 read) or `ref_mu` and `ref_sigma`, and say nothing of where they come from.
 """
@@ -14,7 +15,7 @@ import zlib
 
 import numpy as np
 from absl import logging
-from jaxtyping import Float64
+from jaxtyping import Float32, Float64
 from numpy.typing import ArrayLike
 
 from drift_jax.metrics import files, frechet
@@ -31,7 +32,7 @@ class Provenance:
   Attributes:
     source: data set, e.g. "imagenet2012".
     split: e.g. "train".
-    crop: how images were cut to a square, e.g. "adm".
+    crop: how images were cut to a square, as in data.crop: "center" is ADM's.
     resolution: side of the square images in pixels.
     network: feature network, e.g. "inception-v3-2015 pool3".
     network_sha256: of the network's weights, 64 hexadecimal digits.
@@ -68,19 +69,27 @@ class ReferenceStats:
     sigma: [D, D] float64, the unbiased covariance (ddof 1).
     count: images, None in public files, which do not say.
     provenance: None in public files.
+    features: [n, D] float32 of some of the images, for figures that compare
+      single ones; None in public files.
   """
 
   mean: Float64[np.ndarray, " D"]
   sigma: Float64[np.ndarray, "D D"]
   count: int | None
   provenance: Provenance | None
+  features: Float32[np.ndarray, "n D"] | None = None
 
   @classmethod
   def from_stats(
-    cls, stats: frechet.FeatureStats, provenance: Provenance
+    cls,
+    stats: frechet.FeatureStats,
+    provenance: Provenance,
+    features: Float32[np.ndarray, "n D"] | None = None,
   ) -> "ReferenceStats":
     """Raises ValueError with fewer than two feature vectors."""
-    return cls(stats.mean, stats.covariance(), stats.count, provenance)
+    return cls(
+      stats.mean, stats.covariance(), stats.count, provenance, features
+    )
 
   def covariance(self) -> Float64[np.ndarray, "D D"]:
     return self.sigma
@@ -90,28 +99,30 @@ def save_reference(path: files.PathLike, reference: ReferenceStats) -> None:
   """Writes the file; it appears whole or not at all.
 
   Raises:
-    ValueError: without a count or a provenance, or for numbers that
-      `load_reference` would refuse.
+    ValueError: without a provenance, or for numbers that `load_reference`
+      would refuse.
   """
-  if reference.count is None or reference.provenance is None:
+  if reference.provenance is None:
     raise ValueError(
-      f"{path}: reference statistics are saved with their count and"
-      f" provenance, got count={reference.count},"
-      f" provenance={reference.provenance}"
+      f"{path}: reference statistics are saved with their provenance, got None"
     )
-  _checked_count(np.asarray(reference.count), str(path))
   mean, sigma = _checked_moments(
     reference.mean, reference.sigma, ("mu", "sigma"), str(path)
   )
   text = json.dumps(dataclasses.asdict(reference.provenance), sort_keys=True)
+  arrays: dict[str, np.ndarray] = {
+    "mu": mean,
+    "sigma": sigma,
+    "provenance": np.asarray(text),
+  }
+  if reference.count is not None:
+    arrays["count"] = np.asarray(reference.count, np.int64)
+    _checked_count(arrays["count"], str(path))
+  if reference.features is not None:
+    arrays["features"] = reference.features
+    _checked_features(arrays["features"], len(mean), str(path))
   with files.replacing(path) as temporary, open(temporary, "wb") as file:
-    np.savez(
-      file,
-      mu=mean,
-      sigma=sigma,
-      count=np.int64(reference.count),
-      provenance=np.str_(text),
-    )
+    np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
 
 
 def load_reference(
@@ -153,6 +164,9 @@ def load_reference(
     sigma,
     _checked_count(arrays["count"], name) if "count" in arrays else None,
     _parsed(arrays["provenance"], name) if "provenance" in arrays else None,
+    _checked_features(arrays["features"], len(mean), name)
+    if "features" in arrays
+    else None,
   )
   if dimensions not in (None, len(mean)):
     raise ValueError(
@@ -180,7 +194,7 @@ def _read(archive: np.lib.npyio.NpzFile, name: str) -> dict[str, np.ndarray]:
       f" {sorted(archive.files)}"
     )
   arrays = {}
-  for key in (*complete[0], "count", "provenance"):
+  for key in (*complete[0], "count", "provenance", "features"):
     if key in archive.files:
       try:
         arrays[key] = archive[key]
@@ -238,6 +252,18 @@ def _checked_count(array: np.ndarray, name: str) -> int:
       f" {array.tolist()}"
     )
   return int(array)
+
+
+def _checked_features(
+  features: np.ndarray, dimensions: int, name: str
+) -> np.ndarray:
+  if features.dtype != np.float32 or features.shape[1:] != (dimensions,):
+    raise ValueError(
+      f"{name}: features must be float32 [n, {dimensions}], found"
+      f" {features.dtype} {features.shape}"
+    )
+  frechet.check_feature_matrix(features, f"{name}: features")
+  return features
 
 
 def _parsed(text: np.ndarray, name: str) -> Provenance:

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from sklearn import svm
 
+from drift_jax import processes
+from drift_jax.metrics.batches import Batch
 from drift_jax.metrics.coverage import (
   check_grid,
   check_neighbours,
@@ -19,12 +21,10 @@ from drift_jax.metrics.coverage import (
 )
 from drift_jax.metrics.evaluators import (
   Reals,
-  check_images,
   check_labels,
   check_reals,
   class_subset,
 )
-from drift_jax.metrics.images import Images
 
 MAX_IMAGES = 10_000
 
@@ -44,7 +44,7 @@ def _flat(
   if indices is None:
     indices = np.arange(len(reals.labels))
   _check_count(len(indices), what, name)
-  images = check_images(reals.fixed(indices), indices, name)
+  images = np.asarray(reals.fixed(indices), np.float32)
   return images.reshape(len(images), -1)
 
 
@@ -72,21 +72,26 @@ class _KeepsImages:
     self.reset()
 
   def reset(self) -> None:
-    self._images: list[np.ndarray] = []
-    self._labels: list[np.ndarray] = []
+    self._kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
-  def update(self, images: Images, labels: np.ndarray) -> None:
-    array = check_images(images, labels, self.name)
-    count = sum(map(len, self._images)) + len(array)
+  def update(self, batch: Batch) -> None:
+    self._kept.append((batch.images, batch.labels, batch.index))
+    # Of this process: no more are kept than the limit.
+    count = sum(len(index) for _, _, index in self._kept)
     _check_count(count, "generated", self.name)
-    self._images.append(array.reshape(len(array), -1))
-    self._labels.append(np.asarray(labels))
 
   def _generated(self) -> tuple[np.ndarray, np.ndarray]:
-    """(images [N, H W C], labels [N]) since reset."""
-    if not self._images:
+    """(images [N, H W C], labels [N]) of all processes since reset, in order.
+
+    Every process gets them all: there are few.
+    """
+    if not self._kept:
       raise ValueError(f"{self.name}: no images since reset()")
-    return np.concatenate(self._images), np.concatenate(self._labels)
+    own = [np.concatenate(part) for part in zip(*self._kept, strict=True)]
+    images, labels, index = (np.concatenate(processes.gather(x)) for x in own)
+    _check_count(len(index), "generated", self.name)
+    order = np.argsort(index, kind="stable")
+    return images[order].reshape(len(order), -1), labels[order]
 
 
 class CoverageEvaluator(_KeepsImages):

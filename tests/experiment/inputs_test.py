@@ -183,9 +183,11 @@ def test_classes_are_counted_or_compared(images):
     experiment.with_num_classes(wrong, reader)
   # What could not be checked before the classes were known.
   odd = dataclasses.replace(
-    config, eval=dataclasses.replace(config.eval, num_images=10)
+    config, eval=dataclasses.replace(config.eval, num_samples=10)
   )
-  with pytest.raises(config_lib.ConfigError, match="num_images=10 .*classes=3"):
+  with pytest.raises(
+    config_lib.ConfigError, match="num_samples=10 .*classes=3"
+  ):
     experiment.with_num_classes(odd, reader)
 
 

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from sklearn import datasets
 
+from drift_jax import metrics
+
 GRID = np.linspace(-1.0, 1.0, 17)
 
 
@@ -53,3 +55,15 @@ def digits() -> Digits:
 def labels_of(per_class: int) -> np.ndarray:
   """Labels of as many digits of each class."""
   return np.arange(10 * per_class, dtype=np.int32) % 10
+
+
+def batch_of(images, labels, start=0, padding=0):
+  """A batch of samples numbered from `start`; `padding` rows don't count."""
+  index = np.arange(start, start + len(labels), dtype=np.int32)
+  filled = np.concatenate([images, *[images[-1:]] * padding])
+  return metrics.Batch(filled, index, np.asarray(labels), metrics.to_rgb)
+
+
+def feed(evaluator, images, labels, start=0):
+  """Hands an evaluator one batch."""
+  evaluator.update(batch_of(images, labels, start))

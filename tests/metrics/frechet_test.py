@@ -6,7 +6,6 @@ import scipy.linalg
 from drift_jax.metrics import (
   FeatureStats,
   FeatureStream,
-  Moments,
   frechet,
   frechet_distance,
 )
@@ -153,18 +152,6 @@ def test_bfloat16_and_float32_features_are_summed_in_float64():
   assert_close(result.covariance(), expected, 1e-14)
 
 
-def test_save_and_load(tmp_path):
-  saved = stats(12)
-  saved.save(tmp_path / "stats.npz")
-  loaded = FeatureStats.load(tmp_path / "stats.npz")
-  assert loaded.count == saved.count
-  assert np.array_equal(loaded.mean, saved.mean)
-  assert np.array_equal(loaded.scatter, saved.scatter)
-  np.savez(tmp_path / "other.npz", mu=np.zeros(3))
-  with pytest.raises(ValueError, match="lacks.*scatter.*holds.*mu"):
-    FeatureStats.load(tmp_path / "other.npz")
-
-
 @pytest.mark.parametrize("decades", [2, 6, 14])
 def test_both_factorisations_agree_with_the_symmetric_form(
   monkeypatch, decades
@@ -232,46 +219,6 @@ def test_bad_streams():
   with pytest.raises(ValueError, match="of 2 dimensions after ones of 3"):
     stream.update(np.zeros((4, 2)))
   assert stream.result().count == 4
-
-
-def test_hosts_exchange_all_digits():
-  parts = [stats(seed, 20 + seed, 5) for seed in range(4)]
-  packed = [part.packed() for part in parts]
-  assert {array.dtype.name for array in packed} == {"uint8"}
-  assert {array.shape for array in packed} == {(8 * 31,)}
-  # As an all-gather returns them.
-  gathered = np.stack(packed)
-  merged = FeatureStats.merged(FeatureStats.unpacked(row) for row in gathered)
-  expected = FeatureStats.merged(parts)
-  assert merged.count == expected.count == 86
-  assert np.array_equal(merged.mean, expected.mean)
-  assert np.array_equal(merged.scatter, expected.scatter)
-  whole = np.concatenate([random_features(s, 20 + s, 5) for s in range(4)])
-  assert_close(expected.covariance(), np.cov(whole, rowvar=False), 1e-13)
-  with pytest.raises(ValueError, match="no feature statistics"):
-    FeatureStats.merged([])
-  for bad in (packed[0][:-8], packed[0].astype(np.int64), packed[0][:0]):
-    with pytest.raises(ValueError, match=r"8 \(1 [+] D [+] D\^2\) uint8"):
-      FeatureStats.unpacked(bad)
-
-
-def test_moments_and_back():
-  fitted = stats(18)
-  assert isinstance(fitted, Moments)
-  back = FeatureStats.from_moments(fitted.mean, fitted.covariance(), 60)
-  assert back.count == 60
-  assert np.array_equal(back.mean, fitted.mean)
-  assert_close(back.scatter, fitted.scatter, 1e-15)
-  whole = fitted.merge(stats(19))
-  assert_close(back.merge(stats(19)).covariance(), whole.covariance(), 1e-14)
-  for mean, covariance, count, message in (
-    (np.zeros(3), np.eye(4), 5, r"shape \(3, 3\), got \(4, 4\)"),
-    (np.zeros(3), np.zeros(3), 5, "covariance must be"),
-    (np.full(3, np.nan), np.eye(3), 5, "mean: 1 of 1 rows are not finite"),
-    (np.zeros(3), np.eye(3), 1, "at least 2 feature vectors, got 1"),
-  ):
-    with pytest.raises(ValueError, match=message):
-      FeatureStats.from_moments(mean, covariance, count)
 
 
 def test_few_samples_are_warned_of(caplog):

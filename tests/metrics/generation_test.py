@@ -42,10 +42,11 @@ class Recorder:
     self.resets += 1
     self.images: list[np.ndarray] = []
 
-  def update(self, images, labels):
-    assert np.array_equal(images[:, 0, 0, 0], labels)
-    self.images.append(images)
-    self.all.append(images)
+  def update(self, batch):
+    assert np.array_equal(batch.images[:, 0, 0, 0], batch.labels)
+    assert np.array_equal(batch.images[:, 1, 0, 0], batch.index)
+    self.images.append(batch.images)
+    self.all.append(batch.images)
 
   def result(self):
     return {self.figure: float(sum(map(len, self.images)))}
@@ -70,8 +71,8 @@ def test_generate_exactly_once_in_full_batches(batch_size):
     # Padding repeats a valid sample, so that label and index fit.
     assert np.array_equal(labels[call[2]], call[0])
   assert len(calls) == -(-12 // batch_size)
-  images = np.concatenate([images for images, _ in batches])
-  drawn = np.concatenate([labels for _, labels in batches])
+  images = np.concatenate([batch.images for batch in batches])
+  drawn = np.concatenate([batch.labels for batch in batches])
   assert images.shape == (12, *SHAPE) and images.dtype == np.float32
   assert np.array_equal(drawn, labels) and drawn.dtype == np.int32
   assert np.array_equal(images[:, 0, 0, 0], labels)
@@ -88,8 +89,8 @@ def test_one_compilation():
     return encode(labels, alpha, index).astype(jnp.bfloat16)
 
   for alpha in (1.0, 2.0):
-    for images, _ in generate(sample_fn, np.arange(10), alpha, batch_size=4):
-      assert images.dtype == np.float32
+    for batch in generate(sample_fn, np.arange(10), alpha, batch_size=4):
+      assert batch.images.dtype == np.float32
   assert traces == [(4,)]
 
 
@@ -98,7 +99,7 @@ def test_balanced_labels():
   assert labels.dtype == np.int32
   assert labels.tolist() == [0, 1, 2, 3] * 3
   for count, valid in ((10, "8 and 12$"), (3, "are 4$")):
-    with pytest.raises(ValueError, match=f"num_images={count}.*{valid}"):
+    with pytest.raises(ValueError, match=f"num_samples={count}.*{valid}"):
       balanced_labels(count, 4)
   for count, classes in ((0, 4), (4, 0), (-4, 4)):
     with pytest.raises(ValueError, match="at least one"):
@@ -138,7 +139,7 @@ def test_non_finite_image_names_alpha_and_index(value):
 
   labels = balanced_labels(9, 3)
   evaluate([Recorder("one")], sample_fn, labels, [1.0], 4)
-  with pytest.raises(ValueError, match=r"image 6 \(label 0, alpha 2.0\)"):
+  with pytest.raises(ValueError, match=r"sample 6 \(label 0, alpha 2.0\)"):
     evaluate([Recorder("one")], sample_fn, labels, [1.0, 2.0], 4)
 
 

@@ -38,20 +38,18 @@ def test_oracle():
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_batches_order_and_processes_do_not_matter(seed):
+def test_batches_and_their_order_do_not_matter(seed):
   values = logits(1, 103, 7)
   expected = inception_score(values, 4)
   random = np.random.default_rng(seed)
   order = random.permutation(103)
-  workers = [InceptionScore(103, 7, 4) for _ in range(3)]
+  score = InceptionScore(103, 7, 4)
   for part in np.split(order, np.sort(random.integers(1, 103, 6))):
+    with pytest.raises(ValueError, match="103 samples got only"):
+      score.result()
     if len(part):
-      workers[random.integers(3)].update(values[part], part)
-  with pytest.raises(ValueError, match="103 samples got only"):
-    workers[0].result()
-  workers[0].merge(workers[1])
-  workers[0].merge(workers[2])
-  assert workers[0].result() == pytest.approx(expected, rel=1e-13)
+      score.update(values[part], part)
+  assert score.result() == pytest.approx(expected, rel=1e-13)
 
 
 def test_ends_of_the_scale():
@@ -110,14 +108,3 @@ def test_bad_input():
   assert score.result() == pytest.approx(inception_score(values, 2), rel=1e-13)
   with pytest.raises(ValueError, match="number 7 came twice"):
     score.update(values[:1], np.array([7]))
-
-
-def test_bad_merges():
-  first, second = InceptionScore(20, 6, 2), InceptionScore(20, 6, 2)
-  first.update(logits(5, 8, 6), np.arange(8))
-  second.update(logits(5, 8, 6), np.arange(7, 15))
-  with pytest.raises(ValueError, match="number 7 came twice"):
-    first.merge(second)
-  for shape in ((21, 6, 2), (20, 5, 2), (20, 6, 4)):
-    with pytest.raises(ValueError, match=r"\(20, 6, 2\) and \(2"):
-      first.merge(InceptionScore(*shape))

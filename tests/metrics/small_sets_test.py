@@ -12,7 +12,7 @@ from drift_jax.metrics import (
   duplicates,
   small_sets,
 )
-from tests.metrics.conftest import GRID, ImageSet, labels_of
+from tests.metrics.conftest import GRID, ImageSet, feed, labels_of
 
 
 def flat(images):
@@ -44,14 +44,14 @@ def test_evaluators_forget_on_reset_and_join_batches(every, stand_in):
   images, labels = stand_in
   for evaluator in every:
     assert isinstance(evaluator, Evaluator)
-    evaluator.update(images, labels)
+    feed(evaluator, images, labels)
     expected = evaluator.result()
-    evaluator.update(-images, labels)
+    feed(evaluator, -images, labels)
     evaluator.reset()
     with pytest.raises(ValueError, match=f"{evaluator.name}: no images"):
       evaluator.result()
     for part in (slice(0, 100), slice(100, 101), slice(101, None)):
-      evaluator.update(jnp.asarray(images[part]), labels[part])
+      feed(evaluator, jnp.asarray(images[part]), labels[part], part.start)
     assert evaluator.result() == expected
     assert all(type(value) is float for value in expected.values())
     assert list(evaluator.baseline()) == list(expected)
@@ -65,12 +65,12 @@ def test_coverage_against_heldout(digits, stand_in):
   assert evaluator.baseline() == {"density": density, "coverage": covered}
   # 540 real digits against 540 others.
   assert 0.95 < covered <= 1.0 and 0.9 < density < 1.15
-  evaluator.update(*stand_in)
+  feed(evaluator, *stand_in)
   assert evaluator.result() == evaluator.baseline()
   evaluator.reset()
   images, labels = stand_in
   means = [images[labels == label].mean(axis=0) for label in labels]
-  evaluator.update(np.stack(means), labels)
+  feed(evaluator, np.stack(means), labels)
   collapsed = evaluator.result()
   assert collapsed["density"] > 3.0 and collapsed["coverage"] < 0.7
 
@@ -79,11 +79,11 @@ def test_label_accuracy_is_that_of_a_classifier_of_reals(digits):
   evaluator = LabelAccuracyEvaluator(*digits.reals)
   heldout = evaluator.baseline()["label_accuracy"]
   assert heldout >= 0.985
-  evaluator.update(digits.test_images, digits.test_labels)
+  feed(evaluator, digits.test_images, digits.test_labels)
   assert evaluator.result() == evaluator.baseline()
   evaluator.reset()
   wrong = (digits.test_labels + 1) % 10
-  evaluator.update(digits.test_images, wrong)
+  feed(evaluator, digits.test_images, wrong)
   assert evaluator.result()["label_accuracy"] < 0.01
   again = LabelAccuracyEvaluator(*digits.reals)
   assert again.baseline()["label_accuracy"] == heldout
@@ -94,7 +94,7 @@ def test_label_accuracy_learns_nothing_from_heldout_images(digits):
   wrong = ImageSet(test.images, (test.labels + 1) % 10)
   evaluator = LabelAccuracyEvaluator(train, wrong)
   assert evaluator.baseline()["label_accuracy"] < 0.01
-  evaluator.update(train.images, train.labels)
+  feed(evaluator, train.images, train.labels)
   assert evaluator.result()["label_accuracy"] == 1.0
 
 
@@ -115,7 +115,7 @@ def test_duplicates_of_training_images(digits):
   }
   noise = np.random.default_rng(0).uniform(-1, 1, (5, 8, 8, 1))
   images = np.concatenate([digits.train_images[:15], noise.astype(np.float32)])
-  evaluator.update(images, np.zeros(20, np.int32))
+  feed(evaluator, images, np.zeros(20, np.int32))
   assert evaluator.result() == {
     "exact_duplicates": 15.0,
     "near_duplicates": 15.0,
@@ -128,9 +128,9 @@ def test_too_many_images_are_refused(monkeypatch, digits, every):
   monkeypatch.setattr(small_sets, "MAX_IMAGES", 1000)
   for evaluator in every:
     part = digits.train_images[:600], digits.train_labels[:600]
-    evaluator.update(*part)
+    feed(evaluator, *part)
     with pytest.raises(ValueError, match="1200 generated.*at most 1000"):
-      evaluator.update(*part)
+      feed(evaluator, *part)
   train, test = digits.reals
   # Only those that stand in for generated images count, and they are read.
   coverage_evaluator(digits)
@@ -166,6 +166,6 @@ def test_bad_settings(digits):
 def test_wrong_count_per_class(digits, stand_in):
   evaluator = coverage_evaluator(digits)
   images, labels = stand_in
-  evaluator.update(images[1:], labels[1:])
+  feed(evaluator, images[1:], labels[1:])
   with pytest.raises(ValueError, match="53 generated images of class 0"):
     evaluator.result()

@@ -1,0 +1,360 @@
+"""Networks that judge images, and the evaluators that a config asks for."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from drift_jax import artifacts, metrics, sharding, steps
+from drift_jax import config as config_lib
+from drift_jax.experiment.inputs import LATENTS, Readers
+from drift_jax.experiment.runs import naming, pad_to_mesh
+from drift_jax.metrics.images import Images
+
+_KINDS = ("inception", "vit")
+
+
+def on_mesh(
+  apply: Callable[[Any, jax.Array], Any], params: Any, mesh: Mesh
+) -> Callable[[Images], Any]:
+  """A frozen network, jitted: its batches and outputs are split over the mesh.
+
+  Args:
+    apply: (params, inputs [B, ...]) -> arrays [B, ...].
+    params: on the mesh.
+    mesh: of the batch.
+
+  Returns:
+    Inputs [B, ...] on the mesh, or this process' part of them on the host ->
+    arrays [B, ...] on the mesh.
+  """
+  jitted = jax.jit(apply, out_shardings=sharding.batch_sharding(mesh))
+
+  def call(inputs: Images) -> Any:
+    if isinstance(inputs, np.ndarray):
+      inputs = sharding.put_batch(inputs, mesh)
+    return jitted(params, inputs)
+
+  return call
+
+
+def make_decoder(
+  vae: artifacts.Artifact | None, mesh: Mesh
+) -> Callable[[Images], Images]:
+  """Samples -> images [B, H, W, C] on the mesh, decoded if there is a VAE."""
+  if vae is None:
+    return lambda samples: samples
+  apply = functools.partial(steps.apply, vae.module, method="decode")
+  return on_mesh(apply, vae.params, mesh)
+
+
+def make_pixels(vae: artifacts.Artifact | None, mesh: Mesh) -> metrics.PixelsFn:
+  """Samples -> 8-bit RGB images, on the mesh."""
+  decode = make_decoder(vae, mesh)
+  return lambda samples: metrics.to_rgb(decode(samples))
+
+
+def load_judge(path: str, mesh: Mesh) -> artifacts.Artifact:
+  """A network that looks at 8-bit RGB images, its parameters on every device.
+
+  Raises:
+    ArtifactError: for anything that can't be loaded.
+  """
+  artifact = artifacts.load(path)
+  if artifact.kind not in _KINDS:
+    raise artifacts.ArtifactError(
+      f"{path} holds a model of kind {artifact.kind!r}, want one of "
+      f"{list(_KINDS)}: python -m drift_jax.tools.convert_weights writes them"
+    )
+  params = jax.device_put(artifact.params, sharding.replicated(mesh))
+  return dataclasses.replace(artifact, params=params)
+
+
+def is_published(artifact: artifacts.Artifact) -> bool:
+  """Whether these are the weights of FID."""
+  source = artifact.metadata.get("source") or {}
+  return artifact.kind == "inception" and source.get("published") is True
+
+
+def name_of(artifact: artifacts.Artifact) -> str:
+  """A network in words, as reports and statistics record it."""
+  if artifact.kind == "inception":
+    weights = "published" if is_published(artifact) else "other"
+    return f"inception-v3 pool3, {weights} weights"
+  source = artifact.metadata.get("source") or {}
+  return f"{artifact.kind} of {source.get('location', 'unknown origin')}"
+
+
+def network_fn(artifact: artifacts.Artifact, mesh: Mesh) -> Callable[..., Any]:
+  """8-bit RGB images [B, H, W, 3] -> (features [B, D], logits if it has any).
+
+  On the mesh; images may be this process' part of them on the host.
+  """
+
+  def apply(params: Any, pixels: jax.Array) -> tuple[jax.Array, ...]:
+    out: Any = steps.apply(artifact.module, params, pixels)
+    if artifact.kind == "inception":
+      return out.pool3, out.logits_unbiased
+    return (out,)
+
+  return on_mesh(apply, artifact.params, mesh)
+
+
+class Judged(NamedTuple):
+  """An evaluator of a network, and what it is made of, fit for JSON."""
+
+  evaluator: metrics.Evaluator
+  facts: dict[str, Any]
+
+
+def network_evaluators(
+  names: Sequence[str],
+  judges: Mapping[str, config_lib.Judge],
+  *,
+  count: int,
+  seed: int,
+  resolution: int,
+  crop: str | None,
+  mesh: Mesh,
+) -> dict[str, Judged]:
+  """The evaluators that need no real images but reference statistics.
+
+  Args:
+    names: figures; those of these networks are looked at.
+    judges: {'inception' or 'dinov2': where it and its statistics are}.
+    count: images that will come.
+    seed: see NetworkEvaluator.
+    resolution, crop: of the images; the statistics must be of the same. None
+      for a crop that nobody knows.
+    mesh: where the networks run.
+
+  Returns:
+    {'inception' or 'dinov2': its evaluator}, where a figure needs it.
+
+  Raises:
+    ArtifactError: a network that can't be loaded.
+    ConfigError: statistics that can't be used, or figures that these weights
+      have no right to.
+  """
+  made = {}
+  for name, figures in config_lib.JUDGED_METRICS.items():
+    wanted = [metric for metric in names if metric in figures]
+    if not wanted:
+      continue
+    judge = judges[name]
+    artifact = _judge(name, judge, wanted, mesh)
+    facts: dict[str, Any] = {
+      "path": judge.path,
+      "sha256": artifact.sha256,
+      "source": artifact.metadata.get("source"),
+    }
+    with naming(f"eval.{name}"):
+      reference = None
+      if judge.reference:
+        reference = metrics.load_reference(
+          judge.reference,
+          resolution=resolution,
+          crop=crop,
+          network_sha256=artifact.sha256,
+        )
+        facts["reference"] = {
+          "path": judge.reference,
+          "count": reference.count,
+          "provenance": reference.provenance
+          and dataclasses.asdict(reference.provenance),
+        }
+      evaluator = metrics.NetworkEvaluator(
+        name,
+        network_fn(artifact, mesh),
+        wanted,
+        reference,
+        count=count,
+        seed=seed,
+      )
+    made[name] = Judged(evaluator, facts)
+  return made
+
+
+def _judge(
+  name: str, judge: config_lib.Judge, wanted: Sequence[str], mesh: Mesh
+) -> artifacts.Artifact:
+  """The network of eval.NAME, if it is what its figures mean."""
+  try:
+    artifact = load_judge(judge.path, mesh)
+  except artifacts.ArtifactError as error:
+    raise artifacts.ArtifactError(f"eval.{name}: {error}") from error
+  kind = {"inception": "inception", "dinov2": "vit"}[name]
+  if artifact.kind != kind:
+    raise artifacts.ArtifactError(
+      f"eval.{name}.path={judge.path!r} holds a model of kind "
+      f"{artifact.kind!r}, want {kind!r}"
+    )
+  named = [figure for figure in wanted if not figure.startswith("fd_")]
+  if named and not is_published(artifact):
+    raise config_lib.ConfigError(
+      f"eval.metrics holds {named}, but eval.inception.path={judge.path!r} are "
+      "not the published weights, whose figures alone have these names: "
+      "convert those, or ask for 'fd_inception'"
+    )
+  return artifact
+
+
+def needs_reals(chosen: config_lib.GeneratorEval) -> bool:
+  """Whether an evaluation reads real images."""
+  judged = [n for names in config_lib.JUDGED_METRICS.values() for n in names]
+  return any(name not in judged for name in chosen.metrics) or (
+    chosen.num_samples == 0 and not chosen.labels
+  )
+
+
+def evaluation_labels(
+  chosen: config_lib.GeneratorEval, num_classes: int, readers: Readers | None
+) -> np.ndarray:
+  """Labels of the images that an evaluation generates.
+
+  Those of eval.labels; else balanced, or those of the held-out images where
+  eval.num_samples is 0.
+
+  Raises:
+    ValueError: a list of labels that does not fit.
+  """
+  if chosen.labels:
+    return metrics.read_labels(
+      chosen.labels, num_classes=num_classes, count=chosen.num_samples or None
+    )
+  if chosen.num_samples == 0:
+    assert readers is not None
+    return np.asarray(readers.test().labels, np.int32)
+  return metrics.balanced_labels(chosen.num_samples, num_classes)
+
+
+def reference_crop(settings: config_lib.Data) -> str:
+  """How held-out images are cut, as reference statistics record it."""
+  if settings.source.startswith(LATENTS) or settings.crop == "random":
+    return "center"
+  return settings.crop
+
+
+def image_size(
+  sample_shape: tuple[int, ...], vae: artifacts.Artifact | None
+) -> int:
+  """Side in pixels of the images that samples of a shape become."""
+  if vae is None:
+    return sample_shape[0]
+  module: Any = vae.module
+  return sample_shape[0] * module.downsampling
+
+
+def run_evaluators(
+  config: config_lib.GeneratorConfig,
+  encoders: Mapping[str, artifacts.Artifact],
+  readers: Readers | None,
+  labels: np.ndarray,
+  vae: artifacts.Artifact | None,
+  mesh: Mesh,
+) -> tuple[list[metrics.Evaluator], dict[str, Any]]:
+  """The evaluators that config.eval.metrics names, and facts on the networks.
+
+  Args:
+    config: of the run.
+    encoders: of 'fd_encoder'.
+    readers: of real images; held-out ones are opened where a figure needs
+      them. None where none does (`needs_reals`).
+    labels: of the samples that will be generated.
+    vae: the autoencoder behind the samples, or None.
+    mesh: where the networks run.
+
+  Raises:
+    ArtifactError, ConfigError: see `network_evaluators`.
+    ValueError: figures that the data don't allow.
+  """
+  judged = network_evaluators(
+    config.eval.metrics,
+    {"inception": config.eval.inception, "dinov2": config.eval.dinov2},
+    count=len(labels),
+    seed=config.seed,
+    resolution=image_size((config.model.input_size,), vae),
+    crop=reference_crop(config.data),
+    mesh=mesh,
+  )
+  return [
+    *(entry.evaluator for entry in judged.values()),
+    *_by_reals(config, encoders, readers, labels, mesh),
+  ], {name: entry.facts for name, entry in judged.items()}
+
+
+def _by_reals(
+  config: config_lib.GeneratorConfig,
+  encoders: Mapping[str, artifacts.Artifact],
+  readers: Readers | None,
+  labels: np.ndarray,
+  mesh: Mesh,
+) -> list[metrics.Evaluator]:
+  """The evaluators that compare with held-out samples."""
+  chosen = config.eval
+  settings = {"labels": labels, "seed": config.seed}
+
+  def frechet(
+    name: str, features: metrics.FeatureFn, train: Any, test: Any
+  ) -> metrics.Evaluator:
+    return metrics.FrechetEvaluator(
+      name,
+      features,
+      train,
+      test,
+      batch_size=pad_to_mesh(chosen.batch_size, mesh),
+      **settings,
+    )
+
+  def duplicates(train: Any, test: Any) -> metrics.Evaluator:
+    if train.grid is None:
+      raise config_lib.ConfigError(
+        "eval.metrics holds 'duplicates', which compares pixels, but the data "
+        f"are latents (data.source={config.data.source!r}): remove it"
+      )
+    return metrics.DuplicatesEvaluator(train, test, grid=train.grid)
+
+  def fd_encoder(train: Any, test: Any) -> metrics.Evaluator:
+    return frechet("fd_encoder", encoder_fn(encoders, mesh), train, test)
+
+  factories: dict[str, Callable[[Any, Any], metrics.Evaluator]] = {
+    "fd_encoder": fd_encoder,
+    "fd_pixel": functools.partial(frechet, "fd_pixel", flatten_fn(mesh)),
+    "coverage": functools.partial(
+      metrics.CoverageEvaluator, k=chosen.coverage_k, **settings
+    ),
+    "label_accuracy": metrics.LabelAccuracyEvaluator,
+    "duplicates": duplicates,
+  }
+  wanted = [name for name in chosen.metrics if name in factories]
+  if not wanted:
+    return []
+  assert readers is not None
+  return [factories[n](readers.train, readers.test()) for n in wanted]
+
+
+def encoder_fn(
+  encoders: Mapping[str, artifacts.Artifact], mesh: Mesh
+) -> metrics.FeatureFn:
+  """Samples -> pooled features of the first autoencoder among the encoders.
+
+  Raises:
+    ConfigError: there is none.
+  """
+  pooled = [a for a in encoders.values() if a.kind == "mae"]
+  if not pooled:
+    raise config_lib.ConfigError(
+      "'fd_encoder' and neighbours in the space 'encoder' need an encoder of "
+      f"kind 'mae'; encoders: {[(n, a.kind) for n, a in encoders.items()]}"
+    )
+  apply = functools.partial(steps.apply, pooled[0].module, method="pooled")
+  return on_mesh(apply, pooled[0].params, mesh)
+
+
+def flatten_fn(mesh: Mesh) -> metrics.FeatureFn:
+  """Samples [B, H, W, C] -> [B, H W C]."""
+  return on_mesh(lambda _, x: x.reshape(len(x), -1), None, mesh)
