@@ -1,24 +1,87 @@
-"""MNIST on one GPU: 28x28 grey digits in a black frame of 32x32.
+"""MNIST: 28x28 grey digits in a black frame of 32x32.
 
   python -m drift_jax.main --config=configs/mnist.py:encoder \\
     --workdir=runs/mnist_encoder
   python -m drift_jax.main --config=configs/mnist.py --workdir=runs/mnist
 
-Variants as in configs/cifar10.py, whose sizes these are.
+Variants, joined by commas:
+  (none)       for one GPU: the generator of configs/cifar10.py
+  encoder      for one GPU: the ResNet-MAE whose features that one drifts in
+  cpu          for two CPU cores: a small generator that drifts in raw pixels,
+               judged in the features of the next
+  cpu_encoder  for two CPU cores: a small ResNet-MAE
+  smoke        the first two in minutes on two CPU cores
 """
 
 from ml_collections import ConfigDict
 
-from configs import cifar10
+from configs import cifar10, common
+
+VARIANTS = ("generator", "encoder", "cpu", "cpu_encoder")
 
 
 def get_config(variant: str = "") -> ConfigDict:
   """The config of the named variants."""
-  config = cifar10.get_config(variant)
+  size, smoke = common.choose(variant, VARIANTS)
+  if smoke and size.startswith("cpu"):
+    raise ValueError(f"variants {size!r} and 'smoke' exclude each other")
+  task = "encoder" if size.endswith("encoder") else "generator"
+  config = cifar10.get_config(f"{task},smoke" if smoke else task)
   config.data.update(source="tfds:mnist", channels=1, crop="pad", flip=False)
   if config.task == "mae":
     config.model.in_channels = 1
   else:
     config.model.update(in_channels=1, out_channels=1)
     config.encoders.mae.path = "runs/mnist_encoder/encoder"
+  if size == "cpu":
+    _cpu_generator(config)
+  elif size == "cpu_encoder":
+    _cpu_encoder(config)
   return config
+
+
+def _cpu_generator(config: ConfigDict) -> None:
+  config.data.num_threads = 2
+  config.model.update(
+    patch_size=8,
+    hidden_size=128,
+    depth=4,
+    num_heads=4,
+    cond_dim=128,
+    context_tokens=2,
+    style_vocab=16,
+    style_tokens=4,
+    dtype="float32",
+  )
+  config.encoders.mae.update(in_loss=False, dtype="float32")
+  config.drift.temperatures = (0.05, 0.1, 0.2)
+  config.batch.update(labels=16, generated=32, positives=64, unconditional=8)
+  config.optim.update(
+    schedule="cosine", learning_rate=2e-3, warmup_steps=100, weight_decay=0.0
+  )
+  config.ema.decays = (0.99, 0.995)
+  config.train.update(num_steps=2_000, log_every=50)
+  config.eval.update(
+    every=250,
+    num_samples=2_000,
+    batch_size=500,
+    alphas=(1.0,),
+    ema_decay=0.995,
+    metrics=("fd_encoder", "fd_pixel", "coverage"),
+  )
+  config.checkpoint.update(every=250, best_metric="fd_encoder")
+
+
+def _cpu_encoder(config: ConfigDict) -> None:
+  config.data.update(num_threads=2, crop="pad")
+  config.model.update(
+    base_channels=16, layers=(1, 1, 1, 1), norm_groups=4, dtype="float32"
+  )
+  config.mae.update(
+    batch_size=128, classification_steps=300, classification_ramp=100
+  )
+  config.optim.update(learning_rate=2e-3, warmup_steps=50)
+  config.ema.decays = (0.99,)
+  config.train.update(num_steps=900, log_every=50)
+  config.eval.update(every=300, batch_size=500, ema_decay=0.99)
+  config.checkpoint.every = 300
