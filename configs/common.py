@@ -201,10 +201,15 @@ def add_encoder(config: ConfigDict, name: str, path: str) -> None:
   )
 
 
-def judge_by_encoder(config: ConfigDict) -> None:
-  """Evaluates a long run in the features of its encoder."""
-  config.eval.update(every=5_000, metrics=("fd_encoder",))
-  config.checkpoint.update(every=5_000, best_metric="fd_encoder")
+def judge_by_fid(config: ConfigDict) -> None:
+  """Evaluates a long run on ImageNet at 256 px as papers do.
+
+  docs/evaluation.md says how the two files are made.
+  """
+  config.eval.update(every=5_000, metrics=("fid", "inception_score"))
+  config.eval.inception.path = "weights/inception"
+  config.eval.inception.reference = "weights/imagenet256_train.npz"
+  config.checkpoint.update(every=5_000, best_metric="fid")
 
 
 def smoke_generator(config: ConfigDict) -> None:

@@ -4,8 +4,9 @@
     --workdir=runs/imagenet_l2
 
 reads a latent cache (drift_jax.tools.cache_latents), the autoencoder that made
-it, and an encoder trained by configs/mae_latent.py; docs/data.md has the
-commands. Variants, joined by commas:
+it, and an encoder trained by configs/mae_latent.py (docs/data.md has the
+commands); and for its FID the Inception-v3 and statistics of the training
+images (docs/evaluation.md). Variants, joined by commas:
   ablation  (or none) B/2, 30k steps, encoder mae_latent.py:256
   b2        B/2, 200k steps, encoder mae_latent.py:640
   l2        L/2, 200k steps, encoder mae_latent.py:640
@@ -37,7 +38,7 @@ def get_config(variant: str = "") -> ConfigDict:
   common.add_encoder(config, "mae", f"runs/mae_latent_{width}/encoder")
   {"ablation": _ablation, "b2": _b2, "l2": _l2}[size](config)
   config.mesh.update(data=1, fsdp=-1)
-  common.judge_by_encoder(config)
+  common.judge_by_fid(config)
   if smoke:
     common.smoke_generator(config)
   return config

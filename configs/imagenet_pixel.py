@@ -4,7 +4,9 @@
     --workdir=runs/imagenet_l16
 
 reads ImageNet, an encoder trained by configs/mae_pixel.py, and an exported
-ConvNeXt-V2 base; docs/data.md has the commands. Variants, joined by commas:
+ConvNeXt-V2 base (docs/data.md has the commands); and for its FID the
+Inception-v3 and statistics of the training images (docs/evaluation.md).
+Variants, joined by commas:
   b16    (or none) B/16, 100k steps
   l16    L/16, 100k steps
   smoke  the same code path in a minute, with tiny networks, no ConvNeXt
@@ -44,7 +46,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optim.learning_rate = 4e-4
   config.train.num_steps = 100_000
   config.mesh.update(data=1, fsdp=-1)
-  common.judge_by_encoder(config)
+  common.judge_by_fid(config)
   if smoke:
     common.smoke_generator(config)
   return config

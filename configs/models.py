@@ -1,8 +1,8 @@
 """Sizes of the published models (Table 8), by name.
 
 Each function returns a new ConfigDict of the keyword arguments of
-drift_jax.models.build_generator, build_mae, build_convnext, build_vae or
-build_inception:
+drift_jax.models.build_generator, build_mae, build_convnext, build_vae,
+build_inception or build_vit:
 
   config.model = models.GENERATORS["generator_b2_latent"]()
 """
@@ -76,6 +76,37 @@ def inception_fid() -> ConfigDict:
   return config
 
 
+def dinov2_small() -> ConfigDict:
+  """DINOv2 S/14 at 224 pixels, 384 features: 22 M parameters."""
+  return _dinov2(hidden_size=384, depth=12, num_heads=6)
+
+
+def dinov2_large() -> ConfigDict:
+  """DINOv2 L/14 at 224 pixels, 1024 features: 303 M parameters."""
+  return _dinov2(hidden_size=1024, depth=24, num_heads=16)
+
+
+def clip_large() -> ConfigDict:
+  """The image half of OpenAI's CLIP L/14, 768 features: 304 M parameters."""
+  config = ConfigDict()
+  config.image_size = 224  # pixels
+  config.patch_size = 14  # pixels
+  config.hidden_size = 1024
+  config.depth = 24
+  config.num_heads = 16
+  config.mlp_size = 4096
+  config.activation = "quick_gelu"
+  config.pre_norm = True  # before the blocks
+  config.layer_scale = False
+  config.patch_bias = False
+  config.projection_dim = 768
+  config.epsilon = 1e-5
+  # Of pixels in [0, 1].
+  config.image_mean = (0.48145466, 0.4578275, 0.40821073)
+  config.image_std = (0.26862954, 0.26130258, 0.27577711)
+  return config
+
+
 GENERATORS = {
   "generator_b2_latent": generator_b2_latent,
   "generator_l2_latent": generator_l2_latent,
@@ -90,6 +121,11 @@ MAES = {
 CONVNEXTS = {"convnextv2_base": convnextv2_base}
 VAES = {"sd_vae": sd_vae}
 INCEPTIONS = {"inception_fid": inception_fid}
+VITS = {
+  "dinov2_small": dinov2_small,
+  "dinov2_large": dinov2_large,
+  "clip_large": clip_large,
+}
 
 
 def _generator() -> ConfigDict:
@@ -148,4 +184,24 @@ def _mae(
   config.norm_groups = 32
   config.dtype = "bfloat16"
   config.remat = False
+  return config
+
+
+def _dinov2(*, hidden_size: int, depth: int, num_heads: int) -> ConfigDict:
+  config = ConfigDict()
+  config.image_size = 224  # pixels; it was trained at 518
+  config.patch_size = 14  # pixels
+  config.hidden_size = hidden_size
+  config.depth = depth
+  config.num_heads = num_heads
+  config.mlp_size = 4 * hidden_size
+  config.activation = "gelu"
+  config.pre_norm = False
+  config.layer_scale = True  # of every branch's result
+  config.patch_bias = True
+  config.projection_dim = 0  # none
+  config.epsilon = 1e-6
+  # ImageNet's, of pixels in [0, 1].
+  config.image_mean = (0.485, 0.456, 0.406)
+  config.image_std = (0.229, 0.224, 0.225)
   return config

@@ -26,7 +26,7 @@ from drift_jax.models import release
 SUBDIRECTORY = "params_ema"
 PARAMS_FILE = "ema_params.msgpack"
 METADATA_FILE = "metadata.json"
-KINDS = ("gen", "mae", "convnext", "vae", "inception")
+KINDS = ("gen", "mae", "convnext", "vae", "inception", "vit")
 
 
 class ArtifactError(ValueError):
@@ -38,7 +38,7 @@ class Artifact:
   """A model with its parameters.
 
   Attributes:
-    kind: 'gen', 'mae', 'convnext', 'vae' or 'inception'.
+    kind: 'gen', 'mae', 'convnext', 'vae', 'inception' or 'vit'.
     module: the linen module.
     params: its parameters under this package's names.
     metadata: what metadata.json says.
@@ -68,7 +68,7 @@ def save(
 
   Args:
     directory: gets a folder params_ema.
-    kind: 'gen', 'mae', 'convnext', 'vae' or 'inception'.
+    kind: 'gen', 'mae', 'convnext', 'vae', 'inception' or 'vit'.
     model_config: the release's own names (release.published_config).
     params: this package's names.
     step: training steps behind the parameters; None if not trained here.

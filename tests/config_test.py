@@ -18,6 +18,7 @@ from drift_jax import config as config_lib
 from drift_jax import loop, models, state, train, train_mae
 from tests.autoencoders import save_vae
 from tests.data import pictures
+from tests.judges import digit_pixels, save_inception, save_statistics
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -106,7 +107,11 @@ def test_wrong_types(key, value, message):
     ("mesh.fsdp", -1, "mesh.data=-1 and mesh.fsdp=-1: only one may"),
     ("checkpoint.on_corrupt", "ignore", r"'error', 'previous'"),
     ("checkpoint.best_metric", "fid", "best_metric='fid' is not computed"),
-    ("checkpoint.best_metric", "coverage", r"must be a distance \('fid', 'kid'"),
+    (
+      "checkpoint.best_metric",
+      "coverage",
+      r"must be a distance \('fid', 'kid'",
+    ),
     ("checkpoint.every", 100, r"eval.every=250 and checkpoint.every=100: only"),
     ("checkpoint.every", 500, r"eval.every=250 and checkpoint.every=500: only"),
     ("eval.every", 0, r"'fd_pixel' with eval.every=0 and checkpoint.every=250"),
@@ -156,7 +161,11 @@ def test_wrong_types(key, value, message):
     ("eval.grid_classes", 0, "grid_classes=0 must be at least 1"),
     ("eval.metrics", ("fdi",), "'fdi': valid options are"),
     ("eval.metrics", ("fid",), r"\['fid'\], which need eval\.inception\.path"),
-    ("eval.metrics", ("fd_dinov2",), r"need eval\.dinov2\.path: .* dinov2 writ"),
+    (
+      "eval.metrics",
+      ("fd_dinov2",),
+      r"need eval\.dinov2\.path: .* dinov2 writ",
+    ),
     ("eval.metrics", ("fd_encoder", "fd_pixel"), "there are no encoders"),
     ("eval.num_samples", 55, "num_samples=55 can't be balanced"),
     ("model.num_classes", -1, "model.num_classes=-1 must be at least 0"),
@@ -352,6 +361,12 @@ def test_every_key_is_read(reads, no_steps, tmp_path):
   config = digits.get_config("features,smoke")
   config.encoders.mae.path = str(tmp_path / "mae" / "encoder")
   config.model.update(depth=1, hidden_size=16, cond_dim=16, num_heads=2)
+  judge = str(save_inception(tmp_path / "inception"))
+  statistics = save_statistics(
+    tmp_path / "digits.npz", judge, digit_pixels(8), crop="none"
+  )
+  config.eval.inception.update(path=judge, reference=str(statistics))
+  config.eval.metrics = ("fd_inception", *config.eval.metrics)
   train.train_and_evaluate(config, str(tmp_path / "generator"))
   for label in range(2):
     for number in range(3):

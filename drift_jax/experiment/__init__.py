@@ -37,8 +37,8 @@ from drift_jax.experiment.judges import (
 )
 from drift_jax.experiment.memorisation import (
   Memorisation,
+  check_memorisation,
   feature_space,
-  memorisation,
 )
 from drift_jax.experiment.networks import (
   check_encoders,
@@ -112,7 +112,7 @@ __all__ = [
   "make_optimizer",
   "make_pixels",
   "make_sampler",
-  "memorisation",
+  "check_memorisation",
   "name_of",
   "naming",
   "needs_reals",

@@ -86,7 +86,7 @@ def name_of(artifact: artifacts.Artifact) -> str:
     weights = "published" if is_published(artifact) else "other"
     return f"inception-v3 pool3, {weights} weights"
   source = artifact.metadata.get("source") or {}
-  return f"{artifact.kind} of {source.get('location', 'unknown origin')}"
+  return f"{source.get('family', artifact.kind)} of {source.get('location')}"
 
 
 def network_fn(artifact: artifacts.Artifact, mesh: Mesh) -> Callable[..., Any]:
@@ -155,7 +155,7 @@ def network_evaluators(
     with naming(f"eval.{name}"):
       reference = None
       if judge.reference:
-        reference = metrics.load_reference(
+        reference = _reference(
           judge.reference,
           resolution=resolution,
           crop=crop,
@@ -187,11 +187,11 @@ def _judge(
     artifact = load_judge(judge.path, mesh)
   except artifacts.ArtifactError as error:
     raise artifacts.ArtifactError(f"eval.{name}: {error}") from error
-  kind = {"inception": "inception", "dinov2": "vit"}[name]
-  if artifact.kind != kind:
+  source = artifact.metadata.get("source") or {}
+  found = source.get("family", artifact.kind)
+  if found != name:
     raise artifacts.ArtifactError(
-      f"eval.{name}.path={judge.path!r} holds a model of kind "
-      f"{artifact.kind!r}, want {kind!r}"
+      f"eval.{name}.path={judge.path!r} holds a model {found!r}, want {name!r}"
     )
   named = [figure for figure in wanted if not figure.startswith("fd_")]
   if named and not is_published(artifact):
@@ -201,6 +201,18 @@ def _judge(
       "convert those, or ask for 'fd_inception'"
     )
   return artifact
+
+
+def _reference(path: str, **of: Any) -> metrics.ReferenceStats:
+  """Statistics of real images that are `of` what they are asked to be."""
+  try:
+    return metrics.load_reference(path, **of)
+  except FileNotFoundError as error:
+    raise config_lib.ConfigError(
+      f"there are no reference statistics {path}: python -m "
+      "drift_jax.tools.reference_stats makes them, and public .npz files for "
+      "ImageNet at 256 px are read too (docs/evaluation.md)"
+    ) from error
 
 
 def needs_reals(chosen: config_lib.GeneratorEval) -> bool:

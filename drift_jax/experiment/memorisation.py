@@ -116,7 +116,7 @@ class Memorisation(NamedTuple):
     return nearest[: self.generated], nearest[self.generated :]
 
 
-def memorisation(
+def check_memorisation(
   sample_fn: metrics.SampleFn,
   labels: np.ndarray,
   alpha: float,

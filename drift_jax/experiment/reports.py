@@ -30,8 +30,8 @@ from drift_jax.experiment.judges import (
 )
 from drift_jax.experiment.memorisation import (
   Memorisation,
+  check_memorisation,
   feature_space,
-  memorisation,
 )
 from drift_jax.experiment.networks import frozen_sums, load_encoders
 from drift_jax.experiment.runs import check_frozen, naming, pad_to_mesh
@@ -157,7 +157,7 @@ def report_on_run(
   if request.neighbours:
     assert readers is not None
     with naming("neighbours"):
-      found = memorisation(
+      found = check_memorisation(
         sample_fn,
         _at_least(request.neighbour_samples, config.model.num_classes),
         chosen.alphas[0],

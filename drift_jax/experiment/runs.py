@@ -36,6 +36,7 @@ ERRORS = (
   checkpoint.CheckpointError,
   data.DataError,
   loop.NonFiniteError,
+  metrics.EvaluationError,
   OSError,  # a file or a disk; the message has the path
 )
 AnyConfig = config_lib.GeneratorConfig | config_lib.MaeConfig

@@ -6,6 +6,7 @@ from drift_jax.metrics.coverage import (
   duplicates,
   nearest_distances,
 )
+from drift_jax.metrics.errors import EvaluationError
 from drift_jax.metrics.evaluators import (
   Evaluator,
   FeatureFn,
@@ -85,6 +86,7 @@ __all__ = [
   "Batch",
   "CoverageEvaluator",
   "DuplicatesEvaluator",
+  "EvaluationError",
   "Evaluator",
   "FeatureFn",
   "FeatureStats",

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
-import jax
 import numpy as np
 
 from drift_jax import processes, sharding

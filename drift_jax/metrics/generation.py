@@ -9,6 +9,7 @@ import numpy as np
 from drift_jax import processes
 from drift_jax.metrics import files
 from drift_jax.metrics.batches import Batch, PixelsFn, local_batches
+from drift_jax.metrics.errors import EvaluationError
 from drift_jax.metrics.evaluators import Evaluator, merge_figures
 from drift_jax.metrics.images import to_rgb
 
@@ -147,7 +148,7 @@ def _check_finite(batch: Batch, alpha: float) -> None:
   own = np.stack([batch.index, batch.labels], axis=1)[batch.rows(bad)]
   all_bad = np.concatenate(processes.gather(own))
   number, label = min(map(tuple, all_bad.tolist()))
-  raise ValueError(
+  raise EvaluationError(
     f"generated sample {number} (label {label}, alpha {alpha}) is not finite;"
     f" {len(all_bad)} of its batch are not"
   )
@@ -177,9 +178,10 @@ def evaluate(
     {alpha: {figure: value}} in the order of alphas.
 
   Raises:
-    ValueError: when a generated sample is not finite (naming its alpha, number
-      and label), two evaluators report the same figure, or alphas or evaluators
-      are empty or repeat.
+    EvaluationError: when a generated sample is not finite (naming its alpha,
+      number and label).
+    ValueError: when two evaluators report the same figure, or alphas or
+      evaluators are empty or repeat.
   """
   scales = [float(alpha) for alpha in alphas]
   if not evaluators or not scales or len(set(scales)) < len(scales):

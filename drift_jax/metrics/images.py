@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from drift_jax.metrics import files
+from drift_jax.metrics.errors import EvaluationError
 
 Images = np.ndarray | jax.Array
 
@@ -39,10 +40,10 @@ def to_rgb(images: jax.Array) -> jax.Array:
   Grey becomes three equal channels, as evaluation networks take it.
 
   Raises:
-    ValueError: another number of channels.
+    EvaluationError: another number of channels.
   """
   if images.ndim != 4 or images.shape[-1] not in (1, 3):
-    raise ValueError(
+    raise EvaluationError(
       "an evaluation network looks at images [B, H, W, 1 or 3], got shape"
       f" {images.shape}: latents need their autoencoder (vae.path)"
     )

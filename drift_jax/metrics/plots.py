@@ -21,6 +21,7 @@ _DRIFT_KEY = re.compile(r"drift_rms/([0-9.eE+-]+)")
 _FRECHET_KEY = re.compile(
   r"eval/(fid|fd_[^/]+)/(?:alpha_([0-9.eE+-]+)|baseline)"
 )
+_TITLES = {"fid": "FID", "inception_score": "Inception score"}
 _COLOURS = (
   "#1f6fb4",
   "#d1632a",
@@ -200,24 +201,20 @@ def plot_alphas(
     values = np.asarray([results[alpha][name] for alpha in alphas])
     colour = _COLOURS[0 if name != "inception_score" else 1]
     _draw(axis, np.asarray(alphas), values, label=name, colour=colour)
-    best = int(
-      values.argmax() if name == "inception_score" else values.argmin()
-    )
+    highest = name == "inception_score"
+    best = int(values.argmax() if highest else values.argmin())
     axis.annotate(
       f"{values[best]:.4g} at α = {alphas[best]:g}",
       (alphas[best], values[best]),
-      xytext=(0, 8),
+      xytext=(0, 7 if highest else -7),
       textcoords="offset points",
       ha="center",
+      va="bottom" if highest else "top",
     )
-    axis.margins(y=0.18)
-    axis.set_ylabel(
-      {"fid": "FID", "inception_score": "Inception score"}.get(
-        name, f"{name}\n(Fréchet distance)"
-      )
-    )
+    axis.margins(x=0.1, y=0.18)
+    axis.set_ylabel(_TITLES.get(name, f"{name}\n(Fréchet distance)"))
   axes[-1].set_xlabel("guidance scale α")
-  axes[-1].xaxis.set_major_locator(ticker.AutoLocator())
+  axes[-1].xaxis.set_major_locator(ticker.FixedLocator(alphas, nbins=12))
   _save(figure, path)
 
 

@@ -16,7 +16,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent import futures
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from absl import logging
@@ -40,6 +40,8 @@ _UNREADABLE = (
   struct.error,
   Image.DecompressionBombError,
 )
+# What zipfile raises for bytes that it can't make sense of, or has no means to.
+_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
 # Of a zip file's local header; then come a name and something extra, whose
 # lengths are its last two numbers.
 _LOCAL_HEADER = struct.Struct("<26xHH")
@@ -106,16 +108,17 @@ class _Header(NamedTuple):
   length: int
 
   @classmethod
-  def read(cls, file: IO[bytes]) -> "_Header":
+  def read(cls, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> "_Header":
     """Raises ValueError where there is none."""
-    version = np.lib.format.read_magic(file)
-    read = {
-      (1, 0): np.lib.format.read_array_header_1_0,
-      (2, 0): np.lib.format.read_array_header_2_0,
-    }.get(version)
-    if read is None:
-      raise ValueError(f"version {version} of the .npy format is not known")
-    return cls(*read(file), file.tell())
+    with archive.open(member) as file:
+      version = np.lib.format.read_magic(file)
+      read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+      }.get(version)
+      if read is None:
+        raise ValueError(f"version {version} of the .npy format is not known")
+      return cls(*read(file), file.tell())
 
   def __str__(self) -> str:
     return f"{self.dtype} {list(self.shape)}"
@@ -137,7 +140,7 @@ def _open_npz(path: pathlib.Path) -> ImageSet:
       if f"{_LABELS}.npy" in archive.namelist():
         check = functools.partial(_check_labels, len(images))
         labels = np.asarray(_array(path, archive, _LABELS, check))
-  except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+  except _DAMAGED as error:
     raise ValueError(f"{path} is damaged: {error}") from error
   count, side, _, channels = images.shape
 
@@ -204,8 +207,7 @@ def _array(
       f" {[name.removesuffix('.npy') for name in archive.namelist()]}"
     ) from None
   try:
-    with archive.open(info) as member:
-      header = _Header.read(member)
+    header = _Header.read(archive, info)
     # Before anything is read: it may be large, or hold objects.
     wrong = check(header)
     if wrong is not None:

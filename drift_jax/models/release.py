@@ -2,7 +2,7 @@
 
 A tree here holds the generator's blocks and style tables stacked along a
 leading axis; a published tree holds one entry for each. All else is renaming.
-The paper's release holds no 'vae' and no 'inception': their published names
+The paper's release holds no 'vae', 'inception' or 'vit': their published names
 are those here.
 """
 
@@ -21,6 +21,7 @@ from drift_jax.models.generator import build_generator
 from drift_jax.models.inception import build_inception
 from drift_jax.models.mae import build_mae
 from drift_jax.models.vae import build_vae
+from drift_jax.models.vit import build_vit
 
 Config = Mapping[str, Any]
 Params = Mapping[str, Any]
@@ -46,7 +47,7 @@ def from_release(
   """Builds a published model from its configuration and parameters.
 
   Args:
-    kind: 'gen', 'mae', 'convnext', 'vae' or 'inception'.
+    kind: 'gen', 'mae', 'convnext', 'vae', 'inception' or 'vit'.
     model_config: the model's configuration under its published names. An
       autoencoder without `num_classes` has 1000.
     params: nested dict of arrays under the published names, without an outer
@@ -83,7 +84,7 @@ def to_release(
   """Exact inverse of `from_release`: parameters under the published names.
 
   Args:
-    kind: 'gen', 'mae', 'convnext', 'vae' or 'inception'.
+    kind: 'gen', 'mae', 'convnext', 'vae', 'inception' or 'vit'.
     model_config: the model's configuration under its published names.
     params: parameters of the module that `from_release` builds from it.
 
@@ -107,7 +108,7 @@ def published_config(kind: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
   """The published model_config of a model given by its arguments here.
 
   Args:
-    kind: 'gen', 'mae', 'convnext', 'vae' or 'inception'.
+    kind: 'gen', 'mae', 'convnext', 'vae', 'inception' or 'vit'.
     arguments: of the function that builds this kind, e.g. `build_mae`.
 
   Returns:
@@ -124,6 +125,7 @@ def published_config(kind: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     "gen": ("dtype", "attention_dtype", "remat"),
     "mae": ("dtype", "num_classes", "norm_groups"),
     "inception": (),
+    "vit": (),
   }.get(kind, ("dtype",))
   missing = [name for name in (*keys, *extra) if name not in arguments]
   if missing:
@@ -131,7 +133,7 @@ def published_config(kind: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
   config = {theirs: arguments[ours] for ours, theirs in keys.items()}
   for key, value in config.items():
     if isinstance(value, (tuple, list)):
-      config[key] = [int(x) for x in value]
+      config[key] = [x if isinstance(x, float) else int(x) for x in value]
   if "dtype" in extra:
     config["use_bf16"] = arguments["dtype"] == "bfloat16"
   if kind == "gen":
@@ -267,6 +269,25 @@ _VAE_KEYS = {
   "scaling_factor": "scaling_factor",
 }
 _INCEPTION_KEYS = {"width": "width", "num_classes": "num_classes"}
+_VIT_KEYS = {
+  name: name
+  for name in (
+    "image_size",
+    "patch_size",
+    "hidden_size",
+    "depth",
+    "num_heads",
+    "mlp_size",
+    "activation",
+    "pre_norm",
+    "layer_scale",
+    "patch_bias",
+    "projection_dim",
+    "epsilon",
+    "image_mean",
+    "image_std",
+  )
+}
 _ALWAYS_ON = ("use_qknorm", "use_swiglu", "use_rope", "use_rmsnorm")
 
 
@@ -347,20 +368,36 @@ def _build_vae(config: Config) -> nn.Module:
 
 
 def _build_inception(config: Config) -> nn.Module:
-  config = _read(
-    "inception",
-    config,
-    required=_INCEPTION_KEYS.values(),
-    optional={"use_bf16": False},
+  config = _read_float32(
+    "inception", config, _INCEPTION_KEYS, "Inception features"
   )
-  if config["use_bf16"]:
-    raise ValueError(
-      "model_config has use_bf16=True: Inception features are float32, and"
-      " there is no other form here"
-    )
   return build_inception(
     **{ours: config[theirs] for ours, theirs in _INCEPTION_KEYS.items()}
   )
+
+
+def _build_vit(config: Config) -> nn.Module:
+  config = _read_float32(
+    "vit", config, _VIT_KEYS, "Vision Transformer features"
+  )
+  return build_vit(
+    **{ours: config[theirs] for ours, theirs in _VIT_KEYS.items()}
+  )
+
+
+def _read_float32(
+  kind: str, config: Config, keys: Mapping[str, str], what: str
+) -> dict[str, Any]:
+  """The configuration of a network for figures; ValueError on use_bf16."""
+  config = _read(
+    kind, config, required=keys.values(), optional={"use_bf16": False}
+  )
+  if config["use_bf16"]:
+    raise ValueError(
+      f"model_config has use_bf16=True: {what} are float32, and there is no"
+      " other form here"
+    )
+  return config
 
 
 # Inputs just large enough to initialise a model of each kind.
@@ -389,7 +426,7 @@ def _vae_inputs(config: Config) -> list[jax.ShapeDtypeStruct]:
   return [jax.ShapeDtypeStruct(shape, jnp.float32)]
 
 
-def _inception_inputs(config: Config) -> list[jax.ShapeDtypeStruct]:
+def _image_inputs(config: Config) -> list[jax.ShapeDtypeStruct]:
   del config
   return [jax.ShapeDtypeStruct((1, 1, 1, 3), jnp.uint8)]
 
@@ -537,7 +574,6 @@ _KINDS = {
     _CONVNEXT_KEYS, _build_convnext, _convnext_entries, _convnext_inputs
   ),
   "vae": _Kind(_VAE_KEYS, _build_vae, None, _vae_inputs),
-  "inception": _Kind(
-    _INCEPTION_KEYS, _build_inception, None, _inception_inputs
-  ),
+  "inception": _Kind(_INCEPTION_KEYS, _build_inception, None, _image_inputs),
+  "vit": _Kind(_VIT_KEYS, _build_vit, None, _image_inputs),
 }

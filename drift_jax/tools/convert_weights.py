@@ -5,6 +5,10 @@
   python -m drift_jax.tools.convert_weights vae \\
       --source=hf://stabilityai/sd-vae-ft-mse --out=DIR
   python -m drift_jax.tools.convert_weights inception --out=DIR
+  python -m drift_jax.tools.convert_weights dinov2 \\
+      --source=hf://facebook/dinov2-large --out=DIR
+  python -m drift_jax.tools.convert_weights clip \\
+      --source=hf://openai/clip-vit-large-patch14 --out=DIR
 
 The weights' names and shapes are checked before anything is written, and
 reading them executes nothing: .safetensors holds arrays and names only, and
@@ -22,7 +26,7 @@ import jax
 from drift_jax import artifacts, console
 from drift_jax.console import logger
 from drift_jax.tools import weight_files
-from drift_jax.tools.conversions import inception, vae
+from drift_jax.tools.conversions import inception, vae, vit
 from drift_jax.tools.conversions.layouts import (
   CONFIG_FILE,
   Config,
@@ -32,12 +36,15 @@ from drift_jax.tools.conversions.layouts import (
 )
 
 _NAMED_DIGITS = 8  # of the checksum, in the name of a published file
+_TRANSFORMERS_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 class Model(NamedTuple):
   """What can be converted.
 
   Attributes:
+    kind: of the artifact, see artifacts.KINDS. One that is not called like the
+      model says in its metadata, as `family`, which model it is.
     summary: one line for --help.
     files: where the weights are in a folder or repository, best first.
     convert: (weights by name, config.json or None if there is none) ->
@@ -47,6 +54,7 @@ class Model(NamedTuple):
     sha256: of the published file; None if there are several.
   """
 
+  kind: str
   summary: str
   files: Sequence[str]
   convert: Callable[[Weights, Config | None], Converted]
@@ -57,6 +65,7 @@ class Model(NamedTuple):
 
 MODELS = {
   "vae": Model(
+    "vae",
     "Stable Diffusion's autoencoder (diffusers' AutoencoderKL)",
     tuple(
       f"{folder}diffusion_pytorch_model{suffix}"
@@ -67,6 +76,7 @@ MODELS = {
     has_config=True,
   ),
   "inception": Model(
+    "inception",
     "the Inception-v3 of FID and the Inception score",
     tuple(
       f"{name}-2015-12-05-6726825d{suffix}"
@@ -78,6 +88,20 @@ MODELS = {
     url=inception.URL,
     sha256=inception.SHA256,
   ),
+  "dinov2": Model(
+    "vit",
+    "DINOv2, e.g. hf://facebook/dinov2-large (small, base or large)",
+    _TRANSFORMERS_FILES,
+    vit.convert_dinov2,
+    has_config=True,
+  ),
+  "clip": Model(
+    "vit",
+    "CLIP's image encoder, e.g. hf://openai/clip-vit-large-patch14",
+    _TRANSFORMERS_FILES,
+    vit.convert_clip,
+    has_config=True,
+  ),
 }
 
 
@@ -85,7 +109,8 @@ def convert(name: str, source: str, out: str) -> artifacts.Artifact:
   """Converts a model's published weights and writes them as an artifact.
 
   The metadata says where they came from. Of a model with one published file
-  it also says, as `published`, whether this was that file by its SHA-256.
+  it also says, as `published`, whether this was that file by its SHA-256; of a
+  model whose kind has another name it says, as `family`, the model's.
 
   Args:
     name: of MODELS.
@@ -110,18 +135,20 @@ def convert(name: str, source: str, out: str) -> artifacts.Artifact:
   config = None
   if model.has_config and located.config is not None:
     config = weight_files.read_config(located.config)
-  elif model.has_config:
-    logger.warning("%s: no %s, taking its defaults.", source, CONFIG_FILE)
   try:
     converted = model.convert(weights, config)
   except WeightsError as error:
     raise WeightsError(f"{source}: {error}") from error
+  if model.has_config and config is None:
+    logger.warning("%s: no %s, took its defaults.", source, CONFIG_FILE)
   provenance: dict[str, Any] = {
     "location": source,
     "file": located.weights.name,
     "revision": located.revision,
     "sha256": digest,
   }
+  if model.kind != name:
+    provenance["family"] = name
   if model.sha256 is not None:
     provenance["published"] = digest == model.sha256
     if digest != model.sha256:
@@ -132,7 +159,7 @@ def convert(name: str, source: str, out: str) -> artifacts.Artifact:
       )
   artifacts.save(
     out,
-    kind=name,
+    kind=model.kind,
     model_config=converted.model_config,
     params=converted.params,
     step=None,

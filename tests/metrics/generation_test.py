@@ -9,6 +9,7 @@ from drift_jax.metrics import (
   evaluate,
   evaluation_scalars,
   generate,
+  read_labels,
 )
 
 SHAPE = (2, 2, 1)
@@ -104,6 +105,32 @@ def test_balanced_labels():
   for count, classes in ((0, 4), (4, 0), (-4, 4)):
     with pytest.raises(ValueError, match="at least one"):
       balanced_labels(count, classes)
+
+
+def test_labels_from_a_file(tmp_path):
+  wanted = np.asarray([3, 0, 3, 1])
+  (tmp_path / "a.txt").write_text("3\n0\n3\n1\n")
+  np.save(tmp_path / "a.npy", wanted)
+  for name in ("a.txt", "a.npy"):
+    labels = read_labels(tmp_path / name, num_classes=4, count=None)
+    assert labels.tolist() == wanted.tolist() and labels.dtype == np.int32
+    read_labels(tmp_path / name, num_classes=4, count=4)
+    with pytest.raises(ValueError, match="lists 4 labels, but num_samples=5"):
+      read_labels(tmp_path / name, num_classes=4, count=5)
+    with pytest.raises(ValueError, match=r"entry 0 is 3, labels lie in \[0, 3"):
+      read_labels(tmp_path / name, num_classes=3, count=None)
+  (tmp_path / "one.txt").write_text("2")
+  labels = read_labels(tmp_path / "one.txt", num_classes=4, count=1)
+  assert labels.tolist() == [2]
+  (tmp_path / "words.txt").write_text("cat\n")
+  np.save(tmp_path / "floats.npy", wanted / 2)
+  np.save(tmp_path / "square.npy", wanted.reshape(2, 2))
+  np.save(tmp_path / "object.npy", np.asarray([{}]), allow_pickle=True)
+  for name in ("words.txt", "floats.npy", "square.npy", "object.npy"):
+    with pytest.raises(ValueError, match=name):
+      read_labels(tmp_path / name, num_classes=4, count=None)
+  with pytest.raises(FileNotFoundError):
+    read_labels(tmp_path / "none.txt", num_classes=4, count=None)
 
 
 def test_evaluate_hands_each_image_to_all_once_per_alpha():

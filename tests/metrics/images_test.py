@@ -3,7 +3,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from drift_jax.metrics import image_grid, save_png, to_uint8, unit_to_uint8
+from drift_jax.data.readers import pixel_grid
+from drift_jax.metrics import (
+  EvaluationError,
+  image_grid,
+  real_pixels,
+  save_png,
+  to_rgb,
+  to_uint8,
+  unit_to_uint8,
+)
 
 
 def test_golden_conversion(golden):
@@ -87,3 +96,27 @@ def test_save_png(tmp_path):
     with pytest.raises(ValueError, match="uint8"):
       save_png(bad, tmp_path / "bad.png")
   assert not (tmp_path / "bad.png").exists()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_to_rgb_is_to_uint8_on_the_device(channels):
+  images = np.random.default_rng(0).uniform(-1.3, 1.3, (2, 50, 40, channels))
+  images = images.astype(np.float32)
+  images[0, 0, :4, 0] = [np.nan, np.inf, -np.inf, 1.0]
+  pixels = np.asarray(to_rgb(images))
+  assert pixels.shape == (2, 50, 40, 3) and pixels.dtype == np.uint8
+  np.testing.assert_array_equal(
+    pixels, np.broadcast_to(to_uint8(images), pixels.shape)
+  )
+  for latents in (np.zeros((2, 4, 4, 4)), np.zeros((2, 4, 4))):
+    with pytest.raises(EvaluationError, match="latents need their autoencoder"):
+      to_rgb(latents.astype(np.float32))
+
+
+def test_real_pixels_are_those_of_the_file():
+  """What truncation, which generated images get, would not give."""
+  levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+  images = pixel_grid()[levels]
+  pixels = real_pixels(images)
+  np.testing.assert_array_equal(pixels, levels.repeat(3, axis=-1))
+  assert (to_uint8(images) != levels).any()

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from drift_jax.metrics import plot_drift, plot_frechet, plot_mae, plots
+from drift_jax.metrics import (
+  plot_alphas,
+  plot_drift,
+  plot_frechet,
+  plot_mae,
+  plots,
+)
 
 
 def drift_records():
@@ -99,6 +105,39 @@ def test_frechet_panels_lines_and_baselines(tmp_path, figures):
     assert curves[2].get_ydata()[0] == floor * (1.5 + 18.0)
     assert baseline.get_linestyle() == "--"
     assert set(baseline.get_ydata()) == {floor}
+
+
+def test_fid_has_a_panel(tmp_path, figures):
+  records = [{"step": 10, "eval/fid/alpha_1.0": 9.0}]
+  plot_frechet(records, tmp_path / "plot.png")
+  (axis,) = figures[0].axes
+  assert axis.get_ylabel().startswith("fid")
+
+
+def test_figures_over_alpha(tmp_path, figures):
+  fids = {1.0: 5.0, 1.5: 3.0, 2.0: 4.0}
+  results = {
+    alpha: {"fid": fid, "inception_score": 100 * alpha, "coverage": 0.5}
+    for alpha, fid in reversed(fids.items())
+  }
+  plot_alphas(results, tmp_path / "plot.png")
+  fid, score = figures[0].axes
+  assert (fid.get_ylabel(), score.get_ylabel()) == ("FID", "Inception score")
+  assert fid.get_lines()[0].get_xydata().tolist() == [
+    [alpha, value] for alpha, value in fids.items()
+  ]
+  # The best: the lowest distance, the highest score.
+  assert fid.texts[0].get_text() == "3 at α = 1.5"
+  assert score.texts[0].get_text() == "200 at α = 2"
+  assert score.get_xlabel() == "guidance scale α"
+  with Image.open(tmp_path / "plot.png") as image:
+    assert min(image.size) > 400
+  for bad in (
+    {1.0: {"fid": 5.0}},
+    dict.fromkeys((1.0, 2.0), {"coverage": 1.0}),
+  ):
+    with pytest.raises(ValueError, match="at least two alphas"):
+      plot_alphas(bad, tmp_path / "plot.png")
 
 
 def test_mae_panels(tmp_path, figures):

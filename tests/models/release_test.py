@@ -18,6 +18,7 @@ from drift_jax.models import (
   build_inception,
   build_mae,
   build_vae,
+  build_vit,
   release,
 )
 from tests.conftest import GOLDEN
@@ -48,6 +49,17 @@ OTHERS = {
     presets.INCEPTIONS,
     build_inception,
     {"inception_fid": 23_833_744},
+  ),
+  # The published DINOv2 has 1370 positions and a token to mask with; here are
+  # 257 and none.
+  "vit": (
+    presets.VITS,
+    build_vit,
+    {
+      "dinov2_small": 22_056_576 - 1114 * 384,
+      "dinov2_large": 304_368_640 - 1114 * 1024,
+      "clip_large": 303_966_208,
+    },
   ),
 }
 INPUTS = {
@@ -109,12 +121,19 @@ def test_others_have_their_parameters_under_our_names(kind):
     assert params == release.to_release(kind, config, params) == tree
 
 
-def test_inception_is_float32():
-  config = dict(presets.inception_fid())
-  with pytest.raises(ValueError, match="use_bf16=True: Inception features are"):
-    release.parameter_shapes("inception", config | {"use_bf16": True})
-  same = release.parameter_shapes("inception", config | {"use_bf16": False})
-  assert same == release.parameter_shapes("inception", config)
+@pytest.mark.parametrize(
+  ("kind", "preset", "what"),
+  [
+    ("inception", presets.inception_fid, "Inception"),
+    ("vit", presets.dinov2_small, "Vision Transformer"),
+  ],
+)
+def test_networks_for_figures_are_float32(kind, preset, what):
+  config = release.published_config(kind, preset().to_dict())
+  with pytest.raises(ValueError, match=f"use_bf16=True: {what} features are"):
+    release.parameter_shapes(kind, config | {"use_bf16": True})
+  same = release.parameter_shapes(kind, config | {"use_bf16": False})
+  assert same == release.parameter_shapes(kind, config)
 
 
 @pytest.mark.parametrize(("kind", "name"), ALL_PRESETS)

@@ -20,7 +20,7 @@ import safetensors.numpy
 from drift_jax import artifacts
 from drift_jax.models import release
 from drift_jax.tools import convert_weights, weight_files
-from drift_jax.tools.conversions import inception
+from drift_jax.tools.conversions import inception, vae, vit
 from drift_jax.tools.conversions.layouts import WeightsError, torch_shape
 from drift_jax.tools.conversions.vae import convert_vae, vae_name
 from drift_jax.tools.convert_weights import convert
@@ -700,3 +700,278 @@ def test_download_keeps_only_what_has_the_checksum(tmp_path, monkeypatch):
 def test_url_of_weights_without_a_known_checksum_is_refused(tmp_path):
   with pytest.raises(WeightsError, match="only weights whose SHA-256 is known"):
     convert("vae", "https://127.0.0.1/a.safetensors", str(tmp_path))
+
+
+DINOV2_CONFIG = {
+  "apply_layernorm": True,
+  "attention_probs_dropout_prob": 0.0,
+  "drop_path_rate": 0.0,
+  "hidden_act": "gelu",
+  "hidden_size": 8,
+  "image_size": 448,
+  "layer_norm_eps": 1e-06,
+  "layerscale_value": 1.0,
+  "mlp_ratio": 4,
+  "model_type": "dinov2",
+  "num_attention_heads": 2,
+  "num_channels": 3,
+  "num_hidden_layers": 2,
+  "patch_size": 112,
+  "qkv_bias": True,
+  "use_swiglu_ffn": False,
+}
+CLIP_VISION = {
+  "hidden_act": "quick_gelu",
+  "hidden_size": 8,
+  "image_size": 64,
+  "intermediate_size": 12,
+  "layer_norm_eps": 1e-05,
+  "model_type": "clip_vision_model",
+  "num_attention_heads": 2,
+  "num_channels": 3,
+  "num_hidden_layers": 2,
+  "patch_size": 32,
+  "projection_dim": 5,
+}
+CLIP_CONFIG = {
+  "model_type": "clip",
+  "projection_dim": 5,
+  "text_config": {"hidden_size": 16},
+  "vision_config": CLIP_VISION | {"projection_dim": 512},
+}
+QUERY = "vision_model.encoder.layers.1.self_attn.q_proj.weight"
+
+
+def vit_model_config(**change):
+  return {
+    "image_size": 224,
+    "patch_size": 112,
+    "hidden_size": 8,
+    "depth": 2,
+    "num_heads": 2,
+    "mlp_size": 32,
+    "activation": "gelu",
+    "pre_norm": False,
+    "layer_scale": True,
+    "patch_bias": True,
+    "projection_dim": 0,
+    "epsilon": 1e-6,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+  } | change
+
+
+CLIP_MODEL_CONFIG = vit_model_config(
+  image_size=64,
+  patch_size=32,
+  mlp_size=12,
+  activation="quick_gelu",
+  pre_norm=True,
+  layer_scale=False,
+  patch_bias=False,
+  projection_dim=5,
+  epsilon=1e-5,
+  image_mean=[0.48145466, 0.4578275, 0.40821073],
+  image_std=[0.26862954, 0.26130258, 0.27577711],
+)
+
+
+def vit_weights(names, model_config, special):
+  random = np.random.RandomState(7)
+  shapes = vit.published_shapes(
+    names, release.parameter_shapes("vit", model_config), special
+  )
+  return {
+    name: random.uniform(-1, 1, shape).astype(np.float32)
+    for name, shape in shapes.items()
+  }
+
+
+@pytest.fixture(scope="module")
+def dinov2_weights():
+  """A narrow DINOv2 under the hub's names; vit_test has transformers' own."""
+  special = {"class_token": (1, 1, 8), "position_embedding": (1, 17, 8)}
+  weights = vit_weights(vit.DINOV2_NAMES, vit_model_config(), special)
+  return weights | {"embeddings.mask_token": np.zeros((1, 8), np.float32)}
+
+
+@pytest.fixture(scope="module")
+def clip_weights():
+  """A narrow CLIP under the hub's names, with the ends of its text half."""
+  special = {"class_token": (8,), "position_embedding": (5, 8)}
+  return vit_weights(vit.CLIP_NAMES, CLIP_MODEL_CONFIG, special) | {
+    "logit_scale": np.ones((), np.float32),
+    "text_model.embeddings.position_ids": np.arange(77)[None],
+    "text_projection.weight": np.zeros((5, 16), np.float32),
+    "vision_model.embeddings.position_ids": np.arange(5)[None],
+  }
+
+
+def test_dinov2_from_its_folder(dinov2_weights, tmp_path, caplog):
+  source = tmp_path / "model.safetensors"
+  safetensors.numpy.save_file(dinov2_weights, source)
+  with pytest.raises(WeightsError, match=r"there is no config\.json beside"):
+    convert("dinov2", str(tmp_path), str(tmp_path / "out"))
+  (tmp_path / "config.json").write_text(json.dumps(DINOV2_CONFIG))
+  artifact = convert("dinov2", str(tmp_path), str(tmp_path / "out"))
+  assert not caplog.records
+  assert artifact.kind == "vit"
+  assert artifact.metadata["model_config"] == vit_model_config()
+  assert artifact.metadata["source"] == {
+    "location": str(tmp_path),
+    "file": "model.safetensors",
+    "revision": None,
+    "sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
+    "family": "dinov2",
+  }
+  params = artifact.params
+  attention = params["blocks"]["attention"]
+  prefix = "encoder.layer.1.attention"
+  np.testing.assert_array_equal(
+    attention["key"]["kernel"][1],
+    dinov2_weights[f"{prefix}.attention.key.weight"].T,
+  )
+  theirs = dinov2_weights["embeddings.patch_embeddings.projection.weight"]
+  assert params["patch_embed"]["kernel"][3, 5, 2, 7] == theirs[7, 2, 3, 5]
+  positions = dinov2_weights["embeddings.position_embeddings"][0]
+  np.testing.assert_array_equal(
+    params["position_embedding"], vit.resize_positions(positions, 2)
+  )
+  with pytest.raises(artifacts.ArtifactError, match="Vision Transformer feat"):
+    artifacts.load(tmp_path / "out", dtype="bfloat16")
+
+
+def test_clip_from_its_folder(clip_weights, tmp_path):
+  safetensors.numpy.save_file(clip_weights, tmp_path / "model.safetensors")
+  (tmp_path / "config.json").write_text(json.dumps(CLIP_CONFIG))
+  artifact = convert("clip", str(tmp_path), str(tmp_path / "out"))
+  assert artifact.kind == "vit"
+  assert artifact.metadata["model_config"] == CLIP_MODEL_CONFIG
+  assert artifact.metadata["source"]["family"] == "clip"
+  query = artifact.params["blocks"]["attention"]["query"]["kernel"]
+  np.testing.assert_array_equal(query[1], clip_weights[QUERY].T)
+  for ours, theirs in (
+    (artifact.params["class_token"], "class_embedding"),
+    (artifact.params["position_embedding"], "position_embedding.weight"),
+  ):
+    theirs = clip_weights[f"vision_model.embeddings.{theirs}"]
+    np.testing.assert_array_equal(ours, theirs)
+  images = np.random.RandomState(8).randint(0, 256, (2, 9, 9, 3), np.uint8)
+  features = artifact.module.apply({"params": artifact.params}, images)
+  assert features.shape == (2, 5)
+
+
+def test_clips_image_half_comes_in_other_forms(clip_weights):
+  whole = vit.convert_clip(clip_weights, CLIP_CONFIG)
+  early = CLIP_CONFIG | {
+    "vision_config": None,
+    "vision_config_dict": CLIP_VISION,
+  }
+  half = {k: v for k, v in clip_weights.items() if k.startswith("vis")}
+  bare = {k: v for k, v in half.items() if not k.startswith("visual")}
+  unprefixed = {k.removeprefix("vision_model."): v for k, v in bare.items()}
+  for weights, config, projection_dim in (
+    (clip_weights, early, 5),
+    (half, CLIP_VISION, 5),
+    (bare, CLIP_VISION, 0),
+    (unprefixed, CLIP_VISION, 0),
+  ):
+    converted = vit.convert_clip(weights, config)
+    assert converted.model_config == CLIP_MODEL_CONFIG | {
+      "projection_dim": projection_dim
+    }
+    expected = dict(whole.params)
+    if not projection_dim:
+      del expected["projection"]
+    jax.tree.map(np.testing.assert_array_equal, converted.params, expected)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"use_swiglu_ffn": True}, "use_swiglu_ffn=True: .*giant.*-large"),
+    ({"model_type": "dinov2_with_registers"}, "only 'dinov2' can.*registers"),
+    ({"model_type": "vit"}, "model_type='vit', but only 'dinov2' can be"),
+    ({"hidden_act": "relu"}, "hidden_act='relu', but only 'gelu' can be"),
+    ({"qkv_bias": False}, "qkv_bias=False, but only True can be converted"),
+    ({"patch_size": None}, "patch_size=None, want a positive number"),
+    ({"num_hidden_layers": 1.5}, "num_hidden_layers=1.5, want an integer"),
+    ({"layer_norm_eps": "1e-6"}, "layer_norm_eps='1e-6', want a positive"),
+    ({"patch_size": 100}, "=224 must be a multiple of patch_size=100"),
+    ({"num_attention_heads": 3}, "=8 must be a multiple of num_heads=3"),
+  ],
+)
+def test_other_dinov2_architectures_are_refused(
+  dinov2_weights, change, message
+):
+  with pytest.raises(WeightsError, match=f"config.json.*{message}"):
+    vit.convert_dinov2(dinov2_weights, DINOV2_CONFIG | change)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"model_type": "siglip"}, "only 'clip' or 'clip_vision_model' can"),
+    ({"vision_config": [1]}, r"vision_config=\[1\], want a dict"),
+    ({"projection_dim": None}, "projection_dim=None, want a positive"),
+    (
+      {"vision_config": CLIP_VISION | {"hidden_act": "relu"}},
+      "activation='relu': must be one of 'gelu', 'quick_gelu'",
+    ),
+    (
+      {"vision_config": CLIP_VISION | {"num_channels": 1}},
+      "num_channels=1, but only 3 can be converted",
+    ),
+  ],
+)
+def test_other_clip_architectures_are_refused(clip_weights, change, message):
+  with pytest.raises(WeightsError, match=f"config.json.*{message}"):
+    vit.convert_clip(clip_weights, CLIP_CONFIG | change)
+
+
+def test_config_json_must_say_the_sizes(dinov2_weights):
+  config = dict(DINOV2_CONFIG)
+  del config["num_attention_heads"]
+  with pytest.raises(WeightsError, match="has no num_attention_heads, want"):
+    vit.convert_dinov2(dinov2_weights, config)
+
+
+def test_other_vit_weights_are_listed(dinov2_weights, clip_weights):
+  missing = dict(dinov2_weights)
+  del missing["encoder.layer.1.norm2.bias"]
+  positions = "embeddings.position_embeddings"
+  for weights, message in (
+    (missing, r"of the DINOv2 of config.json: missing \(1\): encoder.layer.1."),
+    (
+      dinov2_weights | {"embeddings.register_tokens": np.zeros((1, 4, 8))},
+      r"unexpected \(1\): embeddings.register_tokens",
+    ),
+    (
+      dinov2_weights | {positions: np.zeros((1, 5, 8))},
+      rf"{positions} has shape \(1, 5, 8\), not \(1, 17, 8\)",
+    ),
+    (
+      dinov2_weights | {positions: np.full((1, 17, 8), np.nan)},
+      f"{positions} holds values that are not finite",
+    ),
+  ):
+    with pytest.raises(WeightsError, match=message):
+      vit.convert_dinov2(weights, DINOV2_CONFIG)
+  missing = dict(clip_weights)
+  del missing["visual_projection.weight"]
+  with pytest.raises(
+    WeightsError, match=r"CLIP's image .*missing \(1\): visual_projection.wei"
+  ):
+    vit.convert_clip(missing, CLIP_CONFIG)
+
+
+def test_what_takes_defaults_says_so(tmp_path, monkeypatch, weights, caplog):
+  """An AutoencoderKL without config.json, were it Stable Diffusion's."""
+  monkeypatch.setattr(
+    vae, "_CONFIG", {key: CONFIG[key] for key in MODEL_CONFIG}
+  )
+  safetensors.numpy.save_file(weights, tmp_path / FILE)
+  artifact = convert("vae", str(tmp_path), str(tmp_path / "out"))
+  assert artifact.metadata["model_config"] == MODEL_CONFIG
+  (record,) = caplog.records
+  assert "no config.json, took its defaults" in record.getMessage()

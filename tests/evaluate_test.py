@@ -1,0 +1,453 @@
+"""Evaluation as a job: runs, exported weights, images, several processes."""
+
+import contextlib
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import digits
+from drift_jax import (
+  artifacts,
+  checkpoint,
+  experiment,
+  metrics,
+  models,
+  sharding,
+  state,
+  steps,
+)
+from drift_jax import config as config_lib
+from drift_jax.models import release
+from tests.autoencoders import save_vae
+from tests.conftest import assert_close
+from tests.judges import (
+  digit_pixels,
+  save_inception,
+  save_statistics,
+  save_vit,
+)
+
+ROOT = pathlib.Path(__file__).parent.parent
+GEN = ROOT / "tests" / "golden" / "artifact_gen"
+ALPHAS = (1.0, 2.5)
+COUNT = 50
+# Of Inception's features, of samples, of keeping all images; merged in every
+# way that there is.
+FIGURES = ("fd_inception", "fd_pixel", "coverage")
+# Of published weights only.
+NAMED = ("fid", "inception_score", "precision_recall", "kid")
+
+
+def environment(devices):
+  return os.environ | {
+    "JAX_NUM_CPU_DEVICES": str(devices),
+    "JAX_PLATFORMS": "cpu",
+    "PYTHONPATH": str(ROOT),
+    # These runs compile for longer than they compute.
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+  }
+
+
+def start(*arguments, devices=1):
+  return subprocess.Popen(
+    [sys.executable, *map(str, arguments)],
+    cwd=ROOT,
+    env=environment(devices),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def evaluate(*arguments, devices=1, ok=True):
+  process = start("-m", "drift_jax.evaluate", *arguments, devices=devices)
+  stdout, stderr = process.communicate(timeout=300)
+  assert (process.returncode == 0) == ok, stderr[-3000:]
+  return stdout if ok else stderr
+
+
+def randomised(tree):
+  """Parameters that are not zero where initial ones are."""
+  rng = np.random.default_rng(0)
+  return jax.tree.map(
+    lambda x: (0.2 * rng.normal(size=x.shape)).astype(x.dtype), tree
+  )
+
+
+@pytest.fixture(scope="module")
+def judges(tmp_path_factory):
+  """Folders of a published and of another Inception, and their statistics.
+
+  Stand-ins: narrow, and 'published' by their metadata only.
+  """
+  folder = tmp_path_factory.mktemp("judges")
+  for name, published in (("published", True), ("other", False)):
+    save_inception(folder / name, published=published, seed=int(published))
+    save_statistics(
+      folder / f"{name}.npz", folder / name, digit_pixels(300), crop="none"
+    )
+  return folder
+
+
+def judge_flags(judges, name="other"):
+  return (
+    f"--inception={judges / name}",
+    f"--inception_reference={judges / name}.npz",
+  )
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  """A run whose generator draws something else for each label and noise."""
+  path = tmp_path_factory.mktemp("run")
+  config = digits.get_config("smoke")
+  config.model.update(depth=1, hidden_size=16, cond_dim=16, num_heads=2)
+  config = config_lib.parse(config)
+  (path / "config.json").write_text(config_lib.to_json(config))
+  task = experiment.generator_task(config, {})
+  abstract, _ = state.abstract_and_init(
+    experiment.init_generator(task),
+    experiment.make_optimizer(config.optim, config.train.num_steps)[0],
+    ema_decays=config.ema.decays,
+    seed=config.seed,
+    mesh=sharding.make_mesh(),
+  )
+  arrays = jax.tree.map(
+    lambda x, s: jax.device_put(x, s.sharding), randomised(abstract), abstract
+  )
+  saver = checkpoint.Checkpointer(path / "checkpoints")
+  saver.save(1, arrays, {"position": np.asarray(0)})
+  saver.close()
+  return path
+
+
+# Draws the samples that the job judges, before they are rounded.
+DRAW = """if True:
+  import sys
+  import numpy as np
+  from drift_jax import evaluate, experiment, metrics, processes, sharding
+  from absl import app
+
+  def main(argv):
+    evaluate.main(argv[:1])
+    mesh = sharding.make_mesh()
+    run = experiment.load_generator(argv[1], mesh, step=None, ema_decay=None)
+    sample_fn = experiment.make_sampler(run.task, mesh, 7)(run.params)
+    labels = metrics.balanced_labels(50, 10)
+    batches = metrics.generate(sample_fn, labels, 2.5, batch_size=24)
+    drawn = [experiment.gathered(b, b.samples) for b in batches]
+    if processes.is_first():
+      np.save(argv[2], np.concatenate(drawn))
+
+  app.run(main)
+"""
+
+
+def run_on(tmp_path, workdir, judges, processes, devices):
+  """(report, samples before rounding, samples written) of one job."""
+  folder = tmp_path / f"{processes}x{devices}"
+  with contextlib.closing(socket.socket()) as sock:
+    sock.bind(("127.0.0.1", 0))
+    port = sock.getsockname()[1]
+  started = [
+    start(
+      "-c",
+      DRAW,
+      workdir,
+      folder / "floats.npy",
+      f"--workdir={workdir}",
+      f"--alphas={','.join(map(str, ALPHAS))}",
+      f"--num_samples={COUNT}",
+      "--batch_size=24",
+      f"--metrics={','.join((*FIGURES, *NAMED))}",
+      *judge_flags(judges, "published"),
+      "--seed=7",
+      "--neighbours=3",
+      "--neighbour_space=pixel",
+      "--neighbour_samples=30",
+      f"--samples_out={folder / 'samples.npz'}",
+      f"--out={folder / 'report.json'}",
+      *(
+        ()
+        if processes == 1
+        else (
+          f"--coordinator=127.0.0.1:{port}",
+          f"--num_processes={processes}",
+          f"--process_id={process}",
+        )
+      ),
+      devices=devices,
+    )
+    for process in range(processes)
+  ]
+  for process in started:
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr[-3000:]
+  report = json.loads((folder / "report.json").read_text())
+  written = []
+  for alpha in ALPHAS:
+    with np.load(folder / f"samples_alpha_{alpha:g}.npz") as archive:
+      written.append((archive["arr_0"], archive["arr_1"]))
+  return report, np.load(folder / "floats.npy"), written, folder
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory, workdir, judges):
+  return run_on(tmp_path_factory.mktemp("one"), workdir, judges, 1, 1)
+
+
+def test_report_samples_and_pictures(one_device, workdir):
+  report, floats, written, folder = one_device
+  assert report["num_samples"] == COUNT and report["seed"] == 7
+  assert list(report["results"]) == ["1.0", "2.5"]
+  figures = report["results"]["2.5"]
+  assert {"fid", "fd_inception", "inception_score", "precision"} <= set(figures)
+  assert figures["fid"] == figures["fd_inception"] > 0
+  assert figures["fid"] != report["results"]["1.0"]["fid"]
+  assert report["judges"]["inception"]["reference"]["count"] == 300
+  # Exactly as many as asked for, truncated to 8 bits, labels in their order.
+  images, labels = written[1]
+  assert images.shape == (COUNT, 8, 8, 3) and images.dtype == np.uint8
+  np.testing.assert_array_equal(labels, np.arange(COUNT) % 10)
+  np.testing.assert_array_equal(
+    images, np.broadcast_to(metrics.to_uint8(floats), images.shape)
+  )
+  assert len(np.unique(floats.reshape(COUNT, -1), axis=0)) == COUNT
+  neighbours = report["neighbours"]
+  assert neighbours["generated_count"] == 30
+  assert neighbours["heldout_count"] == 540
+  assert neighbours["training_images"] == 1257
+  for name in ("_alphas", "_neighbours", "_nearest_distances"):
+    with Image.open(folder / f"report{name}.png") as picture:
+      assert min(picture.size) > 100
+
+
+@pytest.mark.parametrize(("processes", "devices"), [(1, 8), (2, 4)])
+def test_devices_and_processes_agree(
+  tmp_path, workdir, judges, one_device, processes, devices
+):
+  report, floats, written, _ = one_device
+  other, other_floats, other_written, _ = run_on(
+    tmp_path, workdir, judges, processes, devices
+  )
+  assert_close(other_floats, floats, 1e-5)
+  for (images, labels), (others, other_labels) in zip(
+    written, other_written, strict=True
+  ):
+    np.testing.assert_array_equal(labels, other_labels)
+    # Truncation tells 1e-7 on either side of a level apart.
+    assert np.mean(images != others) < 1e-3
+  for alpha, figures in report["results"].items():
+    for name, value in figures.items():
+      assert other["results"][alpha][name] == pytest.approx(
+        value, rel=1e-4, abs=1e-12
+      ), (alpha, name)
+  for name, value in report["neighbours"].items():
+    if isinstance(value, float):
+      assert other["neighbours"][name] == pytest.approx(value, rel=1e-5), name
+  assert (
+    other["neighbours"]["shown_samples"]
+    == report["neighbours"]["shown_samples"]
+  )
+
+
+def test_images_that_the_run_wrote_score_the_same(tmp_path, judges, one_device):
+  """The same figures of the .npz, and of a folder of the same images."""
+  report, _, written, folder = one_device
+  images, _ = written[1]
+  for number, image in enumerate(images):
+    Image.fromarray(image).save(tmp_path / f"{number:03d}.png")
+  for source in (folder / "samples_alpha_2.5.npz", tmp_path):
+    out = tmp_path.parent / "images.json"
+    stdout = evaluate(
+      f"--images={source}",
+      f"--metrics={','.join(NAMED)}",
+      *judge_flags(judges, "published"),
+      f"--out={out}",
+    )
+    assert "| 50 samples | images |" in stdout
+    scored = json.loads(out.read_text())["results"]["images"]
+    expected = report["results"]["2.5"]
+    for name in ("fid", "inception_score", "precision", "recall", "kid"):
+      assert scored[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
+def test_exported_weights(tmp_path, judges):
+  """A generator of pixels, exported; labels from a list."""
+  config = digits.get_config("smoke").model
+  config.update(depth=1, hidden_size=16, cond_dim=16, num_heads=2)
+  arguments = config.to_dict()
+  module = models.build_generator(**arguments)
+  shapes = jax.eval_shape(
+    lambda: module.init(
+      {"params": jax.random.key(0), "noise": jax.random.key(0)},
+      np.zeros(1, np.int32),
+      np.ones(1, np.float32),
+    )["params"]
+  )
+  params = randomised(shapes)
+  artifacts.save(
+    tmp_path / "gen",
+    kind="gen",
+    model_config=release.published_config("gen", arguments),
+    params=params,
+    step=3,
+    ema_decay=0.9,
+  )
+  labels = np.asarray([3, 3, 7] * 6)
+  np.savetxt(tmp_path / "labels.txt", labels, fmt="%d")
+  out = tmp_path / "out.json"
+  evaluate(
+    f"--weights={tmp_path / 'gen'}",
+    "--metrics=fd_inception",
+    *judge_flags(judges),
+    f"--labels={tmp_path / 'labels.txt'}",
+    "--num_samples=0",
+    "--alphas=1.5",
+    f"--samples_out={tmp_path / 'samples.npz'}",
+    f"--out={out}",
+    devices=2,
+  )
+  report = json.loads(out.read_text())
+  assert (report["step"], report["num_samples"]) == (3, 18)
+  with np.load(tmp_path / "samples.npz") as archive:
+    np.testing.assert_array_equal(archive["arr_1"], labels)
+    images = archive["arr_0"]
+  task = experiment.load_exported(
+    str(tmp_path / "gen"), "", sharding.make_mesh(devices=jax.devices()[:1])
+  ).task
+  drawn = steps.sample_step(
+    params,
+    labels.astype(np.int32),
+    np.full(18, 1.5, np.float32),
+    np.arange(18, dtype=np.int32),
+    seed=0,
+    task=task,
+  )
+  expected = metrics.to_uint8(drawn)
+  # Another program may round the last bit to the other side of a level.
+  assert np.abs(images.astype(int) - expected).max() <= 1
+  assert np.mean(images != expected) < 1e-3
+  with np.load(judges / "other.npz") as reference:
+    mean, sigma = reference["mu"], reference["sigma"]
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  judge = experiment.load_judge(str(judges / "other"), mesh)
+  features, _ = experiment.network_fn(judge, mesh)(images)
+  distance = metrics.frechet_distance(
+    metrics.FeatureStats.from_features(features),
+    metrics.ReferenceStats(mean, sigma, None, None),
+  )
+  assert report["results"]["1.5"]["fd_inception"] == pytest.approx(
+    distance, rel=1e-4
+  )
+
+
+# Runs the job for one list of arguments after the other.
+MISTAKES = """if True:
+  import json
+  import sys
+  from absl import app, flags
+  from absl.testing import flagsaver
+  from drift_jax import evaluate
+
+  def main(argv):
+    for arguments in json.loads(argv[1]):
+      with flagsaver.flagsaver():
+        flags.FLAGS([argv[0], *arguments])
+        try:
+          evaluate.main(argv[:1])
+          print("no error")
+        except SystemExit as ended:
+          print(ended.code)
+
+  app.run(main)
+"""
+
+
+def test_mistakes(tmp_path, workdir, judges):
+  np.savetxt(tmp_path / "labels.txt", [1, 2, 10], fmt="%d")
+  gen, run, few = f"--weights={GEN}", f"--workdir={workdir}", "--num_samples=20"
+  other, reference = judge_flags(judges)
+  published = f"--inception={judges / 'published'}"
+  frechet = "--metrics=fd_inception"
+  cases = {
+    "give one of ['--workdir', '--weights', '--images'], got none": (),
+    "got ['--weights', '--images']": (gen, "--images=b"),
+    "--neighbours=3 with --images: only a": ("--images=a", "--neighbours=3"),
+    "Error: [Errno 2] No such file": ("--images=nowhere.npz",),
+    "metrics='fd_pixel' needs a run (--workdir): valid options are": (
+      *(gen, few, "--metrics=fd_pixel"),
+    ),
+    "num_samples=25 cannot be balanced over num_classes=10": (
+      *(gen, "--num_samples=25"),
+    ),
+    "labels.txt: entry 2 is 10, labels lie in [0, 10)": (
+      *(gen, f"--labels={tmp_path / 'labels.txt'}"),
+    ),
+    "['fid', 'inception_score'], which need eval.inception.path": (gen, few),
+    "['fd_inception'], which need eval.inception.reference": (
+      *(gen, few, other, frechet),
+    ),
+    "holds a model of kind 'gen', want one of": (
+      *(gen, few, f"--inception={GEN}", reference),
+    ),
+    "holds ['fid', 'inception_score'], but eval.inception.path=": (
+      *(gen, few, other, reference),
+    ),
+    "there are no reference statistics nowhere.npz: python -m": (
+      *(gen, few, other, "--inception_reference=nowhere.npz", frechet),
+    ),
+    "resolution found 8, expected 64": (
+      # Latents of 8 x 8 cells, decoded.
+      *(gen, few, other, reference, frechet, "--vae={vae}"),
+    ),
+    "an evaluation network looks at images [B, H, W, 1 or 3], got": (
+      *(gen, few, other, reference, frechet),
+    ),
+    "or another network than asked for: network_sha256 found": (
+      *(run, "--metrics=fid", published, reference),
+    ),
+    "eval.dinov2.path='{clip}' holds a model 'clip', want 'dinov2'": (
+      *(gen, few, "--dinov2={clip}", "--metrics=fd_dinov2"),
+      f"--dinov2_reference={judges / 'other'}.npz",
+    ),
+    "eval.inception.path='{clip}' holds a model 'clip', want 'inception'": (
+      *(gen, few, "--inception={clip}", frechet, reference),
+    ),
+    "alphas=(0.5,): 0.5 was never trained": (run, "--alphas=0.5"),
+    "alpha=0.5 must be at least 1": (
+      *(gen, few, "--alphas=0.5", other, reference, frechet),
+    ),
+    "neighbours in the space 'encoder' need an encoder": (
+      *(run, few, "--metrics=fd_pixel", "--neighbours=1"),
+    ),
+    "give all three": (run, "--coordinator=127.0.0.1:1"),
+    "process_id=2 must lie in [0, num_processes=2)": (
+      *(run, "--coordinator=127.0.0.1:1"),
+      *("--num_processes=2", "--process_id=2"),
+    ),
+  }
+  vae = save_vae(tmp_path / "vae", widths=(4, 4, 4, 8), latent_channels=4)
+  clip = save_vit(tmp_path / "clip", family="clip")
+  out = f"--out={tmp_path / 'out.json'}"
+
+  def filled(text):
+    return text.replace("{vae}", str(vae)).replace("{clip}", str(clip))
+
+  lists = [[*map(filled, arguments), out] for arguments in cases.values()]
+  process = start("-c", MISTAKES, json.dumps(lists))
+  stdout, stderr = process.communicate(timeout=300)
+  assert process.returncode == 0, stderr[-3000:]
+  lines = stdout.splitlines()
+  assert len(lines) == len(cases), stdout
+  for line, message in zip(lines, cases, strict=True):
+    assert line.startswith("Error: ") and filled(message) in line, line
+  assert not (tmp_path / "out.json").exists()

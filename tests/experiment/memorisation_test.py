@@ -1,0 +1,171 @@
+"""Neighbours in the training set: of copies, of new images, in every space."""
+
+import jax
+import numpy as np
+import pytest
+
+from drift_jax import artifacts, data, experiment, metrics, models, sharding
+from drift_jax import config as config_lib
+from tests.autoencoders import save_vae
+from tests.conftest import assert_close
+from tests.judges import save_inception, save_vit
+
+MAE = {
+  "in_channels": 1,
+  "base_channels": 4,
+  "layers": (1, 1, 1, 1),
+  "input_patch_size": 1,
+  "mask_patch_size": 2,
+  "num_classes": 10,
+  "norm_groups": 4,
+  "dtype": "float32",
+  "remat": False,
+}
+
+
+@pytest.fixture(scope="module")
+def mesh():
+  return sharding.make_mesh()
+
+
+@pytest.fixture(scope="module")
+def readers():
+  train, test = (
+    data.ArrayReader(data.digits(split), wire="float32")
+    for split in ("train", "test")
+  )
+  return experiment.Readers(train, lambda: test)
+
+
+def sampler(images, mesh):
+  """Draws images[index], whatever the label."""
+
+  def sample_fn(labels, alpha, index):
+    del labels, alpha
+    return sharding.put_batch(images[index], mesh)
+
+  return sample_fn
+
+
+def search(images, readers, mesh, space, k=4):
+  return experiment.check_memorisation(
+    sampler(images, mesh),
+    np.zeros(len(images), np.int32),
+    1.0,
+    readers,
+    experiment.feature_space(space, encoders(mesh), None, mesh),
+    k=k,
+    batch_size=64,
+    decode=lambda samples: samples,
+    mesh=mesh,
+  )
+
+
+def encoders(mesh):
+  """A run's autoencoder, untrained."""
+  module = models.build_mae(**MAE)
+  params = module.init(
+    {"params": jax.random.key(0), "mask": jax.random.key(0)},
+    np.zeros((1, 8, 8, 1), np.float32),
+  )["params"]
+  params = jax.device_put(
+    {"encoder": params["encoder"]}, sharding.replicated(mesh)
+  )
+  return {"mae": artifacts.Artifact("mae", module, params, {}, "0")}
+
+
+def test_pixels_against_all_distances(readers, mesh):
+  rng = np.random.default_rng(0)
+  copies = [3, 700, 1256]
+  train = readers.train.fixed(np.arange(len(readers.train)))
+  images = rng.uniform(-1, 1, (70, 8, 8, 1)).astype(np.float32)
+  images[[5, 40, 69]] = train[copies]
+  found = search(images, readers, mesh, "pixel")
+  test = readers.test().fixed(np.arange(540))
+  queries = np.concatenate([images, test]).reshape(610, -1)
+  distance = np.linalg.norm(
+    queries[:, None].astype(np.float64) - train.reshape(1, 1257, -1), axis=-1
+  )
+  np.testing.assert_allclose(
+    found.neighbours.distance, np.sort(distance, axis=1)[:, :4], rtol=1e-12
+  )
+  assert found.neighbours.index[[5, 40, 69], 0].tolist() == copies
+  assert found.neighbours.count == 1257
+  generated, held_out = found.nearest
+  assert len(generated) == 70 and len(held_out) == 540
+  assert found.summary["generated_identical"] == 3 / 70
+  # The copies come first in the picture, then others, none twice.
+  assert found.shown[:3].tolist() == [5, 40, 69]
+  assert len(set(found.shown.tolist())) == 10
+  side = 8 * 6
+  row = found.picture[2 : 2 + side]
+  first, nearest = row[:, 2 : 2 + side], row[:, 4 + side + 12 + 2 :][:, :side]
+  np.testing.assert_array_equal(first, nearest)
+  assert (
+    found.picture.shape[1] > 5 * side and found.picture.shape[0] > 10 * side
+  )
+
+
+def test_in_the_encoders_features(readers, mesh):
+  images = readers.train.fixed(np.arange(0, 1200, 20))
+  found = search(images, readers, mesh, "encoder", k=2)
+  np.testing.assert_array_equal(
+    found.neighbours.index[:60, 0], np.arange(0, 1200, 20)
+  )
+  # The same features from batches of other company: equal but for rounding.
+  assert found.nearest[0].max() < 1e-3 * np.median(found.nearest[1])
+  assert found.space == "encoder"
+
+
+def test_in_a_networks_features(tmp_path, readers, mesh):
+  """Reals are looked at as their files' pixels, generated ones truncated."""
+  folder = str(save_inception(tmp_path / "inception"))
+  space = experiment.feature_space(folder, {}, None, mesh)
+  assert space.name == "inception-v3 pool3, other weights"
+  images = readers.train.fixed(np.arange(8))
+  artifact = experiment.load_judge(folder, mesh)
+  network = experiment.network_fn(artifact, mesh)
+  assert_close(
+    space.of_reals(images), network(metrics.real_pixels(images))[0], 1e-6
+  )
+  assert_close(
+    space.of_samples(images),
+    network(np.asarray(metrics.to_rgb(images)))[0],
+    1e-6,
+  )
+
+
+def test_latents_are_decoded_on_both_sides(tmp_path, mesh):
+  save_vae(tmp_path / "vae")
+  vae = artifacts.load(tmp_path / "vae")
+  folder = str(save_inception(tmp_path / "inception"))
+  space = experiment.feature_space(folder, {}, vae, mesh)
+  latents = np.random.default_rng(0).normal(size=(8, 4, 4, 2))
+  latents = latents.astype(np.float32)
+  pixels = experiment.make_pixels(vae, mesh)(sharding.put_batch(latents, mesh))
+  assert pixels.shape == (8, 8, 8, 3)
+  network = experiment.network_fn(experiment.load_judge(folder, mesh), mesh)
+  expected = network(np.asarray(pixels))[0]
+  assert_close(space.of_samples(latents), expected, 1e-6)
+  assert_close(space.of_reals(latents), expected, 1e-6)
+
+
+def test_cosine_similarity_in_clips_features(tmp_path, readers, mesh):
+  folder = str(save_vit(tmp_path / "clip", family="clip"))
+  space = experiment.feature_space(folder, {}, None, mesh)
+  assert space.name == "clip of tests/judges.py"
+  images = readers.train.fixed(np.arange(8))
+  network = experiment.network_fn(experiment.load_judge(folder, mesh), mesh)
+  features = np.asarray(network(metrics.real_pixels(images))[0])
+  lengths = np.linalg.norm(features, axis=1, keepdims=True)
+  assert_close(space.of_reals(images), features / lengths, 1e-6)
+
+
+def test_mistakes(tmp_path, readers, mesh):
+  with pytest.raises(config_lib.ConfigError, match="'encoder' need an encoder"):
+    experiment.feature_space("encoder", {}, None, mesh)
+  with pytest.raises(artifacts.ArtifactError, match="no exported model in now"):
+    experiment.feature_space("nowhere", {}, None, mesh)
+  images = readers.train.fixed(np.arange(8))
+  with pytest.raises(ValueError, match="k = 1258 neighbours among 1257"):
+    search(images, readers, mesh, "pixel", k=1258)

@@ -1,0 +1,123 @@
+"""Small evaluation networks with random weights, as artifacts."""
+
+import os
+
+import jax
+import numpy as np
+
+from drift_jax import artifacts, data, experiment, metrics, models, sharding
+from drift_jax.models import release
+
+VIT = {
+  "image_size": 8,
+  "patch_size": 4,
+  "hidden_size": 8,
+  "depth": 1,
+  "num_heads": 2,
+  "mlp_size": 16,
+  "activation": "gelu",
+  "pre_norm": False,
+  "layer_scale": True,
+  "patch_bias": True,
+  "projection_dim": 0,
+  "epsilon": 1e-6,
+  "image_mean": (0.5, 0.5, 0.5),
+  "image_std": (0.25, 0.25, 0.25),
+}
+
+
+def save_inception(
+  folder: str | os.PathLike[str],
+  *,
+  width: int = 1,
+  num_classes: int = 5,
+  published: bool = False,
+  seed: int = 0,
+) -> str | os.PathLike[str]:
+  """Writes an Inception-v3 of 128 width features; returns its folder.
+
+  Args:
+    folder: of the artifact.
+    width, num_classes: see models.build_inception.
+    published: whether it claims to hold the published weights.
+    seed: of the weights.
+  """
+  arguments = {"width": width, "num_classes": num_classes}
+  inception = models.build_inception(**arguments)
+  shapes = jax.eval_shape(
+    inception.init, jax.random.key(0), np.zeros((1, 8, 8, 3), np.uint8)
+  )["params"]
+  rng = np.random.default_rng(seed)
+
+  def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    # The signal keeps its size from layer to layer.
+    scale = np.sqrt(2 / max(np.prod(leaf.shape[:-1]), 1))
+    return (scale * rng.normal(size=leaf.shape)).astype(np.float32)
+
+  artifacts.save(
+    folder,
+    kind="inception",
+    model_config=arguments,
+    params=jax.tree.map(draw, shapes),
+    step=None,
+    ema_decay=None,
+    source={"location": "tests/judges.py", "published": published},
+  )
+  return folder
+
+
+def save_vit(
+  folder: str | os.PathLike[str], *, family: str = "dinov2"
+) -> str | os.PathLike[str]:
+  """Writes a tiny Vision Transformer of a family; returns its folder."""
+  vit = models.build_vit(**VIT)
+  params = vit.init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.uint8))
+  artifacts.save(
+    folder,
+    kind="vit",
+    model_config=release.published_config("vit", VIT),
+    params=params["params"],
+    step=None,
+    ema_decay=None,
+    source={"location": "tests/judges.py", "family": family},
+  )
+  return folder
+
+
+def save_statistics(
+  path: str | os.PathLike[str],
+  folder: str | os.PathLike[str],
+  pixels: np.ndarray,
+  *,
+  crop: str,
+) -> str | os.PathLike[str]:
+  """Writes reference statistics of images [N, H, H, 3] in a network's features.
+
+  Args:
+    path: .npz to write, which is returned.
+    folder: of the network.
+    pixels: uint8.
+    crop: what they claim to be cut by.
+  """
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  artifact = experiment.load_judge(str(folder), mesh)
+  features = np.asarray(experiment.network_fn(artifact, mesh)(pixels)[0])
+  provenance = metrics.Provenance(
+    source="digits",
+    split="train",
+    crop=crop,
+    resolution=pixels.shape[1],
+    network="test",
+    network_sha256=artifact.sha256,
+  )
+  stats = metrics.FeatureStats.from_features(features)
+  metrics.save_reference(
+    path, metrics.ReferenceStats.from_stats(stats, provenance, features)
+  )
+  return path
+
+
+def digit_pixels(count: int) -> np.ndarray:
+  """The first of the training digits, uint8 [count, 8, 8, 3]."""
+  reader = data.ArrayReader(data.digits("train"), wire="float32")
+  return metrics.real_pixels(reader.fixed(np.arange(count)))
