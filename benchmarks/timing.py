@@ -1,7 +1,9 @@
 """Timing in turns, the table, and what the numbers depend on."""
 
 import contextlib
+import ctypes
 import dataclasses
+import gc
 import importlib
 import importlib.util
 import json
@@ -17,7 +19,7 @@ import jax
 import numpy as np
 
 MIN_TURNS = 5
-PACKAGES = ("numpy", "PIL", "simplejpeg", "cv2", "jax", "grain")
+PACKAGES = ("numpy", "scipy", "PIL", "simplejpeg", "cv2", "jax", "grain")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,38 @@ class Case:
     return seconds
 
 
+class Peak:
+  """How much more memory runs take than the process held before them.
+
+  Inputs that live on are not counted, what a run makes is: arrays, buffers of
+  libraries, the result. On Linux only, else not a number.
+
+  Attributes:
+    bytes: the most of all runs.
+  """
+
+  def __init__(self) -> None:
+    self.bytes = float("nan")
+    self._before = float("nan")
+    gc.collect()  # takes long: not before each run
+
+  def around(self, run: Callable[[], object]) -> Case:
+    """Measures each run."""
+    return Case(run, self._start, self._stop)
+
+  def _start(self) -> None:
+    with contextlib.suppress(OSError, AttributeError):
+      ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system
+    with contextlib.suppress(OSError):
+      # The highest mark so far falls to what is held now.
+      pathlib.Path("/proc/self/clear_refs").write_text("5")
+    self._before = resident()
+
+  def _stop(self) -> None:
+    more = highest() - self._before
+    self.bytes = float(np.fmax(self.bytes, max(more, 0.0)))
+
+
 class Report:
   """Collects rows.
 
@@ -77,42 +111,49 @@ class Report:
     section: str,
     unit: str,
     count: float,
-    plain: Case,
+    plain: Case | None,
     ours: dict[str, Case],
     *,
     clock: Callable[[], float] = time.perf_counter,
     notes: dict[str, str] | None = None,
+    once: bool = False,
   ) -> None:
     """Adds a row for each of `ours`.
 
     Args:
       section: of the table.
-      unit: 'ms' for the time of one run, else of `count`, per second.
+      unit: 's' or 'ms' for the time of one run, else of `count`, per second.
       count: what one run handles.
-      plain: what all of `ours` are compared with.
+      plain: what all of `ours` are compared with, if anything.
       ours: by name.
       clock: seconds.
       notes: by name.
+      once: a single turn and no warm-up, for what takes a minute.
     """
-    cases = {"plain": plain} | ours
-    for case in cases.values():  # warm-up
+    cases = ({} if plain is None else {"plain": plain}) | ours
+    for case in () if once else cases.values():  # warm-up
       case.seconds(clock)
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    stop = time.monotonic() + self._seconds * len(cases)
+    stop = time.monotonic() + (0 if once else self._seconds * len(cases))
     turn = 0
-    while turn < MIN_TURNS or time.monotonic() < stop:
+    while turn < (1 if once else MIN_TURNS) or time.monotonic() < stop:
       # To and fro: what drifts over a turn cancels out.
       for name in list(cases)[:: 1 if turn % 2 else -1]:
         seconds[name].append(cases[name].seconds(clock))
       turn += 1
     middle = {name: float(np.median(x)) for name, x in seconds.items()}
+    scale = {"s": 1.0, "ms": 1e3}.get(unit)
     value = {
-      name: 1e3 * x if unit == "ms" else count / x for name, x in middle.items()
+      name: scale * x if scale else count / x for name, x in middle.items()
     }
     for name in ours:
-      times = float(np.median(np.divide(seconds["plain"], seconds[name])))
+      times = None
+      if plain is not None:
+        times = float(np.median(np.divide(seconds["plain"], seconds[name])))
       note = (notes or {}).get(name, "")
-      self.add(section, name, unit, value[name], value["plain"], times, note)
+      self.add(
+        section, name, unit, value[name], value.get("plain"), times, note
+      )
 
   def add(self, *args: Any, **kwargs: Any) -> None:
     """Adds a row that is not timed."""
@@ -155,6 +196,16 @@ def resident() -> float:
   except OSError:
     return float("nan")
   return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def highest() -> float:
+  """The most bytes of this process in memory so far; on Linux only."""
+  try:
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+  except OSError:
+    return float("nan")
+  # Not getrusage's: that starts at what the parent held.
+  return 1024.0 * next(int(x.split()[1]) for x in lines if "VmHWM" in x)
 
 
 def machine() -> dict[str, Any]:

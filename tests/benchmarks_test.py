@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,20 +44,47 @@ DATA_ROWS = (
   ("host to device", "Prefetcher"),
   ("after this", "host memory of the process"),
 )
+EVALUATION_ROWS = (
+  *(
+    ("Inception-v3 of width 1, 32 x 32 px, float32", name)
+    for name in (
+      "batch of 2",
+      "batch of 2: operations",
+      "batch of 2: temporary memory",
+      "batch of 2: compilation",
+    )
+  ),
+  *(
+    (section, f"{name}{suffix}")
+    for suffix in ("", ": memory")
+    for section, name in (
+      ("mean and covariance of 60 x 8, batches of 16", "FeatureStream"),
+      ("Frechet distance of 8 dimensions", "full rank"),
+      ("Frechet distance of 8 dimensions", "rank 5"),
+      ("Inception score of 60 x 5, batches of 16", "InceptionScore"),
+      ("precision and recall, 8 dimensions", "40 reals, 40 fakes"),
+      ("KID, 8 dimensions", "3 subsets of 10"),
+      ("neighbours, 8 dimensions", "3 nearest of 60 to 7"),
+    )
+  ),
+  (
+    "precision and recall, 8 dimensions",
+    "40 reals, 60 fakes, estimated",
+  ),
+  (
+    "60 x 8 features held, float32",
+    "batches, joined at the end: memory",
+  ),
+  ("60 x 8 features held, float32", "filled in place: memory"),
+)
 
 
-def test_data_measures_every_part(tmp_path):
-  for number, folder in enumerate(("cat", "dog")):
-    path = tmp_path / "large" / folder / f"{number}.jpg"
-    pictures.write(path, number, (300, 280))
-  for number in range(4):
-    path = tmp_path / "small" / f"{number % 2}" / f"{number}.jpg"
-    pictures.write(path, number, (32, 32))
+def _run(script: str, tmp_path: pathlib.Path, *flags: str) -> dict[str, Any]:
+  """What the script writes for tiny sizes; its table shows the same rows."""
   command = [
-    *(sys.executable, "benchmarks/data.py", "--tiny", "--seconds=0"),
-    f"--images={tmp_path / 'large'}",
-    f"--small_images={tmp_path / 'small'}",
+    *(sys.executable, f"benchmarks/{script}", "--tiny", "--seconds=0"),
     f"--json={tmp_path / 'numbers.json'}",
+    *flags,
   ]
   done = subprocess.run(
     command,
@@ -68,21 +96,52 @@ def test_data_measures_every_part(tmp_path):
   )
   assert done.returncode == 0, done.stderr
   content = json.loads((tmp_path / "numbers.json").read_text())
-  rows = {(row["section"], row["name"]): row for row in content["rows"]}
-  assert set(DATA_ROWS) <= set(rows)
   lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
   assert len(lines) == 2 + len(content["rows"])
   for line, row in zip(lines[2:], content["rows"], strict=True):
     assert row["name"] in line and row["note"] in line
-  for key in DATA_ROWS[:3] + DATA_ROWS[8:10] + DATA_ROWS[11:12]:
-    assert rows[key]["note"].startswith("same pixels in all"), key
-  compared = [row for row in content["rows"] if row["times"] is not None]
-  assert len(compared) >= 22
-  for row in compared:
-    assert row["value"] >= 0 and row["plain"] > 0 and row["times"] > 0, row
   machine = content["machine"]
   assert machine["cores"] == os.cpu_count() and machine["device"]
   assert {"python", "numpy", "jax"} <= set(machine["versions"])
+  return {(row["section"], row["name"]): row for row in content["rows"]}
+
+
+def test_data_measures_every_part(tmp_path):
+  for number, folder in enumerate(("cat", "dog")):
+    path = tmp_path / "large" / folder / f"{number}.jpg"
+    pictures.write(path, number, (300, 280))
+  for number in range(4):
+    path = tmp_path / "small" / f"{number % 2}" / f"{number}.jpg"
+    pictures.write(path, number, (32, 32))
+  rows = _run(
+    "data.py",
+    tmp_path,
+    f"--images={tmp_path / 'large'}",
+    f"--small_images={tmp_path / 'small'}",
+  )
+  assert set(DATA_ROWS) <= set(rows)
+  for key in DATA_ROWS[:3] + DATA_ROWS[8:10] + DATA_ROWS[11:12]:
+    assert rows[key]["note"].startswith("same pixels in all"), key
+  compared = [row for row in rows.values() if row["times"] is not None]
+  assert len(compared) >= 22
+  for row in compared:
+    assert row["value"] >= 0 and row["plain"] > 0 and row["times"] > 0, row
+
+
+def test_evaluation_measures_every_part(tmp_path):
+  rows = _run("evaluate.py", tmp_path)
+  assert set(rows) == set(EVALUATION_ROWS)
+  for (_, name), row in rows.items():
+    assert row["value"] >= 0, row
+    if row["note"].startswith("plain: ") and row["unit"] == "s":
+      assert row["plain"] > 0 and row["times"] > 0, row
+      # Both compute the same figure.
+      difference = float(row["note"].split("differ by ")[1].split()[0])
+      assert difference < 1e-5, row
+    if name.endswith(": memory"):
+      assert row["unit"] == "MB"
+  batch = rows["Inception-v3 of width 1, 32 x 32 px, float32", "batch of 2"]
+  assert "torch" in batch["note"] and batch["value"] > 0
 
 
 def test_comparison_takes_turns():
@@ -130,12 +189,38 @@ def test_comparison_takes_turns():
   assert lines[3] == "|  | half | images/s | 1.5 | 3 | 0.50 | slow |"
 
 
-def test_a_time_is_in_milliseconds():
+@pytest.mark.parametrize(("unit", "time"), [("ms", 250.0), ("s", 0.25)])
+def test_a_time_is_in_its_unit(unit, time):
   now = itertools.accumulate(itertools.repeat(0.25))
   report = timing.Report(seconds=0)
   nothing = timing.Case(lambda: None)
-  report.compare("s", "ms", 1, nothing, {"x": nothing}, clock=lambda: next(now))
-  assert report.rows[0].value == report.rows[0].plain == 250.0
+  report.compare("s", unit, 1, nothing, {"x": nothing}, clock=lambda: next(now))
+  assert report.rows[0].value == report.rows[0].plain == time
+
+
+def test_what_takes_long_runs_once_and_may_stand_alone():
+  runs = []
+  report = timing.Report(seconds=60)
+  case = timing.Case(lambda: runs.append(0))
+  report.compare("s", "s", 1, None, {"x": case}, once=True)
+  (row,) = report.rows
+  assert len(runs) == 1 and row.plain is None and row.times is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of /proc")
+def test_peak_is_what_a_run_takes_on_top():
+  held = np.ones(2**22)
+  peak = timing.Peak()
+
+  def run() -> float:
+    return float(np.concatenate([held, held]).sum())
+
+  peak.around(run).seconds(lambda: 0.0)
+  most = peak.bytes
+  # Linux counts pages in lots.
+  assert abs(most - 2 * held.nbytes) < 2**20
+  peak.around(lambda: None).seconds(lambda: 0.0)
+  assert peak.bytes == most
 
 
 @pytest.mark.parametrize("size", [(300, 260), (256, 256), (1100, 530)])

@@ -6,8 +6,8 @@ the last block has a maximum in place of an average.
 """
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -133,6 +133,31 @@ def average_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
   return x * inverse[..., None]
 
 
+def _convolve(
+  x: Float[Array, "B H W C"],
+  kernel: Float[Array, "K L C D"],
+  strides: Sequence[int],
+  padding: str | Sequence[tuple[int, int]],
+  **arguments: Any,
+) -> Float[Array, "B h w D"]:
+  """jax.lax.conv_general_dilated, on CPUs in forms that XLA is faster at.
+
+  There a 1 x 1 kernel takes 1.5 to 2 times as long as the matrix product that
+  it is, and no padding 2 to 3 times as long as a row of zeros at the end.
+  """
+  convolve = functools.partial(
+    jax.lax.conv_general_dilated, x, kernel, strides, **arguments
+  )
+  if jax.default_backend() != "cpu":
+    return convolve(padding)
+  if kernel.shape[:2] == (1, 1) == tuple(strides):
+    return jnp.dot(x, kernel[0, 0], precision=arguments["precision"])
+  if padding != "VALID":
+    return convolve(padding)
+  height = (x.shape[1] - kernel.shape[0]) // strides[0] + 1
+  return convolve(((0, 1), (0, 0)))[:, :height]
+
+
 def _conv(
   name: str,
   channels: int,
@@ -147,6 +172,7 @@ def _conv(
     strides=(stride, stride),
     padding=padding,
     precision=_PRECISION,
+    conv_general_dilated=_convolve,
     name=name,
   )
   return lambda x: nn.relu(conv(x))
