@@ -1,13 +1,18 @@
 """What a run says on the terminal: one line an event, and nothing else."""
 
+import argparse
 import logging
 import sys
+import time
+from typing import NoReturn
 
 from absl import logging as absl_logging
 from tqdm import tqdm
 
 logger = logging.getLogger("drift_jax")
 
+# Between two lines of progress where there is no terminal to draw a bar on.
+LOG_SECONDS = 30.0
 # Orbax says this of every checkpoint that was saved without an evaluation.
 _EXPECTED = "Requested `tracked_metric`; did not provide metrics."
 
@@ -31,3 +36,46 @@ def setup() -> None:
   absl_logging.get_absl_logger().addFilter(
     lambda record: _EXPECTED not in record.getMessage()
   )
+
+
+class Parser(argparse.ArgumentParser):
+  """Says mistakes on the command line in one line."""
+
+  def error(self, message: str) -> NoReturn:
+    sys.exit(f"Error: {message} (see {self.prog} --help)")
+
+
+class Progress:
+  """A bar on a terminal, else a line now and then."""
+
+  def __init__(self, what: str, total: int):
+    self._what = what
+    self._total = total
+    self._done = 0
+    self._start = self._logged = time.monotonic()
+    self._bar = tqdm(
+      total=total, desc=what, unit="img", disable=not sys.stderr.isatty()
+    )
+
+  def update(self, count: int) -> None:
+    """Counts images that are done."""
+    self._done += count
+    self._bar.update(count)
+    now = time.monotonic()
+    if self._bar.disable and now - self._logged >= LOG_SECONDS:
+      self._logged = now
+      rate = self._done / (now - self._start)
+      left = (self._total - self._done) / rate / 60
+      logger.info(
+        "%s: %d of %d images, %.4g images/s, %.3g min left",
+        self._what,
+        self._done,
+        self._total,
+        rate,
+        left,
+      )
+
+  def close(self) -> float:
+    """Images per second from start to end."""
+    self._bar.close()
+    return self._done / max(time.monotonic() - self._start, 1e-9)

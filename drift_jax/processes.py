@@ -71,6 +71,8 @@ def gather(array: np.ndarray) -> list[np.ndarray]:
   if jax.process_count() == 1:
     return [array]
   lengths = _allgather(np.asarray([len(array)], np.int64))[:, 0]
+  if not lengths.any():
+    return [array] * len(lengths)
   padded = np.zeros((int(lengths.max()), *array.shape[1:]), array.dtype)
   padded[: len(array)] = array
   return [rows[:n] for rows, n in zip(_allgather(padded), lengths, strict=True)]

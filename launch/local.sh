@@ -28,7 +28,8 @@ echo "2/3 The generator: drifts in pixel space, judged by that encoder too."
   --workdir="$folder/generator" \
   --config.encoders.mae.path="$folder/encoder/encoder"
 echo "3/3 The figures of its best checkpoint, with fresh noise."
-.venv/bin/python -m drift_jax.evaluate --workdir="$folder/generator"
+.venv/bin/python -m drift_jax.evaluate --workdir="$folder/generator" \
+  --neighbours=10
 .venv/bin/python -m drift_jax.sample --workdir="$folder/generator" \
   --out="$folder/samples.png"
 
@@ -36,6 +37,8 @@ cat <<END
 
 Done in $((SECONDS - start)) s after installation. Look at:
   samples      $folder/samples.png
+  neighbours   $folder/generator/evaluation_neighbours.png: samples, each beside
+               its 10 nearest training images
   curves       $folder/generator/plots/drift_rms.png
                $folder/generator/plots/frechet.png
                $folder/encoder/plots/mae.png

@@ -1,5 +1,6 @@
 """The whole system in real processes: resume, kills, meshes, the CLIs."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -29,6 +30,7 @@ from drift_jax import (
 from drift_jax import config as config_lib
 from drift_jax.state import TrainState
 from tests.conftest import assert_close
+from tests.judges import digit_pixels, save_inception, save_statistics
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 40
@@ -355,6 +357,58 @@ def test_evaluate_prints_a_table_and_writes_json(whole):
   assert report["num_samples"] == 100
   assert set(report["results"]) == {"1.0", "3.0"}
   assert report["baseline"]["fd_pixel"] > 0
+
+
+def test_judged_by_a_network_in_the_loop(folder, whole):
+  """The same training to the last bit; the best checkpoint is the lowest."""
+  workdir = folder / "judged"
+  judge = save_inception(folder / "inception")
+  statistics = save_statistics(
+    folder / "digits.npz", judge, digit_pixels(200), crop="none"
+  )
+  train_tiny(
+    workdir,
+    f"--config.train.num_steps={STEPS}",
+    "--config.eval.metrics=('fd_inception',)",
+    f"--config.eval.inception.path={judge}",
+    f"--config.eval.inception.reference={statistics}",
+    "--config.eval.num_samples=50",
+    "--config.eval.batch_size=20",
+    "--config.checkpoint.best_metric=fd_inception",
+  )
+  first, second = (checkpoint_arrays(x, STEPS) for x in (whole, workdir))
+  for name in first:
+    np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+  figures = {
+    step: min(v for k, v in record.items() if k.startswith("eval/fd_inception"))
+    for step, record in records(workdir).items()
+    if step in (20, 40)
+  }
+  with checkpoint_reader(workdir) as reader:
+    assert reader.best_step() == min(figures, key=figures.__getitem__)
+  # Figures of another batch size: the samples do not depend on it.
+  out = workdir / "again.json"
+  call(
+    "evaluate",
+    *(f"--workdir={workdir}", "--step=40", "--alphas=1", "--seed=0"),
+    *("--batch_size=50", f"--out={out}"),
+  )
+  report = json.loads(out.read_text())
+  assert report["results"]["1.0"]["fd_inception"] == pytest.approx(
+    records(workdir)[40]["eval/fd_inception/alpha_1.0"], rel=1e-4
+  )
+  assert (workdir / "plots" / "frechet.png").exists()
+
+
+@contextlib.contextmanager
+def checkpoint_reader(workdir):
+  reader = checkpoint.Checkpointer(
+    workdir / "checkpoints", best_metric="fd_inception", read_only=True
+  )
+  try:
+    yield reader
+  finally:
+    reader.close()
 
 
 def test_another_experiment_may_not_use_the_workdir(whole):

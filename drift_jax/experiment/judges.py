@@ -86,7 +86,8 @@ def name_of(artifact: artifacts.Artifact) -> str:
     weights = "published" if is_published(artifact) else "other"
     return f"inception-v3 pool3, {weights} weights"
   source = artifact.metadata.get("source") or {}
-  return f"{source.get('family', artifact.kind)} of {source.get('location')}"
+  name = source.get("family", artifact.kind)
+  return f"{name}, weights of {source.get('location', 'unknown origin')}"
 
 
 def network_fn(artifact: artifacts.Artifact, mesh: Mesh) -> Callable[..., Any]:

@@ -18,7 +18,6 @@ import functools
 import itertools
 import pathlib
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -26,7 +25,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from drift_jax import artifacts, console, sharding
 from drift_jax.console import logger
@@ -46,8 +44,6 @@ from drift_jax.data.latent_format import (
 )
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
-# Between two lines of progress where there is no terminal to draw a bar on.
-LOG_SECONDS = 30.0
 # Batches decoded ahead of the device, and batches that the device works on.
 _DECODED_AHEAD = 3
 _IN_FLIGHT = 2
@@ -161,42 +157,6 @@ def _fetch(piece: Piece) -> Piece:
   return piece._replace(values=moments[: len(piece.indices)])
 
 
-class Progress:
-  """A bar on a terminal, else a line now and then."""
-
-  def __init__(self, what: str, total: int):
-    self._what = what
-    self._total = total
-    self._done = 0
-    self._start = self._logged = time.monotonic()
-    self._bar = tqdm(
-      total=total, desc=what, unit="img", disable=not sys.stderr.isatty()
-    )
-
-  def update(self, count: int) -> None:
-    """Counts images that are done."""
-    self._done += count
-    self._bar.update(count)
-    now = time.monotonic()
-    if self._bar.disable and now - self._logged >= LOG_SECONDS:
-      self._logged = now
-      rate = self._done / (now - self._start)
-      left = (self._total - self._done) / rate / 60
-      logger.info(
-        "%s: %d of %d images, %.4g images/s, %.3g min left",
-        self._what,
-        self._done,
-        self._total,
-        rate,
-        left,
-      )
-
-  def close(self) -> float:
-    """Images per second from start to end."""
-    self._bar.close()
-    return self._done / max(time.monotonic() - self._start, 1e-9)
-
-
 def cache_latents(
   source: sources.Source,
   *,
@@ -308,7 +268,7 @@ def _unfinished(
 ) -> list[int]:
   """The shards to write; those that are there are read and compared."""
   total = sum(len(settings.images(shard)) for shard in shards)
-  progress = Progress("Checking", total)
+  progress = console.Progress("Checking", total)
   todo = []
   for shard in shards:
     done = latent_format.finished_shard(folder, settings, shard, checksum=True)
@@ -330,7 +290,7 @@ def _write(
 ) -> None:
   """Writes the shards; each is completed while the next is computed."""
   total = sum(len(settings.images(shard)) for shard in shards)
-  progress = Progress("Encoding", total)
+  progress = console.Progress("Encoding", total)
   finishing: concurrent.futures.Future[Shard] | None = None
   with concurrent.futures.ThreadPoolExecutor(1) as background:
     for shard, group in itertools.groupby(pieces, lambda piece: piece.shard):
@@ -385,7 +345,7 @@ def verify(out: str, split: str) -> Manifest:
     LatentCacheError: naming every damaged shard.
   """
   _, manifest = latent_format.load_manifest(out, split)
-  progress = Progress("Verifying", manifest.settings.num_images)
+  progress = console.Progress("Verifying", manifest.settings.num_images)
   latent_format.verify(
     out, split, on_shard=lambda shard: progress.update(shard.num_images)
   )

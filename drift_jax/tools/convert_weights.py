@@ -15,11 +15,10 @@ reading them executes nothing: .safetensors holds arrays and names only, and
 torch, which reads .bin, .pt and .pth here, is told to load arrays only.
 """
 
-import argparse
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 
@@ -183,15 +182,8 @@ def _check_name(path: pathlib.Path, digest: str, published: str) -> None:
     )
 
 
-class _Parser(argparse.ArgumentParser):
-  """Says mistakes on the command line in one line."""
-
-  def error(self, message: str) -> NoReturn:
-    sys.exit(f"Error: {message} (see {self.prog} --help)")
-
-
-def _parser() -> argparse.ArgumentParser:
-  parser = _Parser(
+def _parser() -> console.Parser:
+  parser = console.Parser(
     prog="python -m drift_jax.tools.convert_weights",
     description="Converts published weights into this package's format.",
     allow_abbrev=False,

@@ -153,7 +153,7 @@ def test_latents_are_decoded_on_both_sides(tmp_path, mesh):
 def test_cosine_similarity_in_clips_features(tmp_path, readers, mesh):
   folder = str(save_vit(tmp_path / "clip", family="clip"))
   space = experiment.feature_space(folder, {}, None, mesh)
-  assert space.name == "clip of tests/judges.py"
+  assert space.name == "clip, weights of tests/judges.py"
   images = readers.train.fixed(np.arange(8))
   network = experiment.network_fn(experiment.load_judge(folder, mesh), mesh)
   features = np.asarray(network(metrics.real_pixels(images))[0])

@@ -331,7 +331,7 @@ def test_main(whole, pictures, vae, tmp_path, monkeypatch, caplog):
   """The command line: cache, verify, and one line for a mistake."""
   monkeypatch.setattr(console, "setup", lambda: None)
   monkeypatch.setattr(console.logger, "propagate", True)
-  monkeypatch.setattr(cache_latents, "LOG_SECONDS", 0.0)
+  monkeypatch.setattr(console, "LOG_SECONDS", 0.0)
   caplog.set_level(logging.INFO, "drift_jax")
   cache_latents.main(flags(pictures, vae, tmp_path))
   assert files(tmp_path / "train") == files(whole / "train")

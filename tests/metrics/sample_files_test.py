@@ -1,0 +1,507 @@
+"""Image files made elsewhere, and files of generated images for others."""
+
+import io
+import logging
+import resource
+import subprocess
+import sys
+import tracemalloc
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from drift_jax import metrics, processes
+from drift_jax.metrics import SampleWriter, open_images, to_uint8
+from tests.data.pictures import cut, write
+from tests.metrics.conftest import batch_of
+
+COUNT, SIDE = 7, 6
+
+
+def pixels(*shape: int, seed: int = 0) -> np.ndarray:
+  return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+@pytest.fixture
+def path(tmp_path):
+  return tmp_path / "images.npz"
+
+
+# Reading an .npz.
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_npz(path, save, order):
+  images, labels = pixels(COUNT, SIDE, SIDE, 3), np.arange(COUNT)[::-1]
+  # Two arrays before it: its place in the file is not the beginning.
+  save(
+    path, arr_1=labels, mu=np.zeros(3), arr_0=np.asarray(images, order=order)
+  )
+  opened = open_images(path)
+  assert len(opened) == COUNT and opened.shape == (SIDE, SIDE, 3)
+  assert opened.description == f"7 images of 6 x 6 px in {path}"
+  np.testing.assert_array_equal(opened.labels, labels)
+  for indices in ([0], [5, 1, 1, 6], [], range(COUNT)):
+    got = opened.pixels(np.array(indices, np.int32))
+    assert got.dtype == np.uint8 and got.flags.writeable
+    np.testing.assert_array_equal(got, images[np.array(indices, int)])
+
+
+def test_npz_without_labels(path):
+  np.savez(path, pixels(COUNT, SIDE, SIDE, 3))
+  assert open_images(str(path)).labels is None
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 4), (3, 4, 4, 1)])
+def test_grey_npz(path, shape):
+  images = pixels(*shape)
+  np.savez(path, images)
+  opened = open_images(path)
+  assert opened.shape == (4, 4, 3)
+  want = np.stack([images.reshape(3, 4, 4)] * 3, axis=-1)
+  np.testing.assert_array_equal(opened.pixels(np.array([2, 0])), want[[2, 0]])
+
+
+def test_npz_stays_on_the_disk(path):
+  images = pixels(50, 128, 128, 3)
+  np.savez(path, images)
+  tracemalloc.start()
+  try:
+    opened = open_images(path)
+    few = opened.pixels(np.array([49, 3]))
+    _, peak = tracemalloc.get_traced_memory()
+  finally:
+    tracemalloc.stop()
+  np.testing.assert_array_equal(few, images[[49, 3]])
+  assert peak < images.nbytes / 5
+
+
+@pytest.mark.parametrize(
+  ("arrays", "message"),
+  [
+    (
+      {"images": pixels(4, 4, 4, 3)},
+      r"no array 'arr_0', it holds \['images'\]",
+    ),
+    (
+      {"arr_0": np.zeros((4, 4, 4, 3), np.float32)},
+      r"arr_0: found float32 \[4, 4, 4, 3\], want uint8 in \[0, 255\]: \(255",
+    ),
+    ({"arr_0": np.zeros((4, 4, 4, 3), int)}, "found int64 .* want uint8"),
+    ({"arr_0": pixels(4, 3, 4, 4)}, r"uint8 \[4, 3, 4, 4\], want \[N, H, W, 3"),
+    ({"arr_0": pixels(4, 4)}, r"want \[N, H, W, 3\]"),
+    ({"arr_0": pixels(4, 0, 0, 3)}, r"want \[N, H, W, 3\]"),
+    ({"arr_0": pixels(4, 4, 5, 3)}, "want square images"),
+    ({"arr_0": pixels(1, 4, 4, 3)}, "want at least two images"),
+    ({"arr_0": pixels(0, 4, 4, 3)}, "want at least two images"),
+    ({"arr_0": np.array([{}, None], object)}, "found object .* want uint8"),
+    (
+      {"arr_0": pixels(4, 4, 4, 3), "arr_1": np.zeros(3, int)},
+      r"arr_1: found int64 \[3\], want integers \[4\]",
+    ),
+    (
+      {"arr_0": pixels(4, 4, 4, 3), "arr_1": np.zeros(4)},
+      r"arr_1: found float64 \[4\], want integers \[4\]",
+    ),
+    (
+      {"arr_0": pixels(2, 4, 4, 3), "arr_1": np.array([{}, {}], object)},
+      "arr_1: found object",
+    ),
+  ],
+)
+def test_other_arrays(path, arrays, message):
+  np.savez(path, **arrays)
+  with pytest.raises(ValueError, match=f"images.npz.*{message}"):
+    open_images(path)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_damaged_npz(path, save):
+  save(path, pixels(COUNT, SIDE, SIDE, 3))
+  whole = path.read_bytes()
+  path.write_bytes(whole[: len(whole) // 2])
+  with pytest.raises(ValueError, match="images.npz is no .npz file"):
+    open_images(path)
+  # The beginning is lost: the table of contents at the end is not.
+  path.write_bytes(whole[len(whole) // 2 :])
+  with pytest.raises(ValueError, match="images.npz is damaged"):
+    open_images(path)
+  path.write_text("text")
+  with pytest.raises(ValueError, match="is no .npz file"):
+    open_images(path)
+  with pytest.raises(FileNotFoundError, match="none.npz"):
+    open_images(path.parent / "none.npz")
+
+
+def test_damage_within_a_compressed_npz(path):
+  np.savez_compressed(path, pixels(COUNT, SIDE, SIDE, 3))
+  data = bytearray(path.read_bytes())
+  data[300] ^= 255
+  path.write_bytes(bytes(data))
+  with pytest.raises(ValueError, match="images.npz is damaged"):
+    open_images(path)
+
+
+@pytest.mark.parametrize("compression", [0, zipfile.ZIP_DEFLATED])
+def test_a_member_that_is_no_whole_array(path, compression):
+  whole = io.BytesIO()
+  np.save(whole, pixels(COUNT, SIDE, SIDE, 3))
+  for content, message in (
+    (whole.getvalue()[:-1], "are 756 bytes, but it has 755"),
+    (whole.getvalue()[:40], "arr_0: EOF"),
+    (b"what is this", "arr_0: the magic string is not correct"),
+    (b"\x93NUMPY\x07\x00", r"arr_0: version \(7, 0\) of the .npy format"),
+  ):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+      archive.writestr("arr_0.npy", content)
+    with pytest.raises(ValueError, match=f"images.npz.*{message}"):
+      open_images(path)
+
+
+# Reading a folder.
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """Five files in the order of their paths."""
+  folder = tmp_path / "images"
+  for seed, name in enumerate(
+    ("a/1.png", "a/10.PNG", "a/2.webp", "b.png", "c/d/e.png")
+  ):
+    write(folder / name, seed, (SIDE, SIDE))
+  return folder
+
+
+def test_folder(folder, caplog):
+  opened = open_images(folder)
+  assert len(opened) == 5 and opened.shape == (SIDE, SIDE, 3)
+  assert opened.labels is None
+  assert opened.description == f"5 images of 6 x 6 px in {folder}"
+  assert not caplog.records
+  for indices in ([3], [4, 2, 2], [], range(5)):
+    got = opened.pixels(np.array(indices, np.int32))
+    assert got.shape == (len(indices), SIDE, SIDE, 3) and got.dtype == np.uint8
+    for row, index in zip(got, indices, strict=True):
+      np.testing.assert_array_equal(row, pixels(SIDE, SIDE, 3, seed=index))
+
+
+def test_folder_of_other_kinds_of_images(tmp_path, caplog):
+  grey = pixels(SIDE, SIDE)
+  Image.fromarray(grey).save(tmp_path / "0.png")
+  rgba = pixels(SIDE, SIDE, 4)
+  Image.fromarray(rgba).save(tmp_path / "1.png")
+  smooth = np.full((SIDE, SIDE, 3), (200, 100, 30), np.uint8)
+  for name in ("2.jpg", "3.JPEG"):
+    Image.fromarray(smooth).save(tmp_path / name)
+  # Neither hidden files nor other ones are images.
+  for name in (".hidden.png", ".hidden/4.png", "grid.bmp", "notes.txt"):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("no image")
+  with caplog.at_level(logging.WARNING):
+    opened = open_images(tmp_path)
+  (record,) = caplog.records
+  assert "2 files do not end in" in record.getMessage()
+  assert "grid.bmp" in record.getMessage()
+  assert len(opened) == 4
+  got = opened.pixels(np.arange(4))
+  np.testing.assert_array_equal(got[0], np.stack([grey] * 3, axis=-1))
+  np.testing.assert_array_equal(got[1], rgba[..., :3])
+  assert np.abs(got[2:].astype(int) - smooth).max() <= 3
+
+
+def test_links_are_followed(folder, tmp_path):
+  linked = tmp_path / "linked"
+  linked.mkdir()
+  (linked / "inside").symlink_to(folder / "a")
+  (linked / "z.png").symlink_to(folder / "b.png")
+  opened = open_images(linked)
+  np.testing.assert_array_equal(
+    opened.pixels(np.arange(4)), open_images(folder).pixels(np.arange(4))
+  )
+
+
+def test_folders_that_hold_something_else(folder, tmp_path):
+  write(folder / "b2.png", 9, (SIDE, SIDE + 1))
+  write(folder / "c/a.png", 9, (SIDE + 2, SIDE + 2))
+  with pytest.raises(
+    ValueError, match=r"b2.png is 6 x 7 px .*images before it are 6 x 6"
+  ):
+    open_images(folder)
+  (folder / "b2.png").unlink()
+  with pytest.raises(ValueError, match="c/a.png is 8 x 8 px"):
+    open_images(folder)
+  write(folder / "a/0.png", 9, (SIDE + 1, SIDE))
+  with pytest.raises(ValueError, match="0.png is 7 x 6 .*want square images"):
+    open_images(folder)
+  (folder / "a/0.png").write_text("no image")
+  with pytest.raises(ValueError, match="0.png can't be read as an image"):
+    open_images(folder)
+  for name in ("one", "none"):
+    (tmp_path / name).mkdir()
+  write(tmp_path / "one/1.png", 0)
+  for name, count in (("one", 1), ("none", 0)):
+    with pytest.raises(
+      ValueError, match=rf"want at least two images \(.*\), found {count}"
+    ):
+      open_images(tmp_path / name)
+
+
+def test_what_happens_to_files_later(folder):
+  """A header may be whole where the image is not."""
+  cut(folder / "c/d/e.png")
+  opened = open_images(folder)
+  assert len(opened.pixels(np.arange(4))) == 4
+  with pytest.raises(ValueError, match="e.png can't be read as an image"):
+    opened.pixels(np.arange(5))
+  write(folder / "b.png", 3, (SIDE, SIDE + 1))
+  with pytest.raises(ValueError, match="b.png is 6 x 7 px"):
+    opened.pixels(np.array([3]))
+  (folder / "b.png").unlink()
+  with pytest.raises(ValueError, match="b.png can't be read"):
+    opened.pixels(np.array([3]))
+
+
+# Writing.
+
+
+LABELS = (np.arange(COUNT) * 3) % 5
+
+
+def samples(seed: int = 0, side: int = SIDE) -> np.ndarray:
+  return np.random.default_rng(seed).normal(size=(COUNT, side, side, 3))
+
+
+def write_samples(writer: SampleWriter, images: np.ndarray, size: int = 3):
+  """Batches of `size` images, the last one filled up."""
+  for start in range(0, COUNT, size):
+    part = slice(start, min(start + size, COUNT))
+    padding = size - (part.stop - start)
+    labels = LABELS[part].astype(np.int32)
+    writer.update(
+      batch_of(images[part].astype(np.float32), labels, start, padding)
+    )
+
+
+def names(folder) -> list[str]:
+  return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [3, COUNT])
+def test_files_of_samples(tmp_path, channels, size):
+  paths = [tmp_path / "new/0.npz", tmp_path / "new/1.npz"]
+  writer = SampleWriter(paths, LABELS)
+  assert isinstance(writer, metrics.Evaluator)
+  for seed, path in enumerate(paths):
+    images = samples(seed)[..., :channels]
+    writer.reset()
+    write_samples(writer, images, size)
+    assert not path.exists()
+    assert writer.result() == {} and writer.baseline() == {}
+    want = np.broadcast_to(to_uint8(images), (COUNT, SIDE, SIDE, 3))
+    with np.load(path) as archive:
+      assert archive.files == ["arr_0", "arr_1"]
+      assert archive["arr_0"].dtype == np.uint8
+      np.testing.assert_array_equal(archive["arr_0"], want)
+      assert archive["arr_1"].dtype == np.int64
+      np.testing.assert_array_equal(archive["arr_1"], LABELS)
+    # Stored, not compressed: it need not be read whole.
+    infos = zipfile.ZipFile(path).infolist()
+    assert {info.compress_type for info in infos} == {zipfile.ZIP_STORED}
+    opened = open_images(path)
+    np.testing.assert_array_equal(opened.pixels(np.arange(COUNT)), want)
+    np.testing.assert_array_equal(opened.labels, LABELS)
+  assert names(tmp_path / "new") == ["0.npz", "1.npz"]
+  with pytest.raises(ValueError, match="there are 2 files, and one more"):
+    writer.reset()
+
+
+def test_the_same_samples_make_the_same_file(tmp_path):
+  paths = [tmp_path / "0.npz", tmp_path / "1.npz"]
+  writer = SampleWriter(paths, LABELS)
+  for size in (3, 4):
+    writer.reset()
+    write_samples(writer, samples(), size)
+    writer.result()
+  assert paths[0].read_bytes() == paths[1].read_bytes()
+  infos = zipfile.ZipFile(paths[0]).infolist()
+  assert {info.date_time[0] for info in infos} == {1980}, "says when"
+
+
+def test_with_evaluate(tmp_path):
+  """One file for each alpha, of exactly the samples asked for."""
+  paths = [tmp_path / f"alpha_{alpha}.npz" for alpha in (1.0, 2.0)]
+  writer = SampleWriter(paths, LABELS)
+
+  def draw(labels, alpha, index):
+    value = (labels + 10 * index) / 100 * alpha
+    return np.broadcast_to(value[:, None, None, None], (len(index), 2, 2, 1))
+
+  results = metrics.evaluate([writer], draw, LABELS, [1.0, 2.0], 4)
+  assert results == {1.0: {}, 2.0: {}}
+  for alpha, path in zip((1.0, 2.0), paths, strict=True):
+    value = np.float32((LABELS + 10 * np.arange(COUNT)) / 100 * alpha)
+    got = open_images(path)
+    np.testing.assert_array_equal(
+      got.pixels(np.arange(COUNT))[:, 1, 1, 2], to_uint8(value)
+    )
+    np.testing.assert_array_equal(got.labels, LABELS)
+
+
+def test_memory_does_not_grow(tmp_path, monkeypatch):
+  """What came is on the disk already, but for two batches."""
+  writer = SampleWriter([tmp_path / "0.npz"], np.zeros(20, int))
+  writer.reset()
+  images = np.zeros((1, 256, 256, 3), np.float32)
+  for start in range(20):
+    writer.update(batch_of(images, np.zeros(1, np.int32), start))
+    held = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert held >= 256 * 256 * 3 * (start - 1)
+
+
+def test_a_file_that_is_not_finished(tmp_path):
+  """An older one stays, and no trace of the new one."""
+  path = tmp_path / "0.npz"
+  path.write_text("older")
+  for end in ("reset", "close", "del", "result"):
+    writer = SampleWriter([path, tmp_path / "1.npz"], LABELS)
+    writer.reset()
+    images = samples().astype(np.float32)
+    for start in range(0, 4, 2):
+      part = slice(start, start + 2)
+      labels = LABELS[part].astype(np.int32)
+      writer.update(batch_of(images[part], labels, start))
+    assert len(names(tmp_path)) == 2, "nothing is being written"
+    if end == "result":
+      with pytest.raises(ValueError, match="4 images came, expected 7"):
+        writer.result()
+    elif end == "del":
+      del writer
+    else:
+      getattr(writer, end)()
+    assert names(tmp_path) == ["0.npz"] and path.read_text() == "older"
+
+
+def test_a_program_that_ends(tmp_path):
+  """By an exception, with the writer still alive."""
+  code = """
+import sys
+import numpy as np
+from absl import flags
+from drift_jax import metrics
+flags.FLAGS.mark_as_parsed()
+writer = metrics.SampleWriter([sys.argv[1]], np.zeros(9, int))
+writer.reset()
+for i in range(5):
+  writer.update(metrics.Batch(np.zeros((1, 64, 64, 3), np.float32),
+    np.array([i], np.int32), np.zeros(1, np.int32), metrics.to_rgb))
+import pathlib
+print(len(list(pathlib.Path(sys.argv[1]).parent.iterdir())))
+sys.exit("Error: enough")
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", code, tmp_path / "0.npz"],
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 1 and done.stdout == "1\n"
+  assert done.stderr.splitlines()[-1] == "Error: enough"
+  assert names(tmp_path) == []
+
+
+def test_a_full_disk(tmp_path):
+  path = tmp_path / "0.npz"
+  path.write_text("older")
+  writer = SampleWriter([path], LABELS)
+  writer.reset()
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  try:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    with pytest.raises(OSError, match="File too large"):
+      write_samples(writer, samples(side=128))
+      writer.result()
+    writer.close()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert names(tmp_path) == ["0.npz"] and path.read_text() == "older"
+
+
+@pytest.mark.parametrize(
+  ("start", "count", "message"),
+  [
+    (1, 2, r"after 0 of 7 images come those of the numbers \[1, 2\]"),
+    (0, 8, "after 0 of 7 images come those"),
+    (0, 3, "other labels"),
+  ],
+)
+def test_samples_that_are_not_expected(tmp_path, start, count, message):
+  writer = SampleWriter([tmp_path / "0.npz"], LABELS)
+  labels = np.zeros(count, np.int32)
+  images = np.zeros((count, 4, 4, 3), np.float32)
+  with pytest.raises(ValueError, match="update.. comes before reset"):
+    writer.update(batch_of(images, labels, start))
+  writer.reset()
+  writer.update(batch_of(images, labels, start))
+  with pytest.raises(ValueError, match=message):
+    writer.result()
+  assert names(tmp_path) == []
+
+
+def test_images_of_another_size(tmp_path):
+  writer = SampleWriter([tmp_path / "0.npz"], LABELS)
+  writer.reset()
+  labels = LABELS.astype(np.int32)
+  writer.update(batch_of(np.zeros((1, 4, 4, 3), np.float32), labels[:1]))
+  writer.update(batch_of(np.zeros((1, 5, 5, 3), np.float32), labels[1:2], 1))
+  with pytest.raises(ValueError, match=r"became uint8 \(1, 5, 5, 3\), want ui"):
+    writer.result()
+
+
+def test_arguments(tmp_path):
+  with pytest.raises(ValueError, match="files of samples must differ"):
+    SampleWriter([tmp_path / "0", str(tmp_path / "0")], LABELS)
+  for labels in (np.zeros(3), np.zeros(0, int), np.zeros((2, 2), int)):
+    with pytest.raises(ValueError, match="labels must be a non-empty"):
+      SampleWriter([tmp_path / "0"], labels)
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_of_two_processes_the_first_writes_all(tmp_path, monkeypatch, process):
+  """Each holds its half of every batch of 4."""
+  images = samples().astype(np.float32)
+  labels = LABELS.astype(np.int32)
+  halves = [
+    [(0, 2), (2, 4)],
+    [(4, 6), (6, 7)],
+  ]
+  batches = [
+    [batch_of(images[a:b], labels[a:b], a) for a, b in batch]
+    for batch in halves
+  ]
+  gathered = []
+  for batch in batches:
+    gathered.append([one.index for one in batch])
+    gathered.append([np.asarray(one.pixels) for one in batch])
+
+  def gather(array):
+    parts = gathered.pop(0)
+    np.testing.assert_array_equal(array, parts[process])
+    return parts
+
+  monkeypatch.setattr(processes, "gather", gather)
+  monkeypatch.setattr(processes, "is_first", lambda: process == 0)
+  path = tmp_path / "0.npz"
+  writer = SampleWriter([path], LABELS)
+  writer.reset()
+  for batch in batches:
+    writer.update(batch[process])
+  writer.result()
+  assert not gathered
+  assert names(tmp_path) == (["0.npz"] if process == 0 else [])
+  if process == 0:
+    np.testing.assert_array_equal(
+      open_images(path).pixels(np.arange(COUNT)), to_uint8(images)
+    )
