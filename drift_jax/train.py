@@ -91,7 +91,7 @@ class Evaluation:
   ):
     self._config = config
     self._decode = experiment.make_decoder(vae, mesh)
-    self._to_pixels = experiment.make_pixels(vae, mesh)
+    self._to_pixels = experiment.make_pixels(self._decode)
     self._sampler = experiment.make_sampler(task, mesh, config.seed)
     self._batch_size = experiment.pad_to_mesh(config.eval.batch_size, mesh)
     self._evaluators: list[metrics.Evaluator] = []

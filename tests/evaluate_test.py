@@ -412,6 +412,13 @@ def test_mistakes(tmp_path, workdir, judges):
     "an evaluation network looks at images [B, H, W, 1 or 3], got": (
       *(gen, few, other, reference, frechet),
     ),
+    "narrow.npz holds statistics of 6 dimensions, expected 128": (
+      *(gen, few, other, frechet, "--inception_reference={narrow}"),
+    ),
+    "'inception_score' needs at least 10 samples and 0 single": (
+      *(run, "--num_samples=0", f"--labels={tmp_path / 'few.txt'}"),
+      *("--metrics=inception_score", published),
+    ),
     "or another network than asked for: network_sha256 found": (
       *(run, "--metrics=fid", published, reference),
     ),
@@ -436,11 +443,16 @@ def test_mistakes(tmp_path, workdir, judges):
     ),
   }
   vae = save_vae(tmp_path / "vae", widths=(4, 4, 4, 8), latent_channels=4)
+  narrow = tmp_path / "narrow.npz"
+  np.savez(narrow, mu=np.zeros(6), sigma=np.eye(6))
+  np.savetxt(tmp_path / "few.txt", range(9), fmt="%d")
   clip = save_vit(tmp_path / "clip", family="clip")
   out = f"--out={tmp_path / 'out.json'}"
 
   def filled(text):
-    return text.replace("{vae}", str(vae)).replace("{clip}", str(clip))
+    for name, path in (("vae", vae), ("clip", clip), ("narrow", narrow)):
+      text = text.replace(f"{{{name}}}", str(path))
+    return text
 
   lists = [[*map(filled, arguments), out] for arguments in cases.values()]
   process = start("-c", MISTAKES, json.dumps(lists))

@@ -52,9 +52,8 @@ def make_decoder(
   return on_mesh(apply, vae.params, mesh)
 
 
-def make_pixels(vae: artifacts.Artifact | None, mesh: Mesh) -> metrics.PixelsFn:
-  """Samples -> 8-bit RGB images, on the mesh."""
-  decode = make_decoder(vae, mesh)
+def make_pixels(decode: Callable[[Images], Images]) -> metrics.PixelsFn:
+  """Samples -> 8-bit RGB images, on the mesh; decode is `make_decoder`'s."""
   return lambda samples: metrics.to_rgb(decode(samples))
 
 
@@ -153,11 +152,17 @@ def network_evaluators(
       "sha256": artifact.sha256,
       "source": artifact.metadata.get("source"),
     }
+    network = network_fn(artifact, mesh)
+    pixels = (mesh.size, resolution, resolution, 3)
+    features, *_ = jax.eval_shape(
+      network, jax.ShapeDtypeStruct(pixels, np.uint8)
+    )
     with naming(f"eval.{name}"):
       reference = None
       if judge.reference:
         reference = _reference(
           judge.reference,
+          dimensions=features.shape[1],
           resolution=resolution,
           crop=crop,
           network_sha256=artifact.sha256,
@@ -170,7 +175,7 @@ def network_evaluators(
         }
       evaluator = metrics.NetworkEvaluator(
         name,
-        network_fn(artifact, mesh),
+        network,
         wanted,
         reference,
         count=count,

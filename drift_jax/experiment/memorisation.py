@@ -38,6 +38,7 @@ def feature_space(
   name: str,
   encoders: Mapping[str, artifacts.Artifact],
   vae: artifacts.Artifact | None,
+  to_pixels: metrics.PixelsFn,
   mesh: Mesh,
 ) -> Space:
   """The space that --neighbour_space names.
@@ -49,6 +50,7 @@ def feature_space(
       an Inception.
     encoders: of the run.
     vae: the autoencoder behind the samples, or None.
+    to_pixels: samples -> 8-bit RGB images.
     mesh: where the network runs.
 
   Raises:
@@ -64,7 +66,6 @@ def feature_space(
     return Space(name, features, features)
   artifact = judges.load_judge(name, mesh)
   network = judges.network_fn(artifact, mesh)
-  to_pixels = judges.make_pixels(vae, mesh)
 
   def of_pixels(pixels: Images) -> jax.Array:
     features = network(pixels)[0]

@@ -138,6 +138,8 @@ def report_on_run(
   seed = config.seed + 1 if request.seed is None else request.seed
   sample_fn = make_sampler(run.task, mesh, seed)(run.params)
   batch_size = pad_to_mesh(chosen.batch_size, mesh)
+  decode = make_decoder(run.vae, mesh)
+  to_pixels = make_pixels(decode)
   report = {
     "workdir": workdir,
     "step": run.step,
@@ -151,7 +153,7 @@ def report_on_run(
     request,
     alphas=chosen.alphas,
     batch_size=batch_size,
-    to_pixels=make_pixels(run.vae, mesh),
+    to_pixels=to_pixels,
   )
   report |= {"judges": facts, "baseline": metrics.baselines(evaluators)}
   if request.neighbours:
@@ -162,10 +164,12 @@ def report_on_run(
         _at_least(request.neighbour_samples, config.model.num_classes),
         chosen.alphas[0],
         readers,
-        feature_space(request.neighbour_space, encoders, run.vae, mesh),
+        feature_space(
+          request.neighbour_space, encoders, run.vae, to_pixels, mesh
+        ),
         k=request.neighbours,
         batch_size=batch_size,
-        decode=make_decoder(run.vae, mesh),
+        decode=decode,
         mesh=mesh,
       )
     report["neighbours"] = _save_neighbours(found, request)
@@ -255,7 +259,7 @@ def report_on_weights(
     request,
     alphas=alphas,
     batch_size=pad_to_mesh(request.batch_size or BATCH_SIZE, mesh),
-    to_pixels=make_pixels(generator.vae, mesh),
+    to_pixels=make_pixels(make_decoder(generator.vae, mesh)),
   )
   return report | {"judges": facts, "baseline": {}}
 

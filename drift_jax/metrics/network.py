@@ -25,6 +25,14 @@ NetworkFn = Callable[[jax.Array], tuple[jax.Array, ...]]
 # Figures that keep the features of all samples, and compare them with those of
 # single real images.
 FROM_FEATURES = ("precision_recall", "kid", "coverage_inception")
+# How many samples and single real images figures need at least, if more than
+# the two of a covariance.
+LEAST = {
+  "inception_score": (10, 0),
+  "precision_recall": (4, 4),
+  "kid": (2, 2),
+  "coverage_inception": (1, 6),
+}
 # As papers report them.
 SPLITS = 10
 NEIGHBOURS = 3
@@ -85,6 +93,14 @@ class NetworkEvaluator:
         " the reference statistics do not hold: make them by python -m"
         " drift_jax.tools.reference_stats with --num_features=10000"
       )
+    for figure in figures:
+      least, least_real = LEAST.get(figure, (2, 0))
+      reals = 0 if real is None else len(real)
+      if count < least or reals < least_real:
+        raise ValueError(
+          f"{name}: {figure!r} needs at least {least} samples and {least_real}"
+          f" single real images, got {count} and {reals}"
+        )
     self._keeps = bool(single)
     self.reset()
 

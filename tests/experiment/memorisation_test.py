@@ -53,7 +53,7 @@ def search(images, readers, mesh, space, k=4):
     np.zeros(len(images), np.int32),
     1.0,
     readers,
-    experiment.feature_space(space, encoders(mesh), None, mesh),
+    experiment.feature_space(space, encoders(mesh), None, metrics.to_rgb, mesh),
     k=k,
     batch_size=64,
     decode=lambda samples: samples,
@@ -120,7 +120,7 @@ def test_in_the_encoders_features(readers, mesh):
 def test_in_a_networks_features(tmp_path, readers, mesh):
   """Reals are looked at as their files' pixels, generated ones truncated."""
   folder = str(save_inception(tmp_path / "inception"))
-  space = experiment.feature_space(folder, {}, None, mesh)
+  space = experiment.feature_space(folder, {}, None, metrics.to_rgb, mesh)
   assert space.name == "inception-v3 pool3, other weights"
   images = readers.train.fixed(np.arange(8))
   artifact = experiment.load_judge(folder, mesh)
@@ -139,10 +139,11 @@ def test_latents_are_decoded_on_both_sides(tmp_path, mesh):
   save_vae(tmp_path / "vae")
   vae = artifacts.load(tmp_path / "vae")
   folder = str(save_inception(tmp_path / "inception"))
-  space = experiment.feature_space(folder, {}, vae, mesh)
+  to_pixels = experiment.make_pixels(experiment.make_decoder(vae, mesh))
+  space = experiment.feature_space(folder, {}, vae, to_pixels, mesh)
   latents = np.random.default_rng(0).normal(size=(8, 4, 4, 2))
   latents = latents.astype(np.float32)
-  pixels = experiment.make_pixels(vae, mesh)(sharding.put_batch(latents, mesh))
+  pixels = to_pixels(sharding.put_batch(latents, mesh))
   assert pixels.shape == (8, 8, 8, 3)
   network = experiment.network_fn(experiment.load_judge(folder, mesh), mesh)
   expected = network(np.asarray(pixels))[0]
@@ -152,7 +153,7 @@ def test_latents_are_decoded_on_both_sides(tmp_path, mesh):
 
 def test_cosine_similarity_in_clips_features(tmp_path, readers, mesh):
   folder = str(save_vit(tmp_path / "clip", family="clip"))
-  space = experiment.feature_space(folder, {}, None, mesh)
+  space = experiment.feature_space(folder, {}, None, metrics.to_rgb, mesh)
   assert space.name == "clip, weights of tests/judges.py"
   images = readers.train.fixed(np.arange(8))
   network = experiment.network_fn(experiment.load_judge(folder, mesh), mesh)
@@ -163,9 +164,9 @@ def test_cosine_similarity_in_clips_features(tmp_path, readers, mesh):
 
 def test_mistakes(tmp_path, readers, mesh):
   with pytest.raises(config_lib.ConfigError, match="'encoder' need an encoder"):
-    experiment.feature_space("encoder", {}, None, mesh)
+    experiment.feature_space("encoder", {}, None, metrics.to_rgb, mesh)
   with pytest.raises(artifacts.ArtifactError, match="no exported model in now"):
-    experiment.feature_space("nowhere", {}, None, mesh)
+    experiment.feature_space("nowhere", {}, None, metrics.to_rgb, mesh)
   images = readers.train.fixed(np.arange(8))
   with pytest.raises(ValueError, match="k = 1258 neighbours among 1257"):
     search(images, readers, mesh, "pixel", k=1258)

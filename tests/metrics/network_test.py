@@ -13,6 +13,7 @@ from drift_jax.metrics import (
   inception_score,
   kernel_distance,
   kernel_distance_subsets,
+  network,
 )
 from drift_jax.metrics.frechet import FeatureStats
 
@@ -197,3 +198,26 @@ def test_what_the_reference_lacks():
   for figure in ("precision_recall", "kid", "coverage_inception"):
     with pytest.raises(ValueError, match=f"'{figure}'.*--num_features=10000"):
       build(table(), [figure], bare, 5)
+
+
+@pytest.mark.parametrize(
+  ("figure", "count", "reals"),
+  [
+    ("fid", 1, 50),
+    ("inception_score", 9, 50),
+    ("precision_recall", 3, 50),
+    ("precision_recall", 50, 3),
+    ("coverage_inception", 50, 5),
+    ("kid", 1, 50),
+  ],
+)
+def test_too_few_samples_are_told_before_they_are_drawn(figure, count, reals):
+  features = np.random.default_rng(5).normal(size=(50, 3))
+  with pytest.raises(ValueError, match=rf"'{figure}' needs at least \d+ samp"):
+    build(table(), [figure], reference(features[:reals]), count)
+  logits = features.astype(np.float32)
+  least, least_real = network.LEAST.get(figure, (2, 0))
+  enough = reference(features[: least_real or 50])
+  evaluator = build(table(logits, logits), [figure], enough, least)
+  feed(evaluator, least)
+  assert np.isfinite(list(evaluator.result().values())).all()
