@@ -109,6 +109,15 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is.")
+# Flags that not every source of images has a use for.
+_ONLY_WITH = (
+  (("--weights",), (_VAE,)),
+  (
+    ("--workdir",),
+    (_STEP, _EMA_DECAY, _NEIGHBOURS, _SPACE, _NEIGHBOUR_SAMPLES),
+  ),
+  (("--workdir", "--weights"), (_ALPHAS, _LABELS, _SAMPLES_OUT)),
+)
 
 
 def table(report: dict[str, Any]) -> str:
@@ -166,11 +175,13 @@ def _run() -> tuple[dict[str, Any], str]:
     raise config_lib.ConfigError(
       f"give one of {list(sources)}, got {given or 'none'}"
     )
-  if _NEIGHBOURS.value and _WORKDIR.value is None:
-    raise config_lib.ConfigError(
-      f"--neighbours={_NEIGHBOURS.value} with {given[0]}: only a run "
-      "(--workdir) knows its training images"
-    )
+  for allowed, others in _ONLY_WITH:
+    for flag in others:
+      if flag.present and given[0] not in allowed:
+        raise config_lib.ConfigError(
+          f"--{flag.name}={flag.value} with {given[0]}: it goes with "
+          f"{' or '.join(allowed)}"
+        )
   folder = "" if _WORKDIR.value is None else f"{_WORKDIR.value}/"
   out = _OUT.value or f"{folder}evaluation.json"
   request = experiment.Request(

@@ -381,7 +381,13 @@ def test_mistakes(tmp_path, workdir, judges):
   cases = {
     "give one of ['--workdir', '--weights', '--images'], got none": (),
     "got ['--weights', '--images']": (gen, "--images=b"),
-    "--neighbours=3 with --images: only a": ("--images=a", "--neighbours=3"),
+    "--neighbours=3 with --images: it goes with --workdir": (
+      *("--images=a", "--neighbours=3"),
+    ),
+    "--vae=a with --workdir: it goes with --weights": (run, "--vae=a"),
+    "--alphas=['2'] with --images: it goes with --workdir or --weights": (
+      *("--images=a", "--alphas=2"),
+    ),
     "Error: [Errno 2] No such file": ("--images=nowhere.npz",),
     "metrics='fd_pixel' needs a run (--workdir): valid options are": (
       *(gen, few, "--metrics=fd_pixel"),
