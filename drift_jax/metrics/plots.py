@@ -211,7 +211,7 @@ def plot_alphas(
       ha="center",
       va="bottom" if highest else "top",
     )
-    axis.margins(x=0.1, y=0.18)
+    axis.margins(x=0.16, y=0.18)
     axis.set_ylabel(_TITLES.get(name, f"{name}\n(Fréchet distance)"))
   axes[-1].set_xlabel("guidance scale α")
   axes[-1].xaxis.set_major_locator(ticker.FixedLocator(alphas, nbins=12))
