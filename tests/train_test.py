@@ -511,7 +511,9 @@ def test_the_generator_is_evaluated_by_its_average(tmp_path, monkeypatch):
   def make_sampler(task, mesh, seed):
     def bind(params):
       used.append(float(params["w"]))
-      return lambda labels, alpha, index: np.full((len(labels), 8, 8, 1), 0.5)
+      return lambda labels, alpha, index: np.full(
+        (len(labels), 8, 8, 1), 0.5, np.float32
+      )
 
     return bind
 
@@ -527,7 +529,7 @@ def test_the_generator_is_evaluated_by_its_average(tmp_path, monkeypatch):
     {},
     experiment.generator_task(config, {}),
     experiment.open_readers(config, None),
-    lambda samples: samples,
+    None,
     experiment.open_mesh(config.mesh),
   )
   writer = metrics.create_writer(tmp_path, resume_step=-1, is_main=True)
