@@ -203,10 +203,12 @@ def _shown(distance: np.ndarray) -> np.ndarray:
   """The samples nearest to the training set, then others evenly spaced."""
   nearest = np.argsort(distance, kind="stable")[:NEAREST_ROWS]
   others = np.setdiff1d(np.arange(len(distance)), nearest)
-  rows = min(OTHER_ROWS, len(others))
-  return np.concatenate(
-    [nearest, others[np.arange(rows) * len(others) // rows]]
+  rows = np.arange(min(OTHER_ROWS, len(others)))
+  # Labels come in turn: one more each time shows other classes.
+  spaced = np.minimum(
+    rows * len(others) // max(len(rows), 1) + rows, len(others) - 1
   )
+  return np.concatenate([nearest, others[np.unique(spaced)]])
 
 
 def _features(
