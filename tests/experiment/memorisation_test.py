@@ -7,7 +7,7 @@ import pytest
 from drift_jax import artifacts, data, experiment, metrics, models, sharding
 from drift_jax import config as config_lib
 from tests.autoencoders import save_vae
-from tests.conftest import assert_close
+from tests.conftest import assert_close, fast_jit
 from tests.judges import save_inception, save_vit
 
 MAE = {
@@ -53,7 +53,13 @@ def search(images, readers, mesh, space, k=4):
     np.zeros(len(images), np.int32),
     1.0,
     readers,
-    experiment.feature_space(space, encoders(mesh), None, metrics.to_rgb, mesh),
+    experiment.feature_space(
+      space,
+      encoders(mesh) if space == "encoder" else {},
+      None,
+      metrics.to_rgb,
+      mesh,
+    ),
     k=k,
     batch_size=64,
     decode=lambda samples: samples,
@@ -64,10 +70,9 @@ def search(images, readers, mesh, space, k=4):
 def encoders(mesh):
   """A run's autoencoder, untrained."""
   module = models.build_mae(**MAE)
-  params = module.init(
-    {"params": jax.random.key(0), "mask": jax.random.key(0)},
-    np.zeros((1, 8, 8, 1), np.float32),
-  )["params"]
+  keys = {"params": jax.random.key(0), "mask": jax.random.key(0)}
+  images = np.zeros((1, 8, 8, 1), np.float32)
+  params = fast_jit(module.init)(keys, images)["params"]
   params = jax.device_put(
     {"encoder": params["encoder"]}, sharding.replicated(mesh)
   )
