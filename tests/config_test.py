@@ -367,6 +367,7 @@ def test_every_key_is_read(reads, no_steps, tmp_path):
   )
   config.eval.inception.update(path=judge, reference=str(statistics))
   config.eval.metrics = ("fd_inception", *config.eval.metrics)
+  config.eval.update(num_samples=20, batch_size=20, alphas=(1.0,))
   train.train_and_evaluate(config, str(tmp_path / "generator"))
   for label in range(2):
     for number in range(3):

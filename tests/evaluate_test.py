@@ -74,6 +74,36 @@ def evaluate(*arguments, devices=1, ok=True):
   return stdout if ok else stderr
 
 
+# Runs the job for one list of arguments after the other.
+MANY = """if True:
+  import json
+  import sys
+  from absl import app, flags
+  from absl.testing import flagsaver
+  from drift_jax import evaluate
+
+  def main(argv):
+    for arguments in json.loads(argv[1]):
+      with flagsaver.flagsaver():
+        flags.FLAGS([argv[0], *arguments])
+        try:
+          evaluate.main(argv[:1])
+          print("no error")
+        except SystemExit as ended:
+          print(ended.code)
+
+  app.run(main)
+"""
+
+
+def evaluate_all(arguments):
+  """What one process prints that runs the job for each list of arguments."""
+  process = start("-c", MANY, json.dumps(list(arguments)))
+  stdout, stderr = process.communicate(timeout=300)
+  assert process.returncode == 0, stderr[-3000:]
+  return stdout
+
+
 def randomised(tree):
   """Parameters that are not zero where initial ones are."""
   rng = np.random.default_rng(0)
@@ -265,17 +295,21 @@ def test_images_that_the_run_wrote_score_the_same(tmp_path, judges, one_device):
   images, _ = written[1]
   for number, image in enumerate(images):
     Image.fromarray(image).save(tmp_path / f"{number:03d}.png")
-  for source in (folder / "samples_alpha_2.5.npz", tmp_path):
-    out = tmp_path.parent / "images.json"
-    stdout = evaluate(
+  sources = (folder / "samples_alpha_2.5.npz", tmp_path)
+  outs = [tmp_path.parent / f"images_{number}.json" for number in range(2)]
+  stdout = evaluate_all(
+    [
       f"--images={source}",
       f"--metrics={','.join(NAMED)}",
       *judge_flags(judges, "published"),
       f"--out={out}",
-    )
-    assert "| 50 samples | images |" in stdout
+    ]
+    for source, out in zip(sources, outs, strict=True)
+  )
+  assert stdout.count("| 50 samples | images |") == 2
+  expected = report["results"]["2.5"]
+  for out in outs:
     scored = json.loads(out.read_text())["results"]["images"]
-    expected = report["results"]["2.5"]
     for name in ("fid", "inception_score", "precision", "recall", "kid"):
       assert scored[name] == pytest.approx(expected[name], rel=1e-5), name
 
@@ -348,28 +382,6 @@ def test_exported_weights(tmp_path, judges):
   assert report["results"]["1.5"]["fd_inception"] == pytest.approx(
     distance, rel=1e-4
   )
-
-
-# Runs the job for one list of arguments after the other.
-MISTAKES = """if True:
-  import json
-  import sys
-  from absl import app, flags
-  from absl.testing import flagsaver
-  from drift_jax import evaluate
-
-  def main(argv):
-    for arguments in json.loads(argv[1]):
-      with flagsaver.flagsaver():
-        flags.FLAGS([argv[0], *arguments])
-        try:
-          evaluate.main(argv[:1])
-          print("no error")
-        except SystemExit as ended:
-          print(ended.code)
-
-  app.run(main)
-"""
 
 
 def test_mistakes(tmp_path, workdir, judges):
@@ -461,11 +473,8 @@ def test_mistakes(tmp_path, workdir, judges):
     return text
 
   lists = [[*map(filled, arguments), out] for arguments in cases.values()]
-  process = start("-c", MISTAKES, json.dumps(lists))
-  stdout, stderr = process.communicate(timeout=300)
-  assert process.returncode == 0, stderr[-3000:]
-  lines = stdout.splitlines()
-  assert len(lines) == len(cases), stdout
+  lines = evaluate_all(lists).splitlines()
+  assert len(lines) == len(cases), lines
   for line, message in zip(lines, cases, strict=True):
     assert line.startswith("Error: ") and filled(message) in line, line
   assert not (tmp_path / "out.json").exists()

@@ -25,7 +25,7 @@ from drift_jax import (
 )
 from drift_jax.data import sources, transforms
 from drift_jax.tools import reference_stats
-from tests.conftest import assert_close, fast_jit
+from tests.conftest import assert_close
 from tests.data.pictures import cut
 from tests.judges import save_inception
 
@@ -87,7 +87,7 @@ def crops(pictures):
 @functools.cache
 def network(folder: str):
   artifact = artifacts.load(folder)
-  apply = fast_jit(artifact.module.apply)
+  apply = jax.jit(artifact.module.apply)
   return lambda pixels: apply({"params": artifact.params}, pixels)
 
 
@@ -537,8 +537,6 @@ def run_two(*argvs: list[str]) -> list[tuple[int, str]]:
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": "2",
     "PYTHONPATH": str(ROOT),
-    # These runs compile for longer than they compute.
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
   }
   running = [
     subprocess.Popen(
