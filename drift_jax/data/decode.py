@@ -12,7 +12,7 @@ DECODERS = ("pillow", "simplejpeg")
 # By content, not by file name: ImageNet holds a PNG called .JPEG.
 FORMATS = ("JPEG", "PNG", "WEBP")
 # What Pillow's three decoders raise for bytes that they can't make sense of.
-_DAMAGE = (
+DAMAGE = (
   OSError,
   SyntaxError,
   ValueError,
@@ -62,7 +62,7 @@ def _pillow(data: bytes) -> Image.Image:
     raise DecodeError(
       f"not a {', '.join(FORMATS)} image ({len(data)} bytes)"
     ) from error
-  except _DAMAGE as error:
+  except DAMAGE as error:
     raise DecodeError(str(error) or type(error).__name__) from error
 
 

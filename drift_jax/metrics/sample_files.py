@@ -29,17 +29,6 @@ from drift_jax.metrics.batches import Batch
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _IMAGES, _LABELS = "arr_0", "arr_1"
-# What Pillow raises for headers that it can't make sense of.
-_UNREADABLE = (
-  OSError,
-  SyntaxError,
-  ValueError,
-  EOFError,
-  IndexError,
-  OverflowError,
-  struct.error,
-  Image.DecompressionBombError,
-)
 # What zipfile raises for bytes that it can't make sense of, or has no means to.
 _DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
 # Of a zip file's local header; then come a name and something extra, whose
@@ -296,7 +285,7 @@ def _size(path: str) -> tuple[int, int]:
   try:
     with Image.open(path, formats=decode.FORMATS) as image:
       return image.size
-  except _UNREADABLE as error:
+  except decode.DAMAGE as error:
     raise ValueError(f"{path} can't be read as an image: {error}") from error
 
 

@@ -4,6 +4,9 @@ import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Shaped
+
 DTYPES = ("float32", "bfloat16")
 
 
@@ -61,3 +64,21 @@ def require_multiple(
       f"{name}={value} must be a multiple of {divisor_name}={divisor}, but"
       f" {value} % {divisor} = {value % divisor}"
     )
+
+
+def require_rgb(
+  images: Shaped[ArrayLike, "..."], whose: str
+) -> Shaped[Array, "B H W 3"]:
+  """Returns images uint8 [B, H, W, 3]; ValueError for anything else."""
+  images = jnp.asarray(images)
+  if images.dtype != jnp.uint8:
+    raise ValueError(
+      f"{whose} images have dtype {images.dtype}, want uint8 in [0, 255]"
+      " (metrics.to_uint8 makes them from [-1, 1], truncating as the published"
+      " figures do)"
+    )
+  if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
+    raise ValueError(
+      f"{whose} images have shape {images.shape}, want non-empty [B, H, W, 3]"
+    )
+  return images

@@ -15,7 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
-from drift_jax.models.arguments import reject_unknown, require_int
+from drift_jax.models.arguments import (
+  reject_unknown,
+  require_int,
+  require_rgb,
+)
 
 IMAGE_SIZE = 299
 # Accelerators round float32 factors unless told not to; FID is of float32.
@@ -72,18 +76,7 @@ def preprocess(
   Raises:
     ValueError: another dtype or shape.
   """
-  images = jnp.asarray(images)
-  if images.dtype != jnp.uint8:
-    raise ValueError(
-      f"Inception's images have dtype {images.dtype}, want uint8 in [0, 255]"
-      " (metrics.to_uint8 makes them from [-1, 1], truncating as the published"
-      " figures do)"
-    )
-  if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
-    raise ValueError(
-      f"Inception's images have shape {images.shape}, want non-empty"
-      " [B, H, W, 3]"
-    )
+  images = require_rgb(images, "Inception's")
   pixels = resize_bilinear(images.astype(jnp.float32), IMAGE_SIZE)
   return (pixels - 128) / 128
 

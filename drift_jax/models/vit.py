@@ -20,6 +20,7 @@ from drift_jax.models.arguments import (
   require_choice,
   require_int,
   require_multiple,
+  require_rgb,
 )
 
 # Accelerators round float32 factors unless told not to; the published figures
@@ -76,18 +77,7 @@ def preprocess(
   Raises:
     ValueError: another dtype or shape.
   """
-  images = jnp.asarray(images)
-  if images.dtype != jnp.uint8:
-    raise ValueError(
-      f"the Vision Transformer's images have dtype {images.dtype}, want uint8"
-      " in [0, 255] (metrics.to_uint8 makes them from [-1, 1], truncating as"
-      " the published figures do)"
-    )
-  if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
-    raise ValueError(
-      f"the Vision Transformer's images have shape {images.shape}, want"
-      " non-empty [B, H, W, 3]"
-    )
+  images = require_rgb(images, "the Vision Transformer's")
   pixels = resize_bicubic(images.astype(jnp.float32), image_size)
   pixels = jnp.clip(jnp.round(pixels), 0, 255) / 255
   mean = jnp.asarray(image_mean, jnp.float32)
