@@ -338,11 +338,17 @@ def test_exported_weights(tmp_path, judges):
   )
   labels = np.asarray([3, 3, 7] * 6)
   np.savetxt(tmp_path / "labels.txt", labels, fmt="%d")
+  dinov2 = save_vit(tmp_path / "dinov2")
+  statistics = save_statistics(
+    tmp_path / "dinov2.npz", dinov2, digit_pixels(100), crop="none"
+  )
   out = tmp_path / "out.json"
   evaluate(
     f"--weights={tmp_path / 'gen'}",
-    "--metrics=fd_inception",
+    "--metrics=fd_inception,fd_dinov2",
     *judge_flags(judges),
+    f"--dinov2={dinov2}",
+    f"--dinov2_reference={statistics}",
     f"--labels={tmp_path / 'labels.txt'}",
     "--num_samples=0",
     "--alphas=1.5",
@@ -370,18 +376,23 @@ def test_exported_weights(tmp_path, judges):
   # Another program may round the last bit to the other side of a level.
   assert np.abs(images.astype(int) - expected).max() <= 1
   assert np.mean(images != expected) < 1e-3
-  with np.load(judges / "other.npz") as reference:
-    mean, sigma = reference["mu"], reference["sigma"]
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  judge = experiment.load_judge(str(judges / "other"), mesh)
-  features, _ = experiment.network_fn(judge, mesh)(images)
-  distance = metrics.frechet_distance(
-    metrics.FeatureStats.from_features(features),
-    metrics.ReferenceStats(mean, sigma, None, None),
-  )
-  assert report["results"]["1.5"]["fd_inception"] == pytest.approx(
-    distance, rel=1e-4
-  )
+  for name, folder, file in (
+    ("inception", judges / "other", judges / "other.npz"),
+    ("dinov2", dinov2, statistics),
+  ):
+    with np.load(file) as reference:
+      mean, sigma = reference["mu"], reference["sigma"]
+    judge = experiment.load_judge(str(folder), mesh)
+    features = experiment.network_fn(judge, mesh)(images)[0]
+    distance = metrics.frechet_distance(
+      metrics.FeatureStats.from_features(features),
+      metrics.ReferenceStats(mean, sigma, None, None),
+    )
+    assert report["judges"][name]["sha256"] == judge.sha256
+    assert report["results"]["1.5"][f"fd_{name}"] == pytest.approx(
+      distance, rel=1e-4
+    ), name
 
 
 def test_mistakes(tmp_path, workdir, judges):

@@ -48,7 +48,7 @@ from drift_jax.metrics.neighbours import (
   neighbour_grid,
   plot_nearest_distances,
 )
-from drift_jax.metrics.network import FROM_FEATURES, NetworkEvaluator
+from drift_jax.metrics.network import NetworkEvaluator
 from drift_jax.metrics.plots import (
   plot_alphas,
   plot_drift,
@@ -81,7 +81,6 @@ from drift_jax.metrics.writers import (
 )
 
 __all__ = [
-  "FROM_FEATURES",
   "MAX_IMAGES",
   "Batch",
   "CoverageEvaluator",
