@@ -41,6 +41,8 @@ def _shared(task: str) -> ConfigDict:
   config.vae = ConfigDict()  # the autoencoder behind latents
   config.vae.path = ""  # what tools.convert_weights wrote; '': no latents
   config.vae.dtype = "bfloat16"
+  config.vae.sharding = "fsdp"  # or 'replicated': see encoders
+  config.vae.model = ConfigDict()
 
   config.optim = ConfigDict()  # AdamW (Table 8)
   config.optim.schedule = "constant"  # after the warm-up; or 'cosine'
@@ -85,8 +87,8 @@ def generator() -> ConfigDict:
   config.model.attention_dtype = "float32"
   config.model.remat = False  # recompute blocks in the backward pass
 
-  # Frozen encoders, {name: {path, dtype, in_loss}}; those with in_loss=False
-  # only judge (eval.metrics "fd_encoder").
+  # Frozen encoders, see add_encoder; those with in_loss=False only judge
+  # (eval.metrics "fd_encoder").
   config.encoders = ConfigDict()
 
   config.features = ConfigDict()  # A.5
@@ -194,11 +196,25 @@ def choose(variant: str, options: tuple[str, ...]) -> tuple[str, bool]:
   return chosen[0], "smoke" in names
 
 
-def add_encoder(config: ConfigDict, name: str, path: str) -> None:
+def add_encoder(
+  config: ConfigDict,
+  name: str,
+  path: str,
+  kind: str = "",
+  model: ConfigDict | None = None,
+) -> None:
   """Adds a frozen encoder to the loss, stored in bfloat16."""
-  config.encoders[name] = ConfigDict(
-    {"path": path, "dtype": "bfloat16", "in_loss": True}
-  )
+  encoder = ConfigDict({"path": path, "dtype": "bfloat16", "in_loss": True})
+  # In parts over the mesh's 'fsdp' axis, or 'replicated': on every device.
+  encoder.sharding = "fsdp"
+  # Which model it is; empty: whatever is there.
+  encoder.model = frozen_model(kind, model) if model else ConfigDict()
+  config.encoders[name] = encoder
+
+
+def frozen_model(kind: str, model: ConfigDict) -> ConfigDict:
+  """What encoders.NAME.model and vae.model hold."""
+  return ConfigDict({"kind": kind, **model})
 
 
 def judge_by_fid(config: ConfigDict) -> None:
@@ -232,6 +248,8 @@ def smoke_generator(config: ConfigDict) -> None:
     with_replacement=True,  # a class may have one image only
   )
   config.features.update(patch_mean_size=(2,), patch_std_size=(2,))
+  for frozen in (config.vae, *config.encoders.values()):
+    frozen.model = ConfigDict()
   config.optim.warmup_steps = 1
   config.train.update(num_steps=2, log_every=1)
   # No figures: they want more images. The sample grid is drawn.
@@ -257,6 +275,7 @@ def smoke_mae(config: ConfigDict) -> None:
     num_classes=0,
     dtype="float32",
   )
+  config.vae.model = ConfigDict()
   config.mae.update(batch_size=8, classification_ramp=1)
   if config.mae.classification_steps:
     config.mae.classification_steps = 1

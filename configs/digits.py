@@ -46,9 +46,8 @@ def get_config(variant: str = "") -> ConfigDict:
   else:
     config = _generator()
     if tasks:
-      config.encoders.mae = ConfigDict(
-        {"path": "", "dtype": "float32", "in_loss": "features" in names}
-      )
+      common.add_encoder(config, "mae", "")
+      config.encoders.mae.update(dtype="float32", in_loss="features" in names)
       config.eval.metrics = ("fd_encoder", *config.eval.metrics)
     if "features" in names:
       _features(config)

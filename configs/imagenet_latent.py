@@ -34,8 +34,15 @@ def get_config(variant: str = "") -> ConfigDict:
     wire="bfloat16",
   )
   config.vae.path = "weights/sd_vae"
+  config.vae.model = common.frozen_model("vae", models.sd_vae())
   width = "256" if size == "ablation" else "640"
-  common.add_encoder(config, "mae", f"runs/mae_latent_{width}/encoder")
+  common.add_encoder(
+    config,
+    "mae",
+    f"runs/mae_latent_{width}/encoder",
+    "mae",
+    models.MAES[f"mae_{width}_latent"](),
+  )
   {"ablation": _ablation, "b2": _b2, "l2": _l2}[size](config)
   config.mesh.update(data=1, fsdp=-1)
   common.judge_by_fid(config)

@@ -30,9 +30,17 @@ def get_config(variant: str = "") -> ConfigDict:
   size, smoke = common.choose(variant, SIZES)
   config = common.generator()
   config.data.update(source="tfds:imagenet2012", test_split="validation")
-  common.add_encoder(config, "mae", "runs/mae_pixel_640/encoder")
+  common.add_encoder(
+    config, "mae", "runs/mae_pixel_640/encoder", "mae", models.mae_640_pixel()
+  )
   if not smoke:
-    common.add_encoder(config, "convnext", "weights/convnextv2_base")
+    common.add_encoder(
+      config,
+      "convnext",
+      "weights/convnextv2_base",
+      "convnext",
+      models.convnextv2_base(),
+    )
   # Both: 128 labels; B/16 and L/16 differ in size and learning rate.
   config.batch.update(labels=128, generated=64, positives=128, unconditional=32)
   config.queue.push_per_step = 128

@@ -27,6 +27,7 @@ def get_config(variant: str = "") -> ConfigDict:
     source="tfds:imagenet2012", test_split="validation", crop="random"
   )
   config.vae.path = "weights/sd_vae"
+  config.vae.model = common.frozen_model("vae", models.sd_vae())
   if width == "256":
     config.model = models.mae_256_latent()
     config.train.num_steps = 30_000

@@ -163,12 +163,45 @@ def load(
     raise ArtifactError(
       f"{params_path} ({len(data)} bytes) is no complete msgpack: {error!r}"
     ) from error
-  if dtype is not None:
-    model_config["use_bf16"] = dtype == "bfloat16"
   try:
-    module, params = release.from_release(kind, model_config, tree)
+    module, params = release.from_release(
+      kind, _in_dtype(model_config, dtype), tree
+    )
   except ValueError as error:
     raise ArtifactError(f"{folder}: {error}") from error
   if dtype is not None:
     params = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)
   return Artifact(kind, module, params, metadata, digest)
+
+
+def abstract(
+  kind: str, arguments: Mapping[str, Any], *, dtype: str | None = None
+) -> Artifact:
+  """What `load` would give of a model, with the shapes of its parameters.
+
+  Args:
+    kind: 'gen', 'mae', 'convnext', 'vae', 'inception' or 'vit'.
+    arguments: of the function that builds this kind.
+    dtype: see `load`.
+
+  Raises:
+    ArtifactError: unknown kind; arguments that are missing or can't be built.
+  """
+  try:
+    named = arguments if dtype is None else {**arguments, "dtype": dtype}
+    model_config = release.published_config(kind, named)
+    module, shapes = release.describe(kind, _in_dtype(model_config, dtype))
+  except ValueError as error:
+    raise ArtifactError(str(error)) from error
+  params = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype or x.dtype)), shapes
+  )
+  return Artifact(kind, module, params, {"model_config": model_config}, "")
+
+
+def _in_dtype(
+  model_config: Mapping[str, Any], dtype: str | None
+) -> dict[str, Any]:
+  if dtype is None:
+    return dict(model_config)
+  return {**model_config, "use_bf16": dtype == "bfloat16"}

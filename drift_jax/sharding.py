@@ -96,6 +96,15 @@ def infer_sharding(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
   return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
 
 
+def abstract(tree: Any, shardings: Any) -> Any:
+  """ShapeDtypeStructs with shardings, of arrays or ShapeDtypeStructs."""
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    tree,
+    shardings,
+  )
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """The sharding that keeps a copy on every device of the mesh."""
   return NamedSharding(mesh, PartitionSpec())

@@ -70,11 +70,7 @@ def abstract_and_init(
 
   shapes = jax.eval_shape(init)
   shardings = sharding.infer_sharding(shapes, mesh)
-  abstract = jax.tree.map(
-    lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-    shapes,
-    shardings,
-  )
+  abstract = sharding.abstract(shapes, shardings)
   return abstract, jax.jit(init, out_shardings=shardings)
 
 

@@ -52,10 +52,6 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   )
   encoder_params = {n: encoders[n].params for n in task.features.encoders}
 
-  def step(state: TrainState, batch: Any, **kwargs: Any) -> Any:
-    batch, params = batch
-    return steps.train_step(state, batch, params, task=task, **kwargs)
-
   def put(batch: Any) -> Any:
     batch = steps.GeneratorBatch(**sharding.put_batch(batch, mesh))
     return batch, encoder_params
@@ -67,7 +63,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
       mesh,
       name="generator",
       init_params=experiment.init_generator(task),
-      step=step,
+      step=functools.partial(steps.train_step, task=task),
       feed=feed,
       put=put,
       evaluate=functools.partial(evaluation, path=path),

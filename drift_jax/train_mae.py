@@ -60,10 +60,6 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     workdir, config, experiment.frozen_sums({}, vae)
   )
 
-  def step(state: TrainState, batch: Any, **kwargs: Any) -> Any:
-    batch, params = batch
-    return steps.mae_step(state, batch, params, task=task, **kwargs)
-
   def put(batch: Any) -> Any:
     batch = sharding.put_batch(batch, mesh)
     return steps.MaeBatch(batch["image"], batch["label"]), vae_params
@@ -75,7 +71,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
       mesh,
       name="encoder with decoder",
       init_params=experiment.init_mae(task, input_shape),
-      step=step,
+      step=functools.partial(steps.mae_step, task=task),
       feed=feed,
       put=put,
       evaluate=evaluate,
@@ -122,10 +118,7 @@ def held_out_evaluation(
   test = readers.test()
   batch_size = experiment.pad_to_mesh(config.eval.batch_size, mesh)
   key = stream(config.seed, "mask")
-  jitted = jax.jit(
-    functools.partial(steps.mae_eval_step, task=task),
-    out_shardings=sharding.replicated(mesh),
-  )
+  jitted = experiment.jit_mae_evaluation(task, mesh)
 
   def evaluate(
     step: int, state: TrainState, writer: metrics.MetricWriter

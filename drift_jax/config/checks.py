@@ -9,14 +9,17 @@ from drift_jax.config.schema import (
   CROPS,
   DECODERS,
   EVAL_METRICS,
+  FROZEN_SHARDINGS,
   JUDGED_METRICS,
   RANKING_METRICS,
   SOURCES,
   WIRE_DTYPES,
   ConfigError,
+  Encoder,
   GeneratorConfig,
   Judge,
   MaeConfig,
+  Vae,
 )
 
 
@@ -106,6 +109,16 @@ def _check_common(config: GeneratorConfig | MaeConfig) -> None:
   _at_least("model.num_classes", config.model.num_classes, 0)
 
 
+def _check_frozen(path: str, frozen: Encoder | Vae) -> None:
+  _choice(f"{path}.dtype", frozen.dtype, ("float32", "bfloat16"))
+  _choice(f"{path}.sharding", frozen.sharding, FROZEN_SHARDINGS)
+  _require(
+    not frozen.model or "kind" in frozen.model,
+    f"{path}.model={dict(frozen.model)} has no 'kind': want {{}} or the "
+    "model's kind and arguments, as in configs/models.py",
+  )
+
+
 def _check_source(source: str) -> None:
   kind, _, rest = source.partition(":")
   kinds = {option.partition(":")[0]: option for option in SOURCES}
@@ -154,7 +167,7 @@ def _check_data(config: GeneratorConfig | MaeConfig) -> None:
     "cache is not divided; cache the held-out images as a split of their own "
     "(data.test_split) and set data.held_out=0",
   )
-  _choice("vae.dtype", vae.dtype, ("float32", "bfloat16"))
+  _check_frozen("vae", vae)
   _require(
     vae.path != "" or not data.source.startswith("latents:"),
     f"data.source={data.source!r} needs vae.path, the autoencoder that made "
@@ -221,7 +234,7 @@ def _check_generator(config: GeneratorConfig) -> None:
       "none",
     )
   for name, encoder in config.encoders.items():
-    _choice(f"encoders.{name}.dtype", encoder.dtype, ("float32", "bfloat16"))
+    _check_frozen(f"encoders.{name}", encoder)
     _require(
       encoder.path != "",
       f"encoders.{name}.path is empty: give the directory that encoder "

@@ -102,6 +102,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if not isinstance(value, Mapping):
       raise ConfigError(f"{path}={value!r} must be a dict of sections")
     item = typing.get_args(hint)[1]
+    if item is Any:
+      return dict(value)
     return {k: _convert(item, v, f"{path}.{k}") for k, v in value.items()}
   if origin is tuple:
     if not isinstance(value, (tuple, list)):

@@ -47,10 +47,13 @@ class Vae(Section):
 
   The latent cache must have been made with it. It decodes samples for
   pictures, and encodes images where an encoder of latents is trained on them.
+  `sharding` and `model` are as in Encoder.
   """
 
   path: str
   dtype: str
+  sharding: str
+  model: Mapping[str, Any]
 
 
 class GeneratorModel(Section):
@@ -92,12 +95,18 @@ class Encoder(Section):
   """A frozen feature encoder: an exported directory and its precision.
 
   With in_loss the generator drifts in its features; without, it only judges
-  (eval.metrics 'fd_encoder').
+  (eval.metrics 'fd_encoder'). `sharding` says how its weights lie on the mesh:
+  a copy on every device, or in parts over 'fsdp', gathered where they are used.
+  `model` says which model it is, {'kind': ..., arguments of the function that
+  builds it}: the weights must be of that model, and it can be compiled before
+  there are any. {} takes whatever is there.
   """
 
   path: str
   dtype: str
   in_loss: bool
+  sharding: str
+  model: Mapping[str, Any]
 
 
 class Features(Section):
@@ -314,5 +323,7 @@ SOURCES = ("digits", "tfds:NAME", "folder:DIR", "tar:FILE", "latents:DIR")
 # How images are cut to data.image_size: ADM's centre crop; a random resized
 # crop (A.3); a black frame around smaller images; nothing, they fit.
 CROPS = ("center", "random", "pad", "none")
+# How frozen weights lie on the mesh.
+FROZEN_SHARDINGS = ("fsdp", "replicated")
 WIRE_DTYPES = ("uint8", "float32", "float16", "bfloat16")
 DECODERS = ("pillow", "simplejpeg")

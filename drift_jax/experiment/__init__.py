@@ -5,6 +5,7 @@ from drift_jax.experiment.evaluation import (
   check_alphas,
   gathered,
   grid_image,
+  jit_mae_evaluation,
   load_exported,
   load_generator,
   make_sampler,
@@ -44,6 +45,7 @@ from drift_jax.experiment.networks import (
   mae_input_shape,
   mae_task,
 )
+from drift_jax.experiment.programs import Program, programs
 from drift_jax.experiment.reports import (
   METRICS,
   NUM_SAMPLES,
@@ -69,6 +71,7 @@ __all__ = [
   "METRICS",
   "NUM_SAMPLES",
   "Evaluate",
+  "Program",
   "Readers",
   "Request",
   "TrainedGenerator",
@@ -86,6 +89,7 @@ __all__ = [
   "init_generator",
   "init_mae",
   "is_published",
+  "jit_mae_evaluation",
   "load_encoders",
   "load_exported",
   "load_generator",
@@ -107,6 +111,7 @@ __all__ = [
   "open_readers",
   "open_workdir",
   "pad_to_mesh",
+  "programs",
   "report_on_images",
   "report_on_run",
   "report_on_weights",

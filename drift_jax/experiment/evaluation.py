@@ -27,15 +27,27 @@ from drift_jax.experiment.runs import (
 from drift_jax.metrics.images import Images
 
 
+def jit_sampler(task: steps.GeneratorTask, mesh: Mesh, seed: int) -> Any:
+  """Jitted (params, labels, alpha, index) -> samples, split over the mesh."""
+  return jax.jit(
+    functools.partial(steps.sample_step, seed=seed, task=task),
+    out_shardings=sharding.batch_sharding(mesh),
+  )
+
+
+def jit_mae_evaluation(task: steps.MaeTask, mesh: Mesh) -> Any:
+  """Jitted steps.mae_eval_step; its sums are on every device."""
+  return jax.jit(
+    functools.partial(steps.mae_eval_step, task=task),
+    out_shardings=sharding.replicated(mesh),
+  )
+
+
 def make_sampler(
   task: steps.GeneratorTask, mesh: Mesh, seed: int
 ) -> Callable[[Any], metrics.SampleFn]:
   """params -> sample_fn(labels, alpha, index) -> images; compiled once."""
-  batch = sharding.batch_sharding(mesh)
-  step = jax.jit(
-    functools.partial(steps.sample_step, seed=seed, task=task),
-    out_shardings=batch,
-  )
+  step = jit_sampler(task, mesh, seed)
 
   def bind(params: Any) -> metrics.SampleFn:
     def sample(
@@ -144,7 +156,7 @@ def load_exported(weights: str, vae: str, mesh: Mesh) -> ExportedGenerator:
   params = jax.device_put(
     artifact.params, sharding.infer_sharding(artifact.params, mesh)
   )
-  section = config_lib.Vae(path=vae, dtype="float32")
+  section = config_lib.Vae(path=vae, dtype="float32", sharding="fsdp", model={})
   return ExportedGenerator(
     task, params, module.num_classes, load_vae(section, mesh), artifact
   )
@@ -204,11 +216,7 @@ def load_generator(
   check_frozen(epath.Path(workdir), frozen_sums({}, vae))
   task = generator_task(config, encoders={})
   shapes = jax.eval_shape(init_generator(task), jax.random.key(0))
-  abstract = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    shapes,
-    sharding.infer_sharding(shapes, mesh),
-  )
+  abstract = sharding.abstract(shapes, sharding.infer_sharding(shapes, mesh))
   checkpointer = make_checkpointer(
     config.checkpoint, epath.Path(workdir), read_only=True
   )

@@ -32,7 +32,7 @@ def on_mesh(
     Inputs [B, ...] on the mesh, or this process' part of them on the host ->
     arrays [B, ...] on the mesh.
   """
-  jitted = jax.jit(apply, out_shardings=sharding.batch_sharding(mesh))
+  jitted = jit_network(apply, mesh)
 
   def call(inputs: Images) -> Any:
     if isinstance(inputs, np.ndarray):
@@ -42,14 +42,23 @@ def on_mesh(
   return call
 
 
+def jit_network(apply: Callable[[Any, jax.Array], Any], mesh: Mesh) -> Any:
+  """Jitted (params, inputs) -> outputs, split over the mesh."""
+  return jax.jit(apply, out_shardings=sharding.batch_sharding(mesh))
+
+
 def make_decoder(
   vae: artifacts.Artifact | None, mesh: Mesh
 ) -> Callable[[Images], Images]:
   """Samples -> images [B, H, W, C] on the mesh, decoded if there is a VAE."""
   if vae is None:
     return lambda samples: samples
-  apply = functools.partial(steps.apply, vae.module, method="decode")
-  return on_mesh(apply, vae.params, mesh)
+  return on_mesh(decoding(vae), vae.params, mesh)
+
+
+def decoding(vae: artifacts.Artifact) -> Callable[[Any, jax.Array], jax.Array]:
+  """(params, latents) -> images."""
+  return functools.partial(steps.apply, vae.module, method="decode")
 
 
 def make_pixels(decode: Callable[[Images], Images]) -> metrics.PixelsFn:
@@ -95,13 +104,21 @@ def network_fn(artifact: artifacts.Artifact, mesh: Mesh) -> Callable[..., Any]:
   On the mesh; images may be this process' part of them on the host.
   """
 
+  return on_mesh(judging(artifact), artifact.params, mesh)
+
+
+def judging(
+  artifact: artifacts.Artifact,
+) -> Callable[[Any, jax.Array], tuple[jax.Array, ...]]:
+  """(params, 8-bit RGB images) -> (features, logits if it has any)."""
+
   def apply(params: Any, pixels: jax.Array) -> tuple[jax.Array, ...]:
     out: Any = steps.apply(artifact.module, params, pixels)
     if artifact.kind == "inception":
       return out.pool3, out.logits_unbiased
     return (out,)
 
-  return on_mesh(apply, artifact.params, mesh)
+  return apply
 
 
 class Judged(NamedTuple):

@@ -2,17 +2,22 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from drift_jax import artifacts, models, sharding, steps
 from drift_jax import config as config_lib
 from drift_jax.experiment.runs import naming
 from drift_jax.models.vae import Vae
+
+# What an artifact records of how its model was run, not of what it is.
+_PRECISION = ("use_bf16", "use_remat", "attn_fp32")
+_ENCODERS = ("mae", "convnext")
 
 
 def load_encoders(
@@ -23,23 +28,10 @@ def load_encoders(
   Raises:
     ArtifactError: naming the encoder, for anything that can't be loaded.
   """
-  loaded = {}
-  for name, encoder in encoders.items():
-    try:
-      artifact = artifacts.load(encoder.path, dtype=encoder.dtype)
-    except artifacts.ArtifactError as error:
-      raise artifacts.ArtifactError(f"encoders.{name}: {error}") from error
-    if artifact.kind not in ("mae", "convnext"):
-      raise artifacts.ArtifactError(
-        f"encoders.{name}.path={encoder.path!r} holds a model of kind "
-        f"{artifact.kind!r}, want an encoder ('mae' or 'convnext')"
-      )
-    params = artifact.params
-    if artifact.kind == "mae":
-      # Its features need neither the decoder nor the classifier.
-      params = {"encoder": params["encoder"]}
-    loaded[name] = _place(dataclasses.replace(artifact, params=params), mesh)
-  return loaded
+  return {
+    name: _place(_load(f"encoders.{name}", encoder, _ENCODERS), encoder, mesh)
+    for name, encoder in encoders.items()
+  }
 
 
 def load_vae(config: config_lib.Vae, mesh: Mesh) -> artifacts.Artifact | None:
@@ -50,21 +42,135 @@ def load_vae(config: config_lib.Vae, mesh: Mesh) -> artifacts.Artifact | None:
   """
   if not config.path:
     return None
+  return _place(_load("vae", config, ("vae",)), config, mesh)
+
+
+def abstract_encoders(
+  encoders: Mapping[str, config_lib.Encoder], mesh: Mesh
+) -> dict[str, artifacts.Artifact]:
+  """`load_encoders` with shapes for parameters: no weights need be there.
+
+  Raises:
+    ArtifactError: neither weights nor a model that says what they will be.
+  """
+  return {
+    name: _abstract(f"encoders.{name}", encoder, _ENCODERS, mesh)
+    for name, encoder in encoders.items()
+  }
+
+
+def abstract_vae(
+  config: config_lib.Vae, mesh: Mesh
+) -> artifacts.Artifact | None:
+  """`load_vae` with shapes for parameters; see abstract_encoders."""
+  if not config.path:
+    return None
+  return _abstract("vae", config, ("vae",), mesh)
+
+
+def _load(
+  key: str, section: config_lib.Encoder | config_lib.Vae, kinds: Sequence[str]
+) -> artifacts.Artifact:
   try:
-    artifact = artifacts.load(config.path, dtype=config.dtype)
+    artifact = artifacts.load(section.path, dtype=section.dtype)
   except artifacts.ArtifactError as error:
-    raise artifacts.ArtifactError(f"vae: {error}") from error
-  if artifact.kind != "vae":
+    raise artifacts.ArtifactError(f"{key}: {error}") from error
+  _check_kind(f"{key}.path={section.path!r} holds", artifact.kind, kinds)
+  if section.model:
+    _check_model(key, section, artifact)
+  return _without_decoder(artifact)
+
+
+def _check_kind(what: str, kind: str, kinds: Sequence[str]) -> None:
+  if kind not in kinds:
     raise artifacts.ArtifactError(
-      f"vae.path={config.path!r} holds a model of kind {artifact.kind!r}, want "
-      "'vae': python -m drift_jax.tools.convert_weights vae writes one"
+      f"{what} a model of kind {kind!r}, want one of {list(kinds)}: encoder "
+      "training writes WORKDIR/encoder, and python -m "
+      "drift_jax.tools.convert_weights the others"
     )
-  return _place(artifact, mesh)
 
 
-def _place(artifact: artifacts.Artifact, mesh: Mesh) -> artifacts.Artifact:
+def _described(
+  key: str, section: config_lib.Encoder | config_lib.Vae, kinds: Sequence[str]
+) -> artifacts.Artifact:
+  """What KEY.model describes."""
+  arguments = dict(section.model)
+  kind = arguments.pop("kind")
+  _check_kind(f"{key}.model is", kind, kinds)
+  try:
+    return artifacts.abstract(kind, arguments, dtype=section.dtype)
+  except artifacts.ArtifactError as error:
+    raise artifacts.ArtifactError(f"{key}.model: {error}") from error
+
+
+def _check_model(
+  key: str,
+  section: config_lib.Encoder | config_lib.Vae,
+  artifact: artifacts.Artifact,
+) -> None:
+  """Raises ArtifactError where the weights are not of KEY.model."""
+  want = _described(key, section, (artifact.kind,)).metadata["model_config"]
+  have = artifact.metadata["model_config"]
+  different = [
+    f"{name}: {have[name]!r}, want {want[name]!r}"
+    for name in sorted(set(want) & set(have) - set(_PRECISION))
+    if have[name] != want[name]
+  ]
+  if different:
+    raise artifacts.ArtifactError(
+      f"{key}.path={section.path!r} holds another model than {key}.model: "
+      f"{'; '.join(different)}. Give the path of that model, or describe this "
+      f"one in {key}.model ({{}} takes any)"
+    )
+
+
+def _abstract(
+  key: str,
+  section: config_lib.Encoder | config_lib.Vae,
+  kinds: Sequence[str],
+  mesh: Mesh,
+) -> artifacts.Artifact:
+  if section.model:
+    artifact = _without_decoder(_described(key, section, kinds))
+  elif epath.Path(section.path).exists():
+    artifact = _load(key, section, kinds)
+  else:
+    raise artifacts.ArtifactError(
+      f"{key}.path={section.path!r} is not there and {key}.model is empty: "
+      "nothing says which model it will be. Train or convert it first, or "
+      f"describe it in {key}.model, as configs/imagenet_latent.py does"
+    )
+  params = sharding.abstract(
+    artifact.params, _frozen_sharding(artifact, section, mesh)
+  )
+  return dataclasses.replace(artifact, params=params)
+
+
+def _without_decoder(artifact: artifacts.Artifact) -> artifacts.Artifact:
+  """Features need neither the decoder nor the classifier of a 'mae'."""
+  if artifact.kind != "mae":
+    return artifact
+  params = {"encoder": artifact.params["encoder"]}
+  return dataclasses.replace(artifact, params=params)
+
+
+def _frozen_sharding(
+  artifact: artifacts.Artifact,
+  section: config_lib.Encoder | config_lib.Vae,
+  mesh: Mesh,
+) -> Any:
+  if section.sharding == "fsdp":
+    return sharding.infer_sharding(artifact.params, mesh)
+  return jax.tree.map(lambda _: sharding.replicated(mesh), artifact.params)
+
+
+def _place(
+  artifact: artifacts.Artifact,
+  section: config_lib.Encoder | config_lib.Vae,
+  mesh: Mesh,
+) -> artifacts.Artifact:
   placed = jax.device_put(
-    artifact.params, sharding.infer_sharding(artifact.params, mesh)
+    artifact.params, _frozen_sharding(artifact, section, mesh)
   )
   return dataclasses.replace(artifact, params=placed)
 

@@ -1,6 +1,7 @@
 """A run on disk and in time: mesh, workdir, optimiser, checkpoints, loop."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -146,36 +147,23 @@ def run(
     mesh: where the state lives.
     name: of the model, for the log.
     init_params: key -> parameters.
-    step: (state, batch, *, optimizer, schedule) -> (state, metrics).
-    feed, put, best_metric: see loop.fit.
+    step: see make_training.
+    feed, best_metric: see loop.fit.
+    put: host batch -> (batch on the mesh, frozen parameters).
     evaluate: called with the metric writer as well.
 
   Raises:
     ConfigError: the workdir's run is longer than config.train.num_steps.
   """
-  optimizer, schedule = make_optimizer(config.optim, config.train.num_steps)
-  abstract, init = state_lib.abstract_and_init(
-    init_params,
-    optimizer,
-    ema_decays=config.ema.decays,
-    seed=config.seed,
-    mesh=mesh,
-  )
+  training = make_training(config, mesh, init_params=init_params, step=step)
+  abstract = training.abstract
   count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(abstract.params))
   logger.info("%s: %s parameters", name, f"{count:,}")
-  jitted = jax.jit(
-    functools.partial(step, optimizer=optimizer, schedule=schedule),
-    donate_argnums=0,
-    out_shardings=(
-      jax.tree.map(lambda x: x.sharding, abstract),
-      sharding.replicated(mesh),
-    ),
-  )
   with contextlib.ExitStack() as stack:
     stack.callback(feed.close)
     checkpointer = make_checkpointer(config.checkpoint, path)
     stack.callback(checkpointer.close)
-    state = loop.restore_or_start(checkpointer, abstract, init, feed)
+    state = loop.restore_or_start(checkpointer, abstract, training.init, feed)
     if int(state.step) > config.train.num_steps:
       raise config_lib.ConfigError(
         f"train.num_steps={config.train.num_steps}, but {path} holds a run of "
@@ -187,7 +175,7 @@ def run(
     stack.callback(writer.close)
     return loop.fit(
       state,
-      step_fn=jitted,
+      step_fn=lambda state, inputs: training.step(state, *inputs),
       feed=feed,
       put=put,
       prefetch=config.data.prefetch,
@@ -202,6 +190,57 @@ def run(
       checkpointer=checkpointer,
       writer=writer,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """What a run compiles before its first step.
+
+  Attributes:
+    abstract: the state's shapes and shardings.
+    init: makes the state of a new run.
+    step: jitted (state, batch, frozen parameters) -> (state, metrics); the
+      state is donated.
+  """
+
+  abstract: TrainState
+  init: Callable[[], TrainState]
+  step: Any
+
+
+def make_training(
+  config: AnyConfig,
+  mesh: Mesh,
+  *,
+  init_params: Callable[[jax.Array], Any],
+  step: Callable[..., tuple[TrainState, loop.Metrics]],
+) -> Training:
+  """State and step of a run on a mesh, whose devices need not be there.
+
+  Args:
+    config: of either task.
+    mesh: where the state lives.
+    init_params: key -> parameters.
+    step: (state, batch, frozen parameters, *, optimizer, schedule) -> (state,
+      metrics).
+  """
+  optimizer, schedule = make_optimizer(config.optim, config.train.num_steps)
+  abstract, init = state_lib.abstract_and_init(
+    init_params,
+    optimizer,
+    ema_decays=config.ema.decays,
+    seed=config.seed,
+    mesh=mesh,
+  )
+  jitted = jax.jit(
+    functools.partial(step, optimizer=optimizer, schedule=schedule),
+    donate_argnums=0,
+    out_shardings=(
+      jax.tree.map(lambda x: x.sharding, abstract),
+      sharding.replicated(mesh),
+    ),
+  )
+  return Training(abstract, init, jitted)
 
 
 def make_optimizer(

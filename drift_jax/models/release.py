@@ -148,6 +148,19 @@ def published_config(kind: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
   return config
 
 
+def describe(
+  kind: str, model_config: Config
+) -> tuple[nn.Module, dict[str, Any]]:
+  """A model, and its parameters here as a tree of float32 ShapeDtypeStructs.
+
+  Raises:
+    ValueError: unknown kind; a model_config that can't be built.
+  """
+  module, _, shapes = _describe(kind, model_config)
+  leaves = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
+  return module, traverse_util.unflatten_dict(leaves, sep="/")
+
+
 def parameter_shapes(
   kind: str, model_config: Config
 ) -> dict[str, tuple[int, ...]]:
