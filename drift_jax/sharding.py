@@ -1,14 +1,23 @@
-"""Mesh, sharding rules and batch placement: sharding is data, in one file."""
+"""Mesh, sharding rules and batch placement: sharding is data, in one file.
 
+Parameters are sharded, computation is not: each device works on its part of
+the batch with whole parameters, gathered where they are used (`over_devices`,
+`gather`). Left to itself, XLA's partitioner splits the layers along with their
+parameters, and gathers activations instead.
+"""
+
+import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 BATCH_AXES = ("data", "fsdp")
+FSDP = "fsdp"
 
 # (pattern of a leaf's path, what to do): the first match decides. 'fsdp'
 # shards the largest axis that the mesh axis divides; 'replicate' keeps a copy
@@ -86,14 +95,20 @@ def spec_for(
   raise ValueError(f"no sharding rule matches {name!r} of shape {shape}")
 
 
+def infer_specs(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+  """PartitionSpecs for a pytree of arrays or ShapeDtypeStructs."""
+
+  def leaf_spec(path: Sequence[Any], leaf: Any) -> PartitionSpec:
+    return spec_for(path_name(path), leaf.shape, mesh.shape[FSDP], rules)
+
+  return jax.tree_util.tree_map_with_path(leaf_spec, tree)
+
+
 def infer_sharding(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
   """NamedShardings for a pytree of arrays or ShapeDtypeStructs."""
-
-  def leaf_sharding(path: Sequence[Any], leaf: Any) -> NamedSharding:
-    spec = spec_for(path_name(path), leaf.shape, mesh.shape["fsdp"], rules)
-    return NamedSharding(mesh, spec)
-
-  return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
+  return jax.tree.map(
+    lambda spec: NamedSharding(mesh, spec), infer_specs(tree, mesh, rules)
+  )
 
 
 def abstract(tree: Any, shardings: Any) -> Any:
@@ -113,6 +128,136 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """The sharding of a batch: its leading axis over all mesh axes."""
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def over_devices(
+  function: Callable[..., Any],
+  mesh: Mesh,
+  in_specs: tuple[Any, ...],
+  out_specs: Any,
+) -> Callable[..., Any]:
+  """The function on each device's part of its arguments (jax.shard_map).
+
+  Collectives are the function's own business: over BATCH_AXES for the batch,
+  `gather` for parameters.
+  """
+  return jax.shard_map(
+    function,
+    mesh=mesh,
+    in_specs=in_specs,
+    out_specs=out_specs,
+    check_vma=False,
+  )
+
+
+def specs(tree: Any) -> Any:
+  """PartitionSpecs of arrays or ShapeDtypeStructs that lie on a mesh."""
+  return jax.tree.map(lambda x: x.sharding.spec, tree)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """How the arguments of a step lie on a mesh.
+
+  Attributes:
+    mesh: the batch is split over all its axes.
+    params: PartitionSpecs of the parameters, as RULES give them.
+    frozen: PartitionSpecs of frozen parameters, in whatever tree.
+  """
+
+  mesh: Mesh
+  params: Any
+  frozen: Any = None
+
+
+def _gathered_axis(spec: PartitionSpec) -> int | None:
+  return list(spec).index(FSDP) if FSDP in spec else None
+
+
+def gather(
+  tree: Any,
+  tree_specs: Any,
+  dtype: Callable[[str, jnp.dtype], jnp.dtype] = lambda name, dtype: dtype,
+) -> Any:
+  """Whole parameters of this device's parts, inside `over_devices`.
+
+  The gradient of a part is the sum over 'fsdp' of all devices' gradients of
+  it, in the part's own precision: a reduce-scatter. Over 'data', and of what
+  every device has whole, gradients are still to be summed (`sum_gradients`).
+
+  Args:
+    tree: parts.
+    tree_specs: their PartitionSpecs.
+    dtype: (path, dtype of the part) -> the dtype to gather it in.
+  """
+
+  def whole(path: Sequence[Any], part: jax.Array, spec: Any) -> jax.Array:
+    axis = _gathered_axis(spec)
+    if axis is None:
+      return part
+    return _all_gather(part, axis, dtype(path_name(path), part.dtype))
+
+  return jax.tree_util.tree_map_with_path(whole, tree, tree_specs)
+
+
+def _all_gather(part: jax.Array, axis: int, dtype: jnp.dtype) -> jax.Array:
+  @jax.custom_vjp
+  def whole(part: jax.Array) -> jax.Array:
+    return jax.lax.all_gather(part.astype(dtype), FSDP, axis=axis, tiled=True)
+
+  def backward(_: None, cotangent: jax.Array) -> tuple[jax.Array]:
+    total = jax.lax.psum_scatter(
+      cotangent.astype(part.dtype), FSDP, scatter_dimension=axis, tiled=True
+    )
+    return (total,)
+
+  whole.defvjp(lambda part: (whole(part), None), backward)
+  return whole(part)
+
+
+def regather(function: Callable[..., Any]) -> Callable[..., Any]:
+  """The function, keeping no gathered parameters for its backward pass.
+
+  They are gathered once more there; all else is kept as without this.
+  """
+  return jax.checkpoint(
+    function,
+    policy=lambda primitive, *_, **__: primitive.name != "all_gather",
+  )
+
+
+def sum_gradients(grads: Any, tree_specs: Any) -> Any:
+  """Sums what `gather`'s backward pass has left to be summed."""
+
+  def total(grad: jax.Array, spec: Any) -> jax.Array:
+    axes = BATCH_AXES if _gathered_axis(spec) is None else ("data",)
+    return jax.lax.psum(grad, axes)
+
+  return jax.tree.map(total, grads, tree_specs)
+
+
+def over_batch(
+  function: Callable[..., Any], mesh: Mesh, param_specs: Any
+) -> Callable[..., Any]:
+  """(params, batch...) -> outputs, each device on its part of the batch.
+
+  Args:
+    function: of whole parameters and arrays [b, ...]; its outputs are [b, ...].
+    mesh: the batch is split over all its axes.
+    param_specs: PartitionSpecs of params.
+  """
+
+  def local(params: Any, *batch: Any) -> Any:
+    return function(gather(params, param_specs), *batch)
+
+  def call(params: Any, *batch: Any) -> Any:
+    split = PartitionSpec(BATCH_AXES)
+    mapped = over_devices(
+      local, mesh, (param_specs, *[split] * len(batch)), split
+    )
+    return mapped(params, *batch)
+
+  return call
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:

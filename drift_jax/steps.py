@@ -1,16 +1,23 @@
-"""Training and sampling steps: pure functions, no I/O, testable alone."""
+"""Training and sampling steps: pure functions, no I/O, testable alone.
+
+With a layout a step runs on a mesh: each device takes its part of the batch
+through whole parameters. Every random number is drawn for the whole batch
+beforehand, so that a step is the same on any mesh, up to rounding.
+"""
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
-from drift_jax import drift, streams
+from drift_jax import drift, sharding, streams
 from drift_jax import state as state_lib
 from drift_jax.models import mae as mae_lib
 from drift_jax.models import vae as vae_lib
@@ -142,8 +149,12 @@ def generator_loss(
   draws: Draws,
   encoder_params: Mapping[str, Any],
   task: GeneratorTask,
+  axis_name: str | tuple[str, ...] = (),
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
   """Eq. 14: the sum over features of the mean drifting loss.
+
+  Where the labels are split over mapped axes, axis_name, the loss is that of
+  this part of them; the field's scalars are those of all.
 
   Returns:
     (loss, {'samples': [L * N, H, W, C], 'per_feature': {key: loss}, 'info':
@@ -184,6 +195,7 @@ def generator_loss(
         jnp.repeat(weight, locations)[:, None], (len(x), num_unconditional)
       ),
       **task.drift,
+      axis_name=axis_name,
     )
     per_feature[key] = loss.mean()
     total = total + per_feature[key]
@@ -229,6 +241,123 @@ def drift_metrics(info: Mapping[str, Mapping[str, Any]]) -> Metrics:
   return out
 
 
+_WHOLE = PartitionSpec()
+_SPLIT = PartitionSpec(sharding.BATCH_AXES)
+
+
+def _early_dtype(
+  module: Any, prefix: str = ""
+) -> Callable[[str, jnp.dtype], jnp.dtype]:
+  """(path, dtype) -> the dtype in which the module uses the parameter."""
+
+  def dtype_of(name: str, dtype: jnp.dtype) -> jnp.dtype:
+    kept = re.search(module.FLOAT32, prefix + name)
+    return dtype if kept else module.dtype
+
+  return dtype_of
+
+
+def _gathering(
+  generator: Any, param_specs: Any
+) -> tuple[Any, Callable[[Any], Any]]:
+  """(the generator on parts of its blocks, what gathers all else)."""
+  stack = "blocks"
+
+  def in_block(spec: PartitionSpec) -> bool:
+    return len(spec) > 1 and spec[0] is None
+
+  blocks = param_specs[stack]
+  per_block = jax.tree.map(
+    lambda spec: PartitionSpec(*spec[1:]) if in_block(spec) else _WHOLE, blocks
+  )
+  outside = {
+    **param_specs,
+    stack: jax.tree.map(
+      lambda spec: _WHOLE if in_block(spec) else spec, blocks
+    ),
+  }
+
+  def gather_block(variables: Any) -> Any:
+    return {
+      "params": sharding.gather(
+        variables["params"], per_block, _early_dtype(generator, f"{stack}/")
+      )
+    }
+
+  def gather_others(params: Any) -> Any:
+    return sharding.gather(params, outside, _early_dtype(generator))
+
+  return generator.clone(gather=gather_block), gather_others
+
+
+def _mean_gradients(
+  loss: Callable[[Any, Any], tuple[jax.Array, Any]],
+  params: Any,
+  frozen: Any,
+  layout: sharding.Layout,
+) -> tuple[Any, Any]:
+  """(what the loss gives beside itself, gradients of its mean over devices).
+
+  Inside sharding.over_devices.
+
+  Args:
+    loss: (params, frozen) of this device -> (its part's loss, anything).
+    params, frozen: parts.
+    layout: of both.
+  """
+
+  def share(params: Any, frozen: Any) -> tuple[jax.Array, Any]:
+    value, rest = loss(params, frozen)
+    return value / layout.mesh.size, rest
+
+  if layout.mesh.shape[sharding.FSDP] > 1:
+    share = sharding.regather(share)
+  grads, rest = jax.grad(share, has_aux=True)(params, frozen)
+  return rest, sharding.sum_gradients(grads, layout.params)
+
+
+def generator_gradients(
+  params: Any,
+  batch: GeneratorBatch,
+  draws: Draws,
+  encoder_params: Mapping[str, Any],
+  task: GeneratorTask,
+  layout: sharding.Layout | None = None,
+) -> tuple[Float[Array, ""], Mapping[str, Any], Any]:
+  """(loss, generator_loss' info, gradients), on a mesh if there is a layout."""
+  if layout is None:
+    (loss, aux), grads = jax.value_and_grad(generator_loss, has_aux=True)(
+      params, batch, draws, encoder_params, task
+    )
+    return loss, aux["info"], grads
+  generator, gather_others = _gathering(task.generator, layout.params)
+  on_parts = dataclasses.replace(task, generator=generator)
+
+  def local(
+    params: Any, batch: GeneratorBatch, draws: Draws, frozen: Any
+  ) -> tuple[jax.Array, Any, Any]:
+    def loss_of(params: Any, frozen: Any) -> tuple[jax.Array, Any]:
+      loss, aux = generator_loss(
+        gather_others(params),
+        batch,
+        draws,
+        sharding.gather(frozen, layout.frozen),
+        on_parts,
+        sharding.BATCH_AXES,
+      )
+      return loss, (loss, aux["info"])
+
+    (loss, info), grads = _mean_gradients(loss_of, params, frozen, layout)
+    return jax.lax.pmean(loss, sharding.BATCH_AXES), info, grads
+
+  return sharding.over_devices(
+    local,
+    layout.mesh,
+    (layout.params, _SPLIT, _SPLIT, layout.frozen),
+    (_WHOLE, _WHOLE, layout.params),
+  )(params, batch, draws, encoder_params)
+
+
 def train_step(
   state: state_lib.TrainState,
   batch: GeneratorBatch,
@@ -238,6 +367,7 @@ def train_step(
   task: GeneratorTask,
   optimizer: optax.GradientTransformation,
   schedule: optax.Schedule,
+  layout: sharding.Layout | None = None,
 ) -> tuple[state_lib.TrainState, Metrics]:
   """One step of the generator; draws are made from state.key() if not given.
 
@@ -247,14 +377,14 @@ def train_step(
   """
   if draws is None:
     draws = draw(state.key(), task, len(batch.labels))
-  (loss, aux), grads = jax.value_and_grad(generator_loss, has_aux=True)(
-    state.params, batch, draws, encoder_params, task
+  loss, info, grads = generator_gradients(
+    state.params, batch, draws, encoder_params, task, layout
   )
   metrics = {
     "loss": loss,
     "grad_norm": optax.tree.norm(grads),
     "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-    **drift_metrics(aux["info"]),
+    **drift_metrics(info),
   }
   state = state_lib.update(state, grads, optimizer)
   return state, metrics | {"param_norm": optax.tree.norm(state.params)}
@@ -268,6 +398,7 @@ def sample_step(
   *,
   seed: int,
   task: GeneratorTask,
+  layout: sharding.Layout | None = None,
 ) -> Float[Array, "n H W C"]:
   """Images in [-1, 1] by one forward pass.
 
@@ -286,7 +417,25 @@ def sample_step(
     return noise, style
 
   noise, style = jax.vmap(noise_of)(index)
-  return apply(task.generator, params, labels, alpha, noise=noise, style=style)
+  generator, gather_others = task.generator, lambda params: params
+  if layout is not None:
+    generator, gather_others = _gathering(generator, layout.params)
+
+  def local(
+    params: Any,
+    labels: jax.Array,
+    alpha: jax.Array,
+    noise: jax.Array,
+    style: jax.Array,
+  ) -> jax.Array:
+    params = gather_others(params)
+    return apply(generator, params, labels, alpha, noise=noise, style=style)
+
+  if layout is not None:
+    local = sharding.over_devices(
+      local, layout.mesh, (layout.params, *[_SPLIT] * 4), _SPLIT
+    )
+  return local(params, labels, alpha, noise, style)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,55 +468,72 @@ def classification_lambda(
 
 
 def mae_inputs(
-  batch: MaeBatch, vae_params: Any, key: PRNGKeyArray | None, task: MaeTask
-) -> Float[Array, "B H W C"]:
+  images: Shaped[Array, "B H W C"],
+  vae_params: Any,
+  noise: Float[Array, "B h w c"] | None,
+  task: MaeTask,
+) -> Float[Array, "B h w c"]:
   """What the encoder takes: the images, or their latents under task.vae.
 
-  With a key latents are drawn from their distribution, without one they are
+  With noise latents are drawn from their distribution, without it they are
   its means.
   """
-  images = from_wire(batch.images)
+  images = from_wire(images)
   if task.vae is None:
     return images
   moments = apply(task.vae, vae_params, images, method="encode")
   scaling = task.vae.scaling_factor
-  if key is None:
+  if noise is None:
     return vae_lib.latent_mean(moments, scaling_factor=scaling)
-  noise = jax.random.normal(key, (*moments.shape[:-1], moments.shape[-1] // 2))
   return vae_lib.sample_latents(moments, noise, scaling_factor=scaling)
+
+
+def _latent_shape(
+  images: Shaped[Array, "B H W C"], task: MaeTask
+) -> tuple[int, ...]:
+  """Shape of what the encoder takes of the images."""
+  if task.vae is None:
+    return images.shape
+  batch, height, width, _ = images.shape
+  factor = task.vae.downsampling
+  channels = task.vae.latent_channels
+  return (batch, height // factor, width // factor, channels)
+
+
+def _draw_mask(
+  key: PRNGKeyArray, images: Shaped[Array, "B H W C"], task: MaeTask
+) -> Float[Array, "B h w 1"]:
+  """The masks of a whole batch."""
+  mask: Any = task.mae.apply(
+    {},
+    jnp.zeros(_latent_shape(images, task)),
+    task.mask_ratio,
+    method="draw_mask",
+    rngs={"mask": key},
+  )
+  return mask
+
+
+class _MaeRest(NamedTuple):
+  """What goes with an encoder's images: labels, masks, noise of latents."""
+
+  labels: Int[Array, " B"]
+  mask: Float[Array, "B h w 1"]
+  noise: Float[Array, "B h w c"] | None
 
 
 def _mae_parts(
   params: Any,
-  inputs: Float[Array, "B H W C"],
-  labels: Int[Array, " B"],
-  key: PRNGKeyArray,
+  vae_params: Any,
+  images: Shaped[Array, "B H W C"],
+  rest: _MaeRest,
   lam: Any,
   task: MaeTask,
 ) -> dict[str, Float[Array, " B"]]:
-  """Per-image losses with a mask drawn from the key."""
-  output = apply(
-    task.mae,
-    params,
-    inputs,
-    mask_ratio=task.mask_ratio,
-    rngs={"mask": key},
-  )
-  return mae_lib.mae_loss(output, labels, lam)
-
-
-def mae_loss(
-  params: Any,
-  inputs: Float[Array, "B H W C"],
-  labels: Int[Array, " B"],
-  key: PRNGKeyArray,
-  lam: Any,
-  task: MaeTask,
-) -> tuple[Float[Array, ""], Metrics]:
-  """Batch mean of lam * CE + (1 - lam) * reconstruction, and its parts."""
-  parts = _mae_parts(params, inputs, labels, key, lam, task)
-  means = {name: jnp.mean(value) for name, value in parts.items()}
-  return means["loss"], means
+  """Losses of each image."""
+  inputs = mae_inputs(images, vae_params, rest.noise, task)
+  output = apply(task.mae, params, inputs, mask=rest.mask)
+  return mae_lib.mae_loss(output, rest.labels, lam)
 
 
 def mae_eval_step(
@@ -379,18 +545,101 @@ def mae_eval_step(
   vae_params: Any = None,
   *,
   task: MaeTask,
+  layout: sharding.Layout | None = None,
 ) -> Metrics:
   """Sums over the valid images of reconstruction loss and accuracy.
 
   The masks depend on (key, number) alone.
   """
   key = jax.random.fold_in(key, number)
-  inputs = mae_inputs(batch, vae_params, None, task)
-  parts = _mae_parts(params, inputs, batch.labels, key, 0.0, task)
+  rest = _MaeRest(batch.labels, _draw_mask(key, batch.images, task), None)
+
+  def parts_of(
+    params: Any, vae_params: Any, images: jax.Array, rest: _MaeRest
+  ) -> dict[str, jax.Array]:
+    return _mae_parts(params, vae_params, images, rest, 0.0, task)
+
+  if layout is not None:
+    parts_of = sharding.over_devices(
+      _on_whole(parts_of, layout, task),
+      layout.mesh,
+      (layout.params, layout.frozen, _SPLIT, _SPLIT),
+      _SPLIT,
+    )
+  parts = parts_of(params, vae_params, batch.images, rest)
   return {
     name: jnp.sum(jnp.where(valid, parts[name], 0.0))
     for name in ("recon_loss", "accuracy")
   }
+
+
+def _on_whole(
+  function: Callable[..., Any], layout: sharding.Layout, task: MaeTask
+) -> Callable[..., Any]:
+  """The function of (params, vae_params, ...), of parts of them."""
+
+  def on_parts(params: Any, vae_params: Any, *others: Any) -> Any:
+    return function(
+      sharding.gather(params, layout.params, _early_dtype(task.mae)),
+      sharding.gather(vae_params, layout.frozen),
+      *others,
+    )
+
+  return on_parts
+
+
+def mae_gradients(
+  params: Any,
+  batch: MaeBatch,
+  vae_params: Any,
+  key: PRNGKeyArray,
+  lam: Any,
+  task: MaeTask,
+  layout: sharding.Layout | None = None,
+) -> tuple[Metrics, Any]:
+  """(means over the batch of the losses' parts, gradients of 'loss').
+
+  The loss is lam * CE + (1 - lam) * reconstruction (A.3).
+  """
+  # The mask's key is the step's own, with or without an autoencoder.
+  noise = None
+  if task.vae is not None:
+    noise = jax.random.normal(
+      jax.random.fold_in(key, 1), _latent_shape(batch.images, task)
+    )
+  rest = _MaeRest(batch.labels, _draw_mask(key, batch.images, task), noise)
+
+  def loss(
+    params: Any, vae_params: Any, images: jax.Array, rest: _MaeRest, lam: Any
+  ) -> tuple[jax.Array, Metrics]:
+    parts = _mae_parts(params, vae_params, images, rest, lam, task)
+    means = {name: jnp.mean(value) for name, value in parts.items()}
+    return means["loss"], means
+
+  if layout is None:
+    grads, metrics = jax.grad(loss, has_aux=True)(
+      params, vae_params, batch.images, rest, lam
+    )
+    return metrics, grads
+  on_parts = _on_whole(loss, layout, task)
+
+  def local(
+    params: Any, vae_params: Any, images: jax.Array, rest: _MaeRest, lam: Any
+  ) -> tuple[Metrics, Any]:
+    metrics, grads = _mean_gradients(
+      lambda params, frozen: on_parts(params, frozen, images, rest, lam),
+      params,
+      vae_params,
+      layout,
+    )
+    return jax.lax.pmean(metrics, sharding.BATCH_AXES), grads
+
+  return sharding.over_devices(
+    local,
+    layout.mesh,
+    (layout.params, layout.frozen, _SPLIT, _SPLIT, _WHOLE),
+    (_WHOLE, layout.params),
+  )(params, vae_params, batch.images, rest, lam)
 
 
 def mae_step(
@@ -401,14 +650,12 @@ def mae_step(
   task: MaeTask,
   optimizer: optax.GradientTransformation,
   schedule: optax.Schedule,
+  layout: sharding.Layout | None = None,
 ) -> tuple[state_lib.TrainState, Metrics]:
   """One step of encoder training (A.3); vae_params are task.vae's."""
   lam = classification_lambda(state.step, task)
-  key = state.key()
-  # The mask's key is the step's own, with or without an autoencoder.
-  inputs = mae_inputs(batch, vae_params, jax.random.fold_in(key, 1), task)
-  (_, metrics), grads = jax.value_and_grad(mae_loss, has_aux=True)(
-    state.params, inputs, batch.labels, key, lam, task
+  metrics, grads = mae_gradients(
+    state.params, batch, vae_params, state.key(), lam, task, layout
   )
   metrics = metrics | {
     "classification_lambda": lam,

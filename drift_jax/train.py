@@ -50,11 +50,9 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   path = experiment.open_workdir(
     workdir, config, experiment.frozen_sums(encoders, vae)
   )
-  encoder_params = {n: encoders[n].params for n in task.features.encoders}
 
-  def put(batch: Any) -> Any:
-    batch = steps.GeneratorBatch(**sharding.put_batch(batch, mesh))
-    return batch, encoder_params
+  def put(batch: Any) -> steps.GeneratorBatch:
+    return steps.GeneratorBatch(**sharding.put_batch(batch, mesh))
 
   try:
     return experiment.run(
@@ -64,6 +62,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
       name="generator",
       init_params=experiment.init_generator(task),
       step=functools.partial(steps.train_step, task=task),
+      frozen={n: encoders[n].params for n in task.features.encoders},
       feed=feed,
       put=put,
       evaluate=functools.partial(evaluation, path=path),

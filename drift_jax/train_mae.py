@@ -60,9 +60,9 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     workdir, config, experiment.frozen_sums({}, vae)
   )
 
-  def put(batch: Any) -> Any:
+  def put(batch: Any) -> steps.MaeBatch:
     batch = sharding.put_batch(batch, mesh)
-    return steps.MaeBatch(batch["image"], batch["label"]), vae_params
+    return steps.MaeBatch(batch["image"], batch["label"])
 
   try:
     state = experiment.run(
@@ -72,6 +72,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
       name="encoder with decoder",
       init_params=experiment.init_mae(task, input_shape),
       step=functools.partial(steps.mae_step, task=task),
+      frozen=vae_params,
       feed=feed,
       put=put,
       evaluate=evaluate,
@@ -118,7 +119,7 @@ def held_out_evaluation(
   test = readers.test()
   batch_size = experiment.pad_to_mesh(config.eval.batch_size, mesh)
   key = stream(config.seed, "mask")
-  jitted = experiment.jit_mae_evaluation(task, mesh)
+  jitted = experiment.jit_mae_evaluation(task, mesh, vae_params)
 
   def evaluate(
     step: int, state: TrainState, writer: metrics.MetricWriter

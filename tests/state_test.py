@@ -148,11 +148,13 @@ def test_param_norm_is_that_of_the_updated_parameters():
 class MeanMae(nn.Module):
   """Fills half of the positions, hidden at random, with a constant."""
 
-  @nn.compact
-  def __call__(self, images, *, mask_ratio):
-    fill = self.param("fill", nn.initializers.ones, (images.shape[-1],))
+  def draw_mask(self, images, mask_ratio):
     draw = jax.random.uniform(self.make_rng("mask"), images.shape[:3])
-    mask = (draw < mask_ratio).astype(jnp.float32)[..., None]
+    return (draw < mask_ratio).astype(jnp.float32)[..., None]
+
+  @nn.compact
+  def __call__(self, images, mask):
+    fill = self.param("fill", nn.initializers.ones, (images.shape[-1],))
     logits = jnp.stack([jnp.mean(images, (1, 2, 3)) + i for i in range(3)], -1)
     return MAEOutput(
       recon=jnp.broadcast_to(fill, images.shape),

@@ -648,10 +648,8 @@ def test_latents_of_an_encoder_of_latents():
     remat=False,
   )
   pixels = np.random.RandomState(0).randint(0, 256, (3, 8, 8, 3))
-  batch = steps.MaeBatch(
-    jnp.asarray(pixels, jnp.uint8), jnp.zeros(3, jnp.int32)
-  )
-  images = steps.from_wire(batch.images)
+  wire = jnp.asarray(pixels, jnp.uint8)
+  images = steps.from_wire(wire)
   params = vae.init(jax.random.key(0), images)["params"]
   task = steps.MaeTask(
     mae=None,  # pyright: ignore[reportArgumentType]
@@ -663,13 +661,13 @@ def test_latents_of_an_encoder_of_latents():
   )
   moments = vae.apply({"params": params}, images, method="encode")
   mean, log_variance = np.split(np.asarray(moments, np.float64), 2, axis=-1)
-  fixed = steps.mae_inputs(batch, params, None, task)
+  fixed = steps.mae_inputs(wire, params, None, task)
   assert fixed.shape == (3, 4, 4, 2)
   assert_close(fixed, 0.5 * mean, 1e-6)
-  keys = jax.random.split(jax.random.key(1), 2_000)
+  noise = jax.random.normal(jax.random.key(1), (2_000, *fixed.shape))
   drawn = fast_jit(
-    jax.vmap(lambda key: steps.mae_inputs(batch, params, key, task))
-  )(keys)
+    jax.vmap(lambda noise: steps.mae_inputs(wire, params, noise, task))
+  )(noise)
   deviation = 0.5 * np.exp(log_variance / 2)
   error = np.abs(np.mean(drawn, axis=0) - 0.5 * mean) / deviation
   assert error.max() < 5 / np.sqrt(2_000)

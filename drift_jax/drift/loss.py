@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import TypedDict, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from drift_jax.drift.field import (
   product_coefficients,
   squared_distances,
 )
+
+_Means = TypeVar("_Means")
 
 # A sample is its own negative only through the affinity floor: this is added
 # to its normalised distance to itself.
@@ -59,6 +61,7 @@ def drift_loss(
   normalization: Normalization = "xy",
   attraction: float = 1.0,
   repulsion: float = 1.0,
+  axis_name: str | tuple[str, ...] = (),
 ) -> tuple[Float[Array, " B"], DriftInfo]:
   """Drifting loss of one feature key (eq. 6, 13; A.6 of arXiv:2602.04770).
 
@@ -68,7 +71,8 @@ def drift_loss(
   with W as in Alg. 2 from the distances divided by max(S, 1e-3), and
   s = max(S / sqrt(C), 1e-3). The scalars S (mean of weight * distance over
   mean weight, self-pairs included) and mean F^2 are shared by ALL of B: a
-  feature key is passed whole, all labels and locations of the global batch.
+  feature key is passed whole, all labels and locations of the global batch,
+  or split evenly over mapped axes that are named.
 
   Row b is one drift problem (a label at a location). Its negatives are its
   own N generated samples, each masked for itself, and `neg`. The gradient
@@ -93,10 +97,11 @@ def drift_loss(
     normalization: "xy" (softmax over both axes), "y" or "none" (Table 11).
     attraction: a, scale of V+ (Table 1).
     repulsion: b, scale of V-.
+    axis_name: of the mapped axes (jax.shard_map) that B is split over.
 
   Returns:
     loss: one value per row of B, float32.
-    info: diagnostics, without gradient.
+    info: diagnostics of all of B, without gradient.
 
   Raises:
     ValueError: no temperature, repeated or non-positive ones, an unknown
@@ -131,7 +136,10 @@ def drift_loss(
 
   # The shared scale, and what it turns into: a unit of the coordinates and
   # one of the distances that the kernels see, self-pairs pushed away.
-  scale = _batch_mean(distance * weight[:, None, :]) / _batch_mean(weight)
+  mean_distance, mean_weight = _over_axes(
+    (_batch_mean(distance * weight[:, None, :]), _batch_mean(weight)), axis_name
+  )
+  scale = mean_distance / mean_weight
   distance_unit = jnp.maximum(scale, _MIN_SCALE)
   self_distance = _MIN_DISTANCE + _SELF_DISTANCE * distance_unit
   squared = jnp.where(self_pair, self_distance**2, squared)
@@ -139,13 +147,7 @@ def drift_loss(
   center = jnp.mean(x, axis=1, keepdims=True)
   x, targets = (x - center) / unit, (targets - center) / unit
 
-  info: DriftInfo = {
-    "scale": scale,
-    "drift_ms": {},
-    "effective_positives": {},
-    "floor_fraction": {},
-  }
-  total = jnp.zeros_like(x)
+  drifts, mean_squares, neighbours, floored = [], [], [], []
   for temperature in temperatures:
     affinity = affinities(
       squared,
@@ -158,16 +160,26 @@ def drift_loss(
       weighted[..., n_neg:], weighted[..., :n_neg]
     )
     signed = jnp.concatenate([-repulsion * w_neg, attraction * w_pos], axis=-1)
-    drift = mean_shift(x, targets, signed)
-    mean_square = _batch_mean(drift**2)
+    drifts.append(mean_shift(x, targets, signed))
+    mean_squares.append(_batch_mean(drifts[-1] ** 2))
+    neighbours.append(
+      _effective_number(
+        -jnp.sqrt(squared[..., n_neg:]) / (temperature * distance_unit)
+      )
+    )
+    floored.append(jnp.mean(affinity <= affinity_floor**0.5, where=~self_pair))
+  mean_squares, neighbours, floored = _over_axes(
+    (mean_squares, neighbours, floored), axis_name
+  )
+  total = jnp.zeros_like(x)
+  for drift, mean_square in zip(drifts, mean_squares, strict=True):
     total += drift / jnp.sqrt(jnp.maximum(mean_square, _MIN_DRIFT_MEAN_SQUARE))
-    info["drift_ms"][temperature] = mean_square
-    info["effective_positives"][temperature] = _effective_number(
-      -jnp.sqrt(squared[..., n_neg:]) / (temperature * distance_unit)
-    )
-    info["floor_fraction"][temperature] = jnp.mean(
-      affinity <= affinity_floor**0.5, where=~self_pair
-    )
+  info: DriftInfo = {
+    "scale": scale,
+    "drift_ms": dict(zip(temperatures, mean_squares, strict=True)),
+    "effective_positives": dict(zip(temperatures, neighbours, strict=True)),
+    "floor_fraction": dict(zip(temperatures, floored, strict=True)),
+  }
 
   # gen - sg(gen) is exactly zero: the value is mean V^2 without the
   # cancellation in x/s - (x/s + V), and the gradient is the same.
@@ -178,6 +190,11 @@ def drift_loss(
 def _batch_mean(values: Float[Array, "B ..."]) -> Float[Array, ""]:
   """Mean of everything; per row first, so that long sums stay accurate."""
   return jnp.mean(jnp.mean(values, axis=tuple(range(1, values.ndim))))
+
+
+def _over_axes(means: _Means, axis_name: str | tuple[str, ...]) -> _Means:
+  """Means over all parts of B: one collective for the whole tree."""
+  return jax.lax.pmean(means, axis_name) if axis_name else means
 
 
 def _effective_number(logits: Float[Array, "B N P"]) -> Float[Array, ""]:

@@ -1,7 +1,6 @@
 """Samplers and pictures; generators restored from a run."""
 
 import dataclasses
-import functools
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,18 +28,25 @@ from drift_jax.metrics.images import Images
 
 def jit_sampler(task: steps.GeneratorTask, mesh: Mesh, seed: int) -> Any:
   """Jitted (params, labels, alpha, index) -> samples, split over the mesh."""
-  return jax.jit(
-    functools.partial(steps.sample_step, seed=seed, task=task),
-    out_shardings=sharding.batch_sharding(mesh),
-  )
+
+  def sample(params: Any, *of_each: jax.Array) -> jax.Array:
+    layout = sharding.Layout(mesh, sharding.infer_specs(params, mesh))
+    return steps.sample_step(
+      params, *of_each, seed=seed, task=task, layout=layout
+    )
+
+  return jax.jit(sample, out_shardings=sharding.batch_sharding(mesh))
 
 
-def jit_mae_evaluation(task: steps.MaeTask, mesh: Mesh) -> Any:
+def jit_mae_evaluation(task: steps.MaeTask, mesh: Mesh, vae_params: Any) -> Any:
   """Jitted steps.mae_eval_step; its sums are on every device."""
-  return jax.jit(
-    functools.partial(steps.mae_eval_step, task=task),
-    out_shardings=sharding.replicated(mesh),
-  )
+  frozen = sharding.specs(vae_params)
+
+  def evaluate(params: Any, *others: Any) -> steps.Metrics:
+    layout = sharding.Layout(mesh, sharding.infer_specs(params, mesh), frozen)
+    return steps.mae_eval_step(params, *others, task=task, layout=layout)
+
+  return jax.jit(evaluate, out_shardings=sharding.replicated(mesh))
 
 
 def make_sampler(

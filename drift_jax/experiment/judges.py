@@ -32,7 +32,7 @@ def on_mesh(
     Inputs [B, ...] on the mesh, or this process' part of them on the host ->
     arrays [B, ...] on the mesh.
   """
-  jitted = jit_network(apply, mesh)
+  jitted = jit_network(apply, params, mesh)
 
   def call(inputs: Images) -> Any:
     if isinstance(inputs, np.ndarray):
@@ -42,9 +42,11 @@ def on_mesh(
   return call
 
 
-def jit_network(apply: Callable[[Any, jax.Array], Any], mesh: Mesh) -> Any:
-  """Jitted (params, inputs) -> outputs, split over the mesh."""
-  return jax.jit(apply, out_shardings=sharding.batch_sharding(mesh))
+def jit_network(
+  apply: Callable[[Any, jax.Array], Any], params: Any, mesh: Mesh
+) -> Any:
+  """Jitted (params, inputs) -> outputs, for params that lie like these."""
+  return jax.jit(sharding.over_batch(apply, mesh, sharding.specs(params)))
 
 
 def make_decoder(

@@ -309,14 +309,11 @@ def mae_input_shape(
   Raises:
     ConfigError: images that the autoencoder or the encoder can't take.
   """
-  batch = steps.MaeBatch(
-    jax.ShapeDtypeStruct((1, *sample_shape), np.float32),  # pyright: ignore[reportArgumentType]
-    jax.ShapeDtypeStruct((1,), np.int32),  # pyright: ignore[reportArgumentType]
-  )
+  images = jax.ShapeDtypeStruct((1, *sample_shape), np.float32)
   with naming(f"vae on images of shape {sample_shape}"):
     inputs = jax.eval_shape(
-      functools.partial(steps.mae_inputs, key=None, task=task),
-      batch,
+      functools.partial(steps.mae_inputs, noise=None, task=task),
+      images,
       vae_params,
     )
   shape = inputs.shape[1:]

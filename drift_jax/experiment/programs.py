@@ -87,11 +87,13 @@ def _of_generator(
   encoders = abstract_encoders(config.encoders, mesh)
   task = generator_task(config, encoders)
   check_encoders(task, encoders)
+  frozen = {name: encoders[name].params for name in task.features.encoders}
   training = make_training(
     config,
     mesh,
     init_params=init_generator(task),
     step=functools.partial(steps.train_step, task=task),
+    frozen=frozen,
   )
   wire = jnp.dtype(config.data.wire)
   reals = (
@@ -99,7 +101,6 @@ def _of_generator(
     for count in (sizes.positives, sizes.unconditional)
   )
   labels = _batch(mesh, sizes.labels, dtype=jnp.int32)
-  frozen = {name: encoders[name].params for name in task.features.encoders}
   count = pad_to_mesh(config.eval.batch_size, mesh)
   samples = _batch(mesh, count, *task.sample_shape)
   indices = _batch(mesh, count, dtype=jnp.int32)
@@ -128,22 +129,22 @@ def _of_generator(
     found.append(
       Program(
         "decode",
-        jit_network(decoding(vae), mesh),
+        jit_network(decoding(vae), vae.params, mesh),
         {"params": vae.params, "samples": samples},
       )
     )
   side = image_size(task.sample_shape, vae)
   pixels = _batch(mesh, count, side, side, 3, dtype=jnp.uint8)
   for name, artifact in _judges(config.eval).items():
-    copies = jax.tree.map(lambda _: sharding.replicated(mesh), artifact.params)
+    params = sharding.abstract(
+      artifact.params,
+      jax.tree.map(lambda _: sharding.replicated(mesh), artifact.params),
+    )
     found.append(
       Program(
         f"judge {name}",
-        jit_network(judging(artifact), mesh),
-        {
-          "params": sharding.abstract(artifact.params, copies),
-          "pixels": pixels,
-        },
+        jit_network(judging(artifact), params, mesh),
+        {"params": params, "pixels": pixels},
       )
     )
   return found
@@ -196,6 +197,7 @@ def _of_encoder(config: config_lib.MaeConfig, mesh: Mesh) -> list[Program]:
     mesh,
     init_params=init_mae(task, input_shape),
     step=functools.partial(steps.mae_step, task=task),
+    frozen=vae_params,
   )
 
   def batch(size: int) -> steps.MaeBatch:
@@ -221,7 +223,7 @@ def _of_encoder(config: config_lib.MaeConfig, mesh: Mesh) -> list[Program]:
     found.append(
       Program(
         "evaluate",
-        jit_mae_evaluation(task, mesh),
+        jit_mae_evaluation(task, mesh, vae_params),
         {
           "params": training.abstract.params,
           "batch": batch(count),

@@ -134,6 +134,7 @@ def run(
   name: str,
   init_params: Callable[[jax.Array], Any],
   step: Callable[..., tuple[TrainState, loop.Metrics]],
+  frozen: Any,
   feed: loop.Feed,
   put: Callable[[Any], Any],
   evaluate: Evaluate,
@@ -147,15 +148,16 @@ def run(
     mesh: where the state lives.
     name: of the model, for the log.
     init_params: key -> parameters.
-    step: see make_training.
-    feed, best_metric: see loop.fit.
-    put: host batch -> (batch on the mesh, frozen parameters).
+    step, frozen: see make_training.
+    feed, put, best_metric: see loop.fit.
     evaluate: called with the metric writer as well.
 
   Raises:
     ConfigError: the workdir's run is longer than config.train.num_steps.
   """
-  training = make_training(config, mesh, init_params=init_params, step=step)
+  training = make_training(
+    config, mesh, init_params=init_params, step=step, frozen=frozen
+  )
   abstract = training.abstract
   count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(abstract.params))
   logger.info("%s: %s parameters", name, f"{count:,}")
@@ -175,7 +177,7 @@ def run(
     stack.callback(writer.close)
     return loop.fit(
       state,
-      step_fn=lambda state, inputs: training.step(state, *inputs),
+      step_fn=lambda state, batch: training.step(state, batch, frozen),
       feed=feed,
       put=put,
       prefetch=config.data.prefetch,
@@ -214,6 +216,7 @@ def make_training(
   *,
   init_params: Callable[[jax.Array], Any],
   step: Callable[..., tuple[TrainState, loop.Metrics]],
+  frozen: Any,
 ) -> Training:
   """State and step of a run on a mesh, whose devices need not be there.
 
@@ -221,8 +224,9 @@ def make_training(
     config: of either task.
     mesh: where the state lives.
     init_params: key -> parameters.
-    step: (state, batch, frozen parameters, *, optimizer, schedule) -> (state,
-      metrics).
+    step: (state, batch, frozen parameters, *, optimizer, schedule, layout) ->
+      (state, metrics).
+    frozen: parameters on the mesh, or their shapes.
   """
   optimizer, schedule = make_optimizer(config.optim, config.train.num_steps)
   abstract, init = state_lib.abstract_and_init(
@@ -232,8 +236,13 @@ def make_training(
     seed=config.seed,
     mesh=mesh,
   )
+  layout = sharding.Layout(
+    mesh, sharding.specs(abstract.params), sharding.specs(frozen)
+  )
   jitted = jax.jit(
-    functools.partial(step, optimizer=optimizer, schedule=schedule),
+    functools.partial(
+      step, optimizer=optimizer, schedule=schedule, layout=layout
+    ),
     donate_argnums=0,
     out_shardings=(
       jax.tree.map(lambda x: x.sharding, abstract),

@@ -1,5 +1,8 @@
 """The one-step generator: a DiT from noise to samples (appendix A.2)."""
 
+from collections.abc import Callable
+from typing import Any, ClassVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -31,7 +34,15 @@ class Generator(nn.Module):
 
   The second draws what is not given: the same numbers that method='draw'
   returns for the batch size and the same key.
+
+  Attributes:
+    gather: what each block does with its parameters before it uses them, e.g.
+      puts them together from the parts of several devices.
+    FLOAT32: matches the names of parameters that are used in float32 whatever
+      the dtype; all others may be rounded to it beforehand.
   """
+
+  FLOAT32: ClassVar[str] = r"(^|/)(modulation|(class|style|alpha)_embed)(/|$)"
 
   input_size: int
   in_channels: int
@@ -49,6 +60,7 @@ class Generator(nn.Module):
   dtype: jnp.dtype
   attention_dtype: jnp.dtype
   remat: bool
+  gather: Callable[[Any], Any] | None = None
 
   def setup(self) -> None:
     side = self.input_size // self.patch_size
@@ -87,6 +99,8 @@ class Generator(nn.Module):
         (1, self.context_tokens, self.hidden_size),
       )
     block = layers.Block
+    if self.gather is not None:
+      block = nn.map_variables(block, "params", trans_in_fn=self.gather)
     if self.remat:
       # Inside a scan the loop already keeps XLA from merging the recomputed
       # block with the stored one.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -175,7 +175,13 @@ class MAE(nn.Module):
 
   `mae.apply(variables, x, ...)` reconstructs and classifies a masked input;
   with method='features' or 'pooled' it encodes an unmasked one.
+
+  Attributes:
+    FLOAT32: matches the names of parameters that are used in float32 whatever
+      the dtype; all others may be rounded to it beforehand.
   """
+
+  FLOAT32: ClassVar[str] = r"(^|/)classifier(/|$)"
 
   in_channels: int
   base_channels: int
@@ -223,8 +229,7 @@ class MAE(nn.Module):
         stream 'mask' was given.
     """
     target = self._fold(jnp.asarray(x)).astype(jnp.float32)
-    batch, height, width, _ = target.shape
-    grid = (batch, height, width)
+    grid = target.shape[:3]
     if mask is None:
       mask = self._draw_mask(grid, mask_ratio)
     mask = jnp.asarray(mask).astype(jnp.float32)
@@ -237,6 +242,18 @@ class MAE(nn.Module):
     return MAEOutput(
       self.decoder(outputs), self.classifier(pooled), mask, target
     )
+
+  def draw_mask(
+    self,
+    x: Float[ArrayLike, "B H W C"],
+    mask_ratio: Float[ArrayLike, ""] | float = 0.5,
+  ) -> Float[Array, "B h w 1"]:
+    """The mask that a call without one draws of the same key.
+
+    Raises:
+      ValueError: as a call.
+    """
+    return self._draw_mask(self._fold(jnp.asarray(x)).shape[:3], mask_ratio)
 
   def features(
     self,
@@ -318,7 +335,7 @@ class MAE(nn.Module):
 
   def _draw_mask(
     self,
-    grid: tuple[int, int, int],
+    grid: tuple[int, ...],
     mask_ratio: Float[ArrayLike, ""] | float,
   ) -> Float[Array, "B h w 1"]:
     if not (self.has_rng("mask") or self.is_initializing()):
