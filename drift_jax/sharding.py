@@ -215,11 +215,26 @@ def _all_gather(part: jax.Array, axis: int, dtype: jnp.dtype) -> jax.Array:
   return whole(part)
 
 
-def regather(function: Callable[..., Any]) -> Callable[..., Any]:
+def is_sharded(tree_specs: Any) -> bool:
+  """Whether any of the parameters comes in parts."""
+  return any(
+    _gathered_axis(spec) is not None for spec in jax.tree.leaves(tree_specs)
+  )
+
+
+def regather(
+  function: Callable[..., Any], param_specs: Any
+) -> Callable[..., Any]:
   """The function, keeping no gathered parameters for its backward pass.
 
   They are gathered once more there; all else is kept as without this.
+
+  Args:
+    function: gathers parameters.
+    param_specs: theirs; where none is sharded, nothing is changed.
   """
+  if not is_sharded(param_specs):
+    return function
   return jax.checkpoint(
     function,
     policy=lambda primitive, *_, **__: primitive.name != "all_gather",

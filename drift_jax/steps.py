@@ -149,12 +149,12 @@ def generator_loss(
   draws: Draws,
   encoder_params: Mapping[str, Any],
   task: GeneratorTask,
-  axis_name: str | tuple[str, ...] = (),
+  layout: sharding.Layout | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
   """Eq. 14: the sum over features of the mean drifting loss.
 
-  Where the labels are split over mapped axes, axis_name, the loss is that of
-  this part of them; the field's scalars are those of all.
+  With a layout this runs inside sharding.over_devices, on parts of everything:
+  the loss is that of this device's labels, the field's scalars those of all.
 
   Returns:
     (loss, {'samples': [L * N, H, W, C], 'per_feature': {key: loss}, 'info':
@@ -163,18 +163,31 @@ def generator_loss(
   num_labels, num_positives = batch.positives.shape[:2]
   num_unconditional = batch.unconditional.shape[1]
   repeats = task.num_generated
+  generator = task.generator
+  if layout is not None:
+    generator, params = _gathering(generator, params, layout)
   samples = apply(
-    task.generator,
+    generator,
     params,
     jnp.repeat(batch.labels, repeats),
     jnp.repeat(draws.alpha, repeats),
     noise=draws.noise,
     style=draws.style,
   )
-  generated = task.features(encoder_params, samples)
   reals = jnp.concatenate([batch.positives, batch.unconditional], axis=1)
   reals = from_wire(reals.reshape(-1, *reals.shape[2:]))
-  real_features = jax.lax.stop_gradient(task.features(encoder_params, reals))
+
+  def features(
+    frozen: Any, samples: jax.Array, reals: jax.Array
+  ) -> tuple[FeatureDict, FeatureDict]:
+    if layout is not None:
+      frozen = sharding.gather(frozen, layout.frozen)
+    real_features = jax.lax.stop_gradient(task.features(frozen, reals))
+    return task.features(frozen, samples), real_features
+
+  if layout is not None:
+    features = sharding.regather(features, layout.frozen)
+  generated, real_features = features(encoder_params, samples, reals)
 
   weight = None
   if num_unconditional:
@@ -195,7 +208,7 @@ def generator_loss(
         jnp.repeat(weight, locations)[:, None], (len(x), num_unconditional)
       ),
       **task.drift,
-      axis_name=axis_name,
+      axis_name=() if layout is None else sharding.BATCH_AXES,
     )
     per_feature[key] = loss.mean()
     total = total + per_feature[key]
@@ -258,20 +271,20 @@ def _early_dtype(
 
 
 def _gathering(
-  generator: Any, param_specs: Any
-) -> tuple[Any, Callable[[Any], Any]]:
-  """(the generator on parts of its blocks, what gathers all else)."""
+  generator: Any, params: Any, layout: sharding.Layout
+) -> tuple[Any, Any]:
+  """(the generator on parts of its blocks, all else gathered)."""
   stack = "blocks"
 
   def in_block(spec: PartitionSpec) -> bool:
     return len(spec) > 1 and spec[0] is None
 
-  blocks = param_specs[stack]
+  blocks = layout.params[stack]
   per_block = jax.tree.map(
     lambda spec: PartitionSpec(*spec[1:]) if in_block(spec) else _WHOLE, blocks
   )
   outside = {
-    **param_specs,
+    **layout.params,
     stack: jax.tree.map(
       lambda spec: _WHOLE if in_block(spec) else spec, blocks
     ),
@@ -284,16 +297,15 @@ def _gathering(
       )
     }
 
-  def gather_others(params: Any) -> Any:
-    return sharding.gather(params, outside, _early_dtype(generator))
-
-  return generator.clone(gather=gather_block), gather_others
+  whole = sharding.gather(params, outside, _early_dtype(generator))
+  if sharding.is_sharded(per_block):
+    generator = generator.clone(gather=gather_block)
+  return generator, whole
 
 
 def _mean_gradients(
-  loss: Callable[[Any, Any], tuple[jax.Array, Any]],
+  loss: Callable[[Any], tuple[jax.Array, Any]],
   params: Any,
-  frozen: Any,
   layout: sharding.Layout,
 ) -> tuple[Any, Any]:
   """(what the loss gives beside itself, gradients of its mean over devices).
@@ -301,18 +313,16 @@ def _mean_gradients(
   Inside sharding.over_devices.
 
   Args:
-    loss: (params, frozen) of this device -> (its part's loss, anything).
-    params, frozen: parts.
-    layout: of both.
+    loss: parts of the parameters -> (this device's loss, anything).
+    params: the parts.
+    layout: of all.
   """
 
-  def share(params: Any, frozen: Any) -> tuple[jax.Array, Any]:
-    value, rest = loss(params, frozen)
+  def share(params: Any) -> tuple[jax.Array, Any]:
+    value, rest = loss(params)
     return value / layout.mesh.size, rest
 
-  if layout.mesh.shape[sharding.FSDP] > 1:
-    share = sharding.regather(share)
-  grads, rest = jax.grad(share, has_aux=True)(params, frozen)
+  grads, rest = jax.grad(share, has_aux=True)(params)
   return rest, sharding.sum_gradients(grads, layout.params)
 
 
@@ -330,24 +340,15 @@ def generator_gradients(
       params, batch, draws, encoder_params, task
     )
     return loss, aux["info"], grads
-  generator, gather_others = _gathering(task.generator, layout.params)
-  on_parts = dataclasses.replace(task, generator=generator)
 
   def local(
     params: Any, batch: GeneratorBatch, draws: Draws, frozen: Any
   ) -> tuple[jax.Array, Any, Any]:
-    def loss_of(params: Any, frozen: Any) -> tuple[jax.Array, Any]:
-      loss, aux = generator_loss(
-        gather_others(params),
-        batch,
-        draws,
-        sharding.gather(frozen, layout.frozen),
-        on_parts,
-        sharding.BATCH_AXES,
-      )
+    def loss_of(params: Any) -> tuple[jax.Array, Any]:
+      loss, aux = generator_loss(params, batch, draws, frozen, task, layout)
       return loss, (loss, aux["info"])
 
-    (loss, info), grads = _mean_gradients(loss_of, params, frozen, layout)
+    (loss, info), grads = _mean_gradients(loss_of, params, layout)
     return jax.lax.pmean(loss, sharding.BATCH_AXES), info, grads
 
   return sharding.over_devices(
@@ -417,9 +418,6 @@ def sample_step(
     return noise, style
 
   noise, style = jax.vmap(noise_of)(index)
-  generator, gather_others = task.generator, lambda params: params
-  if layout is not None:
-    generator, gather_others = _gathering(generator, layout.params)
 
   def local(
     params: Any,
@@ -428,7 +426,9 @@ def sample_step(
     noise: jax.Array,
     style: jax.Array,
   ) -> jax.Array:
-    params = gather_others(params)
+    generator = task.generator
+    if layout is not None:
+      generator, params = _gathering(generator, params, layout)
     return apply(generator, params, labels, alpha, noise=noise, style=style)
 
   if layout is not None:
@@ -621,15 +621,16 @@ def mae_gradients(
       params, vae_params, batch.images, rest, lam
     )
     return metrics, grads
-  on_parts = _on_whole(loss, layout, task)
+  on_parts = sharding.regather(
+    _on_whole(loss, layout, task), (layout.params, layout.frozen)
+  )
 
   def local(
     params: Any, vae_params: Any, images: jax.Array, rest: _MaeRest, lam: Any
   ) -> tuple[Metrics, Any]:
     metrics, grads = _mean_gradients(
-      lambda params, frozen: on_parts(params, frozen, images, rest, lam),
+      lambda params: on_parts(params, vae_params, images, rest, lam),
       params,
-      vae_params,
       layout,
     )
     return jax.lax.pmean(metrics, sharding.BATCH_AXES), grads

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,6 +14,8 @@ import optax
 import pytest
 from flax import traverse_util
 
+from configs import digits
+from drift_jax import config as config_lib
 from drift_jax import drift, experiment, models, optim, sharding, steps
 from drift_jax import state as state_lib
 from drift_jax.models import release
@@ -319,7 +322,9 @@ def test_alpha_of_the_golden_uniforms(replay):
 # The rest uses a model of the toy size in raw sample space.
 
 
-def toy_task(num_generated: int = 4) -> steps.GeneratorTask:
+def toy_task(
+  num_generated: int = 4, depth: int = 1, dtype: str = "float32"
+) -> steps.GeneratorTask:
   return steps.GeneratorTask(
     generator=models.build_generator(
       input_size=4,
@@ -327,7 +332,7 @@ def toy_task(num_generated: int = 4) -> steps.GeneratorTask:
       out_channels=1,
       patch_size=2,
       hidden_size=16,
-      depth=1,
+      depth=depth,
       num_heads=2,
       mlp_ratio=4.0,
       num_classes=3,
@@ -335,8 +340,8 @@ def toy_task(num_generated: int = 4) -> steps.GeneratorTask:
       context_tokens=1,
       style_vocab=4,
       style_tokens=2,
-      dtype="float32",
-      attention_dtype="float32",
+      dtype=dtype,
+      attention_dtype=dtype,
       remat=False,
     ),
     features=steps.FeatureSpace(encoders={}, options={}, sample=True),
@@ -354,6 +359,45 @@ def toy_task(num_generated: int = 4) -> steps.GeneratorTask:
   )
 
 
+def with_encoder(task: steps.GeneratorTask) -> steps.GeneratorTask:
+  """The task in the features of a small encoder too."""
+  mae = models.build_mae(
+    in_channels=1,
+    base_channels=8,
+    layers=(1, 1, 1, 1),
+    input_patch_size=1,
+    mask_patch_size=2,
+    num_classes=3,
+    norm_groups=4,
+    dtype="float32",
+    remat=False,
+  )
+  options = {
+    "every_k_block": float("inf"),
+    "patch_mean_size": (),
+    "patch_std_size": (),
+    "use_mean": True,
+    "use_std": False,
+  }
+  space = steps.FeatureSpace(
+    encoders={"mae": mae}, options={"mae": options}, sample=True
+  )
+  return dataclasses.replace(task, features=space)
+
+
+def encoder_params(task: steps.GeneratorTask) -> dict[str, Any]:
+  """Of the task's encoders, if it has any."""
+  image = jnp.zeros((1, *task.sample_shape))
+  return {
+    name: {
+      "encoder": encoder.init(
+        {"params": jax.random.key(7), "mask": jax.random.key(7)}, image
+      )["params"]["encoder"]
+    }
+    for name, encoder in task.features.encoders.items()
+  }
+
+
 def toy_batch(num_labels: int, seed: int = 0) -> steps.GeneratorBatch:
   rng = np.random.RandomState(seed)
   return steps.GeneratorBatch(
@@ -363,55 +407,109 @@ def toy_batch(num_labels: int, seed: int = 0) -> steps.GeneratorBatch:
   )
 
 
-def run_toy(mesh, num_steps: int = 5) -> list[dict[str, float]]:
-  """Losses and gradient norms of the jitted step on a mesh."""
-  task = toy_task()
-  schedule = optim.learning_rate_schedule(
-    kind="constant", peak=1e-2, warmup_steps=0, total_steps=5
+OPTIM = config_lib.Optim(
+  schedule="constant",
+  learning_rate=1e-2,
+  warmup_steps=0,
+  b1=0.9,
+  b2=0.95,
+  eps=1e-8,
+  weight_decay=0.01,
+  grad_clip=2.0,
+)
+
+
+def run_toy(mesh, task, num_steps: int, fsdp=True) -> list[dict[str, float]]:
+  """Losses and gradient norms of the jitted step on a mesh.
+
+  Args:
+    mesh: None for the step without one, on a single device.
+    task: the static part.
+    num_steps: how many.
+    fsdp: whether frozen weights are sharded.
+  """
+  frozen = encoder_params(task)
+  host = mesh or sharding.make_mesh(1, 1, jax.devices()[:1])
+  frozen = jax.device_put(
+    frozen,
+    sharding.infer_sharding(frozen, host)
+    if fsdp
+    else jax.tree.map(lambda _: sharding.replicated(host), frozen),
   )
-  optimizer = optim.make_optimizer(
-    schedule, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.01, grad_clip=2.0
+  config = config_lib.parse(digits.get_config())
+  training = experiment.make_training(
+    dataclasses.replace(config, optim=OPTIM),
+    host,
+    init_params=experiment.init_generator(task),
+    step=functools.partial(steps.train_step, task=task),
+    frozen=frozen,
   )
-  abstract, init = state_lib.abstract_and_init(
-    experiment.init_generator(task),
-    optimizer,
-    ema_decays=(0.9,),
-    seed=0,
-    mesh=mesh,
-  )
-  state = init()
-  step = jax.jit(
-    functools.partial(
-      steps.train_step, task=task, optimizer=optimizer, schedule=schedule
-    ),
-    donate_argnums=0,
-    out_shardings=(
-      jax.tree.map(lambda x: x.sharding, abstract),
-      sharding.replicated(mesh),
-    ),
-  )
+  step, state = training.step, training.init()
+  if mesh is None:
+    optimizer, schedule = experiment.make_optimizer(OPTIM, 5)
+    step = fast_jit(
+      functools.partial(
+        steps.train_step, task=task, optimizer=optimizer, schedule=schedule
+      )
+    )
   history = []
   for i in range(num_steps):
     batch = toy_batch(8, seed=i)._asdict()
-    batch = steps.GeneratorBatch(**sharding.put_batch(batch, mesh))
-    state, metrics = step(state, batch, {})
+    batch = steps.GeneratorBatch(**sharding.put_batch(batch, host))
+    state, metrics = step(state, batch, frozen)
     history.append({k: float(v) for k, v in metrics.items()})
   return history
 
 
+def assert_same_histories(actual, expected, rtol: float) -> None:
+  for step, (a, b) in enumerate(zip(expected, actual, strict=True)):
+    assert a.keys() == b.keys()
+    for name in a:
+      assert_close(b[name], a[name], rtol, f"step {step} {name}")
+
+
 @pytest.fixture(scope="module")
 def one_device():
-  return run_toy(sharding.make_mesh(1, 1, jax.devices()[:1]))
+  return run_toy(None, toy_task(), 5)
 
 
 @pytest.mark.parametrize("shape", [(8, 1), (2, 4), (1, 8)])
 def test_every_mesh_trains_the_same(one_device, shape):
   """Measured: at most 9.1e-7 relative over 5 steps, in every metric."""
-  many = run_toy(sharding.make_mesh(*shape))
-  for step, (a, b) in enumerate(zip(one_device, many, strict=True)):
-    assert a.keys() == b.keys()
-    for name in a:
-      assert_close(b[name], a[name], 1e-4, f"step {step} {name}")
+  many = run_toy(sharding.make_mesh(*shape), toy_task(), 5)
+  assert_same_histories(many, one_device, 1e-4)
+
+
+@pytest.fixture(scope="module")
+def one_device_with_encoder():
+  return run_toy(None, with_encoder(toy_task(depth=3)), 2)
+
+
+@pytest.mark.parametrize("fsdp", [True, False])
+def test_frozen_encoders_may_lie_either_way(one_device_with_encoder, fsdp):
+  task = with_encoder(toy_task(depth=3))
+  many = run_toy(sharding.make_mesh(2, 4), task, 2, fsdp)
+  assert_same_histories(many, one_device_with_encoder, 1e-4)
+
+
+def test_parameters_are_gathered_as_the_blocks_use_them():
+  """Rounding to bfloat16 before the collective changes not a single bit."""
+  task = toy_task(depth=3, dtype="bfloat16")
+  params = experiment.init_generator(task)(jax.random.key(0))
+  # Nothing is zero, so that every parameter has its say.
+  params = jax.tree.map(
+    lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape),
+    params,
+  )
+  labels = np.arange(8, dtype=np.int32) % 3
+  drawn = [
+    experiment.make_sampler(task, mesh, 1)(
+      jax.device_put(params, sharding.infer_sharding(params, mesh))
+    )(labels, np.full(8, 1.5, np.float32), labels)
+    for mesh in (sharding.make_mesh(8, 1), sharding.make_mesh(1, 8))
+  ]
+  assert float(jnp.std(drawn[0])) > 0
+  np.testing.assert_array_equal(*drawn)
 
 
 def test_parameters_are_sharded_over_fsdp():

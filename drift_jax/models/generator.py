@@ -21,6 +21,11 @@ from drift_jax.models.arguments import (
 ALPHA_EMBEDDING_WEIGHT = 0.02
 
 
+def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+  """Keeps everything for the backward pass but parameters put together."""
+  return primitive.name != "all_gather"
+
+
 class Generator(nn.Module):
   """x = f(noise; class, style, alpha): one forward pass, no iteration.
 
@@ -101,10 +106,14 @@ class Generator(nn.Module):
     block = layers.Block
     if self.gather is not None:
       block = nn.map_variables(block, "params", trans_in_fn=self.gather)
-    if self.remat:
+    if self.remat or self.gather is not None:
       # Inside a scan the loop already keeps XLA from merging the recomputed
       # block with the stored one.
-      block = nn.remat(block, prevent_cse=False)
+      block = nn.remat(
+        block,
+        prevent_cse=False,
+        policy=None if self.remat else _all_but_gathered,
+      )
     self.blocks = nn.scan(
       block,
       variable_axes={"params": 0, "intermediates": 0},
