@@ -128,7 +128,7 @@ def test_main_while_it_trains(tmp_path):
       raise errors.pop(0)
 
     train.train_and_evaluate = fail
-    main.parse_flags(sys.argv)
+    config_lib.parse_flags(sys.argv)
     errors = [
       loop.NonFiniteError("step 3 is not finite"),
       data.DataError("a/1.png is 8 x 8"),

@@ -12,6 +12,7 @@ RANKS = {
   "sharding": 0,
   "config": 0,
   "console": 0,
+  "hlo": 0,
   "streams": 0,
   "data": 1,
   "models": 1,

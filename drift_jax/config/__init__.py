@@ -8,6 +8,11 @@ would be valid.
 """
 
 from drift_jax.config.checks import check, check_judges
+from drift_jax.config.command_line import (
+  config_arguments,
+  load_config,
+  parse_flags,
+)
 from drift_jax.config.parsing import check_override, parse, unknown_key
 from drift_jax.config.resume import check_resumable, to_json
 from drift_jax.config.schema import (
@@ -54,7 +59,10 @@ __all__ = [
   "check_judges",
   "check_override",
   "check_resumable",
+  "config_arguments",
+  "load_config",
   "parse",
+  "parse_flags",
   "to_json",
   "unknown_key",
 ]

@@ -1,0 +1,374 @@
+"""What a compiled program does, read from its optimised HLO text.
+
+XLA's own cost analysis counts a loop's body once and knows no collectives;
+here bodies count as often as they run.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+KINDS = (
+  "all-gather",
+  "all-reduce",
+  "reduce-scatter",
+  "all-to-all",
+  "collective-permute",
+  "collective-broadcast",
+  "ragged-all-to-all",
+)
+# An assumption, to give cycles a unit: ratios mean something, seconds do not.
+CYCLES_PER_SECOND = 1.75e9
+
+_BITS = {"pred": 8, "token": 0, "opaque": 0}
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_OPCODE = re.compile(r"\s*([\w\-]+)\(")
+_NAME = re.compile(r"%([\w.\-]+)")
+_CALLED = re.compile(r"\b(calls|body|condition)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_CONSTANT = re.compile(r"constant\((\d+)\)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+  """One line of HLO.
+
+  Attributes:
+    name: without '%'.
+    shapes: (dtype, dimensions) of its results.
+    opcode: 'fusion', 'all-gather-start', ...
+    operands: names.
+    rest: the whole line behind the opcode.
+  """
+
+  name: str
+  shapes: tuple[tuple[str, tuple[int, ...]], ...]
+  opcode: str
+  operands: tuple[str, ...]
+  rest: str
+
+  @property
+  def bytes(self) -> int:
+    """Size of all results together, without padding."""
+    return sum(_bytes(*shape) for shape in self.shapes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """A collective of one device.
+
+  Attributes:
+    kind: one of KINDS.
+    bytes: of the whole array: what an all-gather gives, what the others take.
+    count: how often it runs in a program.
+    shapes: of its results.
+    operation: where it comes from, as JAX names it.
+  """
+
+  kind: str
+  bytes: int
+  count: int
+  shapes: tuple[tuple[str, tuple[int, ...]], ...]
+  operation: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A compiled program.
+
+  Attributes:
+    collectives: all of them.
+    cycles: sum of the compiler's estimates, without collectives and custom
+      calls; 0 where it gives none (it does for TPUs).
+    bytes: read and written in memory, by the shapes of what the scheduled
+      operations take and give.
+    bytes_once: the same with each loop's body counted once, as XLA's own
+      analysis does: bytes / bytes_once corrects that.
+    unknown_trips: loops whose number of trips is not known, counted once.
+  """
+
+  collectives: list[Collective]
+  cycles: int
+  bytes: int
+  bytes_once: int
+  unknown_trips: int
+
+  def by_kind(self) -> dict[str, dict[str, int]]:
+    """{kind: {'count': of operations that run, 'bytes': of all together}}."""
+    totals: dict[str, dict[str, int]] = {}
+    for entry in self.collectives:
+      total = totals.setdefault(entry.kind, {"count": 0, "bytes": 0})
+      total["count"] += entry.count
+      total["bytes"] += entry.count * entry.bytes
+    return totals
+
+
+def _bytes(dtype: str, dimensions: tuple[int, ...]) -> int:
+  bits = _BITS.get(dtype)
+  if bits is None:
+    digits = re.search(r"\d+", dtype)
+    bits = int(digits[0]) if digits else 0
+  return math.prod(dimensions) * bits // 8
+
+
+def _parse_instruction(line: str) -> Instruction | None:
+  match = _INSTRUCTION.match(line)
+  if match is None:
+    return None
+  name, text = match.groups()
+  end = _end_of_type(text)
+  opcode = _OPCODE.match(text, end)
+  if opcode is None:
+    return None
+  shapes = tuple(
+    (dtype, tuple(int(n) for n in dimensions.split(",") if n))
+    for dtype, dimensions in _SHAPE.findall(text[:end])
+  )
+  rest = text[opcode.end() :]
+  operands = tuple(_NAME.findall(rest[: rest.find(")")]))
+  return Instruction(name, shapes, opcode[1], operands, rest)
+
+
+def _end_of_type(text: str) -> int:
+  """Where the result's type ends: tuples hold spaces and parentheses."""
+  depth = 0
+  for i, character in enumerate(text):
+    if character in "({[":
+      depth += 1
+    elif character in ")}]":
+      depth -= 1
+    elif character == " " and depth == 0:
+      return i
+  return len(text)
+
+
+def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
+  """All computations by name, and the entry's name.
+
+  Raises:
+    ValueError: a text without an entry computation.
+  """
+  found: dict[str, list[Instruction]] = {}
+  entry = None
+  current: list[Instruction] = []
+  for line in text.splitlines():
+    if header := _HEADER.match(line):
+      current = found.setdefault(header[2], [])
+      if header[1]:
+        entry = header[2]
+    elif instruction := _parse_instruction(line):
+      current.append(instruction)
+  if entry is None:
+    raise ValueError(f"no ENTRY computation in {len(text)} characters of HLO")
+  return found, entry
+
+
+def analyse(text: str) -> Program:
+  """Collectives and cycles of a program, loops unrolled in the counting.
+
+  Args:
+    text: of jax.stages.Compiled.as_text().
+  """
+  found, entry = computations(text)
+  collectives: list[Collective] = []
+  cycles = moved = moved_once = unknown = 0
+
+  def visit(name: str, times: int, scheduled: bool) -> None:
+    nonlocal cycles, moved, moved_once, unknown
+    by_name = {instruction.name: instruction for instruction in found[name]}
+    for instruction in found[name]:
+      if scheduled:
+        if estimate := _CYCLES.search(instruction.rest):
+          cycles += times * int(estimate[1])
+        size = _moved_bytes(instruction, by_name, found)
+        moved += times * size
+        moved_once += size
+      kind = instruction.opcode.removesuffix("-start")
+      if kind in KINDS:
+        collectives.append(_collective(instruction, kind, name, times, by_name))
+      called = dict(_CALLED.findall(instruction.rest))
+      if instruction.opcode == "while":
+        trips = _trips(instruction, found.get(called["condition"], []))
+        unknown += trips is None
+        visit(called["body"], times * (trips or 1), scheduled)
+      elif "calls" in called:
+        # What is inside a fusion is not scheduled by itself.
+        inner = scheduled and instruction.opcode != "fusion"
+        visit(called["calls"], times, inner)
+      for branch in _branches(instruction):
+        visit(branch, times, scheduled)
+
+  visit(entry, 1, True)
+  return Program(collectives, cycles, moved, moved_once, unknown)
+
+
+# Operations that move nothing themselves.
+_FREE = (
+  "parameter",
+  "constant",
+  "tuple",
+  "get-tuple-element",
+  "bitcast",
+  "while",
+  "conditional",
+  "call",
+  "after-all",
+  "partition-id",
+)
+_SLICES = ("dynamic-slice", "slice", "gather")
+
+
+def _moved_bytes(
+  instruction: Instruction,
+  by_name: dict[str, Instruction],
+  found: dict[str, list[Instruction]],
+) -> int:
+  """What a scheduled operation reads and writes; of slices only the part."""
+  opcode = instruction.opcode
+  if opcode in _FREE or opcode.endswith("-done"):
+    return 0
+  taken = [
+    by_name[name].bytes if name in by_name else 0
+    for name in instruction.operands
+  ]
+  if opcode in _SLICES:
+    return 2 * instruction.bytes
+  if opcode == "dynamic-update-slice":
+    return 2 * taken[1]
+  if opcode != "fusion":
+    return sum(taken) + instruction.bytes
+  called = dict(_CALLED.findall(instruction.rest)).get("calls", "")
+  inside = found.get(called, [])
+  if not inside:
+    return sum(taken) + instruction.bytes
+  return _fusion_bytes(inside)
+
+
+def _fusion_bytes(inside: list[Instruction]) -> int:
+  """What a fused computation reads and writes; its root comes last."""
+  names = {instruction.name: instruction for instruction in inside}
+  users: dict[str, list[Instruction]] = {}
+  for instruction in inside:
+    for operand in instruction.operands:
+      users.setdefault(operand, []).append(instruction)
+
+  def read(parameter: Instruction) -> int:
+    using = users.get(parameter.name, [])
+    total = 0
+    for user in using:
+      if user.opcode in _SLICES:
+        total += user.bytes
+      elif (
+        user.opcode == "dynamic-update-slice"
+        and user.operands[0] == parameter.name
+      ):
+        continue  # updated in place
+      else:
+        return parameter.bytes
+    return total
+
+  def written(root: Instruction) -> int:
+    if root.opcode == "tuple":
+      return sum(written(names[n]) for n in root.operands if n in names)
+    if root.opcode == "dynamic-update-slice" and root.operands[1] in names:
+      return names[root.operands[1]].bytes
+    return root.bytes
+
+  parameters = [i for i in inside if i.opcode == "parameter"]
+  return sum(map(read, parameters)) + written(inside[-1])
+
+
+def _branches(instruction: Instruction) -> Iterator[str]:
+  if match := _BRANCHES.search(instruction.rest):
+    yield from _NAME.findall(match[1])
+  if instruction.opcode == "call":
+    yield from re.findall(r"to_apply=%?([\w.\-]+)", instruction.rest)
+
+
+def _trips(loop: Instruction, condition: list[Instruction]) -> int | None:
+  """Of a loop that counts up from 0."""
+  if match := _TRIPS.search(loop.rest):
+    return int(match[1])
+  limits = [
+    int(match[1])
+    for instruction in condition
+    if instruction.opcode == "constant"
+    and (match := _CONSTANT.search("constant(" + instruction.rest))
+  ]
+  return limits[0] if len(limits) == 1 else None
+
+
+def _collective(
+  instruction: Instruction,
+  kind: str,
+  computation: str,
+  times: int,
+  by_name: dict[str, Instruction],
+) -> Collective:
+  taken = sum(
+    by_name[name].bytes for name in instruction.operands if name in by_name
+  )
+  given = instruction.bytes
+  if instruction.opcode.endswith("-start") and kind == "all-gather":
+    given -= taken  # Its result holds the operands as well.
+  # TPUs fuse some reduce-scatters as an all-reduce of which a part is kept.
+  if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+    kind = "reduce-scatter"
+  operation = re.search(r'op_name="([^"]*)"', instruction.rest)
+  return Collective(
+    kind,
+    given if kind == "all-gather" else taken,
+    times,
+    instruction.shapes,
+    operation[1] if operation else "",
+  )
+
+
+def matmul_flops(closed: Any, num_devices: int) -> int:
+  """Floating point operations of products and convolutions, of each device.
+
+  Loops count as often as they run, branches as the most expensive one.
+
+  Args:
+    closed: jax.stages.Traced.jaxpr.
+    num_devices: among which what is outside jax.shard_map is divided.
+  """
+
+  def count(jaxpr: Any) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+      name, parameters = equation.primitive.name, equation.params
+      results = sum(math.prod(v.aval.shape) for v in equation.outvars)
+      if name == "dot_general":
+        (contracted, _), _ = parameters["dimension_numbers"]
+        left = equation.invars[0].aval.shape
+        total += 2 * results * math.prod(left[axis] for axis in contracted)
+      elif name == "conv_general_dilated":
+        kernel = equation.invars[1].aval.shape
+        features = kernel[parameters["dimension_numbers"].rhs_spec[0]]
+        total += 2 * results * math.prod(kernel) // features
+      times = 1
+      if name == "scan":
+        times = parameters["length"]
+      elif name == "shard_map":
+        times = parameters["mesh"].size
+      parts = [count(inner) for inner in _inner_jaxprs(parameters)]
+      if parts:
+        total += times * (max(parts) if name == "cond" else sum(parts))
+    return total
+
+  return count(closed.jaxpr) // num_devices
+
+
+def _inner_jaxprs(parameters: Mapping[str, Any]) -> Iterator[Any]:
+  for value in parameters.values():
+    for entry in value if isinstance(value, (tuple, list)) else (value,):
+      entry = getattr(entry, "jaxpr", entry)
+      if hasattr(entry, "eqns"):
+        yield entry

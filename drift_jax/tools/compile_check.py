@@ -1,0 +1,462 @@
+"""Will it fit? Compiles a run's programs for devices that need not be there.
+
+  python -m drift_jax.tools.compile_check --config=configs/imagenet_latent.py:l2
+      --topology=v6e:8x16 [--mesh=data=1,fsdp=-1] [--config.KEY=VALUE ...]
+
+compiles the training step, the sampler and the evaluation steps as the run
+would, without data or weights, for a TPU topology (needs the package libtpu,
+but no TPU) or, without --topology, for this machine's devices. For each
+device it says what is in memory and how much, what is computed and moved,
+which collectives run, and what to change where it does not fit. Exits with 1
+if a program does not fit.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from drift_jax import config as config_lib
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config",
+  None,
+  "Config file, e.g. configs/imagenet_latent.py:l2",
+)
+_TOPOLOGY = flags.DEFINE_string(
+  "topology",
+  "",
+  "TPU generation and chips, e.g. v6e:8x16, v5e:4x8 or v5p:4x4x4; this "
+  "machine's devices if not given.",
+)
+_MESH = flags.DEFINE_string(
+  "mesh",
+  "",
+  "Sizes instead of config.mesh's, e.g. data=2,fsdp=-1.",
+)
+_PROGRAMS = flags.DEFINE_list(
+  "programs", None, "Only these, e.g. train,sample; all if not given."
+)
+_JSON = flags.DEFINE_string(
+  "json", "", "File to write the figures to; '-' for the standard output."
+)
+_TEXT = flags.DEFINE_string(
+  "hlo", "", "Folder to write the optimised programs to, PROGRAM.txt."
+)
+flags.mark_flag_as_required("config")
+
+GB = 1e9
+# What a chip's programs may use of its memory, bytes: as the compiler says it.
+HBM = {
+  "TPU v4": 31.25 * 2**30,
+  "TPU v5 lite": 15.75 * 2**30,
+  "TPU v5": 95.74 * 2**30,
+  "TPU v6 lite": 31.24 * 2**30,
+}
+_TOPOLOGY_FORM = re.compile(r"[a-z0-9]+:\d+x\d+(x\d+)?")
+
+
+@dataclasses.dataclass
+class Report:
+  """What the compiler says of one program, for each device; bytes.
+
+  Attributes:
+    program: 'train', 'sample', ...
+    fits: whether it compiled within the memory; None if nothing says how much
+      there is.
+    seconds: to compile.
+    arguments: {'params', 'optimizer', 'ema', 'frozen', 'batch', ...: size}.
+    activations: everything temporary: activations, gathered parameters and
+      gradients; None where it did not compile.
+    peak: of the memory in use; None where it did not compile, unless the
+      compiler says what it would take.
+    available: memory of a device; None if unknown.
+    flops: floating point operations of matrix products and convolutions.
+    bytes_accessed: of the memory, as XLA counts them, but loops as often as
+      they run.
+    estimated_seconds: the compiler's cycles at 1.75 GHz, without collectives;
+      None where it gives none.
+    collectives: {kind: {'count', 'bytes'}}.
+    advice: what to change, if it does not fit.
+    message: the compiler's, if it does not fit.
+  """
+
+  program: str
+  fits: bool | None
+  seconds: float
+  arguments: dict[str, int]
+  activations: int | None = None
+  peak: int | None = None
+  available: int | None = None
+  flops: float | None = None
+  bytes_accessed: float | None = None
+  estimated_seconds: float | None = None
+  collectives: dict[str, dict[str, int]] = dataclasses.field(
+    default_factory=dict
+  )
+  advice: list[str] = dataclasses.field(default_factory=list)
+  message: str = ""
+
+
+def main(argv: Sequence[str]) -> None:
+  """Compiles what the command line asks for; a mistake is one line."""
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments {argv[1:]}")
+  if _TOPOLOGY.value:
+    _prepare_libtpu()
+  from drift_jax import console, experiment
+
+  console.setup()
+  try:
+    config = with_mesh(config_lib.parse(_CONFIG.value), _MESH.value)
+    devices = find_devices(_TOPOLOGY.value)
+    reports = check(config, devices, _PROGRAMS.value, _TEXT.value)
+  except experiment.ERRORS as error:
+    sys.exit(f"Error: {error}")
+  result = {
+    "config": _config_name(sys.argv),
+    "topology": _TOPOLOGY.value or "local",
+    "devices": len(devices),
+    "device_kind": devices[0].device_kind,
+    "mesh": _mesh_sizes(config, devices),
+    "programs": [dataclasses.asdict(report) for report in reports],
+  }
+  if _JSON.value == "-":
+    print(json.dumps(result, indent=2))
+  else:
+    print(describe(result, reports))
+    if _JSON.value:
+      with open(_JSON.value, "w") as file:
+        json.dump(result, file, indent=2)
+  if any(report.fits is False for report in reports):
+    sys.exit(1)
+
+
+def _config_name(argv: Sequence[str]) -> str:
+  name, overrides = config_lib.config_arguments(argv[1:])
+  return " ".join([name or "", *(f"{k}={v}" for k, v in overrides.items())])
+
+
+def _prepare_libtpu() -> None:
+  """Before JAX is imported: no TPU is looked for, nothing is logged."""
+  os.environ.setdefault("JAX_PLATFORMS", "cpu")
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  for name, value in {
+    "TPU_ACCELERATOR_TYPE": "v6e-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+  }.items():
+    os.environ.setdefault(name, value)
+
+
+def find_devices(topology: str) -> list[Any]:
+  """Devices of a topology, or this machine's where it is ''.
+
+  Raises:
+    ConfigError: a topology that there is not, or no libtpu to compile with.
+  """
+  import jax
+  from jax.experimental import topologies
+
+  if not topology:
+    return jax.devices()
+  if not _TOPOLOGY_FORM.fullmatch(topology):
+    raise config_lib.ConfigError(
+      f"--topology={topology!r}: want GENERATION:CHIPS, e.g. v6e:8x16, v5e:4x8 "
+      "or v5p:4x4x4"
+    )
+  try:
+    return list(topologies.get_topology_desc(topology, "tpu").devices)
+  except (RuntimeError, ValueError, NotImplementedError) as error:
+    text = " ".join(str(error).split())
+    hint = (
+      "pip install libtpu"
+      if "libtpu" in text.lower() and "not" in text.lower()
+      else "valid ones are those that Cloud TPU rents, e.g. v6e:4x4, "
+      "v6e:16x16, v5e:4x8, v5p:4x4x4"
+    )
+    raise config_lib.ConfigError(
+      f"--topology={topology!r} can't be compiled for ({text[:300]}): {hint}"
+    ) from error
+
+
+def with_mesh(config: Any, sizes: str) -> Any:
+  """The config with mesh sizes of the form 'data=2,fsdp=-1'.
+
+  Raises:
+    ConfigError: another form, an unknown axis.
+  """
+  if not sizes:
+    return config
+  given: dict[str, int] = {}
+  axes = [field.name for field in dataclasses.fields(config.mesh)]
+  for part in sizes.split(","):
+    name, _, size = part.partition("=")
+    if name not in axes or not re.fullmatch(r"-?\d+", size):
+      raise config_lib.ConfigError(
+        f"--mesh={sizes!r}: {part!r} is not AXIS=SIZE with one of {axes}"
+      )
+    given[name] = int(size)
+  mesh = dataclasses.replace(config.mesh, **given)
+  config = dataclasses.replace(config, mesh=mesh)
+  config_lib.check(config)
+  return config
+
+
+def _mesh_sizes(config: Any, devices: Sequence[Any]) -> dict[str, int]:
+  from drift_jax import sharding
+
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+  return dict(mesh.shape)
+
+
+def check(
+  config: Any,
+  devices: Sequence[Any],
+  names: Sequence[str] | None = None,
+  hlo_folder: str = "",
+) -> list[Report]:
+  """Compiles a run's programs for the devices, one after the other.
+
+  Args:
+    config: typed, of either task.
+    devices: of the mesh; need not be there.
+    names: of programs; None for all.
+    hlo_folder: gets the optimised programs; '' for none.
+
+  Raises:
+    ConfigError, ArtifactError: see experiment.programs; an unknown program.
+  """
+  from drift_jax import experiment, sharding
+
+  with experiment.naming("mesh"):
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+  programs = experiment.programs(config, mesh)
+  valid = [program.name for program in programs]
+  for name in names or ():
+    if name not in valid:
+      raise config_lib.ConfigError(
+        f"--programs: there is no {name!r}, valid options are {valid}"
+      )
+  return [
+    compile_program(program, mesh, config, hlo_folder)
+    for program in programs
+    if not names or program.name in names
+  ]
+
+
+def compile_program(
+  program: Any, mesh: Any, config: Any, hlo_folder: str = ""
+) -> Report:
+  """One program's report."""
+  import jax
+  from etils import epath
+
+  from drift_jax import hlo
+
+  start = time.perf_counter()
+  traced = program.jitted.trace(*program.arguments.values())
+  lowered = traced.lower()
+  report = Report(
+    program.name,
+    fits=None,
+    seconds=0.0,
+    arguments=argument_bytes(program.arguments),
+    available=_available(mesh.devices.flat[0]),
+    flops=hlo.matmul_flops(traced.jaxpr, mesh.size),
+  )
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    text = " ".join(str(error).split())
+    if "RESOURCE_EXHAUSTED" not in text:
+      raise
+    report.seconds = time.perf_counter() - start
+    report.fits = False
+    report.message = text.split(" See https")[0]
+    report.peak = needed_bytes(text)
+    report.advice = advice(report, config)
+    return report
+  report.seconds = time.perf_counter() - start
+  memory: Any = compiled.memory_analysis()
+  costs: Mapping[str, float] = compiled.cost_analysis() or {}
+  text = compiled.as_text() or ""
+  if hlo_folder:
+    folder = epath.Path(hlo_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{program.name.replace(' ', '_')}.txt").write_text(text)
+  analysed = hlo.analyse(text)
+  report.activations = memory.temp_size_in_bytes
+  peak: int = max(
+    memory.peak_memory_in_bytes,
+    memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
+    + memory.temp_size_in_bytes,
+  )
+  report.peak = peak
+  if report.available is not None:
+    report.fits = peak <= report.available
+  if "bytes accessed" in costs and analysed.bytes_once:
+    loops = analysed.bytes / analysed.bytes_once
+    report.bytes_accessed = loops * costs["bytes accessed"]
+  if analysed.cycles:
+    report.estimated_seconds = analysed.cycles / hlo.CYCLES_PER_SECOND
+  report.collectives = analysed.by_kind()
+  if report.fits is False:
+    report.advice = advice(report, config)
+  return report
+
+
+def argument_bytes(arguments: Mapping[str, Any]) -> dict[str, int]:
+  """Bytes on each device of what a program is called with, by what it is."""
+  sizes: dict[str, int] = {}
+  for name, tree in arguments.items():
+    if name == "state":
+      sizes |= {
+        "params": device_bytes(tree.params),
+        "optimizer": device_bytes(tree.opt_state),
+        "ema": device_bytes(tree.ema),
+      }
+    else:
+      key = name if name in ("params", "frozen") else "batch"
+      sizes[key] = sizes.get(key, 0) + device_bytes(tree)
+  return {name: size for name, size in sizes.items() if size}
+
+
+def device_bytes(tree: Any) -> int:
+  """Bytes of a tree of ShapeDtypeStructs on each device."""
+  import jax
+
+  def size(leaf: Any) -> int:
+    shape = leaf.shape
+    if leaf.sharding is not None:
+      shape = leaf.sharding.shard_shape(shape)
+    return math.prod(shape) * leaf.dtype.itemsize
+
+  return sum(size(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _available(device: Any) -> int | None:
+  """Bytes that programs may use on a device; None where nobody says."""
+  if device.device_kind in HBM:
+    return int(HBM[device.device_kind])
+  try:
+    stats = device.memory_stats()
+  except (RuntimeError, NotImplementedError):  # it is not there
+    return None
+  return stats.get("bytes_limit") if stats else None
+
+
+def needed_bytes(message: str) -> int | None:
+  """What a program would take, from the compiler's refusal of it."""
+  found = re.search(r"(?:\(|Used )([\d.]+)([KMGT])", message)
+  if found is None:
+    return None
+  return int(
+    float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]]
+  )
+
+
+def advice(report: Report, config: Any) -> list[str]:
+  """What to change so that a program takes less, the cheapest first."""
+  found = []
+  sizes = report.arguments
+  trained = sum(sizes.get(name, 0) for name in ("params", "optimizer", "ema"))
+  if report.program != "train":
+    found.append("a smaller eval.batch_size")
+  else:
+    if not config.model.remat:
+      found.append(
+        "model.remat=True: recomputes blocks in the backward pass instead of "
+        "storing them"
+      )
+    if getattr(config.model, "attention_dtype", "bfloat16") != "bfloat16":
+      found.append(
+        "model.attention_dtype=bfloat16: halves the stored attention (the "
+        "published ablations use float32)"
+      )
+  for name, section in getattr(config, "encoders", {}).items():
+    if section.dtype == "float32":
+      found.append(f"encoders.{name}.dtype=bfloat16: halves its weights")
+    if section.sharding == "replicated":
+      found.append(
+        f"encoders.{name}.sharding=fsdp: keeps parts of its weights, and "
+        "gathers them in each step"
+      )
+  if trained > 0.2 * (report.available or math.inf):
+    found.append(
+      f"a larger mesh.fsdp: parameters, optimiser and EMAs take "
+      f"{trained / GB:.1f} GB of each device"
+    )
+  if report.program == "train":
+    found.append(
+      "more devices, or a smaller batch (batch.labels, batch.generated; "
+      "mae.batch_size): each device takes its part of it"
+    )
+  return found
+
+
+def describe(result: Mapping[str, Any], reports: Sequence[Report]) -> str:
+  """The reports as text."""
+  mesh = ", ".join(f"{name}={size}" for name, size in result["mesh"].items())
+  lines = [
+    f"{result['config']} on {result['topology']}: {result['devices']} x "
+    f"{result['device_kind']}, mesh {mesh}. For each device:"
+  ]
+  for report in reports:
+    lines += ["", *_describe_one(report)]
+  return "\n".join(lines)
+
+
+def _describe_one(report: Report) -> list[str]:
+  verdict = {True: "fits", False: "DOES NOT FIT", None: "compiled"}[report.fits]
+  of = "" if report.available is None else f" of {_gb(report.available)}"
+  peak = "?" if report.peak is None else _gb(report.peak)
+  lines = [
+    f"{report.program}: {verdict}, {peak}{of} at the peak (compiled in "
+    f"{report.seconds:.0f} s)"
+  ]
+  sizes = dict(report.arguments)
+  if report.activations is not None:
+    sizes["activations"] = report.activations
+  lines.append(
+    "  memory       "
+    + ", ".join(f"{name} {_gb(size)}" for name, size in sizes.items())
+  )
+  if report.flops is not None and report.bytes_accessed is not None:
+    line = (
+      f"  work         {report.flops / 1e12:.4g} TFLOP, "
+      f"{_gb(report.bytes_accessed)} accessed"
+    )
+    if report.estimated_seconds is not None:
+      line += f", about {report.estimated_seconds * 1e3:.3g} ms at 1.75 GHz"
+    lines.append(line)
+  for kind, total in report.collectives.items():
+    lines.append(f"  {kind:<12} {total['count']} x, {_gb(total['bytes'])}")
+  if report.message:
+    lines.append(f"  compiler     {report.message}")
+  lines += [f"  change       {text}" for text in report.advice]
+  return lines
+
+
+def _gb(size: float) -> str:
+  for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+    if size >= 0.1 * unit:
+      return f"{size / unit:.3g} {name}"
+  return f"{size:.0f} B"
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=config_lib.parse_flags)
