@@ -19,11 +19,10 @@ from drift_jax.models.arguments import (
 
 # Weight of the guidance scale's embedding in the conditioning vector.
 ALPHA_EMBEDDING_WEIGHT = 0.02
-
-
-def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-  """Keeps everything for the backward pass but parameters put together."""
-  return primitive.name != "all_gather"
+# What a block keeps for its backward pass where it gathers its parameters: the
+# linear layers' results. Parameters are gathered once more, and all that is
+# cheap to recompute, attention included, is recomputed.
+_KEPT = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
 
 class Generator(nn.Module):
@@ -112,7 +111,7 @@ class Generator(nn.Module):
       block = nn.remat(
         block,
         prevent_cse=False,
-        policy=None if self.remat else _all_but_gathered,
+        policy=None if self.remat else _KEPT,
       )
     self.blocks = nn.scan(
       block,

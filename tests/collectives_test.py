@@ -1,0 +1,169 @@
+"""Which collectives the compiled programs of a run hold, and how large."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from configs import common, digits
+from drift_jax import config as config_lib
+from drift_jax import experiment, hlo, sharding
+
+SCALARS = 4_096  # bytes: norms, losses and diagnostics
+
+
+def tiny(variant: str, **mesh: int):
+  """The digits' config with a smaller model, encoders described."""
+  config = digits.get_config(variant)
+  config.mesh.update(mesh)
+  if config.task == "mae":
+    config.mae.batch_size = 16
+    config.eval.batch_size = 16
+    return config_lib.parse(config)
+  config.batch.update(labels=8, generated=4, positives=4, unconditional=2)
+  config.eval.update(batch_size=16)
+  if config.encoders:
+    encoder = digits.get_config("encoder").model
+    config.encoders.mae.path = "nowhere"
+    config.encoders.mae.model = common.frozen_model("mae", encoder)
+    config.features.update(
+      every_k_block=4, patch_mean_size=(), patch_std_size=(), use_std=False
+    )
+  return config_lib.parse(config)
+
+
+def compiled(config) -> dict[str, tuple[experiment.Program, hlo.Program]]:
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+  options = {"xla_backend_optimization_level": 0}
+  return {
+    program.name: (
+      program,
+      hlo.analyse(
+        program.jitted.lower(*program.arguments.values())
+        .compile(options)
+        .as_text()
+      ),
+    )
+    for program in experiment.programs(config, mesh)
+  }
+
+
+def layer_shapes(*trees) -> set[tuple[int, ...]]:
+  """Shapes of whole parameters, of stacked ones' layers too, without ones."""
+  shapes = set()
+  for leaf in jax.tree.leaves(trees):
+    for shape in (leaf.shape, leaf.shape[1:]):
+      shapes.add(tuple(n for n in shape if n > 1))
+  return shapes
+
+
+def bytes_of(*trees, sharded: bool) -> int:
+  """Of the leaves that are sharded over the mesh, or of those that are not."""
+  return sum(
+    math.prod(leaf.shape) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(trees)
+    if ("fsdp" in leaf.sharding.spec) == sharded
+  )
+
+
+def gathered_shapes(program: hlo.Program) -> set[tuple[int, ...]]:
+  return {
+    tuple(n for n in dimensions if n > 1)
+    for entry in program.collectives
+    if entry.kind == "all-gather"
+    for _, dimensions in entry.shapes
+  }
+
+
+@pytest.fixture(scope="module")
+def sharded():
+  """{program: ...} of a generator in an encoder's features, on 2 x 4."""
+  return compiled(tiny("features", data=2, fsdp=4))
+
+
+def test_only_parameters_are_gathered(sharded):
+  for name, (program, found) in sharded.items():
+    weights = [
+      program.arguments[key]
+      for key in ("params", "frozen")
+      if key in program.arguments
+    ]
+    if name == "train":
+      weights.append(program.arguments["state"].params)
+    assert gathered_shapes(found) <= layer_shapes(*weights), name
+    # In the backward pass once more, never for each use.
+    times = 2 if name == "train" else 1
+    gathered = found.by_kind()["all-gather"]["bytes"]
+    assert gathered <= times * bytes_of(*weights, sharded=True), name
+    assert gathered > 0
+    assert found.unknown_trips == 0
+
+
+def test_gradients_are_reduce_scattered(sharded):
+  """Each sharded parameter's once, in float32; the rest is summed."""
+  program, found = sharded["train"]
+  params = program.arguments["state"].params
+  kinds = found.by_kind()
+  assert set(kinds) == {"all-gather", "all-reduce", "reduce-scatter"}
+  whole = bytes_of(params, sharded=True)
+  assert kinds["reduce-scatter"]["bytes"] == whole
+  # Over 'data' the parts, over both axes what every device has whole.
+  expected = whole / 4 + bytes_of(params, sharded=False)
+  assert expected <= kinds["all-reduce"]["bytes"] <= expected + SCALARS
+
+
+def test_samples_need_no_sums(sharded):
+  assert set(sharded["sample"][1].by_kind()) == {"all-gather"}
+
+
+def test_whole_parameters_are_never_gathered():
+  """With fsdp=1 there is one sum of gradients, and nothing else large."""
+  program, found = compiled(tiny("", data=8, fsdp=1))["train"]
+  kinds = found.by_kind()
+  assert set(kinds) == {"all-reduce"}
+  expected = bytes_of(program.arguments["state"].params, sharded=False)
+  assert expected <= kinds["all-reduce"]["bytes"] <= expected + SCALARS
+
+
+def test_encoders_train_the_same_way():
+  found = compiled(tiny("encoder", data=2, fsdp=4))
+  program, train = found["train"]
+  params = program.arguments["state"].params
+  kinds = train.by_kind()
+  assert set(kinds) == {"all-gather", "all-reduce", "reduce-scatter"}
+  assert gathered_shapes(train) <= layer_shapes(params)
+  whole = bytes_of(params, sharded=True)
+  assert kinds["reduce-scatter"]["bytes"] == whole
+  assert kinds["all-gather"]["bytes"] <= 2 * whole
+  _, evaluate = found["evaluate"]
+  assert gathered_shapes(evaluate) <= layer_shapes(params)
+  assert evaluate.by_kind()["all-reduce"]["bytes"] <= SCALARS
+
+
+def test_counts_of_a_program_written_by_hand():
+  """A loop of 5 trips with a gather in it; an all-reduce behind."""
+  mesh = sharding.make_mesh(1, 8)
+
+  def body(x):
+    def step(carry, _):
+      whole = jax.lax.all_gather(carry, "fsdp", tiled=True)
+      return carry + whole.sum(), None
+
+    x, _ = jax.lax.scan(step, x, length=5)
+    return jax.lax.psum(x @ x, "fsdp")
+
+  spec = jax.sharding.PartitionSpec("fsdp")
+  jitted = jax.jit(
+    sharding.over_devices(body, mesh, (spec,), jax.sharding.PartitionSpec())
+  )
+  traced = jitted.trace(jax.ShapeDtypeStruct((64,), np.float32))
+  found = hlo.analyse(traced.lower().compile().as_text())
+  assert found.by_kind() == {
+    "all-gather": {"count": 5, "bytes": 5 * 64 * 4},
+    "all-reduce": {"count": 1, "bytes": 4},
+  }
+  assert found.bytes > found.bytes_once
+  assert hlo.matmul_flops(traced.jaxpr, 8) == 2 * 8
+  with pytest.raises(ValueError, match="no ENTRY"):
+    hlo.analyse("HloModule empty")
