@@ -1,0 +1,199 @@
+"""compile_check: real TPU topologies, compiled for without a TPU."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from configs import cifar10, digits
+from drift_jax import artifacts, experiment
+from drift_jax import config as config_lib
+from drift_jax.tools import compile_check
+
+ROOT = pathlib.Path(__file__).parent.parent
+# Widths that TPUs tile evenly, one label a chip.
+SMALL = (
+  "--config=configs/digits.py",
+  "--config.model.hidden_size=128",
+  "--config.model.cond_dim=128",
+  "--config.model.num_heads=2",
+  "--config.model.depth=3",
+  "--config.batch.positives=8",
+  "--config.eval.batch_size=16",
+)
+
+
+def run(*arguments, ok=True):
+  done = subprocess.run(
+    [sys.executable, "-m", "drift_jax.tools.compile_check", *arguments],
+    cwd=ROOT,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert (done.returncode == 0) == ok, done.stdout + done.stderr[-3000:]
+  return done
+
+
+@pytest.fixture(scope="module")
+def v6e(tmp_path_factory):
+  """(report, text) of a small generator on 16 chips of v6e."""
+  file = tmp_path_factory.mktemp("check") / "report.json"
+  done = run(
+    *SMALL, "--topology=v6e:4x4", "--mesh=data=2,fsdp=8", f"--json={file}"
+  )
+  return json.loads(file.read_text()), done.stdout
+
+
+def test_a_small_model_on_a_real_topology(v6e):
+  report, text = v6e
+  assert report["devices"] == 16
+  assert report["device_kind"] == "TPU v6 lite"
+  assert report["mesh"] == {"data": 2, "fsdp": 8}
+  assert [entry["program"] for entry in report["programs"]] == [
+    "train",
+    "sample",
+  ]
+  train, sample = report["programs"]
+  assert train["fits"] and sample["fits"]
+  sizes = train["arguments"]
+  # AdamW's two moments and two averages beside the parameters, in eighths.
+  config = config_lib.parse(digits.get_config())
+  assert sizes["optimizer"] == 2 * sizes["params"] + 8  # two counters
+  assert sizes["ema"] == len(config.ema.decays) * sizes["params"]
+  assert sum(sizes.values()) < train["peak"] < train["available"]
+  assert train["activations"] > 0
+  assert train["flops"] > 3 * sample["flops"]
+  assert train["bytes_accessed"] > sample["bytes_accessed"] > 0
+  assert train["estimated_seconds"] > 0
+  for word in ("train: fits", "params", "optimizer", "TFLOP", "all-gather"):
+    assert word in text, text
+
+
+def test_collectives_of_a_tpu(v6e):
+  """No activation is moved, and gradients are reduce-scattered."""
+  train, sample = v6e[0]["programs"]
+  assert set(sample["collectives"]) == {"all-gather"}
+  kinds = train["collectives"]
+  assert set(kinds) == {"all-gather", "all-reduce", "reduce-scatter"}
+  sharded = 8 * train["arguments"]["params"]
+  assert 0 < kinds["reduce-scatter"]["bytes"] <= sharded
+  assert kinds["reduce-scatter"]["bytes"] > 0.8 * sharded
+  assert kinds["all-gather"]["bytes"] <= 2 * sharded
+  assert kinds["all-reduce"]["bytes"] < 0.5 * sharded
+
+
+def test_what_does_not_fit_is_told():
+  done = run(
+    *SMALL,
+    "--topology=v5e:2x2",
+    "--config.batch.generated=65536",
+    "--programs=train",
+    "--json=-",
+    ok=False,
+  )
+  assert done.returncode == 1
+  report = json.loads(done.stdout)
+  (train,) = report["programs"]
+  assert train["fits"] is False
+  assert train["peak"] > train["available"] == int(15.75 * 2**30)
+  assert "emory" in train["message"]
+  assert any("model.remat" in line for line in train["advice"])
+  assert any("batch.generated" in line for line in train["advice"])
+
+
+def test_the_devices_that_are_there():
+  """Without a topology; nobody says how much memory a CPU has."""
+  config = config_lib.parse(digits.get_config("encoder"))
+  config = dataclasses.replace(
+    config,
+    model=dataclasses.replace(config.model, base_channels=4),
+    mae=dataclasses.replace(config.mae, batch_size=16),
+    eval=dataclasses.replace(config.eval, batch_size=16),
+  )
+  (report,) = compile_check.check(config, jax.devices(), ["evaluate"])
+  assert report.fits is None and report.available is None
+  assert report.peak >= sum(report.arguments.values())
+  text = compile_check.describe(
+    {
+      "config": "c",
+      "topology": "local",
+      "devices": 8,
+      "device_kind": "cpu",
+      "mesh": {"data": 8, "fsdp": 1},
+    },
+    [report],
+  )
+  assert "evaluate: compiled, " in text and "all-reduce" in text
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (("--topology=v6e",), "--topology='v6e': want GENERATION:CHIPS"),
+    (("--topology=v9z:4x4",), "v9z:4x4.*valid ones"),
+    (("--mesh=rows=2",), r"'rows=2' is not AXIS=SIZE.*'data', 'fsdp'"),
+    (("--mesh=data=3,fsdp=1",), "data=3 x fsdp=1 = 3 devices.*are 1"),
+    (("--programs=trian",), r"no 'trian'.*'train', 'sample'"),
+    (("--config.model.num_classes=0",), "model.num_classes=0.*set it"),
+  ],
+)
+def test_mistakes_are_one_line(arguments, message):
+  done = run("--config=configs/digits.py", *arguments, ok=False)
+  (line,) = done.stderr.strip().splitlines()[-1:]
+  assert line.startswith("Error: "), done.stderr
+  assert re.search(message, line), line
+  assert "Traceback" not in done.stderr
+
+
+def test_models_that_nothing_describes():
+  config = cifar10.get_config()
+  config.model.num_classes = 10
+  config.encoders.mae.path = "nowhere"
+  config = config_lib.parse(config)
+  with pytest.raises(
+    artifacts.ArtifactError, match=r"encoders\.mae\.path='nowhere'.*model is"
+  ):
+    compile_check.check(config, jax.devices())
+
+
+def test_labels_that_do_not_divide():
+  config = config_lib.parse(digits.get_config())
+  config = dataclasses.replace(
+    config, batch=dataclasses.replace(config.batch, labels=12)
+  )
+  with pytest.raises(config_lib.ConfigError, match=r"batch\.labels=12.*8"):
+    compile_check.check(config, jax.devices())
+
+
+def test_sizes_in_compilers_messages():
+  message = (
+    "RESOURCE_EXHAUSTED: E1000: Ran out of memory on HBM, the total memory "
+    "required for HLO temporaries (32.93G) exceeds available HBM (31.24G)."
+  )
+  assert compile_check.needed_bytes(message) == int(32.93 * 2**30)
+  message = "Ran out of memory in memory space hbm. Used 512.00M of 16G hbm."
+  assert compile_check.needed_bytes(message) == 512 * 2**20
+  assert compile_check.needed_bytes("something else") is None
+
+
+def test_every_published_config_is_described():
+  """Their networks need not be there: all programs can be made."""
+  from drift_jax import sharding
+  from tests.published_configs_test import MAES, TABLE_8, get
+
+  mesh = sharding.make_mesh(1, 8)
+  for name, variant in (*TABLE_8, *MAES):
+    names = [p.name for p in experiment.programs(get(name, variant), mesh)]
+    if name.startswith("mae"):
+      assert names == ["train", "evaluate"]
+    else:
+      decode = ["decode"] if name == "imagenet_latent" else []
+      assert names == ["train", "sample", *decode, "judge inception"]
