@@ -102,6 +102,8 @@ case $command in
     fi
     ;;
   setup)
+    [ -n "$repository" ] || [ "$ref" = HEAD ] ||
+      die "--ref='$ref' needs --repository=URL"
     tool
     steps=('cd drift_jax' 'bash launch/install.sh tpu')
     if [ -n "$repository" ]; then
@@ -112,7 +114,6 @@ case $command in
         "${steps[@]}"
       )
     else
-      [ "$ref" = HEAD ] || die "--ref='$ref' needs --repository=URL"
       if [ -n "$(git -C "$root" status --porcelain 2>/dev/null)" ]; then
         echo "Changes that are not committed stay here." >&2
       fi
