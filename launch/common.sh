@@ -96,8 +96,8 @@ check_config() {
     "are $(cd "$root" && grep -l '^def get_config' configs/*.py | tr '\n' ' ')"
 }
 
-# check_workdir [WHERE]: gs://, s3://, or else a path: with WHERE, one that
-# begins with / and exists WHERE.
+# check_workdir WHERE: gs://, s3://, or else a path: unless WHERE is empty, one
+# that begins with / and is found WHERE.
 check_workdir() {
   case $workdir in
     gs://* | s3://*)
@@ -107,7 +107,7 @@ check_workdir() {
       ;;
     *://*) ;;
     /*) return ;;
-    *) [ -n "${1:-}" ] || return 0 ;;
+    *) [ -n "$1" ] || return 0 ;;
   esac
   die "--workdir='$workdir': valid options are gs://BUCKET/PATH," \
     "s3://BUCKET/PATH and ${1:+an absolute }path${1:+ $1}"

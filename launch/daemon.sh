@@ -16,7 +16,7 @@ folder=${DAEMON_FOLDER:-$HOME/.drift_jax}
 # Sets pid; a file from before a reboot may name someone else's process.
 running() {
   pid=$(cat "$folder/pid" 2>/dev/null) &&
-    ps -o args= -p "$pid" 2>/dev/null | grep -q 'launch/restart\.sh'
+    grep -aq 'launch/restart\.sh' "/proc/$pid/cmdline" 2>/dev/null
 }
 
 command=${1:-}
