@@ -78,9 +78,12 @@ for ((count = 0; ; count++)); do
     exit "$code"
   fi
   say "exit code $code: restart $((count + 1)) of $limit in $delay s"
-  sleep "$delay" &
-  wait $!
-  kill $! 2>/dev/null # after a signal it would keep stderr open
+  # By the second, because a signal may come just before the wait.
+  for ((left = delay; left > 0; left--)); do
+    [ -z "$stopped" ] || break
+    sleep 1 &
+    wait $!
+  done
 done
 say "exit code $code${stopped:+ after SIG$stopped}: not started again"
 exit "$code"
