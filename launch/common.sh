@@ -110,7 +110,7 @@ check_workdir() {
     *) [ -n "$1" ] || return 0 ;;
   esac
   die "--workdir='$workdir': valid options are gs://BUCKET/PATH," \
-    "s3://BUCKET/PATH and ${1:+an absolute }path${1:+ $1}"
+    "s3://BUCKET/PATH and ${1:+an absolute path }${1:-a path}"
 }
 
 # need TOOL WHERE: it is installed, or nothing but a dry run is asked for.

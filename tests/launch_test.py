@@ -1,5 +1,6 @@
 """The launchers, in real shells; gcloud and the like are stand-ins."""
 
+import contextlib
 import fnmatch
 import os
 import pathlib
@@ -279,6 +280,7 @@ def test_a_tool_that_is_missing(script, tool, arguments):
     ("docker.sh run CONFIG --workdir=a --data=no/such", "no such folder"),
     ("docker.sh run CONFIG --workdir=a,b", "docker can't mount"),
     ("slurm.sbatch CONFIG", "--workdir is missing; see"),
+    ("slurm.sbatch CONFIG --workdir=hdfs://a/b", "s3://BUCKET/PATH and a p"),
     ("slurm.sbatch CONFIG --workdir=a --nodes=0", "--nodes='0': want a number"),
     ("slurm.sbatch CONFIG --workdir=a --gpus-per-node=all", "want a number fr"),
     ("install.sh rocm", "'rocm': valid options are cpu cuda12 cuda13 tpu"),
@@ -521,15 +523,20 @@ def test_restart_forwards(tmp_path, sent, code):
   process = subprocess.Popen(
     ["bash", LAUNCH / "restart.sh", sys.executable, "-c", program],
     cwd=tmp_path,
-    stderr=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
+    text=True,
   )
   log = tmp_path / "log"
   wait_for(lambda: log.exists() and log.read_text() == "started\n")
   process.send_signal(sent)
   wait_for(lambda: "signal" in log.read_text())
   process.send_signal(sent)
-  assert process.wait(10) == code
-  assert log.read_text() == "started\nsignal\n"
+  _, said = process.communicate(timeout=10)
+  assert process.returncode == code
+  assert said.endswith(
+    f"exit code {code} after {sent.name}: not started again\n"
+  )
+  assert said.count("\n") == 1 and log.read_text() == "started\nsignal\n"
 
 
 def test_restart_is_stopped_between_starts(tmp_path):
@@ -554,15 +561,22 @@ def test_restart_settings():
   assert done.stderr == "Error: MAX_RESTARTS=some: want a number from 0\n"
 
 
+def command_line(pid):
+  """Empty of a process that has ended, a zombie or not."""
+  try:
+    return pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+  except OSError:
+    return b""
+
+
 def test_daemon(tmp_path):
   env = os.environ | {
     "DAEMON_FOLDER": str(tmp_path),
-    "STOP_SECONDS": "1",
-    "RESTART_DELAY": "0",
+    "STOP_SECONDS": "20",
   }
 
   def daemon(*arguments):
-    done = call("daemon.sh", *arguments, env=env)
+    done = call("daemon.sh", *arguments, env=env, cwd=tmp_path)
     return done.returncode, done.stdout + done.stderr
 
   assert "not running" in daemon("status")[1]
@@ -582,13 +596,20 @@ def test_daemon(tmp_path):
   assert "not running" in daemon("stop")[1]
 
   # One that does not want to end.
-  assert (
-    daemon("start", "bash", "-c", f"trap '' TERM; echo no; {sleeps}")[0] == 0
-  )
-  wait_for(lambda: "no" in log.read_text().splitlines())
-  code, said = daemon("stop")
-  assert code == 0 and "killed, after 1 s" in said
-  assert "not running" in daemon("status")[1]
+  env["STOP_SECONDS"] = "1"
+  written = tmp_path / "pid_of_it"
+  stays = f"trap '' TERM; echo $$ >pid_of_it; {sleeps}"
+  assert daemon("start", "bash", "-c", stays)[0] == 0
+  wait_for(lambda: written.is_file() and written.read_text())
+  pid = int(written.read_text())
+  try:
+    code, said = daemon("stop")
+    assert code == 0 and "killed, after 1 s" in said
+    assert "not running" in daemon("status")[1]
+    wait_for(lambda: not command_line(pid))
+  finally:
+    with contextlib.suppress(ProcessLookupError):
+      os.kill(pid, signal.SIGKILL)
 
 
 # Slurm, in the job.
@@ -675,6 +696,54 @@ def test_slurm_submits_one_process_a_gpu(tmp_path):
   assert {"--requeue", "--signal=TERM@120"} <= set(
     re.findall(r"^#SBATCH (\S+)$", text, re.M)
   )
+
+
+# Environments.
+
+
+@pytest.mark.parametrize(
+  ("python3", "made"),
+  [
+    (312, ["-m venv .venv"]),
+    (
+      310,
+      [
+        "-m pip install --quiet --user uv",
+        "-m uv venv --quiet --seed --python 3.12 .venv",
+      ],
+    ),
+  ],
+)
+def test_install(programs, tmp_path, python3, made):
+  """Where python3 is too old, a newer one is fetched."""
+  stand_in = """#!/usr/bin/env bash
+    case $* in
+      -c*) exit $((VERSION < 311)) ;;
+      *venv*) mkdir -p .venv/bin; cp "$STAND_IN" .venv/bin/python ;;
+    esac
+    echo "$@" >>record
+  """
+  (programs / "python3").write_text(stand_in.replace("VERSION", str(python3)))
+  (programs / "new").write_text(stand_in.replace("VERSION", "312"))
+  (programs / "cp").symlink_to(shutil.which("cp", path=os.defpath) or "")
+  for name in ("python3", "new"):
+    (programs / name).chmod(0o755)
+  shutil.copytree(LAUNCH, tmp_path / "launch")
+  env = os.environ | {"STAND_IN": str(programs / "new")}
+  env.pop("PYTHON", None)
+  pip = "-m pip install --quiet --disable-pip-version-check -r"
+  for packages in ("jax[tpu]", ""):
+    done = subprocess.run(
+      ["bash", "launch/install.sh", packages[4:-1] or "cpu"],
+      cwd=tmp_path,
+      env=env,
+      capture_output=True,
+      text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    # The second time, what was made is there.
+    made = [*made, f"{pip} requirements.txt {packages}".strip()]
+    assert (tmp_path / "record").read_text().splitlines() == made
 
 
 # The image.

@@ -33,8 +33,6 @@ def test_is_kept_without_outputs():
   assert PATH.read_text() == nbformat.writes(notebook) + "\n"  # indent 1
 
 
-# Of the kernel's client, not ours.
-@pytest.mark.filterwarnings("default")
 def test_runs(tmp_path, monkeypatch):
   workdir = tmp_path / "run"
   for name, value in {
