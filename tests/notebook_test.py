@@ -1,0 +1,76 @@
+"""launch/colab.ipynb runs from top to bottom, on CPU with its small setting."""
+
+import base64
+import os
+import pathlib
+
+import nbclient
+import nbformat
+import pytest
+
+PATH = pathlib.Path(__file__).parent.parent / "launch" / "colab.ipynb"
+
+
+def outputs(notebook, cell_id):
+  """(all text, the bytes of all PNGs) that a cell printed and showed."""
+  (cell,) = [cell for cell in notebook.cells if cell.id == cell_id]
+  text = "".join(o.text for o in cell.outputs if o.output_type == "stream")
+  images = [
+    base64.b64decode(o.data["image/png"])
+    for o in cell.outputs
+    if o.output_type == "display_data" and "image/png" in o.data
+  ]
+  return text, images
+
+
+def test_is_kept_without_outputs():
+  notebook = nbformat.read(PATH, as_version=4)
+  nbformat.validate(notebook)
+  assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+  for cell in notebook.cells:
+    if cell.cell_type == "code":
+      assert cell.outputs == [] and cell.execution_count is None, cell.id
+  assert PATH.read_text() == nbformat.writes(notebook) + "\n"  # indent 1
+
+
+def test_runs(tmp_path, monkeypatch):
+  workdir = tmp_path / "run"
+  for name, value in {
+    "DRIFT_JAX_CONFIG": "configs/digits.py:smoke",
+    "DRIFT_JAX_WORKDIR": str(workdir),
+    "IPYTHONDIR": str(tmp_path / "ipython"),
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+  }.items():
+    monkeypatch.setenv(name, value)
+  monkeypatch.delenv("DRIFT_JAX_REPOSITORY", raising=False)
+  notebook = nbformat.read(PATH, as_version=4)
+  nbclient.NotebookClient(
+    notebook,
+    timeout=300,
+    kernel_name="python3",
+    resources={"metadata": {"path": str(PATH.parent)}},
+  ).execute()
+
+  text, _ = outputs(notebook, "install")
+  assert text == f"In {PATH.parent.parent}\n"  # nothing was installed
+  assert "eval step 20, alpha 1:" in outputs(notebook, "train")[0]
+  assert len(outputs(notebook, "curves")[1]) == 2
+  _, images = outputs(notebook, "samples")
+  assert images == [(workdir / "samples" / "step_0000020.png").read_bytes()]
+  text, images = outputs(notebook, "alphas")
+  assert "alpha 1:" in text and "alpha 3:" in text
+  assert images == [
+    (workdir / f"alpha_{alpha}.png").read_bytes() for alpha in (1, 3)
+  ]
+
+
+def test_says_where_the_code_should_come_from(tmp_path, monkeypatch):
+  """Outside of a clone, without an address to clone from."""
+  notebook = nbformat.read(PATH, as_version=4)
+  code = {cell.id: cell.source for cell in notebook.cells}
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv("DRIFT_JAX_REPOSITORY", "")
+  assert os.listdir() == []
+  with pytest.raises(ValueError, match="REPOSITORY is empty"):
+    exec(code["parameters"] + "\n" + code["install"], {})
