@@ -14,14 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 BATCH_AXES = ("data", "fsdp")
 FSDP = "fsdp"
 
 # (pattern of a leaf's path, what to do): the first match decides. 'fsdp'
-# shards the largest axis that the mesh axis divides; 'replicate' keeps a copy
-# on every device. Paths look like "params/blocks/qkv/kernel".
+# shards the largest axis that the mesh axis divides, the last one if there is
+# no other; 'replicate' keeps a copy on every device. Paths look like "params/blocks/qkv/kernel".
 Rules = tuple[tuple[str, str], ...]
 RULES: Rules = (
   # Norm scales, biases and scalars are too small to be worth a collective.
@@ -55,12 +56,11 @@ def make_mesh(
       f"mesh data={data} x fsdp={fsdp} = {known} devices, but there are "
       f"{len(devices)}: make one size -1 or change the product"
     )
-  return jax.make_mesh(
-    tuple(sizes.values()),
-    tuple(sizes),
-    axis_types=(AxisType.Auto,) * len(sizes),
-    devices=devices,
+  # As the chips are wired; an axis of them may be split between two of ours.
+  grid = mesh_utils.create_device_mesh(
+    tuple(sizes.values()), devices, allow_split_physical_axes=True
   )
+  return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def path_name(path: Sequence[Any]) -> str:
@@ -89,8 +89,9 @@ def spec_for(
     axes = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
     if fsdp == 1 or not axes:
       return PartitionSpec()
-    # The last of the largest axes: stacked layers keep their leading axis.
-    best = max(axes, key=lambda axis: (shape[axis], axis))
+    # The largest: stacked layers keep their leading axis. But the last one
+    # only if need be: TPUs pad it, and take parts of it apart again.
+    best = max(axes, key=lambda axis: (axis < len(shape) - 1, shape[axis]))
     return PartitionSpec(*([None] * best), "fsdp")
   raise ValueError(f"no sharding rule matches {name!r} of shape {shape}")
 

@@ -82,6 +82,9 @@ def test_collectives_of_a_tpu(v6e):
   train, sample = v6e[0]["programs"]
   assert set(sample["collectives"]) == {"all-gather"}
   kinds = train["collectives"]
+  # TPUs shift the odd rows of reduce-scatters that they have put together.
+  shifted = kinds.pop("collective-permute", {"bytes": 0})["bytes"]
+  assert shifted < 0.05 * kinds["reduce-scatter"]["bytes"]
   assert set(kinds) == {"all-gather", "all-reduce", "reduce-scatter"}
   sharded = 8 * train["arguments"]["params"]
   assert 0 < kinds["reduce-scatter"]["bytes"] <= sharded
@@ -140,7 +143,7 @@ def test_the_devices_that_are_there():
     (("--topology=v6e",), "--topology='v6e': want GENERATION:CHIPS"),
     (("--topology=v9z:4x4",), "v9z:4x4.*valid ones"),
     (("--mesh=rows=2",), r"'rows=2' is not AXIS=SIZE.*'data', 'fsdp'"),
-    (("--mesh=data=3,fsdp=1",), "data=3 x fsdp=1 = 3 devices.*are 1"),
+    (("--mesh=data=3",), "mesh data=3, fsdp=1 does not fit 1 devices"),
     (("--programs=trian",), r"no 'trian'.*'train', 'sample'"),
     (("--config.model.num_classes=0",), "model.num_classes=0.*set it"),
   ],

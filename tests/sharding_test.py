@@ -30,9 +30,10 @@ def test_mesh_that_does_not_fit(sizes):
 @pytest.mark.parametrize(
   ("name", "shape", "spec"),
   [
-    ("params/blocks/mlp/up/kernel", (12, 64, 192), (None, None, "fsdp")),
+    ("params/blocks/mlp/up/kernel", (12, 64, 192), (None, "fsdp")),
     ("params/blocks/mlp/down/kernel", (12, 192, 64), (None, "fsdp")),
-    ("params/square/kernel", (64, 64), (None, "fsdp")),
+    ("params/square/kernel", (64, 64), ("fsdp",)),
+    ("params/last/kernel", (3, 3, 5, 64), (None, None, None, "fsdp")),
     ("params/odd/kernel", (3, 5), ()),
     ("params/blocks/norm/scale", (12, 64), ()),
     ("opt_state/1/0/count", (), ()),
