@@ -22,7 +22,8 @@ FSDP = "fsdp"
 
 # (pattern of a leaf's path, what to do): the first match decides. 'fsdp'
 # shards the largest axis that the mesh axis divides, the last one if there is
-# no other; 'replicate' keeps a copy on every device. Paths look like "params/blocks/qkv/kernel".
+# no other; 'replicate' keeps a copy on every device. Paths look like
+# "params/blocks/qkv/kernel".
 Rules = tuple[tuple[str, str], ...]
 RULES: Rules = (
   # Norm scales, biases and scalars are too small to be worth a collective.
