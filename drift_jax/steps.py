@@ -6,6 +6,7 @@ beforehand, so that a step is the same on any mesh, up to rounding.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -192,13 +193,11 @@ def generator_loss(
   weight = None
   if num_unconditional:
     weight = drift.unconditional_weight(draws.alpha, repeats, num_unconditional)
-  total = jnp.zeros((), jnp.float32)
-  per_feature, info = {}, {}
-  for key, x in generated.items():
-    x = _problems(x, num_labels)
-    y = _problems(real_features[key], num_labels)
+
+  def loss_of(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Any]:
+    x, y = (_problems(features, num_labels) for features in pair)
     locations = len(x) // num_labels
-    loss, info[key] = drift.drift_loss(
+    loss, info = drift.drift_loss(
       x,
       y[:, :num_positives],
       y[:, num_positives:] if num_unconditional else None,
@@ -210,9 +209,39 @@ def generator_loss(
       **task.drift,
       axis_name=() if layout is None else sharding.BATCH_AXES,
     )
-    per_feature[key] = loss.mean()
-    total = total + per_feature[key]
+    return loss.mean(), info
+
+  losses = _map_alike(
+    loss_of, {key: (x, real_features[key]) for key, x in generated.items()}
+  )
+  per_feature = {key: loss for key, (loss, _) in losses.items()}
+  total = functools.reduce(jnp.add, per_feature.values())
+  info = {key: info for key, (_, info) in losses.items()}
   return total, {"samples": samples, "per_feature": per_feature, "info": info}
+
+
+def _map_alike(
+  function: Callable[[Any], Any], values: Mapping[str, Any]
+) -> dict[str, Any]:
+  """{key: function(value)}; values of equal shapes share one loop.
+
+  A network's features have few shapes: the function is compiled once for
+  each, not once for each key.
+  """
+  alike: dict[Any, list[str]] = {}
+  for key, value in values.items():
+    shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(value))
+    alike.setdefault(shapes, []).append(key)
+  out = {}
+  for keys in alike.values():
+    if len(keys) == 1:
+      out[keys[0]] = function(values[keys[0]])
+      continue
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *(values[k] for k in keys))
+    results = jax.lax.map(function, stacked)
+    for i, key in enumerate(keys):
+      out[key] = jax.tree.map(lambda x, i=i: x[i], results)
+  return {key: out[key] for key in values}
 
 
 def _mean_over(values: list[jax.Array]) -> jax.Array:
