@@ -14,6 +14,7 @@ RANKS = {
   "console": 0,
   "streams": 0,
   "data": 1,
+  "exits": 1,
   "models": 1,
   "optim": 1,
   "artifacts": 2,
