@@ -20,7 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from jax.experimental import multihost_utils
@@ -130,10 +130,10 @@ class _Watch(threading.Thread):
           f"{self._patience:.0f} s; {AGAIN}.",
         )
 
-  def _silent(self, client: object) -> int | None:
+  def _silent(self, client: Any) -> int | None:
     """A process that has said nothing new for too long."""
     now = time.monotonic()
-    for key, sign in client.key_value_dir_get(_ALIVE):  # type: ignore
+    for key, sign in client.key_value_dir_get(_ALIVE):
       if self._seen.get(key, ("", 0.0))[0] != sign:
         self._seen[key] = (sign, now)
     for key, (_, since) in self._seen.items():
@@ -146,10 +146,11 @@ class _Watch(threading.Thread):
 _ending = threading.Lock()
 
 
-def _last_words(client: object) -> tuple[int, int, str] | None:
+def _last_words(client: Any) -> tuple[int, int, str] | None:
   """(exit code, process, reason) of the first process that ended."""
   try:
-    return tuple(json.loads(client.key_value_try_get(_END)))  # type: ignore
+    code, process, reason = json.loads(client.key_value_try_get(_END))
+    return code, process, reason
   except jax.errors.JaxRuntimeError as error:
     if "NOT_FOUND" in str(error):
       return None

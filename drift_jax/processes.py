@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 # Bytes of one process that a collective moves at a time.
@@ -121,7 +122,7 @@ def several() -> bool:
 
 def client() -> Any:
   """JAX's connection to the coordination service; None if it is alone."""
-  return jax._src.distributed.global_state.client
+  return distributed.global_state.client
 
 
 def is_lost_peer(error: BaseException) -> bool:
