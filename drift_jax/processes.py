@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 _CHUNK_BYTES = 2**24
 # How long processes wait for each other at the start; where JAX itself gives
 # up, it ends the process without a Python exception.
-_JOIN_SECONDS = 50
+_JOIN_SECONDS = 45
 HEARTBEAT_SECONDS = 100
 # What collectives and the coordination service say where a process is gone;
 # the last two are of NCCL and of Orbax' barriers.
