@@ -71,6 +71,10 @@ def _shared(task: str) -> ConfigDict:
   config.mesh = ConfigDict()  # sizes of the device mesh; -1: all that are left
   config.mesh.data = -1
   config.mesh.fsdp = 1
+
+  config.processes = ConfigDict()
+  # Seconds after which a silent process counts as lost.
+  config.processes.heartbeat_timeout = 100
   return config
 
 

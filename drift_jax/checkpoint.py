@@ -1,5 +1,8 @@
 """Orbax checkpoints of everything that the next step needs.
 
+Several processes write and read one checkpoint together, each its own shards;
+the first one looks after names and checksums.
+
 A checkpoint holds the training state (parameters, optimiser, EMAs, step and
 random key) and the feed's state (data position and sample queue). Saving is
 asynchronous; after the commit every file's size and CRC-32 go into the
@@ -12,6 +15,7 @@ import json
 import math
 import os
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +23,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
+from drift_jax import processes
 from drift_jax.console import logger
 
 CHECKSUMS = "checksums.json"
@@ -237,7 +242,7 @@ class Checkpointer:
     # What the manager no longer lists is being deleted.
     kept = self.steps()
     for step in self._pending:
-      if step in kept and jax.process_index() == 0:
+      if step in kept and processes.is_first():
         self._checksums.append(
           self._executor.submit(_write_checksums, self._directory / str(step))
         )
@@ -267,25 +272,35 @@ class Checkpointer:
       self._manager.close()
 
   def restore(
-    self, abstract_state: Any, abstract_feed: Any, step: int | None = None
+    self,
+    abstract_state: Any,
+    abstract_feed: Callable[[Any], Any],
+    step: int | None = None,
   ) -> tuple[Any, Any] | None:
     """The newest (or the given) checkpoint as (state, feed); None if none.
 
-    The targets are trees of ShapeDtypeStruct with shardings: any mesh will
-    do, whatever mesh saved it.
+    The targets are trees of ShapeDtypeStruct with shardings: any mesh and any
+    number of processes will do, whatever saved it.
+
+    Args:
+      abstract_state: the state's target.
+      abstract_feed: gives the feed's target, called with a tree that has the
+        shapes of what was saved.
+      step: None for the newest.
 
     Raises:
       CheckpointError: for a damaged checkpoint, unless on_corrupt='previous',
         which sets it aside and goes on with the one before it.
+      PeerError: the same, found by the first of several processes.
     """
-    items = ocp.args.Composite(
-      state=ocp.args.StandardRestore(abstract_state),
-      feed=ocp.args.StandardRestore(abstract_feed),
-    )
-    while (chosen := self.latest_step() if step is None else step) is not None:
+    while (chosen := self._chosen(step)) is not None:
       problem = self._problem(chosen)
       if problem is None:
         try:
+          items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract_state),
+            feed=ocp.args.StandardRestore(abstract_feed(self._shapes(chosen))),
+          )
           restored = self._manager.restore(chosen, args=items)
           return restored["state"], restored["feed"]
         except jax.errors.JaxRuntimeError:
@@ -294,10 +309,31 @@ class Checkpointer:
           if (self._directory / str(chosen) / CHECKSUMS).exists():
             raise  # The files are as written: it is not damage.
           problem = f"{type(error).__name__}: {str(error)[:500]}"
+          if processes.several():
+            # The others may have read it, or wait for this process.
+            raise CheckpointError(
+              f"checkpoint {self._directory / str(chosen)} is damaged: "
+              f"{problem}. Restore its files, or move it away to go on from "
+              "the one before it"
+            ) from error
       self._set_aside(chosen, problem, given=step is not None)
     return None
 
+  def _chosen(self, step: int | None) -> int | None:
+    """The given step, or the newest that the first process sees."""
+    return processes.from_first(self.latest_step) if step is None else step
+
+  def _shapes(self, step: int) -> Any:
+    """The tree that was saved of the feed, with shapes."""
+    with ocp.PyTreeCheckpointer() as reader:
+      found = reader.metadata(self._directory / str(step) / "feed")
+    return found.item_metadata.tree
+
   def _problem(self, step: int) -> str | None:
+    """What is wrong with a checkpoint, as the first process finds."""
+    return processes.from_first(lambda: self._find_problem(step))
+
+  def _find_problem(self, step: int) -> str | None:
     directory = self._directory / str(step)
     if not directory.exists():
       raise CheckpointError(
@@ -332,17 +368,21 @@ class Checkpointer:
       raise CheckpointError(
         f"checkpoint {directory} is damaged: {problem}. {remedy}."
       )
-    aside = _free_name(self._directory / f"damaged_{step}")
-    logger.error(
-      "Checkpoint %s is damaged: %s. It is kept as %s; going on from step %d "
-      "(checkpoint.on_corrupt=previous).",
-      directory,
-      problem,
-      aside,
-      before[-1],
-    )
+
+    def rename() -> None:
+      aside = _free_name(self._directory / f"damaged_{step}")
+      logger.error(
+        "Checkpoint %s is damaged: %s. It is kept as %s; going on from step %d "
+        "(checkpoint.on_corrupt=previous).",
+        directory,
+        problem,
+        aside,
+        before[-1],
+      )
+      directory.rename(aside)
+
     self._manager.close()
-    directory.rename(aside)
+    processes.from_first(rename)
     self._manager = self._open()
 
   def restore_subtree(
@@ -358,7 +398,7 @@ class Checkpointer:
     Raises:
       CheckpointError: if there is no such checkpoint or it is damaged.
     """
-    chosen = self.latest_step() if step is None else step
+    chosen = self._chosen(step)
     if chosen is None:
       raise CheckpointError(f"there is no checkpoint in {self._directory}")
     if problem := self._problem(chosen):

@@ -24,18 +24,31 @@ class _Handler(logging.Handler):
     tqdm.write(self.format(record), file=sys.stderr)
 
 
-def setup() -> None:
+def setup(process: int = 0) -> None:
   """Sends this package's messages to stderr; other packages' only from
-  warnings up. Called by entry points, never at import."""
+  warnings up. Called by entry points, never at import.
+
+  Args:
+    process: whose they are; of all but the first only warnings are shown, and
+      its number in front of them.
+  """
   handler = _Handler()
-  handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+  number = f"process {process}: " if process else ""
+  handler.setFormatter(
+    logging.Formatter(f"%(asctime)s {number}%(message)s", "%H:%M:%S")
+  )
   logger.handlers[:] = [handler]
   logger.propagate = False
-  logger.setLevel(logging.INFO)
+  logger.setLevel(logging.WARNING if process else logging.INFO)
   absl_logging.set_verbosity(absl_logging.WARNING)
   absl_logging.get_absl_logger().addFilter(
     lambda record: _EXPECTED not in record.getMessage()
   )
+
+
+def shows_bars() -> bool:
+  """Whether progress is a bar on a terminal, which one process draws."""
+  return sys.stderr.isatty() and logger.isEnabledFor(logging.INFO)
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,7 +67,7 @@ class Progress:
     self._done = 0
     self._start = self._logged = time.monotonic()
     self._bar = tqdm(
-      total=total, desc=what, unit="img", disable=not sys.stderr.isatty()
+      total=total, desc=what, unit="img", disable=not shows_bars()
     )
 
   def update(self, count: int) -> None:

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -12,7 +11,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from drift_jax import checkpoint, data
+from drift_jax import checkpoint, console, data, exits
 from drift_jax.console import logger
 from drift_jax.state import TrainState
 
@@ -38,7 +37,7 @@ class Feed(Protocol):
 
   def state(self) -> dict[str, Any]: ...
 
-  def abstract(self) -> dict[str, Any]: ...
+  def abstract(self, saved: Any) -> dict[str, Any]: ...
 
   def restore(self, state: dict[str, Any]) -> None: ...
 
@@ -80,7 +79,7 @@ def restore_or_start(
   interrupted run would have drawn. Random streams need nothing more: they are
   folded from the state's key and step, and from the feed's position.
   """
-  restored = checkpointer.restore(abstract_state, feed.abstract())
+  restored = checkpointer.restore(abstract_state, feed.abstract)
   if restored is None:
     logger.info("Starting a new run.")
     feed.start()
@@ -149,7 +148,7 @@ class _Progress:
   def __init__(self, first: int, total: int):
     self._bar = (
       tqdm(total=total, initial=first, unit="step", dynamic_ncols=True)
-      if sys.stderr.isatty()
+      if console.shows_bars()
       else None
     )
     self._total = total
@@ -225,6 +224,7 @@ def fit(
   best_metric: Callable[[dict[str, float]], dict[str, float] | None],
   checkpointer: checkpoint.Checkpointer,
   writer: Writer,
+  preempted: Callable[[int], bool] = lambda number: False,
 ) -> TrainState:
   """Runs to schedule.num_steps from wherever the state stands.
 
@@ -240,8 +240,13 @@ def fit(
       scalars.
     checkpointer: saved to after an evaluation of the same step.
     writer: receives the metrics.
+    preempted: asked behind each step with its number, 1 for the first one
+      here, whether to stop. The run then takes the batches that have been
+      drawn, at most `prefetch` of them, and is saved: what is drawn cannot be
+      put back. With several processes the answers are the same in all.
 
   Raises:
+    Preempted: `preempted` said so, and the state is saved.
     ValueError: the state is already past schedule.num_steps.
     NonFiniteError: a step's loss, gradient or updated parameters are not
       finite. Nothing of that step or later is saved.
@@ -267,6 +272,7 @@ def fit(
     ),
   )
   waited = 0.0
+  last = schedule.num_steps
   try:
     for step in range(first + 1, schedule.num_steps + 1):
       batch = next(batches)
@@ -294,14 +300,21 @@ def fit(
         with progress.paused():
           figures = evaluate(step, state)
         writer.write_scalars(step, figures)
-      if schedule.due(step, schedule.checkpoint_every):
+      if last == schedule.num_steps and preempted(step - first):
+        last = batches.stop()
+      stopping = step == last < schedule.num_steps
+      if stopping or schedule.due(step, schedule.checkpoint_every):
         watch.check_all()
         writer.flush()
         with progress.paused():
           checkpointer.save(step, state, batches.state(), best_metric(figures))
+      if stopping:
+        break
   finally:
     batches.close()
     progress.close()
     writer.flush()
   checkpointer.wait()
+  if first < last < schedule.num_steps:
+    raise exits.Preempted(f"Told to stop: step {last} is saved")
   return state

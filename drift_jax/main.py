@@ -1,6 +1,9 @@
-"""The entry point: python -m drift_jax.main --config=FILE --workdir=DIR."""
+"""The entry point: python -m drift_jax.main --config=FILE --workdir=DIR.
 
-import signal
+Several processes: the same command in each of them with
+--coordinator=HOST:PORT --num_processes=N --process_id=I, or --coordinator=auto.
+"""
+
 import sys
 
 from absl import app, flags
@@ -19,6 +22,14 @@ _CONFIG = config_flags.DEFINE_config_file(
   None,
   "Config file, e.g. configs/digits.py or configs/digits.py:smoke",
 )
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator",
+  "",
+  "HOST:PORT of process 0 where several train together; auto: found by itself "
+  "(TPU pods, SLURM).",
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is.")
 flags.mark_flag_as_required("config")
 
 
@@ -27,27 +38,32 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   try:
-    task = config_lib.parse(_CONFIG.value).task
+    config = config_lib.parse(_CONFIG.value)
   except config_lib.ConfigError as error:
     sys.exit(f"Error: {error}")
   # Everything heavy is imported here, so that --help and a config that can't
   # be run cost nothing.
-  from drift_jax import console, experiment
+  from drift_jax import console, exits, experiment, processes
 
   console.setup()
-  if task == "mae":
+  if config.task == "mae":
     from drift_jax import train_mae as trainer
   else:
     from drift_jax import train as trainer
-  try:
+
+  def program() -> None:
+    with experiment.naming("processes"):
+      exits.join(
+        _COORDINATOR.value,
+        _NUM_PROCESSES.value,
+        _PROCESS_ID.value,
+        heartbeat_timeout=config.processes.heartbeat_timeout,
+      )
+    console.setup(processes.index())
+    exits.stop_on_sigterm()
     trainer.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
-  except experiment.ERRORS as error:
-    sys.exit(f"Error: {error}")
-  except KeyboardInterrupt:
-    console.logger.info(
-      "Interrupted: the same command goes on from the newest checkpoint."
-    )
-    sys.exit(128 + signal.SIGINT)
+
+  exits.run(program, experiment.ERRORS)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,61 @@
 """Several processes as one program: starting them, and sums on their hosts."""
 
+import itertools
+import json
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 # Bytes of one process that a collective moves at a time.
 _CHUNK_BYTES = 2**24
+# How long processes wait for each other at the start; where JAX itself gives
+# up, it ends the process without a Python exception.
+_JOIN_SECONDS = 45
+HEARTBEAT_SECONDS = 100
+# What collectives and the coordination service say where a process is gone;
+# the last two are of NCCL and of Orbax' barriers.
+_LOST = re.compile(
+  r"connection (closed|reset|refused)|gloo|socket closed|broken pipe"
+  r"|coordination ?service|stopped sending heartbeats|task .* (died|failed)"
+  r"|remote process exited|barrier (timed out|failed)",
+  re.IGNORECASE,
+)
+_rounds = itertools.count()
+
+
+class PeerError(RuntimeError):
+  """Something failed in another process; the message says which and what."""
 
 
 def initialize(
-  coordinator: str, num_processes: int | None, process_id: int | None
+  coordinator: str,
+  num_processes: int | None,
+  process_id: int | None,
+  *,
+  heartbeat_timeout: int = HEARTBEAT_SECONDS,
 ) -> None:
   """Joins this process to the others; the first thing that a program does.
+
+  Where the others can't be reached within a minute, the process ends with one
+  line and exit code 1: JAX would abort it.
 
   Args:
     coordinator: HOST:PORT of process 0; 'auto' where the machine tells all
       three (TPU pods, SLURM); '' for a single process, which does nothing.
     num_processes: how many there are; None for 'auto' and ''.
     process_id: 0 to num_processes - 1; None for 'auto' and ''.
+    heartbeat_timeout: seconds after which a silent process counts as lost.
 
   Raises:
-    ValueError: values that don't go together, or a coordinator that can't be
-      reached within a minute.
+    ValueError: values that don't go together or that JAX refuses.
   """
   explicit = coordinator not in ("", "auto")
   given = num_processes is not None, process_id is not None
@@ -35,28 +69,138 @@ def initialize(
     return
   if explicit:
     assert num_processes is not None and process_id is not None
+    if not re.fullmatch(r".+:\d+", coordinator):
+      raise ValueError(
+        f"coordinator={coordinator!r} must be HOST:PORT of process 0, or 'auto'"
+      )
     if not 0 <= process_id < num_processes:
       raise ValueError(
         f"process_id={process_id} must lie in [0, num_processes="
         f"{num_processes})"
       )
+  where = (
+    f"coordinator={coordinator!r}, process {process_id} of {num_processes}"
+    if explicit
+    else f"coordinator={coordinator!r}"
+  )
+  give_up = threading.Timer(_JOIN_SECONDS, _end_unjoined, [where])
+  give_up.daemon = True
+  give_up.start()
   try:
-    if explicit:
-      jax.distributed.initialize(
-        coordinator, num_processes, process_id, initialization_timeout=60
-      )
-    else:
-      jax.distributed.initialize()
+    jax.distributed.initialize(
+      coordinator if explicit else None,
+      num_processes,
+      process_id,
+      initialization_timeout=2 * _JOIN_SECONDS,
+      heartbeat_timeout_seconds=heartbeat_timeout,
+      # For as long as the first may write files that the others do not.
+      shutdown_timeout_seconds=3600,
+    )
   except (RuntimeError, ValueError) as error:
     text = " ".join(str(error).split())
-    raise ValueError(
-      f"coordinator={coordinator!r} was not reached: {text}"
-    ) from error
+    raise ValueError(f"{where} could not join the others: {text}") from error
+  finally:
+    give_up.cancel()
+
+
+def _end_unjoined(where: str) -> None:
+  """Ends this process, which still waits for the others."""
+  sys.stderr.write(
+    f"Error: processes: {where} did not find all the others within "
+    f"{_JOIN_SECONDS} s: start every process, with the same HOST:PORT of "
+    "process 0, the same number of processes and its own process_id, and let "
+    "no firewall close the port\n"
+  )
+  sys.stderr.flush()
+  os._exit(1)
+
+
+def several() -> bool:
+  """Whether this program runs in more than one process."""
+  return client() is not None and jax.process_count() > 1
+
+
+def client() -> Any:
+  """JAX's connection to the coordination service; None if it is alone."""
+  return distributed.global_state.client
+
+
+def is_lost_peer(error: BaseException) -> bool:
+  """Whether an error says that another process of the program is gone."""
+  if not several():
+    return False
+  seen: BaseException | None = error
+  while seen is not None:
+    text = str(seen)
+    if "RESOURCE_EXHAUSTED" in text:
+      return False
+    if isinstance(seen, jax.errors.JaxRuntimeError) and _LOST.search(text):
+      return True
+    seen = seen.__cause__ or seen.__context__
+  return False
+
+
+def index() -> int:
+  """This process' number; does not touch devices where it is alone."""
+  return jax.process_index() if client() is not None else 0
 
 
 def is_first() -> bool:
   """Whether this process is the one that writes files and speaks."""
-  return jax.process_index() == 0
+  return index() == 0
+
+
+def from_first(function: Callable[[], Any]) -> Any:
+  """What the first process' call returns, in all; the others do not call.
+
+  What they do together has the same order in all processes. No device takes
+  part, and the others wait for as long as it takes.
+
+  Args:
+    function: gives something that JSON can hold.
+
+  Raises:
+    PeerError: in the other processes, where the call raises in the first.
+  """
+  if not several():
+    return function()
+  key = f"drift_jax/from_first/{next(_rounds)}"
+  if is_first():
+    try:
+      value = function()
+    except Exception as error:
+      client().key_value_set(key, json.dumps({"error": str(error)}))
+      raise
+    client().key_value_set(key, json.dumps({"value": value}))
+    return value
+  answer = json.loads(_wait_for(key))
+  if "error" in answer:
+    raise PeerError(f"process 0 failed: {answer['error']}")
+  return answer["value"]
+
+
+def _wait_for(key: str) -> str:
+  while True:
+    try:
+      return client().blocking_key_value_get(key, 60_000)
+    except jax.errors.JaxRuntimeError as error:
+      if "DEADLINE_EXCEEDED" not in str(error):
+        raise
+
+
+def fetch(tree: Any) -> Any:
+  """Arrays of a mesh over all processes as NumPy arrays, on every host.
+
+  One array after the other is on every device as a whole.
+  """
+  return jax.tree.map(
+    lambda x: (
+      np.asarray(multihost_utils.process_allgather(x, tiled=True))
+      if isinstance(x, jax.Array) and not x.is_fully_addressable
+      else np.asarray(jax.device_get(x))
+    ),
+    tree,
+  )
 
 
 def gather(array: np.ndarray) -> list[np.ndarray]:

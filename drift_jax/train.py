@@ -7,7 +7,14 @@ import jax
 import numpy as np
 from etils import epath
 
-from drift_jax import artifacts, experiment, metrics, sharding, steps
+from drift_jax import (
+  artifacts,
+  experiment,
+  metrics,
+  processes,
+  sharding,
+  steps,
+)
 from drift_jax import config as config_lib
 from drift_jax.console import logger
 from drift_jax.state import TrainState
@@ -32,12 +39,15 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     CheckpointError: a damaged checkpoint.
     DataError, OSError: images that can't be read.
     NonFiniteError: a loss or gradient that is not finite.
+    PeerError: any of these, in the first of several processes.
+    Preempted: by SIGTERM, behind a step that has been saved.
   """
   config = config_lib.parse(config)
   if not isinstance(config, config_lib.GeneratorConfig):
     raise config_lib.ConfigError(f"task={config.task!r}, want 'generator'")
   mesh = experiment.open_mesh(config.mesh)
   experiment.check_divides("batch.labels", config.batch.labels, mesh)
+  experiment.check_workdir(workdir)
   vae = experiment.load_vae(config.vae, mesh)
   readers = experiment.open_readers(config, vae)
   config = experiment.with_num_classes(config, readers.train)
@@ -130,7 +140,8 @@ class Evaluation:
       alpha=config.alphas[0],
       batch_size=self._batch_size,
     )
-    metrics.save_png(grid, path / "samples" / f"step_{step:07d}.png")
+    if processes.is_first():
+      metrics.save_png(grid, path / "samples" / f"step_{step:07d}.png")
     writer.write_images(step, {"samples": grid})
     for alpha, figures in results.items():
       logger.info(
@@ -159,7 +170,7 @@ class Evaluation:
 
   def plot(self, path: epath.Path) -> None:
     """Draws plots/ from what metrics.jsonl holds so far, if anything."""
-    if not (path / "metrics.jsonl").exists():
+    if not processes.is_first() or not (path / "metrics.jsonl").exists():
       return
     records = metrics.read_jsonl(path / "metrics.jsonl")
     keys = {key for record in records for key in record}

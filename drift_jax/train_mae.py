@@ -8,7 +8,14 @@ import jax
 import numpy as np
 from etils import epath
 
-from drift_jax import artifacts, experiment, metrics, sharding, steps
+from drift_jax import (
+  artifacts,
+  experiment,
+  metrics,
+  processes,
+  sharding,
+  steps,
+)
 from drift_jax import config as config_lib
 from drift_jax.console import logger
 from drift_jax.models import release
@@ -38,12 +45,15 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     CheckpointError: a damaged checkpoint.
     DataError, OSError: images that can't be read.
     NonFiniteError: a loss or gradient that is not finite.
+    PeerError: any of these, in the first of several processes.
+    Preempted: by SIGTERM, behind a step that has been saved.
   """
   config = config_lib.parse(config)
   if not isinstance(config, config_lib.MaeConfig):
     raise config_lib.ConfigError(f"task={config.task!r}, want 'mae'")
   mesh = experiment.open_mesh(config.mesh)
   experiment.check_divides("mae.batch_size", config.mae.batch_size, mesh)
+  experiment.check_workdir(workdir)
   vae = experiment.load_vae(config.vae, mesh)
   readers = experiment.open_readers(config, vae)
   config = experiment.with_num_classes(config, readers.train)
@@ -81,22 +91,24 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   finally:
     _plot(path)
   decay = config.eval.ema_decay
-  where = artifacts.save(
-    path / EXPORT,
-    kind="mae",
-    model_config=release.published_config(
-      "mae", dataclasses.asdict(config.model)
-    ),
-    params=state.ema[str(decay)],
-    step=int(state.step),
-    ema_decay=decay,
-  )
-  logger.info("Exported the encoder to %s.", where)
+  params = processes.fetch(state.ema[str(decay)])
+  if processes.is_first():
+    where = artifacts.save(
+      path / EXPORT,
+      kind="mae",
+      model_config=release.published_config(
+        "mae", dataclasses.asdict(config.model)
+      ),
+      params=params,
+      step=int(state.step),
+      ema_decay=decay,
+    )
+    logger.info("Exported the encoder to %s.", where)
   return state
 
 
 def _plot(path: epath.Path) -> None:
-  if not (path / "metrics.jsonl").exists():
+  if not processes.is_first() or not (path / "metrics.jsonl").exists():
     return
   records = metrics.read_jsonl(path / "metrics.jsonl")
   if any("recon_loss" in record for record in records):
@@ -127,19 +139,22 @@ def held_out_evaluation(
     del writer  # the loop writes the scalars
     params = state.ema[str(config.eval.ema_decay)]
     totals: dict[str, float] = {}
-    for start in range(0, len(test), batch_size):
-      index = np.arange(start, start + batch_size)
-      valid = index < len(test)
-      index = np.minimum(index, len(test) - 1)
+    batches = metrics.local_batches(len(test), batch_size)
+    for number, (index, count) in enumerate(batches):
       images, labels, valid = sharding.put_batch(
-        (test.fixed(index), test.labels[index], valid), mesh
+        (
+          test.fixed(index),
+          test.labels[index],
+          np.arange(len(index)) < count,
+        ),
+        mesh,
       )
       sums = jitted(
         params,
         steps.MaeBatch(images, labels),
         valid,
         key,
-        np.int32(start),
+        np.int32(number * batch_size),
         vae_params,
       )
       for name, value in jax.device_get(sums).items():

@@ -27,8 +27,8 @@ def make_feed(position=3):
   bank = bank_lib.create(
     num_classes=2, class_size=3, unconditional_size=4, sample_shape=(2,)
   )
-  bank = bank_lib.push(bank, jnp.ones((2, 2)), jnp.array([0, 1], jnp.int32))
-  return {"position": np.asarray(position, np.int64), "bank": bank}
+  bank_lib.push(bank, np.ones((2, 2), np.float32), np.array([0, 1], np.int32))
+  return {"position": np.asarray(position, np.int64), "bank": bank.arrays()}
 
 
 def abstract(tree, shardings):
@@ -46,10 +46,12 @@ def targets(mesh):
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
     feed["bank"],
   )
-  return (
-    abstract(state, sharding.infer_sharding(state, mesh)),
-    {"position": feed["position"], "bank": bank},
-  )
+
+  def abstract_feed(saved):
+    assert saved["bank"]["samples"].shape == bank["samples"].shape
+    return {"position": feed["position"], "bank": bank}
+
+  return abstract(state, sharding.infer_sharding(state, mesh)), abstract_feed
 
 
 def equal(a, b):

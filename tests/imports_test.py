@@ -15,6 +15,7 @@ RANKS = {
   "hlo": 0,
   "streams": 0,
   "data": 1,
+  "exits": 1,
   "models": 1,
   "optim": 1,
   "artifacts": 2,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drift_jax import checkpoint, console, loop
+from drift_jax import checkpoint, console, exits, loop
 from drift_jax.state import TrainState
 
 
@@ -28,7 +28,8 @@ class Feed:
   def state(self):
     return {"position": np.asarray(self.position, np.int64)}
 
-  abstract = state
+  def abstract(self, saved):
+    return self.state()
 
   def restore(self, state):
     self.position = int(state["position"])
@@ -93,6 +94,7 @@ def run(
   evaluate=None,
   log_every=1,
   prefetch=2,
+  preempted=lambda number: False,
 ):
   saver = checkpoint.Checkpointer(path, keep_latest=10, best_metric="fd")
   feed, writer = Feed(), Writer()
@@ -118,6 +120,7 @@ def run(
       best_metric=lambda s: {"fd": s["eval/fd"]} if s else None,
       checkpointer=saver,
       writer=writer,
+      preempted=preempted,
     )
     return state, feed, writer, saver.steps()
   finally:
@@ -146,6 +149,35 @@ def test_resume_continues_with_the_next_batch(tmp_path, prefetch):
   assert feed.started == 0
   assert float(state.params["sum"]) == float(whole.params["sum"])
   assert [step for step, line in writer.lines if "loss" in line] == [4, 5, 6]
+
+
+@pytest.mark.parametrize(
+  ("prefetch", "told", "stops"),
+  [(0, 2, 2), (2, 3, 4), (2, 5, 7), (5, 5, 8), (1, 7, 8), (3, 8, 8)],
+)
+def test_preemption_is_bit_exact(tmp_path, prefetch, told, stops):
+  """Behind what had been drawn, at most up to the next checkpoint; once."""
+  options = {"every": 4, "prefetch": prefetch, "num_steps": 11}
+  whole, *_ = run(tmp_path / "whole", **options)
+  with pytest.raises(
+    exits.Preempted, match=f"Told to stop: step {stops} is saved"
+  ):
+    run(tmp_path / "parts", preempted=lambda n: n == told, **options)
+  saver = checkpoint.Checkpointer(tmp_path / "parts", keep_latest=10)
+  assert saver.steps() == sorted({4, stops} & set(range(stops + 1)))
+  assert (tmp_path / "parts" / str(stops) / checkpoint.CHECKSUMS).exists()
+  saver.close()
+  state, feed, writer, _ = run(tmp_path / "parts", **options)
+  assert feed.started == 0 and writer.lines[0][0] == stops + 1
+  assert float(state.params["sum"]) == float(whole.params["sum"])
+
+
+def test_preemption_at_the_end_is_the_end(tmp_path):
+  """All has been drawn: the run is done before it could stop."""
+  state, _, _, steps = run(
+    tmp_path, num_steps=5, every=10, preempted=lambda n: n == 4
+  )
+  assert int(state.step) == 5 and steps == [5]
 
 
 def test_a_finished_run_does_nothing_more(tmp_path):

@@ -98,6 +98,9 @@ def _check_common(config: GeneratorConfig | MaeConfig) -> None:
     "mesh.data=-1 and mesh.fsdp=-1: only one may be -1 (all devices that the "
     "other leaves); set the other",
   )
+  _at_least(
+    "processes.heartbeat_timeout", config.processes.heartbeat_timeout, 10
+  )
   _at_least("eval.every", config.eval.every, 0)
   _at_least("eval.batch_size", config.eval.batch_size, 1)
   _at_least("checkpoint.every", checkpoint.every, 1)

@@ -13,6 +13,7 @@ RESUMABLE = (
   "eval.",
   "checkpoint.",
   "mesh.",
+  "processes.",
   "data.data_dir",
   "data.in_memory",
   "data.max_corrupt",

@@ -238,6 +238,12 @@ class Mesh(Section):
   fsdp: int
 
 
+class Processes(Section):
+  """How several processes look after each other."""
+
+  heartbeat_timeout: int
+
+
 class MaeLoss(Section):
   """Masked reconstruction and the classification fine-tune (A.3)."""
 
@@ -268,6 +274,7 @@ class GeneratorConfig(Section):
   eval: GeneratorEval
   checkpoint: Checkpoint
   mesh: Mesh
+  processes: Processes
 
 
 class MaeConfig(Section):
@@ -285,6 +292,7 @@ class MaeConfig(Section):
   eval: MaeEval
   checkpoint: Checkpoint
   mesh: Mesh
+  processes: Processes
 
 
 TASKS = {"generator": GeneratorConfig, "mae": MaeConfig}

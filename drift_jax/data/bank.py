@@ -8,6 +8,7 @@ third of the time that XLA takes on the CPU. The random numbers are JAX's.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -111,6 +112,55 @@ def push(
   bank.any_samples[slot] = samples[total - kept :]
   bank.any_pointer[...] = (int(bank.any_pointer) + total) % size
   bank.any_count[...] = min(int(bank.any_count) + total, size)
+
+
+def merged_slots(
+  pointer: Int[np.ndarray, " R"], count: Int[np.ndarray, " R"], size: int
+) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+  """(ring, slot) of the `size` newest entries of some rings, oldest first.
+
+  The newest entries of all rings count as equally old, and so on: they are
+  filled at one pace. n is less than `size` where there are fewer.
+  """
+  rings = np.arange(len(count))
+  age = np.arange(int(count.max(initial=0)))
+  there = age[:, None] < count
+  # Row after row: the newest of each ring, then the second newest, ...
+  ring = np.broadcast_to(rings, there.shape)[there][:size]
+  slot = ((pointer - 1 - age[:, None]) % size)[there][:size]
+  return ring[::-1], slot[::-1]
+
+
+def refill(
+  bank: Bank, rings: Mapping[str, Shaped[np.ndarray, "R ..."]]
+) -> None:
+  """Puts saved rings of several banks into one, in place.
+
+  One bank is copied bit by bit. Of several the newest samples of each class
+  stay, as many as there are slots: at least as many as in any of them.
+
+  Args:
+    bank: of the same sizes; what it holds is lost.
+    rings: its `arrays()` of R banks, stacked.
+  """
+  if len(rings["count"]) == 1:
+    for name, array in bank.arrays().items():
+      array[...] = rings[name][0]
+    return
+  for label in range(len(bank.count)):
+    ring, slot = merged_slots(
+      rings["pointer"][:, label],
+      rings["count"][:, label],
+      bank.samples.shape[1],
+    )
+    bank.samples[label, : len(ring)] = rings["samples"][ring, label, slot]
+    bank.count[label] = len(ring)
+    bank.pointer[label] = len(ring) % bank.samples.shape[1]
+  size = len(bank.any_samples)
+  ring, slot = merged_slots(rings["any_pointer"], rings["any_count"], size)
+  bank.any_samples[: len(ring)] = rings["any_samples"][ring, slot]
+  bank.any_count[...] = len(ring)
+  bank.any_pointer[...] = len(ring) % size
 
 
 def draw_slots(
@@ -248,7 +298,9 @@ __all__ = [
   "create",
   "draw_labels",
   "draw_slots",
+  "merged_slots",
   "push",
+  "refill",
   "sample",
   "take",
 ]

@@ -41,8 +41,9 @@ class ImageFeed:
     """The data position, the same on every process."""
     return {"position": np.asarray(self._loader.position, np.int64)}
 
-  def abstract(self) -> dict[str, Any]:
-    """Shapes of `state()`, to restore into."""
+  def abstract(self, saved: Any) -> dict[str, Any]:
+    """Shapes of `state()`, to restore into; they are the same in every run."""
+    del saved
     return self.state()
 
   def restore(self, state: dict[str, Any]) -> None:
@@ -144,8 +145,9 @@ class GroupedFeed:
     """The next step's number, the same on every process."""
     return {"position": np.asarray(self._reads.position, np.int64)}
 
-  def abstract(self) -> dict[str, Any]:
-    """Shapes of `state()`, to restore into."""
+  def abstract(self, saved: Any) -> dict[str, Any]:
+    """Shapes of `state()`, to restore into; they are the same in every run."""
+    del saved
     return self.state()
 
   def restore(self, state: dict[str, Any]) -> None:
@@ -173,8 +175,13 @@ def _host_device() -> Any:
     ) from error
 
 
-def _hosts_sharding(process_count: int) -> NamedSharding:
-  """Axis 0 over the processes, each part on its process' CPU."""
+def _hosts_sharding(process_count: int, groups: int) -> NamedSharding:
+  """Axis 0 over the processes, each part on its process' CPU.
+
+  Args:
+    process_count: P.
+    groups: parts of axis 0; each P / groups successive processes share one.
+  """
   if process_count == 1:
     devices = [_host_device()]
   else:
@@ -182,9 +189,8 @@ def _hosts_sharding(process_count: int) -> NamedSharding:
     for device in jax.devices("cpu"):
       first.setdefault(device.process_index, device)
     devices = [first[process] for process in range(process_count)]
-  return NamedSharding(
-    Mesh(np.array(devices), ("host",)), PartitionSpec("host")
-  )
+  mesh = Mesh(np.array(devices).reshape(groups, -1), ("group", "copy"))
+  return NamedSharding(mesh, PartitionSpec("group"))
 
 
 def _aligned_copy(array: np.ndarray) -> np.ndarray:
@@ -221,8 +227,17 @@ class QueueFeed:
 
   With several processes each has its own queue, fed by its own part of the
   loader's batches, and draws its own part of the step's labels with its own
-  random numbers: what a run draws depends on the number of processes, and a
-  checkpoint resumes on as many as saved it.
+  random numbers: what a run draws depends on the number of processes.
+
+  A checkpoint of P processes restores on any number P' of them. Where P' = P
+  each gets its own queue back, and all that follows is bit-equal to a run that
+  was never interrupted. Else the records go on where they were, none twice and
+  none left out, although a step takes push_per_step * P' of them now; and with
+  G the greatest common divisor, each P / G successive queues are merged for
+  P' / G successive processes: all of these start with the newest samples of
+  each class among theirs. With P' a multiple of P that is a copy of one queue,
+  with P a multiple of P' no sample goes to two processes. A host reads P / G
+  queues, and holds them beside its own while it merges them.
   """
 
   def __init__(
@@ -275,6 +290,7 @@ class QueueFeed:
     # One process folds nothing in: there is nothing to tell it from.
     self._process = loader.process_index if processes > 1 else None
     self._prefill_batches = math.ceil(prefill / push_per_step)
+    self._steps = 0
     self._with_replacement = with_replacement
     self._num_labels = len(rows)
     self._num_positives = num_positives
@@ -300,9 +316,9 @@ class QueueFeed:
     return self
 
   def __next__(self) -> Batch:
-    step = self._loader.position - self._prefill_batches
     reals = next(self._loader)
     bank_lib.push(self._bank, reals["image"], reals["label"])
+    step, self._steps = self._steps, self._steps + 1
     with jax.default_device(self._host):
       label_key, sample_key = _step_keys(self._root, step, self._process)
       labels = bank_lib.draw_labels(label_key, reals["label"], self._num_labels)
@@ -328,32 +344,36 @@ class QueueFeed:
     }
 
   def state(self) -> dict[str, Any]:
-    """The data position and a copy of the queue, [P, ...] over processes.
+    """Records and steps so far, a copy of the queue, [P, ...] over processes.
 
     The copy takes the queue's memory once more until it has been saved.
     """
-    sharding = _hosts_sharding(self._loader.process_count)
+    processes = self._loader.process_count
+    sharding = _hosts_sharding(processes, processes)
 
     def copied(array: np.ndarray) -> jax.Array:
       local = jax.device_put(_aligned_copy(array)[None], self._host)
       return jax.make_array_from_single_device_arrays(
-        (self._loader.process_count, *array.shape), sharding, [local]
+        (processes, *array.shape), sharding, [local]
       )
 
     return {
-      "position": np.asarray(self._loader.position, np.int64),
+      "records": np.asarray(self._loader.records, np.int64),
+      "steps": np.asarray(self._steps, np.int64),
       "bank": {name: copied(x) for name, x in self._bank.arrays().items()},
     }
 
-  def abstract(self) -> dict[str, Any]:
-    """Shapes of `state()`, to restore into."""
+  def abstract(self, saved: Any) -> dict[str, Any]:
+    """What this process wants of a saved state, given its arrays' shapes."""
     processes = self._loader.process_count
-    sharding = _hosts_sharding(processes)
+    queues = saved["bank"]["count"].shape[0]
+    sharding = _hosts_sharding(processes, math.gcd(queues, processes))
     return {
-      "position": np.asarray(0, np.int64),
+      "records": np.asarray(0, np.int64),
+      "steps": np.asarray(0, np.int64),
       "bank": {
         name: jax.ShapeDtypeStruct(
-          (processes, *x.shape), x.dtype, sharding=sharding
+          (queues, *x.shape), x.dtype, sharding=sharding
         )
         for name, x in self._bank.arrays().items()
       },
@@ -361,10 +381,13 @@ class QueueFeed:
 
   def restore(self, state: dict[str, Any]) -> None:
     """Continues where `state` was taken; the queue is not refilled."""
-    self._loader.seek(int(state["position"]))
-    for name, array in self._bank.arrays().items():
-      (shard,) = state["bank"][name].addressable_shards
-      array[...] = np.asarray(shard.data)[0]
+    self._loader.seek_record(int(state["records"]))
+    self._steps = int(state["steps"])
+    rings = {
+      name: np.asarray(array.addressable_shards[0].data)
+      for name, array in state["bank"].items()
+    }
+    bank_lib.refill(self._bank, rings)
 
   def close(self) -> None:
     """Stops the loader's threads and workers."""

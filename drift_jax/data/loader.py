@@ -7,6 +7,7 @@ depends on (seed, the record's number in the run) alone.
 """
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import signal
@@ -63,11 +64,13 @@ class _Jobs:
     order: order_lib.Order,
     pieces: Sequence[range],
     seed: int,
+    shift: int,
   ):
     self._reader = reader
     self._order = order
     self._pieces = pieces
     self._seed = seed
+    self._shift = shift
 
   def __len__(self) -> int:
     return sys.maxsize
@@ -75,8 +78,9 @@ class _Jobs:
   def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
     batch, number = divmod(index, len(self._pieces))
     piece = self._pieces[number]
-    indices = self._order.records(batch, piece.start, piece.stop)
-    numbers = batch * self._order.size + np.arange(piece.start, piece.stop)
+    first, last = piece.start + self._shift, piece.stop + self._shift
+    indices = self._order.records(batch, first, last)
+    numbers = batch * self._order.size + np.arange(first, last)
     rngs = order_lib.record_generators(self._seed, numbers)
     images = self._reader.read(indices, rngs)
     want = (len(piece), *self._reader.sample_shape)
@@ -143,7 +147,7 @@ class IndexedReads:
     self._shape = reader.sample_shape
     self._dtype = reader.dtype
     self._lengths = [len(piece) for piece in pieces]
-    self._dataset = grain.MapDataset.source(_Jobs(reader, order, pieces, seed))
+    self._jobs = functools.partial(_Jobs, reader, order, pieces, seed)
     ahead = -(-len(pieces) // max(1, num_workers))
     self._read_options = grain.ReadOptions(
       num_threads=num_threads,
@@ -153,19 +157,28 @@ class IndexedReads:
       num_workers=num_workers, per_worker_buffer_size=2
     )
     self.position = 0
+    self._shift = 0
     self._iterator: grain.DatasetIterator | None = None
 
   def _iterate(self) -> grain.DatasetIterator:
-    dataset = self._dataset[self.position * len(self._lengths) :]
+    dataset = grain.MapDataset.source(self._jobs(self._shift))
+    dataset = dataset[self.position * len(self._lengths) :]
     reads = dataset.to_iter_dataset(self._read_options)
     if self._workers.num_workers:
       reads = reads.mp_prefetch(self._workers, worker_init_fn=_start_worker)
     return iter(reads)
 
-  def seek(self, position: int) -> None:
-    """Makes batch number `position` the next one."""
+  def seek(self, position: int, shift: int = 0) -> None:
+    """Makes batch number `position` the next one.
+
+    Args:
+      position: of the batch.
+      shift: records by which this and all later batches start later. Only an
+        order whose batches follow each other without seams allows it.
+    """
     self.close()
     self.position = position
+    self._shift = shift
 
   def close(self) -> None:
     """Stops threads and workers; the next batch would start them again."""
@@ -245,6 +258,7 @@ class Loader:
     self.process_index = process_index
     self.process_count = process_count
     self._labels = reader.labels
+    self._shift = 0
     self._reads = IndexedReads(
       reader,
       order_lib.Shuffled(len(reader.labels), size=batch_size, seed=seed),
@@ -259,9 +273,22 @@ class Loader:
     """Number of the next batch."""
     return self._reads.position
 
+  @property
+  def records(self) -> int:
+    """Records of all batches so far: the number of the next record."""
+    return self.position * self.batch_size + self._shift
+
   def seek(self, position: int) -> None:
     """Makes batch number `position` the next one."""
-    self._reads.seek(position)
+    self.seek_record(position * self.batch_size)
+
+  def seek_record(self, number: int) -> None:
+    """Makes record `number` of the run the first of the next batch.
+
+    Batches of any size thus go on where those of another size have ended.
+    """
+    position, self._shift = divmod(number, self.batch_size)
+    self._reads.seek(position, self._shift)
 
   def close(self) -> None:
     """Stops threads and workers; the next batch would start them again."""

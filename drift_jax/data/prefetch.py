@@ -60,6 +60,8 @@ class Prefetcher:
     # The step whose batch is made next, and whether it waits for `state`.
     self._next_step = first_step
     self._paused = False
+    # Whether `stop` was called.
+    self._stopped = False
     # True while a batch is being made, and for ever once one has failed.
     self._unfinished = False
     self._pending: collections.deque[concurrent.futures.Future[Any]] = (
@@ -105,6 +107,7 @@ class Prefetcher:
     start = time.perf_counter()
     if self._executor is None:
       batch = self._make()
+      self._next_step += 1
     else:
       if not self._pending:
         self._paused = False
@@ -114,6 +117,15 @@ class Prefetcher:
       batch = future.result()
     self.seconds_waited += time.perf_counter() - start
     return batch
+
+  def stop(self) -> int:
+    """Draws nothing any more; returns the last step whose batch was drawn.
+
+    Behind that step the state may be asked for. It depends on the steps and
+    the depth alone, not on how far the thread has come.
+    """
+    self._paused = self._stopped = True
+    return self._next_step - 1
 
   def state(self) -> dict[str, Any]:
     """The feed's state behind the batches that have been consumed.
@@ -129,7 +141,7 @@ class Prefetcher:
         "hold for a step whose state is asked for"
       )
     state = self._feed.state()
-    self._paused = False
+    self._paused = self._stopped
     if self._executor is not None:
       self._fill(self._depth)
     return state

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import functools
 import json
+import pathlib
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -17,9 +19,11 @@ from drift_jax import (
   artifacts,
   checkpoint,
   data,
+  exits,
   loop,
   metrics,
   optim,
+  processes,
   sharding,
 )
 from drift_jax import config as config_lib
@@ -38,6 +42,7 @@ ERRORS = (
   data.DataError,
   loop.NonFiniteError,
   metrics.EvaluationError,
+  processes.PeerError,
   OSError,  # a file or a disk; the message has the path
 )
 AnyConfig = config_lib.GeneratorConfig | config_lib.MaeConfig
@@ -66,18 +71,43 @@ def naming(section: str) -> Iterator[None]:
 
 
 def open_mesh(config: config_lib.Mesh) -> Mesh:
-  """The mesh that the config describes, over this process' devices.
+  """The mesh that the config describes, over the devices of all processes.
 
   Raises:
-    ConfigError: sizes that do not fit the devices; several processes.
+    ConfigError: sizes that do not fit the devices.
   """
-  if jax.process_count() > 1:
-    raise config_lib.ConfigError(
-      f"{jax.process_count()} processes were started, but a run uses one: "
-      "start a single process on the machine's devices"
-    )
   with naming("mesh"):
     return sharding.make_mesh(config.data, config.fsdp)
+
+
+def check_workdir(workdir: str) -> None:
+  """Tells at the start whether the workdir can be written; makes nothing.
+
+  The first process tries, and all end where it can't.
+
+  Raises:
+    ConfigError: it can't, or it is a file.
+    PeerError: the same, in the other processes.
+  """
+
+  def check() -> None:
+    if "://" in workdir:
+      return  # No folder of this machine.
+    path = pathlib.Path(workdir)
+    try:
+      while not path.is_dir():
+        if path.exists():
+          raise NotADirectoryError(f"{path} is a file")
+        path = path.parent
+      with tempfile.TemporaryFile(dir=path):
+        pass
+    except OSError as error:
+      raise config_lib.ConfigError(
+        f"--workdir={workdir} can't be written: {error}; give a folder on a "
+        "disk that is writable, and that all processes share"
+      ) from error
+
+  processes.from_first(check)
 
 
 def open_workdir(
@@ -86,7 +116,7 @@ def open_workdir(
   """Creates the workdir; writes config.json and the frozen weights' sums.
 
   Where the workdir holds a checkpoint already, the config and the frozen
-  weights must be those of that run.
+  weights must be those of that run. The first process does it for all.
 
   Args:
     workdir: of the run.
@@ -94,9 +124,24 @@ def open_workdir(
     frozen: {'encoders.NAME' or 'vae': SHA-256 of its weights}.
 
   Raises:
-    ConfigError: if the workdir holds a run of another experiment.
+    ConfigError: if the workdir holds a run of another experiment, or is not
+      there for all processes.
+    PeerError: what the first process raised, in the others.
   """
   path = epath.Path(workdir)
+  processes.from_first(functools.partial(_write_facts, path, config, frozen))
+  if not (path / CONFIG_FILE).exists():
+    raise config_lib.ConfigError(
+      f"--workdir={workdir}: process {processes.index()} does not see the "
+      f"{CONFIG_FILE} that process 0 wrote there: give a folder that all "
+      "processes share"
+    )
+  return path
+
+
+def _write_facts(
+  path: epath.Path, config: AnyConfig, frozen: Mapping[str, str]
+) -> None:
   text = config_lib.to_json(config)
   steps_seen = list((path / CHECKPOINTS).glob("[0-9]*"))
   if steps_seen and (path / CONFIG_FILE).exists():
@@ -109,7 +154,6 @@ def open_workdir(
   if frozen:
     with metrics.replacing(path / WEIGHTS_FILE) as file:
       file.write_text(json.dumps(frozen, indent=2))
-  return path
 
 
 def check_frozen(path: epath.Path, frozen: Mapping[str, str]) -> None:
@@ -154,6 +198,7 @@ def run(
 
   Raises:
     ConfigError: the workdir's run is longer than config.train.num_steps.
+    Preempted: by SIGTERM, behind a step that has been saved.
   """
   training = make_training(
     config, mesh, init_params=init_params, step=step, frozen=frozen
@@ -164,7 +209,7 @@ def run(
   with contextlib.ExitStack() as stack:
     stack.callback(feed.close)
     checkpointer = make_checkpointer(config.checkpoint, path)
-    stack.callback(checkpointer.close)
+    stack.push(functools.partial(_close, checkpointer))
     state = loop.restore_or_start(checkpointer, abstract, training.init, feed)
     if int(state.step) > config.train.num_steps:
       raise config_lib.ConfigError(
@@ -172,9 +217,12 @@ def run(
         f"{int(state.step)} steps: raise it or use a new workdir"
       )
     writer = metrics.create_writer(
-      path, resume_step=int(state.step) or -1, is_main=True
+      path,
+      resume_step=int(state.step) or -1,
+      is_main=processes.is_first(),
     )
     stack.callback(writer.close)
+    preempted = stack.enter_context(exits.preemption())
     return loop.fit(
       state,
       step_fn=lambda state, batch: training.step(state, batch, frozen),
@@ -191,7 +239,20 @@ def run(
       best_metric=best_metric,
       checkpointer=checkpointer,
       writer=writer,
+      preempted=preempted,
     )
+
+
+def _close(
+  checkpointer: checkpoint.Checkpointer,
+  kind: object,
+  error: BaseException | None,
+  trace: object,
+) -> None:
+  """Closes it, but for where a save would wait for a process that is lost."""
+  del kind, trace
+  if error is None or not processes.is_lost_peer(error):
+    checkpointer.close()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -251,3 +251,48 @@ def test_draws_are_the_smallest_scores(num):
     np.testing.assert_array_equal(
       bank_lib.draw_slots(score, count, num), sorted_by_jax(score, count, num)
     )
+
+
+def test_merging_keeps_the_newest_of_each_class():
+  """Rings of different fill: [3, 1, 0] of class 0, all full of class 1."""
+  banks, number = [], 0
+  for count in (3, 1, 0):
+    bank = bank_lib.create(
+      num_classes=2, class_size=4, unconditional_size=8, sample_shape=(1,)
+    )
+    labels = np.array([0] * count + [1] * 6, np.int32)
+    samples = np.arange(number, number + len(labels), dtype=np.float32)
+    bank_lib.push(bank, samples[:, None], labels)
+    banks.append(bank)
+    number += 100
+  stacked = {
+    name: np.stack([bank.arrays()[name] for bank in banks])
+    for name in banks[0].arrays()
+  }
+  merged = banks[0]
+  bank_lib.refill(merged, stacked)
+  # Newest first: 2 and 100, then 1, then 0; of class 1 the last of each ring.
+  assert merged.samples[0, :, 0].tolist() == [0, 1, 100, 2]
+  assert merged.samples[1, :, 0].tolist() == [7, 205, 106, 8]
+  assert merged.count.tolist() == [4, 4] and merged.pointer.tolist() == [0, 0]
+  assert int(merged.any_count) == 8 and int(merged.any_pointer) == 0
+  # The next sample takes the place of the oldest.
+  bank_lib.push(merged, np.full((1, 1), -1, np.float32), np.zeros(1, np.int32))
+  assert merged.samples[0, :, 0].tolist() == [-1, 1, 100, 2]
+  assert merged.any_samples[0, 0] == -1
+
+
+def test_one_bank_is_copied_bit_by_bit():
+  bank = bank_lib.create(
+    num_classes=2, class_size=3, unconditional_size=4, sample_shape=(2,)
+  )
+  labels = np.array([0, 0, 0, 0, 1], np.int32)
+  bank_lib.push(
+    bank, np.random.default_rng(0).random((5, 2), np.float32), labels
+  )
+  saved = {name: x.copy()[None] for name, x in bank.arrays().items()}
+  for array in bank.arrays().values():
+    array[...] = 0
+  bank_lib.refill(bank, saved)
+  for name, array in bank.arrays().items():
+    np.testing.assert_array_equal(array, saved[name][0])

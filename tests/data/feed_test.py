@@ -1,6 +1,7 @@
 """Feeds: determinism, resume, draws of the right class, real processes."""
 
 import collections
+import contextlib
 import os
 import pathlib
 import socket
@@ -14,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from drift_jax import streams
+from drift_jax import checkpoint, streams
 from drift_jax.data.feed import GroupedFeed, ImageFeed, QueueFeed
 from drift_jax.data.loader import Loader
 from drift_jax.data.order import ClassGrouped
@@ -98,7 +99,7 @@ def test_abstract_has_the_shapes_of_the_state(make):
   feed = make()
   shapes = [
     jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-    for tree in (feed.abstract(), feed.state())
+    for tree in (feed.abstract(feed.state()), feed.state())
   ]
   assert shapes[0] == shapes[1]
 
@@ -346,9 +347,25 @@ def stored(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory, stored):
+def one_queue(tmp_path_factory):
+  """A folder with the checkpoint of one process' queue; its next batches."""
+  directory = tmp_path_factory.mktemp("processes")
+  feed = processes.queue_feed(0, 1)
+  feed.start()
+  next(feed)
+  with contextlib.closing(
+    checkpoint.Checkpointer(directory / "one_process")
+  ) as saver:
+    saver.save(1, {"step": np.asarray(1)}, feed.state())
+  arrays = {name: x.copy() for name, x in feed._bank.arrays().items()}
+  feed.close()
+  return directory, arrays
+
+
+@pytest.fixture(scope="module")
+def two_processes(one_queue, stored):
   """What two real processes of two devices each held and saw."""
-  directory, port = tmp_path_factory.mktemp("processes"), free_port()
+  directory, port = one_queue[0], free_port()
   (directory / "data").symlink_to(stored)
   environment = os.environ | {
     "PYTHONPATH": str(ROOT),
@@ -426,3 +443,81 @@ def test_two_processes_keep_a_queue_each(two_processes):
         np.floor(values(positives)) % 4,
         np.repeat(process["local"][key + "labels"][:, None], 2, 1),
       )
+
+
+def test_two_processes_go_on_from_one_queue(one_queue, two_processes):
+  """Copies of it, and the records behind those that one process has had.
+
+  One process had 24 records, which are two batches of two processes.
+  """
+  loader = Loader(processes.reader(), batch_size=12, seed=1)
+  loader.seek(2)
+  for process in two_processes:
+    for name, array in one_queue[1].items():
+      np.testing.assert_array_equal(process["local"][f"copy/{name}"], array)
+  for step in range(2):
+    new = next(loader)
+    for half, process in enumerate(two_processes):
+      labels = process["local"][f"from_one/{step}/labels"]
+      mine = new["label"][6 * half : 6 * half + 6].tolist()
+      assert collections.Counter(labels.tolist()) <= collections.Counter(mine)
+
+
+def test_one_process_goes_on_from_two_queues(one_queue, two_processes):
+  """The newest samples of both, and no record twice or left out.
+
+  Two processes had 48 records when they saved.
+  """
+  feed = processes.queue_feed(0, 1)
+  with contextlib.closing(
+    checkpoint.Checkpointer(one_queue[0] / "checkpoints", read_only=True)
+  ) as saver:
+    restored = saver.restore({"step": np.asarray(0)}, feed.abstract)
+  assert restored is not None
+  feed.restore(restored[1])
+  saved = {
+    name: np.stack([p["local"][f"saved/{name}"] for p in two_processes])
+    for name in feed._bank.arrays()
+  }
+  for label in range(4):
+    size = feed._bank.samples.shape[1]
+    expected = []
+    for age in range(size):
+      for ring in range(2):
+        if age < saved["count"][ring, label]:
+          slot = (saved["pointer"][ring, label] - 1 - age) % size
+          expected.append(saved["samples"][ring, label, slot])
+    expected = expected[:size][::-1]
+    assert feed._bank.count[label] == len(expected)
+    np.testing.assert_array_equal(
+      feed._bank.samples[label, : len(expected)], np.stack(expected)
+    )
+  loader = Loader(processes.reader(), batch_size=6, seed=1)
+  loader.seek(8)
+  for _ in range(3):
+    assert feed._loader.records == loader.records
+    batch, new = next(feed), next(loader)
+    assert collections.Counter(batch["labels"].tolist()) <= (
+      collections.Counter(new["label"].tolist())
+    )
+  feed.close()
+
+
+def test_records_that_do_not_divide_the_new_batch_are_not_lost():
+  """30 records are two and a half steps of two processes."""
+  feed = make_queue()
+  feed.start()
+  next(feed)
+  saved = feed.state()
+  halves = []
+  for process in range(2):
+    loader = make_loader(process_index=process, process_count=2)
+    other = make_queue(loader=loader)
+    other.restore(saved)
+    halves.append(loader)
+  expected = make_loader()
+  expected.seek(5)
+  for _ in range(3):
+    both = np.concatenate([next(half)["image"] for half in halves])
+    one = np.concatenate([next(expected)["image"] for _ in range(2)])
+    np.testing.assert_array_equal(both, one)

@@ -71,6 +71,22 @@ def test_seek_is_where_reading_would_be():
   loader.close()
 
 
+@pytest.mark.parametrize("number", [0, 7, 24, 61])
+def test_seeks_a_record_across_batch_sizes(number):
+  """Bit by bit what batches of one record would be."""
+  ones = make_loader(Numbers(noise=True), batch_size=1)
+  ones.seek(number)
+  expected = np.concatenate([next(ones)["image"] for _ in range(14)])
+  loader = make_loader(Numbers(noise=True), batch_size=7)
+  loader.seek_record(number)
+  assert loader.records == number
+  images = np.concatenate([next(loader)["image"] for _ in range(2)])
+  np.testing.assert_array_equal(images, expected)
+  assert loader.records == number + 14
+  for each in (ones, loader):
+    each.close()
+
+
 def test_close_keeps_the_position():
   batches = first(make_loader(Numbers(noise=True)), 4)
   loader = make_loader(Numbers(noise=True))

@@ -132,17 +132,32 @@ def queue_batches(process, count, directory):
   next(feed)
   checkpointer = checkpoint.Checkpointer(directory / "checkpoints")
   checkpointer.save(1, {"step": np.asarray(1)}, feed.state())
+  saved = {f"saved/{n}": x.copy() for n, x in feed._bank.arrays().items()}
   expected = batches(feed)
   checkpointer.wait()
   other = queue_feed(process, count)
-  restored = checkpointer.restore({"step": np.asarray(0)}, other.abstract())
+  restored = checkpointer.restore({"step": np.asarray(0)}, other.abstract)
   assert restored is not None
   other.restore(restored[1])
   resumed = flat("queue", batches(other))
   checkpointer.close()
   for name, array in flat("queue", expected).items():
     np.testing.assert_array_equal(resumed[name], array)
-  return expected
+  return flat("queue", expected) | saved
+
+
+def batches_from_one(process, count, directory):
+  """What follows from the queue that one process saved, and that queue."""
+  feed = queue_feed(process, count)
+  checkpointer = checkpoint.Checkpointer(
+    directory / "one_process", read_only=True
+  )
+  restored = checkpointer.restore({"step": np.asarray(0)}, feed.abstract)
+  checkpointer.close()
+  assert restored is not None
+  feed.restore(restored[1])
+  copy = {f"copy/{n}": x.copy() for n, x in feed._bank.arrays().items()}
+  return flat("from_one", batches(feed)) | copy
 
 
 def main(process, count, port, directory):
@@ -158,7 +173,8 @@ def main(process, count, port, directory):
     local |= flat(name, mine)
     placed = [sharding.put_batch(batch, mesh) for batch in mine]
     whole |= flat(name, multihost_utils.process_allgather(placed, tiled=True))
-  local |= flat("queue", queue_batches(process, count, directory))
+  local |= queue_batches(process, count, directory)
+  local |= batches_from_one(process, count, directory)
   np.savez(directory / f"local{process}.npz", **local)
   np.savez(directory / f"whole{process}.npz", **whole)
 

@@ -1,0 +1,593 @@
+"""Training in several real processes: the same losses, resume, kills, errors.
+
+Processes are slow to start and to compile: those of one fixture run one job
+after the other, and all share a compilation cache.
+"""
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from drift_jax import artifacts, train_mae
+from tests.conftest import assert_close
+from tests.train_test import checkpoint_arrays, last_step, records
+
+ROOT = pathlib.Path(__file__).parent.parent
+GENERATOR, ENCODER = (
+  "configs/digits.py:smoke",
+  "configs/digits.py:encoder,smoke",
+)
+SMALL = {
+  "model.depth": 1,
+  "model.hidden_size": 16,
+  "model.cond_dim": 16,
+  "model.num_heads": 2,
+  "batch.generated": 4,
+  "batch.positives": 8,
+  "optim.schedule": "constant",
+  "optim.warmup_steps": 1,
+  "train.log_every": 1,
+  "eval.every": 0,
+  "checkpoint.best_metric": "",
+}
+GROUPED = SMALL | {
+  "batch.reals": "class_grouped",
+  "train.num_steps": 6,
+  "checkpoint.every": 3,
+}
+MAE = {
+  "model.base_channels": 8,
+  "mae.batch_size": 16,
+  "mae.classification_steps": 3,
+  "mae.classification_ramp": 2,
+  "train.log_every": 1,
+  "train.num_steps": 6,
+  "checkpoint.every": 3,
+  "eval.every": 6,
+}
+QUEUE = SMALL | {
+  "mesh.fsdp": 2,
+  "train.num_steps": 24,
+  "checkpoint.every": 8,
+  "checkpoint.keep_latest": 4,
+  "eval.every": 12,
+  "eval.metrics": ("fd_pixel", "coverage", "label_accuracy"),
+  "eval.num_samples": 100,
+  "eval.batch_size": 50,
+  "processes.heartbeat_timeout": 10,
+}
+HEARTBEAT = 10
+# One training after the other. A job may begin with a copy of a folder, and
+# may be one that fails in all processes: its message is printed.
+DRIVER = """if True:
+  import json
+  import shutil
+  import sys
+  from absl import flags
+  from ml_collections import ConfigDict
+  from drift_jax import console, exits, experiment, main, processes
+  from drift_jax import train, train_mae
+
+  def copy(source, target, step):
+    shutil.copytree(
+      source, target, ignore=lambda _, names: [
+        n for n in names if n.isdecimal() and n != step]
+    )
+
+  def program():
+    exits.join(*(json.loads(sys.argv[2]) or ("", None, None)))
+    console.setup(processes.index())
+    for job in json.loads(sys.argv[1]):
+      if job["copy"]:
+        processes.from_first(lambda: copy(*job["copy"]))
+      config = ConfigDict(main.load_config(job["config"]))
+      for key, value in job["values"].items():
+        value = tuple(value) if isinstance(value, list) else value
+        config.update_from_flattened_dict({key: value})
+      trainer = train_mae if config.task == "mae" else train
+      try:
+        trainer.train_and_evaluate(config, job["workdir"])
+        assert not job["fails"]
+      except experiment.ERRORS as error:
+        if not job["fails"]:
+          raise
+        print(f"failed: {error}", flush=True)
+
+  flags.FLAGS.mark_as_parsed()
+  exits.run(program, experiment.ERRORS)
+"""
+# The command line, with steps that leave time for signals; where asked, saves
+# of one step never end.
+SLOW = """if True:
+  import os
+  import time
+  import orbax.checkpoint as ocp
+  from absl import app
+  from drift_jax import loop, main
+
+  advance = loop._Progress.advance
+  finalize = ocp.CompositeCheckpointHandler.finalize
+
+  def slow(self, step):
+    time.sleep(0.2)
+    advance(self, step)
+
+  def held(self, directory, *args, **kwargs):
+    if str(directory.name).startswith(os.environ["HELD"]):
+      time.sleep(600)
+    return finalize(self, directory, *args, **kwargs)
+
+  loop._Progress.advance = slow
+  if os.environ.get("HELD"):
+    ocp.CompositeCheckpointHandler.finalize = held
+  app.run(main.main, flags_parser=main.parse_flags)
+"""
+
+
+def free_port():
+  with contextlib.closing(socket.socket()) as sock:
+    sock.bind(("127.0.0.1", 0))
+    return sock.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return tmp_path_factory.mktemp("multi")
+
+
+class Group:
+  """Processes of one program, each with its own files of output."""
+
+  def __init__(self, folder, count, devices, command, **environment):
+    """Starts them.
+
+    Args:
+      folder: gets the output, and holds the compilation cache.
+      count, devices: processes, and devices of each.
+      command: (number of a process, HOST:PORT) -> arguments of Python.
+      environment: more variables.
+    """
+    address = f"127.0.0.1:{free_port()}"
+    self._outputs = [folder / f"{address}.{i}.txt" for i in range(count)]
+    variables = os.environ | {
+      "JAX_PLATFORMS": "cpu",
+      "JAX_NUM_CPU_DEVICES": str(devices),
+      "XLA_FLAGS": "--xla_backend_optimization_level=0",
+      "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+      "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+      "PYTHONPATH": str(ROOT),
+    }
+    self.processes = []
+    for i, output in enumerate(self._outputs):
+      with output.open("w") as file:
+        self.processes.append(
+          subprocess.Popen(
+            [sys.executable, *map(str, command(i, address))],
+            cwd=ROOT,
+            env=variables | environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+          )
+        )
+
+  def output(self, i):
+    return self._outputs[i].read_text()
+
+  def wait(self, seconds=240):
+    """The exit codes; fails, and kills, where one does not end in time."""
+    deadline = time.monotonic() + seconds
+    try:
+      return [
+        process.wait(max(0.1, deadline - time.monotonic()))
+        for process in self.processes
+      ]
+    except subprocess.TimeoutExpired:
+      raise AssertionError(self.everything()) from None
+    finally:
+      for process in self.processes:
+        process.kill()
+
+  def wait_until(self, condition, seconds=180):
+    """Fails where a process ends before."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+      alive = all(process.poll() is None for process in self.processes)
+      if not alive or time.monotonic() > deadline:
+        self.wait(0.1)
+        raise AssertionError(self.everything())
+      time.sleep(0.01)
+
+  def everything(self):
+    return "\n".join(
+      f"--- process {i}: {process.poll()}\n{self.output(i)[-3000:]}"
+      for i, process in enumerate(self.processes)
+    )
+
+
+def job(config, values, workdir, *, copy=None, fails=False):
+  return {
+    "config": config,
+    "values": values,
+    "workdir": str(workdir),
+    "copy": copy and [str(part) for part in copy],
+    "fails": fails,
+  }
+
+
+def run_jobs(folder, count, devices, jobs):
+  def command(i, address):
+    place = [address, count, i] if count > 1 else None
+    return "-c", DRIVER, json.dumps(jobs), json.dumps(place)
+
+  group = Group(folder, count, devices, command)
+  assert group.wait() == [0] * count, group.everything()
+  return group
+
+
+def start_run(folder, count, devices, workdir, values=None, **environment):
+  """A queue run by the command line."""
+  values = QUEUE if values is None else values
+  program = ("-c", SLOW) if environment else ("-m", "drift_jax.main")
+  flags = [f"--config.{name}={value}" for name, value in values.items()]
+
+  def command(i, address):
+    place = [
+      f"--coordinator={address}",
+      f"--num_processes={count}",
+      f"--process_id={i}",
+    ]
+    return [
+      *program,
+      f"--config={GENERATOR}",
+      f"--workdir={workdir}",
+      *flags,
+      *(place if count > 1 else []),
+    ]
+
+  return Group(folder, count, devices, command, **environment)
+
+
+@pytest.fixture(scope="module")
+def one(folder):
+  """1 x 4: runs of either task, and 3 steps of the queue."""
+  few = QUEUE | {"train.num_steps": 3, "eval.every": 0}
+  run_jobs(
+    folder,
+    *(1, 4),
+    [
+      job(GENERATOR, GROUPED, folder / "grouped1"),
+      job(ENCODER, MAE, folder / "mae1"),
+      job(GENERATOR, few, folder / "queue1"),
+    ],
+  )
+
+
+@pytest.fixture(scope="module")
+def two(folder, one):
+  """2 x 2: mistakes, the same runs, a queue in one go and in two parts, and
+  what one process began."""
+  few = QUEUE | {"train.num_steps": 6, "eval.every": 0}
+  return run_jobs(
+    folder,
+    *(2, 2),
+    [
+      job(GENERATOR, GROUPED | {"mesh.data": 3}, folder / "bad", fails=True),
+      job(GENERATOR, GROUPED | {"batch.labels": 6}, folder / "bad", fails=True),
+      job(GENERATOR, GROUPED, folder / "grouped2"),
+      # Parameters in parts over both processes.
+      job(ENCODER, MAE | {"mesh.fsdp": 4}, folder / "mae2"),
+      job(GENERATOR, QUEUE, folder / "whole"),
+      job(
+        GENERATOR,
+        QUEUE,
+        folder / "half",
+        copy=(folder / "whole", folder / "half", 8),
+      ),
+      job(
+        GENERATOR,
+        GROUPED,
+        folder / "grouped1to2",
+        copy=(folder / "grouped1", folder / "grouped1to2", 3),
+      ),
+      job(
+        ENCODER,
+        MAE,
+        folder / "mae1to2",
+        copy=(folder / "mae1", folder / "mae1to2", 3),
+      ),
+      job(
+        GENERATOR,
+        few,
+        folder / "queue1to2",
+        copy=(folder / "queue1", folder / "queue1to2", 3),
+      ),
+    ],
+  )
+
+
+@pytest.fixture(scope="module")
+def four(folder, two):
+  """4 x 1: the same runs."""
+  run_jobs(
+    folder,
+    *(4, 1),
+    [
+      job(GENERATOR, GROUPED, folder / "grouped4"),
+      job(ENCODER, MAE, folder / "mae4"),
+    ],
+  )
+
+
+def assert_trains_as(workdir, other, steps):
+  """Every metric of these steps, evaluations included, to 1e-4."""
+  here, there = records(workdir), records(other)
+  for step in steps:
+    assert here[step].keys() == there[step].keys()
+    for name, value in there[step].items():
+      # What is zero but for rounding has no digits to compare.
+      if name.startswith("drift_rms/") and value < 1e-9:
+        continue
+      assert_close(here[step][name], value, 1e-4, f"{workdir} {step} {name}")
+
+
+@pytest.mark.parametrize("task", ["grouped", "mae"])
+def test_processes_train_as_one(folder, one, two, four, task):
+  for count in (2, 4):
+    assert_trains_as(
+      folder / f"{task}{count}", folder / f"{task}1", range(1, 7)
+    )
+
+
+@pytest.mark.parametrize("task", ["grouped", "mae"])
+def test_two_processes_continue_one(folder, two, task):
+  assert_trains_as(folder / f"{task}1to2", folder / f"{task}1", range(4, 7))
+
+
+def test_the_first_process_exports_what_both_hold(folder, two):
+  exported = (
+    jax.tree.leaves(artifacts.load(folder / name / train_mae.EXPORT).params)
+    for name in ("mae1", "mae2")
+  )
+  for ours, theirs in zip(*exported, strict=True):
+    assert_close(theirs, ours, 1e-4)
+
+
+def assert_same_run(a, b, step):
+  """Bit by bit: state, queues, position, and every metric."""
+  first, second = checkpoint_arrays(a, step), checkpoint_arrays(b, step)
+  assert first.keys() == second.keys() and len(first) > 100
+  for name in first:
+    np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+  assert records(a) == records(b)
+
+
+def test_queues_of_two_processes_resume_bit_equal(folder, two):
+  """Evaluated, drawn and saved by both; plots, pictures, logs by the first."""
+  whole = folder / "whole"
+  assert_same_run(whole, folder / "half", 24)
+  figures = records(whole)[24]
+  for name in ("fd_pixel", "coverage", "label_accuracy"):
+    assert np.isfinite(figures[f"eval/{name}/alpha_1.0"]), name
+  queues = checkpoint_arrays(whole, 24)["feed/['bank']['samples']"]
+  assert len(queues) == 2 and not np.array_equal(*queues)
+  with Image.open(whole / "samples" / "step_0000024.png") as image:
+    assert min(image.size) > 80
+  assert (whole / "plots" / "drift_rms.png").exists()
+  assert len(list(whole.glob("events.out.tfevents.*"))) == 1
+  assert "step 24/24 " in two.output(0) and "Resuming" in two.output(0)
+  assert "step " not in two.output(1) and "Resuming" not in two.output(1)
+
+
+def test_two_processes_continue_the_queue_of_one(folder, two):
+  """Two queues from one; 3 steps of two processes behind 3 steps of one."""
+  old, new = (
+    checkpoint_arrays(folder / name, step)
+    for name, step in (("queue1", 3), ("queue1to2", 6))
+  )
+  assert len(new["feed/['bank']['samples']"]) == 2
+  had = old["feed/['records']"]
+  push = 32
+  assert had == 1280 + 3 * push
+  assert new["feed/['records']"] == had + 3 * 2 * push
+  assert old["feed/['steps']"] == 3 and new["feed/['steps']"] == 6
+  losses = [records(folder / "queue1to2")[step]["loss"] for step in range(4, 7)]
+  assert np.isfinite(losses).all()
+
+
+def test_mistakes_in_the_config_are_told_by_all(folder, two):
+  """Before anything is read or written."""
+  for process in range(2):
+    mesh, labels = [
+      line.removeprefix("failed: ")
+      for line in two.output(process).splitlines()
+      if line.startswith("failed: ")
+    ]
+    assert "mesh data=3, fsdp=1 does not fit 4 devices: give sizes" in mesh
+    assert "batch.labels=6 can't be split over the 4 devices" in labels
+    assert "use a multiple of 4" in labels
+  assert not (folder / "bad").exists()
+
+
+def saved_steps(workdir):
+  path = workdir / "checkpoints"
+  return sorted(int(p.name) for p in path.glob("*") if p.name.isdecimal())
+
+
+def test_sigterm_to_one_saves_all(folder, two):
+  """One consistent checkpoint at a step that no schedule names; bit-equal."""
+  workdir = folder / "preempted"
+  group = start_run(folder, 2, 2, workdir, HELD="")
+  group.wait_until(lambda: last_step(workdir) >= 2)
+  group.processes[1].send_signal(signal.SIGTERM)
+  assert group.wait(60) == [75, 75], group.everything()
+  stopped = saved_steps(workdir)[-1]
+  print(f"stopped at step {stopped}")
+  assert 2 < stopped < 24 and last_step(workdir) == stopped
+  assert (workdir / "checkpoints" / str(stopped) / "checksums.json").exists()
+  lines = [x for x in group.output(0).splitlines() if "Told to stop" in x]
+  assert len(lines) == 1 and f"step {stopped} is saved; the same" in lines[0]
+  assert "Told to stop" not in group.output(1)
+  assert not list((workdir / "checkpoints").glob("*tmp*"))
+
+  group = start_run(folder, 2, 2, workdir)
+  assert group.wait() == [0, 0], group.everything()
+  assert f"Resuming after step {stopped}." in group.output(0)
+  assert_same_run(folder / "whole", workdir, 24)
+
+
+def test_sigkill_of_one(folder, two):
+  """Between saves, then while a save is being written, then the first one's."""
+  workdir = folder / "killed"
+  checkpoints = workdir / "checkpoints"
+  group = start_run(folder, 2, 2, workdir, HELD="")
+  group.wait_until(lambda: last_step(workdir) >= 10)
+  group.processes[1].send_signal(signal.SIGKILL)
+  began = time.monotonic()
+  codes = group.wait(60)
+  assert time.monotonic() - began < HEARTBEAT, group.everything()
+  assert codes == [75, -signal.SIGKILL], group.everything()
+  assert "process was lost" in group.output(0)
+  assert "same command goes on from the newest checkpoint" in group.output(0)
+  assert "Traceback" not in group.output(0)
+  assert saved_steps(workdir) == [8]
+
+  group = start_run(folder, 2, 2, workdir, HELD="16")
+  group.wait_until(lambda: last_step(workdir) >= 17)
+  assert list(checkpoints.glob("16*tmp*")) and saved_steps(workdir) == [8]
+  group.processes[0].send_signal(signal.SIGKILL)
+  began = time.monotonic()
+  codes = group.wait(60)
+  assert time.monotonic() - began < HEARTBEAT, group.everything()
+  # JAX aborts those that can't reach the first process any more.
+  assert codes[0] == -signal.SIGKILL and codes[1] in (75, -signal.SIGABRT)
+  assert "Resuming after step 8." in group.output(0)
+
+  # What one process then reads is what two would have.
+  first, second = (
+    checkpoint_arrays(path, 8) for path in (folder / "whole", workdir)
+  )
+  for name in first:
+    np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+  fewer = QUEUE | {"train.num_steps": 12, "eval.every": 0}
+  group = start_run(folder, 1, 4, workdir, fewer)
+  assert group.wait() == [0], group.everything()
+  assert "Resuming after step 8." in group.output(0)
+  assert saved_steps(workdir) == [8, 12]
+  assert not list(checkpoints.glob("*tmp*"))
+  arrays = checkpoint_arrays(workdir, 12)
+  assert arrays["feed/['bank']['samples']"].shape[0] == 1
+  # 2 x 1280 at the start, then 8 steps of two processes and 4 of one.
+  assert arrays["feed/['records']"] == 2 * 1280 + (8 * 2 + 4) * 32
+  assert set(records(workdir)) == set(range(1, 13))
+
+
+@pytest.fixture(scope="module")
+def unreachable(folder):
+  """Waits for a process 0 that is not there, beside the other tests."""
+  workdir = folder / "unreachable"
+
+  def wait():
+    began = time.monotonic()
+    place = {"coordinator": "127.0.0.1:1", "num_processes": 2, "process_id": 1}
+    done = subprocess.run(
+      [sys.executable, "-m", "drift_jax.main", f"--config={GENERATOR}"]
+      + [f"--workdir={workdir}"]
+      + [f"--{name}={value}" for name, value in place.items()],
+      cwd=ROOT,
+      env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+      capture_output=True,
+      text=True,
+      timeout=120,
+    )
+    return done, time.monotonic() - began
+
+  with concurrent.futures.ThreadPoolExecutor(1) as executor:
+    yield executor.submit(wait)
+
+
+def test_a_workdir_that_can_not_be_written(unreachable, folder):
+  """A file in its place; all end at once, before anything compiles."""
+  (folder / "file").write_text("")
+  began = time.monotonic()
+  group = start_run(folder, 2, 1, folder / "file" / "run", GROUPED)
+  assert group.wait(60) == [1, 1], group.everything()
+  assert time.monotonic() - began < 60
+  first = [x for x in group.output(0).splitlines() if x.startswith("Error: ")]
+  assert len(first) == 1
+  assert f"--workdir={folder / 'file' / 'run'} can't be written: " in first[0]
+  assert f"{folder / 'file'} is a file" in first[0]
+  assert "process 0" in group.output(1)
+  assert "can't be written" in group.output(1)
+  for process in range(2):
+    assert "Traceback" not in group.output(process)
+
+
+# Two processes that start no training: one fails or falls silent, the other
+# waits for nothing.
+ALONE = """if True:
+  import os, sys, time
+  from absl import flags
+  from drift_jax import console, exits, processes
+
+  def program():
+    number = int(sys.argv[2])
+    exits.join(sys.argv[1], 2, number, heartbeat_timeout=10)
+    console.setup(processes.index())
+    if number:
+      time.sleep(3)
+      print("waited", flush=True)
+      if sys.argv[3] == "fails":
+        raise OSError("this disk is full")
+      os.kill(os.getpid(), 19)
+    time.sleep(60)
+
+  flags.FLAGS.mark_as_parsed()
+  exits.run(program, (OSError,))
+"""
+
+
+def test_one_that_fails_ends_the_others(folder):
+  group = Group(folder, 2, 1, lambda i, at: ("-c", ALONE, at, i, "fails"))
+  group.wait_until(lambda: "waited" in group.output(1))
+  began = time.monotonic()
+  assert group.wait(60) == [1, 1], group.everything()
+  assert time.monotonic() - began < HEARTBEAT
+  assert "\nError: this disk is full\n" in f"\n{group.output(1)}"
+  (line,) = [x for x in group.output(0).splitlines() if "Error" in x]
+  assert line == "Error: process 1 ended first: this disk is full"
+
+
+def test_one_that_is_silent_is_lost(folder):
+  """Where no collective tells: it has stopped, not ended."""
+  group = Group(folder, 2, 1, lambda i, at: ("-c", ALONE, at, i, "stops"))
+  group.wait_until(lambda: "waited" in group.output(1))
+  began = time.monotonic()
+  assert group.processes[0].wait(60) == 75, group.everything()
+  assert time.monotonic() - began < HEARTBEAT, group.everything()
+  group.processes[1].kill()
+  assert "Process 1 was lost: no sign of life for 8 s; the same command" in (
+    group.output(0)
+  )
+
+
+def test_a_coordinator_that_can_not_be_reached(unreachable, folder):
+  done, seconds = unreachable.result()
+  assert done.returncode == 1, done.stderr[-3000:]
+  (line,) = done.stderr.splitlines()
+  assert line.startswith("Error: processes: coordinator='127.0.0.1:1', process")
+  assert "start every process, with the same HOST:PORT" in line
+  assert seconds < 60
+  assert not (folder / "unreachable").exists()
