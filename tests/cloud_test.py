@@ -43,6 +43,18 @@ sys.modules["gcsfs"] = None
 sys.argv = ["drift_jax.main", *sys.argv[1:]]
 runpy.run_module("drift_jax.main", run_name="__main__")
 """
+# gcsfs' listings of a folder before and after TensorStore writes there.
+LISTINGS = """
+import tensorstore
+from etils import epath
+from drift_jax import storage
+folder = epath.Path("gs://runs/listed")
+storage.check(folder)
+(folder / "a").write_text("a")
+print(len(list(folder.iterdir())))
+tensorstore.KvStore.open(f"{folder}/").result().write("b", b"b").result()
+print(len(list(folder.iterdir())))
+"""
 
 
 @dataclasses.dataclass
@@ -260,6 +272,11 @@ def test_what_can_not_be_used_is_said_in_one_line(bucket, start):
   assert (
     line == "Error: gs://runs/run: gs:// needs a package: pip install gcsfs"
   )
+
+
+def test_listings_are_not_remembered(start):
+  said = start("", program=LISTINGS).finish()
+  assert said.startswith("1\n2\n")
 
 
 def test_without_a_process():
