@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from drift_jax import storage
 from drift_jax.models import release
 
 SUBDIRECTORY = "params_ema"
@@ -124,7 +125,9 @@ def load(
   Raises:
     ArtifactError: files missing, truncated, of an unknown kind, or parameters
       that do not fit the model (the first differences are listed).
+    StorageError: a bucket that can't be read.
   """
+  storage.check(directory)
   folder = epath.Path(directory)
   if (folder / SUBDIRECTORY).is_dir():
     folder = folder / SUBDIRECTORY

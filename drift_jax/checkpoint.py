@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from drift_jax import processes
+from drift_jax import processes, storage
 from drift_jax.console import logger
 
 CHECKSUMS = "checksums.json"
@@ -41,16 +41,22 @@ class CheckpointError(RuntimeError):
 def _checksums(directory: epath.Path) -> dict[str, list[int]]:
   """{relative path: [bytes, CRC-32]} of every file below a checkpoint."""
   sums = {}
-  for folder, _, names in os.walk(directory):
+  root = storage.without_scheme(directory)
+  for folder, _, names in directory.walk():
+    # etils names a bucket's folders without their scheme.
+    below = os.path.relpath(storage.without_scheme(folder), root)
     for name in names:
       if name == CHECKSUMS:
         continue
-      path = epath.Path(folder) / name
+      relative = os.path.normpath(os.path.join(below, name))
+      path = directory / relative
       size = crc = 0
       with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
           size, crc = size + len(chunk), zlib.crc32(chunk, crc)
-      sums[os.path.relpath(path, directory)] = [size, crc]
+      sums[relative] = [size, crc]
+  if not sums:
+    raise FileNotFoundError(directory)
   return sums
 
 
@@ -119,7 +125,9 @@ class Checkpointer:
       read_only: changes nothing on disk, so that it may be opened next to a
         run that saves; a directory that is not there holds no checkpoint.
     """
-    self._directory = epath.Path(directory).resolve()
+    self._directory = epath.Path(directory)
+    if not storage.is_remote(directory):  # of a URL, resolve makes a local path
+      self._directory = self._directory.resolve()
     self._on_corrupt = on_corrupt
     self._read_only = read_only
     self._options: dict[str, Any] = {

@@ -149,13 +149,13 @@ def main(argv: list[str]) -> None:
   console.setup()
   try:
     report, out = _run()
+    if not processes.is_first():
+      return
+    print(table(report))
+    with metrics.replacing(out) as temporary:
+      temporary.write_text(json.dumps(report, indent=2))
   except experiment.ERRORS as error:
     sys.exit(f"Error: {error}")
-  if not processes.is_first():
-    return
-  print(table(report))
-  with metrics.replacing(out) as temporary:
-    temporary.write_text(json.dumps(report, indent=2))
   logger.info("Wrote %s.", out)
 
 

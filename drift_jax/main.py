@@ -10,11 +10,13 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from drift_jax import config as config_lib
+from drift_jax import storage
 
 _WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
-  "Folder of the run; a run found there is continued.",
+  "Folder of the run, local or gs://BUCKET/PATH; a run found there is "
+  "continued.",
   required=True,
 )
 _CONFIG = config_flags.DEFINE_config_file(
@@ -39,7 +41,8 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   try:
     config = config_lib.parse(_CONFIG.value)
-  except config_lib.ConfigError as error:
+    storage.check(_WORKDIR.value, write=True)
+  except (config_lib.ConfigError, storage.StorageError) as error:
     sys.exit(f"Error: {error}")
   # Everything heavy is imported here, so that --help and a config that can't
   # be run cost nothing.

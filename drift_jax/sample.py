@@ -116,9 +116,9 @@ def main(argv: list[str]) -> None:
       step=_STEP.value,
       ema_decay=_EMA_DECAY.value,
     )
+    metrics.save_png(experiment.grid_image(images, _COUNT.value), _OUT.value)
   except experiment.ERRORS as error:
     sys.exit(f"Error: {error}")
-  metrics.save_png(experiment.grid_image(images, _COUNT.value), _OUT.value)
   logger.info("Wrote %s.", _OUT.value)
 
 

@@ -34,6 +34,7 @@ SLOW_FILES = (
   "evaluate_test.py",
   "steps_test.py",
   "smoke_test.py",
+  "cloud_test.py",
   "reference_stats_test.py",
   "generator_test.py",
   "mae_test.py",

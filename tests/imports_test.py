@@ -8,6 +8,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / "drift_jax"
 RANKS = {
   "drift": 0,
+  "storage": 0,
   "processes": 0,
   "sharding": 0,
   "config": 0,

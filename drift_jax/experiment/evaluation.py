@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from drift_jax import artifacts, metrics, processes, sharding, steps
+from drift_jax import artifacts, metrics, processes, sharding, steps, storage
 from drift_jax import config as config_lib
 from drift_jax.experiment.networks import (
   frozen_sums,
@@ -204,7 +204,9 @@ def load_generator(
       autoencoder that is not the one that the run began with.
     ArtifactError: an autoencoder that can't be loaded.
     CheckpointError: no such checkpoint, or a damaged one.
+    StorageError: a bucket that can't be read.
   """
+  storage.check(workdir)
   file = epath.Path(workdir) / CONFIG_FILE
   if not file.exists():
     raise config_lib.ConfigError(f"no run in {workdir}: {file} is missing")

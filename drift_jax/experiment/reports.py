@@ -1,7 +1,6 @@
 """Reports: figures of a run, of exported weights, or of images."""
 
 import dataclasses
-import pathlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -87,9 +86,9 @@ class Request:
     )
     return config_lib.Judge(path=path, reference=reference)
 
-  def beside(self, suffix: str) -> pathlib.Path:
+  def beside(self, suffix: str) -> epath.Path:
     """The path of a picture: out without .json, then the suffix."""
-    path = pathlib.Path(self.out)
+    path = epath.Path(self.out)
     return path.with_name(path.stem + suffix)
 
 
@@ -351,7 +350,7 @@ def _score(
 ) -> dict[str, Any]:
   """What all reports hold; writes the samples and the plot over alpha."""
   if request.samples_out:
-    path = pathlib.Path(request.samples_out)
+    path = epath.Path(request.samples_out)
     paths = [path]
     if len(alphas) > 1:
       paths = [path.with_name(f"{path.stem}_alpha_{a:g}.npz") for a in alphas]

@@ -3,9 +3,12 @@
 import contextlib
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterator
 
-PathLike = str | os.PathLike[str]
+from drift_jax import storage
+
+PathLike = storage.PathLike
 
 
 @contextlib.contextmanager
@@ -15,7 +18,18 @@ def replacing(path: PathLike) -> Iterator[pathlib.Path]:
   Whoever reads `path` sees the old file or the complete new one, also when the
   process dies in between. The folder is made when it is missing; after an
   exception the temporary file is removed and `path` is untouched.
+
+  A path in a bucket has its temporary file on the local disk.
+
+  Raises:
+    StorageError: a bucket that can't be written to.
   """
+  if storage.is_remote(path):
+    with tempfile.TemporaryDirectory() as folder:
+      temporary = pathlib.Path(folder) / "file"
+      yield temporary
+      storage.upload(temporary, path)
+    return
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 from absl import logging
+from etils import epath
 from PIL import Image
 
 from drift_jax import processes
@@ -325,7 +326,7 @@ class _Archive:
       happens by itself when the object or the program ends.
   """
 
-  def __init__(self, path: pathlib.Path, shape: tuple[int, ...]):
+  def __init__(self, path: epath.Path, shape: tuple[int, ...]):
     """Opens the file for uint8 images of `shape`, [N, H, W, 3].
 
     Raises:
@@ -397,7 +398,7 @@ class SampleWriter:
         f" {labels.shape}"
       )
     self.name = "samples"
-    self._paths = [pathlib.Path(path) for path in paths]
+    self._paths = [epath.Path(path) for path in paths]
     if len(set(self._paths)) < len(self._paths):
       raise ValueError(f"files of samples must differ, got {paths}")
     self._labels = labels

@@ -3,12 +3,17 @@
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import jax
 import numpy as np
+from etils import epath
 
+from drift_jax import storage
 from drift_jax.metrics import files, tensorboard
 
 tensorboard.register()  # before anything of clu that would want TensorFlow
@@ -21,9 +26,11 @@ from clu.metric_writers import (  # noqa: E402
 MetricWriter.register(tensorboard.SummaryWriter)
 
 _FILE = "metrics.jsonl"
+# A bucket's copy of the numbers is at most so much older than a write.
+_UPLOAD_SECONDS = 60.0
 
 
-def _parse(path: pathlib.Path, number: int, line: str) -> dict[str, Any]:
+def _parse(path: files.PathLike, number: int, line: str) -> dict[str, Any]:
   try:
     record = json.loads(line)
   except json.JSONDecodeError as error:
@@ -38,9 +45,9 @@ def _parse(path: pathlib.Path, number: int, line: str) -> dict[str, Any]:
   return record
 
 
-def _complete_lines(path: pathlib.Path) -> list[str]:
+def _complete_lines(path: files.PathLike) -> list[str]:
   """Lines that end in a newline; a last one without was cut off by a kill."""
-  text = path.read_text(encoding="utf-8")
+  text = epath.Path(path).read_text(encoding="utf-8")
   return text[: text.rfind("\n") + 1].splitlines()
 
 
@@ -53,7 +60,6 @@ def read_jsonl(path: files.PathLike) -> list[dict[str, float | int]]:
   Raises:
     ValueError: when a line is no JSON object with a step, naming the line.
   """
-  path = pathlib.Path(path)
   return [
     {
       name: math.nan if value is None else value
@@ -158,6 +164,50 @@ class JsonlWriter(MetricWriter):
     self._file.close()
 
 
+class _Uploading(MultiWriter):
+  """Writers to a local folder whose files are copied to a bucket.
+
+  An object can't be appended to, so a file that has grown is written anew: at
+  flush(), at close(), and when _UPLOAD_SECONDS have passed.
+  """
+
+  def __init__(
+    self,
+    writers: Sequence[MetricWriter],
+    folder: pathlib.Path,
+    workdir: files.PathLike,
+  ):
+    super().__init__(writers)
+    self._folder = folder
+    self._workdir = epath.Path(workdir)
+    self._sizes: dict[str, int] = {}
+    self.flush()
+
+  def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+    super().write_scalars(step, scalars)
+    if time.monotonic() - self._uploaded >= _UPLOAD_SECONDS:
+      self.flush()
+
+  def flush(self) -> None:
+    super().flush()
+    self._upload()
+
+  def close(self) -> None:
+    super().close()
+    try:
+      self._upload()
+    finally:
+      shutil.rmtree(self._folder)
+
+  def _upload(self) -> None:
+    for path in sorted(self._folder.iterdir()):
+      size = path.stat().st_size
+      if self._sizes.get(path.name) != size:
+        storage.upload(path, self._workdir / path.name)
+        self._sizes[path.name] = size
+    self._uploaded = time.monotonic()
+
+
 def create_writer(
   workdir: files.PathLike, *, resume_step: int, is_main: bool
 ) -> MultiWriter:
@@ -177,8 +227,17 @@ def create_writer(
   """
   if not is_main:
     return MultiWriter([])
-  workdir = pathlib.Path(workdir)
-  events = tensorboard.SummaryWriter(str(workdir), purge_step=resume_step + 1)
-  return MultiWriter(
-    [JsonlWriter(workdir / _FILE, resume_step), cast(MetricWriter, events)]
-  )
+  folder = pathlib.Path(workdir)
+  if storage.is_remote(workdir):
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="drift_jax_"))
+    earlier = epath.Path(workdir) / _FILE
+    if earlier.exists():
+      (folder / _FILE).write_bytes(earlier.read_bytes())
+  events = tensorboard.SummaryWriter(str(folder), purge_step=resume_step + 1)
+  writers = [
+    JsonlWriter(folder / _FILE, resume_step),
+    cast(MetricWriter, events),
+  ]
+  if storage.is_remote(workdir):
+    return _Uploading(writers, folder, workdir)
+  return MultiWriter(writers)

@@ -197,3 +197,35 @@ def test_unsupported_summaries_are_named(tmp_path):
   with pytest.raises(ValueError, match=r"videos \(clip\)"):
     writer.write_videos(1, {"clip": np.zeros((2, 4, 4, 3))})
   writer.close()
+
+
+def test_a_bucket_gets_whole_files_at_times(tmp_path, monkeypatch):
+  """When opened, when told to, when long enough has passed, and at the end."""
+  uploads = []
+
+  def upload(source, path):
+    lines = source.read_text().splitlines()
+    uploads.append((str(path), [json.loads(line)["step"] for line in lines]))
+
+  monkeypatch.setattr(writers.storage, "upload", upload)
+  folder = tmp_path / "spool"
+  name = "gs://bucket/run/metrics.jsonl"
+  jsonl = JsonlWriter(folder / "metrics.jsonl", -1)
+  writer = writers._Uploading([jsonl], folder, "gs://bucket/run")
+  assert uploads.pop() == (name, [])
+  writer.write_scalars(1, {})
+  writer.write_scalars(2, {})
+  assert not uploads
+  writer.flush()
+  assert uploads.pop() == (name, [1, 2])
+  writer.flush()  # nothing has changed
+  assert not uploads
+  monkeypatch.setattr(writers, "_UPLOAD_SECONDS", 0.0)
+  writer.write_scalars(3, {})
+  assert uploads.pop() == (name, [1, 2, 3])
+  monkeypatch.undo()
+  monkeypatch.setattr(writers.storage, "upload", upload)
+  writer.write_scalars(4, {})
+  writer.close()
+  assert uploads == [(name, [1, 2, 3, 4])]
+  assert not folder.exists()

@@ -1,0 +1,118 @@
+"""Buckets in the place of folders: gs://BUCKET/PATH.
+
+etils.epath reads a bucket as it reads a disk. What differs is here: whether
+the bucket can be used at all, and writing, since an object can't be appended
+to and appears only when it is whole.
+"""
+
+import importlib
+import importlib.util
+import logging
+import os
+from typing import Any
+
+PathLike = str | os.PathLike[str]
+
+# A library's attempt to reach a bucket; `check` makes three at most.
+_SECONDS = 15
+_HINT = (
+  "Credentials come from GOOGLE_APPLICATION_CREDENTIALS, `gcloud auth "
+  "application-default login` or the machine's service account; their project "
+  "from GOOGLE_CLOUD_PROJECT"
+)
+
+
+class StorageError(OSError):
+  """A bucket that can't be used; the message says which, why, what now."""
+
+
+def is_remote(path: PathLike) -> bool:
+  """Whether a path is a URL."""
+  return "://" in os.fspath(path)
+
+
+def without_scheme(path: PathLike) -> str:
+  """BUCKET/PATH of a URL; a local path as it is."""
+  return os.fspath(path).rpartition("://")[2]
+
+
+def check(path: PathLike, *, write: bool = False) -> None:
+  """Makes sure that the bucket of a path, if it is in one, can be used.
+
+  Three libraries work on a run's bucket, and each finds credentials by itself:
+  gcsfs, TensorStore for a checkpoint's arrays, and google-cloud-storage, which
+  Orbax asks before it deletes a checkpoint. Each is tried here, so that none
+  fails when the first checkpoint is due.
+
+  Args:
+    path: local ones are not looked at.
+    write: whether a run will be written there.
+
+  Raises:
+    StorageError: a URL that is not gs://, a missing package, no such bucket, or
+      no permission to use it.
+  """
+  if not is_remote(path):
+    return
+  client = _client(path)
+  import tensorstore
+
+  bucket, _, name = without_scheme(path).partition("/")
+  if not bucket:
+    raise StorageError(f"{os.fspath(path)} names no bucket")
+  # The three have no exception in common but Exception.
+  try:
+    client.ls(bucket, max_results=1, timeout=_SECONDS)
+    store: Any = tensorstore.KvStore.open(f"gs://{bucket}/").result(_SECONDS)
+    store.read(f"{name}/config.json").result(_SECONDS)
+    if write:
+      google = importlib.import_module("google.cloud.storage")
+      google.Client().get_bucket(bucket, timeout=_SECONDS, retry=None)
+  except FileNotFoundError as error:
+    raise StorageError(
+      f"{os.fspath(path)}: there is no bucket {bucket!r}"
+    ) from error
+  except Exception as error:
+    raise StorageError(f"{_one_line(path, error)}. {_HINT}") from error
+
+
+def upload(source: PathLike, path: PathLike) -> None:
+  """Writes a local file to a bucket.
+
+  Readers see the old object or the whole new one.
+
+  Raises:
+    StorageError: it can't be written.
+  """
+  try:
+    _client(path).put_file(os.fspath(source), os.fspath(path))
+  except StorageError:
+    raise
+  except Exception as error:
+    raise StorageError(_one_line(path, error)) from error
+
+
+def _client(path: PathLike) -> Any:
+  """The gcsfs file system; epath works with the same one."""
+  path = os.fspath(path)
+  if not path.startswith("gs://"):
+    raise StorageError(
+      f"{path}: runs are kept on local disks and in gs:// buckets only, since "
+      "Orbax writes checkpoints nowhere else: use a local folder and copy it "
+      "(for s3:// with `aws s3 sync`)"
+    )
+  if importlib.util.find_spec("gcsfs") is None:
+    raise StorageError(f"{path}: gs:// needs a package: pip install gcsfs")
+  import fsspec
+  from fsspec.config import conf
+
+  # TensorStore's files would be missing from listings that gcsfs remembers.
+  conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
+  # It logs the traceback of every error that it raises.
+  logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+  return fsspec.filesystem("gcs", finalize_on_close=True)
+
+
+def _one_line(path: PathLike, error: Exception) -> str:
+  text = " ".join(str(error).split()) or "no answer in time"
+  return f"{os.fspath(path)}: {type(error).__name__}: {text}"

@@ -1,0 +1,287 @@
+"""Runs whose workdir is a bucket, in real processes against a local one."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+from drift_jax import artifacts, checkpoint, metrics, storage
+from tests import fake_bucket
+from tests.train_test import (
+  ENCODER,
+  ROOT,
+  SMOKE,
+  TINY,
+  assert_same_run,
+  command,
+  environment,
+)
+
+STEPS = 16
+OPTIONS = (
+  SMOKE,
+  *TINY,
+  "--config.eval.every=8",
+  "--config.eval.metrics=('fd_pixel',)",
+  "--config.checkpoint.keep_latest=3",
+  f"--config.train.num_steps={STEPS}",
+)
+# As where gcsfs is not installed.
+WITHOUT_GCSFS = """
+import runpy, sys
+sys.modules["gcsfs"] = None
+sys.argv = ["drift_jax.main", *sys.argv[1:]]
+runpy.run_module("drift_jax.main", run_name="__main__")
+"""
+# gcsfs' listings of a folder before and after TensorStore writes there.
+LISTINGS = """
+import tensorstore
+from etils import epath
+from drift_jax import storage
+folder = epath.Path("gs://runs/listed")
+storage.check(folder)
+(folder / "a").write_text("a")
+print(len(list(folder.iterdir())))
+tensorstore.KvStore.open(f"{folder}/").result().write("b", b"b").result()
+print(len(list(folder.iterdir())))
+"""
+
+
+@dataclasses.dataclass
+class Started:
+  """A process that runs while the test does something else."""
+
+  process: subprocess.Popen
+
+  def finish(self, ok: bool = True) -> str:
+    """What it said; where it had to fail, the line that names the error."""
+    stdout, stderr = self.process.communicate(timeout=240)
+    assert self.process.returncode == (0 if ok else 1), stderr[-3000:]
+    if ok:
+      return stdout + stderr
+    assert "Traceback" not in stderr
+    assert stderr.splitlines()[-1].startswith("Error: "), stderr[-3000:]
+    return stderr.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def bucket():
+  with fake_bucket.serve() as served:
+    yield served
+
+
+@pytest.fixture(scope="module")
+def start(bucket, tmp_path_factory):
+  variables = environment(1) | bucket.environment
+  # The run that goes on has compiled nothing that the killed one had not.
+  variables |= {
+    "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  }
+
+  def run(module, *arguments, program=None):
+    line = command(module, *arguments)
+    if program:
+      line = [sys.executable, "-c", program, *map(str, arguments)]
+    process = subprocess.Popen(
+      line,
+      cwd=ROOT,
+      env=variables,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    stack.enter_context(process)
+    stack.callback(process.kill)
+    return Started(process)
+
+  with contextlib.ExitStack() as stack:
+    yield run
+
+
+def committed(bucket, workdir):
+  """Steps of the checkpoints in the bucket, oldest first."""
+  return sorted(
+    int(name.split("/")[0])
+    for name in bucket.names(f"{workdir}/checkpoints")
+    if name.count("/") == 1 and name.endswith("/commit_success.txt")
+    if name[0].isdigit()
+  )
+
+
+@dataclasses.dataclass
+class Story:
+  """Of a run that was killed, then found its newest checkpoint damaged."""
+
+  whole: pathlib.Path  # the same run on the disk in one go
+  damaged: list[str]  # objects of the newest checkpoint, of step 8
+  error: str
+  resumed: str
+  encoder: str  # what another run said, of an encoder
+
+
+@pytest.fixture(scope="module")
+def story(bucket, start, tmp_path_factory):
+  whole = tmp_path_factory.mktemp("whole")
+  reference = start("main", *OPTIONS, f"--workdir={whole}")
+  run = OPTIONS + (f"--workdir=gs://{bucket.name}/digits",)
+  killed = start("main", *run).process
+  deadline = time.monotonic() + 240
+  while "checkpoints/8/checksums.json" not in bucket.names("digits"):
+    assert killed.poll() is None, killed.communicate()[1][-3000:]
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+  killed.send_signal(signal.SIGKILL)
+  killed.communicate()
+  reference.finish()
+  # As if killed before later ones were whole.
+  for step in committed(bucket, "digits"):
+    if step > 8:
+      bucket.delete(f"digits/checkpoints/{step}/commit_success.txt")
+
+  names = bucket.names("digits/checkpoints/8")
+  largest = max(
+    (f"digits/checkpoints/8/{name}" for name in names if "state/" in name),
+    key=lambda name: len(bucket.read(name)),
+  )
+  bucket.write(largest, bucket.read(largest)[:-7])
+  encoder = start(
+    "main",
+    *ENCODER,
+    "--config.checkpoint.every=20",
+    f"--workdir=gs://{bucket.name}/encoder",
+  )
+  error = start("main", *run).finish(ok=False)
+  assert bucket.names("digits/checkpoints/8") == names
+  resumed = start("main", *run, "--config.checkpoint.on_corrupt=previous")
+  return Story(whole, names, error, resumed.finish(), encoder.finish())
+
+
+def test_a_damaged_checkpoint_is_named_and_set_aside(bucket, story):
+  url = f"gs://{bucket.name}/digits/checkpoints"
+  assert f"checkpoint {url}/8 is damaged: state/" in story.error
+  assert "go on from step 4, or" in story.error
+  assert f"It is kept as {url}/damaged_8;" in story.resumed
+  assert bucket.names("digits/checkpoints/damaged_8") == story.damaged
+
+
+def test_killed_and_resumed_is_bit_equal(bucket, story, tmp_path):
+  """Also what is kept: the latest, the best, none that was being saved."""
+  assert "Resuming after step 4." in story.resumed
+  assert_same_run(story.whole, bucket.download("digits", tmp_path), STEPS)
+  steps = committed(bucket, "digits")
+  folders = {n.split("/")[0] for n in bucket.names("digits/checkpoints")}
+  assert folders == {*map(str, steps), "damaged_8"}
+  whole = epath.Path(story.whole) / "checkpoints"
+  kept = {path.name for path in whole.iterdir()}
+  assert kept == {*map(str, steps)} and "4" not in kept
+  for step in steps:
+    folder = epath.Path(tmp_path) / "checkpoints" / str(step)
+    assert checkpoint.damage(folder) == []
+    sums = json.loads(bucket.read(f"digits/checkpoints/{step}/checksums.json"))
+    assert len(sums) > 10
+
+
+def test_the_workdir_holds_what_is_promised(bucket, story):
+  names = bucket.names("digits")
+  assert json.loads(bucket.read("digits/config.json"))["seed"] == 0
+  for picture in (
+    *(f"samples/step_{step:07d}.png" for step in (8, 16)),
+    "plots/drift_rms.png",
+    "plots/frechet.png",
+  ):
+    with Image.open(io.BytesIO(bucket.read(f"digits/{picture}"))) as image:
+      assert min(image.size) > 80
+  events = [name for name in names if name.startswith("events.out.tfevents.")]
+  held = [b"drift_rms" in bucket.read(f"digits/{name}") for name in events]
+  # Of the killed process, up to its last checkpoint, and of the other one.
+  assert held == [True, True]
+  # Nothing was half written, and nothing written into the working directory.
+  assert not [name for name in names if name.endswith(".tmp")]
+  assert not (ROOT / "gs:").exists()
+
+
+def test_samples_and_figures_of_a_run_in_a_bucket(bucket, start, story):
+  workdir = f"gs://{bucket.name}/digits"
+  started = [
+    start(
+      "sample",
+      f"--workdir={workdir}",
+      "--labels=3,7",
+      f"--out={workdir}/grid.png",
+    ),
+    start(
+      "evaluate",
+      f"--workdir={workdir}",
+      "--alphas=1,2",
+      "--metrics=fd_pixel",
+      "--num_samples=20",
+      f"--samples_out={workdir}/samples.npz",
+    ),
+  ]
+  for process in started:
+    process.finish()
+  with Image.open(io.BytesIO(bucket.read("digits/grid.png"))) as image:
+    assert image.size[0] > 4 * image.size[1]  # two rows of ten
+  report = json.loads(bucket.read("digits/evaluation.json"))
+  assert report["results"]["1.0"]["fd_pixel"] > 0
+  assert bucket.read("digits/evaluation_alphas.png").startswith(b"\x89PNG")
+  archive = io.BytesIO(bucket.read("digits/samples_alpha_2.npz"))
+  assert np.load(archive)["arr_0"].shape == (20, 8, 8, 3)
+
+
+def test_encoder_is_trained_and_exported(bucket, story, tmp_path):
+  workdir = f"gs://{bucket.name}/encoder"
+  assert f"Exported the encoder to {workdir}/encoder." in story.encoder
+  folder = bucket.download("encoder", tmp_path)
+  assert metrics.read_jsonl(folder / "metrics.jsonl")[-1]["step"] == 20
+  assert bucket.read("encoder/plots/mae.png").startswith(b"\x89PNG")
+  assert artifacts.load(folder / "encoder").metadata["step"] == 20
+
+
+def test_what_can_not_be_used_is_said_in_one_line(bucket, start):
+  cases = (
+    ("main", "gs://locked/run", ("HttpError", ", 401. Credentials come from")),
+    ("main", "gs://read_only/run", ("/config.json: OSError: Forbidden",)),
+    ("main", "s3://runs/run", ("Orbax writes", "`aws s3 sync`")),
+    ("sample", "gs://absent/run", ("there is no bucket 'absent'",)),
+  )
+  started = [
+    start(module, f"--workdir={url}", *(OPTIONS if module == "main" else ()))
+    for module, url, _ in cases
+  ]
+  without = start(
+    "main", *OPTIONS, "--workdir=gs://runs/run", program=WITHOUT_GCSFS
+  )
+  for (_, url, parts), process in zip(cases, started, strict=True):
+    line = process.finish(ok=False)
+    assert line.startswith(f"Error: {url}")
+    for part in parts:
+      assert part in line
+  line = without.finish(ok=False)
+  assert (
+    line == "Error: gs://runs/run: gs:// needs a package: pip install gcsfs"
+  )
+
+
+def test_listings_are_not_remembered(start):
+  said = start("", program=LISTINGS).finish()
+  assert said.startswith("1\n2\n")
+
+
+def test_without_a_process():
+  with pytest.raises(storage.StorageError, match="^gs:// names no bucket$"):
+    storage.check("gs://")
+  with pytest.raises(storage.StorageError, match="^s3://runs/encoder: "):
+    artifacts.load("s3://runs/encoder")
+  storage.check("runs/digits")  # nothing to look at
