@@ -96,21 +96,21 @@ check_config() {
     "are $(cd "$root" && grep -l '^def get_config' configs/*.py | tr '\n' ' ')"
 }
 
-# check_workdir WHERE: gs://, s3://, or else a path: unless WHERE is empty, one
+# check_workdir WHERE: gs://, or else a path: unless WHERE is empty, one
 # that begins with / and is found WHERE.
 check_workdir() {
   case $workdir in
-    gs://* | s3://*)
-      [[ $workdir =~ ^(gs|s3)://[a-z0-9][a-z0-9._-]*/. ]] ||
-        die "--workdir='$workdir': want ${workdir%%:*}://BUCKET/PATH"
+    gs://*)
+      [[ $workdir =~ ^gs://[a-z0-9][a-z0-9._-]*/. ]] ||
+        die "--workdir='$workdir': want gs://BUCKET/PATH"
       return
       ;;
     *://*) ;;
     /*) return ;;
     *) [ -n "$1" ] || return 0 ;;
   esac
-  die "--workdir='$workdir': valid options are gs://BUCKET/PATH," \
-    "s3://BUCKET/PATH and ${1:+an absolute path }${1:-a path}"
+  die "--workdir='$workdir': valid options are gs://BUCKET/PATH and" \
+    "${1:+an absolute path }${1:-a path}"
 }
 
 # need TOOL WHERE: it is installed, or nothing but a dry run is asked for.

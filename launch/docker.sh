@@ -12,7 +12,7 @@
 #          --max-restarts=100
 #
 # For both: --dry-run (prints the commands, runs nothing). Folders have the same
-# path inside. The workdir is gs://BUCKET/PATH, s3://BUCKET/PATH or a folder.
+# path inside. The workdir is gs://BUCKET/PATH or a folder.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 

@@ -18,7 +18,7 @@
 # For all: --namespace=NAMESPACE, --context=CONTEXT, --dry-run (prints the
 # commands, runs nothing). The cluster has the JobSet controller and a node pool
 # of that topology. Build the image with launch/docker.sh. The workdir is
-# gs://BUCKET/PATH, s3://BUCKET/PATH, or a path on a volume that all pods share,
+# gs://BUCKET/PATH or a path on a volume that all pods share,
 # such as /data/runs. A JobSet of that name that has ended: stop it first.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"

@@ -16,8 +16,9 @@ case $accelerator in
     usage
     exit 0
     ;;
-  cpu) packages=() ;;
-  cuda12 | cuda13 | tpu) packages=("jax[$accelerator]") ;;
+  # gcsfs: for workdirs in gs:// buckets.
+  cpu) packages=(gcsfs) ;;
+  cuda12 | cuda13 | tpu) packages=("jax[$accelerator]" gcsfs) ;;
   *) die "accelerator '$accelerator': valid options are cpu cuda12 cuda13 tpu" ;;
 esac
 if [ -x .venv/bin/python ]; then
@@ -27,4 +28,4 @@ elif [ -z "${PYTHON:-}" ] && ! new_enough python3; then
   python3 -m uv venv --quiet --seed --python 3.12 .venv
   PYTHON=.venv/bin/python
 fi
-make_environment requirements.txt ${packages[@]+"${packages[@]}"}
+make_environment requirements.txt "${packages[@]}"

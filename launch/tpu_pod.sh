@@ -18,7 +18,7 @@
 #   teardown  deletes the slice; --queued if it was created so
 #
 # For all: --project=PROJECT, --dry-run (prints the commands, runs nothing).
-# The workdir is gs://BUCKET/PATH, s3://BUCKET/PATH, or an absolute path on a
+# The workdir is gs://BUCKET/PATH or an absolute path on a
 # file system that all workers share. A spot slice that was taken away: create,
 # setup and run again, with the same workdir; the run continues.
 set -euo pipefail

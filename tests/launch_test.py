@@ -243,7 +243,7 @@ def test_a_tool_that_is_missing(script, tool, arguments):
       "runs/a': valid options are",
     ),
     ("tpu_pod.sh run POD CONFIG --workdir=gs://b", "want gs://BUCKET/PATH"),
-    ("tpu_pod.sh run POD CONFIG --workdir=hdfs://b/c", "gs://BUCKET/PATH, s3:"),
+    ("tpu_pod.sh run POD CONFIG --workdir=s3://b/c", "gs://BUCKET/PATH and an"),
     ("tpu_pod.sh run POD CONFIG --config.seed", "write --config.seed=VALUE"),
     (
       "tpu_pod.sh run POD --config=configs/digit.py --workdir=gs://b/c",
@@ -280,7 +280,7 @@ def test_a_tool_that_is_missing(script, tool, arguments):
     ("docker.sh run CONFIG --workdir=a --data=no/such", "no such folder"),
     ("docker.sh run CONFIG --workdir=a,b", "docker can't mount"),
     ("slurm.sbatch CONFIG", "--workdir is missing; see"),
-    ("slurm.sbatch CONFIG --workdir=hdfs://a/b", "s3://BUCKET/PATH and a p"),
+    ("slurm.sbatch CONFIG --workdir=hdfs://a/b", "gs://BUCKET/PATH and a p"),
     ("slurm.sbatch CONFIG --workdir=a --nodes=0", "--nodes='0': want a number"),
     ("slurm.sbatch CONFIG --workdir=a --gpus-per-node=all", "want a number fr"),
     ("install.sh rocm", "'rocm': valid options are cpu cuda12 cuda13 tpu"),
@@ -732,9 +732,9 @@ def test_install(programs, tmp_path, python3, made):
   env = os.environ | {"STAND_IN": str(programs / "new")}
   env.pop("PYTHON", None)
   pip = "-m pip install --quiet --disable-pip-version-check -r"
-  for packages in ("jax[tpu]", ""):
+  for accelerator, packages in (("tpu", "jax[tpu] gcsfs"), ("cpu", "gcsfs")):
     done = subprocess.run(
-      ["bash", "launch/install.sh", packages[4:-1] or "cpu"],
+      ["bash", "launch/install.sh", accelerator],
       cwd=tmp_path,
       env=env,
       capture_output=True,
@@ -742,7 +742,7 @@ def test_install(programs, tmp_path, python3, made):
     )
     assert done.returncode == 0, done.stderr
     # The second time, what was made is there.
-    made = [*made, f"{pip} requirements.txt {packages}".strip()]
+    made = [*made, f"{pip} requirements.txt {packages}"]
     assert (tmp_path / "record").read_text().splitlines() == made
 
 
@@ -779,7 +779,7 @@ def test_image_installs(stand_in, monkeypatch, accelerator, package):
   line = next(rest for name, rest in instructions() if name == "RUN")
   subprocess.run(["/bin/sh", "-c", line], check=True)
   assert read() == [
-    ["pip", "install", "--no-cache-dir", "--requirement", "requirements.txt"]
+    "pip install --no-cache-dir --requirement requirements.txt gcsfs".split()
     + package
   ]
   monkeypatch.setenv("ACCELERATOR", "rocm")

@@ -35,6 +35,7 @@ from drift_jax.experiment.memorisation import (
   feature_space,
 )
 from drift_jax.experiment.networks import (
+  abstract_encoders,
   check_encoders,
   frozen_sums,
   generator_task,
@@ -77,6 +78,7 @@ __all__ = [
   "Readers",
   "Request",
   "TrainedGenerator",
+  "abstract_encoders",
   "check_alphas",
   "check_divides",
   "check_encoders",

@@ -25,6 +25,7 @@ from drift_jax import (
   optim,
   processes,
   sharding,
+  storage,
 )
 from drift_jax import config as config_lib
 from drift_jax import state as state_lib
@@ -91,8 +92,8 @@ def check_workdir(workdir: str) -> None:
   """
 
   def check() -> None:
-    if "://" in workdir:
-      return  # No folder of this machine.
+    if storage.is_remote(workdir):
+      return  # storage.check has looked at it.
     path = pathlib.Path(workdir)
     try:
       while not path.is_dir():

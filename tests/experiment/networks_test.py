@@ -1,0 +1,78 @@
+"""Frozen networks: what they must be, and how they lie on the mesh."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from configs import common, digits
+from drift_jax import artifacts, experiment, models, sharding
+from drift_jax import config as config_lib
+from drift_jax.models import release
+
+MODEL = {**digits.get_config("encoder").model, "base_channels": 8}
+
+
+@pytest.fixture(scope="module")
+def section(tmp_path_factory):
+  """encoders.mae of a small autoencoder that is there."""
+  folder = tmp_path_factory.mktemp("encoder")
+  mae = models.build_mae(**MODEL)
+  key = jax.random.key(0)
+  params = mae.init({"params": key, "mask": key}, jax.numpy.zeros((1, 8, 8, 1)))
+  artifacts.save(
+    folder,
+    kind="mae",
+    model_config=release.published_config("mae", MODEL),
+    params=params["params"],
+    step=1,
+    ema_decay=0.9,
+  )
+  config = digits.get_config("features")
+  config.encoders.mae.update(path=str(folder), dtype="bfloat16")
+  config.encoders.mae.model = common.frozen_model("mae", MODEL)
+  return config_lib.parse(config).encoders["mae"]
+
+
+def load(section, mesh):
+  return experiment.load_encoders({"mae": section}, mesh)["mae"].params
+
+
+@pytest.mark.parametrize("way", ["fsdp", "replicated"])
+def test_weights_lie_as_the_config_says(section, way):
+  section = dataclasses.replace(section, sharding=way)
+  mesh = sharding.make_mesh(2, 4)
+  params = load(section, mesh)
+  kernel = params["encoder"]["stage4_block1"]["conv1"]["kernel"]
+  assert kernel.dtype == jax.numpy.bfloat16
+  parts = 4 if way == "fsdp" else 1
+  assert kernel.addressable_shards[0].data.size * parts == kernel.size
+  # compile_check compiles for the very same arrays.
+  abstract = experiment.abstract_encoders({"mae": section}, mesh)["mae"]
+  assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), params) == (
+    jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), abstract.params)
+  )
+
+
+def test_weights_of_another_model_are_refused(section):
+  mesh = sharding.make_mesh(8, 1)
+  wide = dataclasses.replace(
+    section, model={**section.model, "base_channels": 16}
+  )
+  with pytest.raises(
+    artifacts.ArtifactError, match=r"encoders\.mae.*base_channels: 8, want 16"
+  ):
+    load(wide, mesh)
+  load(dataclasses.replace(section, model={}), mesh)  # takes any
+
+
+def test_descriptions_that_say_nothing(section):
+  mesh = sharding.make_mesh(8, 1)
+  for model, message in (
+    ({"kind": "gen"}, "a model of kind 'gen', want one of"),
+    ({"kind": "mae"}, r"encoders\.mae\.model: arguments of 'mae' lack"),
+  ):
+    with pytest.raises(artifacts.ArtifactError, match=message):
+      experiment.abstract_encoders(
+        {"mae": dataclasses.replace(section, model=model)}, mesh
+      )
