@@ -349,7 +349,7 @@ def test_pod_run():
   training += [".venv/bin/python", "-m", "drift_jax.main"]
   training += [*TRAIN[:2], "--coordinator=auto", ODD, "-v=1", "a b"]
   assert remote(words) == training
-  for workdir in ("s3://bucket/a b", "/mnt/shared/it's"):
+  for workdir in ("gs://bucket/a b", "/mnt/shared/it's"):
     (words,) = dry_run(
       *("tpu_pod.sh", "run", *POD, *TRAIN[:1], "--max-restarts=3"),
       f"--workdir={workdir}",
