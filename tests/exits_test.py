@@ -15,7 +15,7 @@ def lines(caplog, monkeypatch):
   """Messages of the package's log."""
   monkeypatch.setattr(console.logger, "propagate", True)
   caplog.set_level(logging.INFO, logger=console.logger.name)
-  return caplog.messages
+  return lambda: caplog.messages
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_ctrl_c(lines):
     raise KeyboardInterrupt
 
   assert code_of(program) == 130
-  assert lines == [
+  assert lines() == [
     "Interrupted: the same command goes on from the newest checkpoint."
   ]
 
@@ -68,7 +68,7 @@ def test_sigterm_before_the_first_step(lines, sigterm):
     time.sleep(10)
 
   assert code_of(program) == 75
-  (line,) = lines
+  (line,) = lines()
   assert line.startswith("Told to stop before the first step; the same command")
 
 
@@ -85,7 +85,7 @@ def test_sigterm_between_steps_and_again_at_the_end(lines, sigterm):
     raise exits.Preempted("Told to stop: step 3 is saved")
 
   assert code_of(program) == 75
-  (line,) = lines
+  (line,) = lines()
   assert line.startswith("Told to stop: step 3 is saved; the same command")
 
 
