@@ -165,6 +165,7 @@ def _run() -> tuple[dict[str, Any], str]:
     processes.initialize(
       _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
     )
+  console.setup(processes.index())
   sources = {
     "--workdir": _WORKDIR.value,
     "--weights": _WEIGHTS.value,

@@ -35,6 +35,8 @@ AGAIN = "the same command goes on from the newest checkpoint"
 
 _END = "drift_jax/end"
 _ALIVE = "drift_jax/alive"
+# How often each process says that it lives, and looks at the others.
+_INTERVAL_SECONDS = 1.0
 # How long a process that ends waits for the others to have heard of it.
 _FAREWELL_SECONDS = 5.0
 
@@ -99,15 +101,14 @@ class _Watch(threading.Thread):
 
   def __init__(self, heartbeat_timeout: float):
     super().__init__(name="watch-processes", daemon=True)
-    self._patience = 0.75 * heartbeat_timeout
-    self._interval = min(1.0, heartbeat_timeout / 10)
+    self._patience = heartbeat_timeout - min(0.5 * heartbeat_timeout, 10.0)
     # {process: (its last sign of life, when it was new)}, in the first.
     self._seen: dict[str, tuple[str, float]] = {}
 
   def run(self) -> None:
     client, own = processes.client(), jax.process_index()
     for number in range(sys.maxsize):
-      time.sleep(self._interval)
+      time.sleep(_INTERVAL_SECONDS)
       if _ending.locked():
         return
       try:
@@ -175,11 +176,12 @@ def _end(code: int, message: str) -> NoReturn:
   with contextlib.suppress(jax.errors.JaxRuntimeError):
     words = json.dumps([code, jax.process_index(), message])
     client.key_value_set(_END, words)
-  with contextlib.suppress(jax.errors.JaxRuntimeError):
-    client.wait_at_barrier(_END, int(_FAREWELL_SECONDS * 1000))
+  if code != RESTART:  # Else one will never come.
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      client.wait_at_barrier(_END, int(_FAREWELL_SECONDS * 1000))
   if processes.is_first():
     # The service ends with this process, and JAX would abort the others.
-    time.sleep(1.0)
+    time.sleep(2 * _INTERVAL_SECONDS)
   _exit_now(code)
 
 

@@ -27,10 +27,21 @@ fast_jit = functools.partial(
   jax.jit, compiler_options={"xla_backend_optimization_level": 0}
 )
 
+
+def compilation_cache(folder) -> dict[str, str]:
+  """Variables by which processes of a test share what they compile."""
+  return {
+    "JAX_COMPILATION_CACHE_DIR": str(folder),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+  }
+
+
 # Files that take minutes, the longest first: a worker that begins one last
 # would leave the others without work.
 SLOW_FILES = (
   "train_test.py",
+  "multiprocess_test.py",
   "evaluate_test.py",
   "steps_test.py",
   "smoke_test.py",

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -21,7 +22,7 @@ PROGRAM = """if True:
   from drift_jax import processes
 
   processes.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
-  from drift_jax import metrics
+  from drift_jax import metrics, sharding
 
   own = int(sys.argv[2])
   data = dict(np.load(sys.argv[3]))
@@ -47,8 +48,18 @@ PROGRAM = """if True:
   numbers = [(n.tolist(), v) for n, v in metrics.local_batches(7, 4)]
   out["numbers"] = np.asarray([n for n, _ in numbers])
   out["valid"] = np.asarray([v for _, v in numbers])
+  out["from_first"] = processes.from_first(lambda: [own, "told"])[0]
+
+  def refuse():
+    raise OSError(f"process {own} refuses")
+
+  mesh = sharding.make_mesh(2, 2)
+  rows = sharding.put_batch(np.arange(8.0).reshape(4, 2)[2 * own :][:2], mesh)
+  tree = {"rows": rows, "own": np.full(2, own)}
+  out |= processes.fetch(tree)
   messages = []
   for bad in (
+    lambda: processes.from_first(refuse),
     lambda: list(metrics.local_batches(7, 3)),
     lambda: twice.result(),
     lambda: metrics.FeatureStream().result(),
@@ -57,7 +68,7 @@ PROGRAM = """if True:
     twice.update(data["logits"], np.arange(50))
     try:
       bad()
-    except ValueError as error:
+    except (ValueError, OSError, processes.PeerError) as error:
       messages.append(str(error))
   out["messages"] = np.asarray(messages)
   np.savez(sys.argv[4], **out)
@@ -146,11 +157,20 @@ def test_each_sample_belongs_to_one_process(results):
 
 
 def test_mistakes_are_told_in_all_processes(results):
+  refused = [result["messages"][0] for result in results]
+  assert refused == ["process 0 refuses", "process 0 failed: process 0 refuses"]
   for result in results:
-    shares, twice, nothing = result["messages"].tolist()
+    _, shares, twice, nothing = result["messages"].tolist()
     assert "a multiple of the 2 processes, got 3" in shares
     assert "sample number 0 came twice" in twice
     assert "no features" in nothing
+
+
+def test_what_one_knows_and_what_all_hold(results):
+  for own, result in enumerate(results):
+    assert result["from_first"] == 0
+    np.testing.assert_array_equal(result["rows"], np.arange(8.0).reshape(4, 2))
+    assert result["own"].tolist() == [own, own]
 
 
 def test_one_process_needs_no_collectives():
@@ -170,9 +190,36 @@ def test_one_process_needs_no_collectives():
     (("", 2, None), "give all three"),
     (("auto", 2, 0), "the coordinator 'auto' alone"),
     (("host:1", 2, None), "process_id=None: give all three"),
+    (("host", 2, 0), "coordinator='host' must be HOST:PORT of process 0"),
     (("host:1", 2, -1), r"process_id=-1 must lie in \[0, num_processes=2\)"),
   ],
 )
 def test_bad_arguments(arguments, message):
   with pytest.raises(ValueError, match=message):
     processes.initialize(*arguments)
+
+
+@pytest.mark.parametrize(
+  ("text", "lost"),
+  [
+    # As measured on CPU, of the coordination service, of NCCL.
+    ("UNKNOWN: Gloo AllReduce failed: Connection closed by peer [::1]:1", True),
+    ("UNAVAILABLE: Failed to send RPC to coordination service", True),
+    ("UNAVAILABLE: tasks are unhealthy (stopped sending heartbeats)", True),
+    ("INTERNAL: NCCL operation failed: remote process exited or", True),
+    ("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes", False),
+    ("RESOURCE_EXHAUSTED: Gloo: Connection closed by peer", False),
+    ("INTERNAL: CUDA error: an illegal memory access", False),
+    ("INVALID_ARGUMENT: size 3 is not 4", False),
+  ],
+)
+def test_which_errors_follow_from_a_lost_process(monkeypatch, text, lost):
+  error = jax.errors.JaxRuntimeError(text)
+  assert not processes.is_lost_peer(error)  # there is no other
+  monkeypatch.setattr(processes, "several", lambda: True)
+  assert processes.is_lost_peer(error) == lost
+  try:
+    raise ValueError("a save failed") from error
+  except ValueError as outer:
+    assert processes.is_lost_peer(outer) == lost
+  assert not processes.is_lost_peer(ValueError(text))

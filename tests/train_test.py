@@ -29,7 +29,7 @@ from drift_jax import (
 )
 from drift_jax import config as config_lib
 from drift_jax.state import TrainState
-from tests.conftest import assert_close
+from tests.conftest import assert_close, compilation_cache
 from tests.judges import digit_pixels, save_inception, save_statistics
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -80,12 +80,23 @@ def last_step(workdir):
   return max((int(line["step"]) for line in lines), default=0)
 
 
-def kill_after(target, *arguments, workdir, delay=0.0):
+def kill_after(
+  target, *arguments, workdir, delay=0.0, by=signal.SIGKILL, code=None
+):
   """Trains until metrics.jsonl holds the step, waits `delay` s, kills.
+
+  Args:
+    target: the step.
+    arguments: of the run.
+    workdir: of the run.
+    delay: in seconds.
+    by: a signal.
+    code: how the process ends by it; by itself if not given.
 
   Returns:
     The process' exit code: 0 where it was done before the kill.
   """
+  code = -by if code is None else code
   process = subprocess.Popen(
     command("main", f"--workdir={workdir}", *arguments),
     cwd=ROOT,
@@ -99,10 +110,18 @@ def kill_after(target, *arguments, workdir, delay=0.0):
       time.sleep(delay)
       break
     time.sleep(0.005)
-  process.send_signal(signal.SIGKILL)
+  process.send_signal(by)
   _, stderr = process.communicate()
   assert last_step(workdir) >= target, stderr[-3000:]
-  assert process.returncode in (0, -signal.SIGKILL), stderr[-3000:]
+  assert process.returncode in (0, code), stderr[-3000:]
+  if code > 0 and process.returncode == code:
+    # What it says last, and that it has saved what it has done.
+    last = last_step(workdir)
+    assert (workdir / "checkpoints" / str(last) / "checksums.json").exists()
+    assert (
+      f"Told to stop: step {last} is saved; the same command"
+      in (stderr.splitlines()[-1])
+    )
   return process.returncode
 
 
@@ -180,6 +199,15 @@ def folder(tmp_path_factory):
   return tmp_path_factory.mktemp("runs")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def shared_cache(folder):
+  """Most of these runs are one program."""
+  with pytest.MonkeyPatch.context() as patch:
+    for name, value in compilation_cache(folder / "cache").items():
+      patch.setenv(name, value)
+    yield
+
+
 @pytest.fixture(scope="module")
 def whole(folder):
   """A run of 40 steps on one device in one go."""
@@ -188,7 +216,10 @@ def whole(folder):
 
 
 def test_killed_at_arbitrary_moments_is_bit_equal(folder, whole):
-  """Twice in a row; the moments differ every time the test runs."""
+  """By SIGTERM, then by SIGKILL; the moments differ every time the test runs.
+
+  SIGTERM saves a step that no schedule names and exits with 75.
+  """
   workdir = folder / "killed"
   rng = np.random.default_rng()
   draws = []
@@ -198,6 +229,7 @@ def test_killed_at_arbitrary_moments_is_bit_equal(folder, whole):
     delay = float(rng.uniform(0.0, 0.1))
     draws.append((target, delay))
     print(f"kill number {len(draws)}: {delay:.4f} s after step {target}")
+    by = {"by": signal.SIGTERM, "code": 75} if len(draws) == 1 else {}
     kill_after(
       target,
       SMOKE,
@@ -205,6 +237,7 @@ def test_killed_at_arbitrary_moments_is_bit_equal(folder, whole):
       f"--config.train.num_steps={STEPS}",
       workdir=workdir,
       delay=delay,
+      **by,
     )
     reached = last_step(workdir)
   done = train_tiny(workdir, f"--config.train.num_steps={STEPS}")
@@ -212,12 +245,12 @@ def test_killed_at_arbitrary_moments_is_bit_equal(folder, whole):
   assert_same_run(whole, workdir)
 
 
-def test_half_a_run_with_a_truncated_checkpoint_ends_bit_equal(folder, whole):
+def test_a_run_with_a_truncated_checkpoint_ends_bit_equal(folder, whole):
   """Names the damage, then goes on from the checkpoint before it: queue, data
   position, metrics file and all, across an evaluation."""
   workdir = folder / "half"
-  train_tiny(workdir, f"--config.train.num_steps={STEPS // 2}")
-  newest = workdir / "checkpoints" / f"{STEPS // 2}"
+  shutil.copytree(whole, workdir)
+  newest = workdir / "checkpoints" / f"{STEPS}"
   files = [p for p in (newest / "state").rglob("*") if p.is_file()]
   largest = max(files, key=lambda p: p.stat().st_size)
   largest.write_bytes(largest.read_bytes()[:-1])
@@ -227,13 +260,13 @@ def test_half_a_run_with_a_truncated_checkpoint_ends_bit_equal(folder, whole):
   assert "Traceback" not in done.stderr
   (line,) = [x for x in done.stderr.splitlines() if x.startswith("Error: ")]
   assert f"{newest} is damaged: " in line and largest.name in line
-  assert "--config.checkpoint.on_corrupt=previous to go on from step 16" in line
+  assert "--config.checkpoint.on_corrupt=previous to go on from step 36" in line
   assert newest.exists()
 
   done = train_tiny(workdir, length, "--config.checkpoint.on_corrupt=previous")
-  assert "going on from step 16" in done.stderr
-  assert "Resuming after step 16." in done.stderr
-  assert (workdir / "checkpoints" / "damaged_20").exists()
+  assert "going on from step 36" in done.stderr
+  assert "Resuming after step 36." in done.stderr
+  assert (workdir / "checkpoints" / "damaged_40").exists()
   assert_same_run(whole, workdir)
 
 

@@ -95,8 +95,10 @@ class _Jobs:
 def _start_worker(number: int, count: int) -> None:
   """In a worker: leaves its end to the process that it reads for.
 
-  Ctrl-C reaches both, but that process stops its workers in order. One that
-  was killed can't: its workers, which would wait for ever, end by themselves.
+  Ctrl-C and a scheduler's SIGTERM reach both, but that process stops its
+  workers in order, after it has saved the batches that they have read. One
+  that was killed can't: its workers, which would wait for ever, end by
+  themselves.
   """
   del number, count
   console.setup()
@@ -104,11 +106,22 @@ def _start_worker(number: int, count: int) -> None:
   parent = multiprocessing.parent_process()
   assert parent is not None  # a worker has one
 
-  def wait() -> None:
+  # Blocked, it waits for who asks by whom it was sent; in a thread that this
+  # can't be said of, it does nothing.
+  signal.signal(signal.SIGTERM, lambda number, frame: None)
+  signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+  def wait_for_end() -> None:
     parent.join()
     os._exit(1)
 
-  threading.Thread(target=wait, name="end-with-parent", daemon=True).start()
+  def wait_for_order() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+      pass
+    os._exit(1)
+
+  for wait in (wait_for_end, wait_for_order):
+    threading.Thread(target=wait, name="end-of-worker", daemon=True).start()
 
 
 class IndexedReads:

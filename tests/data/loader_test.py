@@ -248,16 +248,27 @@ def test_worker_processes():
   assert shared_memory(size) <= before
 
 
-def test_workers_end_with_a_process_that_was_killed():
-  program = """if True:
-    import os, signal
+@pytest.mark.parametrize("code", [-signal.SIGKILL, 0])
+def test_workers_end_with_their_process(code):
+  """Killed, or at its end without having closed the loader; not before, by a
+  SIGTERM that somebody sends to all."""
+  program = f"""if True:
+    import multiprocessing, os, signal, subprocess
     from absl import flags
     from tests.data.loader_test import make_loader
 
     flags.FLAGS.mark_as_parsed()
     if __name__ == "__main__":
-      print(next(make_loader(num_threads=1, num_workers=1))["label"].shape)
-      os.kill(os.getpid(), signal.SIGKILL)
+      loader = make_loader(num_threads=1, num_workers=1)
+      print(next(loader)["label"].shape)
+      (worker,) = multiprocessing.active_children()
+      subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+      worker.join(1)
+      assert worker.is_alive()
+      for _ in range(8):
+        next(loader)
+      if {code}:
+        os.kill(os.getpid(), signal.SIGKILL)
   """
   # Returns when nobody holds stdout any more: the worker is gone as well.
   done = subprocess.run(
@@ -267,4 +278,4 @@ def test_workers_end_with_a_process_that_was_killed():
     text=True,
     timeout=60,
   )
-  assert done.returncode == -signal.SIGKILL and done.stdout == "(6,)\n"
+  assert done.returncode == code and done.stdout == "(6,)\n"
