@@ -1,4 +1,4 @@
-"""What a compiled program does, read from its optimised HLO text.
+"""What a program does, read from its optimised HLO text, or from its jaxpr.
 
 XLA's own cost analysis counts a loop's body once and knows no collectives;
 here bodies count as often as they run.
@@ -7,7 +7,7 @@ here bodies count as often as they run.
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 KINDS = (
@@ -100,13 +100,18 @@ class Program:
   unknown_trips: int
 
   def by_kind(self) -> dict[str, dict[str, int]]:
-    """{kind: {'count': of operations that run, 'bytes': of all together}}."""
-    totals: dict[str, dict[str, int]] = {}
-    for entry in self.collectives:
-      total = totals.setdefault(entry.kind, {"count": 0, "bytes": 0})
-      total["count"] += entry.count
-      total["bytes"] += entry.count * entry.bytes
-    return totals
+    """See totals."""
+    return totals(self.collectives)
+
+
+def totals(collectives: Iterable[Collective]) -> dict[str, dict[str, int]]:
+  """{kind: {'count': of operations that run, 'bytes': of all together}}."""
+  found: dict[str, dict[str, int]] = {}
+  for entry in collectives:
+    total = found.setdefault(entry.kind, {"count": 0, "bytes": 0})
+    total["count"] += entry.count
+    total["bytes"] += entry.count * entry.bytes
+  return found
 
 
 def _bytes(dtype: str, dimensions: tuple[int, ...]) -> int:
@@ -333,42 +338,73 @@ def _collective(
 def matmul_flops(closed: Any, num_devices: int) -> int:
   """Floating point operations of products and convolutions, of each device.
 
-  Loops count as often as they run, branches as the most expensive one.
-
   Args:
     closed: jax.stages.Traced.jaxpr.
     num_devices: among which what is outside jax.shard_map is divided.
   """
-
-  def count(jaxpr: Any) -> int:
-    total = 0
-    for equation in jaxpr.eqns:
-      name, parameters = equation.primitive.name, equation.params
-      results = sum(math.prod(v.aval.shape) for v in equation.outvars)
-      if name == "dot_general":
-        (contracted, _), _ = parameters["dimension_numbers"]
-        left = equation.invars[0].aval.shape
-        total += 2 * results * math.prod(left[axis] for axis in contracted)
-      elif name == "conv_general_dilated":
-        kernel = equation.invars[1].aval.shape
-        features = kernel[parameters["dimension_numbers"].rhs_spec[0]]
-        total += 2 * results * math.prod(kernel) // features
-      times = 1
-      if name == "scan":
-        times = parameters["length"]
-      elif name == "shard_map":
-        times = parameters["mesh"].size
-      parts = [count(inner) for inner in _inner_jaxprs(parameters)]
-      if parts:
-        total += times * (max(parts) if name == "cond" else sum(parts))
-    return total
-
-  return count(closed.jaxpr) // num_devices
+  inside = outside = 0
+  for equation, times, local in _equations(closed.jaxpr):
+    results = sum(math.prod(v.aval.shape) for v in equation.outvars)
+    parameters = equation.params
+    if equation.primitive.name == "dot_general":
+      (contracted, _), _ = parameters["dimension_numbers"]
+      left = equation.invars[0].aval.shape
+      flops = 2 * results * math.prod(left[axis] for axis in contracted)
+    elif equation.primitive.name == "conv_general_dilated":
+      kernel = equation.invars[1].aval.shape
+      features = kernel[parameters["dimension_numbers"].rhs_spec[0]]
+      flops = 2 * results * math.prod(kernel) // features
+    else:
+      continue
+    if local:
+      inside += times * flops
+    else:
+      outside += times * flops
+  return inside + outside // num_devices
 
 
-def _inner_jaxprs(parameters: Mapping[str, Any]) -> Iterator[Any]:
-  for value in parameters.values():
-    for entry in value if isinstance(value, (tuple, list)) else (value,):
-      entry = getattr(entry, "jaxpr", entry)
-      if hasattr(entry, "eqns"):
-        yield entry
+def requested_collectives(closed: Any) -> list[Collective]:
+  """The collectives that a program asks for, before XLA has seen it.
+
+  What XLA's partitioner adds outside jax.shard_map is not among them.
+
+  Args:
+    closed: jax.stages.Traced.jaxpr.
+  """
+  found = []
+  for equation, times, local in _equations(closed.jaxpr):
+    kind = _KINDS_OF_JAX.get(equation.primitive.name)
+    if kind is None or not local:
+      continue
+    variables = equation.outvars if kind == "all-gather" else equation.invars
+    shapes = tuple((v.aval.dtype, tuple(v.aval.shape)) for v in variables)
+    size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in shapes)
+    names = tuple((str(dtype), shape) for dtype, shape in shapes)
+    found.append(Collective(kind, size, times, names, ""))
+  return found
+
+
+# JAX's names of the collectives that are used here.
+_KINDS_OF_JAX = {
+  "all_gather": "all-gather",
+  "psum": "all-reduce",
+  "reduce_scatter": "reduce-scatter",
+}
+
+
+def _equations(
+  jaxpr: Any, times: int = 1, local: bool = False
+) -> Iterator[tuple[Any, int, bool]]:
+  """(equation, how often it runs, whether it is inside jax.shard_map).
+
+  Of branches each counts, of loops without a known end one round.
+  """
+  for equation in jaxpr.eqns:
+    yield equation, times, local
+    name = equation.primitive.name
+    rounds = times * (equation.params["length"] if name == "scan" else 1)
+    for value in equation.params.values():
+      for entry in value if isinstance(value, (tuple, list)) else (value,):
+        entry = getattr(entry, "jaxpr", entry)
+        if hasattr(entry, "eqns"):
+          yield from _equations(entry, rounds, local or name == "shard_map")

@@ -165,5 +165,7 @@ def test_counts_of_a_program_written_by_hand():
   }
   assert found.bytes > found.bytes_once
   assert hlo.matmul_flops(traced.jaxpr, 8) == 2 * 8
+  asked = hlo.requested_collectives(traced.jaxpr)
+  assert hlo.totals(asked) == found.by_kind()
   with pytest.raises(ValueError, match="no ENTRY"):
     hlo.analyse("HloModule empty")

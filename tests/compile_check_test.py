@@ -137,6 +137,20 @@ def test_the_devices_that_are_there():
   assert "evaluate: compiled, " in text and "all-reduce" in text
 
 
+def test_a_program_that_can_not_be_read(monkeypatch):
+  """libtpu fails to write some: what is known without the text is told."""
+
+  def fail(self):
+    raise jax.errors.JaxRuntimeError("INTERNAL: no such operand")
+
+  monkeypatch.setattr(jax.stages.Compiled, "as_text", fail)
+  config = config_lib.parse(digits.get_config())
+  (report,) = compile_check.check(config, jax.devices(), ["sample"])
+  assert "each loop once" in report.message
+  assert report.flops > 0 and report.bytes_accessed > 0
+  assert report.collectives == {}  # fsdp=1
+
+
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [

@@ -86,7 +86,7 @@ class Report:
       None where it gives none.
     collectives: {kind: {'count', 'bytes'}}.
     advice: what to change, if it does not fit.
-    message: the compiler's, if it does not fit.
+    message: the compiler's, if it does not fit or can't be read.
   """
 
   program: str
@@ -291,12 +291,6 @@ def compile_program(
   report.seconds = time.perf_counter() - start
   memory: Any = compiled.memory_analysis()
   costs: Mapping[str, float] = compiled.cost_analysis() or {}
-  text = compiled.as_text() or ""
-  if hlo_folder:
-    folder = epath.Path(hlo_folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{program.name.replace(' ', '_')}.txt").write_text(text)
-  analysed = hlo.analyse(text)
   report.activations = memory.temp_size_in_bytes
   peak: int = max(
     memory.peak_memory_in_bytes,
@@ -308,15 +302,38 @@ def compile_program(
   report.peak = peak
   if report.available is not None:
     report.fits = peak <= report.available
-  if "bytes accessed" in costs and analysed.bytes_once:
-    loops = analysed.bytes / analysed.bytes_once
-    report.bytes_accessed = loops * costs["bytes accessed"]
-  if analysed.cycles:
-    report.estimated_seconds = analysed.cycles / hlo.CYCLES_PER_SECOND
-  report.collectives = analysed.by_kind()
+  report.bytes_accessed = costs.get("bytes accessed")
+  try:
+    text = compiled.as_text() or ""
+  except jax.errors.JaxRuntimeError as error:
+    # libtpu can't write down some programs that it has compiled.
+    report.message = (
+      "the optimised program can't be read: bytes count each loop once, "
+      f"collectives are those asked for ({str(error)[:100]} ...)"
+    )
+    report.collectives = hlo.totals(hlo.requested_collectives(traced.jaxpr))
+  else:
+    _read_program(report, text)
+    if hlo_folder:
+      folder = epath.Path(hlo_folder)
+      folder.mkdir(parents=True, exist_ok=True)
+      name = f"{program.name.replace(' ', '_')}.txt"
+      (folder / name).write_text(text)
   if report.fits is False:
     report.advice = advice(report, config)
   return report
+
+
+def _read_program(report: Report, text: str) -> None:
+  """Fills in what the optimised program says."""
+  from drift_jax import hlo
+
+  analysed = hlo.analyse(text)
+  if report.bytes_accessed is not None and analysed.bytes_once:
+    report.bytes_accessed *= analysed.bytes / analysed.bytes_once
+  if analysed.cycles:
+    report.estimated_seconds = analysed.cycles / hlo.CYCLES_PER_SECOND
+  report.collectives = analysed.by_kind()
 
 
 def argument_bytes(arguments: Mapping[str, Any]) -> dict[str, int]:
