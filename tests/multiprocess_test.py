@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from drift_jax import artifacts, train_mae
+from drift_jax import artifacts, experiment, train_mae
+from drift_jax import config as config_lib
 from tests.conftest import assert_close, compilation_cache
 from tests.train_test import checkpoint_arrays, last_step, records
 
@@ -36,6 +37,10 @@ SMALL = {
   "model.num_heads": 2,
   "batch.generated": 4,
   "batch.positives": 8,
+  "drift.temperatures": (0.05, 0.2),
+  "features.patch_mean_size": (),
+  "features.patch_std_size": (),
+  "ema.decays": (0.995,),
   "optim.schedule": "constant",
   "optim.warmup_steps": 1,
   "train.log_every": 1,
@@ -433,31 +438,33 @@ def test_sigterm_to_one_saves_all(folder, two):
 
 
 def test_sigkill_of_one(folder, two):
-  """Between saves, then while a save is being written, then the first one's."""
+  """The first between saves; then the other while a save is being written."""
   workdir = folder / "killed"
   checkpoints = workdir / "checkpoints"
   group = start_run(folder, 2, 2, workdir, HELD="")
   group.wait_until(lambda: last_step(workdir) >= 10)
-  group.processes[1].send_signal(signal.SIGKILL)
+  group.processes[0].send_signal(signal.SIGKILL)
   began = time.monotonic()
   codes = group.wait(60)
   assert time.monotonic() - began < HEARTBEAT, group.everything()
-  assert codes == [75, -signal.SIGKILL], group.everything()
-  assert "process was lost" in group.output(0)
-  assert "same command goes on from the newest checkpoint" in group.output(0)
-  assert "Traceback" not in group.output(0)
+  # JAX aborts those that can't reach the first process any more, if they have
+  # not ended by themselves.
+  assert codes[0] == -signal.SIGKILL and codes[1] in (75, -signal.SIGABRT)
+  assert "process was lost" in group.output(1) or codes[1] != 75
   assert saved_steps(workdir) == [8]
 
   group = start_run(folder, 2, 2, workdir, HELD="16")
   group.wait_until(lambda: last_step(workdir) >= 17)
   assert list(checkpoints.glob("16*tmp*")) and saved_steps(workdir) == [8]
-  group.processes[0].send_signal(signal.SIGKILL)
+  group.processes[1].send_signal(signal.SIGKILL)
   began = time.monotonic()
   codes = group.wait(60)
   assert time.monotonic() - began < HEARTBEAT, group.everything()
-  # JAX aborts those that can't reach the first process any more.
-  assert codes[0] == -signal.SIGKILL and codes[1] in (75, -signal.SIGABRT)
+  assert codes == [75, -signal.SIGKILL], group.everything()
   assert "Resuming after step 8." in group.output(0)
+  assert "process was lost" in group.output(0)
+  assert "same command goes on from the newest checkpoint" in group.output(0)
+  assert "Traceback" not in group.output(0)
 
   # What one process then reads is what two would have.
   first, second = (
@@ -517,6 +524,15 @@ def test_a_workdir_that_can_not_be_written(unreachable, folder):
   assert "can't be written" in group.output(1)
   for process in range(2):
     assert "Traceback" not in group.output(process)
+
+
+def test_a_workdir_is_tried_without_making_it(tmp_path):
+  experiment.check_workdir(str(tmp_path / "a" / "b"))
+  assert not list(tmp_path.iterdir())
+  (tmp_path / "file").write_text("")
+  for path in (tmp_path / "file", "/proc/drift_jax/run"):
+    with pytest.raises(config_lib.ConfigError, match="can't be written"):
+      experiment.check_workdir(str(path))
 
 
 # Two processes that start no training: one fails or falls silent, the other
