@@ -86,7 +86,8 @@ DRIVER = """if True:
   import sys
   from absl import flags
   from ml_collections import ConfigDict
-  from drift_jax import console, exits, experiment, main, processes
+  from drift_jax import config as config_lib
+  from drift_jax import console, exits, experiment, processes
   from drift_jax import train, train_mae
 
   def copy(source, target, step):
@@ -101,7 +102,7 @@ DRIVER = """if True:
     for job in json.loads(sys.argv[1]):
       if job["copy"]:
         processes.from_first(lambda: copy(*job["copy"]))
-      config = ConfigDict(main.load_config(job["config"]))
+      config = ConfigDict(config_lib.load_config(job["config"]))
       for key, value in job["values"].items():
         value = tuple(value) if isinstance(value, list) else value
         config.update_from_flattened_dict({key: value})
@@ -124,6 +125,7 @@ SLOW = """if True:
   import time
   import orbax.checkpoint as ocp
   from absl import app
+  from drift_jax import config as config_lib
   from drift_jax import loop, main
 
   advance = loop._Progress.advance
@@ -141,7 +143,7 @@ SLOW = """if True:
   loop._Progress.advance = slow
   if os.environ.get("HELD"):
     ocp.CompositeCheckpointHandler.finalize = held
-  app.run(main.main, flags_parser=main.parse_flags)
+  app.run(main.main, flags_parser=config_lib.parse_flags)
 """
 
 

@@ -562,7 +562,7 @@ def test_the_generator_is_evaluated_by_its_average(tmp_path, monkeypatch):
 
 
 def test_the_encoder_is_evaluated_by_its_average(tmp_path, monkeypatch):
-  def sums(params, batch, valid, key, number, vae_params, *, task):
+  def sums(params, batch, valid, key, number, vae_params, *, task, layout):
     assert vae_params is None
     return {"recon_loss": params["w"] * jnp.sum(valid.astype(jnp.float32))}
 
