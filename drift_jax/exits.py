@@ -12,6 +12,7 @@ wait for it in their next collective: it tells them, and they end as well.
 import contextlib
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -35,6 +36,7 @@ AGAIN = "the same command goes on from the newest checkpoint"
 
 _END = "drift_jax/end"
 _ALIVE = "drift_jax/alive"
+_DONE = "/done"
 # How often each process says that it lives, and looks at the others.
 _INTERVAL_SECONDS = 1.0
 # How long a process that ends waits for the others to have heard of it.
@@ -135,7 +137,9 @@ class _Watch(threading.Thread):
     """A process that has said nothing new for too long."""
     now = time.monotonic()
     for key, sign in client.key_value_dir_get(_ALIVE):
-      if self._seen.get(key, ("", 0.0))[0] != sign:
+      if key.endswith(_DONE):  # It waits for the others in `_leave`.
+        self._seen[key.removesuffix(_DONE)] = (sign, math.inf)
+      elif self._seen.get(key, ("", 0.0))[0] != sign:
         self._seen[key] = (sign, now)
     for key, (_, since) in self._seen.items():
       if now - since > self._patience:
@@ -197,6 +201,8 @@ def _leave(code: int, message: str) -> None:
       sys.exit(code)
     return
   _only_once()
+  key = f"{_ALIVE}/{jax.process_index()}{_DONE}"
+  processes.client().key_value_set(key, "")
   jax.distributed.shutdown()
   _exit_now(code)
 

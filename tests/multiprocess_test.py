@@ -548,6 +548,9 @@ ALONE = """if True:
     number = int(sys.argv[2])
     exits.join(sys.argv[1], 2, number, heartbeat_timeout=10)
     console.setup(processes.index())
+    if sys.argv[3] == "early":
+      time.sleep(0 if number else 9)
+      return
     if number:
       time.sleep(3)
       print("waited", flush=True)
@@ -570,6 +573,12 @@ def test_one_that_fails_ends_the_others(folder):
   assert "\nError: this disk is full\n" in f"\n{group.output(1)}"
   (line,) = [x for x in group.output(0).splitlines() if "Error" in x]
   assert line == "Error: process 1 ended first: this disk is full"
+
+
+def test_one_that_is_done_is_not_lost(folder):
+  """The first one may write files for longer than the heartbeat's patience."""
+  group = Group(folder, 2, 1, lambda i, at: ("-c", ALONE, at, i, "early"))
+  assert group.wait(60) == [0, 0], group.everything()
 
 
 def test_one_that_is_silent_is_lost(folder):
