@@ -64,7 +64,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   def put(batch: Any) -> steps.GeneratorBatch:
     return steps.GeneratorBatch(**sharding.put_batch(batch, mesh))
 
-  try:
+  with experiment.at_end(functools.partial(evaluation.plot, path)):
     return experiment.run(
       config,
       path,
@@ -78,8 +78,6 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
       evaluate=functools.partial(evaluation, path=path),
       best_metric=evaluation.best_metric,
     )
-  finally:
-    evaluation.plot(path)
 
 
 class Evaluation:

@@ -74,7 +74,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     batch = sharding.put_batch(batch, mesh)
     return steps.MaeBatch(batch["image"], batch["label"])
 
-  try:
+  with experiment.at_end(functools.partial(_plot, path)):
     state = experiment.run(
       config,
       path,
@@ -88,8 +88,6 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
       evaluate=evaluate,
       best_metric=lambda scalars: None,
     )
-  finally:
-    _plot(path)
   decay = config.eval.ema_decay
   params = processes.fetch(state.ema[str(decay)])
   if processes.is_first():

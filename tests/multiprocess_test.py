@@ -550,7 +550,7 @@ ALONE = """if True:
     exits.join(sys.argv[1], 2, number, heartbeat_timeout=10)
     console.setup(processes.index())
     if sys.argv[3] == "early":
-      time.sleep(0 if number else 9)
+      time.sleep(3 if number else 12)
       return
     if number:
       time.sleep(3)

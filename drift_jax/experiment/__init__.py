@@ -58,6 +58,7 @@ from drift_jax.experiment.reports import (
 from drift_jax.experiment.runs import (
   ERRORS,
   Evaluate,
+  at_end,
   check_divides,
   check_workdir,
   make_optimizer,
@@ -78,6 +79,7 @@ __all__ = [
   "Readers",
   "Request",
   "TrainedGenerator",
+  "at_end",
   "abstract_encoders",
   "check_alphas",
   "check_divides",

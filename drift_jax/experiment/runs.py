@@ -244,6 +244,21 @@ def run(
     )
 
 
+@contextlib.contextmanager
+def at_end(action: Callable[[], None]) -> Iterator[None]:
+  """Does it at the end of a run, however it ends.
+
+  Only not where a process was lost: this one is about to be ended by JAX.
+  """
+  try:
+    yield
+  except BaseException as error:
+    if not processes.is_lost_peer(error):
+      action()
+    raise
+  action()
+
+
 def _close(
   checkpointer: checkpoint.Checkpointer,
   kind: object,
