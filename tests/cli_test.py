@@ -122,6 +122,7 @@ def test_main_while_it_trains(tmp_path):
   """A real divergence takes long to compile; train_test has one."""
   program = """if True:
     import sys
+    from drift_jax import config as config_lib
     from drift_jax import data, loop, main, train
 
     def fail(config, workdir):
