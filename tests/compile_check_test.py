@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from configs import cifar10, digits
-from drift_jax import artifacts, experiment
+from drift_jax import artifacts, experiment, sharding
 from drift_jax import config as config_lib
 from drift_jax.tools import compile_check
 
@@ -137,6 +137,22 @@ def test_the_devices_that_are_there():
   assert "evaluate: compiled, " in text and "all-reduce" in text
 
 
+def test_memory_falls_as_fsdp_grows():
+  """State in parts; what every device has whole, and the batch, stay."""
+  config = config_lib.parse(digits.get_config())
+  sizes = []
+  for fsdp in (1, 2, 4, 8):
+    config = compile_check.with_mesh(config, f"data=-1,fsdp={fsdp}")
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    train, *_ = experiment.programs(config, mesh)
+    sizes.append(compile_check.argument_bytes(train.arguments))
+  for key in ("params", "optimizer", "ema"):
+    whole, *parts = (size[key] for size in sizes)
+    for fsdp, part in zip((2, 4, 8), parts, strict=True):
+      assert whole / fsdp <= part < 1.15 * whole / fsdp, (key, fsdp)
+  assert len({size["batch"] for size in sizes}) == 1
+
+
 def test_a_program_that_can_not_be_read(monkeypatch):
   """libtpu fails to write some: what is known without the text is told."""
 
@@ -203,7 +219,6 @@ def test_sizes_in_compilers_messages():
 
 def test_every_published_config_is_described():
   """Their networks need not be there: all programs can be made."""
-  from drift_jax import sharding
   from tests.published_configs_test import MAES, TABLE_8, get
 
   mesh = sharding.make_mesh(1, 8)

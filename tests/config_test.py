@@ -415,6 +415,7 @@ def test_resumed_runs_may_change_what_is_harmless():
       "eval.every": 500,
       "eval.metrics": ("fd_pixel",),
       "mesh.fsdp": 8,
+      "vae.sharding": "replicated",
       "data.num_threads": 4,
       # Both are what to change when a run ends on a damaged image, or is slow.
       "data.max_corrupt": 5,

@@ -21,6 +21,8 @@ RESUMABLE = (
   "data.num_workers",
   "data.prefetch",
 )
+# The same of keys that lie deeper: how frozen weights lie on the mesh.
+RESUMABLE_ENDS = (".sharding",)
 # What the values that rank checkpoints depend on: while a best one is kept,
 # a change would compare figures that are not comparable.
 RANKING = (
@@ -66,13 +68,15 @@ def check_resumable(old: str, new: str) -> None:
     if before.get(key) != after.get(key)
   }
   changed = [
-    text for key, text in different.items() if not key.startswith(RESUMABLE)
+    text
+    for key, text in different.items()
+    if not key.startswith(RESUMABLE) and not key.endswith(RESUMABLE_ENDS)
   ]
   if changed:
     raise ConfigError(
       "the workdir holds a run with another config; use a new workdir or the "
-      f"old values. Changed: {'; '.join(changed)} (only {list(RESUMABLE)} may "
-      "change in a resumed run)"
+      f"old values. Changed: {'; '.join(changed)} (only "
+      f"{[*RESUMABLE, *RESUMABLE_ENDS]} may change in a resumed run)"
     )
   if "train.num_steps" in different:
     _check_new_end(different["train.num_steps"], before)

@@ -1,13 +1,7 @@
-"""Training and sampling steps: pure functions, no I/O, testable alone.
-
-With a layout a step runs on a mesh: each device takes its part of the batch
-through whole parameters. Every random number is drawn for the whole batch
-beforehand, so that a step is the same on any mesh, up to rounding.
-"""
+"""The generator's step: drifting loss, gradients, update; sampling."""
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,30 +10,24 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from drift_jax import drift, sharding, streams
 from drift_jax import state as state_lib
-from drift_jax.models import mae as mae_lib
-from drift_jax.models import vae as vae_lib
+from drift_jax.steps.common import (
+  SPLIT,
+  WHOLE,
+  Metrics,
+  apply,
+  early_dtype,
+  from_wire,
+  mean_gradients,
+)
 
-Metrics = dict[str, jax.Array]
 FeatureDict = dict[str, Float[Array, "n T D"]]
 
 # The key of the sample itself, flattened: the drifting loss with no encoder.
 SAMPLE_KEY = "global"
-
-
-def apply(module: nn.Module, params: Any, *args: Any, **kwargs: Any) -> Any:
-  """module.apply on bare parameters, without mutable collections."""
-  return module.apply({"params": params}, *args, **kwargs)
-
-
-def from_wire(images: Shaped[Array, "..."]) -> Float[Array, "..."]:
-  """Images as they travel -> float32: uint8 p becomes p / 127.5 - 1."""
-  if images.dtype == jnp.uint8:
-    return images.astype(jnp.float32) / 127.5 - 1.0
-  return images.astype(jnp.float32)
 
 
 class Draws(NamedTuple):
@@ -59,13 +47,6 @@ class GeneratorBatch(NamedTuple):
   labels: Int[Array, " L"]
   positives: Shaped[Array, "L P H W C"]
   unconditional: Shaped[Array, "L U H W C"]
-
-
-class MaeBatch(NamedTuple):
-  """Images and their labels, as they travel: see from_wire."""
-
-  images: Shaped[Array, "B H W C"]
-  labels: Int[Array, " B"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,22 +264,6 @@ def drift_metrics(info: Mapping[str, Mapping[str, Any]]) -> Metrics:
   return out
 
 
-_WHOLE = PartitionSpec()
-_SPLIT = PartitionSpec(sharding.BATCH_AXES)
-
-
-def _early_dtype(
-  module: Any, prefix: str = ""
-) -> Callable[[str, jnp.dtype], jnp.dtype]:
-  """(path, dtype) -> the dtype in which the module uses the parameter."""
-
-  def dtype_of(name: str, dtype: jnp.dtype) -> jnp.dtype:
-    kept = re.search(module.FLOAT32, prefix + name)
-    return dtype if kept else module.dtype
-
-  return dtype_of
-
-
 def _gathering(
   generator: Any, params: Any, layout: sharding.Layout
 ) -> tuple[Any, Any]:
@@ -310,49 +275,24 @@ def _gathering(
 
   blocks = layout.params[stack]
   per_block = jax.tree.map(
-    lambda spec: PartitionSpec(*spec[1:]) if in_block(spec) else _WHOLE, blocks
+    lambda spec: PartitionSpec(*spec[1:]) if in_block(spec) else WHOLE, blocks
   )
   outside = {
     **layout.params,
-    stack: jax.tree.map(
-      lambda spec: _WHOLE if in_block(spec) else spec, blocks
-    ),
+    stack: jax.tree.map(lambda spec: WHOLE if in_block(spec) else spec, blocks),
   }
 
   def gather_block(variables: Any) -> Any:
     return {
       "params": sharding.gather(
-        variables["params"], per_block, _early_dtype(generator, f"{stack}/")
+        variables["params"], per_block, early_dtype(generator, f"{stack}/")
       )
     }
 
-  whole = sharding.gather(params, outside, _early_dtype(generator))
+  whole = sharding.gather(params, outside, early_dtype(generator))
   if sharding.is_sharded(per_block):
     generator = generator.clone(gather=gather_block)
   return generator, whole
-
-
-def _mean_gradients(
-  loss: Callable[[Any], tuple[jax.Array, Any]],
-  params: Any,
-  layout: sharding.Layout,
-) -> tuple[Any, Any]:
-  """(what the loss gives beside itself, gradients of its mean over devices).
-
-  Inside sharding.over_devices.
-
-  Args:
-    loss: parts of the parameters -> (this device's loss, anything).
-    params: the parts.
-    layout: of all.
-  """
-
-  def share(params: Any) -> tuple[jax.Array, Any]:
-    value, rest = loss(params)
-    return value / layout.mesh.size, rest
-
-  grads, rest = jax.grad(share, has_aux=True)(params)
-  return rest, sharding.sum_gradients(grads, layout.params)
 
 
 def generator_gradients(
@@ -377,14 +317,14 @@ def generator_gradients(
       loss, aux = generator_loss(params, batch, draws, frozen, task, layout)
       return loss, (loss, aux["info"])
 
-    (loss, info), grads = _mean_gradients(loss_of, params, layout)
+    (loss, info), grads = mean_gradients(loss_of, params, layout)
     return jax.lax.pmean(loss, sharding.BATCH_AXES), info, grads
 
   return sharding.over_devices(
     local,
     layout.mesh,
-    (layout.params, _SPLIT, _SPLIT, layout.frozen),
-    (_WHOLE, _WHOLE, layout.params),
+    (layout.params, SPLIT, SPLIT, layout.frozen),
+    (WHOLE, WHOLE, layout.params),
   )(params, batch, draws, encoder_params)
 
 
@@ -462,235 +402,6 @@ def sample_step(
 
   if layout is not None:
     local = sharding.over_devices(
-      local, layout.mesh, (layout.params, *[_SPLIT] * 4), _SPLIT
+      local, layout.mesh, (layout.params, *[SPLIT] * 4), SPLIT
     )
   return local(params, labels, alpha, noise, style)
-
-
-@dataclasses.dataclass(frozen=True)
-class MaeTask:
-  """The static part of an encoder's training step.
-
-  Attributes:
-    mae: the encoder with its decoder.
-    vae: encodes the images into the latents that the encoder takes, or None.
-    mask_ratio: probability that a patch is hidden.
-    classification_start: step at which the fine-tune begins.
-    classification_ramp: steps until its weight is full.
-    classification_weight: the full weight.
-  """
-
-  mae: nn.Module
-  vae: vae_lib.Vae | None
-  mask_ratio: float
-  classification_start: int
-  classification_ramp: int
-  classification_weight: float
-
-
-def classification_lambda(
-  step: Int[Array, ""], task: MaeTask
-) -> Float[Array, ""]:
-  """Weight of the classification loss: 0, then linear to its final value."""
-  ramp = (step - task.classification_start) / task.classification_ramp
-  return task.classification_weight * jnp.clip(ramp, 0.0, 1.0)
-
-
-def mae_inputs(
-  images: Shaped[Array, "B H W C"],
-  vae_params: Any,
-  noise: Float[Array, "B h w c"] | None,
-  task: MaeTask,
-) -> Float[Array, "B h w c"]:
-  """What the encoder takes: the images, or their latents under task.vae.
-
-  With noise latents are drawn from their distribution, without it they are
-  its means.
-  """
-  images = from_wire(images)
-  if task.vae is None:
-    return images
-  moments = apply(task.vae, vae_params, images, method="encode")
-  scaling = task.vae.scaling_factor
-  if noise is None:
-    return vae_lib.latent_mean(moments, scaling_factor=scaling)
-  return vae_lib.sample_latents(moments, noise, scaling_factor=scaling)
-
-
-def _latent_shape(
-  images: Shaped[Array, "B H W C"], task: MaeTask
-) -> tuple[int, ...]:
-  """Shape of what the encoder takes of the images."""
-  if task.vae is None:
-    return images.shape
-  batch, height, width, _ = images.shape
-  factor = task.vae.downsampling
-  channels = task.vae.latent_channels
-  return (batch, height // factor, width // factor, channels)
-
-
-def _draw_mask(
-  key: PRNGKeyArray, images: Shaped[Array, "B H W C"], task: MaeTask
-) -> Float[Array, "B h w 1"]:
-  """The masks of a whole batch."""
-  mask: Any = task.mae.apply(
-    {},
-    jnp.zeros(_latent_shape(images, task)),
-    task.mask_ratio,
-    method="draw_mask",
-    rngs={"mask": key},
-  )
-  return mask
-
-
-class _MaeRest(NamedTuple):
-  """What goes with an encoder's images: labels, masks, noise of latents."""
-
-  labels: Int[Array, " B"]
-  mask: Float[Array, "B h w 1"]
-  noise: Float[Array, "B h w c"] | None
-
-
-def _mae_parts(
-  params: Any,
-  vae_params: Any,
-  images: Shaped[Array, "B H W C"],
-  rest: _MaeRest,
-  lam: Any,
-  task: MaeTask,
-) -> dict[str, Float[Array, " B"]]:
-  """Losses of each image."""
-  inputs = mae_inputs(images, vae_params, rest.noise, task)
-  output = apply(task.mae, params, inputs, mask=rest.mask)
-  return mae_lib.mae_loss(output, rest.labels, lam)
-
-
-def mae_eval_step(
-  params: Any,
-  batch: MaeBatch,
-  valid: Bool[Array, " B"],
-  key: PRNGKeyArray,
-  number: Int[Array, ""],
-  vae_params: Any = None,
-  *,
-  task: MaeTask,
-  layout: sharding.Layout | None = None,
-) -> Metrics:
-  """Sums over the valid images of reconstruction loss and accuracy.
-
-  The masks depend on (key, number) alone.
-  """
-  key = jax.random.fold_in(key, number)
-  rest = _MaeRest(batch.labels, _draw_mask(key, batch.images, task), None)
-
-  def parts_of(
-    params: Any, vae_params: Any, images: jax.Array, rest: _MaeRest
-  ) -> dict[str, jax.Array]:
-    return _mae_parts(params, vae_params, images, rest, 0.0, task)
-
-  if layout is not None:
-    parts_of = sharding.over_devices(
-      _on_whole(parts_of, layout, task),
-      layout.mesh,
-      (layout.params, layout.frozen, _SPLIT, _SPLIT),
-      _SPLIT,
-    )
-  parts = parts_of(params, vae_params, batch.images, rest)
-  return {
-    name: jnp.sum(jnp.where(valid, parts[name], 0.0))
-    for name in ("recon_loss", "accuracy")
-  }
-
-
-def _on_whole(
-  function: Callable[..., Any], layout: sharding.Layout, task: MaeTask
-) -> Callable[..., Any]:
-  """The function of (params, vae_params, ...), of parts of them."""
-
-  def on_parts(params: Any, vae_params: Any, *others: Any) -> Any:
-    return function(
-      sharding.gather(params, layout.params, _early_dtype(task.mae)),
-      sharding.gather(vae_params, layout.frozen),
-      *others,
-    )
-
-  return on_parts
-
-
-def mae_gradients(
-  params: Any,
-  batch: MaeBatch,
-  vae_params: Any,
-  key: PRNGKeyArray,
-  lam: Any,
-  task: MaeTask,
-  layout: sharding.Layout | None = None,
-) -> tuple[Metrics, Any]:
-  """(means over the batch of the losses' parts, gradients of 'loss').
-
-  The loss is lam * CE + (1 - lam) * reconstruction (A.3).
-  """
-  # The mask's key is the step's own, with or without an autoencoder.
-  noise = None
-  if task.vae is not None:
-    noise = jax.random.normal(
-      jax.random.fold_in(key, 1), _latent_shape(batch.images, task)
-    )
-  rest = _MaeRest(batch.labels, _draw_mask(key, batch.images, task), noise)
-
-  def loss(
-    params: Any, vae_params: Any, images: jax.Array, rest: _MaeRest, lam: Any
-  ) -> tuple[jax.Array, Metrics]:
-    parts = _mae_parts(params, vae_params, images, rest, lam, task)
-    means = {name: jnp.mean(value) for name, value in parts.items()}
-    return means["loss"], means
-
-  if layout is None:
-    grads, metrics = jax.grad(loss, has_aux=True)(
-      params, vae_params, batch.images, rest, lam
-    )
-    return metrics, grads
-  on_parts = sharding.regather(
-    _on_whole(loss, layout, task), (layout.params, layout.frozen)
-  )
-
-  def local(
-    params: Any, vae_params: Any, images: jax.Array, rest: _MaeRest, lam: Any
-  ) -> tuple[Metrics, Any]:
-    metrics, grads = _mean_gradients(
-      lambda params: on_parts(params, vae_params, images, rest, lam),
-      params,
-      layout,
-    )
-    return jax.lax.pmean(metrics, sharding.BATCH_AXES), grads
-
-  return sharding.over_devices(
-    local,
-    layout.mesh,
-    (layout.params, layout.frozen, _SPLIT, _SPLIT, _WHOLE),
-    (_WHOLE, layout.params),
-  )(params, vae_params, batch.images, rest, lam)
-
-
-def mae_step(
-  state: state_lib.TrainState,
-  batch: MaeBatch,
-  vae_params: Any = None,
-  *,
-  task: MaeTask,
-  optimizer: optax.GradientTransformation,
-  schedule: optax.Schedule,
-  layout: sharding.Layout | None = None,
-) -> tuple[state_lib.TrainState, Metrics]:
-  """One step of encoder training (A.3); vae_params are task.vae's."""
-  lam = classification_lambda(state.step, task)
-  metrics, grads = mae_gradients(
-    state.params, batch, vae_params, state.key(), lam, task, layout
-  )
-  metrics = metrics | {
-    "classification_lambda": lam,
-    "grad_norm": optax.tree.norm(grads),
-    "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-  }
-  state = state_lib.update(state, grads, optimizer)
-  return state, metrics | {"param_norm": optax.tree.norm(state.params)}

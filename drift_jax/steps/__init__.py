@@ -1,0 +1,48 @@
+"""Training and sampling steps: pure functions, no I/O, testable alone.
+
+With a layout a step runs on a mesh: each device takes its part of the batch
+through whole parameters. Every random number is drawn for the whole batch
+beforehand, so that a step is the same on any mesh, up to rounding.
+"""
+
+from drift_jax.steps.common import Metrics, apply, from_wire
+from drift_jax.steps.generator import (
+  Draws,
+  FeatureSpace,
+  GeneratorBatch,
+  GeneratorTask,
+  draw,
+  drift_metrics,
+  generator_loss,
+  sample_step,
+  train_step,
+)
+from drift_jax.steps.mae import (
+  MaeBatch,
+  MaeTask,
+  classification_lambda,
+  mae_eval_step,
+  mae_inputs,
+  mae_step,
+)
+
+__all__ = [
+  "Draws",
+  "FeatureSpace",
+  "GeneratorBatch",
+  "GeneratorTask",
+  "MaeBatch",
+  "MaeTask",
+  "Metrics",
+  "apply",
+  "classification_lambda",
+  "draw",
+  "drift_metrics",
+  "from_wire",
+  "generator_loss",
+  "mae_eval_step",
+  "mae_inputs",
+  "mae_step",
+  "sample_step",
+  "train_step",
+]
