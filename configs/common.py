@@ -82,6 +82,10 @@ def generator() -> ConfigDict:
   """Defaults of task 'generator'; the model's sizes are left to the config."""
   config = _shared("generator")
 
+  # Of attention and drifting losses: 'pallas' on TPUs, 'xla' anywhere; 'auto'
+  # takes the first that runs.
+  config.train.kernels = "auto"
+
   config.model = ConfigDict()
   config.model.mlp_ratio = 4.0
   config.model.context_tokens = 16  # prepended in-context tokens

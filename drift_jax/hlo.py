@@ -21,6 +21,10 @@ KINDS = (
 )
 # An assumption, to give cycles a unit: ratios mean something, seconds do not.
 CYCLES_PER_SECOND = 1.75e9
+# A custom call (Pallas) carries no estimate: it is counted at the roofline of
+# its declared cost. Of a TPU v6e, as the cycles' unit: in bf16, and per second.
+PEAK_FLOPS = 918e12
+PEAK_BYTES = 1.6e12
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -33,6 +37,10 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CONSTANT = re.compile(r"constant\((\d+)\)")
+_DECLARED = re.compile(
+  r'"cost_estimate":\{"flops":"(\d+)","transcendentals":"\d+",'
+  r'"bytes_accessed":"(\d+)"'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +92,9 @@ class Program:
 
   Attributes:
     collectives: all of them.
-    cycles: sum of the compiler's estimates, without collectives and custom
-      calls; 0 where it gives none (it does for TPUs).
+    cycles: sum of the compiler's estimates, without collectives; 0 where it
+      gives none (it does for TPUs). Custom calls count at the roofline of
+      their declared cost.
     bytes: read and written in memory, by the shapes of what the scheduled
       operations take and give.
     bytes_once: the same with each loop's body counted once, as XLA's own
@@ -182,7 +191,8 @@ def analyse(text: str) -> Program:
   """
   found, entry = computations(text)
   collectives: list[Collective] = []
-  cycles = moved = moved_once = unknown = 0
+  cycles = 0.0
+  moved = moved_once = unknown = 0
 
   def visit(name: str, times: int, scheduled: bool) -> None:
     nonlocal cycles, moved, moved_once, unknown
@@ -191,6 +201,8 @@ def analyse(text: str) -> Program:
       if scheduled:
         if estimate := _CYCLES.search(instruction.rest):
           cycles += times * int(estimate[1])
+        elif declared := _DECLARED.search(instruction.rest):
+          cycles += times * _roofline_cycles(*map(int, declared.groups()))
         size = _moved_bytes(instruction, by_name, found)
         moved += times * size
         moved_once += size
@@ -210,7 +222,11 @@ def analyse(text: str) -> Program:
         visit(branch, times, scheduled)
 
   visit(entry, 1, True)
-  return Program(collectives, cycles, moved, moved_once, unknown)
+  return Program(collectives, round(cycles), moved, moved_once, unknown)
+
+
+def _roofline_cycles(flops: int, size: int) -> float:
+  return CYCLES_PER_SECOND * max(flops / PEAK_FLOPS, size / PEAK_BYTES)
 
 
 # Operations that move nothing themselves.
@@ -338,6 +354,8 @@ def _collective(
 def matmul_flops(closed: Any, num_devices: int) -> int:
   """Floating point operations of products and convolutions, of each device.
 
+  A Pallas kernel's are those that it declares.
+
   Args:
     closed: jax.stages.Traced.jaxpr.
     num_devices: among which what is outside jax.shard_map is divided.
@@ -354,6 +372,9 @@ def matmul_flops(closed: Any, num_devices: int) -> int:
       kernel = equation.invars[1].aval.shape
       features = kernel[parameters["dimension_numbers"].rhs_spec[0]]
       flops = 2 * results * math.prod(kernel) // features
+    elif equation.primitive.name == _KERNEL:
+      declared = parameters["cost_estimate"]
+      flops = declared.flops if declared else 0
     else:
       continue
     if local:
@@ -384,6 +405,7 @@ def requested_collectives(closed: Any) -> list[Collective]:
   return found
 
 
+_KERNEL = "pallas_call"
 # JAX's names of the collectives that are used here.
 _KINDS_OF_JAX = {
   "all_gather": "all-gather",
@@ -402,6 +424,8 @@ def _equations(
   for equation in jaxpr.eqns:
     yield equation, times, local
     name = equation.primitive.name
+    if name == _KERNEL:
+      continue
     rounds = times * (equation.params["length"] if name == "scan" else 1)
     for value in equation.params.values():
       for entry in value if isinstance(value, (tuple, list)) else (value,):

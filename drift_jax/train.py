@@ -52,7 +52,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   readers = experiment.open_readers(config, vae)
   config = experiment.with_num_classes(config, readers.train)
   encoders = experiment.load_encoders(config.encoders, mesh)
-  task = experiment.generator_task(config, encoders)
+  task = experiment.generator_task(config, encoders, mesh)
   experiment.check_encoders(task, encoders)
   experiment.check_shape(readers.train, task.sample_shape, "the model makes")
   feed = experiment.generator_feed(config, readers.train)

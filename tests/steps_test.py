@@ -209,7 +209,7 @@ def given_parameters(replay):
 
 
 def info_error(step: Step, key: str, tau: float, expected) -> float:
-  return relative_error(step.aux["info"][key]["drift_ms"][tau], expected)
+  return relative_error(step.aux["report"].of(key)["drift_ms"][tau], expected)
 
 
 def test_samples(replay):
@@ -237,7 +237,9 @@ def test_loss_and_learning_rate(replay):
 
 def test_loss_of_every_feature(replay):
   for name, step in each_step(replay):
-    per_feature = step.aux["per_feature"]
+    per_feature = dict(
+      zip(step.aux["report"].keys, step.aux["losses"], strict=True)
+    )
     expected = {
       k.removeprefix("loss_per_feature/")
       for k in step.data
@@ -253,7 +255,8 @@ def test_loss_of_every_feature(replay):
 
 def test_info_of_every_feature(replay):
   for name, step in given_parameters(replay):
-    for key, info in step.aux["info"].items():
+    for key in step.aux["report"].keys:
+      info = step.aux["report"].of(key)
       rtol = 2e-2 if key in ROUNDING_KEYS else 1e-3
       scale = step.data[f"info/scale/{key}"]
       assert_close(info["scale"], scale, rtol, name + key)
@@ -266,7 +269,7 @@ def test_info_after_adam(replay):
   """As for the samples: 3.4e-3 at the worst key, by the release and by
   flipping the last bit alike."""
   step = replay["run0"][2]
-  for key in step.aux["info"]:
+  for key in step.aux["report"].keys:
     for tau in step.settings["R"]:
       rtol = 2e-2 if key in ROUNDING_KEYS else 5e-3
       expected = step.data[f"info/loss_{tau}/{key}"]
@@ -625,16 +628,14 @@ def test_samples_do_not_depend_on_batch_or_order():
 
 
 def test_metrics_group_keys_by_map():
-  info = {
-    "conv1": {"drift_ms": {0.1: 4.0}, "scale": 1.0},
-    "conv1_mean": {"drift_ms": {0.1: 16.0}, "scale": 3.0},
-    "global": {"drift_ms": {0.1: 1.0}, "scale": 5.0},
+  info: drift.DriftInfo = {
+    "scale": jnp.asarray([1.0, 3.0, 5.0]),
+    "drift_ms": {0.1: jnp.asarray([4.0, 16.0, 1.0])},
+    "effective_positives": {0.1: jnp.full(3, 2.0)},
+    "floor_fraction": {0.1: jnp.full(3, 0.5)},
   }
-  for entry in info.values():
-    entry["effective_positives"] = {0.1: 2.0}
-    entry["floor_fraction"] = {0.1: 0.5}
   metrics = steps.drift_metrics(
-    jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), info)
+    drift.DriftReport(("conv1", "conv1_mean", "global"), info)
   )
   assert float(metrics["drift_rms/0.1"]) == pytest.approx(math.sqrt(7.0))
   assert float(metrics["drift_rms/0.1/conv1"]) == pytest.approx(math.sqrt(10.0))

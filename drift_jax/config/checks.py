@@ -243,6 +243,7 @@ def _check_generator(config: GeneratorConfig) -> None:
       f"encoders.{name}.path is empty: give the directory that encoder "
       "training wrote, WORKDIR/encoder",
     )
+  _choice("train.kernels", config.train.kernels, ("auto", "pallas", "xla"))
   _choice(
     "model.attention_dtype", model.attention_dtype, ("float32", "bfloat16")
   )

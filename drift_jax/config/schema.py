@@ -189,6 +189,16 @@ class Train(Section):
   log_every: int
 
 
+class GeneratorTrain(Train):
+  """The same of a generator, and what computes its step.
+
+  `kernels` of attention and drifting losses: 'pallas' for TPUs, 'xla'
+  anywhere, 'auto' the first that the devices run.
+  """
+
+  kernels: str
+
+
 class Judge(Section):
   """A network that judges images, and statistics of real ones' features."""
 
@@ -270,7 +280,7 @@ class GeneratorConfig(Section):
   queue: Queue
   optim: Optim
   ema: Ema
-  train: Train
+  train: GeneratorTrain
   eval: GeneratorEval
   checkpoint: Checkpoint
   mesh: Mesh

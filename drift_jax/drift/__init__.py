@@ -5,6 +5,7 @@ Pure functions of arrays and keyword arguments.
   compute_v      the drifting field on raw distances (Alg. 2)
   coefficients   its coefficients and affinities
   drift_loss     the normalised, weighted, multi-temperature loss (A.6)
+  drift_losses   that of each of many features, together
   DriftInfo      what drift_loss reports beside the loss
   squared_distances, affinities, product_coefficients, mean_shift
                  the steps of the field, shared by compute_v and drift_loss
@@ -31,15 +32,19 @@ from drift_jax.drift.guidance import (
   unconditional_weight,
 )
 from drift_jax.drift.loss import DriftInfo, drift_loss
+from drift_jax.drift.many import DriftReport, Kernel, drift_losses
 
 __all__ = [
   "DriftInfo",
+  "DriftReport",
+  "Kernel",
   "Normalization",
   "affinities",
   "alpha_from_uniform",
   "coefficients",
   "compute_v",
   "drift_loss",
+  "drift_losses",
   "drop_guidance",
   "mean_shift",
   "pooled_features",

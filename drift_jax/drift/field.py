@@ -22,7 +22,7 @@ _MAX_DIRECT_CHANNELS = 64
 _MASKED_DISTANCE = 1e10
 
 # Keeps the distance of coincident points, and its derivative, finite.
-_TINY_SQUARED_DISTANCE = 1e-30
+TINY_SQUARED_DISTANCE = 1e-30
 
 
 def squared_distances(
@@ -76,22 +76,16 @@ def affinities(
   Raises:
     ValueError: for a negative floor or an unknown normalization.
   """
-  if not affinity_floor >= 0:
-    raise ValueError(f"affinity_floor={affinity_floor} must be >= 0")
-  squared = jnp.maximum(squared_distance, _TINY_SQUARED_DISTANCE)
+  check_affinities(affinity_floor, normalization)
+  squared = jnp.maximum(squared_distance, TINY_SQUARED_DISTANCE)
   if normalization == "xy":
     over_targets = _sqrt_softmax(squared, temperature, axis=-1)
     over_samples = _sqrt_softmax(squared, temperature, axis=-2)
     affinity = over_targets * over_samples
   elif normalization == "y":
     affinity = _sqrt_softmax(squared, temperature, axis=-1) ** 2
-  elif normalization == "none":
-    affinity = jnp.exp(-jnp.sqrt(squared) / temperature)
   else:
-    raise ValueError(
-      f"normalization={normalization!r} is unknown; valid options: "
-      f"{', '.join(get_args(Normalization))}"
-    )
+    affinity = jnp.exp(-jnp.sqrt(squared) / temperature)
   return jnp.maximum(affinity, affinity_floor**0.5)
 
 
@@ -227,3 +221,14 @@ def check_temperature(temperature: float) -> None:
   """Raises a ValueError unless temperature > 0."""
   if not temperature > 0:
     raise ValueError(f"temperature={temperature} must be positive")
+
+
+def check_affinities(affinity_floor: float, normalization: str) -> None:
+  """Raises a ValueError for what `affinities` can't take."""
+  if not affinity_floor >= 0:
+    raise ValueError(f"affinity_floor={affinity_floor} must be >= 0")
+  if normalization not in get_args(Normalization):
+    raise ValueError(
+      f"normalization={normalization!r} is unknown; valid options: "
+      f"{', '.join(get_args(Normalization))}"
+    )

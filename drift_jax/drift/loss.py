@@ -21,10 +21,10 @@ _Means = TypeVar("_Means")
 
 # A sample is its own negative only through the affinity floor: this is added
 # to its normalised distance to itself.
-_SELF_DISTANCE = 100.0
-_MIN_DISTANCE = 1e-4
-_MIN_SCALE = 1e-3
-_MIN_DRIFT_MEAN_SQUARE = 1e-8
+SELF_DISTANCE = 100.0
+MIN_DISTANCE = 1e-4
+MIN_SCALE = 1e-3
+MIN_DRIFT_MEAN_SQUARE = 1e-8
 
 
 class DriftInfo(TypedDict):
@@ -107,7 +107,7 @@ def drift_loss(
     ValueError: no temperature, repeated or non-positive ones, an unknown
       normalization, a negative floor, or shapes that disagree.
   """
-  temperatures = _check_temperatures(temperatures)
+  temperatures = check_temperatures(temperatures)
   if neg is None:
     neg = jnp.zeros((pos.shape[0], 0, pos.shape[2]), pos.dtype)
     if weight_neg is not None:
@@ -131,7 +131,7 @@ def drift_loss(
   x, targets = frozen[0], jnp.concatenate(frozen, axis=1)
   self_pair = jnp.eye(n, targets.shape[1], dtype=bool)
   squared = jnp.where(self_pair, 0.0, squared_distances(x, targets))
-  squared = jnp.maximum(squared, _MIN_DISTANCE**2)
+  squared = jnp.maximum(squared, MIN_DISTANCE**2)
   distance = jnp.sqrt(squared)
 
   # The shared scale, and what it turns into: a unit of the coordinates and
@@ -140,10 +140,10 @@ def drift_loss(
     (_batch_mean(distance * weight[:, None, :]), _batch_mean(weight)), axis_name
   )
   scale = mean_distance / mean_weight
-  distance_unit = jnp.maximum(scale, _MIN_SCALE)
-  self_distance = _MIN_DISTANCE + _SELF_DISTANCE * distance_unit
+  distance_unit = jnp.maximum(scale, MIN_SCALE)
+  self_distance = MIN_DISTANCE + SELF_DISTANCE * distance_unit
   squared = jnp.where(self_pair, self_distance**2, squared)
-  unit = jnp.maximum(scale / math.sqrt(channels), _MIN_SCALE)
+  unit = jnp.maximum(scale / math.sqrt(channels), MIN_SCALE)
   center = jnp.mean(x, axis=1, keepdims=True)
   x, targets = (x - center) / unit, (targets - center) / unit
 
@@ -173,7 +173,7 @@ def drift_loss(
   )
   total = jnp.zeros_like(x)
   for drift, mean_square in zip(drifts, mean_squares, strict=True):
-    total += drift / jnp.sqrt(jnp.maximum(mean_square, _MIN_DRIFT_MEAN_SQUARE))
+    total += drift / jnp.sqrt(jnp.maximum(mean_square, MIN_DRIFT_MEAN_SQUARE))
   info: DriftInfo = {
     "scale": scale,
     "drift_ms": dict(zip(temperatures, mean_squares, strict=True)),
@@ -203,7 +203,8 @@ def _effective_number(logits: Float[Array, "B N P"]) -> Float[Array, ""]:
   return jnp.mean(1.0 / jnp.sum(p**2, axis=-1))
 
 
-def _check_temperatures(temperatures: Sequence[float]) -> tuple[float, ...]:
+def check_temperatures(temperatures: Sequence[float]) -> tuple[float, ...]:
+  """As floats; raises a ValueError for what drift_loss can't take."""
   values = tuple(float(temperature) for temperature in temperatures)
   for value in values:
     check_temperature(value)

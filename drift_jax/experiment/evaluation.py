@@ -222,7 +222,7 @@ def load_generator(
     )
   vae = load_vae(config.vae, mesh)
   check_frozen(epath.Path(workdir), frozen_sums({}, vae))
-  task = generator_task(config, encoders={})
+  task = generator_task(config, encoders={}, mesh=mesh)
   shapes = jax.eval_shape(init_generator(task), jax.random.key(0))
   abstract = sharding.abstract(shapes, sharding.infer_sharding(shapes, mesh))
   checkpointer = make_checkpointer(

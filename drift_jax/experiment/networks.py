@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from drift_jax import artifacts, models, sharding, steps
+from drift_jax import artifacts, drift, models, sharding, steps
 from drift_jax import config as config_lib
 from drift_jax.experiment.runs import naming
 from drift_jax.models.vae import Vae
@@ -220,14 +220,38 @@ def feature_space(
   )
 
 
+def kernel_for(kernels: str, mesh: Mesh) -> drift.Kernel:
+  """What computes attention and drifting losses on the mesh's devices.
+
+  Raises:
+    ConfigError: kernels that these devices don't run.
+  """
+  platform = mesh.devices.flat[0].platform
+  if kernels == "pallas" and platform != "tpu":
+    raise config_lib.ConfigError(
+      f"train.kernels='pallas' needs TPUs, but this mesh is of {platform} "
+      "devices: 'auto' takes what there is, 'xla' runs anywhere"
+    )
+  if kernels == "auto":
+    return "pallas" if platform == "tpu" else "xla"
+  return "xla" if kernels == "xla" else "pallas"
+
+
 def generator_task(
   config: config_lib.GeneratorConfig,
   encoders: Mapping[str, artifacts.Artifact],
+  mesh: Mesh,
 ) -> steps.GeneratorTask:
-  """The static part of the generator's step."""
+  """The static part of the generator's step, for the mesh's devices.
+
+  Raises:
+    ConfigError: a model that can't be, kernels that don't run there.
+  """
   model = config.model
+  kernel = kernel_for(config.train.kernels, mesh)
   with naming("model"):
     generator = models.build_generator(**dataclasses.asdict(model))
+  generator = generator.clone(attention_kernel=kernel)
   return steps.GeneratorTask(
     generator=generator,
     features=feature_space(config, encoders),
@@ -237,6 +261,7 @@ def generator_task(
     num_generated=config.batch.generated,
     drift=dataclasses.asdict(config.drift),
     guidance=dataclasses.asdict(config.guidance),
+    kernel=kernel,
   )
 
 

@@ -85,7 +85,7 @@ def _of_generator(
   check_divides("batch.labels", sizes.labels, mesh)
   vae = abstract_vae(config.vae, mesh)
   encoders = abstract_encoders(config.encoders, mesh)
-  task = generator_task(config, encoders)
+  task = generator_task(config, encoders, mesh)
   check_encoders(task, encoders)
   frozen = {name: encoders[name].params for name in task.features.encoders}
   training = make_training(

@@ -42,6 +42,7 @@ class Generator(nn.Module):
   Attributes:
     gather: what each block does with its parameters before it uses them, e.g.
       puts them together from the parts of several devices.
+    attention_kernel: see layers.Attention.
     FLOAT32: matches the names of parameters that are used in float32 whatever
       the dtype; all others may be rounded to it beforehand.
   """
@@ -65,6 +66,7 @@ class Generator(nn.Module):
   attention_dtype: jnp.dtype
   remat: bool
   gather: Callable[[Any], Any] | None = None
+  attention_kernel: str = "xla"
 
   def setup(self) -> None:
     side = self.input_size // self.patch_size
@@ -124,6 +126,7 @@ class Generator(nn.Module):
       mlp_width=layers.swiglu_width(self.hidden_size, self.mlp_ratio),
       dtype=self.dtype,
       attention_dtype=self.attention_dtype,
+      kernel=self.attention_kernel,
     )
     self.final = layers.FinalLayer(
       self.patch_size**2 * self.out_channels, self.dtype

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from drift_jax.models import attention_kernel
+
 NORM_EPSILON = 1e-6
 ROPE_THETA = 10_000.0
 
@@ -61,10 +63,24 @@ class GroupNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-    batch, height, width, channels = x.shape
+    channels = x.shape[-1]
     groups = max(n for n in range(1, self.max_groups + 1) if channels % n == 0)
-    grouped = x.reshape(batch, height, width, groups, channels // groups)
-    normal = _standardize(grouped, (1, 2, 4)).reshape(x.shape)
+    x = x.astype(jnp.float32)
+    # Moments of each channel, then of its group: the channels of a map taken
+    # apart would be another layout, and a copy.
+    moments = (jnp.mean(x, axis=(1, 2)), jnp.var(x, axis=(1, 2)))
+    means, variances = (m.reshape(len(x), groups, -1) for m in moments)
+    mean = jnp.mean(means, axis=-1, keepdims=True)
+    variance = jnp.mean(variances, axis=-1, keepdims=True) + jnp.var(
+      means, axis=-1, keepdims=True
+    )
+
+    def of_channels(y: Float[Array, "B G 1"]) -> Float[Array, "B 1 1 C"]:
+      return jnp.broadcast_to(y, means.shape).reshape(len(x), 1, 1, channels)
+
+    normal = (x - of_channels(mean)) * of_channels(
+      jax.lax.rsqrt(variance + NORM_EPSILON)
+    )
     return _scale_and_shift(self, normal).astype(self.dtype)
 
 
@@ -139,24 +155,59 @@ def attention(
   return jnp.einsum("bhts,bshd->bthd", weights.astype(dtype), value)
 
 
+class _NormScale(nn.Module):
+  """The scale of an RMSNorm that is computed elsewhere."""
+
+  @nn.compact
+  def __call__(self, features: int) -> Float[Array, " C"]:
+    return self.param("scale", nn.initializers.ones, (features,))
+
+
 class Attention(nn.Module):
-  """Multi-head self-attention with QK-norm, then rotary positions."""
+  """Multi-head self-attention with QK-norm, then rotary positions.
+
+  Attributes:
+    kernel: 'xla', or 'pallas' for TPUs: all of it on chip, see
+      attention_kernel; 'interpret' is that without a TPU. Sequences that don't
+      fit on chip are computed by XLA.
+  """
 
   num_heads: int
   dtype: jnp.dtype
   attention_dtype: jnp.dtype
+  kernel: str = "xla"
 
   @nn.compact
   def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
     batch, tokens, channels = x.shape
     qkv = dense(3 * channels, dtype=self.dtype, name="qkv")(x)
-    qkv = qkv.reshape(batch, tokens, 3, self.num_heads, -1)
-    query, key, value = (qkv[:, :, i] for i in range(3))
-    query = apply_rotary(RMSNorm(name="q_norm")(query))
-    key = apply_rotary(RMSNorm(name="k_norm")(key))
-    out = attention(query, key, value, dtype=self.attention_dtype)
-    out = out.reshape(batch, tokens, channels)
+    if self.kernel != "xla" and tokens <= attention_kernel.MAX_TOKENS:
+      out = self._on_chip(qkv)
+    else:
+      qkv = qkv.reshape(batch, tokens, 3, self.num_heads, -1)
+      query, key, value = (qkv[:, :, i] for i in range(3))
+      query = apply_rotary(RMSNorm(name="q_norm")(query))
+      key = apply_rotary(RMSNorm(name="k_norm")(key))
+      out = attention(query, key, value, dtype=self.attention_dtype)
+      out = out.reshape(batch, tokens, channels)
     return dense(channels, dtype=self.dtype, name="out")(out)
+
+  def _on_chip(self, qkv: Float[Array, "B T _"]) -> Float[Array, "B T C"]:
+    head_dim = qkv.shape[-1] // (3 * self.num_heads)
+    angles = np.tile(rotary_angles(qkv.shape[1], head_dim), 2)
+    scales = [_NormScale(name=f"{x}_norm")(head_dim) for x in "qk"]
+    return attention_kernel.fused_attention(
+      qkv,
+      jnp.stack(scales).astype(jnp.float32),
+      (
+        jnp.asarray(np.cos(angles), jnp.float32),
+        jnp.asarray(np.sin(angles), jnp.float32),
+      ),
+      self.num_heads,
+      self.attention_dtype,
+      NORM_EPSILON,
+      self.kernel == "interpret",
+    )
 
 
 def swiglu_width(hidden_size: int, mlp_ratio: float) -> int:
@@ -212,6 +263,7 @@ class Block(nn.Module):
   mlp_width: int
   dtype: jnp.dtype
   attention_dtype: jnp.dtype
+  kernel: str = "xla"
 
   @nn.compact
   def __call__(
@@ -221,7 +273,11 @@ class Block(nn.Module):
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
     hidden = RMSNorm(name="attention_norm")(x) * (1 + scale_a) + shift_a
     hidden = Attention(
-      self.num_heads, self.dtype, self.attention_dtype, name="attention"
+      self.num_heads,
+      self.dtype,
+      self.attention_dtype,
+      self.kernel,
+      name="attention",
     )(hidden.astype(self.dtype))
     x = x + (gate_a * hidden.astype(jnp.float32)).astype(self.dtype)
     hidden = RMSNorm(name="mlp_norm")(x) * (1 + scale_m) + shift_m

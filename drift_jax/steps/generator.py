@@ -1,8 +1,7 @@
 """The generator's step: drifting loss, gradients, update; sampling."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -14,6 +13,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from drift_jax import drift, sharding, streams
 from drift_jax import state as state_lib
+from drift_jax.drift import Kernel
 from drift_jax.steps.common import (
   SPLIT,
   WHOLE,
@@ -88,7 +88,18 @@ class FeatureSpace:
 
 @dataclasses.dataclass(frozen=True)
 class GeneratorTask:
-  """The static part of a generator's training step."""
+  """The static part of a generator's training step.
+
+  Attributes:
+    generator: from noise to samples.
+    features: of the loss.
+    sample_shape: (H, W, C).
+    style_tokens, style_vocab: number and range of style indices.
+    num_generated: N, samples of a label.
+    drift: keyword arguments of drift.drift_losses.
+    guidance: keyword arguments of drift.sample_alpha.
+    kernel: of drift.drift_losses.
+  """
 
   generator: nn.Module
   features: FeatureSpace
@@ -98,6 +109,7 @@ class GeneratorTask:
   num_generated: int
   drift: Mapping[str, Any]
   guidance: Mapping[str, float]
+  kernel: Kernel = "xla"
 
 
 def draw(key: PRNGKeyArray, task: GeneratorTask, num_labels: int) -> Draws:
@@ -116,13 +128,13 @@ def draw(key: PRNGKeyArray, task: GeneratorTask, num_labels: int) -> Draws:
   )
 
 
-def _problems(
-  features: Float[Array, "Ln T D"], num_labels: int
-) -> Float[Array, "LT n D"]:
-  """[L * n, T, D] -> [L * T, n, D]: one problem per (label, location)."""
-  _, locations, width = features.shape
-  features = features.reshape(num_labels, -1, locations, width)
-  return features.swapaxes(1, 2).reshape(num_labels * locations, -1, width)
+def by_label(
+  features: FeatureDict, num_labels: int
+) -> dict[str, Float[Array, "L n T D"]]:
+  """{key: [L * n, T, D]} -> {key: [L, n, T, D]}."""
+  return {
+    key: x.reshape(num_labels, -1, *x.shape[1:]) for key, x in features.items()
+  }
 
 
 def generator_loss(
@@ -139,8 +151,9 @@ def generator_loss(
   the loss is that of this device's labels, the field's scalars those of all.
 
   Returns:
-    (loss, {'samples': [L * N, H, W, C], 'per_feature': {key: loss}, 'info':
-    {key: drift.drift_loss' info}}). Sample l * N + n belongs to label l.
+    (loss, {'samples': [L * N, H, W, C], 'losses': of each feature, 'report':
+    drift.DriftReport, whose keys they have}). Sample l * N + n belongs to
+    label l.
   """
   num_labels, num_positives = batch.positives.shape[:2]
   num_unconditional = batch.unconditional.shape[1]
@@ -171,65 +184,26 @@ def generator_loss(
     features = sharding.regather(features, layout.frozen)
   generated, real_features = features(encoder_params, samples, reals)
 
-  weight = None
+  weight = jnp.ones_like(draws.alpha)
   if num_unconditional:
     weight = drift.unconditional_weight(draws.alpha, repeats, num_unconditional)
-
-  def loss_of(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Any]:
-    x, y = (_problems(features, num_labels) for features in pair)
-    locations = len(x) // num_labels
-    loss, info = drift.drift_loss(
-      x,
-      y[:, :num_positives],
-      y[:, num_positives:] if num_unconditional else None,
-      weight_neg=None
-      if weight is None
-      else jnp.broadcast_to(
-        jnp.repeat(weight, locations)[:, None], (len(x), num_unconditional)
-      ),
-      **task.drift,
-      axis_name=() if layout is None else sharding.BATCH_AXES,
-    )
-    return loss.mean(), info
-
-  losses = _map_alike(
-    loss_of, {key: (x, real_features[key]) for key, x in generated.items()}
+  losses, report = drift.drift_losses(
+    by_label(generated, num_labels),
+    by_label(real_features, num_labels),
+    weight,
+    num_positives=num_positives,
+    **task.drift,
+    axis_name=() if layout is None else sharding.BATCH_AXES,
+    kernel=task.kernel,
   )
-  per_feature = {key: loss for key, (loss, _) in losses.items()}
-  total = functools.reduce(jnp.add, per_feature.values())
-  info = {key: info for key, (_, info) in losses.items()}
-  return total, {"samples": samples, "per_feature": per_feature, "info": info}
+  return jnp.sum(losses), {
+    "samples": samples,
+    "losses": losses,
+    "report": report,
+  }
 
 
-def _map_alike(
-  function: Callable[[Any], Any], values: Mapping[str, Any]
-) -> dict[str, Any]:
-  """{key: function(value)}; values of equal shapes share one loop.
-
-  A network's features have few shapes: the function is compiled once for
-  each, not once for each key.
-  """
-  alike: dict[Any, list[str]] = {}
-  for key, value in values.items():
-    shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(value))
-    alike.setdefault(shapes, []).append(key)
-  out = {}
-  for keys in alike.values():
-    if len(keys) == 1:
-      out[keys[0]] = function(values[keys[0]])
-      continue
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *(values[k] for k in keys))
-    results = jax.lax.map(function, stacked)
-    for i, key in enumerate(keys):
-      out[key] = jax.tree.map(lambda x, i=i: x[i], results)
-  return {key: out[key] for key in values}
-
-
-def _mean_over(values: list[jax.Array]) -> jax.Array:
-  return jnp.mean(jnp.stack(values))
-
-
-def drift_metrics(info: Mapping[str, Mapping[str, Any]]) -> Metrics:
+def drift_metrics(report: drift.DriftReport) -> Metrics:
   """What a user watches: raw drift RMS, scale, neighbours.
 
   The loss is constant by construction, so these are the run's real signals.
@@ -240,27 +214,24 @@ def drift_metrics(info: Mapping[str, Mapping[str, Any]]) -> Metrics:
   'neighbours/<tau>' the effective number of positives that a sample feels;
   'floor_fraction/<tau>' the share of affinities at the floor.
   """
-  groups: dict[str, list[str]] = {}
-  for key in info:
-    groups.setdefault(key.split("_")[0], []).append(key)
-  out: Metrics = {}
-  temperatures = next(iter(info.values()))["drift_ms"]
-  for tau in temperatures:
-    per_key = {key: entry["drift_ms"][tau] for key, entry in info.items()}
-    out[f"drift_rms/{tau}"] = jnp.sqrt(_mean_over(list(per_key.values())))
-    for group, keys in groups.items():
-      out[f"drift_rms/{tau}/{group}"] = jnp.sqrt(
-        _mean_over([per_key[key] for key in keys])
-      )
-    for name, source in (
-      ("neighbours", "effective_positives"),
-      ("floor_fraction", "floor_fraction"),
-    ):
-      out[f"{name}/{tau}"] = _mean_over(
-        [entry[source][tau] for entry in info.values()]
-      )
-  for group, keys in groups.items():
-    out[f"scale/{group}"] = _mean_over([info[key]["scale"] for key in keys])
+  groups: dict[str, list[int]] = {}
+  for i, key in enumerate(report.keys):
+    groups.setdefault(key.split("_")[0], []).append(i)
+  info = report.info
+
+  def means(name: str, values: jax.Array) -> Metrics:
+    return {
+      f"{name}/{group}": jnp.mean(values[jnp.asarray(members)])
+      for group, members in groups.items()
+    }
+
+  out = means("scale", info["scale"])
+  for tau, mean_squares in info["drift_ms"].items():
+    rms = {f"drift_rms/{tau}": jnp.mean(mean_squares)}
+    rms |= means(f"drift_rms/{tau}", mean_squares)
+    out |= {name: jnp.sqrt(value) for name, value in rms.items()}
+    out[f"neighbours/{tau}"] = jnp.mean(info["effective_positives"][tau])
+    out[f"floor_fraction/{tau}"] = jnp.mean(info["floor_fraction"][tau])
   return out
 
 
@@ -302,23 +273,23 @@ def generator_gradients(
   encoder_params: Mapping[str, Any],
   task: GeneratorTask,
   layout: sharding.Layout | None = None,
-) -> tuple[Float[Array, ""], Mapping[str, Any], Any]:
-  """(loss, generator_loss' info, gradients), on a mesh if there is a layout."""
+) -> tuple[Float[Array, ""], drift.DriftReport, Any]:
+  """(loss, drift.DriftReport, gradients), on a mesh if there is a layout."""
   if layout is None:
     (loss, aux), grads = jax.value_and_grad(generator_loss, has_aux=True)(
       params, batch, draws, encoder_params, task
     )
-    return loss, aux["info"], grads
+    return loss, aux["report"], grads
 
   def local(
     params: Any, batch: GeneratorBatch, draws: Draws, frozen: Any
   ) -> tuple[jax.Array, Any, Any]:
     def loss_of(params: Any) -> tuple[jax.Array, Any]:
       loss, aux = generator_loss(params, batch, draws, frozen, task, layout)
-      return loss, (loss, aux["info"])
+      return loss, (loss, aux["report"])
 
-    (loss, info), grads = mean_gradients(loss_of, params, layout)
-    return jax.lax.pmean(loss, sharding.BATCH_AXES), info, grads
+    (loss, report), grads = mean_gradients(loss_of, params, layout)
+    return jax.lax.pmean(loss, sharding.BATCH_AXES), report, grads
 
   return sharding.over_devices(
     local,
@@ -347,14 +318,14 @@ def train_step(
   """
   if draws is None:
     draws = draw(state.key(), task, len(batch.labels))
-  loss, info, grads = generator_gradients(
+  loss, report, grads = generator_gradients(
     state.params, batch, draws, encoder_params, task, layout
   )
   metrics = {
     "loss": loss,
     "grad_norm": optax.tree.norm(grads),
     "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-    **drift_metrics(info),
+    **drift_metrics(report),
   }
   state = state_lib.update(state, grads, optimizer)
   return state, metrics | {"param_norm": optax.tree.norm(state.params)}

@@ -76,6 +76,7 @@ class Report:
     arguments: {'params', 'optimizer', 'ema', 'frozen', 'batch', ...: size}.
     activations: everything temporary: activations, gathered parameters and
       gradients; None where it did not compile.
+    code: the program itself; None where it did not compile.
     peak: of the memory in use; None where it did not compile, unless the
       compiler says what it would take.
     available: memory of a device; None if unknown.
@@ -94,6 +95,7 @@ class Report:
   seconds: float
   arguments: dict[str, int]
   activations: int | None = None
+  code: int | None = None
   peak: int | None = None
   available: int | None = None
   flops: float | None = None
@@ -111,7 +113,7 @@ def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   if _TOPOLOGY.value:
-    _prepare_libtpu()
+    prepare_libtpu()
   from drift_jax import console, experiment
 
   console.setup()
@@ -145,7 +147,7 @@ def _config_name(argv: Sequence[str]) -> str:
   return " ".join([name or "", *(f"{k}={v}" for k, v in overrides.items())])
 
 
-def _prepare_libtpu() -> None:
+def prepare_libtpu() -> None:
   """Before JAX is imported: no TPU is looked for, nothing is logged."""
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -292,6 +294,7 @@ def compile_program(
   memory: Any = compiled.memory_analysis()
   costs: Mapping[str, float] = compiled.cost_analysis() or {}
   report.activations = memory.temp_size_in_bytes
+  report.code = memory.generated_code_size_in_bytes
   peak: int = max(
     memory.peak_memory_in_bytes,
     memory.argument_size_in_bytes

@@ -1,0 +1,206 @@
+"""The drifting losses of all features of a batch."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from drift_jax.drift import fused
+from drift_jax.drift.field import Normalization, check_affinities
+from drift_jax.drift.loss import DriftInfo, check_temperatures, drift_loss
+
+Kernel = Literal["xla", "pallas", "interpret"]
+
+# Narrower features have their distances by subtraction, as in
+# field.squared_distances; wider ones don't fit on chip.
+_WIDTHS = range(65, 8193)
+_MAX_TEMPERATURES = 12
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=("info",),
+  meta_fields=("keys",),
+)
+@dataclasses.dataclass(frozen=True)
+class DriftReport:
+  """What to watch of all features.
+
+  Attributes:
+    keys: of the features, in the order of the arrays.
+    info: DriftInfo whose entries are arrays [F].
+  """
+
+  keys: tuple[str, ...]
+  info: DriftInfo
+
+  def of(self, key: str) -> DriftInfo:
+    """One feature's."""
+    at = self.keys.index(key)
+    return jax.tree.map(lambda x: x[at], self.info)
+
+
+def drift_losses(
+  generated: Mapping[str, Float[Array, "L N _ _"]],
+  real: Mapping[str, Float[Array, "L R _ _"]],
+  weight_unconditional: Float[Array, " L"],
+  *,
+  num_positives: int,
+  temperatures: Sequence[float],
+  affinity_floor: float = 1e-6,
+  normalization: Normalization = "xy",
+  attraction: float = 1.0,
+  repulsion: float = 1.0,
+  axis_name: str | tuple[str, ...] = (),
+  kernel: Kernel = "xla",
+) -> tuple[Float[Array, " F"], DriftReport]:
+  """Mean `drift_loss` of each feature key, and what to watch of it.
+
+  The same numbers for every kernel, up to rounding: below 1e-5 of a key's
+  loss, diagnostics and (float32) gradient.
+
+  Args:
+    generated: features of N generated samples of each of L labels,
+      {key: [L, N, T, C]}: T locations and C channels are each key's own. A
+      label at a location is one drift problem.
+    real: those of the reals, {key: [L, R, T, C]}: positives first, then
+      unconditional ones.
+    weight_unconditional: of each label's unconditional reals as negatives.
+    num_positives: P; the other R - P reals are unconditional.
+    temperatures, affinity_floor, normalization, attraction, repulsion,
+      axis_name: see `drift_loss`.
+    kernel: 'xla'; 'pallas' for TPUs: few passes over the features, see
+      `drift.fused`; 'interpret' is that without a TPU.
+
+  Returns:
+    losses: of each key, in the order of the report's.
+    report: without gradient.
+
+  Raises:
+    ValueError: an unknown kernel; as `drift_loss`.
+  """
+  if kernel not in get_args(Kernel):
+    raise ValueError(
+      f"kernel={kernel!r} is unknown; valid options: {get_args(Kernel)}"
+    )
+  temperatures = check_temperatures(temperatures)
+  check_affinities(affinity_floor, normalization)
+  field = fused.Field(
+    temperatures,
+    affinity_floor,
+    normalization,
+    attraction,
+    repulsion,
+    num_positives,
+  )
+
+  values = {
+    key: (x, jax.lax.stop_gradient(real[key])) for key, x in generated.items()
+  }
+
+  weight = jax.lax.stop_gradient(weight_unconditional.astype(jnp.float32))
+
+  def is_fused(key: str) -> bool:
+    width = generated[key].shape[3]
+    few = len(temperatures) <= _MAX_TEMPERATURES
+    return kernel != "xla" and few and width in _WIDTHS
+
+  # Compiled once for each group: of equal shapes, or of equal width.
+  groups: dict[Any, list[str]] = {}
+  for key, (x, y) in values.items():
+    alike = x.shape[3] if is_fused(key) else x.shape
+    groups.setdefault((alike, x.dtype, y.dtype), []).append(key)
+  found = []
+  for keys in groups.values():
+    chosen = [values[key] for key in keys]
+    if is_fused(keys[0]):
+      result = _fused(chosen, weight, field, axis_name, kernel == "interpret")
+    else:
+      result = _plain(chosen, weight, field, axis_name)
+    found.append((keys, result))
+  losses, info = jax.tree.map(
+    lambda *parts: jnp.concatenate(parts), *(result for _, result in found)
+  )
+  keys = tuple(key for keys, _ in found for key in keys)
+  return losses, DriftReport(keys, jax.lax.stop_gradient(info))
+
+
+_Value = tuple[Array, Array]
+
+
+def _problems(features: Float[Array, "L n T C"]) -> Float[Array, "LT n C"]:
+  """One problem for each label and location."""
+  problems = features.swapaxes(1, 2)
+  return problems.reshape(-1, *problems.shape[2:])
+
+
+def _plain(
+  values: Sequence[_Value],
+  weight: Float[Array, " L"],
+  field: fused.Field,
+  axis_name: str | tuple[str, ...],
+) -> tuple[Float[Array, " F"], DriftInfo]:
+  """drift_loss of features of equal shapes: compiled once for all of them."""
+
+  def of_one(value: _Value) -> tuple[Array, DriftInfo]:
+    locations = value[0].shape[2]
+    x, y = (_problems(features) for features in value)
+    positives, unconditional = jnp.split(y, [field.num_positives], axis=1)
+    losses, info = drift_loss(
+      x,
+      positives,
+      unconditional,
+      weight_neg=jnp.broadcast_to(
+        jnp.repeat(weight, locations)[:, None], unconditional.shape[:2]
+      ),
+      temperatures=field.temperatures,
+      affinity_floor=field.affinity_floor,
+      normalization=field.normalization,
+      attraction=field.attraction,
+      repulsion=field.repulsion,
+      axis_name=axis_name,
+    )
+    return losses.mean(), info
+
+  if len(values) == 1:
+    return jax.tree.map(lambda x: x[None], of_one(values[0]))
+  stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *values)
+  return jax.lax.map(of_one, stacked)
+
+
+def _fused(
+  values: Sequence[_Value],
+  weight: Float[Array, " L"],
+  field: fused.Field,
+  axis_name: str | tuple[str, ...],
+  interpret: bool,
+) -> tuple[Float[Array, " F"], DriftInfo]:
+  """The same of features of equal width, in few passes."""
+  locations = tuple(x.shape[2] for x, _ in values)
+  # Joined first, so that they are transposed once.
+  x, y = (
+    _problems(jnp.concatenate(arrays, axis=2))
+    for arrays in zip(*values, strict=True)
+  )
+  weight_y = jnp.where(
+    jnp.arange(y.shape[1]) < field.num_positives,
+    1.0,
+    jnp.repeat(weight, sum(locations))[:, None, None],
+  )
+  problems = fused.Problems(x, y, jnp.ones((len(x), 1, x.shape[1])), weight_y)
+  result: Any = fused.losses(problems, locations, field, axis_name, interpret)
+  losses, info = result
+
+  def by_temperature(rows: Float[Array, "F K"]) -> dict[float, Array]:
+    return dict(zip(field.temperatures, rows.T, strict=True))
+
+  return losses, {
+    "scale": info["scale"],
+    "drift_ms": by_temperature(info["drift_ms"]),
+    "effective_positives": by_temperature(info["effective_positives"]),
+    "floor_fraction": by_temperature(info["floor_fraction"]),
+  }

@@ -1,0 +1,262 @@
+"""Self-attention with QK-norm and rotary positions on chip (Pallas, TPU).
+
+The same numbers as `layers.Attention`'s plain form, up to rounding. All heads
+of a sample are read once, straight from the projection's result; no [T, T]
+matrix is stored, for the backward pass neither: it computes them again.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+# More tokens' matrices don't fit on chip.
+MAX_TOKENS = 1024
+_LANES = 128
+_VMEM_LIMIT = 64 * 2**20
+
+
+def _rotate(x: Any, cos: Any, sin: Any) -> Any:
+  half = x.shape[-1] // 2
+  turned = jnp.concatenate([-x[..., half:], x[..., :half]], axis=-1)
+  return x * cos + turned * sin
+
+
+def _inverse_rms(x: Any, epsilon: float) -> Any:
+  mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+  return jax.lax.rsqrt(mean_square + epsilon)
+
+
+def _dot(a: Any, b: Any, contract: tuple[int, int]) -> Any:
+  return jax.lax.dot_general(
+    a,
+    b,
+    (((contract[0],), (contract[1],)), ((), ())),
+    preferred_element_type=jnp.float32,
+  )
+
+
+def _over_heads(heads: int, head_dim: int, body: Any) -> None:
+  """body(start, head's place in it) for groups of heads that fill lanes."""
+  together = math.lcm(head_dim, _LANES) // head_dim
+  if heads % together:
+    for head in range(heads):
+      body(head * head_dim, 1)
+    return
+
+  def group(i, _):
+    body(pl.multiple_of(i * (together * head_dim), _LANES), together)
+    return 0
+
+  jax.lax.fori_loop(0, heads // together, group, 0)
+
+
+def _part(ref: Any, start: Any, heads: int, head_dim: int) -> list[Any]:
+  block = ref[0, :, pl.ds(start, heads * head_dim)]
+  return [block[:, i * head_dim : (i + 1) * head_dim] for i in range(heads)]
+
+
+def _forward_kernel(
+  qkv_ref, scales_ref, cos_ref, sin_ref, out_ref, *, heads, dtype, epsilon
+):
+  width = qkv_ref.shape[-1] // 3
+  head_dim = width // heads
+  cos, sin = cos_ref[...], sin_ref[...]
+
+  def body(start, count):
+    qs, ks, vs = (
+      _part(qkv_ref, i * width + start, count, head_dim) for i in range(3)
+    )
+    outs = []
+    for q, k, v in zip(qs, ks, vs, strict=True):
+      weights, *_ = _weights(q, k, scales_ref[...], cos, sin, dtype, epsilon)
+      outs.append(_dot(weights.astype(dtype), v.astype(dtype), (1, 0)))
+    out = jnp.concatenate(outs, axis=-1)
+    out_ref[0, :, pl.ds(start, count * head_dim)] = out.astype(out_ref.dtype)
+
+  _over_heads(heads, head_dim, body)
+
+
+def _weights(q, k, scales, cos, sin, dtype, epsilon):
+  """(weights, rotated q and k, normalised ones, their inverse RMS)."""
+  q, k = q.astype(jnp.float32), k.astype(jnp.float32)
+  rq, rk = _inverse_rms(q, epsilon), _inverse_rms(k, epsilon)
+  nq, nk = q * rq, k * rk
+  q = _rotate(nq * scales[0:1], cos, sin).astype(dtype)
+  k = _rotate(nk * scales[1:2], cos, sin).astype(dtype)
+  logits = _dot(q, k, (1, 1)) * q.shape[-1] ** -0.5
+  kernel = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+  weights = kernel / jnp.sum(kernel, axis=-1, keepdims=True)
+  return weights, q, k, nq, nk, rq, rk
+
+
+def _backward_kernel(
+  qkv_ref,
+  scales_ref,
+  cos_ref,
+  sin_ref,
+  dout_ref,
+  dqkv_ref,
+  dscales_ref,
+  *,
+  heads,
+  dtype,
+  epsilon,
+):
+  @pl.when(pl.program_id(0) == 0)
+  def _():
+    dscales_ref[...] = jnp.zeros_like(dscales_ref)
+
+  width = qkv_ref.shape[-1] // 3
+  head_dim = width // heads
+  cos, sin, scales = cos_ref[...], sin_ref[...], scales_ref[...]
+
+  def body(start, count):
+    qs, ks, vs = (
+      _part(qkv_ref, i * width + start, count, head_dim) for i in range(3)
+    )
+    douts = _part(dout_ref, start, count, head_dim)
+    grads = ([], [], [])
+    for q, k, v, dout in zip(qs, ks, vs, douts, strict=True):
+      weights, q, k, nq, nk, rq, rk = _weights(
+        q, k, scales, cos, sin, dtype, epsilon
+      )
+      dout = dout.astype(dtype)
+      grads[2].append(_dot(weights.astype(dtype), dout, (0, 0)))
+      dweights = _dot(dout, v.astype(dtype), (1, 1))
+      dlogits = weights * dweights
+      dlogits -= weights * jnp.sum(dlogits, axis=-1, keepdims=True)
+      dlogits = (dlogits * head_dim**-0.5).astype(dtype)
+      for part, (d, normal, inverse) in enumerate(
+        (
+          (_dot(dlogits, k, (1, 0)), nq, rq),
+          (_dot(dlogits, q, (0, 0)), nk, rk),
+        )
+      ):
+        d = _rotate(d, cos, -sin)
+        dscales_ref[part : part + 1] += jnp.sum(
+          d * normal, axis=0, keepdims=True
+        )
+        d *= scales[part : part + 1]
+        shift = normal * jnp.mean(d * normal, axis=-1, keepdims=True)
+        grads[part].append(inverse * (d - shift))
+    for part, grad in enumerate(grads):
+      at = pl.ds(part * width + start, count * head_dim)
+      dqkv_ref[0, :, at] = jnp.concatenate(grad, axis=-1).astype(dqkv_ref.dtype)
+
+  _over_heads(heads, head_dim, body)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def fused_attention(
+  qkv: Float[Array, "B T C3"],
+  scales: Float[Array, "2 D"],
+  tables: tuple[Float[Array, "T D"], Float[Array, "T D"]],
+  heads: int,
+  dtype: jnp.dtype,
+  epsilon: float,
+  interpret: bool = False,
+) -> Float[Array, "B T C"]:
+  """Attention of all heads, from the joint projection [3, heads, D].
+
+  Args:
+    qkv: queries, keys and values.
+    scales: of the RMS norms of queries and keys.
+    tables: cosines and sines [T, D] of the positions' angles.
+    heads: number of heads.
+    dtype: of the products' operands and of the result.
+    epsilon: of the norms.
+    interpret: without a TPU.
+  """
+  return _forward(qkv, scales, tables, heads, dtype, epsilon, interpret)[0]
+
+
+def _call(
+  kernel: Callable[..., None],
+  operands: Sequence[Any],
+  results: Sequence[Any],
+  products: int,
+  heads: int,
+  interpret: bool,
+) -> Any:
+  """The kernel over samples; products of [T, T] by [T, D] for each head."""
+  batch, tokens, width = operands[0].shape
+
+  def spec(array: Any) -> pl.BlockSpec:
+    if array.ndim == 3:
+      return pl.BlockSpec((1, *array.shape[1:]), lambda b: (b, 0, 0))
+    return pl.BlockSpec(array.shape, lambda b: (0, 0))
+
+  matrices = batch * heads * tokens**2
+  return pl.pallas_call(
+    kernel,
+    grid=(batch,),
+    in_specs=[spec(operand) for operand in operands],
+    out_specs=[spec(result) for result in results],
+    out_shape=results,
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("arbitrary",), vmem_limit_bytes=_VMEM_LIMIT
+    ),
+    cost_estimate=pl.CostEstimate(
+      flops=2 * matrices * (width // (3 * heads)) * products,
+      bytes_accessed=sum(
+        array.size * array.dtype.itemsize for array in (*operands, *results)
+      ),
+      transcendentals=matrices,
+    ),
+    interpret=interpret,
+  )(*operands)
+
+
+def _forward(
+  qkv: Any,
+  scales: Any,
+  tables: Any,
+  heads: int,
+  dtype: jnp.dtype,
+  epsilon: float,
+  interpret: bool,
+) -> tuple[Any, Any]:
+  batch, tokens, width = qkv.shape
+  (out,) = _call(
+    functools.partial(
+      _forward_kernel, heads=heads, dtype=dtype, epsilon=epsilon
+    ),
+    (qkv, scales, *tables),
+    [jax.ShapeDtypeStruct((batch, tokens, width // 3), dtype)],
+    2,
+    heads,
+    interpret,
+  )
+  return out, (qkv, scales, tables)
+
+
+def _backward(
+  heads: int,
+  dtype: jnp.dtype,
+  epsilon: float,
+  interpret: bool,
+  residuals: Any,
+  cotangent: Any,
+) -> tuple[Any, Any, None]:
+  qkv, scales, tables = residuals
+  qkv_grad, scales_grad = _call(
+    functools.partial(
+      _backward_kernel, heads=heads, dtype=dtype, epsilon=epsilon
+    ),
+    (qkv, scales, *tables, cotangent),
+    [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (qkv, scales)],
+    5,
+    heads,
+    interpret,
+  )
+  return qkv_grad, scales_grad, None
+
+
+fused_attention.defvjp(_forward, _backward)

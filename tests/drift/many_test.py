@@ -1,0 +1,209 @@
+"""The drifting losses of many features: the on-chip kernels, interpreted.
+
+The plain loss is their oracle; loss_test holds it to the golden arrays and to
+float64.
+"""
+
+import functools
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from drift_jax import drift
+from drift_jax.drift import many
+from tests.conftest import assert_close, fast_jit
+
+# {key: (locations, channels)}: several of one width, widths in one and in
+# several parts, widths that are never on chip.
+KEYS = {
+  "map": (5, 96),
+  "map_mean": (1, 96),
+  "wide": (2, 1024),
+  "narrow": (3, 7),
+  "narrow_too": (3, 7),
+}
+SIZES = {"n": 8, "positives": 6, "unconditional": 3}
+OPTIONS: dict[str, Any] = {"temperatures": (0.02, 0.05, 0.2)}
+
+
+def make(
+  labels: int = 2,
+  *,
+  offset: float = 0.0,
+  dtype: Any = jnp.float32,
+  unconditional: int = 3,
+  keys: Any = KEYS,
+):
+  """(generated, real, weights) of standard normal features."""
+  rng = np.random.default_rng(0)
+  n, reals = SIZES["n"], SIZES["positives"] + unconditional
+
+  def features(count: int, shift: float):
+    return {
+      key: jnp.asarray(rng.normal(size=(labels, count, *size)) + shift, dtype)
+      for key, size in keys.items()
+    }
+
+  weights = jnp.asarray(rng.uniform(0.5, 3.0, labels), jnp.float32)
+  return features(n, offset), features(reals, offset + 0.5), weights
+
+
+def results(generated, real, weights, *, kernel, options=()):
+  """({key: loss}, {key: info}, gradients of a weighted sum)."""
+
+  def total(generated):
+    losses, report = drift.drift_losses(
+      generated,
+      real,
+      weights,
+      num_positives=SIZES["positives"],
+      kernel=kernel,
+      **(OPTIONS | dict(options)),
+    )
+    factors = {key: 1.0 + i for i, key in enumerate(generated)}
+    factors = jnp.asarray([factors[key] for key in report.keys])
+    return jnp.sum(factors * losses), (losses, report)
+
+  (_, (losses, report)), grads = jax.value_and_grad(total, has_aux=True)(
+    generated
+  )
+  by_key = dict(zip(report.keys, losses, strict=True))
+  return by_key, {key: report.of(key) for key in report.keys}, grads
+
+
+run = fast_jit(results, static_argnames=("kernel", "options"))
+
+
+def assert_same(
+  inputs, options: Any = (), *, rtol: float = 1e-5, gradient_rtol: float = 0.0
+):
+  plain = run(*inputs, kernel="xla", options=options)
+  fused = run(*inputs, kernel="interpret", options=options)
+  assert set(fused[0]) == set(inputs[0])
+  for key in inputs[0]:
+    assert_close(fused[0][key], plain[0][key], rtol, key)
+    for a, b in zip(
+      jax.tree.leaves(fused[1][key]),
+      jax.tree.leaves(plain[1][key]),
+      strict=True,
+    ):
+      assert_close(a, b, rtol, key)
+    assert fused[2][key].dtype == inputs[0][key].dtype
+    assert_close(
+      fused[2][key].astype(jnp.float32),
+      plain[2][key].astype(jnp.float32),
+      gradient_rtol or rtol,
+      key,
+    )
+
+
+@pytest.mark.parametrize(
+  ("normalization", "floor"), [("xy", 0.0), ("xy", 1e-6), ("y", 0.0)]
+)
+def test_kernels_give_the_plain_numbers(normalization, floor):
+  options = (
+    ("normalization", normalization),
+    ("affinity_floor", floor),
+    ("attraction", 1.5),
+    ("repulsion", 0.5),
+  )
+  assert_same(make(), options)
+
+
+def test_kernels_without_normalisation():
+  # exp(-d / tau) magnifies a rounding of d by d / tau, here up to 50.
+  options = (("normalization", "none"), ("affinity_floor", 0.0))
+  assert_same(make(), options, rtol=3e-5)
+
+
+def test_features_far_from_the_origin():
+  assert_same(make(offset=100.0))
+
+
+def test_one_temperature():
+  assert_same(make(), (("temperatures", (0.05,)),))
+
+
+def test_without_unconditional_reals():
+  assert_same(make(unconditional=0))
+
+
+def test_bfloat16_features_with_a_bfloat16_gradient():
+  # A rounding of the gradient apart where float32 rounds the other way.
+  assert_same(make(dtype=jnp.bfloat16), gradient_rtol=3e-4)
+
+
+def test_coincident_samples():
+  generated, real, weights = make()
+  generated = {key: x.at[:, 1].set(x[:, 0]) for key, x in generated.items()}
+  real = {key: y.at[:, 0].set(generated[key][:, 0]) for key, y in real.items()}
+  # Their distances are the rounding of the gram expansion, by either form: the
+  # tolerance is the golden arrays' for duplicates.
+  assert_same((generated, real, weights), rtol=5e-3)
+
+
+def test_wide_features_are_on_chip_and_few_calls_do_them():
+  jaxpr = str(
+    jax.make_jaxpr(functools.partial(results, kernel="interpret"))(*make())
+  )
+  # Three passes for each of the two wide widths.
+  assert jaxpr.count("pallas_call[") == 6
+  jaxpr = str(jax.make_jaxpr(functools.partial(results, kernel="xla"))(*make()))
+  assert "pallas_call[" not in jaxpr
+
+
+def test_problems_that_do_not_fill_the_last_block(monkeypatch):
+  monkeypatch.setattr(many.fused, "_BLOCK", 4 * 17 * 128 * 4)
+  run.clear_cache()
+  assert_same(make(keys={"map": (5, 96), "map_mean": (1, 96)}))
+  run.clear_cache()
+
+
+def test_scalars_are_shared_over_devices():
+  inputs = make(labels=8)
+  whole = run(*inputs, kernel="interpret")
+  mesh = jax.make_mesh(
+    (8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  split = PartitionSpec("data")
+
+  def local(generated, real, weights):
+    losses, info, grads = results(
+      generated,
+      real,
+      weights,
+      kernel="interpret",
+      options=(("axis_name", ("data",)),),
+    )
+    return jax.lax.pmean(losses, "data"), info, grads
+
+  losses, info, grads = jax.jit(
+    jax.shard_map(
+      local,
+      mesh=mesh,
+      in_specs=(split, split, split),
+      out_specs=(PartitionSpec(), PartitionSpec(), split),
+      check_vma=False,
+    )
+  )(*inputs)
+  for key in KEYS:
+    assert_close(losses[key], whole[0][key], 1e-5, key)
+    assert_close(info[key]["scale"], whole[1][key]["scale"], 1e-6, key)
+    # A device's gradient is that of the mean over its own label.
+    assert_close(grads[key] / 8, whole[2][key], 1e-5, key)
+
+
+def test_an_unknown_kernel_is_an_error():
+  with pytest.raises(jaxtyping.TypeCheckError, match="kernel"):
+    run(*make(), kernel="cuda")
+  # Without the tests' checks of types.
+  with pytest.raises(ValueError, match="kernel='cuda' is unknown; valid"):
+    inspect.unwrap(drift.drift_losses)(
+      *make(), num_positives=6, kernel="cuda", **OPTIONS
+    )

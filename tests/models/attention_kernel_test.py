@@ -1,0 +1,145 @@
+"""Attention on chip, interpreted, against the plain form."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from drift_jax.models import attention_kernel, build_generator, layers
+from tests.conftest import assert_close, fast_jit
+from tests.models.generator_test import LABELS, SMALL
+
+
+@functools.partial(jax.jit, static_argnames=("heads", "dtype", "kernel"))
+def run(params, x, cotangent, *, heads, dtype, kernel):
+  """(output, gradients of parameters and input)."""
+  module = layers.Attention(heads, x.dtype, jnp.dtype(dtype), kernel)
+  out, vjp = jax.vjp(lambda p, x: module.apply({"params": p}, x), params, x)
+  return out, vjp(cotangent.astype(out.dtype))
+
+
+def inputs(tokens, channels, heads, dtype):
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(2, tokens, channels)), dtype)
+  module = layers.Attention(heads, x.dtype, jnp.dtype(jnp.float32))
+  params = module.init(jax.random.key(0), x)["params"]
+  params = jax.tree.map(
+    lambda p: p + 0.3 * jax.random.normal(jax.random.key(1), p.shape), params
+  )
+  return params, x, jnp.asarray(rng.normal(size=x.shape), jnp.float32)
+
+
+# Heads that fill the lanes two by two, one by one, and not at all.
+@pytest.mark.parametrize(
+  ("tokens", "channels", "heads"), [(20, 256, 4), (9, 256, 2), (17, 96, 3)]
+)
+def test_same_numbers_as_the_plain_form(tokens, channels, heads):
+  arguments = inputs(tokens, channels, heads, jnp.float32)
+  plain, fused = (
+    run(*arguments, heads=heads, dtype="float32", kernel=kernel)
+    for kernel in ("xla", "interpret")
+  )
+  assert_close(fused[0], plain[0], 2e-6)
+  leaves = jax.tree_util.tree_leaves_with_path(plain[1])
+  for (path, a), b in zip(leaves, jax.tree.leaves(fused[1]), strict=True):
+    assert_close(b, a, 1e-5, jax.tree_util.keystr(path))
+
+
+def test_bfloat16():
+  arguments = inputs(20, 256, 4, jnp.bfloat16)
+  plain, fused = (
+    run(*arguments, heads=4, dtype="bfloat16", kernel=kernel)
+    for kernel in ("xla", "interpret")
+  )
+  assert fused[0].dtype == jnp.bfloat16
+  error = 2**-8
+  assert_close(
+    fused[0].astype(jnp.float32), plain[0].astype(jnp.float32), error
+  )
+  for a, b in zip(
+    jax.tree.leaves(plain[1]), jax.tree.leaves(fused[1]), strict=True
+  ):
+    assert a.dtype == b.dtype
+    assert_close(b.astype(jnp.float32), a.astype(jnp.float32), 2 * error)
+
+
+def test_no_matrix_of_tokens_is_kept_for_the_backward_pass():
+  arguments = inputs(128, 96, 3, jnp.float32)
+
+  def largest(kernel):
+    module = layers.Attention(
+      3, jnp.dtype("float32"), jnp.dtype("float32"), kernel
+    )
+    _, vjp = jax.eval_shape(
+      lambda p, x: jax.vjp(lambda p, x: module.apply({"params": p}, x), p, x),
+      *arguments[:2],
+    )
+    return max(leaf.size for leaf in jax.tree.leaves(vjp))
+
+  assert largest("xla") == 2 * 3 * 128 * 128
+  assert largest("interpret") == 2 * 128 * 3 * 96
+
+
+def test_long_sequences_are_left_to_xla():
+  tokens = attention_kernel.MAX_TOKENS + 1
+  module = layers.Attention(
+    1, jnp.dtype("float32"), jnp.dtype("float32"), "interpret"
+  )
+  shape = jax.ShapeDtypeStruct((1, tokens, 8), jnp.float32)
+  trace = jax.make_jaxpr(
+    lambda x: module.init_with_output(jax.random.key(0), x)[0]
+  )
+  assert "pallas_call" not in str(trace(shape))
+
+
+def test_a_generator_has_the_same_parameters_and_samples_either_way():
+  plain = build_generator(**SMALL)
+  fused = dataclasses.replace(plain, attention_kernel="interpret")
+  rngs = {"params": jax.random.key(0), "noise": jax.random.key(1)}
+  params = fast_jit(plain.init)(rngs, LABELS, 2.0)["params"]
+  assert jax.tree.structure(params) == jax.tree.structure(
+    jax.eval_shape(lambda: fused.init(rngs, LABELS, 2.0)["params"])
+  )
+  params = jax.tree.map(
+    lambda p: p + 0.1 * jax.random.normal(jax.random.key(2), p.shape), params
+  )
+  images = [
+    fast_jit(model.apply)(
+      {"params": params}, LABELS, 2.0, rngs={"noise": jax.random.key(3)}
+    )
+    for model in (plain, fused)
+  ]
+  assert_close(images[1], images[0], 5e-6)
+
+
+def test_declared_cost_is_the_hand_count():
+  batch, tokens, channels, heads = 2, 20, 96, 3
+  arguments = inputs(tokens, channels, heads, jnp.float32)
+  jaxpr = jax.make_jaxpr(
+    functools.partial(run, heads=heads, dtype="float32", kernel="interpret")
+  )(*arguments)
+  forward, backward = costs(jaxpr.jaxpr)
+  # Logits and values: 2 products of [T, T] and [T, D]; 5 with gradients.
+  product = 2 * tokens * tokens * channels * batch
+  assert (forward.flops, backward.flops) == (2 * product, 5 * product)
+  row = batch * tokens * channels * 4
+  small = (2 * 32 + 2 * tokens * 32) * 4  # scales, cosines and sines
+  assert forward.bytes_accessed == 3 * row + row + small
+  assert backward.bytes_accessed == 2 * 3 * row + row + small + 2 * 32 * 4
+
+
+def costs(jaxpr) -> list:
+  """Declared costs of all kernels, in order."""
+  found = []
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "pallas_call":
+      found.append(equation.params["cost_estimate"])
+      continue
+    for value in equation.params.values():
+      inner = getattr(value, "jaxpr", value)
+      if hasattr(inner, "eqns"):
+        found += costs(inner)
+  return found
