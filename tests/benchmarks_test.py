@@ -8,10 +8,11 @@ import subprocess
 import sys
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
-from benchmarks import images, plain, timing
+from benchmarks import images, plain, step_tpu, timing
 from drift_jax.data import transforms
 from tests.data import pictures
 
@@ -239,3 +240,33 @@ def test_effect_names_what_changed():
     "other pixels in 2 of 3 images, PSNR of these 38.1 dB on average, 28.1 at "
     "worst"
   )
+
+
+def test_parts_of_the_step_are_compiled(monkeypatch):
+  """On a CPU, a small model: that each part is what the run would compile."""
+  setting = step_tpu.Setting("configs/digits.py", "", 2, {})
+  monkeypatch.setattr(
+    step_tpu.compile_check, "find_devices", lambda _: jax.devices()[:2]
+  )
+  small = ("batch.positives=4", "batch.generated=4", "model.depth=1")
+  flops = {}
+  for part in step_tpu.PARTS[1:]:
+    figures = step_tpu.measure(setting, part, small)
+    assert figures["peak GB"] > 0 and figures["compile s"] > 0
+    flops[part] = figures.get("TFLOP", 0.0)
+  # No encoder: the features are the samples themselves.
+  assert flops["step"] == pytest.approx(
+    flops["generator"] + flops["loss"], rel=1e-6
+  )
+  assert flops["reals"] == flops["generated"] == 0
+
+
+def test_table_has_ratios_where_there_is_a_recorded_figure():
+  rows = [
+    {"setting": "a", "part": "loss", "figure": "ms", "ours": 3, "release": 4},
+    {"setting": "a", "part": "loss", "figure": "code MB", "ours": 3},
+  ]
+  assert step_tpu.table(rows).splitlines()[2:] == [
+    "| a | loss | ms | 3 | 4 | 0.75 |",
+    "| a | loss | code MB | 3 |  |  |",
+  ]

@@ -161,7 +161,9 @@ def run(tmp_path_factory):
   config = config_lib.parse(config)
   (path / "config.json").write_text(config_lib.to_json(config))
   abstract, _ = state.abstract_and_init(
-    experiment.init_generator(experiment.generator_task(config, {})),
+    experiment.init_generator(
+      experiment.generator_task(config, {}, sharding.make_mesh())
+    ),
     experiment.make_optimizer(config.optim, config.train.num_steps)[0],
     ema_decays=config.ema.decays,
     seed=config.seed,

@@ -44,16 +44,22 @@ def run(*arguments, ok=True):
 
 @pytest.fixture(scope="module")
 def v6e(tmp_path_factory):
-  """(report, text) of a small generator on 16 chips of v6e."""
-  file = tmp_path_factory.mktemp("check") / "report.json"
+  """(report, text, programs) of a small generator on 16 chips of v6e."""
+  folder = tmp_path_factory.mktemp("check")
+  file = folder / "report.json"
   done = run(
-    *SMALL, "--topology=v6e:4x4", "--mesh=data=2,fsdp=8", f"--json={file}"
+    *SMALL,
+    "--topology=v6e:4x4",
+    "--mesh=data=2,fsdp=8",
+    f"--json={file}",
+    f"--hlo={folder}",
   )
-  return json.loads(file.read_text()), done.stdout
+  programs = {path.stem: path.read_text() for path in folder.glob("*.txt")}
+  return json.loads(file.read_text()), done.stdout, programs
 
 
 def test_a_small_model_on_a_real_topology(v6e):
-  report, text = v6e
+  report, text, _ = v6e
   assert report["devices"] == 16
   assert report["device_kind"] == "TPU v6 lite"
   assert report["mesh"] == {"data": 2, "fsdp": 8}
@@ -75,6 +81,62 @@ def test_a_small_model_on_a_real_topology(v6e):
   assert train["estimated_seconds"] > 0
   for word in ("train: fits", "params", "optimizer", "TFLOP", "all-gather"):
     assert word in text, text
+
+
+def test_attention_is_on_chip(v6e):
+  """One kernel forward, one backward, and the forward one again."""
+  _, _, programs = v6e
+  kernels = {
+    name: text.count('custom_call_target="tpu_custom_call"')
+    for name, text in programs.items()
+  }
+  assert kernels == {"train": 3, "sample": 1}
+
+
+_KERNELS = """
+import jax, jax.numpy as jnp
+from drift_jax import drift, sharding
+from drift_jax.models import layers
+from drift_jax.tools import compile_check
+
+compile_check.prepare_libtpu()
+for topology in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
+  mesh = sharding.make_mesh(devices=compile_check.find_devices(topology)[:1])
+  place = sharding.replicated(mesh)
+  shape = lambda *x, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(
+    x, dtype, sharding=place
+  )
+  loss = lambda x, y, w: drift.drift_losses(
+    {"wide": x}, {"wide": y}, w, num_positives=8, temperatures=(0.05, 0.2),
+    kernel="pallas",
+  )[0].sum()
+  features = (shape(1, 8, 3, 1024), shape(1, 12, 3, 1024))
+  weight = shape(1, dtype=jnp.float32)
+  jax.jit(jax.value_and_grad(loss)).lower(*features, weight).compile()
+  attention = layers.Attention(4, jnp.dtype("bfloat16"), jnp.dtype("bfloat16"),
+                               "pallas")
+  x = shape(2, 20, 256)
+  params = jax.tree.map(
+    lambda p: shape(*p.shape, dtype=p.dtype),
+    jax.eval_shape(attention.init, jax.random.key(0), x),
+  )
+  total = lambda p, x: attention.apply(p, x).astype(jnp.float32).sum()
+  jax.jit(jax.grad(total, argnums=(0, 1))).lower(params, x).compile()
+  print(topology)
+"""
+
+
+def test_kernels_compile_for_every_generation():
+  done = subprocess.run(
+    [sys.executable, "-c", _KERNELS],
+    cwd=ROOT,
+    env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert done.stdout.split() == ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"]
 
 
 def test_collectives_of_a_tpu(v6e):

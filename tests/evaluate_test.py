@@ -142,7 +142,7 @@ def workdir(tmp_path_factory):
   config.model.update(depth=1, hidden_size=16, cond_dim=16, num_heads=2)
   config = config_lib.parse(config)
   (path / "config.json").write_text(config_lib.to_json(config))
-  task = experiment.generator_task(config, {})
+  task = experiment.generator_task(config, {}, sharding.make_mesh())
   abstract, _ = state.abstract_and_init(
     experiment.init_generator(task),
     experiment.make_optimizer(config.optim, config.train.num_steps)[0],

@@ -549,7 +549,7 @@ def test_the_generator_is_evaluated_by_its_average(tmp_path, monkeypatch):
   evaluation = train.Evaluation(
     config,
     {},
-    experiment.generator_task(config, {}),
+    experiment.generator_task(config, {}, experiment.open_mesh(config.mesh)),
     experiment.open_readers(config, None),
     None,
     experiment.open_mesh(config.mesh),

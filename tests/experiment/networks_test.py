@@ -1,13 +1,16 @@
 """Frozen networks: what they must be, and how they lie on the mesh."""
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import pytest
 
 from configs import common, digits
 from drift_jax import artifacts, experiment, models, sharding
 from drift_jax import config as config_lib
+from drift_jax.experiment import networks
 from drift_jax.models import release
 
 MODEL = {**digits.get_config("encoder").model, "base_channels": 8}
@@ -76,3 +79,38 @@ def test_descriptions_that_say_nothing(section):
       experiment.abstract_encoders(
         {"mae": dataclasses.replace(section, model=model)}, mesh
       )
+
+
+class _Device(NamedTuple):
+  platform: str
+
+
+class _Mesh(NamedTuple):
+  devices: np.ndarray
+
+
+@pytest.mark.parametrize(
+  ("kernels", "platform", "expected"),
+  [
+    ("auto", "tpu", "pallas"),
+    ("auto", "gpu", "xla"),
+    ("auto", "cpu", "xla"),
+    ("xla", "tpu", "xla"),
+    ("pallas", "tpu", "pallas"),
+  ],
+)
+def test_kernels_follow_the_devices(kernels, platform, expected):
+  devices = np.empty(1, object)
+  devices[0] = _Device(platform)
+  mesh: Any = _Mesh(devices)
+  assert networks.kernel_for(kernels, mesh) == expected
+
+
+def test_kernels_of_other_devices_are_an_error():
+  config = config_lib.parse(digits.get_config())
+  train = dataclasses.replace(config.train, kernels="pallas")
+  config = dataclasses.replace(config, train=train)
+  with pytest.raises(
+    config_lib.ConfigError, match="train.kernels='pallas' needs TPUs, .* cpu"
+  ):
+    experiment.generator_task(config, {}, sharding.make_mesh())
