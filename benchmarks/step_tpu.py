@@ -11,7 +11,8 @@ ours is the better one. 1 label a chip, as in the published runs.
 collectives, compile time. Times and bytes come from the parts, each compiled
 for one chip; 'step' is the training step on one chip, without collectives.
 Times are the compiler's cycles at an assumed 1.75 GHz, Pallas kernels at the
-roofline of their declared cost: ratios mean something, seconds do not.
+roofline of their declared cost: ratios mean something, seconds do not. A
+program that libtpu can't write down has neither times nor bytes.
 """
 
 import argparse
@@ -174,7 +175,10 @@ def measure(
   report = compile_check.compile_program(program, mesh, config, hlo_folder)
   figures = {
     "TFLOP": (report.flops or 0.0) / 1e12,
-    "accessed GB": (report.bytes_accessed or 0.0) / 1e9,
+    # Of a program that can't be read, loops count once: no figure.
+    "accessed GB": 0.0
+    if report.message
+    else (report.bytes_accessed or 0.0) / 1e9,
     "ms": (report.estimated_seconds or 0.0) * 1e3,
     "peak GB": (report.peak or 0.0) / 1e9,
     "code MB": (report.code or 0.0) / 1e6,

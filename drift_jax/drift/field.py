@@ -15,7 +15,7 @@ Normalization = Literal["xy", "y", "none"]
 
 # Up to this many channels a matmul has little to save on any accelerator, and
 # subtraction is far more accurate for close pairs.
-_MAX_DIRECT_CHANNELS = 64
+MAX_DIRECT_CHANNELS = 64
 
 # In units of the temperature: the kernel of a masked pair is exactly 0, and
 # unlike an infinity it survives a column that holds nothing else.
@@ -35,7 +35,7 @@ def squared_distances(
   mean of x, with an absolute error of about 1e-7 (||x||^2 + ||y||^2) and
   negative values clipped to 0.
   """
-  if x.shape[-1] <= _MAX_DIRECT_CHANNELS:
+  if x.shape[-1] <= MAX_DIRECT_CHANNELS:
     difference = x[..., :, None, :] - y[..., None, :, :]
     return jnp.sum(difference**2, axis=-1)
   # Distances do not change, but an offset would cost the gram its digits; far

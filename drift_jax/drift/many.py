@@ -10,14 +10,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from drift_jax.drift import fused
-from drift_jax.drift.field import Normalization, check_affinities
+from drift_jax.drift.field import (
+  MAX_DIRECT_CHANNELS,
+  Normalization,
+  check_affinities,
+)
 from drift_jax.drift.loss import DriftInfo, check_temperatures, drift_loss
 
 Kernel = Literal["xla", "pallas", "interpret"]
 
 # Narrower features have their distances by subtraction, as in
 # field.squared_distances; wider ones don't fit on chip.
-_WIDTHS = range(65, 8193)
+_WIDTHS = range(MAX_DIRECT_CHANNELS + 1, 8193)
 _MAX_TEMPERATURES = 12
 
 

@@ -246,7 +246,7 @@ def test_gram_expansion_on_golden(golden, monkeypatch):
   On well separated features it is as good as the release; on coincident ones
   it is within the golden README's tolerance.
   """
-  monkeypatch.setattr("drift_jax.drift.field._MAX_DIRECT_CHANNELS", 0)
+  monkeypatch.setattr("drift_jax.drift.field.MAX_DIRECT_CHANNELS", 0)
   arrays = golden("drift_loss")
   for case in ("large_offset", "duplicates"):
     arguments = golden_arguments(arrays, case)
