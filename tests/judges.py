@@ -50,8 +50,10 @@ def save_inception(
   rng = np.random.default_rng(seed)
 
   def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-    # The signal keeps its size from layer to layer.
-    scale = np.sqrt(2 / max(np.prod(leaf.shape[:-1]), 1))
+    # The signal keeps its size from layer to layer; larger offsets drown it,
+    # and then the features of all images are nearly the same.
+    fan_in = np.prod(leaf.shape[:-1])
+    scale = np.sqrt(2 / fan_in) if leaf.ndim > 1 else 0.1
     return (scale * rng.normal(size=leaf.shape)).astype(np.float32)
 
   artifacts.save(
