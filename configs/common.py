@@ -41,7 +41,7 @@ def _shared(task: str) -> ConfigDict:
   config.vae = ConfigDict()  # the autoencoder behind latents
   config.vae.path = ""  # what tools.convert_weights wrote; '': no latents
   config.vae.dtype = "bfloat16"
-  config.vae.sharding = "fsdp"  # or 'replicated': see encoders
+  config.vae.sharding = "replicated"  # or "fsdp": see add_encoder
   config.vae.model = ConfigDict()
 
   config.optim = ConfigDict()  # AdamW (Table 8)
@@ -213,8 +213,9 @@ def add_encoder(
 ) -> None:
   """Adds a frozen encoder to the loss, stored in bfloat16."""
   encoder = ConfigDict({"path": path, "dtype": "bfloat16", "in_loss": True})
-  # In parts over the mesh's 'fsdp' axis, or 'replicated': on every device.
-  encoder.sharding = "fsdp"
+  # On every device, or in parts over the mesh's axis 'fsdp'.
+  encoder.sharding = "replicated"
+  encoder.remat = False  # recompute its blocks in the backward pass
   # Which model it is; empty: whatever is there.
   encoder.model = frozen_model(kind, model) if model else ConfigDict()
   config.encoders[name] = encoder

@@ -97,15 +97,17 @@ class Encoder(Section):
   With in_loss the generator drifts in its features; without, it only judges
   (eval.metrics 'fd_encoder'). `sharding` says how its weights lie on the mesh:
   a copy on every device, or in parts over 'fsdp', gathered where they are used.
-  `model` says which model it is, {'kind': ..., arguments of the function that
-  builds it}: the weights must be of that model, and it can be compiled before
-  there are any. {} takes whatever is there.
+  With `remat` the backward pass through it recomputes its blocks. `model` says
+  which model it is, {'kind': ..., arguments of the function that builds it}:
+  the weights must be of that model, and it can be compiled before there are
+  any. {} takes whatever is there.
   """
 
   path: str
   dtype: str
   in_loss: bool
   sharding: str
+  remat: bool
   model: Mapping[str, Any]
 
 

@@ -78,7 +78,7 @@ def _load(
   _check_kind(f"{key}.path={section.path!r} holds", artifact.kind, kinds)
   if section.model:
     _check_model(key, section, artifact)
-  return _without_decoder(artifact)
+  return _as_frozen(artifact, section)
 
 
 def _check_kind(what: str, kind: str, kinds: Sequence[str]) -> None:
@@ -131,7 +131,7 @@ def _abstract(
   mesh: Mesh,
 ) -> artifacts.Artifact:
   if section.model:
-    artifact = _without_decoder(_described(key, section, kinds))
+    artifact = _as_frozen(_described(key, section, kinds), section)
   elif epath.Path(section.path).exists():
     artifact = _load(key, section, kinds)
   else:
@@ -146,12 +146,16 @@ def _abstract(
   return dataclasses.replace(artifact, params=params)
 
 
-def _without_decoder(artifact: artifacts.Artifact) -> artifacts.Artifact:
-  """Features need neither the decoder nor the classifier of a 'mae'."""
-  if artifact.kind != "mae":
-    return artifact
-  params = {"encoder": artifact.params["encoder"]}
-  return dataclasses.replace(artifact, params=params)
+def _as_frozen(
+  artifact: artifacts.Artifact, section: config_lib.Encoder | config_lib.Vae
+) -> artifacts.Artifact:
+  """What a step needs of it: of a 'mae' only the encoder gives features."""
+  params, module = artifact.params, artifact.module
+  if artifact.kind == "mae":
+    params = {"encoder": params["encoder"]}
+  if isinstance(section, config_lib.Encoder):
+    module = module.clone(remat=section.remat)
+  return dataclasses.replace(artifact, module=module, params=params)
 
 
 def _frozen_sharding(

@@ -67,13 +67,19 @@ class GlobalResponseNorm(nn.Module):
 
 
 class ConvNextBlock(nn.Module):
-  """x + linear(GRN(gelu(linear(LN(7x7 depthwise convolution(x))))))."""
+  """x + linear(GRN(gelu(linear(LN(7x7 depthwise convolution(x)))))).
+
+  Shaped as the body of a scan over a stage's depth: the carry is x, there is
+  no per-block output.
+  """
 
   width: int
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+  def __call__(
+    self, x: Float[Array, "B H W C"]
+  ) -> tuple[Float[Array, "B H W C"], None]:
     out = nn.Conv(
       self.width,
       (7, 7),
@@ -92,15 +98,23 @@ class ConvNextBlock(nn.Module):
     out = nn.Dense(
       self.width, kernel_init=_kernel_init, dtype=self.dtype, name="project"
     )(out)
-    return x + out
+    return x + out, None
 
 
 class ConvNext(nn.Module):
-  """ConvNeXt-V2 without its head; build it with `build_convnext`."""
+  """ConvNeXt-V2 without its head; build it with `build_convnext`.
+
+  A stage's blocks are one scan with stacked parameters.
+
+  Attributes:
+    remat: recompute each block in the backward pass instead of storing what it
+      computed.
+  """
 
   depths: tuple[int, ...]
   widths: tuple[int, ...]
   dtype: jnp.dtype
+  remat: bool = False
 
   @nn.compact
   def __call__(
@@ -118,6 +132,9 @@ class ConvNext(nn.Module):
     """
     hidden = resize_input(normalize_colors(jnp.asarray(x)))
     hidden = hidden.astype(self.dtype)
+    block = ConvNextBlock
+    if self.remat:
+      block = nn.remat(block, prevent_cse=False)  # the loop prevents it
     maps = []
     for stage, (depth, width) in enumerate(
       zip(self.depths, self.widths, strict=True), start=1
@@ -134,9 +151,12 @@ class ConvNext(nn.Module):
         name=f"stage{stage}_down_conv",
       )
       hidden = norm(down(hidden)) if stage == 1 else down(norm(hidden))
-      for i in range(depth):
-        name = f"stage{stage}_block{i + 1}"
-        hidden = ConvNextBlock(width, self.dtype, name=name)(hidden)
+      hidden, _ = nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=depth,
+      )(width, self.dtype, name=f"stage{stage}_blocks")(hidden)
       maps.append(hidden)
     pooled = jnp.mean(hidden.astype(jnp.float32), axis=(1, 2))
     return maps, LayerNorm(jnp.dtype(jnp.float32), name="norm")(pooled)

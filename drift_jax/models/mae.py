@@ -67,7 +67,11 @@ class ConvNormRelu(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-  """relu(x + GN(conv(relu(GN(conv(x)))))); x is projected if shapes differ."""
+  """relu(x + GN(conv(relu(GN(conv(x)))))); x is projected if shapes differ.
+
+  Shaped as the body of a scan over depth: the carry is x, and what is stacked
+  is x as well.
+  """
 
   channels: int
   stride: int
@@ -75,7 +79,9 @@ class ResidualBlock(nn.Module):
   norm_groups: int
 
   @nn.compact
-  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+  def __call__(
+    self, x: Float[Array, "B H W C"]
+  ) -> tuple[Float[Array, "B h w D"], Float[Array, "B h w D"]]:
     out = _conv(self.channels, 3, self.dtype, "conv1", self.stride)(x)
     out = nn.relu(GroupNorm(self.dtype, self.norm_groups, name="norm1")(out))
     out = _conv(self.channels, 3, self.dtype, "conv2")(out)
@@ -83,7 +89,23 @@ class ResidualBlock(nn.Module):
     if self.stride != 1 or x.shape[-1] != self.channels:
       x = _conv(self.channels, 1, self.dtype, "proj_conv", self.stride)(x)
       x = GroupNorm(self.dtype, self.norm_groups, name="proj_norm")(x)
-    return nn.relu(out + x)
+    x = nn.relu(out + x)
+    return x, x
+
+
+def single_blocks(stage: int, count: int) -> int:
+  """How many of a stage's blocks stand alone; all others are one scan.
+
+  A TPU's compiler takes some ten seconds for each convolution, equal ones too.
+  But a scan copies each block's output into a stack: where there are few equal
+  blocks, that is, where maps are large, it costs more than it saves.
+
+  Args:
+    stage: 0 to 3; from 1 on the first block differs from the others.
+    count: of the stage's blocks.
+  """
+  different = min(stage, 1)
+  return different if count - different >= 4 else count
 
 
 class Encoder(nn.Module):
@@ -91,6 +113,7 @@ class Encoder(nn.Module):
 
   Stages 2 to 4 halve the resolution in their first block. Each stage ends in
   a GroupNorm whose output is the stage's feature and the next one's input.
+  Many equal blocks are one scan with stacked parameters; see single_blocks.
   """
 
   base_channels: int
@@ -102,21 +125,33 @@ class Encoder(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "B H W C"]) -> tuple[Maps, list[Maps]]:
     """Returns ([stem, stage 1, ..., stage 4], blocks of each stage)."""
-    block_type = nn.remat(ResidualBlock) if self.remat else ResidualBlock
+    block = scanned = ResidualBlock
+    if self.remat:
+      block = nn.remat(ResidualBlock)
+      # The loop keeps XLA from merging what is recomputed and what was stored.
+      scanned = nn.remat(ResidualBlock, prevent_cse=False)
     x = x.astype(self.dtype)
     x = _conv(self.base_channels, 3, self.dtype, "stem_conv")(x)
     x = nn.relu(GroupNorm(self.dtype, self.norm_groups, name="stem_norm")(x))
     outputs, blocks = [x], []
     for stage, count in enumerate(self.layers):
       channels = self.base_channels * 2**stage
+      rest = (self.dtype, self.norm_groups)
       blocks.append([])
-      for i in range(count):
+      single = single_blocks(stage, count)
+      for i in range(single):
         stride = 2 if stage > 0 and i == 0 else 1
         name = f"stage{stage + 1}_block{i + 1}"
-        x = block_type(
-          channels, stride, self.dtype, self.norm_groups, name=name
-        )(x)
+        x, _ = block(channels, stride, *rest, name=name)(x)
         blocks[-1].append(x)
+      if count > single:
+        x, stacked = nn.scan(
+          scanned,
+          variable_axes={"params": 0},
+          split_rngs={"params": True},
+          length=count - single,
+        )(channels, 1, *rest, name=f"stage{stage + 1}_blocks")(x)
+        blocks[-1] += list(stacked)
       x = GroupNorm(
         self.dtype, self.norm_groups, name=f"stage{stage + 1}_norm"
       )(x)

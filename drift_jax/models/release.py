@@ -1,7 +1,8 @@
 """The published parameter trees: their names and shapes <-> those here.
 
-A tree here holds the generator's blocks and style tables stacked along a
-leading axis; a published tree holds one entry for each. All else is renaming.
+A tree here holds the generator's blocks, the equal blocks of an encoder's
+stages and the style tables stacked along a leading axis; a published tree holds
+one entry for each. All else is renaming.
 The paper's release holds no 'vae', 'inception' or 'vit': their published names
 are those here.
 """
@@ -19,7 +20,7 @@ from drift_jax.models.arguments import require_choice
 from drift_jax.models.convnext import build_convnext
 from drift_jax.models.generator import build_generator
 from drift_jax.models.inception import build_inception
-from drift_jax.models.mae import build_mae
+from drift_jax.models.mae import build_mae, single_blocks
 from drift_jax.models.vae import build_vae
 from drift_jax.models.vit import build_vit
 
@@ -448,6 +449,15 @@ def _renamed(ours: str, theirs: str, leaves: Mapping[str, str]) -> list[Entry]:
   return [Entry(f"{ours}/{a}", (f"{theirs}/{b}",)) for a, b in leaves.items()]
 
 
+def _stacked(
+  ours: str, theirs: Sequence[str], leaves: Mapping[str, str]
+) -> list[Entry]:
+  return [
+    Entry(f"{ours}/{a}", tuple(f"{layer}/{b}" for layer in theirs), True)
+    for a, b in leaves.items()
+  ]
+
+
 _KERNEL = {"kernel": "kernel"}
 _LINEAR = {"kernel": "kernel", "bias": "bias"}
 _WRAPPED_LINEAR = {"kernel": "Dense_0/kernel", "bias": "Dense_0/bias"}
@@ -505,9 +515,11 @@ def _generator_entries(config: Config) -> list[Entry]:
     ("mlp/up", "SwiGLUFFN_0/TorchLinear_1", _WRAPPED_LINEAR),
     ("mlp/down", "SwiGLUFFN_0/TorchLinear_2", _WRAPPED_LINEAR),
   ):
-    for a, b in leaves.items():
-      names = tuple(f"{dit}/blocks_{i}/{theirs}/{b}" for i in range(depth))
-      entries.append(Entry(f"blocks/{ours}/{a}", names, True))
+    entries += _stacked(
+      f"blocks/{ours}",
+      [f"{dit}/blocks_{i}/{theirs}" for i in range(depth)],
+      leaves,
+    )
   return entries
 
 
@@ -529,28 +541,35 @@ def _mae_entries(config: Config) -> list[Entry]:
         (f"{ours}/{part}/conv", f"{theirs}/{part}/conv", _KERNEL),
         (f"{ours}/{part}/norm", f"{theirs}/{part}/gn", _NORM),
       ]
+  parts = (
+    ("conv1", "conv1", _KERNEL),
+    ("norm1", "gn1", _NORM),
+    ("conv2", "conv2", _KERNEL),
+    ("norm2", "gn2", _NORM),
+  )
+  entries: list[Entry] = []
   for stage, count in enumerate(config["layers"]):
     ours = f"encoder/stage{stage + 1}"
     pairs.append((f"{ours}_norm", f"encoder/layer{stage + 1}_norm", _NORM))
-    for i in range(count):
-      ours = f"encoder/stage{stage + 1}_block{i + 1}"
-      theirs = f"encoder/stages_{stage}/layers_{i}"
-      for j in (1, 2):
-        pairs += [
-          (f"{ours}/conv{j}", f"{theirs}/conv{j}", _KERNEL),
-          (f"{ours}/norm{j}", f"{theirs}/gn{j}", _NORM),
-        ]
-      if stage > 0 and i == 0:
-        pairs += [
-          (f"{ours}/proj_conv", f"{theirs}/proj_conv", _KERNEL),
-          (f"{ours}/proj_norm", f"{theirs}/proj_gn", _NORM),
-        ]
-  return [entry for pair in pairs for entry in _renamed(*pair)]
+    layers = [f"encoder/stages_{stage}/layers_{i}" for i in range(count)]
+    single = single_blocks(stage, count)
+    for i, layer in enumerate(layers[:single], start=1):
+      for a, b, leaves in parts:
+        pairs.append((f"{ours}_block{i}/{a}", f"{layer}/{b}", leaves))
+    for a, b, leaves in parts if layers[single:] else ():
+      theirs = [f"{layer}/{b}" for layer in layers[single:]]
+      entries += _stacked(f"{ours}_blocks/{a}", theirs, leaves)
+    if stage > 0:
+      pairs += [
+        (f"{ours}_block1/proj_conv", f"{layers[0]}/proj_conv", _KERNEL),
+        (f"{ours}_block1/proj_norm", f"{layers[0]}/proj_gn", _NORM),
+      ]
+  return entries + [entry for pair in pairs for entry in _renamed(*pair)]
 
 
 def _convnext_entries(config: Config) -> list[Entry]:
   pairs = [("norm", "norm", _NORM)]
-  for stage, depth in enumerate(config["depths"]):
+  for stage in range(len(config["depths"])):
     ours = f"stage{stage + 1}"
     theirs = f"downsample_layers_{stage}"
     conv, layer_norm = (0, 1) if stage == 0 else (1, 0)
@@ -558,17 +577,21 @@ def _convnext_entries(config: Config) -> list[Entry]:
       (f"{ours}_down_conv", f"{theirs}/layers_{conv}", _LINEAR),
       (f"{ours}_down_norm", f"{theirs}/layers_{layer_norm}", _WEIGHT_NORM),
     ]
-    for i in range(depth):
-      ours = f"stage{stage + 1}_block{i + 1}"
-      theirs = f"stages_{stage}/layers_{i}"
-      pairs += [
-        (f"{ours}/depthwise", f"{theirs}/dwconv", _LINEAR),
-        (f"{ours}/norm", f"{theirs}/norm", _WEIGHT_NORM),
-        (f"{ours}/expand", f"{theirs}/pwconv1", _LINEAR),
-        (f"{ours}/response_norm", f"{theirs}/grn", _RESPONSE_NORM),
-        (f"{ours}/project", f"{theirs}/pwconv2", _LINEAR),
-      ]
-  return [entry for pair in pairs for entry in _renamed(*pair)]
+  entries = [entry for pair in pairs for entry in _renamed(*pair)]
+  for stage, depth in enumerate(config["depths"]):
+    for ours, theirs, leaves in (
+      ("depthwise", "dwconv", _LINEAR),
+      ("norm", "norm", _WEIGHT_NORM),
+      ("expand", "pwconv1", _LINEAR),
+      ("response_norm", "grn", _RESPONSE_NORM),
+      ("project", "pwconv2", _LINEAR),
+    ):
+      entries += _stacked(
+        f"stage{stage + 1}_blocks/{ours}",
+        [f"stages_{stage}/layers_{i}/{theirs}" for i in range(depth)],
+        leaves,
+      )
+  return entries
 
 
 class _Kind(NamedTuple):

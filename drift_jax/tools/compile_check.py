@@ -15,8 +15,10 @@ import dataclasses
 import json
 import math
 import os
+import pathlib
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -278,19 +280,26 @@ def compile_program(
     available=_available(mesh.devices.flat[0]),
     flops=hlo.matmul_flops(traced.jaxpr, mesh.size),
   )
-  try:
-    compiled = lowered.compile()
-  except jax.errors.JaxRuntimeError as error:
-    text = " ".join(str(error).split())
-    if "RESOURCE_EXHAUSTED" not in text:
-      raise
+  with tempfile.TemporaryDirectory() as folder:
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
+    options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    try:
+      compiled = lowered.compile(options if on_tpu else None)
+    except jax.errors.JaxRuntimeError as error:
+      text = " ".join(str(error).split())
+      if "RESOURCE_EXHAUSTED" not in text:
+        raise
+      report.seconds = time.perf_counter() - start
+      report.fits = False
+      report.message = text.split(" See https")[0]
+      report.peak = needed_bytes(text)
+      report.advice = advice(report, config)
+      return report
     report.seconds = time.perf_counter() - start
-    report.fits = False
-    report.message = text.split(" See https")[0]
-    report.peak = needed_bytes(text)
-    report.advice = advice(report, config)
-    return report
-  report.seconds = time.perf_counter() - start
+    # As the compiler wrote it on its way: libtpu 0.0.52 can't give the text of
+    # some programs that it has compiled.
+    text = _written(folder, "after_codegen")
+    largest = _written(folder, "memory-usage-report")
   memory: Any = compiled.memory_analysis()
   costs: Mapping[str, float] = compiled.cost_analysis() or {}
   report.activations = memory.temp_size_in_bytes
@@ -307,9 +316,8 @@ def compile_program(
     report.fits = peak <= report.available
   report.bytes_accessed = costs.get("bytes accessed")
   try:
-    text = compiled.as_text() or ""
+    text = text or compiled.as_text() or ""
   except jax.errors.JaxRuntimeError as error:
-    # libtpu can't write down some programs that it has compiled.
     report.message = (
       "the optimised program can't be read: bytes count each loop once, "
       f"collectives are those asked for ({str(error)[:100]} ...)"
@@ -318,13 +326,21 @@ def compile_program(
   else:
     _read_program(report, text)
     if hlo_folder:
-      folder = epath.Path(hlo_folder)
-      folder.mkdir(parents=True, exist_ok=True)
-      name = f"{program.name.replace(' ', '_')}.txt"
-      (folder / name).write_text(text)
+      kept = epath.Path(hlo_folder)
+      kept.mkdir(parents=True, exist_ok=True)
+      name = program.name.replace(" ", "_")
+      (kept / f"{name}.txt").write_text(text)
+      if largest:
+        (kept / f"{name}_memory.txt").write_text(largest)
   if report.fits is False:
     report.advice = advice(report, config)
   return report
+
+
+def _written(folder: str, name: str) -> str:
+  """What the compiler wrote of a program; '' if nothing."""
+  found = pathlib.Path(folder).glob(f"*{name}.txt")
+  return "".join(path.read_text() for path in found)
 
 
 def _read_program(report: Report, text: str) -> None:
@@ -410,6 +426,11 @@ def advice(report: Report, config: Any) -> list[str]:
   for name, section in getattr(config, "encoders", {}).items():
     if section.dtype == "float32":
       found.append(f"encoders.{name}.dtype=bfloat16: halves its weights")
+    if not section.remat and section.in_loss and report.program == "train":
+      found.append(
+        f"encoders.{name}.remat=True: recomputes its blocks in the backward "
+        "pass instead of storing them"
+      )
     if section.sharding == "replicated":
       found.append(
         f"encoders.{name}.sharding=fsdp: keeps parts of its weights, and "

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import common, digits
-from drift_jax import artifacts, experiment, models, sharding
+from drift_jax import artifacts, experiment, sharding
 from drift_jax import config as config_lib
 from drift_jax.experiment import networks
 from drift_jax.models import release
@@ -20,14 +20,13 @@ MODEL = {**digits.get_config("encoder").model, "base_channels": 8}
 def section(tmp_path_factory):
   """encoders.mae of a small autoencoder that is there."""
   folder = tmp_path_factory.mktemp("encoder")
-  mae = models.build_mae(**MODEL)
-  key = jax.random.key(0)
-  params = mae.init({"params": key, "mask": key}, jax.numpy.zeros((1, 8, 8, 1)))
+  description = release.published_config("mae", MODEL)
+  _, shapes = release.describe("mae", description)
   artifacts.save(
     folder,
     kind="mae",
-    model_config=release.published_config("mae", MODEL),
-    params=params["params"],
+    model_config=description,
+    params=jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes),
     step=1,
     ema_decay=0.9,
   )
@@ -55,6 +54,14 @@ def test_weights_lie_as_the_config_says(section, way):
   assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), params) == (
     jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), abstract.params)
   )
+
+
+def test_encoders_recompute_if_the_config_says_so(section):
+  mesh = sharding.make_mesh(8, 1)
+  for remat in (False, True):
+    changed = {"mae": dataclasses.replace(section, remat=remat)}
+    for make in (experiment.load_encoders, experiment.abstract_encoders):
+      assert make(changed, mesh)["mae"].module.remat == remat
 
 
 def test_weights_of_another_model_are_refused(section):

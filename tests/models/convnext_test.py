@@ -100,6 +100,27 @@ def test_dead_channels_and_flat_maps_have_finite_gradients():
   assert np.isfinite(gradient).all()
 
 
+def test_remat_saves_memory_and_changes_no_gradient(tiny):
+  arrays, model, variables = tiny
+  deep = model.clone(depths=(1, 1, 9, 1))
+  shapes = jax.eval_shape(deep.init, jax.random.key(0), arrays["x"])
+  variables = jax.tree.map(
+    lambda shape, x: jnp.resize(x, shape.shape), dict(shapes), variables
+  )
+  gradients, memory = [], []
+  for module in (deep, deep.clone(remat=True)):
+
+    def objective(x, variables, module=module):
+      return jnp.sum(jnp.sin(module.apply(variables, x, method="pooled")))
+
+    compiled = fast_jit(jax.grad(objective)).lower(arrays["x"], variables)
+    compiled = compiled.compile()
+    memory.append(compiled.memory_analysis().temp_size_in_bytes)
+    gradients.append(compiled(arrays["x"], variables))
+  assert memory[1] < 0.6 * memory[0]
+  assert_close(gradients[1], gradients[0], 1e-5)
+
+
 def test_bfloat16_computes_near_float32(tiny):
   arrays, model, variables = tiny
   rough = build_convnext(

@@ -265,6 +265,32 @@ def test_pooled_is_the_spatial_mean_of_the_last_stage(run: Run):
   assert_close(pooled, run.arrays["act/layer4_mean"][:, 0], 1e-5)
 
 
+@pytest.mark.parametrize("remat", [False, True])
+def test_equal_blocks_in_one_scan_are_those_blocks_in_turn(remat):
+  """Stage 3 of six blocks: the first alone, five as one scan."""
+  change = {"layers": (3, 1, 6, 1), "remat": remat, "norm_groups": 2}
+  mae = build_mae(**(SMALL | change))
+  x = _digits()
+  shapes = jax.eval_shape(
+    functools.partial(mae.init, method="features"), jax.random.key(0), x
+  )
+  rng = np.random.RandomState(0)
+  variables = jax.tree.map(
+    lambda s: jnp.asarray(rng.randn(*s.shape) / 4, jnp.float32), shapes
+  )
+  features = fast_jit(
+    functools.partial(mae.apply, method="features", every_k_block=1)
+  )(variables, x)
+  stacked = variables["params"]["encoder"]["stage3_blocks"]
+  block = ResidualBlock(32, 1, jnp.dtype("float32"), 2)
+  hidden = features["layer3_blk1"].reshape(len(x), 2, 2, 32)
+  for i in range(5):
+    params = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
+    hidden, _ = block.apply({"params": params}, hidden)
+    found = features[f"layer3_blk{i + 2}"].reshape(hidden.shape)
+    assert_close(found, hidden, 1e-5, f"block {i + 2}")
+
+
 def test_remat_changes_neither_features_nor_gradients(small: Small):
   def objective(remat, x):
     mae = build_mae(**(SMALL | {"remat": remat}))
