@@ -17,6 +17,7 @@ from PIL import Image
 
 from drift_jax import artifacts, checkpoint, metrics, storage
 from tests import fake_bucket
+from tests.conftest import process_environment
 from tests.train_test import (
   ENCODER,
   ROOT,
@@ -24,7 +25,6 @@ from tests.train_test import (
   TINY,
   assert_same_run,
   command,
-  environment,
 )
 
 STEPS = 16
@@ -81,13 +81,8 @@ def bucket():
 
 
 @pytest.fixture(scope="module")
-def start(bucket, tmp_path_factory):
-  variables = environment(1) | bucket.environment
-  # The run that goes on has compiled nothing that the killed one had not.
-  variables |= {
-    "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-  }
+def start(bucket):
+  variables = process_environment() | bucket.environment
 
   def run(module, *arguments, program=None):
     line = command(module, *arguments)

@@ -3,8 +3,11 @@
 import functools
 import os
 import pathlib
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests compile for longer than they compute.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 import numpy as np
@@ -28,13 +31,31 @@ fast_jit = functools.partial(
 )
 
 
-def compilation_cache(folder) -> dict[str, str]:
-  """Variables by which processes of a test share what they compile."""
-  return {
-    "JAX_COMPILATION_CACHE_DIR": str(folder),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+ROOT = pathlib.Path(__file__).parent.parent
+_COMPILED = "DRIFT_JAX_TESTS_COMPILED"
+
+
+def process_environment(devices: int = 1) -> dict[str, str]:
+  """Variables of a process of so many devices.
+
+  What one of the session's processes has compiled, the others take from a
+  folder.
+  """
+  return os.environ | {
+    "JAX_NUM_CPU_DEVICES": str(devices),
+    "JAX_COMPILATION_CACHE_DIR": os.environ[_COMPILED],
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "PYTHONPATH": str(ROOT),
   }
+
+
+def pytest_configure(config: pytest.Config) -> None:
+  """Makes the folder; the workers have its name from this process."""
+  if not hasattr(config, "workerinput"):
+    folder = tempfile.TemporaryDirectory()
+    os.environ[_COMPILED] = folder.name
+    config.add_cleanup(folder.cleanup)
 
 
 # Files that take minutes, the longest first: a worker that begins one last
@@ -51,7 +72,7 @@ SLOW_FILES = (
   "mae_test.py",
 )
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+GOLDEN = ROOT / "tests" / "golden"
 
 
 def relative_error(actual, expected) -> float:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import pathlib
 import socket
 import subprocess
@@ -27,7 +26,7 @@ from drift_jax import (
 from drift_jax import config as config_lib
 from drift_jax.models import release
 from tests.autoencoders import save_vae
-from tests.conftest import assert_close
+from tests.conftest import assert_close, process_environment
 from tests.judges import (
   digit_pixels,
   save_inception,
@@ -46,21 +45,11 @@ FIGURES = ("fd_inception", "fd_pixel", "coverage")
 NAMED = ("fid", "inception_score", "precision_recall", "kid")
 
 
-def environment(devices):
-  return os.environ | {
-    "JAX_NUM_CPU_DEVICES": str(devices),
-    "JAX_PLATFORMS": "cpu",
-    "PYTHONPATH": str(ROOT),
-    # These runs compile for longer than they compute.
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
-  }
-
-
 def start(*arguments, devices=1):
   return subprocess.Popen(
     [sys.executable, *map(str, arguments)],
     cwd=ROOT,
-    env=environment(devices),
+    env=process_environment(devices),
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,

@@ -22,7 +22,7 @@ from PIL import Image
 
 from drift_jax import artifacts, experiment, train_mae
 from drift_jax import config as config_lib
-from tests.conftest import assert_close, compilation_cache
+from tests.conftest import assert_close, process_environment
 from tests.train_test import checkpoint_arrays, last_step, records
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -165,20 +165,14 @@ class Group:
     """Starts them.
 
     Args:
-      folder: gets the output, and holds the compilation cache.
+      folder: gets the output.
       count, devices: processes, and devices of each.
       command: (number of a process, HOST:PORT) -> arguments of Python.
       environment: more variables.
     """
     address = f"127.0.0.1:{free_port()}"
     self._outputs = [folder / f"{address}.{i}.txt" for i in range(count)]
-    variables = os.environ | {
-      "JAX_PLATFORMS": "cpu",
-      "JAX_NUM_CPU_DEVICES": str(devices),
-      "XLA_FLAGS": "--xla_backend_optimization_level=0",
-      "PYTHONPATH": str(ROOT),
-    }
-    variables |= compilation_cache(folder / "cache")
+    variables = process_environment(devices)
     self.processes = []
     for i, output in enumerate(self._outputs):
       with output.open("w") as file:

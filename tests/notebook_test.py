@@ -8,6 +8,8 @@ import nbclient
 import nbformat
 import pytest
 
+from tests.conftest import process_environment
+
 PATH = pathlib.Path(__file__).parent.parent / "launch" / "colab.ipynb"
 
 
@@ -35,13 +37,12 @@ def test_is_kept_without_outputs():
 
 def test_runs(tmp_path, monkeypatch):
   workdir = tmp_path / "run"
-  for name, value in {
+  variables = process_environment() | {
     "DRIFT_JAX_CONFIG": "configs/digits.py:smoke",
     "DRIFT_JAX_WORKDIR": str(workdir),
     "IPYTHONDIR": str(tmp_path / "ipython"),
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
-  }.items():
+  }
+  for name, value in variables.items():
     monkeypatch.setenv(name, value)
   monkeypatch.delenv("DRIFT_JAX_REPOSITORY", raising=False)
   notebook = nbformat.read(PATH, as_version=4)

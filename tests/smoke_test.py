@@ -1,6 +1,5 @@
 """The smoke variants in real processes, from image files to pictures."""
 
-import os
 import pathlib
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from PIL import Image
 
 from drift_jax import metrics
 from tests.autoencoders import save_vae
+from tests.conftest import process_environment
 
 ROOT = pathlib.Path(__file__).parent.parent
 CLASSES = ("n01440764", "n01443537", "n02124075")
@@ -20,13 +20,7 @@ def call(module, *arguments):
   done = subprocess.run(
     [sys.executable, "-m", f"drift_jax.{module}", *arguments],
     cwd=ROOT,
-    env=os.environ
-    | {
-      "JAX_NUM_CPU_DEVICES": "2",
-      "JAX_PLATFORMS": "cpu",
-      # These runs compile for longer than they compute.
-      "XLA_FLAGS": "--xla_backend_optimization_level=0",
-    },
+    env=process_environment(2),
     capture_output=True,
     text=True,
     timeout=300,

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import pathlib
 import shutil
 import signal
@@ -29,7 +28,7 @@ from drift_jax import (
 )
 from drift_jax import config as config_lib
 from drift_jax.state import TrainState
-from tests.conftest import assert_close, compilation_cache
+from tests.conftest import assert_close, process_environment
 from tests.judges import digit_pixels, save_inception, save_statistics
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -63,16 +62,6 @@ def command(module, *arguments):
   return [sys.executable, "-m", f"drift_jax.{module}", *map(str, arguments)]
 
 
-def environment(devices):
-  return os.environ | {
-    "JAX_NUM_CPU_DEVICES": str(devices),
-    "JAX_PLATFORMS": "cpu",
-    # These runs compile for longer than they compute.
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
-    "PYTHONPATH": str(ROOT),
-  }
-
-
 def last_step(workdir):
   """The last step in metrics.jsonl; 0 if there is none yet."""
   path = pathlib.Path(workdir) / "metrics.jsonl"
@@ -100,7 +89,7 @@ def kill_after(
   process = subprocess.Popen(
     command("main", f"--workdir={workdir}", *arguments),
     cwd=ROOT,
-    env=environment(1),
+    env=process_environment(1),
     stderr=subprocess.PIPE,
     text=True,
   )
@@ -129,7 +118,7 @@ def call(module, *arguments, devices=1, ok=True):
   done = subprocess.run(
     command(module, *arguments),
     cwd=ROOT,
-    env=environment(devices),
+    env=process_environment(devices),
     capture_output=True,
     text=True,
     timeout=300,
@@ -197,15 +186,6 @@ def assert_same_run(a, b, step=STEPS, least=5 * 20):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_cache(folder):
-  """Most of these runs are one program."""
-  with pytest.MonkeyPatch.context() as patch:
-    for name, value in compilation_cache(folder / "cache").items():
-      patch.setenv(name, value)
-    yield
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ ALPHA_EMBEDDING_WEIGHT = 0.02
 # What a block keeps for its backward pass where it gathers its parameters: the
 # linear layers' results. Parameters are gathered once more, and all that is
 # cheap to recompute, attention included, is recomputed.
-_KEPT = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+_KEPT = jax.checkpoint_policies.save_only_these_names(layers.LINEAR)
 
 
 class Generator(nn.Module):

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from drift_jax.models import attention_kernel
@@ -19,20 +20,29 @@ embedding_init = nn.initializers.normal(stddev=0.02)
 linear_init = nn.initializers.xavier_uniform()
 
 
-def dense(
-  features: int,
-  *,
-  dtype: jnp.dtype,
-  name: str,
-  kernel_init: nn.initializers.Initializer = linear_init,
-) -> nn.Dense:
-  """Linear layer with bias: float32 parameters, computed in `dtype`."""
-  return nn.Dense(
-    features,
-    dtype=dtype,
-    kernel_init=kernel_init,
-    name=name,
-  )
+# The name of linear layers' results, for jax.checkpoint policies.
+LINEAR = "linear"
+
+
+class Dense(nn.Module):
+  """x W + b: float32 parameters, the product in `dtype`; nn.Dense's tree.
+
+  The bias is added in float32. On TPUs its gradient is then the sum of a
+  product's epilogue, or one fast pass; in bfloat16 it is neither.
+  """
+
+  features: int
+  dtype: jnp.dtype
+  kernel_init: nn.initializers.Initializer = linear_init
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B F"]:
+    shape = (x.shape[-1], self.features)
+    kernel = self.param("kernel", self.kernel_init, shape)
+    bias = self.param("bias", nn.initializers.zeros, (self.features,))
+    product = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+    out = product.astype(jnp.float32) + bias.astype(jnp.float32)
+    return checkpoint_name(out.astype(self.dtype), LINEAR)
 
 
 class RMSNorm(nn.Module):
@@ -180,7 +190,7 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
     batch, tokens, channels = x.shape
-    qkv = dense(3 * channels, dtype=self.dtype, name="qkv")(x)
+    qkv = Dense(3 * channels, dtype=self.dtype, name="qkv")(x)
     if self.kernel != "xla" and tokens <= attention_kernel.MAX_TOKENS:
       out = self._on_chip(qkv)
     else:
@@ -190,7 +200,7 @@ class Attention(nn.Module):
       key = apply_rotary(RMSNorm(name="k_norm")(key))
       out = attention(query, key, value, dtype=self.attention_dtype)
       out = out.reshape(batch, tokens, channels)
-    return dense(channels, dtype=self.dtype, name="out")(out)
+    return Dense(channels, dtype=self.dtype, name="out")(out)
 
   def _on_chip(self, qkv: Float[Array, "B T _"]) -> Float[Array, "B T C"]:
     head_dim = qkv.shape[-1] // (3 * self.num_heads)
@@ -223,10 +233,10 @@ class SwiGLU(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
-    gate = dense(self.width, dtype=self.dtype, name="gate")(x)
-    up = dense(self.width, dtype=self.dtype, name="up")(x)
+    gate = Dense(self.width, dtype=self.dtype, name="gate")(x)
+    up = Dense(self.width, dtype=self.dtype, name="up")(x)
     hidden = nn.silu(gate) * up
-    return dense(x.shape[-1], dtype=self.dtype, name="down")(hidden)
+    return Dense(x.shape[-1], dtype=self.dtype, name="down")(hidden)
 
 
 class Modulation(nn.Module):
@@ -242,7 +252,7 @@ class Modulation(nn.Module):
   def __call__(
     self, condition: Float[Array, "B D"]
   ) -> tuple[Float[Array, "B 1 C"], ...]:
-    out = dense(
+    out = Dense(
       self.count * self.width,
       dtype=jnp.dtype(jnp.float32),
       kernel_init=nn.initializers.zeros,
@@ -301,7 +311,7 @@ class FinalLayer(nn.Module):
   ) -> Float[Array, "B T F"]:
     shift, scale = Modulation(2, x.shape[-1], name="modulation")(condition)
     x = RMSNorm(name="norm")(x) * (1 + scale) + shift
-    x = dense(
+    x = Dense(
       self.features,
       dtype=self.dtype,
       kernel_init=nn.initializers.zeros,
@@ -329,7 +339,7 @@ class ScalarEmbedding(nn.Module):
   def __call__(self, t: Float[Array, " B"]) -> Float[Array, "B F"]:
     x = sinusoidal_embedding(t, 256)
     for name in ("linear_in", "linear_out"):
-      x = dense(
+      x = Dense(
         self.features,
         dtype=jnp.dtype(jnp.float32),
         kernel_init=embedding_init,

@@ -51,6 +51,8 @@ TEMPERATURES = (0.02, 0.05, 0.2)
     "attraction",
     "repulsion",
   ),
+  # As users run it: sums of many terms are less exact without vectors.
+  compiler_options={"xla_backend_optimization_level": 3},
 )
 def loss_and_gradient(gen, pos, neg=None, **options):
   """(loss [B], gradient of its sum with respect to gen, info)."""

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import hashlib
 import logging
-import os
 import pathlib
 import socket
 import subprocess
@@ -25,7 +24,7 @@ from drift_jax import (
 )
 from drift_jax.data import sources, transforms
 from drift_jax.tools import reference_stats
-from tests.conftest import assert_close
+from tests.conftest import assert_close, process_environment
 from tests.data.pictures import cut
 from tests.judges import save_inception
 
@@ -533,11 +532,6 @@ def free_port() -> int:
 def run_two(*argvs: list[str]) -> list[tuple[int, str]]:
   """(return code, standard error) of real processes of two devices each."""
   coordinator = f"127.0.0.1:{free_port()}"
-  environment = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "JAX_NUM_CPU_DEVICES": "2",
-    "PYTHONPATH": str(ROOT),
-  }
   running = [
     subprocess.Popen(
       [
@@ -551,7 +545,7 @@ def run_two(*argvs: list[str]) -> list[tuple[int, str]]:
       ],
       stderr=subprocess.PIPE,
       text=True,
-      env=environment,
+      env=process_environment(2),
       cwd=ROOT,
     )
     for process, argv in enumerate(argvs)
