@@ -189,7 +189,7 @@ class Group:
   def output(self, i):
     return self._outputs[i].read_text()
 
-  def wait(self, seconds=240):
+  def wait(self, seconds=400):
     """The exit codes; fails, and kills, where one does not end in time."""
     deadline = time.monotonic() + seconds
     try:
