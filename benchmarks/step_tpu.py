@@ -7,12 +7,11 @@ needs the package libtpu, but no TPU: run from the repository's root on Linux.
 Prints a Markdown table; "ratio" is ours / the authors' release, below 1 where
 ours is the better one. 1 label a chip, as in the published runs.
 
-'whole' is compiled for the slice of the published setting: its memory,
-collectives, compile time. Times and bytes come from the parts, each compiled
-for one chip; 'step' is the training step on one chip, without collectives.
-Times are the compiler's cycles at an assumed 1.75 GHz, Pallas kernels at the
-roofline of their declared cost: ratios mean something, seconds do not. A
-program that libtpu can't write down has neither times nor bytes.
+'whole' is compiled for the slice of the published setting, 'step' and its parts
+for one chip, without collectives. Times are the compiler's cycles at an assumed
+1.75 GHz, Pallas kernels at the roofline of their declared cost, collectives at
+nothing: ratios mean something, seconds do not. A program that the compiler does
+not write down has neither times nor bytes.
 """
 
 import argparse

@@ -68,7 +68,7 @@ def run(
   except Exception as error:
     if processes.is_lost_peer(error):
       reason = " ".join(str(error).split())[:200]
-      _end(RESTART, f"Another process was lost ({reason}); {AGAIN}.")
+      _end(RESTART, f"Another process was lost ({reason}); {AGAIN}.", lost=1)
     if not processes.several():
       raise
     traceback.print_exc()
@@ -131,6 +131,7 @@ class _Watch(threading.Thread):
           RESTART,
           f"Process {silent} was lost: no sign of life for "
           f"{self._patience:.0f} s; {AGAIN}.",
+          lost=1,
         )
 
   def _silent(self, client: Any) -> int | None:
@@ -162,8 +163,13 @@ def _last_words(client: Any) -> tuple[int, int, str] | None:
     raise
 
 
-def _end(code: int, message: str) -> NoReturn:
-  """Says why this process ends, here and to the others, and ends it."""
+def _end(code: int, message: str, *, lost: int = 0) -> NoReturn:
+  """Says why this process ends, here and to the others, and ends it.
+
+  Args:
+    code, message: of the exit.
+    lost: how many of the others can't be told any more.
+  """
   if not processes.several():
     if code == ERROR:
       sys.exit(message)
@@ -183,7 +189,7 @@ def _end(code: int, message: str) -> NoReturn:
   if code != RESTART:  # Else one will never come.
     with contextlib.suppress(jax.errors.JaxRuntimeError):
       client.wait_at_barrier(_END, int(_FAREWELL_SECONDS * 1000))
-  if processes.is_first():
+  if processes.is_first() and jax.process_count() - 1 > lost:
     # The service ends with this process, and JAX would abort the others.
     time.sleep(2 * _INTERVAL_SECONDS)
   _exit_now(code)

@@ -5,6 +5,7 @@ here bodies count as often as they run.
 """
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -37,10 +38,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CONSTANT = re.compile(r"constant\((\d+)\)")
-_DECLARED = re.compile(
-  r'"cost_estimate":\{"flops":"(\d+)","transcendentals":"\d+",'
-  r'"bytes_accessed":"(\d+)"'
-)
+_DECLARED = re.compile(r'"cost_estimate":(\{[^}]*\})')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +200,7 @@ def analyse(text: str) -> Program:
         if estimate := _CYCLES.search(instruction.rest):
           cycles += times * int(estimate[1])
         elif declared := _DECLARED.search(instruction.rest):
-          cycles += times * _roofline_cycles(*map(int, declared.groups()))
+          cycles += times * _roofline_cycles(**json.loads(declared[1]))
         size = _moved_bytes(instruction, by_name, found)
         moved += times * size
         moved_once += size
@@ -225,8 +223,9 @@ def analyse(text: str) -> Program:
   return Program(collectives, round(cycles), moved, moved_once, unknown)
 
 
-def _roofline_cycles(flops: int, size: int) -> float:
-  return CYCLES_PER_SECOND * max(flops / PEAK_FLOPS, size / PEAK_BYTES)
+def _roofline_cycles(flops: str, bytes_accessed: str, **_: str) -> float:
+  seconds = max(int(flops) / PEAK_FLOPS, int(bytes_accessed) / PEAK_BYTES)
+  return CYCLES_PER_SECOND * seconds
 
 
 # Operations that move nothing themselves.
