@@ -87,10 +87,16 @@ def test_attention_is_on_chip(v6e):
   """One kernel forward, one backward, and the forward one again."""
   _, _, programs = v6e
   kernels = {
-    name: text.count('custom_call_target="tpu_custom_call"')
-    for name, text in programs.items()
+    name: programs[name].count('custom_call_target="tpu_custom_call"')
+    for name in ("train", "sample")
   }
   assert kernels == {"train": 3, "sample": 1}
+
+
+def test_what_takes_the_memory_is_written_too(v6e):
+  _, _, programs = v6e
+  assert programs.keys() == {"train", "sample", "train_memory", "sample_memory"}
+  assert "cumulative_size" in programs["train_memory"]
 
 
 _KERNELS = """

@@ -51,7 +51,10 @@ _JSON = flags.DEFINE_string(
   "json", "", "File to write the figures to; '-' for the standard output."
 )
 _TEXT = flags.DEFINE_string(
-  "hlo", "", "Folder to write the optimised programs to, PROGRAM.txt."
+  "hlo",
+  "",
+  "Folder to write the optimised programs to, PROGRAM.txt, and for TPUs what "
+  "takes their memory, PROGRAM_memory.txt.",
 )
 flags.mark_flag_as_required("config")
 
