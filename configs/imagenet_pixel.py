@@ -52,7 +52,7 @@ def get_config(variant: str = "") -> ConfigDict:
   else:
     config.model = models.generator_l16_pixel()
     for encoder in config.encoders.values():
-      encoder.remat = True  # so that it fits 32 GB
+      encoder.remat = True  # to fit 32 GB
     config.optim.learning_rate = 4e-4
   config.train.num_steps = 100_000
   config.mesh.update(data=1, fsdp=-1)

@@ -36,13 +36,14 @@ _COMPILED = "DRIFT_JAX_TESTS_COMPILED"
 
 
 def process_environment(devices: int = 1) -> dict[str, str]:
-  """Variables of a process of so many devices.
+  """Variables of a process of so many CPU devices.
 
   What one of the session's processes has compiled, the others take from a
   folder.
   """
   return os.environ | {
     "JAX_NUM_CPU_DEVICES": str(devices),
+    "JAX_PLATFORMS": "cpu",
     "JAX_COMPILATION_CACHE_DIR": os.environ[_COMPILED],
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
