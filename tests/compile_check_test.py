@@ -29,11 +29,18 @@ SMALL = (
 )
 
 
+def environment():
+  """Without the tests' XLA_FLAGS: libtpu refuses flags that it doesn't have."""
+  variables = os.environ | {"PYTHONPATH": str(ROOT)}
+  del variables["XLA_FLAGS"]
+  return variables
+
+
 def run(*arguments, ok=True):
   done = subprocess.run(
     [sys.executable, "-m", "drift_jax.tools.compile_check", *arguments],
     cwd=ROOT,
-    env=os.environ | {"PYTHONPATH": str(ROOT)},
+    env=environment(),
     capture_output=True,
     text=True,
     timeout=300,
@@ -136,7 +143,7 @@ def test_kernels_compile_for_every_generation():
   done = subprocess.run(
     [sys.executable, "-c", _KERNELS],
     cwd=ROOT,
-    env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+    env=environment() | {"JAX_PLATFORMS": "cpu"},
     capture_output=True,
     text=True,
     timeout=300,
@@ -159,6 +166,26 @@ def test_collectives_of_a_tpu(v6e):
   assert kinds["reduce-scatter"]["bytes"] > 0.8 * sharded
   assert kinds["all-gather"]["bytes"] <= 2 * sharded
   assert kinds["all-reduce"]["bytes"] < 0.5 * sharded
+
+
+def test_sums_of_square_slices_are_told(v6e):
+  """Where libtpu takes reduce-scatters apart, and a mesh where it doesn't."""
+  (report,) = json.loads(
+    run(
+      *SMALL,
+      "--config.model.depth=1",
+      "--topology=v6e:4x4",
+      "--mesh=data=1,fsdp=16",
+      "--programs=train",
+      "--json=-",
+    ).stdout
+  )["programs"]
+  assert report["fits"] and "reduce-scatter" not in report["collectives"]
+  (line,) = report["advice"]
+  assert line.startswith("mesh.data=2: ") and "all-reduced" in line
+  whole = report["asked"]["reduce-scatter"]["bytes"]
+  assert report["collectives"]["all-reduce"]["bytes"] > whole
+  assert v6e[0]["programs"][0]["advice"] == []
 
 
 def test_what_does_not_fit_is_told():

@@ -90,8 +90,9 @@ class Report:
       they run.
     estimated_seconds: the compiler's cycles at 1.75 GHz, without collectives;
       None where it gives none.
-    collectives: {kind: {'count', 'bytes'}}.
-    advice: what to change, if it does not fit.
+    collectives: {kind: {'count', 'bytes'}} of the compiled program.
+    asked: the same of what the program asks for; compilers may choose others.
+    advice: what to change, if it does not fit or sums more than it needs to.
     message: the compiler's, if it does not fit or can't be read.
   """
 
@@ -109,6 +110,7 @@ class Report:
   collectives: dict[str, dict[str, int]] = dataclasses.field(
     default_factory=dict
   )
+  asked: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
   advice: list[str] = dataclasses.field(default_factory=list)
   message: str = ""
 
@@ -282,6 +284,7 @@ def compile_program(
     arguments=argument_bytes(program.arguments),
     available=_available(mesh.devices.flat[0]),
     flops=hlo.matmul_flops(traced.jaxpr, mesh.size),
+    asked=hlo.totals(hlo.requested_collectives(traced.jaxpr)),
   )
   with tempfile.TemporaryDirectory() as folder:
     on_tpu = mesh.devices.flat[0].platform == "tpu"
@@ -325,7 +328,7 @@ def compile_program(
       "the optimised program can't be read: bytes count each loop once, "
       f"collectives are those asked for ({str(error)[:100]} ...)"
     )
-    report.collectives = hlo.totals(hlo.requested_collectives(traced.jaxpr))
+    report.collectives = report.asked
   else:
     _read_program(report, text)
     if hlo_folder:
@@ -337,6 +340,7 @@ def compile_program(
         (kept / f"{name}_memory.txt").write_text(largest)
   if report.fits is False:
     report.advice = advice(report, config)
+  report.advice += _whole_sums(report)
   return report
 
 
@@ -452,6 +456,19 @@ def advice(report: Report, config: Any) -> list[str]:
   return found
 
 
+def _whole_sums(report: Report) -> list[str]:
+  """Gradients that the compiler sums whole though parts were asked for."""
+  kind = "reduce-scatter"
+  asked = report.asked.get(kind, {"bytes": 0})["bytes"]
+  whole = asked - report.collectives.get(kind, {"bytes": 0})["bytes"]
+  if whole <= 0.1 * asked:
+    return []
+  return [
+    f"mesh.data=2: {_gb(whole)} of gradients are all-reduced, as libtpu does "
+    "where fsdp is all of a square slice; half of it gets reduce-scatters"
+  ]
+
+
 def describe(result: Mapping[str, Any], reports: Sequence[Report]) -> str:
   """The reports as text."""
   mesh = ", ".join(f"{name}={size}" for name, size in result["mesh"].items())
@@ -487,8 +504,13 @@ def _describe_one(report: Report) -> list[str]:
     if report.estimated_seconds is not None:
       line += f", about {report.estimated_seconds * 1e3:.3g} ms at 1.75 GHz"
     lines.append(line)
-  for kind, total in report.collectives.items():
-    lines.append(f"  {kind:<12} {total['count']} x, {_gb(total['bytes'])}")
+  for kind in sorted(report.collectives | report.asked):
+    total = report.collectives.get(kind, {"count": 0, "bytes": 0})
+    line = f"  {kind:<12} {total['count']} x, {_gb(total['bytes'])}"
+    asked = report.asked.get(kind, {"bytes": 0})["bytes"]
+    if abs(total["bytes"] - asked) > 0.1 * max(total["bytes"], asked):
+      line += f" (the program asks for {_gb(asked)})"
+    lines.append(line)
   if report.message:
     lines.append(f"  compiler     {report.message}")
   lines += [f"  change       {text}" for text in report.advice]
