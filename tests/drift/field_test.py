@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from drift_jax.drift import coefficients, compute_v, squared_distances
-from tests.conftest import assert_close
+from tests.conftest import assert_close, precise_jit
 
 GOLDEN_CASES = (
   "self_neg_D2",
@@ -22,7 +22,7 @@ GOLDEN_CASES = (
   "duplicates",
   "one_sample",
 )
-jitted_v = jax.jit(
+jitted_v = precise_jit(
   compute_v,
   static_argnames=(
     "temperature",
@@ -32,7 +32,7 @@ jitted_v = jax.jit(
     "repulsion",
   ),
 )
-jitted_coefficients = jax.jit(
+jitted_coefficients = precise_jit(
   coefficients, static_argnames=("temperature", "mask_self", "normalization")
 )
 

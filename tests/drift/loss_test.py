@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from drift_jax.drift import drift_loss
-from tests.conftest import assert_close, relative_error
+from tests.conftest import assert_close, precise_jit, relative_error
 from tests.drift.field_test import oracle_affinities
 
 # Case -> the golden README's tolerance for loss, gradient and scale.
@@ -43,7 +43,7 @@ TEMPERATURES = (0.02, 0.05, 0.2)
 
 
 @functools.partial(
-  jax.jit,
+  precise_jit,
   static_argnames=(
     "temperatures",
     "affinity_floor",
@@ -51,8 +51,6 @@ TEMPERATURES = (0.02, 0.05, 0.2)
     "attraction",
     "repulsion",
   ),
-  # As users run it: sums of many terms are less exact without vectors.
-  compiler_options={"xla_backend_optimization_level": 3},
 )
 def loss_and_gradient(gen, pos, neg=None, **options):
   """(loss [B], gradient of its sum with respect to gen, info)."""

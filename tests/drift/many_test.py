@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 from drift_jax import drift
 from drift_jax.drift import many
-from tests.conftest import assert_close, fast_jit
+from tests.conftest import assert_close
 
 # {key: (locations, channels)}: several of one width, widths in one and in
 # several parts, widths that are never on chip.
@@ -77,7 +77,7 @@ def results(generated, real, weights, *, kernel, options=()):
   return by_key, {key: report.of(key) for key in report.keys}, grads
 
 
-run = fast_jit(results, static_argnames=("kernel", "options"))
+run = jax.jit(results, static_argnames=("kernel", "options"))
 
 
 def assert_same(

@@ -7,7 +7,7 @@ import pytest
 from drift_jax import artifacts, data, experiment, metrics, models, sharding
 from drift_jax import config as config_lib
 from tests.autoencoders import save_vae
-from tests.conftest import assert_close, fast_jit
+from tests.conftest import assert_close
 from tests.judges import save_inception, save_vit
 
 MAE = {
@@ -72,7 +72,7 @@ def encoders(mesh):
   module = models.build_mae(**MAE)
   keys = {"params": jax.random.key(0), "mask": jax.random.key(0)}
   images = np.zeros((1, 8, 8, 1), np.float32)
-  params = fast_jit(module.init)(keys, images)["params"]
+  params = jax.jit(module.init)(keys, images)["params"]
   params = jax.device_put(
     {"encoder": params["encoder"]}, sharding.replicated(mesh)
   )

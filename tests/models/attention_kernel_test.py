@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from drift_jax.models import attention_kernel, build_generator, layers
-from tests.conftest import assert_close, fast_jit
+from tests.conftest import assert_close
 from tests.models.generator_test import LABELS, SMALL
 
 
@@ -99,7 +99,7 @@ def test_a_generator_has_the_same_parameters_and_samples_either_way():
   plain = build_generator(**SMALL)
   fused = dataclasses.replace(plain, attention_kernel="interpret")
   rngs = {"params": jax.random.key(0), "noise": jax.random.key(1)}
-  params = fast_jit(plain.init)(rngs, LABELS, 2.0)["params"]
+  params = jax.jit(plain.init)(rngs, LABELS, 2.0)["params"]
   assert jax.tree.structure(params) == jax.tree.structure(
     jax.eval_shape(lambda: fused.init(rngs, LABELS, 2.0)["params"])
   )
@@ -107,7 +107,7 @@ def test_a_generator_has_the_same_parameters_and_samples_either_way():
     lambda p: p + 0.1 * jax.random.normal(jax.random.key(2), p.shape), params
   )
   images = [
-    fast_jit(model.apply)(
+    jax.jit(model.apply)(
       {"params": params}, LABELS, 2.0, rngs={"noise": jax.random.key(3)}
     )
     for model in (plain, fused)

@@ -12,7 +12,7 @@ from drift_jax.models.convnext import (
   normalize_stage,
   resize_input,
 )
-from tests.conftest import assert_close, fast_jit, relative_error
+from tests.conftest import assert_close, relative_error
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def tiny(golden, golden_json, release_params):
 
 def test_golden_features(tiny):
   arrays, model, variables = tiny
-  features = fast_jit(
+  features = jax.jit(
     functools.partial(model.apply, method="features", input_scale=True)
   )(variables, arrays["x"])
   assert_close(features.pop("norm_x"), arrays["has_scale/norm_x"], 1e-6)
@@ -47,7 +47,7 @@ def test_golden_features(tiny):
 
 def test_golden_pooled_output(tiny):
   arrays, model, variables = tiny
-  pooled = fast_jit(functools.partial(model.apply, method="pooled"))(
+  pooled = jax.jit(functools.partial(model.apply, method="pooled"))(
     variables, arrays["x"]
   )
   assert pooled.dtype == jnp.float32
@@ -82,7 +82,7 @@ def test_gradient_reaches_the_pixels_beyond_the_colour_range(tiny):
   def objective(x):
     return jnp.sum(jnp.sin(model.apply(variables, x, method="pooled")))
 
-  gradient = fast_jit(jax.grad(objective))(1.5 * arrays["x"])
+  gradient = jax.jit(jax.grad(objective))(1.5 * arrays["x"])
   assert np.isfinite(gradient).all()
   assert (np.abs(gradient) > 0).mean() > 0.99
 
@@ -113,7 +113,7 @@ def test_remat_saves_memory_and_changes_no_gradient(tiny):
     def objective(x, variables, module=module):
       return jnp.sum(jnp.sin(module.apply(variables, x, method="pooled")))
 
-    compiled = fast_jit(jax.grad(objective)).lower(arrays["x"], variables)
+    compiled = jax.jit(jax.grad(objective)).lower(arrays["x"], variables)
     compiled = compiled.compile()
     memory.append(compiled.memory_analysis().temp_size_in_bytes)
     gradients.append(compiled(arrays["x"], variables))
@@ -126,7 +126,7 @@ def test_bfloat16_computes_near_float32(tiny):
   rough = build_convnext(
     depths=model.depths, widths=model.widths, dtype="bfloat16"
   )
-  pooled = fast_jit(functools.partial(rough.apply, method="pooled"))
+  pooled = jax.jit(functools.partial(rough.apply, method="pooled"))
   error = relative_error(pooled(variables, arrays["x"]), arrays["pooled"])
   assert 1e-4 < error < 3e-2
   rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables)

@@ -9,7 +9,7 @@ import pytest
 from flax import traverse_util
 
 from drift_jax.models import build_generator, release
-from tests.conftest import assert_close, fast_jit, relative_error
+from tests.conftest import assert_close, relative_error
 
 SMALL = {
   "input_size": 4,
@@ -49,7 +49,7 @@ def run(request, golden, golden_json, release_params) -> Run:
   generator, params = release.from_release(
     "gen", config, release_params(request.param)
   )
-  samples, state = fast_jit(
+  samples, state = jax.jit(
     functools.partial(generator.apply, mutable=["intermediates"])
   )(
     {"params": params},
@@ -99,7 +99,7 @@ def test_golden_scalar_alpha(run: Run):
     variables, labels, 2.5, inputs["style"], method="condition"
   )
   assert_close(condition, run.arrays["scalar_cfg2.5/cond"], 1e-6)
-  samples = fast_jit(functools.partial(run.generator.apply, alpha=2.5))(
+  samples = jax.jit(functools.partial(run.generator.apply, alpha=2.5))(
     variables, labels, **inputs
   )
   assert_close(samples, run.arrays["scalar_cfg2.5/samples"], 2e-6)
@@ -116,7 +116,7 @@ def test_golden_gradients(run: Run):
     )
     return jnp.sum(samples * run.arrays["grad/cotangent"])
 
-  gradients = fast_jit(jax.grad(objective, argnums=(0, 1)))(
+  gradients = jax.jit(jax.grad(objective, argnums=(0, 1)))(
     run.params, run.arrays["x"]
   )
   assert_close(gradients[1], run.arrays["grad/x"], 1e-5)
@@ -142,7 +142,7 @@ def test_golden_bfloat16(run: Run, attn_fp32: bool):
   generator, params = release.from_release(
     "gen", config, release.to_release("gen", run.config, run.params)
   )
-  samples = fast_jit(generator.apply)(
+  samples = jax.jit(generator.apply)(
     {"params": params},
     run.arrays["labels"],
     run.arrays["cfg_scale"],
@@ -166,9 +166,9 @@ class Small(NamedTuple):
 def small() -> Small:
   """A small generator: as initialised, and with parameters far from it."""
   generator = build_generator(**SMALL)
-  initial = fast_jit(generator.init)(jax.random.key(0), LABELS, 1.0)
+  initial = jax.jit(generator.init)(jax.random.key(0), LABELS, 1.0)
   return Small(
-    generator, initial, _random_like(initial), fast_jit(generator.apply)
+    generator, initial, _random_like(initial), jax.jit(generator.apply)
   )
 
 
@@ -217,7 +217,7 @@ def test_initialisation(small: Small):
 
 def test_initial_blocks_are_the_identity_and_samples_zero(small: Small):
   apply = functools.partial(small.generator.apply, mutable=["intermediates"])
-  samples, state = fast_jit(apply)(small.initial, LABELS, 1.0, **_inputs())
+  samples, state = jax.jit(apply)(small.initial, LABELS, 1.0, **_inputs())
   first, second = state["intermediates"]["blocks"]["output"][0]
   np.testing.assert_array_equal(first, second)
   assert first.any()
@@ -300,7 +300,7 @@ def test_remat_changes_neither_samples_nor_gradients(small: Small):
 
   gradients, products = [], []
   for remat in (False, True):
-    gradient = fast_jit(jax.grad(functools.partial(objective, remat)))
+    gradient = jax.jit(jax.grad(functools.partial(objective, remat)))
     traced = gradient.trace(small.params)
     products.append(str(traced.jaxpr).count("dot_general["))
     gradients.append(traced.lower().compile()(small.params))
@@ -318,7 +318,7 @@ def test_style_and_context_tokens_may_be_absent(absent: str):
   inputs = _inputs()
   if absent == "style":
     del inputs["style"]
-  apply = fast_jit(generator.apply)
+  apply = jax.jit(generator.apply)
   samples = apply(variables, LABELS, 1.0, **inputs)
   assert samples.shape == (4, 4, 4, 3) and np.isfinite(samples).all()
   one_class = apply(variables, 0 * LABELS, 1.0, **inputs)

@@ -21,7 +21,7 @@ from drift_jax.models.inception import (
   resize_bilinear,
 )
 from drift_jax.tools.conversions.inception import convert_inception
-from tests.conftest import assert_close, fast_jit, relative_error
+from tests.conftest import assert_close, relative_error
 
 SIZES = (32, 64, 256)
 RESIZED = ((5, 7), (48, 36), (299, 299), (310, 400))
@@ -77,7 +77,7 @@ def full(golden):
   assert release.published_config("inception", arguments) == model_config
   inception = build_inception(**arguments)
   variables = {"params": jax.device_put(params)}
-  network = fast_jit(lambda x: inception.apply(variables, x, method="network"))
+  network = jax.jit(lambda x: inception.apply(variables, x, method="network"))
   return Full(arrays, draw_images(), inception, variables, network)
 
 
@@ -184,7 +184,7 @@ def test_whole_over_a_mesh(full: Full):
     (2,), ("data",), axis_types=axis_types, devices=jax.devices()[:2]
   )
   shard = NamedSharding(mesh, PartitionSpec("data"))
-  output = fast_jit(full.inception.apply)(
+  output = jax.jit(full.inception.apply)(
     jax.device_put(full.variables, NamedSharding(mesh, PartitionSpec())),
     jax.device_put(full.images[32], shard),
   )

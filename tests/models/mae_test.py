@@ -10,7 +10,7 @@ from flax import traverse_util
 
 from drift_jax.models import MAEOutput, build_mae, mae_loss, release
 from drift_jax.models.mae import ResidualBlock
-from tests.conftest import assert_close, fast_jit, relative_error
+from tests.conftest import assert_close, relative_error
 
 # The 8x8 digits: the four stages see 8x8, 4x4, 2x2 and 1x1 maps.
 SMALL = {
@@ -59,13 +59,13 @@ def run(request, golden, golden_json, release_params) -> Run:
     config,
     mae,
     {"params": params},
-    fast_jit(mae.apply),
+    jax.jit(mae.apply),
   )
 
 
 def test_golden_features(run: Run):
   x = run.arrays["x"]
-  features = fast_jit(functools.partial(run.mae.apply, method="features"))(
+  features = jax.jit(functools.partial(run.mae.apply, method="features"))(
     run.variables, x
   )
   np.testing.assert_array_equal(features.pop("global"), x.reshape(2, 1, -1))
@@ -130,7 +130,7 @@ def test_golden_gradient_norms(run: Run):
     losses = mae_loss(output, run.arrays["loss/labels"], lam)
     return jnp.mean(losses["loss"])
 
-  gradient = fast_jit(jax.grad(objective))
+  gradient = jax.jit(jax.grad(objective))
   for lam in (0.0, 0.1):
     tree = release.to_release(
       "mae",
@@ -162,7 +162,7 @@ def small() -> Small:
   variables = jax.tree.map(
     lambda x: jnp.asarray(0.3 * random.randn(*x.shape), x.dtype), shapes
   )
-  return Small(mae, variables, fast_jit(mae.apply))
+  return Small(mae, variables, jax.jit(mae.apply))
 
 
 def _digits() -> jax.Array:
@@ -205,7 +205,7 @@ def test_initialisation_follows_the_fan_in(small: Small):
 
 def test_drawn_mask_hides_whole_patches_with_the_given_probability():
   mae = build_mae(**(SMALL | {"mask_patch_size": 4}))
-  draw = fast_jit(
+  draw = jax.jit(
     lambda key, ratio: mae.apply(
       {"params": {}},
       (200, 32, 32),
@@ -258,7 +258,7 @@ def test_hidden_cells_do_not_reach_the_reconstruction(small: Small):
 
 
 def test_pooled_is_the_spatial_mean_of_the_last_stage(run: Run):
-  pooled = fast_jit(functools.partial(run.mae.apply, method="pooled"))(
+  pooled = jax.jit(functools.partial(run.mae.apply, method="pooled"))(
     run.variables, run.arrays["x"]
   )
   assert pooled.shape == (2, 8 * 32) and pooled.dtype == jnp.float32
@@ -278,7 +278,7 @@ def test_equal_blocks_in_one_scan_are_those_blocks_in_turn(remat):
   variables = jax.tree.map(
     lambda s: jnp.asarray(rng.randn(*s.shape) / 4, jnp.float32), shapes
   )
-  features = fast_jit(
+  features = jax.jit(
     functools.partial(mae.apply, method="features", every_k_block=1)
   )(variables, x)
   stacked = variables["params"]["encoder"]["stage3_blocks"]
@@ -298,7 +298,7 @@ def test_remat_changes_neither_features_nor_gradients(small: Small):
 
   gradients, convolutions = [], []
   for remat in (False, True):
-    gradient = fast_jit(jax.grad(functools.partial(objective, remat)))
+    gradient = jax.jit(jax.grad(functools.partial(objective, remat)))
     traced = gradient.trace(_digits())
     convolutions.append(str(traced.jaxpr).count("conv_general_dilated["))
     gradients.append(traced.lower().compile()(_digits()))
@@ -316,7 +316,7 @@ def test_bfloat16_computes_near_float32_from_the_same_parameters(run: Run):
       "mae", run.golden_config["model_config"], run.variables["params"]
     ),
   )
-  pooled = fast_jit(functools.partial(mae.apply, method="pooled"))
+  pooled = jax.jit(functools.partial(mae.apply, method="pooled"))
   expected = run.arrays["act/layer4_mean"][:, 0]
   error = relative_error(pooled(run.variables, run.arrays["x"]), expected)
   assert 1e-4 < error < 4e-2
@@ -341,7 +341,7 @@ def test_loss_equals_a_float64_oracle_for_traced_lam():
   output = _output(0)
   labels = np.array([0, 5, 2, int(np.argmax(output.logits[3]))])
   recon, logits, mask, target = (np.asarray(x, np.float64) for x in output)
-  losses = fast_jit(mae_loss)(output, jnp.asarray(labels), jnp.float32(0.3))
+  losses = jax.jit(mae_loss)(output, jnp.asarray(labels), jnp.float32(0.3))
   for b in range(4):
     cells = [
       ((recon[b, i, j] - target[b, i, j]) ** 2).sum()

@@ -19,7 +19,7 @@ from drift_jax.models import (
 )
 from drift_jax.models.vae import Vae, repeat_pixels
 from drift_jax.tools.conversions.vae import convert_vae
-from tests.conftest import assert_close, fast_jit, relative_error
+from tests.conftest import assert_close, relative_error
 
 SMALL = {
   "in_channels": 3,
@@ -69,7 +69,7 @@ def test_golden_moments(full):
     moments = vae.apply(variables, images, method="encode")
     return jnp.sum(jnp.sin(moments)), moments
 
-  gradient, moments = fast_jit(jax.grad(objective, has_aux=True))(
+  gradient, moments = jax.jit(jax.grad(objective, has_aux=True))(
     images, variables
   )
   assert moments.dtype == jnp.float32
@@ -85,7 +85,7 @@ def test_golden_images(full):
     images = vae.apply(variables, latents, method="decode")
     return jnp.sum(jnp.sin(images)), images
 
-  gradient, images = fast_jit(jax.grad(objective, has_aux=True))(
+  gradient, images = jax.jit(jax.grad(objective, has_aux=True))(
     arrays["latents"], variables
   )
   assert images.dtype == jnp.float32
@@ -117,7 +117,7 @@ def small():
   """A small autoencoder of two levels, compiled, and random variables."""
   vae = build_vae(**SMALL)
   encode, decode = (
-    fast_jit(functools.partial(vae.apply, method=method))
+    jax.jit(functools.partial(vae.apply, method=method))
     for method in ("encode", "decode")
   )
   return Small(vae, _random_variables(vae), encode, decode)
@@ -148,7 +148,7 @@ def test_reconstruction_decodes_the_scaled_mean(small: Small):
   latents = latent_mean(moments, scaling_factor=0.5)
   images = small.decode(variables, latents)
   assert images.shape == (2, 8, 12, 3)
-  assert_close(fast_jit(vae.apply)(variables, _images()), images, 1e-6)
+  assert_close(jax.jit(vae.apply)(variables, _images()), images, 1e-6)
 
 
 def test_log_variance_is_clipped_and_the_mean_is_not(small: Small):
@@ -191,11 +191,8 @@ def test_remat_saves_memory_and_changes_no_gradient():
     variables = _random_variables(vae)
     gradient = jax.jit(
       jax.grad(lambda x, v, vae=vae: jnp.sum(jnp.sin(vae.apply(v, x)))),
-      compiler_options={
-        "xla_backend_optimization_level": 0,
-        # On CPUs this pass removes what makes the recomputation wait.
-        "xla_disable_hlo_passes": "cse_barrier_expander",
-      },
+      # On CPUs this pass removes what makes the recomputation wait.
+      compiler_options={"xla_disable_hlo_passes": "cse_barrier_expander"},
     )
     compiled = gradient.lower(images, variables).compile()
     memory.append(compiled.memory_analysis().temp_size_in_bytes)
@@ -206,7 +203,7 @@ def test_remat_saves_memory_and_changes_no_gradient():
 
 def test_bfloat16_computes_near_float32_from_the_same_parameters(small: Small):
   rough = small.vae.clone(dtype=jnp.dtype("bfloat16"))
-  decode = fast_jit(functools.partial(rough.apply, method="decode"))
+  decode = jax.jit(functools.partial(rough.apply, method="decode"))
   rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), small.variables)
   expected = small.decode(small.variables, _latents())
   for variables in (small.variables, rounded):

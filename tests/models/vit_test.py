@@ -18,7 +18,7 @@ from drift_jax.tools.conversions.vit import (
   convert_dinov2,
   resize_positions,
 )
-from tests.conftest import assert_close, fast_jit, relative_error
+from tests.conftest import assert_close, relative_error
 
 SMALL = {
   "image_size": 8,
@@ -324,7 +324,7 @@ def test_whole_over_a_mesh():
     (2,), ("data",), axis_types=axis_types, devices=jax.devices()[:2]
   )
   shard = NamedSharding(mesh, PartitionSpec("data"))
-  features = fast_jit(vit.apply)(
+  features = jax.jit(vit.apply)(
     jax.device_put(variables, NamedSharding(mesh, PartitionSpec())),
     jax.device_put(images, shard),
   )
