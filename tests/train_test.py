@@ -263,7 +263,7 @@ def eight(folder):
 
 
 def test_one_device_trains_as_eight(whole, eight):
-  """Measured over 8 steps: losses within 1.2e-7, every metric within 1.5e-5."""
+  """Measured over 8 steps: losses within 2.3e-7, every metric within 6.4e-6."""
   one, many = records(whole), records(eight)
   for step in range(1, 9):
     assert one[step].keys() == many[step].keys()
