@@ -521,12 +521,15 @@ def test_restart_forwards(tmp_path, sent, code):
     except KeyboardInterrupt:
       note(0, 0)
   """
+  # A shell's background jobs ignore it, and so would all that they start.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
   process = subprocess.Popen(
     ["bash", LAUNCH / "restart.sh", sys.executable, "-c", program],
     cwd=tmp_path,
     stderr=subprocess.PIPE,
     text=True,
   )
+  signal.signal(signal.SIGINT, before)
   log = tmp_path / "log"
   wait_for(lambda: log.exists() and log.read_text() == "started\n")
   process.send_signal(sent)
