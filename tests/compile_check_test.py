@@ -170,7 +170,7 @@ def test_collectives_of_a_tpu(v6e):
 
 def test_sums_of_square_slices_are_told(v6e):
   """Where libtpu takes reduce-scatters apart, and a mesh where it doesn't."""
-  (report,) = json.loads(
+  result = json.loads(
     run(
       *SMALL,
       "--config.model.depth=1",
@@ -179,12 +179,17 @@ def test_sums_of_square_slices_are_told(v6e):
       "--programs=train",
       "--json=-",
     ).stdout
-  )["programs"]
+  )
+  (report,) = result["programs"]
   assert report["fits"] and "reduce-scatter" not in report["collectives"]
   (line,) = report["advice"]
   assert line.startswith("mesh.data=2: ") and "all-reduced" in line
   whole = report["asked"]["reduce-scatter"]["bytes"]
   assert report["collectives"]["all-reduce"]["bytes"] > whole
+  text = compile_check.describe(result, [compile_check.Report(**report)])
+  assert re.search(
+    r"reduce-scatter 0 x, 0 B \(the program asks for [\d.]+ [kM]B\)", text
+  ), text
   assert v6e[0]["programs"][0]["advice"] == []
 
 
