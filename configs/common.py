@@ -93,7 +93,9 @@ def generator() -> ConfigDict:
   config.model.style_tokens = 32  # random style indices per sample
   config.model.dtype = "float32"  # activations; parameters are float32
   config.model.attention_dtype = "float32"
-  config.model.remat = False  # recompute blocks in the backward pass
+  # What is recomputed in the backward pass: 'none', the inside of 'attention',
+  # that of both 'branches' of a block, or blocks in 'full'.
+  config.model.remat = "none"
 
   # Frozen encoders, see add_encoder; those with in_loss=False only judge
   # (eval.metrics "fd_encoder").

@@ -146,7 +146,7 @@ def _latent_generator() -> ConfigDict:
   config.out_channels = 4
   config.patch_size = 2  # latent cells
   config.attention_dtype = "bfloat16"
-  config.remat = False
+  config.remat = "attention"  # see configs/common.py
   return config
 
 
@@ -157,7 +157,7 @@ def _pixel_generator() -> ConfigDict:
   config.out_channels = 3
   config.patch_size = 16  # pixels
   config.attention_dtype = "float32"
-  config.remat = True  # recompute blocks in the backward pass
+  config.remat = "full"
   return config
 
 

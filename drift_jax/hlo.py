@@ -228,7 +228,7 @@ def _roofline_cycles(flops: str, bytes_accessed: str, **_: str) -> float:
   return CYCLES_PER_SECOND * seconds
 
 
-# Operations that move nothing themselves.
+# Operations that move nothing themselves: what they call is counted.
 _FREE = (
   "parameter",
   "constant",
@@ -238,9 +238,12 @@ _FREE = (
   "while",
   "conditional",
   "call",
+  "async-start",
+  "async-update",
   "after-all",
   "partition-id",
 )
+_ALLOCATION = 'custom_call_target="AllocateBuffer"'
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
@@ -253,6 +256,10 @@ def _moved_bytes(
   opcode = instruction.opcode
   if opcode in _FREE or opcode.endswith("-done"):
     return 0
+  if opcode == "custom-call" and _ALLOCATION in instruction.rest:
+    return 0
+  if opcode.endswith("-start"):
+    return instruction.bytes  # Its result holds the operands as well.
   taken = [
     by_name[name].bytes if name in by_name else 0
     for name in instruction.operands
@@ -263,45 +270,68 @@ def _moved_bytes(
     return 2 * taken[1]
   if opcode != "fusion":
     return sum(taken) + instruction.bytes
-  called = dict(_CALLED.findall(instruction.rest)).get("calls", "")
-  inside = found.get(called, [])
+  inside = found.get(_called(instruction), [])
   if not inside:
     return sum(taken) + instruction.bytes
-  return _fusion_bytes(inside)
-
-
-def _fusion_bytes(inside: list[Instruction]) -> int:
-  """What a fused computation reads and writes; its root comes last."""
-  names = {instruction.name: instruction for instruction in inside}
-  users: dict[str, list[Instruction]] = {}
-  for instruction in inside:
-    for operand in instruction.operands:
-      users.setdefault(operand, []).append(instruction)
-
-  def read(parameter: Instruction) -> int:
-    using = users.get(parameter.name, [])
-    total = 0
-    for user in using:
-      if user.opcode in _SLICES:
-        total += user.bytes
-      elif (
-        user.opcode == "dynamic-update-slice"
-        and user.operands[0] == parameter.name
-      ):
-        continue  # updated in place
-      else:
-        return parameter.bytes
-    return total
-
-  def written(root: Instruction) -> int:
-    if root.opcode == "tuple":
-      return sum(written(names[n]) for n in root.operands if n in names)
-    if root.opcode == "dynamic-update-slice" and root.operands[1] in names:
-      return names[root.operands[1]].bytes
-    return root.bytes
-
   parameters = [i for i in inside if i.opcode == "parameter"]
-  return sum(map(read, parameters)) + written(inside[-1])
+  read = sum(_read(parameter, inside, found) for parameter in parameters)
+  return read + _written(inside[-1], inside, found)
+
+
+def _called(fusion: Instruction) -> str:
+  return dict(_CALLED.findall(fusion.rest)).get("calls", "")
+
+
+def _read(
+  array: Instruction,
+  inside: list[Instruction],
+  found: dict[str, list[Instruction]],
+) -> int:
+  """What a fused computation reads of one of its arrays."""
+  total = 0
+  for user in inside:
+    for position, name in enumerate(user.operands):
+      if name != array.name:
+        continue
+      if user.opcode in _SLICES:
+        total += user.bytes if position == 0 else array.bytes
+      elif user.opcode == "bitcast":
+        total += _read(user, inside, found)
+      elif user.opcode == "fusion":
+        nested = found[_called(user)]
+        total += _read(_parameter(nested, position), nested, found)
+      elif user.opcode != "dynamic-update-slice" or position > 0:
+        total += array.bytes
+      # Else it is updated in place.
+  return min(total, array.bytes)
+
+
+def _parameter(inside: list[Instruction], position: int) -> Instruction:
+  return next(
+    i
+    for i in inside
+    if i.opcode == "parameter" and i.rest.startswith(f"{position})")
+  )
+
+
+def _written(
+  root: Instruction,
+  inside: list[Instruction],
+  found: dict[str, list[Instruction]],
+) -> int:
+  """What a fused computation writes; its root comes last."""
+  names = {instruction.name: instruction for instruction in inside}
+  operands = [names[name] for name in root.operands if name in names]
+  if root.opcode == "tuple":
+    return sum(_written(operand, inside, found) for operand in operands)
+  if root.opcode == "dynamic-update-slice":
+    return names[root.operands[1]].bytes
+  if root.opcode == "bitcast":
+    return _written(operands[0], inside, found)
+  if root.opcode == "fusion":
+    nested = found[_called(root)]
+    return _written(nested[-1], nested, found)
+  return root.bytes
 
 
 def _branches(instruction: Instruction) -> Iterator[str]:

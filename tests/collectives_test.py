@@ -171,6 +171,50 @@ def test_counts_of_a_program_written_by_hand():
     hlo.analyse("HloModule empty")
 
 
+_FUSIONS = """HloModule m
+
+%inner (p0: f32[4,8], p1: s32[]) -> f32[1,8] {
+  %p0 = f32[4,8]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  ROOT %slice = f32[1,8]{1,0} dynamic-slice(%p0, %p1, %p1), dynamic_slice_sizes={1,8}
+}
+
+%outer (q0: f32[4,8], q1: s32[], q2: f32[8]) -> f32[8] {
+  %q0 = f32[4,8]{1,0} parameter(0)
+  %q1 = s32[] parameter(1)
+  %q2 = f32[8]{0} parameter(2)
+  %part = f32[1,8]{1,0} fusion(%q0, %q1), kind=kLoop, calls=%inner
+  %flat = f32[8]{0} bitcast(%part)
+  ROOT %sum = f32[8]{0} add(%flat, %q2)
+}
+
+%moving (r0: f32[4,8]) -> f32[2,8] {
+  %r0 = f32[4,8]{1,0} parameter(0)
+  ROOT %half = f32[2,8]{1,0} slice(%r0), slice={[0:2], [0:8]}
+}
+
+ENTRY %main (x: f32[4,8], i: s32[], y: f32[8]) -> f32[8] {
+  %x = f32[4,8]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %y = f32[8]{0} parameter(2)
+  %room = f32[4,8]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %near = (f32[8]{0:S(1)}, f32[8]{0}, u32[]{:S(2)}) copy-start(%y)
+  %nearby = f32[8]{0:S(1)} copy-done(%near)
+  %half = ((f32[4,8]{1,0}), f32[2,8]{1,0:S(1)}, s32[]) async-start(%x), calls=%moving
+  %halved = f32[2,8]{1,0:S(1)} async-done(%half)
+  ROOT %out = f32[8]{0} fusion(%x, %i, %nearby), kind=kLoop, calls=%outer
+}
+"""  # noqa: E501
+
+
+def test_bytes_of_a_program_written_by_hand():
+  """Slices count as what is taken, however deep; nothing counts twice."""
+  copy = 2 * 8 * 4 + 4  # with its flag
+  half = 2 * 16 * 4
+  fusion = (8 + 1 + 8) * 4 + 8 * 4
+  assert hlo.analyse(_FUSIONS).bytes == copy + half + fusion
+
+
 _CUSTOM = """HloModule m
 
 ENTRY %main (x: f32[8]) -> f32[8] {

@@ -74,7 +74,7 @@ def test_unknown_keys_name_the_closest(key, value, message):
   [
     ("seed", "0", "seed='0' has type str, want int"),
     ("model.depth", 2.0, r"model\.depth=2\.0 has type float, want int"),
-    ("model.remat", 1, r"model\.remat=1 has type int, want bool"),
+    ("model.remat", 1, r"model\.remat=1 has type int, want str"),
     ("seed", True, "seed=True has type bool, want int"),
     ("drift.temperatures", 0.1, "temperatures=0.1 has type float, want a tup"),
     ("drift.temperatures", ("a",), r"temperatures\[0\]='a' has type str"),

@@ -4,6 +4,7 @@ import functools
 import os
 import pathlib
 import tempfile
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile for longer than they compute: unoptimised code, by the emitters
@@ -120,3 +121,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   """Slow files first, the others in their order."""
   rank = {name: number for number, name in enumerate(SLOW_FILES)}
   items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
+def kernel_costs(jaxpr: Any) -> list[Any]:
+  """Declared costs of all Pallas kernels, in order."""
+  found = []
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "pallas_call":
+      found.append(equation.params["cost_estimate"])
+      continue
+    for value in equation.params.values():
+      inner = getattr(value, "jaxpr", value)
+      if hasattr(inner, "eqns"):
+        found += kernel_costs(inner)
+  return found

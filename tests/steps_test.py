@@ -345,7 +345,7 @@ def toy_task(
       style_tokens=2,
       dtype=dtype,
       attention_dtype=dtype,
-      remat=False,
+      remat="attention",
     ),
     features=steps.FeatureSpace(encoders={}, options={}, sample=True),
     sample_shape=(4, 4, 1),

@@ -247,6 +247,7 @@ def _check_generator(config: GeneratorConfig) -> None:
   _choice(
     "model.attention_dtype", model.attention_dtype, ("float32", "bfloat16")
   )
+  _choice("model.remat", model.remat, ("none", "attention", "branches", "full"))
   _require(
     model.in_channels == model.out_channels,
     f"model.in_channels={model.in_channels} and model.out_channels="

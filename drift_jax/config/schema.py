@@ -74,7 +74,7 @@ class GeneratorModel(Section):
   style_tokens: int
   dtype: str
   attention_dtype: str
-  remat: bool
+  remat: str
 
 
 class MaeModel(Section):

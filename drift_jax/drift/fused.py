@@ -307,31 +307,49 @@ def _call(
   kernel: Callable[..., None],
   operands: Sequence[Any],
   results: Sequence[tuple[tuple[int, ...], Any]],
-  cost: pl.CostEstimate,
+  products: int,
+  roots: int,
   interpret: bool,
 ) -> Any:
-  """The kernel over blocks of problems; shapes of results without problems."""
+  """The kernel over blocks of problems.
+
+  Args:
+    kernel: of a block of each operand and result.
+    operands: [B, ...]; generated and real features first.
+    results: shapes of a problem and dtypes.
+    products: of an [N, N + R] by an [N + R, C] matrix in a problem.
+    roots: roots or exponentials of each pair.
+    interpret: without a TPU.
+  """
   x, y = operands[:2]
-  problems = x.shape[0]
+  problems, n, channels = x.shape
+  pairs = problems * n * (n + y.shape[1])
   one = 4 * (x.shape[1] + y.shape[1]) * max(x.shape[2], _LANES)
   block = min(problems, max(1, _BLOCK // one))
 
   def spec(shape: tuple[int, ...]) -> pl.BlockSpec:
     return pl.BlockSpec((block, *shape), lambda i: (i, 0, 0))
 
+  out = [
+    jax.ShapeDtypeStruct((problems, *shape), dtype) for shape, dtype in results
+  ]
   return pl.pallas_call(
     kernel,
     grid=(pl.cdiv(problems, block),),
     in_specs=[spec(operand.shape[1:]) for operand in operands],
     out_specs=[spec(shape) for shape, _ in results],
-    out_shape=[
-      jax.ShapeDtypeStruct((problems, *shape), dtype)
-      for shape, dtype in results
-    ],
+    out_shape=out,
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel",), vmem_limit_bytes=64 * 2**20
     ),
-    cost_estimate=cost,
+    cost_estimate=pl.CostEstimate(
+      flops=2 * pairs * channels * products,
+      bytes_accessed=sum(
+        math.prod(array.shape) * array.dtype.itemsize
+        for array in (*operands, *out)
+      ),
+      transcendentals=pairs * roots,
+    ),
     interpret=interpret,
   )(*operands)
 
@@ -351,21 +369,6 @@ class Problems(NamedTuple):
   weight_y: Float[Array, "B 1 R"]
 
 
-def _cost(
-  problems: Problems, products: int, matrices: int, out: int
-) -> pl.CostEstimate:
-  """Of a pass that multiplies [N, N + R] by [N + R, C] `products` times."""
-  x, y = problems.x, problems.y
-  count, n, channels = x.shape
-  pairs = n * (n + y.shape[1])
-  size = sum(a.size * a.dtype.itemsize for a in problems)
-  return pl.CostEstimate(
-    flops=2 * count * pairs * channels * products,
-    bytes_accessed=size + 4 * count * (pairs + 2 * _LANES) + out,
-    transcendentals=count * pairs * matrices,
-  )
-
-
 def distances(
   problems: Problems, interpret: bool = False
 ) -> tuple[Array, Array, Float[Array, " B"]]:
@@ -376,8 +379,9 @@ def distances(
     _distance_kernel,
     problems,
     [((n, n), f32), ((n, r), f32), ((1, _LANES), f32)],
-    _cost(problems, 1, 1, 0),
-    interpret,
+    products=1,
+    roots=1,
+    interpret=interpret,
   )
   return xx, xy, sums[:, 0, 0]
 
@@ -401,8 +405,9 @@ def statistics(
     functools.partial(_statistics_kernel, field=field),
     [*problems, *squared, _scalars([distance_unit, 1.0 / unit])],
     [((1, _LANES), jnp.float32)],
-    _cost(problems, count, 3 * count, 0),
-    interpret,
+    products=count,
+    roots=3 * count,
+    interpret=interpret,
   )
   pairs = len(field.pairs)
   ends = (pairs, pairs + count, pairs + 2 * count)
@@ -432,13 +437,9 @@ def force(
     functools.partial(_force_kernel, field=field),
     [*problems, *squared, _scalars([distance_unit, zero, *factors.T])],
     [(x.shape[1:], x.dtype)],
-    _cost(
-      problems,
-      1,
-      2 * len(field.temperatures),
-      math.prod(x.shape) * x.dtype.itemsize,
-    ),
-    interpret,
+    products=1,
+    roots=2 * len(field.temperatures),
+    interpret=interpret,
   )
   return out
 

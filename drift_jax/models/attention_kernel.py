@@ -1,8 +1,9 @@
 """Self-attention with QK-norm and rotary positions on chip (Pallas, TPU).
 
 The same numbers as `layers.Attention`'s plain form, up to rounding. All heads
-of a sample are read once, straight from the projection's result; no [T, T]
-matrix is stored, for the backward pass neither: it computes them again.
+of a sample are read once, straight from the projection's product; its bias is
+added here, as the gradient of that is a pass over all of them elsewhere. No
+[T, T] matrix is stored, for the backward pass neither: it computes them again.
 """
 
 import functools
@@ -57,13 +58,27 @@ def _over_heads(heads: int, head_dim: int, body: Any) -> None:
   jax.lax.fori_loop(0, heads // together, group, 0)
 
 
-def _part(ref: Any, start: Any, heads: int, head_dim: int) -> list[Any]:
-  block = ref[0, :, pl.ds(start, heads * head_dim)]
+def _part(
+  ref: Any, start: Any, heads: int, head_dim: int, bias_ref: Any = None
+) -> list[Any]:
+  at = pl.ds(start, heads * head_dim)
+  block = ref[0, :, at]
+  if bias_ref is not None:
+    block = (block.astype(jnp.float32) + bias_ref[:, at]).astype(block.dtype)
   return [block[:, i * head_dim : (i + 1) * head_dim] for i in range(heads)]
 
 
 def _forward_kernel(
-  qkv_ref, scales_ref, cos_ref, sin_ref, out_ref, *, heads, dtype, epsilon
+  qkv_ref,
+  bias_ref,
+  scales_ref,
+  cos_ref,
+  sin_ref,
+  out_ref,
+  *,
+  heads,
+  dtype,
+  epsilon,
 ):
   width = qkv_ref.shape[-1] // 3
   head_dim = width // heads
@@ -71,7 +86,8 @@ def _forward_kernel(
 
   def body(start, count):
     qs, ks, vs = (
-      _part(qkv_ref, i * width + start, count, head_dim) for i in range(3)
+      _part(qkv_ref, i * width + start, count, head_dim, bias_ref)
+      for i in range(3)
     )
     outs = []
     for q, k, v in zip(qs, ks, vs, strict=True):
@@ -98,11 +114,13 @@ def _weights(q, k, scales, cos, sin, dtype, epsilon):
 
 def _backward_kernel(
   qkv_ref,
+  bias_ref,
   scales_ref,
   cos_ref,
   sin_ref,
   dout_ref,
   dqkv_ref,
+  dbias_ref,
   dscales_ref,
   *,
   heads,
@@ -111,6 +129,7 @@ def _backward_kernel(
 ):
   @pl.when(pl.program_id(0) == 0)
   def _():
+    dbias_ref[...] = jnp.zeros_like(dbias_ref)
     dscales_ref[...] = jnp.zeros_like(dscales_ref)
 
   width = qkv_ref.shape[-1] // 3
@@ -119,7 +138,8 @@ def _backward_kernel(
 
   def body(start, count):
     qs, ks, vs = (
-      _part(qkv_ref, i * width + start, count, head_dim) for i in range(3)
+      _part(qkv_ref, i * width + start, count, head_dim, bias_ref)
+      for i in range(3)
     )
     douts = _part(dout_ref, start, count, head_dim)
     grads = ([], [], [])
@@ -148,14 +168,17 @@ def _backward_kernel(
         grads[part].append(inverse * (d - shift))
     for part, grad in enumerate(grads):
       at = pl.ds(part * width + start, count * head_dim)
-      dqkv_ref[0, :, at] = jnp.concatenate(grad, axis=-1).astype(dqkv_ref.dtype)
+      joined = jnp.concatenate(grad, axis=-1)
+      dqkv_ref[0, :, at] = joined.astype(dqkv_ref.dtype)
+      dbias_ref[:, at] += jnp.sum(joined, axis=0, keepdims=True)
 
   _over_heads(heads, head_dim, body)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def fused_attention(
   qkv: Float[Array, "B T C3"],
+  bias: Float[Array, "1 C3"],
   scales: Float[Array, "2 D"],
   tables: tuple[Float[Array, "T D"], Float[Array, "T D"]],
   heads: int,
@@ -166,7 +189,8 @@ def fused_attention(
   """Attention of all heads, from the joint projection [3, heads, D].
 
   Args:
-    qkv: queries, keys and values.
+    qkv: queries, keys and values, without their bias.
+    bias: of the projection, float32.
     scales: of the RMS norms of queries and keys.
     tables: cosines and sines [T, D] of the positions' angles.
     heads: number of heads.
@@ -174,7 +198,8 @@ def fused_attention(
     epsilon: of the norms.
     interpret: without a TPU.
   """
-  return _forward(qkv, scales, tables, heads, dtype, epsilon, interpret)[0]
+  residuals = (qkv, bias, scales, tables)
+  return _forward(*residuals, heads, dtype, epsilon, interpret)[0]
 
 
 def _call(
@@ -216,6 +241,7 @@ def _call(
 
 def _forward(
   qkv: Any,
+  bias: Any,
   scales: Any,
   tables: Any,
   heads: int,
@@ -228,13 +254,13 @@ def _forward(
     functools.partial(
       _forward_kernel, heads=heads, dtype=dtype, epsilon=epsilon
     ),
-    (qkv, scales, *tables),
+    (qkv, bias, scales, *tables),
     [jax.ShapeDtypeStruct((batch, tokens, width // 3), dtype)],
     2,
     heads,
     interpret,
   )
-  return out, (qkv, scales, tables)
+  return out, (qkv, bias, scales, tables)
 
 
 def _backward(
@@ -244,19 +270,19 @@ def _backward(
   interpret: bool,
   residuals: Any,
   cotangent: Any,
-) -> tuple[Any, Any, None]:
-  qkv, scales, tables = residuals
-  qkv_grad, scales_grad = _call(
+) -> tuple[Any, Any, Any, None]:
+  qkv, bias, scales, tables = residuals
+  grads = _call(
     functools.partial(
       _backward_kernel, heads=heads, dtype=dtype, epsilon=epsilon
     ),
-    (qkv, scales, *tables, cotangent),
-    [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (qkv, scales)],
+    (qkv, bias, scales, *tables, cotangent),
+    [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (qkv, bias, scales)],
     5,
     heads,
     interpret,
   )
-  return qkv_grad, scales_grad, None
+  return (*grads, None)
 
 
 fused_attention.defvjp(_forward, _backward)

@@ -19,10 +19,16 @@ from drift_jax.models.arguments import (
 
 # Weight of the guidance scale's embedding in the conditioning vector.
 ALPHA_EMBEDDING_WEIGHT = 0.02
-# What a block keeps for its backward pass where it gathers its parameters: the
-# linear layers' results. Parameters are gathered once more, and all that is
-# cheap to recompute, attention included, is recomputed.
-_KEPT = jax.checkpoint_policies.save_only_these_names(layers.LINEAR)
+# What a block keeps for its backward pass, beside its input; the rest is
+# computed again, and parameters that are gathered are gathered again.
+_saved = jax.checkpoint_policies.save_only_these_names
+_REMAT_POLICIES = {
+  "none": None,
+  "attention": _saved(layers.WIDE, layers.BRANCH),
+  "branches": _saved(layers.BRANCH),
+  "full": jax.checkpoint_policies.nothing_saveable,
+}
+REMATS = tuple(_REMAT_POLICIES)
 
 
 class Generator(nn.Module):
@@ -64,7 +70,7 @@ class Generator(nn.Module):
   style_tokens: int
   dtype: jnp.dtype
   attention_dtype: jnp.dtype
-  remat: bool
+  remat: str
   gather: Callable[[Any], Any] | None = None
   attention_kernel: str = "xla"
 
@@ -107,13 +113,11 @@ class Generator(nn.Module):
     block = layers.Block
     if self.gather is not None:
       block = nn.map_variables(block, "params", trans_in_fn=self.gather)
-    if self.remat or self.gather is not None:
+    if self.remat != "none":
       # Inside a scan the loop already keeps XLA from merging the recomputed
       # block with the stored one.
       block = nn.remat(
-        block,
-        prevent_cse=False,
-        policy=None if self.remat else _KEPT,
+        block, prevent_cse=False, policy=_REMAT_POLICIES[self.remat]
       )
     self.blocks = nn.scan(
       block,
@@ -270,7 +274,7 @@ def build_generator(
   style_tokens: int,
   dtype: str,
   attention_dtype: str,
-  remat: bool,
+  remat: str,
   **unknown: object,
 ) -> Generator:
   """The DiT generator of arXiv:2602.04770, appendix A.2.
@@ -295,7 +299,10 @@ def build_generator(
     style_tokens: number of random style indices; 0 for no style embedding.
     dtype: of activations and matrix products, 'float32' or 'bfloat16'.
     attention_dtype: of the attention products; its softmax is float32.
-    remat: recompute each block in the backward pass, to save memory.
+    remat: what a block keeps for its backward pass; the rest is recomputed.
+      'none': everything is kept; 'attention': the results of attention and
+      MLP, and the MLP's wide products; 'branches': these two results; 'full':
+      nothing but the block's input. The numbers are the same for all.
 
   Raises:
     ValueError: an unknown argument, or values that contradict each other.
@@ -325,6 +332,7 @@ def build_generator(
     raise ValueError(f"mlp_ratio={mlp_ratio}: must be > 0")
   require_choice("dtype", dtype, DTYPES)
   require_choice("attention_dtype", attention_dtype, DTYPES)
+  require_choice("remat", remat, REMATS)
   if dtype == "float32" and attention_dtype == "bfloat16":
     raise ValueError(
       "attention_dtype='bfloat16' with dtype='float32' would round a float32"

@@ -20,8 +20,10 @@ embedding_init = nn.initializers.normal(stddev=0.02)
 linear_init = nn.initializers.xavier_uniform()
 
 
-# The name of linear layers' results, for jax.checkpoint policies.
-LINEAR = "linear"
+# Names for jax.checkpoint policies: of the MLP's two wide products, and of the
+# results of a block's two branches.
+WIDE = "wide"
+BRANCH = "branch"
 
 
 class Dense(nn.Module):
@@ -35,14 +37,20 @@ class Dense(nn.Module):
   dtype: jnp.dtype
   kernel_init: nn.initializers.Initializer = linear_init
 
-  @nn.compact
   def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B F"]:
+    product, bias = self.parts(x)
+    return (product.astype(jnp.float32) + bias).astype(self.dtype)
+
+  @nn.compact
+  def parts(
+    self, x: Float[Array, "*B C"]
+  ) -> tuple[Float[Array, "*B F"], Float[Array, " F"]]:
+    """(x W, b): the bias in float32."""
     shape = (x.shape[-1], self.features)
     kernel = self.param("kernel", self.kernel_init, shape)
     bias = self.param("bias", nn.initializers.zeros, (self.features,))
     product = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
-    out = product.astype(jnp.float32) + bias.astype(jnp.float32)
-    return checkpoint_name(out.astype(self.dtype), LINEAR)
+    return product, jnp.asarray(bias, jnp.float32)
 
 
 class RMSNorm(nn.Module):
@@ -190,11 +198,11 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
     batch, tokens, channels = x.shape
-    qkv = Dense(3 * channels, dtype=self.dtype, name="qkv")(x)
+    project = Dense(3 * channels, dtype=self.dtype, name="qkv")
     if self.kernel != "xla" and tokens <= attention_kernel.MAX_TOKENS:
-      out = self._on_chip(qkv)
+      out = self._on_chip(*project.parts(x))
     else:
-      qkv = qkv.reshape(batch, tokens, 3, self.num_heads, -1)
+      qkv = project(x).reshape(batch, tokens, 3, self.num_heads, -1)
       query, key, value = (qkv[:, :, i] for i in range(3))
       query = apply_rotary(RMSNorm(name="q_norm")(query))
       key = apply_rotary(RMSNorm(name="k_norm")(key))
@@ -202,12 +210,15 @@ class Attention(nn.Module):
       out = out.reshape(batch, tokens, channels)
     return Dense(channels, dtype=self.dtype, name="out")(out)
 
-  def _on_chip(self, qkv: Float[Array, "B T _"]) -> Float[Array, "B T C"]:
+  def _on_chip(
+    self, qkv: Float[Array, "B T _"], bias: Float[Array, " _"]
+  ) -> Float[Array, "B T C"]:
     head_dim = qkv.shape[-1] // (3 * self.num_heads)
     angles = np.tile(rotary_angles(qkv.shape[1], head_dim), 2)
     scales = [_NormScale(name=f"{x}_norm")(head_dim) for x in "qk"]
     return attention_kernel.fused_attention(
       qkv,
+      bias[None],
       jnp.stack(scales).astype(jnp.float32),
       (
         jnp.asarray(np.cos(angles), jnp.float32),
@@ -235,6 +246,7 @@ class SwiGLU(nn.Module):
   def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
     gate = Dense(self.width, dtype=self.dtype, name="gate")(x)
     up = Dense(self.width, dtype=self.dtype, name="up")(x)
+    gate, up = checkpoint_name(gate, WIDE), checkpoint_name(up, WIDE)
     hidden = nn.silu(gate) * up
     return Dense(x.shape[-1], dtype=self.dtype, name="down")(hidden)
 
@@ -289,11 +301,13 @@ class Block(nn.Module):
       self.kernel,
       name="attention",
     )(hidden.astype(self.dtype))
+    hidden = checkpoint_name(hidden, BRANCH)
     x = x + (gate_a * hidden.astype(jnp.float32)).astype(self.dtype)
     hidden = RMSNorm(name="mlp_norm")(x) * (1 + scale_m) + shift_m
     hidden = SwiGLU(self.mlp_width, self.dtype, name="mlp")(
       hidden.astype(self.dtype)
     )
+    hidden = checkpoint_name(hidden, BRANCH)
     x = x + (gate_m * hidden.astype(jnp.float32)).astype(self.dtype)
     self.sow("intermediates", "output", x)
     return x, None

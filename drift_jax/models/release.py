@@ -140,7 +140,7 @@ def published_config(kind: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
   if kind == "gen":
     config |= dict.fromkeys(_ALWAYS_ON, True)
     config["attn_fp32"] = arguments["attention_dtype"] == "float32"
-    config["use_remat"] = arguments["remat"]
+    config["use_remat"] = arguments["remat"] == "full"
   if kind == "mae":
     config["num_classes"] = arguments["num_classes"]
     config["dropout_prob"] = 0.0
@@ -323,7 +323,7 @@ def _build_generator(config: Config) -> nn.Module:
     **{ours: config[theirs] for ours, theirs in _GENERATOR_KEYS.items()},
     dtype=dtype,
     attention_dtype="float32" if config["attn_fp32"] else dtype,
-    remat=config["use_remat"],
+    remat="full" if config["use_remat"] else "none",
   )
 
 

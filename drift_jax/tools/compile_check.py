@@ -420,10 +420,11 @@ def advice(report: Report, config: Any) -> list[str]:
   if report.program != "train":
     found.append("a smaller eval.batch_size")
   else:
-    if not config.model.remat:
+    if config.model.remat not in (True, "full"):
+      value = True if config.task == "mae" else "full"
       found.append(
-        "model.remat=True: recomputes blocks in the backward pass instead of "
-        "storing them"
+        f"model.remat={value}: recomputes blocks in the backward pass instead "
+        "of storing them"
       )
     if getattr(config.model, "attention_dtype", "bfloat16") != "bfloat16":
       found.append(

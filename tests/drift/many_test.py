@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 from drift_jax import drift
 from drift_jax.drift import many
-from tests.conftest import assert_close
+from tests.conftest import assert_close, kernel_costs
 
 # {key: (locations, channels)}: several of one width, widths in one and in
 # several parts, widths that are never on chip.
@@ -156,6 +156,30 @@ def test_wide_features_are_on_chip_and_few_calls_do_them():
   assert jaxpr.count("pallas_call[") == 6
   jaxpr = str(jax.make_jaxpr(functools.partial(results, kernel="xla"))(*make()))
   assert "pallas_call[" not in jaxpr
+
+
+def test_declared_cost_is_the_hand_count():
+  inputs = make(keys={"map": (5, 96), "map_mean": (1, 96)}, dtype=jnp.bfloat16)
+  jaxpr = jax.make_jaxpr(functools.partial(results, kernel="interpret"))(
+    *inputs
+  )
+  distances, statistics, force = kernel_costs(jaxpr.jaxpr)
+  problems, n, reals, channels = 2 * 6, 8, 9, 96
+  pairs = n * (n + reals)
+  # One product of all pairs; one for each of 3 temperatures; one.
+  product = 2 * problems * pairs * channels
+  assert [distances.flops, statistics.flops, force.flops] == [
+    product,
+    3 * product,
+    product,
+  ]
+  # bfloat16 features, float32 weights; matrices; a row of scalars or sums.
+  features = problems * ((n + reals) * channels * 2 + (n + reals) * 4)
+  matrices, row = problems * pairs * 4, problems * 128 * 4
+  assert distances.bytes_accessed == features + matrices + row
+  assert statistics.bytes_accessed == features + matrices + 2 * row
+  gradient = problems * n * channels * 2
+  assert force.bytes_accessed == features + matrices + row + gradient
 
 
 def test_problems_that_do_not_fill_the_last_block(monkeypatch):

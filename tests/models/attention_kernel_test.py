@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from drift_jax.models import attention_kernel, build_generator, layers
-from tests.conftest import assert_close
+from tests.conftest import assert_close, kernel_costs
 from tests.models.generator_test import LABELS, SMALL
 
 
@@ -121,25 +121,12 @@ def test_declared_cost_is_the_hand_count():
   jaxpr = jax.make_jaxpr(
     functools.partial(run, heads=heads, dtype="float32", kernel="interpret")
   )(*arguments)
-  forward, backward = costs(jaxpr.jaxpr)
+  forward, backward = kernel_costs(jaxpr.jaxpr)
   # Logits and values: 2 products of [T, T] and [T, D]; 5 with gradients.
   product = 2 * tokens * tokens * channels * batch
   assert (forward.flops, backward.flops) == (2 * product, 5 * product)
   row = batch * tokens * channels * 4
-  small = (2 * 32 + 2 * tokens * 32) * 4  # scales, cosines and sines
-  assert forward.bytes_accessed == 3 * row + row + small
-  assert backward.bytes_accessed == 2 * 3 * row + row + small + 2 * 32 * 4
-
-
-def costs(jaxpr) -> list:
-  """Declared costs of all kernels, in order."""
-  found = []
-  for equation in jaxpr.eqns:
-    if equation.primitive.name == "pallas_call":
-      found.append(equation.params["cost_estimate"])
-      continue
-    for value in equation.params.values():
-      inner = getattr(value, "jaxpr", value)
-      if hasattr(inner, "eqns"):
-        found += costs(inner)
-  return found
+  small = (2 * 32 + 3 * 96) * 4  # scales, bias
+  tables = 2 * tokens * 32 * 4  # cosines and sines
+  assert forward.bytes_accessed == 3 * row + row + small + tables
+  assert backward.bytes_accessed == 2 * 3 * row + row + 2 * small + tables

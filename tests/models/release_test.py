@@ -179,6 +179,9 @@ def test_preset_is_the_published_configuration(kind, name, golden_json):
     rebuilt.append(release.from_release(kind, published, there)[0])
 
   jax.eval_shape(rebuild, shapes["params"])
+  # The release knows all or nothing of recomputed blocks.
+  if kind == "gen" and module.remat != "full":
+    module = module.clone(remat="none")
   assert rebuilt == [module]
 
 
