@@ -85,6 +85,12 @@ def generator() -> ConfigDict:
   # Of attention and drifting losses: 'pallas' on TPUs, 'xla' anywhere; 'auto'
   # takes the first that runs.
   config.train.kernels = "auto"
+  # Labels that are computed at once, over all devices; 0: all of batch.labels.
+  # Fewer need less memory: their gradients are added up.
+  config.train.accum_labels = 0
+  # The field's scalars (A.6) of such a group: its own ('group'), or those of
+  # the whole batch ('exact'), from two more passes without gradients.
+  config.train.accum_scalars = "exact"
 
   config.model = ConfigDict()
   config.model.mlp_ratio = 4.0

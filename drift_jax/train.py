@@ -46,7 +46,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   if not isinstance(config, config_lib.GeneratorConfig):
     raise config_lib.ConfigError(f"task={config.task!r}, want 'generator'")
   mesh = experiment.open_mesh(config.mesh)
-  experiment.check_divides("batch.labels", config.batch.labels, mesh)
+  experiment.check_labels(config, mesh)
   experiment.check_workdir(workdir)
   vae = experiment.load_vae(config.vae, mesh)
   readers = experiment.open_readers(config, vae)

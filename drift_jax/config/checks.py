@@ -245,6 +245,16 @@ def _check_generator(config: GeneratorConfig) -> None:
     )
   _choice("train.kernels", config.train.kernels, ("auto", "pallas", "xla"))
   _choice(
+    "train.accum_scalars", config.train.accum_scalars, ("group", "exact")
+  )
+  at_once = config.train.accum_labels
+  _at_least("train.accum_labels", at_once, 0)
+  _require(
+    not at_once or config.batch.labels % at_once == 0,
+    f"train.accum_labels={at_once} does not divide batch.labels="
+    f"{config.batch.labels}: groups of labels are of one size; 0 for one group",
+  )
+  _choice(
     "model.attention_dtype", model.attention_dtype, ("float32", "bfloat16")
   )
   _choice("model.remat", model.remat, ("none", "attention", "branches", "full"))

@@ -7,6 +7,7 @@ Pure functions of arrays and keyword arguments.
   drift_loss     the normalised, weighted, multi-temperature loss (A.6)
   drift_losses   that of each of many features, together
   DriftInfo      what drift_loss reports beside the loss
+  Scalars        what couples a batch's problems, for parts of it
   squared_distances, affinities, product_coefficients, mean_shift
                  the steps of the field, shared by compute_v and drift_loss
   pooled_features, root_mean_square
@@ -31,7 +32,7 @@ from drift_jax.drift.guidance import (
   sample_alpha,
   unconditional_weight,
 )
-from drift_jax.drift.loss import DriftInfo, drift_loss
+from drift_jax.drift.loss import DriftInfo, Scalars, drift_loss
 from drift_jax.drift.many import DriftReport, Kernel, drift_losses
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
   "DriftReport",
   "Kernel",
   "Normalization",
+  "Scalars",
   "affinities",
   "alpha_from_uniform",
   "coefficients",

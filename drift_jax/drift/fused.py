@@ -444,9 +444,10 @@ def force(
   return out
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def losses(
   problems: Problems,
+  shared: tuple[Float[Array, " F"], Float[Array, "F K"] | None] | None,
   locations: tuple[int, ...],
   field: Field,
   axis_name: str | tuple[str, ...] = (),
@@ -456,13 +457,14 @@ def losses(
 
   Args:
     problems: for each label, those of each feature after the other.
+    shared: (S, mean squares of the drifts) of a larger batch, see Scalars.
     locations: of each feature.
     field: what is computed.
     axis_name: of mapped axes over which features are split evenly; losses are
       those of the part.
     interpret: without a TPU.
   """
-  return _forward(problems, locations, field, axis_name, interpret)[0]
+  return _forward(problems, shared, locations, field, axis_name, interpret)[0]
 
 
 def _features(locations: tuple[int, ...], count: int) -> np.ndarray:
@@ -473,6 +475,7 @@ def _features(locations: tuple[int, ...], count: int) -> np.ndarray:
 
 def _forward(
   problems: Problems,
+  shared: Any,
   locations: tuple[int, ...],
   field: Field,
   axis_name: str | tuple[str, ...],
@@ -500,7 +503,7 @@ def _forward(
   distance, weight = means_of_all(
     jnp.stack([sums / (n * targets), jnp.mean(weights, axis=(1, 2))], axis=1)
   ).T
-  scale = distance / weight
+  scale = distance / weight if shared is None else shared[0]
   distance_unit = jnp.maximum(scale, MIN_SCALE)[feature]
   unit = jnp.maximum(scale / math.sqrt(channels), MIN_SCALE)[feature]
 
@@ -514,6 +517,8 @@ def _forward(
     3,
     axis=1,
   )
+  if shared is not None and shared[1] is not None:
+    mean_squares = shared[1]
   inverse = jax.lax.rsqrt(jnp.maximum(mean_squares, MIN_DRIFT_MEAN_SQUARE))
   loss = jnp.zeros_like(scale)
   for (a, b), product in zip(field.pairs, means(products).T, strict=True):
@@ -528,7 +533,7 @@ def _forward(
     "effective_positives": neighbours,
     "floor_fraction": floored,
   }
-  return (loss, info), (problems, squared, distance_unit, factors)
+  return (loss, info), (problems, shared, squared, distance_unit, factors)
 
 
 def _backward(
@@ -538,13 +543,14 @@ def _backward(
   interpret: bool,
   residuals: Any,
   cotangents: Any,
-) -> tuple[Problems]:
+) -> tuple[Problems, Any]:
   del axis_name
-  problems, squared, distance_unit, factors = residuals
+  problems, shared, squared, distance_unit, factors = residuals
   feature = _features(locations, len(factors))
   factors = factors * cotangents[0][feature][:, None]
   grad = force(problems, squared, distance_unit, factors, field, interpret)
-  return (Problems(grad, *(jnp.zeros_like(other) for other in problems[1:])),)
+  rest = jax.tree.map(jnp.zeros_like, (problems[1:], shared))
+  return Problems(grad, *rest[0]), rest[1]
 
 
 losses.defvjp(_forward, _backward)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import TypedDict, TypeVar
+from typing import NamedTuple, TypedDict, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,18 @@ class DriftInfo(TypedDict):
   floor_fraction: dict[float, Float[Array, ""]]
 
 
+class Scalars(NamedTuple):
+  """What couples all problems of a feature, of a batch that these are part of.
+
+  Attributes:
+    scale: S, as in DriftInfo.
+    drift_ms: as in DriftInfo; None where it is not known yet.
+  """
+
+  scale: Float[Array, "*F"]
+  drift_ms: dict[float, Float[Array, "*F"]] | None
+
+
 def drift_loss(
   gen: Float[Array, "B N C"],
   pos: Float[Array, "B P C"],
@@ -62,6 +74,7 @@ def drift_loss(
   attraction: float = 1.0,
   repulsion: float = 1.0,
   axis_name: str | tuple[str, ...] = (),
+  scalars: Scalars | None = None,
 ) -> tuple[Float[Array, " B"], DriftInfo]:
   """Drifting loss of one feature key (eq. 6, 13; A.6 of arXiv:2602.04770).
 
@@ -98,6 +111,8 @@ def drift_loss(
     attraction: a, scale of V+ (Table 1).
     repulsion: b, scale of V-.
     axis_name: of the mapped axes (jax.shard_map) that B is split over.
+    scalars: of a larger batch, where B is a part of it that is computed on its
+      own; what it holds is used and returned in place of B's.
 
   Returns:
     loss: one value per row of B, float32.
@@ -139,7 +154,7 @@ def drift_loss(
   mean_distance, mean_weight = _over_axes(
     (_batch_mean(distance * weight[:, None, :]), _batch_mean(weight)), axis_name
   )
-  scale = mean_distance / mean_weight
+  scale = mean_distance / mean_weight if scalars is None else scalars.scale
   distance_unit = jnp.maximum(scale, MIN_SCALE)
   self_distance = MIN_DISTANCE + SELF_DISTANCE * distance_unit
   squared = jnp.where(self_pair, self_distance**2, squared)
@@ -171,6 +186,8 @@ def drift_loss(
   mean_squares, neighbours, floored = _over_axes(
     (mean_squares, neighbours, floored), axis_name
   )
+  if scalars is not None and scalars.drift_ms is not None:
+    mean_squares = [scalars.drift_ms[t] for t in temperatures]
   total = jnp.zeros_like(x)
   for drift, mean_square in zip(drifts, mean_squares, strict=True):
     total += drift / jnp.sqrt(jnp.maximum(mean_square, MIN_DRIFT_MEAN_SQUARE))

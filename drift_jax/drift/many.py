@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -15,7 +16,12 @@ from drift_jax.drift.field import (
   Normalization,
   check_affinities,
 )
-from drift_jax.drift.loss import DriftInfo, check_temperatures, drift_loss
+from drift_jax.drift.loss import (
+  DriftInfo,
+  Scalars,
+  check_temperatures,
+  drift_loss,
+)
 
 Kernel = Literal["xla", "pallas", "interpret"]
 
@@ -61,6 +67,7 @@ def drift_losses(
   repulsion: float = 1.0,
   axis_name: str | tuple[str, ...] = (),
   kernel: Kernel = "xla",
+  scalars: Scalars | None = None,
 ) -> tuple[Float[Array, " F"], DriftReport]:
   """Mean `drift_loss` of each feature key, and what to watch of it.
 
@@ -79,6 +86,8 @@ def drift_losses(
       axis_name: see `drift_loss`.
     kernel: 'xla'; 'pallas' for TPUs: few passes over the features, see
       `drift.fused`; 'interpret' is that without a TPU.
+    scalars: see `drift_loss`; arrays [F] in the order of the report of the
+      larger batch, which is the order here.
 
   Returns:
     losses: of each key, in the order of the report's.
@@ -107,6 +116,7 @@ def drift_losses(
   }
 
   weight = jax.lax.stop_gradient(weight_unconditional.astype(jnp.float32))
+  scalars = jax.lax.stop_gradient(scalars)
 
   def is_fused(key: str) -> bool:
     width = generated[key].shape[3]
@@ -118,13 +128,17 @@ def drift_losses(
   for key, (x, y) in values.items():
     alike = x.shape[3] if is_fused(key) else x.shape
     groups.setdefault((alike, x.dtype, y.dtype), []).append(key)
-  found = []
+  found, start = [], 0
   for keys in groups.values():
     chosen = [values[key] for key in keys]
+    at = slice(start, start + len(keys))
+    start = at.stop
+    own = jax.tree.map(operator.itemgetter(at), scalars)
     if is_fused(keys[0]):
-      result = _fused(chosen, weight, field, axis_name, kernel == "interpret")
+      interpret = kernel == "interpret"
+      result = _fused(chosen, weight, field, axis_name, interpret, own)
     else:
-      result = _plain(chosen, weight, field, axis_name)
+      result = _plain(chosen, weight, field, axis_name, own)
     found.append((keys, result))
   losses, info = jax.tree.map(
     lambda *parts: jnp.concatenate(parts), *(result for _, result in found)
@@ -147,10 +161,12 @@ def _plain(
   weight: Float[Array, " L"],
   field: fused.Field,
   axis_name: str | tuple[str, ...],
+  scalars: Scalars | None,
 ) -> tuple[Float[Array, " F"], DriftInfo]:
   """drift_loss of features of equal shapes: compiled once for all of them."""
 
-  def of_one(value: _Value) -> tuple[Array, DriftInfo]:
+  def of_one(args: tuple[_Value, Scalars | None]) -> tuple[Array, DriftInfo]:
+    value, scalars = args
     locations = value[0].shape[2]
     x, y = (_problems(features) for features in value)
     positives, unconditional = jnp.split(y, [field.num_positives], axis=1)
@@ -167,13 +183,15 @@ def _plain(
       attraction=field.attraction,
       repulsion=field.repulsion,
       axis_name=axis_name,
+      scalars=scalars,
     )
     return losses.mean(), info
 
   if len(values) == 1:
-    return jax.tree.map(lambda x: x[None], of_one(values[0]))
+    own = jax.tree.map(lambda x: x[0], scalars)
+    return jax.tree.map(lambda x: x[None], of_one((values[0], own)))
   stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *values)
-  return jax.lax.map(of_one, stacked)
+  return jax.lax.map(of_one, (stacked, scalars))
 
 
 def _fused(
@@ -182,6 +200,7 @@ def _fused(
   field: fused.Field,
   axis_name: str | tuple[str, ...],
   interpret: bool,
+  scalars: Scalars | None,
 ) -> tuple[Float[Array, " F"], DriftInfo]:
   """The same of features of equal width, in few passes."""
   locations = tuple(x.shape[2] for x, _ in values)
@@ -196,7 +215,15 @@ def _fused(
     jnp.repeat(weight, sum(locations))[:, None, None],
   )
   problems = fused.Problems(x, y, jnp.ones((len(x), 1, x.shape[1])), weight_y)
-  result: Any = fused.losses(problems, locations, field, axis_name, interpret)
+  shared: Any = None
+  if scalars is not None:
+    rows = scalars.drift_ms
+    if rows is not None:
+      rows = jnp.stack([rows[t] for t in field.temperatures], axis=1)
+    shared = (scalars.scale, rows)
+  result: Any = fused.losses(
+    problems, shared, locations, field, axis_name, interpret
+  )
   losses, info = result
 
   def by_temperature(rows: Float[Array, "F K"]) -> dict[float, Array]:

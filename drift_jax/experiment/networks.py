@@ -252,6 +252,7 @@ def generator_task(
     ConfigError: a model that can't be, kernels that don't run there.
   """
   model = config.model
+  at_once = config.train.accum_labels or config.batch.labels
   kernel = kernel_for(config.train.kernels, mesh)
   with naming("model"):
     generator = models.build_generator(**dataclasses.asdict(model))
@@ -266,6 +267,8 @@ def generator_task(
     drift=dataclasses.asdict(config.drift),
     guidance=dataclasses.asdict(config.guidance),
     kernel=kernel,
+    groups=config.batch.labels // at_once,
+    exact=config.train.accum_scalars == "exact",
   )
 
 

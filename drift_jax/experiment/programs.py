@@ -31,6 +31,7 @@ from drift_jax.experiment.networks import (
 from drift_jax.experiment.runs import (
   AnyConfig,
   check_divides,
+  check_labels,
   make_training,
   pad_to_mesh,
 )
@@ -82,7 +83,7 @@ def _of_generator(
   config: config_lib.GeneratorConfig, mesh: Mesh
 ) -> list[Program]:
   sizes = config.batch
-  check_divides("batch.labels", sizes.labels, mesh)
+  check_labels(config, mesh)
   vae = abstract_vae(config.vae, mesh)
   encoders = abstract_encoders(config.encoders, mesh)
   task = generator_task(config, encoders, mesh)

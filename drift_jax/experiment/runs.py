@@ -373,6 +373,12 @@ def check_divides(name: str, size: int, mesh: Mesh) -> None:
     )
 
 
+def check_labels(config: config_lib.GeneratorConfig, mesh: Mesh) -> None:
+  """Raises ConfigError where labels can't be split over the mesh."""
+  check_divides("batch.labels", config.batch.labels, mesh)
+  check_divides("train.accum_labels", config.train.accum_labels, mesh)
+
+
 def pad_to_mesh(size: int, mesh: Mesh) -> int:
   """The smallest multiple of the device count that is at least `size`."""
   return -(-size // mesh.size) * mesh.size

@@ -194,7 +194,7 @@ def fused_attention(
     scales: of the RMS norms of queries and keys.
     tables: cosines and sines [T, D] of the positions' angles.
     heads: number of heads.
-    dtype: of the products' operands and of the result.
+    dtype: of the products' operands; the result's is that of qkv.
     epsilon: of the norms.
     interpret: without a TPU.
   """
@@ -255,7 +255,7 @@ def _forward(
       _forward_kernel, heads=heads, dtype=dtype, epsilon=epsilon
     ),
     (qkv, bias, scales, *tables),
-    [jax.ShapeDtypeStruct((batch, tokens, width // 3), dtype)],
+    [jax.ShapeDtypeStruct((batch, tokens, width // 3), qkv.dtype)],
     2,
     heads,
     interpret,

@@ -40,26 +40,3 @@ def early_dtype(
     return dtype if kept else module.dtype
 
   return dtype_of
-
-
-def mean_gradients(
-  loss: Callable[[Any], tuple[jax.Array, Any]],
-  params: Any,
-  layout: sharding.Layout,
-) -> tuple[Any, Any]:
-  """(what the loss gives beside itself, gradients of its mean over devices).
-
-  Inside sharding.over_devices.
-
-  Args:
-    loss: parts of the parameters -> (this device's loss, anything).
-    params: the parts.
-    layout: of all.
-  """
-
-  def share(params: Any) -> tuple[jax.Array, Any]:
-    value, rest = loss(params)
-    return value / layout.mesh.size, rest
-
-  grads, rest = jax.grad(share, has_aux=True)(params)
-  return rest, sharding.sum_gradients(grads, layout.params)

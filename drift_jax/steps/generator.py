@@ -1,7 +1,7 @@
 """The generator's step: drifting loss, gradients, update; sampling."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -21,7 +21,6 @@ from drift_jax.steps.common import (
   apply,
   early_dtype,
   from_wire,
-  mean_gradients,
 )
 
 FeatureDict = dict[str, Float[Array, "n T D"]]
@@ -47,6 +46,10 @@ class GeneratorBatch(NamedTuple):
   labels: Int[Array, " L"]
   positives: Shaped[Array, "L P H W C"]
   unconditional: Shaped[Array, "L U H W C"]
+
+
+# Labels that are computed at once: all, or those of a group.
+_Part = tuple[GeneratorBatch, Draws]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +102,10 @@ class GeneratorTask:
     drift: keyword arguments of drift.drift_losses.
     guidance: keyword arguments of drift.sample_alpha.
     kernel: of drift.drift_losses.
+    groups: how many parts of the labels follow each other, with the gradients
+      added up: memory for one of them. 1: all at once.
+    exact: whether the field's scalars are those of all groups, from two
+      passes without gradients ahead, or each group's own.
   """
 
   generator: nn.Module
@@ -110,6 +117,8 @@ class GeneratorTask:
   drift: Mapping[str, Any]
   guidance: Mapping[str, float]
   kernel: Kernel = "xla"
+  groups: int = 1
+  exact: bool = False
 
 
 def draw(key: PRNGKeyArray, task: GeneratorTask, num_labels: int) -> Draws:
@@ -144,11 +153,13 @@ def generator_loss(
   encoder_params: Mapping[str, Any],
   task: GeneratorTask,
   layout: sharding.Layout | None = None,
+  scalars: drift.Scalars | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
   """Eq. 14: the sum over features of the mean drifting loss.
 
   With a layout this runs inside sharding.over_devices, on parts of everything:
   the loss is that of this device's labels, the field's scalars those of all.
+  The batch may be a part of one whose scalars are known.
 
   Returns:
     (loss, {'samples': [L * N, H, W, C], 'losses': of each feature, 'report':
@@ -156,7 +167,6 @@ def generator_loss(
     label l.
   """
   num_labels, num_positives = batch.positives.shape[:2]
-  num_unconditional = batch.unconditional.shape[1]
   repeats = task.num_generated
   generator = task.generator
   if layout is not None:
@@ -184,9 +194,7 @@ def generator_loss(
     features = sharding.regather(features, layout.frozen)
   generated, real_features = features(encoder_params, samples, reals)
 
-  weight = jnp.ones_like(draws.alpha)
-  if num_unconditional:
-    weight = drift.unconditional_weight(draws.alpha, repeats, num_unconditional)
+  weight = _unconditional_weight(batch, draws, task)
   losses, report = drift.drift_losses(
     by_label(generated, num_labels),
     by_label(real_features, num_labels),
@@ -195,6 +203,7 @@ def generator_loss(
     **task.drift,
     axis_name=() if layout is None else sharding.BATCH_AXES,
     kernel=task.kernel,
+    scalars=scalars,
   )
   return jnp.sum(losses), {
     "samples": samples,
@@ -266,6 +275,103 @@ def _gathering(
   return generator, whole
 
 
+def _unconditional_weight(
+  batch: GeneratorBatch, draws: Draws, task: GeneratorTask
+) -> Float[Array, " L"]:
+  count = batch.unconditional.shape[1]
+  if not count:
+    return jnp.ones_like(draws.alpha)
+  return drift.unconditional_weight(draws.alpha, task.num_generated, count)
+
+
+def _scalars(
+  report_of: Callable[[_Part, drift.Scalars | None], drift.DriftReport],
+  parts: _Part,
+  task: GeneratorTask,
+  axes: tuple[str, ...],
+) -> drift.Scalars:
+  """Of all groups together, in two passes over them.
+
+  Args:
+    report_of: (part, scalars) -> report.
+    parts: all, one behind the other.
+    task: of the step.
+    axes: of the mesh, over which parts are split.
+  """
+
+  def scale_of(part: _Part) -> tuple[jax.Array, jax.Array]:
+    """(sum of weighted distances, of weights), up to a factor of all parts."""
+    batch, draws = part
+    unconditional = batch.unconditional.shape[1]
+    weight = jnp.mean(
+      task.num_generated
+      + batch.positives.shape[1]
+      + unconditional * _unconditional_weight(batch, draws, task)
+    )
+    weight = jax.lax.pmean(weight, axes) if axes else weight
+    return weight * report_of(part, None).info["scale"], weight
+
+  distances, weights = jax.lax.map(scale_of, parts)
+  scalars = drift.Scalars(jnp.sum(distances, axis=0) / jnp.sum(weights), None)
+  mean_squares = jax.lax.map(
+    lambda part: report_of(part, scalars).info["drift_ms"], parts
+  )
+  means = jax.tree.map(lambda x: jnp.mean(x, axis=0), mean_squares)
+  return scalars._replace(drift_ms=means)
+
+
+def _gradients(
+  params: Any,
+  batch: GeneratorBatch,
+  draws: Draws,
+  encoder_params: Mapping[str, Any],
+  task: GeneratorTask,
+  layout: sharding.Layout | None = None,
+) -> tuple[Any, tuple[Float[Array, ""], drift.DriftReport]]:
+  """(gradients, (loss, report)), of the labels here; all are means of groups.
+
+  With a layout the gradients are this device's shares of their sum.
+  """
+  devices, axes = 1, ()
+  if layout is not None:
+    devices, axes = layout.mesh.size, sharding.BATCH_AXES
+
+  def loss_of(
+    params: Any, part: _Part, scalars: drift.Scalars | None
+  ) -> tuple[jax.Array, tuple[jax.Array, drift.DriftReport]]:
+    loss, aux = generator_loss(
+      params, *part, encoder_params, task, layout, scalars
+    )
+    return loss / devices, (loss, aux["report"])
+
+  gradients = jax.grad(loss_of, has_aux=True)
+  if task.groups == 1:
+    return gradients(params, (batch, draws), None)
+  parts = jax.tree.map(
+    lambda x: x.reshape(task.groups, -1, *x.shape[1:]), (batch, draws)
+  )
+  scalars = None
+  if task.exact:
+    scalars = _scalars(
+      lambda part, scalars: loss_of(params, part, scalars)[1][1],
+      parts,
+      task,
+      axes,
+    )
+
+  def add(total: Any, part: _Part) -> tuple[Any, None]:
+    found = gradients(params, part, scalars)
+    return jax.tree.map(jnp.add, total, found), None
+
+  first = jax.tree.map(lambda x: x[0], parts)
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype),
+    jax.eval_shape(gradients, params, first, scalars),
+  )
+  total, _ = jax.lax.scan(add, zeros, parts)
+  return jax.tree.map(lambda x: x / task.groups, total)
+
+
 def generator_gradients(
   params: Any,
   batch: GeneratorBatch,
@@ -276,19 +382,18 @@ def generator_gradients(
 ) -> tuple[Float[Array, ""], drift.DriftReport, Any]:
   """(loss, drift.DriftReport, gradients), on a mesh if there is a layout."""
   if layout is None:
-    (loss, aux), grads = jax.value_and_grad(generator_loss, has_aux=True)(
+    grads, (loss, report) = _gradients(
       params, batch, draws, encoder_params, task
     )
-    return loss, aux["report"], grads
+    return loss, report, grads
 
   def local(
     params: Any, batch: GeneratorBatch, draws: Draws, frozen: Any
   ) -> tuple[jax.Array, Any, Any]:
-    def loss_of(params: Any) -> tuple[jax.Array, Any]:
-      loss, aux = generator_loss(params, batch, draws, frozen, task, layout)
-      return loss, (loss, aux["report"])
-
-    (loss, report), grads = mean_gradients(loss_of, params, layout)
+    grads, (loss, report) = _gradients(
+      params, batch, draws, frozen, task, layout
+    )
+    grads = sharding.sum_gradients(grads, layout.params)
     return jax.lax.pmean(loss, sharding.BATCH_AXES), report, grads
 
   return sharding.over_devices(

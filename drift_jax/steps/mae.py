@@ -21,7 +21,6 @@ from drift_jax.steps.common import (
   apply,
   early_dtype,
   from_wire,
-  mean_gradients,
 )
 
 
@@ -222,11 +221,12 @@ def mae_gradients(
   def local(
     params: Any, vae_params: Any, images: jax.Array, rest: _MaeRest, lam: Any
   ) -> tuple[Metrics, Any]:
-    metrics, grads = mean_gradients(
-      lambda params: on_parts(params, vae_params, images, rest, lam),
-      params,
-      layout,
-    )
+    def share(params: Any) -> tuple[jax.Array, Metrics]:
+      value, metrics = on_parts(params, vae_params, images, rest, lam)
+      return value / layout.mesh.size, metrics
+
+    grads, metrics = jax.grad(share, has_aux=True)(params)
+    grads = sharding.sum_gradients(grads, layout.params)
     return jax.lax.pmean(metrics, sharding.BATCH_AXES), grads
 
   return sharding.over_devices(

@@ -299,7 +299,7 @@ def compile_program(
       report.fits = False
       report.message = text.split(" See https")[0]
       report.peak = needed_bytes(text)
-      report.advice = advice(report, config)
+      report.advice = advice(report, config, mesh.size)
       return report
     report.seconds = time.perf_counter() - start
     # As the compiler wrote it on its way: libtpu 0.0.52 can't give the text of
@@ -339,7 +339,7 @@ def compile_program(
       if largest:
         (kept / f"{name}_memory.txt").write_text(largest)
   if report.fits is False:
-    report.advice = advice(report, config)
+    report.advice = advice(report, config, mesh.size)
   report.advice += _whole_sums(report)
   return report
 
@@ -412,7 +412,7 @@ def needed_bytes(message: str) -> int | None:
   )
 
 
-def advice(report: Report, config: Any) -> list[str]:
+def advice(report: Report, config: Any, devices: int) -> list[str]:
   """What to change so that a program takes less, the cheapest first."""
   found = []
   sizes = report.arguments
@@ -449,6 +449,13 @@ def advice(report: Report, config: Any) -> list[str]:
       f"a larger mesh.fsdp: parameters, optimiser and EMAs take "
       f"{trained / GB:.1f} GB of each device"
     )
+  if report.program == "train" and config.task == "generator":
+    at_once = config.train.accum_labels or config.batch.labels
+    if at_once > devices:
+      found.append(
+        f"train.accum_labels={devices}: {devices} of the {config.batch.labels} "
+        "labels at once, with their gradients added up"
+      )
   if report.program == "train":
     found.append(
       "more devices, or a smaller batch (batch.labels, batch.generated; "

@@ -223,6 +223,41 @@ def test_scalars_are_shared_over_devices():
     assert_close(grads[key] / 8, whole[2][key], 1e-5, key)
 
 
+@pytest.mark.parametrize("kernel", ["xla", "interpret"])
+def test_parts_with_the_scalars_of_the_whole(kernel):
+  whole = make(labels=4)
+  losses, info, grads = run(*whole, kernel=kernel)
+
+  @functools.partial(jax.jit, static_argnames="known")
+  def of_half(inputs, known):
+    _, report = drift.drift_losses(
+      *inputs, num_positives=SIZES["positives"], kernel=kernel, **OPTIONS
+    )
+    whole_info = jax.tree.map(
+      lambda *values: jnp.stack(values), *(info[key] for key in report.keys)
+    )
+    scalars = drift.Scalars(
+      whole_info["scale"], whole_info["drift_ms"] if known else None
+    )
+    return results(
+      *inputs, kernel=kernel, options=(("scalars", scalars),)
+    )
+
+  halves = [
+    jax.tree.map(lambda x: jnp.split(x, 2)[i], whole) for i in range(2)
+  ]
+  found = [of_half(half, True) for half in halves]
+  half_known = [of_half(half, False)[1] for half in halves]
+  for key in KEYS:
+    assert_close((found[0][0][key] + found[1][0][key]) / 2, losses[key], 1e-5)
+    both = jnp.concatenate([found[0][2][key], found[1][2][key]])
+    assert_close(both / 2, grads[key], 1e-5, key)
+    for t, expected in info[key]["drift_ms"].items():
+      parts = [half[key]["drift_ms"][t] for half in half_known]
+      assert_close((parts[0] + parts[1]) / 2, expected, 1e-5, key)
+      assert_close(found[0][1][key]["drift_ms"][t], expected, 1e-6, key)
+
+
 def test_an_unknown_kernel_is_an_error():
   with pytest.raises(jaxtyping.TypeCheckError, match="kernel"):
     run(*make(), kernel="cuda")

@@ -121,3 +121,28 @@ def test_kernels_of_other_devices_are_an_error():
     config_lib.ConfigError, match="train.kernels='pallas' needs TPUs, .* cpu"
   ):
     experiment.generator_task(config, {}, sharding.make_mesh())
+
+
+def test_label_groups_are_the_configs():
+  config = config_lib.parse(digits.get_config())
+  assert config.batch.labels == 16
+  mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+  for at_once, scalars, expected in (
+    (0, "exact", (1, True)),
+    (4, "exact", (4, True)),
+    (8, "group", (2, False)),
+  ):
+    train = dataclasses.replace(
+      config.train, accum_labels=at_once, accum_scalars=scalars
+    )
+    task = experiment.generator_task(
+      dataclasses.replace(config, train=train), {}, mesh
+    )
+    assert (task.groups, task.exact) == expected
+  with pytest.raises(
+    config_lib.ConfigError, match=r"accum_labels=4 can't be split over the 8"
+  ):
+    train = dataclasses.replace(config.train, accum_labels=4)
+    experiment.programs(
+      dataclasses.replace(config, train=train), sharding.make_mesh()
+    )

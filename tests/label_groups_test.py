@@ -1,0 +1,73 @@
+"""Groups of labels in sequence, with gradients added up."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from drift_jax import experiment, sharding, steps
+from tests.conftest import assert_close
+from tests.steps_test import (
+  assert_same_histories,
+  encoder_params,
+  run_toy,
+  toy_batch,
+  toy_task,
+  with_encoder,
+)
+
+
+def task_of(groups: int, exact: bool = False, **changed: Any):
+  task = with_encoder(toy_task())
+  return dataclasses.replace(task, groups=groups, exact=exact, **changed)
+
+
+@pytest.fixture(scope="module")
+def at_once():
+  return run_toy(None, task_of(1), 4)
+
+
+def test_exact_groups_train_as_all_labels_at_once(at_once):
+  """Measured: see docs/performance.md."""
+  groups = run_toy(None, task_of(4, exact=True), 4)
+  assert_same_histories(groups, at_once, 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)])
+def test_exact_groups_on_a_mesh(at_once, shape):
+  mesh = sharding.make_mesh(*shape, jax.devices()[:2])
+  groups = run_toy(mesh, task_of(2, exact=True), 4)
+  assert_same_histories(groups, at_once, 1e-5)
+
+
+def gradients(task, batch, draws):
+  params = jax.jit(experiment.init_generator(task))(jax.random.key(0))
+  params = jax.tree.map(lambda x: x + 0.05, params)
+  return jax.jit(functools.partial(steps.generator_gradients, task=task))(
+    params, batch, draws, encoder_params(task)
+  )
+
+
+def test_groups_on_their_own_are_the_mean_of_their_batches():
+  batch = toy_batch(4)
+  draws = steps.draw(jax.random.key(1), task_of(1), 4)
+  found = gradients(task_of(2), batch, draws)
+
+  def part(i: int, x: Any) -> Any:
+    return jnp.split(x, 2)[i]
+
+  halves = [
+    gradients(
+      task_of(1),
+      *jax.tree.map(functools.partial(part, i), (batch, draws)),
+    )
+    for i in range(2)
+  ]
+  mean = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
+  jax.tree.map(functools.partial(assert_close, rtol=1e-5), found, mean)
+  # Their own scalars are not those of all.
+  loss, *_ = gradients(task_of(1), batch, draws)
+  assert abs(found[0] - loss) > 1e-4 * loss
