@@ -244,9 +244,7 @@ def _check_generator(config: GeneratorConfig) -> None:
       "training wrote, WORKDIR/encoder",
     )
   _choice("train.kernels", config.train.kernels, ("auto", "pallas", "xla"))
-  _choice(
-    "train.accum_scalars", config.train.accum_scalars, ("group", "exact")
-  )
+  _choice("train.accum_scalars", config.train.accum_scalars, ("group", "exact"))
   at_once = config.train.accum_labels
   _at_least("train.accum_labels", at_once, 0)
   _require(

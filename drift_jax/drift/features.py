@@ -2,8 +2,9 @@
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -55,24 +56,17 @@ def pooled_features(
     for size in sorted({*patch_mean_size, *patch_std_size})
     if height % size == 0 and width % size == 0
   ]
-  # Each from the finest that it is made of, so that the map is read once.
-  exact = _Moments(feature_map.astype(jnp.float32), None)
-  moments: dict[int, _Moments] = {}
-  for size in fitting:
-    finer = max((s for s in moments if size % s == 0), default=1)
-    moments[size] = _coarser(moments.get(finer, exact), size // finer)
+  moments = _moments(feature_map, tuple(fitting))
 
   features = {name: feature_map.reshape(batch, height * width, channels)}
 
   def add(key: str, value: Float[Array, "B h w C"]) -> None:
     features[key] = value.reshape(batch, -1, channels)
 
-  if use_mean or use_std:
-    whole = _over_all(moments[fitting[-1]] if fitting else exact)
-    if use_mean:
-      add(f"{name}_mean", whole.mean.astype(feature_map.dtype))
-    if use_std:
-      add(f"{name}_std", whole.std)
+  if use_mean:
+    add(f"{name}_mean", moments[_WHOLE].mean.astype(feature_map.dtype))
+  if use_std:
+    add(f"{name}_std", moments[_WHOLE].std)
   for size in patch_mean_size:
     if size in moments:
       value = moments[size].mean.astype(feature_map.dtype)
@@ -84,49 +78,126 @@ def pooled_features(
 
 
 class _Moments(NamedTuple):
-  """Means and variances of patches; None for variances of single values."""
+  """Means and variances of patches."""
 
   mean: Float[Array, "B h w C"]
-  variance: Float[Array, "B h w C"] | None
+  variance: Float[Array, "B h w C"]
 
   @property
   def std(self) -> Float[Array, "B h w C"]:
-    variance = self.variance
-    if variance is None:
-      variance = jnp.zeros_like(self.mean)
-    return jnp.sqrt(variance + VARIANCE_EPSILON)
+    return jnp.sqrt(self.variance + VARIANCE_EPSILON)
 
 
-def _coarser(finer: _Moments, factor: int) -> _Moments:
-  """Of patches of factor x factor patches.
+# The key of the moments of a whole map, beside the sides of its patches.
+_WHOLE = 0
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _moments(
+  feature_map: Float[Array, "B H W C"], sizes: tuple[int, ...]
+) -> dict[int, _Moments]:
+  """Of patches of each size, ascending, and of the whole map; float32.
+
+  Each from the finest that it is made of, so that the map is read once.
+  """
+  found: dict[int, _Moments] = {}
+  for size in sizes:
+    finer = _finer(size, sizes)
+    mean, variance = found.get(finer, (feature_map, None))
+    found[size] = _coarser(mean, variance, size // finer)
+  mean, variance = found[sizes[-1]] if sizes else (feature_map, None)
+  found[_WHOLE] = _over_all(mean, variance)
+  return found
+
+
+def _finer(size: int, sizes: Sequence[int]) -> int:
+  """The largest smaller one whose patches make up those of a size; or 1."""
+  return max((s for s in sizes if s < size and size % s == 0), default=1)
+
+
+def _moments_forward(
+  feature_map: Float[Array, "B H W C"], sizes: tuple[int, ...]
+) -> tuple[dict[int, _Moments], Any]:
+  found = _moments(feature_map, sizes)
+  means = {size: moments.mean for size, moments in found.items()}
+  return found, (feature_map, means)
+
+
+def _moments_backward(
+  sizes: tuple[int, ...], residuals: Any, cotangents: dict[int, _Moments]
+) -> tuple[Float[Array, "B H W C"]]:
+  """A sum over patch sizes of a + b x: a, b grow from coarse to fine.
+
+  Autodiff would make a float32 map for each part of a patch, and add them up.
+  """
+  feature_map, means = residuals
+  # Around the map's mean, so that features far from 0 keep their digits.
+  center = means[_WHOLE]
+
+  def terms(size: int, count: int) -> tuple[jax.Array, jax.Array]:
+    slope = 2.0 / count * cotangents[size].variance
+    shift = cotangents[size].mean / count - (means[size] - center) * slope
+    return shift, slope
+
+  height, width = feature_map.shape[1:3]
+  found = {size: terms(size, size**2) for size in sizes}
+  found[1] = terms(_WHOLE, height * width)
+  for size in reversed(sizes):
+    finer = _finer(size, sizes)
+    shift, slope = (_upsample(term, size // finer) for term in found[size])
+    found[finer] = (found[finer][0] + shift, found[finer][1] + slope)
+  shift, slope = found[1]
+  gradient = shift + (feature_map.astype(jnp.float32) - center) * slope
+  return (gradient.astype(feature_map.dtype),)
+
+
+_moments.defvjp(_moments_forward, _moments_backward)
+
+
+def _upsample(
+  x: Float[Array, "B h w C"], factor: int
+) -> Float[Array, "B H W C"]:
+  return jnp.repeat(jnp.repeat(x, factor, axis=1), factor, axis=2)
+
+
+def _coarser(
+  mean: Float[Array, "B H W C"],
+  variance: Float[Array, "B H W C"] | None,
+  factor: int,
+) -> _Moments:
+  """Of patches of factor x factor patches; None for those of single values.
 
   The variance of a patch is the mean of its parts' plus that of their means:
   no squares are subtracted, so that features far from 0 keep their digits.
   """
 
   def parts(x: Float[Array, "B H W C"]) -> list[Float[Array, "B h w C"]]:
+    # Cut first: a whole map in float32 would be written down.
     return [
-      x[:, i::factor, j::factor] for i in range(factor) for j in range(factor)
+      x[:, i::factor, j::factor].astype(jnp.float32)
+      for i in range(factor)
+      for j in range(factor)
     ]
 
-  means = parts(finer.mean)
-  mean = functools.reduce(jnp.add, means) / len(means)
-  between = [jnp.square(part - mean) for part in means]
-  variance = functools.reduce(jnp.add, between) / len(means)
-  if finer.variance is not None:
-    variance += functools.reduce(jnp.add, parts(finer.variance)) / len(means)
-  return _Moments(mean, variance)
+  means = parts(mean)
+  together = functools.reduce(jnp.add, means) / len(means)
+  between = [jnp.square(part - together) for part in means]
+  total = functools.reduce(jnp.add, between) / len(means)
+  if variance is not None:
+    total += functools.reduce(jnp.add, parts(variance)) / len(means)
+  return _Moments(together, total)
 
 
-def _over_all(patches: _Moments) -> _Moments:
+def _over_all(
+  mean: Float[Array, "B H W C"], variance: Float[Array, "B H W C"] | None
+) -> _Moments:
   """Of the whole map."""
-  mean = jnp.mean(patches.mean, axis=(1, 2), keepdims=True)
-  variance = jnp.mean(
-    jnp.square(patches.mean - mean), axis=(1, 2), keepdims=True
-  )
-  if patches.variance is not None:
-    variance += jnp.mean(patches.variance, axis=(1, 2), keepdims=True)
-  return _Moments(mean, variance)
+  mean = mean.astype(jnp.float32)
+  together = jnp.mean(mean, axis=(1, 2), keepdims=True)
+  total = jnp.mean(jnp.square(mean - together), axis=(1, 2), keepdims=True)
+  if variance is not None:
+    total += jnp.mean(variance, axis=(1, 2), keepdims=True)
+  return _Moments(together, total)
 
 
 def root_mean_square(

@@ -24,8 +24,8 @@ ALPHA_EMBEDDING_WEIGHT = 0.02
 _saved = jax.checkpoint_policies.save_only_these_names
 _REMAT_POLICIES = {
   "none": None,
-  "attention": _saved(layers.WIDE, layers.BRANCH),
-  "branches": _saved(layers.BRANCH),
+  "attention": _saved(layers.ATTENTION, layers.WIDE, layers.MLP),
+  "branches": _saved(layers.ATTENTION, layers.MLP),
   "full": jax.checkpoint_policies.nothing_saveable,
 }
 REMATS = tuple(_REMAT_POLICIES)
@@ -300,8 +300,8 @@ def build_generator(
     dtype: of activations and matrix products, 'float32' or 'bfloat16'.
     attention_dtype: of the attention products; its softmax is float32.
     remat: what a block keeps for its backward pass; the rest is recomputed.
-      'none': everything is kept; 'attention': the results of attention and
-      MLP, and the MLP's wide products; 'branches': these two results; 'full':
+      'none': everything is kept; 'attention': what attention and MLP give, and
+      the MLP's wide products; 'branches': without these products; 'full':
       nothing but the block's input. The numbers are the same for all.
 
   Raises:

@@ -4,6 +4,9 @@ All activations are [batch, tokens, channels]; parameters are float32 and the
 matrix products run in the `dtype` of their module.
 """
 
+import functools
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -20,10 +23,11 @@ embedding_init = nn.initializers.normal(stddev=0.02)
 linear_init = nn.initializers.xavier_uniform()
 
 
-# Names for jax.checkpoint policies: of the MLP's two wide products, and of the
-# results of a block's two branches.
+# Names for jax.checkpoint policies: of what attention's last layer takes, of the
+# MLP's two wide products, and of the MLP's result.
+ATTENTION = "attention"
 WIDE = "wide"
-BRANCH = "branch"
+MLP = "mlp"
 
 
 class Dense(nn.Module):
@@ -83,23 +87,85 @@ class GroupNorm(nn.Module):
   def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
     channels = x.shape[-1]
     groups = max(n for n in range(1, self.max_groups + 1) if channels % n == 0)
-    x = x.astype(jnp.float32)
-    # Moments of each channel, then of its group: the channels of a map taken
-    # apart would be another layout, and a copy.
-    moments = (jnp.mean(x, axis=(1, 2)), jnp.var(x, axis=(1, 2)))
-    means, variances = (m.reshape(len(x), groups, -1) for m in moments)
-    mean = jnp.mean(means, axis=-1, keepdims=True)
-    variance = jnp.mean(variances, axis=-1, keepdims=True) + jnp.var(
-      means, axis=-1, keepdims=True
-    )
+    scale = self.param("scale", nn.initializers.ones, (channels,))
+    bias = self.param("bias", nn.initializers.zeros, (channels,))
+    scale, bias = (jnp.asarray(p, jnp.float32) for p in (scale, bias))
+    return _group_norm(x, scale, bias, groups, self.dtype)
 
-    def of_channels(y: Float[Array, "B G 1"]) -> Float[Array, "B 1 1 C"]:
-      return jnp.broadcast_to(y, means.shape).reshape(len(x), 1, 1, channels)
 
-    normal = (x - of_channels(mean)) * of_channels(
-      jax.lax.rsqrt(variance + NORM_EPSILON)
-    )
-    return _scale_and_shift(self, normal).astype(self.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _group_norm(
+  x: Float[Array, "B H W C"],
+  scale: Float[Array, " C"],
+  bias: Float[Array, " C"],
+  groups: int,
+  dtype: jnp.dtype,
+) -> Float[Array, "B H W C"]:
+  return _group_norm_forward(x, scale, bias, groups, dtype)[0]
+
+
+def _of_groups(
+  reduce: Any, x: Float[Array, "B C"], groups: int
+) -> Float[Array, "B C"]:
+  """Of the channels of each group, for each of them."""
+  rows = x.reshape(len(x), groups, -1)
+  return jnp.broadcast_to(
+    reduce(rows, axis=-1, keepdims=True), rows.shape
+  ).reshape(x.shape)
+
+
+def _group_norm_forward(
+  x: Float[Array, "B H W C"],
+  scale: Float[Array, " C"],
+  bias: Float[Array, " C"],
+  groups: int,
+  dtype: jnp.dtype,
+) -> tuple[Float[Array, "B H W C"], Any]:
+  wide = x.astype(jnp.float32)
+  # Moments of each channel, then of its group: the channels of a map taken
+  # apart would be another layout, and a copy.
+  means, variances = (f(wide, axis=(1, 2)) for f in (jnp.mean, jnp.var))
+  mean = _of_groups(jnp.mean, means, groups)
+  variance = _of_groups(jnp.mean, variances, groups) + _of_groups(
+    jnp.var, means, groups
+  )
+  inverse = jax.lax.rsqrt(variance + NORM_EPSILON)
+  normal = (wide - _on_map(mean)) * _on_map(inverse)
+  return (normal * scale + bias).astype(dtype), (x, scale, mean, inverse)
+
+
+def _group_norm_backward(
+  groups: int,
+  dtype: jnp.dtype,
+  residuals: Any,
+  cotangent: Float[Array, "B H W C"],
+) -> tuple[Float[Array, "B H W C"], Float[Array, " C"], Float[Array, " C"]]:
+  """One pass for two sums of each channel, one for the gradient.
+
+  What autodiff would keep and read are float32 maps; this takes x as it is.
+  """
+  del dtype
+  x, scale, mean, inverse = residuals
+  cotangent = cotangent.astype(jnp.float32)
+  centered = x.astype(jnp.float32) - _on_map(mean)
+  sums = jnp.sum(cotangent, axis=(1, 2))
+  products = jnp.sum(cotangent * centered, axis=(1, 2)) * inverse
+  count = x[0].size // groups
+  shift = _of_groups(jnp.sum, sums * scale, groups) * inverse / count
+  slope = _of_groups(jnp.sum, products * scale, groups) * inverse**2 / count
+  gradient = (
+    cotangent * _on_map(scale * inverse)
+    - _on_map(shift)
+    - centered * _on_map(slope)
+  )
+  return gradient.astype(x.dtype), products.sum(axis=0), sums.sum(axis=0)
+
+
+def _on_map(x: Float[Array, "B C"]) -> Float[Array, "B 1 1 C"]:
+  return x[:, None, None, :]
+
+
+_group_norm.defvjp(_group_norm_forward, _group_norm_backward)
 
 
 class LayerNorm(nn.Module):
@@ -208,6 +274,7 @@ class Attention(nn.Module):
       key = apply_rotary(RMSNorm(name="k_norm")(key))
       out = attention(query, key, value, dtype=self.attention_dtype)
       out = out.reshape(batch, tokens, channels)
+    out = checkpoint_name(out.astype(self.dtype), ATTENTION)
     return Dense(channels, dtype=self.dtype, name="out")(out)
 
   def _on_chip(
@@ -301,13 +368,12 @@ class Block(nn.Module):
       self.kernel,
       name="attention",
     )(hidden.astype(self.dtype))
-    hidden = checkpoint_name(hidden, BRANCH)
     x = x + (gate_a * hidden.astype(jnp.float32)).astype(self.dtype)
     hidden = RMSNorm(name="mlp_norm")(x) * (1 + scale_m) + shift_m
     hidden = SwiGLU(self.mlp_width, self.dtype, name="mlp")(
       hidden.astype(self.dtype)
     )
-    hidden = checkpoint_name(hidden, BRANCH)
+    hidden = checkpoint_name(hidden, MLP)
     x = x + (gate_m * hidden.astype(jnp.float32)).astype(self.dtype)
     self.sow("intermediates", "output", x)
     return x, None

@@ -110,3 +110,47 @@ def test_root_mean_square_equals_a_float64_oracle():
   x = _map(5, 3)
   expected = np.sqrt((x.astype(np.float64) ** 2).mean((1, 2)) + 1e-6)
   assert_close(root_mean_square(jnp.asarray(x))[:, 0], expected, 1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(2, 4), (2, 3, 4, 12), (4,), ()])
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_gradient_equals_a_float64_oracle(sizes, offset):
+  """d mean / dx = 1 / n, d std / dx = (x - mean) / (n std)."""
+  x = _map(12, 24) + np.float32(offset)
+  options = ALL | {"patch_mean_size": sizes, "patch_std_size": sizes}
+  features = jax.eval_shape(
+    lambda x: pooled_features(x, "f", **options), jnp.asarray(x)
+  )
+  random = np.random.RandomState(0)
+  cotangents = {
+    key: random.randn(*value.shape).astype(np.float32)
+    for key, value in features.items()
+  }
+
+  @jax.jit
+  def gradient(x):
+    _, vjp = jax.vjp(lambda x: pooled_features(x, "f", **options), x)
+    return vjp(jax.tree.map(jnp.asarray, cotangents))[0]
+
+  wide = x.astype(np.float64)
+  expected = cotangents["f"].astype(np.float64).reshape(x.shape)
+  for suffix, rows, columns in (
+    ("", 12, 24),
+    *((f"_{size}", size, size) for size in sizes),
+  ):
+    one = np.ones((1, rows, columns, 1))
+
+    def spread(patches: np.ndarray, one: np.ndarray = one) -> np.ndarray:
+      """[B, T, C] or [B, h, w, C] -> [B, 12, 24, C]."""
+      grid = patches.reshape(len(x), 12 // one.shape[1], 24 // one.shape[2], -1)
+      return np.kron(grid, one)
+
+    split = wide.reshape(len(x), 12 // rows, rows, 24 // columns, columns, -1)
+    mean, variance = split.mean(axis=(2, 4)), split.var(axis=(2, 4))
+    count = rows * columns
+    expected += spread(cotangents[f"f_mean{suffix}"]) / count
+    slope = cotangents[f"f_std{suffix}"].reshape(mean.shape)
+    slope = slope / (count * np.sqrt(variance + 1e-6))
+    expected += (wide - spread(mean)) * spread(slope)
+  # Around 100 the input itself has 1e-5 of its spread.
+  assert_close(gradient(x), expected, 2e-6 if offset == 0.0 else 2e-5)

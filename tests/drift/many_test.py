@@ -239,13 +239,9 @@ def test_parts_with_the_scalars_of_the_whole(kernel):
     scalars = drift.Scalars(
       whole_info["scale"], whole_info["drift_ms"] if known else None
     )
-    return results(
-      *inputs, kernel=kernel, options=(("scalars", scalars),)
-    )
+    return results(*inputs, kernel=kernel, options=(("scalars", scalars),))
 
-  halves = [
-    jax.tree.map(lambda x: jnp.split(x, 2)[i], whole) for i in range(2)
-  ]
+  halves = [jax.tree.map(lambda x, i=i: x[2 * i :][:2], whole) for i in (0, 1)]
   found = [of_half(half, True) for half in halves]
   half_known = [of_half(half, False)[1] for half in halves]
   for key in KEYS:

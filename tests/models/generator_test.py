@@ -305,8 +305,8 @@ def test_remat_changes_neither_samples_nor_gradients(small: Small):
     traced = gradient.trace(small.params)
     products.append(str(traced.jaxpr).count("dot_general["))
     gradients.append(traced.lower().compile()(small.params))
-  # What the backward pass repeats: qkv, the two products of attention and the
-  # modulation; gate and up as well; the branches' last ones, for their gates.
+  # What the backward pass repeats: the modulation, and of attention all but
+  # that with values; gate and up as well; that one and the MLP's last as well.
   assert np.diff(products).tolist() == [4, 2, 2]
   for other in gradients[1:]:
     jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), gradients[0], other)
