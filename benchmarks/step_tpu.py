@@ -22,13 +22,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import yaml
-
 if not __package__:
   # Python looks for a script's imports in the script's folder.
   sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
 
-from benchmarks import timing
+from benchmarks import configs, timing
 from drift_jax.tools import compile_check
 
 PARTS = ("whole", "step", "generator", "reals", "generated", "loss")
@@ -154,15 +152,9 @@ def measure(
   from drift_jax import experiment, sharding
 
   labels = setting.labels if part == "whole" else 1
-  values = config_lib.load_config(setting.config)
-  for override in (f"batch.labels={labels}", *overrides):
-    path, _, value = override.partition("=")
-    *sections, key = path.split(".")
-    section = values
-    for name in sections:
-      section = section[name]
-    section[key] = yaml.safe_load(value)
-  config = config_lib.parse(values)
+  config = config_lib.parse(
+    configs.load(setting.config, (f"batch.labels={labels}", *overrides))
+  )
   devices = compile_check.find_devices(setting.topology)
   if part != "whole":
     devices = devices[:1]

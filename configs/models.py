@@ -17,7 +17,9 @@ def generator_b2_latent() -> ConfigDict:
 
 def generator_l2_latent() -> ConfigDict:
   """L/2 on 32x32x4 latents: 463 M parameters."""
-  return _generator_large(_latent_generator())
+  config = _generator_large(_latent_generator())
+  config.remat = "branches"
+  return config
 
 
 def generator_b16_pixel() -> ConfigDict:
