@@ -49,6 +49,7 @@ class Generator(nn.Module):
     gather: what each block does with its parameters before it uses them, e.g.
       puts them together from the parts of several devices.
     attention_kernel: see layers.Attention.
+    unroll: how many blocks are one round of the loop over depth.
     FLOAT32: matches the names of parameters that are used in float32 whatever
       the dtype; all others may be rounded to it beforehand.
   """
@@ -73,6 +74,7 @@ class Generator(nn.Module):
   remat: str
   gather: Callable[[Any], Any] | None = None
   attention_kernel: str = "xla"
+  unroll: int = 1
 
   def setup(self) -> None:
     side = self.input_size // self.patch_size
@@ -125,6 +127,7 @@ class Generator(nn.Module):
       split_rngs={"params": True},
       in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
       length=self.depth,
+      unroll=self.unroll,
     )(
       num_heads=self.num_heads,
       mlp_width=layers.swiglu_width(self.hidden_size, self.mlp_ratio),

@@ -23,8 +23,8 @@ embedding_init = nn.initializers.normal(stddev=0.02)
 linear_init = nn.initializers.xavier_uniform()
 
 
-# Names for jax.checkpoint policies: of what attention's last layer takes, of the
-# MLP's two wide products, and of the MLP's result.
+# Names for jax.checkpoint policies: of what attention's last layer takes, of
+# the MLP's two wide products, and of the MLP's result.
 ATTENTION = "attention"
 WIDE = "wide"
 MLP = "mlp"
@@ -253,7 +253,9 @@ class Attention(nn.Module):
   Attributes:
     kernel: 'xla', or 'pallas' for TPUs: all of it on chip, see
       attention_kernel; 'interpret' is that without a TPU. Sequences that don't
-      fit on chip are computed by XLA.
+      fit on chip are computed by XLA. 'cudnn' for NVIDIA GPUs: the fused
+      softmax and products of cuDNN, where attention_dtype is bfloat16; it has
+      none in float32, which XLA computes.
   """
 
   num_heads: int
@@ -265,14 +267,21 @@ class Attention(nn.Module):
   def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
     batch, tokens, channels = x.shape
     project = Dense(3 * channels, dtype=self.dtype, name="qkv")
-    if self.kernel != "xla" and tokens <= attention_kernel.MAX_TOKENS:
+    on_chip = self.kernel in ("pallas", "interpret")
+    if on_chip and tokens <= attention_kernel.MAX_TOKENS:
       out = self._on_chip(*project.parts(x))
     else:
       qkv = project(x).reshape(batch, tokens, 3, self.num_heads, -1)
       query, key, value = (qkv[:, :, i] for i in range(3))
       query = apply_rotary(RMSNorm(name="q_norm")(query))
       key = apply_rotary(RMSNorm(name="k_norm")(key))
-      out = attention(query, key, value, dtype=self.attention_dtype)
+      if self.kernel == "cudnn" and self.attention_dtype == jnp.bfloat16:
+        out = jax.nn.dot_product_attention(
+          *(x.astype(jnp.bfloat16) for x in (query, key, value)),
+          implementation="cudnn",
+        )
+      else:
+        out = attention(query, key, value, dtype=self.attention_dtype)
       out = out.reshape(batch, tokens, channels)
     out = checkpoint_name(out.astype(self.dtype), ATTENTION)
     return Dense(channels, dtype=self.dtype, name="out")(out)

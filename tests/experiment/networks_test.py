@@ -97,20 +97,22 @@ class _Mesh(NamedTuple):
 
 
 @pytest.mark.parametrize(
-  ("kernels", "platform", "expected"),
+  ("kernels", "platform", "expected", "attention"),
   [
-    ("auto", "tpu", "pallas"),
-    ("auto", "gpu", "xla"),
-    ("auto", "cpu", "xla"),
-    ("xla", "tpu", "xla"),
-    ("pallas", "tpu", "pallas"),
+    ("auto", "tpu", "pallas", "pallas"),
+    ("auto", "gpu", "xla", "cudnn"),
+    ("auto", "cpu", "xla", "xla"),
+    ("xla", "tpu", "xla", "xla"),
+    ("xla", "gpu", "xla", "xla"),
+    ("pallas", "tpu", "pallas", "pallas"),
   ],
 )
-def test_kernels_follow_the_devices(kernels, platform, expected):
+def test_kernels_follow_the_devices(kernels, platform, expected, attention):
   devices = np.empty(1, object)
   devices[0] = _Device(platform)
   mesh: Any = _Mesh(devices)
   assert networks.kernel_for(kernels, mesh) == expected
+  assert networks.attention_kernel_for(kernels, mesh) == attention
 
 
 def test_kernels_of_other_devices_are_an_error():
@@ -146,3 +148,18 @@ def test_label_groups_are_the_configs():
     experiment.programs(
       dataclasses.replace(config, train=train), sharding.make_mesh()
     )
+
+
+def test_few_blocks_are_unrolled_on_a_cpu():
+  config = config_lib.parse(digits.get_config())
+  one = sharding.make_mesh(1, 1, jax.devices()[:1])
+  for depth, mesh, expected in (
+    (3, one, 3),
+    (12, one, 1),
+    (3, sharding.make_mesh(1, 8), 1),
+  ):
+    model = dataclasses.replace(config.model, depth=depth)
+    task = experiment.generator_task(
+      dataclasses.replace(config, model=model), {}, mesh
+    )
+    assert task.generator.unroll == expected

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from drift_jax.models import attention_kernel, build_generator, layers
 from tests.conftest import assert_close, kernel_costs
@@ -130,3 +131,43 @@ def test_declared_cost_is_the_hand_count():
   tables = 2 * tokens * 32 * 4  # cosines and sines
   assert forward.bytes_accessed == 3 * row + row + small + tables
   assert backward.bytes_accessed == 2 * 3 * row + row + 2 * small + tables
+
+
+def lowered_for_gpus(attention_dtype, tokens=20) -> str:
+  """The gradient's program, before XLA has seen it."""
+  module = layers.Attention(
+    4, jnp.dtype(jnp.bfloat16), jnp.dtype(attention_dtype), "cudnn"
+  )
+  params, x, cotangent = inputs(tokens, 256, 4, jnp.bfloat16)
+
+  def gradient(params, x, cotangent):
+    _, vjp = jax.vjp(lambda p: module.apply({"params": p}, x), params)
+    return vjp(cotangent.astype(x.dtype))
+
+  traced = jax.jit(gradient).trace(params, x, cotangent)
+  return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_gpus_have_cudnn_s_attention_in_bfloat16(monkeypatch):
+  """Without a GPU, up to the calls that it would run."""
+  monkeypatch.setattr(
+    fused_attention_stablehlo, "check_cudnn_version", lambda: 91000
+  )
+  text = lowered_for_gpus("bfloat16")
+  assert "__cudnn$fmhaSoftmax(" in text
+  assert "__cudnn$fmhaSoftmaxBackward(" in text
+  assert "cudnn" not in lowered_for_gpus("float32")
+
+
+def test_cudnn_s_attention_is_called_as_the_plain_form_is(monkeypatch):
+  """Its arguments: the plain form in its place gives the plain numbers."""
+
+  def call(query, key, value, *, implementation):
+    assert implementation == "cudnn"
+    return layers.attention(query, key, value, dtype=query.dtype)
+
+  arguments = inputs(20, 256, 4, jnp.bfloat16)
+  plain = run(*arguments, heads=4, dtype="bfloat16", kernel="xla")
+  monkeypatch.setattr(jax.nn, "dot_product_attention", call)
+  fused = run(*arguments, heads=4, dtype="bfloat16", kernel="cudnn")
+  jax.tree.map(np.testing.assert_array_equal, plain, fused)
