@@ -37,6 +37,7 @@ _CALLED = re.compile(r"\b(calls|body|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_OPERATION = re.compile(r'op_name="([^"]*)"')
 _CONSTANT = re.compile(r"constant\((\d+)\)")
 _DECLARED = re.compile(r'"cost_estimate":(\{[^}]*\})')
 
@@ -98,6 +99,8 @@ class Program:
     bytes_once: the same with each loop's body counted once, as XLA's own
       analysis does: bytes / bytes_once corrects that.
     unknown_trips: loops whose number of trips is not known, counted once.
+    parts: {module: (cycles, bytes)}: of what a Flax module does, its gradient
+      included, by the class of the outermost one; '' for all else.
   """
 
   collectives: list[Collective]
@@ -105,6 +108,7 @@ class Program:
   bytes: int
   bytes_once: int
   unknown_trips: int
+  parts: dict[str, tuple[int, int]]
 
   def by_kind(self) -> dict[str, dict[str, int]]:
     """See totals."""
@@ -191,19 +195,25 @@ def analyse(text: str) -> Program:
   collectives: list[Collective] = []
   cycles = 0.0
   moved = moved_once = unknown = 0
+  parts: dict[str, tuple[float, int]] = {}
 
   def visit(name: str, times: int, scheduled: bool) -> None:
     nonlocal cycles, moved, moved_once, unknown
     by_name = {instruction.name: instruction for instruction in found[name]}
     for instruction in found[name]:
       if scheduled:
+        own = 0.0
         if estimate := _CYCLES.search(instruction.rest):
-          cycles += times * int(estimate[1])
+          own = int(estimate[1])
         elif declared := _DECLARED.search(instruction.rest):
-          cycles += times * _roofline_cycles(**json.loads(declared[1]))
+          own = _roofline_cycles(**json.loads(declared[1]))
         size = _moved_bytes(instruction, by_name, found)
+        cycles += times * own
         moved += times * size
         moved_once += size
+        part = _module(instruction)
+        so_far = parts.get(part, (0.0, 0))
+        parts[part] = (so_far[0] + times * own, so_far[1] + times * size)
       kind = instruction.opcode.removesuffix("-start")
       if kind in KINDS:
         collectives.append(_collective(instruction, kind, name, times, by_name))
@@ -220,7 +230,21 @@ def analyse(text: str) -> Program:
         visit(branch, times, scheduled)
 
   visit(entry, 1, True)
-  return Program(collectives, round(cycles), moved, moved_once, unknown)
+  return Program(
+    collectives,
+    round(cycles),
+    moved,
+    moved_once,
+    unknown,
+    {name: (round(own), size) for name, (own, size) in parts.items()},
+  )
+
+
+def _module(instruction: Instruction) -> str:
+  """The outermost Flax module in the operation's name: a capitalised word."""
+  operation = _OPERATION.search(instruction.rest)
+  name = operation and re.search(r"\b[A-Z]\w*", operation[1])
+  return name[0] if name else ""
 
 
 def _roofline_cycles(flops: str, bytes_accessed: str, **_: str) -> float:
@@ -370,7 +394,7 @@ def _collective(
   # TPUs fuse some reduce-scatters as an all-reduce of which a part is kept.
   if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
     kind = "reduce-scatter"
-  operation = re.search(r'op_name="([^"]*)"', instruction.rest)
+  operation = _OPERATION.search(instruction.rest)
   return Collective(
     kind,
     given if kind == "all-gather" else taken,

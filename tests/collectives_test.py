@@ -202,7 +202,7 @@ ENTRY %main (x: f32[4,8], i: s32[], y: f32[8]) -> f32[8] {
   %nearby = f32[8]{0:S(1)} copy-done(%near)
   %half = ((f32[4,8]{1,0}), f32[2,8]{1,0:S(1)}, s32[]) async-start(%x), calls=%moving
   %halved = f32[2,8]{1,0:S(1)} async-done(%half)
-  ROOT %out = f32[8]{0} fusion(%x, %i, %nearby), kind=kLoop, calls=%outer
+  ROOT %out = f32[8]{0} fusion(%x, %i, %nearby), kind=kLoop, calls=%outer, metadata={op_name="jit(f)/transpose(jvp(Net.run))/Inner/add"}, backend_config={"estimated_cycles":"7"}
 }
 """  # noqa: E501
 
@@ -212,7 +212,9 @@ def test_bytes_of_a_program_written_by_hand():
   copy = 2 * 8 * 4 + 4  # with its flag
   half = 2 * 16 * 4
   fusion = (8 + 1 + 8) * 4 + 8 * 4
-  assert hlo.analyse(_FUSIONS).bytes == copy + half + fusion
+  found = hlo.analyse(_FUSIONS)
+  assert found.bytes == copy + half + fusion
+  assert found.parts == {"": (0, copy + half), "Net": (7, fusion)}
 
 
 _CUSTOM = """HloModule m

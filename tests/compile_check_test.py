@@ -85,6 +85,10 @@ def test_a_small_model_on_a_real_topology(v6e):
   assert train["activations"] > 0
   assert train["flops"] > 3 * sample["flops"]
   assert train["bytes_accessed"] > sample["bytes_accessed"] > 0
+  assert {"Generator", "rest"} <= set(train["parts"])
+  assert sum(part["seconds"] for part in train["parts"].values()) == (
+    pytest.approx(train["estimated_seconds"])
+  )
   assert train["estimated_seconds"] > 0
   for word in ("train: fits", "params", "optimizer", "TFLOP", "all-gather"):
     assert word in text, text

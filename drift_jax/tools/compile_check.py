@@ -90,6 +90,9 @@ class Report:
       they run.
     estimated_seconds: the compiler's cycles at 1.75 GHz, without collectives;
       None where it gives none.
+    parts: {module: {'seconds', 'bytes'}}: the same two of each Flax module with
+      its gradient, 'rest' of all else; bytes by the shapes that operations take
+      and give, which is close to XLA's count, not equal.
     collectives: {kind: {'count', 'bytes'}} of the compiled program.
     asked: the same of what the program asks for; compilers may choose others.
     advice: what to change, if it does not fit or sums more than it needs to.
@@ -107,6 +110,7 @@ class Report:
   flops: float | None = None
   bytes_accessed: float | None = None
   estimated_seconds: float | None = None
+  parts: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
   collectives: dict[str, dict[str, int]] = dataclasses.field(
     default_factory=dict
   )
@@ -359,6 +363,10 @@ def _read_program(report: Report, text: str) -> None:
     report.bytes_accessed *= analysed.bytes / analysed.bytes_once
   if analysed.cycles:
     report.estimated_seconds = analysed.cycles / hlo.CYCLES_PER_SECOND
+    report.parts = {
+      name or "rest": {"seconds": cycles / hlo.CYCLES_PER_SECOND, "bytes": size}
+      for name, (cycles, size) in analysed.parts.items()
+    }
   report.collectives = analysed.by_kind()
 
 
@@ -512,6 +520,13 @@ def _describe_one(report: Report) -> list[str]:
     if report.estimated_seconds is not None:
       line += f", about {report.estimated_seconds * 1e3:.3g} ms at 1.75 GHz"
     lines.append(line)
+  shown = [
+    f"{name} {part['seconds'] * 1e3:.3g} ms"
+    for name, part in report.parts.items()
+    if part["seconds"] > 0.01 * (report.estimated_seconds or 0.0)
+  ]
+  if shown:
+    lines.append(f"  parts        {', '.join(shown)}")
   for kind in sorted(report.collectives | report.asked):
     total = report.collectives.get(kind, {"count": 0, "bytes": 0})
     line = f"  {kind:<12} {total['count']} x, {_gb(total['bytes'])}"
