@@ -106,7 +106,9 @@ def train_step(
   """One step of the same networks by autodiff, features in float32."""
   labels, n = len(batch.labels), task.num_generated
   draws = steps.draw(state.key(), task, labels)
-  generator = task.generator.clone(attention_kernel="xla", remat="none")
+  generator = task.generator.clone(
+    attention_kernel="xla", remat="none", unroll=1
+  )
 
   def loss_of(params: Any) -> jax.Array:
     samples = steps.apply(

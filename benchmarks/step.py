@@ -8,7 +8,7 @@ are random. Without --config: configs/digits.py:features on a CPU, the latent
 ablation (B/2 in the features of MAE-256) on anything else, and 8 labels, of
 which --set batch.labels=N changes the number. "Plain" is
 benchmarks/plain_step.py: Alg. 2 feature by feature, autodiff, attention without
-kernels, nothing recomputed or donated, float32 features. Both are measured in
+kernels, nothing unrolled, recomputed or donated, float32 features. Both are measured in
 turns, "times" is the median over the turns of plain time / our time, or plain
 memory / our memory. The drifting losses alone are those of 16 labels, on
 features like MAE-64's.
@@ -126,9 +126,7 @@ def step_rows(
   plain = jax.jit(
     functools.partial(
       plain_step.train_step,
-      task=dataclasses.replace(
-        task, generator=task.generator.clone(attention_kernel="xla")
-      ),
+      task=task,
       optimizer=optimizer,
     )
   )
