@@ -1,12 +1,11 @@
 """All benchmarks of this machine in one table.
 
-  python benchmarks/run_all.py [--images=DIR --small_images=DIR] [--tpu]
-    [--tiny] [--seconds=S] [--json=FILE]
+  python benchmarks/run_all.py [--scripts=step.py,evaluate.py] [--tiny]
+    [--images=DIR --small_images=DIR] [--seconds=S] [--json=FILE]
 
-runs step.py and evaluate.py one after the other, each in its own process;
-data.py as well where its images are given; with --tpu, step_tpu.py, which
-compiles for TPUs that need not be there and takes hours. What is measured, and
-how, stands at the head of each.
+runs the scripts one after the other, each in its own process. data.py needs
+both folders of images; step_tpu.py compiles for TPUs that need not be there,
+and takes hours. What is measured, and how, stands at the head of each.
 """
 
 import argparse
@@ -25,6 +24,7 @@ if not __package__:
 from benchmarks import timing
 
 FOLDER = pathlib.Path(__file__).resolve().parent
+SCRIPTS = ("step.py", "evaluate.py", "data.py", "step_tpu.py")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,34 +32,31 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
+  parser.add_argument("--scripts", default="step.py,evaluate.py")
   parser.add_argument("--images", default="", help="of data.py")
   parser.add_argument("--small_images", default="", help="of data.py")
-  parser.add_argument("--tpu", action="store_true", help="step_tpu.py too")
   parser.add_argument("--json", type=pathlib.Path, help="file to write")
   parser.add_argument("--seconds", help="for each row; else each one's own")
   parser.add_argument(
     "--tiny", action="store_true", help="tiny sizes: shows that it runs"
   )
   flags = parser.parse_args(argv)
-  if bool(flags.images) != bool(flags.small_images):
-    parser.error("data.py needs both --images and --small_images")
   timed = ["--tiny"] * flags.tiny
   if flags.seconds is not None:
     timed.append(f"--seconds={flags.seconds}")
-  scripts = {"step.py": timed, "evaluate.py": timed}
-  if flags.images:
-    images = [
-      f"--images={flags.images}",
-      f"--small_images={flags.small_images}",
-    ]
-    scripts["data.py"] = [*images, *timed]
-  if flags.tpu:
-    scripts["step_tpu.py"] = []
+  images = [f"--images={flags.images}", f"--small_images={flags.small_images}"]
+  own = {"data.py": [*images, *timed], "step_tpu.py": []}
+  chosen = flags.scripts.split(",")
+  for script in chosen:
+    if script not in SCRIPTS:
+      parser.error(f"--scripts: {script!r} is none of {', '.join(SCRIPTS)}")
+  if "data.py" in chosen and not (flags.images and flags.small_images):
+    parser.error("data.py needs both --images and --small_images")
   report = timing.Report(0)
   facts = {}
-  for script, arguments in scripts.items():
+  for script in chosen:
     print(f"{script} ...", file=sys.stderr, flush=True)
-    found = run(script, arguments)
+    found = run(script, own.get(script, timed))
     facts = facts or found["machine"]
     for row in found["rows"]:
       report.rows.append(_row(script, row))

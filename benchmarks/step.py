@@ -8,10 +8,10 @@ are random. Without --config: configs/digits.py:features on a CPU, the latent
 ablation (B/2 in the features of MAE-256) on anything else, and 8 labels, of
 which --set batch.labels=N changes the number. "Plain" is
 benchmarks/plain_step.py: Alg. 2 feature by feature, autodiff, attention without
-kernels, nothing unrolled, recomputed or donated, float32 features. Both are measured in
-turns, "times" is the median over the turns of plain time / our time, or plain
-memory / our memory. The drifting losses alone are those of 16 labels, on
-features like MAE-64's.
+kernels, nothing unrolled, recomputed or donated, float32 features. Both are
+measured in turns, "times" is the median over the turns of plain time / our
+time, or plain memory / our memory. The drifting losses alone are those of 16
+labels, on features like MAE-64's.
 """
 
 import argparse
@@ -54,10 +54,12 @@ class LossSizes:
   Attributes:
     side: of the encoder's square input.
     base_channels: the encoder's.
+    layers: the encoder's.
     labels, generated, positives, unconditional: of the batch.
   """
 
   side: int = 16
+  layers: tuple[int, ...] = (3, 4, 6, 3)
   base_channels: int = 64
   labels: int = 16
   generated: int = 16
@@ -65,7 +67,7 @@ class LossSizes:
   unconditional: int = 4
 
 
-TINY = LossSizes(8, 8, 2, 4, 3, 2)
+TINY = LossSizes(8, (1, 1, 1, 1), 8, 2, 4, 3, 2)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -87,11 +89,16 @@ def main(argv: Sequence[str] | None = None) -> None:
   report = timing.Report(flags.seconds)
   on_cpu = jax.default_backend() == "cpu"
   name = flags.config or (
-    "configs/digits.py:features" if on_cpu else "configs/imagenet_latent.py"
+    "configs/digits.py"
+    if flags.tiny
+    else "configs/digits.py:features"
+    if on_cpu
+    else "configs/imagenet_latent.py"
   )
-  small = ("batch.labels=2", "batch.generated=4") if flags.tiny else ()
-  few = () if on_cpu else ("batch.labels=8",)
-  step_rows(report, name, (*few, *small, *flags.set))
+  smaller = () if on_cpu else ("batch.labels=8",)
+  if flags.tiny:
+    smaller = ("batch.labels=2", "model.depth=1")
+  step_rows(report, name, (*smaller, *flags.set))
   loss_rows(report, TINY if flags.tiny else LossSizes())
   print(f"{report.table()}\n\n{timing.in_words(facts)}")
   if flags.json:
@@ -170,7 +177,15 @@ def step_rows(
 def loss_rows(report: timing.Report, sizes: LossSizes) -> None:
   """Value and gradient of the drifting losses of many features."""
   mae = models.build_mae(
-    **models_of_base(sizes.base_channels), dtype="float32", remat=False
+    in_channels=4,
+    base_channels=sizes.base_channels,
+    layers=sizes.layers,
+    input_patch_size=1,
+    mask_patch_size=2,
+    num_classes=10,
+    norm_groups=32,
+    dtype="float32",
+    remat=False,
   )
   image = jax.ShapeDtypeStruct((1, sizes.side, sizes.side, 4), jnp.float32)
   found = jax.eval_shape(
@@ -238,19 +253,6 @@ def loss_rows(report: timing.Report, sizes: LossSizes) -> None:
     },
   )
   _size_rows(report, section, compiled)
-
-
-def models_of_base(base_channels: int) -> dict[str, Any]:
-  """Arguments of a latent MAE of some width."""
-  return {
-    "in_channels": 4,
-    "base_channels": base_channels,
-    "layers": (3, 4, 6, 3),
-    "input_patch_size": 1,
-    "mask_patch_size": 2,
-    "num_classes": 10,
-    "norm_groups": 32,
-  }
 
 
 class Compiled:

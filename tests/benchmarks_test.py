@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import images, plain, step_tpu, timing
+from benchmarks import images, plain, run_all, step_tpu, timing
 from drift_jax.data import transforms
 from tests.data import pictures
 
@@ -105,6 +105,37 @@ def _run(script: str, tmp_path: pathlib.Path, *flags: str) -> dict[str, Any]:
   assert machine["cores"] == os.cpu_count() and machine["device"]
   assert {"python", "numpy", "jax"} <= set(machine["versions"])
   return {(row["section"], row["name"]): row for row in content["rows"]}
+
+
+def test_steps_are_compared_in_the_table_of_all(tmp_path):
+  rows = _run("run_all.py", tmp_path, "--scripts=step.py")
+  step, losses = dict.fromkeys(section for section, _ in rows)
+  assert step == "step.py: step of digits.py, 2 x 32 samples"
+  assert "drifting losses of 2 labels" in losses
+  assert [name for section, name in rows if section == step] == [
+    "train_step",
+    "operations, ours",
+    "operations, plain",
+    "memory beside arguments",
+    "compilation",
+  ]
+  compared = [row for row in rows.values() if row["times"] is not None]
+  assert len(compared) == 6
+  for row in compared:
+    assert row["value"] > 0 and row["plain"] > 0 and row["times"] > 0, row
+  note = rows[losses, "value and gradient"]["note"]
+  values, gradients = (float(word.strip(",")) for word in note.split()[3::3])
+  assert values < 1e-5 and gradients < 1e-3, note
+
+
+def test_all_benchmarks_refuse_what_is_not_there(capsys):
+  for arguments, message in (
+    (["--scripts=steps.py"], "'steps.py' is none of step.py, evaluate.py"),
+    (["--scripts=data.py", "--images=x"], "needs both --images and --small"),
+  ):
+    with pytest.raises(SystemExit):
+      run_all.main(arguments)
+    assert message in capsys.readouterr().err
 
 
 def test_data_measures_every_part(tmp_path):

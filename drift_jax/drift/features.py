@@ -56,7 +56,7 @@ def pooled_features(
     for size in sorted({*patch_mean_size, *patch_std_size})
     if height % size == 0 and width % size == 0
   ]
-  moments = _moments(feature_map, tuple(fitting))
+  moments: Any = _moments(feature_map, tuple(fitting))
 
   features = {name: feature_map.reshape(batch, height * width, channels)}
 
@@ -118,7 +118,7 @@ def _finer(size: int, sizes: Sequence[int]) -> int:
 def _moments_forward(
   feature_map: Float[Array, "B H W C"], sizes: tuple[int, ...]
 ) -> tuple[dict[int, _Moments], Any]:
-  found = _moments(feature_map, sizes)
+  found: Any = _moments(feature_map, sizes)
   means = {size: moments.mean for size, moments in found.items()}
   return found, (feature_map, means)
 
