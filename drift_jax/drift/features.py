@@ -126,28 +126,37 @@ def _moments_forward(
 def _moments_backward(
   sizes: tuple[int, ...], residuals: Any, cotangents: dict[int, _Moments]
 ) -> tuple[Float[Array, "B H W C"]]:
-  """A sum over patch sizes of a + b x: a, b grow from coarse to fine.
+  """Sum over patch sizes of shift + (x - center) slope, from coarse to fine.
 
   Autodiff would make a float32 map for each part of a patch, and add them up.
   """
   feature_map, means = residuals
-  # Around the map's mean, so that features far from 0 keep their digits.
-  center = means[_WHOLE]
+  x = feature_map.astype(jnp.float32)
+  # A patch's mean where every digit counts: next to it x - center is exact. To
+  # narrower maps the whole one's mean is as good, and need not be upsampled.
+  exact = feature_map.dtype == jnp.float32
+  centers = {size: means[size if exact else _WHOLE] for size in means}
 
   def terms(size: int, count: int) -> tuple[jax.Array, jax.Array]:
     slope = 2.0 / count * cotangents[size].variance
-    shift = cotangents[size].mean / count - (means[size] - center) * slope
-    return shift, slope
+    shift = cotangents[size].mean / count
+    return shift - (means[size] - centers[size]) * slope, slope
 
   height, width = feature_map.shape[1:3]
+  shift, slope = terms(_WHOLE, height * width)
+  gradient = shift + (x - centers[_WHOLE]) * slope
   found = {size: terms(size, size**2) for size in sizes}
-  found[1] = terms(_WHOLE, height * width)
   for size in reversed(sizes):
     finer = _finer(size, sizes)
     shift, slope = (_upsample(term, size // finer) for term in found[size])
-    found[finer] = (found[finer][0] + shift, found[finer][1] + slope)
-  shift, slope = found[1]
-  gradient = shift + (feature_map.astype(jnp.float32) - center) * slope
+    center = centers[size]
+    if exact:
+      center = _upsample(center, size // finer)
+    if finer < size and finer in found:
+      shift += found[finer][0] + (centers[finer] - center) * slope
+      found[finer] = (shift, found[finer][1] + slope)
+    else:
+      gradient += shift + (x - center) * slope
   return (gradient.astype(feature_map.dtype),)
 
 

@@ -112,7 +112,7 @@ def test_root_mean_square_equals_a_float64_oracle():
   assert_close(root_mean_square(jnp.asarray(x))[:, 0], expected, 1e-6)
 
 
-@pytest.mark.parametrize("sizes", [(2, 4), (2, 3, 4, 12), (4,), ()])
+@pytest.mark.parametrize("sizes", [(2, 4), (1, 2, 3, 4, 12), (4,), ()])
 @pytest.mark.parametrize("offset", [0.0, 100.0])
 def test_gradient_equals_a_float64_oracle(sizes, offset):
   """d mean / dx = 1 / n, d std / dx = (x - mean) / (n std)."""
