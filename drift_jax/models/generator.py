@@ -116,10 +116,11 @@ class Generator(nn.Module):
     if self.gather is not None:
       block = nn.map_variables(block, "params", trans_in_fn=self.gather)
     if self.remat != "none":
-      # Inside a scan the loop already keeps XLA from merging the recomputed
-      # block with the stored one.
+      # A loop keeps XLA from merging the recomputed block with the stored one.
       block = nn.remat(
-        block, prevent_cse=False, policy=_REMAT_POLICIES[self.remat]
+        block,
+        prevent_cse=self.unroll > 1,
+        policy=_REMAT_POLICIES[self.remat],
       )
     self.blocks = nn.scan(
       block,
