@@ -1,6 +1,5 @@
 """The drifting loss and the step, written plainly: a paper read into code."""
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from drift_jax import state as state_lib
 from drift_jax import steps
 
 
@@ -141,10 +141,4 @@ def train_step(
     )
 
   loss, grads = jax.value_and_grad(loss_of)(state.params)
-  return functools.partial(_updated, optimizer=optimizer)(state, grads), loss
-
-
-def _updated(state: Any, grads: Any, *, optimizer: Any) -> Any:
-  from drift_jax import state as state_lib
-
-  return state_lib.update(state, grads, optimizer)
+  return state_lib.update(state, grads, optimizer), loss

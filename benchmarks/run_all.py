@@ -89,7 +89,7 @@ def _row(script: str, row: dict[str, Any]) -> timing.Row:
   release = row.get("release")
   return timing.Row(
     f"{script}: {row['setting']}, {row['part']}",
-    figure or "estimated time" if unit == "ms" else figure or "operations",
+    figure or {"ms": "estimated time"}.get(unit, "operations"),
     unit,
     row["ours"],
     release,

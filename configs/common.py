@@ -83,7 +83,7 @@ def generator() -> ConfigDict:
   config = _shared("generator")
 
   # Of attention and drifting losses: 'pallas' on TPUs, 'xla' anywhere; 'auto'
-  # takes the first that runs, and on NVIDIA GPUs cuDNN's attention.
+  # takes the first that runs, and from NVIDIA's Ampere on cuDNN's attention.
   config.train.kernels = "auto"
   # Labels that are computed at once, over all devices; 0: all of batch.labels.
   # Fewer need less memory: their gradients are added up.

@@ -196,8 +196,8 @@ class GeneratorTrain(Train):
 
   `kernels` of attention and drifting losses: 'pallas' for TPUs, 'xla'
   anywhere, 'auto' the first that the devices run and, on NVIDIA GPUs, cuDNN's
-  attention. `accum_labels` at once, if
-  not 0, with the field's scalars by `accum_scalars`, 'group' or 'exact'.
+  attention. `accum_labels` at once, if not 0, with the field's scalars by
+  `accum_scalars`, 'group' or 'exact'.
   """
 
   kernels: str

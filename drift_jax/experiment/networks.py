@@ -225,8 +225,14 @@ def feature_space(
 
 
 def attention_kernel_for(kernels: str, mesh: Mesh) -> str:
-  """What computes attention on the mesh's devices: see layers.Attention."""
-  if kernels == "auto" and mesh.devices.flat[0].platform in ("gpu", "cuda"):
+  """What computes attention on the mesh's devices: see layers.Attention.
+
+  cuDNN's needs NVIDIA's Ampere or newer; AMD's devices are 'gpu' as well, but
+  their capability is no number.
+  """
+  capability = str(getattr(mesh.devices.flat[0], "compute_capability", ""))
+  major = capability.partition(".")[0]
+  if kernels == "auto" and major.isdigit() and int(major) >= 8:
     return "cudnn"
   return kernel_for(kernels, mesh)
 

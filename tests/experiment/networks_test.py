@@ -90,6 +90,7 @@ def test_descriptions_that_say_nothing(section):
 
 class _Device(NamedTuple):
   platform: str
+  compute_capability: str = ""
 
 
 class _Mesh(NamedTuple):
@@ -97,19 +98,22 @@ class _Mesh(NamedTuple):
 
 
 @pytest.mark.parametrize(
-  ("kernels", "platform", "expected", "attention"),
+  ("kernels", "device", "expected", "attention"),
   [
-    ("auto", "tpu", "pallas", "pallas"),
-    ("auto", "gpu", "xla", "cudnn"),
-    ("auto", "cpu", "xla", "xla"),
-    ("xla", "tpu", "xla", "xla"),
-    ("xla", "gpu", "xla", "xla"),
-    ("pallas", "tpu", "pallas", "pallas"),
+    ("auto", _Device("tpu"), "pallas", "pallas"),
+    ("auto", _Device("gpu", "9.0"), "xla", "cudnn"),
+    ("auto", _Device("gpu", "10.0"), "xla", "cudnn"),
+    ("auto", _Device("gpu", "7.5"), "xla", "xla"),
+    ("auto", _Device("gpu", "gfx90a"), "xla", "xla"),
+    ("auto", _Device("cpu"), "xla", "xla"),
+    ("xla", _Device("tpu"), "xla", "xla"),
+    ("xla", _Device("gpu", "9.0"), "xla", "xla"),
+    ("pallas", _Device("tpu"), "pallas", "pallas"),
   ],
 )
-def test_kernels_follow_the_devices(kernels, platform, expected, attention):
+def test_kernels_follow_the_devices(kernels, device, expected, attention):
   devices = np.empty(1, object)
-  devices[0] = _Device(platform)
+  devices[0] = device
   mesh: Any = _Mesh(devices)
   assert networks.kernel_for(kernels, mesh) == expected
   assert networks.attention_kernel_for(kernels, mesh) == attention

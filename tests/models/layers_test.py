@@ -109,3 +109,37 @@ def test_group_norm_has_the_most_groups_that_divide_up_to_32(channels, groups):
   variance = grouped.var((1, 3), keepdims=True)
   expected = (grouped - mean) / np.sqrt(variance + 1e-6)
   assert_close(out, expected.reshape(x.shape), 1e-6)
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_group_norm_has_the_gradients_of_autodiff(offset):
+  """Of the plain form in float64."""
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(2, 3, 5, 12)) + offset
+  params = {"scale": rng.normal(size=12), "bias": rng.normal(size=12)}
+  cotangent = rng.normal(size=x.shape)
+
+  def plain(params, x):
+    rows = x.reshape(2, 15, 4, 3)
+    mean = rows.mean(axis=(1, 3), keepdims=True)
+    variance = rows.var(axis=(1, 3), keepdims=True)
+    normal = ((rows - mean) / jnp.sqrt(variance + 1e-6)).reshape(x.shape)
+    return normal * params["scale"] + params["bias"]
+
+  def ours(params, x):
+    norm = layers.GroupNorm(jnp.dtype(jnp.float32), 4)
+    return norm.apply({"params": params}, x)
+
+  def both(function, dtype):
+    inputs = jax.tree.map(
+      lambda a: jnp.asarray(a, dtype), (params, x, cotangent)
+    )
+    out, vjp = jax.vjp(function, *inputs[:2])
+    return jax.tree.map(np.asarray, (out, vjp(inputs[2])))
+
+  found = both(ours, jnp.float32)
+  with jax.enable_x64(True):
+    expected = both(plain, jnp.float64)
+  # Around 30 the input itself has 1e-6 of its spread.
+  rtol = 1e-6 if offset == 0.0 else 1e-5
+  jax.tree.map(lambda a, b: assert_close(a, b, rtol), found, expected)
