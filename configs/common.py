@@ -11,6 +11,9 @@ def _shared(task: str) -> ConfigDict:
   config = ConfigDict()
   config.task = task
   config.seed = 0
+  # Exported weights that a new run begins with: a folder, or hf://NAME of the
+  # authors' release. '': random ones.
+  config.init_from = ""
 
   config.data = ConfigDict()
   # 'digits', 'tfds:NAME', 'folder:DIR', 'tar:FILE' or 'latents:DIR'

@@ -1,33 +1,71 @@
-"""Exported parameters: a directory of msgpack and JSON, as the release has it.
+"""Exported parameters: a folder of arrays and JSON, in one of two formats.
 
+  'release', as the authors' release has it:
   DIR/params_ema/ema_params.msgpack   the parameter tree, published names
   DIR/params_ema/metadata.json        kind, model_config, step, EMA decay
 
-Ours carry the file's SHA-256 in the metadata as well; it is checked on
-loading. Loading executes nothing: msgpack holds arrays and names only.
+  'safetensors':
+  DIR/model.safetensors               the parameters, names of this package
+  DIR/config.json                     the same facts
+
+Ours carry the file's SHA-256 in the JSON as well; it is checked on loading.
+Loading executes nothing: both kinds of file hold arrays and names only.
+
+A folder may be on the hub: hf://OWNER/NAME[@REVISION][/FOLDER], or hf://NAME
+for an artifact of the release.
 """
 
 import dataclasses
 import hashlib
 import json
 import os
+import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
+import safetensors.numpy
 from etils import epath
+from flax import traverse_util
 
-from drift_jax import storage
+from drift_jax import hub, storage
 from drift_jax.models import release
 
 SUBDIRECTORY = "params_ema"
 PARAMS_FILE = "ema_params.msgpack"
 METADATA_FILE = "metadata.json"
+TENSORS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
 KINDS = ("gen", "mae", "convnext", "vae", "inception", "vit")
+# An export (tools/export.py) is a folder of such folders.
+MANIFEST_FILE = "manifest.json"
+EXPORTED, EXPORTED_VAE = "generator", "vae"
+
+# Where the release's artifacts are.
+RELEASED_REPOSITORY = "Goodeat/drifting"
+RELEASED_FOLDERS = ("models/gen/jax", "models/mae/jax")
+
+Format = Literal["release", "safetensors"]
+
+
+class _Layout(NamedTuple):
+  """The files of a format, with a folder before them or none."""
+
+  subdirectory: str
+  params: str
+  metadata: str
+  name: str  # as the metadata has it
+
+
+_LAYOUTS: dict[Format, _Layout] = {
+  "release": _Layout(SUBDIRECTORY, PARAMS_FILE, METADATA_FILE, "flax.msgpack"),
+  "safetensors": _Layout("", TENSORS_FILE, CONFIG_FILE, "safetensors"),
+}
 
 
 class ArtifactError(ValueError):
@@ -39,7 +77,7 @@ class Artifact:
   """A model with its parameters.
 
   Attributes:
-    kind: 'gen', 'mae', 'convnext', 'vae', 'inception' or 'vit'.
+    kind: one of KINDS.
     module: the linen module.
     params: its parameters under this package's names.
     metadata: what metadata.json says.
@@ -62,48 +100,63 @@ def save(
   step: int | None,
   ema_decay: float | None,
   source: Mapping[str, Any] | None = None,
+  facts: Mapping[str, Any] | None = None,
+  format: Format = "release",
 ) -> epath.Path:
   """Writes an artifact; the metadata comes last, so a torn one has none.
 
   One that was there before stays whole until the new one is on the disk.
 
   Args:
-    directory: gets a folder params_ema.
-    kind: 'gen', 'mae', 'convnext', 'vae', 'inception' or 'vit'.
+    directory: gets the files, those of 'release' in a folder params_ema.
+    kind: one of KINDS.
     model_config: the release's own names (release.published_config).
-    params: this package's names.
+    params: this package's names; float32, in 'safetensors' bfloat16 as well.
     step: training steps behind the parameters; None if not trained here.
     ema_decay: of the average that these are; None if not trained here.
     source: where converted parameters came from; plain values.
+    facts: more of the metadata, plain values: a generator's 'alpha_range' and
+      'class_names'.
+    format: 'release' or 'safetensors'.
 
   Returns:
     The directory.
   """
-  folder = epath.Path(directory) / SUBDIRECTORY
+  layout = _LAYOUTS[format]
+  folder = epath.Path(directory) / layout.subdirectory
   folder.mkdir(parents=True, exist_ok=True)
-  tree = release.to_release(kind, model_config, jax.device_get(params))
-  data = flax.serialization.msgpack_serialize(jax.tree.map(np.asarray, tree))
+  params = jax.tree.map(np.asarray, jax.device_get(params))
+  # The same names and shapes, or it is an error, in both formats.
+  tree = release.to_release(kind, model_config, params)
+  if format == "release":
+    data = flax.serialization.msgpack_serialize(tree)
+  else:
+    flat = traverse_util.flatten_dict(params, sep="/")
+    data = safetensors.numpy.save(
+      {name: np.ascontiguousarray(array) for name, array in flat.items()}
+    )
   metadata = {
-    "format": "flax.msgpack",
+    "format": layout.name,
     "kind": kind,
     "backend": "jax",
     "ema_decay": ema_decay,
     "step": step,
-    "path": f"{SUBDIRECTORY}/{PARAMS_FILE}",
+    "path": str(pathlib.PurePosixPath(layout.subdirectory, layout.params)),
     "model_config": dict(model_config),
     "sha256": hashlib.sha256(data).hexdigest(),
   }
   if source is not None:
     metadata["source"] = dict(source)
+  metadata |= facts or {}
   contents = {
-    PARAMS_FILE: data,
-    METADATA_FILE: json.dumps(metadata, indent=2).encode(),
+    layout.params: data,
+    layout.metadata: json.dumps(metadata, indent=2).encode(),
   }
   temporaries = {name: folder / (name + ".tmp") for name in contents}
   try:
     for name, temporary in temporaries.items():
       temporary.write_bytes(contents[name])
-    (folder / METADATA_FILE).unlink(missing_ok=True)
+    (folder / layout.metadata).unlink(missing_ok=True)
     for name, temporary in temporaries.items():
       temporary.replace(folder / name)
   finally:
@@ -118,26 +171,18 @@ def load(
   """Reads an artifact of ours or of the release.
 
   Args:
-    directory: holds params_ema, or is that folder.
+    directory: holds an artifact's files, or is an export, whose generator is
+      read; or hf://NAME, hf://OWNER/NAME[@REVISION][/FOLDER].
     dtype: 'float32' or 'bfloat16': computation and storage in it; None keeps
-      float32 parameters and the model's own precision.
+      the parameters as they are stored and the model's own precision.
 
   Raises:
     ArtifactError: files missing, truncated, of an unknown kind, or parameters
       that do not fit the model (the first differences are listed).
     StorageError: a bucket that can't be read.
   """
-  storage.check(directory)
-  folder = epath.Path(directory)
-  if (folder / SUBDIRECTORY).is_dir():
-    folder = folder / SUBDIRECTORY
-  metadata_path = folder / METADATA_FILE
-  if not metadata_path.exists():
-    raise ArtifactError(
-      f"no exported model in {directory}: {metadata_path} is missing (encoder "
-      "training writes WORKDIR/encoder when it ends; python -m "
-      "drift_jax.tools.convert_weights makes one of published weights)"
-    )
+  folder, layout = _find(os.fspath(directory))
+  metadata_path, params_path = folder / layout.metadata, folder / layout.params
   try:
     metadata = json.loads(metadata_path.read_text())
     kind, model_config = metadata["kind"], dict(metadata["model_config"])
@@ -147,10 +192,9 @@ def load(
     raise ArtifactError(
       f"{metadata_path}: kind={kind!r}, valid options are {list(KINDS)}"
     )
-  params_path = folder / PARAMS_FILE
   if not params_path.exists():
     raise ArtifactError(
-      f"{params_path} is missing beside its {METADATA_FILE}: copy the whole "
+      f"{params_path} is missing beside its {layout.metadata}: copy the whole "
       "folder, or export it again"
     )
   data = params_path.read_bytes()
@@ -158,17 +202,15 @@ def load(
   if metadata.get("sha256", digest) != digest:
     raise ArtifactError(
       f"{params_path} ({len(data)} bytes) is damaged: its SHA-256 is "
-      f"not the one in {METADATA_FILE}; export it again"
+      f"not the one in {layout.metadata}; export it again"
     )
+  read = _read_release if layout.params == PARAMS_FILE else _read_safetensors
+  what = f"{params_path} ({len(data)} bytes, beginning with {data[:8]!r})"
+  tree = read(data, what)
+  del data
   try:
-    tree: Any = flax.serialization.msgpack_restore(data)
-  except (ValueError, TypeError, KeyError) as error:
-    raise ArtifactError(
-      f"{params_path} ({len(data)} bytes) is no complete msgpack: {error!r}"
-    ) from error
-  try:
-    module, params = release.from_release(
-      kind, _in_dtype(model_config, dtype), tree
+    module, params = _fitted(
+      kind, _in_dtype(model_config, dtype), tree, layout.params == PARAMS_FILE
     )
   except ValueError as error:
     raise ArtifactError(f"{folder}: {error}") from error
@@ -177,13 +219,152 @@ def load(
   return Artifact(kind, module, params, metadata, digest)
 
 
+def _read_release(data: bytes, what: str) -> Any:
+  try:
+    return flax.serialization.msgpack_restore(data)
+  # What it raises of bytes that are no msgpack is an open list.
+  except Exception as error:
+    raise ArtifactError(f"{what} is no complete msgpack: {error!r}") from error
+
+
+def _read_safetensors(data: bytes, what: str) -> Any:
+  try:
+    flat = safetensors.numpy.load(data)
+  except (safetensors.SafetensorError, ValueError) as error:
+    raise ArtifactError(
+      f"{what} is no complete safetensors file: {error}"
+    ) from error
+  return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _fitted(
+  kind: str, model_config: Mapping[str, Any], tree: Any, published: bool
+) -> tuple[nn.Module, Any]:
+  """The module and its parameters, of a tree under either kind of names.
+
+  Raises:
+    ValueError: parameters that don't fit, or are no floating-point arrays.
+  """
+  if not isinstance(tree, Mapping):
+    raise ValueError(f"it holds {type(tree).__name__}, want arrays by name")
+  flat = traverse_util.flatten_dict(dict(tree), sep="/")
+  for name, leaf in flat.items():
+    dtype = leaf.dtype if isinstance(leaf, np.ndarray) else None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+      raise ValueError(
+        f"{name} is {type(leaf).__name__} of {dtype}, want floating-point"
+        " arrays only"
+      )
+  if published:
+    return release.from_release(kind, model_config, tree)
+  module, _ = release.describe(kind, model_config)
+  release.require_parameters(
+    f"{kind!r} parameters do not fit model_config",
+    flat,
+    release.parameter_shapes(kind, model_config),
+  )
+  return module, tree
+
+
+def exists(directory: os.PathLike[str] | str) -> bool:
+  """Whether there is an artifact to load; of one on the hub, whether it can
+  be had."""
+  try:
+    _find(os.fspath(directory))
+  except ArtifactError:
+    return False
+  return True
+
+
+def _find(source: str) -> tuple[epath.Path, _Layout]:
+  """The folder that holds an artifact's files, and which they are.
+
+  Raises:
+    ArtifactError: there is none; the message says where it looked.
+  """
+  if source.startswith(hub.SCHEME):
+    return _from_hub(source)
+  storage.check(source)
+  given = epath.Path(source)
+  if (given / MANIFEST_FILE).exists():
+    given = given / EXPORTED
+  for layout in _LAYOUTS.values():
+    for folder in (given / layout.subdirectory, given):
+      if (folder / layout.metadata).exists() and (
+        layout.metadata != CONFIG_FILE or (folder / layout.params).exists()
+      ):
+        return folder, layout
+  raise ArtifactError(
+    f"no exported model in {source}: "
+    f"{given / SUBDIRECTORY / METADATA_FILE} is missing, and "
+    f"{given / TENSORS_FILE} with its {CONFIG_FILE} (encoder training writes "
+    "WORKDIR/encoder when it ends; python -m drift_jax.tools.convert_weights "
+    "makes one of published weights, python -m drift_jax.tools.export of a "
+    "generator's run)"
+  )
+
+
+def _from_hub(source: str) -> tuple[epath.Path, _Layout]:
+  """Downloads an artifact's two files, if the cache lacks them."""
+  address = hub.parse(source)
+  name = source.removeprefix("hf://")
+  if address is not None:
+    candidates = [address]
+  elif name and "/" not in name and ":" not in name:
+    name, _, revision = name.partition("@")
+    candidates = [
+      hub.Address(RELEASED_REPOSITORY, revision or None, f"{folder}/{name}")
+      for folder in RELEASED_FOLDERS
+    ]
+  else:
+    raise ArtifactError(
+      f"{source}: want hf://NAME[@REVISION] of the authors' release, or "
+      "hf://OWNER/NAME[@REVISION][/FOLDER]"
+    )
+  try:
+    for candidate in candidates:
+      for layout in _LAYOUTS.values():
+        found = _fetch(candidate, layout)
+        if found is not None:
+          return found, layout
+    has = [f for f in hub.folders(candidates[0]) if _is_listed(f)]
+  except hub.HubError as error:
+    raise ArtifactError(f"{source}: {error}") from error
+  raise ArtifactError(
+    f"{source}: {candidates[0].repository} holds no artifact "
+    f"{' or '.join(c.path or '.' for c in candidates)}; it has {has}"
+  )
+
+
+def _is_listed(folder: str) -> bool:
+  return folder.split("/")[-1] != SUBDIRECTORY
+
+
+def _fetch(address: hub.Address, layout: _Layout) -> epath.Path | None:
+  """The folder of both files in the hub's cache; None if they aren't there."""
+  folders = {layout.subdirectory, ""}
+  for folder in sorted(folders, reverse=True):
+    prefix = pathlib.PurePosixPath(address.path, folder)
+    name = str(prefix / layout.metadata)
+    metadata = hub.fetch(address._replace(path=name))
+    if metadata is None:
+      continue
+    commit = hub.commit_of(metadata, name)
+    params = hub.fetch(
+      address._replace(revision=commit, path=str(prefix / layout.params))
+    )
+    if params is not None:
+      return epath.Path(metadata.parent)
+  return None
+
+
 def abstract(
   kind: str, arguments: Mapping[str, Any], *, dtype: str | None = None
 ) -> Artifact:
   """What `load` would give of a model, with the shapes of its parameters.
 
   Args:
-    kind: 'gen', 'mae', 'convnext', 'vae', 'inception' or 'vit'.
+    kind: one of KINDS.
     arguments: of the function that builds this kind.
     dtype: see `load`.
 

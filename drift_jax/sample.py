@@ -1,125 +1,266 @@
-"""Images from a trained run: python -m drift_jax.sample --workdir=DIR ..."""
+"""Images from a generator: python -m drift_jax.sample --from=SOURCE ...
 
+  python -m drift_jax.sample --from=runs/digits --labels=3,5-7 --alpha=1.5
+  python -m drift_jax.sample --from=hf://NAME --vae=weights/vae \\
+      --labels="golden retriever" --count=16 --out=dogs.png
+  python -m drift_jax.sample --from=export --count=50 --out=samples/
+  python -m drift_jax.sample --from=export --interpolate=24 --out=walk.gif
+
+--out says what is written: a grid (.png), all images in ADM's format (.npz), a
+walk from one noise to another (.gif), or a folder of single images, which an
+interrupted command continues.
+"""
+
+import os
 import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 from absl import app, flags
+from PIL import Image
 
 from drift_jax import config as config_lib
-from drift_jax import console, experiment, metrics, sharding
+from drift_jax import console, experiment, metrics, processes, sampling
 from drift_jax.console import logger
 
-_WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder of the run.", required=True
+_FROM = flags.DEFINE_string(
+  "from",
+  None,
+  "A run's workdir, an export, an artifact's folder, hf://NAME of the authors' "
+  "release or hf://OWNER/NAME[@REVISION][/FOLDER].",
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The same, of a run.")
+_VAE = flags.DEFINE_string(
+  "vae", "", "Of an artifact: the autoencoder behind its latents."
 )
 _LABELS = flags.DEFINE_list(
-  "labels", None, "Class indices, e.g. 3,7; all classes if not given."
+  "labels",
+  None,
+  "Class indices, ranges and names, e.g. 3,5-7,tench; all if not given. A name "
+  "that holds a comma: '\"great white shark, white shark\"'.",
 )
 _ALPHA = flags.DEFINE_float("alpha", 1.0, "Guidance scale.")
 _SEED = flags.DEFINE_integer(
-  "seed", 0, "Of noise and style.", lower_bound=0, upper_bound=2**32 - 1
+  "seed",
+  0,
+  "Of noise and style.",
+  lower_bound=0,
+  upper_bound=sampling.MAX_SEED,
+)
+_STYLE = flags.DEFINE_list(
+  "style",
+  None,
+  "Style indices that all images share: one for all tokens, or one for each; "
+  "-1 leaves one to chance, as all are if this is not given.",
 )
 _COUNT = flags.DEFINE_integer(
   "count", 10, "Images of each label: a row of the grid.", lower_bound=1
 )
+_BATCH = flags.DEFINE_integer(
+  "batch_size",
+  sampling.BATCH_SIZE,
+  "Images at a time, on all devices.",
+  lower_bound=1,
+)
 _STEP = flags.DEFINE_integer(
-  "step", None, "Checkpoint; the best one, else the newest, if not given."
+  "step",
+  None,
+  "Of a run: checkpoint; the best one, else the newest, if not given.",
 )
 _EMA_DECAY = flags.DEFINE_float(
-  "ema_decay", None, "Which EMA; the evaluated one if not given."
+  "ema_decay", None, "Of a run: which EMA; the evaluated one if not given."
 )
-_OUT = flags.DEFINE_string("out", "grid.png", "PNG to write.")
+_INTERPOLATE = flags.DEFINE_integer(
+  "interpolate",
+  None,
+  "Frames of a walk from one noise to another, there and back, as a .gif.",
+  lower_bound=2,
+)
+_OUT = flags.DEFINE_string(
+  "out", "grid.png", "FILE.png, FILE.npz, FILE.gif, or a folder for .png files."
+)
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator",
+  "",
+  "HOST:PORT of process 0 where several share the work; auto: found by itself.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is.")
 
-BATCH_SIZE = 256
-
-
-def parse_labels(names: list[str] | None, num_classes: int) -> np.ndarray:
-  """Class indices from strings.
-
-  Raises:
-    ConfigError: naming the entry that is no class index.
-  """
-  if not names:
-    return np.arange(num_classes, dtype=np.int32)
-  for name in names:
-    # Not isdigit, which is true of '²' as well.
-    if not name.strip().isdecimal() or int(name) >= num_classes:
-      raise config_lib.ConfigError(
-        f"--labels={','.join(names)}: {name!r} is no class index in "
-        f"[0, {num_classes})"
-      )
-  return np.array([int(name) for name in names], np.int32)
+_FILES = (".png", ".npz", ".gif")
+_FRAME_MS = 80
 
 
-def sample(
-  workdir: str,
-  *,
-  labels: list[str] | None,
-  alpha: float,
-  seed: int,
-  count: int,
-  step: int | None = None,
-  ema_decay: float | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-  """Draws `count` images of each label from a trained run.
+def parse_style(values: list[str] | None) -> list[int] | None:
+  """Style indices of the flag; ConfigError names the entry that is none."""
+  if values is None:
+    return None
+  try:
+    return [int(value) for value in values]
+  except ValueError as error:
+    raise config_lib.ConfigError(f"--style: {error}") from error
 
-  Image i depends on (seed, i, its label, alpha) alone.
 
-  Args:
-    workdir: of the run.
-    labels: class indices as strings; None for all classes.
-    alpha: guidance scale, inside the trained range.
-    seed: of noise and style.
-    count: images of each label.
-    step: checkpoint; None for the best, else the newest.
-    ema_decay: which average; None for the evaluated one.
-
-  Returns:
-    (images [L * count, H, W, C] float32 in [-1, 1], labels [L * count]).
-
-  Raises:
-    ConfigError: labels or alpha outside what was trained; no run there.
-    CheckpointError: no usable checkpoint.
-  """
-  mesh = sharding.make_mesh()
-  run = experiment.load_generator(workdir, mesh, step=step, ema_decay=ema_decay)
-  classes = parse_labels(labels, run.config.model.num_classes)
-  experiment.check_alphas([alpha], run.config.guidance)
-  sample_fn = experiment.make_sampler(run.task, mesh, seed)(run.params)
-  decode = experiment.make_decoder(run.vae, mesh)
-  wanted = np.repeat(classes, count)
-  batches = list(
-    metrics.generate(
-      sample_fn,
-      wanted,
-      alpha,
-      batch_size=experiment.pad_to_mesh(min(BATCH_SIZE, len(wanted)), mesh),
+def source_of(source: str | None, workdir: str | None) -> str:
+  """The one place that --from or --workdir names."""
+  if (source is None) == (workdir is None):
+    given = "both" if source is not None else "neither"
+    raise config_lib.ConfigError(
+      f"give --from=SOURCE, or --workdir=DIR of a run; got {given}"
     )
-  )
-  logger.info("%d images from step %d of %s.", len(wanted), run.step, workdir)
-  images = [experiment.gathered(b, decode(b.samples)) for b in batches]
-  return np.concatenate(images), wanted
+  found = workdir if source is None else source
+  assert found is not None
+  return found
+
+
+def check_out(out: str, interpolate: int | None) -> str:
+  """The suffix of a file, '' of a folder.
+
+  Raises:
+    ConfigError: a suffix that nothing here writes, or of something else than is
+      asked for.
+  """
+  suffix = os.path.splitext(out)[1].lower()
+  if os.path.isdir(out) or out.endswith("/"):
+    suffix = ""
+  if suffix not in ("", *_FILES):
+    raise config_lib.ConfigError(
+      f"--out={out}: {suffix!r} is none of {list(_FILES)}; a folder ends in /"
+    )
+  if (suffix == ".gif") != (interpolate is not None):
+    raise config_lib.ConfigError(
+      f"--out={out} with --interpolate={interpolate}: a .gif is a walk of "
+      "--interpolate=FRAMES, and only a .gif is"
+    )
+  return suffix
 
 
 def main(argv: list[str]) -> None:
-  """Writes the grid that the flags ask for."""
+  """Writes what the flags ask for."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   console.setup()
   try:
-    images, _ = sample(
-      _WORKDIR.value,
-      labels=_LABELS.value,
-      alpha=_ALPHA.value,
-      seed=_SEED.value,
-      count=_COUNT.value,
-      step=_STEP.value,
-      ema_decay=_EMA_DECAY.value,
-    )
-    metrics.save_png(experiment.grid_image(images, _COUNT.value), _OUT.value)
+    _run()
   except experiment.ERRORS as error:
     sys.exit(f"Error: {error}")
-  logger.info("Wrote %s.", _OUT.value)
+
+
+def _run() -> None:
+  with experiment.naming("processes"):
+    processes.initialize(
+      _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+    )
+  console.setup(processes.index())
+  source = source_of(_FROM.value, _WORKDIR.value)
+  out = _OUT.value
+  suffix = check_out(out, _INTERPOLATE.value)
+  style = parse_style(_STYLE.value)
+  model = sampling.load(
+    source, vae=_VAE.value, step=_STEP.value, ema_decay=_EMA_DECAY.value
+  )
+  labels = np.repeat(model.labels(_LABELS.value), _COUNT.value)
+  provenance = dict(model.generator.provenance)
+  described = ", ".join(f"{key} {value}" for key, value in provenance.items())
+  logger.info("Sampling from %s.", described)
+  asked = {"alpha": _ALPHA.value, "seed": _SEED.value, "style": style}
+  rows = {"labels": _LABELS.value, "count": _COUNT.value}
+  if suffix == ".gif":
+    assert _INTERPOLATE.value is not None
+    write_gif(
+      model.interpolate(**rows, **asked, frames=_INTERPOLATE.value), out
+    )
+  elif suffix == ".png":
+    samples = model.sample(**rows, **asked, batch_size=_BATCH.value)
+    if processes.is_first():
+      samples.save(out)
+  else:
+    write = write_npz if suffix == ".npz" else write_folder
+    with experiment.naming("out"):
+      write(model, labels, asked, _BATCH.value, out)
+  logger.info("Wrote %s.", out)
+
+
+def write_gif(frames: Sequence[sampling.Samples], out: str) -> None:
+  """Grids of all frames, there and back, as an endless animation."""
+  pictures = [Image.fromarray(frame.grid()) for frame in frames]
+  pictures += pictures[-2:0:-1]
+  if processes.is_first():
+    with metrics.replacing(out) as temporary:
+      pictures[0].save(
+        temporary,
+        format="gif",
+        save_all=True,
+        append_images=pictures[1:],
+        duration=_FRAME_MS,
+        loop=0,
+      )
+
+
+def write_npz(
+  model: sampling.Sampler,
+  labels: np.ndarray,
+  asked: Mapping[str, Any],
+  batch_size: int,
+  out: str,
+) -> None:
+  """All images in ADM's format; the file appears when it is whole."""
+  writer = metrics.SampleWriter([out], labels)
+  progress = console.Progress("Sampling", len(labels))
+  try:
+    writer.reset()
+    for batch in model.batches(labels, **asked, batch_size=batch_size):
+      writer.update(batch)
+      progress.update(batch_total(batch))
+    writer.result()
+  finally:
+    writer.close()
+    rate = progress.close()
+  logger.info("%.4g images/s.", rate)
+
+
+def write_folder(
+  model: sampling.Sampler,
+  labels: np.ndarray,
+  asked: Mapping[str, Any],
+  batch_size: int,
+  out: str,
+) -> None:
+  """Each image in its own file; those that are there already are left.
+
+  Raises:
+    ValueError: a folder of other images.
+  """
+  facts = {**asked, **model.generator.provenance}
+  folder = metrics.SampleFolder(out, facts, labels.tolist())
+  numbers = folder.missing()
+  if len(numbers) < len(labels):
+    logger.info(
+      "%s holds %d of %d images.",
+      out,
+      len(labels) - len(numbers),
+      len(labels),
+    )
+  progress = console.Progress("Sampling", len(numbers))
+  try:
+    if len(numbers):
+      batches = model.batches(
+        labels, **asked, batch_size=batch_size, numbers=numbers
+      )
+      for batch in batches:
+        folder.update(batch)
+        progress.update(batch_total(batch))
+  finally:
+    folder.close()
+    rate = progress.close()
+  logger.info("%.4g images/s.", rate)
+
+
+def batch_total(batch: metrics.Batch) -> int:
+  """Images of a batch, about, of all processes."""
+  return len(batch.index) * jax.process_count()
 
 
 if __name__ == "__main__":

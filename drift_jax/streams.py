@@ -10,7 +10,7 @@ import numpy as np
 USES = ("params", "train", "queue", "sample", "mask")
 
 
-def stream(seed: int, use: str) -> jax.Array:
+def stream(seed: int | jax.Array, use: str) -> jax.Array:
   """The root key of one use: fold_in(key(seed), CRC-32 of its name).
 
   Streams of different uses share no key, whatever small integers (steps,

@@ -58,7 +58,10 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   feed = experiment.generator_feed(config, readers.train)
   evaluation = Evaluation(config, encoders, task, readers, vae, mesh)
   path = experiment.open_workdir(
-    workdir, config, experiment.frozen_sums(encoders, vae)
+    workdir,
+    config,
+    experiment.frozen_sums(encoders, vae),
+    readers.train.class_names,
   )
 
   def put(batch: Any) -> steps.GeneratorBatch:
@@ -71,6 +74,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
       mesh,
       name="generator",
       init_params=experiment.init_generator(task),
+      start_params=experiment.start_params(config),
       step=functools.partial(steps.train_step, task=task),
       frozen={n: encoders[n].params for n in task.features.encoders},
       feed=feed,

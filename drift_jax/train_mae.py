@@ -67,7 +67,10 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   feed = experiment.mae_feed(config, readers.train)
   evaluate = held_out_evaluation(config, task, readers, vae_params, mesh)
   path = experiment.open_workdir(
-    workdir, config, experiment.frozen_sums({}, vae)
+    workdir,
+    config,
+    experiment.frozen_sums({}, vae),
+    readers.train.class_names,
   )
 
   def put(batch: Any) -> steps.MaeBatch:
@@ -81,6 +84,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
       mesh,
       name="encoder with decoder",
       init_params=experiment.init_mae(task, input_shape),
+      start_params=experiment.start_params(config),
       step=functools.partial(steps.mae_step, task=task),
       frozen=vae_params,
       feed=feed,

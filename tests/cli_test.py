@@ -205,7 +205,7 @@ def test_sample_of_a_digit_that_is_no_number(run, tmp_path):
     f"--out={tmp_path / 'no.png'}",
     "--labels=3,²",
   )
-  assert_one_line(done, "--labels=3,²: '²' is no class index in [0, 10)")
+  assert_one_line(done, "labels: '²' is no class index in [0, 10)")
 
 
 def test_evaluate_more_images_than_there_are(run):

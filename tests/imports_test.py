@@ -13,6 +13,7 @@ RANKS = {
   "sharding": 0,
   "config": 0,
   "console": 0,
+  "hub": 0,
   "hlo": 0,
   "streams": 0,
   "data": 1,
@@ -27,11 +28,13 @@ RANKS = {
   "steps": 3,
   "experiment": 4,
   "evaluate": 5,
-  "sample": 5,
+  "sampling": 5,
+  "sample": 6,
+  "serve": 6,
   "tools": 5,
   "train": 5,
   "train_mae": 5,
-  "main": 6,
+  "main": 7,
 }
 # What pure code must not touch: configs, meshes, files and clocks.
 FORBIDDEN_IN_PURE = {

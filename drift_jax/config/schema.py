@@ -275,6 +275,7 @@ class GeneratorConfig(Section):
 
   task: str
   seed: int
+  init_from: str
   data: Data
   vae: Vae
   model: GeneratorModel
@@ -298,6 +299,7 @@ class MaeConfig(Section):
 
   task: str
   seed: int
+  init_from: str
   data: Data
   vae: Vae
   model: MaeModel

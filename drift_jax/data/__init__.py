@@ -1,6 +1,6 @@
 """Data: sources, readers, the Grain loader, the sample queue and the feeds."""
 
-from drift_jax.data.encoded import NoSplitError
+from drift_jax.data.encoded import NoSplitError, imagenet_classes
 from drift_jax.data.errors import DataError
 from drift_jax.data.feed import GroupedFeed, ImageFeed, QueueFeed
 from drift_jax.data.latents import LatentReader
@@ -34,5 +34,6 @@ __all__ = [
   "Source",
   "digits",
   "held_out",
+  "imagenet_classes",
   "open_source",
 ]

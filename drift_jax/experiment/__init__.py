@@ -2,14 +2,22 @@
 
 from drift_jax.experiment.evaluation import (
   TrainedGenerator,
-  check_alphas,
+  bind_sampler,
+  check_alpha,
   gathered,
   grid_image,
+  jit_interpolator,
   jit_mae_evaluation,
+  jit_sampler,
   load_exported,
   load_generator,
   make_sampler,
   sample_grid,
+)
+from drift_jax.experiment.generators import (
+  OpenedGenerator,
+  open_generator,
+  read_style,
 )
 from drift_jax.experiment.inputs import (
   Readers,
@@ -21,6 +29,7 @@ from drift_jax.experiment.inputs import (
   with_num_classes,
 )
 from drift_jax.experiment.judges import (
+  decoding,
   evaluation_labels,
   is_published,
   load_judge,
@@ -45,6 +54,7 @@ from drift_jax.experiment.networks import (
   load_vae,
   mae_input_shape,
   mae_task,
+  start_params,
 )
 from drift_jax.experiment.programs import Program, programs
 from drift_jax.experiment.reports import (
@@ -82,7 +92,9 @@ __all__ = [
   "TrainedGenerator",
   "at_end",
   "abstract_encoders",
-  "check_alphas",
+  "OpenedGenerator",
+  "bind_sampler",
+  "check_alpha",
   "check_divides",
   "check_labels",
   "check_encoders",
@@ -99,6 +111,8 @@ __all__ = [
   "init_mae",
   "is_published",
   "jit_mae_evaluation",
+  "jit_interpolator",
+  "jit_sampler",
   "load_encoders",
   "load_exported",
   "load_generator",
@@ -114,19 +128,23 @@ __all__ = [
   "make_sampler",
   "make_training",
   "check_memorisation",
+  "decoding",
   "name_of",
   "naming",
   "network_fn",
+  "open_generator",
   "open_mesh",
   "open_readers",
   "open_workdir",
   "pad_to_mesh",
   "programs",
+  "read_style",
   "report_on_images",
   "report_on_run",
   "report_on_weights",
   "run",
   "run_evaluators",
   "sample_grid",
+  "start_params",
   "with_num_classes",
 ]

@@ -1,22 +1,34 @@
 """Samplers and pictures; generators restored from a run."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from drift_jax import artifacts, metrics, processes, sharding, steps, storage
+from drift_jax import (
+  artifacts,
+  hub,
+  metrics,
+  processes,
+  sharding,
+  steps,
+  storage,
+)
 from drift_jax import config as config_lib
 from drift_jax.experiment.networks import (
+  attention_kernel_for,
   frozen_sums,
   generator_task,
   init_generator,
   load_vae,
+  unroll_for,
 )
 from drift_jax.experiment.runs import (
   CONFIG_FILE,
@@ -26,13 +38,49 @@ from drift_jax.experiment.runs import (
 from drift_jax.metrics.images import Images
 
 
-def jit_sampler(task: steps.GeneratorTask, mesh: Mesh, seed: int) -> Any:
-  """Jitted (params, labels, alpha, index) -> samples, split over the mesh."""
+def jit_sampler(task: steps.GeneratorTask, mesh: Mesh) -> Any:
+  """Jitted (params, seed, style, labels, alpha, index) -> samples.
 
-  def sample(params: Any, *of_each: jax.Array) -> jax.Array:
+  Samples and what there is one of for each are split over the mesh; of seed
+  and style, see steps.sample_step, all have the same.
+  """
+
+  def sample(
+    params: Any, seed: jax.Array, style: jax.Array, *of_each: jax.Array
+  ) -> jax.Array:
     layout = sharding.Layout(mesh, sharding.infer_specs(params, mesh))
     return steps.sample_step(
-      params, *of_each, seed=seed, task=task, layout=layout
+      params, *of_each, seed=seed, style=style, task=task, layout=layout
+    )
+
+  return jax.jit(sample, out_shardings=sharding.batch_sharding(mesh))
+
+
+def jit_interpolator(task: steps.GeneratorTask, mesh: Mesh) -> Any:
+  """Jitted (params, seed, style, angle, labels, alpha, index, other) -> images.
+
+  Of noise cos(angle) a + sin(angle) b, where a is that of the number `index`
+  and b that of `other`; the style is a's. A standard normal's for any angle.
+  """
+
+  def sample(
+    params: Any,
+    seed: jax.Array,
+    style: jax.Array,
+    angle: jax.Array,
+    labels: jax.Array,
+    alpha: jax.Array,
+    index: jax.Array,
+    other: jax.Array,
+  ) -> jax.Array:
+    draw = functools.partial(
+      steps.sample_inputs, seed=seed, style=style, task=task
+    )
+    noise, style = draw(index)
+    noise = jnp.cos(angle) * noise + jnp.sin(angle) * draw(other)[0]
+    layout = sharding.Layout(mesh, sharding.infer_specs(params, mesh))
+    return steps.generate(
+      params, labels, alpha, noise, style, task=task, layout=layout
     )
 
   return jax.jit(sample, out_shardings=sharding.batch_sharding(mesh))
@@ -53,17 +101,41 @@ def make_sampler(
   task: steps.GeneratorTask, mesh: Mesh, seed: int
 ) -> Callable[[Any], metrics.SampleFn]:
   """params -> sample_fn(labels, alpha, index) -> images; compiled once."""
-  step = jit_sampler(task, mesh, seed)
+  step = jit_sampler(task, mesh)
+  return lambda params: bind_sampler(step, params, task, mesh, seed)
 
-  def bind(params: Any) -> metrics.SampleFn:
-    def sample(
-      labels: np.ndarray, alpha: np.ndarray, index: np.ndarray
-    ) -> jax.Array:
-      return step(params, *sharding.put_batch((labels, alpha, index), mesh))
 
-    return sample
+def bind_sampler(
+  step: Any,
+  params: Any,
+  task: steps.GeneratorTask,
+  mesh: Mesh,
+  seed: int,
+  style: Sequence[int] | np.ndarray | None = None,
+) -> metrics.SampleFn:
+  """sample_fn(labels, alpha, index) of a step that `jit_sampler` made.
 
-  return bind
+  Args:
+    step: compiled for all seeds and styles.
+    params: on the mesh.
+    task: of the step.
+    mesh: where it runs.
+    seed: of noise and style.
+    style: indices that all samples share; -1 leaves one to chance. None: all.
+  """
+  shared = (
+    np.uint32(seed),
+    np.array([-1] * task.style_tokens if style is None else style, np.int32),
+  )
+  shared = jax.device_put(shared, sharding.replicated(mesh))
+
+  def sample(
+    labels: np.ndarray, alpha: np.ndarray, index: np.ndarray
+  ) -> jax.Array:
+    of_each = sharding.put_batch((labels, alpha, index), mesh)
+    return step(params, *shared, *of_each)
+
+  return sample
 
 
 def sample_grid(
@@ -136,8 +208,9 @@ def load_exported(weights: str, vae: str, mesh: Mesh) -> ExportedGenerator:
   """A generator of ours or of the release, from its folder.
 
   Args:
-    weights: folder of kind 'gen'.
-    vae: of the autoencoder behind its latents; '' for a generator of pixels.
+    weights: folder of kind 'gen', or what else artifacts.load reads.
+    vae: of the autoencoder behind its latents; '' takes that of an export, and
+      means pixels where there is none.
     mesh: where the parameters go.
 
   Raises:
@@ -149,6 +222,10 @@ def load_exported(weights: str, vae: str, mesh: Mesh) -> ExportedGenerator:
       f"{weights} holds a model of kind {artifact.kind!r}, want 'gen'"
     )
   module: Any = artifact.module
+  module = module.clone(
+    attention_kernel=attention_kernel_for("auto", mesh),
+    unroll=unroll_for(module.depth, mesh),
+  )
   task = steps.GeneratorTask(
     generator=module,
     features=steps.FeatureSpace(encoders={}, options={}, sample=True),
@@ -162,6 +239,9 @@ def load_exported(weights: str, vae: str, mesh: Mesh) -> ExportedGenerator:
   params = jax.device_put(
     artifact.params, sharding.infer_sharding(artifact.params, mesh)
   )
+  if not vae and not weights.startswith(hub.SCHEME):
+    own = epath.Path(weights) / artifacts.EXPORTED_VAE
+    vae = str(own) if own.exists() else ""
   section = config_lib.Vae(path=vae, dtype="float32", sharding="fsdp", model={})
   return ExportedGenerator(
     task, params, module.num_classes, load_vae(section, mesh), artifact
@@ -240,13 +320,10 @@ def load_generator(
   return TrainedGenerator(config, task, params, step, vae)
 
 
-def check_alphas(
-  alphas: Sequence[float], guidance: config_lib.Guidance
-) -> None:
+def check_alpha(alpha: float, trained: tuple[float, float]) -> None:
   """Raises ConfigError for an alpha outside the trained range."""
-  for alpha in alphas:
-    if not guidance.minimum <= alpha <= guidance.maximum:
-      raise config_lib.ConfigError(
-        f"alpha={alpha}: this generator was trained for alpha in "
-        f"[{guidance.minimum}, {guidance.maximum}]"
-      )
+  if not trained[0] <= alpha <= trained[1]:
+    raise config_lib.ConfigError(
+      f"alpha={alpha}: this generator was trained for alpha in "
+      f"[{trained[0]}, {trained[1]}]"
+    )

@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 
 from drift_jax import artifacts, drift, models, sharding, steps
 from drift_jax import config as config_lib
+from drift_jax.console import logger
 from drift_jax.experiment.runs import naming
 from drift_jax.models.vae import Vae
 
@@ -109,18 +109,50 @@ def _check_model(
   artifact: artifacts.Artifact,
 ) -> None:
   """Raises ArtifactError where the weights are not of KEY.model."""
-  want = _described(key, section, (artifact.kind,)).metadata["model_config"]
-  have = artifact.metadata["model_config"]
+  _check_same(
+    f"{key}.path={section.path!r}",
+    artifact,
+    _described(key, section, (artifact.kind,)),
+    f"give the path of that model, or describe this one in {key}.model ({{}} "
+    "takes any)",
+  )
+
+
+def _check_same(
+  what: str,
+  artifact: artifacts.Artifact,
+  want: artifacts.Artifact,
+  remedy: str,
+) -> None:
+  """Raises ArtifactError where an artifact is of another model than wanted."""
+  have, wanted = (x.metadata["model_config"] for x in (artifact, want))
   different = [
-    f"{name}: {have[name]!r}, want {want[name]!r}"
-    for name in sorted(set(want) & set(have) - set(_PRECISION))
-    if have[name] != want[name]
+    f"{name}: {have[name]!r}, want {wanted[name]!r}"
+    for name in sorted(set(wanted) & set(have) - set(_PRECISION))
+    if have[name] != wanted[name]
   ]
   if different:
     raise artifacts.ArtifactError(
-      f"{key}.path={section.path!r} holds another model than {key}.model: "
-      f"{'; '.join(different)}. Give the path of that model, or describe this "
-      f"one in {key}.model ({{}} takes any)"
+      f"{what} holds another model than the config describes: "
+      f"{'; '.join(different)}; {remedy}"
+    )
+  # What the metadata of a published model leave out shows in the shapes.
+  shapes = [
+    {
+      jax.tree_util.keystr(path, simple=True, separator="/"): x.shape
+      for path, x in jax.tree.leaves_with_path(x.params)
+    }
+    for x in (artifact, want)
+  ]
+  different = [
+    f"{name}: {shapes[0].get(name)}, want {shape}"
+    for name, shape in shapes[1].items()
+    if shapes[0].get(name) != shape
+  ]
+  if different:
+    raise artifacts.ArtifactError(
+      f"{what} has parameters of other shapes than the config describes: "
+      f"{'; '.join(different[:5])}; {remedy}"
     )
 
 
@@ -132,7 +164,7 @@ def _abstract(
 ) -> artifacts.Artifact:
   if section.model:
     artifact = _as_frozen(_described(key, section, kinds), section)
-  elif epath.Path(section.path).exists():
+  elif artifacts.exists(section.path):
     artifact = _load(key, section, kinds)
   else:
     raise artifacts.ArtifactError(
@@ -254,7 +286,7 @@ def kernel_for(kernels: str, mesh: Mesh) -> drift.Kernel:
   return "xla" if kernels == "xla" else "pallas"
 
 
-def _unroll(depth: int, mesh: Mesh) -> int:
+def unroll_for(depth: int, mesh: Mesh) -> int:
   """Blocks in a round of the loop over the generator's depth.
 
   A loop copies what it keeps for the backward pass into stacks. CPUs feel it:
@@ -283,7 +315,7 @@ def generator_task(
     generator = models.build_generator(**dataclasses.asdict(model))
   generator = generator.clone(
     attention_kernel=attention_kernel_for(config.train.kernels, mesh),
-    unroll=_unroll(model.depth, mesh),
+    unroll=unroll_for(model.depth, mesh),
   )
   return steps.GeneratorTask(
     generator=generator,
@@ -298,6 +330,45 @@ def generator_task(
     groups=config.batch.labels // at_once,
     exact=config.train.accum_scalars == "exact",
   )
+
+
+def start_params(
+  config: config_lib.GeneratorConfig | config_lib.MaeConfig,
+) -> Callable[[], Any] | None:
+  """What loads the parameters that config.init_from names; None for none.
+
+  They are checked against config.model, and raise ArtifactError where they are
+  of another one.
+  """
+  if not config.init_from:
+    return None
+  kind = "gen" if isinstance(config, config_lib.GeneratorConfig) else "mae"
+  return functools.partial(_load_start, config.init_from, kind, config.model)
+
+
+def _load_start(
+  path: str,
+  kind: str,
+  model: config_lib.GeneratorModel | config_lib.MaeModel,
+) -> Any:
+  try:
+    artifact = artifacts.load(path, dtype="float32")
+  except artifacts.ArtifactError as error:
+    raise artifacts.ArtifactError(f"init_from: {error}") from error
+  if artifact.kind != kind:
+    raise artifacts.ArtifactError(
+      f"init_from={path!r} holds a model of kind {artifact.kind!r}, but this "
+      f"config trains one of kind {kind!r}"
+    )
+  want = artifacts.abstract(kind, dataclasses.asdict(model))
+  _check_same(
+    f"init_from={path!r}",
+    artifact,
+    want,
+    "change config.model to that of the weights, or take other weights",
+  )
+  logger.info("Starting from the weights of %s.", path)
+  return artifact.params
 
 
 def init_generator(task: steps.GeneratorTask) -> Callable[[jax.Array], Any]:

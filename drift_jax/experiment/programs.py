@@ -117,9 +117,11 @@ def _of_generator(
     ),
     Program(
       "sample",
-      jit_sampler(task, mesh, config.seed),
+      jit_sampler(task, mesh),
       {
         "params": training.abstract.params,
+        "seed": jax.ShapeDtypeStruct((), jnp.uint32),
+        "style": jax.ShapeDtypeStruct((task.style_tokens,), jnp.int32),
         "labels": indices,
         "alpha": _batch(mesh, count),
         "index": indices,

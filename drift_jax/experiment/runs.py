@@ -6,7 +6,7 @@ import functools
 import json
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -34,6 +34,7 @@ from drift_jax.state import TrainState
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "frozen_weights.json"
+CLASSES_FILE = "classes.json"
 CHECKPOINTS = "checkpoints"
 # What ends a program with one line: its message says what to do about it.
 ERRORS = (
@@ -112,9 +113,12 @@ def check_workdir(workdir: str) -> None:
 
 
 def open_workdir(
-  workdir: str, config: AnyConfig, frozen: Mapping[str, str]
+  workdir: str,
+  config: AnyConfig,
+  frozen: Mapping[str, str],
+  class_names: Sequence[str],
 ) -> epath.Path:
-  """Creates the workdir; writes config.json and the frozen weights' sums.
+  """Creates the workdir; writes the config, the classes, the weights' sums.
 
   Where the workdir holds a checkpoint already, the config and the frozen
   weights must be those of that run. The first process does it for all.
@@ -123,6 +127,7 @@ def open_workdir(
     workdir: of the run.
     config: resolved.
     frozen: {'encoders.NAME' or 'vae': SHA-256 of its weights}.
+    class_names: one for each label.
 
   Raises:
     ConfigError: if the workdir holds a run of another experiment, or is not
@@ -130,7 +135,9 @@ def open_workdir(
     PeerError: what the first process raised, in the others.
   """
   path = epath.Path(workdir)
-  processes.from_first(functools.partial(_write_facts, path, config, frozen))
+  processes.from_first(
+    functools.partial(_write_facts, path, config, frozen, class_names)
+  )
   if not (path / CONFIG_FILE).exists():
     raise config_lib.ConfigError(
       f"--workdir={workdir}: process {processes.index()} does not see the "
@@ -141,7 +148,10 @@ def open_workdir(
 
 
 def _write_facts(
-  path: epath.Path, config: AnyConfig, frozen: Mapping[str, str]
+  path: epath.Path,
+  config: AnyConfig,
+  frozen: Mapping[str, str],
+  class_names: Sequence[str],
 ) -> None:
   text = config_lib.to_json(config)
   steps_seen = list((path / CHECKPOINTS).glob("[0-9]*"))
@@ -152,6 +162,8 @@ def _write_facts(
   path.mkdir(parents=True, exist_ok=True)
   with metrics.replacing(path / CONFIG_FILE) as file:
     file.write_text(text)
+  with metrics.replacing(path / CLASSES_FILE) as file:
+    file.write_text(json.dumps(list(class_names), indent=1))
   if frozen:
     with metrics.replacing(path / WEIGHTS_FILE) as file:
       file.write_text(json.dumps(frozen, indent=2))
@@ -178,6 +190,7 @@ def run(
   *,
   name: str,
   init_params: Callable[[jax.Array], Any],
+  start_params: Callable[[], Any] | None,
   step: Callable[..., tuple[TrainState, loop.Metrics]],
   frozen: Any,
   feed: loop.Feed,
@@ -193,6 +206,7 @@ def run(
     mesh: where the state lives.
     name: of the model, for the log.
     init_params: key -> parameters.
+    start_params: gives those that a new run begins with instead, on the host.
     step, frozen: see make_training.
     feed, put, best_metric: see loop.fit.
     evaluate: called with the metric writer as well.
@@ -211,7 +225,10 @@ def run(
     stack.callback(feed.close)
     checkpointer = make_checkpointer(config.checkpoint, path)
     stack.push(functools.partial(_close, checkpointer))
-    state = loop.restore_or_start(checkpointer, abstract, training.init, feed)
+    init = training.init
+    if start_params is not None:
+      init = functools.partial(_start_with, training, start_params)
+    state = loop.restore_or_start(checkpointer, abstract, init, feed)
     if int(state.step) > config.train.num_steps:
       raise config_lib.ConfigError(
         f"train.num_steps={config.train.num_steps}, but {path} holds a run of "
@@ -242,6 +259,25 @@ def run(
       writer=writer,
       preempted=preempted,
     )
+
+
+def _start_with(
+  training: "Training", start_params: Callable[[], Any]
+) -> TrainState:
+  """A new run's state with given parameters, in all its averages as well."""
+  given = start_params()
+  state = training.init()
+
+  def placed(like: Any) -> Any:
+    return jax.tree.map(
+      lambda x, shape: jax.device_put(x, shape.sharding), given, like
+    )
+
+  return dataclasses.replace(
+    state,
+    params=placed(training.abstract.params),
+    ema={d: placed(like) for d, like in training.abstract.ema.items()},
+  )
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from drift_jax.metrics.evaluators import (
   class_subset,
   features_of,
 )
-from drift_jax.metrics.files import replacing
+from drift_jax.metrics.files import PathLike, replacing
 from drift_jax.metrics.frechet import (
   FeatureStats,
   FeatureStream,
@@ -67,6 +67,7 @@ from drift_jax.metrics.sample_files import (
   SampleWriter,
   open_images,
 )
+from drift_jax.metrics.sample_folder import SampleFolder
 from drift_jax.metrics.small_sets import (
   MAX_IMAGES,
   CoverageEvaluator,
@@ -100,10 +101,12 @@ __all__ = [
   "Neighbours",
   "NetworkEvaluator",
   "PixelsFn",
+  "PathLike",
   "Provenance",
   "Reals",
   "ReferenceStats",
   "SampleFn",
+  "SampleFolder",
   "SampleWriter",
   "balanced_labels",
   "baselines",

@@ -87,6 +87,7 @@ def generate(
   *,
   batch_size: int,
   to_pixels: PixelsFn = to_rgb,
+  numbers: np.ndarray | None = None,
 ) -> Iterator[Batch]:
   """Draws one sample for each label, in batches of one compiled shape.
 
@@ -104,6 +105,7 @@ def generate(
     alpha: guidance scale, the same for all samples.
     batch_size: samples per call of all processes together.
     to_pixels: samples -> 8-bit RGB images; called where somebody asks for them.
+    numbers: [n] int32, of the samples that are wanted, where not all N are.
 
   Raises:
     ValueError: for empty or ill-shaped labels, a batch_size that the processes
@@ -117,7 +119,10 @@ def generate(
     )
   labels = labels.astype(np.int32)
   last = None
-  for index, valid in local_batches(len(labels), batch_size):
+  if numbers is None:
+    numbers = np.arange(len(labels), dtype=np.int32)
+  for position, valid in local_batches(len(numbers), batch_size):
+    index = numbers[position]
     wanted = labels[index]
     samples = sample_fn(wanted, np.full(len(index), alpha, np.float32), index)
     if samples.ndim != 4 or len(samples) != batch_size:

@@ -5,7 +5,7 @@ through whole parameters. Every random number is drawn for the whole batch
 beforehand, so that a step is the same on any mesh, up to rounding.
 """
 
-from drift_jax.steps.common import Metrics, apply, from_wire
+from drift_jax.steps.common import Metrics, apply, early_dtype, from_wire
 from drift_jax.steps.generator import (
   Draws,
   FeatureSpace,
@@ -14,8 +14,10 @@ from drift_jax.steps.generator import (
   by_label,
   draw,
   drift_metrics,
+  generate,
   generator_gradients,
   generator_loss,
+  sample_inputs,
   sample_step,
   train_step,
 )
@@ -41,12 +43,15 @@ __all__ = [
   "classification_lambda",
   "draw",
   "drift_metrics",
+  "early_dtype",
   "from_wire",
+  "generate",
   "generator_gradients",
   "generator_loss",
   "mae_eval_step",
   "mae_inputs",
   "mae_step",
+  "sample_inputs",
   "sample_step",
   "train_step",
 ]

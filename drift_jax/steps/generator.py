@@ -436,44 +436,52 @@ def train_step(
   return state, metrics | {"param_norm": optax.tree.norm(state.params)}
 
 
-def sample_step(
+def sample_inputs(
+  index: Int[Array, " n"],
+  *,
+  seed: int | Int[Array, ""],
+  task: GeneratorTask,
+  style: Int[Array, " S"] | None = None,
+) -> tuple[Float[Array, "n H W C"], Int[Array, "n S"]]:
+  """Noise and style indices of samples, of each from (seed, index[i]) alone.
+
+  Args:
+    index: numbers of the samples.
+    seed: in [0, 2**32); may be traced.
+    task: whose shapes they have.
+    style: indices that all samples share; -1 leaves one to chance. None: all.
+  """
+  root = streams.stream(seed, "sample")
+
+  def inputs_of(i: jax.Array) -> tuple[jax.Array, jax.Array]:
+    noise_key, style_key = jax.random.split(jax.random.fold_in(root, i))
+    noise = jax.random.normal(noise_key, task.sample_shape)
+    drawn = jax.random.randint(
+      style_key, (task.style_tokens,), 0, max(task.style_vocab, 1)
+    )
+    return noise, drawn
+
+  noise, drawn = jax.vmap(inputs_of)(index)
+  return noise, drawn if style is None else jnp.where(style < 0, drawn, style)
+
+
+def generate(
   params: Any,
   labels: Int[Array, " n"],
   alpha: Float[Array, " n"],
-  index: Int[Array, " n"],
+  noise: Float[Array, "n H W C"],
+  style: Int[Array, "n S"],
   *,
-  seed: int,
   task: GeneratorTask,
   layout: sharding.Layout | None = None,
-) -> Float[Array, "n H W C"]:
-  """Images in [-1, 1] by one forward pass.
+) -> Float[Array, "n H W F"]:
+  """Samples by one forward pass, on a mesh if there is a layout."""
 
-  Noise and style of sample i depend on (seed, index[i]) alone: any batch
-  size, order and number of devices gives the same images.
-  """
-
-  root = streams.stream(seed, "sample")
-
-  def noise_of(i: jax.Array) -> tuple[jax.Array, jax.Array]:
-    noise_key, style_key = jax.random.split(jax.random.fold_in(root, i))
-    noise = jax.random.normal(noise_key, task.sample_shape)
-    style = jax.random.randint(
-      style_key, (task.style_tokens,), 0, max(task.style_vocab, 1)
-    )
-    return noise, style
-
-  noise, style = jax.vmap(noise_of)(index)
-
-  def local(
-    params: Any,
-    labels: jax.Array,
-    alpha: jax.Array,
-    noise: jax.Array,
-    style: jax.Array,
-  ) -> jax.Array:
+  def local(params: Any, *inputs: jax.Array) -> jax.Array:
     generator = task.generator
     if layout is not None:
       generator, params = _gathering(generator, params, layout)
+    labels, alpha, noise, style = inputs
     return apply(generator, params, labels, alpha, noise=noise, style=style)
 
   if layout is not None:
@@ -481,3 +489,22 @@ def sample_step(
       local, layout.mesh, (layout.params, *[SPLIT] * 4), SPLIT
     )
   return local(params, labels, alpha, noise, style)
+
+
+def sample_step(
+  params: Any,
+  labels: Int[Array, " n"],
+  alpha: Float[Array, " n"],
+  index: Int[Array, " n"],
+  *,
+  seed: int | Int[Array, ""],
+  task: GeneratorTask,
+  style: Int[Array, " S"] | None = None,
+  layout: sharding.Layout | None = None,
+) -> Float[Array, "n H W F"]:
+  """Samples in [-1, 1] (or latents) of numbered noise, see sample_inputs.
+
+  Any batch size, order and number of devices gives the same ones.
+  """
+  noise, style = sample_inputs(index, seed=seed, task=task, style=style)
+  return generate(params, labels, alpha, noise, style, task=task, layout=layout)

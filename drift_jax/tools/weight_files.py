@@ -13,25 +13,19 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import huggingface_hub
 import numpy as np
 import safetensors
 import safetensors.numpy
-from huggingface_hub import errors as hub_errors
 
+from drift_jax import hub
 from drift_jax.console import logger
 from drift_jax.metrics import files
 from drift_jax.tools.conversions.layouts import CONFIG_FILE, WeightsError
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
-_HUB = re.compile(
-  r"hf://(?P<repository>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?"
-  r"(?:/(?P<file>.+))?"
-)
 _URL = re.compile(r"https?://")
 _TIMEOUT = 60  # seconds without an answer
-_MAX_FAILURE = 300  # characters of another library's message
 
 
 class Located(NamedTuple):
@@ -63,7 +57,7 @@ def locate(source: str, names: Sequence[str], sha256: str | None) -> Located:
         " from a URL; download the file and give its path"
       )
     return Located(download(source, sha256, cache_folder()), None, None)
-  if source.startswith("hf:"):
+  if source.startswith(hub.SCHEME):
     return _locate_on_hub(source, names)
   path = pathlib.Path(source)
   if path.is_dir():
@@ -78,46 +72,30 @@ def locate(source: str, names: Sequence[str], sha256: str | None) -> Located:
 
 
 def _locate_on_hub(source: str, names: Sequence[str]) -> Located:
-  match = _HUB.fullmatch(source)
-  if match is None:
+  address = hub.parse(source)
+  if address is None:
     raise WeightsError(
       f"--source={source}: want hf://OWNER/NAME, hf://OWNER/NAME/FILE or"
       " hf://OWNER/NAME@REVISION/FILE"
     )
-  repository, revision = match["repository"], match["revision"]
-  names = [match["file"]] if match["file"] else names
-  for name in names:
-    weights = _download_from_hub(source, repository, revision, name)
-    if weights is None:
-      continue
-    # All files of one snapshot: FOLDER/snapshots/COMMIT/FILE.
-    commit = weights.parents[len(pathlib.PurePosixPath(name).parts) - 1].name
-    config_name = pathlib.PurePosixPath(name).with_name(CONFIG_FILE)
-    config = _download_from_hub(source, repository, commit, str(config_name))
-    return Located(weights, config, commit)
-  raise WeightsError(f"{source}: the repository holds none of {list(names)}")
-
-
-def _download_from_hub(
-  source: str, repository: str, revision: str | None, name: str
-) -> pathlib.Path | None:
-  """The file in the hub's cache; None if the repository has no such file."""
+  names = [address.path] if address.path else names
   try:
-    return pathlib.Path(
-      huggingface_hub.hf_hub_download(repository, name, revision=revision)
-    )
-  except hub_errors.RemoteEntryNotFoundError:
-    return None
-  except hub_errors.LocalEntryNotFoundError as error:
-    # Not reached, but the cache may know from before that it isn't there.
-    cached = huggingface_hub.try_to_load_from_cache(
-      repository, name, revision=revision
-    )
-    if cached is not None and not isinstance(cached, str):
-      return None
-    raise WeightsError(f"{source}: {name}: {_one_line(error)}") from error
-  except (OSError, hub_errors.HFValidationError) as error:
-    raise WeightsError(f"{source}: {name}: {_one_line(error)}") from error
+    for name in names:
+      weights = hub.fetch(address._replace(path=name))
+      if weights is None:
+        continue
+      commit = hub.commit_of(weights, name)
+      config = hub.fetch(
+        hub.Address(
+          address.repository,
+          commit,
+          str(pathlib.PurePosixPath(name).with_name(CONFIG_FILE)),
+        )
+      )
+      return Located(weights, config, commit)
+  except hub.HubError as error:
+    raise WeightsError(f"{source}: {error}") from error
+  raise WeightsError(f"{source}: the repository holds none of {list(names)}")
 
 
 def cache_folder() -> pathlib.Path:
@@ -169,8 +147,8 @@ def download(url: str, sha256: str, folder: pathlib.Path) -> pathlib.Path:
         )
   except (OSError, http.client.HTTPException) as error:
     raise WeightsError(
-      f"{url}: {_one_line(error)} (or download the file elsewhere and give its"
-      " path)"
+      f"{url}: {hub.one_line(error)} (or download the file elsewhere and give"
+      " its path)"
     ) from error
   return path
 
@@ -190,7 +168,7 @@ def read_weights(path: pathlib.Path) -> dict[str, np.ndarray]:
         beginning = file.read(8)
       raise WeightsError(
         f"{path} ({path.stat().st_size} bytes, beginning with {beginning!r})"
-        f" is no complete safetensors file: {_one_line(error)}"
+        f" is no complete safetensors file: {hub.one_line(error)}"
       ) from error
   if path.suffix in TORCH_SUFFIXES:
     return _read_torch(path)
@@ -240,8 +218,3 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
   if not isinstance(config, dict):
     raise WeightsError(f"{path} holds {config!r}, want a dict")
   return config
-
-
-def _one_line(error: BaseException) -> str:
-  text = " ".join(str(error).split()) or type(error).__name__
-  return text if len(text) <= _MAX_FAILURE else f"{text[:_MAX_FAILURE]}..."

@@ -1,0 +1,178 @@
+"""Generators to sample from: a run, an export, an artifact, the release."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from drift_jax import artifacts, hub, steps, storage
+from drift_jax import config as config_lib
+from drift_jax.data import imagenet_classes
+from drift_jax.experiment.evaluation import load_exported, load_generator
+from drift_jax.experiment.runs import CLASSES_FILE, CONFIG_FILE
+
+# What a published generator was trained for (A.7); its metadata don't say.
+PUBLISHED_ALPHAS = (1.0, 4.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedGenerator:
+  """A generator, ready to sample, and what is known of it.
+
+  Attributes:
+    task: the static part.
+    params: one average of its parameters, on the mesh.
+    vae: the autoencoder behind its latents, or None.
+    model_config: under the published names.
+    num_classes: labels lie in [0, num_classes).
+    class_names: one for each label, or () where nobody recorded them.
+    alpha_range: guidance scales that it was trained for.
+    step: training steps behind it, if known.
+    ema_decay: of the average, if known.
+    provenance: where it comes from, fit for JSON.
+  """
+
+  task: steps.GeneratorTask
+  params: Any
+  vae: artifacts.Artifact | None
+  model_config: Mapping[str, Any]
+  num_classes: int
+  class_names: tuple[str, ...]
+  alpha_range: tuple[float, float]
+  step: int | None
+  ema_decay: float | None
+  provenance: Mapping[str, Any]
+
+
+def open_generator(
+  source: str,
+  mesh: Mesh,
+  *,
+  vae: str = "",
+  step: int | None = None,
+  ema_decay: float | None = None,
+) -> OpenedGenerator:
+  """A generator from wherever it is.
+
+  Args:
+    source: a run's workdir, an export, an artifact's folder, or hf://NAME of
+      the authors' release, hf://OWNER/NAME[@REVISION][/FOLDER].
+    mesh: where the parameters go.
+    vae: folder of the autoencoder behind the latents of an artifact; a run and
+      an export know theirs.
+    step: of a run: checkpoint; None for the best, else the newest.
+    ema_decay: of a run: which average; None for the evaluated one.
+
+  Raises:
+    ArtifactError, CheckpointError: weights that can't be loaded.
+    ConfigError: an option that this kind of source has no use for.
+    StorageError: a bucket that can't be read.
+  """
+  if _is_run(source):
+    if vae:
+      raise config_lib.ConfigError(
+        f"vae={vae!r}: {source} is a run, which has its own autoencoder"
+      )
+    return _from_run(source, mesh, step, ema_decay)
+  for name, value in (("step", step), ("ema_decay", ema_decay)):
+    if value is not None:
+      raise config_lib.ConfigError(
+        f"{name}={value!r} chooses among a run's checkpoints, but {source} is "
+        "none: leave it out"
+      )
+  return _from_artifact(source, mesh, vae)
+
+
+def _is_run(source: str) -> bool:
+  if source.startswith(hub.SCHEME):
+    return False
+  storage.check(source)
+  file = epath.Path(source) / CONFIG_FILE
+  if not file.exists():
+    return False
+  try:
+    return "task" in json.loads(file.read_text())
+  except ValueError as error:
+    raise config_lib.ConfigError(f"{file} is no JSON: {error}") from error
+
+
+def _from_run(
+  workdir: str, mesh: Mesh, step: int | None, ema_decay: float | None
+) -> OpenedGenerator:
+  run = load_generator(workdir, mesh, step=step, ema_decay=ema_decay)
+  guidance = run.config.guidance
+  decay = run.config.eval.ema_decay if ema_decay is None else ema_decay
+  file = epath.Path(workdir) / CLASSES_FILE
+  names = tuple(json.loads(file.read_text())) if file.exists() else ()
+  return OpenedGenerator(
+    task=run.task,
+    params=run.params,
+    vae=run.vae,
+    model_config=artifacts.abstract(
+      "gen", dataclasses.asdict(run.config.model)
+    ).metadata["model_config"],
+    num_classes=run.config.model.num_classes,
+    class_names=_readable(names),
+    alpha_range=(guidance.minimum, guidance.maximum),
+    step=run.step,
+    ema_decay=decay,
+    provenance={"workdir": workdir, "step": run.step, "ema_decay": decay},
+  )
+
+
+def _from_artifact(source: str, mesh: Mesh, vae: str) -> OpenedGenerator:
+  loaded = load_exported(source, vae, mesh)
+  metadata = loaded.artifact.metadata
+  names = metadata.get("class_names")
+  if names is None and loaded.num_classes == len(imagenet_classes()):
+    names = list(imagenet_classes())
+  return OpenedGenerator(
+    task=loaded.task,
+    params=loaded.params,
+    vae=loaded.vae,
+    model_config=metadata["model_config"],
+    num_classes=loaded.num_classes,
+    class_names=_readable(names or ()),
+    alpha_range=tuple(metadata.get("alpha_range", PUBLISHED_ALPHAS)),
+    step=metadata.get("step"),
+    ema_decay=metadata.get("ema_decay"),
+    provenance={
+      "weights": source,
+      "sha256": loaded.artifact.sha256,
+      "step": metadata.get("step"),
+      "ema_decay": metadata.get("ema_decay"),
+    },
+  )
+
+
+def _readable(names: Sequence[str]) -> tuple[str, ...]:
+  """WordNet ids of ImageNet's classes become their names."""
+  known = imagenet_classes()
+  return tuple(known.get(name, name) for name in names)
+
+
+def read_style(values: Sequence[int], task: steps.GeneratorTask) -> np.ndarray:
+  """Style indices [S] int32 of a list: one for all tokens, or one for each.
+
+  -1 leaves an index to chance.
+
+  Raises:
+    ConfigError: another number of them, or one out of range.
+  """
+  given = list(values) * (task.style_tokens if len(values) == 1 else 1)
+  if len(given) != task.style_tokens:
+    raise config_lib.ConfigError(
+      f"style={list(values)}: want one index, or {task.style_tokens}, one for "
+      "each style token of this generator"
+    )
+  for index in given:
+    if not -1 <= index < task.style_vocab:
+      raise config_lib.ConfigError(
+        f"style={list(values)}: {index} is not in [0, {task.style_vocab}), "
+        "nor -1, which leaves it to chance"
+      )
+  return np.array(given, np.int32)

@@ -1,0 +1,117 @@
+"""Files on the Hugging Face hub: hf://OWNER/NAME[@REVISION][/PATH].
+
+They are downloaded into the hub library's own cache, once, and checked there
+each time. HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are respected.
+"""
+
+import hashlib
+import pathlib
+import re
+from typing import NamedTuple
+
+import huggingface_hub
+from huggingface_hub import errors
+
+SCHEME = "hf:"
+
+_ADDRESS = re.compile(
+  r"hf://(?P<repository>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?"
+  r"(?:/(?P<path>.+))?"
+)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_SHA1 = re.compile(r"[0-9a-f]{40}")
+_MAX_FAILURE = 300  # characters of another library's message
+
+
+class HubError(OSError):
+  """A file that can't be had from the hub; the message says why."""
+
+
+class Address(NamedTuple):
+  """A repository, or a path in it; revision None is its newest, path '' all."""
+
+  repository: str
+  revision: str | None
+  path: str
+
+
+def parse(source: str) -> Address | None:
+  """The parts of hf://OWNER/NAME[@REVISION][/PATH]; None if it isn't one."""
+  match = _ADDRESS.fullmatch(source)
+  if match is None:
+    return None
+  return Address(match["repository"], match["revision"], match["path"] or "")
+
+
+def fetch(address: Address) -> pathlib.Path | None:
+  """The file in the hub's cache; None if the repository has no such file.
+
+  Raises:
+    HubError: not reached and not in the cache, no such repository or revision,
+      or not the bytes that the hub names the file by.
+  """
+  repository, revision, name = address
+  try:
+    path = pathlib.Path(
+      huggingface_hub.hf_hub_download(repository, name, revision=revision)
+    )
+  except errors.RemoteEntryNotFoundError:
+    return None
+  except errors.LocalEntryNotFoundError as error:
+    # Not reached, but the cache may know from before that it isn't there.
+    cached = huggingface_hub.try_to_load_from_cache(
+      repository, name, revision=revision
+    )
+    if cached is not None and not isinstance(cached, str):
+      return None
+    raise HubError(f"{name}: {one_line(error)}") from error
+  except (OSError, errors.HFValidationError) as error:
+    raise HubError(f"{name}: {one_line(error)}") from error
+  _check(path)
+  return path
+
+
+def commit_of(path: pathlib.Path, name: str) -> str:
+  """The commit that a fetched file is of: FOLDER/snapshots/COMMIT/NAME."""
+  return path.parents[len(pathlib.PurePosixPath(name).parts) - 1].name
+
+
+def folders(address: Address) -> list[str]:
+  """Folders of a repository, sorted; none where it can't be asked."""
+  try:
+    names = huggingface_hub.list_repo_files(
+      address.repository, revision=address.revision
+    )
+  except (OSError, errors.HFValidationError):
+    return []
+  return sorted(
+    {str(pathlib.PurePosixPath(name).parent) for name in names} - {"."}
+  )
+
+
+def _check(path: pathlib.Path) -> None:
+  """Raises HubError unless the bytes are those that the file is named by.
+
+  The cache holds a link to a file whose name is its content's: the SHA-256 of a
+  large file, git's SHA-1 of a small one.
+  """
+  blob = path.resolve()
+  if _SHA256.fullmatch(blob.name):
+    digest = hashlib.sha256()
+  elif _SHA1.fullmatch(blob.name):
+    digest = hashlib.sha1(b"blob %d\0" % blob.stat().st_size)
+  else:
+    return  # a cache without links, where the file system has none
+  with blob.open("rb") as file:
+    found = hashlib.file_digest(file, lambda: digest).hexdigest()
+  if found != blob.name:
+    raise HubError(
+      f"{path} ({blob.stat().st_size} bytes) is damaged: its checksum is "
+      f"{found}, not {blob.name}; remove {blob} and try again"
+    )
+
+
+def one_line(error: BaseException) -> str:
+  """Another library's message, on one line of bounded length."""
+  text = " ".join(str(error).split()) or type(error).__name__
+  return text if len(text) <= _MAX_FAILURE else f"{text[:_MAX_FAILURE]}..."

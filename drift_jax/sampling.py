@@ -1,0 +1,358 @@
+"""Generators in Python: load, sample, show.
+
+model = drift_jax.load("runs/digits")   # or an export, or hf://NAME
+samples = model.sample(["3", "7"], count=8, alpha=1.5, seed=0)
+samples.show()
+"""
+
+import dataclasses
+import difflib
+import io
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from drift_jax import experiment, metrics, sharding
+from drift_jax.config import ConfigError
+
+BATCH_SIZE = 256
+MAX_SEED = 2**32 - 1
+_LISTED = 5
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Samples:
+  """Images and what they were asked for by.
+
+  Attributes:
+    images: [n, H, W, C] float32 in [-1, 1].
+    labels: [n] int32.
+    columns: of the grid.
+  """
+
+  images: np.ndarray
+  labels: np.ndarray
+  columns: int
+
+  def __len__(self) -> int:
+    return len(self.images)
+
+  def pixels(self) -> np.ndarray:
+    """[n, H, W, C] uint8."""
+    return metrics.to_uint8(self.images)
+
+  def grid(self) -> np.ndarray:
+    """All of them in rows: uint8 [h, w, 3]; small images are magnified."""
+    return experiment.grid_image(self.images, self.columns)
+
+  def save(self, path: metrics.PathLike) -> None:
+    """Writes the grid as a PNG."""
+    metrics.save_png(self.grid(), path)
+
+  def show(self) -> None:
+    """Shows the grid: in a notebook below the cell, else in a window."""
+    ipython = sys.modules.get("IPython")
+    if ipython is not None and ipython.get_ipython() is not None:
+      ipython.display.display(self)
+    else:
+      Image.fromarray(self.grid()).show()
+
+  def _repr_png_(self) -> bytes:
+    """What a notebook shows of it."""
+    file = io.BytesIO()
+    Image.fromarray(self.grid()).save(file, format="png")
+    return file.getvalue()
+
+
+def load(
+  source: str,
+  *,
+  vae: str = "",
+  step: int | None = None,
+  ema_decay: float | None = None,
+) -> "Sampler":
+  """A generator, on all devices.
+
+  Args:
+    source: a run's workdir, an export, an artifact's folder, or hf://NAME of
+      the authors' release, hf://OWNER/NAME[@REVISION][/FOLDER].
+    vae: folder of the autoencoder behind the latents of an artifact; a run and
+      an export have theirs.
+    step: of a run: checkpoint; None for the best, else the newest.
+    ema_decay: of a run: which average; None for the evaluated one.
+
+  Raises:
+    ArtifactError, CheckpointError: weights that can't be loaded.
+    ConfigError: an option that this kind of source has no use for, or latents
+      without their autoencoder.
+  """
+  mesh = sharding.make_mesh()
+  opened = experiment.open_generator(
+    source, mesh, vae=vae, step=step, ema_decay=ema_decay
+  )
+  return Sampler(opened, mesh)
+
+
+class Sampler:
+  """A generator that draws images; made by `load`.
+
+  Image number i of a call depends on (seed, i), its label, alpha and style
+  alone: any batch size and number of devices gives the same ones.
+
+  Attributes:
+    generator: what is known of it; see experiment.OpenedGenerator.
+    image_shape: (H, W, C).
+  """
+
+  def __init__(
+    self, generator: experiment.OpenedGenerator, mesh: jax.sharding.Mesh
+  ):
+    self.generator = generator
+    self._mesh = mesh
+    self._step = experiment.jit_sampler(generator.task, mesh)
+    self._between = experiment.jit_interpolator(generator.task, mesh)
+    self._decode = experiment.make_decoder(generator.vae, mesh)
+    height, width, channels = generator.task.sample_shape
+    if generator.vae is not None:
+      module: Any = generator.vae.module
+      height, width = (n * module.downsampling for n in (height, width))
+      channels = module.in_channels
+    if channels not in (1, 3):
+      raise ConfigError(
+        f"this generator makes samples of {channels} channels, which are the "
+        "latents of an autoencoder: give it, vae=FOLDER (python -m "
+        "drift_jax.tools.convert_weights vae writes it)"
+      )
+    self.image_shape = (height, width, channels)
+
+  @property
+  def num_classes(self) -> int:
+    """Labels lie in [0, num_classes)."""
+    return self.generator.num_classes
+
+  @property
+  def class_names(self) -> tuple[str, ...]:
+    """One for each label, or () where nobody recorded them."""
+    return self.generator.class_names
+
+  @property
+  def alpha_range(self) -> tuple[float, float]:
+    """Guidance scales that it was trained for."""
+    return self.generator.alpha_range
+
+  def labels(self, names: Sequence[str | int] | None = None) -> np.ndarray:
+    """Class indices [n] int32 of what a person calls classes.
+
+    Args:
+      names: indices (3 or "3"), ranges ("3-7", both ends included), names
+        ("golden retriever", or the part of a name that only one class has).
+        None: all classes.
+
+    Raises:
+      ConfigError: naming the entry that is none of these.
+    """
+    if names is None:
+      return np.arange(self.num_classes, dtype=np.int32)
+    found = [i for name in names for i in self._find(str(name).strip())]
+    if not found:
+      raise ConfigError(
+        f"labels={list(names)} names no class: give indices in [0, "
+        f"{self.num_classes}), ranges or names"
+      )
+    return np.array(found, np.int32)
+
+  def _find(self, name: str) -> Sequence[int]:
+    count = self.num_classes
+    first, dash, last = name.partition("-")
+    # Not isdigit, which is true of '²' as well.
+    if name.isdecimal():
+      found = [int(name)]
+    elif dash and first.isdecimal() and last.isdecimal():
+      found = range(int(first), int(last) + 1)
+    else:
+      found = [self._find_name(name)]
+    if not found or found[-1] >= count:
+      raise ConfigError(
+        f"labels: {name!r} is no class index in [0, {count}), nor a range of "
+        "them, FIRST-LAST"
+      )
+    return found
+
+  def _find_name(self, name: str) -> int:
+    if not self.class_names:
+      raise ConfigError(
+        f"labels: {name!r} is no class index in [0, {self.num_classes}), and "
+        "the names of this generator's classes are not known"
+      )
+    wanted = name.casefold()
+    names = [entry.casefold() for entry in self.class_names]
+    synonyms = [[part.strip() for part in entry.split(",")] for entry in names]
+    for matches in (
+      [i for i, entry in enumerate(names) if entry == wanted],
+      [i for i, entry in enumerate(synonyms) if wanted in entry],
+      [i for i, entry in enumerate(names) if wanted and wanted in entry],
+    ):
+      if len(matches) == 1:
+        return matches[0]
+      if matches:
+        listed = [f"{i} {self.class_names[i]!r}" for i in matches[:_LISTED]]
+        raise ConfigError(
+          f"labels: {name!r} is in the names of {len(matches)} classes, "
+          f"{', '.join(listed)}...: give more of it, or the index"
+        )
+    flat = {part: i for i, entry in enumerate(synonyms) for part in entry}
+    close = difflib.get_close_matches(wanted, flat, n=_LISTED)
+    listed = [f"{flat[c]} {self.class_names[flat[c]]!r}" for c in close]
+    hint = f"; close to it: {', '.join(listed)}" if close else ""
+    raise ConfigError(
+      f"labels: {name!r} is no class index in [0, {self.num_classes}), range "
+      f"or class name{hint}"
+    )
+
+  def sample(
+    self,
+    labels: Sequence[str | int] | None = None,
+    *,
+    count: int = 1,
+    alpha: float = 1.0,
+    seed: int = 0,
+    style: Sequence[int] | None = None,
+    batch_size: int = BATCH_SIZE,
+  ) -> Samples:
+    """Draws `count` images of each label.
+
+    Args:
+      labels: see `labels`; None for all classes.
+      count: images of each.
+      alpha: guidance scale, inside the trained range.
+      seed: of noise and style, in [0, 2**32).
+      style: style indices that all images share, one for all tokens or one for
+        each; -1 leaves one to chance. None: all of them.
+      batch_size: images at a time, on all devices.
+
+    Raises:
+      ConfigError: for anything out of range, naming it.
+    """
+    if count < 1:
+      raise ConfigError(f"count={count} must be at least 1")
+    wanted = np.repeat(self.labels(labels), count)
+    images = [
+      experiment.gathered(batch, self._decode(batch.samples))
+      for batch in self.batches(
+        wanted, alpha=alpha, seed=seed, style=style, batch_size=batch_size
+      )
+    ]
+    return Samples(np.concatenate(images), wanted, count)
+
+  def batches(
+    self,
+    labels: np.ndarray,
+    *,
+    alpha: float,
+    seed: int,
+    style: Sequence[int] | None = None,
+    batch_size: int = BATCH_SIZE,
+    numbers: np.ndarray | None = None,
+  ) -> Iterator[metrics.Batch]:
+    """Images of labels [n] as they are ready; the devices work ahead.
+
+    `batch.pixels` are 8-bit RGB images. A batch has `batch_size` images, or n
+    if there are fewer, filled up to a multiple of the devices; each size is
+    compiled once.
+
+    Args:
+      labels: class indices.
+      alpha, seed, style, batch_size: see `sample`.
+      numbers: of the images that are wanted, where not all n are.
+
+    Raises:
+      ConfigError: for anything out of range, naming it.
+    """
+    self._check(alpha, seed, batch_size)
+    sample_fn = experiment.bind_sampler(
+      self._step,
+      self.generator.params,
+      self.generator.task,
+      self._mesh,
+      seed,
+      self._style(style),
+    )
+    wanted = len(labels) if numbers is None else len(numbers)
+    size = experiment.pad_to_mesh(min(batch_size, wanted), self._mesh)
+    return metrics.generate(
+      sample_fn,
+      labels,
+      alpha,
+      batch_size=size,
+      to_pixels=experiment.make_pixels(self._decode),
+      numbers=numbers,
+    )
+
+  def interpolate(
+    self,
+    labels: Sequence[str | int] | None = None,
+    *,
+    frames: int = 16,
+    count: int = 1,
+    alpha: float = 1.0,
+    seed: int = 0,
+    style: Sequence[int] | None = None,
+  ) -> list[Samples]:
+    """Pictures on the way from one noise to another, `count` of each label.
+
+    With angle t from 0 to pi / 2 the noise is cos(t) a + sin(t) b, which has a
+    standard normal's distribution for every t. a is that of image i of
+    `sample`, b that of image n + i; style indices are a's.
+
+    Args:
+      labels, count, alpha, seed, style: see `sample`.
+      frames: at least 2, both ends included.
+
+    Raises:
+      ConfigError: for anything out of range, naming it.
+    """
+    self._check(alpha, seed, BATCH_SIZE)
+    if frames < 2 or count < 1:
+      raise ConfigError(
+        f"frames={frames} must be at least 2, count={count} at least 1"
+      )
+    wanted = np.repeat(self.labels(labels), count)
+    size = experiment.pad_to_mesh(len(wanted), self._mesh)
+    index = np.arange(size, dtype=np.int32)
+    of_each = sharding.put_batch(
+      (
+        np.resize(wanted, size),
+        np.full(size, alpha, np.float32),
+        index,
+        index + np.int32(len(wanted)),
+      ),
+      self._mesh,
+    )
+    found = []
+    for angle in np.linspace(0, np.pi / 2, frames, dtype=np.float32):
+      samples = self._between(
+        self.generator.params,
+        np.uint32(seed),
+        self._style(style),
+        angle,
+        *of_each,
+      )
+      images = sharding.local_rows(self._decode(samples))[: len(wanted)]
+      found.append(Samples(images.astype(np.float32), wanted, count))
+    return found
+
+  def _style(self, style: Sequence[int] | None) -> np.ndarray:
+    return experiment.read_style(
+      (-1,) if style is None else style, self.generator.task
+    )
+
+  def _check(self, alpha: float, seed: int, batch_size: int) -> None:
+    experiment.check_alpha(alpha, self.alpha_range)
+    if not 0 <= seed <= MAX_SEED:
+      raise ConfigError(f"seed={seed} must lie in [0, 2**32)")
+    if batch_size < 1:
+      raise ConfigError(f"batch_size={batch_size} must be at least 1")

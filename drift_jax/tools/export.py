@@ -1,0 +1,386 @@
+"""A generator for use without this package.
+
+  python -m drift_jax.tools.export --workdir=runs/digits --out=exports/digits
+  python -m drift_jax.tools.export --init_from=hf://NAME --vae=weights/vae \\
+      --dtype=bfloat16 --out=exports/imagenet
+
+  OUT/manifest.json                what there is: shapes, classes, checksums
+  OUT/generator/model.safetensors  the weights, with a config.json
+  OUT/vae/...                      the same of the autoencoder behind latents
+  OUT/sample.stablehlo             (weights, labels, alpha, index, seed, style)
+                                   -> images, as drift_jax.sample draws them
+  OUT/generate.stablehlo           (weights, labels, alpha, noise, style)
+                                   -> images
+  OUT/run.py                       draws from it with jax and numpy alone
+  OUT/params_ema/...               the weights as the authors' tools read them,
+                                   with --formats=release
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import pathlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+import drift_jax
+from drift_jax import artifacts, console, experiment, sharding, steps, storage
+from drift_jax import config as config_lib
+from drift_jax.console import logger
+from drift_jax.models import release
+
+FORMATS = ("stablehlo", "release")
+PLATFORMS = ("cpu", "cuda", "tpu")
+DTYPES = ("float32", "bfloat16")
+VERSION = 1
+_RUN = pathlib.Path(__file__).with_name("run_export.py")
+
+
+def export(
+  source: str,
+  out: str,
+  *,
+  vae: str = "",
+  step: int | None = None,
+  ema_decay: float | None = None,
+  dtype: str | None = None,
+  formats: Sequence[str] = ("stablehlo",),
+  platforms: Sequence[str] = PLATFORMS,
+) -> dict[str, Any]:
+  """Writes an export; the folder appears when it is whole.
+
+  Args:
+    source, vae, step, ema_decay: see experiment.open_generator.
+    out: a folder that is not there yet.
+    dtype: 'float32' or 'bfloat16' computation; None: as it was trained. With
+      bfloat16, parameters that are used in it are stored in it.
+    formats: beside the weights as safetensors, of FORMATS.
+    platforms: that the functions are lowered for, of PLATFORMS.
+
+  Returns:
+    The manifest.
+
+  Raises:
+    ConfigError: options out of range, a folder that is there, latents without
+      their autoencoder.
+    ArtifactError, CheckpointError: weights that can't be loaded.
+  """
+  for name, values, valid in (
+    ("formats", formats, FORMATS),
+    ("platforms", platforms, PLATFORMS),
+    ("dtype", () if dtype is None else (dtype,), DTYPES),
+  ):
+    for value in values:
+      if value not in valid:
+        raise config_lib.ConfigError(
+          f"{name}={value!r}: valid options are {list(valid)}"
+        )
+  with _new_folder(out) as folder:
+    mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+    opened = experiment.open_generator(
+      source, mesh, vae=vae, step=step, ema_decay=ema_decay
+    )
+    model_config = dict(opened.model_config)
+    if dtype is not None:
+      model_config["use_bf16"] = dtype == "bfloat16"
+    module, _ = release.describe("gen", model_config)
+    params = _stored(jax.device_get(opened.params), module)
+    facts = {
+      "alpha_range": list(opened.alpha_range),
+      "class_names": list(opened.class_names) or None,
+    }
+    saved = {
+      "step": opened.step,
+      "ema_decay": opened.ema_decay,
+      "source": opened.provenance,
+    }
+    artifacts.save(
+      folder / artifacts.EXPORTED,
+      kind="gen",
+      model_config=model_config,
+      params=params,
+      facts=facts,
+      format="safetensors",
+      **saved,
+    )
+    if "release" in formats:
+      artifacts.save(
+        folder,
+        kind="gen",
+        model_config=model_config,
+        params=jax.tree.map(lambda x: x.astype(np.float32), params),
+        facts=facts,
+        **saved,
+      )
+    weights = {"generator": params}
+    if opened.vae is not None:
+      weights["vae"] = jax.device_get(opened.vae.params)
+      artifacts.save(
+        folder / artifacts.EXPORTED_VAE,
+        kind="vae",
+        model_config=opened.vae.metadata["model_config"],
+        params=weights["vae"],
+        step=None,
+        ema_decay=None,
+        source={"sha256": opened.vae.sha256},
+        format="safetensors",
+      )
+    generator: Any = module
+    task = steps.GeneratorTask(
+      generator=generator,
+      features=steps.FeatureSpace(encoders={}, options={}, sample=True),
+      sample_shape=opened.task.sample_shape,
+      style_tokens=opened.task.style_tokens,
+      style_vocab=opened.task.style_vocab,
+      num_generated=1,
+      drift={},
+      guidance={},
+    )
+    decode = None
+    if opened.vae is not None:
+      decode = experiment.decoding(opened.vae)
+    functions = {}
+    if "stablehlo" in formats:
+      functions = _write_functions(folder, weights, task, decode, platforms)
+      shutil.copyfile(_RUN, folder / "run.py")
+    manifest = {
+      "format": VERSION,
+      "drift_jax": drift_jax.__version__,
+      "jax": jax.__version__,
+      "dtype": str(generator.dtype),
+      "weights": {name: f"{name}/{artifacts.TENSORS_FILE}" for name in weights},
+      "functions": functions,
+      "images": "float32 [b, height, width, channels] in [-1, 1]",
+      "noise_shape": ["b", *task.sample_shape],
+      "style_tokens": task.style_tokens,
+      "style_vocab": task.style_vocab,
+      "num_classes": opened.num_classes,
+      **facts,
+      "step": opened.step,
+      "ema_decay": opened.ema_decay,
+      "provenance": dict(opened.provenance),
+      "files": _checksums(folder),
+    }
+    (folder / artifacts.MANIFEST_FILE).write_text(
+      json.dumps(manifest, indent=1)
+    )
+  return manifest
+
+
+@contextlib.contextmanager
+def _new_folder(out: str) -> Iterator[pathlib.Path]:
+  """A temporary folder, which gets the name when all went well."""
+  if storage.is_remote(out):
+    raise config_lib.ConfigError(
+      f"--out={out}: exports are written to a local folder; copy it"
+    )
+  path = pathlib.Path(out)
+  if path.exists():
+    raise config_lib.ConfigError(
+      f"--out={out} is there already: remove it or give another folder"
+    )
+  path.parent.mkdir(parents=True, exist_ok=True)
+  folder = pathlib.Path(tempfile.mkdtemp(prefix=".export", dir=path.parent))
+  try:
+    yield folder
+    folder.chmod(0o755)
+    folder.rename(path)
+  finally:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _stored(params: Any, module: Any) -> Any:
+  """Parameters in the dtype in which the module uses them."""
+  dtype_of = steps.early_dtype(module)
+  flat = {
+    name: np.asarray(x, dtype_of(name, x.dtype))
+    for name, x in _flat(params).items()
+  }
+  return _tree(flat)
+
+
+def _write_functions(
+  folder: pathlib.Path,
+  weights: Mapping[str, Any],
+  task: steps.GeneratorTask,
+  decode: Callable[[Any, jax.Array], jax.Array] | None,
+  platforms: Sequence[str],
+) -> dict[str, Any]:
+  """Writes both functions of a batch of any size; what the manifest says."""
+
+  def images(params: Mapping[str, Any], samples: jax.Array) -> jax.Array:
+    if decode is not None:
+      samples = decode(_tree(params["vae"]), samples)
+    return samples.astype(jnp.float32)
+
+  def sample(
+    weights: Mapping[str, Any],
+    labels: jax.Array,
+    alpha: jax.Array,
+    index: jax.Array,
+    seed: jax.Array,
+    style: jax.Array,
+  ) -> jax.Array:
+    samples = steps.sample_step(
+      _tree(weights["generator"]),
+      labels,
+      alpha,
+      index,
+      seed=seed,
+      style=style,
+      task=task,
+    )
+    return images(weights, samples)
+
+  def generate(
+    weights: Mapping[str, Any],
+    labels: jax.Array,
+    alpha: jax.Array,
+    noise: jax.Array,
+    style: jax.Array,
+  ) -> jax.Array:
+    samples = steps.generate(
+      _tree(weights["generator"]), labels, alpha, noise, style, task=task
+    )
+    return images(weights, samples)
+
+  (batch,) = jax.export.symbolic_shape("b")
+  tokens = task.style_tokens
+  flat = {
+    name: {
+      path: jax.ShapeDtypeStruct(x.shape, x.dtype)
+      for path, x in _flat(tree).items()
+    }
+    for name, tree in weights.items()
+  }
+  of_each = {
+    "labels": jax.ShapeDtypeStruct((batch,), jnp.int32),
+    "alpha": jax.ShapeDtypeStruct((batch,), jnp.float32),
+  }
+  arguments = {
+    "sample": {
+      **of_each,
+      "index": jax.ShapeDtypeStruct((batch,), jnp.int32),
+      "seed": jax.ShapeDtypeStruct((), jnp.uint32),
+      "style": jax.ShapeDtypeStruct((tokens,), jnp.int32),
+    },
+    "generate": {
+      **of_each,
+      "noise": jax.ShapeDtypeStruct((batch, *task.sample_shape), jnp.float32),
+      "style": jax.ShapeDtypeStruct((batch, tokens), jnp.int32),
+    },
+  }
+  described = {}
+  for name, function in (("sample", sample), ("generate", generate)):
+    exported = jax.export.export(jax.jit(function), platforms=list(platforms))(
+      flat, *arguments[name].values()
+    )
+    file = f"{name}.stablehlo"
+    (folder / file).write_bytes(exported.serialize())
+    described[name] = {
+      "file": file,
+      "platforms": list(platforms),
+      "arguments": {
+        "weights": "{name of the weights: {name of the array: array}}",
+        **{key: _described(x) for key, x in arguments[name].items()},
+      },
+      "result": _described(exported.out_avals[0]),
+    }
+  return described
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+  return dict(traverse_util.flatten_dict(tree, sep="/"))
+
+
+def _tree(flat: Mapping[str, Any]) -> dict[str, Any]:
+  return traverse_util.unflatten_dict(dict(flat), sep="/")
+
+
+def _described(x: Any) -> str:
+  return f"{x.dtype}[{', '.join(map(str, x.shape))}]"
+
+
+def _checksums(folder: pathlib.Path) -> dict[str, Any]:
+  """{path: size and SHA-256} of every file."""
+  found = {}
+  for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    with path.open("rb") as file:
+      digest = hashlib.file_digest(file, "sha256").hexdigest()
+    found[path.relative_to(folder).as_posix()] = {
+      "bytes": path.stat().st_size,
+      "sha256": digest,
+    }
+  return found
+
+
+def _list(text: str) -> list[str]:
+  return [part for part in text.split(",") if part]
+
+
+def _parser() -> console.Parser:
+  parser = console.Parser(
+    prog="python -m drift_jax.tools.export",
+    description="Exports a generator for use without this package.",
+    allow_abbrev=False,
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+  )
+  source = parser.add_mutually_exclusive_group(required=True)
+  source.add_argument("--workdir", help="of a run")
+  source.add_argument(
+    "--init_from",
+    help="an artifact's folder, hf://NAME of the authors' release, or "
+    "hf://OWNER/NAME[@REVISION][/FOLDER]",
+  )
+  parser.add_argument("--out", required=True, help="a new folder")
+  parser.add_argument(
+    "--vae", default="", help="of --init_from: the autoencoder of its latents"
+  )
+  parser.add_argument("--step", type=int, help="of --workdir: checkpoint")
+  parser.add_argument("--ema_decay", type=float, help="of --workdir: which EMA")
+  parser.add_argument(
+    "--dtype", choices=DTYPES, help="of computation; as trained, if not given"
+  )
+  parser.add_argument(
+    "--formats",
+    type=_list,
+    default=["stablehlo"],
+    help=f"beside safetensors, of {','.join(FORMATS)}",
+  )
+  parser.add_argument("--platforms", type=_list, default=list(PLATFORMS))
+  return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Exports what the command line asks for; a mistake is one line."""
+  arguments = vars(_parser().parse_args(argv))
+  console.setup()
+  source = arguments.pop("workdir") or arguments.pop("init_from")
+  arguments.pop("init_from", None)
+  out = arguments.pop("out")
+  try:
+    manifest = export(source, out, **arguments)
+  except experiment.ERRORS as error:
+    sys.exit(f"Error: {error}")
+  total = sum(entry["bytes"] for entry in manifest["files"].values())
+  logger.info(
+    "Wrote %s: %d files, %.4g MB, %s.",
+    out,
+    len(manifest["files"]) + 1,
+    total / 1e6,
+    manifest["dtype"],
+  )
+
+
+if __name__ == "__main__":
+  main()
