@@ -1,6 +1,6 @@
 """All benchmarks of this machine in one table.
 
-  python benchmarks/run_all.py [--scripts=step.py,evaluate.py] [--tiny]
+  python benchmarks/run_all.py [--scripts=step.py,sample.py] [--tiny]
     [--images=DIR --small_images=DIR] [--seconds=S] [--json=FILE]
 
 runs the scripts one after the other, each in its own process. data.py needs
@@ -24,7 +24,7 @@ if not __package__:
 from benchmarks import timing
 
 FOLDER = pathlib.Path(__file__).resolve().parent
-SCRIPTS = ("step.py", "evaluate.py", "data.py", "step_tpu.py")
+SCRIPTS = ("step.py", "sample.py", "evaluate.py", "data.py", "step_tpu.py")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--scripts", default="step.py,evaluate.py")
+  parser.add_argument("--scripts", default="step.py,sample.py,evaluate.py")
   parser.add_argument("--images", default="", help="of data.py")
   parser.add_argument("--small_images", default="", help="of data.py")
   parser.add_argument("--json", type=pathlib.Path, help="file to write")

@@ -41,6 +41,7 @@ PARAMS_FILE = "ema_params.msgpack"
 METADATA_FILE = "metadata.json"
 TENSORS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+_TENSOR_DTYPES = {"F32": jnp.dtype("float32"), "BF16": jnp.dtype("bfloat16")}
 KINDS = ("gen", "mae", "convnext", "vae", "inception", "vit")
 # An export (tools/export.py) is a folder of such folders.
 MANIFEST_FILE = "manifest.json"
@@ -229,11 +230,20 @@ def _read_release(data: bytes, what: str) -> Any:
 
 def _read_safetensors(data: bytes, what: str) -> Any:
   try:
-    flat = safetensors.numpy.load(data)
+    entries = safetensors.deserialize(data)
   except (safetensors.SafetensorError, ValueError) as error:
     raise ArtifactError(
       f"{what} is no complete safetensors file: {error}"
     ) from error
+  flat = {}
+  for name, entry in entries:
+    if entry["dtype"] not in _TENSOR_DTYPES:
+      raise ArtifactError(
+        f"{what}: {name} has dtype {entry['dtype']}, valid options are "
+        f"{list(_TENSOR_DTYPES)}"
+      )
+    dtype = _TENSOR_DTYPES[entry["dtype"]]
+    flat[name] = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
   return traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -327,17 +337,16 @@ def _from_hub(source: str) -> tuple[epath.Path, _Layout]:
         found = _fetch(candidate, layout)
         if found is not None:
           return found, layout
-    has = [f for f in hub.folders(candidates[0]) if _is_listed(f)]
+    has = {
+      folder.removesuffix(f"/{SUBDIRECTORY}")
+      for folder in hub.folders(candidates[0])
+    }
   except hub.HubError as error:
     raise ArtifactError(f"{source}: {error}") from error
   raise ArtifactError(
     f"{source}: {candidates[0].repository} holds no artifact "
-    f"{' or '.join(c.path or '.' for c in candidates)}; it has {has}"
+    f"{' or '.join(c.path or '.' for c in candidates)}; it has {sorted(has)}"
   )
-
-
-def _is_listed(folder: str) -> bool:
-  return folder.split("/")[-1] != SUBDIRECTORY
 
 
 def _fetch(address: hub.Address, layout: _Layout) -> epath.Path | None:

@@ -9,6 +9,7 @@ import flax.serialization
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from etils import epath
 from flax import traverse_util
 
@@ -230,4 +231,120 @@ def test_pickled_weights_are_refused(copy):
   params, _ = files(copy)
   params.write_bytes(b"\x80\x04cos\nsystem\n(S'false'\ntR.")
   with pytest.raises(artifacts.ArtifactError):
+    artifacts.load(copy)
+
+
+# In the format of safetensors.
+
+
+@pytest.fixture
+def tensors(tmp_path):
+  """The released generator as safetensors; another precision may be stored."""
+
+  def save(dtype="float32"):
+    artifact = artifacts.load(SOURCE)
+    artifacts.save(
+      tmp_path / "model",
+      kind="gen",
+      model_config=artifact.metadata["model_config"],
+      params=jax.tree.map(lambda x: x.astype(dtype), artifact.params),
+      step=1,
+      ema_decay=0.9,
+      facts={"class_names": ["a", "b"]},
+      format="safetensors",
+    )
+    return tmp_path / "model" / artifacts.TENSORS_FILE
+
+  return save
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tensors_are_read_back(tensors, dtype):
+  path = tensors(dtype)
+  artifact, original = artifacts.load(path.parent), artifacts.load(SOURCE)
+  assert artifact.module == original.module
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    artifact.params,
+    jax.tree.map(lambda x: x.astype(dtype), original.params),
+  )
+  assert artifact.metadata["class_names"] == ["a", "b"]
+  assert artifact.metadata["format"] == "safetensors"
+  again = artifacts.load(path.parent, dtype="float32").params
+  assert {x.dtype.name for x in jax.tree.leaves(again)} == {"float32"}
+
+
+def rewrite(path, change):
+  """Other contents, with a checksum that fits."""
+  data = change(path.read_bytes())
+  path.write_bytes(data)
+  config = path.with_name(artifacts.CONFIG_FILE)
+  values = json.loads(config.read_text())
+  values["sha256"] = hashlib.sha256(data).hexdigest()
+  config.write_text(json.dumps(values))
+
+
+def other_tensors(change):
+  def rewritten(data):
+    flat = safetensors.numpy.load(data)
+    change(flat)
+    return safetensors.numpy.save(flat)
+
+  return rewritten
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda data: data[:-100], "no complete safetensors file"),
+    (lambda data: data[:3], "no complete safetensors file"),
+    (
+      lambda data: b"\x80\x04cos\nsystem\n(S'false'\ntR.",
+      r"beginning with b'\\x80.*no complete safetensors file",
+    ),
+    (
+      other_tensors(lambda flat: flat.pop("pos_embed")),
+      r"missing \(1\): pos_embed",
+    ),
+    (
+      other_tensors(lambda flat: flat.update(more=flat["pos_embed"])),
+      r"unexpected \(1\): more",
+    ),
+    (
+      other_tensors(lambda flat: flat.update(pos_embed=np.zeros(3, "f4"))),
+      r"pos_embed has shape \(3,\), not",
+    ),
+    (
+      other_tensors(lambda flat: flat.update(pos_embed=np.zeros(3, "i4"))),
+      "pos_embed has dtype I32, valid options are",
+    ),
+  ],
+)
+def test_tensors_that_are_not_those_of_the_model(tensors, change, message):
+  path = tensors()
+  rewrite(path, change)
+  with pytest.raises(artifacts.ArtifactError, match=message):
+    artifacts.load(path.parent)
+
+
+def test_altered_tensors(tensors):
+  path = tensors()
+  data = bytearray(path.read_bytes())
+  data[-5] ^= 1
+  path.write_bytes(bytes(data))
+  with pytest.raises(artifacts.ArtifactError, match="SHA-256"):
+    artifacts.load(path.parent)
+
+
+@pytest.mark.parametrize(
+  "content",
+  [
+    flax.serialization.msgpack_serialize([1, 2]),
+    flax.serialization.msgpack_serialize({"a": "b"}),
+    flax.serialization.msgpack_serialize({"a": np.zeros(3, np.int32)}),
+  ],
+)
+def test_msgpack_of_something_else(copy, content):
+  files(copy)[0].write_bytes(content)
+  with pytest.raises(artifacts.ArtifactError, match="want .*arrays"):
     artifacts.load(copy)

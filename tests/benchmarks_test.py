@@ -108,10 +108,15 @@ def _run(script: str, tmp_path: pathlib.Path, *flags: str) -> dict[str, Any]:
 
 
 def test_steps_are_compared_in_the_table_of_all(tmp_path):
-  rows = _run("run_all.py", tmp_path, "--scripts=step.py")
-  step, losses = dict.fromkeys(section for section, _ in rows)
+  rows = _run("run_all.py", tmp_path, "--scripts=step.py,sample.py")
+  step, losses, sampling = dict.fromkeys(section for section, _ in rows)
   assert step == "step.py: step of digits.py, 2 x 32 samples"
   assert "drifting losses of 2 labels" in losses
+  assert sampling == "sample.py: digits, float32"
+  assert [name for section, name in rows if section == sampling] == [
+    "latency of one image",
+    "throughput, 8 at a time",
+  ]
   assert [name for section, name in rows if section == step] == [
     "train_step",
     "operations, ours",
@@ -120,7 +125,7 @@ def test_steps_are_compared_in_the_table_of_all(tmp_path):
     "compilation",
   ]
   compared = [row for row in rows.values() if row["times"] is not None]
-  assert len(compared) == 6
+  assert len(compared) == 8
   for row in compared:
     assert row["value"] > 0 and row["plain"] > 0 and row["times"] > 0, row
   note = rows[losses, "value and gradient"]["note"]
@@ -130,7 +135,7 @@ def test_steps_are_compared_in_the_table_of_all(tmp_path):
 
 def test_all_benchmarks_refuse_what_is_not_there(capsys):
   for arguments, message in (
-    (["--scripts=steps.py"], "'steps.py' is none of step.py, evaluate.py"),
+    (["--scripts=steps.py"], "'steps.py' is none of step.py, sample.py"),
     (["--scripts=data.py", "--images=x"], "needs both --images and --small"),
   ):
     with pytest.raises(SystemExit):

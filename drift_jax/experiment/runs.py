@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
@@ -266,18 +267,18 @@ def _start_with(
 ) -> TrainState:
   """A new run's state with given parameters, in all its averages as well."""
   given = start_params()
-  state = training.init()
+  abstract = training.abstract
+  trees = {"params": abstract.params, "ema": abstract.ema}
+  shardings = jax.tree.map(lambda x: x.sharding, trees)
+  given = jax.device_put(given, shardings["params"])
 
-  def placed(like: Any) -> Any:
-    return jax.tree.map(
-      lambda x, shape: jax.device_put(x, shape.sharding), given, like
-    )
+  def copies(given: Any) -> dict[str, Any]:
+    # Buffers of their own: each will be donated to the step.
+    ema = {decay: jax.tree.map(jnp.copy, given) for decay in abstract.ema}
+    return {"params": jax.tree.map(jnp.copy, given), "ema": ema}
 
-  return dataclasses.replace(
-    state,
-    params=placed(training.abstract.params),
-    ema={d: placed(like) for d, like in training.abstract.ema.items()},
-  )
+  copied = jax.jit(copies, out_shardings=shardings)(given)
+  return dataclasses.replace(training.init(), **copied)
 
 
 @contextlib.contextmanager

@@ -217,7 +217,7 @@ class Generator(nn.Module):
     if style is None:
       style = jnp.zeros((batch, 0), jnp.int32)
     noise, style = jnp.asarray(noise), jnp.asarray(style)
-    self._check_shapes(batch, noise.shape, style.shape, jnp.shape(alpha))
+    self._check_shapes(batch, noise.shape, style.shape, jnp.asarray(alpha).shape)
     condition = self.condition(labels, alpha, style)
 
     x = layers.patchify(noise.astype(self.dtype), self.patch_size)
@@ -236,10 +236,10 @@ class Generator(nn.Module):
 
   def _check_shapes(
     self,
-    batch: int,
-    noise: tuple[int, ...],
-    style: tuple[int, ...],
-    alpha: tuple[int, ...],
+    batch: Any,  # a symbol where a batch of any size is exported
+    noise: tuple[Any, ...],
+    style: tuple[Any, ...],
+    alpha: tuple[Any, ...],
   ) -> None:
     size = self.input_size
     expected = (batch, size, size, self.in_channels)

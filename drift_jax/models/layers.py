@@ -108,7 +108,7 @@ def _of_groups(
   reduce: Any, x: Float[Array, "B C"], groups: int
 ) -> Float[Array, "B C"]:
   """Of the channels of each group, for each of them."""
-  rows = x.reshape(len(x), groups, -1)
+  rows = x.reshape(x.shape[0], groups, -1)
   return jnp.broadcast_to(
     reduce(rows, axis=-1, keepdims=True), rows.shape
   ).reshape(x.shape)

@@ -4,11 +4,8 @@ import contextlib
 import hashlib
 import http.server
 import json
-import os
 import pathlib
-import subprocess
 import sys
-import threading
 import types
 
 import jax
@@ -26,10 +23,11 @@ from drift_jax.tools.conversions.vae import convert_vae, vae_name
 from drift_jax.tools.convert_weights import convert
 from drift_jax.tools.weight_files import read_weights
 from tests.conftest import assert_close
+from tests.fake_hub import COMMIT, hub, serving
+from tests.process import call
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 FILE = "diffusion_pytorch_model.safetensors"
-COMMIT = 40 * "a"
 LAYER = "Mixed_6e.branch7x7_2"  # of Inception-v3
 CONFIG = {
   "_class_name": "AutoencoderKL",
@@ -324,62 +322,6 @@ def test_torch_file_loads_arrays_only(tmp_path, monkeypatch, weights):
 
 
 @contextlib.contextmanager
-def serving(handler):
-  """A server on this machine -> its address."""
-  server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-  thread = threading.Thread(target=server.serve_forever)
-  thread.start()
-  try:
-    yield f"http://127.0.0.1:{server.server_port}"
-  finally:
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-@contextlib.contextmanager
-def hub(repositories):
-  """A hub on this machine; {'OWNER/NAME': {FILE: bytes}} -> its address."""
-
-  class Handler(http.server.BaseHTTPRequestHandler):
-    def log_message(self, format, *args):
-      del format, args
-
-    def answer(self, with_body: bool) -> None:
-      repository, _, rest = self.path.lstrip("/").partition("/resolve/")
-      revision, _, name = rest.partition("/")
-      files = repositories.get(repository)
-      if files is None or revision not in ("main", COMMIT):
-        self.send_response(404)
-        missing = "RepoNotFound" if files is None else "RevisionNotFound"
-        self.send_header("X-Error-Code", missing)
-        body = b""
-      elif name not in files:
-        self.send_response(404)
-        self.send_header("X-Error-Code", "EntryNotFound")
-        self.send_header("X-Repo-Commit", COMMIT)
-        body = b""
-      else:
-        body = files[name]
-        self.send_response(200)
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
-      self.send_header("Content-Length", str(len(body)))
-      self.end_headers()
-      if with_body:
-        self.wfile.write(body)
-
-    def do_HEAD(self) -> None:
-      self.answer(False)
-
-    def do_GET(self) -> None:
-      self.answer(True)
-
-  with serving(Handler) as address:
-    yield address
-
-
-@contextlib.contextmanager
 def site(answer):
   """A web site on this machine; answer(handler) replies to each GET."""
   handler = type(
@@ -389,23 +331,6 @@ def site(answer):
   )
   with serving(handler) as address:
     yield address
-
-
-def call(*command, **environment):
-  return subprocess.run(
-    [sys.executable, *map(str, command)],
-    cwd=ROOT,
-    env=os.environ
-    | {
-      "JAX_PLATFORMS": "cpu",
-      "NO_PROXY": "127.0.0.1",
-      "PYTHONPATH": str(ROOT),
-    }
-    | environment,
-    capture_output=True,
-    text=True,
-    timeout=300,
-  )
 
 
 TRY_EACH = """

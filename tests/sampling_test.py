@@ -1,0 +1,279 @@
+"""Samples of a loaded generator: what they depend on, and what is refused."""
+
+import functools
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+from PIL import Image
+
+import drift_jax
+from drift_jax import metrics, sample, sampling, steps
+from drift_jax.config import ConfigError
+from tests.autoencoders import save_vae
+from tests.conftest import GOLDEN, assert_close
+from tests.small_generator import NAMES, save_generator
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return save_generator(tmp_path_factory.mktemp("generator"))
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+  return drift_jax.load(folder)
+
+
+def drawn(model, labels, alpha, index, seed):
+  """The step itself, with a seed that is no argument of what is compiled."""
+  opened = model.generator
+  step = jax.jit(
+    functools.partial(steps.sample_step, seed=seed, task=opened.task)
+  )
+  return step(
+    jax.device_get(opened.params),
+    np.asarray(labels, np.int32),
+    np.full(len(labels), alpha, np.float32),
+    np.asarray(index, np.int32),
+  )
+
+
+def test_what_is_known_of_it(model):
+  assert model.class_names == NAMES and model.num_classes == len(NAMES)
+  assert model.alpha_range == (1.0, 3.0)
+  assert model.image_shape == (8, 8, 1)
+  assert model.generator.step == 3 and model.generator.ema_decay == 0.9
+
+
+@pytest.mark.parametrize("seed", [5, 2**31 + 5, 2**32 - 1])
+def test_seeds_are_those_of_the_step(model, seed):
+  """Traced as well as not, whatever the batch size."""
+  labels = np.array([0, 3, 3, 1, 2], np.int32)
+  expected = drawn(model, labels, 1.5, range(5), seed)
+  samples = model.sample(labels.tolist(), alpha=1.5, seed=seed, batch_size=3)
+  assert_close(samples.images, expected, 1e-5)
+  np.testing.assert_array_equal(samples.labels, labels)
+  fewer = model.sample(labels[:2].tolist(), alpha=1.5, seed=seed)
+  assert_close(samples.images[:2], fewer.images, 1e-6)
+
+
+def test_label_alpha_seed_and_style_change_an_image(model):
+  base = model.sample([1], seed=1).images
+  for other in (
+    model.sample([2], seed=1),
+    model.sample([1], seed=1, alpha=3.0),
+    model.sample([1], seed=2),
+    model.sample([1], seed=1, style=[3]),
+  ):
+    assert np.abs(other.images - base).max() > 1e-4
+
+
+def test_fixed_style(model):
+  """One index for all tokens is the same as each; -1 is chance."""
+  draw = jax.tree_util.Partial(model.sample, [1], count=3, seed=1)
+  np.testing.assert_array_equal(
+    draw(style=[3]).images, draw(style=[3, 3, 3, 3]).images
+  )
+  np.testing.assert_array_equal(draw(style=[-1]).images, draw().images)
+  assert np.abs(draw(style=[3, -1, 3, 3]).images - draw(style=[3]).images).any()
+
+
+def test_walk_between_two_noises(model):
+  """It begins with the image of `sample`; every step is a small one."""
+  walk = model.interpolate([1, 2], frames=5, count=2, seed=4)
+  assert len(walk) == 5 and walk[0].images.shape == (4, 8, 8, 1)
+  assert_close(
+    walk[0].images, model.sample([1, 2], count=2, seed=4).images, 1e-5
+  )
+  opened = model.generator
+
+  @jax.jit
+  def end(params):
+    inputs = functools.partial(steps.sample_inputs, seed=4, task=opened.task)
+    noise, _ = inputs(np.arange(4, 8, dtype=np.int32))
+    _, style = inputs(np.arange(4, dtype=np.int32))
+    alpha = np.ones(4, np.float32)
+    return steps.generate(
+      params, walk[0].labels, alpha, noise, style, task=opened.task
+    )
+
+  last = end(jax.device_get(opened.params))
+  assert_close(walk[-1].images, last, 1e-4)
+
+
+@pytest.mark.parametrize(
+  ("names", "labels"),
+  [
+    (None, [0, 1, 2, 3]),
+    ([2, "0"], [2, 0]),
+    (["1-3", "0"], [1, 2, 3, 0]),
+    (["goldfish"], [1]),
+    (["TENCH", "Tinca tinca", "tench, tinca tinca"], [0, 0, 0]),
+    (["shark"], [2]),  # a whole synonym before a part of another name
+    (["hammer"], [3]),
+  ],
+)
+def test_labels(model, names, labels):
+  np.testing.assert_array_equal(model.labels(names), labels)
+  assert model.labels(names).dtype == np.int32
+
+
+@pytest.mark.parametrize(
+  ("names", "message"),
+  [
+    (["4"], r"'4' is no class index in \[0, 4\)"),
+    (["2-4"], r"'2-4' is no class index in \[0, 4\), nor a range"),
+    (["3-2"], "'3-2' is no class index"),
+    (["-1"], "'-1' is no class index"),
+    (["²"], "'²' is no class index"),
+    (["goldfsh"], "'goldfsh' is no .*close to it: 1 'goldfish'"),
+    (["a"], r"'a' is in the names of 3 classes, 0 .*give more of it"),
+    ([""], "'' is no class index"),
+    ([], "names no class"),
+  ],
+)
+def test_labels_that_are_none(model, names, message):
+  with pytest.raises(ConfigError, match=message):
+    model.labels(names)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ({"alpha": 3.5}, r"alpha=3.5: .* trained for alpha in \[1.0, 3.0\]"),
+    ({"alpha": float("nan")}, "alpha=nan"),
+    ({"seed": -1}, "seed=-1 must lie"),
+    ({"seed": 2**32}, "seed=4294967296 must lie"),
+    ({"count": 0}, "count=0 must be at least 1"),
+    ({"batch_size": 0}, "batch_size=0"),
+    ({"style": [1, 2]}, "want one index, or 4"),
+    ({"style": [16]}, r"16 is not in \[0, 16\)"),
+  ],
+)
+def test_arguments_out_of_range(model, arguments, message):
+  with pytest.raises(ConfigError, match=message):
+    model.sample([0], **arguments)
+
+
+def test_pictures(model, tmp_path):
+  samples = model.sample([0, 1], count=3)
+  assert len(samples) == 6
+  samples.save(tmp_path / "grid.png")
+  with Image.open(tmp_path / "grid.png") as image:
+    np.testing.assert_array_equal(np.asarray(image), samples.grid())
+  with Image.open(io.BytesIO(samples._repr_png_())) as image:
+    np.testing.assert_array_equal(np.asarray(image), samples.grid())
+  np.testing.assert_array_equal(
+    samples.pixels(), metrics.to_uint8(samples.images)
+  )
+
+
+def test_latents_need_their_autoencoder(tmp_path):
+  """The released golden artifact makes latents of 4 channels."""
+  source = str(GOLDEN / "artifact_gen")
+  with pytest.raises(ConfigError, match="4 channels, .*vae=FOLDER"):
+    drift_jax.load(source)
+  vae = str(save_vae(tmp_path / "vae", latent_channels=4))
+  model = drift_jax.load(source, vae=vae)
+  assert model.image_shape == (16, 16, 3) and model.class_names == ()
+  assert model.alpha_range == (1.0, 4.0)
+  images = model.sample([1], count=2, seed=3).images
+  assert images.shape == (2, 16, 16, 3)
+  autoencoder = model.generator.vae
+  decode = functools.partial(steps.apply, autoencoder.module, method="decode")
+  decoded = jax.jit(decode)(
+    jax.device_get(autoencoder.params), drawn(model, [1, 1], 1.0, range(2), 3)
+  )
+  assert_close(images, decoded, 1e-4)
+  with pytest.raises(ConfigError, match="names of this .* are not known"):
+    model.labels(["tench"])
+
+
+def test_options_of_other_sources(folder):
+  with pytest.raises(ConfigError, match="step=3 chooses among a run's"):
+    drift_jax.load(folder, step=3)
+
+
+def run_command(out, **flags):
+  chosen = {"labels": ["0-1"], "count": 3, "seed": 7, **flags}
+  with flagsaver.flagsaver(out=str(out), **chosen):
+    try:
+      sample.main(["sample"])
+    except SystemExit as ended:
+      return str(ended.code)
+  return ""
+
+
+def test_folder_goes_on_where_it_was_interrupted(folder, model, tmp_path):
+  out = tmp_path / "samples"
+  flags = {"from": folder, "batch_size": 8}
+  assert run_command(f"{out}/", **flags) == ""
+  images = sorted(out.glob("*.png"))
+  assert [path.name for path in images] == [f"{i:06d}.png" for i in range(6)]
+  facts = json.loads((out / "samples.json").read_text())
+  assert facts["labels"] == [0, 0, 0, 1, 1, 1] and facts["seed"] == 7
+  expected = model.sample(["0-1"], count=3, seed=7).pixels()
+  for path, image in zip(images, expected, strict=True):
+    with Image.open(path) as picture:
+      difference = np.asarray(picture).astype(int) - image
+      assert np.abs(difference).max() <= 1
+  before = {path: path.stat().st_mtime_ns for path in images}
+  content = images[4].read_bytes()
+  images[4].unlink()
+  assert run_command(out, **flags) == ""
+  assert images[4].read_bytes() == content
+  assert all(
+    path.stat().st_mtime_ns == before[path]
+    for path in images
+    if path != images[4]
+  )
+  assert not [path for path in out.iterdir() if path.name.startswith(".")]
+  message = run_command(out, **flags | {"seed": 8})
+  assert "holds images of another request (seed: 7, now 8)" in message
+  (out / "samples.json").unlink()
+  assert "no samples.json that says" in run_command(out, **flags)
+
+
+def test_files(folder, model, tmp_path):
+  flags = {"from": folder}
+  assert run_command(tmp_path / "a.npz", **flags) == ""
+  with np.load(tmp_path / "a.npz") as archive:
+    assert archive["arr_0"].shape == (6, 8, 8, 3)
+    np.testing.assert_array_equal(archive["arr_1"], [0, 0, 0, 1, 1, 1])
+  assert run_command(tmp_path / "a.png", **flags) == ""
+  with Image.open(tmp_path / "a.png") as image:
+    expected = model.sample(["0-1"], count=3, seed=7).grid()
+    assert np.asarray(image).shape == expected.shape
+  assert run_command(tmp_path / "a.gif", interpolate=3, **flags) == ""
+  with Image.open(tmp_path / "a.gif") as image:
+    assert image.n_frames == 4  # 0 1 2 1
+
+
+@pytest.mark.parametrize(
+  ("out", "flags", "message"),
+  [
+    ("a.jpg", {}, "'.jpg' is none of"),
+    ("a.gif", {}, "a .gif is a walk"),
+    ("a.png", {"interpolate": 3}, "only a .gif is"),
+    ("a.png", {"style": ["x"]}, "--style: invalid literal"),
+    ("a.png", {"from": None}, "got neither"),
+    ("a.png", {"workdir": "runs"}, "got both"),
+    ("a.png", {"from": "/nowhere"}, "no exported model in /nowhere"),
+    ("a.png", {"alpha": 9.0}, "alpha=9.0"),
+  ],
+)
+def test_mistakes(folder, tmp_path, out, flags, message):
+  code = run_command(tmp_path / out, **{"from": folder} | flags)
+  assert code.startswith("Error: ") and message in code
+  assert not (tmp_path / out).exists()
+
+
+def test_import_is_light():
+  """`load` brings JAX only when it is asked for."""
+  assert drift_jax.load is sampling.load
+  with pytest.raises(AttributeError, match="no attribute 'lod'"):
+    _ = drift_jax.lod

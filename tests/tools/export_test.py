@@ -1,0 +1,233 @@
+"""Exports: the same images without this package, in a clean environment."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.export
+import numpy as np
+import pytest
+import safetensors.numpy
+from PIL import Image
+
+import drift_jax
+from drift_jax import artifacts, sampling
+from drift_jax.config import ConfigError
+from drift_jax.tools import export
+from tests.autoencoders import save_vae
+from tests.conftest import GOLDEN, assert_close
+from tests.small_generator import NAMES, save_generator
+
+# What `pip install jax flatbuffers` brings.
+CLEAN = (
+  "flatbuffers",
+  "jax",
+  "jaxlib",
+  "ml_dtypes",
+  "numpy",
+  "opt_einsum",
+  "scipy",
+)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+  return save_generator(tmp_path_factory.mktemp("generator"))
+
+
+@pytest.fixture(scope="module")
+def exported(source, tmp_path_factory):
+  out = tmp_path_factory.mktemp("exports") / "small"
+  export.export(source, str(out), formats=("stablehlo", "release"))
+  return out
+
+
+def clean_environment(folder: pathlib.Path) -> dict[str, str]:
+  """Variables of a Python that finds CLEAN and nothing else."""
+  for name in CLEAN:
+    place = pathlib.Path(importlib.util.find_spec(name).origin).parent
+    for path in (place, place.with_name(f"{name}.libs")):
+      if path.exists():
+        (folder / path.name).symlink_to(path)
+  kept = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
+  return kept | {"PYTHONPATH": str(folder), "JAX_PLATFORMS": "cpu"}
+
+
+def test_runs_with_jax_and_numpy_alone(exported, tmp_path):
+  environment = clean_environment(tmp_path)
+  python = [sys.executable, "-S"]  # no site-packages
+  for name in ("flax", "drift_jax"):
+    found = subprocess.run(
+      [*python, "-c", f"import {name}"],
+      cwd=tmp_path,
+      env=environment,
+      capture_output=True,
+    )
+    assert b"ModuleNotFoundError" in found.stderr
+  command = [*python, exported / "run.py", "--labels", "3", "1", "--count=4"]
+  command += [
+    "--alpha=1.5",
+    "--seed=11",
+    "--out=grid.png",
+    "--save_array=a.npy",
+  ]
+  done = subprocess.run(
+    command, cwd=tmp_path, env=environment, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
+  images = np.load(tmp_path / "a.npy")
+  expected = drift_jax.load(str(exported)).sample(
+    [3, 1], count=4, alpha=1.5, seed=11
+  )
+  assert_close(images, expected.images, 1e-5)
+  with Image.open(tmp_path / "grid.png") as image:
+    grid = np.asarray(image)
+  assert grid.shape == (16, 32, 3)
+  pixels = expected.pixels()[5].astype(int)  # second row, second column
+  assert np.abs(grid[8:16, 8:16, :1] - pixels).max() <= 1
+
+
+def test_example_imports_nothing_of_the_project(exported):
+  assert "drift_jax" not in (exported / "run.py").read_text()
+
+
+def test_what_it_says(exported, source):
+  manifest = json.loads((exported / "manifest.json").read_text())
+  assert manifest["class_names"] == list(NAMES)
+  assert manifest["alpha_range"] == [1.0, 3.0]
+  assert (manifest["step"], manifest["ema_decay"]) == (3, 0.9)
+  assert manifest["provenance"]["weights"] == source
+  sample = manifest["functions"]["sample"]
+  assert sample["platforms"] == ["cpu", "cuda", "tpu"]
+  assert sample["result"] == "float32[b, 8, 8, 1]"
+  on_disk = {
+    path.relative_to(exported).as_posix(): {
+      "bytes": path.stat().st_size,
+      "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
+    for path in exported.rglob("*")
+    if path.is_file() and path.name != "manifest.json"
+  }
+  assert manifest["files"] == on_disk
+
+
+def test_loads_as_what_it_was_made_of(exported, source):
+  model, original = drift_jax.load(str(exported)), drift_jax.load(source)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    model.generator.params,
+    original.generator.params,
+  )
+  assert model.class_names == NAMES and model.alpha_range == (1.0, 3.0)
+
+
+def test_release_format_holds_the_same_tree(exported, source):
+  files = [
+    pathlib.Path(folder, artifacts.SUBDIRECTORY, artifacts.PARAMS_FILE)
+    for folder in (exported, source)
+  ]
+  assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_given_noise_gives_the_released_samples(tmp_path, golden):
+  """Latents, of the golden artifact."""
+  export.export(str(GOLDEN / "artifact_gen"), str(tmp_path / "out"))
+  weights = safetensors.numpy.load_file(
+    tmp_path / "out" / "generator" / "model.safetensors"
+  )
+  function = jax.export.deserialize(
+    bytearray((tmp_path / "out" / "generate.stablehlo").read_bytes())
+  )
+  data = golden("gen_latent")
+  samples = function.call(
+    {"generator": weights},
+    data["labels"],
+    data["cfg_scale"],
+    data["x"],
+    data["noise_labels"],
+  )
+  assert_close(samples, data["samples"], 1e-4)
+
+
+def test_autoencoder_is_folded_in_and_bfloat16_is_half_as_large(tmp_path):
+  source = str(GOLDEN / "artifact_gen")
+  vae = str(save_vae(tmp_path / "vae", latent_channels=4))
+  out = tmp_path / "out"
+  manifest = export.export(source, str(out), vae=vae, dtype="bfloat16")
+  assert manifest["functions"]["sample"]["result"] == "float32[b, 16, 16, 3]"
+  sizes = [
+    manifest["files"]["generator/model.safetensors"]["bytes"],
+    (GOLDEN / "artifact_gen" / "params_ema" / "ema_params.msgpack")
+    .stat()
+    .st_size,
+  ]
+  assert sizes[0] < 0.75 * sizes[1]
+  weights = {
+    name: safetensors.numpy.load_file(out / name / "model.safetensors")
+    for name in ("generator", "vae")
+  }
+  assert weights["generator"]["class_embed/embedding"].dtype == np.float32
+  assert weights["generator"]["patch_embed/kernel"].dtype.name == "bfloat16"
+  function = jax.export.deserialize(
+    bytearray((out / "sample.stablehlo").read_bytes())
+  )
+  images = function.call(
+    weights,
+    np.array([1, 2, 3], np.int32),
+    np.ones(3, np.float32),
+    np.arange(3, dtype=np.int32),
+    np.uint32(5),
+    np.full(4, -1, np.int32),
+  )
+  # The model itself, from the export, which knows its autoencoder.
+  model = drift_jax.load(str(out))
+  assert str(model.generator.task.generator.dtype) == "bfloat16"
+  assert_close(images, model.sample([1, 2, 3], seed=5).images, 2e-2)
+  exact = drift_jax.load(source, vae=vae).sample([1, 2, 3], seed=5).images
+  assert_close(images, exact, 5e-2)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"formats": ("onnx",)}, "formats='onnx': valid options are"),
+    ({"platforms": ("gpu",)}, "platforms='gpu': valid options are"),
+    ({"dtype": "float16"}, "dtype='float16': valid options are"),
+    ({"out": "gs://bucket/out"}, "written to a local folder"),
+  ],
+)
+def test_mistakes(source, tmp_path, changes, message):
+  arguments = {"out": str(tmp_path / "out")} | changes
+  with pytest.raises(ConfigError, match=message):
+    export.export(source, **arguments)
+  assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_overwritten_or_half_written(
+  exported, source, tmp_path, monkeypatch
+):
+  with pytest.raises(ConfigError, match="is there already"):
+    export.export(source, str(exported))
+
+  def fail(*_, **__):
+    raise OSError("No space left on device")
+
+  monkeypatch.setattr(export, "_write_functions", fail)
+  with pytest.raises(OSError, match="No space"):
+    export.export(source, str(tmp_path / "out"))
+  assert not list(tmp_path.iterdir())
+
+
+def test_command(source, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(export, "_write_functions", lambda *_: {})
+  export.main([f"--init_from={source}", f"--out={tmp_path / 'out'}"])
+  assert sampling.load(str(tmp_path / "out")).num_classes == 4
+  with pytest.raises(SystemExit, match="Error: --out=.* is there already"):
+    export.main([f"--init_from={source}", f"--out={tmp_path / 'out'}"])
+  with pytest.raises(SystemExit, match="one of the arguments"):
+    export.main(["--out=somewhere"])
