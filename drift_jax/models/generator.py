@@ -217,7 +217,9 @@ class Generator(nn.Module):
     if style is None:
       style = jnp.zeros((batch, 0), jnp.int32)
     noise, style = jnp.asarray(noise), jnp.asarray(style)
-    self._check_shapes(batch, noise.shape, style.shape, jnp.asarray(alpha).shape)
+    self._check_shapes(
+      batch, noise.shape, style.shape, jnp.asarray(alpha).shape
+    )
     condition = self.condition(labels, alpha, style)
 
     x = layers.patchify(noise.astype(self.dtype), self.patch_size)

@@ -12,23 +12,27 @@
   OUT/generate.stablehlo           (weights, labels, alpha, noise, style)
                                    -> images
   OUT/run.py                       draws from it with jax and numpy alone
-  OUT/params_ema/...               the weights as the authors' tools read them,
-                                   with --formats=release
+With --formats=...:
+  release  OUT/params_ema/...      the weights as the authors' tools read them
+  onnx     OUT/generate.onnx       generate with the weights in it; needs
+                                   `pip install jax2onnx`
 """
 
 import argparse
 import contextlib
 import hashlib
+import importlib
 import json
 import pathlib
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.export
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
@@ -39,7 +43,7 @@ from drift_jax import config as config_lib
 from drift_jax.console import logger
 from drift_jax.models import release
 
-FORMATS = ("stablehlo", "release")
+FORMATS = ("stablehlo", "release", "onnx")
 PLATFORMS = ("cpu", "cuda", "tpu")
 DTYPES = ("float32", "bfloat16")
 VERSION = 1
@@ -149,9 +153,12 @@ def export(
     decode = None
     if opened.vae is not None:
       decode = experiment.decoding(opened.vae)
-    functions = {}
+    made = _functions(weights, task, decode)
+    functions: dict[str, Any] = {}
+    if "onnx" in formats:
+      _write_onnx(folder / "generate.onnx", made["generate"], weights)
     if "stablehlo" in formats:
-      functions = _write_functions(folder, weights, task, decode, platforms)
+      functions = _write_stablehlo(folder, made, weights, platforms)
       shutil.copyfile(_RUN, folder / "run.py")
     manifest = {
       "format": VERSION,
@@ -209,18 +216,23 @@ def _stored(params: Any, module: Any) -> Any:
   return _tree(flat)
 
 
-def _write_functions(
-  folder: pathlib.Path,
+class _Function(NamedTuple):
+  """What is exported, and the shapes of its arguments after the weights."""
+
+  call: Callable[..., jax.Array]
+  arguments: dict[str, jax.ShapeDtypeStruct]
+
+
+def _functions(
   weights: Mapping[str, Any],
   task: steps.GeneratorTask,
   decode: Callable[[Any, jax.Array], jax.Array] | None,
-  platforms: Sequence[str],
-) -> dict[str, Any]:
-  """Writes both functions of a batch of any size; what the manifest says."""
+) -> dict[str, _Function]:
+  """By name, of a batch of any size."""
 
-  def images(params: Mapping[str, Any], samples: jax.Array) -> jax.Array:
+  def images(weights: Mapping[str, Any], samples: jax.Array) -> jax.Array:
     if decode is not None:
-      samples = decode(_tree(params["vae"]), samples)
+      samples = decode(_tree(weights["vae"]), samples)
     return samples.astype(jnp.float32)
 
   def sample(
@@ -254,36 +266,51 @@ def _write_functions(
     )
     return images(weights, samples)
 
+  shape = jax.ShapeDtypeStruct
   (batch,) = jax.export.symbolic_shape("b")
-  tokens = task.style_tokens
-  flat = {
+  of_each = {
+    "labels": shape((batch,), jnp.int32),
+    "alpha": shape((batch,), jnp.float32),
+  }
+  return {
+    "sample": _Function(
+      sample,
+      of_each
+      | {
+        "index": shape((batch,), jnp.int32),
+        "seed": shape((), jnp.uint32),
+        "style": shape((task.style_tokens,), jnp.int32),
+      },
+    ),
+    "generate": _Function(
+      generate,
+      of_each
+      | {
+        "noise": shape((batch, *task.sample_shape), jnp.float32),
+        "style": shape((batch, task.style_tokens), jnp.int32),
+      },
+    ),
+  }
+
+
+def _write_stablehlo(
+  folder: pathlib.Path,
+  functions: Mapping[str, _Function],
+  weights: Mapping[str, Any],
+  platforms: Sequence[str],
+) -> dict[str, Any]:
+  """Writes the functions of (weights, ...); what the manifest says of them."""
+  shapes = {
     name: {
       path: jax.ShapeDtypeStruct(x.shape, x.dtype)
       for path, x in _flat(tree).items()
     }
     for name, tree in weights.items()
   }
-  of_each = {
-    "labels": jax.ShapeDtypeStruct((batch,), jnp.int32),
-    "alpha": jax.ShapeDtypeStruct((batch,), jnp.float32),
-  }
-  arguments = {
-    "sample": {
-      **of_each,
-      "index": jax.ShapeDtypeStruct((batch,), jnp.int32),
-      "seed": jax.ShapeDtypeStruct((), jnp.uint32),
-      "style": jax.ShapeDtypeStruct((tokens,), jnp.int32),
-    },
-    "generate": {
-      **of_each,
-      "noise": jax.ShapeDtypeStruct((batch, *task.sample_shape), jnp.float32),
-      "style": jax.ShapeDtypeStruct((batch, tokens), jnp.int32),
-    },
-  }
   described = {}
-  for name, function in (("sample", sample), ("generate", generate)):
-    exported = jax.export.export(jax.jit(function), platforms=list(platforms))(
-      flat, *arguments[name].values()
+  for name, (call, arguments) in functions.items():
+    exported = jax.export.export(jax.jit(call), platforms=list(platforms))(
+      shapes, *arguments.values()
     )
     file = f"{name}.stablehlo"
     (folder / file).write_bytes(exported.serialize())
@@ -292,11 +319,44 @@ def _write_functions(
       "platforms": list(platforms),
       "arguments": {
         "weights": "{name of the weights: {name of the array: array}}",
-        **{key: _described(x) for key, x in arguments[name].items()},
+        **{key: _described(x) for key, x in arguments.items()},
       },
       "result": _described(exported.out_avals[0]),
     }
   return described
+
+
+def _write_onnx(
+  path: pathlib.Path, function: _Function, weights: Mapping[str, Any]
+) -> None:
+  """Writes a function with its weights inside.
+
+  Raises:
+    ConfigError: the converter is not installed.
+  """
+  try:
+    converter = importlib.import_module("jax2onnx")
+  except ImportError as error:
+    raise config_lib.ConfigError(
+      "formats='onnx' needs a package: pip install jax2onnx"
+    ) from error
+  flat = {
+    name: jax.tree.map(jnp.asarray, _flat(tree))
+    for name, tree in weights.items()
+  }
+  shapes = function.arguments.values()
+  # Traced beforehand: what the converter puts in the place of jnp's functions
+  # while it traces does not know Flax's loop over blocks.
+  closed = jax.make_jaxpr(lambda *inputs: function.call(flat, *inputs))(*shapes)
+  converter.to_onnx(
+    lambda *inputs: jax.extend.core.jaxpr_as_fun(closed)(*inputs)[0],
+    inputs=list(shapes),
+    input_names=list(function.arguments),
+    output_names=["images"],
+    model_name="drift_jax",
+    return_mode="file",
+    output_path=str(path),
+  )
 
 
 def _flat(tree: Any) -> dict[str, Any]:

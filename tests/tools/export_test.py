@@ -1,5 +1,6 @@
 """Exports: the same images without this package, in a clean environment."""
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -16,7 +17,7 @@ import safetensors.numpy
 from PIL import Image
 
 import drift_jax
-from drift_jax import artifacts, sampling
+from drift_jax import artifacts, sampling, steps
 from drift_jax.config import ConfigError
 from drift_jax.tools import export
 from tests.autoencoders import save_vae
@@ -195,7 +196,7 @@ def test_autoencoder_is_folded_in_and_bfloat16_is_half_as_large(tmp_path):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"formats": ("onnx",)}, "formats='onnx': valid options are"),
+    ({"formats": ("tflite",)}, "formats='tflite': valid options are"),
     ({"platforms": ("gpu",)}, "platforms='gpu': valid options are"),
     ({"dtype": "float16"}, "dtype='float16': valid options are"),
     ({"out": "gs://bucket/out"}, "written to a local folder"),
@@ -217,14 +218,47 @@ def test_nothing_is_overwritten_or_half_written(
   def fail(*_, **__):
     raise OSError("No space left on device")
 
-  monkeypatch.setattr(export, "_write_functions", fail)
+  monkeypatch.setattr(export, "_write_stablehlo", fail)
   with pytest.raises(OSError, match="No space"):
     export.export(source, str(tmp_path / "out"))
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.filterwarnings("ignore")  # of the converter's own
+def test_onnx_gives_the_same_images(source, tmp_path):
+  """In batches of any size."""
+  import onnxruntime
+
+  out = tmp_path / "out"
+  export.export(source, str(out), formats=("onnx",))
+  assert not (out / "sample.stablehlo").exists()
+  options = onnxruntime.SessionOptions()
+  options.log_severity_level = 3
+  session = onnxruntime.InferenceSession(str(out / "generate.onnx"), options)
+  opened = sampling.load(str(out)).generator
+  rng = np.random.default_rng(0)
+  for count in (2, 5):
+    inputs = {
+      "labels": np.arange(count, dtype=np.int32) % 4,
+      "alpha": np.linspace(1, 3, count, dtype=np.float32),
+      "noise": rng.standard_normal((count, 8, 8, 1), np.float32),
+      "style": rng.integers(0, 16, (count, 4), np.int32),
+    }
+    (images,) = session.run(["images"], inputs)
+    step = jax.jit(functools.partial(steps.generate, task=opened.task))
+    expected = step(jax.device_get(opened.params), *inputs.values())
+    assert_close(images, expected, 1e-5)
+
+
+def test_onnx_needs_its_converter(source, tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "jax2onnx", None)
+  with pytest.raises(ConfigError, match="pip install jax2onnx"):
+    export.export(source, str(tmp_path / "out"), formats=("onnx",))
+  assert not list(tmp_path.iterdir())
+
+
 def test_command(source, tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(export, "_write_functions", lambda *_: {})
+  monkeypatch.setattr(export, "_write_stablehlo", lambda *_: {})
   export.main([f"--init_from={source}", f"--out={tmp_path / 'out'}"])
   assert sampling.load(str(tmp_path / "out")).num_classes == 4
   with pytest.raises(SystemExit, match="Error: --out=.* is there already"):
