@@ -63,7 +63,8 @@ def milliseconds(text: str) -> list[float]:
     for name, (cycles, _) in hlo.analyse(text).parts.items()
   }
   generator = parts.pop("Generator")
-  encoder = sum(parts.pop(name, 0.0) for name in ("MAE", "ConvNext"))
+  encoders = ("MAE", "ConvNext", "ResNet")
+  encoder = sum(parts.pop(name, 0.0) for name in encoders)
   return [generator, encoder, sum(parts.values())]
 
 

@@ -1,8 +1,8 @@
 """Sizes of the published models (Table 8), by name.
 
 Each function returns a new ConfigDict of the keyword arguments of
-drift_jax.models.build_generator, build_mae, build_convnext, build_vae,
-build_inception or build_vit:
+drift_jax.models.build_generator, build_mae, build_convnext, build_resnet,
+build_vae, build_inception or build_vit:
 
   config.model = models.GENERATORS["generator_b2_latent"]()
 """
@@ -53,6 +53,23 @@ def convnextv2_base() -> ConfigDict:
   config.depths = (3, 3, 27, 3)  # blocks of each stage
   config.widths = (128, 256, 512, 1024)  # channels of each stage
   config.dtype = "float32"
+  return config
+
+
+def resnet50_moco() -> ConfigDict:
+  """MoCo-v2's ResNet-50 without its head: 23.5 M parameters."""
+  config = _resnet50()
+  # ImageNet's, of pixels in [0, 1].
+  config.image_mean = (0.485, 0.456, 0.406)
+  config.image_std = (0.229, 0.224, 0.225)
+  return config
+
+
+def resnet50_simclr() -> ConfigDict:
+  """SimCLR's ResNet-50 (1x) without its head: 23.5 M parameters."""
+  config = _resnet50()
+  config.image_mean = (0.0, 0.0, 0.0)  # it takes pixels in [0, 1] as they are
+  config.image_std = (1.0, 1.0, 1.0)
   return config
 
 
@@ -121,6 +138,10 @@ MAES = {
   "mae_640_pixel": mae_640_pixel,
 }
 CONVNEXTS = {"convnextv2_base": convnextv2_base}
+RESNETS = {
+  "resnet50_moco": resnet50_moco,
+  "resnet50_simclr": resnet50_simclr,
+}
 VAES = {"sd_vae": sd_vae}
 INCEPTIONS = {"inception_fid": inception_fid}
 VITS = {
@@ -186,6 +207,14 @@ def _mae(
   config.norm_groups = 32
   config.dtype = "bfloat16"
   config.remat = False
+  return config
+
+
+def _resnet50() -> ConfigDict:
+  config = ConfigDict()
+  config.layers = (3, 4, 6, 3)  # blocks of each stage
+  config.base_channels = 64  # of the stem; stages have 4, 8, 16, 32 times it
+  config.dtype = "float32"
   return config
 
 

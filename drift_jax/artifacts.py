@@ -42,7 +42,7 @@ METADATA_FILE = "metadata.json"
 TENSORS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 _TENSOR_DTYPES = {"F32": jnp.dtype("float32"), "BF16": jnp.dtype("bfloat16")}
-KINDS = ("gen", "mae", "convnext", "vae", "inception", "vit")
+KINDS = ("gen", "mae", "convnext", "resnet", "vae", "inception", "vit")
 # An export (tools/export.py) is a folder of such folders.
 MANIFEST_FILE = "manifest.json"
 EXPORTED, EXPORTED_VAE = "generator", "vae"

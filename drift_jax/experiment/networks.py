@@ -17,7 +17,9 @@ from drift_jax.models.vae import Vae
 
 # What an artifact records of how its model was run, not of what it is.
 _PRECISION = ("use_bf16", "use_remat", "attn_fp32")
-_ENCODERS = ("mae", "convnext")
+_ENCODERS = ("mae", "convnext", "resnet")
+# Those whose `features` has the options of the config's section `features`.
+_RESIDUAL = ("mae", "resnet")
 
 
 def load_encoders(
@@ -250,7 +252,8 @@ def feature_space(
   return steps.FeatureSpace(
     encoders={name: a.module for name, a in in_loss.items()},
     options={
-      name: features if a.kind == "mae" else {} for name, a in in_loss.items()
+      name: features if a.kind in _RESIDUAL else {}
+      for name, a in in_loss.items()
     },
     sample=sample,
   )

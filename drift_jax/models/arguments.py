@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import jax.numpy as jnp
@@ -64,6 +65,18 @@ def require_multiple(
       f"{name}={value} must be a multiple of {divisor_name}={divisor}, but"
       f" {value} % {divisor} = {value % divisor}"
     )
+
+
+def require_colors(mean: Sequence[float], std: Sequence[float]) -> None:
+  """Raises ValueError unless they are statistics of red, green and blue."""
+  for name, values, minimum in (
+    ("image_mean", mean, -math.inf),
+    ("image_std", std, 0),
+  ):
+    if len(values) != 3 or not all(minimum < x < math.inf for x in values):
+      raise ValueError(
+        f"{name}={tuple(values)}: must be three finite numbers > {minimum}"
+      )
 
 
 def require_rgb(

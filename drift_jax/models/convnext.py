@@ -26,11 +26,14 @@ SQUARE_FLOOR = 1e-12
 _kernel_init = nn.initializers.truncated_normal(stddev=0.02)
 
 
-def normalize_colors(x: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
-  """((x + 1) / 2 - mean) / std with ImageNet's RGB statistics, unclipped."""
-  mean = jnp.asarray(IMAGENET_MEAN, jnp.float32)
-  std = jnp.asarray(IMAGENET_STD, jnp.float32)
-  return ((x.astype(jnp.float32) + 1) / 2 - mean) / std
+def normalize_colors(
+  x: Float[Array, "B H W 3"],
+  mean: Sequence[float] = IMAGENET_MEAN,
+  std: Sequence[float] = IMAGENET_STD,
+) -> Float[Array, "B H W 3"]:
+  """((x + 1) / 2 - mean) / std, unclipped; float32."""
+  x = (x.astype(jnp.float32) + 1) / 2
+  return (x - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
 
 def resize_input(x: Float[Array, "B H W C"]) -> Float[Array, "B S S C"]:

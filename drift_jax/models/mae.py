@@ -159,6 +159,51 @@ class Encoder(nn.Module):
     return outputs, blocks
 
 
+def stage_features(
+  outputs: Maps,
+  blocks: Sequence[Maps],
+  *,
+  every_k_block: int | float,
+  patch_mean_size: Sequence[int],
+  patch_std_size: Sequence[int],
+  use_mean: bool,
+  use_std: bool,
+) -> dict[str, Float[Array, "B _ _"]]:
+  """Feature vectors of the stem, of every k-th block and of each stage.
+
+  Args:
+    outputs: stem, stage 1, ..., stage 4.
+    blocks: of each stage.
+    every_k_block: k; math.inf for no block outputs.
+    patch_mean_size, patch_std_size, use_mean, use_std: see `pooled_features`.
+
+  Raises:
+    ValueError: every_k_block is below 1; a patch size below 1.
+  """
+  if every_k_block < 1:
+    raise ValueError(
+      f"every_k_block={every_k_block}: must be >= 1, or math.inf for no"
+      " block outputs"
+    )
+  maps = {"conv1": outputs[0]}
+  for stage, stage_blocks in enumerate(blocks, start=1):
+    for i, block in enumerate(stage_blocks, start=1):
+      if not math.isinf(every_k_block) and i % every_k_block == 0:
+        maps[f"layer{stage}_blk{i}"] = block
+    maps[f"layer{stage}"] = outputs[stage]
+  features = {}
+  for name, feature_map in maps.items():
+    features |= pooled_features(
+      feature_map,
+      name,
+      patch_mean_size=patch_mean_size,
+      patch_std_size=patch_std_size,
+      use_mean=use_mean,
+      use_std=use_std,
+    )
+  return features
+
+
 class UpBlock(nn.Module):
   """Resizes x to the skip's size, joins them, and convolves twice."""
 
@@ -321,34 +366,22 @@ class MAE(nn.Module):
     Raises:
       ValueError: x has a wrong shape; every_k_block is below 1.
     """
-    if every_k_block < 1:
-      raise ValueError(
-        f"every_k_block={every_k_block}: must be >= 1, or math.inf for no"
-        " block outputs"
-      )
     x = jnp.asarray(x)
     folded = self._fold(x)
     outputs, blocks = self.encoder(folded)
-    maps = {"conv1": outputs[0]}
-    for stage, stage_blocks in enumerate(blocks, start=1):
-      for i, block in enumerate(stage_blocks, start=1):
-        if not math.isinf(every_k_block) and i % every_k_block == 0:
-          maps[f"layer{stage}_blk{i}"] = block
-      maps[f"layer{stage}"] = outputs[stage]
     features = {
       "global": x.astype(jnp.float32).reshape(x.shape[0], 1, -1),
       "norm_x": root_mean_square(folded).astype(self.dtype),
     }
-    for name, feature_map in maps.items():
-      features |= pooled_features(
-        feature_map,
-        name,
-        patch_mean_size=patch_mean_size,
-        patch_std_size=patch_std_size,
-        use_mean=use_mean,
-        use_std=use_std,
-      )
-    return features
+    return features | stage_features(
+      outputs,
+      blocks,
+      every_k_block=every_k_block,
+      patch_mean_size=patch_mean_size,
+      patch_std_size=patch_std_size,
+      use_mean=use_mean,
+      use_std=use_std,
+    )
 
   def pooled(self, x: Float[ArrayLike, "B H W C"]) -> Float[Array, "B D"]:
     """Spatial mean of the last stage's output, [B, 8 base_channels], float32.

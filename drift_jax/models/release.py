@@ -3,8 +3,8 @@
 A tree here holds the generator's blocks, the equal blocks of an encoder's
 stages and the style tables stacked along a leading axis; a published tree holds
 one entry for each. All else is renaming.
-The paper's release holds no 'vae', 'inception' or 'vit': their published names
-are those here.
+The paper's release holds no 'resnet', 'vae', 'inception' or 'vit': their
+published names are those here.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +21,7 @@ from drift_jax.models.convnext import build_convnext
 from drift_jax.models.generator import build_generator
 from drift_jax.models.inception import build_inception
 from drift_jax.models.mae import build_mae, single_blocks
+from drift_jax.models.resnet import build_resnet
 from drift_jax.models.vae import build_vae
 from drift_jax.models.vit import build_vit
 
@@ -48,7 +49,7 @@ def from_release(
   """Builds a published model from its configuration and parameters.
 
   Args:
-    kind: 'gen', 'mae', 'convnext', 'vae', 'inception' or 'vit'.
+    kind: 'gen', 'mae', 'convnext', 'resnet', 'vae', 'inception' or 'vit'.
     model_config: the model's configuration under its published names. An
       autoencoder without `num_classes` has 1000.
     params: nested dict of arrays under the published names, without an outer
@@ -85,7 +86,7 @@ def to_release(
   """Exact inverse of `from_release`: parameters under the published names.
 
   Args:
-    kind: 'gen', 'mae', 'convnext', 'vae', 'inception' or 'vit'.
+    kind: 'gen', 'mae', 'convnext', 'resnet', 'vae', 'inception' or 'vit'.
     model_config: the model's configuration under its published names.
     params: parameters of the module that `from_release` builds from it.
 
@@ -109,7 +110,7 @@ def published_config(kind: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
   """The published model_config of a model given by its arguments here.
 
   Args:
-    kind: 'gen', 'mae', 'convnext', 'vae', 'inception' or 'vit'.
+    kind: 'gen', 'mae', 'convnext', 'resnet', 'vae', 'inception' or 'vit'.
     arguments: of the function that builds this kind, e.g. `build_mae`.
 
   Returns:
@@ -274,6 +275,9 @@ _MAE_KEYS = {
   "mask_patch_size": "patch_size",
 }
 _CONVNEXT_KEYS = {"depths": "depths", "widths": "dims"}
+_RESNET_KEYS = {
+  name: name for name in ("layers", "base_channels", "image_mean", "image_std")
+}
 _VAE_KEYS = {
   "in_channels": "in_channels",
   "latent_channels": "latent_channels",
@@ -367,6 +371,19 @@ def _build_convnext(config: Config) -> nn.Module:
   )
 
 
+def _build_resnet(config: Config) -> nn.Module:
+  config = _read(
+    "resnet",
+    config,
+    required=_RESNET_KEYS.values(),
+    optional={"use_bf16": False},
+  )
+  return build_resnet(
+    **{ours: config[theirs] for ours, theirs in _RESNET_KEYS.items()},
+    dtype=_dtype(config["use_bf16"]),
+  )
+
+
 def _build_vae(config: Config) -> nn.Module:
   config = _read(
     "vae",
@@ -429,7 +446,7 @@ def _mae_inputs(config: Config) -> list[jax.ShapeDtypeStruct]:
   return [jax.ShapeDtypeStruct(shape, jnp.float32)]
 
 
-def _convnext_inputs(config: Config) -> list[jax.ShapeDtypeStruct]:
+def _pixel_inputs(config: Config) -> list[jax.ShapeDtypeStruct]:
   del config
   return [jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)]
 
@@ -607,8 +624,9 @@ _KINDS = {
   ),
   "mae": _Kind(_MAE_KEYS, _build_mae, _mae_entries, _mae_inputs),
   "convnext": _Kind(
-    _CONVNEXT_KEYS, _build_convnext, _convnext_entries, _convnext_inputs
+    _CONVNEXT_KEYS, _build_convnext, _convnext_entries, _pixel_inputs
   ),
+  "resnet": _Kind(_RESNET_KEYS, _build_resnet, None, _pixel_inputs),
   "vae": _Kind(_VAE_KEYS, _build_vae, None, _vae_inputs),
   "inception": _Kind(_INCEPTION_KEYS, _build_inception, None, _image_inputs),
   "vit": _Kind(_VIT_KEYS, _build_vit, None, _image_inputs),

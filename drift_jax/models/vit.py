@@ -18,6 +18,7 @@ from jaxtyping import Array, ArrayLike, Float, Shaped
 from drift_jax.models.arguments import (
   reject_unknown,
   require_choice,
+  require_colors,
   require_int,
   require_multiple,
   require_rgb,
@@ -296,14 +297,7 @@ def build_vit(
   require_choice("activation", activation, tuple(ACTIVATIONS))
   if not 0 < epsilon < math.inf:
     raise ValueError(f"epsilon={epsilon!r}: must be positive and finite")
-  for name, values, minimum in (
-    ("image_mean", image_mean, -math.inf),
-    ("image_std", image_std, 0),
-  ):
-    if len(values) != 3 or not all(minimum < x < math.inf for x in values):
-      raise ValueError(
-        f"{name}={tuple(values)}: must be three finite numbers > {minimum}"
-      )
+  require_colors(image_mean, image_std)
   return Vit(
     image_size=image_size,
     patch_size=patch_size,

@@ -5,6 +5,12 @@
   python -m drift_jax.tools.convert_weights vae \\
       --source=hf://stabilityai/sd-vae-ft-mse --out=DIR
   python -m drift_jax.tools.convert_weights inception --out=DIR
+  python -m drift_jax.tools.convert_weights convnext \\
+      --source=hf://timm/convnextv2_base.fcmae_ft_in22k_in1k --out=DIR
+  python -m drift_jax.tools.convert_weights moco \\
+      --source=moco_v2_800ep_pretrain.pth.tar --out=DIR
+  python -m drift_jax.tools.convert_weights simclr \\
+      --source=resnet50-1x.pth --out=DIR
   python -m drift_jax.tools.convert_weights dinov2 \\
       --source=hf://facebook/dinov2-large --out=DIR
   python -m drift_jax.tools.convert_weights clip \\
@@ -12,7 +18,7 @@
 
 The weights' names and shapes are checked before anything is written, and
 reading them executes nothing: .safetensors holds arrays and names only, and
-torch, which reads .bin, .pt and .pth here, is told to load arrays only.
+torch, which reads .bin, .pth and their like, is told to load arrays only.
 """
 
 import pathlib
@@ -25,7 +31,7 @@ import jax
 from drift_jax import artifacts, console
 from drift_jax.console import logger
 from drift_jax.tools import weight_files
-from drift_jax.tools.conversions import inception, vae, vit
+from drift_jax.tools.conversions import convnext, inception, resnet, vae, vit
 from drift_jax.tools.conversions.layouts import (
   CONFIG_FILE,
   Config,
@@ -86,6 +92,27 @@ MODELS = {
     has_config=False,
     url=inception.URL,
     sha256=inception.SHA256,
+  ),
+  "convnext": Model(
+    "convnext",
+    "ConvNeXt-V2, e.g. hf://timm/convnextv2_base.fcmae_ft_in22k_in1k",
+    _TRANSFORMERS_FILES,
+    convnext.convert_convnext,
+    has_config=False,
+  ),
+  "moco": Model(
+    "resnet",
+    "MoCo-v2's ResNet-50, e.g. moco_v2_800ep_pretrain.pth.tar",
+    ("moco_v2_800ep_pretrain.pth.tar", *_TRANSFORMERS_FILES),
+    resnet.convert_moco,
+    has_config=False,
+  ),
+  "simclr": Model(
+    "resnet",
+    "SimCLR's ResNet-50 under torchvision's names, e.g. resnet50-1x.pth",
+    ("resnet50-1x.pth", *_TRANSFORMERS_FILES),
+    resnet.convert_simclr,
+    has_config=False,
   ),
   "dinov2": Model(
     "vit",

@@ -22,7 +22,9 @@ from drift_jax.console import logger
 from drift_jax.metrics import files
 from drift_jax.tools.conversions.layouts import CONFIG_FILE, WeightsError
 
-TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".tar")  # MoCo: .pth.tar
+# Under which a checkpoint holds its weights beside other things.
+_STATE_DICTS = ("state_dict", "model")
 
 _URL = re.compile(r"https?://")
 _TIMEOUT = 60  # seconds without an answer
@@ -196,8 +198,9 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
       f" arrays only ({type(error).__name__}): it is damaged or holds more than"
       " arrays; take the .safetensors file of the same model"
     ) from error
-  if isinstance(tensors, Mapping) and "state_dict" in tensors:
-    tensors = tensors["state_dict"]
+  if isinstance(tensors, Mapping):
+    inner = [tensors[key] for key in _STATE_DICTS if key in tensors]
+    tensors = inner[0] if inner else tensors
   if not isinstance(tensors, Mapping) or not all(
     isinstance(tensor, torch.Tensor) for tensor in tensors.values()
   ):

@@ -1,14 +1,16 @@
 """The Inception-v3 of FID, as pytorch-fid and torch-fidelity publish it."""
 
-import numpy as np
 from flax import traverse_util
 
 from drift_jax.models import release
 from drift_jax.tools.conversions.layouts import (
+  BATCH_NORM,
+  COUNTER,
   Config,
   Converted,
   Weights,
   WeightsError,
+  fold_batch_norm,
   jax_layout,
   torch_shape,
 )
@@ -22,16 +24,11 @@ URL = (
 MODEL_CONFIG = {"width": 16, "num_classes": 1008}
 BATCH_NORM_EPSILON = 1e-3
 
-_BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
-_COUNTER = ".num_batches_tracked"  # of training; some files hold it
-
 
 def convert_inception(weights: Weights, config: Config | None) -> Converted:
   """pytorch-fid's state dict -> kind 'inception'.
 
-  BatchNorm with its running statistics is folded into the convolution before
-  it, in float64: kernel' = kernel s and bias' = bias - mean s, where
-  s = weight / sqrt(var + 1e-3).
+  BatchNorm is folded into the convolution before it, see fold_batch_norm.
 
   Args:
     weights: torch's layouts (OIHW convolutions); any floating dtype.
@@ -45,7 +42,7 @@ def convert_inception(weights: Weights, config: Config | None) -> Converted:
   try:
     release.require_parameters(
       "these are not the weights of FID's Inception-v3",
-      {k: v for k, v in weights.items() if not k.endswith(_COUNTER)},
+      {k: v for k, v in weights.items() if not k.endswith(COUNTER)},
       published_shapes(shapes),
     )
   except ValueError as error:
@@ -58,7 +55,9 @@ def convert_inception(weights: Weights, config: Config | None) -> Converted:
       torch_name = f"{name}.{'weight' if leaf == 'kernel' else leaf}"
       params[path] = jax_layout(torch_name, weights[torch_name])
     elif leaf == "kernel":
-      params[path], params[f"{module}/bias"] = _fold(name, weights)
+      params[path], params[f"{module}/bias"] = fold_batch_norm(
+        f"{name}.conv", f"{name}.bn", weights, BATCH_NORM_EPSILON
+      )
   return Converted(
     dict(MODEL_CONFIG), traverse_util.unflatten_dict(params, sep="/")
   )
@@ -78,25 +77,5 @@ def published_shapes(
     elif leaf == "kernel":
       published[f"{name}.conv.weight"] = torch_shape(shape)
     else:
-      published |= {f"{name}.bn.{key}": shape for key in _BATCH_NORM}
+      published |= {f"{name}.bn.{key}": shape for key in BATCH_NORM}
   return published
-
-
-def _fold(name: str, weights: Weights) -> tuple[np.ndarray, np.ndarray]:
-  """Kernel and bias of a convolution with the BatchNorm after it."""
-  kernel = jax_layout(f"{name}.conv.weight", weights[f"{name}.conv.weight"])
-  weight, bias, mean, variance = (
-    jax_layout(f"{name}.bn.{key}", weights[f"{name}.bn.{key}"]).astype(
-      np.float64
-    )
-    for key in _BATCH_NORM
-  )
-  if variance.min() < 0:
-    raise WeightsError(
-      f"{name}.bn.running_var holds {variance.min()}, want >= 0"
-    )
-  scale = weight / np.sqrt(variance + BATCH_NORM_EPSILON)
-  return (
-    (kernel * scale).astype(np.float32),
-    (bias - mean * scale).astype(np.float32),
-  )

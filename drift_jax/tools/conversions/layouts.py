@@ -1,5 +1,6 @@
 """What all conversions share: their types, and torch's layouts."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -7,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 CONFIG_FILE = "config.json"
+BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
+COUNTER = ".num_batches_tracked"  # of training; some files hold it
 
 Weights = Mapping[str, np.ndarray]
 Config = Mapping[str, Any]
@@ -37,3 +40,43 @@ def jax_layout(name: str, array: np.ndarray) -> np.ndarray:
     raise WeightsError(f"{name} holds values that are not finite")
   axes = (*range(2, array.ndim), 1, 0) if array.ndim > 1 else (0,)
   return np.ascontiguousarray(array.transpose(axes))
+
+
+def count_blocks(weights: Weights, prefix: str) -> int:
+  """The first number N from 0 on of which no name begins with PREFIX N."""
+  numbers = {
+    name.removeprefix(prefix).partition(".")[0]
+    for name in weights
+    if name.startswith(prefix)
+  }
+  return next(i for i in itertools.count() if str(i) not in numbers)
+
+
+def fold_batch_norm(
+  conv: str, norm: str, weights: Weights, epsilon: float
+) -> tuple[np.ndarray, np.ndarray]:
+  """Kernel and bias of a convolution with the BatchNorm after it.
+
+  Computed in float64: kernel' = kernel s and bias' = bias - mean s, where
+  s = weight / sqrt(var + epsilon), with the running statistics.
+
+  Args:
+    conv, norm: names of the two modules; the convolution has no bias.
+    weights: torch's layouts.
+    epsilon: of the BatchNorm.
+
+  Raises:
+    WeightsError: values that are no floats, not finite, or variances below 0.
+  """
+  kernel = jax_layout(f"{conv}.weight", weights[f"{conv}.weight"])
+  weight, bias, mean, variance = (
+    jax_layout(f"{norm}.{key}", weights[f"{norm}.{key}"]).astype(np.float64)
+    for key in BATCH_NORM
+  )
+  if variance.min() < 0:
+    raise WeightsError(f"{norm}.running_var holds {variance.min()}, want >= 0")
+  scale = weight / np.sqrt(variance + epsilon)
+  return (
+    (kernel * scale).astype(np.float32),
+    (bias - mean * scale).astype(np.float32),
+  )
