@@ -1,0 +1,197 @@
+"""ResNet encoders: timm's numbers, then their properties."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import models as presets
+from drift_jax.models import build_resnet, release
+from drift_jax.tools.conversions import resnet as conversion
+from tests.conftest import assert_close, relative_error
+from tests.models.published import draw_all, noise
+
+SMALL = {
+  "layers": (1, 1, 1, 1),
+  "base_channels": 2,
+  "image_mean": (0.5, 0.4, 0.3),
+  "image_std": (0.2, 0.3, 0.4),
+  "dtype": "float32",
+}
+# Golden prefix -> converter, input.
+GOLDEN = {
+  "moco": (conversion.convert_moco, noise(0, (2, 64, 64, 3))),
+  "simclr": (conversion.convert_simclr, noise(1, (1, 256, 256, 3))),
+}
+# Outputs of the last block of a stage, which are the stage's.
+TWICE = {"layer2_blk2": "layer2", "layer3_blk6": "layer3"}
+
+
+@pytest.fixture(scope="module")
+def tiny(golden):
+  """Golden prefix -> the network as `convert_weights` gives it."""
+  arrays = golden("resnet")
+  weights = draw_all(arrays["parameters"])
+  networks = {}
+  for name, (convert, _) in GOLDEN.items():
+    converted = convert(weights, None)
+    networks[name] = release.from_release("resnet", *converted)
+  return arrays, networks
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_features(tiny, name):
+  arrays, networks = tiny
+  model, params = networks[name]
+  assert (model.layers, model.base_channels) == ((1, 2, 6, 1), 4)
+  features = jax.jit(functools.partial(model.apply, method="features"))(
+    {"params": params}, GOLDEN[name][1]
+  )
+  expected = {
+    key.removeprefix(f"{name}/"): value
+    for key, value in arrays.items()
+    if key.startswith(f"{name}/")
+  }
+  pooled = expected.pop("pooled")
+  assert_close(features["layer4_mean"][:, 0], pooled, 2e-5)
+  for key in list(features):
+    twin = TWICE.get(key.partition("_mean")[0].partition("_std")[0])
+    if twin:
+      same = key.replace(key[: len("layerN_blkN")], twin)
+      np.testing.assert_array_equal(features.pop(key), features[same])
+  if name == "moco":
+    assert features.keys() == expected.keys()
+  for key, value in expected.items():
+    count = features[key].shape[1]
+    thinned = features[key][:, :: count // 20 | 1]
+    assert_close(thinned, value, 3e-5, key)
+
+
+def test_pooled_is_the_mean_of_the_last_stage(tiny):
+  arrays, networks = tiny
+  model, params = networks["simclr"]
+  x = GOLDEN["simclr"][1]
+  pooled = jax.jit(functools.partial(model.apply, method="pooled"))
+  assert_close(pooled({"params": params}, x), arrays["simclr/pooled"], 2e-5)
+  rough = pooled_of(model.clone(dtype=jnp.dtype("bfloat16")), params, x)
+  assert rough.dtype == jnp.float32
+  assert 1e-4 < relative_error(rough, arrays["simclr/pooled"]) < 3e-2
+
+
+def pooled_of(model, params, x):
+  apply = functools.partial(model.apply, method="pooled")
+  return jax.jit(apply)({"params": params}, x)
+
+
+def test_resnet50_has_torchvisions_parameters(golden):
+  """All that its file holds but head and counters, and no more."""
+  there = {}
+  for line in golden("resnet")["parameters_resnet50"]:
+    name, shape = str(line).split()
+    there[name] = tuple(map(int, shape.split(",")))
+  trained = {
+    name: math.prod(shape)
+    for name, shape in there.items()
+    if not name.startswith("fc.") and ".running_" not in name
+  }
+  assert sum(trained.values()) == 23_508_032
+  for preset in presets.RESNETS.values():
+    arguments = preset().to_dict()
+    config = release.published_config("resnet", arguments)
+    shapes = release.parameter_shapes("resnet", config)
+    assert conversion.published_shapes(shapes, list(config["layers"])) == {
+      name: shape for name, shape in there.items() if not name.startswith("fc.")
+    }
+  assert presets.resnet50_moco().image_mean == tuple(conversion.IMAGENET_MEAN)
+  assert presets.resnet50_moco().image_std == tuple(conversion.IMAGENET_STD)
+
+
+@pytest.fixture(scope="module")
+def small():
+  model = build_resnet(**SMALL)
+  x = noise(2, (2, 32, 32, 3))
+  return model, model.init(jax.random.key(0), x)["params"], x
+
+
+def test_features_are_an_maes(small):
+  model, params, x = small
+  for options, without in (
+    ({}, "none"),
+    ({"every_k_block": math.inf}, "blk"),
+    ({"patch_mean_size": (), "patch_std_size": ()}, ("_2", "_4")),
+    ({"use_std": False, "patch_std_size": ()}, "std"),
+  ):
+    deep = model.clone(layers=(2, 1, 1, 1))
+    variables = jax.eval_shape(deep.init, jax.random.key(0), x)
+    features = jax.eval_shape(
+      functools.partial(deep.apply, method="features", **options), variables, x
+    )
+    assert {"conv1", "layer1", "layer2", "layer3", "layer4"} < features.keys()
+    names = {
+      "none": {"layer1_blk2_mean_4", "layer2_std_2", "conv1_std", "norm_x"}
+    }.get(str(without), set())
+    assert names <= features.keys()
+    removed = without if isinstance(without, tuple) else (without,)
+    assert not [k for k in features if any(end in k for end in removed)]
+  assert features["conv1"].shape == (2, 56 * 56, 2)
+  assert features["layer4_mean"].shape == (2, 1, 64)
+  assert features["norm_x"].shape == (2, 1, 3)
+
+
+def test_gradient_reaches_the_pixels_and_remat_changes_none(small):
+  model, params, x = small
+  deep = model.clone(layers=(1, 1, 5, 1))  # both a scan and single blocks
+  params = deep.init(jax.random.key(0), x)["params"]
+  assert params["stage3_blocks"]["conv2"]["kernel"].shape == (4, 3, 3, 8, 8)
+  gradients = []
+  for module in (deep, deep.clone(remat=True)):
+
+    def objective(x, module=module):
+      return jnp.sum(
+        jnp.sin(module.apply({"params": params}, x, method="pooled"))
+      )
+
+    # Beyond [-1, 1]: nothing is clipped.
+    gradients.append(jax.jit(jax.grad(objective))(1.5 * x))
+  assert (np.abs(gradients[0]) > 0).mean() > 0.99
+  assert_close(gradients[1], gradients[0], 1e-5)
+
+
+def test_shapes_in_bfloat16(small):
+  model, params, x = small
+  model = model.clone(dtype=jnp.dtype("bfloat16"))
+  features = jax.eval_shape(
+    functools.partial(model.apply, method="features"), {"params": params}, x
+  )
+  for key, value in features.items():
+    wide = key == "norm_x" or "_std" in key
+    assert value.dtype == (jnp.float32 if wide else jnp.bfloat16), key
+
+
+def test_no_rgb_and_bad_options_are_explained(small):
+  model, params, x = small
+  apply = functools.partial(model.apply, {"params": params}, method="features")
+  with pytest.raises(ValueError, match=r"x has shape \(2, 32, 32, 4\): needs"):
+    jax.eval_shape(apply, jnp.zeros((2, 32, 32, 4)))
+  with pytest.raises(ValueError, match="every_k_block=0: must be >= 1"):
+    jax.eval_shape(functools.partial(apply, every_k_block=0), x)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"depths": (1,)}, "does not know 'depths'.*valid arguments: layers, base"),
+    ({"layers": (1, 1, 1)}, r"layers=\(1, 1, 1\): must be 4 block counts"),
+    ({"layers": (1, 0, 1, 1)}, r"layers \(stage 2\)=0: must be an integer"),
+    ({"base_channels": 0}, "base_channels=0: must be an integer >= 1"),
+    ({"image_mean": (0.5,)}, r"image_mean=\(0.5,\): must be three finite"),
+    ({"image_std": (1.0, 1.0, 0.0)}, "image_std=.*three finite numbers > 0"),
+    ({"dtype": "half"}, "dtype='half': must be one of 'float32', 'bfloat16'"),
+  ],
+)
+def test_bad_arguments_are_explained(change, message):
+  with pytest.raises(ValueError, match=message):
+    build_resnet(**(SMALL | change))
