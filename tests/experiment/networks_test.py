@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from configs import common, digits
-from drift_jax import artifacts, experiment, sharding
+from drift_jax import artifacts, experiment, sharding, steps
 from drift_jax import config as config_lib
 from drift_jax.experiment import networks
 from drift_jax.models import release
@@ -62,6 +63,65 @@ def test_encoders_recompute_if_the_config_says_so(section):
     changed = {"mae": dataclasses.replace(section, remat=remat)}
     for make in (experiment.load_encoders, experiment.abstract_encoders):
       assert make(changed, mesh)["mae"].module.remat == remat
+
+
+def test_a_generator_of_pixels_drifts_in_a_resnets_features(tmp_path):
+  model = {
+    "layers": (1, 2, 1, 1),
+    "base_channels": 4,
+    "image_mean": (0.5, 0.5, 0.5),
+    "image_std": (0.25, 0.25, 0.25),
+    "dtype": "float32",
+  }
+  description = release.published_config("resnet", model)
+  random = np.random.RandomState(0)
+  _, shapes = release.describe("resnet", description)
+  artifacts.save(
+    tmp_path,
+    kind="resnet",
+    model_config=description,
+    params=jax.tree.map(
+      lambda x: random.normal(0, 0.3, x.shape).astype(x.dtype), shapes
+    ),
+    step=None,
+    ema_decay=None,
+  )
+  raw = digits.get_config()
+  raw.model.update(in_channels=3, out_channels=3, hidden_size=8, cond_dim=8)
+  raw.model.update(depth=1, num_heads=2)
+  raw.batch.update(labels=1, generated=2, positives=1, unconditional=1)
+  raw.features.update(patch_mean_size=(4,), patch_std_size=(), sample=False)
+  raw.features.update(use_mean=False, use_std=False)
+  common.add_encoder(raw, "moco", str(tmp_path), "resnet", ConfigDict(model))
+  raw.encoders.moco.dtype = "float32"
+  config = config_lib.parse(raw)
+  mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+  encoders = experiment.load_encoders(config.encoders, mesh)
+  task = experiment.generator_task(config, encoders, mesh)
+  networks.check_encoders(task, encoders)
+  frozen = {name: artifact.params for name, artifact in encoders.items()}
+  params = experiment.init_generator(task)(jax.random.key(0))
+  params = jax.tree.map(lambda x: x + 0.05, params)
+  batch = steps.GeneratorBatch(
+    labels=np.zeros(1, np.int32),
+    positives=random.uniform(-1, 1, (1, 1, 8, 8, 3)).astype(np.float32),
+    unconditional=random.uniform(-1, 1, (1, 1, 8, 8, 3)).astype(np.float32),
+  )
+  draws = steps.draw(jax.random.key(1), task, 1)
+
+  def loss(params):
+    value, aux = steps.generator_loss(params, batch, draws, frozen, task)
+    return value, aux["losses"]
+
+  (value, losses), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+    params
+  )
+  # norm_x, and of six maps: locations, and means of 4 x 4 patches where they
+  # fit, which is not in 14 x 14 and 7 x 7.
+  assert losses.shape == (1 + 6 + 4,) and np.isfinite(losses).all()
+  assert np.isclose(value, np.sum(losses), rtol=1e-5)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+  assert any(np.any(leaf != 0) for leaf in jax.tree.leaves(gradients))
 
 
 def test_weights_of_another_model_are_refused(section):

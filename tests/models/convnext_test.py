@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from drift_jax.models import build_convnext, release
 from drift_jax.models.convnext import (
@@ -12,7 +13,15 @@ from drift_jax.models.convnext import (
   normalize_stage,
   resize_input,
 )
+from drift_jax.tools.conversions import convnext as conversion
 from tests.conftest import assert_close, relative_error
+from tests.models.published import draw_all, noise
+
+NAMINGS = {
+  "timm": conversion.TIMM,
+  "facebook": conversion.FACEBOOK,
+  "transformers": conversion.TRANSFORMERS,
+}
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +52,82 @@ def test_golden_features(tiny):
     functools.partial(model.apply, method="features"), variables, arrays["x"]
   )
   assert plain.keys() == features.keys()
+
+
+@pytest.fixture(scope="module")
+def features_of_published():
+  """Compiled once: weights of all namings are of one size."""
+  config = {"depths": [1, 2, 3, 1], "dims": [4, 8, 12, 16]}
+  model, _ = release.describe("convnext", config)
+  apply = jax.jit(functools.partial(model.apply, method="features"))
+
+  def features(converted):
+    assert converted.model_config == config
+    x = noise(0, (2, 64, 64, 3))
+    return apply({"params": converted.params}, x)
+
+  return features
+
+
+@pytest.mark.parametrize("name", NAMINGS)
+def test_published_weights_give_their_features(
+  name, golden, features_of_published
+):
+  """timm's and transformers' models; the authors' names as timm reads them."""
+  arrays = golden("convnextv2")
+  weights = draw_all(arrays[f"parameters_{name}"])
+  converted = conversion.convert_convnext(weights, None)
+  features = features_of_published(converted)
+  twice = features.pop("global_std")
+  np.testing.assert_array_equal(twice, features["convenxt_stage_3_std"])
+  assert features.keys() == {
+    key.removeprefix(f"{name}/") for key in arrays if key.startswith(f"{name}/")
+  }
+  for key, value in features.items():
+    thinned = value[:, :: value.shape[1] // 20 | 1]
+    assert_close(thinned, arrays[f"{name}/{key}"], 3e-5, key)
+  # timm's small models have 1x1 convolutions for linear layers, and
+  # transformers' bare encoder has neither prefix nor head.
+  as_convolutions = {
+    k: v[:, :, None, None] if k.endswith(("fc1.weight", "fc2.weight")) else v
+    for k, v in weights.items()
+  }
+  bare = {
+    k.removeprefix("convnextv2."): v
+    for k, v in weights.items()
+    if not k.startswith(f"{NAMINGS[name].head}.")
+  }
+  for other in (as_convolutions, bare):
+    again = conversion.convert_convnext(other, None)
+    jax.tree.map(np.testing.assert_array_equal, again, converted)
+
+
+@pytest.mark.parametrize("name", NAMINGS)
+def test_every_naming_gives_back_the_release(name, tiny):
+  """So that its golden features are those of all of them."""
+  _, model, variables = tiny
+  depths = list(model.depths)
+  config = {"depths": depths, "dims": list(model.widths)}
+  shapes = release.parameter_shapes("convnext", config)
+  naming = NAMINGS[name]
+  published = conversion.published_shapes(naming, shapes, depths)
+  flat = traverse_util.flatten_dict(variables["params"], sep="/")
+  weights = {}
+  for path, leaf in flat.items():
+    leaf = np.asarray(leaf)
+    for i, there in enumerate(naming.of(path, depths)):
+      one = leaf[i] if "_blocks/" in path else leaf
+      if one.ndim == 4 and "response_norm" not in path:
+        one = one.transpose(3, 2, 0, 1)
+      elif one.ndim == 2:
+        one = one.T
+      weights[there] = one.reshape(published[there])
+  assert weights.keys() == published.keys()
+  converted = conversion.convert_convnext(weights, None)
+  assert converted.model_config == config
+  jax.tree.map(
+    np.testing.assert_array_equal, converted.params, variables["params"]
+  )
 
 
 def test_golden_pooled_output(tiny):

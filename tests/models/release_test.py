@@ -17,6 +17,7 @@ from drift_jax.models import (
   build_generator,
   build_inception,
   build_mae,
+  build_resnet,
   build_vae,
   build_vit,
   release,
@@ -45,6 +46,12 @@ SHAPES = {
 # Models that the release lacks: kind -> presets, builder, parameters of each.
 OTHERS = {
   "vae": (presets.VAES, build_vae, {"sd_vae": 83_653_863}),
+  # torchvision's BatchNorms have 26 560 scales more, which are in the kernels.
+  "resnet": (
+    presets.RESNETS,
+    build_resnet,
+    dict.fromkeys(presets.RESNETS, 23_508_032 - 26_560),
+  ),
   "inception": (
     presets.INCEPTIONS,
     build_inception,

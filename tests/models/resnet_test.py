@@ -56,12 +56,11 @@ def test_golden_features(tiny, name):
     if key.startswith(f"{name}/")
   }
   pooled = expected.pop("pooled")
-  assert_close(features["layer4_mean"][:, 0], pooled, 2e-5)
-  for key in list(features):
-    twin = TWICE.get(key.partition("_mean")[0].partition("_std")[0])
-    if twin:
-      same = key.replace(key[: len("layerN_blkN")], twin)
-      np.testing.assert_array_equal(features.pop(key), features[same])
+  assert_close(features["layer4_mean"][:, 0], pooled, 3e-5)
+  for key in [key for key in features if key.startswith(tuple(TWICE))]:
+    name = key[: len("layerN_blkN")]
+    same = features[key.replace(name, TWICE[name])]
+    np.testing.assert_array_equal(features.pop(key), same)
   if name == "moco":
     assert features.keys() == expected.keys()
   for key, value in expected.items():
@@ -70,20 +69,20 @@ def test_golden_features(tiny, name):
     assert_close(thinned, value, 3e-5, key)
 
 
+def pooled_of(model, params, x):
+  apply = functools.partial(model.apply, method="pooled")
+  return jax.jit(apply)({"params": params}, x)
+
+
 def test_pooled_is_the_mean_of_the_last_stage(tiny):
   arrays, networks = tiny
   model, params = networks["simclr"]
   x = GOLDEN["simclr"][1]
-  pooled = jax.jit(functools.partial(model.apply, method="pooled"))
-  assert_close(pooled({"params": params}, x), arrays["simclr/pooled"], 2e-5)
+  exact = pooled_of(model, params, x)
+  assert_close(exact, arrays["simclr/pooled"], 3e-5)
   rough = pooled_of(model.clone(dtype=jnp.dtype("bfloat16")), params, x)
   assert rough.dtype == jnp.float32
   assert 1e-4 < relative_error(rough, arrays["simclr/pooled"]) < 3e-2
-
-
-def pooled_of(model, params, x):
-  apply = functools.partial(model.apply, method="pooled")
-  return jax.jit(apply)({"params": params}, x)
 
 
 def test_resnet50_has_torchvisions_parameters(golden):
@@ -109,45 +108,53 @@ def test_resnet50_has_torchvisions_parameters(golden):
   assert presets.resnet50_moco().image_std == tuple(conversion.IMAGENET_STD)
 
 
-@pytest.fixture(scope="module")
-def small():
-  model = build_resnet(**SMALL)
-  x = noise(2, (2, 32, 32, 3))
-  return model, model.init(jax.random.key(0), x)["params"], x
+X = noise(2, (2, 32, 32, 3))
 
 
-def test_features_are_an_maes(small):
-  model, params, x = small
-  for options, without in (
-    ({}, "none"),
-    ({"every_k_block": math.inf}, "blk"),
-    ({"patch_mean_size": (), "patch_std_size": ()}, ("_2", "_4")),
-    ({"use_std": False, "patch_std_size": ()}, "std"),
-  ):
-    deep = model.clone(layers=(2, 1, 1, 1))
-    variables = jax.eval_shape(deep.init, jax.random.key(0), x)
-    features = jax.eval_shape(
-      functools.partial(deep.apply, method="features", **options), variables, x
-    )
-    assert {"conv1", "layer1", "layer2", "layer3", "layer4"} < features.keys()
-    names = {
-      "none": {"layer1_blk2_mean_4", "layer2_std_2", "conv1_std", "norm_x"}
-    }.get(str(without), set())
-    assert names <= features.keys()
-    removed = without if isinstance(without, tuple) else (without,)
-    assert not [k for k in features if any(end in k for end in removed)]
+def small(**change):
+  """A network and random parameters, not compiled."""
+  model = build_resnet(**(SMALL | change))
+  random = np.random.RandomState(3)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), X)["params"]
+  return model, jax.tree.map(
+    lambda leaf: random.normal(0, 0.3, leaf.shape).astype(np.float32), shapes
+  )
+
+
+def shapes_of(model, params, x=X, **options):
+  """{key: shape and dtype} of the features."""
+  apply = functools.partial(model.apply, method="features", **options)
+  return jax.eval_shape(apply, {"params": params}, x)
+
+
+def test_features_have_an_maes_keys_and_options():
+  model, params = small(layers=(2, 1, 1, 1))
+  maps = ["conv1", "layer1_blk2", "layer1", "layer2", "layer3", "layer4"]
+  of_each = ["", "_mean", "_std", "_mean_2", "_mean_4", "_std_2", "_std_4"]
+  features = shapes_of(model, params)
+  divides = {"layer3": "_4", "layer4": ("_2", "_4")}  # 14 x 14 and 7 x 7
+  assert features.keys() == {"norm_x"} | {
+    name + end
+    for name in maps
+    for end in of_each
+    if not end.endswith(divides.get(name, "never"))
+  }
   assert features["conv1"].shape == (2, 56 * 56, 2)
+  assert features["layer2_std_4"].shape == (2, 7 * 7, 16)
   assert features["layer4_mean"].shape == (2, 1, 64)
   assert features["norm_x"].shape == (2, 1, 3)
+  none = {"patch_mean_size": (), "patch_std_size": ()}
+  features = shapes_of(
+    model, params, every_k_block=math.inf, use_mean=False, use_std=False, **none
+  )
+  assert features.keys() == {"norm_x", *maps} - {"layer1_blk2"}
 
 
-def test_gradient_reaches_the_pixels_and_remat_changes_none(small):
-  model, params, x = small
-  deep = model.clone(layers=(1, 1, 5, 1))  # both a scan and single blocks
-  params = deep.init(jax.random.key(0), x)["params"]
+def test_gradient_reaches_the_pixels_and_remat_changes_none():
+  model, params = small(layers=(1, 1, 5, 1))  # a scan and single blocks
   assert params["stage3_blocks"]["conv2"]["kernel"].shape == (4, 3, 3, 8, 8)
   gradients = []
-  for module in (deep, deep.clone(remat=True)):
+  for module in (model, model.clone(remat=True)):
 
     def objective(x, module=module):
       return jnp.sum(
@@ -155,29 +162,24 @@ def test_gradient_reaches_the_pixels_and_remat_changes_none(small):
       )
 
     # Beyond [-1, 1]: nothing is clipped.
-    gradients.append(jax.jit(jax.grad(objective))(1.5 * x))
+    gradients.append(jax.jit(jax.grad(objective))(1.5 * X))
   assert (np.abs(gradients[0]) > 0).mean() > 0.99
   assert_close(gradients[1], gradients[0], 1e-5)
 
 
-def test_shapes_in_bfloat16(small):
-  model, params, x = small
-  model = model.clone(dtype=jnp.dtype("bfloat16"))
-  features = jax.eval_shape(
-    functools.partial(model.apply, method="features"), {"params": params}, x
-  )
+def test_maps_and_means_are_in_the_models_dtype():
+  features = shapes_of(*small(dtype="bfloat16"))
   for key, value in features.items():
     wide = key == "norm_x" or "_std" in key
     assert value.dtype == (jnp.float32 if wide else jnp.bfloat16), key
 
 
-def test_no_rgb_and_bad_options_are_explained(small):
-  model, params, x = small
-  apply = functools.partial(model.apply, {"params": params}, method="features")
+def test_other_inputs_and_options_are_explained():
+  model, params = small()
   with pytest.raises(ValueError, match=r"x has shape \(2, 32, 32, 4\): needs"):
-    jax.eval_shape(apply, jnp.zeros((2, 32, 32, 4)))
+    shapes_of(model, params, np.zeros((2, 32, 32, 4), np.float32))
   with pytest.raises(ValueError, match="every_k_block=0: must be >= 1"):
-    jax.eval_shape(functools.partial(apply, every_k_block=0), x)
+    shapes_of(model, params, every_k_block=0)
 
 
 @pytest.mark.parametrize(
