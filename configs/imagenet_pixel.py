@@ -4,7 +4,7 @@
     --workdir=runs/imagenet_l16
 
 reads ImageNet, an encoder trained by configs/mae_pixel.py, and an exported
-ConvNeXt-V2 base (docs/data.md has the commands); and for its FID the
+ConvNeXt-V2 base (docs/encoders.md has the command); and for its FID the
 Inception-v3 and statistics of the training images (docs/evaluation.md).
 Variants, joined by commas:
   b16    (or none) B/16, 100k steps

@@ -36,6 +36,14 @@ def normalize_colors(
   return (x - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
 
+def require_pixels(x: Float[ArrayLike, "..."]) -> Float[Array, "B H W 3"]:
+  """Returns x; ValueError unless it is [B, H, W, 3]."""
+  x = jnp.asarray(x)
+  if x.ndim != 4 or x.shape[-1] != 3:
+    raise ValueError(f"x has shape {x.shape}: needs RGB pixels [B, H, W, 3]")
+  return x
+
+
 def resize_input(x: Float[Array, "B H W C"]) -> Float[Array, "B S S C"]:
   """Bilinear resize to 224 x 224, antialiased where that shrinks x."""
   shape = (x.shape[0], INPUT_SIZE, INPUT_SIZE, x.shape[3])
@@ -121,7 +129,7 @@ class ConvNext(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[ArrayLike, "B H W 3"]
+    self, x: Float[ArrayLike, "B H W C"]
   ) -> tuple[list[Float[Array, "B _ _ _"]], Float[Array, "B D"]]:
     """Maps of the four stages and the LayerNorm of the last one's mean.
 
@@ -132,8 +140,11 @@ class ConvNext(nn.Module):
     Returns:
       ([B, 56, 56, widths[0]], ..., [B, 7, 7, widths[3]]) in the model's
       dtype, and [B, widths[3]] in float32.
+
+    Raises:
+      ValueError: x is no RGB.
     """
-    hidden = resize_input(normalize_colors(jnp.asarray(x)))
+    hidden = resize_input(normalize_colors(require_pixels(x)))
     hidden = hidden.astype(self.dtype)
     block = ConvNextBlock
     if self.remat:
@@ -164,12 +175,12 @@ class ConvNext(nn.Module):
     pooled = jnp.mean(hidden.astype(jnp.float32), axis=(1, 2))
     return maps, LayerNorm(jnp.dtype(jnp.float32), name="norm")(pooled)
 
-  def pooled(self, x: Float[ArrayLike, "B H W 3"]) -> Float[Array, "B D"]:
+  def pooled(self, x: Float[ArrayLike, "B H W C"]) -> Float[Array, "B D"]:
     """LayerNorm of the spatial mean of the last stage, float32."""
     return self(x)[1]
 
   def features(
-    self, x: Float[ArrayLike, "B H W 3"], *, input_scale: bool = False
+    self, x: Float[ArrayLike, "B H W C"], *, input_scale: bool = False
   ) -> dict[str, Float[Array, "B _ _"]]:
     """Feature vectors for the drifting loss, beside those of an MAE.
 

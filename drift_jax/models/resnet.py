@@ -14,7 +14,11 @@ from drift_jax.models.arguments import (
   require_colors,
   require_int,
 )
-from drift_jax.models.convnext import normalize_colors, resize_input
+from drift_jax.models.convnext import (
+  normalize_colors,
+  require_pixels,
+  resize_input,
+)
 from drift_jax.models.mae import Maps, single_blocks, stage_features
 
 EXPANSION = 4  # a block's output channels, in those of its 3x3 convolution
@@ -93,12 +97,9 @@ class ResNet(nn.Module):
     Raises:
       ValueError: x is no RGB.
     """
-    pixels = jnp.asarray(x)
-    if pixels.ndim != 4 or pixels.shape[-1] != 3:
-      raise ValueError(
-        f"x has shape {pixels.shape}: needs RGB pixels [B, H, W, 3]"
-      )
-    pixels = normalize_colors(pixels, self.image_mean, self.image_std)
+    pixels = normalize_colors(
+      require_pixels(x), self.image_mean, self.image_std
+    )
     hidden = resize_input(pixels).astype(self.dtype)
     hidden = nn.relu(
       _conv(self.base_channels, 7, self.dtype, "stem", 2)(hidden)

@@ -72,7 +72,9 @@ def test_moco_from_its_checkpoint(resnet_weights, tmp_path, monkeypatch):
 
   path = tmp_path / "moco_v2_800ep_pretrain.pth.tar"
   path.write_bytes(b"zip")
-  tensors = {k: np.asarray(v).view(Tensor) for k, v in moco_state(resnet_weights).items()}
+  tensors = {
+    k: np.asarray(v).view(Tensor) for k, v in moco_state(resnet_weights).items()
+  }
   content = {"epoch": 800, "arch": "resnet50", "state_dict": tensors}
   content["optimizer"] = {"state": {}}
 

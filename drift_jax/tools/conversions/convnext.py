@@ -158,7 +158,7 @@ def convert_convnext(weights: Weights, config: Config | None) -> Converted:
   naming = found[0]
   what = f"these are not the weights of a ConvNeXt-V2 as {naming.whose} has it"
   weights = {
-    k.removeprefix(prefix): v
+    k.removeprefix(prefix): _as_linear(v)
     for k, v in weights.items()
     if k not in (f"{naming.head}.weight", f"{naming.head}.bias")
   }
@@ -197,6 +197,11 @@ def convert_convnext(weights: Weights, config: Config | None) -> Converted:
     ]
     params[path] = np.stack(leaves).reshape(shape)
   return Converted(model_config, traverse_util.unflatten_dict(params, sep="/"))
+
+
+def _as_linear(array: np.ndarray) -> np.ndarray:
+  """[O, I] of a layer that timm's small models have as a 1x1 convolution."""
+  return array[:, :, 0, 0] if array.shape[2:] == (1, 1) else array
 
 
 def published_shapes(
