@@ -8,7 +8,8 @@ import nbclient
 import nbformat
 import pytest
 
-from tests.conftest import process_environment
+from tests.autoencoders import save_vae
+from tests.conftest import GOLDEN, process_environment
 
 PATH = pathlib.Path(__file__).parent.parent / "launch" / "colab.ipynb"
 
@@ -40,6 +41,8 @@ def test_runs(tmp_path, monkeypatch):
   variables = process_environment() | {
     "DRIFT_JAX_CONFIG": "configs/digits.py:smoke",
     "DRIFT_JAX_WORKDIR": str(workdir),
+    "DRIFT_JAX_WEIGHTS": str(GOLDEN / "artifact_gen"),
+    "DRIFT_JAX_VAE": str(save_vae(tmp_path / "vae", latent_channels=4)),
     "IPYTHONDIR": str(tmp_path / "ipython"),
   }
   for name, value in variables.items():
@@ -64,6 +67,21 @@ def test_runs(tmp_path, monkeypatch):
   assert images == [
     (workdir / f"alpha_{alpha}.png").read_bytes() for alpha in (1, 3)
   ]
+  text, images = outputs(notebook, "load")
+  assert "10 classes" in text and len(images) == 1
+  text, images = outputs(notebook, "sweep")
+  assert text.split() == [
+    "alpha",
+    "1:",
+    "alpha",
+    "2:",
+    "alpha",
+    "3:",
+    "alpha",
+    "4:",
+  ]
+  assert len(images) == len(set(images)) == 4
+  assert len(outputs(notebook, "walk")[1]) == 6
 
 
 def test_says_where_the_code_should_come_from(tmp_path, monkeypatch):
