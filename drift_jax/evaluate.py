@@ -22,10 +22,14 @@ from drift_jax.console import logger
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")
 _WEIGHTS = flags.DEFINE_string(
-  "weights", None, "Folder of a generator's exported weights."
+  "weights",
+  None,
+  "A generator's exported weights: their folder, an export, or hf://NAME.",
 )
 _VAE = flags.DEFINE_string(
-  "vae", "", "Of --weights: the autoencoder behind its latents."
+  "vae",
+  "",
+  "Of --weights: the autoencoder behind its latents, if it is no export.",
 )
 _IMAGES = flags.DEFINE_string(
   "images", None, "Folder or ADM .npz of images that were made elsewhere."
