@@ -103,18 +103,6 @@ def parse_style(values: list[str] | None) -> list[int] | None:
     raise config_lib.ConfigError(f"--style: {error}") from error
 
 
-def source_of(source: str | None, workdir: str | None) -> str:
-  """The one place that --from or --workdir names."""
-  if (source is None) == (workdir is None):
-    given = "both" if source is not None else "neither"
-    raise config_lib.ConfigError(
-      f"give --from=SOURCE, or --workdir=DIR of a run; got {given}"
-    )
-  found = workdir if source is None else source
-  assert found is not None
-  return found
-
-
 def check_out(out: str, interpolate: int | None) -> str:
   """The suffix of a file, '' of a folder.
 
@@ -154,7 +142,7 @@ def _run() -> None:
       _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
     )
   console.setup(processes.index())
-  source = source_of(_FROM.value, _WORKDIR.value)
+  source = sampling.source_of(_FROM.value, _WORKDIR.value)
   out = _OUT.value
   suffix = check_out(out, _INTERPOLATE.value)
   style = parse_style(_STYLE.value)

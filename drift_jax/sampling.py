@@ -68,6 +68,22 @@ class Samples:
     return file.getvalue()
 
 
+def source_of(source: str | None, workdir: str | None) -> str:
+  """The one place that the flags --from and --workdir name.
+
+  Raises:
+    ConfigError: both or neither is given.
+  """
+  if (source is None) == (workdir is None):
+    given = "both" if source is not None else "neither"
+    raise ConfigError(
+      f"give --from=SOURCE, or --workdir=DIR of a run; got {given}"
+    )
+  found = workdir if source is None else source
+  assert found is not None
+  return found
+
+
 def load(
   source: str,
   *,
@@ -143,6 +159,10 @@ class Sampler:
   def alpha_range(self) -> tuple[float, float]:
     """Guidance scales that it was trained for."""
     return self.generator.alpha_range
+
+  def padded(self, size: int) -> int:
+    """The batch size that is compiled for `size` images on these devices."""
+    return experiment.pad_to_mesh(size, self._mesh)
 
   def labels(self, names: Sequence[str | int] | None = None) -> np.ndarray:
     """Class indices [n] int32 of what a person calls classes.
@@ -282,7 +302,7 @@ class Sampler:
       self._style(style),
     )
     wanted = len(labels) if numbers is None else len(numbers)
-    size = experiment.pad_to_mesh(min(batch_size, wanted), self._mesh)
+    size = self.padded(min(batch_size, wanted))
     return metrics.generate(
       sample_fn,
       labels,
@@ -321,7 +341,7 @@ class Sampler:
         f"frames={frames} must be at least 2, count={count} at least 1"
       )
     wanted = np.repeat(self.labels(labels), count)
-    size = experiment.pad_to_mesh(len(wanted), self._mesh)
+    size = self.padded(len(wanted))
     index = np.arange(size, dtype=np.int32)
     of_each = sharding.put_batch(
       (

@@ -1,0 +1,346 @@
+"""The application: one page, what it asks for, and who may ask."""
+
+import asyncio
+import base64
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from drift_jax import sampling
+from drift_jax.console import logger
+from drift_jax.serve.limits import Limits, RateLimiter
+from drift_jax.serve.requests import Asked, Refused, read_request
+from drift_jax.serve.worker import Busy, Done, Part, Worker
+
+# What a browser that runs on this machine calls it.
+_LOCAL = ("localhost", "127.0.0.1", "[::1]")
+_FILES = {
+  "/": ("index.html", "text/html"),
+  "/page.css": ("page.css", "text/css"),
+  "/page.js": ("page.js", "text/javascript"),
+  "/icon.svg": ("icon.svg", "image/svg+xml"),
+}
+_API = ("GET /api/model", "POST /api/sample")
+_HEADERS = {
+  "content-security-policy": (
+    "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+  ),
+  "x-content-type-options": "nosniff",
+  "referrer-policy": "no-referrer",
+  "cross-origin-resource-policy": "same-origin",
+  "cross-origin-opener-policy": "same-origin",
+  "cache-control": "no-store",
+}
+
+
+def make_app(
+  model: sampling.Sampler,
+  worker: Worker,
+  limits: Limits,
+  *,
+  name: str,
+  hosts: Sequence[str],
+) -> ASGIApp:
+  """An ASGI application.
+
+  GET / is the page; GET /api/model says what can be asked for; POST
+  /api/sample answers a JSON object (see requests.read_request) with a JSON
+  object a line: {"index", "label", "png"} for each image, as they are ready,
+  then {"images", "waited_ms", "device_ms", "images_per_second"}, or {"error"}.
+  Anything else is answered with {"error": one line}.
+
+  Args:
+    model: of the worker.
+    worker: draws; started and stopped by the caller.
+    limits: of requests.
+    name: of the model, on the page.
+    hosts: names by which browsers may reach it, beside this machine's own.
+  """
+  rate = RateLimiter(limits.requests_per_minute)
+  about = _json(describe(model, limits, name))
+
+  async def get_model(request: Request) -> Response:
+    del request
+    return Response(about, media_type="application/json")
+
+  async def post_sample(request: Request) -> Response:
+    client = request.client.host if request.client else ""
+    wait = rate.take(client)
+    if wait:
+      raise Refused(
+        429,
+        f"more than {limits.requests_per_minute} requests a minute from "
+        f"{client}: wait {math.ceil(wait)} s",
+        wait,
+      )
+    kind = request.headers.get("content-type", "").partition(";")[0]
+    if kind.strip().lower() != "application/json":
+      raise Refused(415, f"content-type {kind[:60]!r}: want application/json")
+    body = await _read_body(request, limits)
+    return _Stream(
+      worker, read_request(body, model, limits.max_images), limits.send_seconds
+    )
+
+  app = Starlette(
+    routes=[
+      *(Route(path, _file(*file)) for path, file in _FILES.items()),
+      Route("/api/model", get_model),
+      Route("/api/sample", post_sample, methods=["POST"]),
+    ],
+    exception_handlers={
+      Refused: _on_refused,
+      HTTPException: _on_http,
+      Exception: _on_error,
+    },
+  )
+  # Starlette's own would send '/page.js/' elsewhere, to a host of its making.
+  app.router.redirect_slashes = False
+  return _Guard(app, hosts)
+
+
+def describe(
+  model: sampling.Sampler, limits: Limits, name: str
+) -> dict[str, Any]:
+  """What the page needs to know of the model; fit for JSON."""
+  generator = model.generator
+  return {
+    "name": name,
+    "step": generator.step,
+    "ema_decay": generator.ema_decay,
+    "num_classes": model.num_classes,
+    "class_names": list(model.class_names),
+    "alpha_range": list(model.alpha_range),
+    "image_shape": list(model.image_shape),
+    "style_tokens": generator.task.style_tokens,
+    "style_vocab": generator.task.style_vocab,
+    "max_images": limits.max_images,
+    "max_seed": sampling.MAX_SEED,
+  }
+
+
+class _Guard:
+  """Refuses other hosts' names, and adds what browsers need to be careful.
+
+  A page elsewhere whose name is made to point at this machine (DNS rebinding)
+  sends that name as its host.
+  """
+
+  def __init__(self, app: ASGIApp, hosts: Sequence[str]):
+    self._app = app
+    self._hosts = {host.lower() for host in (*_LOCAL, *hosts)}
+
+  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def guarded(message: Message) -> None:
+      if message["type"] == "http.response.start":
+        MutableHeaders(scope=message).update(_HEADERS)
+      await send(message)
+
+    if scope["type"] != "http":
+      return await self._app(scope, receive, send)
+    host = host_name(Headers(scope=scope).get("host", ""))
+    if host in self._hosts:
+      return await self._app(scope, receive, guarded)
+    refusal = _error(
+      403,
+      f"host {host[:60]!r} is none of {sorted(self._hosts)}: --allowed_hosts "
+      "of the server adds one",
+    )
+    await refusal(scope, receive, guarded)
+
+
+def host_name(host: str) -> str:
+  """Of a Host header, without the port; an IPv6 address keeps its brackets."""
+  name, colon, port = host.rpartition(":")
+  found = name if colon and (port.isdecimal() or not port) else host
+  return found.lower()
+
+
+async def _read_body(request: Request, limits: Limits) -> bytes:
+  """The whole body, which is small and comes soon.
+
+  Raises:
+    Refused: 413 for a larger one, 408 for a slow one.
+  """
+  body = bytearray()
+  try:
+    async with asyncio.timeout(limits.body_seconds):
+      async for chunk in request.stream():
+        body += chunk
+        if len(body) > limits.body_bytes:
+          raise Refused(
+            413, f"the body is larger than {limits.body_bytes} bytes"
+          )
+  except TimeoutError as error:
+    raise Refused(
+      408, f"the body took longer than {limits.body_seconds:g} s"
+    ) from error
+  except ClientDisconnect as error:
+    raise Refused(400, "the client went away") from error
+  return bytes(body)
+
+
+class _Stream(Response):
+  """Lines of JSON, as images are ready, until they end or the client leaves."""
+
+  def __init__(self, worker: Worker, asked: Asked, send_seconds: float):
+    super().__init__(media_type="application/x-ndjson")
+    del self.headers["content-length"]  # Not known before it ends.
+    self._worker = worker
+    self._asked = asked
+    self._send_seconds = send_seconds
+
+  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    events: asyncio.Queue[Any] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    def deliver(event: Any) -> None:
+      loop.call_soon_threadsafe(events.put_nowait, event)
+
+    try:
+      job = self._worker.submit(self._asked, deliver)
+    except Busy as busy:
+      raise Refused(
+        503, "all places in the queue are taken: try again soon", busy.seconds
+      ) from busy
+    answer = asyncio.ensure_future(self._answer(events, send))
+    left = asyncio.ensure_future(_left(receive))
+    try:
+      await asyncio.wait((answer, left), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+      self._worker.release(job)
+      answer.cancel()
+      left.cancel()
+      await asyncio.gather(answer, left, return_exceptions=True)
+    self._report(answer)
+
+  async def _answer(self, events: asyncio.Queue[Any], send: Send) -> str:
+    """Sends all lines; returns how it went."""
+
+    async def put(kind: str, **rest: Any) -> None:
+      # A client that does not read must not keep its place.
+      async with asyncio.timeout(self._send_seconds):
+        await send({"type": f"http.response.{kind}", **rest})
+
+    await put("start", status=self.status_code, headers=self.raw_headers)
+    while isinstance(event := await events.get(), Part):
+      # In another thread: neither the devices nor other clients wait for it.
+      lines = await asyncio.to_thread(_image_lines, event, self._asked.labels)
+      await put("body", body=lines, more_body=True)
+    if isinstance(event, Done):
+      last = _summary(event, len(self._asked.labels))
+      outcome = f"{last['device_ms']} ms on the devices"
+    else:
+      last = {"error": "the model failed; the server's log says why"}
+      outcome = "failed"
+    await put("body", body=_json(last) + b"\n", more_body=False)
+    return outcome
+
+  def _report(self, answer: asyncio.Future[str]) -> None:
+    if answer.cancelled():
+      outcome = "the client left"
+    elif isinstance(answer.exception(), TimeoutError):
+      outcome = f"the client read nothing for {self._send_seconds:g} s"
+    else:
+      outcome = answer.result()
+    logger.info("%d images: %s.", len(self._asked.labels), outcome)
+
+
+async def _left(receive: Receive) -> None:
+  """Returns when the client closes the connection."""
+  while (await receive())["type"] != "http.disconnect":
+    pass
+
+
+def _image_lines(part: Part, labels: np.ndarray) -> bytes:
+  lines = []
+  for i, pixels in enumerate(part.pixels, part.first):
+    line = {
+      "index": i,
+      "label": int(labels[i]),
+      "png": base64.b64encode(png_bytes(pixels)).decode(),
+    }
+    lines.append(_json(line) + b"\n")
+  return b"".join(lines)
+
+
+def png_bytes(pixels: np.ndarray) -> bytes:
+  """A PNG file of uint8 [H, W, 3]."""
+  file = io.BytesIO()
+  Image.fromarray(pixels).save(file, format="png")
+  return file.getvalue()
+
+
+def _summary(done: Done, images: int) -> dict[str, Any]:
+  return {
+    "images": images,
+    "waited_ms": round(1000 * done.waited, 1),
+    "device_ms": round(1000 * done.device, 1),
+    "images_per_second": round(images / done.device, 1),
+  }
+
+
+def _file(name: str, media_type: str) -> Any:
+  """An endpoint that always answers with the same file of this package."""
+  content = (resources.files(__package__) / "static" / name).read_bytes()
+
+  async def get_file(request: Request) -> Response:
+    del request
+    return Response(content, media_type=media_type)
+
+  return get_file
+
+
+def _json(value: Any) -> bytes:
+  # ASCII: what a client sent may come back in it, lone surrogates included.
+  return json.dumps(value, separators=(",", ":")).encode("ascii")
+
+
+def _error(
+  status: int, message: str, headers: Mapping[str, str] | None = None
+) -> Response:
+  return Response(
+    _json({"error": message}),
+    status_code=status,
+    headers=headers,
+    media_type="application/json",
+  )
+
+
+def _on_refused(request: Request, refused: Exception) -> Response:
+  del request
+  assert isinstance(refused, Refused)
+  headers = None
+  if refused.retry_after is not None:
+    headers = {"retry-after": str(max(1, math.ceil(refused.retry_after)))}
+  return _error(refused.status, str(refused), headers)
+
+
+def _on_http(request: Request, error: Exception) -> Response:
+  """Paths and methods that there are not."""
+  assert isinstance(error, HTTPException)
+  there = [*(f"GET {path}" for path in _FILES), *_API]
+  what = f"{request.method} {request.url.path}"
+  return _error(
+    error.status_code,
+    f"{error.detail}: {what[:60]!r} is none of {there}",
+    error.headers,
+  )
+
+
+def _on_error(request: Request, error: Exception) -> Response:
+  del request, error
+  return _error(500, "the server failed; its log says why")
