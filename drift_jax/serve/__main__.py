@@ -79,7 +79,9 @@ def parse_sizes(values: list[str]) -> list[int]:
 def bind(host: str, port: int) -> socket.socket:
   """A socket that nobody else listens on; ConfigError names what is wrong."""
   if not host:
-    raise config_lib.ConfigError("--host= is empty: 0.0.0.0 means all addresses")
+    raise config_lib.ConfigError(
+      "--host= is empty: 0.0.0.0 means all addresses"
+    )
   try:
     ((family, kind, protocol, _, address), *_) = socket.getaddrinfo(
       host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -115,7 +117,8 @@ def main(argv: list[str]) -> None:
   except experiment.ERRORS as error:
     sys.exit(f"Error: {error}")
   except KeyboardInterrupt:
-    logger.info("Stopped.")
+    pass
+  logger.info("Stopped.")
 
 
 def _run() -> None:

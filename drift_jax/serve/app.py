@@ -23,7 +23,7 @@ from drift_jax import sampling
 from drift_jax.console import logger
 from drift_jax.serve.limits import Limits, RateLimiter
 from drift_jax.serve.requests import Asked, Refused, read_request
-from drift_jax.serve.worker import Busy, Done, Part, Worker
+from drift_jax.serve.worker import Busy, Done, Job, Part, Worker
 
 # What a browser that runs on this machine calls it.
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
@@ -216,7 +216,7 @@ class _Stream(Response):
       raise Refused(
         503, "all places in the queue are taken: try again soon", busy.seconds
       ) from busy
-    answer = asyncio.ensure_future(self._answer(events, send))
+    answer = asyncio.ensure_future(self._answer(job, events, send))
     left = asyncio.ensure_future(_left(receive))
     try:
       await asyncio.wait((answer, left), return_when=asyncio.FIRST_COMPLETED)
@@ -227,7 +227,9 @@ class _Stream(Response):
       await asyncio.gather(answer, left, return_exceptions=True)
     self._report(answer)
 
-  async def _answer(self, events: asyncio.Queue[Any], send: Send) -> str:
+  async def _answer(
+    self, job: Job, events: asyncio.Queue[Any], send: Send
+  ) -> str:
     """Sends all lines; returns how it went."""
 
     async def put(kind: str, **rest: Any) -> None:
@@ -240,6 +242,8 @@ class _Stream(Response):
       # In another thread: neither the devices nor other clients wait for it.
       lines = await asyncio.to_thread(_image_lines, event, self._asked.labels)
       await put("body", body=lines, more_body=True)
+    # Before a client knows that it may ask again.
+    self._worker.release(job)
     if isinstance(event, Done):
       last = _summary(event, len(self._asked.labels))
       outcome = f"{last['device_ms']} ms on the devices"
@@ -295,7 +299,7 @@ def _summary(done: Done, images: int) -> dict[str, Any]:
 
 def _file(name: str, media_type: str) -> Any:
   """An endpoint that always answers with the same file of this package."""
-  content = (resources.files(__package__) / "static" / name).read_bytes()
+  content = (resources.files("drift_jax.serve") / "static" / name).read_bytes()
 
   async def get_file(request: Request) -> Response:
     del request

@@ -1,0 +1,835 @@
+"""The page and its server: images, limits, hostile clients, a real browser."""
+
+import asyncio
+import base64
+import contextlib
+import http.client
+import io
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from playwright import sync_api
+
+from drift_jax import metrics, sampling, serve
+from drift_jax.serve.app import host_name
+from tests.conftest import process_environment
+from tests.small_generator import NAMES, save_generator
+
+ROOT = pathlib.Path(__file__).parent.parent
+CHROMIUM = "/usr/bin/chromium"
+JSON = {"content-type": "application/json"}
+SIZES = (8, 16)
+MEGABYTES = b" " * 10_000_000
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return save_generator(tmp_path_factory.mktemp("generator"))
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+  return sampling.load(folder)
+
+
+class Gate:
+  """A model that draws one batch each time it is let through, or fails."""
+
+  def __init__(self, model):
+    self._model = model
+    self.passes = threading.Semaphore(0)
+    self.drawn = 0
+    self.error = None
+
+  def __getattr__(self, name):
+    return getattr(self._model, name)
+
+  def batches(self, *arguments, **others):
+    assert self.passes.acquire(timeout=60)
+    self.drawn += 1
+    if self.error is not None:
+      raise self.error
+    return self._model.batches(*arguments, **others)
+
+
+class Served:
+  """A running server and requests to it."""
+
+  def __init__(self, port, worker):
+    self.port = port
+    self.worker = worker
+    self.url = f"http://127.0.0.1:{port}"
+
+  @contextlib.contextmanager
+  def open(self, method, path, body=None, headers=None):
+    """A response whose body is still to come."""
+    client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+    try:
+      client.request(method, path, body, headers or {})
+      response = client.getresponse()
+      try:
+        yield response
+      finally:
+        response.close()
+    finally:
+      client.close()
+
+  def request(self, method, path, body=None, headers=None):
+    with self.open(method, path, body, headers) as response:
+      return response.status, response.headers, response.read()
+
+  def post(self, body, **headers):
+    """(status, lines) of a request for images."""
+    if not isinstance(body, bytes):
+      body = json.dumps(body).encode()
+    status, _, answer = self.request(
+      "POST", "/api/sample", body, JSON | headers
+    )
+    return status, [json.loads(line) for line in answer.splitlines()]
+
+  @contextlib.contextmanager
+  def stream(self, **asked):
+    body = json.dumps(asked).encode()
+    with self.open("POST", "/api/sample", body, JSON) as response:
+      assert response.status == 200
+      yield response
+
+  def raw(self, *parts):
+    """What the server answers to bytes, until it closes or says nothing."""
+    with socket.create_connection(("127.0.0.1", self.port), 60) as client:
+      for part in parts:
+        client.sendall(part)
+      client.settimeout(2)
+      found = b""
+      with contextlib.suppress(TimeoutError):
+        while data := client.recv(2**16):
+          found += data
+          if b"\r\n\r\n" in found and found.endswith((b"}", b"request.")):
+            break
+    return found.decode()
+
+
+@contextlib.contextmanager
+def serving(model, *, max_waiting=8, sizes=SIZES, hosts=(), **limits):
+  limits = {"max_images": 64, "requests_per_minute": 10_000, **limits}
+  worker = serve.Worker(model, sizes, max_waiting)
+  app = serve.make_app(
+    model, worker, serve.Limits(**limits), name="small", hosts=hosts
+  )
+  server = serve.make_server(app)
+  with socket.create_server(("127.0.0.1", 0)) as listener:
+    thread = threading.Thread(target=server.run, args=([listener],))
+    worker.start()
+    thread.start()
+    try:
+      wait_for(lambda: server.started)
+      yield Served(listener.getsockname()[1], worker)
+    finally:
+      server.should_exit = True
+      thread.join(60)
+      worker.stop()
+
+
+@pytest.fixture(scope="module")
+def served(model):
+  """With all that is compiled already."""
+  with serving(model) as found:
+    found.worker.warm_up()
+    yield found
+
+
+def wait_for(condition, seconds=60):
+  end = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < end
+    time.sleep(0.01)
+
+
+def decoded(line):
+  with Image.open(io.BytesIO(base64.b64decode(line["png"]))) as image:
+    return np.asarray(image)
+
+
+# Images.
+
+
+@pytest.mark.parametrize("style", [None, [1], [3, -1, 0, 2]])
+def test_images_are_those_of_sample(tmp_path, model, served, style):
+  """The very files that `python -m drift_jax.sample --out=FOLDER/` writes."""
+  asked = {"alpha": 1.5, "seed": 2**32 - 1, "style": style}
+  status, lines = served.post({"labels": [3, 0, 2], "count": 5, **asked})
+  *images, last = lines
+  assert status == 200
+  assert [line["index"] for line in images] == list(range(15))
+  labels = np.repeat([3, 0, 2], 5).astype(np.int32)
+  assert [line["label"] for line in images] == labels.tolist()
+  expected = [
+    pixels
+    for batch in model.batches(labels, **asked, batch_size=16)
+    for pixels in batch.rows(batch.pixels)
+  ]
+  assert np.std(expected) > 20
+  for line, pixels in zip(images, expected, strict=True):
+    metrics.save_png(pixels, tmp_path / "image.png")
+    written = (tmp_path / "image.png").read_bytes()
+    assert base64.b64decode(line["png"]) == written
+  assert last["images"] == 15 and last["device_ms"] > 0
+  assert last["images_per_second"] > 0 and last["waited_ms"] >= 0
+
+
+def test_batches_make_no_difference(model, served):
+  """41 images are cut into 16, 16, 8 and, filled up, 8."""
+  asked = {"alpha": 2.0, "seed": 7}
+  _, lines = served.post({"labels": [1], "count": 41, **asked})
+  images = np.stack([decoded(line) for line in lines[:-1]]).astype(int)
+  expected = model.sample([1], count=41, **asked, batch_size=16).pixels()
+  assert len(images) == 41
+  # Another program may round the last bit to the other side of a level.
+  assert np.abs(images - expected).max() <= 1
+  assert np.mean(images != expected) < 1e-3
+
+
+def test_cut():
+  for sizes in ((1, 8, 32), (8,), (8, 16), (3, 7, 100)):
+    for count in range(1, 300):
+      parts = list(serve.cut(count, sizes))
+      assert sum(valid for _, valid in parts) == count
+      assert all(size in sizes for size, _ in parts)
+      # All but the last are full; padding is at most half of the last.
+      assert all(size == valid for size, valid in parts[:-1])
+      size, valid = parts[-1]
+      assert valid >= size / 2 or size == sizes[0], (sizes, count)
+  assert list(serve.cut(44, (1, 8, 32))) == [(32, 32), (8, 8), (8, 4)]
+  assert list(serve.cut(3, (1, 8, 32))) == [(1, 1)] * 3
+
+
+def test_batch_sizes_fill_the_devices(model):
+  worker = serve.Worker(model, (1, 8, 9), max_waiting=1)
+  assert worker.batch_sizes == (8, 16)
+
+
+def test_no_request_compiles(served):
+  compiled = []
+
+  def listen(event, duration, **others):
+    del duration, others
+    if "backend_compile" in event:
+      compiled.append(event)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    rng = np.random.default_rng(0)
+    for count in range(1, 40, 3):
+      status, lines = served.post(
+        {
+          "labels": rng.integers(4, size=rng.integers(1, 3)).tolist(),
+          "count": min(count, 32),
+          "alpha": float(rng.uniform(1, 3)),
+          "seed": int(rng.integers(2**32)),
+          "style": [int(rng.integers(-1, 16))] if count % 2 else None,
+        }
+      )
+      assert status == 200 and lines[-1]["images"] == len(lines) - 1
+    assert not compiled
+    jax.jit(lambda x: x * 41 + 1)(np.float32(1))
+    assert compiled  # It does listen.
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_model_and_files(served):
+  status, headers, body = served.request("GET", "/api/model")
+  about = json.loads(body)
+  assert status == 200 and headers["content-type"] == "application/json"
+  assert about["class_names"] == list(NAMES) and about["num_classes"] == 4
+  assert about["alpha_range"] == [1.0, 3.0] and about["max_images"] == 64
+  assert (about["step"], about["ema_decay"]) == (3, 0.9)
+  assert about["image_shape"] == [8, 8, 1] and about["name"] == "small"
+  for path, kind in {
+    "/": "text/html",
+    "/page.css": "text/css",
+    "/page.js": "text/javascript",
+    "/icon.svg": "image/svg+xml",
+  }.items():
+    status, headers, body = served.request("GET", path)
+    assert status == 200 and headers["content-type"].startswith(kind)
+    assert body
+    for text in re.findall(rb"https?://[^\"]*", body):
+      assert text == b"http://www.w3.org/2000/svg", "from elsewhere"
+
+
+# Hostile clients.
+
+
+def asks(**changes):
+  return json.dumps({"labels": [0], **changes}).encode()
+
+
+OBJECT = "want an object of ['labels', 'count', 'alpha', 'seed', 'style']"
+BODIES = [
+  (b"", 400, "the body is no JSON: Expecting value"),
+  (b"{", 400, "the body is no JSON"),
+  (b"\xff\xfe", 400, "the body is no JSON: 'utf-8' codec"),
+  (b"labels=1", 400, "the body is no JSON"),
+  (b"[]", 400, f"the body is []: {OBJECT}"),
+  (b"null", 400, f"the body is null: {OBJECT}"),
+  (b'"' + b"x" * 999 + b'"', 400, f'the body is "{"x" * 56}...: {OBJECT}'),
+  (b"[" * 60_000, 400, "the body nests too deep"),
+  (b'{"labels":' + b"[" * 60_000, 400, "the body nests too deep"),
+  (b'{"a":' * 12_000, 400, "the body nests too deep"),
+  (b'{"labels":[0],"labels":[1]}', 400, "a key is given twice"),
+  (b'{"labels":[0],"alpha":NaN}', 400, "NaN is no number of JSON"),
+  (b'{"labels":[0],"alpha":-Infinity}', 400, "-Infinity is no number"),
+  (b'{"labels":[0],"seed":' + b"9" * 5000 + b"}", 400, "the body is no JSON"),
+  (b'{"labels":[0]} {}', 400, "the body is no JSON: Extra data"),
+  (asks(lables=1), 422, "unknown key \"lables\": valid keys are ['labels',"),
+  (asks(**{"\ud800\n": 1}), 422, 'unknown key "\\ud800\\n": valid keys'),
+  (b"{}", 422, "labels=null must be a list of 1 to 64 class indices"),
+  (asks(labels=[]), 422, "labels=[] must be a list of 1 to 64"),
+  (asks(labels=[0] * 65), 422, "0, 0,... must be a list of 1 to 64"),
+  (asks(labels="tench"), 422, 'labels="tench" must be a list'),
+  (asks(labels={"0": 1}), 422, 'labels={"0": 1} must be a list'),
+  (asks(labels=[0, 4]), 422, "labels[1]=4 must be an integer in [0, 4)"),
+  (asks(labels=[-1]), 422, "labels[0]=-1 must be an integer in [0, 4)"),
+  (asks(labels=[True]), 422, "labels[0]=true must be an integer in [0, 4)"),
+  (asks(labels=[1.0]), 422, "labels[0]=1.0 must be an integer in [0, 4)"),
+  (asks(labels=["1"]), 422, 'labels[0]="1" must be an integer in [0, 4)'),
+  (asks(labels=[[0]]), 422, "labels[0]=[0] must be an integer in [0, 4)"),
+  (asks(labels=[10**4000]), 422, "labels[0]=10000"),
+  (asks(count=0), 422, "count=0 must be an integer in [1, 65)"),
+  (asks(count=65), 422, "count=65 must be an integer in [1, 65)"),
+  (asks(count=None), 422, "count=null must be an integer"),
+  (asks(count=1e3), 422, "count=1000.0 must be an integer"),
+  (
+    asks(labels=[0, 1, 2], count=22),
+    422,
+    "3 labels with count=22 are 66 images: at most 64 a request",
+  ),
+  (asks(alpha=0.99), 422, "alpha=0.99 must be a number in [1.0, 3.0]"),
+  (asks(alpha=3.01), 422, "alpha=3.01 must be a number in [1.0, 3.0]"),
+  (asks(alpha="2"), 422, 'alpha="2" must be a number'),
+  (asks(alpha=False), 422, "alpha=false must be a number"),
+  (asks(alpha=10**400), 422, "alpha=10000"),
+  (b'{"labels":[0],"alpha":1e999}', 422, "alpha=Infinity must be a number"),
+  (asks(seed=-1), 422, "seed=-1 must be an integer in [0, 4294967296)"),
+  (asks(seed=2**32), 422, "seed=4294967296 must be an integer"),
+  (asks(seed=0.5), 422, "seed=0.5 must be an integer"),
+  (asks(style=1), 422, "style=1 must be null or a list of integers"),
+  (asks(style=[0.0]), 422, "style=[0.0] must be null or a list of integers"),
+  (asks(style=[]), 422, "style=[]: want one index, or 4, one for each"),
+  (asks(style=[0, 0]), 422, "style=[0, 0]: want one index, or 4"),
+  (asks(style=[0] * 9000), 422, "has 9000 indices: want one, or 4"),
+  (asks(style=[16]), 422, "16 is not in [0, 16), nor -1"),
+  (asks(style=[10**300]), 422, "style=[1000000"),
+  (asks() + MEGABYTES, 413, "the body is larger than 65536 bytes"),
+]
+
+
+@pytest.mark.parametrize(
+  ("body", "status", "part"),
+  BODIES,
+  ids=[f"{status}-{i}" for i, (_, status, _) in enumerate(BODIES)],
+)
+def test_bad_bodies(served, body, status, part):
+  found, (line,) = served.post(body)
+  assert list(line) == ["error"] and part in line["error"], line
+  assert found == status
+  assert "\n" not in line["error"] and len(line["error"]) < 400
+
+
+@pytest.mark.parametrize(
+  ("method", "path", "headers", "status", "part"),
+  [
+    ("GET", "/../pyproject.toml", {}, 404, "is none of ['GET /'"),
+    ("GET", "/%2e%2e/%2e%2e/etc/passwd", {}, 404, "Not Found"),
+    ("GET", "//etc/passwd", {}, 404, "Not Found"),
+    ("GET", "/static/index.html", {}, 404, "Not Found"),
+    ("GET", "/page.js/", {}, 404, "Not Found"),
+    ("GET", "/" + "a" * 5000, {}, 404, "Not Found"),
+    ("GET", "/api/sample", {}, 405, "'POST /api/sample'"),
+    ("DELETE", "/api/model", {}, 405, "Method Not Allowed"),
+    ("OPTIONS", "/api/sample", {}, 405, "Method Not Allowed"),
+    ("POST", "/", JSON, 405, "Method Not Allowed"),
+    ("POST", "/api/sample", {}, 415, "content-type '': want application/js"),
+    (
+      *("POST", "/api/sample", {"content-type": "text/plain"}, 415),
+      "content-type 'text/plain': want application/json",
+    ),
+    (
+      *("POST", "/api/sample", {"content-type": "application/json-x"}, 415),
+      "content-type 'application/json-x'",
+    ),
+    ("GET", "/", {"host": "evil.example"}, 403, "host 'evil.example' is none"),
+    ("GET", "/api/model", {"host": "localhost.evil.example:80"}, 403, "host"),
+    ("GET", "/api/model", {"host": "127.0.0.1:80@evil.example"}, 403, "host"),
+    ("POST", "/api/sample", {"host": "evil", **JSON}, 403, "--allowed_hosts"),
+    ("GET", "/", {"host": ""}, 403, "host '' is none of ['127.0.0.1',"),
+    # What a proxy says of the host is not believed.
+    ("GET", "/", {"host": "evil", "x-forwarded-host": "localhost"}, 403, ""),
+  ],
+)
+def test_other_requests(served, method, path, headers, status, part):
+  found, answered, body = served.request(method, path, b"", headers)
+  assert found == status
+  (line,) = body.splitlines()
+  assert part in json.loads(line)["error"], line
+  assert_careful(answered)
+
+
+def assert_careful(headers):
+  policy = headers["content-security-policy"]
+  assert "default-src 'self'" in policy and "unsafe" not in policy
+  assert headers["x-content-type-options"] == "nosniff"
+  assert not any(name.startswith("access-control") for name in headers)
+  assert "server" not in headers
+
+
+@pytest.mark.parametrize(
+  "host", ["localhost", "LocalHost:8000", "127.0.0.1:1", "[::1]:80", "[::1]"]
+)
+def test_names_of_this_machine(served, host):
+  status, headers, _ = served.request("GET", "/", headers={"host": host})
+  assert status == 200
+  assert_careful(headers)
+
+
+def test_host_names():
+  names = {
+    "a.example": "a.example",
+    "A.example:80": "a.example",
+    "[::1]:80": "[::1]",
+    "[::1]": "[::1]",
+    "": "",
+    ":80": "",
+    "a:b": "a:b",
+  }
+  assert {name: host_name(name) for name in names} == names
+
+
+def test_what_no_client_library_sends(served):
+  """Over a bare socket; afterwards the server serves as before."""
+  start = b"POST /api/sample HTTP/1.1\r\nContent-Type: application/json\r\n"
+  host = b"Host: localhost\r\n"
+  chunked = start + host + b"Transfer-Encoding: chunked\r\n\r\n"
+  chunk = b"10000\r\n" + b" " * 65536 + b"\r\n"
+  answers = {
+    "413": (chunked, *[chunk] * 3),
+    "200": (chunked, b"e\r\n" + b'{"labels":[0]}' + b"\r\n0\r\n\r\n"),
+    "400": (chunked, b"zz\r\n"),
+    "403": (start.replace(b"1.1", b"1.0") + b"Content-Length: 0\r\n\r\n",),
+  }
+  for status, parts in answers.items():
+    assert served.raw(*parts).split(" ")[1] == status, status
+  for garbage in (
+    start + host + host + b"Content-Length: 2\r\n\r\n{}",
+    start + host + b"Content-Length: -1\r\n\r\n",
+    start + host + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
+    start + host + b"Content-Length: " + b"9" * 30 + b"\r\n\r\n",
+    start + host + b"X: " + b"a" * 100_000 + b"\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+    b"GET /\r\nHost: localhost\r\n\r\n",
+  ):
+    with contextlib.suppress(ConnectionResetError):
+      answer = served.raw(garbage)
+      assert answer.startswith("HTTP/1.1 400 "), (garbage[:200], answer)
+  # Leaves in the middle of its request.
+  with socket.create_connection(("127.0.0.1", served.port)) as client:
+    client.sendall(start + host + b"Content-Length: 99\r\n\r\n{")
+  assert served.post({"labels": [0]})[0] == 200
+
+
+def test_slow_bodies(model):
+  start = b"POST /api/sample HTTP/1.1\r\nContent-Type: application/json\r\n"
+  with serving(model, body_seconds=0.2) as served:
+    answer = served.raw(start + b"Host: [::1]\r\nContent-Length: 9\r\n\r\n{")
+  assert answer.startswith("HTTP/1.1 408 "), answer
+  assert "the body took longer than 0.2 s" in answer
+
+
+def test_slow_readers_lose_their_place(model):
+  """A client that takes no byte of the answer."""
+  worker = serve.Worker(model, SIZES, max_waiting=0)
+  limits = serve.Limits(max_images=64, requests_per_minute=9, send_seconds=0.1)
+  app = serve.make_app(model, worker, limits, name="small", hosts=())
+  scope = {
+    "type": "http",
+    "method": "POST",
+    "path": "/api/sample",
+    "headers": [
+      (b"host", b"localhost"),
+      (b"content-type", b"application/json"),
+    ],
+    "query_string": b"",
+    "client": ("127.0.0.1", 1),
+  }
+  messages = iter([{"type": "http.request", "body": asks(count=8)}])
+
+  async def receive():
+    for message in messages:
+      return message
+    await asyncio.Event().wait()
+
+  async def send(message):
+    if message.get("body"):
+      await asyncio.Event().wait()
+
+  worker.start()
+  try:
+    asyncio.run(asyncio.wait_for(app(scope, receive, send), 60))
+    asked = serve.read_request(asks(), model, 64)
+    worker.release(worker.submit(asked, lambda event: None))
+  finally:
+    worker.stop()
+
+
+# Limits.
+
+
+def test_rate_limiter():
+  now = [0.0]
+  rate = serve.RateLimiter(3, clock=lambda: now[0])
+  assert [rate.take("a") for _ in range(4)] == [0, 0, 0, 20]
+  assert rate.take("b") == 0
+  now[0] = 19.0
+  assert rate.take("a") == pytest.approx(1)
+  now[0] = 20.5
+  assert rate.take("a") == 0 and rate.take("a") > 19
+  now[0] = 1e6
+  assert [rate.take("a") > 0 for _ in range(4)] == [False] * 3 + [True]
+  for number in range(5000):
+    rate.take(str(number))
+  assert len(rate._buckets) == 4096
+
+
+def test_too_many_requests(model):
+  with serving(model, requests_per_minute=2) as served:
+    for number in range(2):  # Bad ones count as well.
+      assert served.post(b"{}")[0] == 422, number
+    status, headers, body = served.request(
+      "POST", "/api/sample", asks(), JSON | {"x-forwarded-for": "10.0.0.9"}
+    )
+    assert status == 429 and 1 <= int(headers["retry-after"]) <= 30
+    assert "more than 2 requests a minute from 127.0.0.1: wait" in str(body)
+    assert served.request("GET", "/")[0] == 200
+
+
+def test_queue(model):
+  """One is drawn, one waits, others are refused; who leaves makes place."""
+  gate = Gate(model)
+  with serving(gate, max_waiting=1) as served, contextlib.ExitStack() as stack:
+    drawn = stack.enter_context(served.stream(labels=[0], count=32))
+    waiting = served.open("POST", "/api/sample", asks(), JSON)
+    stack.enter_context(waiting)
+    status, headers, body = served.request("POST", "/api/sample", asks(), JSON)
+    assert status == 503 and int(headers["retry-after"]) >= 1
+    assert "all places in the queue are taken" in json.loads(body)["error"]
+    # Images come as they are ready: half of these, the others are not drawn.
+    gate.passes.release()
+    lines = [json.loads(drawn.readline()) for _ in range(16)]
+    assert [line["index"] for line in lines] == list(range(16))
+    assert gate.drawn == 1
+    # Both leave: the second batch of one, and the other, are never drawn.
+    stack.close()
+    wait_for(lambda: served.worker._held == 0)
+    gate.passes.release(2)
+    status, lines = served.post({"labels": [1]})
+    assert status == 200 and len(lines) == 2
+    assert gate.drawn <= 3  # The worker was behind the gate for one already.
+
+
+def test_concurrent_clients(model):
+  """Of many at once some are refused, and every answer is whole."""
+  answers = []
+  with serving(model, max_waiting=2) as served:
+    expected = served.post({"labels": [2], "count": 8})[1][:-1]
+
+    def ask():
+      answers.append(served.post({"labels": [2], "count": 8}))
+
+    threads = [threading.Thread(target=ask) for _ in range(24)]
+    for thread in threads:
+      thread.start()
+    for thread in threads:
+      thread.join(60)
+    assert served.worker._held == 0
+  assert len(answers) == 24
+  assert {status for status, _ in answers} <= {200, 503}
+  whole = [lines[:-1] for status, lines in answers if status == 200]
+  assert len(whole) >= 3 and all(lines == expected for lines in whole)
+
+
+def test_failing_model(model, caplog):
+  gate = Gate(model)
+  with serving(gate) as served:
+    gate.error = RuntimeError("out of memory")
+    gate.passes.release(2)
+    status, lines = served.post({"labels": [0]})
+    assert status == 200
+    assert lines == [{"error": "the model failed; the server's log says why"}]
+    gate.error = None
+    assert served.post({"labels": [0]})[1][-1]["images"] == 1
+  assert "out of memory" in caplog.text
+
+
+# Real processes.
+
+MANY = """if True:
+  import json
+  import sys
+  from absl import app, flags
+  from absl.testing import flagsaver
+  from drift_jax.serve import __main__ as serve
+
+  def main(argv):
+    for arguments in json.loads(argv[1]):
+      with flagsaver.flagsaver():
+        flags.FLAGS([argv[0], *arguments])
+        try:
+          serve.main(argv[:1])
+          print("no error")
+        except SystemExit as ended:
+          print(ended.code)
+
+  app.run(main)
+"""
+
+
+def test_mistakes(folder):
+  with socket.create_server(("127.0.0.1", 0)) as taken:
+    port = taken.getsockname()[1]
+    source = f"--from={folder}"
+    cases = {
+      "Error: give --from=SOURCE, or --workdir=DIR of a run; got neither": (),
+      f"Error: --host=127.0.0.1 --port={port}: Address already in use": (
+        *(source, f"--port={port}"),
+      ),
+      "Error: --host=256.0.0.1 --port=0: ": (
+        *(source, "--host=256.0.0.1", "--port=0"),
+      ),
+      "Error: --host= is empty": (source, "--host="),
+      "Error: --batch_sizes=8,0: ['0'] must be": (source, "--batch_sizes=8,0"),
+      "Error: step=3 chooses among a run's checkpoints": (
+        *(source, "--step=3", "--port=0"),
+      ),
+      "nowhere": ("--from=nowhere", "--port=0"),
+    }
+    done = subprocess.run(
+      [sys.executable, "-c", MANY, json.dumps(list(cases.values()))],
+      cwd=ROOT,
+      env=process_environment(),
+      capture_output=True,
+      text=True,
+      timeout=300,
+    )
+  assert done.returncode == 0, done.stderr
+  for part, line in zip(cases, done.stdout.splitlines(), strict=True):
+    assert line.startswith("Error: ") and part in line
+
+
+def test_process(folder):
+  process = subprocess.Popen(
+    [
+      *(sys.executable, "-m", "drift_jax.serve", f"--from={folder}"),
+      *("--port=0", "--batch_sizes=1,4", "--max_images=9"),
+    ],
+    cwd=ROOT,
+    env=process_environment(),
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  with process:
+    assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+      said.append(line)
+      if "Serving" in line:
+        break
+    try:
+      (port,) = re.findall(r"on http://127\.0\.0\.1:(\d+) ", said[-1])
+      served = Served(int(port), None)
+      assert b"<!doctype html>" in served.request("GET", "/")[2]
+      status, lines = served.post({"labels": [1, 2], "count": 4})
+      assert status == 200 and lines[-1]["images"] == 8
+      assert served.post({"labels": [1], "count": 10})[0] == 422
+      # One that keeps its connection must not keep the server.
+      with socket.create_connection(("127.0.0.1", int(port))):
+        process.send_signal(signal.SIGTERM)
+        rest = process.stderr.read()
+    finally:
+      process.kill()  # Of no effect where it has ended.
+  assert process.returncode == 0, rest
+  assert rest.splitlines()[-1].endswith("Stopped."), rest
+  assert "Traceback" not in rest
+
+
+# A real browser.
+
+
+@pytest.fixture(scope="module")
+def chromium():
+  if not os.path.exists(CHROMIUM):
+    assert "CI" not in os.environ, f"{CHROMIUM} is missing"
+    pytest.skip(f"{CHROMIUM} is missing: apt-get install chromium")
+  with sync_api.sync_playwright() as playwright:
+    browser = playwright.chromium.launch(
+      executable_path=CHROMIUM, args=["--no-sandbox"]
+    )
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def page(chromium):
+  """A page that says nothing on its console, and asks nobody else.
+
+  Chromium itself says there which requests were refused.
+  """
+  context = chromium.new_context(viewport={"width": 1180, "height": 860})
+  context.set_default_timeout(60_000)
+  page = context.new_page()
+  said, asked = [], []
+  page.on("console", lambda message: said.append(message.text))
+  page.on("pageerror", lambda error: said.append(str(error)))
+  page.on("request", lambda request: asked.append(request.url))
+  yield page
+  context.close()
+  refused = "Failed to load resource: the server responded with a status of "
+  assert [text for text in said if not text.startswith(f"{refused}4")] == []
+  hosts = {url.split("/")[2] for url in asked if not url.startswith("blob:")}
+  assert len(hosts) == 1 and hosts.pop().startswith("127.0.0.1:")
+
+
+def saved(download):
+  with Image.open(download.path()) as image:
+    return np.asarray(image)
+
+
+def test_page(model, served, page):
+  page.goto(served.url)
+  expect = sync_api.expect
+  expect(page.locator("#generate")).to_be_enabled()
+  assert page.locator("#chosen li").count() == 4  # All, of so few.
+  page.get_by_role("button", name="Clear").click()
+  # By name: two of four; Enter chooses the first, a click another.
+  search = page.get_by_label("Search classes")
+  search.fill("Shark")
+  expect(page.locator("#matches")).to_have_text("2 of 4 match")
+  assert page.locator("#classes li:visible").count() == 2
+  search.press("Enter")
+  search.fill("3")
+  page.get_by_role("checkbox", name="3 hammer shark").check()
+  assert page.locator("#chosen li").all_inner_texts() == [
+    "2 white shark, shark ×",
+    "3 hammer shark ×",
+  ]
+  alpha = page.get_by_label("alpha")
+  assert alpha.get_attribute("min") == "1"
+  assert alpha.get_attribute("max") == "3"
+  for _ in range(10):
+    alpha.press("ArrowRight")
+  expect(page.locator("#alpha-value")).to_have_text("1.50")
+  page.get_by_label("Per class").fill("5")
+  page.get_by_label("Seed", exact=True).fill("12")
+  expect(page.locator("#total")).to_contain_text("2 classes × 5 = 10 images")
+  page.get_by_role("button", name="Generate").click()
+  expect(page.locator("#figures")).to_be_visible()
+  images = page.locator("#grid img")
+  assert images.count() == 10
+  for name in ("latency", "first", "device"):
+    assert re.fullmatch(r"[\d.]+ m?s", page.locator(f"#{name}").inner_text()), (
+      name
+    )
+  sizes = images.evaluate_all(
+    "all => all.map(i => [i.naturalWidth, i.width, i.complete])"
+  )
+  assert sizes == [[8, 64, True]] * 10
+  # What is downloaded: the grid and an image of the same samples in Python.
+  expected = model.sample([2, 3], count=5, alpha=1.5, seed=12, batch_size=16)
+  with page.expect_download() as download:
+    page.get_by_role("button", name="Download grid").click()
+  grid = saved(download.value)
+  assert (grid[..., 3] == 255).all() and (grid.shape[2]) == 4
+  np.testing.assert_array_equal(grid[..., :3], expected.grid())
+  with page.expect_download() as download:
+    images.nth(7).click()
+  assert download.value.suggested_filename == "seed12_image7_class3.png"
+  np.testing.assert_array_equal(
+    saved(download.value), expected.pixels()[7].repeat(3, axis=-1)
+  )
+  command = page.locator("#command").inner_text()
+  assert "--labels=2,3 --count=5 --alpha=1.5 --seed=12" in command
+  # Mistakes, in words.
+  page.get_by_label("Per class").fill("40")
+  page.get_by_role("button", name="Generate").click()
+  expect(page.get_by_role("alert")).to_contain_text("80 images are too many")
+  page.get_by_label("Per class").fill("1")
+  page.get_by_label("Style").fill("16")
+  page.get_by_label("Style").press("Enter")
+  expect(page.get_by_role("alert")).to_contain_text("16 is not in [0, 16)")
+
+
+def test_page_while_it_waits(model, page):
+  """On a phone: images as they come, cancel, a model that fails."""
+  gate = Gate(model)
+  expect = sync_api.expect
+  page.set_viewport_size({"width": 390, "height": 844})
+  with serving(gate) as served:
+    page.goto(served.url)
+    page.get_by_label("Per class").fill("8")
+    generate = page.get_by_role("button", name="Generate")
+    generate.press("Enter")
+    expect(page.locator("#result")).to_have_attribute("aria-busy", "true")
+    assert page.locator("#grid ul li").count() == 32
+    gate.passes.release()
+    expect(page.locator("#status")).to_have_text("16 of 32 images…")
+    expect(page.locator("#grid img")).to_have_count(16)
+    cancel = page.get_by_role("button", name="Cancel")
+    expect(cancel).to_be_focused()
+    cancel.press("Enter")
+    expect(page.locator("#status")).to_have_text("Cancelled: 16 of 32 images.")
+    expect(generate).to_be_focused()
+    wait_for(lambda: served.worker._held == 0)
+    expect(page.get_by_role("button", name="Download grid")).to_be_enabled()
+    gate.error = RuntimeError("broken")
+    gate.passes.release(2)
+    generate.press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("the model failed")
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    # Leaves while it is served.
+    gate.error = None
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator("#result")).to_have_attribute("aria-busy", "true")
+    page.goto("about:blank")
+    wait_for(lambda: served.worker._held == 0)
+    gate.passes.release(9)
+
+
+def test_page_of_a_thousand_classes(served, page):
+  """Without names, whose indices are what is known."""
+
+  def describe(route):
+    about = route.fetch().json()
+    about.update(num_classes=1000, class_names=[], style_tokens=0)
+    route.fulfill(json=about)
+
+  page.route("**/api/model", describe)
+  page.goto(served.url)
+  sync_api.expect(page.locator("#classes li")).to_have_count(1000)
+  assert page.locator("#chosen li").count() == 10
+  assert not page.locator("#style").is_visible()
+  page.get_by_label("Search classes").fill("99")
+  assert page.locator("#classes li:visible").count() == 11
+  page.get_by_role("button", name="Choose shown").click()
+  sync_api.expect(page.locator("#chosen")).to_contain_text("and 9 more")
