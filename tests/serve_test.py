@@ -30,7 +30,8 @@ from tests.small_generator import NAMES, save_generator
 ROOT = pathlib.Path(__file__).parent.parent
 CHROMIUM = "/usr/bin/chromium"
 JSON = {"content-type": "application/json"}
-SIZES = (8, 16)
+# The second one could be cut into smaller ones that the devices share.
+SIZES = (8, 24)
 MEGABYTES = b" " * 10_000_000
 
 
@@ -169,15 +170,15 @@ def decoded(line):
 def test_images_are_those_of_sample(tmp_path, model, served, style):
   """The very files that `python -m drift_jax.sample --out=FOLDER/` writes."""
   asked = {"alpha": 1.5, "seed": 2**32 - 1, "style": style}
-  status, lines = served.post({"labels": [3, 0, 2], "count": 5, **asked})
+  status, lines = served.post({"labels": [3, 0, 2], "count": 8, **asked})
   *images, last = lines
   assert status == 200
-  assert [line["index"] for line in images] == list(range(15))
-  labels = np.repeat([3, 0, 2], 5).astype(np.int32)
+  assert [line["index"] for line in images] == list(range(24))
+  labels = np.repeat([3, 0, 2], 8).astype(np.int32)
   assert [line["label"] for line in images] == labels.tolist()
   expected = [
     pixels
-    for batch in model.batches(labels, **asked, batch_size=16)
+    for batch in model.batches(labels, **asked, batch_size=24)
     for pixels in batch.rows(batch.pixels)
   ]
   assert np.std(expected) > 20
@@ -185,17 +186,17 @@ def test_images_are_those_of_sample(tmp_path, model, served, style):
     metrics.save_png(pixels, tmp_path / "image.png")
     written = (tmp_path / "image.png").read_bytes()
     assert base64.b64decode(line["png"]) == written
-  assert last["images"] == 15 and last["device_ms"] > 0
+  assert last["images"] == 24 and last["device_ms"] > 0
   assert last["images_per_second"] > 0 and last["waited_ms"] >= 0
 
 
 def test_batches_make_no_difference(model, served):
-  """41 images are cut into 16, 16, 8 and, filled up, 8."""
+  """30 images are cut into 24 and, filled up, 8."""
   asked = {"alpha": 2.0, "seed": 7}
-  _, lines = served.post({"labels": [1], "count": 41, **asked})
+  _, lines = served.post({"labels": [1], "count": 30, **asked})
   images = np.stack([decoded(line) for line in lines[:-1]]).astype(int)
-  expected = model.sample([1], count=41, **asked, batch_size=16).pixels()
-  assert len(images) == 41
+  expected = model.sample([1], count=30, **asked, batch_size=8).pixels()
+  assert len(images) == 30
   # Another program may round the last bit to the other side of a level.
   assert np.abs(images - expected).max() <= 1
   assert np.mean(images != expected) < 1e-3
@@ -535,10 +536,10 @@ def test_queue(model):
     status, headers, body = served.request("POST", "/api/sample", asks(), JSON)
     assert status == 503 and int(headers["retry-after"]) >= 1
     assert "all places in the queue are taken" in json.loads(body)["error"]
-    # Images come as they are ready: half of these, the others are not drawn.
+    # Images come as they are ready: 24 of these, the others are not drawn.
     gate.passes.release()
-    lines = [json.loads(drawn.readline()) for _ in range(16)]
-    assert [line["index"] for line in lines] == list(range(16))
+    lines = [json.loads(drawn.readline()) for _ in range(24)]
+    assert [line["index"] for line in lines] == list(range(24))
     assert gate.drawn == 1
     # Both leave: the second batch of one, and the other, are never drawn.
     stack.close()
@@ -731,8 +732,8 @@ def test_page(model, served, page):
   search.fill("3")
   page.get_by_role("checkbox", name="3 hammer shark").check()
   assert page.locator("#chosen li").all_inner_texts() == [
-    "2 white shark, shark ×",
-    "3 hammer shark ×",
+    "× 2 white shark, shark",
+    "× 3 hammer shark",
   ]
   alpha = page.get_by_label("alpha")
   assert alpha.get_attribute("min") == "1"
@@ -756,7 +757,7 @@ def test_page(model, served, page):
   )
   assert sizes == [[8, 64, True]] * 10
   # What is downloaded: the grid and an image of the same samples in Python.
-  expected = model.sample([2, 3], count=5, alpha=1.5, seed=12, batch_size=16)
+  expected = model.sample([2, 3], count=5, alpha=1.5, seed=12, batch_size=8)
   with page.expect_download() as download:
     page.get_by_role("button", name="Download grid").click()
   grid = saved(download.value)
@@ -793,12 +794,12 @@ def test_page_while_it_waits(model, page):
     expect(page.locator("#result")).to_have_attribute("aria-busy", "true")
     assert page.locator("#grid ul li").count() == 32
     gate.passes.release()
-    expect(page.locator("#status")).to_have_text("16 of 32 images…")
-    expect(page.locator("#grid img")).to_have_count(16)
+    expect(page.locator("#status")).to_have_text("24 of 32 images…")
+    expect(page.locator("#grid img")).to_have_count(24)
     cancel = page.get_by_role("button", name="Cancel")
     expect(cancel).to_be_focused()
     cancel.press("Enter")
-    expect(page.locator("#status")).to_have_text("Cancelled: 16 of 32 images.")
+    expect(page.locator("#status")).to_have_text("Cancelled: 24 of 32 images.")
     expect(generate).to_be_focused()
     wait_for(lambda: served.worker._held == 0)
     expect(page.get_by_role("button", name="Download grid")).to_be_enabled()

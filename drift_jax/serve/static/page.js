@@ -48,7 +48,7 @@ function choose(labels, on) {
   const chips = sorted.slice(0, SHOWN_CHIPS).map((label) => {
     const chip = element("button", {
       type: "button",
-      textContent: `${titleOf(label)} ×`,
+      textContent: `× ${titleOf(label)}`,
       title: `Remove ${titleOf(label)}`,
     });
     chip.setAttribute("aria-label", `Remove ${titleOf(label)}`);
