@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
-make_environment requirements-dev.txt
+make_environment requirements.txt -r requirements-dev.txt
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/basedpyright
