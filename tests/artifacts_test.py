@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import shutil
+import tarfile
 
 import flax.serialization
 import jax
@@ -64,6 +65,34 @@ def test_load_then_save_is_the_same_tree(tmp_path):
   metadata = json.loads(files(tmp_path)[1].read_text())
   released = dict(artifact.metadata)
   assert {k: metadata[k] for k in released} == released
+
+
+def test_released_encoder(tmp_path, golden):
+  """Its features, and the tree that comes out when it is saved again."""
+  with tarfile.open(GOLDEN / "artifact_mae.tar.gz") as archive:
+    archive.extractall(tmp_path / "released", filter="data")
+  (folder,) = (tmp_path / "released").rglob(artifacts.SUBDIRECTORY)
+  artifact = artifacts.load(folder)
+  assert artifact.kind == "mae"
+  data = golden("mae_latent")
+  features = jax.jit(
+    lambda params, x: artifact.module.apply(
+      {"params": params}, x, method="features"
+    )
+  )(artifact.params, data["x"])
+  for key, value in features.items():
+    if not key.startswith(("layer1", "global")):  # constants, see its README
+      assert_close(value, data[f"act/{key}"], 1e-4, key)
+  artifacts.save(
+    tmp_path / "again",
+    kind="mae",
+    model_config=artifact.metadata["model_config"],
+    params=artifact.params,
+    step=artifact.metadata["step"],
+    ema_decay=artifact.metadata["ema_decay"],
+  )
+  again = files(tmp_path / "again")[0].read_bytes()
+  assert again == (folder / artifacts.PARAMS_FILE).read_bytes()
 
 
 def test_precision_of_storage_and_computation():

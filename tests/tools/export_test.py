@@ -70,27 +70,26 @@ def test_runs_with_jax_and_numpy_alone(exported, tmp_path):
       capture_output=True,
     )
     assert b"ModuleNotFoundError" in found.stderr
-  command = [*python, exported / "run.py", "--labels", "3", "1", "--count=4"]
-  command += [
-    "--alpha=1.5",
-    "--seed=11",
-    "--out=grid.png",
-    "--save_array=a.npy",
-  ]
-  done = subprocess.run(
-    command, cwd=tmp_path, env=environment, capture_output=True, text=True
-  )
-  assert done.returncode == 0, done.stderr
-  images = np.load(tmp_path / "a.npy")
+  asked = ["--labels", "3", "1", "--count=4", "--alpha=1.5", "--seed=11"]
+  for out in ("grid.png", "images.npy"):
+    done = subprocess.run(
+      [*python, exported / "run.py", *asked, f"--out={out}"],
+      cwd=tmp_path,
+      env=environment,
+      capture_output=True,
+      text=True,
+    )
+    assert done.returncode == 0, done.stderr
+  images = np.load(tmp_path / "images.npy")
   expected = drift_jax.load(str(exported)).sample(
     [3, 1], count=4, alpha=1.5, seed=11
   )
   assert_close(images, expected.images, 1e-5)
   with Image.open(tmp_path / "grid.png") as image:
     grid = np.asarray(image)
-  assert grid.shape == (16, 32, 3)
+  assert grid.shape == (2 * 48, 4 * 48, 3)
   pixels = expected.pixels()[5].astype(int)  # second row, second column
-  assert np.abs(grid[8:16, 8:16, :1] - pixels).max() <= 1
+  assert np.abs(grid[48:96:6, 48:96:6, :1] - pixels).max() <= 1
 
 
 def test_example_imports_nothing_of_the_project(exported):
