@@ -128,7 +128,8 @@ def step_rows(
   state, batch, frozen = (_random(tree) for tree in program.arguments.values())
   batch = batch._replace(labels=batch.labels % config.model.num_classes)
   encoders = networks.abstract_encoders(config.encoders, mesh)
-  task = networks.generator_task(config, encoders, mesh)
+  vae = networks.abstract_vae(config.vae, mesh)
+  task = networks.generator_task(config, encoders, mesh, vae)
   optimizer, _ = experiment.make_optimizer(config.optim, config.train.num_steps)
   plain = jax.jit(
     functools.partial(

@@ -321,7 +321,8 @@ def _inputs(config: Any, mesh: Any) -> tuple[Any, Any, Any, Any, Any]:
   program = experiment.programs(config, mesh)[0]
   state, batch, frozen = program.arguments.values()
   encoders = networks.abstract_encoders(config.encoders, mesh)
-  task = networks.generator_task(config, encoders, mesh)
+  vae = networks.abstract_vae(config.vae, mesh)
+  task = networks.generator_task(config, encoders, mesh, vae)
   draws = jax.eval_shape(
     lambda key: steps.draw(key, task, config.batch.labels), jax.random.key(0)
   )

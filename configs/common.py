@@ -45,6 +45,9 @@ def _shared(task: str) -> ConfigDict:
   config.vae.path = ""  # what tools.convert_weights wrote; '': no latents
   config.vae.dtype = "bfloat16"
   config.vae.sharding = "replicated"  # or "fsdp": see add_encoder
+  # Recompute its blocks in the backward pass through it, where an encoder reads
+  # decoded samples.
+  config.vae.remat = True
   config.vae.model = ConfigDict()
 
   config.optim = ConfigDict()  # AdamW (Table 8)
@@ -224,6 +227,8 @@ def add_encoder(
 ) -> None:
   """Adds a frozen encoder to the loss, stored in bfloat16."""
   encoder = ConfigDict({"path": path, "dtype": "bfloat16", "in_loss": True})
+  # Whether it reads what config.vae makes of latents, not the latents.
+  encoder.decode = False
   # On every device, or in parts over the mesh's axis 'fsdp'.
   encoder.sharding = "replicated"
   encoder.remat = False  # recompute its blocks in the backward pass

@@ -4,12 +4,16 @@
     --workdir=runs/imagenet_l2
 
 reads a latent cache (drift_jax.tools.cache_latents), the autoencoder that made
-it, and an encoder trained by configs/mae_latent.py (docs/data.md has the
-commands); and for its FID the Inception-v3 and statistics of the training
-images (docs/evaluation.md). Variants, joined by commas:
+it, and an encoder: one trained by configs/mae_latent.py, or a converted one of
+pixels (docs/data.md has the commands); and for its FID the Inception-v3 and
+statistics of the training images (docs/evaluation.md). Variants, joined by
+commas:
   ablation  (or none) B/2, 30k steps, encoder mae_latent.py:256
   b2        B/2, 200k steps, encoder mae_latent.py:640
   l2        L/2, 200k steps, encoder mae_latent.py:640
+  convnext  the ablation in the features of ConvNeXt-V2 base in place of the
+            MAE's: of pixels, so samples and reals are decoded, and gradients
+            come back through the decoder
   smoke     the same code path in a minute, with a tiny network
 
 FID-50K in the paper (Table 8) and of the authors' release: ablation 8.46 / 8.49
@@ -21,7 +25,7 @@ from ml_collections import ConfigDict
 
 from configs import common, models
 
-SIZES = ("ablation", "b2", "l2")
+SIZES = ("ablation", "b2", "l2", "convnext")
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -35,15 +39,25 @@ def get_config(variant: str = "") -> ConfigDict:
   )
   config.vae.path = "weights/sd_vae"
   config.vae.model = common.frozen_model("vae", models.sd_vae())
-  width = "256" if size == "ablation" else "640"
-  common.add_encoder(
-    config,
-    "mae",
-    f"runs/mae_latent_{width}/encoder",
-    "mae",
-    models.MAES[f"mae_{width}_latent"](),
-  )
-  {"ablation": _ablation, "b2": _b2, "l2": _l2}[size](config)
+  if size == "convnext":
+    common.add_encoder(
+      config,
+      "convnext",
+      "weights/convnextv2_base",
+      "convnext",
+      models.convnextv2_base(),
+    )
+    config.encoders.convnext.decode = True
+  else:
+    width = "256" if size == "ablation" else "640"
+    common.add_encoder(
+      config,
+      "mae",
+      f"runs/mae_latent_{width}/encoder",
+      "mae",
+      models.MAES[f"mae_{width}_latent"](),
+    )
+  {"b2": _b2, "l2": _l2}.get(size, _ablation)(config)
   config.mesh.update(data=1, fsdp=-1)
   common.judge_by_fid(config)
   if smoke:

@@ -229,7 +229,8 @@ def regather(
 ) -> Callable[..., Any]:
   """The function, keeping no gathered parameters for its backward pass.
 
-  They are gathered once more there; all else is kept as without this.
+  They are gathered once more there; all else is kept, what lies inside of
+  recomputed blocks (jax.checkpoint) too: not for functions that have such.
 
   Args:
     function: gathers parameters.

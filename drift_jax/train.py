@@ -52,8 +52,8 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   readers = experiment.open_readers(config, vae)
   config = experiment.with_num_classes(config, readers.train)
   encoders = experiment.load_encoders(config.encoders, mesh)
-  task = experiment.generator_task(config, encoders, mesh)
-  experiment.check_encoders(task, encoders)
+  task = experiment.generator_task(config, encoders, mesh, vae)
+  experiment.check_encoders(config, task, encoders, vae)
   experiment.check_shape(readers.train, task.sample_shape, "the model makes")
   feed = experiment.generator_feed(config, readers.train)
   evaluation = Evaluation(config, encoders, task, readers, vae, mesh)
@@ -76,7 +76,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
       init_params=experiment.init_generator(task),
       start_params=experiment.start_params(config),
       step=functools.partial(steps.train_step, task=task),
-      frozen={n: encoders[n].params for n in task.features.encoders},
+      frozen=experiment.frozen_params(task, encoders, vae),
       feed=feed,
       put=put,
       evaluate=functools.partial(evaluation, path=path),

@@ -327,10 +327,13 @@ def test_every_published_config_is_described():
   from tests.published_configs_test import MAES, TABLE_8, get
 
   mesh = sharding.make_mesh(1, 8)
-  for name, variant in (*TABLE_8, *MAES):
+  decoded = ("imagenet_latent", "convnext")
+  for name, variant in (*TABLE_8, *MAES, decoded):
     names = [p.name for p in experiment.programs(get(name, variant), mesh)]
     if name.startswith("mae"):
       assert names == ["train", "evaluate"]
     else:
       decode = ["decode"] if name == "imagenet_latent" else []
       assert names == ["train", "sample", *decode, "judge inception"]
+  frozen = experiment.programs(get(*decoded), mesh)[0].arguments["frozen"]
+  assert frozen.keys() == {"convnext", "vae"}

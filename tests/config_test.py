@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import common, digits, imagenet_latent, mae_latent
+from configs import cifar10, common, digits, imagenet_latent, mae_latent
 from drift_jax import config as config_lib
 from drift_jax import loop, models, state, train, train_mae
 from tests.autoencoders import save_vae
@@ -225,6 +225,20 @@ def test_a_first_step_that_must_fail(positives, unconditional, drawn):
     config_lib.parse(values)
   values["queue"]["with_replacement"] = True
   config_lib.parse(values)
+
+
+def test_only_latents_are_decoded():
+  check_rejected(
+    cifar10.get_config(),
+    "encoders.mae.decode",
+    True,
+    r"encoders\.mae\.decode=True needs vae\.path.*decode=False",
+  )
+  values = imagenet_latent.get_config("convnext").to_dict()
+  config_lib.parse(values)
+  values["encoders"]["vae"] = values["encoders"].pop("convnext")
+  with pytest.raises(config_lib.ConfigError, match=r"encoders\.vae: .*another"):
+    config_lib.parse(values)
 
 
 @pytest.mark.parametrize(

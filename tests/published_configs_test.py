@@ -8,7 +8,10 @@ from drift_jax import config as config_lib
 
 VARIANTS = {
   "cifar10": ["", "encoder", "smoke", "encoder,smoke"],
-  "imagenet_latent": ["", "ablation", "b2", "l2", "l2,smoke", "smoke"],
+  "imagenet_latent": [
+    *("", "ablation", "b2", "l2", "l2,smoke", "smoke"),
+    *("convnext", "convnext,smoke"),
+  ],
   "imagenet_pixel": ["", "b16", "l16", "l16,smoke"],
   "mae_latent": ["", "256", "640", "640,smoke"],
   "mae_pixel": ["", "640", "smoke"],
@@ -113,6 +116,20 @@ def test_generators_of_table_8(name, variant):
   encoders = {"mae"} if "latent" in name else {"mae", "convnext"}
   assert set(config.encoders) == encoders
   assert all(e.in_loss for e in config.encoders.values())
+
+
+def test_an_encoder_of_pixels_in_place_of_the_ablations():
+  """All else is the ablation's, and the decoder recomputes its blocks."""
+  ablation, config = (
+    importlib.import_module("configs.imagenet_latent").get_config(variant)
+    for variant in ("ablation", "convnext")
+  )
+  encoder = config.encoders.convnext
+  assert encoder.decode and encoder.in_loss and config.vae.remat
+  assert encoder.model.kind == "convnext"
+  assert len(config.encoders) == 1 and not ablation.encoders.mae.decode
+  config.encoders = ablation.encoders
+  assert config.to_dict() == ablation.to_dict()
 
 
 # Base width, steps, steps of classification.

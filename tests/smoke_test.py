@@ -1,14 +1,17 @@
 """The smoke variants in real processes, from image files to pictures."""
 
+import json
 import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from drift_jax import metrics
+from drift_jax import artifacts, metrics, models
+from drift_jax.models import release
 from tests.autoencoders import save_vae
 from tests.conftest import process_environment
 
@@ -65,6 +68,29 @@ def vae(tmp_path_factory):
   )
 
 
+def save_convnext(folder):
+  """Writes a tiny ConvNeXt with random weights; returns its folder."""
+  arguments = {"depths": (1, 1, 1, 1), "widths": (4, 4, 8, 8)}
+  arguments["dtype"] = "float32"
+  shapes = jax.eval_shape(
+    models.build_convnext(**arguments).init,
+    jax.random.key(0),
+    np.zeros((1, 8, 8, 3), np.float32),
+  )["params"]
+  rng = np.random.default_rng(0)
+  artifacts.save(
+    folder,
+    kind="convnext",
+    model_config=release.published_config("convnext", arguments),
+    params=jax.tree.map(
+      lambda x: rng.normal(0.0, 0.3, x.shape).astype(np.float32), shapes
+    ),
+    step=None,
+    ema_decay=None,
+  )
+  return folder
+
+
 def test_latents(tmp_path, images, vae):
   """Images -> latent cache; encoder on images; generator on the cache."""
   cache = tmp_path / "latents"
@@ -96,6 +122,20 @@ def test_latents(tmp_path, images, vae):
   # Two classes of two images: decoded, not latents.
   with Image.open(workdir / "samples" / "step_0000002.png") as grid:
     assert grid.size == (2 * 258 + 2, 2 * 258 + 2)
+  frozen = json.loads((workdir / "frozen_weights.json").read_text())
+  # Another one, in the features of what the autoencoder makes of latents.
+  through = tmp_path / "through"
+  last = train(
+    "imagenet_latent.py:convnext,smoke",
+    through,
+    f"data.source=latents:{cache}",
+    f"vae.path={vae}",
+    f"encoders.convnext.path={save_convnext(tmp_path / 'convnext')}",
+  )
+  assert np.isfinite(last["loss"]) and "scale/convenxt" in last
+  sums = json.loads((through / "frozen_weights.json").read_text())
+  assert sums.keys() == {"encoders.convnext", "vae"}
+  assert sums["vae"] == frozen["vae"]
   out = tmp_path / "grid.png"
   call(
     "sample",

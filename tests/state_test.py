@@ -104,7 +104,7 @@ def generator_step(learning_rate):
   step = jax.jit(
     functools.partial(
       steps.train_step,
-      encoder_params={},
+      frozen={},
       task=generator_task(),
       optimizer=optimizer,
       schedule=schedule,

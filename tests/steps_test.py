@@ -367,7 +367,7 @@ class ToyEncoder(nn.Module):
 
   @nn.compact
   def features(self, x):
-    x = nn.tanh(nn.Dense(16, name="first")(x[..., 0]))
+    x = nn.tanh(nn.Dense(16, name="first")(x.reshape(*x.shape[:2], -1)))
     y = nn.tanh(nn.Dense(16, name="second")(x))
     return {"first": x, "second": y, "mean": y.mean(axis=1, keepdims=True)}
 
@@ -381,12 +381,25 @@ def with_encoder(task: steps.GeneratorTask) -> steps.GeneratorTask:
 
 
 def encoder_params(task: steps.GeneratorTask) -> dict[str, Any]:
-  """Of the task's encoders, if it has any."""
-  image = jnp.zeros((1, *task.sample_shape))
-  return {
-    name: encoder.init(jax.random.key(7), image, method="features")["params"]
-    for name, encoder in task.features.encoders.items()
-  }
+  """Of the task's encoders, if it has any, and of what decodes for them."""
+  space = task.features
+  image = pixels = jnp.zeros((1, *task.sample_shape))
+  params = {}
+  if space.vae is not None:
+    side = space.vae.downsampling * task.sample_shape[0]
+    pixels = jnp.zeros((1, side, side, space.vae.in_channels))
+    # The first samples are zeros: without biases its norms would divide by 0.
+    params["vae"] = jax.tree.map(
+      lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape),
+      space.vae.init(jax.random.key(8), pixels)["params"],
+    )
+  for name, encoder in space.encoders.items():
+    params[name] = encoder.init(
+      jax.random.key(7),
+      pixels if name in space.decoded else image,
+      method="features",
+    )["params"]
+  return params
 
 
 def toy_batch(num_labels: int, seed: int = 0) -> steps.GeneratorBatch:

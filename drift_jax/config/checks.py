@@ -243,6 +243,17 @@ def _check_generator(config: GeneratorConfig) -> None:
       f"encoders.{name}.path is empty: give the directory that encoder "
       "training wrote, WORKDIR/encoder",
     )
+    _require(
+      name != "vae",
+      "encoders.vae: that name is the autoencoder's among the frozen weights; "
+      "choose another",
+    )
+    _require(
+      not encoder.decode or config.vae.path != "",
+      f"encoders.{name}.decode=True needs vae.path, the autoencoder that "
+      "decodes: set it, for a generator of latents; encoders read the samples "
+      f"of a generator of pixels as they are, encoders.{name}.decode=False",
+    )
   _choice("train.kernels", config.train.kernels, ("auto", "pallas", "xla"))
   _choice("train.accum_scalars", config.train.accum_scalars, ("group", "exact"))
   at_once = config.train.accum_labels

@@ -45,14 +45,16 @@ class Data(Section):
 class Vae(Section):
   """The autoencoder behind latents: a converted directory and its precision.
 
-  The latent cache must have been made with it. It decodes samples for
-  pictures, and encodes images where an encoder of latents is trained on them.
-  `sharding` and `model` are as in Encoder.
+  The latent cache must have been made with it. It decodes samples for pictures
+  and for encoders of pixels (Encoder's `decode`), and encodes images where an
+  encoder of latents is trained on them. `sharding`, `remat` and `model` are as
+  in Encoder.
   """
 
   path: str
   dtype: str
   sharding: str
+  remat: bool
   model: Mapping[str, Any]
 
 
@@ -95,17 +97,20 @@ class Encoder(Section):
   """A frozen feature encoder: an exported directory and its precision.
 
   With in_loss the generator drifts in its features; without, it only judges
-  (eval.metrics 'fd_encoder'). `sharding` says how its weights lie on the mesh:
-  a copy on every device, or in parts over 'fsdp', gathered where they are used.
-  With `remat` the backward pass through it recomputes its blocks. `model` says
-  which model it is, {'kind': ..., arguments of the function that builds it}:
-  the weights must be of that model, and it can be compiled before there are
-  any. {} takes whatever is there.
+  (eval.metrics 'fd_encoder'). With `decode` it reads the images that the
+  autoencoder (vae) makes of samples and reals, without it these themselves.
+  `sharding` says how its weights lie on the mesh: a copy on every device, or in
+  parts over 'fsdp', gathered where they are used. With `remat` the backward
+  pass through it recomputes its blocks. `model` says which model it is,
+  {'kind': ..., arguments of the function that builds it}: the weights must be
+  of that model, and it can be compiled before there are any. {} takes whatever
+  is there.
   """
 
   path: str
   dtype: str
   in_loss: bool
+  decode: bool
   sharding: str
   remat: bool
   model: Mapping[str, Any]

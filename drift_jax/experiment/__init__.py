@@ -46,6 +46,7 @@ from drift_jax.experiment.memorisation import (
 from drift_jax.experiment.networks import (
   abstract_encoders,
   check_encoders,
+  frozen_params,
   frozen_sums,
   generator_task,
   init_generator,
@@ -102,6 +103,7 @@ __all__ = [
   "check_workdir",
   "evaluation_labels",
   "feature_space",
+  "frozen_params",
   "frozen_sums",
   "gathered",
   "generator_feed",

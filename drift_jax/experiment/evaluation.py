@@ -242,7 +242,9 @@ def load_exported(weights: str, vae: str, mesh: Mesh) -> ExportedGenerator:
   if not vae and not weights.startswith(hub.SCHEME):
     own = epath.Path(weights) / artifacts.EXPORTED_VAE
     vae = str(own) if own.exists() else ""
-  section = config_lib.Vae(path=vae, dtype="float32", sharding="fsdp", model={})
+  section = config_lib.Vae(
+    path=vae, dtype="float32", sharding="fsdp", remat=False, model={}
+  )
   return ExportedGenerator(
     task, params, module.num_classes, load_vae(section, mesh), artifact
   )

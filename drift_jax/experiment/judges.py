@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from drift_jax import artifacts, metrics, sharding, steps
 from drift_jax import config as config_lib
 from drift_jax.experiment.inputs import LATENTS, Readers
+from drift_jax.experiment.networks import decoded_encoders, decoding
 from drift_jax.experiment.runs import naming, pad_to_mesh
 from drift_jax.metrics.images import Images
 
@@ -56,11 +57,6 @@ def make_decoder(
   if vae is None:
     return lambda samples: samples
   return on_mesh(decoding(vae), vae.params, mesh)
-
-
-def decoding(vae: artifacts.Artifact) -> Callable[[Any, jax.Array], jax.Array]:
-  """(params, latents) -> images."""
-  return functools.partial(steps.apply, vae.module, method="decode")
 
 
 def make_pixels(decode: Callable[[Images], Images]) -> metrics.PixelsFn:
@@ -320,7 +316,7 @@ def run_evaluators(
   )
   return [
     *(entry.evaluator for entry in judged.values()),
-    *_by_reals(config, encoders, readers, labels, mesh),
+    *_by_reals(config, encoders, readers, labels, vae, mesh),
   ], {name: entry.facts for name, entry in judged.items()}
 
 
@@ -329,6 +325,7 @@ def _by_reals(
   encoders: Mapping[str, artifacts.Artifact],
   readers: Readers | None,
   labels: np.ndarray,
+  vae: artifacts.Artifact | None,
   mesh: Mesh,
 ) -> list[metrics.Evaluator]:
   """The evaluators that compare with held-out samples."""
@@ -356,7 +353,9 @@ def _by_reals(
     return metrics.DuplicatesEvaluator(train, test, grid=train.grid)
 
   def fd_encoder(train: Any, test: Any) -> metrics.Evaluator:
-    return frechet("fd_encoder", encoder_fn(encoders, mesh), train, test)
+    decoded = decoded_encoders(config.encoders)
+    features = encoder_fn(encoders, decoded, vae, mesh)
+    return frechet("fd_encoder", features, train, test)
 
   factories: dict[str, Callable[[Any, Any], metrics.Evaluator]] = {
     "fd_encoder": fd_encoder,
@@ -375,21 +374,39 @@ def _by_reals(
 
 
 def encoder_fn(
-  encoders: Mapping[str, artifacts.Artifact], mesh: Mesh
+  encoders: Mapping[str, artifacts.Artifact],
+  decoded: Collection[str],
+  vae: artifacts.Artifact | None,
+  mesh: Mesh,
 ) -> metrics.FeatureFn:
   """Samples -> pooled features of the first autoencoder among the encoders.
+
+  Args:
+    encoders: of the run.
+    decoded: names of those that read decoded samples.
+    vae: decodes them, or None.
+    mesh: where the networks run.
 
   Raises:
     ConfigError: there is none.
   """
-  pooled = [a for a in encoders.values() if a.kind == "mae"]
-  if not pooled:
+  names = [name for name, a in encoders.items() if a.kind == "mae"]
+  if not names:
     raise config_lib.ConfigError(
       "'fd_encoder' and neighbours in the space 'encoder' need an encoder of "
       f"kind 'mae'; encoders: {[(n, a.kind) for n, a in encoders.items()]}"
     )
-  apply = functools.partial(steps.apply, pooled[0].module, method="pooled")
-  return on_mesh(apply, pooled[0].params, mesh)
+  encoder = encoders[names[0]]
+  pooled = functools.partial(steps.apply, encoder.module, method="pooled")
+  if names[0] not in decoded:
+    return on_mesh(pooled, encoder.params, mesh)
+  assert vae is not None  # the config's checks ask for vae.path
+  decode = decoding(vae)
+  return on_mesh(
+    lambda params, samples: pooled(params[0], decode(params[1], samples)),
+    (encoder.params, vae.params),
+    mesh,
+  )
 
 
 def flatten_fn(mesh: Mesh) -> metrics.FeatureFn:

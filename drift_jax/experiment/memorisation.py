@@ -1,6 +1,6 @@
 """Nearest training images of generated ones (B.4): does a run memorise?"""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -40,6 +40,7 @@ def feature_space(
   vae: artifacts.Artifact | None,
   to_pixels: metrics.PixelsFn,
   mesh: Mesh,
+  decoded: Collection[str] = (),
 ) -> Space:
   """The space that --neighbour_space names.
 
@@ -52,6 +53,7 @@ def feature_space(
     vae: the autoencoder behind the samples, or None.
     to_pixels: samples -> 8-bit RGB images.
     mesh: where the network runs.
+    decoded: names of the encoders that read decoded samples.
 
   Raises:
     ArtifactError: a network that can't be loaded.
@@ -59,7 +61,7 @@ def feature_space(
   """
   if name in ("encoder", "pixel"):
     features = (
-      judges.encoder_fn(encoders, mesh)
+      judges.encoder_fn(encoders, decoded, vae, mesh)
       if name == "encoder"
       else judges.flatten_fn(mesh)
     )

@@ -187,8 +187,7 @@ def _as_frozen(
   params, module = artifact.params, artifact.module
   if artifact.kind == "mae":
     params = {"encoder": params["encoder"]}
-  if isinstance(section, config_lib.Encoder):
-    module = module.clone(remat=section.remat)
+  module = module.clone(remat=section.remat)
   return dataclasses.replace(artifact, module=module, params=params)
 
 
@@ -221,14 +220,44 @@ def frozen_sums(
   return sums if vae is None else sums | {"vae": vae.sha256}
 
 
+def decoded_encoders(
+  encoders: Mapping[str, config_lib.Encoder],
+) -> frozenset[str]:
+  """Names of those that read what the autoencoder makes of samples."""
+  return frozenset(name for name, e in encoders.items() if e.decode)
+
+
+def frozen_params(
+  task: steps.GeneratorTask,
+  encoders: Mapping[str, artifacts.Artifact],
+  vae: artifacts.Artifact | None,
+) -> dict[str, Any]:
+  """The frozen parameters of the generator's step; see FeatureSpace."""
+  params = {name: encoders[name].params for name in task.features.encoders}
+  if task.features.vae is not None:
+    assert vae is not None  # feature_space has its module from it
+    params[steps.VAE_KEY] = vae.params
+  return params
+
+
 def check_encoders(
-  task: steps.GeneratorTask, encoders: Mapping[str, artifacts.Artifact]
+  config: config_lib.GeneratorConfig,
+  task: steps.GeneratorTask,
+  encoders: Mapping[str, artifacts.Artifact],
+  vae: artifacts.Artifact | None,
 ) -> None:
-  """Raises ConfigError for an encoder that can't read the samples."""
-  image = jax.ShapeDtypeStruct((1, *task.sample_shape), np.float32)
+  """Raises ConfigError for an encoder that can't read what it is given."""
+  sample = jax.ShapeDtypeStruct((1, *task.sample_shape), np.float32)
+  decoded = decoded_encoders(config.encoders)
   for name, artifact in encoders.items():
     in_loss = name in task.features.encoders
-    with naming(f"encoders.{name} on samples of shape {task.sample_shape}"):
+    image, what = sample, "samples"
+    if name in decoded:
+      assert vae is not None  # the config's checks ask for vae.path
+      with naming(f"vae on samples of shape {task.sample_shape}"):
+        image = jax.eval_shape(decoding(vae), vae.params, sample)
+      what = "decoded samples"
+    with naming(f"encoders.{name} on {what} of shape {image.shape[1:]}"):
       jax.eval_shape(
         functools.partial(
           steps.apply,
@@ -241,14 +270,25 @@ def check_encoders(
       )
 
 
+def decoding(vae: artifacts.Artifact) -> Callable[[Any, jax.Array], jax.Array]:
+  """(params, latents) -> images."""
+  return functools.partial(steps.apply, vae.module, method="decode")
+
+
 def feature_space(
   config: config_lib.GeneratorConfig,
   encoders: Mapping[str, artifacts.Artifact],
+  vae: artifacts.Artifact | None,
 ) -> steps.FeatureSpace:
   """Which feature vectors of which encoders enter the loss (A.5)."""
   features = dataclasses.asdict(config.features)
   sample = features.pop("sample")
   in_loss = {n: a for n, a in encoders.items() if config.encoders[n].in_loss}
+  decoded = decoded_encoders(config.encoders) & in_loss.keys()
+  decoder: Any = None
+  if decoded:
+    assert vae is not None  # the config's checks ask for vae.path
+    decoder = vae.module
   return steps.FeatureSpace(
     encoders={name: a.module for name, a in in_loss.items()},
     options={
@@ -256,6 +296,8 @@ def feature_space(
       for name, a in in_loss.items()
     },
     sample=sample,
+    decoded=decoded,
+    vae=decoder,
   )
 
 
@@ -305,8 +347,15 @@ def generator_task(
   config: config_lib.GeneratorConfig,
   encoders: Mapping[str, artifacts.Artifact],
   mesh: Mesh,
+  vae: artifacts.Artifact | None = None,
 ) -> steps.GeneratorTask:
   """The static part of the generator's step, for the mesh's devices.
+
+  Args:
+    config: of the run.
+    encoders: of the run; none where only samples are drawn.
+    mesh: of the run.
+    vae: decodes samples for encoders that ask for it.
 
   Raises:
     ConfigError: a model that can't be, kernels that don't run there.
@@ -322,7 +371,7 @@ def generator_task(
   )
   return steps.GeneratorTask(
     generator=generator,
-    features=feature_space(config, encoders),
+    features=feature_space(config, encoders, vae),
     sample_shape=(model.input_size, model.input_size, model.out_channels),
     style_tokens=model.style_tokens,
     style_vocab=model.style_vocab,

@@ -12,16 +12,13 @@ from drift_jax import artifacts, sharding, steps
 from drift_jax import config as config_lib
 from drift_jax.experiment.evaluation import jit_mae_evaluation, jit_sampler
 from drift_jax.experiment.inputs import LATENTS
-from drift_jax.experiment.judges import (
-  decoding,
-  image_size,
-  jit_network,
-  judging,
-)
+from drift_jax.experiment.judges import image_size, jit_network, judging
 from drift_jax.experiment.networks import (
   abstract_encoders,
   abstract_vae,
   check_encoders,
+  decoding,
+  frozen_params,
   generator_task,
   init_generator,
   init_mae,
@@ -86,9 +83,9 @@ def _of_generator(
   check_labels(config, mesh)
   vae = abstract_vae(config.vae, mesh)
   encoders = abstract_encoders(config.encoders, mesh)
-  task = generator_task(config, encoders, mesh)
-  check_encoders(task, encoders)
-  frozen = {name: encoders[name].params for name in task.features.encoders}
+  task = generator_task(config, encoders, mesh, vae)
+  check_encoders(config, task, encoders, vae)
+  frozen = frozen_params(task, encoders, vae)
   training = make_training(
     config,
     mesh,

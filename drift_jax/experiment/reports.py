@@ -32,7 +32,11 @@ from drift_jax.experiment.memorisation import (
   check_memorisation,
   feature_space,
 )
-from drift_jax.experiment.networks import frozen_sums, load_encoders
+from drift_jax.experiment.networks import (
+  decoded_encoders,
+  frozen_sums,
+  load_encoders,
+)
 from drift_jax.experiment.runs import check_frozen, naming, pad_to_mesh
 
 # Of exported weights and of images, where the request doesn't say.
@@ -164,7 +168,12 @@ def report_on_run(
         chosen.alphas[0],
         readers,
         feature_space(
-          request.neighbour_space, encoders, run.vae, to_pixels, mesh
+          request.neighbour_space,
+          encoders,
+          run.vae,
+          to_pixels,
+          mesh,
+          decoded_encoders(config.encoders),
         ),
         k=request.neighbours,
         batch_size=batch_size,

@@ -7,6 +7,7 @@ beforehand, so that a step is the same on any mesh, up to rounding.
 
 from drift_jax.steps.common import Metrics, apply, early_dtype, from_wire
 from drift_jax.steps.generator import (
+  VAE_KEY,
   Draws,
   FeatureSpace,
   GeneratorBatch,
@@ -31,6 +32,7 @@ from drift_jax.steps.mae import (
 )
 
 __all__ = [
+  "VAE_KEY",
   "Draws",
   "FeatureSpace",
   "GeneratorBatch",

@@ -1,7 +1,7 @@
 """The generator's step: drifting loss, gradients, update; sampling."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -27,6 +27,8 @@ FeatureDict = dict[str, Float[Array, "n T D"]]
 
 # The key of the sample itself, flattened: the drifting loss with no encoder.
 SAMPLE_KEY = "global"
+# The autoencoder's parameters among the frozen ones; no encoder has that name.
+VAE_KEY = "vae"
 
 
 class Draws(NamedTuple):
@@ -60,27 +62,45 @@ class FeatureSpace:
     encoders: {name: module with a `features` method}; may be empty.
     options: {name: keyword arguments of that encoder's `features`}.
     sample: whether the flattened sample itself is one more feature.
+    decoded: names of the encoders that read decoded samples.
+    vae: decodes them; None where none does.
   """
 
   encoders: Mapping[str, nn.Module]
   options: Mapping[str, Mapping[str, Any]]
   sample: bool
+  decoded: Collection[str] = ()
+  vae: nn.Module | None = None
+
+  @property
+  def recomputes(self) -> bool:
+    """Whether a network recomputes its blocks in the backward pass."""
+    networks = (self.vae, *self.encoders.values())
+    return any(getattr(network, "remat", False) for network in networks)
 
   def __call__(
-    self, encoder_params: Mapping[str, Any], images: Float[Array, "n H W C"]
+    self, frozen: Mapping[str, Any], images: Float[Array, "n H W C"]
   ) -> FeatureDict:
     """All feature vectors {key: [n, T, D]} of A.5.
 
     With several encoders each key carries its encoder's name in front.
+
+    Args:
+      frozen: {name: parameters} of the encoders and, as VAE_KEY, of the
+        autoencoder.
+      images: samples or reals; latents where there is an autoencoder.
     """
+    pixels = images
+    if self.vae is not None:
+      pixels = apply(self.vae, frozen[VAE_KEY], images, method="decode")
     out: FeatureDict = {}
     if self.sample:
       out[SAMPLE_KEY] = images.reshape(len(images), 1, -1)
     for name, encoder in self.encoders.items():
       features = apply(
         encoder,
-        encoder_params[name],
-        images,
+        frozen[name],
+        pixels if name in self.decoded else images,
         method="features",
         **self.options[name],
       )
@@ -150,7 +170,7 @@ def generator_loss(
   params: Any,
   batch: GeneratorBatch,
   draws: Draws,
-  encoder_params: Mapping[str, Any],
+  frozen: Mapping[str, Any],
   task: GeneratorTask,
   layout: sharding.Layout | None = None,
   scalars: drift.Scalars | None = None,
@@ -190,9 +210,11 @@ def generator_loss(
     real_features = jax.lax.stop_gradient(task.features(frozen, reals))
     return task.features(frozen, samples), real_features
 
-  if layout is not None:
+  # Regathering would keep what recomputed blocks are to recompute: its policy
+  # reaches into them. The weights are kept instead, until the losses are done.
+  if layout is not None and not task.features.recomputes:
     features = sharding.regather(features, layout.frozen)
-  generated, real_features = features(encoder_params, samples, reals)
+  generated, real_features = features(frozen, samples, reals)
 
   weight = _unconditional_weight(batch, draws, task)
   losses, report = drift.drift_losses(
@@ -324,7 +346,7 @@ def _gradients(
   params: Any,
   batch: GeneratorBatch,
   draws: Draws,
-  encoder_params: Mapping[str, Any],
+  frozen: Mapping[str, Any],
   task: GeneratorTask,
   layout: sharding.Layout | None = None,
 ) -> tuple[Any, tuple[Float[Array, ""], drift.DriftReport]]:
@@ -339,9 +361,7 @@ def _gradients(
   def loss_of(
     params: Any, part: _Part, scalars: drift.Scalars | None
   ) -> tuple[jax.Array, tuple[jax.Array, drift.DriftReport]]:
-    loss, aux = generator_loss(
-      params, *part, encoder_params, task, layout, scalars
-    )
+    loss, aux = generator_loss(params, *part, frozen, task, layout, scalars)
     return loss / devices, (loss, aux["report"])
 
   gradients = jax.grad(loss_of, has_aux=True)
@@ -376,15 +396,13 @@ def generator_gradients(
   params: Any,
   batch: GeneratorBatch,
   draws: Draws,
-  encoder_params: Mapping[str, Any],
+  frozen: Mapping[str, Any],
   task: GeneratorTask,
   layout: sharding.Layout | None = None,
 ) -> tuple[Float[Array, ""], drift.DriftReport, Any]:
   """(loss, drift.DriftReport, gradients), on a mesh if there is a layout."""
   if layout is None:
-    grads, (loss, report) = _gradients(
-      params, batch, draws, encoder_params, task
-    )
+    grads, (loss, report) = _gradients(params, batch, draws, frozen, task)
     return loss, report, grads
 
   def local(
@@ -401,13 +419,13 @@ def generator_gradients(
     layout.mesh,
     (layout.params, SPLIT, SPLIT, layout.frozen),
     (WHOLE, WHOLE, layout.params),
-  )(params, batch, draws, encoder_params)
+  )(params, batch, draws, frozen)
 
 
 def train_step(
   state: state_lib.TrainState,
   batch: GeneratorBatch,
-  encoder_params: Mapping[str, Any],
+  frozen: Mapping[str, Any],
   draws: Draws | None = None,
   *,
   task: GeneratorTask,
@@ -424,7 +442,7 @@ def train_step(
   if draws is None:
     draws = draw(state.key(), task, len(batch.labels))
   loss, report, grads = generator_gradients(
-    state.params, batch, draws, encoder_params, task, layout
+    state.params, batch, draws, frozen, task, layout
   )
   metrics = {
     "loss": loss,

@@ -439,7 +439,14 @@ def advice(report: Report, config: Any, devices: int) -> list[str]:
         "model.attention_dtype=bfloat16: halves the stored attention (the "
         "published ablations use float32)"
       )
-  for name, section in getattr(config, "encoders", {}).items():
+  encoders = getattr(config, "encoders", {})
+  decodes = any(e.decode and e.in_loss for e in encoders.values())
+  if report.program == "train" and decodes and not config.vae.remat:
+    found.append(
+      "vae.remat=True: recomputes the decoder's blocks in the backward pass "
+      "instead of storing them"
+    )
+  for name, section in encoders.items():
     if section.dtype == "float32":
       found.append(f"encoders.{name}.dtype=bfloat16: halves its weights")
     if not section.remat and section.in_loss and report.program == "train":

@@ -143,7 +143,11 @@ def test_in_a_networks_features(tmp_path, readers, mesh):
 def test_latents_are_decoded_on_both_sides(tmp_path, mesh):
   save_vae(tmp_path / "vae")
   section = config_lib.Vae(
-    path=str(tmp_path / "vae"), dtype="float32", sharding="fsdp", model={}
+    path=str(tmp_path / "vae"),
+    dtype="float32",
+    sharding="fsdp",
+    remat=False,
+    model={},
   )
   vae = experiment.load_vae(section, mesh)
   folder = str(save_inception(tmp_path / "inception"))
