@@ -47,7 +47,8 @@ def get_config(variant: str = "") -> ConfigDict:
       "convnext",
       models.convnextv2_base(),
     )
-    config.encoders.convnext.decode = True
+    # Without `remat` a label of 64 samples does not fit 32 GB.
+    config.encoders.convnext.update(decode=True, remat=True)
   else:
     width = "256" if size == "ablation" else "640"
     common.add_encoder(

@@ -119,13 +119,14 @@ def test_generators_of_table_8(name, variant):
 
 
 def test_an_encoder_of_pixels_in_place_of_the_ablations():
-  """All else is the ablation's, and the decoder recomputes its blocks."""
+  """All else is the ablation's; it and the decoder recompute their blocks."""
   ablation, config = (
     importlib.import_module("configs.imagenet_latent").get_config(variant)
     for variant in ("ablation", "convnext")
   )
   encoder = config.encoders.convnext
-  assert encoder.decode and encoder.in_loss and config.vae.remat
+  assert encoder.decode and encoder.in_loss
+  assert encoder.remat and config.vae.remat
   assert encoder.model.kind == "convnext"
   assert len(config.encoders) == 1 and not ablation.encoders.mae.decode
   config.encoders = ablation.encoders
