@@ -131,6 +131,9 @@ def test_latents(tmp_path, images, vae):
     f"data.source=latents:{cache}",
     f"vae.path={vae}",
     f"encoders.convnext.path={save_convnext(tmp_path / 'convnext')}",
+    # Its images are 256 px and 224: a few are enough.
+    *("batch.labels=2", "batch.generated=2", "batch.positives=1"),
+    *("batch.unconditional=1", "eval.every=0"),
   )
   assert np.isfinite(last["loss"]) and "scale/convenxt" in last
   sums = json.loads((through / "frozen_weights.json").read_text())
