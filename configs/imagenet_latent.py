@@ -11,9 +11,11 @@ commas:
   ablation  (or none) B/2, 30k steps, encoder mae_latent.py:256
   b2        B/2, 200k steps, encoder mae_latent.py:640
   l2        L/2, 200k steps, encoder mae_latent.py:640
-  convnext  the ablation in the features of ConvNeXt-V2 base in place of the
-            MAE's: of pixels, so samples and reals are decoded, and gradients
-            come back through the decoder
+  convnext, moco, simclr
+            the ablation in the features of ConvNeXt-V2 base, or of a ResNet-50
+            of MoCo-v2 or SimCLR (Table 3), in place of the MAE's: of pixels, so
+            samples and reals are decoded, and gradients come back through the
+            decoder
   smoke     the same code path in a minute, with a tiny network
 
 FID-50K in the paper (Table 8) and of the authors' release: ablation 8.46 / 8.49
@@ -25,12 +27,18 @@ from ml_collections import ConfigDict
 
 from configs import common, models
 
-SIZES = ("ablation", "b2", "l2", "convnext")
+# Encoders of pixels: where tools.convert_weights put them, kind and model.
+PIXEL_ENCODERS = {
+  "convnext": ("weights/convnextv2_base", "convnext", models.convnextv2_base),
+  "moco": ("weights/moco_v2", "resnet", models.resnet50_moco),
+  "simclr": ("weights/simclr", "resnet", models.resnet50_simclr),
+}
+VARIANTS = ("ablation", "b2", "l2", *PIXEL_ENCODERS)
 
 
 def get_config(variant: str = "") -> ConfigDict:
   """The config of the named variants."""
-  size, smoke = common.choose(variant, SIZES)
+  size, smoke = common.choose(variant, VARIANTS)
   config = common.generator()
   config.data.update(
     source="latents:data/imagenet_latents",
@@ -39,16 +47,11 @@ def get_config(variant: str = "") -> ConfigDict:
   )
   config.vae.path = "weights/sd_vae"
   config.vae.model = common.frozen_model("vae", models.sd_vae())
-  if size == "convnext":
-    common.add_encoder(
-      config,
-      "convnext",
-      "weights/convnextv2_base",
-      "convnext",
-      models.convnextv2_base(),
-    )
+  if size in PIXEL_ENCODERS:
+    path, kind, model = PIXEL_ENCODERS[size]
+    common.add_encoder(config, size, path, kind, model())
     # Without `remat` a label of 64 samples does not fit 32 GB.
-    config.encoders.convnext.update(decode=True, remat=True)
+    config.encoders[size].update(decode=True, remat=True)
   else:
     width = "256" if size == "ablation" else "640"
     common.add_encoder(

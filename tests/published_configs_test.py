@@ -10,7 +10,7 @@ VARIANTS = {
   "cifar10": ["", "encoder", "smoke", "encoder,smoke"],
   "imagenet_latent": [
     *("", "ablation", "b2", "l2", "l2,smoke", "smoke"),
-    *("convnext", "convnext,smoke"),
+    *("convnext", "convnext,smoke", "moco", "simclr"),
   ],
   "imagenet_pixel": ["", "b16", "l16", "l16,smoke"],
   "mae_latent": ["", "256", "640", "640,smoke"],
@@ -118,16 +118,20 @@ def test_generators_of_table_8(name, variant):
   assert all(e.in_loss for e in config.encoders.values())
 
 
-def test_an_encoder_of_pixels_in_place_of_the_ablations():
+@pytest.mark.parametrize(
+  ("name", "kind"),
+  [("convnext", "convnext"), ("moco", "resnet"), ("simclr", "resnet")],
+)
+def test_an_encoder_of_pixels_in_place_of_the_ablations(name, kind):
   """All else is the ablation's; it and the decoder recompute their blocks."""
   ablation, config = (
     importlib.import_module("configs.imagenet_latent").get_config(variant)
-    for variant in ("ablation", "convnext")
+    for variant in ("ablation", name)
   )
-  encoder = config.encoders.convnext
+  encoder = config.encoders[name]
   assert encoder.decode and encoder.in_loss
   assert encoder.remat and config.vae.remat
-  assert encoder.model.kind == "convnext"
+  assert encoder.model.kind == kind
   assert len(config.encoders) == 1 and not ablation.encoders.mae.decode
   config.encoders = ablation.encoders
   assert config.to_dict() == ablation.to_dict()
