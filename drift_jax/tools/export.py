@@ -15,7 +15,8 @@
 With --formats=...:
   release  OUT/params_ema/...      the weights as the authors' tools read them
   onnx     OUT/generate.onnx       generate with the weights in it; needs
-                                   `pip install jax2onnx`
+                                   `pip install onnx-ir` and
+                                   `pip install --no-deps jax2onnx`
 """
 
 import argparse
@@ -338,7 +339,8 @@ def _write_onnx(
     converter = importlib.import_module("jax2onnx")
   except ImportError as error:
     raise config_lib.ConfigError(
-      "formats='onnx' needs a package: pip install jax2onnx"
+      "formats='onnx' needs a converter: pip install onnx-ir && pip install "
+      "--no-deps jax2onnx (its requirements want an older Orbax)"
     ) from error
   flat = {
     name: jax.tree.map(jnp.asarray, _flat(tree))
