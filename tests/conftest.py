@@ -14,8 +14,15 @@ os.environ.setdefault(
   "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
 )
 
+# Those which the hook below would compile anew: it has its own compiled files
+# for all that is first imported under it.
+import beartype  # noqa: F401
+import flax.linen  # noqa: F401
+import grain  # noqa: F401
 import jax
 import numpy as np
+import optax  # noqa: F401
+import orbax.checkpoint  # noqa: F401
 import pytest
 from absl import flags
 from jaxtyping import install_import_hook
@@ -57,6 +64,9 @@ def process_environment(devices: int = 1) -> dict[str, str]:
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     "PYTHONPATH": str(ROOT),
+    # Compiled modules are kept, whatever the environment says: hundreds of
+    # processes start.
+    "PYTHONDONTWRITEBYTECODE": "",
   }
 
 

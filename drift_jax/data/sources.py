@@ -6,7 +6,6 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
-from sklearn import datasets
 
 from drift_jax.data import encoded, folder
 
@@ -182,6 +181,9 @@ def digits(split: str) -> ArraySource:
     raise encoded.NoSplitError(
       f"split {split!r}: valid options are {list(SPLITS)}"
     )
+  # Imported where it is used: a second.
+  from sklearn import datasets
+
   pixels, target = datasets.load_digits(return_X_y=True)
   images = (pixels.reshape(-1, 8, 8, 1) / 8.0 - 1.0).astype(np.float32)
   labels = target.astype(np.int32)

@@ -13,7 +13,6 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float64
 from numpy.typing import ArrayLike
-from scipy import linalg
 
 from drift_jax import processes
 
@@ -241,6 +240,9 @@ def _cholesky(
     factor = np.linalg.cholesky(covariance)
   except np.linalg.LinAlgError:
     return None
+  # Imported where it is used: a quarter of a second.
+  from scipy import linalg
+
   (condition,) = linalg.get_lapack_funcs(("pocon",), (factor,))
   norm = np.abs(covariance).sum(axis=0).max()
   reciprocal, _ = condition(factor, norm, uplo="L")

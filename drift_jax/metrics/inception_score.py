@@ -2,7 +2,6 @@
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import special
 
 from drift_jax import processes
 from drift_jax.metrics import frechet
@@ -89,6 +88,9 @@ class InceptionScore:
       self._add(matrix[rows], self._part[numbers[rows]])
 
   def _add(self, logits: np.ndarray, part: np.ndarray) -> None:
+    # Imported where it is used: a quarter of a second.
+    from scipy import special
+
     log_probability = special.log_softmax(logits, axis=1)
     probability = np.exp(log_probability)
     # The part of dropped samples, -1, is no row of the membership matrix.
@@ -105,6 +107,8 @@ class InceptionScore:
     Raises:
       ValueError: unless all samples came, each once.
     """
+    from scipy import special
+
     seen = processes.total(self._seen.astype(np.int32))
     if (seen > 1).any():
       raise ValueError(f"sample number {np.argmax(seen > 1)} came twice")

@@ -10,8 +10,6 @@ from collections.abc import Iterable
 
 import numpy as np
 from jaxtyping import Float64, Int64
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from drift_jax.metrics import distances, files
@@ -208,6 +206,10 @@ def plot_nearest_distances(
   highest = max(float(values.max()) for _, values, _ in sets)
   # A width of zero has no histogram: all distances may be 0.
   edges = np.linspace(0.0, highest or 1.0, 61)
+  # As in plots: imported where something is drawn.
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
   figure = Figure(figsize=(7.5, 6.4), layout="constrained")
   FigureCanvasAgg(figure)
   histogram, cumulative = figure.subplots(2, 1, sharex=True)

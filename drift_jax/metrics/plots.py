@@ -1,17 +1,15 @@
 """Curves of a run as PNG files, drawn from the records of metrics.jsonl.
 
 Figures are made with Matplotlib's objects and its Agg canvas: no pyplot, no
-global state, no display.
+global state, no display. It is imported where something is drawn: it takes most
+of a second.
 """
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from matplotlib import ticker
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from drift_jax.metrics import files
 
@@ -48,7 +46,11 @@ def _keys(records: Records) -> list[str]:
   return sorted({key for record in records for key in record})
 
 
-def _figure(panels: int, height: float) -> tuple[Figure, list[Axes]]:
+def _figure(panels: int, height: float) -> tuple[Any, list[Any]]:
+  from matplotlib import ticker
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
   figure = Figure(figsize=(7.5, height * panels), layout="constrained")
   FigureCanvasAgg(figure)
   axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
@@ -64,7 +66,7 @@ def _figure(panels: int, height: float) -> tuple[Figure, list[Axes]]:
 
 
 def _draw(
-  axis: Axes, steps: np.ndarray, values: np.ndarray, label: str, colour: str
+  axis: Any, steps: np.ndarray, values: np.ndarray, label: str, colour: str
 ) -> None:
   marker = "o" if len(steps) <= 30 else ""
   axis.plot(
@@ -78,15 +80,17 @@ def _draw(
   )
 
 
-def _log_scale(axis: Axes) -> None:
+def _log_scale(axis: Any) -> None:
   """Logarithmic y axis with plain numbers, also within a single decade."""
+  from matplotlib import ticker
+
   axis.set_yscale("log")
   axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
   axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{y:g}"))
   axis.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
-def _save(figure: Figure, path: files.PathLike) -> None:
+def _save(figure: Any, path: files.PathLike) -> None:
   with files.replacing(path) as temporary:
     figure.savefig(temporary, format="png", dpi=130)
 
@@ -196,6 +200,8 @@ def plot_alphas(
       f" an Inception score; got alphas {alphas} and figures"
       f" {sorted(results[alphas[0]])}"
     )
+  from matplotlib import ticker
+
   figure, axes = _figure(len(names), 3.0)
   for axis, name in zip(axes, names, strict=True):
     values = np.asarray([results[alpha][name] for alpha in alphas])

@@ -6,10 +6,10 @@ held-out or generated images.
 """
 
 import functools
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from sklearn import svm
 
 from drift_jax import processes
 from drift_jax.metrics.batches import Batch
@@ -186,7 +186,10 @@ class LabelAccuracyEvaluator(_KeepsImages):
     return dict(self._baseline)
 
   @functools.cached_property
-  def _classifier(self) -> svm.SVC:
+  def _classifier(self) -> Any:
+    # Imported where it is used: a second.
+    from sklearn import svm
+
     return svm.SVC(C=10.0, gamma="scale").fit(self._train, self._train_labels)
 
   @functools.cached_property
