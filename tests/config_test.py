@@ -18,7 +18,7 @@ from drift_jax import config as config_lib
 from drift_jax import loop, models, state, train, train_mae
 from tests.autoencoders import save_vae
 from tests.data import pictures
-from tests.judges import digit_pixels, save_inception, save_statistics
+from tests.judges import save_inception, save_random_statistics
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -380,8 +380,8 @@ def test_every_key_is_read(reads, no_steps, tmp_path):
   config.encoders.mae.path = str(tmp_path / "mae" / "encoder")
   config.model.update(depth=1, hidden_size=16, cond_dim=16, num_heads=2)
   judge = str(save_inception(tmp_path / "inception"))
-  statistics = save_statistics(
-    tmp_path / "digits.npz", judge, digit_pixels(8), crop="none"
+  statistics = save_random_statistics(
+    tmp_path / "digits.npz", judge, resolution=8, crop="none"
   )
   config.eval.inception.update(path=judge, reference=str(statistics))
   config.eval.metrics = ("fd_inception", *config.eval.metrics)

@@ -1,6 +1,7 @@
 """Test set-up: eight CPU devices, strict dtypes, checked shapes."""
 
 import functools
+import gc
 import os
 import pathlib
 import tempfile
@@ -131,6 +132,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   """Slow files first, the others in their order."""
   rank = {name: number for number, name in enumerate(SLOW_FILES)}
   items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
+def pytest_collection_finish() -> None:
+  """Leaves modules out of garbage collections: tracing makes many of them."""
+  gc.collect()
+  gc.freeze()
 
 
 def kernel_costs(jaxpr: Any) -> list[Any]:

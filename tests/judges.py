@@ -104,11 +104,45 @@ def save_statistics(
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   artifact = experiment.load_judge(str(folder), mesh)
   features = np.asarray(experiment.network_fn(artifact, mesh)(pixels)[0])
+  return _save_features(
+    path, artifact, features, resolution=pixels.shape[1], crop=crop
+  )
+
+
+def save_random_statistics(
+  path: str | os.PathLike[str],
+  folder: str | os.PathLike[str],
+  *,
+  resolution: int,
+  crop: str,
+) -> str | os.PathLike[str]:
+  """Statistics of random features that fit `save_inception`'s network.
+
+  For tests that need a file but not what is in it: nothing is compiled.
+  """
+  features = np.random.default_rng(0).normal(size=(200, 128))
+  return _save_features(
+    path,
+    artifacts.load(folder),
+    features.astype(np.float32),
+    resolution=resolution,
+    crop=crop,
+  )
+
+
+def _save_features(
+  path: str | os.PathLike[str],
+  artifact: artifacts.Artifact,
+  features: np.ndarray,
+  *,
+  resolution: int,
+  crop: str,
+) -> str | os.PathLike[str]:
   provenance = metrics.Provenance(
     source="digits",
     split="train",
     crop=crop,
-    resolution=pixels.shape[1],
+    resolution=resolution,
     network="test",
     network_sha256=artifact.sha256,
   )

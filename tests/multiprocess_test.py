@@ -313,12 +313,6 @@ def two(folder, one):
   )
 
 
-@pytest.fixture(scope="module")
-def four(folder, two):
-  """4 x 1; the generator is enough."""
-  run_jobs(folder, *(4, 1), [job(GENERATOR, GROUPED, folder / "grouped4")])
-
-
 def assert_trains_as(workdir, other, steps):
   """Every metric of these steps, evaluations included, to 1e-4."""
   here, there = records(workdir), records(other)
@@ -331,8 +325,8 @@ def assert_trains_as(workdir, other, steps):
       assert_close(here[step][name], value, 1e-4, f"{workdir} {step} {name}")
 
 
-@pytest.mark.parametrize("name", ["grouped2", "grouped4", "mae2"])
-def test_processes_train_as_one(folder, one, two, four, name):
+@pytest.mark.parametrize("name", ["grouped2", "mae2"])
+def test_processes_train_as_one(folder, one, two, name):
   assert_trains_as(folder / name, folder / f"{name[:-1]}1", range(1, 7))
 
 

@@ -12,6 +12,18 @@ from tests.autoencoders import save_vae
 from tests.conftest import GOLDEN, process_environment
 
 PATH = pathlib.Path(__file__).parent.parent / "launch" / "colab.ipynb"
+# The smoke variant with the model of train_test.
+CONFIG = """
+from configs import digits
+
+
+def get_config():
+  config = digits.get_config("smoke")
+  config.model.update(depth=1, hidden_size=16, cond_dim=16, num_heads=2)
+  config.batch.update(generated=4, positives=8)
+  config.optim.schedule = "constant"
+  return config
+"""
 
 
 def outputs(notebook, cell_id):
@@ -38,8 +50,9 @@ def test_is_kept_without_outputs():
 
 def test_runs(tmp_path, monkeypatch):
   workdir = tmp_path / "run"
+  (tmp_path / "tiny.py").write_text(CONFIG)
   variables = process_environment() | {
-    "DRIFT_JAX_CONFIG": "configs/digits.py:smoke",
+    "DRIFT_JAX_CONFIG": str(tmp_path / "tiny.py"),
     "DRIFT_JAX_WORKDIR": str(workdir),
     "DRIFT_JAX_WEIGHTS": str(GOLDEN / "artifact_gen"),
     "DRIFT_JAX_VAE": str(save_vae(tmp_path / "vae", latent_channels=4)),

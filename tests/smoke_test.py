@@ -117,6 +117,9 @@ def test_latents(tmp_path, images, vae):
     f"data.source=latents:{cache}",
     f"vae.path={vae}",
     f"encoders.mae.path={encoder / 'encoder'}",
+    # The generator of pixels has them: they take long to compile.
+    "features.patch_mean_size=()",
+    "features.patch_std_size=()",
   )
   assert np.isfinite(last["loss"]) and "scale/layer1" in last
   # Two classes of two images: decoded, not latents.

@@ -31,7 +31,7 @@ class SummaryWriter:
       purge_step: TensorBoard hides what earlier files hold at this step and
         later; None hides nothing.
     """
-    # Imported where it is used: a third of a second beside google-cloud-storage.
+    # Imported where it is used: a third of a second with google-cloud-storage.
     import tensorboardX
 
     self._writer = tensorboardX.SummaryWriter(logdir, purge_step=purge_step)
