@@ -16,13 +16,13 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
+import drift_jax
 from configs import digits
 from drift_jax import (
   artifacts,
   checkpoint,
   experiment,
   metrics,
-  sample,
   steps,
   train,
   train_mae,
@@ -322,23 +322,23 @@ def test_sample_writes_the_grid_that_was_asked_for(folder, whole):
   written = np.asarray(Image.open(out)).astype(int)
   assert written.shape[0] * 4 < written.shape[1]  # two rows of ten
 
-  def drawn(seed, labels):
-    images, _ = sample.sample(
-      str(whole), labels=labels, alpha=1.5, seed=seed, count=10
-    )
-    return experiment.grid_image(images, 10).astype(int)
+  model = drift_jax.load(str(whole))
+
+  def drawn(seed):
+    samples = model.sample([3, 7], count=10, alpha=1.5, seed=seed)
+    return samples.grid().astype(int)
 
   # A rounding away from the same grey value.
-  same = drawn(0, ["3", "7"])
+  same = drawn(0)
   assert same.shape == written.shape and np.abs(same - written).max() <= 1
-  assert np.abs(drawn(1, ["3", "7"]) - written).max() > 1
+  assert np.abs(drawn(1) - written).max() > 1
 
 
 def test_sample_at_an_alpha_that_was_never_trained(whole):
   with pytest.raises(
     config_lib.ConfigError, match=r"trained for alpha in \[1.0, 4.0\]"
   ):
-    sample.sample(str(whole), labels=None, alpha=7.0, seed=0, count=1)
+    drift_jax.load(str(whole)).sample(alpha=7.0)
 
 
 def test_a_checkpoint_or_an_average_that_is_not_there(whole):
