@@ -285,24 +285,19 @@ def test_a_mistake_is_one_line():
 # The command line for one list of arguments after the other.
 _MANY = """if True:
   import json, sys
-  from absl import app, flags
+  from absl import flags
   from absl.testing import flagsaver
   from drift_jax.tools import compile_check
 
   compile_check.prepare_libtpu()
-
-  def main(argv):
-    for argument in json.loads(argv[1]):
-      with flagsaver.flagsaver():
-        flags.FLAGS([argv[0], "--config=configs/digits.py", argument])
-        try:
-          compile_check.main(argv[:1])
-          print("no error")
-        except SystemExit as ended:
-          print(ended.code)
-
-  flags.FLAGS.unparse_flags()
-  app.run(main, flags_parser=lambda argv: argv)
+  for argument in json.loads(sys.argv[1]):
+    with flagsaver.flagsaver():
+      flags.FLAGS([sys.argv[0], "--config=configs/digits.py", argument])
+      try:
+        compile_check.main(sys.argv[:1])
+        print("no error")
+      except SystemExit as ended:
+        print(ended.code)
 """
 
 
