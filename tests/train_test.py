@@ -54,7 +54,7 @@ ENCODER = (
   "--config.model.base_channels=8",
   "--config.mae.batch_size=16",
   "--config.train.log_every=1",
-  "--config.checkpoint.every=5",
+  "--config.checkpoint.every=2",
   "--config.eval.every=20",
 )
 
