@@ -1,16 +1,14 @@
 """Sampling beside the same model called plainly, on this machine.
 
-  python benchmarks/sample.py [--models=digits,b2] [--json=FILE] [--seconds=10]
-    [--tiny]
+  python benchmarks/sample.py [--models=digits,b2] [--batch=64] [--json=FILE]
+    [--seconds=10] [--tiny]
 
 runs from the repository's root and prints a Markdown table; weights are
-random. "Ours" is drift_jax.load's sampler: 64 images at a time (throughput) or
-one (latency), until their pixels are on the host. "Plain" is the module called
-without jit, one image at a time. Without --models: digits and b2 on a CPU, in
-float32; on anything else b2, b2_vae (with Stable Diffusion's decoder), b16 and
-l16 in bfloat16. "times" is the median over the turns of plain time for the
-same number of images / our time; where an image takes the plain path long, its
-64 images are one, 64 times.
+random. "Ours" is drift_jax.load's sampler: --batch images at a time
+(throughput) or one (latency), until their pixels are on the host. "Plain" is
+the module called without jit, one image at a time. Without --models: digits and
+b2 on a CPU, in float32; on anything else b2, b2_vae (with Stable Diffusion's
+decoder), b16 and l16 in bfloat16. "times" compares the same number of images.
 """
 
 import argparse
@@ -57,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument(
     "--tiny", action="store_true", help="tiny sizes: shows that it runs"
   )
+  parser.add_argument("--batch", type=int, default=BATCH, help="images")
   flags = parser.parse_args(argv)
   names = ["digits"] if flags.tiny else flags.models.split(",")
   for name in names:
@@ -65,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   facts = timing.machine()
   report = timing.Report(flags.seconds)
   for name in names:
-    rows(report, name, "float32" if on_cpu else "bfloat16", flags.tiny)
+    dtype = "float32" if on_cpu else "bfloat16"
+    rows(report, name, dtype, 8 if flags.tiny else flags.batch, flags.tiny)
   print(f"{report.table()}\n\n{timing.in_words(facts)}")
   if flags.json:
     flags.json.write_text(report.json(facts))
@@ -120,11 +120,12 @@ def open_random(
   )
 
 
-def rows(report: timing.Report, name: str, dtype: str, tiny: bool) -> None:
+def rows(
+  report: timing.Report, name: str, dtype: str, count: int, tiny: bool
+) -> None:
   """Throughput and latency of one model."""
   mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
   opened = open_random(name, dtype, tiny, mesh)
-  count = 8 if tiny else BATCH
   section = f"{name}, {dtype}"
 
   def ours(n: int) -> timing.Case:

@@ -98,7 +98,7 @@ def test_a_generator_of_pixels_drifts_in_a_resnets_features(tmp_path):
   mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
   encoders = experiment.load_encoders(config.encoders, mesh)
   task = experiment.generator_task(config, encoders, mesh)
-  networks.check_encoders(task, encoders)
+  networks.check_encoders(config, task, encoders, None)
   frozen = {name: artifact.params for name, artifact in encoders.items()}
   params = jax.tree.map(
     lambda x: random.normal(0, 0.3, x.shape).astype(x.dtype),
