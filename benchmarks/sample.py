@@ -93,18 +93,11 @@ def open_random(
   if name == "b2_vae":
     found = artifacts.abstract("vae", sizes.sd_vae().to_dict(), dtype=dtype)
     vae = dataclasses.replace(found, params=_random(found.params))
-  task = steps_lib.GeneratorTask(
-    generator=module.clone(
+  task = experiment.sampling_task(
+    module.clone(
       attention_kernel=networks.attention_kernel_for("auto", mesh),
       unroll=networks.unroll_for(module.depth, mesh),
-    ),
-    features=steps_lib.FeatureSpace(encoders={}, options={}, sample=True),
-    sample_shape=(module.input_size, module.input_size, module.out_channels),
-    style_tokens=module.style_tokens,
-    style_vocab=module.style_vocab,
-    num_generated=1,
-    drift={},
-    guidance={},
+    )
   )
   return experiment.OpenedGenerator(
     task=task,

@@ -13,6 +13,7 @@ from drift_jax.experiment.evaluation import (
   load_generator,
   make_sampler,
   sample_grid,
+  sampling_task,
 )
 from drift_jax.experiment.generators import (
   OpenedGenerator,
@@ -147,6 +148,7 @@ __all__ = [
   "run",
   "run_evaluators",
   "sample_grid",
+  "sampling_task",
   "start_params",
   "with_num_classes",
 ]

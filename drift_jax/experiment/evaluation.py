@@ -204,6 +204,20 @@ class ExportedGenerator:
   artifact: artifacts.Artifact
 
 
+def sampling_task(module: Any) -> steps.GeneratorTask:
+  """The static part of a generator that is sampled and not trained."""
+  return steps.GeneratorTask(
+    generator=module,
+    features=steps.FeatureSpace(encoders={}, options={}, sample=True),
+    sample_shape=(module.input_size, module.input_size, module.out_channels),
+    style_tokens=module.style_tokens,
+    style_vocab=module.style_vocab,
+    num_generated=1,
+    drift={},
+    guidance={},
+  )
+
+
 def load_exported(weights: str, vae: str, mesh: Mesh) -> ExportedGenerator:
   """A generator of ours or of the release, from its folder.
 
@@ -226,16 +240,7 @@ def load_exported(weights: str, vae: str, mesh: Mesh) -> ExportedGenerator:
     attention_kernel=attention_kernel_for("auto", mesh),
     unroll=unroll_for(module.depth, mesh),
   )
-  task = steps.GeneratorTask(
-    generator=module,
-    features=steps.FeatureSpace(encoders={}, options={}, sample=True),
-    sample_shape=(module.input_size, module.input_size, module.out_channels),
-    style_tokens=module.style_tokens,
-    style_vocab=module.style_vocab,
-    num_generated=1,
-    drift={},
-    guidance={},
-  )
+  task = sampling_task(module)
   params = jax.device_put(
     artifact.params, sharding.infer_sharding(artifact.params, mesh)
   )

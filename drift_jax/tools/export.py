@@ -141,16 +141,7 @@ def export(
         format="safetensors",
       )
     generator: Any = module
-    task = steps.GeneratorTask(
-      generator=generator,
-      features=steps.FeatureSpace(encoders={}, options={}, sample=True),
-      sample_shape=opened.task.sample_shape,
-      style_tokens=opened.task.style_tokens,
-      style_vocab=opened.task.style_vocab,
-      num_generated=1,
-      drift={},
-      guidance={},
-    )
+    task = experiment.sampling_task(generator)
     decode = None
     if opened.vae is not None:
       decode = experiment.decoding(opened.vae)
