@@ -51,6 +51,7 @@ from drift_jax.metrics.neighbours import (
 from drift_jax.metrics.network import NetworkEvaluator
 from drift_jax.metrics.plots import (
   plot_alphas,
+  plot_diagnostics,
   plot_drift,
   plot_frechet,
   plot_mae,
@@ -131,6 +132,7 @@ __all__ = [
   "neighbour_grid",
   "open_images",
   "plot_alphas",
+  "plot_diagnostics",
   "plot_drift",
   "plot_frechet",
   "plot_mae",

@@ -20,6 +20,14 @@ _FRECHET_KEY = re.compile(
   r"eval/(fid|fd_[^/]+)/(?:alpha_([0-9.eE+-]+)|baseline)"
 )
 _TITLES = {"fid": "FID", "inception_score": "Inception score"}
+# Axis label and limits of each figure of the field; None: logarithmic.
+_DIAGNOSTICS: dict[str, tuple[str, tuple[float, float] | None]] = {
+  "neighbours": ("effective positives\nof a sample", None),
+  "alignment": ("cosine of attraction\nand repulsion", (-1.02, 1.02)),
+  "self_mass": ("own share of a\nsample's repulsion", (-0.02, 1.02)),
+  "marginal_error": ("how unequally\npositives attract", (-0.02, 1.02)),
+  "temperature_scale": ("scale of the\ntemperatures", None),
+}
 _COLOURS = (
   "#1f6fb4",
   "#d1632a",
@@ -132,6 +140,47 @@ def plot_drift(records: Records, path: files.PathLike) -> None:
   _log_scale(axis)
   axis.set_ylabel("raw drift, RMS\n(normalised feature units)")
   axis.legend(frameon=False)
+  _save(figure, path)
+
+
+def plot_diagnostics(records: Records, path: files.PathLike) -> None:
+  """What is known of the field over steps, a panel for each figure.
+
+  Args:
+    records: dicts with "step" and NAME/TEMPERATURE, where NAME is one of
+      neighbours (effective positives of a sample), alignment (cosine of
+      attraction and repulsion), self_mass (share of a sample's repulsion that
+      is its own), marginal_error (how unequally positives attract, 0 to 1);
+      temperature_scale.
+    path: PNG file to write.
+
+  Raises:
+    ValueError: when no record holds such a key.
+  """
+  found: dict[str, list[tuple[float, str]]] = {}
+  for key in _keys(records):
+    name, _, temperature = key.partition("/")
+    # An adaptive scale has a temperature behind it, a learned one has none.
+    if name in _DIAGNOSTICS and "/" not in temperature:
+      found.setdefault(name, []).append((float(temperature or "nan"), key))
+  if not found:
+    raise _nothing_to_plot("'alignment/TEMPERATURE' or the like", records)
+  names = [name for name in _DIAGNOSTICS if name in found]
+  figure, axes = _figure(len(names), 2.6)
+  for axis, name in zip(axes, names, strict=True):
+    label, limits = _DIAGNOSTICS[name]
+    for i, (temperature, key) in enumerate(sorted(found[name])):
+      text = (
+        f"temperature {temperature:g}" if "/" in key else "all temperatures"
+      )
+      colour = _COLOURS[i % len(_COLOURS)]
+      _draw(axis, *_series(records, key), label=text, colour=colour)
+    axis.set_ylabel(label)
+    if limits:
+      axis.set_ylim(*limits)
+    else:
+      _log_scale(axis)
+    axis.legend(frameon=False)
   _save(figure, path)
 
 
