@@ -135,8 +135,8 @@ def _allocation(base: str, config: ConfigDict) -> dict[str, Row]:
   del base
   batch, queue = config.batch, config.queue
   found = {}
-  for part, paper in ((64, 20.4), (4, 10.4), (2, 9.0)):
-    positives = max(1, batch.positives // part) if part < 64 else 1
+  fractions = (1, batch.positives // 4, batch.positives // 2)
+  for positives, paper in zip(fractions, (20.4, 10.4, 9.0), strict=True):
     found[f"positives_{positives}"] = Row(
       f"N_pos {positives}, N {batch.generated}",
       {"batch.positives": positives},
