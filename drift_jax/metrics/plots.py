@@ -296,7 +296,7 @@ def plot_rows(
       text = f"{low:.2f}"
     else:
       paper.plot((low, high), (y, y), color=_COLOURS[1], linewidth=4, alpha=0.4)
-      text = f"one of {low:g} to {high:g}"
+      text = f"within {low:g} to {high:g}"
     paper.annotate(
       text,
       ((low * high) ** 0.5, y),
@@ -306,14 +306,7 @@ def plot_rows(
       fontsize=8,
     )
   if real is not None:
-    ours.axvline(
-      real,
-      color="0.3",
-      linestyle="--",
-      linewidth=1.2,
-      label=f"real images: {real:.3g}",
-    )
-    ours.legend(frameon=False, fontsize=8, loc="lower right")
+    ours.axvline(real, color="0.3", linestyle="--", linewidth=1.2)
   known = [x for row in rows if row.paper is not None for x in _ends(row.paper)]
   for axis, values in ((ours, shown), (paper, known)):
     axis.grid(True, axis="x", color="0.88", linewidth=0.8)
@@ -324,8 +317,9 @@ def plot_rows(
       _log_scale(axis, "x")
   ours.set_yticks(range(len(rows)), [row.label for row in rows])
   ours.set_ylim(len(rows) - 0.5, -0.7)
-  distance = figure.startswith("fd_")
-  ours.set_xlabel(f"{figure}, Fréchet distance" if distance else figure)
+  name = f"{figure}, Fréchet distance" if figure.startswith("fd_") else figure
+  dashed = "" if real is None else f"; dashed: real images, {real:.3g}"
+  ours.set_xlabel(name + dashed)
   ours.set_title(f"{title}: each seed, mean ± deviation", fontsize=10)
   paper.set_xlabel("FID-50K, ImageNet 256 px")
   paper.set_title(f"in the paper ({source})", fontsize=10)

@@ -222,13 +222,14 @@ def ordering(rows: Sequence[Row], heading: Heading) -> str:
       "The paper's order can't be compared: it orders no two rows that have "
       "runs here."
     )
-  if not swapped and not tied:
-    text = f"The paper's order holds in all {pairs} pairs that it orders"
-    return f"{text} (Kendall's tau 1.00)." if pairs > 1 else f"{text}."
+  if pairs == 1:
+    held = "is tied in" if tied else "is swapped in" if swapped else "holds in"
+    text = f"The paper's order {held} the one pair that it orders."
+    return text + "".join(f"\n- Swapped: {line}" for line in swapped)
   tau = (pairs - tied - 2 * len(swapped)) / pairs
   held = pairs - tied - len(swapped)
   text = (
-    f"The paper's order holds in {held} of the {pairs} pairs that it orders "
+    f"The paper's order holds in {held} of {pairs} pairs that it orders "
     f"(Kendall's tau {tau:.2f})."
   )
   if tied:
