@@ -9,8 +9,9 @@ import dataclasses
 import io
 import itertools
 import math
-import statistics
 from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from drift_jax import metrics
 
@@ -114,8 +115,8 @@ def higher_is_better(figure: str) -> bool:
 
 def summarise(values: Sequence[float]) -> Value:
   """Mean and sample standard deviation (n - 1)."""
-  spread = statistics.stdev(values) if len(values) > 1 else None
-  return Value(statistics.fmean(values), spread, len(values))
+  spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+  return Value(float(np.mean(values)), spread, len(values))
 
 
 def last_figures(
