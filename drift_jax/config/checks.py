@@ -13,8 +13,10 @@ from drift_jax.config.schema import (
   JUDGED_METRICS,
   RANKING_METRICS,
   SOURCES,
+  TEMPERATURE_KINDS,
   WIRE_DTYPES,
   ConfigError,
+  Drift,
   Encoder,
   GeneratorConfig,
   Judge,
@@ -178,6 +180,37 @@ def _check_data(config: GeneratorConfig | MaeConfig) -> None:
   )
 
 
+def _check_drift(drift: Drift, positives: int) -> None:
+  """Field and options are checked where the fields are: in experiment."""
+  _require(
+    len(drift.temperatures) > 0 and all(t > 0 for t in drift.temperatures),
+    f"drift.temperatures={drift.temperatures} must hold at least one positive "
+    "value",
+  )
+  _distinct("drift.temperatures", drift.temperatures)
+  _at_least("drift.affinity_floor", drift.affinity_floor, 0)
+  _choice("drift.normalization", drift.normalization, ("xy", "y", "none"))
+  _choice("drift.reduction", drift.reduction, ("sum", "mean"))
+  temperature = drift.temperature
+  _choice("drift.temperature.kind", temperature.kind, TEMPERATURE_KINDS)
+  kind = temperature.kind
+  used = kind in ("annealed", "learned")
+  _require(
+    (temperature.rate > 0) if used else (temperature.rate == 0),
+    f"drift.temperature.rate={temperature.rate} with kind={kind!r}: want a "
+    "positive rate for 'annealed' and 'learned', else 0",
+  )
+  adaptive = kind == "adaptive"
+  _require(
+    (1 < temperature.neighbours < positives)
+    if adaptive
+    else (temperature.neighbours == 0),
+    f"drift.temperature.neighbours={temperature.neighbours} with kind="
+    f"{kind!r}: want a number between 1 and batch.positives={positives} for "
+    "'adaptive', else 0",
+  )
+
+
 def _check_generator(config: GeneratorConfig) -> None:
   _check_common(config)
   _require(
@@ -187,12 +220,14 @@ def _check_generator(config: GeneratorConfig) -> None:
     "drift_jax.tools.cache_latents and set data.source=latents:DIR",
   )
   batch, model = config.batch, config.model
-  drift, guidance, evaluation = config.drift, config.guidance, config.eval
+  guidance, evaluation = config.guidance, config.eval
   for name in ("labels", "generated", "positives"):
     _at_least(f"batch.{name}", getattr(batch, name), 1)
   _at_least("batch.unconditional", batch.unconditional, 0)
   _require(
-    batch.generated >= 2 or batch.unconditional >= 1,
+    batch.generated >= 2
+    or batch.unconditional >= 1
+    or config.drift.negatives != "own",
     f"batch.generated={batch.generated} with batch.unconditional=0: a single "
     "sample has no negative but itself, which is masked, so nothing repels "
     "it; use at least 2",
@@ -200,14 +235,7 @@ def _check_generator(config: GeneratorConfig) -> None:
   _choice("batch.reals", batch.reals, ("queue", "class_grouped"))
   if batch.reals == "queue":
     _check_queue(config)
-  _require(
-    len(drift.temperatures) > 0 and all(t > 0 for t in drift.temperatures),
-    f"drift.temperatures={drift.temperatures} must hold at least one positive "
-    "value",
-  )
-  _distinct("drift.temperatures", drift.temperatures)
-  _at_least("drift.affinity_floor", drift.affinity_floor, 0)
-  _choice("drift.normalization", drift.normalization, ("xy", "y", "none"))
+  _check_drift(config.drift, batch.positives)
   _require(
     1 <= guidance.minimum <= guidance.maximum,
     f"guidance.minimum={guidance.minimum}, guidance.maximum="
