@@ -334,6 +334,43 @@ def _alphas(base: str, config: ConfigDict) -> dict[str, Row]:
   }
 
 
+def _fields(base: str, config: ConfigDict) -> dict[str, Row]:
+  """The base's field, and others in its place; W-Flow's FID where it has one.
+
+  A transport plan wants other negatives than the samples themselves, and
+  averages its loss over features.
+  """
+  del base
+  if config.drift.field != "softmax":
+    raise ValueError(
+      f"fields on a base with drift.field={config.drift.field!r}"
+    )
+  sinkhorn = {"drift.field": "sinkhorn", "drift.reduction": "mean"}
+  independent = sinkhorn | {"drift.negatives": "independent"}
+  found = {"softmax": Row("softmax, the paper's", {}, DEFAULT)}
+  for name, label, paper in (
+    ("mmd", "mmd: kernels without normalisation", 10.40),
+    ("kl", "kl: mean shifts, each over its own set", 10.17),
+    ("gaussian", "gaussian: kl with a Gaussian kernel", None),
+    ("sharp", "sharp: a conservative field", None),
+  ):
+    found[name] = Row(label, {"drift.field": name}, paper)
+  return found | {
+    "sinkhorn": Row("sinkhorn, independent batch", independent, 7.29),
+    "sinkhorn_velocity": Row(
+      "sinkhorn, independent batch, velocity guidance",
+      independent | {"drift.guidance": "velocity"},
+      7.08,
+    ),
+    "sinkhorn_own": Row(
+      "sinkhorn, its own batch, velocity guidance",
+      sinkhorn
+      | {"drift.negatives": "own_with_self", "drift.guidance": "velocity"},
+      17.57,
+    ),
+  }
+
+
 TABLES = {
   "table1": Table(
     "Table 1: anti-symmetry",
@@ -375,5 +412,11 @@ TABLES = {
     "Fig. 5: the guidance scale",
     "Evaluation only: alpha at inference, of one trained generator.",
     _alphas,
+  ),
+  "fields": Table(
+    "The family of drifting fields",
+    "What the field is: the paper's, or another one in its place.",
+    _fields,
+    "arXiv:2602.04770 (softmax) and W-Flow, 2605.11755 (the others)",
   ),
 }

@@ -103,6 +103,16 @@ def test_the_papers_values():
     "tau_0.4": 8.96,
     "all": 8.46,
   }
+  assert papers("fields") == {
+    "softmax": 8.46,
+    "mmd": 10.40,
+    "kl": 10.17,
+    "gaussian": None,
+    "sharp": None,
+    "sinkhorn": 7.29,
+    "sinkhorn_velocity": 7.08,
+    "sinkhorn_own": 17.57,
+  }
   known = {name for name, paper in papers("table3").items() if paper}
   assert known == {"mae_256"}
   assert {n for n, paper in papers("fig5").items() if paper} == {"alpha_2"}
