@@ -4,6 +4,7 @@ import pytest
 
 from configs import ablations
 from drift_jax import config as config_lib
+from drift_jax import experiment
 
 BASES = (
   "imagenet_latent",
@@ -38,6 +39,8 @@ def test_rows_parse_and_differ(base, table):
     for name in ablations.rows(table, base)
   }
   assert len(found) >= 2
+  for config in found.values():
+    experiment.drift_arguments(config.drift)  # where fields are checked
   texts = [config_lib.to_json(config) for config in found.values()]
   assert len(set(texts)) == len(texts)
   labels = [row.label for row in ablations.rows(table, base).values()]

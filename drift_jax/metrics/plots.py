@@ -288,6 +288,9 @@ def plot_rows(
         ha="center",
         fontsize=8,
       )
+    elif row.values:
+      where = ours.get_yaxis_transform()
+      ours.text(0.02, y, "not finite", transform=where, va="center", fontsize=8)
     if row.paper is None:
       continue
     low, high = row.paper if isinstance(row.paper, tuple) else (row.paper,) * 2

@@ -163,12 +163,11 @@ def chosen_alpha(row: Row, figure: str, alpha: float | None) -> float | None:
   """
   if alpha is not None or not row.runs:
     return alpha
-  sign = -1 if higher_is_better(figure) else 1
   means: dict[float, float] = {}
   for a in sorted({a for run in row.runs.values() for a in run[figure]}):
     value = over_seeds(row, figure, a)
     assert value is not None
-    means[a] = math.inf if math.isnan(value.mean) else sign * value.mean
+    means[a] = _badness(value, figure)
   return min(means, key=lambda a: means[a])
 
 
@@ -203,7 +202,6 @@ def ordering(rows: Sequence[Row], heading: Heading) -> str:
     value = headline(row, heading)
     if value is not None and row.paper is not None:
       known.append((row, value))
-  sign = -1 if higher_is_better(heading.figure) else 1
   pairs = tied = 0
   swapped = []
   for one, other in itertools.combinations(known, 2):
@@ -211,13 +209,11 @@ def ordering(rows: Sequence[Row], heading: Heading) -> str:
     if _bounds(better[0].paper)[1] >= _bounds(worse[0].paper)[0]:
       continue
     pairs += 1
-    difference = sign * (worse[1].mean - better[1].mean)
-    if difference > 0:
-      continue
-    if difference == 0:
+    here, there = (_badness(x[1], heading.figure) for x in (better, worse))
+    if here == there:
       tied += 1
-      continue
-    swapped.append(_describe(better, worse, difference))
+    elif here > there:
+      swapped.append(_describe(better, worse, here - there))
   if not pairs:
     return (
       "The paper's order can't be compared: it orders no two rows that have "
@@ -239,13 +235,13 @@ def ordering(rows: Sequence[Row], heading: Heading) -> str:
 
 
 def _describe(
-  better: tuple[Row, Value], worse: tuple[Row, Value], difference: float
+  better: tuple[Row, Value], worse: tuple[Row, Value], apart: float
 ) -> str:
   """A pair that is the other way round here than in the paper."""
   spreads = [value.spread for _, value in (better, worse)]
-  if None in spreads or math.isnan(difference):
+  if None in spreads or math.isinf(apart):
     note = ""
-  elif abs(difference) <= math.hypot(*(s or 0.0 for s in spreads)):
+  elif apart <= math.hypot(*(s or 0.0 for s in spreads)):
     note = ", closer than the seeds scatter"
   else:
     note = ", farther apart than the seeds scatter"
@@ -254,6 +250,13 @@ def _describe(
     f"({better[1]}){note}; in the paper {paper_text(worse[0].paper)} against "
     f"{paper_text(better[0].paper)}."
   )
+
+
+def _badness(value: Value, figure: str) -> float:
+  """Less is better, whatever the figure; what diverged is the worst."""
+  if math.isnan(value.mean):
+    return math.inf
+  return -value.mean if higher_is_better(figure) else value.mean
 
 
 def _figure_names(rows: Sequence[Row], first: str) -> list[str]:
@@ -270,9 +273,7 @@ def markdown(rows: Sequence[Row], heading: Heading) -> str:
     if not name.endswith(("_std", "_threshold", "_rate"))
   ]
   values = [headline(row, heading) for row in rows]
-  sign = -1 if higher_is_better(figure) else 1
-  finite = [sign * v.mean for v in values if v and math.isfinite(v.mean)]
-  best = min(finite, default=None)
+  best = min((_badness(v, figure) for v in values if v), default=None)
   lines = [
     ["row", "overrides", "runs", figure, "alpha", *others, "FID, paper"],
   ]
@@ -280,7 +281,7 @@ def markdown(rows: Sequence[Row], heading: Heading) -> str:
   for row, value in zip(rows, values, strict=True):
     alpha = chosen_alpha(row, figure, heading.alpha)
     text = "" if value is None else str(value)
-    if value is not None and sign * value.mean == best:
+    if value is not None and _badness(value, figure) == best:
       text = f"**{text}**"
     cells = [row.label, row.overrides, str(len(row.runs)), text]
     cells.append("" if alpha is None else f"{alpha:g}")
@@ -300,7 +301,8 @@ def markdown(rows: Sequence[Row], heading: Heading) -> str:
     heading.varies,
     f"`{heading.base}`, {heading.steps} steps, seeds {seeds}. Rows are "
     f"compared by `{figure}` "
-    f"({'higher' if sign < 0 else 'lower'} is better) at {where}: mean ± "
+    f"({'higher' if higher_is_better(figure) else 'lower'} is better) at "
+    f"{where}: mean ± "
     "sample standard deviation over the seeds, a single value for one seed. "
     f"{_real(rows, figure)}FID of {heading.source} is of ImageNet at 256 px, "
     "another data set and scale: the order of rows can be compared, not the "

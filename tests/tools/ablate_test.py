@@ -156,6 +156,15 @@ def test_an_order_of_a_figure_of_which_more_is_better():
   assert ablation_table.ordering(rows, heading(figure="coverage")) == holds
 
 
+def test_what_diverged_is_the_worst():
+  rows = [row("a", [1.0], 8.0), row("b", [math.nan], 9.0)]
+  holds = "The paper's order holds in the one pair that it orders."
+  assert ablation_table.ordering(rows, heading()) == holds
+  rows = [row("a", [math.nan], 8.0), row("b", [1.0], 9.0)]
+  text = ablation_table.ordering(rows, heading())
+  assert "row b (1) is better here than row a (nan); in" in text
+
+
 def test_an_order_of_nothing():
   rows = [row("a", [1.0], 8.0), row("b", [1.0]), row("c", [], 9.0)]
   text = ablation_table.ordering(rows, heading())
