@@ -7,6 +7,7 @@ of a second.
 
 import dataclasses
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -322,10 +323,13 @@ def plot_rows(
   ours.set_ylim(len(rows) - 0.5, -0.7)
   name = f"{figure}, Fréchet distance" if figure.startswith("fd_") else figure
   dashed = "" if real is None else f"; dashed: real images, {real:.3g}"
-  ours.set_xlabel(name + dashed)
-  ours.set_title(f"{title}: each seed, mean ± deviation", fontsize=10)
-  paper.set_xlabel("FID-50K, ImageNet 256 px")
-  paper.set_title(f"in the paper ({source})", fontsize=10)
+  ours.set_xlabel(
+    f"{name}{dashed}\ndots: seeds; mean ± sample standard deviation"
+  )
+  ours.set_title(title, fontsize=10)
+  wrapped = textwrap.fill(source, 42)
+  paper.set_xlabel(f"FID-50K, ImageNet 256 px\n{wrapped}")
+  paper.set_title("published", fontsize=10)
   if not known:
     paper.text(
       0.5, 0.5, "not given here", transform=paper.transAxes, ha="center"
