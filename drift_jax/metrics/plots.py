@@ -327,7 +327,7 @@ def plot_rows(
     f"{name}{dashed}\ndots: seeds; mean ± sample standard deviation"
   )
   ours.set_title(title, fontsize=10)
-  wrapped = textwrap.fill(source, 42)
+  wrapped = textwrap.fill(source, 34)
   paper.set_xlabel(f"FID-50K, ImageNet 256 px\n{wrapped}")
   paper.set_title("published", fontsize=10)
   if not known:
