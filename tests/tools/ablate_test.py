@@ -234,7 +234,10 @@ def killed(tmp_path_factory):
   )
   wait_for(lambda: [*workdir.glob("*repulsion=0.0-*/seed_0.log")], process)
   process.send_signal(signal.SIGTERM)
-  _, words = process.communicate(timeout=60)
+  try:
+    _, words = process.communicate(timeout=60)
+  finally:
+    process.kill()
   return workdir, process.returncode, words
 
 
