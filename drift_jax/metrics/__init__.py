@@ -50,11 +50,13 @@ from drift_jax.metrics.neighbours import (
 )
 from drift_jax.metrics.network import NetworkEvaluator
 from drift_jax.metrics.plots import (
+  PlottedRow,
   plot_alphas,
   plot_diagnostics,
   plot_drift,
   plot_frechet,
   plot_mae,
+  plot_rows,
 )
 from drift_jax.metrics.precision_recall import precision_recall
 from drift_jax.metrics.reference import (
@@ -102,6 +104,7 @@ __all__ = [
   "Neighbours",
   "NetworkEvaluator",
   "PixelsFn",
+  "PlottedRow",
   "PathLike",
   "Provenance",
   "Reals",
@@ -137,6 +140,7 @@ __all__ = [
   "plot_frechet",
   "plot_mae",
   "plot_nearest_distances",
+  "plot_rows",
   "precision_recall",
   "read_jsonl",
   "read_labels",
