@@ -61,13 +61,17 @@ def test_another_field_in_groups_on_a_mesh():
   whole = run_toy(None, task_of(1, **changed), 4)
   mesh = sharding.make_mesh(2, 2, jax.devices()[:4])
   groups = run_toy(mesh, task_of(2, exact=True, **changed), 4)
+  assert "self_mass/0.05" not in whole[0]
+  for history in (groups, whole):
+    # All samples are 0 at first: the plan's error is that of rounding.
+    for name in [key for key in history[0] if "marginal_error" in key]:
+      assert history[0].pop(name) < 1e-5
   assert_same_histories(groups, whole, 2e-5)
   scales = [metrics["temperature_scale"] for metrics in whole]
   # Adam's first step is its rate, whatever the gradient.
   assert scales[0] == 1.0
   assert abs(abs(math.log(scales[1])) - 0.05) < 1e-4
-  assert "self_mass/0.05" not in whole[0]
-  assert 0 <= whole[0]["marginal_error/0.05"] <= 1
+  assert 0 < whole[1]["marginal_error/0.05"] < 1
 
 
 @pytest.fixture(scope="module")
