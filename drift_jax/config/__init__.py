@@ -19,6 +19,7 @@ from drift_jax.config.schema import (
   EVAL_METRICS,
   JUDGED_METRICS,
   TASKS,
+  AnyConfig,
   Checkpoint,
   ConfigError,
   Data,
@@ -33,6 +34,7 @@ from drift_jax.config.schema import (
   Mesh,
   Optim,
   Section,
+  ToyConfig,
   Vae,
 )
 
@@ -40,6 +42,7 @@ __all__ = [
   "EVAL_METRICS",
   "JUDGED_METRICS",
   "TASKS",
+  "AnyConfig",
   "Checkpoint",
   "ConfigError",
   "Data",
@@ -54,6 +57,7 @@ __all__ = [
   "Mesh",
   "Optim",
   "Section",
+  "ToyConfig",
   "Vae",
   "check",
   "check_judges",

@@ -82,6 +82,13 @@ from drift_jax.experiment.runs import (
   pad_to_mesh,
   run,
 )
+from drift_jax.experiment.toys import (
+  field_at,
+  init_toy,
+  toy_feed,
+  toy_sampler,
+  toy_task,
+)
 
 __all__ = [
   "ERRORS",
@@ -104,6 +111,7 @@ __all__ = [
   "check_workdir",
   "evaluation_labels",
   "feature_space",
+  "field_at",
   "frozen_params",
   "frozen_sums",
   "gathered",
@@ -112,6 +120,7 @@ __all__ = [
   "grid_image",
   "init_generator",
   "init_mae",
+  "init_toy",
   "is_published",
   "jit_mae_evaluation",
   "jit_interpolator",
@@ -150,5 +159,8 @@ __all__ = [
   "sample_grid",
   "sampling_task",
   "start_params",
+  "toy_feed",
+  "toy_sampler",
+  "toy_task",
   "with_num_classes",
 ]

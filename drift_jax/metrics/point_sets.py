@@ -88,9 +88,13 @@ def sliced_wasserstein(
       f"sets of {len(x)} and {len(y)} points: sliced Wasserstein pairs them in "
       "order, give as many of each"
     )
-  directions = np.random.default_rng(seed).normal(size=(projections, x.shape[1]))
+  directions = np.random.default_rng(seed).normal(
+    size=(projections, x.shape[1])
+  )
   directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-  along_x, along_y = (np.sort(points @ directions.T, axis=0) for points in (x, y))
+  along_x, along_y = (
+    np.sort(points @ directions.T, axis=0) for points in (x, y)
+  )
   return float(np.mean(np.abs(along_x - along_y)))
 
 

@@ -126,7 +126,7 @@ def build_toy(
     width: of its hidden layers.
     depth: number of hidden layers.
     location: mean of the samples at first, two numbers.
-    spread: their standard deviation at first; 0 puts all on one point.
+    spread: their standard deviation at first, > 0.
     count: of the particles.
 
   Raises:
@@ -134,20 +134,30 @@ def build_toy(
   """
   reject_unknown(build_toy, unknown)
   require_choice("kind", kind, KINDS)
-  sizes = {"noise_size": noise_size, "width": width, "depth": depth}
-  for name, value in {**sizes, "count": count}.items():
+  for name, value in (
+    ("noise_size", noise_size),
+    ("width", width),
+    ("depth", depth),
+    ("count", count),
+  ):
     require_int(name, value, 1)
   if len(location) != DIMENSIONS:
     raise ValueError(f"location={location}: must be {DIMENSIONS} numbers")
-  if spread < 0:
-    raise ValueError(f"spread={spread}: must be >= 0")
+  if spread <= 0:
+    raise ValueError(
+      f"spread={spread}: must be > 0, or nothing tells the samples apart"
+    )
   if kind == "particles":
     return Particles(count=count, location=location, spread=spread)
-  return Mlp(**sizes, location=location, spread=spread)
+  return Mlp(
+    noise_size=noise_size,
+    width=width,
+    depth=depth,
+    location=location,
+    spread=spread,
+  )
 
 
 def _normal(gain: float) -> nn.initializers.Initializer:
-  """Normal of variance gain / fan-in; zeros for no gain."""
-  if not gain:
-    return nn.initializers.zeros_init()
+  """Normal of variance gain / fan-in."""
   return nn.initializers.variance_scaling(gain, "fan_in", "normal")
