@@ -27,8 +27,8 @@ from drift_jax.state import TrainState
 _LOSS_DECAY = 0.98
 # Points of a side of the grid on which the field is drawn, and of each set
 # that it is computed from.
-_GRID = 21
-_FIELD_POINTS = 512
+_GRID = 17
+_FIELD_POINTS = 256
 # Sets of data whose figures against each other are the baselines.
 _BASELINE_SETS = 6
 

@@ -62,12 +62,16 @@ def energy_distance(x: Points, y: Float[np.ndarray, "M D"]) -> float:
   Raises:
     ValueError: an empty set, or spaces of different dimension.
   """
-  own = mean_distance(x, x) + mean_distance(y, y)
-  return max(2 * mean_distance(x, y) - own, 0.0)
+  across = 2 * mean_distance(x, y)
+  return max(across - mean_distance(x, x) - mean_distance(y, y), 0.0)
 
 
 def sliced_wasserstein(
-  x: Points, y: Points, *, projections: int = 64, seed: int = 0
+  x: Points,
+  y: Float[np.ndarray, "M D"],
+  *,
+  projections: int = 64,
+  seed: int = 0,
 ) -> float:
   """E over directions u of W1(u x, u y), in the points' unit.
 

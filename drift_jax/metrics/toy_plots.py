@@ -24,12 +24,12 @@ _PALETTE = 48
 
 
 def plane_limit(data: np.ndarray, frames: Frames) -> float:
-  """Half the side of the square about 0 that shows the data and all frames.
+  """Half the side of the square about 0 that shows the data and the frames.
 
-  Of each set, one point in a hundred may lie outside.
+  All data, and most of what is generated: in between, samples may fly far.
   """
-  sets = [data, *(points for _, points in frames)]
-  reach = [np.quantile(np.abs(points).max(axis=1), 0.99) for points in sets]
+  sets = [(data, 1.0), *((points, 0.9) for _, points in frames)]
+  reach = [np.quantile(np.abs(x).max(axis=1), share) for x, share in sets]
   return 1.15 * float(np.max(reach))
 
 
@@ -78,10 +78,12 @@ def save_evolution(
     loc="upper right", fontsize=8, markerscale=2.5, framealpha=0.9, ncols=2
   )
   digits = len(str(frames[-1][0]))
+  axis.set_title(title, family="monospace", size=9)
+  figure.canvas.draw()
+  figure.set_layout_engine("none")  # nothing moves but the samples
   images = []
   for step, points in frames:
     moving.set_offsets(points)
-    # As wide in each frame, so that it stands still.
     axis.set_title(
       f"{title}, step {step:>{digits}}", family="monospace", size=9
     )
@@ -129,7 +131,8 @@ def plot_field(
   """The field at the points of a grid, over the densities, at some steps.
 
   All arrows have one length: their direction is the field's, their colour its
-  length, on one logarithmic scale for all panels.
+  length, on one logarithmic scale for all panels. There are none where the
+  field is ten thousand times weaker than where it is strongest.
 
   Args:
     panels: (step, samples [N, 2], field [Q, 2] at the grid) each.
@@ -147,8 +150,7 @@ def plot_field(
 
   lengths = np.stack([np.linalg.norm(v, axis=1) for _, _, v in panels])
   top = max(float(lengths.max()), 1e-12)
-  low = np.clip(np.quantile(lengths, 0.05), top * 1e-3, top * 0.5)
-  norm = LogNorm(float(low), top)
+  norm = LogNorm(top / 1e4, top)
   figure, axes = _plane(len(panels), limit)
   extent = (-limit, limit, -limit, limit)
   spacing = 2 * limit / len(grid) ** 0.5
@@ -174,11 +176,12 @@ def plot_field(
       colors=_SAMPLE_COLOUR,
       linewidths=1.0,
     )
-    direction = field / np.maximum(length, 1e-12)[:, None]
+    shown = length >= top / 1e4
+    direction = 0.8 * spacing * field[shown] / length[shown, None]
     arrows = axis.quiver(
-      *grid.T,
-      *(0.75 * spacing * direction).T,
-      length,
+      *grid[shown].T,
+      *direction.T,
+      length[shown],
       norm=norm,
       cmap="viridis_r",
       angles="xy",
@@ -190,11 +193,10 @@ def plot_field(
     axis.set_title(f"step {step}", size=10)
   figure.colorbar(arrows, ax=axes, label="|V|", shrink=0.85, pad=0.02)
   figure.suptitle(
-    "drifting field (arrows: direction; colour: length), data grey, samples "
-    "as contours"
-    if len(panels) > 1
-    else "drifting field V",
-    size=10,
+    "drifting field V: arrows its direction, colour its length; data grey, "
+    "samples as contours",
+    size=9,
+    wrap=True,
   )
   with files.replacing(path) as temporary:
     figure.savefig(temporary, format="png", dpi=130)
