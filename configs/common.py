@@ -84,6 +84,40 @@ def _shared(task: str) -> ConfigDict:
   return config
 
 
+def drift() -> ConfigDict:
+  """The paper's drifting field (A.6); the family: docs/fields.md."""
+  config = ConfigDict()
+  config.field = "softmax"  # 'mmd', 'kl', 'gaussian', 'sharp', 'sinkhorn'
+  config.options = ConfigDict(
+    {
+      "mmd": {"kernel": "laplace"},  # or 'gaussian'
+      "kl": {"kernel": "laplace"},
+      "sharp": {"kernel": "laplace"},
+      "sinkhorn": {"cost": "l2", "iterations": 20},  # or 'quadratic'
+    }
+  )
+  config.temperatures = (0.02, 0.05, 0.2)  # of normalised distances
+  config.temperature = ConfigDict()
+  config.temperature.kind = "fixed"  # 'annealed', 'learned', 'adaptive'
+  config.temperature.rate = 0.0  # per step, of annealing or learning
+  config.temperature.neighbours = 0.0  # effective positives, of 'adaptive'
+  config.affinity_floor = 1e-6  # of 'softmax'
+  config.normalization = "xy"  # of 'softmax', Table 11: 'xy', 'y', 'none'
+  config.attraction = 1.0  # Table 1: a V+ - b V-
+  config.repulsion = 1.0
+  # What repels beside unconditional reals: the samples themselves ('own'),
+  # even from themselves ('own_with_self'), or a second batch ('independent').
+  config.negatives = "own"
+  # Unconditional reals are more 'negatives' (A.7), or a 'velocity' (W-Flow).
+  config.guidance = "negatives"
+  config.reduction = "sum"  # over features; or 'mean'
+  config.normalize_features = True  # distances in units of their mean
+  config.normalize_drift = True  # each temperature's drift by its RMS
+  # Alignment of attraction and repulsion, mass on self, marginal errors.
+  config.diagnostics = False
+  return config
+
+
 def generator() -> ConfigDict:
   """Defaults of task 'generator'; the model's sizes are left to the config."""
   config = _shared("generator")
@@ -121,12 +155,7 @@ def generator() -> ConfigDict:
   config.features.use_mean = True  # global mean
   config.features.use_std = True  # global standard deviation
 
-  config.drift = ConfigDict()  # A.6
-  config.drift.temperatures = (0.02, 0.05, 0.2)  # of normalised distances
-  config.drift.affinity_floor = 1e-6
-  config.drift.normalization = "xy"  # Table 11: 'xy', 'y', 'none'
-  config.drift.attraction = 1.0  # Table 1: a V+ - b V-
-  config.drift.repulsion = 1.0
+  config.drift = drift()
 
   config.guidance = ConfigDict()  # p(alpha) ~ alpha^-exponent (A.7)
   config.guidance.minimum = 1.0
@@ -206,12 +235,8 @@ def mae() -> ConfigDict:
 
 def toy() -> ConfigDict:
   """Defaults of task 'toy' (5.1): the settings of Fig. 3 and 4."""
-  config = generator()
-  for section in ("init_from", "vae", "encoders", "features", "guidance"):
-    del config[section]
-  for section in ("data", "model", "batch", "queue", "train", "eval"):
-    del config[section]
-  config.task = "toy"
+  config = _shared("toy")
+  del config["init_from"], config["vae"]
 
   config.data = ConfigDict()
   config.data.distribution = "bimodal"  # see drift_jax.data.draw_points
@@ -227,6 +252,8 @@ def toy() -> ConfigDict:
   config.model.location = (0.0, 0.0)  # mean of the samples at first
   config.model.spread = 0.1  # their standard deviation then
 
+  config.drift = drift()
+  config.drift.update(normalize_features=False, normalize_drift=False)
   config.drift.temperatures = (0.05,)  # of raw distances
   config.drift.affinity_floor = 0.0
 

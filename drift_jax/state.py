@@ -23,6 +23,8 @@ class TrainState:
     params: float32 parameters.
     opt_state: the optimiser's state.
     ema: {str(decay): averaged parameters}.
+    drift: what the drifting field learns, a scale of its temperatures; empty
+      where it learns nothing.
   """
 
   step: jax.Array
@@ -30,6 +32,7 @@ class TrainState:
   params: Params
   opt_state: optax.OptState
   ema: dict[str, Params]
+  drift: dict[str, Any] = flax.struct.field(default_factory=dict)
 
   def key(self) -> jax.Array:
     """The typed key of this step."""
@@ -43,6 +46,7 @@ def abstract_and_init(
   ema_decays: Sequence[float],
   seed: int,
   mesh: jax.sharding.Mesh,
+  init_drift: Callable[[], dict[str, Any]] = dict,
 ) -> tuple[TrainState, Callable[[], TrainState]]:
   """The abstract sharded state, and a function that makes the real one.
 
@@ -52,6 +56,7 @@ def abstract_and_init(
     ema_decays: averages to keep; all start at the initial parameters.
     seed: of the parameters and of every later draw.
     mesh: where the state lives.
+    init_drift: makes TrainState.drift.
 
   Returns:
     (tree of ShapeDtypeStructs with shardings, init), where init() computes
@@ -66,6 +71,7 @@ def abstract_and_init(
       params=params,
       opt_state=optimizer.init(params),
       ema={str(d): jax.tree.map(jnp.copy, params) for d in ema_decays},
+      drift=init_drift(),
     )
 
   shapes = jax.eval_shape(init)
@@ -90,4 +96,5 @@ def update(
     params=params,
     opt_state=opt_state,
     ema=ema,
+    drift=state.drift,
   )

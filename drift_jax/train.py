@@ -45,6 +45,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   config = config_lib.parse(config)
   if not isinstance(config, config_lib.GeneratorConfig):
     raise config_lib.ConfigError(f"task={config.task!r}, want 'generator'")
+  experiment.drift_arguments(config.drift)  # a mistake there, before data
   mesh = experiment.open_mesh(config.mesh)
   experiment.check_labels(config, mesh)
   experiment.check_workdir(workdir)
@@ -74,6 +75,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
       mesh,
       name="generator",
       init_params=experiment.init_generator(task),
+      init_drift=functools.partial(experiment.init_drift, task),
       start_params=experiment.start_params(config),
       step=functools.partial(steps.train_step, task=task),
       frozen=experiment.frozen_params(task, encoders, vae),

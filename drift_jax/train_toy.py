@@ -81,6 +81,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
       mesh,
       name=config.model.kind,
       init_params=init,
+      init_drift=functools.partial(experiment.init_drift, task),
       start_params=None,
       step=functools.partial(steps.train_step, task=task),
       frozen={},
@@ -239,6 +240,15 @@ class Evaluation:
       average = loss if average is None else kept * average + (1 - kept) * loss
     return average
 
+  def _temperature_scale(self, step: int) -> float:
+    """Of annealed and learned temperatures, at the last logged step by then."""
+    scales = [
+      float(record["temperature_scale"])
+      for record in self._records()
+      if "temperature_scale" in record and record["step"] <= step
+    ]
+    return scales[-1] if scales else 1.0
+
   def plot_curves(self) -> None:
     """Draws plots/curves.png from what metrics.jsonl holds so far, if any."""
     records = self._records() if processes.is_first() else []
@@ -276,7 +286,9 @@ class Evaluation:
     panels = []
     for step, points in _three(frames):
       samples = points[:_FIELD_POINTS]
-      field = experiment.field_at(self._task, samples, positives, grid)
+      field = experiment.field_at(
+        self._task, samples, positives, grid, self._temperature_scale(step)
+      )
       panels.append((step, points, field))
     metrics.plot_field(
       panels, grid, self._data, plots / "field.png", limit=limit

@@ -39,6 +39,7 @@ def trained(config, count):
     config,
     mesh,
     init_params=experiment.init_toy(task),
+    init_drift=functools.partial(experiment.init_drift, task),
     step=functools.partial(steps.train_step, task=task),
     frozen={},
   )

@@ -14,6 +14,7 @@ from drift_jax.config.schema import (
   JUDGED_METRICS,
   RANKING_METRICS,
   SOURCES,
+  TEMPERATURE_KINDS,
   TOY_MODELS,
   WIRE_DTYPES,
   AnyConfig,
@@ -191,7 +192,8 @@ def _check_data(config: GeneratorConfig | MaeConfig) -> None:
   )
 
 
-def _check_drift(drift: Drift) -> None:
+def _check_drift(drift: Drift, positives: int) -> None:
+  """Field and options are checked where the fields are: in experiment."""
   _require(
     len(drift.temperatures) > 0 and all(t > 0 for t in drift.temperatures),
     f"drift.temperatures={drift.temperatures} must hold at least one positive "
@@ -200,6 +202,25 @@ def _check_drift(drift: Drift) -> None:
   _distinct("drift.temperatures", drift.temperatures)
   _at_least("drift.affinity_floor", drift.affinity_floor, 0)
   _choice("drift.normalization", drift.normalization, ("xy", "y", "none"))
+  _choice("drift.reduction", drift.reduction, ("sum", "mean"))
+  temperature = drift.temperature
+  _choice("drift.temperature.kind", temperature.kind, TEMPERATURE_KINDS)
+  kind = temperature.kind
+  used = kind in ("annealed", "learned")
+  _require(
+    (temperature.rate > 0) if used else (temperature.rate == 0),
+    f"drift.temperature.rate={temperature.rate} with kind={kind!r}: want a "
+    "positive rate for 'annealed' and 'learned', else 0",
+  )
+  adaptive = kind == "adaptive"
+  _require(
+    (1 < temperature.neighbours < positives)
+    if adaptive
+    else (temperature.neighbours == 0),
+    f"drift.temperature.neighbours={temperature.neighbours} with kind="
+    f"{kind!r}: want a number between 1 and batch.positives={positives} for "
+    "'adaptive', else 0",
+  )
 
 
 def _check_generator(config: GeneratorConfig) -> None:
@@ -211,12 +232,14 @@ def _check_generator(config: GeneratorConfig) -> None:
     "drift_jax.tools.cache_latents and set data.source=latents:DIR",
   )
   batch, model = config.batch, config.model
-  drift, guidance, evaluation = config.drift, config.guidance, config.eval
+  guidance, evaluation = config.guidance, config.eval
   for name in ("labels", "generated", "positives"):
     _at_least(f"batch.{name}", getattr(batch, name), 1)
   _at_least("batch.unconditional", batch.unconditional, 0)
   _require(
-    batch.generated >= 2 or batch.unconditional >= 1,
+    batch.generated >= 2
+    or batch.unconditional >= 1
+    or config.drift.negatives != "own",
     f"batch.generated={batch.generated} with batch.unconditional=0: a single "
     "sample has no negative but itself, which is masked, so nothing repels "
     "it; use at least 2",
@@ -224,7 +247,7 @@ def _check_generator(config: GeneratorConfig) -> None:
   _choice("batch.reals", batch.reals, ("queue", "class_grouped"))
   if batch.reals == "queue":
     _check_queue(config)
-  _check_drift(drift)
+  _check_drift(config.drift, batch.positives)
   _require(
     1 <= guidance.minimum <= guidance.maximum,
     f"guidance.minimum={guidance.minimum}, guidance.maximum="
@@ -427,8 +450,8 @@ def _check_mae(config: MaeConfig) -> None:
 
 def _check_toy(config: ToyConfig) -> None:
   _check_common(config)
-  _check_drift(config.drift)
-  model, batch = config.model, config.batch
+  model, batch, drift = config.model, config.batch, config.drift
+  _check_drift(drift, batch.positives)
   _choice("data.distribution", config.data.distribution, DISTRIBUTIONS)
   _at_least("data.noise", config.data.noise, 0)
   _choice("model.kind", model.kind, TOY_MODELS)
@@ -446,10 +469,21 @@ def _check_toy(config: ToyConfig) -> None:
   for name in ("labels", "positives"):
     _at_least(f"batch.{name}", getattr(batch, name), 1)
   _require(
-    batch.generated >= 2,
+    batch.generated >= 2 or drift.negatives != "own",
     f"batch.generated={batch.generated}: a single sample has no negative but "
     "itself, which is masked, so nothing repels it; use at least 2",
   )
+  if config.has_particles:
+    _require(
+      not drift.normalize_features,
+      "drift.normalize_features=True with model.kind='particles': their step "
+      "is x <- x + eta V on raw distances; set it to False",
+    )
+    _require(
+      drift.negatives != "independent",
+      "drift.negatives='independent' with model.kind='particles': there is no "
+      "noise to draw a second batch from; use 'own' or 'own_with_self'",
+    )
   _require(
     config.eval.num_samples >= 2,
     f"eval.num_samples={config.eval.num_samples}: figures need at least 2",

@@ -127,14 +127,42 @@ class Features(Section):
   use_std: bool
 
 
-class Drift(Section):
-  """The drifting field and its normalisations (method of A.6)."""
+class Temperature(Section):
+  """How the drift's temperatures change: what multiplies all of them.
 
+  `kind` is 'fixed'; 'annealed', by exp(-rate * step); 'learned', by what makes
+  each label's positives likeliest, with `rate` of learning; or 'adaptive': each
+  problem's own, such that a sample has `neighbours` effective positives at
+  temperature 1.
+  """
+
+  kind: str
+  rate: float
+  neighbours: float
+
+
+class Drift(Section):
+  """The drifting field and its normalisations (method of A.6).
+
+  `field` is one of the family (drift_jax.drift.FIELDS), `options` {field: its
+  arguments}; affinity_floor and normalization are those of 'softmax'. The
+  rest: drift_jax.drift.Variant.
+  """
+
+  field: str
+  options: Mapping[str, Mapping[str, Any]]
   temperatures: tuple[float, ...]
+  temperature: Temperature
   affinity_floor: float
   normalization: str
   attraction: float
   repulsion: float
+  negatives: str
+  guidance: str
+  reduction: str
+  normalize_features: bool
+  normalize_drift: bool
+  diagnostics: bool
 
 
 class Guidance(Section):
@@ -431,6 +459,8 @@ SOURCES = ("digits", "tfds:NAME", "folder:DIR", "tar:FILE", "latents:DIR")
 # How images are cut to data.image_size: ADM's centre crop; a random resized
 # crop (A.3); a black frame around smaller images; nothing, they fit.
 CROPS = ("center", "random", "pad", "none")
+# How the drift's temperatures change.
+TEMPERATURE_KINDS = ("fixed", "annealed", "learned", "adaptive")
 # How frozen weights lie on the mesh.
 FROZEN_SHARDINGS = ("fsdp", "replicated")
 WIRE_DTYPES = ("uint8", "float32", "float16", "bfloat16")

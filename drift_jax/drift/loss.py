@@ -1,21 +1,24 @@
 """The drifting loss with feature and drift normalisation (A.6)."""
 
+import dataclasses
 import math
-from collections.abc import Sequence
-from typing import NamedTuple, TypedDict, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from drift_jax.drift import family
 from drift_jax.drift.field import (
   Normalization,
-  affinities,
   check_temperature,
   mean_shift,
-  product_coefficients,
   squared_distances,
 )
+
+Negatives = Literal["own", "own_with_self", "independent"]
+GuidanceForm = Literal["negatives", "velocity"]
 
 _Means = TypeVar("_Means")
 
@@ -25,6 +28,84 @@ SELF_DISTANCE = 100.0
 MIN_DISTANCE = 1e-4
 MIN_SCALE = 1e-3
 MIN_DRIFT_MEAN_SQUARE = 1e-8
+
+
+# Where an adaptive temperature's scale is looked for, and how often halved.
+_SCALES = (1e-3, 1e3)
+_BISECTIONS = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """How a drifting loss departs from the paper's; as it stands, nowhere.
+
+  Attributes:
+    field: one of family.FIELDS.
+    options: keyword arguments of the field, but for those of `drift_loss`.
+    negatives: what repels beside unconditional reals: the samples themselves
+      without self-pairs ('own'), with them ('own_with_self'), or an
+      'independent' batch of samples, given as such.
+    guidance: unconditional reals are weighted 'negatives' (A.7), or
+      V += (alpha - 1) (T_{q->p} - T_{q->unc}), the 'velocity' form of W-Flow:
+      weight_neg is (alpha - 1) / M then; they are left out of the scale S.
+    normalize_features: whether coordinates and distances are in units of S.
+    normalize_drift: whether each temperature's drift is divided by its RMS.
+    neighbours: where > 0, each problem's temperatures are multiplied by what
+      gives a sample so many effective positives at temperature 1, on average.
+    learned: whether `temperature_gradient` is wanted.
+    diagnostics: whether DriftInfo has what costs time.
+
+  Raises:
+    ValueError: for an unknown field, option or value.
+  """
+
+  field: str = "softmax"
+  options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
+  negatives: Negatives = "own"
+  guidance: GuidanceForm = "negatives"
+  normalize_features: bool = True
+  normalize_drift: bool = True
+  neighbours: float = 0.0
+  learned: bool = False
+  diagnostics: bool = False
+
+  def __post_init__(self) -> None:
+    # A tuple can be hashed: variants are static arguments of jitted functions.
+    options = tuple(sorted(dict(self.options).items()))
+    object.__setattr__(self, "options", options)
+    family.check_field(self.field, dict(options))
+    if self.field == "softmax" and options:
+      raise ValueError(
+        f"options={dict(options)}: those of the field 'softmax' are the loss' "
+        "own arguments, normalization and affinity_floor"
+      )
+    for name, options in (
+      ("negatives", get_args(Negatives)),
+      ("guidance", get_args(GuidanceForm)),
+    ):
+      if getattr(self, name) not in options:
+        raise ValueError(
+          f"{name}={getattr(self, name)!r} is unknown; valid options: "
+          f"{', '.join(options)}"
+        )
+    if self.guidance == "velocity" and self.field in family.JOINT_FIELDS:
+      raise ValueError(
+        f"guidance='velocity' needs a field that looks at one set at a time; "
+        f"{self.field!r} does not, use guidance='negatives' or one of "
+        f"{', '.join(f for f in family.FIELDS if f not in family.JOINT_FIELDS)}"
+      )
+    if self.neighbours and not self.neighbours > 1:
+      raise ValueError(
+        f"neighbours={self.neighbours} must be above 1 (0 switches it off)"
+      )
+
+  @property
+  def scale_power(self) -> int:
+    """p of S = (mean of w d^p / mean of w)^(1/p)."""
+    return family.scale_power(self.field, dict(self.options))
+
+
+PAPER = Variant()
 
 
 class DriftInfo(TypedDict):
@@ -39,13 +120,28 @@ class DriftInfo(TypedDict):
       sample sees, in [1, P]: 1 / sum p^2 of the softmax p over its positives,
       averaged over labels and samples; weights do not enter}.
     floor_fraction: {temperature: fraction, in [0, 1], of the affinities that
-      are at the floor, self-pairs left out}.
+      are at the floor, self-pairs left out}; of the softmax field only.
+    extra: of variants that ask for it, {name: {temperature: value}}, means over
+      labels and samples:
+      with `diagnostics`
+        alignment: cosine of V+ and V-, in [-1, 1];
+        self_mass: share of a sample's repulsion that is its own, in [0, 1],
+          where it is among its negatives;
+        marginal_error: total variation, in [0, 1], between the share of all
+          attraction that each positive has and its weight's;
+      with `neighbours`
+        temperature_scale: what the temperature was multiplied by;
+      with `learned`
+        temperature_gradient: of the mean over problems of the smallest over
+          samples of -log(sum over positives of softmax(-d / tau)), with
+          respect to log tau.
   """
 
   scale: Float[Array, ""]
   drift_ms: dict[float, Float[Array, ""]]
   effective_positives: dict[float, Float[Array, ""]]
   floor_fraction: dict[float, Float[Array, ""]]
+  extra: dict[str, dict[float, Float[Array, ""]]]
 
 
 class Scalars(NamedTuple):
@@ -65,7 +161,7 @@ def drift_loss(
   pos: Float[Array, "B P C"],
   neg: Float[Array, "B M C"] | None,
   *,
-  weight_gen: Float[Array, "B N"] | None = None,
+  weight_gen: Float[Array, "B I"] | None = None,
   weight_pos: Float[Array, "B P"] | None = None,
   weight_neg: Float[Array, "B M"] | None = None,
   temperatures: Sequence[float],
@@ -75,6 +171,9 @@ def drift_loss(
   repulsion: float = 1.0,
   axis_name: str | tuple[str, ...] = (),
   scalars: Scalars | None = None,
+  variant: Variant = PAPER,
+  independent: Float[Array, "B I C"] | None = None,
+  temperature_scale: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, " B"], DriftInfo]:
   """Drifting loss of one feature key (eq. 6, 13; A.6 of arXiv:2602.04770).
 
@@ -113,6 +212,12 @@ def drift_loss(
     axis_name: of the mapped axes (jax.shard_map) that B is split over.
     scalars: of a larger batch, where B is a part of it that is computed on its
       own; what it holds is used and returned in place of B's.
+    variant: another field of the family, other negatives, guidance or
+      normalisation than the above. affinity_floor and normalization are the
+      softmax field's.
+    independent: features of I samples that repel in place of gen's, where the
+      variant says so.
+    temperature_scale: > 0, multiplies all temperatures.
 
   Returns:
     loss: one value per row of B, float32.
@@ -120,88 +225,344 @@ def drift_loss(
 
   Raises:
     ValueError: no temperature, repeated or non-positive ones, an unknown
-      normalization, a negative floor, or shapes that disagree.
+      normalization, a negative floor, independent samples that the variant
+      does not ask for or lacks, or shapes that disagree.
   """
   temperatures = check_temperatures(temperatures)
   if neg is None:
     neg = jnp.zeros((pos.shape[0], 0, pos.shape[2]), pos.dtype)
     if weight_neg is not None:
       raise ValueError("weight_neg is given but neg is None")
+  if (variant.negatives == "independent") != (independent is not None):
+    raise ValueError(
+      f"variant.negatives={variant.negatives!r}, but independent samples are "
+      f"{'not ' if independent is None else ''}given"
+    )
   _check_shapes(gen, pos, neg)
   gen = gen.astype(jnp.float32)
+  repelling = gen if independent is None else independent
   frozen = [
-    jax.lax.stop_gradient(a.astype(jnp.float32)) for a in (gen, neg, pos)
+    jax.lax.stop_gradient(a.astype(jnp.float32)) for a in (repelling, neg, pos)
   ]
   weight = jnp.concatenate(
     [
-      _weights("weight_gen", weight_gen, gen),
+      _weights("weight_gen", weight_gen, repelling),
       _weights("weight_neg", weight_neg, neg),
       _weights("weight_pos", weight_pos, pos),
     ],
     axis=1,
   )
   n, channels = gen.shape[1:]
-  n_neg = n + neg.shape[1]
+  n_gen = repelling.shape[1]
+  n_neg = n_gen + neg.shape[1]
 
-  x, targets = frozen[0], jnp.concatenate(frozen, axis=1)
+  x = frozen[0] if independent is None else jax.lax.stop_gradient(gen)
+  targets = jnp.concatenate(frozen, axis=1)
+  squared = squared_distances(x, targets)
   self_pair = jnp.eye(n, targets.shape[1], dtype=bool)
-  squared = jnp.where(self_pair, 0.0, squared_distances(x, targets))
+  if independent is None:
+    squared = jnp.where(self_pair, 0.0, squared)
   squared = jnp.maximum(squared, MIN_DISTANCE**2)
   distance = jnp.sqrt(squared)
 
+  # Velocity guidance: unconditional reals are a set of their own, uniform, and
+  # left out of the scale; what their weights add up to is its strength.
+  strength = None
+  scale_weight = weight
+  if variant.guidance == "velocity":
+    is_neg = (jnp.arange(weight.shape[1]) >= n_gen) & (
+      jnp.arange(weight.shape[1]) < n_neg
+    )
+    strength = jnp.sum(weight, axis=1, where=is_neg)[:, None, None]
+    scale_weight = jnp.where(is_neg, 0.0, weight)
+    weight = jnp.where(is_neg, 1.0, weight)
+
   # The shared scale, and what it turns into: a unit of the coordinates and
   # one of the distances that the kernels see, self-pairs pushed away.
+  power = variant.scale_power
+  powered = distance if power == 1 else squared
   mean_distance, mean_weight = _over_axes(
-    (_batch_mean(distance * weight[:, None, :]), _batch_mean(weight)), axis_name
+    (
+      _batch_mean(powered * scale_weight[:, None, :]),
+      _batch_mean(scale_weight),
+    ),
+    axis_name,
   )
-  scale = mean_distance / mean_weight if scalars is None else scalars.scale
-  distance_unit = jnp.maximum(scale, MIN_SCALE)
-  self_distance = MIN_DISTANCE + SELF_DISTANCE * distance_unit
-  squared = jnp.where(self_pair, self_distance**2, squared)
-  unit = jnp.maximum(scale / math.sqrt(channels), MIN_SCALE)
+  if scalars is not None:
+    scale = scalars.scale
+  else:
+    scale = mean_distance / mean_weight
+    scale = scale if power == 1 else jnp.sqrt(scale)
+  if variant.normalize_features:
+    distance_unit = jnp.maximum(scale, MIN_SCALE)
+    unit = jnp.maximum(scale / math.sqrt(channels), MIN_SCALE)
+  else:
+    distance_unit = unit = jnp.ones_like(scale)
+  if variant.negatives == "own":
+    self_distance = MIN_DISTANCE + SELF_DISTANCE * distance_unit
+    squared = jnp.where(self_pair, self_distance**2, squared)
   center = jnp.mean(x, axis=1, keepdims=True)
   x, targets = (x - center) / unit, (targets - center) / unit
+  problem = family.Problem(
+    x,
+    targets,
+    squared,
+    weight,
+    distance_unit,
+    num_generated=n_gen,
+    num_negatives=n_neg,
+    apart=variant.guidance == "velocity",
+    with_self=independent is None,
+  )
+  options = dict(variant.options)
+  if variant.field == "softmax":
+    options |= {
+      "normalization": normalization,
+      "affinity_floor": affinity_floor,
+    }
+  field = family.FIELDS[variant.field]
+  adapted: Any = None
+  if variant.neighbours:
+    adapted = _adapted(problem, variant.neighbours)
 
   drifts, mean_squares, neighbours, floored = [], [], [], []
+  extra: dict[str, list[Array]] = {}
+
+  def note(name: str, value: Array) -> None:
+    extra.setdefault(name, []).append(value)
+
   for temperature in temperatures:
-    affinity = affinities(
-      squared,
-      temperature * distance_unit,
-      normalization=normalization,
-      affinity_floor=affinity_floor,
+    bandwidth: Any = temperature * distance_unit
+    if temperature_scale is not None:
+      bandwidth *= jax.lax.stop_gradient(temperature_scale)
+    if adapted is not None:
+      bandwidth *= adapted
+      note("temperature_scale", jnp.mean(adapted))
+    found = field(problem, bandwidth, **options)
+    drift, of_coefficients = _drift(
+      problem, found, attraction, repulsion, strength, variant.diagnostics
     )
-    weighted = affinity * weight[:, None, :]
-    w_pos, w_neg = product_coefficients(
-      weighted[..., n_neg:], weighted[..., :n_neg]
-    )
-    signed = jnp.concatenate([-repulsion * w_neg, attraction * w_pos], axis=-1)
-    drifts.append(mean_shift(x, targets, signed))
+    drifts.append(drift)
     mean_squares.append(_batch_mean(drifts[-1] ** 2))
     neighbours.append(
-      _effective_number(
-        -jnp.sqrt(squared[..., n_neg:]) / (temperature * distance_unit)
-      )
+      _effective_number(-jnp.sqrt(squared[..., n_neg:]) / bandwidth)
     )
-    floored.append(jnp.mean(affinity <= affinity_floor**0.5, where=~self_pair))
-  mean_squares, neighbours, floored = _over_axes(
-    (mean_squares, neighbours, floored), axis_name
+    if isinstance(found, family.Coefficients) and found.floored is not None:
+      outside = ~self_pair if variant.negatives == "own" else None
+      floored.append(jnp.mean(found.floored, where=outside))
+    for name, value in of_coefficients.items():
+      note(name, value)
+    if variant.learned:
+      note("temperature_gradient", _temperature_gradient(problem, bandwidth))
+  mean_squares, neighbours, floored, extra = _over_axes(
+    (mean_squares, neighbours, floored, extra), axis_name
   )
   if scalars is not None and scalars.drift_ms is not None:
     mean_squares = [scalars.drift_ms[t] for t in temperatures]
   total = jnp.zeros_like(x)
   for drift, mean_square in zip(drifts, mean_squares, strict=True):
-    total += drift / jnp.sqrt(jnp.maximum(mean_square, MIN_DRIFT_MEAN_SQUARE))
+    if variant.normalize_drift:
+      drift /= jnp.sqrt(jnp.maximum(mean_square, MIN_DRIFT_MEAN_SQUARE))
+    total += drift
+
+  def by_temperature(values: list[Array]) -> dict[float, Array]:
+    return dict(zip(temperatures, values, strict=True)) if values else {}
+
   info: DriftInfo = {
     "scale": scale,
-    "drift_ms": dict(zip(temperatures, mean_squares, strict=True)),
-    "effective_positives": dict(zip(temperatures, neighbours, strict=True)),
-    "floor_fraction": dict(zip(temperatures, floored, strict=True)),
+    "drift_ms": by_temperature(mean_squares),
+    "effective_positives": by_temperature(neighbours),
+    "floor_fraction": by_temperature(floored),
+    "extra": {name: by_temperature(values) for name, values in extra.items()},
   }
 
   # gen - sg(gen) is exactly zero: the value is mean V^2 without the
   # cancellation in x/s - (x/s + V), and the gradient is the same.
   residual = (gen - jax.lax.stop_gradient(gen)) / unit - total
   return jnp.mean(residual**2, axis=(1, 2)), info
+
+
+def _drift(
+  problem: family.Problem,
+  found: family.Coefficients | family.Velocities,
+  attraction: float,
+  repulsion: float,
+  strength: Float[Array, "B 1 1"] | None,
+  diagnostics: bool,
+) -> tuple[Float[Array, "B N C"], dict[str, Float[Array, ""]]]:
+  """(F = a V+ - b V-, diagnostics), guided where there is a strength."""
+  if isinstance(found, family.Velocities):
+    drift = attraction * found.pos - repulsion * found.neg
+    if not diagnostics:
+      return drift, {}
+    return drift, {"alignment": _cosine(found.pos, found.neg)}
+  w_pos, w_neg = found.pos, found.neg
+  if strength is not None:
+    w_pos = (1.0 + strength) * w_pos
+    w_neg = jnp.concatenate(
+      [
+        w_neg[..., : problem.num_generated],
+        strength * w_neg[..., problem.num_generated :],
+      ],
+      axis=-1,
+    )
+  signed = jnp.concatenate([-repulsion * w_neg, attraction * w_pos], axis=-1)
+  drift = mean_shift(problem.x, problem.targets, signed)
+  if not diagnostics:
+    return drift, {}
+  at = problem.num_negatives
+  pull = mean_shift(problem.x, problem.targets[:, at:], w_pos)
+  push = mean_shift(problem.x, problem.targets[:, :at], w_neg)
+  shares = _shares(jnp.sum(w_pos, axis=-2)) - _shares(problem.weight[:, at:])
+  report = {
+    "alignment": _cosine(pull, push),
+    "marginal_error": 0.5 * jnp.mean(jnp.sum(jnp.abs(shares), axis=-1)),
+  }
+  if problem.with_self:
+    own = jnp.diagonal(w_neg, axis1=-2, axis2=-1)
+    report["self_mass"] = jnp.mean(own / _nonzero(jnp.sum(w_neg, axis=-1)))
+  return drift, report
+
+
+def _nonzero(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
+  return jnp.where(x > 0, x, 1.0)
+
+
+def _shares(x: Float[Array, "B T"]) -> Float[Array, "B T"]:
+  """Rows divided by their sums."""
+  return x / _nonzero(jnp.sum(x, axis=-1, keepdims=True))
+
+
+def _cosine(a: Float[Array, "B N C"], b: Float[Array, "B N C"]) -> Array:
+  """Mean cosine; 0 where one of them is 0."""
+  norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
+  return jnp.mean(jnp.sum(a * b, axis=-1) / _nonzero(norms))
+
+
+def _adapted(
+  problem: family.Problem, neighbours: float
+) -> Float[Array, "B 1 1"]:
+  """What gives samples so many effective positives on average, by bisection.
+
+  Within 1e-3 to 1e3, the nearest end where none does.
+  """
+  distance = jnp.sqrt(problem.squared[..., problem.num_negatives :])
+  distance /= problem.unit
+  if not neighbours < distance.shape[-1]:
+    raise ValueError(
+      f"neighbours={neighbours} must be below the number of positives, "
+      f"{distance.shape[-1]}"
+    )
+  low, high = (
+    jnp.full((distance.shape[0], 1, 1), math.log(end)) for end in _SCALES
+  )
+
+  def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+    low, high = ends
+    middle = (low + high) / 2.0
+    count = _effective_numbers(-distance / jnp.exp(middle))
+    few = jnp.mean(count, axis=-1)[:, None, None] < neighbours
+    return jnp.where(few, middle, low), jnp.where(few, high, middle)
+
+  low, high = jax.lax.fori_loop(0, _BISECTIONS, halve, (low, high))
+  return jnp.exp((low + high) / 2.0)
+
+
+def _temperature_gradient(
+  problem: family.Problem, bandwidth: Any
+) -> Float[Array, ""]:
+  """See DriftInfo: learned from which candidate fits its positives best."""
+  distance = jnp.sqrt(problem.squared)
+
+  def objective(log_scale: Array) -> Array:
+    logits = -distance / (bandwidth * jnp.exp(log_scale))
+    positives = logits[..., problem.num_negatives :]
+    misfit = jax.nn.logsumexp(logits, axis=-1) - jax.nn.logsumexp(
+      positives, axis=-1
+    )
+    return jnp.mean(jnp.min(misfit, axis=-1))
+
+  return jax.grad(objective)(jnp.zeros(()))
+
+
+def compute_field(
+  x: Float[Array, "N D"],
+  y_pos: Float[Array, "P D"],
+  y_neg: Float[Array, "M D"],
+  temperature: float,
+  *,
+  field: str,
+  weight_pos: Float[Array, " P"] | None = None,
+  weight_neg: Float[Array, " M"] | None = None,
+  mask_self: bool = False,
+  **options: Any,
+) -> Float[Array, "N D"]:
+  """V of any field of the family at given points, on raw distances.
+
+  Args:
+    x: where; any points.
+    y_pos: positives, which attract.
+    y_neg: negatives, which repel.
+    temperature: tau, in units of distance.
+    field: one of family.FIELDS.
+    weight_pos: of each positive; None means 1.
+    weight_neg: of each negative; None means 1.
+    mask_self: whether y_neg is x itself, and (x_i, y_neg_i) no pair.
+    **options: of the field.
+
+  Returns:
+    V = V+ - V-, float32, without gradient; nothing is normalised but what the
+    field itself does.
+
+  Raises:
+    ValueError: an unknown field or option, a temperature that is not positive,
+      as many negatives as samples are wanted but not given.
+  """
+  check_temperature(temperature)
+  family.check_field(field, options)
+  if mask_self and len(x) != len(y_neg):
+    raise ValueError(
+      "mask_self=True masks the pair (x_i, y_neg_i), so x and y_neg need as "
+      f"many rows; got {len(x)} and {len(y_neg)}"
+    )
+  x, targets = (
+    jax.lax.stop_gradient(a.astype(jnp.float32))[None]
+    for a in (x, jnp.concatenate([y_neg, y_pos]))
+  )
+  at = len(y_neg)
+  squared = jnp.maximum(squared_distances(x, targets), MIN_DISTANCE**2)
+  if mask_self:
+    self_pair = jnp.eye(*squared.shape[1:], dtype=bool)
+    squared = jnp.where(self_pair, SELF_DISTANCE**2, squared)
+  weight = jnp.concatenate(
+    [
+      _weights(
+        "weight_neg",
+        None if weight_neg is None else weight_neg[None],
+        targets[:, :at],
+      ),
+      _weights(
+        "weight_pos",
+        None if weight_pos is None else weight_pos[None],
+        targets[:, at:],
+      ),
+    ],
+    axis=1,
+  )
+  center = jnp.mean(x, axis=1, keepdims=True)
+  problem = family.Problem(
+    x - center,
+    targets - center,
+    squared,
+    weight,
+    jnp.ones(()),
+    num_generated=at,
+    num_negatives=at,
+    apart=False,
+    with_self=mask_self,
+  )
+  found = family.FIELDS[field](problem, temperature, **options)
+  return _drift(problem, found, 1.0, 1.0, None, False)[0][0]
 
 
 def _batch_mean(values: Float[Array, "B ..."]) -> Float[Array, ""]:
@@ -216,8 +577,12 @@ def _over_axes(means: _Means, axis_name: str | tuple[str, ...]) -> _Means:
 
 def _effective_number(logits: Float[Array, "B N P"]) -> Float[Array, ""]:
   """Participation ratio 1 / sum p^2 of p = softmax(logits), averaged."""
+  return jnp.mean(_effective_numbers(logits))
+
+
+def _effective_numbers(logits: Float[Array, "B N P"]) -> Float[Array, "B N"]:
   p = jax.nn.softmax(logits, axis=-1)
-  return jnp.mean(1.0 / jnp.sum(p**2, axis=-1))
+  return 1.0 / jnp.sum(p**2, axis=-1)
 
 
 def check_temperatures(temperatures: Sequence[float]) -> tuple[float, ...]:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,10 @@ from drift_jax.drift.field import (
   check_affinities,
 )
 from drift_jax.drift.loss import (
+  PAPER,
   DriftInfo,
   Scalars,
+  Variant,
   check_temperatures,
   drift_loss,
 )
@@ -68,6 +70,9 @@ def drift_losses(
   axis_name: str | tuple[str, ...] = (),
   kernel: Kernel = "xla",
   scalars: Scalars | None = None,
+  variant: Variant = PAPER,
+  num_unconditional: int | None = None,
+  temperature_scale: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, " F"], DriftReport]:
   """Mean `drift_loss` of each feature key, and what to watch of it.
 
@@ -79,15 +84,19 @@ def drift_losses(
       {key: [L, N, T, C]}: T locations and C channels are each key's own. A
       label at a location is one drift problem.
     real: those of the reals, {key: [L, R, T, C]}: positives first, then
-      unconditional ones.
+      unconditional ones, then the independent samples of a variant that has
+      them.
     weight_unconditional: of each label's unconditional reals as negatives.
-    num_positives: P; the other R - P reals are unconditional.
+    num_positives: P.
     temperatures, affinity_floor, normalization, attraction, repulsion,
       axis_name: see `drift_loss`.
     kernel: 'xla'; 'pallas' for TPUs: few passes over the features, see
-      `drift.fused`; 'interpret' is that without a TPU.
+      `drift.fused`; 'interpret' is that without a TPU. Other variants than the
+      paper's are computed by 'xla'.
     scalars: see `drift_loss`; arrays [F] in the order of the report of the
       larger batch, which is the order here.
+    variant, temperature_scale: see `drift_loss`.
+    num_unconditional: U; None: all reals but the positives.
 
   Returns:
     losses: of each key, in the order of the report's.
@@ -110,6 +119,9 @@ def drift_losses(
     repulsion,
     num_positives,
   )
+  plain = _Plain(
+    field, axis_name, variant, num_unconditional, temperature_scale
+  )
 
   values = {
     key: (x, jax.lax.stop_gradient(real[key])) for key, x in generated.items()
@@ -121,7 +133,8 @@ def drift_losses(
   def is_fused(key: str) -> bool:
     width = generated[key].shape[3]
     few = len(temperatures) <= _MAX_TEMPERATURES
-    return kernel != "xla" and few and width in _WIDTHS
+    is_paper = variant == PAPER and temperature_scale is None
+    return kernel != "xla" and is_paper and few and width in _WIDTHS
 
   # Compiled once for each group: of equal shapes, or of equal width.
   groups: dict[Any, list[str]] = {}
@@ -138,7 +151,7 @@ def drift_losses(
       interpret = kernel == "interpret"
       result = _fused(chosen, weight, field, axis_name, interpret, own)
     else:
-      result = _plain(chosen, weight, field, axis_name, own)
+      result = _by_xla(chosen, weight, plain, own)
     found.append((keys, result))
   losses, info = jax.tree.map(
     lambda *parts: jnp.concatenate(parts), *(result for _, result in found)
@@ -150,26 +163,41 @@ def drift_losses(
 _Value = tuple[Array, Array]
 
 
+class _Plain(NamedTuple):
+  """What features share that `drift_loss` computes."""
+
+  field: fused.Field
+  axis_name: str | tuple[str, ...]
+  variant: Variant
+  num_unconditional: int | None
+  temperature_scale: Float[Array, ""] | None
+
+
 def _problems(features: Float[Array, "L n T C"]) -> Float[Array, "LT n C"]:
   """One problem for each label and location."""
   problems = features.swapaxes(1, 2)
   return problems.reshape(-1, *problems.shape[2:])
 
 
-def _plain(
+def _by_xla(
   values: Sequence[_Value],
   weight: Float[Array, " L"],
-  field: fused.Field,
-  axis_name: str | tuple[str, ...],
+  plain: _Plain,
   scalars: Scalars | None,
 ) -> tuple[Float[Array, " F"], DriftInfo]:
   """drift_loss of features of equal shapes: compiled once for all of them."""
+  field, variant = plain.field, plain.variant
 
   def of_one(args: tuple[_Value, Scalars | None]) -> tuple[Array, DriftInfo]:
     value, scalars = args
     locations = value[0].shape[2]
     x, y = (_problems(features) for features in value)
     positives, unconditional = jnp.split(y, [field.num_positives], axis=1)
+    independent = None
+    if variant.negatives == "independent":
+      unconditional, independent = jnp.split(
+        unconditional, [plain.num_unconditional or 0], axis=1
+      )
     losses, info = drift_loss(
       x,
       positives,
@@ -182,8 +210,11 @@ def _plain(
       normalization=field.normalization,
       attraction=field.attraction,
       repulsion=field.repulsion,
-      axis_name=axis_name,
+      axis_name=plain.axis_name,
       scalars=scalars,
+      variant=variant,
+      independent=independent,
+      temperature_scale=plain.temperature_scale,
     )
     return losses.mean(), info
 
@@ -234,4 +265,5 @@ def _fused(
     "drift_ms": by_temperature(info["drift_ms"]),
     "effective_positives": by_temperature(info["effective_positives"]),
     "floor_fraction": by_temperature(info["floor_fraction"]),
+    "extra": {},
   }

@@ -343,6 +343,61 @@ def unroll_for(depth: int, mesh: Mesh) -> int:
   return depth if is_cpu and mesh.shape["fsdp"] == 1 and depth <= 4 else 1
 
 
+# The section's keys that drift.drift_losses and drift.Variant take as they are.
+_OF_LOSSES = (
+  "temperatures",
+  "affinity_floor",
+  "normalization",
+  "attraction",
+  "repulsion",
+)
+_OF_VARIANT = (
+  "field",
+  "negatives",
+  "guidance",
+  "normalize_features",
+  "normalize_drift",
+  "diagnostics",
+)
+
+
+def drift_arguments(config: config_lib.Drift) -> dict[str, Any]:
+  """What a GeneratorTask has of the drifting field.
+
+  Raises:
+    ConfigError: an unknown field or option, or what does not go together.
+  """
+  with naming("drift"):
+    for name, options in config.options.items():
+      with naming(f"drift.options.{name}"):
+        drift.check_field(name, options)
+    if config.field != "softmax" and config.normalization != "xy":
+      raise ValueError(
+        f"normalization={config.normalization!r} is of the field 'softmax', "
+        f"but field={config.field!r}: leave it at 'xy'"
+      )
+    variant = drift.Variant(
+      **{name: getattr(config, name) for name in _OF_VARIANT},
+      options=dict(config.options.get(config.field, {})),
+      neighbours=config.temperature.neighbours,
+      learned=config.temperature.kind == "learned",
+    )
+  temperature, kind = None, config.temperature.kind
+  if kind in ("annealed", "learned"):
+    temperature = steps.Temperature(kind, config.temperature.rate)
+  return {
+    "drift": {name: getattr(config, name) for name in _OF_LOSSES},
+    "variant": variant,
+    "average": config.reduction == "mean",
+    "temperature": temperature,
+  }
+
+
+def init_drift(task: steps.GeneratorTask) -> dict[str, Any]:
+  """What the field learns, at the start: TrainState.drift."""
+  return {} if task.temperature is None else task.temperature.init()
+
+
 def generator_task(
   config: config_lib.GeneratorConfig,
   encoders: Mapping[str, artifacts.Artifact],
@@ -363,6 +418,13 @@ def generator_task(
   model = config.model
   at_once = config.train.accum_labels or config.batch.labels
   kernel = kernel_for(config.train.kernels, mesh)
+  of_drift = drift_arguments(config.drift)
+  changed = of_drift["variant"] != drift.PAPER or of_drift["temperature"]
+  if config.train.kernels == "pallas" and changed:
+    raise config_lib.ConfigError(
+      "train.kernels='pallas': the kernel is of the paper's drifting field, "
+      "config.drift asks for another; 'auto' and 'xla' compute it"
+    )
   with naming("model"):
     generator = models.build_generator(**dataclasses.asdict(model))
   generator = generator.clone(
@@ -377,7 +439,7 @@ def generator_task(
     style_tokens=model.style_tokens,
     style_vocab=model.style_vocab,
     num_generated=config.batch.generated,
-    drift=dataclasses.asdict(config.drift),
+    **of_drift,
     guidance=dataclasses.asdict(config.guidance),
     kernel=kernel,
     groups=config.batch.labels // at_once,

@@ -20,6 +20,7 @@ from drift_jax.experiment.networks import (
   decoding,
   frozen_params,
   generator_task,
+  init_drift,
   init_generator,
   init_mae,
   mae_input_shape,
@@ -95,6 +96,7 @@ def _of_generator(
     config,
     mesh,
     init_params=init_generator(task),
+    init_drift=functools.partial(init_drift, task),
     step=functools.partial(steps.train_step, task=task),
     frozen=frozen,
   )

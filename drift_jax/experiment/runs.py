@@ -198,6 +198,7 @@ def run(
   put: Callable[[Any], Any],
   evaluate: Evaluate,
   best_metric: Callable[[dict[str, float]], dict[str, float] | None],
+  init_drift: Callable[[], dict[str, Any]] = dict,
 ) -> TrainState:
   """Trains to config.train.num_steps, from a checkpoint if there is one.
 
@@ -208,7 +209,7 @@ def run(
     name: of the model, for the log.
     init_params: key -> parameters.
     start_params: gives those that a new run begins with instead, on the host.
-    step, frozen: see make_training.
+    step, frozen, init_drift: see make_training.
     feed, put, best_metric: see loop.fit.
     evaluate: called with the metric writer as well.
 
@@ -217,7 +218,12 @@ def run(
     Preempted: by SIGTERM, behind a step that has been saved.
   """
   training = make_training(
-    config, mesh, init_params=init_params, step=step, frozen=frozen
+    config,
+    mesh,
+    init_params=init_params,
+    step=step,
+    frozen=frozen,
+    init_drift=init_drift,
   )
   abstract = training.abstract
   count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(abstract.params))
@@ -331,6 +337,7 @@ def make_training(
   init_params: Callable[[jax.Array], Any],
   step: Callable[..., tuple[TrainState, loop.Metrics]],
   frozen: Any,
+  init_drift: Callable[[], dict[str, Any]] = dict,
 ) -> Training:
   """State and step of a run on a mesh, whose devices need not be there.
 
@@ -341,6 +348,7 @@ def make_training(
     step: (state, batch, frozen parameters, *, optimizer, schedule, layout) ->
       (state, metrics).
     frozen: parameters on the mesh, or their shapes.
+    init_drift: makes TrainState.drift.
   """
   optimizer, schedule = make_optimizer(config.optim, config.train.num_steps)
   if isinstance(config, config_lib.ToyConfig) and config.has_particles:
@@ -351,6 +359,7 @@ def make_training(
     ema_decays=config.ema.decays,
     seed=config.seed,
     mesh=mesh,
+    init_drift=init_drift,
   )
   layout = sharding.Layout(
     mesh, sharding.specs(abstract.params), sharding.specs(frozen)

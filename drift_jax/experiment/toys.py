@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from drift_jax import config as config_lib
 from drift_jax import data, drift, metrics, models, steps
 from drift_jax.experiment.evaluation import gathered, make_sampler
+from drift_jax.experiment.networks import drift_arguments
 from drift_jax.experiment.runs import naming, pad_to_mesh
 
 _POINT = (1, 1, 2)
@@ -42,7 +43,7 @@ def toy_task(config: config_lib.ToyConfig) -> steps.GeneratorTask:
     style_tokens=0,
     style_vocab=0,
     num_generated=config.batch.generated,
-    drift=dataclasses.asdict(config.drift),
+    **drift_arguments(config.drift),
     guidance=_GUIDANCE,
   )
 
@@ -110,26 +111,45 @@ def field_at(
   samples: np.ndarray,
   positives: np.ndarray,
   queries: np.ndarray,
+  temperature_scale: float = 1.0,
 ) -> np.ndarray:
   """V at points [Q, 2] among samples [N, 2] and positives [P, 2]: [Q, 2].
 
   Each point is made one more generated sample, and V is what the training
-  loss moves it by: no second code for the field.
+  loss moves it by: there is no second code for the field.
+
+  Args:
+    task: whose field it is.
+    samples, positives: that repel and attract.
+    queries: the points.
+    temperature_scale: see drift.drift_losses.
+
+  Returns:
+    V in the units of the plane, with normalised features too.
   """
+  real = [positives]
+  if task.variant.negatives == "independent":
+    real.append(samples)
+  problem = {"global": jnp.concatenate(real)[None, :, None]}
 
   def of_one(query: jax.Array) -> jax.Array:
-    def loss(x: jax.Array) -> jax.Array:
-      losses, _ = drift.drift_losses(
+    def loss(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+      losses, report = drift.drift_losses(
         {"global": x[None, :, None]},
-        {"global": jnp.asarray(positives)[None, :, None]},
+        problem,
         jnp.ones(1),
         num_positives=len(positives),
+        num_unconditional=0,
         **task.drift,
+        variant=task.variant,
+        temperature_scale=jnp.float32(temperature_scale),
       )
-      return losses.sum()
+      return losses.sum(), report.info["scale"][0]
 
     x = jnp.concatenate([jnp.asarray(samples), query[None]])
-    # The gradient is -2 V / (N C).
-    return jax.grad(loss)(x)[-1] * (-x.size / 2)
+    gradient, scale = jax.grad(loss, has_aux=True)(x)
+    # It is -2 V / (N C s), of V in units s.
+    v = gradient[-1] * (-x.size / 2)
+    return v * scale**2 / 2 if task.variant.normalize_features else v
 
   return np.asarray(jax.jit(lambda q: jax.lax.map(of_one, q))(queries))

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from drift_jax import drift, sharding, streams
 from drift_jax import state as state_lib
-from drift_jax.drift import Kernel
+from drift_jax.drift import PAPER, Kernel, Variant
 from drift_jax.steps.common import (
   SPLIT,
   WHOLE,
@@ -27,6 +27,8 @@ FeatureDict = dict[str, Float[Array, "n T D"]]
 
 # The key of the sample itself, flattened: the drifting loss with no encoder.
 SAMPLE_KEY = "global"
+# A learned scale of the temperatures stays within a factor of 100.
+LOG_SCALES = (-4.6, 4.6)
 # The autoencoder's parameters among the frozen ones; no encoder has that name.
 VAE_KEY = "vae"
 
@@ -37,6 +39,8 @@ class Draws(NamedTuple):
   alpha: Float[Array, " L"]
   noise: Float[Array, "LN H W C"]
   style: Int[Array, "LN S"]
+  # Of the independent samples that repel, where the drift's variant has them.
+  repelling: tuple[Float[Array, "LN H W C"], Int[Array, "LN S"]] | None = None
 
 
 class GeneratorBatch(NamedTuple):
@@ -109,6 +113,49 @@ class FeatureSpace:
     return out
 
 
+class Temperature(NamedTuple):
+  """A scale of all temperatures that changes in time.
+
+  Attributes:
+    kind: 'annealed', exp(-rate * step), or 'learned', from the likelihood of
+      each problem's positives (see drift.DriftInfo), by Adam.
+    rate: of annealing, per step, or of learning.
+  """
+
+  kind: Literal["annealed", "learned"]
+  rate: float
+
+  @property
+  def optimizer(self) -> optax.GradientTransformation:
+    """Of the learned scale's logarithm."""
+    return optax.adam(self.rate)
+
+  def init(self) -> dict[str, Any]:
+    """What TrainState.drift holds at the start."""
+    if self.kind == "annealed":
+      return {}
+    log_scale = jnp.zeros((), jnp.float32)
+    return {"log_scale": log_scale, "opt": self.optimizer.init(log_scale)}
+
+  def scale(self, state: state_lib.TrainState) -> Float[Array, ""]:
+    """Of the step that is next."""
+    if self.kind == "annealed":
+      return jnp.exp(-self.rate * state.step.astype(jnp.float32))
+    return jnp.exp(state.drift["log_scale"])
+
+  def update(
+    self, held: dict[str, Any], report: drift.DriftReport
+  ) -> dict[str, Any]:
+    """TrainState.drift after a step."""
+    if self.kind == "annealed":
+      return held
+    gradients = report.info["extra"]["temperature_gradient"].values()
+    gradient = jnp.mean(jnp.stack(list(gradients)))
+    change, opt = self.optimizer.update(gradient, held["opt"])
+    log_scale = jnp.clip(held["log_scale"] + change, *LOG_SCALES)
+    return {"log_scale": log_scale, "opt": opt}
+
+
 @dataclasses.dataclass(frozen=True)
 class GeneratorTask:
   """The static part of a generator's training step.
@@ -122,6 +169,9 @@ class GeneratorTask:
     num_generated: N, samples of a label.
     drift: keyword arguments of drift.drift_losses.
     guidance: keyword arguments of drift.sample_alpha.
+    variant: of drift.drift_losses.
+    average: whether the step's loss is the mean over features, not their sum.
+    temperature: how the temperatures change in time.
     kernel: of drift.drift_losses.
     groups: how many parts of the labels follow each other, with the gradients
       added up: memory for one of them. 1: all at once.
@@ -138,6 +188,9 @@ class GeneratorTask:
   num_generated: int
   drift: Mapping[str, Any]
   guidance: Mapping[str, float]
+  variant: Variant = PAPER
+  average: bool = False
+  temperature: Temperature | None = None
   kernel: Kernel = "xla"
   groups: int = 1
   exact: bool = False
@@ -150,13 +203,19 @@ def draw(key: PRNGKeyArray, task: GeneratorTask, num_labels: int) -> Draws:
   """
   alpha_key, noise_key, style_key = jax.random.split(key, 3)
   count = num_labels * task.num_generated
-  return Draws(
-    alpha=drift.sample_alpha(alpha_key, (num_labels,), **task.guidance),
-    noise=jax.random.normal(noise_key, (count, *task.noise_shape)),
-    style=jax.random.randint(
-      style_key, (count, task.style_tokens), 0, max(task.style_vocab, 1)
-    ),
-  )
+
+  def inputs(noise_key: jax.Array, style_key: jax.Array) -> Any:
+    noise = jax.random.normal(noise_key, (count, *task.noise_shape))
+    shape = (count, task.style_tokens)
+    vocab = max(task.style_vocab, 1)
+    return noise, jax.random.randint(style_key, shape, 0, vocab)
+
+  noise, style = inputs(noise_key, style_key)
+  repelling = None
+  if task.variant.negatives == "independent":
+    repelling = inputs(*jax.random.split(jax.random.fold_in(key, 1)))
+  alpha = drift.sample_alpha(alpha_key, (num_labels,), **task.guidance)
+  return Draws(alpha, noise, style, repelling)
 
 
 def by_label(
@@ -176,6 +235,7 @@ def generator_loss(
   task: GeneratorTask,
   layout: sharding.Layout | None = None,
   scalars: drift.Scalars | None = None,
+  temperature_scale: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
   """Eq. 14: the sum over features of the mean drifting loss.
 
@@ -193,16 +253,25 @@ def generator_loss(
   generator = task.generator
   if layout is not None:
     generator, params = _gathering(generator, params, layout)
-  samples = apply(
-    generator,
-    params,
-    jnp.repeat(batch.labels, repeats),
-    jnp.repeat(draws.alpha, repeats),
-    noise=draws.noise,
-    style=draws.style,
-  )
+
+  def generated_from(noise: jax.Array, style: jax.Array) -> jax.Array:
+    labels = jnp.repeat(batch.labels, repeats)
+    alpha = jnp.repeat(draws.alpha, repeats)
+    return apply(generator, params, labels, alpha, noise=noise, style=style)
+
+  samples = generated_from(draws.noise, draws.style)
   reals = jnp.concatenate([batch.positives, batch.unconditional], axis=1)
+  num_reals = reals.shape[1]
   reals = from_wire(reals.reshape(-1, *reals.shape[2:]))
+  if draws.repelling is not None:
+    # Behind each label's reals: no gradient flows through either.
+    repelling = jax.lax.stop_gradient(generated_from(*draws.repelling))
+    parts = [
+      x.reshape(num_labels, count, *x.shape[1:])
+      for x, count in ((reals, num_reals), (repelling, repeats))
+    ]
+    reals = jnp.concatenate(parts, axis=1)
+    reals = reals.reshape(-1, *reals.shape[2:])
 
   def features(
     frozen: Any, samples: jax.Array, reals: jax.Array
@@ -228,8 +297,12 @@ def generator_loss(
     axis_name=() if layout is None else sharding.BATCH_AXES,
     kernel=task.kernel,
     scalars=scalars,
+    variant=task.variant,
+    num_unconditional=batch.unconditional.shape[1],
+    temperature_scale=temperature_scale,
   )
-  return jnp.sum(losses), {
+  total = jnp.mean(losses) if task.average else jnp.sum(losses)
+  return total, {
     "samples": samples,
     "losses": losses,
     "report": report,
@@ -245,7 +318,8 @@ def drift_metrics(report: drift.DriftReport) -> Metrics:
   of the mean over keys of the raw drift's mean square, in units where the
   mean distance is sqrt(C); 'scale/<group>' the mean distance S itself;
   'neighbours/<tau>' the effective number of positives that a sample feels;
-  'floor_fraction/<tau>' the share of affinities at the floor.
+  'floor_fraction/<tau>' the share of affinities at the floor; and what else
+  the drift's variant reports, means over keys.
   """
   groups: dict[str, list[int]] = {}
   for i, key in enumerate(report.keys):
@@ -264,7 +338,10 @@ def drift_metrics(report: drift.DriftReport) -> Metrics:
     rms |= means(f"drift_rms/{tau}", mean_squares)
     out |= {name: jnp.sqrt(value) for name, value in rms.items()}
     out[f"neighbours/{tau}"] = jnp.mean(info["effective_positives"][tau])
-    out[f"floor_fraction/{tau}"] = jnp.mean(info["floor_fraction"][tau])
+  others = {"floor_fraction": info["floor_fraction"], **info["extra"]}
+  for name, values in others.items():
+    for tau, value in values.items():
+      out[f"{name}/{tau}"] = jnp.mean(value)
   return out
 
 
@@ -308,6 +385,8 @@ def _unconditional_weight(
   count = batch.unconditional.shape[1]
   if not count:
     return jnp.ones_like(draws.alpha)
+  if task.variant.guidance == "velocity":
+    return (draws.alpha - 1.0) / count
   return drift.unconditional_weight(draws.alpha, task.num_generated, count)
 
 
@@ -330,16 +409,21 @@ def _scalars(
     """(sum of weighted distances, of weights), up to a factor of all parts."""
     batch, draws = part
     unconditional = batch.unconditional.shape[1]
+    if task.variant.guidance == "velocity":
+      unconditional = 0  # they are left out of the scale
     weight = jnp.mean(
       task.num_generated
       + batch.positives.shape[1]
       + unconditional * _unconditional_weight(batch, draws, task)
     )
     weight = jax.lax.pmean(weight, axes) if axes else weight
-    return weight * report_of(part, None).info["scale"], weight
+    scale = report_of(part, None).info["scale"]
+    return weight * (scale if power == 1 else scale**power), weight
 
+  power = task.variant.scale_power
   distances, weights = jax.lax.map(scale_of, parts)
-  scalars = drift.Scalars(jnp.sum(distances, axis=0) / jnp.sum(weights), None)
+  scale = jnp.sum(distances, axis=0) / jnp.sum(weights)
+  scalars = drift.Scalars(scale if power == 1 else jnp.sqrt(scale), None)
   mean_squares = jax.lax.map(
     lambda part: report_of(part, scalars).info["drift_ms"], parts
   )
@@ -354,6 +438,7 @@ def _gradients(
   frozen: Mapping[str, Any],
   task: GeneratorTask,
   layout: sharding.Layout | None = None,
+  temperature_scale: Float[Array, ""] | None = None,
 ) -> tuple[Any, tuple[Float[Array, ""], drift.DriftReport]]:
   """(gradients, (loss, report)), of the labels here; all are means of groups.
 
@@ -366,7 +451,9 @@ def _gradients(
   def loss_of(
     params: Any, part: _Part, scalars: drift.Scalars | None
   ) -> tuple[jax.Array, tuple[jax.Array, drift.DriftReport]]:
-    loss, aux = generator_loss(params, *part, frozen, task, layout, scalars)
+    loss, aux = generator_loss(
+      params, *part, frozen, task, layout, scalars, temperature_scale
+    )
     return loss / devices, (loss, aux["report"])
 
   gradients = jax.grad(loss_of, has_aux=True)
@@ -404,17 +491,20 @@ def generator_gradients(
   frozen: Mapping[str, Any],
   task: GeneratorTask,
   layout: sharding.Layout | None = None,
+  temperature_scale: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], drift.DriftReport, Any]:
   """(loss, drift.DriftReport, gradients), on a mesh if there is a layout."""
   if layout is None:
-    grads, (loss, report) = _gradients(params, batch, draws, frozen, task)
+    grads, (loss, report) = _gradients(
+      params, batch, draws, frozen, task, None, temperature_scale
+    )
     return loss, report, grads
 
   def local(
-    params: Any, batch: GeneratorBatch, draws: Draws, frozen: Any
+    params: Any, batch: GeneratorBatch, draws: Draws, frozen: Any, scale: Any
   ) -> tuple[jax.Array, Any, Any]:
     grads, (loss, report) = _gradients(
-      params, batch, draws, frozen, task, layout
+      params, batch, draws, frozen, task, layout, scale
     )
     grads = sharding.sum_gradients(grads, layout.params)
     return jax.lax.pmean(loss, sharding.BATCH_AXES), report, grads
@@ -422,9 +512,9 @@ def generator_gradients(
   return sharding.over_devices(
     local,
     layout.mesh,
-    (layout.params, SPLIT, SPLIT, layout.frozen),
+    (layout.params, SPLIT, SPLIT, layout.frozen, WHOLE),
     (WHOLE, WHOLE, layout.params),
-  )(params, batch, draws, frozen)
+  )(params, batch, draws, frozen, temperature_scale)
 
 
 def train_step(
@@ -446,8 +536,11 @@ def train_step(
   """
   if draws is None:
     draws = draw(state.key(), task, len(batch.labels))
+  scale, temperature = None, task.temperature
+  if temperature is not None:
+    scale = temperature.scale(state)
   loss, report, grads = generator_gradients(
-    state.params, batch, draws, frozen, task, layout
+    state.params, batch, draws, frozen, task, layout, scale
   )
   metrics = {
     "loss": loss,
@@ -456,6 +549,10 @@ def train_step(
     **drift_metrics(report),
   }
   state = state_lib.update(state, grads, optimizer)
+  if scale is not None and temperature is not None:
+    metrics["temperature_scale"] = scale
+    held = temperature.update(state.drift, report)
+    state = dataclasses.replace(state, drift=held)
   return state, metrics | {"param_norm": optax.tree.norm(state.params)}
 
 
