@@ -48,6 +48,8 @@ def trained(config, count):
   first = np.asarray(state.params["positions"])
   for _ in range(count):
     state, _ = training.step(state, steps.GeneratorBatch(**next(feed)), {})
+    # Eight devices on few cores: steps that queue up may starve each other.
+    jax.block_until_ready(state)
   return first, np.asarray(state.params["positions"])
 
 
@@ -106,14 +108,14 @@ def test_the_drawn_field_is_that_of_training():
   """Each point of the grid as one more sample, which its own term spares."""
   config = config_lib.parse(small(drift__temperatures=(0.05, 0.3)))
   rng = np.random.default_rng(0)
-  samples, queries = rng.normal(size=(2, 7, 2)).astype(np.float32)
+  samples, queries = 0.3 * rng.normal(size=(2, 7, 2)).astype(np.float32)
   positives = data.draw_points("bimodal", 9, 0.1, rng)
   task = experiment.toy_task(config)
   got = experiment.field_at(task, samples, positives, queries)
   for query, v in zip(queries, got, strict=True):
     x = jnp.concatenate([samples, query[None]])
     expected = sum(
-      drift.compute_v(x, positives, x, tau, mask_self=True)[-1]
+      drift.compute_v(x, jnp.asarray(positives), x, tau, mask_self=True)[-1]
       for tau in (0.05, 0.3)
     )
     assert_close(v, expected, 1e-4)
