@@ -1,6 +1,8 @@
 """Toys end to end: particles, resume, files, configs, and what refuses them."""
 
+import dataclasses
 import functools
+import inspect
 import json
 import subprocess
 import sys
@@ -11,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import toy
+from configs import digits, toy
 from drift_jax import config as config_lib
-from drift_jax import data, drift, experiment, metrics, steps, train_toy
+from drift_jax import data, drift, experiment, metrics, models, steps, train_toy
+from drift_jax.config import schema
 from tests.conftest import ROOT, assert_close, process_environment
 
 DEVICES = 8
@@ -199,8 +202,6 @@ def test_what_can_not_be():
   ):
     train_toy.train_and_evaluate(small(batch__labels=3), "/nowhere")
   with pytest.raises(config_lib.ConfigError, match="task='mae', want 'toy'"):
-    from configs import digits
-
     train_toy.train_and_evaluate(digits.get_config("encoder"), "/nowhere")
 
 
@@ -232,14 +233,48 @@ def test_bad_values_are_named(key, value, message):
     config_lib.parse(values)
 
 
+@pytest.mark.parametrize(
+  ("key", "value", "message"),
+  [
+    (
+      "normalize_features",
+      True,
+      "x <- x . eta V on raw distances; set it to F",
+    ),
+    (
+      "negatives",
+      "independent",
+      "no noise to draw a second batch from; use 'o",
+    ),
+  ],
+)
+def test_what_particles_can_not_have(key, value, message):
+  values = toy.get_config("particles").to_dict()
+  values["drift"][key] = value
+  with pytest.raises(config_lib.ConfigError, match=f"drift.{key}=.*{message}"):
+    config_lib.parse(values)
+  values["model"]["kind"] = "mlp"
+  config_lib.parse(values)
+
+
 @pytest.mark.parametrize("name", toy.EXPERIMENTS)
 def test_variants(name):
   full = config_lib.parse(toy.get_config(name))
-  assert full.data.distribution == name.partition("_between")[0] or full.model
+  bimodal = name.startswith("bimodal_")
+  assert full.data.distribution == ("bimodal" if bimodal else name)
   again = config_lib.parse(json.loads(config_lib.to_json(full)))
   assert again == full
   for option in toy.OPTIONS:
     config_lib.parse(toy.get_config(f"{name},{option}"))
+
+
+def test_models_take_what_configs_give():
+  """Name for name, but for the number of particles: batch.generated."""
+  names = {field.name for field in dataclasses.fields(schema.ToyModel)}
+  parameters = inspect.signature(models.build_toy).parameters.values()
+  wanted = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+  assert names | {"count"} == wanted
+  assert schema.TOY_MODELS == models.TOY_KINDS
 
 
 def test_published_settings():

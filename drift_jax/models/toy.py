@@ -18,7 +18,7 @@ from drift_jax.models.arguments import (
   require_int,
 )
 
-KINDS = ("mlp", "particles")
+TOY_KINDS = ("mlp", "particles")
 DIMENSIONS = 2
 # 1 / E[silu(z)^2] of a standard normal z: kernels of this variance keep that of
 # the activations over depth.
@@ -133,7 +133,7 @@ def build_toy(
     ValueError: an unknown argument, or one out of range.
   """
   reject_unknown(build_toy, unknown)
-  require_choice("kind", kind, KINDS)
+  require_choice("kind", kind, TOY_KINDS)
   for name, value in (
     ("noise_size", noise_size),
     ("width", width),
