@@ -97,10 +97,10 @@ def drift() -> ConfigDict:
     }
   )
   config.temperatures = (0.02, 0.05, 0.2)  # of normalised distances
-  config.temperature = ConfigDict()
-  config.temperature.kind = "fixed"  # 'annealed', 'learned', 'adaptive'
-  config.temperature.rate = 0.0  # per step, of annealing or learning
-  config.temperature.neighbours = 0.0  # effective positives, of 'adaptive'
+  config.temperature_scale = ConfigDict()
+  config.temperature_scale.kind = "fixed"  # 'annealed', 'learned', 'adaptive'
+  config.temperature_scale.rate = 0.0  # per step, of annealing or learning
+  config.temperature_scale.neighbours = 0.0  # of 'adaptive': positives
   config.affinity_floor = 1e-6  # of 'softmax'
   config.normalization = "xy"  # of 'softmax', Table 11: 'xy', 'y', 'none'
   config.attraction = 1.0  # Table 1: a V+ - b V-

@@ -641,6 +641,7 @@ def test_metrics_group_keys_by_map():
     "drift_ms": {0.1: jnp.asarray([4.0, 16.0, 1.0])},
     "effective_positives": {0.1: jnp.full(3, 2.0)},
     "floor_fraction": {0.1: jnp.full(3, 0.5)},
+    "extra": {"alignment": {0.1: jnp.full(3, 0.25)}},
   }
   metrics = steps.drift_metrics(
     drift.DriftReport(("conv1", "conv1_mean", "global"), info)
@@ -651,6 +652,7 @@ def test_metrics_group_keys_by_map():
   assert float(metrics["scale/conv1"]) == pytest.approx(2.0)
   assert float(metrics["neighbours/0.1"]) == pytest.approx(2.0)
   assert float(metrics["floor_fraction/0.1"]) == pytest.approx(0.5)
+  assert float(metrics["alignment/0.1"]) == pytest.approx(0.25)
 
 
 def test_classification_weight_ramps_at_the_end():

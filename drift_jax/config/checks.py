@@ -203,21 +203,20 @@ def _check_drift(drift: Drift, positives: int) -> None:
   _at_least("drift.affinity_floor", drift.affinity_floor, 0)
   _choice("drift.normalization", drift.normalization, ("xy", "y", "none"))
   _choice("drift.reduction", drift.reduction, ("sum", "mean"))
-  temperature = drift.temperature
-  _choice("drift.temperature.kind", temperature.kind, TEMPERATURE_KINDS)
-  kind = temperature.kind
-  used = kind in ("annealed", "learned")
+  scale = drift.temperature_scale
+  _choice("drift.temperature_scale.kind", scale.kind, TEMPERATURE_KINDS)
+  kind = scale.kind
+  changes = kind in ("annealed", "learned")
   _require(
-    (temperature.rate > 0) if used else (temperature.rate == 0),
-    f"drift.temperature.rate={temperature.rate} with kind={kind!r}: want a "
+    scale.rate > 0 if changes else scale.rate == 0,
+    f"drift.temperature_scale.rate={scale.rate} with kind={kind!r}: want a "
     "positive rate for 'annealed' and 'learned', else 0",
   )
-  adaptive = kind == "adaptive"
   _require(
-    (1 < temperature.neighbours < positives)
-    if adaptive
-    else (temperature.neighbours == 0),
-    f"drift.temperature.neighbours={temperature.neighbours} with kind="
+    1 < scale.neighbours < positives
+    if kind == "adaptive"
+    else scale.neighbours == 0,
+    f"drift.temperature_scale.neighbours={scale.neighbours} with kind="
     f"{kind!r}: want a number between 1 and batch.positives={positives} for "
     "'adaptive', else 0",
   )

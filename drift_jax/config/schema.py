@@ -127,7 +127,7 @@ class Features(Section):
   use_std: bool
 
 
-class Temperature(Section):
+class TemperatureScale(Section):
   """How the drift's temperatures change: what multiplies all of them.
 
   `kind` is 'fixed'; 'annealed', by exp(-rate * step); 'learned', by what makes
@@ -152,7 +152,7 @@ class Drift(Section):
   field: str
   options: Mapping[str, Mapping[str, Any]]
   temperatures: tuple[float, ...]
-  temperature: Temperature
+  temperature_scale: TemperatureScale
   affinity_floor: float
   normalization: str
   attraction: float

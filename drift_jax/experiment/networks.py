@@ -367,6 +367,7 @@ def drift_arguments(config: config_lib.Drift) -> dict[str, Any]:
   Raises:
     ConfigError: an unknown field or option, or what does not go together.
   """
+  kind, rate = config.temperature_scale.kind, config.temperature_scale.rate
   with naming("drift"):
     for name, options in config.options.items():
       with naming(f"drift.options.{name}"):
@@ -379,12 +380,12 @@ def drift_arguments(config: config_lib.Drift) -> dict[str, Any]:
     variant = drift.Variant(
       **{name: getattr(config, name) for name in _OF_VARIANT},
       options=dict(config.options.get(config.field, {})),
-      neighbours=config.temperature.neighbours,
-      learned=config.temperature.kind == "learned",
+      neighbours=config.temperature_scale.neighbours,
+      learned=kind == "learned",
     )
-  temperature, kind = None, config.temperature.kind
+  temperature = None
   if kind in ("annealed", "learned"):
-    temperature = steps.Temperature(kind, config.temperature.rate)
+    temperature = steps.Temperature(kind, rate)
   return {
     "drift": {name: getattr(config, name) for name in _OF_LOSSES},
     "variant": variant,

@@ -103,6 +103,7 @@ def oracle(
     "drift_ms": {},
     "effective_positives": {},
     "floor_fraction": {},
+    "extra": {},
   }
   total = np.zeros_like(x)
   for temperature in temperatures:
