@@ -413,7 +413,11 @@ def test_every_key_is_read(reads, no_steps, tmp_path):
     for field in dataclasses.fields(section)
   }
   # What main asks `parse`: which task it is, and how processes are joined.
-  chosen = {(task.__name__, "task") for task in config_lib.TASKS.values()}
+  chosen = {
+    (task.__name__, name)
+    for task in config_lib.TASKS.values()
+    for name in ("task", "processes")
+  }
   chosen.add(("Processes", "heartbeat_timeout"))
   assert fields - chosen - reads == set()
 
