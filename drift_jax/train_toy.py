@@ -26,7 +26,7 @@ from drift_jax.state import TrainState
 # Of the loss, each step: about the last 50 steps count.
 _LOSS_DECAY = 0.98
 # Points of a side of the grid on which the field is drawn, and of each set
-# that it is computed from.
+# that it is computed from, at most.
 _GRID = 17
 _FIELD_POINTS = 256
 # Sets of data whose figures against each other are the baselines.
@@ -276,20 +276,20 @@ class Evaluation:
       np.arange(_GRID, dtype=np.float32) + 0.5
     ) / _GRID * 2 * limit - limit
     grid = np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2)
+    count = min(_FIELD_POINTS, len(self._data))
     positives = data.fixed_points(
       section.distribution,
-      _FIELD_POINTS,
+      count,
       section.noise,
       seed=self._config.seed,
       number=_BASELINE_SETS,
     )
+    field = experiment.make_field(self._task)
     panels = []
     for step, points in _three(frames):
-      samples = points[:_FIELD_POINTS]
-      field = experiment.field_at(
-        self._task, samples, positives, grid, self._temperature_scale(step)
-      )
-      panels.append((step, points, field))
+      scale = self._temperature_scale(step)
+      v = field(points[:count], positives, grid, scale)
+      panels.append((step, points, np.asarray(v)))
     metrics.plot_field(
       panels, grid, self._data, plots / "field.png", limit=limit
     )

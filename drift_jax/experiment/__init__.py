@@ -85,8 +85,8 @@ from drift_jax.experiment.runs import (
   run,
 )
 from drift_jax.experiment.toys import (
-  field_at,
   init_toy,
+  make_field,
   toy_feed,
   toy_sampler,
   toy_task,
@@ -113,7 +113,6 @@ __all__ = [
   "check_workdir",
   "evaluation_labels",
   "feature_space",
-  "field_at",
   "frozen_params",
   "frozen_sums",
   "gathered",
@@ -138,6 +137,7 @@ __all__ = [
   "mae_input_shape",
   "mae_task",
   "make_decoder",
+  "make_field",
   "make_loader",
   "make_optimizer",
   "make_pixels",

@@ -106,50 +106,44 @@ def toy_sampler(
   return sample
 
 
-def field_at(
-  task: steps.GeneratorTask,
-  samples: np.ndarray,
-  positives: np.ndarray,
-  queries: np.ndarray,
-  temperature_scale: float = 1.0,
-) -> np.ndarray:
-  """V at points [Q, 2] among samples [N, 2] and positives [P, 2]: [Q, 2].
+def make_field(task: steps.GeneratorTask) -> Callable[..., jax.Array]:
+  """(samples [N, 2], positives [P, 2], queries [Q, 2], temperature scale) -> V.
 
-  Each point is made one more generated sample, and V is what the training
-  loss moves it by: there is no second code for the field.
-
-  Args:
-    task: whose field it is.
-    samples, positives: that repel and attract.
-    queries: the points.
-    temperature_scale: see drift.drift_losses.
-
-  Returns:
-    V in the units of the plane, with normalised features too.
+  V [Q, 2] in the units of the plane. Each query is made one more generated
+  sample, and V is what the training loss moves it by: there is no second code
+  for the field. The temperature scale is that of drift.drift_losses.
   """
-  real = [positives]
-  if task.variant.negatives == "independent":
-    real.append(samples)
-  problem = {"global": jnp.concatenate(real)[None, :, None]}
+  normalized = task.variant.normalize_features
 
-  def of_one(query: jax.Array) -> jax.Array:
-    def loss(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-      losses, report = drift.drift_losses(
-        {"global": x[None, :, None]},
-        problem,
-        jnp.ones(1),
-        num_positives=len(positives),
-        num_unconditional=0,
-        **task.drift,
-        variant=task.variant,
-        temperature_scale=jnp.float32(temperature_scale),
-      )
-      return losses.sum(), report.info["scale"][0]
+  @jax.jit
+  def field(
+    samples: jax.Array, positives: jax.Array, queries: jax.Array, scale: float
+  ) -> jax.Array:
+    real = [positives]
+    if task.variant.negatives == "independent":
+      real.append(samples)
+    problem = {"global": jnp.concatenate(real)[None, :, None]}
 
-    x = jnp.concatenate([jnp.asarray(samples), query[None]])
-    gradient, scale = jax.grad(loss, has_aux=True)(x)
-    # It is -2 V / (N C s), of V in units s.
-    v = gradient[-1] * (-x.size / 2)
-    return v * scale**2 / 2 if task.variant.normalize_features else v
+    def of_one(query: jax.Array) -> jax.Array:
+      def loss(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        losses, report = drift.drift_losses(
+          {"global": x[None, :, None]},
+          problem,
+          jnp.ones(1),
+          num_positives=len(positives),
+          num_unconditional=0,
+          **task.drift,
+          variant=task.variant,
+          temperature_scale=jnp.asarray(scale, jnp.float32),
+        )
+        return losses.sum(), report.info["scale"][0]
 
-  return np.asarray(jax.jit(lambda q: jax.lax.map(of_one, q))(queries))
+      x = jnp.concatenate([samples, query[None]])
+      gradient, mean_distance = jax.grad(loss, has_aux=True)(x)
+      # It is -2 V / (N C s), of V in units of s = S / sqrt(C).
+      v = gradient[-1] * (-x.size / 2)
+      return v * mean_distance**2 / 2 if normalized else v
+
+    return jax.lax.map(of_one, queries)
+
+  return field
