@@ -61,14 +61,16 @@ def get_config(variant: str = "") -> ConfigDict:
   config.data.noise = NOISE[config.data.distribution]
   if "attraction_only" in names:
     config.drift.repulsion = 0.0
-  if "particles" in names:
-    config.model.kind = "particles"
-    config.optim.learning_rate = 1.0  # eta
   if "quick" in names:
     config.batch.update(generated=512, positives=512)
-    config.train.num_steps = 600
-    config.eval.update(every=15, num_samples=2_048)
-    config.checkpoint.every = 600
+    # A few steps take larger strides, and the last ones settle.
+    config.optim.update(schedule="cosine", learning_rate=4e-3)
+    config.train.num_steps = 800
+    config.eval.update(every=20, num_samples=2_048)
+    config.checkpoint.every = 800
+  if "particles" in names:
+    config.model.kind = "particles"
+    config.optim.update(schedule="constant", learning_rate=1.0)  # eta
   if "smoke" in names:
     config.batch.update(generated=32, positives=32)
     config.model.update(width=16, depth=1)
