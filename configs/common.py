@@ -93,7 +93,7 @@ def drift() -> ConfigDict:
       "mmd": {"kernel": "laplace"},  # or 'gaussian'
       "kl": {"kernel": "laplace"},
       "sharp": {"kernel": "laplace"},
-      "sinkhorn": {"cost": "l2", "iterations": 20},  # or 'quadratic'
+      "sinkhorn": {"cost": "l2", "iterations": 20.0},  # or 'quadratic'
     }
   )
   config.temperatures = (0.02, 0.05, 0.2)  # of normalised distances

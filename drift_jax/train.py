@@ -180,5 +180,7 @@ class Evaluation:
     keys = {key for record in records for key in record}
     if any(key.startswith("drift_rms/") for key in keys):
       metrics.plot_drift(records, path / "plots" / "drift_rms.png")
+    if any(key.startswith("alignment/") for key in keys):
+      metrics.plot_diagnostics(records, path / "plots" / "diagnostics.png")
     if any(key.startswith(("eval/fd_", "eval/fid/")) for key in keys):
       metrics.plot_frechet(records, path / "plots" / "frechet.png")

@@ -84,6 +84,7 @@ def pytest_configure(config: pytest.Config) -> None:
 SLOW_FILES = (
   "train_test.py",
   "multiprocess_test.py",
+  "ablate_test.py",
   "evaluate_test.py",
   "steps_test.py",
   "smoke_test.py",

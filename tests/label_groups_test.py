@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from drift_jax import experiment, sharding, steps
+from drift_jax import drift, experiment, sharding, steps
 from tests.conftest import assert_close
 from tests.steps_test import (
   assert_same_histories,
@@ -40,6 +41,37 @@ def test_exact_groups_on_a_mesh(at_once):
   mesh = sharding.make_mesh(2, 2, jax.devices()[:4])
   groups = run_toy(mesh, task_of(2, exact=True), 4)
   assert_same_histories(groups, at_once, 1e-5)
+
+
+def test_another_field_in_groups_on_a_mesh():
+  """W-Flow's: a second batch, velocity guidance, the mean over features."""
+  variant = drift.Variant(
+    field="sinkhorn",
+    options={"cost": "quadratic", "iterations": 3},
+    negatives="independent",
+    guidance="velocity",
+    learned=True,
+    diagnostics=True,
+  )
+  changed = {
+    "variant": variant,
+    "average": True,
+    "temperature": steps.Temperature("learned", 0.05),
+  }
+  whole = run_toy(None, task_of(1, **changed), 4)
+  mesh = sharding.make_mesh(2, 2, jax.devices()[:4])
+  groups = run_toy(mesh, task_of(2, exact=True, **changed), 4)
+  assert "self_mass/0.05" not in whole[0]
+  assert 1e-3 < whole[1]["marginal_error/0.05"] < 1
+  for ours, theirs in zip(groups, whole, strict=True):
+    # Differences of shares of 1 / 5: rounding is relative to these.
+    for name in [key for key in ours if "marginal_error" in key]:
+      assert abs(ours.pop(name) - theirs.pop(name)) < 1e-6
+  assert_same_histories(groups, whole, 2e-5)
+  scales = [metrics["temperature_scale"] for metrics in whole]
+  # Adam's first step is its rate, whatever the gradient.
+  assert scales[0] == 1.0
+  assert abs(abs(math.log(scales[1])) - 0.05) < 1e-4
 
 
 @pytest.fixture(scope="module")

@@ -447,6 +447,7 @@ def run_toy(mesh, task, num_steps: int, fsdp=True) -> list[dict[str, float]]:
     dataclasses.replace(config, optim=OPTIM),
     host,
     init_params=experiment.init_generator(task),
+    init_drift=functools.partial(experiment.init_drift, task),
     step=functools.partial(steps.train_step, task=task),
     frozen=frozen,
   )

@@ -14,7 +14,13 @@ from drift_jax.config.command_line import (
   parse_flags,
 )
 from drift_jax.config.parsing import check_override, parse, unknown_key
-from drift_jax.config.resume import check_resumable, to_json
+from drift_jax.config.resume import (
+  RESUMABLE,
+  RESUMABLE_ENDS,
+  check_resumable,
+  flatten,
+  to_json,
+)
 from drift_jax.config.schema import (
   EVAL_METRICS,
   JUDGED_METRICS,
@@ -42,6 +48,8 @@ from drift_jax.config.schema import (
 __all__ = [
   "EVAL_METRICS",
   "JUDGED_METRICS",
+  "RESUMABLE",
+  "RESUMABLE_ENDS",
   "TASKS",
   "AnyConfig",
   "Checkpoint",
@@ -66,6 +74,7 @@ __all__ = [
   "check_override",
   "check_resumable",
   "config_arguments",
+  "flatten",
   "load_config",
   "parse",
   "parse_flags",

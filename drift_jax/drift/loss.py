@@ -457,7 +457,7 @@ def _adapted(
     jnp.full((distance.shape[0], 1, 1), math.log(end)) for end in _SCALES
   )
 
-  def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+  def halve(_: Any, ends: tuple[Array, Array]) -> tuple[Array, Array]:
     low, high = ends
     middle = (low + high) / 2.0
     count = _effective_numbers(-distance / jnp.exp(middle))

@@ -50,10 +50,13 @@ from drift_jax.metrics.neighbours import (
 )
 from drift_jax.metrics.network import NetworkEvaluator
 from drift_jax.metrics.plots import (
+  PlottedRow,
   plot_alphas,
+  plot_diagnostics,
   plot_drift,
   plot_frechet,
   plot_mae,
+  plot_rows,
   plot_toy,
 )
 from drift_jax.metrics.point_sets import (
@@ -116,6 +119,7 @@ __all__ = [
   "Neighbours",
   "NetworkEvaluator",
   "PixelsFn",
+  "PlottedRow",
   "PathLike",
   "Provenance",
   "Reals",
@@ -151,11 +155,13 @@ __all__ = [
   "open_images",
   "plane_limit",
   "plot_alphas",
+  "plot_diagnostics",
   "plot_drift",
   "plot_field",
   "plot_frechet",
   "plot_mae",
   "plot_nearest_distances",
+  "plot_rows",
   "plot_toy",
   "precision_recall",
   "read_jsonl",

@@ -5,7 +5,9 @@ global state, no display. It is imported where something is drawn: it takes most
 of a second.
 """
 
+import dataclasses
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +22,14 @@ _FRECHET_KEY = re.compile(
   r"eval/(fid|fd_[^/]+)/(?:alpha_([0-9.eE+-]+)|baseline)"
 )
 _TITLES = {"fid": "FID", "inception_score": "Inception score"}
+# Axis label and limits of each figure of the field; None: logarithmic.
+_DIAGNOSTICS: dict[str, tuple[str, tuple[float, float] | None]] = {
+  "neighbours": ("effective positives\nof a sample", None),
+  "alignment": ("cosine of attraction\nand repulsion", (-1.02, 1.02)),
+  "self_mass": ("own share of a\nsample's repulsion", (-0.02, 1.02)),
+  "marginal_error": ("how unequally\npositives attract", (-0.02, 1.02)),
+  "temperature_scale": ("scale of the\ntemperatures", None),
+}
 _COLOURS = (
   "#1f6fb4",
   "#d1632a",
@@ -80,14 +90,15 @@ def _draw(
   )
 
 
-def _log_scale(axis: Any) -> None:
-  """Logarithmic y axis with plain numbers, also within a single decade."""
+def _log_scale(axis: Any, which: str = "y") -> None:
+  """A logarithmic axis with plain numbers, also within a single decade."""
   from matplotlib import ticker
 
-  axis.set_yscale("log")
-  axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
-  axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{y:g}"))
-  axis.yaxis.set_minor_formatter(ticker.NullFormatter())
+  axis.set(**{f"{which}scale": "log"})
+  scaled = getattr(axis, f"{which}axis")
+  scaled.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+  scaled.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{y:g}"))
+  scaled.set_minor_formatter(ticker.NullFormatter())
 
 
 def _save(figure: Any, path: files.PathLike) -> None:
@@ -132,6 +143,47 @@ def plot_drift(records: Records, path: files.PathLike) -> None:
   _log_scale(axis)
   axis.set_ylabel("raw drift, RMS\n(normalised feature units)")
   axis.legend(frameon=False)
+  _save(figure, path)
+
+
+def plot_diagnostics(records: Records, path: files.PathLike) -> None:
+  """What is known of the field over steps, a panel for each figure.
+
+  Args:
+    records: dicts with "step" and NAME/TEMPERATURE, where NAME is one of
+      neighbours (effective positives of a sample), alignment (cosine of
+      attraction and repulsion), self_mass (share of a sample's repulsion that
+      is its own), marginal_error (how unequally positives attract, 0 to 1);
+      temperature_scale.
+    path: PNG file to write.
+
+  Raises:
+    ValueError: when no record holds such a key.
+  """
+  found: dict[str, list[tuple[float, str]]] = {}
+  for key in _keys(records):
+    name, _, temperature = key.partition("/")
+    # An adaptive scale has a temperature behind it, a learned one has none.
+    if name in _DIAGNOSTICS and "/" not in temperature:
+      found.setdefault(name, []).append((float(temperature or "nan"), key))
+  if not found:
+    raise _nothing_to_plot("'alignment/TEMPERATURE' or the like", records)
+  names = [name for name in _DIAGNOSTICS if name in found]
+  figure, axes = _figure(len(names), 2.6)
+  for axis, name in zip(axes, names, strict=True):
+    label, limits = _DIAGNOSTICS[name]
+    for i, (temperature, key) in enumerate(sorted(found[name])):
+      text = (
+        f"temperature {temperature:g}" if "/" in key else "all temperatures"
+      )
+      colour = _COLOURS[i % len(_COLOURS)]
+      _draw(axis, *_series(records, key), label=text, colour=colour)
+    axis.set_ylabel(label)
+    if limits:
+      axis.set_ylim(*limits)
+    else:
+      _log_scale(axis)
+    axis.legend(frameon=False)
   _save(figure, path)
 
 
@@ -222,6 +274,121 @@ def plot_alphas(
   axes[-1].set_xlabel("guidance scale α")
   axes[-1].xaxis.set_major_locator(ticker.FixedLocator(alphas, nbins=12))
   _save(figure, path)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlottedRow:
+  """A row of `plot_rows`: its label, a value of each seed, the paper's.
+
+  `paper` is a range (lowest, highest) where that is all that is known of it,
+  None where nothing is.
+  """
+
+  label: str
+  values: tuple[float, ...]
+  paper: float | tuple[float, float] | None
+
+
+def plot_rows(
+  rows: Sequence[PlottedRow],
+  path: files.PathLike,
+  *,
+  figure: str,
+  title: str,
+  source: str,
+  real: float | None = None,
+) -> None:
+  """Rows of a table: each seed, mean and deviation; beside it the paper's FID.
+
+  The two have axes of their own: they are of different data and scales. Points
+  on a logarithmic axis where values differ by more than a factor of 5.
+
+  Args:
+    rows: from top to bottom; those without finite values stay empty.
+    path: PNG file to write.
+    figure: what the values are.
+    title: of which runs.
+    source: whose values `paper` are.
+    real: the figure of real images, a dashed line.
+  """
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  drawing = Figure(figsize=(10, 1.7 + 0.42 * len(rows)), layout="constrained")
+  FigureCanvasAgg(drawing)
+  ours, paper = drawing.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+  shown: list[float] = [] if real is None else [real]
+  for y, row in enumerate(rows):
+    values = np.asarray(row.values, np.float64)
+    values = values[np.isfinite(values)]
+    shown += values.tolist()
+    if len(values):
+      mean = float(values.mean())
+      spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+      ours.plot(
+        values, np.full(len(values), y), "o", color=_COLOURS[0], alpha=0.35
+      )
+      ours.errorbar(mean, y, xerr=spread, fmt="D", color=_COLOURS[0], capsize=4)
+      text = f"{mean:.3g}" + (f" ± {spread:.2g}" if len(values) > 1 else "")
+      ours.annotate(
+        text,
+        (mean, y),
+        xytext=(0, 7),
+        textcoords="offset points",
+        ha="center",
+        fontsize=8,
+      )
+    elif row.values:
+      where = ours.get_yaxis_transform()
+      ours.text(0.02, y, "not finite", transform=where, va="center", fontsize=8)
+    if row.paper is None:
+      continue
+    low, high = row.paper if isinstance(row.paper, tuple) else (row.paper,) * 2
+    if low == high:
+      paper.plot(low, y, "D", color=_COLOURS[1])
+      text = f"{low:.2f}"
+    else:
+      paper.plot((low, high), (y, y), color=_COLOURS[1], linewidth=4, alpha=0.4)
+      text = f"within {low:g} to {high:g}"
+    paper.annotate(
+      text,
+      ((low * high) ** 0.5, y),
+      xytext=(0, 7),
+      textcoords="offset points",
+      ha="center",
+      fontsize=8,
+    )
+  if real is not None:
+    ours.axvline(real, color="0.3", linestyle="--", linewidth=1.2)
+  known = [x for row in rows if row.paper is not None for x in _ends(row.paper)]
+  for axis, values in ((ours, shown), (paper, known)):
+    axis.grid(True, axis="x", color="0.88", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.margins(x=0.12)
+    if values and min(values) > 0 and max(values) > 5 * min(values):
+      _log_scale(axis, "x")
+  ours.set_yticks(range(len(rows)), [row.label for row in rows])
+  ours.set_ylim(len(rows) - 0.5, -0.7)
+  name = f"{figure}, Fréchet distance" if figure.startswith("fd_") else figure
+  dashed = "" if real is None else f"; dashed: real images, {real:.3g}"
+  ours.set_xlabel(
+    f"{name}{dashed}\ndots: seeds; mean ± sample standard deviation"
+  )
+  ours.set_title(title, fontsize=10)
+  wrapped = textwrap.fill(source, 34)
+  paper.set_xlabel(f"FID-50K, ImageNet 256 px\n{wrapped}")
+  paper.set_title("published", fontsize=10)
+  if not known:
+    paper.text(
+      0.5, 0.5, "not given here", transform=paper.transAxes, ha="center"
+    )
+    paper.set_xticks([])
+  _save(drawing, path)
+
+
+def _ends(paper: float | tuple[float, float]) -> tuple[float, ...]:
+  return paper if isinstance(paper, tuple) else (paper,)
 
 
 def plot_mae(records: Records, path: files.PathLike) -> None:

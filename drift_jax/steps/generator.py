@@ -151,7 +151,8 @@ class Temperature(NamedTuple):
       return held
     gradients = report.info["extra"]["temperature_gradient"].values()
     gradient = jnp.mean(jnp.stack(list(gradients)))
-    change, opt = self.optimizer.update(gradient, held["opt"])
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+      change, opt = self.optimizer.update(gradient, held["opt"])
     log_scale = jnp.clip(held["log_scale"] + change, *LOG_SCALES)
     return {"log_scale": log_scale, "opt": opt}
 

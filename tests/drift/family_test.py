@@ -1,0 +1,632 @@
+"""The family of fields against float64 oracles, POT, and its own symmetries."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import ot
+import pytest
+
+from drift_jax import drift
+from drift_jax.drift import Variant, compute_field, drift_loss, family
+from tests.conftest import assert_close, precise_jit
+from tests.drift.field_test import oracle_affinities
+
+ONE_SIDED = [name for name in drift.FIELDS if name != "softmax"]
+FIELDS = [
+  ("softmax", {}),
+  ("mmd", {}),
+  ("mmd", {"kernel": "gaussian"}),
+  ("kl", {}),
+  ("gaussian", {}),
+  ("sharp", {}),
+  ("sharp", {"kernel": "gaussian"}),
+  ("sinkhorn", {"iterations": 7}),
+  ("sinkhorn", {"iterations": 7, "cost": "quadratic"}),
+]
+NAMES = ["-".join([n, *map(str, o.values())]) for n, o in FIELDS]
+all_fields = pytest.mark.parametrize(("field", "options"), FIELDS, ids=NAMES)
+jitted_field = precise_jit(
+  compute_field,
+  static_argnames=(
+    "temperature",
+    "field",
+    "mask_self",
+    "kernel",
+    "cost",
+    "iterations",
+    "normalization",
+  ),
+)
+
+
+def exponents(distance, temperature, unit, field, options):
+  if options.get("cost") == "quadratic":
+    return distance**2 / (2 * temperature * unit**2)
+  if field == "gaussian" or options.get("kernel") == "gaussian":
+    return distance**2 / (2 * (temperature * unit) ** 2)
+  return distance / (temperature * unit)
+
+
+def plan(exponent, weight, iterations):
+  """Sinkhorn's plan in float64 as the textbook has it: u K v."""
+  k = np.exp(-exponent)
+  a = np.full(len(k), 1 / len(k))
+  b = weight / weight.sum()
+  u, v = a, b
+  for _ in range(int(iterations)):
+    u = a / (k @ v)
+    v = b / (u @ k)
+  return u[:, None] * k * v
+
+
+def one_sided(distance, weight, temperature, unit, field, options):
+  """Coefficients of a set [M], in float64."""
+  e = exponents(distance, temperature, unit, field, options)
+  b = weight / weight.sum()
+  if field == "sinkhorn":
+    p = plan(e, weight, options["iterations"])
+    return p / p.sum(-1, keepdims=True)
+  k = np.exp(-e) * b
+  if field == "mmd":
+    return k
+  potential = k
+  if field == "sharp" and options.get("kernel") != "gaussian":
+    tau = temperature * unit
+    potential = k * tau * (distance + tau) / tau**2
+  return k / potential.sum(-1, keepdims=True)
+
+
+def oracle(
+  x, pos, gen, unc, *, field, options, temperature, unit, alpha, velocity, self_
+):
+  """V of one problem, by explicit differences.
+
+  alpha - 1 weighs the unconditional reals: as a velocity, or all together as
+  (alpha - 1) (N - 1) negatives.
+  """
+  x, pos, gen, unc = map(np.float64, (x, pos, gen, unc))
+
+  def differences(y):
+    return y[None] - x[:, None]
+
+  def lengths(y, is_self=False):
+    d = np.sqrt(np.maximum((differences(y) ** 2).sum(-1), 1e-8))
+    return d + 100 * unit * np.eye(len(d), d.shape[1]) * is_self
+
+  n, m = len(gen), len(unc)
+  weight = np.concatenate([np.ones(n), np.full(m, (alpha - 1) * (n - 1) / m)])
+  if field == "softmax":
+    d = np.concatenate([lengths(gen, self_), lengths(unc), lengths(pos)], 1)
+    a = oracle_affinities(d[None] / unit, temperature, "xy")[0]
+    a[:, : n + m] *= weight
+    w_neg = a[:, : n + m] * a[:, n + m :].sum(1, keepdims=True)
+    w_pos = a[:, n + m :] * a[:, : n + m].sum(1, keepdims=True)
+    y_neg = np.concatenate([gen, unc])
+    return np.einsum("nm,nmd->nd", w_pos, differences(pos)) - np.einsum(
+      "nm,nmd->nd", w_neg, differences(y_neg)
+    )
+
+  def pull(y, weight, is_self=False):
+    w = one_sided(
+      lengths(y, is_self), weight, temperature, unit, field, options
+    )
+    return np.einsum("nm,nmd->nd", w, differences(y))
+
+  if velocity:
+    to_data = pull(pos, np.ones(len(pos)))
+    return (
+      alpha * to_data
+      - pull(gen, np.ones(n), self_)
+      - (alpha - 1) * pull(unc, np.ones(m))
+    )
+  both = np.concatenate([gen, unc])
+  d_neg = np.concatenate([lengths(gen, self_), lengths(unc)], 1)
+  w = one_sided(d_neg, weight, temperature, unit, field, options)
+  return pull(pos, np.ones(len(pos))) - np.einsum(
+    "nm,nmd->nd", w, differences(both)
+  )
+
+
+def arrays(seed=0, n=6, p=9, m=5, c=3):
+  rng = np.random.default_rng(seed)
+  x, gen = rng.normal(size=(2, n, c))
+  pos = rng.normal(size=(p, c)) + 0.5
+  unc = rng.normal(size=(m, c)) - 0.5
+  return tuple(jnp.asarray(a, jnp.float32) for a in (x, pos, gen, unc))
+
+
+@all_fields
+@pytest.mark.parametrize("negatives", ["own", "own_with_self", "independent"])
+@pytest.mark.parametrize("guidance", ["negatives", "velocity"])
+def test_float64_oracle(field, options, negatives, guidance):
+  """V on raw features, of a single temperature."""
+  if (field, guidance) == ("softmax", "velocity"):
+    pytest.skip("the product form is no difference of one-sided fields")
+  x, pos, gen, unc = arrays()
+  alpha, temperature = 1.7, 0.8
+  independent = negatives == "independent"
+  n, m, c = len(gen), len(unc), x.shape[1]
+  total = (alpha - 1) * (1 if guidance == "velocity" else n - 1)
+  variant = Variant(
+    field=field,
+    options=options,
+    negatives=negatives,
+    guidance=guidance,
+    normalize_features=False,
+    normalize_drift=False,
+  )
+
+  @precise_jit
+  def gradient(x, pos, unc, gen):
+    def total_loss(x):
+      loss, _ = drift_loss(
+        x[None],
+        pos[None],
+        unc[None],
+        weight_neg=jnp.full((1, m), total / m),
+        temperatures=(temperature,),
+        affinity_floor=0.0,
+        variant=variant,
+        independent=gen[None] if independent else None,
+      )
+      return loss[0]
+
+    return jax.value_and_grad(total_loss)(x)
+
+  loss, found = gradient(x, pos, unc, gen)
+  expected = oracle(
+    x,
+    pos,
+    gen if independent else x,
+    unc,
+    field=field,
+    options=options,
+    temperature=temperature,
+    unit=1.0,
+    alpha=alpha,
+    velocity=guidance == "velocity",
+    self_=negatives == "own",
+  )
+  assert_close(-found * n * c / 2, expected, 3e-6)
+  assert_close(loss, (expected**2).mean(), 6e-6)
+
+
+@all_fields
+def test_normalised_as_the_paper_does(field, options):
+  """Scale, units and RMS; the quadratic cost's scale is a root mean square."""
+  x, pos, gen, unc = arrays(seed=1)
+  temperatures = (0.2, 0.6)
+  velocity = field != "softmax"
+  strength = 0.7
+  weight = jnp.full((1, 5), strength / 5)
+
+  @precise_jit
+  def gradient(x):
+    def loss(x):
+      value, info = drift_loss(
+        x[None],
+        pos[None],
+        unc[None],
+        weight_neg=weight,
+        temperatures=temperatures,
+        affinity_floor=0.0,
+        variant=Variant(
+          field=field,
+          options=options,
+          negatives="independent",
+          guidance="velocity" if velocity else "negatives",
+        ),
+        independent=gen[None],
+      )
+      return value[0], info
+
+    return jax.grad(loss, has_aux=True)(x)
+
+  found, info = gradient(x)
+  n, c = x.shape
+  parts = [gen, pos] if velocity else [gen, unc, pos]
+  targets = np.float64(np.concatenate(parts))
+  distance = np.linalg.norm(targets[None] - np.float64(x)[:, None], axis=-1)
+  w = np.ones(len(targets))
+  if not velocity:
+    w[len(gen) : -len(pos)] = strength / 5
+  power = 2 if options.get("cost") == "quadratic" else 1
+  scale = ((distance**power * w).mean() / w.mean()) ** (1 / power)
+  assert_close(info["scale"], scale, 1e-6)
+  total, unit = 0.0, scale / math.sqrt(c)
+  for temperature in temperatures:
+    v = oracle(
+      x,
+      pos,
+      gen,
+      unc,
+      field=field,
+      options=options,
+      temperature=temperature,
+      unit=scale,
+      alpha=1 + strength / (1 if velocity else n - 1),
+      velocity=velocity,
+      self_=False,
+    )
+    v = v / unit
+    assert_close(info["drift_ms"][temperature], (v**2).mean(), 1e-5)
+    total += v / np.sqrt((v**2).mean())
+  assert_close(-found * n * c * unit / 2, total, 5e-6)
+
+
+def test_sinkhorn_is_pots():
+  """The plan of many iterations is that of an independent solver."""
+  x, pos, *_ = arrays(n=16, p=16)
+  cost = np.float64(np.linalg.norm(x[:, None] - pos[None], axis=-1))
+  weight = np.random.default_rng(2).uniform(0.2, 2.0, 16)
+  eps = 0.3
+  expected = ot.sinkhorn(
+    np.full(16, 1 / 16),
+    weight / weight.sum(),
+    cost,
+    eps,
+    method="sinkhorn_log",
+    stopThr=1e-14,
+    numItermax=5000,
+  )
+  rows = family.transport(
+    jnp.asarray(cost / eps, jnp.float32),
+    jnp.asarray(weight, jnp.float32),
+    1000,
+  )
+  assert_close(rows / 16, expected, 2e-6)
+  # Few iterations leave an error in the columns' sums; the rows' are exact.
+  few = family.transport(
+    jnp.asarray(cost / eps, jnp.float32), jnp.asarray(weight, jnp.float32), 2
+  )
+  assert_close(few.sum(-1), np.ones(16), 1e-6)
+  error = np.abs(few.sum(0) / 16 - weight / weight.sum()).sum()
+  assert 1e-3 < error < 0.3
+
+
+@pytest.mark.parametrize("kernel", ["laplace", "gaussian"])
+def test_one_code_path_for_three_energies(kernel):
+  """No iteration is mmd, half of one kl; from few to many in between."""
+  x, pos, gen, _ = arrays()
+  field = functools.partial(jitted_field, x, pos, gen)
+  if kernel == "laplace":
+    sinkhorn = functools.partial(field, 0.6, field="sinkhorn")
+  else:  # eps = sigma^2 on raw distances
+    sinkhorn = functools.partial(
+      field, 0.6**2, field="sinkhorn", cost="quadratic"
+    )
+  mmd = field(0.6, field="mmd", kernel=kernel)
+  kl = field(0.6, field="kl", kernel=kernel)
+  assert_close(sinkhorn(iterations=0), mmd, 1e-6)
+  assert_close(sinkhorn(iterations=0.5), kl, 1e-6)
+  assert np.abs(sinkhorn(iterations=1) - kl).max() > 0.01
+
+
+def test_gaussian_is_a_difference_of_smoothed_scores():
+  """V = sigma^2 grad log(p_sigma / q_sigma), by differentiating densities."""
+  x, pos, gen, _ = arrays()
+  sigma = 0.7
+
+  def log_density(x, data):
+    return jax.nn.logsumexp(-jnp.sum((x - data) ** 2, -1) / (2 * sigma**2))
+
+  def potential(x):
+    return sigma**2 * (log_density(x, pos) - log_density(x, gen))
+
+  expected = jax.vmap(jax.grad(potential))(jnp.asarray(x))
+  assert_close(
+    jitted_field(x, pos, gen, sigma, field="gaussian"), expected, 2e-6
+  )
+  both = jitted_field(x, pos, gen, sigma, field="sharp", kernel="gaussian")
+  assert_close(both, expected, 2e-6)
+
+
+def test_sharp_is_conservative_and_kl_is_not():
+  """The Jacobian of a gradient is symmetric; sharp's potential is known."""
+  x, pos, gen, _ = arrays()
+  tau = 0.7
+
+  def v(point, field):
+    return compute_field(point[None], pos, gen, tau, field=field)[0]
+
+  def potential(point):
+    def log_smoothed(data):
+      r = jnp.sqrt(jnp.sum((point - data) ** 2, -1))
+      return jnp.log(jnp.mean(tau * (r + tau) * jnp.exp(-r / tau)))
+
+    return tau**2 * (log_smoothed(pos) - log_smoothed(gen))
+
+  assert_close(
+    jitted_field(x, pos, gen, tau, field="sharp"),
+    jax.vmap(jax.grad(potential))(jnp.asarray(x)),
+    2e-6,
+  )
+
+  def rotation(field):
+    """By central differences: fields are without gradient."""
+    step = 1e-2
+    rows = [
+      (v(x[0] + step * e, field) - v(x[0] - step * e, field)) / (2 * step)
+      for e in np.eye(3, dtype=np.float32)
+    ]
+    jacobian = np.stack(rows)
+    return np.abs(jacobian - jacobian.T).max() / np.abs(jacobian).max()
+
+  assert rotation("sharp") < 2e-3
+  assert rotation("kl") > 5e-3
+
+
+@all_fields
+def test_equilibrium(field, options):
+  """V = 0 where q = p, and V_{p,q} = -V_{q,p} (3.2)."""
+  x, pos, gen, _ = arrays(p=8)
+  gen = jnp.concatenate([gen, x])[:8]
+  call = functools.partial(
+    jitted_field, temperature=0.5, field=field, **options
+  )
+  forward, backward = call(x, pos, gen), call(x, gen, pos)
+  assert_close(backward, -forward, 5e-6)
+  assert np.abs(forward).max() > 0.02
+  order = np.random.default_rng(0).permutation(8)
+  same = call(x, pos, pos[order])
+  assert np.abs(same).max() < 3e-6 * np.abs(pos).max()
+
+
+@all_fields
+def test_symmetries(field, options):
+  """Order of targets, a common shift, weights as repeated targets."""
+  x, pos, gen, _ = arrays()
+  call = functools.partial(
+    jitted_field, temperature=0.5, field=field, **options
+  )
+  v = call(x, pos, gen)
+  assert_close(call(x, pos[::-1], gen[::-1]), v, 2e-6)
+  shift = np.float32([3.0, -2.0, 1.0])
+  assert_close(call(x + shift, pos + shift, gen + shift), v, 1e-5)
+  if field == "softmax":
+    return  # weights multiply behind the softmaxes there (A.6)
+  twice = jnp.concatenate([pos, pos[:1]])
+  double = jnp.ones(len(pos)).at[0].set(2.0)
+  none = jnp.ones(len(pos)).at[:2].set(0.0)
+  assert_close(call(x, pos, gen, weight_pos=double), call(x, twice, gen), 2e-6)
+  assert_close(call(x, pos, gen, weight_pos=none), call(x, pos[2:], gen), 2e-6)
+
+
+def test_a_field_of_ones_own(monkeypatch):
+  """One function and one line; docs/fields.md shows this one."""
+
+  def cauchy(problem, temperature):
+    def pull(y):
+      k = y.weight[:, None, :] / (1.0 + y.squared / temperature**2)
+      return k / k.sum(axis=-1, keepdims=True)
+
+    return problem.each(pull)
+
+  def straight(problem, temperature):
+    """No coefficients: the means' difference, for all samples alike."""
+    del temperature
+    at = problem.num_negatives
+    means = [
+      jnp.mean(y, axis=1, keepdims=True) - problem.x
+      for y in (problem.targets[:, at:], problem.targets[:, :at])
+    ]
+    return drift.Velocities(*means)
+
+  monkeypatch.setitem(drift.FIELDS, "cauchy", cauchy)
+  monkeypatch.setitem(drift.FIELDS, "straight", straight)
+  x, pos, gen, _ = arrays()
+  v = compute_field(x, pos, gen, 0.5, field="cauchy")
+
+  def mean(y):
+    k = 1 / (1 + ((y[None] - x[:, None]) ** 2).sum(-1) / 0.25)
+    return (k / k.sum(-1, keepdims=True)) @ y
+
+  assert_close(v, mean(pos) - mean(gen), 2e-6)
+  for field in ("cauchy", "straight"):
+    _, info = drift_loss(
+      x[None],
+      pos[None],
+      None,
+      temperatures=(0.5,),
+      variant=Variant(field=field, diagnostics=True),
+    )
+    assert -1 <= info["extra"]["alignment"][0.5] <= 1
+  v = compute_field(x, pos, gen, 0.5, field="straight")
+  assert_close(v, np.broadcast_to(pos.mean(0) - gen.mean(0), v.shape), 2e-6)
+
+
+def losses(variant, seed=0, **options):
+  x, pos, gen, unc = (jnp.asarray(a)[None] for a in arrays(seed))
+  independent = gen if variant.negatives == "independent" else None
+  return drift_loss(
+    x,
+    pos,
+    unc,
+    temperatures=(0.5,),
+    affinity_floor=0.0,
+    variant=variant,
+    independent=independent,
+    **options,
+  )
+
+
+@all_fields
+def test_gradient_stops_at_all_but_the_samples(field, options):
+  x, pos, gen, unc = (jnp.asarray(a)[None] for a in arrays())
+  variant = Variant(field=field, options=options, negatives="independent")
+
+  def loss(pos, gen, unc, weight, scale):
+    found, info = drift_loss(
+      x,
+      pos,
+      unc,
+      weight_neg=weight,
+      temperatures=(0.5,),
+      variant=variant,
+      independent=gen,
+      temperature_scale=scale,
+    )
+    return found.sum()
+
+  gradients = jax.grad(loss, argnums=(0, 1, 2, 3, 4))(
+    pos, gen, unc, jnp.ones((1, 5)), jnp.ones(())
+  )
+  for gradient in gradients:
+    assert not np.any(gradient)
+
+
+def test_diagnostics():
+  """By hand: marginals of an exact plan, cosines, mass on self."""
+  exact = Variant(
+    field="sinkhorn",
+    options={"iterations": 200},
+    negatives="independent",
+    diagnostics=True,
+  )
+  _, info = losses(exact)
+  assert float(info["extra"]["marginal_error"][0.5]) < 1e-4
+  assert "self_mass" not in info["extra"]
+  _, info = losses(Variant(field="kl", diagnostics=True))
+  assert float(info["extra"]["marginal_error"][0.5]) > 0.05
+  assert float(info["extra"]["self_mass"][0.5]) == 0.0
+  own = Variant(
+    field="kl",
+    negatives="own_with_self",
+    normalize_features=False,
+    diagnostics=True,
+  )
+  _, info = losses(own)
+  x, pos, _, unc = map(np.float64, arrays())
+  targets = np.concatenate([x, unc])
+  k = np.exp(-np.linalg.norm(targets[None] - x[:, None], axis=-1) / 0.5)
+  share = (np.diagonal(k) / k.sum(-1)).mean()
+  assert_close(info["extra"]["self_mass"][0.5], share, 1e-4)
+  k_pos = np.exp(-np.linalg.norm(pos[None] - x[:, None], axis=-1) / 0.5)
+  pull = (k_pos / k_pos.sum(-1, keepdims=True)) @ pos - x
+  push = (k / k.sum(-1, keepdims=True)) @ targets - x
+  cosine = (pull * push).sum(-1) / (
+    np.linalg.norm(pull, axis=-1) * np.linalg.norm(push, axis=-1)
+  )
+  assert_close(info["extra"]["alignment"][0.5], cosine.mean(), 1e-4)
+  shares = (k_pos / k_pos.sum(-1, keepdims=True)).mean(0)
+  error = 0.5 * np.abs(shares - 1 / len(pos)).sum()
+  assert_close(info["extra"]["marginal_error"][0.5], error, 1e-5)
+
+
+def test_adaptive_temperature_gives_so_many_neighbours():
+  for wanted in (2.0, 4.0, 8.0):
+    _, info = losses(Variant(field="kl", neighbours=wanted))
+    # The temperature 0.5 is half of the one that was asked for.
+    _, other = losses(
+      Variant(field="kl"),
+      temperature_scale=2.0 * info["extra"]["temperature_scale"][0.5],
+    )
+    assert_close(other["effective_positives"][0.5], wanted, 1e-3)
+  with pytest.raises(ValueError, match="neighbours=9.0 .* positives, 9"):
+    losses(Variant(neighbours=9.0))
+
+
+def test_a_temperature_scale_is_another_temperature():
+  x, pos, _, unc = (jnp.asarray(a)[None] for a in arrays())
+  a, info_a = drift_loss(x, pos, unc, temperatures=(0.5, 1.0))
+  b, info_b = drift_loss(
+    x,
+    pos,
+    unc,
+    temperatures=(0.25, 0.5),
+    temperature_scale=jnp.asarray(2.0),
+  )
+  assert_close(a, b, 1e-6)
+  assert_close(info_a["drift_ms"][1.0], info_b["drift_ms"][0.5], 1e-6)
+
+
+def test_temperature_gradient_is_of_the_likelihood():
+  """Of the best candidate of each problem, by central differences."""
+  variant = Variant(learned=True, normalize_features=False)
+  _, info = losses(variant)
+  x, pos, _, unc = map(np.float64, arrays())
+
+  def objective(log_tau):
+    def logits(y):
+      d = np.linalg.norm(y[None] - x[:, None], axis=-1)
+      return d
+
+    own = logits(x) + 1e6 * np.eye(len(x))
+    d = np.concatenate([own, logits(unc), logits(pos)], 1)
+    k = np.exp(-d / np.exp(log_tau))
+    return (-np.log(k[:, -len(pos) :].sum(-1) / k.sum(-1))).min()
+
+  at, step = math.log(0.5), 1e-5
+  expected = (objective(at + step) - objective(at - step)) / (2 * step)
+  assert_close(info["extra"]["temperature_gradient"][0.5], expected, 1e-4)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ({"field": "sinkhor"}, "'sinkhor' is unknown.*softmax, mmd"),
+    ({"field": "kl", "options": {"cost": "l2"}}, "options.cost .*kernel"),
+    ({"field": "kl", "options": {"kernel": "box"}}, "'box'.*laplace, gauss"),
+    ({"field": "gaussian", "options": {"a": 1}}, "options.a .*no options"),
+    ({"field": "sinkhorn", "options": {"iterations": 1.5}}, "iterations=1.5"),
+    ({"field": "sinkhorn", "options": {"iterations": -1}}, "iterations=-1"),
+    ({"options": {"affinity_floor": 0.1}}, "own arguments"),
+    ({"negatives": "others"}, "negatives='others'.*own, own_with_self"),
+    ({"guidance": "both"}, "guidance='both'.*negatives, velocity"),
+    ({"guidance": "velocity"}, "'softmax' does not.*mmd, kl"),
+    ({"neighbours": 0.5}, "neighbours=0.5"),
+  ],
+)
+def test_errors_name_value_and_options(arguments, message):
+  """The messages that users see: annotations are enforced in tests only."""
+  jaxtyping.config.update("jaxtyping_disable", True)
+  try:
+    with pytest.raises(ValueError, match=message):
+      Variant(**arguments)
+  finally:
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def test_independent_samples_are_asked_for():
+  x, pos, gen, _ = (jnp.asarray(a)[None] for a in arrays())
+  with pytest.raises(ValueError, match="'own', but independent .* are given"):
+    drift_loss(x, pos, None, temperatures=(0.5,), independent=gen)
+  with pytest.raises(ValueError, match="'independent', .* are not given"):
+    drift_loss(
+      x,
+      pos,
+      None,
+      temperatures=(0.5,),
+      variant=Variant(negatives="independent"),
+    )
+  with pytest.raises(ValueError, match="6 and 9"):
+    compute_field(x[0], gen[0], pos[0], 0.5, field="kl", mask_self=True)
+
+
+def test_nothing_is_nan_at_the_edges():
+  """Coincident points, tiny temperatures, weights of zero."""
+  x = jnp.zeros((1, 4, 3))
+  far = jnp.full((1, 4, 3), 1e3)
+  for field, options in FIELDS:
+    for pos in (x, far):
+      loss, info = drift_loss(
+        x,
+        pos,
+        far,
+        weight_neg=jnp.zeros((1, 4)),
+        weight_gen=jnp.zeros((1, 4)),
+        temperatures=(1e-3,),
+        variant=Variant(
+          field=field,
+          options=options,
+          negatives="independent",
+          diagnostics=True,
+        ),
+        independent=x,
+      )
+      for value in jax.tree.leaves((loss, info)):
+        assert np.isfinite(value).all(), (field, options)

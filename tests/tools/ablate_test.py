@@ -1,0 +1,354 @@
+"""Tables of ablations: the numbers, the words, and runs that are killed."""
+
+import csv
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+
+from drift_jax import exits, metrics
+from drift_jax.tools import ablation_table
+from tests.conftest import ROOT, process_environment
+
+BASE = "--config=configs/digits.py:smoke"
+# As small as a generator can be: processes take most of the time.
+SMALL = {
+  "model.depth": 1,
+  "model.hidden_size": 16,
+  "model.cond_dim": 16,
+  "model.num_heads": 2,
+  "drift.temperatures": "(0.1,)",
+  "batch.labels": 4,
+  "batch.generated": 4,
+  "batch.positives": 4,
+  "train.num_steps": 4,
+  "optim.warmup_steps": 1,
+  "checkpoint.every": 2,
+  "eval.every": 0,
+  "eval.num_samples": 20,
+  "eval.metrics": "('fd_pixel',)",
+}
+ROWS = "--rows=antisymmetric,attraction_only"
+
+
+def heading(**changes):
+  return ablation_table.Heading(
+    **{
+      "title": "A table",
+      "varies": "What varies.",
+      "source": "a paper",
+      "base": "digits",
+      "steps": 4,
+      "seeds": [0, 1],
+      "figure": "fd_pixel",
+      "alpha": None,
+      "command": "python -m x",
+    }
+    | changes
+  )
+
+
+def row(name, values, paper=None, figure="fd_pixel"):
+  """A row with a value of each seed at alpha 1."""
+  return ablation_table.Row(
+    name,
+    f"row {name}",
+    "",
+    paper,
+    runs={seed: {figure: {1.0: v}} for seed, v in enumerate(values)},
+    workdirs={seed: f"{name}/{seed}" for seed in range(len(values))},
+  )
+
+
+def read_csv(path):
+  return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def test_mean_and_sample_deviation():
+  value = ablation_table.summarise([1.0, 2.0, 6.0])
+  assert value.mean == pytest.approx(3.0)
+  assert value.spread == pytest.approx(math.sqrt((4 + 1 + 9) / 2))
+  assert str(value) == "3 ± 2.6"
+  assert str(ablation_table.summarise([0.123456])) == "0.1235"
+
+
+def test_the_best_alpha_is_that_of_the_mean():
+  """Seed 1's best is another one's, but its mean is worse."""
+  runs = {
+    0: {"fd_pixel": {1.0: 5.0, 2.0: 3.0}, "coverage": {1.0: 0.1, 2.0: 0.9}},
+    1: {"fd_pixel": {1.0: 4.0, 2.0: 5.0}, "coverage": {1.0: 0.2, 2.0: 0.3}},
+  }
+  entry = ablation_table.Row("a", "a", "", None, runs=runs)
+  assert ablation_table.chosen_alpha(entry, "fd_pixel", None) == 2.0
+  assert ablation_table.headline(entry, heading()).mean == 4.0
+  assert ablation_table.headline(entry, heading(alpha=1.0)).mean == 4.5
+  # More coverage is better: the other way round.
+  assert ablation_table.chosen_alpha(entry, "coverage", None) == 2.0
+  diverged = {0: {"fd_pixel": {1.0: math.nan, 2.0: 7.0}}}
+  entry = ablation_table.Row("a", "a", "", None, runs=diverged)
+  assert ablation_table.chosen_alpha(entry, "fd_pixel", None) == 2.0
+
+
+def test_figures_of_the_last_step():
+  records = [
+    {"step": 2, "eval/fd_pixel/alpha_1.0": 9.0},
+    {"step": 4, "loss": 1.0},
+    {"step": 4, "eval/fd_pixel/alpha_1.0": 3.0, "eval/fd_pixel/baseline": 1.0},
+  ]
+  assert ablation_table.last_figures(records, 4) == (
+    {"fd_pixel": {1.0: 3.0}},
+    {"fd_pixel": 1.0},
+  )
+  assert ablation_table.last_figures(records, 3) == ({}, {})
+
+
+def test_an_order_that_holds():
+  rows = [
+    row("a", [1.0, 1.2], 8.46),
+    row("b", [2.0, 2.2], (41.0, 177.0)),
+    row("c", [3.0, 3.2], (41.0, 177.0)),
+    row("d", [0.1, 0.2]),
+  ]
+  # b and c are within one range: the paper does not order them here.
+  assert ablation_table.ordering(rows, heading()) == (
+    "The paper's order holds in 2 of 2 pairs that it orders (Kendall's tau "
+    "1.00)."
+  )
+
+
+def test_an_order_that_is_swapped():
+  rows = [
+    row("a", [2.0, 2.2], 8.0),
+    row("b", [1.9, 2.1], 9.0),
+    row("c", [1.0, 1.02], 10.0),
+  ]
+  # Of ab, ac and bc all are swapped, ab by less than the seeds scatter.
+  text = ablation_table.ordering(rows, heading()).split("\n")
+  assert text == [
+    "The paper's order holds in 0 of 3 pairs that it orders (Kendall's tau "
+    "-1.00).",
+    "- Swapped: row b (2 ± 0.14) is better here than row a (2.1 ± 0.14), "
+    "closer than the seeds scatter; in the paper 9.00 against 8.00.",
+    "- Swapped: row c (1.01 ± 0.014) is better here than row a (2.1 ± 0.14), "
+    "farther apart than the seeds scatter; in the paper 10.00 against 8.00.",
+    "- Swapped: row c (1.01 ± 0.014) is better here than row b (2 ± 0.14), "
+    "farther apart than the seeds scatter; in the paper 10.00 against 9.00.",
+  ]
+  swapped_one = [rows[0], row("b", [3.0, 3.0], 9.0), rows[2]]
+  # ab holds, ac and bc do not: (1 - 2) / 3.
+  text = ablation_table.ordering(swapped_one, heading())
+  assert text.startswith("The paper's order holds in 1 of 3 pairs")
+  assert "tau -0.33" in text and text.count("Swapped") == 2
+
+
+def test_an_order_of_a_figure_of_which_more_is_better():
+  rows = [
+    row("a", [0.9], 8.0, "coverage"),
+    row("b", [0.8], 9.0, "coverage"),
+  ]
+  holds = "The paper's order holds in the one pair that it orders."
+  assert ablation_table.ordering(rows, heading(figure="coverage")) == holds
+
+
+def test_what_diverged_is_the_worst():
+  rows = [row("a", [1.0], 8.0), row("b", [math.nan], 9.0)]
+  holds = "The paper's order holds in the one pair that it orders."
+  assert ablation_table.ordering(rows, heading()) == holds
+  rows = [row("a", [math.nan], 8.0), row("b", [1.0], 9.0)]
+  text = ablation_table.ordering(rows, heading())
+  assert "row b (1) is better here than row a (nan); in" in text
+
+
+def test_an_order_of_nothing():
+  rows = [row("a", [1.0], 8.0), row("b", [1.0]), row("c", [], 9.0)]
+  text = ablation_table.ordering(rows, heading())
+  assert "orders no two rows that have runs" in text
+
+
+def test_files(tmp_path):
+  rows = [
+    row("a", [1.0, 3.0], 8.46),
+    row("b", [30.0, math.nan], (41.0, 177.0)),
+    row("c", []),
+  ]
+  rows[2].failed[0] = "Error: no such thing"
+  written = ablation_table.write(rows, heading(), tmp_path, "table")
+  text = (tmp_path / "table.md").read_text()
+  assert "| row a |  | 2 | **2 ± 1.4** | 1 | 8.46 |" in text
+  assert "| row b |  | 2 | nan ± nan | 1 | 41 to 177 |" in text
+  assert "| row c |  | 0 |  |  | not given here |" in text
+  assert "Failed:\n- c, seed 0: Error: no such thing" in text
+  lines = read_csv(tmp_path / "table.csv")
+  assert [line["fd_pixel/alpha_1"] for line in lines] == [
+    *("1.0", "3.0", "30.0", "nan"),
+  ]
+  assert lines[2]["paper_fid"] == "41 to 177"
+  with Image.open(tmp_path / "table.png") as picture:
+    assert picture.size[0] == 1300
+  assert written == [f"{tmp_path}/table.{s}" for s in ("md", "csv", "png")]
+
+
+def command(workdir, table, *arguments, **overrides):
+  return [
+    *(sys.executable, "-m", "drift_jax.tools.ablate", table, BASE),
+    f"--workdir={workdir}",
+    *(f"--config.{key}={value}" for key, value in (SMALL | overrides).items()),
+    *arguments,
+  ]
+
+
+def call(*arguments, **overrides):
+  return subprocess.run(
+    command(*arguments, **overrides),
+    cwd=ROOT,
+    env=process_environment(),
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+
+
+def wait_for(condition, process):
+  for _ in range(1200):
+    if condition() or process.poll() is not None:
+      return
+    time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+  """A workdir whose second of four runs was interrupted."""
+  workdir = tmp_path_factory.mktemp("ablations")
+  process = subprocess.Popen(
+    command(workdir, "table1", ROWS, "--seeds=0,1"),
+    cwd=ROOT,
+    env=process_environment(),
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  wait_for(lambda: [*workdir.glob("*repulsion=0.0-*/seed_0.log")], process)
+  process.send_signal(signal.SIGTERM)
+  try:
+    _, words = process.communicate(timeout=60)
+  finally:
+    process.kill()
+  return workdir, process.returncode, words
+
+
+def test_runs_that_are_killed_and_continued(killed):
+  workdir, code, words = killed
+  assert code == exits.RESTART, words
+  assert "attraction_only, seed 0: stopped; the same command goes on" in words
+  first = workdir / "base" / "seed_0" / "metrics.jsonl"
+  before = first.read_bytes(), first.stat().st_mtime_ns
+  lines = read_csv(workdir / "table1.csv")
+  assert [(line["row"], line["seed"]) for line in lines] == [
+    ("antisymmetric", "0")
+  ]
+
+  done = call(workdir, "table1", ROWS, "--seeds=0,1")
+  assert done.returncode == 0, done.stderr
+  assert "4 runs, 1 of them finished" in done.stderr
+  assert (first.read_bytes(), first.stat().st_mtime_ns) == before
+  lines = read_csv(workdir / "table1.csv")
+  assert [(line["row"], line["seed"]) for line in lines] == [
+    ("antisymmetric", "0"),
+    ("antisymmetric", "1"),
+    ("attraction_only", "0"),
+    ("attraction_only", "1"),
+  ]
+  for line in lines:
+    records = metrics.read_jsonl(f"{line['workdir']}/metrics.jsonl")
+    figures, _ = ablation_table.last_figures(records, 4)
+    assert float(line["fd_pixel/alpha_2"]) == figures["fd_pixel"][2.0]
+  values = {line["workdir"]: line["fd_pixel/alpha_1"] for line in lines}
+  assert len(set(values.values())) == 4  # rows and seeds differ
+  text = (workdir / "table1.md").read_text()
+  assert text in done.stdout and "41 to 177" in text
+  assert "The paper's order" in text
+  assert (workdir / "table1.png").exists()
+
+
+def test_a_shared_row_is_trained_once_and_a_failed_one_stops_none(killed):
+  """After the test above: alphas of the base's run, and a row that can't be."""
+  workdir, *_ = killed
+  done = call(workdir, "fig5", "--rows=alpha_1,alpha_2", "--seeds=0")
+  assert done.returncode == 0, done.stderr
+  log = (workdir / "base" / "seed_0.log").read_text()
+  assert log.count("Starting a new run") == 1
+  lines = read_csv(workdir / "fig5.csv")
+  assert [line["row"] for line in lines] == ["alpha_1", "alpha_2"]
+  assert float(lines[0]["fd_pixel/alpha_1"]) > 0
+  assert lines[0]["fd_pixel/alpha_2"] == ""
+  assert (workdir / "fig5.png").exists()
+
+  rows = "--rows=xy,y"
+  done = call(workdir, "table11", rows, "--seeds=0", "--commands")
+  (line,) = done.stdout.splitlines()
+  assert "--config=configs/ablations.py:digits:smoke/table11/y" in line
+  path = shlex.split(line)[-1].removeprefix("--workdir=")
+  os.makedirs(os.path.dirname(path))
+  with open(path, "w"):
+    pass  # a file in the place of the run
+  done = call(workdir, "table11", rows, "--seeds=0")
+  assert done.returncode == 1
+  assert done.stderr.endswith("Error: 1 of 2 runs failed: y, seed 0\n")
+  text = (workdir / "table11.md").read_text()
+  assert "- y, seed 0: Error:" in text and "is a file" in text
+  assert "| over x and y |  | 1 |" in text
+
+
+MISTAKES = (
+  (("table4",), "table 'table4': valid options are ['table1', 'table2'"),
+  (("table1", "--rows=x"), "there is no 'x' in table1 of digits:smoke, valid"),
+  (("table1", "--seeds=0,1,0"), "--seeds=0,1,0 holds 0 twice"),
+  (("table1", "--seeds=0,-1"), "'-1' is no number from 0 on"),
+  (
+    ("table1", "--config.drift.attraction=2"),
+    "--config.drift.attraction=2: drift.attraction is what the rows of table1",
+  ),
+  (("table1", "--config.seed=3"), "--config.seed=3: give seeds by --seeds"),
+  (("table1", "--figure=fid"), "--figure=fid: valid options are ['fd_pixel'"),
+  (("table1", "--alpha=1.5"), "--alpha=1.5: evaluated are (1.0, 2.0)"),
+  (("fig5", "--alpha=1"), "the rows are alphas themselves, use --rows"),
+  (("table3",), "table3 on 'digits:smoke', which has no encoder"),
+  ((), "name one table, got []; valid options are ['table1'"),
+)
+
+
+def test_mistakes(tmp_path):
+  """Each ends the tool with one line, before anything is written."""
+  program = f"""if True:
+    import sys
+    from absl import flags
+    from drift_jax import config as config_lib
+    from drift_jax.tools import ablate
+
+    for arguments in {[list(arguments) for arguments, _ in MISTAKES]}:
+      flags.FLAGS.unparse_flags()
+      sys.argv = ["ablate", {BASE!r}, "--workdir={tmp_path / "never"}"]
+      sys.argv += arguments
+      try:
+        ablate.main(config_lib.parse_flags(sys.argv))
+      except SystemExit as ended:
+        print(ended.code)
+  """
+  done = subprocess.run(
+    [sys.executable, "-c", program],
+    cwd=ROOT,
+    env=process_environment(),
+    capture_output=True,
+    text=True,
+    timeout=100,
+  )
+  assert done.stderr == ""
+  lines = done.stdout.splitlines()
+  for (_, part), line in zip(MISTAKES, lines, strict=True):
+    assert line.startswith("Error: ") and part in line
+  assert not (tmp_path / "never").exists()
