@@ -233,6 +233,55 @@ def mae() -> ConfigDict:
   return config
 
 
+def toy() -> ConfigDict:
+  """Defaults of task 'toy' (5.1): the settings of Fig. 3 and 4."""
+  config = _shared("toy")
+  del config["init_from"], config["vae"]
+
+  config.data = ConfigDict()
+  config.data.distribution = "bimodal"  # see drift_jax.data.draw_points
+  config.data.noise = 0.1  # standard deviation of what is added
+  config.data.prefetch = 2  # batches ahead of the step
+
+  config.model = ConfigDict()
+  # 'mlp', or 'particles': no network, x <- x + optim.learning_rate V.
+  config.model.kind = "mlp"
+  config.model.noise_size = 32
+  config.model.width = 256  # of each hidden layer
+  config.model.depth = 3  # hidden layers
+  config.model.location = (0.0, 0.0)  # mean of the samples at first
+  config.model.spread = 0.1  # their standard deviation then
+
+  config.drift = drift()
+  config.drift.update(normalize_features=False, normalize_drift=False)
+  config.drift.temperatures = (0.05,)  # of raw distances
+  config.drift.affinity_floor = 0.0
+
+  config.batch = ConfigDict()
+  # Independent problems of one step, each with what follows: a multiple of the
+  # devices.
+  config.batch.labels = 1
+  config.batch.generated = 2_048
+  config.batch.positives = 2_048
+
+  config.optim.update(
+    learning_rate=1e-3, warmup_steps=0, b2=0.999, weight_decay=0.0
+  )
+  config.ema.decays = (0.0,)  # 0: the parameters themselves
+
+  config.train = ConfigDict()
+  config.train.num_steps = 2_000
+  config.train.log_every = 10  # steps
+
+  config.eval = ConfigDict()
+  config.eval.every = 25  # steps; a frame of the animation each
+  config.eval.num_samples = 4_096  # and as many points of data
+  config.eval.ema_decay = 0.0  # which average is evaluated
+
+  config.checkpoint.every = 500  # steps
+  return config
+
+
 def choose(variant: str, options: tuple[str, ...]) -> tuple[str, bool]:
   """'b2,smoke' -> ('b2', True); the first option where none is named."""
   names = [name for name in variant.split(",") if name]

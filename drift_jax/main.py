@@ -51,6 +51,8 @@ def main(argv: list[str]) -> None:
   console.setup()
   if config.task == "mae":
     from drift_jax import train_mae as trainer
+  elif config.task == "toy":
+    from drift_jax import train_toy as trainer
   else:
     from drift_jax import train as trainer
 

@@ -65,6 +65,25 @@ def make_optimizer(
   )
 
 
+def make_particle_optimizer(
+  schedule: optax.Schedule, count: int
+) -> optax.GradientTransformation:
+  """x <- x + eta V of particles that are their own samples; eta by schedule.
+
+  The loss' gradient with respect to a sample is -2 V / (N C) on raw distances,
+  with C = 2 coordinates in the plane: this is gradient descent of rate
+  eta N C / 2 = eta N.
+
+  Args:
+    schedule: of eta.
+    count: N, particles.
+  """
+  optimizer = optax.sgd(lambda step: schedule(step) * count)
+  return optax.GradientTransformation(
+    optimizer.init, _with_standard_promotion(optimizer.update)
+  )
+
+
 def _with_standard_promotion(function: Callable[..., Any]) -> Any:
   """optax mixes dtypes, which this package's own code is checked not to."""
 

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 import pytest
 
-from configs import cifar10, common, digits, imagenet_latent, mae_latent
+from configs import cifar10, common, digits, imagenet_latent, mae_latent, toy
 from drift_jax import config as config_lib
-from drift_jax import loop, models, state, train, train_mae
+from drift_jax import loop, models, state, train, train_mae, train_toy
 from tests.autoencoders import save_vae
 from tests.data import pictures
 from tests.judges import save_inception, save_random_statistics
@@ -93,7 +93,11 @@ def test_wrong_types(key, value, message):
 @pytest.mark.parametrize(
   ("key", "value", "message"),
   [
-    ("task", "train", r"task='train': valid options are \['gen.*'mae'\]"),
+    (
+      "task",
+      "train",
+      r"task='train': valid options are \['gen.*'mae', 'toy'\]",
+    ),
     ("seed", -1, r"seed=-1 must lie in \[0, 2\*\*32\)"),
     ("seed", 2**32, r"seed=4294967296 must lie in \[0, 2\*\*32\)"),
     ("optim.schedule", "cosin", r"'cosin': valid .*did you mean 'cosine'"),
@@ -399,6 +403,9 @@ def test_every_key_is_read(reads, no_steps, tmp_path):
   latents.model.in_channels = 2
   latents.vae.path = str(tmp_path / "vae")
   train_mae.train_and_evaluate(latents, str(tmp_path / "latents"))
+  points = toy.get_config("smoke")
+  points.batch.labels = 8
+  train_toy.train_and_evaluate(points, str(tmp_path / "toy"))
   fields = {
     (section.__name__, field.name)
     for task in config_lib.TASKS.values()
@@ -406,7 +413,11 @@ def test_every_key_is_read(reads, no_steps, tmp_path):
     for field in dataclasses.fields(section)
   }
   # What main asks `parse`: which task it is, and how processes are joined.
-  chosen = {(task.__name__, "task") for task in config_lib.TASKS.values()}
+  chosen = {
+    (task.__name__, name)
+    for task in config_lib.TASKS.values()
+    for name in ("task", "processes")
+  }
   chosen.add(("Processes", "heartbeat_timeout"))
   assert fields - chosen - reads == set()
 

@@ -34,6 +34,7 @@ RANKS = {
   "tools": 5,
   "train": 5,
   "train_mae": 5,
+  "train_toy": 5,
   "main": 7,
 }
 # What pure code must not touch: configs, meshes, files and clocks.

@@ -84,6 +84,7 @@ def generator_task():
     generator=Scale(),
     features=steps.FeatureSpace(encoders={}, options={}, sample=True),
     sample_shape=(2, 2, 1),
+    noise_shape=(2, 2, 1),
     style_tokens=1,
     style_vocab=2,
     num_generated=4,

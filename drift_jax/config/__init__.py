@@ -25,6 +25,7 @@ from drift_jax.config.schema import (
   EVAL_METRICS,
   JUDGED_METRICS,
   TASKS,
+  AnyConfig,
   Checkpoint,
   ConfigError,
   Data,
@@ -40,6 +41,7 @@ from drift_jax.config.schema import (
   Mesh,
   Optim,
   Section,
+  ToyConfig,
   Vae,
 )
 
@@ -49,6 +51,7 @@ __all__ = [
   "RESUMABLE",
   "RESUMABLE_ENDS",
   "TASKS",
+  "AnyConfig",
   "Checkpoint",
   "ConfigError",
   "Data",
@@ -64,6 +67,7 @@ __all__ = [
   "Mesh",
   "Optim",
   "Section",
+  "ToyConfig",
   "Vae",
   "check",
   "check_judges",

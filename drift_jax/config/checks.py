@@ -8,27 +8,33 @@ from typing import Any
 from drift_jax.config.schema import (
   CROPS,
   DECODERS,
+  DISTRIBUTIONS,
   EVAL_METRICS,
   FROZEN_SHARDINGS,
   JUDGED_METRICS,
   RANKING_METRICS,
   SOURCES,
   TEMPERATURE_KINDS,
+  TOY_MODELS,
   WIRE_DTYPES,
+  AnyConfig,
   ConfigError,
   Drift,
   Encoder,
   GeneratorConfig,
   Judge,
   MaeConfig,
+  ToyConfig,
   Vae,
 )
 
 
-def check(config: GeneratorConfig | MaeConfig) -> None:
+def check(config: AnyConfig) -> None:
   """Raises ConfigError where values are out of range or contradict."""
   if isinstance(config, GeneratorConfig):
     _check_generator(config)
+  elif isinstance(config, ToyConfig):
+    _check_toy(config)
   else:
     _check_mae(config)
 
@@ -57,7 +63,7 @@ def _distinct(path: str, values: tuple[Any, ...]) -> None:
   )
 
 
-def _check_common(config: GeneratorConfig | MaeConfig) -> None:
+def _check_common(config: AnyConfig) -> None:
   optim, checkpoint = config.optim, config.checkpoint
   _require(
     0 <= config.seed < 2**32,
@@ -66,7 +72,7 @@ def _check_common(config: GeneratorConfig | MaeConfig) -> None:
   _choice("optim.schedule", optim.schedule, ("constant", "cosine"))
   _at_least("train.num_steps", config.train.num_steps, 1)
   _at_least("train.log_every", config.train.log_every, 1)
-  _check_data(config)
+  _at_least("data.prefetch", config.data.prefetch, 0)
   _at_least("optim.warmup_steps", optim.warmup_steps, 0)
   _at_least("optim.weight_decay", optim.weight_decay, 0)
   for name in ("learning_rate", "grad_clip", "eps"):
@@ -104,11 +110,17 @@ def _check_common(config: GeneratorConfig | MaeConfig) -> None:
     "processes.heartbeat_timeout", config.processes.heartbeat_timeout, 10
   )
   _at_least("eval.every", config.eval.every, 0)
-  _at_least("eval.batch_size", config.eval.batch_size, 1)
   _at_least("checkpoint.every", checkpoint.every, 1)
   _at_least("checkpoint.keep_latest", checkpoint.keep_latest, 1)
   _at_least("checkpoint.keep_every", checkpoint.keep_every, 0)
   _choice("checkpoint.on_corrupt", checkpoint.on_corrupt, ("error", "previous"))
+
+
+def _check_images(config: GeneratorConfig | MaeConfig) -> None:
+  """What tasks have in common that read images."""
+  _check_common(config)
+  _check_data(config)
+  _at_least("eval.batch_size", config.eval.batch_size, 1)
   _choice("model.dtype", config.model.dtype, ("float32", "bfloat16"))
   # 0: as many as the data have, filled in when they are opened.
   _at_least("model.num_classes", config.model.num_classes, 0)
@@ -140,7 +152,7 @@ def _check_data(config: GeneratorConfig | MaeConfig) -> None:
   _check_source(data.source)
   for name in ("num_threads", "image_size"):
     _at_least(f"data.{name}", getattr(data, name), 1)
-  for name in ("num_workers", "prefetch", "max_corrupt", "held_out"):
+  for name in ("num_workers", "max_corrupt", "held_out"):
     _at_least(f"data.{name}", getattr(data, name), 0)
   _choice("data.crop", data.crop, CROPS)
   _choice("data.wire", data.wire, WIRE_DTYPES)
@@ -211,7 +223,7 @@ def _check_drift(drift: Drift, positives: int) -> None:
 
 
 def _check_generator(config: GeneratorConfig) -> None:
-  _check_common(config)
+  _check_images(config)
   _require(
     config.vae.path == "" or config.data.source.startswith("latents:"),
     f"vae.path={config.vae.path!r} with data.source={config.data.source!r}: a "
@@ -411,7 +423,7 @@ def _check_queue(config: GeneratorConfig) -> None:
 
 
 def _check_mae(config: MaeConfig) -> None:
-  _check_common(config)
+  _check_images(config)
   mae = config.mae
   _at_least("mae.batch_size", mae.batch_size, 1)
   _require(
@@ -431,5 +443,48 @@ def _check_mae(config: MaeConfig) -> None:
   _require(
     len(config.model.layers) == 4 and min(config.model.layers) >= 1,
     f"model.layers={config.model.layers} must hold 4 counts of at least 1",
+  )
+  _choice("checkpoint.best_metric", config.checkpoint.best_metric, ("",))
+
+
+def _check_toy(config: ToyConfig) -> None:
+  _check_common(config)
+  model, batch, drift = config.model, config.batch, config.drift
+  _check_drift(drift, batch.positives)
+  _choice("data.distribution", config.data.distribution, DISTRIBUTIONS)
+  _at_least("data.noise", config.data.noise, 0)
+  _choice("model.kind", model.kind, TOY_MODELS)
+  for name in ("noise_size", "width", "depth"):
+    _at_least(f"model.{name}", getattr(model, name), 1)
+  _require(
+    len(model.location) == 2,
+    f"model.location={model.location} must be the two coordinates of a point",
+  )
+  _require(
+    model.spread > 0,
+    f"model.spread={model.spread} must be positive: samples that start as one "
+    "point can't be told apart",
+  )
+  for name in ("labels", "positives"):
+    _at_least(f"batch.{name}", getattr(batch, name), 1)
+  _require(
+    batch.generated >= 2 or drift.negatives != "own",
+    f"batch.generated={batch.generated}: a single sample has no negative but "
+    "itself, which is masked, so nothing repels it; use at least 2",
+  )
+  if config.has_particles:
+    _require(
+      not drift.normalize_features,
+      "drift.normalize_features=True with model.kind='particles': their step "
+      "is x <- x + eta V on raw distances; set it to False",
+    )
+    _require(
+      drift.negatives != "independent",
+      "drift.negatives='independent' with model.kind='particles': there is no "
+      "noise to draw a second batch from; use 'own' or 'own_with_self'",
+    )
+  _require(
+    config.eval.num_samples >= 2,
+    f"eval.num_samples={config.eval.num_samples}: figures need at least 2",
   )
   _choice("checkpoint.best_metric", config.checkpoint.best_metric, ("",))

@@ -12,13 +12,12 @@ import ml_collections
 from drift_jax.config import checks
 from drift_jax.config.schema import (
   TASKS,
+  AnyConfig,
   ConfigError,
-  GeneratorConfig,
-  MaeConfig,
 )
 
 
-def parse(config: Any) -> GeneratorConfig | MaeConfig:
+def parse(config: Any) -> AnyConfig:
   """The typed, validated form of a ConfigDict (or plain dict).
 
   Raises:

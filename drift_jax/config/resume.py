@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from drift_jax.config.schema import ConfigError, GeneratorConfig, MaeConfig
+from drift_jax.config.schema import AnyConfig, ConfigError
 
 # Keys that a resumed run may change; any other change is another experiment.
 RESUMABLE = (
@@ -38,7 +38,7 @@ RANKING = (
 )
 
 
-def to_json(config: GeneratorConfig | MaeConfig) -> str:
+def to_json(config: AnyConfig) -> str:
   """The resolved config as JSON with sorted keys."""
   return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True)
 

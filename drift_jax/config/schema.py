@@ -346,7 +346,84 @@ class MaeConfig(Section):
   processes: Processes
 
 
-TASKS = {"generator": GeneratorConfig, "mae": MaeConfig}
+class ToyData(Section):
+  """Points of the plane: a distribution, and the noise on it.
+
+  `noise` is the standard deviation of the Gaussian that is added.
+  """
+
+  distribution: str
+  noise: float
+  prefetch: int
+
+
+class ToyModel(Section):
+  """Arguments of drift_jax.models.build_toy, but for the particles' number."""
+
+  kind: str
+  noise_size: int
+  width: int
+  depth: int
+  location: tuple[float, ...]
+  spread: float
+
+
+class ToyBatch(Section):
+  """Sizes of one step: N_c independent problems of N samples, N_pos data."""
+
+  labels: int
+  generated: int
+  positives: int
+
+
+class ToyEval(Section):
+  """Evaluation against fresh data, and what the pictures show."""
+
+  every: int
+  num_samples: int
+  ema_decay: float
+
+
+class ToyConfig(Section):
+  """A run that fits points of the plane (5.1): config.task = 'toy'.
+
+  Where model.kind is 'particles' there is no network: a step is x <- x + eta V,
+  eta = optim.learning_rate, and of `optim` nothing but its schedule counts.
+  """
+
+  task: str
+  seed: int
+  data: ToyData
+  model: ToyModel
+  drift: Drift
+  batch: ToyBatch
+  optim: Optim
+  ema: Ema
+  train: Train
+  eval: ToyEval
+  checkpoint: Checkpoint
+  mesh: Mesh
+  processes: Processes
+
+  @property
+  def has_particles(self) -> bool:
+    """Whether there is no network."""
+    return self.model.kind == "particles"
+
+
+AnyConfig = GeneratorConfig | MaeConfig | ToyConfig
+TASKS = {"generator": GeneratorConfig, "mae": MaeConfig, "toy": ToyConfig}
+
+# Distributions of the plane (data.distribution of a toy), and what fits them.
+DISTRIBUTIONS = (
+  "bimodal",
+  "checkerboard",
+  "swiss_roll",
+  "eight_gaussians",
+  "moons",
+  "spiral",
+)
+TOY_MODELS = ("mlp", "particles")
 
 # Figures of eval.inception and eval.dinov2. 'fd_inception' is what FID is of
 # other weights than the published ones, which those after it are for.

@@ -15,8 +15,17 @@ from drift_jax.data.sources import (
   held_out,
   open_source,
 )
+from drift_jax.data.toys import (
+  TOYS,
+  Modes,
+  ToyFeed,
+  draw_points,
+  fixed_points,
+  modes_of,
+)
 
 __all__ = [
+  "TOYS",
   "ArrayReader",
   "ArraySource",
   "DataError",
@@ -27,13 +36,18 @@ __all__ = [
   "Loader",
   "MemoryReader",
   "MemorySource",
+  "Modes",
   "NoSplitError",
   "Prefetcher",
   "QueueFeed",
   "Reader",
   "Source",
+  "ToyFeed",
   "digits",
+  "draw_points",
+  "fixed_points",
   "held_out",
   "imagenet_classes",
+  "modes_of",
   "open_source",
 ]

@@ -84,6 +84,13 @@ from drift_jax.experiment.runs import (
   pad_to_mesh,
   run,
 )
+from drift_jax.experiment.toys import (
+  init_toy,
+  make_field,
+  toy_feed,
+  toy_sampler,
+  toy_task,
+)
 
 __all__ = [
   "ERRORS",
@@ -116,6 +123,7 @@ __all__ = [
   "init_drift",
   "init_generator",
   "init_mae",
+  "init_toy",
   "is_published",
   "jit_mae_evaluation",
   "jit_interpolator",
@@ -129,6 +137,7 @@ __all__ = [
   "mae_input_shape",
   "mae_task",
   "make_decoder",
+  "make_field",
   "make_loader",
   "make_optimizer",
   "make_pixels",
@@ -154,5 +163,8 @@ __all__ = [
   "sample_grid",
   "sampling_task",
   "start_params",
+  "toy_feed",
+  "toy_sampler",
+  "toy_task",
   "with_num_classes",
 ]

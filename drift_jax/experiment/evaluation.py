@@ -210,6 +210,7 @@ def sampling_task(module: Any) -> steps.GeneratorTask:
     generator=module,
     features=steps.FeatureSpace(encoders={}, options={}, sample=True),
     sample_shape=(module.input_size, module.input_size, module.out_channels),
+    noise_shape=(module.input_size, module.input_size, module.in_channels),
     style_tokens=module.style_tokens,
     style_vocab=module.style_vocab,
     num_generated=1,

@@ -11,8 +11,9 @@ import jax
 from drift_jax import artifacts, data
 from drift_jax import config as config_lib
 from drift_jax.console import logger
-from drift_jax.experiment.runs import AnyConfig, naming
+from drift_jax.experiment.runs import naming
 
+_ImageConfig = config_lib.GeneratorConfig | config_lib.MaeConfig
 _Config = TypeVar("_Config", config_lib.GeneratorConfig, config_lib.MaeConfig)
 LATENTS = "latents:"
 # Which images are held out does not change with the run's seed: runs of
@@ -28,7 +29,9 @@ class Readers:
   test: Callable[[], data.Reader]
 
 
-def open_readers(config: AnyConfig, vae: artifacts.Artifact | None) -> Readers:
+def open_readers(
+  config: _ImageConfig, vae: artifacts.Artifact | None
+) -> Readers:
   """Readers of the data that config.data names.
 
   Where the data have no split called config.data.test_split,
@@ -220,7 +223,7 @@ def check_shape(reader: data.Reader, shape: tuple[int, ...], what: str) -> None:
 
 
 def make_loader(
-  config: AnyConfig, reader: data.Reader, batch_size: int
+  config: _ImageConfig, reader: data.Reader, batch_size: int
 ) -> data.Loader:
   """Endless shuffled batches of the training images."""
   return data.Loader(

@@ -436,6 +436,7 @@ def generator_task(
     generator=generator,
     features=feature_space(config, encoders, vae),
     sample_shape=(model.input_size, model.input_size, model.out_channels),
+    noise_shape=(model.input_size, model.input_size, model.in_channels),
     style_tokens=model.style_tokens,
     style_vocab=model.style_vocab,
     num_generated=config.batch.generated,

@@ -61,6 +61,11 @@ def programs(config: AnyConfig, mesh: Mesh) -> list[Program]:
     ArtifactError: a network that nothing describes.
     ConfigError: sizes that the mesh or the networks don't allow.
   """
+  if isinstance(config, config_lib.ToyConfig):
+    raise config_lib.ConfigError(
+      "task='toy' needs no check beforehand: it fits any device; valid options "
+      "here are ['generator', 'mae']"
+    )
   if not config.model.num_classes:
     raise config_lib.ConfigError(
       "model.num_classes=0 takes as many as the data have, but no data are "

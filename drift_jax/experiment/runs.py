@@ -48,7 +48,7 @@ ERRORS = (
   processes.PeerError,
   OSError,  # a file or a disk; the message has the path
 )
-AnyConfig = config_lib.GeneratorConfig | config_lib.MaeConfig
+AnyConfig = config_lib.AnyConfig
 
 
 class Evaluate(Protocol):
@@ -203,7 +203,7 @@ def run(
   """Trains to config.train.num_steps, from a checkpoint if there is one.
 
   Args:
-    config: of either task.
+    config: of any task.
     path: the workdir.
     mesh: where the state lives.
     name: of the model, for the log.
@@ -342,7 +342,7 @@ def make_training(
   """State and step of a run on a mesh, whose devices need not be there.
 
   Args:
-    config: of either task.
+    config: of any task.
     mesh: where the state lives.
     init_params: key -> parameters.
     step: (state, batch, frozen parameters, *, optimizer, schedule, layout) ->
@@ -351,6 +351,8 @@ def make_training(
     init_drift: makes TrainState.drift.
   """
   optimizer, schedule = make_optimizer(config.optim, config.train.num_steps)
+  if isinstance(config, config_lib.ToyConfig) and config.has_particles:
+    optimizer = optim.make_particle_optimizer(schedule, config.batch.generated)
   abstract, init = state_lib.abstract_and_init(
     init_params,
     optimizer,

@@ -418,3 +418,49 @@ def plot_mae(records: Records, path: files.PathLike) -> None:
     else:
       _log_scale(axis)
   _save(figure, path)
+
+
+def plot_toy(records: Records, path: files.PathLike) -> None:
+  """Loss and figures of a toy run over steps, a panel for each.
+
+  Args:
+    records: dicts with "step", `loss`, `eval/energy_distance` and
+      `eval/sliced_wasserstein` with their `.../baseline` (data against data:
+      dashed), and `eval/mode_ratio/K`, the mass of each mode over its true one.
+      What there is is drawn.
+    path: PNG file to write.
+
+  Raises:
+    ValueError: when no record holds any of them.
+  """
+  labels = {
+    "loss": "loss\n(mean of squares of V)",
+    "eval/energy_distance": "energy distance",
+    "eval/sliced_wasserstein": "sliced Wasserstein",
+  }
+  keys = _keys(records)
+  present = [key for key in labels if key in keys]
+  modes = [key for key in keys if key.startswith("eval/mode_ratio/")]
+  if not present and not modes:
+    raise _nothing_to_plot("'loss' or 'eval/energy_distance'", records)
+  figure, axes = _figure(len(present) + bool(modes), 2.5)
+  for i, (axis, key) in enumerate(zip(axes, present, strict=False)):
+    _draw(axis, *_series(records, key), label="generated", colour=_COLOURS[i])
+    _, base = _series(records, f"{key}/baseline")
+    if len(base):
+      _dashed(axis, base[-1], f"data vs data: {base[-1]:.3g}")
+      axis.legend(frameon=False)
+    _log_scale(axis)
+    axis.set_ylabel(labels[key])
+  if modes:
+    for i, key in enumerate(modes):
+      colour = _COLOURS[i % len(_COLOURS)]
+      _draw(axes[-1], *_series(records, key), label=key, colour=colour)
+    _dashed(axes[-1], 1.0, "")
+    axes[-1].set_ylim(bottom=0)
+    axes[-1].set_ylabel("mass of each mode\n(over its true one)")
+  _save(figure, path)
+
+
+def _dashed(axis: Any, level: float, label: str) -> None:
+  axis.axhline(level, color="0.3", linestyle="--", linewidth=1.2, label=label)

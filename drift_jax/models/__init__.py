@@ -5,10 +5,12 @@ from drift_jax.models.generator import build_generator
 from drift_jax.models.inception import InceptionOutput, build_inception
 from drift_jax.models.mae import MAEOutput, build_mae, mae_loss
 from drift_jax.models.resnet import build_resnet
+from drift_jax.models.toy import TOY_KINDS, build_toy
 from drift_jax.models.vae import build_vae, latent_mean, sample_latents
 from drift_jax.models.vit import build_vit
 
 __all__ = [
+  "TOY_KINDS",
   "InceptionOutput",
   "MAEOutput",
   "build_convnext",
@@ -16,6 +18,7 @@ __all__ = [
   "build_inception",
   "build_mae",
   "build_resnet",
+  "build_toy",
   "build_vae",
   "build_vit",
   "latent_mean",

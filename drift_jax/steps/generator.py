@@ -165,6 +165,7 @@ class GeneratorTask:
     generator: from noise to samples.
     features: of the loss.
     sample_shape: (H, W, C).
+    noise_shape: of one sample's noise, (H, W, C).
     style_tokens, style_vocab: number and range of style indices.
     num_generated: N, samples of a label.
     drift: keyword arguments of drift.drift_losses.
@@ -182,6 +183,7 @@ class GeneratorTask:
   generator: nn.Module
   features: FeatureSpace
   sample_shape: tuple[int, int, int]
+  noise_shape: tuple[int, int, int]
   style_tokens: int
   style_vocab: int
   num_generated: int
@@ -204,7 +206,7 @@ def draw(key: PRNGKeyArray, task: GeneratorTask, num_labels: int) -> Draws:
   count = num_labels * task.num_generated
 
   def inputs(noise_key: jax.Array, style_key: jax.Array) -> Any:
-    noise = jax.random.normal(noise_key, (count, *task.sample_shape))
+    noise = jax.random.normal(noise_key, (count, *task.noise_shape))
     shape = (count, task.style_tokens)
     vocab = max(task.style_vocab, 1)
     return noise, jax.random.randint(style_key, shape, 0, vocab)
@@ -349,6 +351,9 @@ def _gathering(
 ) -> tuple[Any, Any]:
   """(the generator on parts of its blocks, all else gathered)."""
   stack = "blocks"
+  if stack not in layout.params:
+    dtype_of = early_dtype(generator)
+    return generator, sharding.gather(params, layout.params, dtype_of)
 
   def in_block(spec: PartitionSpec) -> bool:
     return len(spec) > 1 and spec[0] is None
@@ -571,7 +576,7 @@ def sample_inputs(
 
   def inputs_of(i: jax.Array) -> tuple[jax.Array, jax.Array]:
     noise_key, style_key = jax.random.split(jax.random.fold_in(root, i))
-    noise = jax.random.normal(noise_key, task.sample_shape)
+    noise = jax.random.normal(noise_key, task.noise_shape)
     drawn = jax.random.randint(
       style_key, (task.style_tokens,), 0, max(task.style_vocab, 1)
     )

@@ -1,0 +1,156 @@
+"""How far two sets of points are apart, in the plane or any small space.
+
+Everything is computed in float64.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+Points = Float[np.ndarray, "N D"]
+
+# Rows of a distance matrix that are held at once.
+_CHUNK = 256
+# A mode counts as reached from this share of its mass on.
+_REACHED = 0.1
+
+
+class Coverage(NamedTuple):
+  """What mode_coverage finds.
+
+  Attributes:
+    masses: [K], shares of the points in each mode.
+    outside: share of the points in none.
+    reached: modes that hold at least a tenth of their true mass.
+    worst_error: max over modes of |mass / true mass - 1|.
+  """
+
+  masses: np.ndarray
+  outside: float
+  reached: int
+  worst_error: float
+
+
+def mean_distance(x: Points, y: Float[np.ndarray, "M D"]) -> float:
+  """E ||X - Y||: the mean over all N M pairs, a few rows of them at a time.
+
+  Raises:
+    ValueError: an empty set, or spaces of different dimension.
+  """
+  from scipy.spatial import distance
+
+  x, y = _checked(x, y)
+  rows = (x[i : i + _CHUNK] for i in range(0, len(x), _CHUNK))
+  total = sum(float(distance.cdist(part, y).sum()) for part in rows)
+  return total / (len(x) * len(y))
+
+
+def energy_distance(x: Points, y: Float[np.ndarray, "M D"]) -> float:
+  """2 E ||X - Y|| - E ||X - X'|| - E ||Y - Y'||, in the points' unit.
+
+  The V-statistic: a point's distance to itself counts, so that it is never
+  negative, and of two sets of one distribution it is (1/N + 1/M) E ||X - X'||
+  on average: judge it beside such a pair. (Its square root is also called
+  energy distance.)
+
+  Args:
+    x: [N, D].
+    y: [M, D].
+
+  Raises:
+    ValueError: an empty set, or spaces of different dimension.
+  """
+  across = 2 * mean_distance(x, y)
+  return max(across - mean_distance(x, x) - mean_distance(y, y), 0.0)
+
+
+def sliced_wasserstein(
+  x: Points,
+  y: Float[np.ndarray, "M D"],
+  *,
+  projections: int = 64,
+  seed: int = 0,
+) -> float:
+  """E over directions u of W1(u x, u y), in the points' unit.
+
+    W1 = mean over i of |sort(u x)_i - sort(u y)_i|
+  of as many points in both sets, over the same random directions each time.
+
+  Args:
+    x, y: [N, D].
+    projections: number of directions, uniform on the sphere.
+    seed: of the directions.
+
+  Raises:
+    ValueError: sets of different shapes, or an empty one.
+  """
+  x, y = _checked(x, y)
+  if len(x) != len(y):
+    raise ValueError(
+      f"sets of {len(x)} and {len(y)} points: sliced Wasserstein pairs them in "
+      "order, give as many of each"
+    )
+  directions = np.random.default_rng(seed).normal(
+    size=(projections, x.shape[1])
+  )
+  directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+  along_x, along_y = (
+    np.sort(points @ directions.T, axis=0) for points in (x, y)
+  )
+  return float(np.mean(np.abs(along_x - along_y)))
+
+
+def mode_coverage(
+  points: Points,
+  centres: Float[np.ndarray, "K D"],
+  masses: Float[np.ndarray, " K"],
+  radius: float,
+) -> Coverage:
+  """Shares of the points in each mode, against the true ones.
+
+  A point belongs to the nearest centre, or to none beyond `radius`.
+
+  Args:
+    points: [N, D].
+    centres: [K, D] of the modes.
+    masses: [K], true shares.
+    radius: in the points' unit.
+
+  Raises:
+    ValueError: no points, or spaces of different dimension.
+  """
+  from scipy.spatial import distance
+
+  points, centres = _checked(points, centres)
+  distances = distance.cdist(points, centres)
+  inside = distances.min(axis=1) <= radius
+  nearest = distances.argmin(axis=1)[inside]
+  found = np.bincount(nearest, minlength=len(centres)) / len(points)
+  return Coverage(
+    masses=found,
+    outside=float(np.mean(~inside)),
+    reached=int(np.sum(found >= _REACHED * masses)),
+    worst_error=float(np.max(np.abs(found / masses - 1))),
+  )
+
+
+def baseline(
+  figure: Callable[[np.ndarray, np.ndarray], float],
+  sets: Sequence[np.ndarray],
+) -> float:
+  """A figure of data against data: its mean over successive pairs of sets."""
+  pairs = zip(sets[:-1], sets[1:], strict=True)
+  return float(np.mean([figure(x, y) for x, y in pairs]))
+
+
+def _checked(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Both in float64; ValueError for what has no distance."""
+  x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+  if not len(x) or not len(y) or x.shape[1] != y.shape[1]:
+    raise ValueError(
+      f"point sets of shapes {x.shape} and {y.shape}: want [N, D] and [M, D], "
+      "neither empty"
+    )
+  return x, y
