@@ -33,7 +33,9 @@ _FIELD_POINTS = 256
 _BASELINE_SETS = 6
 
 
-def train_and_evaluate(config: Any, workdir: str) -> TrainState:
+def train_and_evaluate(
+  config: Any, workdir: str, *, draw: bool = True
+) -> TrainState:
   """Fits the points that a config describes, and draws how they moved.
 
   Continues from the newest checkpoint in the workdir if there is one.
@@ -43,6 +45,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     workdir: gets config.json, checkpoints/, metrics.jsonl, TensorBoard events,
       samples/*.npy [n, 2] and, at the end, figures.json, plots/evolution.gif,
       plots/field.png and plots/curves.png.
+    draw: whether pictures are made.
 
   Returns:
     The final state.
@@ -67,7 +70,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   path = experiment.open_workdir(
     workdir, config, {}, (config.data.distribution,)
   )
-  evaluation = Evaluation(config, task, mesh, path)
+  evaluation = Evaluation(config, task, mesh, path, draw)
   init = experiment.init_toy(task)
   evaluation.save_first(init)
 
@@ -103,7 +106,9 @@ class Evaluation:
     task: steps.GeneratorTask,
     mesh: jax.sharding.Mesh,
     path: epath.Path,
+    draw: bool,
   ):
+    self._drawn = draw
     self._config = config
     self._task = task
     self._mesh = mesh
@@ -223,7 +228,8 @@ class Evaluation:
       with metrics.replacing(self._path / "figures.json") as file:
         file.write_text(text)
       logger.info("Final figures: %s", text)
-      self._draw()
+      if self._drawn:
+        self._draw()
 
   def _records(self) -> list[dict[str, Any]]:
     file = self._path / "metrics.jsonl"
@@ -251,7 +257,8 @@ class Evaluation:
 
   def plot_curves(self) -> None:
     """Draws plots/curves.png from what metrics.jsonl holds so far, if any."""
-    records = self._records() if processes.is_first() else []
+    drawn = self._drawn and processes.is_first()
+    records = self._records() if drawn else []
     if any("loss" in record for record in records):
       metrics.plot_toy(records, self._path / "plots" / "curves.png")
 

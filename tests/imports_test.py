@@ -31,7 +31,7 @@ RANKS = {
   "sampling": 5,
   "sample": 6,
   "serve": 6,
-  "tools": 5,
+  "tools": 6,
   "train": 5,
   "train_mae": 5,
   "train_toy": 5,

@@ -1,0 +1,313 @@
+"""Every field on every toy, with several seeds, as a table.
+
+  python -m drift_jax.tools.toy_table --workdir=runs/toys \\
+      [--toys=moons,spiral] [--fields=softmax,kl] [--temperatures=0.05,0.01]
+      [--seeds=0,1,2,3,4] [--variant=quick] [--config.KEY=VALUE ...]
+
+Each run is that of configs/toy.py:TOY,VARIANT with drift.field changed; with
+'sinkhorn' a second batch repels, as that field wants it. All are trained in
+this process, one compilation for those that share it; pictures are drawn of the
+first seed. After each run toys.md, toys.csv and toys.png are written. The same
+command goes on after an interruption; finished runs are left alone.
+"""
+
+import csv
+import io
+import itertools
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from drift_jax import config as config_lib
+from drift_jax import console, drift, exits, experiment, metrics, train_toy
+from drift_jax.console import logger
+
+_FILE = flags.DEFINE_string("config", "configs/toy.py", "Where toys are.")
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of the runs and the table.", required=True
+)
+_TOYS = flags.DEFINE_list(
+  "toys",
+  [
+    "bimodal_between",
+    "bimodal_far",
+    "bimodal_collapsed",
+    "checkerboard",
+    "swiss_roll",
+    "eight_gaussians",
+    "moons",
+    "spiral",
+  ],
+  "Variants of the config, columns of the table.",
+)
+_FIELDS = flags.DEFINE_list(
+  "fields", list(drift.FIELDS), "Fields, rows of the table."
+)
+_TEMPERATURES = flags.DEFINE_list("temperatures", ["0.05"], "A table of each.")
+_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2", "3", "4"], "A run each.")
+_VARIANT = flags.DEFINE_string("variant", "quick", "Of all runs.")
+
+# The figure of the table: energy distance to fresh data over that of data to
+# data; beside it, where there are modes, how far the worst one's mass is off.
+FIGURE = "energy_distance_ratio"
+MODES = "worst_mode_error"
+
+
+class Cell(NamedTuple):
+  """Runs of a field on a toy.
+
+  Attributes:
+    figures: figures.json of each finished run, by seed.
+    failed: what the others say.
+  """
+
+  figures: dict[int, dict[str, Any]]
+  failed: list[str]
+
+  def values(self, figure: str) -> np.ndarray:
+    """Of the finished runs, those that have it."""
+    found = [f[figure] for f in self.figures.values() if figure in f]
+    return np.asarray(found, np.float64)
+
+  def text(self) -> str:
+    """Mean and deviation over seeds; the worst mode's error in brackets."""
+    ratios, errors = self.values(FIGURE), self.values(MODES)
+    if not len(ratios):
+      return "failed" if self.failed else ""
+    text = spread(ratios)
+    if len(errors):
+      text += f" ({spread(100 * errors)} %)"
+    return text + f", {len(self.failed)} failed" * bool(self.failed)
+
+
+Table = dict[tuple[str, str], Cell]
+
+
+def spread(values: np.ndarray) -> str:
+  """'mean ± sample standard deviation', of one value just it."""
+  text = f"{values.mean():.3g}"
+  return text + f" ± {values.std(ddof=1):.2g}" * (len(values) > 1)
+
+
+def make_config(
+  file: str, toy: str, variant: str, changes: Mapping[str, Any]
+) -> config_lib.ToyConfig:
+  """The config of a run, checked.
+
+  Raises:
+    ConfigError: no such toy or variant, or values that can't be run.
+  """
+  values = config_lib.load_config(f"{file}:{toy},{variant}")
+  for key, value in changes.items():
+    *sections, name = key.split(".")
+    section: Any = values
+    for part in sections:
+      section = section[part]
+    section[name] = value
+  config = config_lib.parse(values)
+  if not isinstance(config, config_lib.ToyConfig):
+    raise config_lib.ConfigError(
+      f"--config={file}: task={config.task!r}, want 'toy': configs/toy.py"
+    )
+  experiment.drift_arguments(config.drift)
+  return config
+
+
+def changes_of(
+  field: str, temperature: float, seed: int, overrides: Mapping[str, str]
+) -> dict[str, Any]:
+  """{key: value} of a run."""
+  changes: dict[str, Any] = {
+    "drift.field": field,
+    "drift.temperatures": (temperature,),
+    "seed": seed,
+  }
+  if field == "sinkhorn":
+    changes["drift.negatives"] = "independent"
+  for key, text in overrides.items():
+    try:
+      changes[key] = json.loads(text)
+    except json.JSONDecodeError:
+      changes[key] = text
+  return changes
+
+
+def train(
+  config: Any, path: pathlib.Path, draw: bool
+) -> tuple[dict[str, Any] | None, str]:
+  """(figures.json of a run, or None, and what is wrong then)."""
+  file = path / "figures.json"
+  if not file.exists():
+    try:
+      train_toy.train_and_evaluate(config, str(path), draw=draw)
+    except experiment.ERRORS as error:
+      return None, str(error)
+  return json.loads(file.read_text()), ""
+
+
+def write(
+  table: Table, workdir: pathlib.Path, temperature: str, about: str
+) -> None:
+  """Markdown, CSV and PNG of one temperature."""
+  toys = list(dict.fromkeys(toy for toy, _ in table))
+  fields = list(dict.fromkeys(field for _, field in table))
+  lines = [
+    f"# Fields on toys, temperature {temperature}",
+    "",
+    "Energy distance of samples to fresh data, over that of data to data (1 is "
+    "perfect), mean ± sample standard deviation over seeds; in brackets, where "
+    "there are modes, how far the worst one's mass is off its own.",
+    "",
+    about,
+    "",
+    "| | " + " | ".join(fields) + " |",
+    "|---" * (1 + len(fields)) + "|",
+  ]
+  for toy in toys:
+    cells = [table[toy, field].text() for field in fields]
+    lines.append("| " + " | ".join([toy, *cells]) + " |")
+  failed = [
+    f"- {toy}, {field}: {text}"
+    for (toy, field), cell in table.items()
+    for text in cell.failed
+  ]
+  lines += ["", "Failed:", *failed] if failed else []
+  rows = io.StringIO()
+  names = ("toy", "field", "seed", FIGURE, "sliced_wasserstein_ratio", MODES)
+  writer = csv.writer(rows, lineterminator="\n")
+  writer.writerow((*names, "loss_ema", "step"))
+  for (toy, field), cell in table.items():
+    for seed, figures in cell.figures.items():
+      found = [figures.get(n, "") for n in (*names[3:], "loss_ema", "step")]
+      writer.writerow([toy, field, seed, *found])
+  name = f"toys_{temperature}"
+  for suffix, text in ((".md", "\n".join(lines) + "\n"), (".csv", rows.getvalue())):
+    with metrics.replacing(workdir / f"{name}{suffix}") as file:
+      file.write_text(text)
+  metrics.plot_toy_table(
+    {
+      toy: {field: table[toy, field].values(FIGURE) for field in fields}
+      for toy in toys
+    },
+    workdir / f"{name}.png",
+    title=f"temperature {temperature}",
+  )
+
+
+def run(
+  workdir: pathlib.Path, overrides: Mapping[str, str], about: str
+) -> list[str]:
+  """Trains what is not there yet; returns what failed."""
+  temperatures = [_number("--temperatures", t) for t in _TEMPERATURES.value]
+  seeds = [int(_number("--seeds", s)) for s in _SEEDS.value]
+  for name, values in (
+    ("--toys", _TOYS.value),
+    ("--fields", _FIELDS.value),
+    ("--temperatures", temperatures),
+    ("--seeds", seeds),
+  ):
+    if not values or len(set(values)) < len(values):
+      raise config_lib.ConfigError(
+        f"{name}={values} must hold at least one value and none twice"
+      )
+  chosen = itertools.product(temperatures, _TOYS.value, _FIELDS.value)
+  # All are checked before the first is trained.
+  configs = {
+    (temperature, toy, field, seed): make_config(
+      _FILE.value,
+      toy,
+      _VARIANT.value,
+      changes_of(field, temperature, seed, overrides),
+    )
+    for temperature, toy, field in chosen
+    for seed in seeds
+  }
+  jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  tables: dict[float, Table] = {
+    temperature: {
+      (toy, field): Cell({}, [])
+      for toy in _TOYS.value
+      for field in _FIELDS.value
+    }
+    for temperature in temperatures
+  }
+  start, trained = time.monotonic(), 0
+  # Seed by seed, so that a whole table comes first.
+  order = sorted(configs, key=lambda run: seeds.index(run[3]))
+  for number, (temperature, toy, field, seed) in enumerate(order, 1):
+    path = workdir / f"{toy}-{field}-{temperature:g}" / f"seed_{seed}"
+    done = (path / "figures.json").exists()
+    figures, error = train(
+      configs[temperature, toy, field, seed], path, draw=seed == seeds[0]
+    )
+    cell = tables[temperature][toy, field]
+    if figures is None:
+      cell.failed.append(f"seed {seed}: {error}")
+    else:
+      cell.figures[seed] = figures
+    if not done:
+      trained += 1
+    left = (time.monotonic() - start) / max(trained, 1) * (len(order) - number)
+    if not done or number == len(order):
+      logger.info(
+        "%d/%d %s, %s, temperature %g, seed %d: %s; about %.0f min left",
+        number,
+        len(order),
+        toy,
+        field,
+        temperature,
+        seed,
+        cell.text(),
+        left / 60,
+      )
+      write(tables[temperature], workdir, f"{temperature:g}", about)
+  return [
+    f"{toy}, {field}: {text}"
+    for table in tables.values()
+    for (toy, field), cell in table.items()
+    for text in cell.failed
+  ]
+
+
+def _number(flag: str, text: str) -> float:
+  try:
+    return float(text)
+  except ValueError:
+    raise config_lib.ConfigError(f"{flag}: {text!r} is no number") from None
+
+
+def main(argv: Sequence[str]) -> None:
+  """Runs the table of the command line."""
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments {list(argv[1:])}")
+  console.setup()
+  _, overrides = config_lib.config_arguments(sys.argv[1:])
+  workdir = pathlib.Path(_WORKDIR.value)
+  changed = " ".join(f"--config.{k}={v}" for k, v in overrides.items())
+  about = f"Variant `{_VARIANT.value}`{', ' * bool(changed)}{changed}."
+
+  def program() -> None:
+    exits.stop_on_sigterm()
+    failed = run(workdir, overrides, about)
+    if failed:
+      sys.exit("Failed:\n" + "\n".join(failed))
+
+  exits.run(program, experiment.ERRORS)
+
+
+def _flags(argv: Sequence[str]) -> list[str]:
+  """--config.KEY=VALUE are read by main itself: each toy has its own config."""
+  own = [a for a in argv if not a.startswith(("--config.", "-config."))]
+  return flags.FLAGS(own)
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=_flags)
