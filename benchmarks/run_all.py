@@ -24,7 +24,14 @@ if not __package__:
 from benchmarks import timing
 
 FOLDER = pathlib.Path(__file__).resolve().parent
-SCRIPTS = ("step.py", "sample.py", "evaluate.py", "data.py", "step_tpu.py")
+SCRIPTS = (
+  "step.py",
+  "fields.py",
+  "sample.py",
+  "evaluate.py",
+  "data.py",
+  "step_tpu.py",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

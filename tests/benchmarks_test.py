@@ -135,7 +135,7 @@ def test_steps_are_compared_in_the_table_of_all(tmp_path):
 
 def test_all_benchmarks_refuse_what_is_not_there(capsys):
   for arguments, message in (
-    (["--scripts=steps.py"], "'steps.py' is none of step.py, sample.py"),
+    (["--scripts=steps.py"], "'steps.py' is none of step.py, fields.py"),
     (["--scripts=data.py", "--images=x"], "needs both --images and --small"),
   ):
     with pytest.raises(SystemExit):
