@@ -117,21 +117,33 @@ def test_without_repulsion_particles_collapse():
   assert spread["attraction_only"] < 0.1 * spread[""]
 
 
-def test_the_drawn_field_is_that_of_training():
+@pytest.mark.parametrize("changes", [{}, {"normalize_features": True}])
+@pytest.mark.parametrize("negatives", ["own", "independent"])
+def test_the_drawn_field_is_that_of_training(negatives, changes):
   """Each point of the grid as one more sample, which its own term spares."""
-  config = config_lib.parse(small(drift__temperatures=(0.05, 0.3)))
+  config = small(drift__temperatures=(0.05, 0.3), drift__negatives=negatives)
+  config.drift.update(changes)
   rng = np.random.default_rng(0)
   samples, queries = 0.3 * rng.normal(size=(2, 7, 2)).astype(np.float32)
-  positives = data.draw_points("bimodal", 9, 0.1, rng)
-  task = experiment.toy_task(config)
-  got = experiment.make_field(task)(samples, positives, queries, 1.0)
+  positives = jnp.asarray(data.draw_points("bimodal", 9, 0.1, rng))
+  task = experiment.toy_task(config_lib.parse(config))
+  got = experiment.make_field(task)(samples, positives, queries, 1.5)
+  own = negatives == "own"
   for query, v in zip(queries, got, strict=True):
     x = jnp.concatenate([samples, query[None]])
+    repelling = x if own else jnp.asarray(samples)
+    unit = 1.0
+    if changes:  # temperatures are in units of the mean distance
+      targets = np.concatenate([repelling, positives])
+      unit = np.linalg.norm(np.asarray(x)[:, None] - targets, axis=-1).mean()
     expected = sum(
-      drift.compute_v(x, jnp.asarray(positives), x, tau, mask_self=True)[-1]
+      drift.compute_v(
+        x, positives, repelling, float(1.5 * tau * unit), mask_self=own
+      )[-1]
       for tau in (0.05, 0.3)
     )
-    assert_close(v, expected, 1e-4)
+    # The loss takes coinciding points as 1e-4 apart: independent samples here.
+    assert_close(v, expected, 1e-4 if own else 2e-3)
 
 
 def without_clock(workdir):
