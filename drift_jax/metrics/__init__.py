@@ -89,6 +89,7 @@ from drift_jax.metrics.small_sets import (
 from drift_jax.metrics.toy_plots import (
   plane_limit,
   plot_field,
+  plot_toy_table,
   save_evolution,
 )
 from drift_jax.metrics.writers import (
@@ -163,6 +164,7 @@ __all__ = [
   "plot_nearest_distances",
   "plot_rows",
   "plot_toy",
+  "plot_toy_table",
   "precision_recall",
   "read_jsonl",
   "read_labels",

@@ -3,7 +3,7 @@
 Figures are made as in plots.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -200,3 +200,58 @@ def plot_field(
   )
   with files.replacing(path) as temporary:
     figure.savefig(temporary, format="png", dpi=130)
+
+
+def plot_toy_table(
+  figures: Mapping[str, Mapping[str, np.ndarray]],
+  path: files.PathLike,
+  *,
+  title: str,
+) -> None:
+  """Energy distances of every field on every toy, a panel for each toy.
+
+  Args:
+    figures: {toy: {field: energy distance to fresh data over that of data to
+      data, one for each seed}}.
+    path: PNG file to write.
+    title: of the whole.
+  """
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  columns = min(len(figures), 4)
+  rows = -(-len(figures) // columns)
+  drawing = Figure(
+    figsize=(0.8 + 2.9 * columns, 0.7 + 2.3 * rows), layout="constrained"
+  )
+  FigureCanvasAgg(drawing)
+  axes = drawing.subplots(rows, columns, sharex=True, squeeze=False).ravel()
+  for axis in axes[len(figures) :]:
+    axis.axis("off")
+  for axis, (toy, fields) in zip(axes, figures.items(), strict=False):
+    names = list(fields)[::-1]
+    for y, name in enumerate(names):
+      values = np.asarray(fields[name], np.float64)
+      values = values[np.isfinite(values)]
+      axis.plot(
+        values, np.full(len(values), y), "o", color=_SAMPLE_COLOUR, alpha=0.4
+      )
+      if len(values):
+        axis.plot(values.mean(), y, "|", color="0.1", markersize=14)
+    axis.axvline(1.0, color="0.3", linestyle="--", linewidth=1)
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.set_ylim(-0.6, len(names) - 0.4)
+    axis.set_xscale("log")
+    axis.grid(True, axis="x", color="0.88", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.tick_params(labelsize=8)
+    axis.tick_params(axis="x", labelbottom=True)
+    axis.set_title(toy, size=9)
+  drawing.supxlabel(
+    "energy distance to fresh data / data to data (dashed: 1); dots: seeds, "
+    "bars: their mean",
+    size=9,
+  )
+  drawing.suptitle(title, size=10)
+  with files.replacing(path) as temporary:
+    drawing.savefig(temporary, format="png", dpi=130)

@@ -93,13 +93,13 @@ Table = dict[tuple[str, str], Cell]
 def spread(values: np.ndarray) -> str:
   """'mean ± sample standard deviation', of one value just it."""
   text = f"{values.mean():.3g}"
-  return text + f" ± {values.std(ddof=1):.2g}" * (len(values) > 1)
+  return text if len(values) == 1 else f"{text} ± {values.std(ddof=1):.2g}"
 
 
 def make_config(
   file: str, toy: str, variant: str, changes: Mapping[str, Any]
-) -> config_lib.ToyConfig:
-  """The config of a run, checked.
+) -> dict[str, Any]:
+  """The values of a run's config, checked.
 
   Raises:
     ConfigError: no such toy or variant, or values that can't be run.
@@ -117,7 +117,7 @@ def make_config(
       f"--config={file}: task={config.task!r}, want 'toy': configs/toy.py"
     )
   experiment.drift_arguments(config.drift)
-  return config
+  return values
 
 
 def changes_of(
@@ -145,10 +145,14 @@ def train(
   """(figures.json of a run, or None, and what is wrong then)."""
   file = path / "figures.json"
   if not file.exists():
+    level = logger.level
+    logger.setLevel("WARNING")  # a table says what its runs would
     try:
       train_toy.train_and_evaluate(config, str(path), draw=draw)
     except experiment.ERRORS as error:
       return None, str(error)
+    finally:
+      logger.setLevel(level)
   return json.loads(file.read_text()), ""
 
 
@@ -188,7 +192,10 @@ def write(
       found = [figures.get(n, "") for n in (*names[3:], "loss_ema", "step")]
       writer.writerow([toy, field, seed, *found])
   name = f"toys_{temperature}"
-  for suffix, text in ((".md", "\n".join(lines) + "\n"), (".csv", rows.getvalue())):
+  for suffix, text in (
+    (".md", "\n".join(lines) + "\n"),
+    (".csv", rows.getvalue()),
+  ):
     with metrics.replacing(workdir / f"{name}{suffix}") as file:
       file.write_text(text)
   metrics.plot_toy_table(
