@@ -12,7 +12,7 @@ import pytest
 
 from drift_jax import drift
 from drift_jax.drift import Variant, compute_field, drift_loss, family
-from tests.conftest import assert_close, precise_jit
+from tests.conftest import assert_close
 from tests.drift.field_test import oracle_affinities
 
 ONE_SIDED = [name for name in drift.FIELDS if name != "softmax"]
@@ -29,7 +29,7 @@ FIELDS = [
 ]
 NAMES = ["-".join([n, *map(str, o.values())]) for n, o in FIELDS]
 all_fields = pytest.mark.parametrize(("field", "options"), FIELDS, ids=NAMES)
-jitted_field = precise_jit(
+jitted_field = jax.jit(
   compute_field,
   static_argnames=(
     "temperature",
@@ -160,7 +160,7 @@ def test_float64_oracle(field, options, negatives, guidance):
     normalize_drift=False,
   )
 
-  @precise_jit
+  @jax.jit
   def gradient(x, pos, unc, gen):
     def total_loss(x):
       loss, _ = drift_loss(
@@ -204,7 +204,7 @@ def test_normalised_as_the_paper_does(field, options):
   strength = 0.7
   weight = jnp.full((1, 5), strength / 5)
 
-  @precise_jit
+  @jax.jit
   def gradient(x):
     def loss(x):
       value, info = drift_loss(
@@ -331,7 +331,7 @@ def test_sharp_is_conservative_and_kl_is_not():
   tau = 0.7
 
   def v(point, field):
-    return compute_field(point[None], pos, gen, tau, field=field)[0]
+    return jitted_field(point[None], pos, gen, tau, field=field)[0]
 
   def potential(point):
     def log_smoothed(data):
@@ -611,22 +611,23 @@ def test_nothing_is_nan_at_the_edges():
   """Coincident points, tiny temperatures, weights of zero."""
   x = jnp.zeros((1, 4, 3))
   far = jnp.full((1, 4, 3), 1e3)
+  loss_of = jax.jit(
+    functools.partial(
+      drift_loss,
+      weight_neg=jnp.zeros((1, 4)),
+      weight_gen=jnp.zeros((1, 4)),
+      temperatures=(1e-3,),
+    ),
+    static_argnames="variant",
+  )
   for field, options in FIELDS:
+    variant = Variant(
+      field=field,
+      options=options,
+      negatives="independent",
+      diagnostics=True,
+    )
     for pos in (x, far):
-      loss, info = drift_loss(
-        x,
-        pos,
-        far,
-        weight_neg=jnp.zeros((1, 4)),
-        weight_gen=jnp.zeros((1, 4)),
-        temperatures=(1e-3,),
-        variant=Variant(
-          field=field,
-          options=options,
-          negatives="independent",
-          diagnostics=True,
-        ),
-        independent=x,
-      )
+      loss, info = loss_of(x, pos, far, variant=variant, independent=x)
       for value in jax.tree.leaves((loss, info)):
         assert np.isfinite(value).all(), (field, options)
