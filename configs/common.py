@@ -253,7 +253,9 @@ def toy() -> ConfigDict:
   config.model.spread = 0.1  # their standard deviation then
 
   config.drift = drift()
-  config.drift.update(normalize_features=False, normalize_drift=False)
+  config.drift.update(
+    normalize_features=False, normalize_drift=False, diagnostics=True
+  )
   config.drift.temperatures = (0.05,)  # of raw distances
   config.drift.affinity_floor = 0.0
 

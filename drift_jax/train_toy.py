@@ -256,11 +256,13 @@ class Evaluation:
     return scales[-1] if scales else 1.0
 
   def plot_curves(self) -> None:
-    """Draws plots/curves.png from what metrics.jsonl holds so far, if any."""
+    """Draws the curves from what metrics.jsonl holds so far, if anything."""
     drawn = self._drawn and processes.is_first()
     records = self._records() if drawn else []
     if any("loss" in record for record in records):
       metrics.plot_toy(records, self._path / "plots" / "curves.png")
+    if any(key.startswith("alignment/") for r in records for key in r):
+      metrics.plot_diagnostics(records, self._path / "plots/diagnostics.png")
 
   def _draw(self) -> None:
     """Draws the animation and the field from the samples that were kept."""
