@@ -269,7 +269,7 @@ def test_without_a_best_evaluations_and_saves_are_independent():
   [
     (
       "drift.temprature",
-      r"drift\.temprature='1': did you mean temperatures\? ",
+      r"drift\.temprature='1': did you mean temperatures or ",
     ),
     ("drfit.x", "unknown key drfit='1': did you mean drift"),
     ("optim.schedule.x", r"schedule\.x='1': optim\.schedule is a value, not a"),
