@@ -96,7 +96,10 @@ def _log_scale(axis: Any, which: str = "y") -> None:
 
   axis.set(**{f"{which}scale": "log"})
   scaled = getattr(axis, f"{which}axis")
-  scaled.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+  low, high = getattr(axis, f"get_{which}lim")()
+  # Over many decades the locator leaves out all ticks if it has to choose.
+  subs = (1.0, 2.0, 5.0) if high < 1e3 * low else (1.0,)
+  scaled.set_major_locator(ticker.LogLocator(subs=subs))
   scaled.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{y:g}"))
   scaled.set_minor_formatter(ticker.NullFormatter())
 
