@@ -223,7 +223,7 @@ def sharp(
     k = jnp.exp(nearest - exponent) * y.weight[:, None, :]
     # k# / tau^2 over k: 1 + r / tau, where r / tau is Laplace's exponent.
     potential = k * (1.0 + exponent) if kernel == "laplace" else k
-    return k / _positive(jnp.sum(potential, axis=-1, keepdims=True))
+    return k / divisor(jnp.sum(potential, axis=-1, keepdims=True))
 
   return problem.each(pull)
 
@@ -286,7 +286,7 @@ def transport(
     no target has weight).
   """
   total = jnp.sum(weight, axis=-1, keepdims=True)
-  log_b = jnp.log(weight / _positive(total))[..., None, :]
+  log_b = jnp.log(weight / divisor(total))[..., None, :]
   log_a = -math.log(exponent.shape[-2])
   lse = functools.partial(jax.nn.logsumexp, keepdims=True)
 
@@ -302,7 +302,7 @@ def transport(
     return jnp.exp(logits)
   highest = jnp.max(logits, axis=-1, keepdims=True)
   rows = jnp.exp(logits - jnp.where(jnp.isfinite(highest), highest, 0.0))
-  return rows / _positive(jnp.sum(rows, axis=-1, keepdims=True))
+  return rows / divisor(jnp.sum(rows, axis=-1, keepdims=True))
 
 
 def _exponent(
@@ -314,8 +314,8 @@ def _exponent(
   return jnp.sqrt(jnp.maximum(squared, TINY_SQUARED_DISTANCE)) / temperature
 
 
-def _positive(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
-  """To divide a 0 by, where it is 0."""
+def divisor(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
+  """x >= 0 to divide by: 1 where it is 0, as what it divides is."""
   return jnp.where(x > 0, x, 1.0)
 
 

@@ -420,23 +420,21 @@ def _drift(
   }
   if problem.with_self:
     own = jnp.diagonal(w_neg, axis1=-2, axis2=-1)
-    report["self_mass"] = jnp.mean(own / _nonzero(jnp.sum(w_neg, axis=-1)))
+    report["self_mass"] = jnp.mean(
+      own / family.divisor(jnp.sum(w_neg, axis=-1))
+    )
   return drift, report
-
-
-def _nonzero(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
-  return jnp.where(x > 0, x, 1.0)
 
 
 def _shares(x: Float[Array, "B T"]) -> Float[Array, "B T"]:
   """Rows divided by their sums."""
-  return x / _nonzero(jnp.sum(x, axis=-1, keepdims=True))
+  return x / family.divisor(jnp.sum(x, axis=-1, keepdims=True))
 
 
 def _cosine(a: Float[Array, "B N C"], b: Float[Array, "B N C"]) -> Array:
   """Mean cosine; 0 where one of them is 0."""
   norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
-  return jnp.mean(jnp.sum(a * b, axis=-1) / _nonzero(norms))
+  return jnp.mean(jnp.sum(a * b, axis=-1) / family.divisor(norms))
 
 
 def _adapted(
