@@ -144,7 +144,16 @@ def train(
 ) -> tuple[dict[str, Any] | None, str]:
   """(figures.json of a run, or None, and what is wrong then)."""
   file = path / "figures.json"
-  if not file.exists():
+  if file.exists():
+    # A finished run is taken as it is only where it is the one asked for.
+    if (path / "config.json").read_text() != config_lib.to_json(
+      config_lib.parse(config)
+    ):
+      return None, (
+        f"{path} holds a finished run of another config: use a new --workdir, "
+        "or the flags that it was made with"
+      )
+  else:
     level = logger.level
     logger.setLevel("WARNING")  # a table says what its runs would
     try:

@@ -73,6 +73,12 @@ def test_a_table_is_made_and_goes_on(tmp_path):
   with Image.open(tmp_path / "toys_0.05.png") as image:
     assert image.size[0] > 500
 
+  # Runs of other settings are no rows of this table.
+  done = call(*arguments, "--seeds=0", "--config.train.num_steps=3")
+  assert done.returncode != 0
+  assert "holds a finished run of another config" in done.stderr
+  assert json.loads((first / "figures.json").read_text()) == figures
+
 
 def test_cells_say_what_is_there():
   cell = toy_table.Cell({0: {"energy_distance_ratio": 2.0}}, ["seed 1: no"])
