@@ -251,7 +251,7 @@ def test_a_tool_that_is_missing(script, tool, arguments):
     ),
     (
       "tpu_pod.sh run POD --config=configs/digit.py --workdir=gs://b/c",
-      "options are configs/cifar10.py configs/digits.py",
+      "options are configs/ablations.py configs/cifar10.py",
     ),
     (
       "tpu_pod.sh run POD CONFIG --workdir=gs://b/c --max-restarts=many",

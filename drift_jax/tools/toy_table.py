@@ -29,31 +29,6 @@ from drift_jax import config as config_lib
 from drift_jax import console, drift, exits, experiment, metrics, train_toy
 from drift_jax.console import logger
 
-_FILE = flags.DEFINE_string("config", "configs/toy.py", "Where toys are.")
-_WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder of the runs and the table.", required=True
-)
-_TOYS = flags.DEFINE_list(
-  "toys",
-  [
-    "bimodal_between",
-    "bimodal_far",
-    "bimodal_collapsed",
-    "checkerboard",
-    "swiss_roll",
-    "eight_gaussians",
-    "moons",
-    "spiral",
-  ],
-  "Variants of the config, columns of the table.",
-)
-_FIELDS = flags.DEFINE_list(
-  "fields", list(drift.FIELDS), "Fields, rows of the table."
-)
-_TEMPERATURES = flags.DEFINE_list("temperatures", ["0.05"], "A table of each.")
-_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2", "3", "4"], "A run each.")
-_VARIANT = flags.DEFINE_string("variant", "quick", "Of all runs.")
-
 # The figure of the table: energy distance to fresh data over that of data to
 # data; beside it, where there are modes, how far the worst one's mass is off.
 FIGURE = "energy_distance_ratio"
@@ -221,11 +196,13 @@ def run(
   workdir: pathlib.Path, overrides: Mapping[str, str], about: str
 ) -> list[str]:
   """Trains what is not there yet; returns what failed."""
-  temperatures = [_number("--temperatures", t) for t in _TEMPERATURES.value]
-  seeds = [int(_number("--seeds", s)) for s in _SEEDS.value]
+  temperatures = [
+    _number("--temperatures", t) for t in flags.FLAGS.temperatures
+  ]
+  seeds = [int(_number("--seeds", s)) for s in flags.FLAGS.seeds]
   for name, values in (
-    ("--toys", _TOYS.value),
-    ("--fields", _FIELDS.value),
+    ("--toys", flags.FLAGS.toys),
+    ("--fields", flags.FLAGS.fields),
     ("--temperatures", temperatures),
     ("--seeds", seeds),
   ):
@@ -233,13 +210,13 @@ def run(
       raise config_lib.ConfigError(
         f"{name}={values} must hold at least one value and none twice"
       )
-  chosen = itertools.product(temperatures, _TOYS.value, _FIELDS.value)
+  chosen = itertools.product(temperatures, flags.FLAGS.toys, flags.FLAGS.fields)
   # All are checked before the first is trained.
   configs = {
     (temperature, toy, field, seed): make_config(
-      _FILE.value,
+      flags.FLAGS.config,
       toy,
-      _VARIANT.value,
+      flags.FLAGS.variant,
       changes_of(field, temperature, seed, overrides),
     )
     for temperature, toy, field in chosen
@@ -250,8 +227,8 @@ def run(
   tables: dict[float, Table] = {
     temperature: {
       (toy, field): Cell({}, [])
-      for toy in _TOYS.value
-      for field in _FIELDS.value
+      for toy in flags.FLAGS.toys
+      for field in flags.FLAGS.fields
     }
     for temperature in temperatures
   }
@@ -306,9 +283,9 @@ def main(argv: Sequence[str]) -> None:
     raise app.UsageError(f"unexpected arguments {list(argv[1:])}")
   console.setup()
   _, overrides = config_lib.config_arguments(sys.argv[1:])
-  workdir = pathlib.Path(_WORKDIR.value)
+  workdir = pathlib.Path(flags.FLAGS.workdir)
   changed = " ".join(f"--config.{k}={v}" for k, v in overrides.items())
-  about = f"Variant `{_VARIANT.value}`{', ' * bool(changed)}{changed}."
+  about = f"Variant `{flags.FLAGS.variant}`{', ' * bool(changed)}{changed}."
 
   def program() -> None:
     exits.stop_on_sigterm()
@@ -325,5 +302,29 @@ def _flags(argv: Sequence[str]) -> list[str]:
   return flags.FLAGS(own)
 
 
+def define_flags() -> None:
+  """Defines the flags: not on import, as other tools have the same names."""
+  flags.DEFINE_string("config", "configs/toy.py", "Where toys are.")
+  flags.DEFINE_string(
+    "workdir", None, "Folder of the runs and the table.", required=True
+  )
+  toys = [
+    "bimodal_between",
+    "bimodal_far",
+    "bimodal_collapsed",
+    "checkerboard",
+    "swiss_roll",
+    "eight_gaussians",
+    "moons",
+    "spiral",
+  ]
+  flags.DEFINE_list("toys", toys, "Variants of the config, columns.")
+  flags.DEFINE_list("fields", list(drift.FIELDS), "Rows of the table.")
+  flags.DEFINE_list("temperatures", ["0.05"], "A table of each.")
+  flags.DEFINE_list("seeds", ["0", "1", "2", "3", "4"], "A run each.")
+  flags.DEFINE_string("variant", "quick", "Of all runs.")
+
+
 if __name__ == "__main__":
+  define_flags()
   app.run(main, flags_parser=_flags)
