@@ -23,6 +23,7 @@ RANKS = {
   "artifacts": 2,
   "checkpoint": 2,
   "metrics": 2,
+  "robots": 2,
   "state": 2,
   "loop": 3,
   "steps": 3,
@@ -34,6 +35,7 @@ RANKS = {
   "tools": 6,
   "train": 5,
   "train_mae": 5,
+  "train_policy": 5,
   "train_toy": 5,
   "main": 7,
 }

@@ -1,5 +1,6 @@
 """Data: sources, readers, the Grain loader, the sample queue and the feeds."""
 
+from drift_jax.data.demonstrations import Demonstrations
 from drift_jax.data.encoded import NoSplitError, imagenet_classes
 from drift_jax.data.errors import DataError
 from drift_jax.data.feed import GroupedFeed, ImageFeed, QueueFeed
@@ -29,6 +30,7 @@ __all__ = [
   "ArrayReader",
   "ArraySource",
   "DataError",
+  "Demonstrations",
   "GroupedFeed",
   "ImageFeed",
   "ImageReader",
