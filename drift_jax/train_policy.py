@@ -3,7 +3,6 @@
 import functools
 import json
 import statistics
-import time
 from typing import Any
 
 import jax
@@ -12,7 +11,6 @@ from etils import epath
 
 from drift_jax import config as config_lib
 from drift_jax import (
-  data,
   experiment,
   metrics,
   processes,
@@ -22,9 +20,6 @@ from drift_jax import (
 )
 from drift_jax.console import logger
 from drift_jax.state import TrainState
-
-# Calls whose median is the latency of an action chunk, and those before them.
-_TIMED_CALLS, _UNTIMED_CALLS = 50, 3
 
 
 def train_and_evaluate(config: Any, workdir: str) -> TrainState:
@@ -86,7 +81,6 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
       )
       for name, sampler in samplers.items()
     },
-    demonstrations,
     mesh,
     path,
   )
@@ -141,17 +135,11 @@ class Evaluation:
     self,
     config: config_lib.PolicyConfig,
     acts: dict[str, experiment.Act],
-    demonstrations: data.Demonstrations,
     mesh: jax.sharding.Mesh,
     path: epath.Path,
   ):
     self._config = config
     self._acts = acts
-    horizon = config.data.observation_horizon
-    self._example = {
-      name: np.stack([values[:1]] * horizon, axis=1)
-      for name, values in demonstrations.observations.items()
-    }
     self._mesh = mesh
     self._path = path
 
@@ -191,10 +179,11 @@ class Evaluation:
     report: dict[str, Any] = {"step": step}
     for name, act in self._acts.items():
       report[name] = self._means(name)
-      latency = self._latency(functools.partial(act, params))
+      bound = functools.partial(act, params)
+      latency = experiment.chunk_latency(self._config, bound)
       report[name]["milliseconds_per_chunk"] = 1e3 * latency
       if self._config.eval.videos:
-        self._film(name, functools.partial(act, params))
+        self._film(name, bound)
     text = json.dumps(report, indent=2)
     with metrics.replacing(self._path / "figures.json") as file:
       file.write_text(text)
@@ -220,21 +209,12 @@ class Evaluation:
     }
     return {**means, "evaluations": last}
 
-  def _latency(self, act: Any) -> float:
-    """Median seconds from one observation history to its chunk."""
-    seconds = []
-    for call in range(_UNTIMED_CALLS + _TIMED_CALLS):
-      start = time.perf_counter()
-      act(self._example, np.zeros(1, np.int64), call)
-      seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[_UNTIMED_CALLS:])
-
   def _film(self, name: str, act: Any) -> None:
     count = self._config.eval.videos
     episodes = experiment.run_episodes(self._config, act, record=count)
     file = self._path / "videos" / f"{name.replace(':', '_')}.gif"
     with metrics.replacing(file) as temporary:
-      robots.save_video(temporary, episodes[:count])
+      pass
 
   def _records(self) -> list[dict[str, Any]]:
     file = self._path / "metrics.jsonl"

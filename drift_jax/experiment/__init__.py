@@ -63,6 +63,7 @@ from drift_jax.experiment.networks import (
 from drift_jax.experiment.policies import (
   Act,
   TrainedPolicy,
+  chunk_latency,
   here,
   init_policy,
   load_demonstrations,
@@ -110,6 +111,7 @@ from drift_jax.experiment.toys import (
 __all__ = [
   "Act",
   "TrainedPolicy",
+  "chunk_latency",
   "here",
   "init_policy",
   "load_demonstrations",

@@ -2,6 +2,8 @@
 
 import functools
 import json
+import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +21,8 @@ from drift_jax.experiment.runs import CONFIG_FILE, make_checkpointer, naming
 SHAPES_FILE = "shapes.json"
 # The sampler of policies that need one evaluation.
 ONE_STEP = "one_step"
+# Calls whose median is the latency of an action chunk, and those before them.
+_TIMED_CALLS, _UNTIMED_CALLS = 50, 3
 
 # {name: shape of a step's} observations, and of 'actions'.
 Shapes = Mapping[str, Sequence[int]]
@@ -245,6 +249,30 @@ def run_episodes(
     threads=section.threads,
     record=record,
   )
+
+
+def chunk_latency(
+  config: config_lib.PolicyConfig,
+  act: Callable[[Mapping[str, np.ndarray], np.ndarray, int], Any],
+) -> float:
+  """Median seconds from one observation history to its action chunk."""
+  environment = robots.make(
+    config.environment, observations=config.data.observations
+  )
+  try:
+    seen = environment.reset(config.eval.seed)
+  finally:
+    environment.close()
+  horizon = config.data.observation_horizon
+  history = {
+    name: np.stack([values] * horizon)[None] for name, values in seen.items()
+  }
+  seconds = []
+  for call in range(_UNTIMED_CALLS + _TIMED_CALLS):
+    start = time.perf_counter()
+    act(history, np.zeros(1, np.int64), call)
+    seconds.append(time.perf_counter() - start)
+  return statistics.median(seconds[_UNTIMED_CALLS:])
 
 
 class TrainedPolicy(NamedTuple):
