@@ -24,6 +24,7 @@ from drift_jax.data.toys import (
   fixed_points,
   modes_of,
 )
+from drift_jax.data.windows import Normalizer, PolicyFeed, Windows
 
 __all__ = [
   "TOYS",
@@ -40,11 +41,14 @@ __all__ = [
   "MemorySource",
   "Modes",
   "NoSplitError",
+  "Normalizer",
+  "PolicyFeed",
   "Prefetcher",
   "QueueFeed",
   "Reader",
   "Source",
   "ToyFeed",
+  "Windows",
   "digits",
   "draw_points",
   "fixed_points",
