@@ -227,12 +227,18 @@ class PushTExpert:
   def reset(self, rng: np.random.Generator) -> None:
     self._side = rng.choice([-1.0, 1.0])
     self._pushing = False
+    self._before: np.ndarray | None = None
 
   def act(
     self, observations: Observations, rng: np.random.Generator
   ) -> np.ndarray:
     state = observations["state"].astype(np.float64)
     pusher, angle = state[:2], state[4]
+    if self._before is not None:
+      if np.linalg.norm(pusher - self._before) < 4:
+        # A wall is in the way.
+        self._side = -self._side
+    self._before = pusher
     centre = state[2:4] + _turn(self._CENTRE, angle)
     way = self._PLACE + _turn(self._CENTRE, self._ANGLE) - centre
     distance = float(np.linalg.norm(way))

@@ -12,6 +12,15 @@ from drift_jax.robots.errors import RobotError, import_extras
 from drift_jax.robots.interface import Outcome, Simulation
 
 _SIZE = 192
+# Nearer than gymnasium-robotics' own: pictures are small. Metres and degrees.
+_CAMERA = {
+  "distance": 1.6,
+  "azimuth": 132.0,
+  "elevation": -20.0,
+  "lookat": np.array([1.3, 0.75, 0.5]),
+}
+# MuJoCo's modules that make an OpenGL context, and values of MUJOCO_GL.
+_BACKENDS = ("egl", "osmesa", "glfw")
 _FOLDER = "gymnasium_robotics.envs.fetch"
 # Of each name: module and class. They are made directly: gymnasium.make would
 # wrap them into checks that are ours too.
@@ -65,11 +74,15 @@ class Fetch(Simulation):
     import_extras(name, "gymnasium", "mujoco", f"{_FOLDER}.{module}")
     maker = getattr(importlib.import_module(f"{_FOLDER}.{module}"), kind)
     self._simulator: Any = maker(
-      render_mode="rgb_array", width=_SIZE, height=_SIZE
+      render_mode="rgb_array",
+      width=_SIZE,
+      height=_SIZE,
+      default_camera_config=_CAMERA,
     )
     self._state = np.zeros(0, np.float32)
 
   def _keep(self, values: dict[str, np.ndarray]) -> None:
+    """Notes the observation of a moment."""
     self._state = np.concatenate(
       [values["observation"], values["desired_goal"]]
     ).astype(np.float32)
@@ -92,11 +105,22 @@ class Fetch(Simulation):
     Raises:
       RobotError: OpenGL can't be used on this machine.
     """
-    # Read when the first scene is drawn. Without a screen only EGL draws.
+    # Read when the first scene is drawn. Only EGL does without a screen and is
+    # common.
     backend = os.environ.setdefault("MUJOCO_GL", "egl")
+    if backend not in _BACKENDS:
+      raise RobotError(
+        f"{self.name} can't be drawn with MUJOCO_GL={backend}: valid options "
+        f"are {list(_BACKENDS)}"
+      )
     renderer = self._simulator.mujoco_renderer
     try:
-      if renderer.viewer is not None:
+      if renderer.viewer is None:
+        # Where this fails, gymnasium would leave a viewer behind that is half
+        # made, and can't be deleted without a complaint.
+        module = importlib.import_module(f"mujoco.{backend}")
+        module.GLContext(_SIZE, _SIZE).free()
+      else:
         # Another environment may have drawn last.
         renderer.viewer.make_context_current()
       image = self._simulator.render()
@@ -104,9 +128,9 @@ class Fetch(Simulation):
     except Exception as error:
       raise RobotError(
         f"{self.name} can't be drawn with MUJOCO_GL={backend}: "
-        f"{type(error).__name__}: {error}. Install its library (libegl1 or "
-        "libosmesa6), set MUJOCO_GL to egl, osmesa or glfw, or record no "
-        "episodes: nothing else draws"
+        f"{type(error).__name__}: {error}. Install its library (libegl1, "
+        f"libosmesa6 or libglfw3), set MUJOCO_GL to another of "
+        f"{list(_BACKENDS)}, or record no episodes: nothing else draws"
       ) from error
     return np.ascontiguousarray(image)
 

@@ -16,6 +16,8 @@ _SUCCESS = (46, 160, 67)
 _FAILURE = (207, 34, 46)
 # For how long the last picture, with all the borders, is shown.
 _HOLD_SECONDS = 1.0
+# From which a GIF's colours are chosen, and the last one.
+_PALETTE_FRAMES = 8
 
 
 def save_video(
@@ -51,7 +53,6 @@ def save_video(
       "and more than 0"
     )
   frames = _grid(episodes, columns)
-  frames += frames[-1:] * round(fps * _HOLD_SECONDS)
   # Beside it, so that it can be moved there; hidden, with the ending that tells
   # the format.
   partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
@@ -100,8 +101,10 @@ def _write_gif(
   path: pathlib.Path, frames: list[np.ndarray], fps: float
 ) -> None:
   # One palette for all, or colours would flicker.
-  tall = np.concatenate([frames[0], frames[len(frames) // 2], frames[-1]])
-  palette = Image.fromarray(tall).quantize(255)
+  every = -(-len(frames) // _PALETTE_FRAMES)
+  tall = np.concatenate([*frames[::every], frames[-1]])
+  palette = Image.fromarray(tall).quantize(256)
+  step = 1000 / fps
   images = [
     Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE)
     for frame in frames
@@ -110,7 +113,7 @@ def _write_gif(
     path,
     save_all=True,
     append_images=images[1:],
-    duration=1000 / fps,
+    duration=[*[step] * (len(frames) - 1), step + 1000 * _HOLD_SECONDS],
     loop=0,
   )
 
@@ -129,7 +132,7 @@ def _write_mp4(
   writer = ffmpeg.write_frames(str(path), (width, height), fps=fps)
   writer.send(None)
   try:
-    for frame in frames:
+    for frame in frames + frames[-1:] * round(fps * _HOLD_SECONDS):
       writer.send(np.ascontiguousarray(frame))
   finally:
     writer.close()
