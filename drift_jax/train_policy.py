@@ -214,7 +214,7 @@ class Evaluation:
     episodes = experiment.run_episodes(self._config, act, record=count)
     file = self._path / "videos" / f"{name.replace(':', '_')}.gif"
     with metrics.replacing(file) as temporary:
-      pass
+      robots.save_video(temporary, episodes[:count], ending=file.suffix)
 
   def _records(self) -> list[dict[str, Any]]:
     file = self._path / "metrics.jsonl"

@@ -26,6 +26,7 @@ def save_video(
   *,
   fps: float = 10.0,
   columns: int = 4,
+  ending: str | None = None,
 ) -> None:
   """Writes episodes side by side, as GIF or MP4; whole or not at all.
 
@@ -37,15 +38,17 @@ def save_video(
     episodes: with frames, all of the same size.
     fps: steps per second.
     columns: episodes in a row, at most.
+    ending: in place of the path's own.
 
   Raises:
     RobotError: another ending, a missing package, no episodes, no frames,
       frames of different sizes, or sizes below 1.
   """
   path = pathlib.Path(path)
-  if path.suffix not in _WRITERS:
+  ending = path.suffix if ending is None else ending
+  if ending not in _WRITERS:
     raise RobotError(
-      f"{path}: a video ends in one of {list(_WRITERS)}, not {path.suffix!r}"
+      f"{path}: a video ends in one of {list(_WRITERS)}, not {ending!r}"
     )
   if columns < 1 or not fps > 0:
     raise RobotError(
@@ -55,9 +58,9 @@ def save_video(
   frames = _grid(episodes, columns)
   # Beside it, so that it can be moved there; hidden, with the ending that tells
   # the format.
-  partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+  partial = path.with_name(f".{path.stem}.{os.getpid()}{ending}")
   try:
-    _WRITERS[path.suffix](partial, frames, fps)
+    _WRITERS[ending](partial, frames, fps)
     os.replace(partial, path)
   finally:
     partial.unlink(missing_ok=True)

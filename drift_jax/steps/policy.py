@@ -244,7 +244,9 @@ def policy_step(
   del frozen
   if draws is None:
     draws = draw_policy(state.key(), task, len(batch.actions))
-  scale = None if task.temperature is None else task.temperature.scale(state)
+  scale, temperature = None, task.temperature
+  if temperature is not None:
+    scale = temperature.scale(state)
   loss, report, grads = policy_gradients(
     state.params, batch, draws, task, layout, scale
   )
@@ -256,9 +258,9 @@ def policy_step(
   if report is not None:
     metrics |= drift_metrics(report)
   state = state_lib.update(state, grads, optimizer)
-  if task.temperature is not None and report is not None:
+  if temperature is not None and scale is not None and report is not None:
     metrics["temperature_scale"] = scale
-    held = task.temperature.update(state.drift, report)
+    held = temperature.update(state.drift, report)
     state = dataclasses.replace(state, drift=held)
   return state, metrics | {"param_norm": optax.tree.norm(state.params)}
 

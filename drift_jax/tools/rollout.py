@@ -10,6 +10,7 @@ demonstrations are not needed, the checkpoint has their normaliser.
 import dataclasses
 import functools
 import json
+import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -92,7 +93,9 @@ def _one(
   figures = robots.summarize(episodes)
   latency = experiment.chunk_latency(config, act)
   if video:
-    robots.save_video(video, episodes[: config.eval.videos])
+    shown = episodes[: config.eval.videos]
+    with metrics.replacing(video) as temporary:
+      robots.save_video(temporary, shown, ending=pathlib.Path(video).suffix)
   return {**figures, "milliseconds_per_chunk": 1e3 * latency}
 
 
