@@ -91,9 +91,10 @@ def _pixels(values: Any) -> np.ndarray:
   pixels = np.empty(values.shape, np.uint8)
   highest = 0
   for start in range(0, len(pixels), _BLOCK):
-    block = np.asarray(values[start : start + _BLOCK])
+    stop = min(start + _BLOCK, len(pixels))
+    block = np.asarray(values[start:stop])
     if block.dtype == np.uint8:
-      pixels[start : start + _BLOCK] = block
+      pixels[start:stop] = block
       highest = 255
       continue
     with np.errstate(invalid="ignore"):
@@ -106,7 +107,7 @@ def _pixels(values: Any) -> np.ndarray:
         "integers in [0, 255]"
       )
     highest = max(highest, converted.max(initial=0))
-    pixels[start : start + _BLOCK] = converted
+    pixels[start:stop] = converted
   if highest <= 1:
     raise DataError(
       f"no value is above {highest}: want images of integers in [0, 255]"

@@ -57,7 +57,7 @@ def replay(tmp_path):
     for name, values in (arrays() | changed).items():
       if values is not None:
         write_array(folder / name, values)
-    for group in ("", "data", "meta"):
+    for group in ("", "data"):
       (folder / group / ".zgroup").write_text(json.dumps({"zarr_format": 2}))
     return folder
 
