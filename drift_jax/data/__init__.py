@@ -9,6 +9,8 @@ from drift_jax.data.loader import Loader
 from drift_jax.data.memory import MemoryReader, MemorySource
 from drift_jax.data.prefetch import Prefetcher
 from drift_jax.data.readers import ArrayReader, ImageReader, Reader
+from drift_jax.data.replay import FETCH, read_replay, write_replay
+from drift_jax.data.robomimic import read_robomimic
 from drift_jax.data.sources import (
   ArraySource,
   Source,
@@ -27,6 +29,7 @@ from drift_jax.data.toys import (
 from drift_jax.data.windows import Normalizer, PolicyFeed, Windows
 
 __all__ = [
+  "FETCH",
   "TOYS",
   "ArrayReader",
   "ArraySource",
@@ -56,4 +59,7 @@ __all__ = [
   "imagenet_classes",
   "modes_of",
   "open_source",
+  "read_replay",
+  "read_robomimic",
+  "write_replay",
 ]

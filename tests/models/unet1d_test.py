@@ -9,7 +9,7 @@ import pytest
 
 from drift_jax import models
 from drift_jax.models import unet1d
-from tests.conftest import assert_close, precise_jit
+from tests.conftest import assert_close, precise_jit, relative_error
 
 SMALL = {"action_size": 3, "widths": (4, 8), "groups": 2}
 
@@ -18,15 +18,26 @@ def random(seed, *shape):
   return jax.random.normal(jax.random.key(seed), shape)
 
 
-def call(params=None, steps=8, time=None, condition=5, batch=2, **changes):
+def make(seed, shape):
+  """Parameters of a size that keeps activations' scale, norms' too."""
+  fan_in = max(1, int(np.prod(shape[:-1])))
+  rng = np.random.default_rng([seed, *shape])
+  return jnp.asarray(rng.normal(size=shape) / fan_in**0.5, jnp.float32)
+
+
+def prepare(steps=8, time=None, condition=5, batch=2, **changes):
+  """(module, params, inputs)."""
   module = models.ConditionalUnet1d(**SMALL | changes)
   inputs = (random(0, batch, steps, 3), random(1, batch, condition), time)
-  if params is None:
-    params = jax.jit(module.init)(jax.random.key(2), *inputs)["params"]
-    # Biases of norms too.
-    params = jax.tree.map(lambda x: x + 0.1 * random(x.size, *x.shape), params)
-  apply = precise_jit(module.apply)
-  return params, inputs, apply({"params": params}, *inputs)
+  shapes = jax.eval_shape(module.init, jax.random.key(2), *inputs)["params"]
+  leaves, tree = jax.tree.flatten(shapes)
+  params = tree.unflatten(make(i, x.shape) for i, x in enumerate(leaves))
+  return module, params, inputs
+
+
+def call(**arguments):
+  module, params, inputs = prepare(**arguments)
+  return params, inputs, precise_jit(module.apply)({"params": params}, *inputs)
 
 
 def conv(x, layer, stride=1):
@@ -108,11 +119,9 @@ def reference(params, x, condition, time, levels, groups, time_size):
 @pytest.mark.parametrize(
   ("widths", "steps", "time"),
   [
-    ((4, 8), 16, None),
     ((4, 8, 12), 16, None),
-    ((4, 8, 12), 4, None),
-    ((4,), 5, None),
-    ((4, 8), 8, (0, 7)),
+    ((4, 8), 2, (0, 7)),
+    ((4,), 7, None),
   ],
 )
 def test_equals_loops_in_float64(widths, steps, time):
@@ -177,19 +186,37 @@ def test_published_size():
   assert count == expected
 
 
-def test_time_steps_and_conditions_matter_and_batches_do_not_mix():
-  params, (x, condition, _), y = call(batch=4)
-  apply = jax.jit(models.ConditionalUnet1d(**SMALL).apply)
+def test_conditions_and_times_matter_and_batches_do_not_mix():
+  time = jnp.array([0, 50, 3, 0])
+  changes = {"time_size": 4, "widths": (4,), "batch": 4}
+  params, (x, condition, _), y = call(time=time, **changes)
+  apply = jax.jit(
+    models.ConditionalUnet1d(**SMALL | {"widths": (4,), "time_size": 4}).apply
+  )
   variables = {"params": params}
   order = jnp.array([2, 0, 3, 1])
-  assert_close(apply(variables, x[order], condition[order]), y[order], 1e-5)
-  changed = apply(variables, x, condition.at[1].add(1.0))
-  moved = np.abs(changed - y).max(axis=(1, 2))
-  assert moved[1] > 1e-3 and (np.delete(moved, 1) < 1e-5).all()
-  params, inputs, y = call(time_size=4, time=jnp.array([0, 0]))
-  later = call(params, time_size=4, time=jnp.array([0, 50]))[2]
-  moved = np.abs(later - y).max(axis=(1, 2))
-  assert moved[0] < 1e-5 and moved[1] > 1e-3
+  permuted = apply(variables, x[order], condition[order], time[order])
+  assert_close(permuted, y[order], 1e-5)
+  for moved_inputs in (
+    (x, condition.at[1].add(1.0), time),
+    (x, condition, time.at[1].add(1)),
+  ):
+    moved = np.abs(apply(variables, *moved_inputs) - y).max(axis=(1, 2))
+    assert moved[1] > 1e-3 and (np.delete(moved, 1) < 1e-5).all()
+
+
+def test_first_parameters():
+  """Kernels and biases are uniform in +-1 / sqrt(fan-in), as published."""
+  module = models.ConditionalUnet1d(action_size=2, widths=(64,))
+  params = jax.jit(module.init)(
+    jax.random.key(0), jnp.zeros((1, 4, 2)), jnp.zeros((1, 25))
+  )["params"]
+  block = params["down0_block2"]
+  for layer, fan_in in ((block["block1"]["conv"], 320), (block["film"], 25)):
+    for values in layer.values():
+      reach = np.abs(values).max() * fan_in**0.5
+      assert 0.9 < reach <= 1 + 1e-6
+      np.testing.assert_allclose(values.mean() * fan_in**0.5, 0, atol=0.2)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +247,7 @@ def test_both_ways_to_convolve(size, steps, stride):
 
 
 def test_mish_far_from_zero():
-  x = jnp.array([-90.0, -20.0, -1.0, 0.0, 1.0, 19.0, 30.0, 1e4])
+  x = jnp.array([-70.0, -20.0, -1.0, 0.0, 1.0, 19.0, 30.0, 1e4])
   wide = np.asarray(x, np.float64)
   np.testing.assert_allclose(
     unet1d.mish(x), wide * np.tanh(np.logaddexp(0, wide)), rtol=3e-6
@@ -230,30 +257,26 @@ def test_mish_far_from_zero():
   np.testing.assert_allclose(slope[-2:], 1, rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_gradients_are_finite_and_reach_everything(dtype):
-  dtype = jnp.dtype(dtype)
-  params, inputs, _ = call(widths=(4, 8, 12))
-  module = models.ConditionalUnet1d(**SMALL | {"widths": (4, 8, 12)})
-  module = module.clone(dtype=dtype)
+def test_gradients_reach_everything():
+  module, params, inputs = prepare(steps=4)
 
   def loss(params):
-    y = module.apply({"params": params}, *inputs)
-    assert y.dtype == jnp.float32
-    return jnp.mean(jnp.square(y))
+    return jnp.mean(jnp.square(module.apply({"params": params}, *inputs)))
 
-  for path, gradient in jax.tree.leaves_with_path(
-    jax.jit(jax.grad(loss))(params)
-  ):
-    assert gradient.dtype == jnp.float32
+  gradients = jax.jit(jax.grad(loss))(params)
+  for path, gradient in jax.tree.leaves_with_path(gradients):
     assert np.isfinite(gradient).all(), path
-    assert np.abs(gradient).max() > 0, path
+    assert np.abs(gradient).max() > 1e-6, path
 
 
 def test_bfloat16_is_near():
-  params, inputs, y = call(batch=8)
-  module = models.ConditionalUnet1d(**SMALL, dtype=jnp.dtype(jnp.bfloat16))
-  assert_close(jax.jit(module.apply)({"params": params}, *inputs), y, 0.05)
+  params, inputs, y = call(widths=(4,))
+  module = models.ConditionalUnet1d(
+    **SMALL | {"widths": (4,)}, dtype=jnp.dtype(jnp.bfloat16)
+  )
+  near = jax.jit(module.apply)({"params": params}, *inputs)
+  assert near.dtype == jnp.float32
+  assert 1e-4 < relative_error(near, y) < 0.05
 
 
 @pytest.mark.parametrize(
