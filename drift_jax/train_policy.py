@@ -178,7 +178,7 @@ class Evaluation:
     step = int(state.step)
     report: dict[str, Any] = {"step": step}
     for name, act in self._acts.items():
-      report[name] = self._means(name)
+      report[name] = self.means(name)
       bound = functools.partial(act, params)
       latency = experiment.chunk_latency(self._config, bound)
       report[name]["milliseconds_per_chunk"] = 1e3 * latency
@@ -189,7 +189,7 @@ class Evaluation:
       file.write_text(text)
     logger.info("Final figures: %s", text)
 
-  def _means(self, name: str) -> dict[str, Any]:
+  def means(self, name: str) -> dict[str, Any]:
     """Of the last evaluations, each step's newest."""
     prefix = f"eval/{name}/"
     by_step = {

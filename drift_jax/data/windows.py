@@ -260,10 +260,11 @@ class PolicyFeed:
       process_index, process_count: whose part to draw.
 
     Raises:
-      DataError: see Windows.
+      DataError: actions outside of the normaliser's range; see Windows.
       ValueError: a batch that the processes can't share.
     """
     rows = share("batch_size", batch_size, process_index, process_count)
+    normalizer.check_actions(demonstrations.actions, "the demonstrations")
     self._rows = np.arange(rows.start, rows.stop)
     # Normalised once, instead of once a window.
     vectors = {

@@ -26,7 +26,7 @@ _TIMED_CALLS, _UNTIMED_CALLS = 50, 3
 
 # {name: shape of a step's} observations, and of 'actions'.
 Shapes = Mapping[str, Sequence[int]]
-Act = Callable[[Any, Mapping[str, np.ndarray], np.ndarray, int], jax.Array]
+Act = Callable[[Any, Mapping[str, np.ndarray], np.ndarray, int], np.ndarray]
 
 
 def load_demonstrations(
@@ -202,7 +202,7 @@ def make_act(
     observations: Mapping[str, np.ndarray],
     episodes: np.ndarray,
     call: int,
-  ) -> jax.Array:
+  ) -> np.ndarray:
     normalized = {
       name: normalizer.normalize(name, values)
       if values.dtype != np.uint8
@@ -225,7 +225,7 @@ def here(params: Any, mesh: Mesh) -> Any:
 
 def run_episodes(
   config: config_lib.PolicyConfig,
-  act: Callable[[Mapping[str, np.ndarray], np.ndarray, int], Any],
+  act: robots.Act,
   *,
   record: int = 0,
 ) -> list[robots.Episode]:
@@ -253,7 +253,7 @@ def run_episodes(
 
 def chunk_latency(
   config: config_lib.PolicyConfig,
-  act: Callable[[Mapping[str, np.ndarray], np.ndarray, int], Any],
+  act: robots.Act,
 ) -> float:
   """Median seconds from one observation history to its action chunk."""
   environment = robots.make(

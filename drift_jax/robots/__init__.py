@@ -8,7 +8,7 @@ say what to install.
   select                  observations by name, 'state[:2]' too
   make_expert, Expert     scripted experts
   collect                 their demonstrations
-  rollouts, Episode       episodes of a policy of action chunks
+  rollouts, Act, Episode  episodes of a policy of action chunks
   summarize               success, score, length and modes of episodes
   save_video              recorded episodes as GIF or MP4
   RobotError, ExtraError  what is wrong; a package is missing
@@ -18,10 +18,11 @@ from drift_jax.robots.environments import ENVIRONMENTS, make
 from drift_jax.robots.errors import ExtraError, RobotError
 from drift_jax.robots.experts import Expert, collect, make_expert
 from drift_jax.robots.interface import Environment, Step, select
-from drift_jax.robots.rollouts import Episode, rollouts, summarize
+from drift_jax.robots.rollouts import Act, Episode, rollouts, summarize
 from drift_jax.robots.video import save_video
 
 __all__ = [
+  "Act",
   "ENVIRONMENTS",
   "Environment",
   "Episode",

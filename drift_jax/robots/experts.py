@@ -16,7 +16,7 @@ from drift_jax.robots.interface import Environment, Observations
 from drift_jax.robots.obstacle import GOAL
 
 # Steps of holding still behind success, see collect.
-_HOLD = 4
+_HOLD = 12
 # So many failures are forgiven where few episodes are asked for.
 _MIN_FAILURES = 5
 
@@ -300,7 +300,7 @@ def collect(
 ) -> tuple[Demonstrations, float]:
   """Demonstrations of an expert; the same for the same arguments.
 
-  An episode goes on for 4 steps behind success, where there are as many: what
+  An episode goes on for 12 steps behind success, where there are as many: what
   holding still at the goal looks like.
 
   Args:

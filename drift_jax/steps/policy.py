@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
-from drift_jax import diffusion, drift, sharding, streams
+from drift_jax import diffusion, drift, models, sharding, streams
 from drift_jax import state as state_lib
 from drift_jax.drift import PAPER, Variant
 from drift_jax.steps.common import SPLIT, WHOLE, Metrics, apply
@@ -105,10 +105,7 @@ def draw_policy(
     time = jax.random.randint(time_key, (batch_size,), 0, task.diffusion_steps)
   offsets = None
   if task.crop is not None:
-    size, crop = task.crop
-    offsets = jax.random.randint(
-      crop_key, (batch_size, 2), 0, size - crop + 1, jnp.int32
-    )
+    offsets = models.crop_offsets(crop_key, batch_size, *task.crop)
   return PolicyDraws(noise, repelling, time, offsets)
 
 

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import h5py
 import numpy as np
 import pytest
 
@@ -14,7 +15,6 @@ LENGTHS = {0: 4, 1: 3, 2: 5, 10: 2}
 @pytest.fixture
 def robomimic(tmp_path):
   """Writes a file of four episodes, one of them changed by a function."""
-  h5py = pytest.importorskip("h5py")
 
   def write(change=None):
     path = tmp_path / "image_abs.hdf5"
@@ -50,7 +50,6 @@ NAMES = ("object[:4]", "robot0_eef_pos", "agentview_image")
 
 
 def test_reads_episodes_by_number(robomimic):
-  h5py = pytest.importorskip("h5py")
   path = robomimic()
   shown = data.read_robomimic(path, NAMES)
   np.testing.assert_array_equal(shown.ends, [4, 7, 12, 14])

@@ -89,9 +89,9 @@ def test_demonstrations():
     np.testing.assert_allclose(
       path[1:] - path[:-1], data.actions[steps][:-1], atol=1e-6
     )
-    # Success, and four steps behind it.
+    # Success, and twelve steps behind it.
     near = np.linalg.norm(path - [1, 0], axis=1) <= 0.1
-    assert near.argmax() == len(path) - 4 and near[-4:].all()
+    assert near.argmax() == len(path) - 12 and near[-12:].all()
   starts = np.stack([states[steps.start] for steps in data.episodes()])
   assert len(np.unique(starts, axis=0)) == 5
 
