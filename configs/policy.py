@@ -131,7 +131,7 @@ def _method(config: ConfigDict, method: str) -> None:
 
 
 def _smoke(config: ConfigDict) -> None:
-  config.model.update(widths=(16, 32), groups=4, keypoints=4, image_features=8)
+  config.model.update(widths=(8,), groups=4, keypoints=4, image_features=8)
   if config.data.source == "expert":
     config.data.episodes = 3
   if config.loss.method == "diffusion":

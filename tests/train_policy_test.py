@@ -96,8 +96,8 @@ def test_the_last_evaluations_are_averaged(tmp_path, trained):
   assert means["success_rate"] == pytest.approx((0.2 + 0.5 + 0.8) / 3)
 
 
-@pytest.mark.parametrize("variant", ["", "learned", "chunk"])
-def test_a_resumed_run_is_bit_equal(tmp_path, variant):
+def test_a_resumed_run_is_bit_equal(tmp_path):
+  variant = "learned"  # whose temperature is in the state as well
   changes = {
     "eval__every": 0,
     "eval__videos": 0,
@@ -252,8 +252,12 @@ def test_robomimic_trains_and_is_not_rolled_out(tmp_path):
     ("", {"eval__videos": 9}, r"must lie in \[0, eval.episodes = 3\]"),
     ("lift", {"eval__every": 1}, "there is nothing to roll out in"),
     ("", {"model__crop": 8}, "has no images"),
-    ("", {"model__widths": (12, 32)}, "multiple of groups"),
-    ("", {"data__prediction_horizon": 15}, "x's steps"),
+    ("", {"model__widths": (10,)}, "multiple of groups"),
+    (
+      "",
+      {"data__prediction_horizon": 15, "model__widths": (16, 32)},
+      "x's steps",
+    ),
     ("batch_marginal", {}, "which the 8 devices can't share"),
     ("", {"batch__size": 12}, "can't be split over the 8 devices"),
     ("", {"data__observations": ("state[:3]",)}, "state"),
