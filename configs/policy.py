@@ -89,8 +89,8 @@ def _small(config: ConfigDict, environment: str) -> None:
   config.optim.update(learning_rate=1e-3, warmup_steps=100)
   config.ema.decays = (0.99,)
   config.train.num_steps = 2_000
-  config.eval.update(every=200, episodes=100, parallel=100, ema_decay=0.99)
-  config.checkpoint.every = 200
+  config.eval.update(every=100, episodes=100, parallel=100, ema_decay=0.99)
+  config.checkpoint.every = 100
 
 
 def _pusht(config: ConfigDict, observations: tuple[str, ...]) -> None:
