@@ -284,6 +284,73 @@ def toy() -> ConfigDict:
   return config
 
 
+def policy() -> ConfigDict:
+  """Defaults of task 'policy' (5.3): Diffusion Policy's, of vectors."""
+  config = _shared("policy")
+  del config["init_from"], config["vae"]
+  # Where it is rolled out: 'obstacle', 'fetch_reach', 'fetch_push',
+  # 'fetch_pick_and_place', 'pusht'; '': nowhere.
+  config.environment = ""
+
+  config.data = ConfigDict()
+  # 'expert': the environment's scripted one; or 'zarr:DIR', 'hdf5:FILE'
+  config.data.source = ""
+  config.data.episodes = 0  # the first ones; 0: all that there are
+  config.data.seed = 0  # of the expert's
+  config.data.observations = ("state",)  # 'state[:2]': its first two columns
+  config.data.observation_horizon = 2  # steps
+  config.data.prediction_horizon = 16  # steps, from the first observed one on
+  config.data.executed = 8  # steps, from the last observed one on
+  config.data.prefetch = 2  # batches ahead of the step
+
+  config.model = ConfigDict()
+  config.model.widths = (256, 512, 1024)  # of the U-Net's levels
+  config.model.kernel_size = 5
+  config.model.groups = 8  # of its normalisation
+  config.model.time_size = 0  # of a diffusion time's embedding
+  config.model.crop = 0  # side of the images' random crops; 0: none
+  config.model.keypoints = 32  # of an image
+  config.model.image_features = 64
+  config.model.dtype = "float32"
+
+  config.loss = ConfigDict()
+  # 'drifting'; 'diffusion' and 'regression' are baselines.
+  config.loss.method = "drifting"
+  # What drifts: an observation's actions of each time 'step', the 'chunk' as
+  # one vector; 'batch' pools all observations and fails, see docs/policies.md.
+  config.loss.problem = "step"
+  config.loss.diffusion_steps = 0  # of 'diffusion'
+
+  config.drift = drift()
+
+  config.batch = ConfigDict()
+  config.batch.size = 256  # observations
+  config.batch.generated = 8  # chunks of each
+
+  config.optim.update(
+    schedule="cosine",
+    learning_rate=1e-4,
+    warmup_steps=500,
+    b2=0.999,
+    weight_decay=1e-6,
+  )
+  config.optim.b1 = 0.95
+  config.ema.decays = (0.9999,)
+
+  config.eval = ConfigDict()
+  config.eval.every = 5_000  # steps; 0: never
+  config.eval.episodes = 50
+  config.eval.seed = 100_000  # of the first episode
+  config.eval.parallel = 50  # episodes at once
+  config.eval.threads = 2  # that step them
+  config.eval.samplers = ()  # of 'diffusion': 'ddpm:100', 'ddim:10'
+  config.eval.ema_decay = 0.9999  # which average is evaluated
+  config.eval.checkpoints = 10  # the last ones, that figures.json averages
+  config.eval.videos = 4  # episodes in the GIF
+  config.checkpoint.every = 5_000  # steps
+  return config
+
+
 def choose(variant: str, options: tuple[str, ...]) -> tuple[str, bool]:
   """'b2,smoke' -> ('b2', True); the first option where none is named."""
   names = [name for name in variant.split(",") if name]

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
@@ -393,6 +394,41 @@ class Checkpointer:
     processes.from_first(rename)
     self._manager = self._open()
 
+  def _readable(self, step: int | None) -> int:
+    """The newest (or the given) step.
+
+    Raises:
+      CheckpointError: if there is no such checkpoint or it is damaged.
+    """
+    chosen = self._chosen(step)
+    if chosen is None:
+      raise CheckpointError(f"there is no checkpoint in {self._directory}")
+    if problem := self._problem(chosen):
+      self._set_aside(chosen, problem, given=True)
+    return chosen
+
+  def restore_feed(self, step: int | None = None) -> tuple[int, Any]:
+    """The newest (or the given) checkpoint's feed state, for one that is small.
+
+    Returns:
+      (step, tree of NumPy arrays).
+
+    Raises:
+      CheckpointError: if there is no such checkpoint or it is damaged.
+    """
+    chosen = self._readable(step)
+    shapes = self._shapes(chosen)
+    abstract = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+      tree = checkpointer.restore(
+        self._directory / str(chosen) / "feed",
+        args=ocp.args.PyTreeRestore(
+          item=abstract,
+          restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+        ),
+      )
+    return chosen, tree
+
   def restore_subtree(
     self, abstract: Any, step: int | None = None
   ) -> tuple[int, Any]:
@@ -406,11 +442,7 @@ class Checkpointer:
     Raises:
       CheckpointError: if there is no such checkpoint or it is damaged.
     """
-    chosen = self._chosen(step)
-    if chosen is None:
-      raise CheckpointError(f"there is no checkpoint in {self._directory}")
-    if problem := self._problem(chosen):
-      self._set_aside(chosen, problem, given=True)
+    chosen = self._readable(step)
     with ocp.PyTreeCheckpointer() as checkpointer:
       tree = checkpointer.restore(
         self._directory / str(chosen) / "state",

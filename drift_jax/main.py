@@ -53,6 +53,8 @@ def main(argv: list[str]) -> None:
     from drift_jax import train_mae as trainer
   elif config.task == "toy":
     from drift_jax import train_toy as trainer
+  elif config.task == "policy":
+    from drift_jax import train_policy as trainer
   else:
     from drift_jax import train as trainer
 

@@ -13,9 +13,25 @@ import jax
 import numpy as np
 import pytest
 
-from configs import cifar10, common, digits, imagenet_latent, mae_latent, toy
+from configs import (
+  cifar10,
+  common,
+  digits,
+  imagenet_latent,
+  mae_latent,
+  policy,
+  toy,
+)
 from drift_jax import config as config_lib
-from drift_jax import loop, models, state, train, train_mae, train_toy
+from drift_jax import (
+  loop,
+  models,
+  state,
+  train,
+  train_mae,
+  train_policy,
+  train_toy,
+)
 from tests.autoencoders import save_vae
 from tests.data import pictures
 from tests.judges import save_inception, save_random_statistics
@@ -96,7 +112,7 @@ def test_wrong_types(key, value, message):
     (
       "task",
       "train",
-      r"task='train': valid options are \['gen.*'mae', 'toy'\]",
+      r"task='train': valid options are \['gen.*'mae', 'policy', 'toy'\]",
     ),
     ("seed", -1, r"seed=-1 must lie in \[0, 2\*\*32\)"),
     ("seed", 2**32, r"seed=4294967296 must lie in \[0, 2\*\*32\)"),
@@ -406,6 +422,9 @@ def test_every_key_is_read(reads, no_steps, tmp_path):
   points = toy.get_config("smoke")
   points.batch.labels = 8
   train_toy.train_and_evaluate(points, str(tmp_path / "toy"))
+  train_policy.train_and_evaluate(
+    policy.get_config("diffusion,smoke"), str(tmp_path / "policy")
+  )
   fields = {
     (section.__name__, field.name)
     for task in config_lib.TASKS.values()

@@ -85,6 +85,7 @@ SLOW_FILES = (
   "train_test.py",
   "multiprocess_test.py",
   "ablate_test.py",
+  "train_policy_test.py",
   "evaluate_test.py",
   "steps_test.py",
   "smoke_test.py",

@@ -8,10 +8,14 @@ from typing import Any
 from drift_jax.config.schema import (
   CROPS,
   DECODERS,
+  DEMONSTRATIONS,
   DISTRIBUTIONS,
+  ENVIRONMENTS,
   EVAL_METRICS,
   FROZEN_SHARDINGS,
   JUDGED_METRICS,
+  POLICY_METHODS,
+  POLICY_PROBLEMS,
   RANKING_METRICS,
   SOURCES,
   TEMPERATURE_KINDS,
@@ -24,6 +28,7 @@ from drift_jax.config.schema import (
   GeneratorConfig,
   Judge,
   MaeConfig,
+  PolicyConfig,
   ToyConfig,
   Vae,
 )
@@ -35,6 +40,8 @@ def check(config: AnyConfig) -> None:
     _check_generator(config)
   elif isinstance(config, ToyConfig):
     _check_toy(config)
+  elif isinstance(config, PolicyConfig):
+    _check_policy(config)
   else:
     _check_mae(config)
 
@@ -488,3 +495,93 @@ def _check_toy(config: ToyConfig) -> None:
     f"eval.num_samples={config.eval.num_samples}: figures need at least 2",
   )
   _choice("checkpoint.best_metric", config.checkpoint.best_metric, ("",))
+
+
+def _check_policy(config: PolicyConfig) -> None:
+  _check_common(config)
+  data, evaluation = config.data, config.eval
+  _choice("environment", config.environment, ENVIRONMENTS)
+  kind, _, path = data.source.partition(":")
+  _require(
+    kind == "expert" and not path or kind in ("zarr", "hdf5") and path != "",
+    f"data.source={data.source!r}: valid options are {DEMONSTRATIONS}",
+  )
+  _at_least("data.episodes", data.episodes, 0)
+  _at_least("data.seed", data.seed, 0)
+  if kind == "expert":
+    _require(
+      config.environment != "" and data.episodes >= 1,
+      f"data.source='expert' with environment={config.environment!r}, "
+      f"data.episodes={data.episodes}: the expert is the environment's, and "
+      "makes at least one episode",
+    )
+  _require(
+    len(data.observations) > 0, "data.observations=() must name at least one"
+  )
+  _distinct("data.observations", data.observations)
+  for name in ("observation_horizon", "prediction_horizon", "executed"):
+    _at_least(f"data.{name}", getattr(data, name), 1)
+  _require(
+    data.observation_horizon - 1 + data.executed <= data.prediction_horizon,
+    f"data.executed={data.executed}: a chunk of data.prediction_horizon="
+    f"{data.prediction_horizon} actions begins with the first of "
+    f"data.observation_horizon={data.observation_horizon} observations, so at "
+    f"most {data.prediction_horizon - data.observation_horizon + 1} are left",
+  )
+  _check_policy_loss(config)
+  _require(
+    len(config.model.widths) > 0, "model.widths=() must name at least one"
+  )
+  for width in config.model.widths:
+    _at_least("model.widths", width, 1)
+  for name in ("kernel_size", "groups", "keypoints", "image_features"):
+    _at_least(f"model.{name}", getattr(config.model, name), 1)
+  _at_least("model.crop", config.model.crop, 0)
+  _require(
+    evaluation.every == 0 or config.environment != "",
+    f"eval.every={evaluation.every} with environment='': there is nothing to "
+    "roll out in; set eval.every=0",
+  )
+  _at_least("eval.seed", evaluation.seed, 0)
+  for name in ("episodes", "parallel", "threads", "checkpoints"):
+    _at_least(f"eval.{name}", getattr(evaluation, name), 1)
+  _require(
+    0 <= evaluation.videos <= evaluation.episodes,
+    f"eval.videos={evaluation.videos} must lie in [0, eval.episodes = "
+    f"{evaluation.episodes}]",
+  )
+  _choice("checkpoint.best_metric", config.checkpoint.best_metric, ("",))
+
+
+def _check_policy_loss(config: PolicyConfig) -> None:
+  loss, batch, samplers = config.loss, config.batch, config.eval.samplers
+  _choice("loss.method", loss.method, POLICY_METHODS)
+  _choice("loss.problem", loss.problem, POLICY_PROBLEMS)
+  _at_least("batch.size", batch.size, 1)
+  if loss.method == "drifting":
+    positives = batch.size if loss.problem == "batch" else 1
+    _check_drift(config.drift, positives)
+    _require(
+      batch.generated >= 2 or config.drift.negatives != "own",
+      f"batch.generated={batch.generated}: a single sample of an observation "
+      "has no negative but itself, which is masked, so nothing repels it and "
+      "the policy becomes a regression; use at least 2 (8 as published)",
+    )
+  else:
+    _require(
+      batch.generated == 1,
+      f"batch.generated={batch.generated} with loss.method={loss.method!r}: "
+      "want 1, only 'drifting' compares samples of an observation",
+    )
+  diffuses = loss.method == "diffusion"
+  for name, value in (
+    ("loss.diffusion_steps", loss.diffusion_steps),
+    ("model.time_size", config.model.time_size),
+    ("eval.samplers", len(samplers)),
+  ):
+    _require(
+      value >= 1 if diffuses else value == 0,
+      f"{name}: loss.method={loss.method!r} wants "
+      + ("at least 1" if diffuses else "none; only 'diffusion' reads it")
+      + f", got {value}",
+    )

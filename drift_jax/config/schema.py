@@ -411,8 +411,106 @@ class ToyConfig(Section):
     return self.model.kind == "particles"
 
 
-AnyConfig = GeneratorConfig | MaeConfig | ToyConfig
-TASKS = {"generator": GeneratorConfig, "mae": MaeConfig, "toy": ToyConfig}
+class PolicyData(Section):
+  """Demonstrations, and how windows are cut from them.
+
+  `source` is 'expert' (the environment's scripted one, `episodes` of them by
+  `seed`), 'zarr:DIR' or 'hdf5:FILE' (the first `episodes`, 0 for all).
+  `observations` may cut columns: 'state[:2]'.
+  """
+
+  source: str
+  episodes: int
+  seed: int
+  observations: tuple[str, ...]
+  observation_horizon: int
+  prediction_horizon: int
+  executed: int
+  prefetch: int
+
+
+class PolicyModel(Section):
+  """Arguments of drift_jax.models.Policy's two networks.
+
+  `crop` is the side that images are cut to, 0 for whole ones; `time_size` of
+  the embedding that a diffusion policy has.
+  """
+
+  widths: tuple[int, ...]
+  kernel_size: int
+  groups: int
+  time_size: int
+  crop: int
+  keypoints: int
+  image_features: int
+  dtype: str
+
+
+class PolicyLoss(Section):
+  """What trains the policy: 'drifting', or a baseline of the same network.
+
+  `problem` is the drifting loss': 'step', 'chunk' or 'batch';
+  `diffusion_steps` are the noise levels of 'diffusion'.
+  """
+
+  method: str
+  problem: str
+  diffusion_steps: int
+
+
+class PolicyBatch(Section):
+  """Sizes of one step: observations, and G generated chunks of each."""
+
+  size: int
+  generated: int
+
+
+class PolicyEval(Section):
+  """Rollouts in the loop, of the episodes seed, seed + 1, ...
+
+  `samplers` are those of a diffusion policy, 'ddpm:N' or 'ddim:N'; every one
+  is rolled out. figures.json has means over the last `checkpoints`
+  evaluations.
+  """
+
+  every: int
+  episodes: int
+  seed: int
+  parallel: int
+  threads: int
+  samplers: tuple[str, ...]
+  ema_decay: float
+  checkpoints: int
+  videos: int
+
+
+class PolicyConfig(Section):
+  """A run that trains a policy of robot control: config.task = 'policy'."""
+
+  task: str
+  seed: int
+  environment: str
+  data: PolicyData
+  model: PolicyModel
+  loss: PolicyLoss
+  drift: Drift
+  batch: PolicyBatch
+  optim: Optim
+  ema: Ema
+  train: Train
+  eval: PolicyEval
+  checkpoint: Checkpoint
+  mesh: Mesh
+  processes: Processes
+
+
+AnyConfig = GeneratorConfig | MaeConfig | ToyConfig | PolicyConfig
+TASKS = {
+  "generator": GeneratorConfig,
+  "mae": MaeConfig,
+  "toy": ToyConfig,
+  "policy": PolicyConfig,
+}
 
 # Distributions of the plane (data.distribution of a toy), and what fits them.
 DISTRIBUTIONS = (
@@ -424,6 +522,19 @@ DISTRIBUTIONS = (
   "spiral",
 )
 TOY_MODELS = ("mlp", "particles")
+
+# What a policy is rolled out in; '': nothing, where no simulator is at hand.
+ENVIRONMENTS = (
+  "obstacle",
+  "fetch_reach",
+  "fetch_push",
+  "fetch_pick_and_place",
+  "pusht",
+  "",
+)
+DEMONSTRATIONS = ("expert", "zarr:DIR", "hdf5:FILE")
+POLICY_METHODS = ("drifting", "diffusion", "regression")
+POLICY_PROBLEMS = ("step", "chunk", "batch")
 
 # Figures of eval.inception and eval.dinov2. 'fd_inception' is what FID is of
 # other weights than the published ones, which those after it are for.

@@ -9,6 +9,8 @@ from drift_jax.data.loader import Loader
 from drift_jax.data.memory import MemoryReader, MemorySource
 from drift_jax.data.prefetch import Prefetcher
 from drift_jax.data.readers import ArrayReader, ImageReader, Reader
+from drift_jax.data.replay import FETCH, read_replay, write_replay
+from drift_jax.data.robomimic import read_robomimic
 from drift_jax.data.sources import (
   ArraySource,
   Source,
@@ -24,8 +26,10 @@ from drift_jax.data.toys import (
   fixed_points,
   modes_of,
 )
+from drift_jax.data.windows import Normalizer, PolicyFeed, Windows
 
 __all__ = [
+  "FETCH",
   "TOYS",
   "ArrayReader",
   "ArraySource",
@@ -40,11 +44,14 @@ __all__ = [
   "MemorySource",
   "Modes",
   "NoSplitError",
+  "Normalizer",
+  "PolicyFeed",
   "Prefetcher",
   "QueueFeed",
   "Reader",
   "Source",
   "ToyFeed",
+  "Windows",
   "digits",
   "draw_points",
   "fixed_points",
@@ -52,4 +59,7 @@ __all__ = [
   "imagenet_classes",
   "modes_of",
   "open_source",
+  "read_replay",
+  "read_robomimic",
+  "write_replay",
 ]

@@ -60,6 +60,22 @@ from drift_jax.experiment.networks import (
   mae_task,
   start_params,
 )
+from drift_jax.experiment.policies import (
+  Act,
+  TrainedPolicy,
+  chunk_latency,
+  here,
+  init_policy,
+  load_demonstrations,
+  load_policy,
+  make_act,
+  policy_feed,
+  policy_samplers,
+  policy_task,
+  run_episodes,
+  shapes_of,
+  write_shapes,
+)
 from drift_jax.experiment.programs import Program, programs
 from drift_jax.experiment.reports import (
   METRICS,
@@ -93,6 +109,20 @@ from drift_jax.experiment.toys import (
 )
 
 __all__ = [
+  "Act",
+  "TrainedPolicy",
+  "chunk_latency",
+  "here",
+  "init_policy",
+  "load_demonstrations",
+  "load_policy",
+  "make_act",
+  "policy_feed",
+  "policy_samplers",
+  "policy_task",
+  "run_episodes",
+  "shapes_of",
+  "write_shapes",
   "ERRORS",
   "METRICS",
   "NUM_SAMPLES",

@@ -394,7 +394,9 @@ def drift_arguments(config: config_lib.Drift) -> dict[str, Any]:
   }
 
 
-def init_drift(task: steps.GeneratorTask) -> dict[str, Any]:
+def init_drift(
+  task: steps.GeneratorTask | steps.PolicyTask,
+) -> dict[str, Any]:
   """What the field learns, at the start: TrainState.drift."""
   return {} if task.temperature is None else task.temperature.init()
 

@@ -61,10 +61,10 @@ def programs(config: AnyConfig, mesh: Mesh) -> list[Program]:
     ArtifactError: a network that nothing describes.
     ConfigError: sizes that the mesh or the networks don't allow.
   """
-  if isinstance(config, config_lib.ToyConfig):
+  if isinstance(config, config_lib.ToyConfig | config_lib.PolicyConfig):
     raise config_lib.ConfigError(
-      "task='toy' needs no check beforehand: it fits any device; valid options "
-      "here are ['generator', 'mae']"
+      f"task={config.task!r} needs no check beforehand: it fits any device; "
+      "valid options here are ['generator', 'mae']"
     )
   if not config.model.num_classes:
     raise config_lib.ConfigError(

@@ -25,6 +25,7 @@ from drift_jax import (
   metrics,
   optim,
   processes,
+  robots,
   sharding,
   storage,
 )
@@ -46,6 +47,7 @@ ERRORS = (
   loop.NonFiniteError,
   metrics.EvaluationError,
   processes.PeerError,
+  robots.RobotError,
   OSError,  # a file or a disk; the message has the path
 )
 AnyConfig = config_lib.AnyConfig

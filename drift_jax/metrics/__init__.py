@@ -56,6 +56,7 @@ from drift_jax.metrics.plots import (
   plot_drift,
   plot_frechet,
   plot_mae,
+  plot_policy,
   plot_rows,
   plot_toy,
 )
@@ -162,6 +163,7 @@ __all__ = [
   "plot_frechet",
   "plot_mae",
   "plot_nearest_distances",
+  "plot_policy",
   "plot_rows",
   "plot_toy",
   "plot_toy_table",

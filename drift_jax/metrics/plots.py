@@ -465,5 +465,46 @@ def plot_toy(records: Records, path: files.PathLike) -> None:
   _save(figure, path)
 
 
+def plot_policy(records: Records, path: files.PathLike) -> None:
+  """Success, and what training did, of a policy's run over steps.
+
+  Args:
+    records: dicts with "step", `eval/SAMPLER/success_rate` of each sampler,
+      `eval/SAMPLER/mode/NAME`, `drift_rms/TAU` or, where nothing drifts,
+      `loss`. What there is is drawn.
+    path: PNG file to write.
+
+  Raises:
+    ValueError: when no record holds any of them.
+  """
+  keys = _keys(records)
+  rates = [k for k in keys if k.startswith("eval/") and "success_rate" in k]
+  modes = [k for k in keys if k.startswith("eval/") and "/mode/" in k]
+  drifts = [k for k in keys if k.startswith("drift_rms/") and k.count("/") == 1]
+  losses = drifts or [k for k in keys if k == "loss"]
+  if not rates and not losses:
+    raise _nothing_to_plot("'loss' or 'eval/SAMPLER/success_rate'", records)
+  panels = [
+    ("success rate", rates),
+    ("share of episodes", modes),
+    ("RMS of the raw drift" if drifts else "loss", losses),
+  ]
+  panels = [(label, found) for label, found in panels if found]
+  figure, axes = _figure(len(panels), 2.5)
+  for axis, (label, found) in zip(axes, panels, strict=True):
+    for i, key in enumerate(found):
+      colour = _COLOURS[i % len(_COLOURS)]
+      name = key.removeprefix("eval/").removesuffix("/success_rate")
+      _draw(axis, *_series(records, key), label=name, colour=colour)
+    axis.set_ylabel(label)
+    if found is losses:
+      _log_scale(axis)
+    else:
+      axis.set_ylim(-0.03, 1.03)
+    if len(found) > 1:
+      axis.legend(frameon=False)
+  _save(figure, path)
+
+
 def _dashed(axis: Any, level: float, label: str) -> None:
   axis.axhline(level, color="0.3", linestyle="--", linewidth=1.2, label=label)

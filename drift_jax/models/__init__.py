@@ -4,15 +4,21 @@ from drift_jax.models.convnext import build_convnext
 from drift_jax.models.generator import build_generator
 from drift_jax.models.inception import InceptionOutput, build_inception
 from drift_jax.models.mae import MAEOutput, build_mae, mae_loss
+from drift_jax.models.observations import ObservationEncoder, crop_offsets
+from drift_jax.models.policy import Policy
 from drift_jax.models.resnet import build_resnet
 from drift_jax.models.toy import TOY_KINDS, build_toy
+from drift_jax.models.unet1d import ConditionalUnet1d
 from drift_jax.models.vae import build_vae, latent_mean, sample_latents
 from drift_jax.models.vit import build_vit
 
 __all__ = [
   "TOY_KINDS",
+  "ConditionalUnet1d",
   "InceptionOutput",
   "MAEOutput",
+  "ObservationEncoder",
+  "Policy",
   "build_convnext",
   "build_generator",
   "build_inception",
@@ -21,6 +27,7 @@ __all__ = [
   "build_toy",
   "build_vae",
   "build_vit",
+  "crop_offsets",
   "latent_mean",
   "mae_loss",
   "sample_latents",

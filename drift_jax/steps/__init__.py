@@ -31,6 +31,16 @@ from drift_jax.steps.mae import (
   mae_inputs,
   mae_step,
 )
+from drift_jax.steps.policy import (
+  PolicyBatch,
+  PolicyDraws,
+  PolicyTask,
+  act_step,
+  draw_policy,
+  policy_gradients,
+  policy_loss,
+  policy_step,
+)
 
 __all__ = [
   "VAE_KEY",
@@ -41,11 +51,16 @@ __all__ = [
   "MaeBatch",
   "MaeTask",
   "Metrics",
+  "PolicyBatch",
+  "PolicyDraws",
+  "PolicyTask",
   "Temperature",
+  "act_step",
   "apply",
   "by_label",
   "classification_lambda",
   "draw",
+  "draw_policy",
   "drift_metrics",
   "early_dtype",
   "from_wire",
@@ -55,6 +70,9 @@ __all__ = [
   "mae_eval_step",
   "mae_inputs",
   "mae_step",
+  "policy_gradients",
+  "policy_loss",
+  "policy_step",
   "sample_inputs",
   "sample_step",
   "train_step",

@@ -196,13 +196,15 @@ def run(
   workdir: pathlib.Path, overrides: Mapping[str, str], about: str
 ) -> list[str]:
   """Trains what is not there yet; returns what failed."""
+  toys: list[str] = flags.FLAGS.toys
+  fields: list[str] = flags.FLAGS.fields
   temperatures = [
     _number("--temperatures", t) for t in flags.FLAGS.temperatures
   ]
   seeds = [int(_number("--seeds", s)) for s in flags.FLAGS.seeds]
   for name, values in (
-    ("--toys", flags.FLAGS.toys),
-    ("--fields", flags.FLAGS.fields),
+    ("--toys", toys),
+    ("--fields", fields),
     ("--temperatures", temperatures),
     ("--seeds", seeds),
   ):
@@ -210,7 +212,7 @@ def run(
       raise config_lib.ConfigError(
         f"{name}={values} must hold at least one value and none twice"
       )
-  chosen = itertools.product(temperatures, flags.FLAGS.toys, flags.FLAGS.fields)
+  chosen = itertools.product(temperatures, toys, fields)
   # All are checked before the first is trained.
   configs = {
     (temperature, toy, field, seed): make_config(
@@ -226,9 +228,7 @@ def run(
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   tables: dict[float, Table] = {
     temperature: {
-      (toy, field): Cell({}, [])
-      for toy in flags.FLAGS.toys
-      for field in flags.FLAGS.fields
+      (toy, field): Cell({}, []) for toy in toys for field in fields
     }
     for temperature in temperatures
   }

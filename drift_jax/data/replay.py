@@ -1,0 +1,146 @@
+"""Diffusion Policy's replay buffers: demonstrations as zarr arrays.
+
+A folder in zarr's format 2: data/action [S, A], data/NAME [S, ...] and
+meta/episode_ends [E] int64, behind the last step of each episode. Arrays are
+read through TensorStore, which knows their compression.
+"""
+
+import json
+import os
+import pathlib
+import secrets
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorstore
+
+from drift_jax.data.demonstrations import Demonstrations
+from drift_jax.data.errors import DataError
+from drift_jax.data.selection import is_selection, select
+
+_ACTION = "action"
+_ENDS = "meta/episode_ends"
+# What makes the files that are read; robomimic's HDF5 files as well, for
+# drift_jax.data.robomimic.
+_SITE = "https://diffusion-policy.cs.columbia.edu/data/training"
+FETCH = {
+  name: f"curl -O {_SITE}/{name}.zip && unzip {name}.zip"
+  for name in ("pusht", "robomimic_lowdim", "robomimic_image")
+}
+# Steps of a chunk that `write_replay` makes, as in the published file.
+_CHUNK = 161
+
+
+def read_replay(
+  path: os.PathLike[str] | str,
+  observations: Sequence[str],
+  *,
+  max_episodes: int = 0,
+) -> Demonstrations:
+  """Demonstrations of a replay buffer.
+
+  PushT's is pusht_cchi_v7_replay.zarr, 206 episodes, with 'state' [S, 5],
+  'keypoint' [S, 9, 2], 'n_contacts' [S, 1] and 'img' [S, 96, 96, 3] float32 in
+  [0, 255]; FETCH['pusht'] is the command that gets it.
+
+  Args:
+    path: the folder.
+    observations: names of arrays beside 'action'; 'NAME[:K]' are the first K
+      columns of one.
+    max_episodes: only the first ones; 0: all.
+
+  Raises:
+    DataError: no such folder, missing arrays, or ones that disagree.
+  """
+  folder = pathlib.Path(path)
+  if not (folder / "data").is_dir():
+    raise DataError(
+      f"{folder}: no replay buffer is there; PushT's comes by "
+      f"{FETCH['pusht']!r}"
+    )
+  present = {file.parent.name for file in (folder / "data").glob("*/.zarray")}
+  if _ACTION not in present or not (folder / _ENDS / ".zarray").is_file():
+    raise DataError(
+      f"{folder}: want data/{_ACTION} and {_ENDS}; data/ has {sorted(present)}"
+    )
+  ends = _ends(folder)
+  steps = None
+  if max_episodes:
+    if not 1 <= max_episodes <= len(ends):
+      raise DataError(
+        f"{folder}: max_episodes={max_episodes}, there are {len(ends)}"
+      )
+    ends = ends[:max_episodes]
+    steps = int(ends[-1])
+
+  def opened(name: str) -> Any:
+    return _opened(folder / "data" / name)[slice(steps)]
+
+  values = select(observations, present - {_ACTION}, opened, str(folder))
+  actions = select([_ACTION], [_ACTION], opened, str(folder))[_ACTION]
+  try:
+    return Demonstrations(values, actions, ends)
+  except DataError as error:
+    raise DataError(f"{folder}: {error}") from error
+
+
+def _ends(folder: pathlib.Path) -> np.ndarray:
+  try:
+    return np.asarray(_opened(folder / _ENDS), np.int64)
+  except (ValueError, OSError) as error:
+    raise DataError(f"{folder}: {_ENDS}: {error}") from error
+
+
+def _opened(folder: pathlib.Path) -> Any:
+  return tensorstore.open(_spec(folder), open=True).result()
+
+
+def write_replay(
+  path: os.PathLike[str] | str, demonstrations: Demonstrations
+) -> None:
+  """Writes demonstrations in the same format; they appear when whole.
+
+  Raises:
+    DataError: something is there, or an observation's name is that of a part
+      of another, 'NAME[:K]', under which it could not be read again.
+  """
+  parts = [name for name in demonstrations.observations if is_selection(name)]
+  if parts:
+    raise DataError(f"{path}: observations {parts} are parts of others: rename")
+  folder = pathlib.Path(path)
+  if folder.exists():
+    raise DataError(f"{folder} is there: remove it, or write elsewhere")
+  part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+  arrays = {
+    f"data/{_ACTION}": demonstrations.actions,
+    _ENDS: np.asarray(demonstrations.ends, np.int64),
+    **{f"data/{n}": x for n, x in demonstrations.observations.items()},
+  }
+  try:
+    for name, values in arrays.items():
+      _write(part / name, values)
+    for group in (part, part / "data", part / "meta"):
+      (group / ".zgroup").write_text(json.dumps({"zarr_format": 2}))
+    part.rename(folder)
+  finally:
+    shutil.rmtree(part, ignore_errors=True)
+
+
+def _write(folder: pathlib.Path, values: np.ndarray) -> None:
+  metadata = {
+    "shape": list(values.shape),
+    "chunks": [min(_CHUNK, len(values)), *values.shape[1:]],
+    "dtype": values.dtype.str,
+    "compressor": {"id": "blosc", "cname": "zstd", "clevel": 5, "shuffle": 2},
+  }
+  array: Any = tensorstore.open(
+    _spec(folder) | {"metadata": metadata}, create=True
+  ).result()
+  array.write(values).result()
+
+
+def _spec(folder: pathlib.Path) -> dict[str, Any]:
+  path = os.fspath(folder.absolute())
+  return {"driver": "zarr", "kvstore": {"driver": "file", "path": path}}

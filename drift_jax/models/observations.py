@@ -1,0 +1,248 @@
+"""What a policy observes, as one vector: states as they are, images encoded."""
+
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Int, Shaped
+
+from drift_jax.models.layers import GroupNorm
+
+# ResNet-18: basic blocks of these channels, two of each.
+_STAGES = (64, 128, 256, 512)
+_BLOCKS = 2
+# Of each group norm, in place of batch norm: its statistics would mix the
+# observations of a batch, and differ between training and acting.
+_GROUP_CHANNELS = 16
+
+
+def crop_offsets(
+  key: Array, count: int, size: int, crop: int
+) -> Int[Array, "{count} 2"]:
+  """Rows and columns of random crops' upper left corners, uniform.
+
+  Args:
+    key: of the draw.
+    count: of crops.
+    size: side of the images.
+    crop: side of the crops; any place inside of an image is as likely.
+
+  Raises:
+    ValueError: crops larger than the images.
+  """
+  _require_crop(size, crop)
+  return jax.random.randint(key, (count, 2), 0, size - crop + 1, jnp.int32)
+
+
+def spatial_softmax(maps: Float[Array, "B H W K"]) -> Float[Array, "B 2*K"]:
+  """Expected column and row of each map's softmax, in [-1, 1], float32.
+
+  [x_1, y_1, x_2, ...]: the centres of the first and last column are at -1 and
+  1, as are those of the rows.
+  """
+  batch, rows, columns, channels = maps.shape
+  logits = maps.astype(jnp.float32).reshape(batch, -1, channels)
+  masses = nn.softmax(logits, axis=1).reshape(maps.shape)
+  x = jnp.einsum("bhwk,w->bk", masses, jnp.linspace(-1.0, 1.0, columns))
+  y = jnp.einsum("bhwk,h->bk", masses, jnp.linspace(-1.0, 1.0, rows))
+  return jnp.stack([x, y], axis=-1).reshape(batch, 2 * channels)
+
+
+def _conv(
+  features: int, size: int, stride: int, dtype: jnp.dtype, name: str
+) -> nn.Conv:
+  padding = size // 2
+  return nn.Conv(
+    features,
+    (size, size),
+    strides=(stride, stride),
+    padding=((padding, padding), (padding, padding)),
+    use_bias=False,
+    kernel_init=nn.initializers.he_normal(),
+    dtype=dtype,
+    name=name,
+  )
+
+
+def _norm(channels: int, dtype: jnp.dtype, name: str) -> GroupNorm:
+  return GroupNorm(dtype, channels // _GROUP_CHANNELS, name=name)
+
+
+class _BasicBlock(nn.Module):
+  """relu(x + norm(conv(relu(norm(conv(x)))))), 3 x 3; x projected if needed."""
+
+  channels: int
+  stride: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+    channels, dtype = self.channels, self.dtype
+    out = _conv(channels, 3, self.stride, dtype, "conv1")(x)
+    out = nn.relu(_norm(channels, dtype, "norm1")(out))
+    out = _conv(channels, 3, 1, dtype, "conv2")(out)
+    out = _norm(channels, dtype, "norm2")(out)
+    if self.stride != 1 or x.shape[-1] != channels:
+      x = _conv(channels, 1, self.stride, dtype, "downsample")(x)
+      x = _norm(channels, dtype, "downsample_norm")(x)
+    return nn.relu(x + out)
+
+
+class ImageEncoder(nn.Module):
+  """ResNet-18's keypoints, as vectors.
+
+  The network ends in maps of 1/32 of the side; their spatial softmax says
+  where things are, not what is on average.
+
+  Attributes:
+    keypoints: maps whose expected coordinates are taken.
+    features: of the result.
+    dtype: of activations and products.
+  """
+
+  keypoints: int
+  features: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B F"]:
+    """Returns float32.
+
+    Args:
+      x: RGB in [-1, 1].
+    """
+    hidden = _conv(_STAGES[0], 7, 2, self.dtype, "stem")(x.astype(self.dtype))
+    hidden = nn.relu(_norm(_STAGES[0], self.dtype, "stem_norm")(hidden))
+    # Nothing is below 0: padding with it changes no maximum.
+    hidden = jnp.pad(hidden, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    hidden = nn.max_pool(hidden, (3, 3), (2, 2))
+    for stage, channels in enumerate(_STAGES, start=1):
+      for i in range(1, _BLOCKS + 1):
+        stride = 2 if stage > 1 and i == 1 else 1
+        hidden = _BasicBlock(
+          channels, stride, self.dtype, name=f"stage{stage}_block{i}"
+        )(hidden)
+    maps = nn.Conv(self.keypoints, (1, 1), dtype=self.dtype, name="keypoints")
+    points = spatial_softmax(maps(hidden))
+    return nn.Dense(self.features, name="output")(points)
+
+
+class ObservationEncoder(nn.Module):
+  """Observations of To steps -> a condition of To * F numbers.
+
+  F is the vectors' sizes and `image_features` for each of the images; what
+  belongs to a step stands together. Each image has its own network.
+
+  Attributes:
+    vectors: names of observations that are vectors, in this order.
+    images: names of those that are images.
+    crop: side of the part of an image that is looked at; 0: all of it.
+    keypoints: see ImageEncoder.
+    image_features: of each image.
+    dtype: of the images' networks.
+  """
+
+  vectors: tuple[str, ...]
+  images: tuple[str, ...] = ()
+  crop: int = 0
+  keypoints: int = 32
+  image_features: int = 64
+  dtype: jnp.dtype = jnp.dtype(jnp.float32)
+
+  @nn.compact
+  def __call__(
+    self,
+    observations: Mapping[str, Shaped[ArrayLike, "B T ..."]],
+    offsets: Int[ArrayLike, "B 2"] | None = None,
+  ) -> Float[Array, "B C"]:
+    """Returns float32.
+
+    Args:
+      observations: by name: normalised vectors [B, To, D] or square uint8
+        images [B, To, H, W, 3]; others than those named are left out.
+      offsets: rows and columns of the crops, see crop_offsets, alike for all
+        steps and images of an observation; None: the centre.
+
+    Raises:
+      ValueError: missing names, shapes that don't fit, crops larger than an
+        image, offsets without a crop.
+    """
+    names = (*self.vectors, *self.images)
+    missing = [name for name in names if name not in observations]
+    if missing or not names:
+      raise ValueError(
+        f"observations {missing} are missing: there are {sorted(observations)}"
+        if missing
+        else "vectors=() and images=(): a policy observes something"
+      )
+    if offsets is not None and not (self.crop and self.images):
+      raise ValueError(
+        f"offsets are of crops, but crop={self.crop} and images={self.images}"
+      )
+    parts = []
+    for name in self.vectors:
+      values = jnp.asarray(observations[name], jnp.float32)
+      if values.ndim != 3:
+        raise ValueError(
+          f"observation {name!r} has shape {values.shape}, want vectors "
+          "[B, To, D]"
+        )
+      parts.append(values)
+    sides = {}
+    for name in self.images:
+      pixels = jnp.asarray(observations[name])
+      sides[name] = _side(name, pixels)
+      if self.crop:
+        pixels = _cropped(pixels, self.crop, offsets)
+      batch, steps, *shape = pixels.shape
+      encoder = ImageEncoder(
+        self.keypoints, self.image_features, self.dtype, name=f"image_{name}"
+      )
+      features = encoder(
+        pixels.reshape(-1, *shape).astype(jnp.float32) / 127.5 - 1.0
+      )
+      parts.append(features.reshape(batch, steps, -1))
+    if offsets is not None and len(set(sides.values())) > 1:
+      raise ValueError(f"one crop for images of several sides: {sides}")
+    together = jnp.concatenate(parts, axis=-1)
+    return together.reshape(len(together), -1)
+
+
+def _side(name: str, pixels: Shaped[Array, "..."]) -> int:
+  is_square = pixels.ndim == 5 and pixels.shape[2] == pixels.shape[3]
+  if not is_square or pixels.shape[-1] != 3 or pixels.dtype != jnp.uint8:
+    raise ValueError(
+      f"observation {name!r} is {pixels.dtype} {pixels.shape}, want square "
+      "uint8 images [B, To, H, H, 3]"
+    )
+  return pixels.shape[2]
+
+
+def _require_crop(size: int, crop: int) -> None:
+  if not 1 <= crop <= size:
+    raise ValueError(
+      f"crop={crop}: a part of images of {size} x {size} has a side of 1 to "
+      f"{size}"
+    )
+
+
+def _cropped(
+  pixels: Shaped[Array, "B T H H 3"],
+  crop: int,
+  offsets: Int[ArrayLike, "B 2"] | None,
+) -> Shaped[Array, "B T h h 3"]:
+  size = pixels.shape[2]
+  _require_crop(size, crop)
+  if offsets is None:
+    start = (size - crop) // 2
+    return pixels[:, :, start : start + crop, start : start + crop]
+
+  def cut(
+    image: Shaped[Array, "T H H 3"], corner: Int[Array, " 2"]
+  ) -> Shaped[Array, "T h h 3"]:
+    return jax.lax.dynamic_slice(
+      image, (0, corner[0], corner[1], 0), (len(image), crop, crop, 3)
+    )
+
+  return jax.vmap(cut)(pixels, jnp.asarray(offsets))

@@ -1,0 +1,297 @@
+"""The conditional 1-D U-Net of Diffusion Policy (arXiv:2303.04137).
+
+Sequences are [batch, time, channels]; parameters are float32 and the products
+run in the `dtype` of their module.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from drift_jax.models.arguments import require_int, require_multiple
+from drift_jax.models.layers import GroupNorm, sinusoidal_embedding
+
+# Uniform in +-1 / sqrt(fan-in), as in the published code: FiLM's scales are
+# then small at first, and what a block adds as well.
+_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+# exp overflows in float32 far behind the place where mish(x) is x.
+_MISH_IS_LINEAR = 20.0
+
+
+def mish(x: Float[Array, "..."]) -> Float[Array, "..."]:
+  """x tanh(log(1 + e^x)), in float32, then the dtype of x.
+
+  With e = e^x it is x n / (n + 2), n = e (e + 2): one exponential instead of
+  three transcendental functions.
+  """
+  wide = x.astype(jnp.float32)
+  e = jnp.exp(jnp.minimum(wide, _MISH_IS_LINEAR))
+  n = e * (e + 2)
+  return (wide * (n / (n + 2))).astype(x.dtype)
+
+
+def convolve(
+  x: Float[Array, "B T C"],
+  kernel: Float[Array, "K C D"],
+  *,
+  stride: int,
+  padding: int,
+) -> Float[Array, "B t D"]:
+  """y_o = sum_i x_i kernel_(i - stride o + padding), over the i there are.
+
+  Where the kernel spans the whole sequence it is one product with a matrix of
+  all pairs (i, o): XLA's CPU convolution takes 20 times as long there, and no
+  product is with padding.
+  """
+  size, channels, features = kernel.shape
+  steps = x.shape[1]
+  if steps > size:
+    return jax.lax.conv_general_dilated(
+      x,
+      kernel,
+      window_strides=(stride,),
+      padding=((padding, padding),),
+      dimension_numbers=("NWC", "WIO", "NWC"),
+    )
+  outputs = (steps + 2 * padding - size) // stride + 1
+  lead = stride * (outputs - 1)
+  padded = jnp.pad(
+    kernel, ((lead, max(0, steps + padding - size)), (0, 0), (0, 0))
+  )
+  starts = [lead + padding - stride * o for o in range(outputs)]
+  pairs = jnp.stack([padded[s : s + steps] for s in starts], axis=2)
+  y = jnp.dot(
+    x.reshape(-1, steps * channels),
+    pairs.reshape(steps * channels, outputs * features),
+  )
+  return y.reshape(-1, outputs, features)
+
+
+class Conv1d(nn.Module):
+  """A convolution over time with a bias; see `convolve`."""
+
+  features: int
+  size: int
+  dtype: jnp.dtype
+  stride: int = 1
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B t D"]:
+    channels = x.shape[-1]
+    shape = (self.size, channels, self.features)
+    kernel = self.param("kernel", _kernel_init, shape)
+    bias = self.param("bias", _uniform(self.size * channels), shape[-1:])
+    y = convolve(
+      x.astype(self.dtype),
+      kernel.astype(self.dtype),
+      stride=self.stride,
+      padding=(self.size - 1) // 2,
+    )
+    return y + bias.astype(self.dtype)
+
+
+class Upsample(nn.Module):
+  """A transposed convolution of size 4 and stride 2: twice the time.
+
+  y_(2t) = x_t k_1 + x_(t-1) k_3, y_(2t+1) = x_(t+1) k_0 + x_t k_2, each with a
+  bias; as one convolution of size 2 with both of them as channels, their pairs
+  of steps being the same but for one step.
+  """
+
+  features: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B 2*T D"]:
+    batch, steps, channels = x.shape
+    shape = (4, channels, self.features)
+    kernel = self.param("kernel", _kernel_init, shape)
+    bias = self.param("bias", _uniform(4 * channels), shape[-1:])
+    pairs = kernel[::-1].reshape(2, 2, channels, self.features)
+    pairs = pairs.transpose(0, 2, 1, 3).reshape(2, channels, -1)
+    y = convolve(
+      x.astype(self.dtype), pairs.astype(self.dtype), stride=1, padding=1
+    )
+    even, odd = y[:, :-1, : self.features], y[:, 1:, self.features :]
+    y = jnp.stack([even, odd], axis=2).reshape(batch, 2 * steps, self.features)
+    return y + bias.astype(self.dtype)
+
+
+class _ConvBlock(nn.Module):
+  """mish(GroupNorm(convolution))."""
+
+  features: int
+  size: int
+  groups: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T D"]:
+    x = Conv1d(self.features, self.size, self.dtype, name="conv")(x)
+    # The other axis of a map has nothing to average over.
+    x = GroupNorm(self.dtype, self.groups, name="norm")(x[:, :, None, :])
+    return mish(x[:, :, 0, :])
+
+
+class _ResidualBlock(nn.Module):
+  """x + block2(scale * block1(x) + shift), scale and shift of the condition.
+
+  FiLM: (scale, shift) = W mish(condition) + b, one of each for each channel. x
+  is projected if its channels differ.
+  """
+
+  features: int
+  size: int
+  groups: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "B T C"], condition: Float[Array, "B D"]
+  ) -> Float[Array, "B T F"]:
+    arguments = (self.features, self.size, self.groups, self.dtype)
+    hidden = _ConvBlock(*arguments, name="block1")(x)
+    film = _dense(mish(condition), 2 * self.features, self.dtype, "film")
+    scale, shift = jnp.split(film[:, None, :], 2, axis=-1)
+    hidden = _ConvBlock(*arguments, name="block2")(scale * hidden + shift)
+    if x.shape[-1] != self.features:
+      x = _dense(x, self.features, self.dtype, "residual")
+    return x + hidden
+
+
+class ConditionalUnet1d(nn.Module):
+  """Actions of a sequence and a condition -> actions.
+
+  A level has two residual blocks; sequences are halved between levels. On the
+  way up, a level starts from its lower neighbour's output next to what went
+  down from there. The uppermost level's blocks are not repeated: as published,
+  a final block follows the last transposed convolution.
+
+  Attributes:
+    action_size: A, channels of what goes in and comes out.
+    widths: channels of the levels, from the top; (256, 512, 1024) is published.
+    kernel_size: of the convolutions, odd.
+    groups: of the group norms.
+    time_size: channels of the time's embedding; 0 for a network without time.
+    dtype: of activations and products.
+  """
+
+  action_size: int
+  widths: tuple[int, ...]
+  kernel_size: int = 5
+  groups: int = 8
+  time_size: int = 0
+  dtype: jnp.dtype = jnp.dtype(jnp.float32)
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "B T A"],
+    condition: Float[Array, "B C"],
+    time: Int[Array, " B"] | None = None,
+  ) -> Float[Array, "B T A"]:
+    """Returns float32.
+
+    Args:
+      x: a multiple of 2^(levels - 1) steps.
+      condition: vectors; with the time's embedding, if there is one, in front.
+      time: a denoising step's number, for networks which have one.
+
+    Raises:
+      ValueError: attributes, shapes or a time that don't fit.
+    """
+    self._check(x.shape, time is not None)
+    if time is not None:
+      condition = jnp.concatenate([self._embed(time), condition], axis=-1)
+    condition = condition.astype(self.dtype)
+
+    def block(name: str, width: int, x: Float[Array, "B T C"]) -> Array:
+      return _ResidualBlock(
+        width, self.kernel_size, self.groups, self.dtype, name=name
+      )(x, condition)
+
+    hidden = x.astype(self.dtype)
+    skips = []
+    for level, width in enumerate(self.widths):
+      for i in (1, 2):
+        hidden = block(f"down{level}_block{i}", width, hidden)
+      skips.append(hidden)
+      if level < len(self.widths) - 1:
+        hidden = Conv1d(width, 3, self.dtype, 2, name=f"down{level}")(hidden)
+    for i in (1, 2):
+      hidden = block(f"middle_block{i}", self.widths[-1], hidden)
+    for level in range(len(self.widths) - 1, 0, -1):
+      hidden = jnp.concatenate([hidden, skips[level]], axis=-1)
+      width = self.widths[level - 1]
+      for i in (1, 2):
+        hidden = block(f"up{level}_block{i}", width, hidden)
+      hidden = Upsample(width, self.dtype, name=f"up{level}")(hidden)
+    hidden = _ConvBlock(
+      self.widths[0], self.kernel_size, self.groups, self.dtype, name="final"
+    )(hidden)
+    # The output and what follows are float32.
+    return _dense(hidden, self.action_size, jnp.dtype(jnp.float32), "output")
+
+  def _embed(self, time: Int[Array, " B"]) -> Float[Array, "B _"]:
+    x = sinusoidal_embedding(time.astype(jnp.float32), self.time_size)
+    x = _dense(x, 4 * self.time_size, self.dtype, "time_in")
+    x = _dense(mish(x), self.time_size, self.dtype, "time_out")
+    return x.astype(jnp.float32)
+
+  def _check(self, shape: tuple[int, ...], has_time: bool) -> None:
+    if not self.widths:
+      raise ValueError("widths=(): a U-Net has at least one level")
+    for level, width in enumerate(self.widths):
+      name = f"widths (level {level})"
+      require_int(name, width, 1)
+      require_multiple(name, width, "groups", self.groups)
+    if self.kernel_size % 2 == 0:
+      raise ValueError(
+        f"kernel_size={self.kernel_size}: must be odd, or a convolution would "
+        "change the number of steps"
+      )
+    require_int("time_size", self.time_size, 0)
+    require_multiple("time_size", self.time_size, "sine and cosine", 2)
+    require_multiple(
+      "x's steps",
+      shape[1],
+      f"2^({len(self.widths)} levels - 1)",
+      2 ** (len(self.widths) - 1),
+    )
+    if shape[2] != self.action_size:
+      raise ValueError(
+        f"x has {shape[2]} channels, the actions action_size={self.action_size}"
+      )
+    if has_time != (self.time_size > 0):
+      raise ValueError(
+        f"time_size={self.time_size}: "
+        + ("this network has no time" if has_time else "it needs a time")
+      )
+
+
+def _dense(
+  x: Float[Array, "*B C"], features: int, dtype: jnp.dtype, name: str
+) -> Float[Array, "*B F"]:
+  return nn.Dense(
+    features,
+    dtype=dtype,
+    kernel_init=_kernel_init,
+    bias_init=_uniform(x.shape[-1]),
+    name=name,
+  )(x)
+
+
+def _uniform(fan_in: int) -> nn.initializers.Initializer:
+  """As the kernels are."""
+  bound = fan_in**-0.5
+
+  def init(
+    key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32
+  ) -> Array:
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init

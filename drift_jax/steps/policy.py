@@ -1,0 +1,314 @@
+"""The policy's step (5.3): drifting loss on raw actions; baselines; acting."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
+
+from drift_jax import diffusion, drift, models, sharding, streams
+from drift_jax import state as state_lib
+from drift_jax.drift import PAPER, Variant
+from drift_jax.steps.common import SPLIT, WHOLE, Metrics, apply
+from drift_jax.steps.generator import Temperature, drift_metrics
+
+Method = Literal["drifting", "diffusion", "regression"]
+Problem = Literal["step", "chunk", "batch"]
+
+# The one key of the drifting loss.
+ACTIONS_KEY = "actions"
+
+
+class PolicyBatch(NamedTuple):
+  """Observation histories and the action chunks that followed them.
+
+  Attributes:
+    observations: normalised vectors, or uint8 images, of each name.
+    actions: normalised, in [-1, 1].
+  """
+
+  observations: dict[str, Shaped[Array, "B To ..."]]
+  actions: Float[Array, "B T A"]
+
+
+class PolicyDraws(NamedTuple):
+  """The random numbers of one policy step.
+
+  Attributes:
+    noise: of each generated chunk; G of an observation follow each other.
+    repelling: of the independent chunks that repel, where the drift's variant
+      has them.
+    time: of each chunk's diffusion; 0 elsewhere.
+    offsets: of each observation's crop; None where nothing is cropped.
+  """
+
+  noise: Float[Array, "n T A"]
+  repelling: Float[Array, "n T A"] | None
+  time: Int[Array, " B"]
+  offsets: Int[Array, "B 2"] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyTask:
+  """The static part of a policy's training step.
+
+  Attributes:
+    policy: a models.Policy.
+    method: 'drifting', or a baseline of the same network: 'diffusion' (noise
+      prediction) or 'regression' (mean squared error).
+    problem: of the drifting loss: each observation's actions of a time 'step',
+      of the whole 'chunk' as one vector, or, without the condition, those of a
+      time step of all the 'batch'.
+    num_generated: G, chunks of an observation; 1 of the baselines.
+    diffusion_steps: of 'diffusion'; 0 elsewhere.
+    action_shape: (T, A).
+    crop: (side of the images, side of their random crops); None: no crop.
+    drift: keyword arguments of drift.drift_losses.
+    variant: of drift.drift_losses.
+    average: whether the loss is the mean over features: there is one.
+    temperature: how the temperatures change in time.
+  """
+
+  policy: nn.Module
+  method: Method
+  problem: Problem
+  num_generated: int
+  diffusion_steps: int
+  action_shape: tuple[int, int]
+  crop: tuple[int, int] | None
+  drift: Mapping[str, Any]
+  variant: Variant = PAPER
+  average: bool = False
+  temperature: Temperature | None = None
+
+
+def draw_policy(
+  key: PRNGKeyArray, task: PolicyTask, batch_size: int
+) -> PolicyDraws:
+  """Noise, times and crops of a batch: a stream for each use."""
+  noise_key, repelling_key, time_key, crop_key = jax.random.split(key, 4)
+  shape = (batch_size * task.num_generated, *task.action_shape)
+  if task.method == "regression":
+    noise = jnp.zeros(shape)
+  else:
+    noise = jax.random.normal(noise_key, shape)
+  repelling = None
+  if task.method == "drifting" and task.variant.negatives == "independent":
+    repelling = jax.random.normal(repelling_key, shape)
+  time = jnp.zeros(batch_size, jnp.int32)
+  if task.method == "diffusion":
+    time = jax.random.randint(time_key, (batch_size,), 0, task.diffusion_steps)
+  offsets = None
+  if task.crop is not None:
+    offsets = models.crop_offsets(crop_key, batch_size, *task.crop)
+  return PolicyDraws(noise, repelling, time, offsets)
+
+
+def policy_loss(
+  params: Any,
+  batch: PolicyBatch,
+  draws: PolicyDraws,
+  task: PolicyTask,
+  axis_name: tuple[str, ...] = (),
+  temperature_scale: Float[Array, ""] | None = None,
+) -> tuple[Float[Array, ""], drift.DriftReport | None]:
+  """The loss of a batch, or of its part on a device.
+
+  drifting: drift.drift_losses of G chunks of each observation with the
+    demonstrated one as the single positive, scalars shared by all problems;
+  diffusion: mean |eps - eps(x_t, t)|^2;
+  regression: mean |action - f(observation)|^2.
+
+  Returns:
+    (loss, report of the drift or None).
+  """
+  condition = apply(
+    task.policy,
+    params,
+    batch.observations,
+    offsets=draws.offsets,
+    method="encode",
+  )
+  act = functools.partial(apply, task.policy, params, method="act")
+  if task.method == "regression":
+    return jnp.mean((act(draws.noise, condition) - batch.actions) ** 2), None
+  if task.method == "diffusion":
+    x = diffusion.add_noise(
+      batch.actions, draws.noise, draws.time, num_steps=task.diffusion_steps
+    )
+    eps = act(x, condition, time=draws.time)
+    return jnp.mean((eps - draws.noise) ** 2), None
+  repeated = jnp.repeat(condition, task.num_generated, axis=0)
+  real = batch.actions[:, None]
+  if draws.repelling is not None:
+    repelling = act(draws.repelling, jax.lax.stop_gradient(repeated))
+    repelling = jax.lax.stop_gradient(repelling)
+    real = jnp.concatenate([real, _by_observation(repelling, task)], axis=1)
+  generated = _by_observation(act(draws.noise, repeated), task)
+  if task.problem == "chunk":
+    generated, real = (
+      x.reshape(*x.shape[:2], 1, -1) for x in (generated, real)
+    )
+  elif task.problem == "batch":
+    # Positives of all observations first, as drift_losses wants them.
+    real = real.swapaxes(0, 1)
+    generated, real = (
+      x.reshape(1, -1, *x.shape[2:]) for x in (generated, real)
+    )
+  losses, report = drift.drift_losses(
+    {ACTIONS_KEY: generated},
+    {ACTIONS_KEY: real},
+    jnp.ones(len(generated)),
+    num_positives=len(batch.actions) if task.problem == "batch" else 1,
+    num_unconditional=0,
+    **task.drift,
+    axis_name=axis_name,
+    variant=task.variant,
+    temperature_scale=temperature_scale,
+  )
+  return jnp.mean(losses) if task.average else jnp.sum(losses), report
+
+
+def _by_observation(
+  chunks: Float[Array, "n T A"], task: PolicyTask
+) -> Float[Array, "B G T A"]:
+  return chunks.reshape(-1, task.num_generated, *chunks.shape[1:])
+
+
+def policy_gradients(
+  params: Any,
+  batch: PolicyBatch,
+  draws: PolicyDraws,
+  task: PolicyTask,
+  layout: sharding.Layout | None = None,
+  temperature_scale: Float[Array, ""] | None = None,
+) -> tuple[Float[Array, ""], drift.DriftReport | None, Any]:
+  """(loss, report or None, gradients), on a mesh if there is a layout."""
+
+  def of(
+    params: Any, batch: PolicyBatch, draws: PolicyDraws, scale: Any
+  ) -> tuple[Any, tuple[jax.Array, Any]]:
+    axes, devices = (), 1
+    if layout is not None:
+      axes, devices = sharding.BATCH_AXES, layout.mesh.size
+
+    def loss_of(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+      if layout is not None:
+        params = sharding.gather(params, layout.params)
+      loss, report = policy_loss(params, batch, draws, task, axes, scale)
+      return loss / devices, (loss, report)
+
+    return jax.grad(loss_of, has_aux=True)(params)
+
+  if layout is None:
+    grads, (loss, report) = of(params, batch, draws, temperature_scale)
+    return loss, report, grads
+
+  def local(*arguments: Any) -> tuple[jax.Array, Any, Any]:
+    grads, (loss, report) = of(*arguments)
+    grads = sharding.sum_gradients(grads, layout.params)
+    return jax.lax.pmean(loss, sharding.BATCH_AXES), report, grads
+
+  return sharding.over_devices(
+    local,
+    layout.mesh,
+    (layout.params, SPLIT, SPLIT, WHOLE),
+    (WHOLE, WHOLE, layout.params),
+  )(params, batch, draws, temperature_scale)
+
+
+def policy_step(
+  state: state_lib.TrainState,
+  batch: PolicyBatch,
+  frozen: Any = None,
+  draws: PolicyDraws | None = None,
+  *,
+  task: PolicyTask,
+  optimizer: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  layout: sharding.Layout | None = None,
+) -> tuple[state_lib.TrainState, Metrics]:
+  """One step of the policy; draws are made from state.key() if not given.
+
+  Metrics as train_step's; the drifting loss is constant by construction, see
+  drift_metrics. There is nothing frozen.
+  """
+  del frozen
+  if draws is None:
+    draws = draw_policy(state.key(), task, len(batch.actions))
+  scale, temperature = None, task.temperature
+  if temperature is not None:
+    scale = temperature.scale(state)
+  loss, report, grads = policy_gradients(
+    state.params, batch, draws, task, layout, scale
+  )
+  metrics = {
+    "loss": loss,
+    "grad_norm": optax.tree.norm(grads),
+    "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+  }
+  if report is not None:
+    metrics |= drift_metrics(report)
+  state = state_lib.update(state, grads, optimizer)
+  if temperature is not None and scale is not None and report is not None:
+    metrics["temperature_scale"] = scale
+    held = temperature.update(state.drift, report)
+    state = dataclasses.replace(state, drift=held)
+  return state, metrics | {"param_norm": optax.tree.norm(state.params)}
+
+
+def act_step(
+  params: Any,
+  observations: Mapping[str, Shaped[Array, "n To ..."]],
+  episodes: Int[Array, " n"],
+  call: Int[Array, ""],
+  *,
+  seed: int | Int[Array, ""],
+  task: PolicyTask,
+  sampler: diffusion.Sampler | None = None,
+) -> Float[Array, "n T A"]:
+  """Action chunks in [-1, 1]; row i's noise follows from (seed, episode, call).
+
+  Args:
+    params: of the policy.
+    observations: histories, as in PolicyBatch.
+    episodes: numbers of the episodes.
+    call: how many chunks they have had before.
+    seed: in [0, 2**32).
+    task: of the run.
+    sampler: of a diffusion policy; the others need one evaluation.
+  """
+  root = streams.stream(seed, "sample")
+
+  def normal(number: Any) -> jax.Array:
+    def of(episode: jax.Array) -> jax.Array:
+      key = jax.random.fold_in(jax.random.fold_in(root, episode), call)
+      return jax.random.normal(
+        jax.random.fold_in(key, number), task.action_shape
+      )
+
+    return jax.vmap(of)(episodes)
+
+  condition = apply(task.policy, params, observations, method="encode")
+  act = functools.partial(apply, task.policy, params, method="act")
+  start = normal(0)
+  if task.method == "regression":
+    start = jnp.zeros_like(start)
+  if sampler is None:
+    return jnp.clip(act(start, condition), -1.0, 1.0)
+
+  def denoise(x: jax.Array, time: jax.Array) -> jax.Array:
+    return act(x, condition, time=jnp.broadcast_to(time, len(x)))
+
+  return diffusion.sample(
+    denoise,
+    start,
+    lambda number: normal(number + 1),
+    sampler,
+    num_steps=task.diffusion_steps,
+  )

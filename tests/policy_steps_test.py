@@ -1,0 +1,296 @@
+"""The policy's step: loss against float64, meshes, baselines, acting."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from drift_jax import diffusion, optim, sharding, steps
+from drift_jax import state as state_lib
+from drift_jax.drift import Variant
+from tests.conftest import assert_close, precise_jit
+
+B, G, T, A = 8, 4, 4, 3
+TEMPERATURES = (0.1, 0.5)
+
+
+class Tiny(nn.Module):
+  """As models.Policy, in a few products."""
+
+  def encode(self, observations, offsets=None):
+    states = observations["state"]
+    x = states.reshape(len(states), -1)
+    if offsets is not None:
+      x += 0.1 * offsets.sum(axis=1, keepdims=True).astype(jnp.float32)
+    return x
+
+  @nn.compact
+  def act(self, noise, condition, time=None):
+    x = jnp.concatenate([noise.reshape(len(noise), -1), condition], axis=1)
+    if time is not None:
+      x = jnp.concatenate([x, 0.01 * time[:, None].astype(jnp.float32)], axis=1)
+    x = jnp.tanh(nn.Dense(16, name="in")(x))
+    return nn.Dense(T * A, name="out")(x).reshape(-1, T, A)
+
+  def __call__(self, observations, noise, time=None):
+    return self.act(noise, self.encode(observations), time)
+
+
+def make_task(**changes):
+  arguments = {
+    "policy": Tiny(),
+    "method": "drifting",
+    "problem": "step",
+    "num_generated": G,
+    "diffusion_steps": 0,
+    "action_shape": (T, A),
+    "crop": None,
+    "drift": {"temperatures": TEMPERATURES, "affinity_floor": 1e-6},
+  }
+  return steps.PolicyTask(**arguments | changes)
+
+
+def make_batch(seed=0, size=B):
+  rng = np.random.default_rng(seed)
+  return steps.PolicyBatch(
+    {"state": jnp.asarray(rng.normal(size=(size, 2, 5)), jnp.float32)},
+    jnp.asarray(rng.uniform(-1, 1, size=(size, T, A)), jnp.float32),
+  )
+
+
+def make_params(task):
+  batch = make_batch()
+  time = jnp.zeros(B, jnp.int32) if task.method == "diffusion" else None
+  noise = jnp.zeros((B, T, A))
+  return task.policy.init(
+    jax.random.key(3), batch.observations, noise, time=time
+  )["params"]
+
+
+def field(x, y, problem_scale, tau, floor=1e-6):
+  """The paper's V of G samples x and one positive y, in normalised units."""
+  n = len(x)
+  targets = np.concatenate([x, y])
+  d = np.linalg.norm(x[:, None] - targets, axis=-1)
+  d = np.maximum(d, 1e-4)
+  unit = max(problem_scale, 1e-3)
+  logits = -d / unit / tau
+  logits[np.arange(n), np.arange(n)] -= 100 / tau
+
+  def softmax(a, axis):
+    e = np.exp(a - a.max(axis=axis, keepdims=True))
+    return e / e.sum(axis=axis, keepdims=True)
+
+  affinity = np.sqrt(np.maximum(softmax(logits, 0) * softmax(logits, 1), floor))
+  negative, positive = affinity[:, :n], affinity[:, n:]
+  w_pos = positive * negative.sum(axis=1, keepdims=True)
+  w_neg = negative * positive.sum(axis=1, keepdims=True)
+  s = max(problem_scale / np.sqrt(x.shape[1]), 1e-3)
+  z, zt = x / s, targets / s
+  return (
+    w_pos @ zt[n:]
+    - w_pos.sum(1, keepdims=True) * z
+    - (w_neg @ zt[:n] - w_neg.sum(1, keepdims=True) * z)
+  )
+
+
+def oracle(generated, actions, problem):
+  """Gradient of the loss with respect to the generated chunks, in float64."""
+  x = np.asarray(generated, np.float64).reshape(B, G, T, A)
+  y = np.asarray(actions, np.float64)[:, None]
+  if problem == "chunk":
+    x, y = x.reshape(B, G, 1, -1), y.reshape(B, 1, 1, -1)
+  elif problem == "batch":
+    x, y = x.reshape(1, B * G, T, A), y.reshape(1, B, T, A)
+  problems = [
+    (x[b, :, t], y[b, :, t]) for b in range(len(x)) for t in range(x.shape[2])
+  ]
+  d = [
+    np.linalg.norm(p[:, None] - np.concatenate([p, q]), axis=-1)
+    for p, q in problems
+  ]
+  scale = np.mean(np.maximum(d, 1e-4))
+  s = max(scale / np.sqrt(x.shape[3]), 1e-3)
+  total = 0.0
+  for tau in TEMPERATURES:
+    v = np.stack([field(p, q, scale, tau) for p, q in problems])
+    total = total + v / np.sqrt(max(np.mean(v**2), 1e-8))
+  total = total.reshape(len(x), x.shape[2], x.shape[1], x.shape[3])
+  gradient = -2 * total.swapaxes(1, 2) / (x.size * s)
+  return np.mean(total**2), gradient.reshape(B * G, T, A)
+
+
+@pytest.mark.parametrize("problem", ["step", "chunk", "batch"])
+def test_loss_and_gradient_follow_the_field(problem):
+  task = make_task(problem=problem)
+  batch, params = make_batch(), make_params(task)
+  draws = steps.draw_policy(jax.random.key(0), task, B)
+  condition = jnp.repeat(task.policy.encode(batch.observations), G, axis=0)
+  generated, pull = jax.vjp(
+    lambda p: task.policy.apply(
+      {"params": p}, draws.noise, condition, method="act"
+    ),
+    params,
+  )
+  want_loss, upstream = oracle(generated, batch.actions, problem)
+  (want,) = pull(jnp.asarray(upstream, jnp.float32))
+  loss, report, gradients = precise_jit(
+    functools.partial(steps.policy_gradients, task=task)
+  )(params, batch, draws)
+  assert_close(loss, want_loss, 2e-5)
+  assert report.keys == ("actions",)
+  for found, wanted in zip(
+    jax.tree.leaves(gradients), jax.tree.leaves(want), strict=True
+  ):
+    assert_close(found, wanted, 1e-4)
+
+
+def test_one_positive_of_each_observation():
+  # Another observation's demonstration moves nothing here but through the
+  # scalars that all problems share.
+  task = make_task(drift={"temperatures": (0.5,)})
+  variant = Variant(normalize_features=False, normalize_drift=False)
+  task = make_task(drift=task.drift, variant=variant)
+  batch, params = make_batch(), make_params(task)
+  draws = steps.draw_policy(jax.random.key(0), task, B)
+
+  def drift_of_first(actions):
+    def loss(shift):
+      moved = steps.PolicyBatch(batch.observations, actions)
+      shifted = draws._replace(noise=draws.noise.at[:G].add(shift))
+      return steps.policy_loss(params, moved, shifted, task)[0]
+
+    return jax.grad(loss)(jnp.zeros((G, T, A)))
+
+  first = drift_of_first(batch.actions)
+  others = drift_of_first(batch.actions.at[1:].add(0.3))
+  own = drift_of_first(batch.actions.at[0].add(0.3))
+  np.testing.assert_array_equal(first, others)
+  assert np.abs(np.asarray(first - own)).max() > 1e-3 * np.abs(first).max()
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {},
+    {"problem": "chunk"},
+    {"crop": (9, 6)},
+    {"variant": Variant(negatives="independent")},
+    {"method": "regression", "num_generated": 1},
+    {"method": "diffusion", "num_generated": 1, "diffusion_steps": 10},
+    {
+      "variant": Variant(learned=True),
+      "temperature": steps.Temperature("learned", 1e-2),
+    },
+  ],
+  ids=["step", "chunk", "crop", "independent", "regression", "ddpm", "learned"],
+)
+def test_one_device_is_eight(changes):
+  task = make_task(**changes)
+  schedule = optim.learning_rate_schedule(
+    kind="constant", peak=1e-2, warmup_steps=0, total_steps=3
+  )
+  optimizer = optax.sgd(schedule)
+  results = []
+  for devices in (1, 8):
+    shape = (devices // 2 or 1, min(2, devices))
+    chosen = np.array(jax.devices()[:devices]).reshape(shape)
+    mesh = jax.sharding.Mesh(chosen, sharding.BATCH_AXES)
+    abstract, init = state_lib.abstract_and_init(
+      lambda key: make_params(task),
+      optimizer,
+      ema_decays=(0.9,),
+      seed=0,
+      mesh=mesh,
+      init_drift=task.temperature.init if task.temperature else dict,
+    )
+    layout = sharding.Layout(mesh, sharding.specs(abstract.params), {})
+    step = jax.jit(
+      functools.partial(
+        steps.policy_step,
+        task=task,
+        optimizer=optimizer,
+        schedule=schedule,
+        layout=layout,
+      )
+    )
+    state = init()
+    for number in range(3):
+      batch = jax.device_put(
+        make_batch(number), NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+      )
+      state, metrics = step(state, batch, {})
+    results.append((jax.device_get(state.params), jax.device_get(metrics)))
+  (params, metrics), (many_params, many_metrics) = results
+  assert metrics["grad_norm"] > 0
+  assert metrics.keys() == many_metrics.keys()
+  for name, value in metrics.items():
+    np.testing.assert_allclose(many_metrics[name], value, rtol=2e-4, atol=1e-6)
+  for found, wanted in zip(
+    jax.tree.leaves(many_params), jax.tree.leaves(params), strict=True
+  ):
+    assert_close(found, wanted, 2e-4)
+
+
+def test_baselines_are_their_formulas():
+  regression = make_task(method="regression", num_generated=1)
+  batch, params = make_batch(), make_params(regression)
+  draws = steps.draw_policy(jax.random.key(0), regression, B)
+  assert not np.any(draws.noise)
+  found, _ = steps.policy_loss(params, batch, draws, regression)
+  chunks = regression.policy.apply(
+    {"params": params}, batch.observations, draws.noise
+  )
+  assert_close(found, np.mean((np.float64(chunks) - batch.actions) ** 2), 1e-6)
+
+  task = make_task(method="diffusion", num_generated=1, diffusion_steps=10)
+  params = make_params(task)
+  draws = steps.draw_policy(jax.random.key(0), task, B)
+  assert len(set(draws.time.tolist())) > 1 and draws.time.max() < 10
+  found, _ = steps.policy_loss(params, batch, draws, task)
+  bars = diffusion.alpha_bars(10)[np.asarray(draws.time)][:, None, None]
+  noisy = np.sqrt(bars) * batch.actions + np.sqrt(1 - bars) * draws.noise
+  eps = task.policy.apply(
+    {"params": params},
+    batch.observations,
+    jnp.asarray(noisy, jnp.float32),
+    time=draws.time,
+  )
+  assert_close(found, np.mean((np.float64(eps) - draws.noise) ** 2), 1e-5)
+
+
+def test_draws():
+  task = make_task(crop=(9, 6), variant=Variant(negatives="independent"))
+  draws = steps.draw_policy(jax.random.key(0), task, 64)
+  assert draws.noise.shape == draws.repelling.shape == (64 * G, T, A)
+  assert not np.any(draws.noise == draws.repelling)
+  assert set(np.unique(draws.offsets)) == {0, 1, 2, 3}
+  assert steps.draw_policy(jax.random.key(0), make_task(), 2).offsets is None
+
+
+@pytest.mark.parametrize("method", ["drifting", "diffusion", "regression"])
+def test_a_row_acts_by_its_episode_and_call_alone(method):
+  changes = {"method": method}
+  sampler = None
+  if method == "diffusion":
+    changes["diffusion_steps"] = 10
+    sampler = diffusion.parse_sampler("ddpm:10", 10)
+  task = make_task(**changes)
+  params, observations = make_params(task), make_batch().observations
+  act = jax.jit(
+    functools.partial(steps.act_step, task=task, seed=1, sampler=sampler)
+  )
+  episodes = jnp.arange(B)
+  chunks = act(params, observations, episodes, 0)
+  assert chunks.shape == (B, T, A)
+  assert np.abs(chunks).max() <= 1
+  turned = jax.tree.map(lambda x: x[::-1], observations)
+  assert_close(act(params, turned, episodes[::-1], 0)[::-1], chunks, 1e-6)
+  again = act(params, observations, episodes, 1)
+  # Only a regression has no noise.
+  assert np.array_equal(again, chunks) == (method == "regression")

@@ -1,0 +1,312 @@
+"""Policies end to end: training, resume, rollouts, real formats, refusals."""
+
+import functools
+import json
+import subprocess
+import sys
+
+import h5py
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import policy
+from drift_jax import config as config_lib
+from drift_jax import data, experiment, metrics, robots, train_policy
+from tests.conftest import ROOT, process_environment
+
+
+def small(variant="", **changes):
+  """The smoke variant, whose batch the tests' eight devices share."""
+  config = policy.get_config(f"{variant},smoke")
+  config.update_from_flattened_dict(
+    {key.replace("__", "."): value for key, value in changes.items()}
+  )
+  return config
+
+
+def records(workdir):
+  return list(metrics.read_jsonl(workdir / "metrics.jsonl"))
+
+
+def assert_same(a, b):
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  """{method: (state, workdir)} of the obstacle's smoke runs."""
+  out = {}
+  for method in ("drifting", "diffusion", "regression"):
+    workdir = tmp_path_factory.mktemp(method)
+    state = train_policy.train_and_evaluate(small(method), str(workdir))
+    out[method] = state, workdir
+  return out
+
+
+@pytest.mark.parametrize(
+  ("method", "samplers"),
+  [
+    ("drifting", ["one_step"]),
+    ("diffusion", ["ddpm:10", "ddim:5"]),
+    ("regression", ["one_step"]),
+  ],
+)
+def test_a_run_leaves_figures_curves_and_videos(trained, method, samplers):
+  state, workdir = trained[method]
+  assert int(state.step) == 4
+  found = records(workdir)
+  assert ("drift_rms/0.2" in found[0]) == (method == "drifting")
+  report = json.loads((workdir / "figures.json").read_text())
+  assert report["step"] == 4 and list(report)[1:] == samplers
+  for name in samplers:
+    rates = [
+      record[f"eval/{name}/success_rate"]
+      for record in found
+      if f"eval/{name}/success_rate" in record
+    ]
+    assert len(rates) == 2
+    assert report[name]["evaluations"] == [2, 4]
+    assert report[name]["success_rate"] == pytest.approx(np.mean(rates))
+    assert report[name]["milliseconds_per_chunk"] > 0
+    with Image.open(workdir / f"videos/{name.replace(':', '_')}.gif") as gif:
+      assert gif.n_frames > 2
+      # Two episodes side by side.
+      assert gif.width == 2 * gif.height
+  with Image.open(workdir / "plots" / "curves.png") as picture:
+    assert picture.width > 300
+
+
+def test_the_last_evaluations_are_averaged(tmp_path, trained):
+  _, workdir = trained["drifting"]
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  config = config_lib.parse(small(eval__checkpoints=3, eval__videos=0))
+  # A step that was evaluated again, after a resume, counts once.
+  more = [(6, 0.2), (8, 0.9), (8, 0.5), (10, 0.8)]
+  lines += [
+    json.dumps({"step": step, "eval/one_step/success_rate": rate})
+    for step, rate in more
+  ]
+  (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+  evaluation = train_policy.Evaluation(config, {}, None, tmp_path)
+  means = evaluation.means("one_step")
+  assert means["evaluations"] == [6, 8, 10]
+  assert means["success_rate"] == pytest.approx((0.2 + 0.5 + 0.8) / 3)
+
+
+def test_a_resumed_run_is_bit_equal(tmp_path):
+  variant = "learned"  # whose temperature is in the state as well
+  changes = {
+    "eval__every": 0,
+    "eval__videos": 0,
+    "optim__schedule": "constant",  # the same for any number of steps
+  }
+  whole = train_policy.train_and_evaluate(
+    small(variant, **changes), str(tmp_path / "whole")
+  )
+  parts = str(tmp_path / "parts")
+  train_policy.train_and_evaluate(
+    small(variant, **changes, train__num_steps=2), parts
+  )
+  resumed = train_policy.train_and_evaluate(small(variant, **changes), parts)
+  assert int(resumed.step) == 4
+  assert_same(whole, resumed)
+
+
+def test_a_policy_is_loaded_with_its_normaliser(trained):
+  state, workdir = trained["drifting"]
+  mesh = experiment.open_mesh(config_lib.Mesh(data=-1, fsdp=1))
+  loaded = experiment.load_policy(str(workdir), mesh)
+  assert loaded.step == 4
+  demonstrations = experiment.load_demonstrations(loaded.config)
+  assert_same(
+    loaded.normalizer.as_tree(), data.Normalizer.fit(demonstrations).as_tree()
+  )
+  assert_same(loaded.params, state.ema["0.99"])
+  act = experiment.make_act(
+    loaded.task, loaded.normalizer, None, seed=loaded.config.seed
+  )
+  episodes = experiment.run_episodes(
+    loaded.config, functools.partial(act, loaded.params)
+  )
+  last = [r for r in records(workdir) if "eval/one_step/score" in r][-1]
+  for name, value in robots.summarize(episodes).items():
+    assert last[f"eval/one_step/{name}"] == value
+  with pytest.raises(config_lib.ConfigError, match="config.json is missing"):
+    experiment.load_policy(str(workdir / "plots"), mesh)
+
+
+def test_the_rollout_tool(trained, tmp_path):
+  _, workdir = trained["diffusion"]
+
+  def call(*args):
+    return subprocess.run(
+      [
+        *(sys.executable, "-m", "drift_jax.tools.rollout"),
+        *(f"--workdir={workdir}", *args),
+      ],
+      cwd=ROOT,
+      env=process_environment(),
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+
+  video = tmp_path / "video.gif"
+  done = call(
+    *("--samplers=ddim:2", "--episodes=3", f"--video={video}"),
+    f"--json={tmp_path / 'figures.json'}",
+  )
+  assert done.returncode == 0, done.stderr
+  report = json.loads(done.stdout)
+  assert report["step"] == {"checkpoint": 4}
+  assert 0 <= report["ddim:2"]["success_rate"] <= 1
+  assert json.loads((tmp_path / "figures.json").read_text()) == report
+  with Image.open(video) as gif:
+    assert gif.n_frames > 2
+  for flag, text in (
+    ("--samplers=ddim:3", "valid samplers are 'ddpm:10' and 'ddim:N'"),
+    (f"--video={video}", "--video is of one sampler"),
+  ):
+    failed = call(flag)
+    assert failed.returncode == 1 and "Traceback" not in failed.stderr
+    assert text in failed.stderr
+
+
+@pytest.fixture(scope="module")
+def pusht(tmp_path_factory):
+  """Two short episodes of a scripted pusher in Diffusion Policy's format."""
+  made, _ = robots.collect(
+    "pusht", episodes=2, seed=0, observations=("state", "img"), keep="all"
+  )
+  # The first 20 steps of each.
+  steps_of = [np.arange(s.start, s.start + 20) for s in made.episodes()]
+  rows = np.concatenate(steps_of)
+  path = tmp_path_factory.mktemp("pusht") / "pusht_cchi_v7_replay.zarr"
+  data.write_replay(
+    path,
+    data.Demonstrations(
+      {name: values[rows] for name, values in made.observations.items()},
+      made.actions[rows],
+      np.array([20, 40]),
+    ),
+  )
+  return path
+
+
+@pytest.mark.parametrize("variant", ["pusht", "pusht_image"])
+def test_pusht_from_file_to_rollout(tmp_path, pusht, variant):
+  config = small(variant, data__source=f"zarr:{pusht}", data__episodes=2)
+  config.train.num_steps = config.eval.every = config.checkpoint.every = 1
+  config.eval.update(episodes=2, videos=1)
+  state = train_policy.train_and_evaluate(config, str(tmp_path))
+  report = json.loads((tmp_path / "figures.json").read_text())
+  assert 0 <= report["one_step"]["score"] <= 1
+  assert report["one_step"]["mean_length"] == 300
+  assert (tmp_path / "videos" / "one_step.gif").exists()
+  names = {jax.tree_util.keystr(k) for k, _ in jax.tree.leaves_with_path(state)}
+  assert any("img" in name for name in names) == (variant == "pusht_image")
+
+
+def test_robomimic_trains_and_is_not_rolled_out(tmp_path):
+  file = tmp_path / "low_dim.hdf5"
+  rng = np.random.default_rng(0)
+  with h5py.File(file, "w") as written:
+    for number in range(2):
+      demo = written.create_group(f"data/demo_{number}")
+      demo.attrs["num_samples"] = 20
+      demo["actions"] = rng.uniform(-1, 1, (20, 7))
+      demo["dones"] = np.eye(20, dtype=np.int64)[-1]
+      for name, size in (
+        ("object", 10),
+        ("robot0_eef_pos", 3),
+        ("robot0_eef_quat", 4),
+        ("robot0_gripper_qpos", 2),
+      ):
+        demo[f"obs/{name}"] = rng.normal(size=(20, size))
+  config = small("lift", data__source=f"hdf5:{file}")
+  state = train_policy.train_and_evaluate(config, str(tmp_path / "run"))
+  assert int(state.step) == 4
+  assert not (tmp_path / "run" / "figures.json").exists()
+  assert (tmp_path / "run" / "plots" / "curves.png").exists()
+
+
+@pytest.mark.parametrize(
+  ("variant", "changes", "message"),
+  [
+    ("", {"batch__generated": 1}, "batch.generated=1: a single sample of an"),
+    ("regression", {"batch__generated": 8}, "want 1, only 'drifting'"),
+    ("", {"environment": "obstacles"}, "did you mean 'obstacle'"),
+    ("", {"data__source": "expert:3"}, "'expert', 'zarr:DIR', 'hdf5:FILE'"),
+    ("", {"data__source": "zarr:"}, "'expert', 'zarr:DIR', 'hdf5:FILE'"),
+    ("", {"data__episodes": 0}, "makes at least one episode"),
+    ("", {"data__executed": 16}, "so at most 15 are left"),
+    ("", {"data__observations": ()}, "must name at least one"),
+    ("", {"loss__method": "flow"}, "'drifting', 'diffusion', 'regression'"),
+    ("", {"loss__problem": "chunks"}, "did you mean 'chunk'"),
+    ("", {"loss__diffusion_steps": 10}, "only 'diffusion' reads it, got 10"),
+    ("diffusion", {"model__time_size": 0}, "wants at least 1, got 0"),
+    ("diffusion", {"eval__samplers": ("ddim:3",)}, "'ddpm:10' and 'ddim:N'"),
+    ("", {"eval__videos": 9}, r"must lie in \[0, eval.episodes = 3\]"),
+    ("lift", {"eval__every": 1}, "there is nothing to roll out in"),
+    ("", {"model__crop": 8}, "has no images"),
+    ("", {"model__widths": (10,)}, "multiple of groups"),
+    (
+      "",
+      {"data__prediction_horizon": 15, "model__widths": (16, 32)},
+      "x's steps",
+    ),
+    ("batch_marginal", {}, "which the 8 devices can't share"),
+    ("", {"batch__size": 12}, "can't be split over the 8 devices"),
+    ("", {"data__observations": ("state[:3]",)}, "state"),
+    ("", {"data__observations": ("velocity",)}, "velocity"),
+    ("lift", {}, "low_dim.hdf5"),
+    ("pusht", {}, "pusht_cchi_v7_replay.zarr"),
+  ],
+)
+def test_what_is_refused(tmp_path, variant, changes, message):
+  with pytest.raises(experiment.ERRORS, match=message):
+    train_policy.train_and_evaluate(
+      small(variant, **changes), str(tmp_path / "run")
+    )
+  assert not (tmp_path / "run").exists()
+
+
+def test_other_demonstrations_are_no_resume(tmp_path):
+  changes = {"eval__every": 0, "eval__videos": 0}
+  workdir = str(tmp_path)
+  train_policy.train_and_evaluate(small(**changes, train__num_steps=2), workdir)
+  with pytest.raises(config_lib.ConfigError, match=r"data\.seed: 0 -> 1"):
+    train_policy.train_and_evaluate(small(**changes, data__seed=1), workdir)
+
+
+@pytest.mark.parametrize("module", ["gymnasium_robotics", "mujoco"])
+def test_a_missing_simulator_is_named_before_training(
+  tmp_path, monkeypatch, module
+):
+  for name in list(sys.modules):
+    if name.partition(".")[0] in ("gymnasium_robotics", "mujoco"):
+      monkeypatch.delitem(sys.modules, name)
+  monkeypatch.setitem(sys.modules, module, None)
+  with pytest.raises(robots.ExtraError, match="requirements-robots.txt"):
+    train_policy.train_and_evaluate(small("push"), str(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
+
+
+def test_configs_of_variants():
+  with pytest.raises(ValueError, match="'smok': valid options"):
+    policy.get_config("smok")
+  with pytest.raises(ValueError, match="exclude each other"):
+    policy.get_config("push,reach")
+  with pytest.raises(ValueError, match="exclude each other"):
+    policy.get_config("chunk,batch_marginal")
+  with pytest.raises(ValueError, match="are of 'drifting'"):
+    policy.get_config("chunk,diffusion")
+  published = config_lib.parse(policy.get_config("pusht"))
+  assert published.model.widths == (256, 512, 1024)
+  assert (published.batch.size, published.batch.generated) == (256, 8)
+  assert published.data.episodes == 90
+  for variant in (*policy.TASKS, *policy.METHODS, "learned"):
+    config_lib.parse(policy.get_config(variant))
