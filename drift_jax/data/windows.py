@@ -1,7 +1,6 @@
 """Windows of demonstrations: a few observations and the actions from there."""
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -129,20 +128,6 @@ class Normalizer:
         for name, pair in tree.items()
       }
     )
-
-  def to_json(self) -> str:
-    """The tree as text; float32 numbers survive it exactly."""
-    return json.dumps(
-      {
-        name: {key: array.tolist() for key, array in pair.items()}
-        for name, pair in self.as_tree().items()
-      }
-    )
-
-  @classmethod
-  def from_json(cls, text: str) -> "Normalizer":
-    """Undoes `to_json`."""
-    return cls.from_tree(json.loads(text))
 
 
 class Windows:

@@ -1,7 +1,5 @@
 """Windows of demonstrations, their normalisation and their feed."""
 
-import json
-
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -126,16 +124,12 @@ def test_what_stands_still_is_shifted_only():
 
 def test_normalisers_are_kept():
   normalizer = data.Normalizer.fit(demonstrations())
-  text = normalizer.to_json()
-  assert set(json.loads(text)) == {"state[:3]", "actions"}
-  for again in (
-    data.Normalizer.from_tree(normalizer.as_tree()),
-    data.Normalizer.from_json(text),
-  ):
-    for name, pair in normalizer.ranges.items():
-      for old, new in zip(pair, again.ranges[name], strict=True):
-        assert new.dtype == np.float32
-        np.testing.assert_array_equal(old, new)
+  again = data.Normalizer.from_tree(normalizer.as_tree())
+  assert set(again.ranges) == {"state[:3]", "actions"}
+  for name, pair in normalizer.ranges.items():
+    for old, new in zip(pair, again.ranges[name], strict=True):
+      assert new.dtype == np.float32
+      np.testing.assert_array_equal(old, new)
 
 
 def test_names_and_dimensions_are_checked():
