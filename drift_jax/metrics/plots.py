@@ -502,7 +502,7 @@ def plot_policy(records: Records, path: files.PathLike) -> None:
     else:
       axis.set_ylim(-0.03, 1.03)
     if len(found) > 1:
-      axis.legend(frameon=False)
+      axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
   _save(figure, path)
 
 

@@ -11,6 +11,7 @@ from drift_jax.metrics import (
   plot_drift,
   plot_frechet,
   plot_mae,
+  plot_policy,
   plots,
 )
 
@@ -147,6 +148,30 @@ def test_mae_panels(tmp_path, figures):
   plot_mae(without, tmp_path / "plot.png")
   (axis,) = figures[1].axes
   assert axis.get_lines()[0].get_xydata().tolist() == [[1.0, 2.0]]
+
+
+def test_policy_panels(tmp_path, figures):
+  records = [
+    {"step": 1, "loss": 2.0, "drift_rms/0.2": 0.5, "drift_rms/0.2/a": 9.0},
+    {
+      "step": 2,
+      "eval/one_step/success_rate": 0.25,
+      "eval/one_step/mode/above": 0.75,
+      "eval/one_step/mode/below": 0.0,
+    },
+  ]
+  plot_policy(records, tmp_path / "plot.png")
+  rates, modes, drifts = figures[0].axes
+  assert rates.get_lines()[0].get_xydata().tolist() == [[2, 0.25]]
+  assert [line.get_ydata()[0] for line in modes.get_lines()] == [0.75, 0]
+  assert [line.get_ydata()[0] for line in drifts.get_lines()] == [0.5]
+  assert drifts.get_yscale() == "log"
+  # Where nothing drifts, the loss is what falls.
+  plot_policy([{"step": 1, "loss": 2.0}], tmp_path / "plot.png")
+  (axis,) = figures[1].axes
+  assert axis.get_ylabel() == "loss"
+  with pytest.raises(ValueError, match="their keys are"):
+    plot_policy([{"step": 1, "grad_norm": 1.0}], tmp_path / "plot.png")
 
 
 @pytest.mark.parametrize("plot, make", CASES)
