@@ -27,11 +27,12 @@ from ml_collections import ConfigDict
 
 from configs import common
 
+# The environment, and steps that learn it.
 SMALL = {
-  "obstacle": "obstacle",
-  "reach": "fetch_reach",
-  "push": "fetch_push",
-  "pick_and_place": "fetch_pick_and_place",
+  "obstacle": ("obstacle", 2_000),
+  "reach": ("fetch_reach", 2_000),
+  "push": ("fetch_push", 4_000),
+  "pick_and_place": ("fetch_pick_and_place", 4_000),
 }
 PUSHT = {"pusht": ("state",), "pusht_image": ("img", "state[:2]")}
 # Steps are what the published epochs come to.
@@ -58,12 +59,12 @@ def get_config(variant: str = "") -> ConfigDict:
   config = common.policy()
   task, method = chosen(TASKS), chosen(METHODS)
   if task in SMALL:
-    _small(config, SMALL[task])
+    _small(config, *SMALL[task])
   elif task in PUSHT:
     _pusht(config, PUSHT[task])
   else:
     _robomimic(config, task)
-  _method(config, method)
+  _method(config, method, small=task in SMALL)
   chosen(("step", "chunk", "batch_marginal"))  # exclude each other
   drifts = [n for n in names if n in ("chunk", "batch_marginal", "learned")]
   if drifts and method != "drifting":
@@ -80,7 +81,7 @@ def get_config(variant: str = "") -> ConfigDict:
   return config
 
 
-def _small(config: ConfigDict, environment: str) -> None:
+def _small(config: ConfigDict, environment: str, num_steps: int) -> None:
   """A task that two CPU cores learn in minutes, of the expert's episodes."""
   config.environment = environment
   config.data.update(source="expert", episodes=200)
@@ -88,9 +89,10 @@ def _small(config: ConfigDict, environment: str) -> None:
   config.batch.size = 32
   config.optim.update(learning_rate=1e-3, warmup_steps=100)
   config.ema.decays = (0.99,)
-  config.train.num_steps = 2_000
-  config.eval.update(every=100, episodes=100, parallel=100, ema_decay=0.99)
-  config.checkpoint.every = 100
+  config.train.num_steps = num_steps
+  every = num_steps // 20
+  config.eval.update(every=every, episodes=100, parallel=100, ema_decay=0.99)
+  config.checkpoint.every = every
 
 
 def _pusht(config: ConfigDict, observations: tuple[str, ...]) -> None:
@@ -120,14 +122,17 @@ def _robomimic(config: ConfigDict, task: str) -> None:
   config.eval.update(every=0, videos=0)
 
 
-def _method(config: ConfigDict, method: str) -> None:
+def _method(config: ConfigDict, method: str, *, small: bool) -> None:
+  """Drifting, or a baseline."""
   config.loss.method = method
-  if method != "drifting":
+  if method == "regression":
     config.batch.generated = 1
   if method == "diffusion":
     config.loss.diffusion_steps = 100
-    config.model.time_size = 256
+    config.model.time_size = 64 if small else 256
     config.eval.samplers = ("ddpm:100", "ddim:10")
+    if not small:  # small: as many chunks a step as drifting has
+      config.batch.generated = 1
 
 
 def _smoke(config: ConfigDict) -> None:

@@ -182,7 +182,7 @@ def test_one_positive_of_each_observation():
     {"crop": (9, 6)},
     {"variant": Variant(negatives="independent")},
     {"method": "regression", "num_generated": 1},
-    {"method": "diffusion", "num_generated": 1, "diffusion_steps": 10},
+    {"method": "diffusion", "diffusion_steps": 10},
     {
       "variant": Variant(learned=True),
       "temperature": steps.Temperature("learned", 1e-2),
@@ -248,16 +248,19 @@ def test_baselines_are_their_formulas():
   )
   assert_close(found, np.mean((np.float64(chunks) - batch.actions) ** 2), 1e-6)
 
-  task = make_task(method="diffusion", num_generated=1, diffusion_steps=10)
+  task = make_task(method="diffusion", diffusion_steps=10)
   params = make_params(task)
   draws = steps.draw_policy(jax.random.key(0), task, B)
   assert len(set(draws.time.tolist())) > 1 and draws.time.max() < 10
   found, _ = steps.policy_loss(params, batch, draws, task)
   bars = diffusion.alpha_bars(10)[np.asarray(draws.time)][:, None, None]
-  noisy = np.sqrt(bars) * batch.actions + np.sqrt(1 - bars) * draws.noise
+  clean, observations = jax.tree.map(
+    lambda x: np.repeat(x, G, axis=0), (batch.actions, batch.observations)
+  )
+  noisy = np.sqrt(bars) * clean + np.sqrt(1 - bars) * draws.noise
   eps = task.policy.apply(
     {"params": params},
-    batch.observations,
+    observations,
     jnp.asarray(noisy, jnp.float32),
     time=draws.time,
   )

@@ -237,7 +237,8 @@ def test_robomimic_trains_and_is_not_rolled_out(tmp_path):
   ("variant", "changes", "message"),
   [
     ("", {"batch__generated": 1}, "batch.generated=1: a single sample of an"),
-    ("regression", {"batch__generated": 8}, "want 1, only 'drifting'"),
+    ("regression", {"batch__generated": 8}, "want 1, it has one"),
+    ("diffusion", {"batch__generated": 0}, "batch.generated"),
     ("", {"environment": "obstacles"}, "did you mean 'obstacle'"),
     ("", {"data__source": "expert:3"}, "'expert', 'zarr:DIR', 'hdf5:FILE'"),
     ("", {"data__source": "zarr:"}, "'expert', 'zarr:DIR', 'hdf5:FILE'"),

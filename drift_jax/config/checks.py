@@ -567,12 +567,14 @@ def _check_policy_loss(config: PolicyConfig) -> None:
       "has no negative but itself, which is masked, so nothing repels it and "
       "the policy becomes a regression; use at least 2 (8 as published)",
     )
-  else:
+  elif loss.method == "regression":
     _require(
       batch.generated == 1,
-      f"batch.generated={batch.generated} with loss.method={loss.method!r}: "
-      "want 1, only 'drifting' compares samples of an observation",
+      f"batch.generated={batch.generated} with loss.method='regression': want "
+      "1, it has one prediction of an observation",
     )
+  else:
+    _at_least("batch.generated", batch.generated, 1)
   diffuses = loss.method == "diffusion"
   for name, value in (
     ("loss.diffusion_steps", loss.diffusion_steps),

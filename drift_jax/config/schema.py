@@ -459,7 +459,7 @@ class PolicyLoss(Section):
 
 
 class PolicyBatch(Section):
-  """Sizes of one step: observations, and G generated chunks of each."""
+  """Sizes of one step: observations, and G generated (noisy) chunks of each."""
 
   size: int
   generated: int

@@ -40,16 +40,16 @@ class PolicyDraws(NamedTuple):
   """The random numbers of one policy step.
 
   Attributes:
-    noise: of each generated chunk; G of an observation follow each other.
+    noise: of each chunk; G of an observation follow each other.
     repelling: of the independent chunks that repel, where the drift's variant
       has them.
-    time: of each chunk's diffusion; 0 elsewhere.
+    time: of each noise's diffusion; 0 elsewhere.
     offsets: of each observation's crop; None where nothing is cropped.
   """
 
   noise: Float[Array, "n T A"]
   repelling: Float[Array, "n T A"] | None
-  time: Int[Array, " B"]
+  time: Int[Array, " n"]
   offsets: Int[Array, "B 2"] | None
 
 
@@ -64,7 +64,8 @@ class PolicyTask:
     problem: of the drifting loss: each observation's actions of a time 'step',
       of the whole 'chunk' as one vector, or, without the condition, those of a
       time step of all the 'batch'.
-    num_generated: G, chunks of an observation; 1 of the baselines.
+    num_generated: G, chunks of an observation: generated ones, or of
+      'diffusion' noisy ones; 1 of 'regression'.
     diffusion_steps: of 'diffusion'; 0 elsewhere.
     action_shape: (T, A).
     crop: (side of the images, side of their random crops); None: no crop.
@@ -100,9 +101,9 @@ def draw_policy(
   repelling = None
   if task.method == "drifting" and task.variant.negatives == "independent":
     repelling = jax.random.normal(repelling_key, shape)
-  time = jnp.zeros(batch_size, jnp.int32)
+  time = jnp.zeros(len(noise), jnp.int32)
   if task.method == "diffusion":
-    time = jax.random.randint(time_key, (batch_size,), 0, task.diffusion_steps)
+    time = jax.random.randint(time_key, time.shape, 0, task.diffusion_steps)
   offsets = None
   if task.crop is not None:
     offsets = models.crop_offsets(crop_key, batch_size, *task.crop)
@@ -121,7 +122,8 @@ def policy_loss(
 
   drifting: drift.drift_losses of G chunks of each observation with the
     demonstrated one as the single positive, scalars shared by all problems;
-  diffusion: mean |eps - eps(x_t, t)|^2;
+  diffusion: mean |eps - eps(x_t, t)|^2 over G noises and times t of each
+    demonstrated chunk;
   regression: mean |action - f(observation)|^2.
 
   Returns:
@@ -137,13 +139,16 @@ def policy_loss(
   act = functools.partial(apply, task.policy, params, method="act")
   if task.method == "regression":
     return jnp.mean((act(draws.noise, condition) - batch.actions) ** 2), None
+  repeated = jnp.repeat(condition, task.num_generated, axis=0)
   if task.method == "diffusion":
     x = diffusion.add_noise(
-      batch.actions, draws.noise, draws.time, num_steps=task.diffusion_steps
+      jnp.repeat(batch.actions, task.num_generated, axis=0),
+      draws.noise,
+      draws.time,
+      num_steps=task.diffusion_steps,
     )
-    eps = act(x, condition, time=draws.time)
+    eps = act(x, repeated, time=draws.time)
     return jnp.mean((eps - draws.noise) ** 2), None
-  repeated = jnp.repeat(condition, task.num_generated, axis=0)
   real = batch.actions[:, None]
   if draws.repelling is not None:
     repelling = act(draws.repelling, jax.lax.stop_gradient(repeated))
