@@ -1,8 +1,10 @@
 """Policies of robot control (5.3): `train_and_evaluate(config, workdir)`."""
 
+import contextlib
 import functools
 import json
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -73,22 +75,20 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   feed = experiment.policy_feed(config, demonstrations)
   path = experiment.open_workdir(workdir, config, {}, ())
   processes.from_first(functools.partial(experiment.write_shapes, path, shapes))
-  evaluation = Evaluation(
-    config,
-    {
-      name: experiment.make_act(
-        task, feed.normalizer, sampler, seed=config.seed
-      )
-      for name, sampler in samplers.items()
-    },
-    mesh,
-    path,
-  )
+  acts = {
+    name: experiment.make_act(task, feed.normalizer, sampler, seed=config.seed)
+    for name, sampler in samplers.items()
+  }
 
   def put(batch: Any) -> steps.PolicyBatch:
     return steps.PolicyBatch(**sharding.put_batch(batch, mesh))
 
-  with experiment.at_end(evaluation.plot_curves):
+  with contextlib.ExitStack() as stack:
+    opened = []
+    if config.eval.every and processes.is_first():
+      opened = stack.enter_context(experiment.environments(config))
+    evaluation = Evaluation(config, acts, opened, mesh, path)
+    stack.enter_context(experiment.at_end(evaluation.plot_curves))
     state = experiment.run(
       config,
       path,
@@ -104,8 +104,8 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
       evaluate=evaluation,
       best_metric=lambda scalars: None,
     )
-  if config.eval.every:
-    evaluation.finish(state)
+    if config.eval.every:
+      evaluation.finish(state)
   return state
 
 
@@ -135,11 +135,13 @@ class Evaluation:
     self,
     config: config_lib.PolicyConfig,
     acts: dict[str, experiment.Act],
+    environments: Sequence[robots.Environment],
     mesh: jax.sharding.Mesh,
     path: epath.Path,
   ):
     self._config = config
     self._acts = acts
+    self._environments = environments
     self._mesh = mesh
     self._path = path
 
@@ -158,7 +160,7 @@ class Evaluation:
     scalars = {}
     for name, act in self._acts.items():
       episodes = experiment.run_episodes(
-        self._config, functools.partial(act, params)
+        self._config, self._environments, functools.partial(act, params)
       )
       figures = robots.summarize(episodes)
       logger.info(
@@ -180,7 +182,9 @@ class Evaluation:
     for name, act in self._acts.items():
       report[name] = self.means(name)
       bound = functools.partial(act, params)
-      latency = experiment.chunk_latency(self._config, bound)
+      latency = experiment.chunk_latency(
+        self._config, self._environments[0], bound
+      )
       report[name]["milliseconds_per_chunk"] = 1e3 * latency
       if self._config.eval.videos:
         self._film(name, bound)
@@ -211,7 +215,9 @@ class Evaluation:
 
   def _film(self, name: str, act: Any) -> None:
     count = self._config.eval.videos
-    episodes = experiment.run_episodes(self._config, act, record=count)
+    episodes = experiment.run_episodes(
+      self._config, self._environments, act, record=count
+    )
     file = self._path / "videos" / f"{name.replace(':', '_')}.gif"
     with metrics.replacing(file) as temporary:
       robots.save_video(temporary, episodes[:count], ending=file.suffix)

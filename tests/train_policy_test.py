@@ -90,7 +90,7 @@ def test_the_last_evaluations_are_averaged(tmp_path, trained):
     for step, rate in more
   ]
   (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-  evaluation = train_policy.Evaluation(config, {}, None, tmp_path)
+  evaluation = train_policy.Evaluation(config, {}, [], None, tmp_path)
   means = evaluation.means("one_step")
   assert means["evaluations"] == [6, 8, 10]
   assert means["success_rate"] == pytest.approx((0.2 + 0.5 + 0.8) / 3)
@@ -128,9 +128,11 @@ def test_a_policy_is_loaded_with_its_normaliser(trained):
   act = experiment.make_act(
     loaded.task, loaded.normalizer, None, seed=loaded.config.seed
   )
-  episodes = experiment.run_episodes(
-    loaded.config, functools.partial(act, loaded.params)
-  )
+  with experiment.environments(loaded.config) as opened:
+    assert len(opened) == loaded.config.eval.parallel == 2
+    episodes = experiment.run_episodes(
+      loaded.config, opened, functools.partial(act, loaded.params)
+    )
   last = [r for r in records(workdir) if "eval/one_step/score" in r][-1]
   for name, value in robots.summarize(episodes).items():
     assert last[f"eval/one_step/{name}"] == value

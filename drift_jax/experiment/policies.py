@@ -1,10 +1,11 @@
 """Policies of robot control (5.3): demonstrations, networks, rollouts."""
 
+import contextlib
 import functools
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -223,8 +224,29 @@ def here(params: Any, mesh: Mesh) -> Any:
   return jax.tree.map(lambda x: x.addressable_data(0), whole)
 
 
+@contextlib.contextmanager
+def environments(
+  config: config_lib.PolicyConfig,
+) -> Iterator[list[robots.Environment]]:
+  """Opens as many of the run's environments as its evaluation needs.
+
+  Raises:
+    RobotError: one that can't be opened.
+  """
+  section = config.eval
+  with contextlib.ExitStack() as stack:
+    opened = []
+    for _ in range(min(section.parallel, section.episodes)):
+      opened.append(
+        robots.make(config.environment, observations=config.data.observations)
+      )
+      stack.callback(opened[-1].close)
+    yield opened
+
+
 def run_episodes(
   config: config_lib.PolicyConfig,
+  opened: Sequence[robots.Environment],
   act: robots.Act,
   *,
   record: int = 0,
@@ -233,19 +255,17 @@ def run_episodes(
 
   Args:
     config: of the run.
+    opened: its environments.
     act: of `make_act`, with its parameters bound.
     record: of how many episodes frames are kept.
   """
   section = config.eval
   return robots.rollouts(
-    lambda: robots.make(
-      config.environment, observations=config.data.observations
-    ),
+    opened,
     act,
     seeds=range(section.seed, section.seed + section.episodes),
     observation_horizon=config.data.observation_horizon,
     executed=config.data.executed,
-    parallel=min(section.parallel, section.episodes),
     threads=section.threads,
     record=record,
   )
@@ -253,16 +273,11 @@ def run_episodes(
 
 def chunk_latency(
   config: config_lib.PolicyConfig,
+  environment: robots.Environment,
   act: robots.Act,
 ) -> float:
   """Median seconds from one observation history to its action chunk."""
-  environment = robots.make(
-    config.environment, observations=config.data.observations
-  )
-  try:
-    seen = environment.reset(config.eval.seed)
-  finally:
-    environment.close()
+  seen = environment.reset(config.eval.seed)
   horizon = config.data.observation_horizon
   history = {
     name: np.stack([values] * horizon)[None] for name, values in seen.items()

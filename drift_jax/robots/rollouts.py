@@ -78,13 +78,12 @@ class _Row:
 
 
 def rollouts(
-  make_environment: Callable[[], Environment],
+  environments: Sequence[Environment],
   act: Act,
   *,
   seeds: Sequence[int],
   observation_horizon: int,
   executed: int,
-  parallel: int,
   threads: int,
   record: int = 0,
 ) -> list[Episode]:
@@ -95,22 +94,21 @@ def rollouts(
   actions [To - 1, To - 1 + executed) are taken, then it is asked again. At the
   start the first observation stands To times.
 
-  The episodes are worked on in groups of `parallel`, all of a group in step.
-  Where act's rows do not depend on each other, neither `parallel` nor `threads`
-  changes an episode.
+  The episodes are worked on in groups of as many as there are environments, all
+  of a group in step. Where act's rows do not depend on each other, neither
+  their number nor `threads` changes an episode.
 
   Args:
-    make_environment: called once for each that is needed, from this thread.
+    environments: of one kind; they stay open.
     act: (observations {name: [n, To, ...]}, episodes [n] int64, call) ->
-      actions [n, T, A], within the environment's bounds. n is always
-      `parallel`: rows of episodes that are over, or that there are too few of,
-      have the last observations of one, and their actions are ignored.
+      actions [n, T, A], within the environment's bounds. n is always the number
+      of environments: rows of episodes that are over, or that there are too few
+      of, have the last observations of one, and their actions are ignored.
       `episodes` are positions among the seeds, `call` counts from 0 within an
       episode: together they seed a row's noise.
     seeds: of the starts, one episode each.
     observation_horizon: To.
     executed: actions of each chunk that are taken.
-    parallel: environments at a time.
     threads: that step them.
     record: so many of the first episodes have frames. These are stepped and
       drawn in the calling thread, to which OpenGL is tied.
@@ -122,11 +120,12 @@ def rollouts(
     RobotError: sizes below 1, chunks of another shape or too short, actions
       out of bounds.
   """
+  parallel = len(environments)
   sizes = {
+    "environments": parallel,
     "seeds": len(seeds),
     "observation_horizon": observation_horizon,
     "executed": executed,
-    "parallel": parallel,
     "threads": threads,
   }
   for name, size in sizes.items():
@@ -134,25 +133,18 @@ def rollouts(
       raise RobotError(f"rollouts: {name} is {size}, must be at least 1")
   if record < 0:
     raise RobotError(f"rollouts: record is {record}, must be at least 0")
-  environments: list[Environment] = []
   episodes: list[Episode] = []
-  try:
-    for _ in range(min(parallel, len(seeds))):
-      environments.append(make_environment())
-    with ThreadPoolExecutor(threads) as pool:
-      for start in range(0, len(seeds), parallel):
-        rows = [
-          _Row(environment, int(seed), observation_horizon, number < record)
-          for number, (environment, seed) in enumerate(
-            zip(environments, seeds[start : start + parallel], strict=False),
-            start,
-          )
-        ]
-        _run(rows, act, start, parallel, observation_horizon, executed, pool)
-        episodes += [row.episode for row in rows]
-  finally:
-    for environment in environments:
-      environment.close()
+  with ThreadPoolExecutor(threads) as pool:
+    for start in range(0, len(seeds), parallel):
+      rows = [
+        _Row(environment, int(seed), observation_horizon, number < record)
+        for number, (environment, seed) in enumerate(
+          zip(environments, seeds[start : start + parallel], strict=False),
+          start,
+        )
+      ]
+      _run(rows, act, start, parallel, observation_horizon, executed, pool)
+      episodes += [row.episode for row in rows]
   return episodes
 
 
@@ -169,8 +161,9 @@ def _run(
 
   Args:
     rows: at most `parallel`.
-    act, parallel, executed: see rollouts.
+    act, executed: see rollouts.
     start: the number of the first episode.
+    parallel: how many observations act is given.
     horizon: To.
     pool: the threads.
   """

@@ -72,13 +72,16 @@ def run(values: flags.FlagValues) -> dict[str, dict[str, float]]:
       "--samplers"
     )
   report = {}
-  for name, sampler in samplers.items():
-    report[name] = _one(policy._replace(config=config), sampler, values.video)
+  policy = policy._replace(config=config)
+  with experiment.environments(config) as opened:
+    for name, sampler in samplers.items():
+      report[name] = _one(policy, opened, sampler, values.video)
   return {"step": {"checkpoint": policy.step}, **report}
 
 
 def _one(
   policy: experiment.TrainedPolicy,
+  opened: Sequence[robots.Environment],
   sampler: diffusion.Sampler | None,
   video: str,
 ) -> dict[str, float]:
@@ -89,11 +92,12 @@ def _one(
     ),
     policy.params,
   )
-  episodes = experiment.run_episodes(config, act, record=config.eval.videos)
+  count = config.eval.videos
+  episodes = experiment.run_episodes(config, opened, act, record=count)
   figures = robots.summarize(episodes)
-  latency = experiment.chunk_latency(config, act)
+  latency = experiment.chunk_latency(config, opened[0], act)
   if video:
-    shown = episodes[: config.eval.videos]
+    shown = episodes[:count]
     with metrics.replacing(video) as temporary:
       robots.save_video(temporary, shown, ending=pathlib.Path(video).suffix)
   return {**figures, "milliseconds_per_chunk": 1e3 * latency}

@@ -63,23 +63,13 @@ class Policy:
     return value[..., None].astype(np.float32)
 
 
-def roll(policy, seeds, **changes):
+def roll(policy, seeds, parallel=2, **changes):
   """(episodes, environments)."""
-  made = []
-
-  def make():
-    made.append(Recorder())
-    return made[-1]
-
-  sizes = {
-    "observation_horizon": 2,
-    "executed": 3,
-    "parallel": 2,
-    "threads": 2,
-  }
+  environments = [Recorder() for _ in range(parallel)]
+  sizes = {"observation_horizon": 2, "executed": 3, "threads": 2}
   return robots.rollouts(
-    make, policy, seeds=seeds, **{**sizes, **changes}
-  ), made
+    environments, policy, seeds=seeds, **{**sizes, **changes}
+  ), environments
 
 
 def test_which_actions_of_a_chunk_are_taken():
@@ -110,7 +100,6 @@ def test_rows_are_always_as_many():
   episodes, environments = roll(policy, [0, 3, 4], parallel=2)
   assert [each.seed for each in episodes] == [0, 3, 4]
   assert [each.length for each in episodes] == [3, 6, 3]
-  assert len(environments) == 2
   assert all(seen["state"].shape == (2, 2, 2) for seen, _, _ in policy.calls)
   chosen = [(rows.tolist(), call) for _, rows, call in policy.calls]
   # Of the last group there is one only, which is there twice.
@@ -122,9 +111,10 @@ def test_rows_are_always_as_many():
   assert environments[0].taken == {0: [1, 2, 3], 4: [2001, 2002, 2003]}
 
 
-def test_no_more_environments_than_episodes():
+def test_environments_that_are_not_needed():
   episodes, environments = roll(Policy(), [1, 2], parallel=5)
-  assert len(episodes) == len(environments) == 2
+  assert len(episodes) == 2
+  assert [each.taken == {} for each in environments] == [False] * 2 + [True] * 3
 
 
 def test_what_an_episode_says():
@@ -170,12 +160,11 @@ def follow(observations, episodes, call):
 def followed():
   return {
     sizes: robots.rollouts(
-      lambda: robots.make("obstacle"),
+      [robots.make("obstacle") for _ in range(sizes[0])],
       follow,
       seeds=range(50, 61),
       observation_horizon=2,
       executed=4,
-      parallel=sizes[0],
       threads=sizes[1],
       record=2,
     )
@@ -202,19 +191,20 @@ def test_fetch_in_threads():
     move = np.concatenate([move, 0 * move[..., :1]], axis=-1)
     return np.repeat(move, 4, axis=1)
 
+  environments = [robots.make("fetch_reach") for _ in range(3)]
   results = [
     robots.rollouts(
-      lambda: robots.make("fetch_reach"),
+      environments[:parallel],
       act,
       seeds=range(5),
       observation_horizon=2,
       executed=2,
-      parallel=parallel,
       threads=threads,
     )
-    for parallel, threads in ((1, 1), (3, 4))
+    # The last ones in environments that have been used.
+    for parallel, threads in ((1, 1), (3, 4), (3, 4))
   ]
-  assert results[0] == results[1]
+  assert results[0] == results[1] == results[2]
   assert robots.summarize(results[0])["success_rate"] == 1
 
 
@@ -245,26 +235,16 @@ def test_chunks_that_do_not_fit():
       roll(lambda *_, chunks=chunks: chunks, [0])
 
 
-def test_errors_in_threads_are_raised_and_environments_closed():
-  made = []
-
-  def make():
-    made.append(robots.make("obstacle"))
-    made[-1].close = lambda: closed.append(1)
-    return made[-1]
-
-  closed = []
+def test_errors_in_threads_are_raised():
   with pytest.raises(robots.RobotError, match="component 0 .* is 5, must"):
     robots.rollouts(
-      make,
+      [robots.make("obstacle"), robots.make("obstacle")],
       lambda *_: np.full((2, 3, 2), 5.0),
       seeds=[0, 1],
       observation_horizon=1,
       executed=1,
-      parallel=2,
       threads=2,
     )
-  assert len(made) == len(closed) == 2
 
 
 @pytest.mark.parametrize(
@@ -272,7 +252,6 @@ def test_errors_in_threads_are_raised_and_environments_closed():
   [
     {"observation_horizon": 0},
     {"executed": 0},
-    {"parallel": 0},
     {"threads": 0},
     {"record": -1},
   ],
@@ -283,6 +262,8 @@ def test_sizes(changes):
     roll(Policy(), [0], **changes)
 
 
-def test_there_must_be_seeds():
+def test_there_must_be_seeds_and_environments():
+  with pytest.raises(robots.RobotError, match="environments is 0"):
+    roll(Policy(), [0], parallel=0)
   with pytest.raises(robots.RobotError, match="seeds is 0"):
     roll(Policy(), [])

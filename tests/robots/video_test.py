@@ -63,12 +63,11 @@ def test_a_grid(tmp_path):
 def test_recorded_episodes(tmp_path):
   path = tmp_path / "video.gif"
   episodes = robots.rollouts(
-    lambda: robots.make("obstacle"),
+    [robots.make("obstacle"), robots.make("obstacle")],
     lambda observations, *_: np.full((2, 4, 2), 0.1),
     seeds=[0, 1],
     observation_horizon=1,
     executed=4,
-    parallel=2,
     threads=1,
     record=2,
   )
