@@ -419,15 +419,7 @@ class Checkpointer:
     chosen = self._readable(step)
     shapes = self._shapes(chosen)
     abstract = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    with ocp.PyTreeCheckpointer() as checkpointer:
-      tree = checkpointer.restore(
-        self._directory / str(chosen) / "feed",
-        args=ocp.args.PyTreeRestore(
-          item=abstract,
-          restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-        ),
-      )
-    return chosen, tree
+    return chosen, self._read(chosen, "feed", abstract)
 
   def restore_subtree(
     self, abstract: Any, step: int | None = None
@@ -443,13 +435,16 @@ class Checkpointer:
       CheckpointError: if there is no such checkpoint or it is damaged.
     """
     chosen = self._readable(step)
+    return chosen, self._read(chosen, "state", abstract)
+
+  def _read(self, step: int, item: str, abstract: Any) -> Any:
+    """What a checkpoint's item holds of an abstract tree."""
     with ocp.PyTreeCheckpointer() as checkpointer:
-      tree = checkpointer.restore(
-        self._directory / str(chosen) / "state",
+      return checkpointer.restore(
+        self._directory / str(step) / item,
         args=ocp.args.PyTreeRestore(
           item=abstract,
           restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
           partial_restore=True,
         ),
       )
-    return chosen, tree

@@ -73,6 +73,26 @@ class RMSNorm(nn.Module):
     return x * scale.astype(jnp.float32)
 
 
+def conv(
+  channels: int, size: int, dtype: jnp.dtype, name: str, stride: int = 1
+) -> nn.Conv:
+  """A convolution of ResNets: odd size, no bias, He's initial kernel.
+
+  The padding is the same on both sides, as PyTorch has it.
+  """
+  padding = size // 2
+  return nn.Conv(
+    channels,
+    (size, size),
+    strides=(stride, stride),
+    padding=((padding, padding), (padding, padding)),
+    use_bias=False,
+    kernel_init=nn.initializers.he_normal(),
+    dtype=dtype,
+    name=name,
+  )
+
+
 class GroupNorm(nn.Module):
   """(x - mean) / sqrt(var + 1e-6) * scale + bias in float32, then `dtype`.
 

@@ -16,7 +16,7 @@ from drift_jax.models.arguments import (
   require_choice,
   require_int,
 )
-from drift_jax.models.layers import GroupNorm, patchify
+from drift_jax.models.layers import GroupNorm, conv, patchify
 
 Maps = list[Float[Array, "B _ _ _"]]
 
@@ -37,22 +37,6 @@ class MAEOutput(NamedTuple):
   target: Float[Array, "B h w C"]
 
 
-def _conv(
-  channels: int, size: int, dtype: jnp.dtype, name: str, stride: int = 1
-) -> nn.Conv:
-  padding = size // 2
-  return nn.Conv(
-    channels,
-    (size, size),
-    strides=(stride, stride),
-    padding=((padding, padding), (padding, padding)),
-    use_bias=False,
-    kernel_init=nn.initializers.he_normal(),
-    dtype=dtype,
-    name=name,
-  )
-
-
 class ConvNormRelu(nn.Module):
   """relu(GroupNorm(3x3 convolution))."""
 
@@ -62,7 +46,7 @@ class ConvNormRelu(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
-    x = _conv(self.channels, 3, self.dtype, "conv")(x)
+    x = conv(self.channels, 3, self.dtype, "conv")(x)
     return nn.relu(GroupNorm(self.dtype, self.norm_groups, name="norm")(x))
 
 
@@ -82,12 +66,12 @@ class ResidualBlock(nn.Module):
   def __call__(
     self, x: Float[Array, "B H W C"]
   ) -> tuple[Float[Array, "B h w D"], Float[Array, "B h w D"]]:
-    out = _conv(self.channels, 3, self.dtype, "conv1", self.stride)(x)
+    out = conv(self.channels, 3, self.dtype, "conv1", self.stride)(x)
     out = nn.relu(GroupNorm(self.dtype, self.norm_groups, name="norm1")(out))
-    out = _conv(self.channels, 3, self.dtype, "conv2")(out)
+    out = conv(self.channels, 3, self.dtype, "conv2")(out)
     out = GroupNorm(self.dtype, self.norm_groups, name="norm2")(out)
     if self.stride != 1 or x.shape[-1] != self.channels:
-      x = _conv(self.channels, 1, self.dtype, "proj_conv", self.stride)(x)
+      x = conv(self.channels, 1, self.dtype, "proj_conv", self.stride)(x)
       x = GroupNorm(self.dtype, self.norm_groups, name="proj_norm")(x)
     x = nn.relu(out + x)
     return x, x
@@ -131,7 +115,7 @@ class Encoder(nn.Module):
       # The loop keeps XLA from merging what is recomputed and what was stored.
       scanned = nn.remat(ResidualBlock, prevent_cse=False)
     x = x.astype(self.dtype)
-    x = _conv(self.base_channels, 3, self.dtype, "stem_conv")(x)
+    x = conv(self.base_channels, 3, self.dtype, "stem_conv")(x)
     x = nn.relu(GroupNorm(self.dtype, self.norm_groups, name="stem_norm")(x))
     outputs, blocks = [x], []
     for stage, count in enumerate(self.layers):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, Shaped
 
-from drift_jax.models.layers import GroupNorm
+from drift_jax.models.layers import GroupNorm, conv
 
 # ResNet-18: basic blocks of these channels, two of each.
 _STAGES = (64, 128, 256, 512)
@@ -49,22 +49,6 @@ def spatial_softmax(maps: Float[Array, "B H W K"]) -> Float[Array, "B 2*K"]:
   return jnp.stack([x, y], axis=-1).reshape(batch, 2 * channels)
 
 
-def _conv(
-  features: int, size: int, stride: int, dtype: jnp.dtype, name: str
-) -> nn.Conv:
-  padding = size // 2
-  return nn.Conv(
-    features,
-    (size, size),
-    strides=(stride, stride),
-    padding=((padding, padding), (padding, padding)),
-    use_bias=False,
-    kernel_init=nn.initializers.he_normal(),
-    dtype=dtype,
-    name=name,
-  )
-
-
 def _norm(channels: int, dtype: jnp.dtype, name: str) -> GroupNorm:
   return GroupNorm(dtype, channels // _GROUP_CHANNELS, name=name)
 
@@ -79,12 +63,12 @@ class _BasicBlock(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
     channels, dtype = self.channels, self.dtype
-    out = _conv(channels, 3, self.stride, dtype, "conv1")(x)
+    out = conv(channels, 3, dtype, "conv1", self.stride)(x)
     out = nn.relu(_norm(channels, dtype, "norm1")(out))
-    out = _conv(channels, 3, 1, dtype, "conv2")(out)
+    out = conv(channels, 3, dtype, "conv2")(out)
     out = _norm(channels, dtype, "norm2")(out)
     if self.stride != 1 or x.shape[-1] != channels:
-      x = _conv(channels, 1, self.stride, dtype, "downsample")(x)
+      x = conv(channels, 1, dtype, "downsample", self.stride)(x)
       x = _norm(channels, dtype, "downsample_norm")(x)
     return nn.relu(x + out)
 
@@ -112,7 +96,7 @@ class ImageEncoder(nn.Module):
     Args:
       x: RGB in [-1, 1].
     """
-    hidden = _conv(_STAGES[0], 7, 2, self.dtype, "stem")(x.astype(self.dtype))
+    hidden = conv(_STAGES[0], 7, self.dtype, "stem", 2)(x.astype(self.dtype))
     hidden = nn.relu(_norm(_STAGES[0], self.dtype, "stem_norm")(hidden))
     # Nothing is below 0: padding with it changes no maximum.
     hidden = jnp.pad(hidden, ((0, 0), (1, 1), (1, 1), (0, 0)))

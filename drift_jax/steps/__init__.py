@@ -6,16 +6,15 @@ beforehand, so that a step is the same on any mesh, up to rounding.
 """
 
 from drift_jax.steps.common import Metrics, apply, early_dtype, from_wire
+from drift_jax.steps.drifting import Temperature, drift_metrics
 from drift_jax.steps.generator import (
   VAE_KEY,
   Draws,
   FeatureSpace,
   GeneratorBatch,
   GeneratorTask,
-  Temperature,
   by_label,
   draw,
-  drift_metrics,
   generate,
   generator_gradients,
   generator_loss,

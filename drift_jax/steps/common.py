@@ -1,4 +1,4 @@
-"""What the steps of both tasks share."""
+"""What the steps of all tasks share."""
 
 import re
 from collections.abc import Callable
@@ -7,10 +7,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Shaped
 
 from drift_jax import sharding
+from drift_jax import state as state_lib
 
 Metrics = dict[str, jax.Array]
 
@@ -40,3 +42,21 @@ def early_dtype(
     return dtype if kept else module.dtype
 
   return dtype_of
+
+
+def update(
+  state: state_lib.TrainState,
+  grads: Any,
+  optimizer: optax.GradientTransformation,
+  schedule: optax.Schedule,
+) -> tuple[state_lib.TrainState, Metrics]:
+  """The next state, and metrics of the way there.
+
+  'grad_norm' before clipping, 'learning_rate', 'param_norm' after the update.
+  """
+  metrics = {
+    "grad_norm": optax.tree.norm(grads),
+    "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+  }
+  state = state_lib.update(state, grads, optimizer)
+  return state, metrics | {"param_norm": optax.tree.norm(state.params)}

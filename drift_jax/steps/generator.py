@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -22,13 +22,12 @@ from drift_jax.steps.common import (
   early_dtype,
   from_wire,
 )
+from drift_jax.steps.drifting import Temperature, drift_update
 
 FeatureDict = dict[str, Float[Array, "n T D"]]
 
 # The key of the sample itself, flattened: the drifting loss with no encoder.
 SAMPLE_KEY = "global"
-# A learned scale of the temperatures stays within a factor of 100.
-LOG_SCALES = (-4.6, 4.6)
 # The autoencoder's parameters among the frozen ones; no encoder has that name.
 VAE_KEY = "vae"
 
@@ -111,50 +110,6 @@ class FeatureSpace:
       prefix = f"{name}/" if len(self.encoders) > 1 else ""
       out |= {prefix + k: v for k, v in features.items() if k != SAMPLE_KEY}
     return out
-
-
-class Temperature(NamedTuple):
-  """A scale of all temperatures that changes in time.
-
-  Attributes:
-    kind: 'annealed', exp(-rate * step), or 'learned', from the likelihood of
-      each problem's positives (see drift.DriftInfo), by Adam.
-    rate: of annealing, per step, or of learning.
-  """
-
-  kind: Literal["annealed", "learned"]
-  rate: float
-
-  @property
-  def optimizer(self) -> optax.GradientTransformation:
-    """Of the learned scale's logarithm."""
-    return optax.adam(self.rate)
-
-  def init(self) -> dict[str, Any]:
-    """What TrainState.drift holds at the start."""
-    if self.kind == "annealed":
-      return {}
-    log_scale = jnp.zeros((), jnp.float32)
-    return {"log_scale": log_scale, "opt": self.optimizer.init(log_scale)}
-
-  def scale(self, state: state_lib.TrainState) -> Float[Array, ""]:
-    """Of the step that is next."""
-    if self.kind == "annealed":
-      return jnp.exp(-self.rate * state.step.astype(jnp.float32))
-    return jnp.exp(state.drift["log_scale"])
-
-  def update(
-    self, held: dict[str, Any], report: drift.DriftReport
-  ) -> dict[str, Any]:
-    """TrainState.drift after a step."""
-    if self.kind == "annealed":
-      return held
-    gradients = report.info["extra"]["temperature_gradient"].values()
-    gradient = jnp.mean(jnp.stack(list(gradients)))
-    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
-      change, opt = self.optimizer.update(gradient, held["opt"])
-    log_scale = jnp.clip(held["log_scale"] + change, *LOG_SCALES)
-    return {"log_scale": log_scale, "opt": opt}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,42 +263,6 @@ def generator_loss(
     "losses": losses,
     "report": report,
   }
-
-
-def drift_metrics(report: drift.DriftReport) -> Metrics:
-  """What a user watches: raw drift RMS, scale, neighbours.
-
-  The loss is constant by construction, so these are the run's real signals.
-  Overall and per group of keys (a group is a key's part before the first
-  '_': conv1, layer1, ..., global): 'drift_rms/<tau>[/<group>]' is the root
-  of the mean over keys of the raw drift's mean square, in units where the
-  mean distance is sqrt(C); 'scale/<group>' the mean distance S itself;
-  'neighbours/<tau>' the effective number of positives that a sample feels;
-  'floor_fraction/<tau>' the share of affinities at the floor; and what else
-  the drift's variant reports, means over keys.
-  """
-  groups: dict[str, list[int]] = {}
-  for i, key in enumerate(report.keys):
-    groups.setdefault(key.split("_")[0], []).append(i)
-  info = report.info
-
-  def means(name: str, values: jax.Array) -> Metrics:
-    return {
-      f"{name}/{group}": jnp.mean(values[jnp.asarray(members)])
-      for group, members in groups.items()
-    }
-
-  out = means("scale", info["scale"])
-  for tau, mean_squares in info["drift_ms"].items():
-    rms = {f"drift_rms/{tau}": jnp.mean(mean_squares)}
-    rms |= means(f"drift_rms/{tau}", mean_squares)
-    out |= {name: jnp.sqrt(value) for name, value in rms.items()}
-    out[f"neighbours/{tau}"] = jnp.mean(info["effective_positives"][tau])
-  others = {"floor_fraction": info["floor_fraction"], **info["extra"]}
-  for name, values in others.items():
-    for tau, value in values.items():
-      out[f"{name}/{tau}"] = jnp.mean(value)
-  return out
 
 
 def _gathering(
@@ -531,30 +450,25 @@ def train_step(
 ) -> tuple[state_lib.TrainState, Metrics]:
   """One step of the generator; draws are made from state.key() if not given.
 
-  Metrics: 'loss' (constant by construction, see drift_metrics), 'grad_norm'
-  before clipping, 'learning_rate', 'param_norm' after the update, and
-  drift_metrics'.
+  Metrics: see drift_update.
   """
   if draws is None:
     draws = draw(state.key(), task, len(batch.labels))
-  scale, temperature = None, task.temperature
-  if temperature is not None:
-    scale = temperature.scale(state)
+  temperature = task.temperature
+  scale = None if temperature is None else temperature.scale(state)
   loss, report, grads = generator_gradients(
     state.params, batch, draws, frozen, task, layout, scale
   )
-  metrics = {
-    "loss": loss,
-    "grad_norm": optax.tree.norm(grads),
-    "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-    **drift_metrics(report),
-  }
-  state = state_lib.update(state, grads, optimizer)
-  if scale is not None and temperature is not None:
-    metrics["temperature_scale"] = scale
-    held = temperature.update(state.drift, report)
-    state = dataclasses.replace(state, drift=held)
-  return state, metrics | {"param_norm": optax.tree.norm(state.params)}
+  return drift_update(
+    state,
+    loss,
+    report,
+    grads,
+    temperature=temperature,
+    scale=scale,
+    optimizer=optimizer,
+    schedule=schedule,
+  )
 
 
 def sample_inputs(

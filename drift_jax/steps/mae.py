@@ -21,6 +21,7 @@ from drift_jax.steps.common import (
   apply,
   early_dtype,
   from_wire,
+  update,
 )
 
 
@@ -252,10 +253,5 @@ def mae_step(
   metrics, grads = mae_gradients(
     state.params, batch, vae_params, state.key(), lam, task, layout
   )
-  metrics = metrics | {
-    "classification_lambda": lam,
-    "grad_norm": optax.tree.norm(grads),
-    "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-  }
-  state = state_lib.update(state, grads, optimizer)
-  return state, metrics | {"param_norm": optax.tree.norm(state.params)}
+  state, more = update(state, grads, optimizer, schedule)
+  return state, metrics | {"classification_lambda": lam} | more

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 from drift_jax import diffusion, drift, models, sharding, streams
 from drift_jax import state as state_lib
 from drift_jax.drift import PAPER, Variant
-from drift_jax.steps.common import SPLIT, WHOLE, Metrics, apply
-from drift_jax.steps.generator import Temperature, drift_metrics
+from drift_jax.steps.common import SPLIT, WHOLE, Metrics, apply, update
+from drift_jax.steps.drifting import Temperature, drift_update
 
 Method = Literal["drifting", "diffusion", "regression"]
 Problem = Literal["step", "chunk", "batch"]
@@ -240,31 +240,30 @@ def policy_step(
 ) -> tuple[state_lib.TrainState, Metrics]:
   """One step of the policy; draws are made from state.key() if not given.
 
-  Metrics as train_step's; the drifting loss is constant by construction, see
-  drift_metrics. There is nothing frozen.
+  Metrics: see drift_update; of a baseline 'loss' and update's. There is nothing
+  frozen.
   """
   del frozen
   if draws is None:
     draws = draw_policy(state.key(), task, len(batch.actions))
-  scale, temperature = None, task.temperature
-  if temperature is not None:
-    scale = temperature.scale(state)
+  temperature = task.temperature
+  scale = None if temperature is None else temperature.scale(state)
   loss, report, grads = policy_gradients(
     state.params, batch, draws, task, layout, scale
   )
-  metrics = {
-    "loss": loss,
-    "grad_norm": optax.tree.norm(grads),
-    "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-  }
-  if report is not None:
-    metrics |= drift_metrics(report)
-  state = state_lib.update(state, grads, optimizer)
-  if temperature is not None and scale is not None and report is not None:
-    metrics["temperature_scale"] = scale
-    held = temperature.update(state.drift, report)
-    state = dataclasses.replace(state, drift=held)
-  return state, metrics | {"param_norm": optax.tree.norm(state.params)}
+  if report is None:
+    state, metrics = update(state, grads, optimizer, schedule)
+    return state, metrics | {"loss": loss}
+  return drift_update(
+    state,
+    loss,
+    report,
+    grads,
+    temperature=temperature,
+    scale=scale,
+    optimizer=optimizer,
+    schedule=schedule,
+  )
 
 
 def act_step(

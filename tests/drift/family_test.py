@@ -294,6 +294,27 @@ def test_sinkhorn_is_pots():
   assert 1e-3 < error < 0.3
 
 
+@pytest.mark.parametrize(
+  ("field", "is_regression"),
+  [("softmax", False), ("mmd", False), ("kl", True), ("sinkhorn", True)],
+)
+def test_one_positive_of_a_condition(field, is_regression):
+  """Whether V, in the mean over positives, knows but their mean.
+
+  It does where each set is normalised alone: the pull of a single positive is
+  y - x, at any distance and temperature.
+  """
+  x, positives, *_ = arrays(n=5, p=4)
+
+  def v(y):
+    return drift.compute_field(x, y[None], x, 0.7, field=field, mask_self=True)
+
+  of_mean = v(np.mean(positives, axis=0, dtype=np.float32))
+  mean = np.mean([v(y) for y in positives], axis=0)
+  error = np.linalg.norm(mean - of_mean) / np.linalg.norm(of_mean)
+  assert error < 1e-5 if is_regression else error > 0.1
+
+
 @pytest.mark.parametrize("kernel", ["laplace", "gaussian"])
 def test_one_code_path_for_three_energies(kernel):
   """No iteration is mmd, half of one kl; from few to many in between."""
