@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from PIL import Image
 from configs import policy
 from drift_jax import config as config_lib
 from drift_jax import data, experiment, metrics, robots, train_policy
+from drift_jax.tools import policy_table
 from tests.conftest import ROOT, process_environment
 
 
@@ -59,6 +61,7 @@ def test_a_run_leaves_figures_curves_and_videos(trained, method, samplers):
   assert int(state.step) == 4
   found = records(workdir)
   assert ("drift_rms/0.2" in found[0]) == (method == "drifting")
+  assert not (workdir / "classes.json").exists()
   report = json.loads((workdir / "figures.json").read_text())
   assert report["step"] == 4 and list(report)[1:] == samplers
   for name in samplers:
@@ -175,6 +178,80 @@ def test_the_rollout_tool(trained, tmp_path):
     failed = call(flag)
     assert failed.returncode == 1 and "Traceback" not in failed.stderr
     assert text in failed.stderr
+
+
+def copy_of(workdir, path, config=(), **figures):
+  """A finished run like another, with other values."""
+  shutil.copytree(workdir, path, ignore=shutil.ignore_patterns("checkpoints"))
+  values = json.loads((workdir / "config.json").read_text())
+  for key, value in config:
+    section, _, name = key.rpartition(".")
+    (values[section] if section else values)[name] = value
+  (path / "config.json").write_text(json.dumps(values))
+  report = json.loads((workdir / "figures.json").read_text())
+  report["one_step"] |= figures
+  (path / "figures.json").write_text(json.dumps(report))
+  return str(path)
+
+
+def test_methods_side_by_side(trained, tmp_path):
+  drifting, diffusion = (trained[name][1] for name in ("drifting", "diffusion"))
+  for number, rate in ((0, 0.5), (1, 0.75)):
+    copy_of(
+      drifting,
+      tmp_path / str(number),
+      # What may differ.
+      [("seed", number), ("eval.threads", 1 + number)],
+      success_rate=rate,
+      milliseconds_per_chunk=2.0,
+    )
+  done = subprocess.run(
+    [
+      *(sys.executable, "-m", "drift_jax.tools.policy_table"),
+      f"--workdirs={tmp_path / '1'},{tmp_path / '0'},{diffusion}",
+      f"--out={tmp_path / 'table'}",
+    ],
+    cwd=ROOT,
+    env=process_environment(),
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  lines = done.stdout.splitlines()[2:]
+  assert lines[0] == (
+    "| obstacle, drifting | 1 | 0.625 | 0, 1: 0.500, 0.750 | 2 |"
+  )
+  assert [line.split(" | ")[0] for line in lines[1:]] == [
+    "| obstacle, diffusion, ddpm:10",
+    "| obstacle, diffusion, ddim:5",
+  ]
+  assert [line.split(" | ")[1] for line in lines[1:]] == ["10", "5"]
+  assert (tmp_path / "table" / "policies.md").read_text() == done.stdout
+  with Image.open(tmp_path / "table" / "policies.png") as picture:
+    assert picture.width > 500
+
+
+def test_only_like_runs_stand_side_by_side(trained, tmp_path):
+  _, workdir = trained["drifting"]
+  for number, (key, value, message) in enumerate(
+    (
+      ("seed", 0, "obstacle, drifting, seed 0 is there twice"),
+      ("data.seed", 5, r"can't be compared: data\.seed is 0 and 5"),
+      ("model.widths", (16,), r"model\.widths is \[8\] and \[16\]"),
+      ("batch.generated", 4, r"batch\.generated is 8 and 4"),
+    )
+  ):
+    other = copy_of(workdir, tmp_path / str(number), [(key, value)])
+    with pytest.raises(config_lib.ConfigError, match=message):
+      policy_table.read([str(workdir), other])
+  # Another loss is another method.
+  other = copy_of(workdir, tmp_path / "chunk", [("loss.problem", "chunk")])
+  rows = policy_table.read([str(workdir), other])
+  assert [row.label for row in rows] == ["drifting", "drifting, problem chunk"]
+  (tmp_path / "chunk" / "figures.json").unlink()
+  with pytest.raises(config_lib.ConfigError, match="figures.json is missing"):
+    policy_table.read([other])
 
 
 @pytest.fixture(scope="module")

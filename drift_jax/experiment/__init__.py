@@ -61,6 +61,7 @@ from drift_jax.experiment.networks import (
   start_params,
 )
 from drift_jax.experiment.policies import (
+  ONE_STEP,
   Act,
   TrainedPolicy,
   chunk_latency,
@@ -110,6 +111,7 @@ from drift_jax.experiment.toys import (
 )
 
 __all__ = [
+  "ONE_STEP",
   "Act",
   "TrainedPolicy",
   "chunk_latency",

@@ -130,7 +130,7 @@ def open_workdir(
     workdir: of the run.
     config: resolved.
     frozen: {'encoders.NAME' or 'vae': SHA-256 of its weights}.
-    class_names: one for each label.
+    class_names: one for each label, if there are labels.
 
   Raises:
     ConfigError: if the workdir holds a run of another experiment, or is not
@@ -165,8 +165,9 @@ def _write_facts(
   path.mkdir(parents=True, exist_ok=True)
   with metrics.replacing(path / CONFIG_FILE) as file:
     file.write_text(text)
-  with metrics.replacing(path / CLASSES_FILE) as file:
-    file.write_text(json.dumps(list(class_names), indent=1))
+  if class_names:
+    with metrics.replacing(path / CLASSES_FILE) as file:
+      file.write_text(json.dumps(list(class_names), indent=1))
   if frozen:
     with metrics.replacing(path / WEIGHTS_FILE) as file:
       file.write_text(json.dumps(frozen, indent=2))

@@ -506,5 +506,37 @@ def plot_policy(records: Records, path: files.PathLike) -> None:
   _save(figure, path)
 
 
+def plot_policies(
+  curves: Mapping[str, Mapping[str, Sequence[Records]]], path: files.PathLike
+) -> None:
+  """Success of methods over steps, a panel for each environment.
+
+  Args:
+    curves: {environment: {method: records of each seed}}; records are dicts
+      with "step" and "success_rate". Seeds are thin lines, their mean is thick
+      at the steps that all of them have.
+    path: PNG file to write.
+  """
+  figure, axes = _figure(len(curves), 3.0)
+  for axis, (environment, methods) in zip(axes, curves.items(), strict=True):
+    for i, (method, seeds) in enumerate(methods.items()):
+      colour = _COLOURS[i % len(_COLOURS)]
+      found = [_series(records, "success_rate") for records in seeds]
+      for steps, values in found:
+        axis.plot(steps, values, color=colour, linewidth=0.7, alpha=0.5)
+      by_step = [
+        dict(zip(steps.tolist(), values, strict=True))
+        for steps, values in found
+      ]
+      common = sorted(set.intersection(*(set(seed) for seed in by_step)))
+      means = [np.mean([seed[step] for seed in by_step]) for step in common]
+      _draw(axis, np.asarray(common), np.asarray(means), method, colour)
+    axis.set_title(environment, loc="left", fontsize=10)
+    axis.set_ylabel("success rate")
+    axis.set_ylim(-0.03, 1.03)
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+  _save(figure, path)
+
+
 def _dashed(axis: Any, level: float, label: str) -> None:
   axis.axhline(level, color="0.3", linestyle="--", linewidth=1.2, label=label)

@@ -11,6 +11,7 @@ from drift_jax.metrics import (
   plot_drift,
   plot_frechet,
   plot_mae,
+  plot_policies,
   plot_policy,
   plots,
 )
@@ -172,6 +173,28 @@ def test_policy_panels(tmp_path, figures):
   assert axis.get_ylabel() == "loss"
   with pytest.raises(ValueError, match="their keys are"):
     plot_policy([{"step": 1, "grad_norm": 1.0}], tmp_path / "plot.png")
+
+
+def test_policies_have_a_line_for_each_seed_and_one_of_their_mean(
+  tmp_path, figures
+):
+  def seed(*rates):
+    return [{"step": i, "success_rate": rate} for i, rate in enumerate(rates)]
+
+  # The second seed is at its second evaluation still.
+  curves = {
+    "push": {"drifting": [seed(0.2, 0.6, 0.8), seed(0.4, 0.8)]},
+    "reach": {"drifting": [seed(1.0)], "diffusion": [seed(0.5)]},
+  }
+  plot_policies(curves, tmp_path / "plot.png")
+  push, reach = figures[0].axes
+  lines = [line.get_ydata().tolist() for line in push.get_lines()]
+  assert lines[:2] == [[0.2, 0.6, 0.8], [0.4, 0.8]]
+  np.testing.assert_allclose(lines[2], [0.3, 0.7])
+  assert [text.get_text() for text in reach.get_legend().get_texts()] == [
+    "drifting",
+    "diffusion",
+  ]
 
 
 @pytest.mark.parametrize("plot, make", CASES)
