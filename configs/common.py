@@ -317,7 +317,7 @@ def policy() -> ConfigDict:
   # 'drifting'; 'diffusion' and 'regression' are baselines.
   config.loss.method = "drifting"
   # What drifts: an observation's actions of each time 'step', the 'chunk' as
-  # one vector; 'batch' pools all observations and fails, see docs/policies.md.
+  # one vector; 'batch' pools all observations, and fails: docs/policies.md.
   config.loss.problem = "step"
   config.loss.diffusion_steps = 0  # of 'diffusion'
 

@@ -18,7 +18,7 @@ tasks above, at most one method,
   regression  the same network by the mean squared error
 and any of
   chunk           the drifting loss of a whole chunk as one vector
-  batch_marginal  of all observations pooled: fails, on purpose
+  batch_marginal  of all observations pooled: a negative result
   learned         with a learned temperature
   smoke           the same code path in seconds
 """
