@@ -65,12 +65,31 @@ def _strict(handler: Callable[..., None]) -> Callable[..., None]:
   return handle
 
 
+# Moves that have been made, by their token: {token: the object's resource}.
+_MOVED: dict[str, Any] = {}
+
+
 def _move(request: Any, response: Any, storage: Any) -> None:
-  """POST .../o/SOURCE/moveTo/o/DESTINATION, which the emulator lacks."""
+  """POST .../o/SOURCE/moveTo/o/DESTINATION, which the emulator lacks.
+
+  A client whose connection broke asks again, with the token of the first time,
+  and is told what was done then.
+  """
+  token = request.get_header("X-Goog-GCS-Idempotency-Token")
+  if token in _MOVED:
+    response.json(_MOVED[token])
+    return
   request.params["dest_bucket_name"] = request.params["bucket_name"]
   objects.copy(request, response, storage)
-  if response.status == server.HTTPStatus.OK:
-    objects.delete(request, response, storage)
+  if response.status != server.HTTPStatus.OK:
+    return
+  objects.delete(request, response, storage)
+  moved = storage.get_file_obj(
+    request.params["bucket_name"], request.params["dest_object_id"]
+  )
+  response.json(moved)
+  if token:
+    _MOVED[token] = moved
 
 
 _HANDLERS = (

@@ -681,7 +681,7 @@ def test_process(folder):
 @pytest.fixture(scope="module")
 def chromium():
   if not os.path.exists(CHROMIUM):
-    assert "CI" not in os.environ, f"{CHROMIUM} is missing"
+    assert not os.environ.get("CI"), f"{CHROMIUM} is missing"
     pytest.skip(f"{CHROMIUM} is missing: apt-get install chromium")
   with sync_api.sync_playwright() as playwright:
     browser = playwright.chromium.launch(
