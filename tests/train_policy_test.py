@@ -143,6 +143,24 @@ def test_a_policy_is_loaded_with_its_normaliser(trained):
     experiment.load_policy(str(workdir / "plots"), mesh)
 
 
+def test_environments_are_closed_whatever_happens(monkeypatch):
+  closed = []
+  monkeypatch.setattr(
+    type(robots.make("obstacle")), "close", lambda self: closed.append(self)
+  )
+  config = config_lib.parse(small())
+
+  def fail(*_):
+    raise ValueError("no policy")
+
+  with (
+    pytest.raises(ValueError, match="no policy"),
+    experiment.environments(config) as opened,
+  ):
+    experiment.run_episodes(config, opened, fail)
+  assert len(opened) == 2 and closed == opened[::-1]
+
+
 def test_the_rollout_tool(trained, tmp_path):
   _, workdir = trained["diffusion"]
 
