@@ -74,9 +74,15 @@ class RMSNorm(nn.Module):
 
 
 def conv(
-  channels: int, size: int, dtype: jnp.dtype, name: str, stride: int = 1
+  channels: int,
+  size: int,
+  dtype: jnp.dtype,
+  name: str,
+  stride: int = 1,
+  *,
+  use_bias: bool = False,
 ) -> nn.Conv:
-  """A convolution of ResNets: odd size, no bias, He's initial kernel.
+  """A convolution of ResNets: odd size, He's initial kernel.
 
   The padding is the same on both sides, as PyTorch has it.
   """
@@ -86,7 +92,7 @@ def conv(
     (size, size),
     strides=(stride, stride),
     padding=((padding, padding), (padding, padding)),
-    use_bias=False,
+    use_bias=use_bias,
     kernel_init=nn.initializers.he_normal(),
     dtype=dtype,
     name=name,

@@ -1,5 +1,6 @@
 """ResNet-50 as a frozen feature extractor on pixels (appendix A.5)."""
 
+import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -19,25 +20,14 @@ from drift_jax.models.convnext import (
   require_pixels,
   resize_input,
 )
+from drift_jax.models.layers import conv
 from drift_jax.models.mae import Maps, single_blocks, stage_features
 
 EXPANSION = 4  # a block's output channels, in those of its 3x3 convolution
 
 
-def _conv(
-  channels: int, size: int, dtype: jnp.dtype, name: str, stride: int = 1
-) -> nn.Conv:
-  """A convolution and the BatchNorm folded into it; see tools.conversions."""
-  padding = size // 2
-  return nn.Conv(
-    channels,
-    (size, size),
-    strides=(stride, stride),
-    padding=((padding, padding), (padding, padding)),
-    kernel_init=nn.initializers.he_normal(),
-    dtype=dtype,
-    name=name,
-  )
+# With the BatchNorm folded into it; see tools.conversions.
+_conv = functools.partial(conv, use_bias=True)
 
 
 class Bottleneck(nn.Module):
