@@ -175,10 +175,12 @@ def generator() -> ConfigDict:
   config.queue.class_size = 128  # samples
   config.queue.unconditional_size = 1_000
   config.queue.push_per_step = 64  # of each process
-  # Samples pushed before the first step: about num_classes * class_size, so
-  # that every class has its positives.
+  # Samples pushed before the first step: about num_classes * class_size. A
+  # class that has fewer than its positives by then repeats them at first.
   config.queue.prefill = 128_000
-  config.queue.with_replacement = False  # repeat where a class has too few
+  # Whether the data may hold fewer images of a class than batch.positives,
+  # which then repeat for ever; False: that is an error.
+  config.queue.with_replacement = False
 
   config.eval = ConfigDict()
   config.eval.every = 1_000  # steps; 0: never

@@ -20,6 +20,8 @@ RESUMABLE = (
   "data.num_threads",
   "data.num_workers",
   "data.prefetch",
+  # It lets data pass at the start; no draw depends on it.
+  "queue.with_replacement",
 )
 # The same of keys that lie deeper: how frozen weights lie on the mesh.
 RESUMABLE_ENDS = (".sharding",)

@@ -189,7 +189,11 @@ class Batch(Section):
 
 
 class Queue(Section):
-  """The sample queue (A.8)."""
+  """The sample queue (A.8).
+
+  A class that has fewer samples in it than a label draws repeats them.
+  `with_replacement` says whether the data may be such that it always will.
+  """
 
   class_size: int
   unconditional_size: int
