@@ -63,6 +63,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     config,
     experiment.frozen_sums(encoders, vae),
     readers.train.class_names,
+    readers.facts,
   )
 
   def put(batch: Any) -> steps.GeneratorBatch:
@@ -76,7 +77,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
       name="generator",
       init_params=experiment.init_generator(task),
       init_drift=functools.partial(experiment.init_drift, task),
-      start_params=experiment.start_params(config),
+      start_params=experiment.start_params(config, readers.train.class_names),
       step=functools.partial(steps.train_step, task=task),
       frozen=experiment.frozen_params(task, encoders, vae),
       feed=feed,

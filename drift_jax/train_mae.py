@@ -71,6 +71,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     config,
     experiment.frozen_sums({}, vae),
     readers.train.class_names,
+    readers.facts,
   )
 
   def put(batch: Any) -> steps.MaeBatch:
@@ -84,7 +85,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
       mesh,
       name="encoder with decoder",
       init_params=experiment.init_mae(task, input_shape),
-      start_params=experiment.start_params(config),
+      start_params=experiment.start_params(config, readers.train.class_names),
       step=functools.partial(steps.mae_step, task=task),
       frozen=vae_params,
       feed=feed,

@@ -73,7 +73,9 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   shapes = experiment.shapes_of(demonstrations)
   task = experiment.policy_task(config, shapes)
   feed = experiment.policy_feed(config, demonstrations)
-  path = experiment.open_workdir(workdir, config, {}, ())
+  kind = config.data.source.partition(":")[0]
+  facts = experiment.demonstration_facts(kind, demonstrations)
+  path = experiment.open_workdir(workdir, config, {}, (), facts)
   processes.from_first(functools.partial(experiment.write_shapes, path, shapes))
   acts = {
     name: experiment.make_act(task, feed.normalizer, sampler, seed=config.seed)

@@ -68,7 +68,7 @@ def train_and_evaluate(
   task = experiment.toy_task(config)
   feed = experiment.toy_feed(config)
   path = experiment.open_workdir(
-    workdir, config, {}, (config.data.distribution,)
+    workdir, config, {}, (config.data.distribution,), {}
   )
   evaluation = Evaluation(config, task, mesh, path, draw)
   init = experiment.init_toy(task)

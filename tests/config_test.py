@@ -465,6 +465,8 @@ def test_resumed_runs_may_change_what_is_harmless():
       "mesh.fsdp": 8,
       "vae.sharding": "replicated",
       "data.num_threads": 4,
+      "queue.with_replacement": True,
+      "train.accum_labels": 4,
       # Both are what to change when a run ends on a damaged image, or is slow.
       "data.max_corrupt": 5,
       "data.in_memory": True,
@@ -472,13 +474,24 @@ def test_resumed_runs_may_change_what_is_harmless():
   )
 
 
-def test_resumed_runs_may_not_become_another_experiment():
+@pytest.mark.parametrize(
+  ("key", "before", "after"),
+  [
+    ("optim.learning_rate", 1e-3, 5e-4),
+    ("train.accum_scalars", "exact", "group"),
+    ("train.accum_labels", 2, 4),
+    ("data.held_out", 0, 1),
+  ],
+)
+def test_resumed_runs_may_not_become_another_experiment(key, before, after):
   config = generator()
-  config.optim.learning_rate = 1e-3
+  config.train.accum_scalars = "group"
+  config.update_from_flattened_dict({key: before})
   with pytest.raises(
-    config_lib.ConfigError, match=r"optim\.learning_rate: 0\.001 -> 0\.0005"
+    config_lib.ConfigError,
+    match=f"new workdir .*{re.escape(f'{key}: {before!r} -> {after!r}')}",
   ):
-    check_resumed(config, {"optim.learning_rate": 5e-4})
+    check_resumed(config, {key: after})
 
 
 def test_runs_whose_course_depends_on_their_end_keep_it():

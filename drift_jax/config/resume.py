@@ -9,7 +9,10 @@ from drift_jax.config.schema import AnyConfig, ConfigError
 
 # Keys that a resumed run may change; any other change is another experiment.
 RESUMABLE = (
-  "train.",
+  "train.num_steps",
+  "train.log_every",
+  "train.kernels",
+  "train.accum_labels",
   "eval.",
   "checkpoint.",
   "mesh.",
@@ -59,9 +62,10 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def check_resumable(old: str, new: str) -> None:
   """Raises ConfigError where two configs (JSON) are not the same experiment.
 
-  Keys under RESUMABLE may differ, with two exceptions: train.num_steps where
-  the course of the training depends on its end, and the keys of RANKING while
-  a best checkpoint is kept.
+  Keys under RESUMABLE may differ, with three exceptions: train.num_steps where
+  the course of the training depends on its end, train.accum_labels where each
+  group of labels has scalars of its own, and the keys of RANKING while a best
+  checkpoint is kept.
   """
   before, after = flatten(json.loads(old)), flatten(json.loads(new))
   different = {
@@ -82,6 +86,14 @@ def check_resumable(old: str, new: str) -> None:
     )
   if "train.num_steps" in different:
     _check_new_end(different["train.num_steps"], before)
+  groups = different.get("train.accum_labels")
+  if groups and before.get("train.accum_scalars") == "group":
+    raise ConfigError(
+      f"the workdir holds a run with other groups of labels; use a new workdir "
+      f"or the old value. Changed: {groups} (a resumed run may change it only "
+      "with train.accum_scalars='exact': else the field's scalars are those of "
+      "a group)"
+    )
   best = before.get("checkpoint.best_metric")
   mixed = [different[key] for key in RANKING if key in different]
   if best and mixed:

@@ -5,7 +5,7 @@ import functools
 import importlib.resources
 import operator
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent import futures
 from typing import Any, TypeVar
 
@@ -167,6 +167,12 @@ def imagenet_classes() -> dict[str, str]:
   file = importlib.resources.files("drift_jax.data") / "imagenet_classes.txt"
   lines = file.read_text(encoding="utf-8").splitlines()
   return dict(line.split("\t") for line in lines)
+
+
+def readable_classes(names: Iterable[str]) -> tuple[str, ...]:
+  """The names, but those of ImageNet's classes for their WordNet ids."""
+  known = imagenet_classes()
+  return tuple(known.get(name, name) for name in names)
 
 
 def order_classes(

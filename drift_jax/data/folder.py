@@ -9,6 +9,7 @@ are followed; in a tar links are an error.
 """
 
 import bisect
+import hashlib
 import itertools
 import os
 import pathlib
@@ -163,6 +164,10 @@ class _Names:
     start = int(self._ends[index - 1]) if index else 0
     return os.fsdecode(self._bytes[start : int(self._ends[index])])
 
+  def sha256(self) -> str:
+    """Of all strings, in hexadecimal."""
+    return hashlib.sha256(self._bytes + self._ends.tobytes()).hexdigest()
+
 
 class _FileSource(encoded.EncodedSource):
   """What a folder and a tar share: paths and labels of a layout."""
@@ -184,6 +189,10 @@ class _FileSource(encoded.EncodedSource):
 
   def __len__(self) -> int:
     return len(self._labels)
+
+  def names_sha256(self) -> str:
+    """Of the files' names, as they come within their class folders."""
+    return self._names.sha256()
 
   def _inner_path(self, index: int) -> str:
     folder = self._folders[bisect.bisect_right(self._folder_ends, index)]

@@ -52,6 +52,20 @@ class StoredImages(Protocol):
     ...
 
 
+@runtime_checkable
+class NamedRecords(Protocol):
+  """What sources offer besides that know their records by name."""
+
+  def names_sha256(self) -> str:
+    """Of the records' names in their order, but not of where they lie."""
+    ...
+
+
+def names_sha256(source: object) -> str:
+  """`NamedRecords.names_sha256` in hexadecimal; '' where there are no names."""
+  return source.names_sha256() if isinstance(source, NamedRecords) else ""
+
+
 def image_of(source: Source, index: int) -> Image.Image:
   """A record of uint8 RGB as a PIL image; spares a copy where it can."""
   if isinstance(source, StoredImages):
@@ -130,6 +144,10 @@ class Subset:
   def path(self, index: int) -> str:
     """Where the record is stored."""
     return path_of(self.parent, int(self.indices[index]))
+
+  def names_sha256(self) -> str:
+    """That of the whole source: which records these are follows from it."""
+    return names_sha256(self.parent)
 
 
 def held_out(

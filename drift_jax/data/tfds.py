@@ -280,6 +280,15 @@ class TfdsSource(encoded.EncodedSource):
     text = json.dumps([self._builder.info.full_name, files])
     return hashlib.sha256(text.encode()).hexdigest()
 
+  def names_sha256(self) -> str:
+    """Of the data set's name and version, and of the records of its files."""
+    files = [
+      (epath.Path(part.filename).name, part.skip, part.take)
+      for part in self._files()
+    ]
+    text = json.dumps([self._builder.info.full_name, files])
+    return hashlib.sha256(text.encode()).hexdigest()
+
   def _load_stored_labels(self) -> np.ndarray:
     """The labels as stored, from the cache or from the records."""
     fingerprint = self._fingerprint()

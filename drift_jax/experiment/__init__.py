@@ -1,5 +1,6 @@
 """From a typed config to the objects of a run: inputs, networks, evaluation."""
 
+from drift_jax.experiment.data_facts import demonstration_facts
 from drift_jax.experiment.evaluation import (
   TrainedGenerator,
   bind_sampler,
@@ -179,6 +180,7 @@ __all__ = [
   "make_training",
   "check_memorisation",
   "decoding",
+  "demonstration_facts",
   "name_of",
   "naming",
   "network_fn",

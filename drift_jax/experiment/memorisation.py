@@ -119,6 +119,21 @@ class Memorisation(NamedTuple):
     return nearest[: self.generated], nearest[self.generated :]
 
 
+def check_searchable(readers: Readers, k: int) -> None:
+  """Tells before anything is generated whether neighbours can be found.
+
+  Raises:
+    ConfigError: there are no held-out images.
+    ValueError: fewer than k training images.
+  """
+  readers.test()
+  if len(readers.train.labels) < k:
+    raise ValueError(
+      f"{k} nearest training images are asked for, there are "
+      f"{len(readers.train.labels)}"
+    )
+
+
 def check_memorisation(
   sample_fn: metrics.SampleFn,
   labels: np.ndarray,
