@@ -42,6 +42,17 @@ def test_a_generator_begins_with_them(tmp_path):
   assert len(pointers) == len(leaves)
 
 
+def test_other_classes_are_said(tmp_path, caplog):
+  """Digits whose classes the weights know in another order."""
+  names = [str(digit) for digit in range(10)]
+  for known, said in ((names, False), (names[::-1], True)):
+    caplog.clear()
+    facts = {"class_names": known, "alpha_range": (1.0, 3.0)}
+    path = save_generator(tmp_path / "w", num_classes=10, facts=facts)
+    train.train_and_evaluate(generator(path), str(tmp_path / f"run{said}"))
+    assert ("class 0 was '9', now '0'" in caplog.text) == said
+
+
 def test_an_encoder_begins_with_them(tmp_path):
   config = digits.get_config("encoder,smoke")
   config.model.base_channels = 4
