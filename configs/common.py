@@ -178,8 +178,8 @@ def generator() -> ConfigDict:
   # Samples pushed before the first step: about num_classes * class_size. A
   # class that has fewer than its positives by then repeats them at first.
   config.queue.prefill = 128_000
-  # Whether the data may hold fewer images of a class than batch.positives,
-  # which then repeat for ever; False: that is an error.
+  # Whether the data (or class_size) may hold fewer of a class than
+  # batch.positives, which then repeat for ever; False: that is an error.
   config.queue.with_replacement = False
 
   config.eval = ConfigDict()
