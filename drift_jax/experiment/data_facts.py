@@ -68,18 +68,27 @@ def demonstration_facts(
   if kind != "expert":
     checksum = hashlib.sha256(demonstrations.ends.tobytes())
     for name in sorted(arrays):
-      checksum.update(np.ascontiguousarray(arrays[name]))
+      checksum.update(np.ascontiguousarray(arrays[name]).data)
     facts["values_sha256"] = checksum.hexdigest()
   return facts
 
 
 def recorded(path: epath.Path) -> tuple[list[str], Facts]:
-  """Class names and facts in a workdir; empty where a run has none yet."""
-  names, facts = (
-    json.loads((path / file).read_text()) if (path / file).exists() else empty
-    for file, empty in ((CLASSES_FILE, []), (DATA_FILE, {}))
-  )
-  return names, facts
+  """Class names and facts in a workdir; empty where a run has none yet.
+
+  Raises:
+    ConfigError: a file that is no JSON.
+  """
+  return _read(path / CLASSES_FILE) or [], _read(path / DATA_FILE) or {}
+
+
+def _read(file: epath.Path) -> Any:
+  if not file.exists():
+    return None
+  try:
+    return json.loads(file.read_text())
+  except ValueError as error:
+    raise config_lib.ConfigError(f"{file} is no JSON: {error}") from error
 
 
 def differences(

@@ -148,7 +148,7 @@ def open_workdir(
     PeerError: what the first process raised, in the others.
   """
   path = epath.Path(workdir)
-  of_first = processes.from_first(
+  names_of_first, facts_of_first = processes.from_first(
     functools.partial(_write_facts, path, config, frozen, class_names, facts)
   )
   if not (path / CONFIG_FILE).exists():
@@ -157,7 +157,7 @@ def open_workdir(
       f"{CONFIG_FILE} that process 0 wrote there: give a folder that all "
       "processes share"
     )
-  found = differences(*of_first, class_names, facts)
+  found = differences(names_of_first, facts_of_first, class_names, facts)
   if found:
     raise config_lib.ConfigError(
       f"data: process {processes.index()} reads other data than process 0 "
@@ -185,6 +185,12 @@ def _write_facts(
           f"{error}" + f"; the data differ: {found}" * bool(found)
         ) from error
     check_data(path, class_names, facts)
+    if facts and not (path / DATA_FILE).exists():
+      logger.warning(
+        "%s is a run that has not recorded its data: they are taken for those "
+        "of this start.",
+        path,
+      )
     check_frozen(path, frozen)
   path.mkdir(parents=True, exist_ok=True)
   with metrics.replacing(path / CONFIG_FILE) as file:

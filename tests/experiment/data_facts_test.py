@@ -137,7 +137,7 @@ def test_data_may_move(tmp_path):
   assert config["data"]["data_dir"] == str(tmp_path / "there")
 
 
-def test_runs_that_have_not_recorded_their_data_go_on(run):
+def test_runs_that_have_not_recorded_their_data_go_on(run, caplog):
   images, workdir, resume = run
   facts = (workdir / "data.json").read_text()
   (workdir / "data.json").unlink()
@@ -145,6 +145,7 @@ def test_runs_that_have_not_recorded_their_data_go_on(run):
   check_refused(workdir, "class 0 was 'cat'", resume)
   (images / "ant").rename(images / "owl")
   resume()
+  assert "has not recorded its data" in caplog.text
   assert (workdir / "data.json").read_text() == facts
 
 
