@@ -347,7 +347,7 @@ class QueueFeed:
     if short:
       console.logger.info(
         "queue: %d of %d classes hold fewer than batch.positives=%d samples "
-        "(the fewest %d) and repeat them until they have more; a larger "
+        "(the fewest %d): these repeat until there are more; a larger "
         "queue.prefill starts with more.",
         short,
         len(count),

@@ -14,6 +14,7 @@ from etils import epath
 
 from drift_jax import config as config_lib
 from drift_jax import data
+from drift_jax.data.order import check_labels
 
 CLASSES_FILE = "classes.json"
 DATA_FILE = "data.json"
@@ -35,7 +36,11 @@ def image_facts(kind: str, source: data.Source | data.LatentReader) -> Facts:
   Args:
     kind: of the source, e.g. 'folder'.
     source: the training images; none of them is read.
+
+  Raises:
+    ValueError: a label without a class name.
   """
+  check_labels(source.labels, source.class_names)
   counts = np.bincount(source.labels, minlength=len(source.class_names))
   return {
     "kind": kind,
