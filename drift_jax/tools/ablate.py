@@ -30,11 +30,13 @@ from types import FrameType
 from typing import IO, Any
 
 from absl import app, flags
+from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from drift_jax import config as config_lib
 from drift_jax import console, exits, metrics
 from drift_jax.console import logger
+from drift_jax.experiment import data_facts
 from drift_jax.tools import ablation_table
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -463,6 +465,25 @@ def check_workdir(plan: Plan) -> None:
       raise config_lib.ConfigError(
         f"{run.path} holds a run with another config; use another workdir or "
         f"the old values. Changed: {'; '.join(changed)}"
+      )
+  check_same_data([run.path for run in plan.runs])
+
+
+def check_same_data(workdirs: Sequence[pathlib.Path]) -> None:
+  """Raises ConfigError where rows were not trained on the same data."""
+  known = [
+    (path, names, facts)
+    for path in workdirs
+    for names, facts in [data_facts.recorded(epath.Path(path))]
+    if facts
+  ]
+  for path, names, facts in known[1:]:
+    first, names_of_first, facts_of_first = known[0]
+    found = data_facts.differences(names_of_first, facts_of_first, names, facts)
+    if found:
+      raise config_lib.ConfigError(
+        f"{path} was trained on other data than {first} ({'; '.join(found)}), "
+        "which a table can't compare: train one of them anew"
       )
 
 
