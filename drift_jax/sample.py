@@ -39,7 +39,8 @@ _LABELS = flags.DEFINE_list(
   "labels",
   None,
   "Class indices, ranges and names, e.g. 3,5-7,tench; all if not given. A name "
-  "that holds a comma: '\"great white shark, white shark\"'.",
+  "that holds a comma: '\"great white shark, white shark\"'. Classes that are "
+  "called by numbers: index:3 or name:3.",
 )
 _ALPHA = flags.DEFINE_float("alpha", 1.0, "Guidance scale.")
 _SEED = flags.DEFINE_integer(
@@ -153,6 +154,7 @@ def _run() -> None:
   provenance = dict(model.generator.provenance)
   described = ", ".join(f"{key} {value}" for key, value in provenance.items())
   logger.info("Sampling from %s.", described)
+  logger.info("Classes: %s.", model.describe(labels))
   asked = {"alpha": _ALPHA.value, "seed": _SEED.value, "style": style}
   rows = {"labels": _LABELS.value, "count": _COUNT.value}
   if suffix == ".gif":
