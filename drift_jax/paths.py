@@ -51,8 +51,8 @@ def expand(path: str | os.PathLike[str]) -> str:
   if expanded.startswith("~"):
     user = text[1:].partition("/")[0]
     raise PathError(
-      f"{text}: there is no home folder of {user!r} on this machine; give the "
-      f"whole path, or ./{text} for a file of that name"
+      f"there is no home folder of {user!r} on this machine: give the whole "
+      f"path in the place of {text}, or ./{text} for a file of that name"
     )
   return expanded
 

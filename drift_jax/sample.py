@@ -22,17 +22,24 @@ from absl import app, flags
 from PIL import Image
 
 from drift_jax import config as config_lib
-from drift_jax import console, experiment, metrics, processes, sampling
+from drift_jax import (
+  console,
+  experiment,
+  metrics,
+  paths,
+  processes,
+  sampling,
+)
 from drift_jax.console import logger
 
-_FROM = flags.DEFINE_string(
+_FROM = paths.define_flag(
   "from",
   None,
   "A run's workdir, an export, an artifact's folder, hf://NAME of the authors' "
   "release or hf://OWNER/NAME[@REVISION][/FOLDER].",
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "The same, of a run.")
-_VAE = flags.DEFINE_string(
+_WORKDIR = paths.define_flag("workdir", None, "The same, of a run.")
+_VAE = paths.define_flag(
   "vae", "", "Of an artifact: the autoencoder behind its latents."
 )
 _LABELS = flags.DEFINE_list(
@@ -79,7 +86,7 @@ _INTERPOLATE = flags.DEFINE_integer(
   "Frames of a walk from one noise to another, there and back, as a .gif.",
   lower_bound=2,
 )
-_OUT = flags.DEFINE_string(
+_OUT = paths.define_flag(
   "out", "grid.png", "FILE.png, FILE.npz, FILE.gif, or a folder for .png files."
 )
 _COORDINATOR = flags.DEFINE_string(
@@ -254,4 +261,4 @@ def batch_total(batch: metrics.Batch) -> int:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=config_lib.parse_flags)

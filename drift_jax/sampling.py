@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from drift_jax import experiment, metrics, sharding
+from drift_jax import experiment, metrics, paths, sharding
 from drift_jax.config import ConfigError
 
 BATCH_SIZE = 256
@@ -106,6 +106,7 @@ def load(
     ConfigError: an option that this kind of source has no use for, or latents
       without their autoencoder.
   """
+  source, vae = paths.expand(source), paths.expand(vae)
   mesh = sharding.make_mesh()
   opened = experiment.open_generator(
     source, mesh, vae=vae, step=step, ema_decay=ema_decay

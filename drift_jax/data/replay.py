@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import tensorstore
 
+from drift_jax import paths
 from drift_jax.data.demonstrations import Demonstrations
 from drift_jax.data.errors import DataError
 from drift_jax.data.selection import is_selection, select
@@ -55,7 +56,7 @@ def read_replay(
   Raises:
     DataError: no such folder, missing arrays or chunks, or ones that disagree.
   """
-  folder = pathlib.Path(path)
+  folder = pathlib.Path(paths.expand(path))
   if not (folder / "data").is_dir():
     raise DataError(
       f"{folder}: no replay buffer is there; PushT's comes by "
@@ -143,7 +144,7 @@ def write_replay(
   parts = [name for name in demonstrations.observations if is_selection(name)]
   if parts:
     raise DataError(f"{path}: observations {parts} are parts of others: rename")
-  folder = pathlib.Path(path)
+  folder = pathlib.Path(paths.expand(path))
   if folder.exists():
     raise DataError(f"{folder} is there: remove it, or write elsewhere")
   part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from drift_jax import paths
 from drift_jax.console import logger
 from drift_jax.data.demonstrations import Demonstrations
 from drift_jax.data.errors import DataError
@@ -46,6 +47,7 @@ def read_robomimic(
     raise DataError(
       f"{path}: HDF5 files need h5py: pip install -r requirements-robots.txt"
     ) from error
+  path = paths.expand(path)
   if not pathlib.Path(path).is_file():
     raise DataError(f"{path}: there is no such file")
   try:

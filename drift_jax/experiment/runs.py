@@ -24,6 +24,7 @@ from drift_jax import (
   loop,
   metrics,
   optim,
+  paths,
   processes,
   robots,
   sharding,
@@ -98,7 +99,7 @@ def check_workdir(workdir: str) -> None:
   def check() -> None:
     if storage.is_remote(workdir):
       return  # storage.check has looked at it.
-    path = pathlib.Path(workdir)
+    path = pathlib.Path(paths.expand(workdir))
     try:
       while not path.is_dir():
         if path.exists():
@@ -137,7 +138,7 @@ def open_workdir(
       there for all processes.
     PeerError: what the first process raised, in the others.
   """
-  path = epath.Path(workdir)
+  path = epath.Path(paths.expand(workdir))
   processes.from_first(
     functools.partial(_write_facts, path, config, frozen, class_names)
   )

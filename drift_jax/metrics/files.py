@@ -6,7 +6,7 @@ import pathlib
 import tempfile
 from collections.abc import Iterator
 
-from drift_jax import storage
+from drift_jax import paths, storage
 
 PathLike = storage.PathLike
 
@@ -22,6 +22,7 @@ def replacing(path: PathLike) -> Iterator[pathlib.Path]:
   A path in a bucket has its temporary file on the local disk.
 
   Raises:
+    PathError: `~USER` of nobody.
     StorageError: a bucket that can't be written to.
   """
   if storage.is_remote(path):
@@ -30,7 +31,7 @@ def replacing(path: PathLike) -> Iterator[pathlib.Path]:
       yield temporary
       storage.upload(temporary, path)
     return
-  path = pathlib.Path(path)
+  path = pathlib.Path(paths.expand(path))
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
   try:

@@ -18,6 +18,7 @@ from absl import logging
 from jaxtyping import Float32, Float64
 from numpy.typing import ArrayLike
 
+from drift_jax import paths
 from drift_jax.metrics import files, frechet
 
 _FORMS = (("mu", "sigma"), ("ref_mu", "ref_sigma"))
@@ -147,7 +148,7 @@ def load_reference(
       numbers, a matrix that is no covariance, or other dimensions, resolution,
       crop or network than asked for, naming what was found and expected.
   """
-  name = str(path)
+  path = name = paths.expand(path)
   # A missing file is no zip file either: opening it says so.
   with open(path, "rb") as file:
     if not zipfile.is_zipfile(file):

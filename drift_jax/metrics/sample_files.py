@@ -84,7 +84,7 @@ def open_images(path: files.PathLike) -> ImageSet:
     ValueError: images that are not square, 8-bit and of one size, fewer than
       two, or files that can't be read, naming what was found and expected.
   """
-  path = pathlib.Path(path)
+  path = pathlib.Path(paths.expand(path))
   return _open_folder(path) if path.is_dir() else _open_npz(path)
 
 
