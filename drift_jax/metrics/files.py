@@ -4,11 +4,27 @@ import contextlib
 import os
 import pathlib
 import tempfile
+import zipfile
 from collections.abc import Iterator
 
 from drift_jax import paths, storage
 
 PathLike = storage.PathLike
+
+
+def check_one_zip(path: PathLike) -> None:
+  """Raises ValueError for an .npz after another one, which nothing would read.
+
+  A zip file's index is at its end, and is that of the last one.
+  """
+  with zipfile.ZipFile(path) as archive:
+    entries = archive.infolist()
+  start = min((entry.header_offset for entry in entries), default=0)
+  if start:
+    raise ValueError(
+      f"{path} begins with {start} bytes that its index does not list: it is "
+      "several files in one, of which only the last can be read"
+    )
 
 
 @contextlib.contextmanager

@@ -154,6 +154,7 @@ def load_reference(
     if not zipfile.is_zipfile(file):
       raise ValueError(f"{name} is no .npz file, or is cut short")
   try:
+    files.check_one_zip(path)
     with np.load(path) as archive:
       arrays = _read(archive, name)
   except (zipfile.BadZipFile, zlib.error, EOFError) as error:

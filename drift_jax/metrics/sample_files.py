@@ -125,6 +125,7 @@ def _open_npz(path: pathlib.Path) -> ImageSet:
         f"{path} is no .npz file (or is cut short), and no folder"
       )
   try:
+    files.check_one_zip(path)
     with zipfile.ZipFile(path) as archive:
       images = _array(path, archive, _IMAGES, _check_images)
       if images.ndim == 3:

@@ -137,6 +137,13 @@ def test_damaged_npz(path, save):
     open_images(path.parent / "none.npz")
 
 
+def test_two_npz_in_one_file(path):
+  np.savez(path, arr_0=pixels(COUNT, SIDE, SIDE, 3))
+  path.write_bytes(2 * path.read_bytes())
+  with pytest.raises(ValueError, match="images.npz begins with .* bytes"):
+    open_images(path)
+
+
 def test_holes_in_an_npz(path):
   """A copy that left its middle out: black images, but for the checksum."""
   np.savez(path, arr_0=pixels(40, 64, 64, 3))
