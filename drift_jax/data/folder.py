@@ -317,8 +317,8 @@ class FolderSource(_FileSource):
 
 
 # Under names of their own: tarfile calls an argument like the module.
-_End, _Empty = tarfile.EOFHeaderError, tarfile.EmptyHeaderError
-_Damaged, _Unread = tarfile.HeaderError, tarfile.ReadError
+_BLOCK, _HeaderError = tarfile.BLOCKSIZE, tarfile.HeaderError
+_ReadError = tarfile.ReadError
 
 
 class _Header(tarfile.TarInfo):
@@ -329,19 +329,22 @@ class _Header(tarfile.TarInfo):
     start = tarfile.fileobj.tell()
     try:
       header = super().fromtarfile(tarfile)
-    except _End:
-      tarfile.has_end = True  # a block of zeros
-      raise
-    except _Empty:
-      if getattr(tarfile, "has_end", False):
+    except _HeaderError as error:
+      tarfile.fileobj.seek(start)
+      block = tarfile.fileobj.read(_BLOCK)
+      has_end = getattr(tarfile, "has_end", False)
+      if block.count(0) == _BLOCK:  # the end, unless another archive follows
+        tarfile.has_end = True
         raise
-      raise _Unread(
-        f"it stops at byte {start} without the zeros that end an archive, as "
-        "one that was cut short does: copy it anew (or, if nothing is missing, "
-        "append them: head -c 1024 /dev/zero >> FILE)"
-      ) from None
-    except _Damaged as error:
-      raise _Unread(
+      if not block and has_end:
+        raise
+      if not block:
+        raise _ReadError(
+          f"it stops at byte {start} without the zeros that end an archive, "
+          "as one that was cut short does: copy it anew (or, if nothing is "
+          "missing, append them: head -c 1024 /dev/zero >> FILE)"
+        ) from error
+      raise _ReadError(
         f"the header at byte {start} is damaged ({error}): copy or make the "
         "tar anew"
       ) from error
