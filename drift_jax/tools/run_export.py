@@ -5,6 +5,7 @@ python run.py --labels 3 7 --count 8 --alpha 1.5 --seed 0 --out grid.png
 
 import argparse
 import json
+import os
 import pathlib
 import struct
 import sys
@@ -66,7 +67,9 @@ def main() -> None:
   parser.add_argument("--count", type=int, default=8)
   parser.add_argument("--alpha", type=float, default=1.0)
   parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--out", default="grid.png", help=".png, or .npy")
+  parser.add_argument(
+    "--out", type=os.path.expanduser, default="grid.png", help=".png, or .npy"
+  )
   asked = parser.parse_args()
 
   here = pathlib.Path(__file__).resolve().parent
