@@ -33,7 +33,7 @@ import safetensors.numpy
 from etils import epath
 from flax import traverse_util
 
-from drift_jax import hub, storage
+from drift_jax import hub, paths, storage
 from drift_jax.models import release
 
 SUBDIRECTORY = "params_ema"
@@ -124,6 +124,7 @@ def save(
     The directory.
   """
   layout = _LAYOUTS[format]
+  directory = paths.expand(directory)
   folder = epath.Path(directory) / layout.subdirectory
   folder.mkdir(parents=True, exist_ok=True)
   params = jax.tree.map(np.asarray, jax.device_get(params))
@@ -294,6 +295,7 @@ def _find(source: str) -> tuple[epath.Path, _Layout]:
   """
   if source.startswith(hub.SCHEME):
     return _from_hub(source)
+  source = paths.expand(source)
   storage.check(source)
   given = epath.Path(source)
   if (given / MANIFEST_FILE).exists():

@@ -17,21 +17,21 @@ from typing import Any
 from absl import app, flags
 
 from drift_jax import config as config_lib
-from drift_jax import console, experiment, metrics, processes
+from drift_jax import console, experiment, metrics, paths, processes
 from drift_jax.console import logger
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")
-_WEIGHTS = flags.DEFINE_string(
+_WORKDIR = paths.define_flag("workdir", None, "Folder of a run.")
+_WEIGHTS = paths.define_flag(
   "weights",
   None,
   "A generator's exported weights: their folder, an export, or hf://NAME.",
 )
-_VAE = flags.DEFINE_string(
+_VAE = paths.define_flag(
   "vae",
   "",
   "Of --weights: the autoencoder behind its latents, if it is no export.",
 )
-_IMAGES = flags.DEFINE_string(
+_IMAGES = paths.define_flag(
   "images", None, "Folder or ADM .npz of images that were made elsewhere."
 )
 _ALPHAS = flags.DEFINE_list(
@@ -50,7 +50,7 @@ _NUM_SAMPLES = flags.DEFINE_integer(
   f"config's, or {experiment.NUM_SAMPLES} without one.",
   lower_bound=0,
 )
-_LABELS = flags.DEFINE_string(
+_LABELS = paths.define_flag(
   "labels", None, "File of class indices (.txt, .npy); balanced if not given."
 )
 _BATCH_SIZE = flags.DEFINE_integer(
@@ -70,7 +70,7 @@ _EMA_DECAY = flags.DEFINE_float(
   "ema_decay", None, "Which EMA; the evaluated one if not given."
 )
 _JUDGES = {
-  (name, key): flags.DEFINE_string(
+  (name, key): paths.define_flag(
     name if key == "path" else f"{name}_reference", None, text
   )
   for name, key, text in (
@@ -86,7 +86,7 @@ _NEIGHBOURS = flags.DEFINE_integer(
   "Of --workdir: nearest training images of samples to look for; 10 in B.4.",
   lower_bound=0,
 )
-_SPACE = flags.DEFINE_string(
+_SPACE = paths.define_flag(
   "neighbour_space",
   "encoder",
   "Where they are near: encoder, pixel, or the folder of a converted network.",
@@ -94,13 +94,13 @@ _SPACE = flags.DEFINE_string(
 _NEIGHBOUR_SAMPLES = flags.DEFINE_integer(
   "neighbour_samples", 1000, "At least as many samples.", lower_bound=1
 )
-_SAMPLES_OUT = flags.DEFINE_string(
+_SAMPLES_OUT = paths.define_flag(
   "samples_out",
   None,
   "Write the samples as an .npz in ADM's format; with several alphas, one for "
   "each, NAME_alpha_A.npz.",
 )
-_OUT = flags.DEFINE_string(
+_OUT = paths.define_flag(
   "out",
   None,
   "JSON to write, pictures beside it; WORKDIR/evaluation.json or "
@@ -227,4 +227,4 @@ def parse_floats(flag: str, values: list[str] | None) -> list[float] | None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=config_lib.parse_flags)

@@ -10,9 +10,9 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from drift_jax import config as config_lib
-from drift_jax import storage
+from drift_jax import paths, storage
 
-_WORKDIR = flags.DEFINE_string(
+_WORKDIR = paths.define_flag(
   "workdir",
   None,
   "Folder of the run, local or gs://BUCKET/PATH; a run found there is "

@@ -22,24 +22,32 @@ from absl import app, flags
 from PIL import Image
 
 from drift_jax import config as config_lib
-from drift_jax import console, experiment, metrics, processes, sampling
+from drift_jax import (
+  console,
+  experiment,
+  metrics,
+  paths,
+  processes,
+  sampling,
+)
 from drift_jax.console import logger
 
-_FROM = flags.DEFINE_string(
+_FROM = paths.define_flag(
   "from",
   None,
   "A run's workdir, an export, an artifact's folder, hf://NAME of the authors' "
   "release or hf://OWNER/NAME[@REVISION][/FOLDER].",
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "The same, of a run.")
-_VAE = flags.DEFINE_string(
+_WORKDIR = paths.define_flag("workdir", None, "The same, of a run.")
+_VAE = paths.define_flag(
   "vae", "", "Of an artifact: the autoencoder behind its latents."
 )
 _LABELS = flags.DEFINE_list(
   "labels",
   None,
   "Class indices, ranges and names, e.g. 3,5-7,tench; all if not given. A name "
-  "that holds a comma: '\"great white shark, white shark\"'.",
+  "that holds a comma: '\"great white shark, white shark\"'. Classes that are "
+  "called by numbers: index:3 or name:3.",
 )
 _ALPHA = flags.DEFINE_float("alpha", 1.0, "Guidance scale.")
 _SEED = flags.DEFINE_integer(
@@ -78,7 +86,7 @@ _INTERPOLATE = flags.DEFINE_integer(
   "Frames of a walk from one noise to another, there and back, as a .gif.",
   lower_bound=2,
 )
-_OUT = flags.DEFINE_string(
+_OUT = paths.define_flag(
   "out", "grid.png", "FILE.png, FILE.npz, FILE.gif, or a folder for .png files."
 )
 _COORDINATOR = flags.DEFINE_string(
@@ -153,6 +161,7 @@ def _run() -> None:
   provenance = dict(model.generator.provenance)
   described = ", ".join(f"{key} {value}" for key, value in provenance.items())
   logger.info("Sampling from %s.", described)
+  logger.info("Classes: %s.", model.describe(labels))
   asked = {"alpha": _ALPHA.value, "seed": _SEED.value, "style": style}
   rows = {"labels": _LABELS.value, "count": _COUNT.value}
   if suffix == ".gif":
@@ -252,4 +261,4 @@ def batch_total(batch: metrics.Batch) -> int:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=config_lib.parse_flags)

@@ -449,6 +449,36 @@ def check_resumed(config, changes):
   config_lib.check_resumable(old, config_lib.to_json(config_lib.parse(config)))
 
 
+def test_home_folders_are_expanded(monkeypatch):
+  monkeypatch.setenv("HOME", "/home/me")
+  config = digits.get_config("features")
+  old = config.to_dict()
+  values = {
+    "data.source": "folder:~/data",
+    "data.data_dir": "~",
+    "encoders.mae.path": "~/encoder",
+    "eval.inception.path": "~/inception",
+    "eval.inception.reference": "~/stats.npz",
+    "eval.labels": "~/labels.txt",
+    "init_from": "~/runs/a",
+  }
+  for key, value in values.items():
+    *sections, name = key.split(".")
+    section = old
+    for part in sections:
+      section = section[part]
+    section[name] = value
+  written = config_lib.to_json(config_lib.parse(old))
+  parsed = config_lib.flatten(json.loads(written))
+  for key, value in values.items():
+    assert parsed[key] == value.replace("~", "/home/me")
+  # A run that an earlier version began goes on.
+  config_lib.check_resumable(json.dumps(old), written)
+  policies = policy.get_config().to_dict()
+  policies["data"]["source"] = "zarr:~/x.zarr"
+  assert config_lib.parse(policies).data.source == "zarr:/home/me/x.zarr"
+
+
 def test_resumed_runs_may_change_what_is_harmless():
   config = generator()
   config.optim.schedule = "constant"

@@ -18,6 +18,7 @@ from drift_jax.config.resume import (
   RESUMABLE,
   RESUMABLE_ENDS,
   check_resumable,
+  flat_values,
   flatten,
   to_json,
 )
@@ -76,6 +77,7 @@ __all__ = [
   "check_override",
   "check_resumable",
   "config_arguments",
+  "flat_values",
   "flatten",
   "load_config",
   "parse",

@@ -1,10 +1,12 @@
 """What a resumed run may change."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
 
+from drift_jax import paths
 from drift_jax.config.schema import AnyConfig, ConfigError
 
 # Keys that a resumed run may change; any other change is another experiment.
@@ -59,6 +61,21 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
+def flat_values(text: str) -> dict[str, Any]:
+  """{'section.key': value} of a config's JSON.
+
+  `~` is expanded: earlier versions wrote it as it came.
+  """
+
+  def expanded(value: Any) -> Any:
+    with contextlib.suppress(paths.PathError):
+      return paths.expand_source(value) if isinstance(value, str) else value
+    return value
+
+  flat = flatten(json.loads(text))
+  return {key: expanded(value) for key, value in flat.items()}
+
+
 def check_resumable(old: str, new: str) -> None:
   """Raises ConfigError where two configs (JSON) are not the same experiment.
 
@@ -67,7 +84,7 @@ def check_resumable(old: str, new: str) -> None:
   group of labels has scalars of its own, and the keys of RANKING while a best
   checkpoint is kept.
   """
-  before, after = flatten(json.loads(old)), flatten(json.loads(new))
+  before, after = flat_values(old), flat_values(new)
   different = {
     key: f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
     for key in sorted(set(before) | set(after))

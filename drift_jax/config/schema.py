@@ -3,7 +3,11 @@
 import dataclasses
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+# Strings whose `~` parsing expands: a path or URL, and KIND:PATH.
+Path = Annotated[str, "path"]
+Source = Annotated[str, "source"]
 
 
 class ConfigError(ValueError):
@@ -22,8 +26,8 @@ class Section:
 class Data(Section):
   """Where real images come from and how they are cut (drift_jax.data)."""
 
-  source: str
-  data_dir: str
+  source: Source
+  data_dir: Path
   train_split: str
   test_split: str
   held_out: int
@@ -51,7 +55,7 @@ class Vae(Section):
   in Encoder.
   """
 
-  path: str
+  path: Path
   dtype: str
   sharding: str
   remat: bool
@@ -107,7 +111,7 @@ class Encoder(Section):
   is there.
   """
 
-  path: str
+  path: Path
   dtype: str
   in_loss: bool
   decode: bool
@@ -245,8 +249,8 @@ class GeneratorTrain(Train):
 class Judge(Section):
   """A network that judges images, and statistics of real ones' features."""
 
-  path: str
-  reference: str
+  path: Path
+  reference: Path
 
 
 class GeneratorEval(Section):
@@ -254,7 +258,7 @@ class GeneratorEval(Section):
 
   every: int
   num_samples: int
-  labels: str
+  labels: Path
   batch_size: int
   alphas: tuple[float, ...]
   ema_decay: float
@@ -312,7 +316,7 @@ class GeneratorConfig(Section):
 
   task: str
   seed: int
-  init_from: str
+  init_from: Path
   data: Data
   vae: Vae
   model: GeneratorModel
@@ -336,7 +340,7 @@ class MaeConfig(Section):
 
   task: str
   seed: int
-  init_from: str
+  init_from: Path
   data: Data
   vae: Vae
   model: MaeModel
@@ -423,7 +427,7 @@ class PolicyData(Section):
   `observations` may cut columns: 'state[:2]'.
   """
 
-  source: str
+  source: Source
   episodes: int
   seed: int
   observations: tuple[str, ...]

@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
+from drift_jax import paths
 from drift_jax.data import encoded, folder
 
 SPLITS = ("train", "test")
@@ -246,6 +247,7 @@ def open_source(
     NoSplitError: the data have no such split.
     ValueError: an unknown kind, or what the kind raises.
   """
+  data_dir = paths.expand(data_dir)
   if spec == "digits":
     if class_order:
       raise ValueError(
@@ -269,7 +271,7 @@ def open_source(
       decoder=decoder,
     )
   return files[kind](
-    pathlib.Path(data_dir).expanduser() / pathlib.Path(rest).expanduser(),
+    pathlib.Path(data_dir) / paths.expand(rest),
     split=split,
     class_order=class_order,
     max_corrupt=max_corrupt,

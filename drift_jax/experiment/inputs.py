@@ -89,8 +89,7 @@ def _open_latents(
     ValueError: a cache that is incomplete, damaged or of another autoencoder.
   """
   reader = data.LatentReader(
-    pathlib.Path(settings.data_dir).expanduser()
-    / pathlib.Path(settings.source.removeprefix(LATENTS)).expanduser(),
+    pathlib.Path(settings.data_dir) / settings.source.removeprefix(LATENTS),
     split,
     dtype=settings.wire,
     flip=settings.flip,

@@ -24,6 +24,7 @@ from drift_jax import (
   loop,
   metrics,
   optim,
+  paths,
   processes,
   robots,
   sharding,
@@ -105,7 +106,7 @@ def check_workdir(workdir: str) -> None:
   def check() -> None:
     if storage.is_remote(workdir):
       return  # storage.check has looked at it.
-    path = pathlib.Path(workdir)
+    path = pathlib.Path(paths.expand(workdir))
     try:
       while not path.is_dir():
         if path.exists():
@@ -147,7 +148,7 @@ def open_workdir(
       data, or is not there for all processes.
     PeerError: what the first process raised, in the others.
   """
-  path = epath.Path(workdir)
+  path = epath.Path(paths.expand(workdir))
   names_of_first, facts_of_first = processes.from_first(
     functools.partial(_write_facts, path, config, frozen, class_names, facts)
   )

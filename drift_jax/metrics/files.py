@@ -4,11 +4,27 @@ import contextlib
 import os
 import pathlib
 import tempfile
+import zipfile
 from collections.abc import Iterator
 
-from drift_jax import storage
+from drift_jax import paths, storage
 
 PathLike = storage.PathLike
+
+
+def check_one_zip(path: PathLike) -> None:
+  """Raises ValueError for an .npz after another one, which nothing would read.
+
+  A zip file's index is at its end, and is that of the last one.
+  """
+  with zipfile.ZipFile(path) as archive:
+    entries = archive.infolist()
+  start = min((entry.header_offset for entry in entries), default=0)
+  if start:
+    raise ValueError(
+      f"{path} begins with {start} bytes that its index does not list: it is "
+      "several files in one, of which only the last can be read"
+    )
 
 
 @contextlib.contextmanager
@@ -22,6 +38,7 @@ def replacing(path: PathLike) -> Iterator[pathlib.Path]:
   A path in a bucket has its temporary file on the local disk.
 
   Raises:
+    PathError: `~USER` of nobody.
     StorageError: a bucket that can't be written to.
   """
   if storage.is_remote(path):
@@ -30,7 +47,7 @@ def replacing(path: PathLike) -> Iterator[pathlib.Path]:
       yield temporary
       storage.upload(temporary, path)
     return
-  path = pathlib.Path(path)
+  path = pathlib.Path(paths.expand(path))
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
   try:

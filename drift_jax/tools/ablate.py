@@ -34,7 +34,7 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from drift_jax import config as config_lib
-from drift_jax import console, exits, metrics
+from drift_jax import console, exits, metrics, paths
 from drift_jax.console import logger
 from drift_jax.experiment import data_facts
 from drift_jax.tools import ablation_table
@@ -42,7 +42,7 @@ from drift_jax.tools import ablation_table
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "The base: e.g. configs/digits.py or configs/mnist.py:cpu."
 )
-_WORKDIR = flags.DEFINE_string(
+_WORKDIR = paths.define_flag(
   "workdir", None, "Folder of the runs and the tables.", required=True
 )
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "One run of a row each.")
@@ -449,7 +449,7 @@ def check_workdir(plan: Plan) -> None:
     if not file.exists():
       continue
     before, after = (
-      config_lib.flatten(json.loads(text))
+      config_lib.flat_values(text)
       for text in (file.read_text(), config_lib.to_json(run.config))
     )
     if after["model.num_classes"] == 0:  # as many as the data have

@@ -27,6 +27,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from drift_jax import config as config_lib
+from drift_jax import paths
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
@@ -47,10 +48,10 @@ _MESH = flags.DEFINE_string(
 _PROGRAMS = flags.DEFINE_list(
   "programs", None, "Only these, e.g. train,sample; all if not given."
 )
-_JSON = flags.DEFINE_string(
+_JSON = paths.define_flag(
   "json", "", "File to write the figures to; '-' for the standard output."
 )
-_TEXT = flags.DEFINE_string(
+_TEXT = paths.define_flag(
   "hlo",
   "",
   "Folder to write the optimised programs to, PROGRAM.txt, and for TPUs what "

@@ -39,7 +39,15 @@ import numpy as np
 from flax import traverse_util
 
 import drift_jax
-from drift_jax import artifacts, console, experiment, sharding, steps, storage
+from drift_jax import (
+  artifacts,
+  console,
+  experiment,
+  paths,
+  sharding,
+  steps,
+  storage,
+)
 from drift_jax import config as config_lib
 from drift_jax.console import logger
 from drift_jax.models import release
@@ -389,15 +397,21 @@ def _parser() -> console.Parser:
     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
   )
   source = parser.add_mutually_exclusive_group(required=True)
-  source.add_argument("--workdir", help="of a run")
+  source.add_argument("--workdir", type=paths.argument, help="of a run")
   source.add_argument(
     "--init_from",
+    type=paths.argument,
     help="an artifact's folder, hf://NAME of the authors' release, or "
     "hf://OWNER/NAME[@REVISION][/FOLDER]",
   )
-  parser.add_argument("--out", required=True, help="a new folder")
   parser.add_argument(
-    "--vae", default="", help="of --init_from: the autoencoder of its latents"
+    "--out", type=paths.argument, required=True, help="a new folder"
+  )
+  parser.add_argument(
+    "--vae",
+    type=paths.argument,
+    default="",
+    help="of --init_from: the autoencoder of its latents",
   )
   parser.add_argument("--step", type=int, help="of --workdir: checkpoint")
   parser.add_argument("--ema_decay", type=float, help="of --workdir: which EMA")

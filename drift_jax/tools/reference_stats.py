@@ -34,6 +34,7 @@ from drift_jax import (
   data,
   experiment,
   metrics,
+  paths,
   processes,
   sharding,
 )
@@ -476,10 +477,17 @@ def _parser() -> console.Parser:
   what.add_argument(
     "--source", help="digits, folder:DIR, tar:FILE or tfds:NAME"
   )
-  what.add_argument("--public", help=".npz with mu, sigma and images arr_0")
+  what.add_argument(
+    "--public", type=paths.argument, help=".npz with mu, sigma and images arr_0"
+  )
   add = parser.add_argument
-  add("--network", required=True, help="folder of the exported network")
-  add("--out", required=True, help=".npz to write")
+  add(
+    "--network",
+    type=paths.argument,
+    required=True,
+    help="folder of the exported network",
+  )
+  add("--out", type=paths.argument, required=True, help=".npz to write")
   add(
     "--num_features",
     type=int,
@@ -499,7 +507,11 @@ def _parser() -> console.Parser:
   add("--image_size", type=int, help="in pixels (default: 256)")
   add("--crop", choices=CROPS, help="as data.crop (default: center)")
   add("--channels", type=int, choices=(1, 3), help="1: grey (default: 3)")
-  add("--data_dir", help="where relative sources and TFDS' data lie")
+  add(
+    "--data_dir",
+    type=paths.argument,
+    help="where relative sources and TFDS' data lie",
+  )
   add("--class_order", help="as data.class_order (default: the source's own)")
   add(
     "--max_corrupt",

@@ -17,12 +17,20 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from drift_jax import config as config_lib
-from drift_jax import console, diffusion, exits, experiment, metrics, robots
+from drift_jax import (
+  console,
+  diffusion,
+  exits,
+  experiment,
+  metrics,
+  paths,
+  robots,
+)
 
 
 def define_flags() -> None:
   """Defines the flags: not on import, as other tools have the same names."""
-  flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+  paths.define_flag("workdir", None, "Folder of the run.", required=True)
   flags.DEFINE_integer("step", None, "Checkpoint; the newest if not given.")
   flags.DEFINE_integer(
     "episodes", None, "How many; the config's if not given.", lower_bound=1
@@ -33,9 +41,9 @@ def define_flags() -> None:
   flags.DEFINE_list(
     "samplers", None, "Of a diffusion policy, e.g. ddim:20; the config's."
   )
-  flags.DEFINE_string("video", "", "GIF or MP4 of the first episodes.")
+  paths.define_flag("video", "", "GIF or MP4 of the first episodes.")
   flags.DEFINE_integer("videos", 4, "How many of them.", lower_bound=1)
-  flags.DEFINE_string("json", "", "File for what is printed.")
+  paths.define_flag("json", "", "File for what is printed.")
 
 
 def run(values: flags.FlagValues) -> dict[str, dict[str, float]]:
@@ -121,4 +129,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
   define_flags()
-  app.run(main)
+  app.run(main, flags_parser=config_lib.parse_flags)

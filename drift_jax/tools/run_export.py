@@ -5,8 +5,10 @@ python run.py --labels 3 7 --count 8 --alpha 1.5 --seed 0 --out grid.png
 
 import argparse
 import json
+import os
 import pathlib
 import struct
+import sys
 import zlib
 
 import jax.export
@@ -38,19 +40,46 @@ def png(rgb: np.ndarray) -> bytes:
   return b"\x89PNG\r\n\x1a\n" + chunks
 
 
+def class_index(text: str, names: list[str], count: int) -> int:
+  """Of "3" or "index:3", or of "name:tench", which may be a number."""
+  kind, colon, rest = text.partition(":")
+  called = [i for i, name in enumerate(names) if name == (rest or text)]
+  if colon and kind == "name":
+    if len(called) != 1:
+      sys.exit(f"Error: --labels {text}: {len(called)} classes have this name")
+    return called[0]
+  if not (rest if kind == "index" else text).isdecimal():
+    sys.exit(f"Error: --labels {text}: want 3, index:3 or name:NAME")
+  index = int(rest or text)
+  if index >= count:
+    sys.exit(f"Error: --labels {text}: class indices are 0 to {count - 1}")
+  if not colon and called and called != [index]:
+    sys.exit(
+      f"Error: --labels {text} may mean class index {text} or the class "
+      f"called {text}, index {called[0]}: write index:{text} or name:{text}"
+    )
+  return index
+
+
 def main() -> None:
   parser = argparse.ArgumentParser()
-  parser.add_argument("--labels", type=int, nargs="+", default=[0])
+  parser.add_argument("--labels", nargs="+", default=["0"])
   parser.add_argument("--count", type=int, default=8)
   parser.add_argument("--alpha", type=float, default=1.0)
   parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--out", default="grid.png", help=".png, or .npy")
+  parser.add_argument(
+    "--out", type=os.path.expanduser, default="grid.png", help=".png, or .npy"
+  )
   asked = parser.parse_args()
 
   here = pathlib.Path(__file__).resolve().parent
   manifest = json.loads((here / "manifest.json").read_text())
   files = manifest["weights"].items()
-  labels = np.repeat(np.array(asked.labels, np.int32), asked.count)
+  names = manifest["class_names"] or []
+  count = manifest["num_classes"]
+  chosen = [class_index(label, names, count) for label in asked.labels]
+  print("Classes:", *(f"{i} {names[i]!r}" if names else i for i in chosen))
+  labels = np.repeat(np.array(chosen, np.int32), asked.count)
   program = bytearray((here / "sample.stablehlo").read_bytes())
   images = jax.export.deserialize(program).call(
     {name: read_safetensors(here / file) for name, file in files},

@@ -19,7 +19,7 @@ from PIL import Image
 import drift_jax
 from drift_jax import artifacts, sampling, steps
 from drift_jax.config import ConfigError
-from drift_jax.tools import export
+from drift_jax.tools import export, run_export
 from tests.autoencoders import save_vae
 from tests.conftest import GOLDEN, assert_close
 from tests.small_generator import NAMES, save_generator
@@ -90,6 +90,28 @@ def test_runs_with_jax_and_numpy_alone(exported, tmp_path):
   assert grid.shape == (2 * 48, 4 * 48, 3)
   pixels = expected.pixels()[5].astype(int)  # second row, second column
   assert np.abs(grid[48:96:6, 48:96:6, :1] - pixels).max() <= 1
+
+
+@pytest.mark.parametrize(
+  ("text", "index"),
+  [
+    ("10", ["index 10", "index 9", "index:10", "name:10"]),
+    ("index:10", 10),
+    ("name:10", 9),
+    ("0", 0),
+    ("99", ["99"]),
+    ("name:99", ["99"]),
+    ("index:a", ["index:a"]),
+  ],
+)
+def test_classes_that_are_called_by_numbers(text, index):
+  names = [str(number) for number in range(1, 13)]
+  if isinstance(index, int):
+    assert run_export.class_index(text, names, 12) == index
+    return
+  with pytest.raises(SystemExit) as refused:
+    run_export.class_index(text, names, 12)
+  assert all(part in str(refused.value) for part in index)
 
 
 def test_example_imports_nothing_of_the_project(exported):
