@@ -26,14 +26,13 @@ from jaxtyping import Array, Float
 from drift_jax.drift.field import (
   TINY_SQUARED_DISTANCE,
   Normalization,
+  Temperature,
   affinities,
   product_coefficients,
 )
 
 Kernel = Literal["laplace", "gaussian"]
 Cost = Literal["l2", "quadratic"]
-
-Temperature = float | Float[Array, ""] | Float[Array, "B 1 1"]
 
 
 class Targets(NamedTuple):
@@ -78,8 +77,8 @@ class Problem(NamedTuple):
   Attributes:
     x: samples, normalised and centred.
     targets: in the same coordinates.
-    squared: ||x_i - y_j||^2 in the units of the features, at least 1e-8; a
-      sample's distance to itself is so large there that all kernels are 0.
+    squared: ||x_i - y_j||^2 > 0 in the units of the features; where a sample
+      is no negative of its own, so large that all kernels are 0.
     weight: of each target.
     unit: of distances: the mean distance S, or 1 where features are not
       normalised. A temperature tau of a config is tau * unit in these units.
