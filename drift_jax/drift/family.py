@@ -219,7 +219,8 @@ def sharp(
   def pull(y: Targets) -> Float[Array, "B N _"]:
     exponent = _exponent(y.squared, temperature, kernel)
     nearest = jnp.min(exponent, axis=-1, keepdims=True)
-    k = jnp.exp(nearest - exponent) * y.weight[:, None, :]
+    # At most 1: as in `transport`.
+    k = jnp.exp(jnp.minimum(nearest - exponent, 0.0)) * y.weight[:, None, :]
     # k# / tau^2 over k: 1 + r / tau, where r / tau is Laplace's exponent.
     potential = k * (1.0 + exponent) if kernel == "laplace" else k
     return k / divisor(jnp.sum(potential, axis=-1, keepdims=True))
@@ -300,7 +301,9 @@ def transport(
   if iterations == 0:
     return jnp.exp(logits)
   highest = jnp.max(logits, axis=-1, keepdims=True)
-  rows = jnp.exp(logits - jnp.where(jnp.isfinite(highest), highest, 0.0))
+  lower = logits - jnp.where(jnp.isfinite(highest), highest, 0.0)
+  # Compilers may round the highest of large logits otherwise than the rest.
+  rows = jnp.exp(jnp.minimum(lower, 0.0))
   return rows / divisor(jnp.sum(rows, axis=-1, keepdims=True))
 
 

@@ -110,7 +110,9 @@ class Variant:
   def has_soft_mask(self) -> bool:
     """Whether self-pairs are SELF_DISTANCE apart, as the paper's are."""
     return (
-      self.field == "softmax" and self.normalize_features and not self.neighbours
+      self.field == "softmax"
+      and self.normalize_features
+      and not self.neighbours
     )
 
   @property

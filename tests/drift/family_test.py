@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import ot
 import pytest
 
+from drift_jax import config as config_lib
 from drift_jax import drift
 from drift_jax.drift import Variant, compute_field, drift_loss, family
 from tests.conftest import assert_close
@@ -738,26 +740,39 @@ def test_independent_samples_are_asked_for():
 
 
 def test_nothing_is_nan_at_the_edges():
-  """Coincident points, tiny temperatures, weights of zero."""
+  """Coincident points, tiny temperatures, weights of zero; own or not."""
   x = jnp.zeros((1, 4, 3))
   far = jnp.full((1, 4, 3), 1e3)
-  loss_of = jax.jit(
-    functools.partial(
-      drift_loss,
+  spread = jnp.arange(12.0).reshape(1, 4, 3) ** 2
+  # Annealed as far as configs allow.
+  scales = (1.0, config_lib.LEAST_TEMPERATURE_SCALE)
+
+  def summed(gen, pos, scale, variant, independent):
+    loss, info = drift_loss(
+      gen,
+      pos,
+      far,
       weight_neg=jnp.zeros((1, 4)),
       weight_gen=jnp.zeros((1, 4)),
       temperatures=(1e-3,),
-    ),
-    static_argnames="variant",
-  )
-  for field, options in FIELDS:
+      variant=variant,
+      independent=independent,
+      temperature_scale=scale,
+    )
+    return loss.sum(), (loss, info)
+
+  loss_of = jax.jit(jax.grad(summed, has_aux=True), static_argnames="variant")
+  for (field, options), negatives in itertools.product(
+    FIELDS, ("independent", "own")
+  ):
     variant = Variant(
       field=field,
       options=options,
-      negatives="independent",
+      negatives=negatives,
       diagnostics=True,
     )
-    for pos in (x, far):
-      loss, info = loss_of(x, pos, far, variant=variant, independent=x)
-      for value in jax.tree.leaves((loss, info)):
-        assert np.isfinite(value).all(), (field, options)
+    others = x if negatives == "independent" else None
+    for gen, pos, scale in itertools.product((x, spread), (x, far), scales):
+      values = loss_of(gen, pos, jnp.asarray(scale), variant, others)
+      for value in jax.tree.leaves(values):
+        assert np.isfinite(value).all(), variant
