@@ -1,6 +1,5 @@
 """The family of fields against float64 oracles, POT, and its own symmetries."""
 
-import dataclasses
 import functools
 import itertools
 import math
