@@ -16,7 +16,12 @@ from drift_jax.metrics.evaluators import (
   class_subset,
   features_of,
 )
-from drift_jax.metrics.files import PathLike, replacing
+from drift_jax.metrics.files import (
+  PathLike,
+  replacing,
+  report_text,
+  write_report,
+)
 from drift_jax.metrics.frechet import (
   FeatureStats,
   FeatureStream,
@@ -174,6 +179,7 @@ __all__ = [
   "read_labels",
   "real_pixels",
   "replacing",
+  "report_text",
   "save_evolution",
   "save_png",
   "save_reference",
@@ -181,4 +187,5 @@ __all__ = [
   "to_rgb",
   "to_uint8",
   "unit_to_uint8",
+  "write_report",
 ]

@@ -54,7 +54,7 @@ class InceptionScore:
     self._negentropy = np.zeros(splits)
 
   def update(self, logits: ArrayLike, indices: ArrayLike) -> None:
-    """Takes logits [B, C] of the samples with the given numbers [B]; B may be 0.
+    """Takes logits [B, C] of samples with the given numbers [B]; B may be 0.
 
     Raises:
       ValueError: for non-finite logits or another shape, or numbers that are
