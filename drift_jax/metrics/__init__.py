@@ -26,6 +26,7 @@ from drift_jax.metrics.frechet import (
   FeatureStats,
   FeatureStream,
   Moments,
+  check_frechet_width,
   frechet_distance,
 )
 from drift_jax.metrics.generation import (
@@ -46,6 +47,7 @@ from drift_jax.metrics.images import (
 )
 from drift_jax.metrics.inception_score import InceptionScore, inception_score
 from drift_jax.metrics.kid import kernel_distance, kernel_distance_subsets
+from drift_jax.metrics.memory import check_fits
 from drift_jax.metrics.neighbours import (
   Neighbours,
   distance_summary,
@@ -138,6 +140,8 @@ __all__ = [
   "balanced_labels",
   "baseline",
   "baselines",
+  "check_fits",
+  "check_frechet_width",
   "class_subset",
   "create_writer",
   "density_coverage",
