@@ -85,13 +85,13 @@ def _check_common(config: AnyConfig) -> None:
   _at_least("optim.weight_decay", optim.weight_decay, 0)
   for name in ("learning_rate", "grad_clip", "eps"):
     value = getattr(optim, name)
-    _require(value > 0, f"optim.{name}={value!r} must be positive")
+    # In float32, where less than about 1e-38 is 0.
+    _require(value > 1e-38, f"optim.{name}={value!r} must be positive")
   for name in ("b1", "b2"):
     value = getattr(optim, name)
-    # Where it rounds to 1, Adam's bias correction divides by 0.
+    # Where float32 makes it 1, Adam's bias correction divides by 0.
     _require(
-      0 <= value <= 1 - 2**-23,
-      f"optim.{name}={value!r} must lie in [0, 1), and be no 1 in float32",
+      0 <= value <= 1 - 2**-24, f"optim.{name}={value!r} must lie in [0, 1)"
     )
   _require(
     optim.warmup_steps <= config.train.num_steps,
@@ -224,15 +224,13 @@ def _check_drift(drift: Drift, positives: int, num_steps: int) -> None:
     f"drift.temperature_scale.rate={scale.rate} with kind={kind!r}: want a "
     "positive rate for 'annealed' and 'learned', else 0",
   )
-  if kind == "annealed":
-    most = -math.log(LEAST_TEMPERATURE_SCALE) / num_steps
-    _require(
-      scale.rate <= most,
-      f"drift.temperature_scale.rate={scale.rate} with train.num_steps="
-      f"{num_steps}: temperatures would end at exp(-{scale.rate * num_steps:g})"
-      f" of what they begin with, below {LEAST_TEMPERATURE_SCALE:g}, where "
-      f"float32 resolves no distances; use a rate of at most {most:.3g}",
-    )
+  most = -math.log(LEAST_TEMPERATURE_SCALE) / num_steps
+  _require(
+    kind != "annealed" or scale.rate <= most,
+    f"drift.temperature_scale.rate={scale.rate} with train.num_steps="
+    f"{num_steps}: temperatures would fall to exp(-{scale.rate * num_steps:g})"
+    f" of the first, below {LEAST_TEMPERATURE_SCALE:g}; use at most {most:.3g}",
+  )
   _require(
     1 < scale.neighbours < positives
     if kind == "adaptive"
