@@ -359,5 +359,7 @@ def _trace_of_root(factor: Float64[np.ndarray, "D R"], other: Moments) -> float:
 
   product = factor.T @ _square_root_factor(other)
   # Singular values are the transposed matrix's, which is in Fortran's order.
-  values = linalg.svdvals(product.T, overwrite_a=True, check_finite=False)
+  values = np.asarray(
+    linalg.svdvals(product.T, overwrite_a=True, check_finite=False)
+  )
   return float(values.sum())
