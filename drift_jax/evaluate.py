@@ -10,7 +10,6 @@ Prints a table and writes a JSON report; where asked, also the figures over
 alpha, the samples and their nearest training images.
 """
 
-import json
 import sys
 from typing import Any
 
@@ -156,8 +155,7 @@ def main(argv: list[str]) -> None:
     if not processes.is_first():
       return
     print(table(report))
-    with metrics.replacing(out) as temporary:
-      temporary.write_text(json.dumps(report, indent=2))
+    metrics.write_report(out, report)
   except experiment.ERRORS as error:
     sys.exit(f"Error: {error}")
   logger.info("Wrote %s.", out)

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -190,10 +189,8 @@ class Evaluation:
       report[name]["milliseconds_per_chunk"] = 1e3 * latency
       if self._config.eval.videos:
         self._film(name, bound)
-    text = json.dumps(report, indent=2)
-    with metrics.replacing(self._path / "figures.json") as file:
-      file.write_text(text)
-    logger.info("Final figures: %s", text)
+    metrics.write_report(self._path / "figures.json", report)
+    logger.info("Final figures: %s", metrics.report_text(report))
 
   def means(self, name: str) -> dict[str, Any]:
     """Of the last evaluations, each step's newest."""

@@ -2,7 +2,6 @@
 
 import functools
 import io
-import json
 import time
 from typing import Any
 
@@ -224,10 +223,8 @@ class Evaluation:
     report["num_samples"] = len(self._data)
     report["ema_decay"] = self._config.eval.ema_decay
     if processes.is_first():
-      text = json.dumps(report, indent=2)
-      with metrics.replacing(self._path / "figures.json") as file:
-        file.write_text(text)
-      logger.info("Final figures: %s", text)
+      metrics.write_report(self._path / "figures.json", report)
+      logger.info("Final figures: %s", metrics.report_text(report))
       if self._drawn:
         self._draw()
 

@@ -119,6 +119,8 @@ def test_wrong_types(key, value, message):
     ("optim.schedule", "cosin", r"'cosin': valid .*did you mean 'cosine'"),
     ("optim.learning_rate", 0.0, "learning_rate=0.0 must be positive"),
     ("optim.b2", 1.0, r"b2=1\.0 must lie in"),
+    ("optim.b2", 1 - 1e-9, r"b2=0.999999999 must lie in"),  # 1 in float32
+    ("optim.eps", 1e-50, r"eps=1e-50 must be positive"),  # 0 in float32
     ("optim.warmup_steps", 10**6, "warmup_steps=1000000 is longer than"),
     ("ema.decays", (), "ema.decays"),
     ("ema.decays", (0.9, 0.9), "twice"),

@@ -25,6 +25,7 @@ from drift_jax.config.resume import (
 from drift_jax.config.schema import (
   EVAL_METRICS,
   JUDGED_METRICS,
+  LEAST_TEMPERATURE_SCALE,
   TASKS,
   AnyConfig,
   Checkpoint,
@@ -50,6 +51,7 @@ from drift_jax.config.schema import (
 __all__ = [
   "EVAL_METRICS",
   "JUDGED_METRICS",
+  "LEAST_TEMPERATURE_SCALE",
   "RESUMABLE",
   "RESUMABLE_ENDS",
   "TASKS",

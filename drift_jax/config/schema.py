@@ -134,10 +134,10 @@ class Features(Section):
 class TemperatureScale(Section):
   """How the drift's temperatures change: what multiplies all of them.
 
-  `kind` is 'fixed'; 'annealed', by exp(-rate * step); 'learned', by what makes
-  each label's positives likeliest, with `rate` of learning; or 'adaptive': each
-  problem's own, such that a sample has `neighbours` effective positives at
-  temperature 1.
+  `kind` is 'fixed'; 'annealed', by exp(-rate * step), which must not fall below
+  LEAST_TEMPERATURE_SCALE; 'learned', by what makes each label's positives
+  likeliest, with `rate` of learning; or 'adaptive': each problem's own, such
+  that a sample has `neighbours` effective positives at temperature 1.
   """
 
   kind: str
@@ -580,6 +580,9 @@ SOURCES = ("digits", "tfds:NAME", "folder:DIR", "tar:FILE", "latents:DIR")
 CROPS = ("center", "random", "pad", "none")
 # How the drift's temperatures change.
 TEMPERATURE_KINDS = ("fixed", "annealed", "learned", "adaptive")
+# Annealed temperatures fall no further: float32 tells no two distances apart
+# that differ by less than such a part.
+LEAST_TEMPERATURE_SCALE = 1e-6
 # How frozen weights lie on the mesh.
 FROZEN_SHARDINGS = ("fsdp", "replicated")
 WIRE_DTYPES = ("uint8", "float32", "float16", "bfloat16")

@@ -387,7 +387,9 @@ def drift_arguments(config: config_lib.Drift) -> dict[str, Any]:
     )
   temperature = None
   if kind in ("annealed", "learned"):
-    temperature = steps.Temperature(kind, rate)
+    temperature = steps.Temperature(
+      kind, rate, config_lib.LEAST_TEMPERATURE_SCALE
+    )
   return {
     "drift": {name: getattr(config, name) for name in _OF_LOSSES},
     "variant": variant,

@@ -93,7 +93,7 @@ class ReferenceStats:
     )
 
   def covariance(self) -> Float64[np.ndarray, "D D"]:
-    return self.sigma
+    return self.sigma.copy()
 
 
 def save_reference(path: files.PathLike, reference: ReferenceStats) -> None:

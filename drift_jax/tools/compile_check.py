@@ -12,7 +12,6 @@ if a program does not fit.
 """
 
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -126,30 +125,29 @@ def main(argv: Sequence[str]) -> None:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   if _TOPOLOGY.value:
     prepare_libtpu()
-  from drift_jax import console, experiment
+  from drift_jax import console, experiment, metrics
 
   console.setup()
   try:
     config = with_mesh(config_lib.parse(_CONFIG.value), _MESH.value)
     devices = find_devices(_TOPOLOGY.value)
     reports = check(config, devices, _PROGRAMS.value, _TEXT.value)
+    result = {
+      "config": _config_name(sys.argv),
+      "topology": _TOPOLOGY.value or "local",
+      "devices": len(devices),
+      "device_kind": devices[0].device_kind,
+      "mesh": _mesh_sizes(config, devices),
+      "programs": [dataclasses.asdict(report) for report in reports],
+    }
+    if _JSON.value == "-":
+      print(metrics.report_text(result))
+    else:
+      print(describe(result, reports))
+      if _JSON.value:
+        metrics.write_report(_JSON.value, result)
   except experiment.ERRORS as error:
     sys.exit(f"Error: {error}")
-  result = {
-    "config": _config_name(sys.argv),
-    "topology": _TOPOLOGY.value or "local",
-    "devices": len(devices),
-    "device_kind": devices[0].device_kind,
-    "mesh": _mesh_sizes(config, devices),
-    "programs": [dataclasses.asdict(report) for report in reports],
-  }
-  if _JSON.value == "-":
-    print(json.dumps(result, indent=2))
-  else:
-    print(describe(result, reports))
-    if _JSON.value:
-      with open(_JSON.value, "w") as file:
-        json.dump(result, file, indent=2)
   if any(report.fits is False for report in reports):
     sys.exit(1)
 

@@ -9,7 +9,6 @@ demonstrations are not needed, the checkpoint has their normaliser.
 
 import dataclasses
 import functools
-import json
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -118,11 +117,10 @@ def main(argv: Sequence[str]) -> None:
   console.setup()
 
   def program() -> None:
-    text = json.dumps(run(flags.FLAGS), indent=2)
-    sys.stdout.write(text + "\n")
+    report = run(flags.FLAGS)
+    sys.stdout.write(metrics.report_text(report) + "\n")
     if flags.FLAGS.json:
-      with metrics.replacing(flags.FLAGS.json) as file:
-        file.write_text(text + "\n")
+      metrics.write_report(flags.FLAGS.json, report)
 
   exits.run(program, experiment.ERRORS)
 
