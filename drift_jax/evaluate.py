@@ -11,13 +11,12 @@ alpha, the samples and their nearest training images.
 """
 
 import json
-import sys
 from typing import Any
 
 from absl import app, flags
 
 from drift_jax import config as config_lib
-from drift_jax import console, experiment, metrics, processes
+from drift_jax import console, exits, experiment, metrics, processes
 from drift_jax.console import logger
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")
@@ -106,13 +105,7 @@ _OUT = flags.DEFINE_string(
   "JSON to write, pictures beside it; WORKDIR/evaluation.json or "
   "evaluation.json if not given.",
 )
-_COORDINATOR = flags.DEFINE_string(
-  "coordinator",
-  "",
-  "HOST:PORT of process 0 where several share the work; auto: found by itself.",
-)
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is.")
+config_lib.define_process_flags(join_timeout=processes.JOIN_SECONDS)
 # Flags that not every source of images has a use for.
 _ONLY_WITH = (
   (("--weights",), (_VAE,)),
@@ -151,25 +144,25 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   console.setup()
-  try:
-    report, out = _run()
-    if not processes.is_first():
-      return
+  exits.run(_program, experiment.ERRORS, again=exits.ANEW)
+
+
+def _program() -> None:
+  report, out = _run()
+  if processes.is_first():
     print(table(report))
     with metrics.replacing(out) as temporary:
       temporary.write_text(json.dumps(report, indent=2))
-  except experiment.ERRORS as error:
-    sys.exit(f"Error: {error}")
-  logger.info("Wrote %s.", out)
+    logger.info("Wrote %s.", out)
 
 
 def _run() -> tuple[dict[str, Any], str]:
   """The report that the flags ask for, and where it goes."""
-  with experiment.naming("processes"):
-    processes.initialize(
-      _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
-    )
-  console.setup(processes.index())
+  exits.join(
+    *config_lib.process_flags(),
+    join_timeout=flags.FLAGS.join_timeout,
+    again=exits.ANEW,
+  )
   sources = {
     "--workdir": _WORKDIR.value,
     "--weights": _WEIGHTS.value,

@@ -437,7 +437,9 @@ def test_every_key_is_read(reads, no_steps, tmp_path):
     for task in config_lib.TASKS.values()
     for name in ("task", "processes")
   }
-  chosen.add(("Processes", "heartbeat_timeout"))
+  chosen |= {
+    ("Processes", name) for name in ("heartbeat_timeout", "join_timeout")
+  }
   assert fields - chosen - reads == set()
 
 
