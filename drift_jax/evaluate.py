@@ -148,21 +148,23 @@ def main(argv: list[str]) -> None:
 
 
 def _program() -> None:
-  report, out = _run()
-  if processes.is_first():
-    print(table(report))
-    with metrics.replacing(out) as temporary:
-      temporary.write_text(json.dumps(report, indent=2))
-    logger.info("Wrote %s.", out)
-
-
-def _run() -> tuple[dict[str, Any], str]:
-  """The report that the flags ask for, and where it goes."""
   exits.join(
     *config_lib.process_flags(),
     join_timeout=flags.FLAGS.join_timeout,
     again=exits.ANEW,
   )
+  request = _request()
+  with experiment.alone_with(request.out):
+    report = _report(request)
+    if processes.is_first():
+      print(table(report))
+      with metrics.replacing(request.out) as temporary:
+        temporary.write_text(json.dumps(report, indent=2))
+  logger.info("Wrote %s.", request.out)
+
+
+def _request() -> experiment.Request:
+  """What the flags ask for."""
   sources = {
     "--workdir": _WORKDIR.value,
     "--weights": _WEIGHTS.value,
@@ -181,8 +183,7 @@ def _run() -> tuple[dict[str, Any], str]:
           f"{' or '.join(allowed)}"
         )
   folder = "" if _WORKDIR.value is None else f"{_WORKDIR.value}/"
-  out = _OUT.value or f"{folder}evaluation.json"
-  request = experiment.Request(
+  return experiment.Request(
     alphas=parse_floats("alphas", _ALPHAS.value),
     metrics=_METRICS.value,
     num_samples=_NUM_SAMPLES.value,
@@ -196,17 +197,19 @@ def _run() -> tuple[dict[str, Any], str]:
     neighbour_space=_SPACE.value,
     neighbour_samples=_NEIGHBOUR_SAMPLES.value,
     samples_out=_SAMPLES_OUT.value,
-    out=out,
+    out=_OUT.value or f"{folder}evaluation.json",
   )
+
+
+def _report(request: experiment.Request) -> dict[str, Any]:
+  """Of whichever source the flags name."""
   if _WORKDIR.value is not None:
     settings = {"step": _STEP.value, "ema_decay": _EMA_DECAY.value}
-    return experiment.report_on_run(_WORKDIR.value, request, **settings), out
+    return experiment.report_on_run(_WORKDIR.value, request, **settings)
   if _WEIGHTS.value is not None:
-    return experiment.report_on_weights(
-      _WEIGHTS.value, request, vae=_VAE.value
-    ), out
+    return experiment.report_on_weights(_WEIGHTS.value, request, vae=_VAE.value)
   assert _IMAGES.value is not None
-  return experiment.report_on_images(_IMAGES.value, request), out
+  return experiment.report_on_images(_IMAGES.value, request)
 
 
 def parse_floats(flag: str, values: list[str] | None) -> list[float] | None:

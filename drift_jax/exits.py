@@ -351,8 +351,36 @@ def _only_once() -> None:
     threading.Event().wait()
 
 
+def give_up(message: str) -> NoReturn:
+  """Ends this process, from any thread, and the others because of an error."""
+  if processes.several():
+    _end(ERROR, f"Error: {message}")
+  _only_once()
+  sys.stderr.write(f"Error: {message}\n")
+  _exit_now(ERROR)
+
+
+# What must be done however this process ends, by itself.
+_last: list[Callable[[], None]] = []
+
+
+@contextlib.contextmanager
+def last(action: Callable[[], None]) -> Iterator[None]:
+  """Meanwhile: does it before this process ends in another thread.
+
+  It may be called while the program's own thread goes on.
+  """
+  _last.append(action)
+  try:
+    yield
+  finally:
+    _last.remove(action)
+
+
 def _exit_now(code: int) -> NoReturn:
   """Without waiting for threads that may wait for lost processes."""
+  for action in _last:
+    action()
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(code)
