@@ -114,7 +114,7 @@ def features(inception, crops):
 @pytest.fixture(autouse=True)
 def log(monkeypatch, caplog, networks):
   monkeypatch.setattr(reference_stats, "Network", networks)
-  monkeypatch.setattr(console, "setup", lambda: None)
+  monkeypatch.setattr(console, "setup", lambda *process: None)
   monkeypatch.setattr(console.logger, "propagate", True)
   caplog.set_level(logging.INFO, "drift_jax")
   return lambda: [record.getMessage() for record in caplog.records]
