@@ -236,7 +236,8 @@ def cause_of(error: BaseException) -> _Words | str | None:
     None for an error of this process; else what another one has said, or what
     shows that one is gone.
   """
-  if not processes.several():
+  told = isinstance(error, Preempted) or not isinstance(error, Exception)
+  if told or not processes.several():
     return None
   found = vars(error)
   if "drift_jax_cause" not in found:

@@ -310,6 +310,13 @@ def test_missing_keys_are_named():
     config_lib.parse(values)
 
 
+def test_a_run_from_before_a_key_is_still_read():
+  config = generator()
+  del config.processes.join_timeout
+  assert config_lib.parse(config).processes.join_timeout == 600
+  assert generator().processes.join_timeout == 600
+
+
 def test_a_single_sample_has_nothing_that_repels_it():
   values = generator().to_dict()
   values["batch"].update(generated=1, unconditional=0)
