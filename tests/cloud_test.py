@@ -273,7 +273,11 @@ def test_encoder_is_trained_and_exported(bucket, story, tmp_path):
 def test_what_can_not_be_used_is_said_in_one_line(bucket, start):
   cases = (
     ("main", "gs://locked/run", ("HttpError", ", 401. Credentials come from")),
-    ("main", "gs://read_only/run", ("/run.lock: PERMISSION_DENIED: Forbidden",)),
+    (
+      "main",
+      "gs://read_only/run",
+      ("/run.lock: PERMISSION_DENIED: Forbidden",),
+    ),
     ("main", "s3://runs/run", ("Orbax writes", "`aws s3 sync`")),
     ("sample", "gs://absent/run", ("there is no bucket 'absent'",)),
   )
