@@ -81,6 +81,8 @@ def _shared(task: str) -> ConfigDict:
   config.processes = ConfigDict()
   # Seconds after which a silent process counts as lost.
   config.processes.heartbeat_timeout = 100
+  # Seconds to wait at the start until all are there: hosts restart in minutes.
+  config.processes.join_timeout = 600
   return config
 
 

@@ -10,13 +10,12 @@ Prints a table and writes a JSON report; where asked, also the figures over
 alpha, the samples and their nearest training images.
 """
 
-import sys
 from typing import Any
 
 from absl import app, flags
 
 from drift_jax import config as config_lib
-from drift_jax import console, experiment, metrics, paths, processes
+from drift_jax import console, exits, experiment, metrics, paths, processes
 from drift_jax.console import logger
 
 _WORKDIR = paths.define_flag("workdir", None, "Folder of a run.")
@@ -105,13 +104,7 @@ _OUT = paths.define_flag(
   "JSON to write, pictures beside it; WORKDIR/evaluation.json or "
   "evaluation.json if not given.",
 )
-_COORDINATOR = flags.DEFINE_string(
-  "coordinator",
-  "",
-  "HOST:PORT of process 0 where several share the work; auto: found by itself.",
-)
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is.")
+config_lib.define_process_flags(join_timeout=processes.JOIN_SECONDS)
 # Flags that not every source of images has a use for.
 _ONLY_WITH = (
   (("--weights",), (_VAE,)),
@@ -150,24 +143,26 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   console.setup()
-  try:
-    report, out = _run()
-    if not processes.is_first():
-      return
-    print(table(report))
-    metrics.write_report(out, report)
-  except experiment.ERRORS as error:
-    sys.exit(f"Error: {error}")
-  logger.info("Wrote %s.", out)
+  exits.run(_program, experiment.ERRORS, again=exits.ANEW)
 
 
-def _run() -> tuple[dict[str, Any], str]:
-  """The report that the flags ask for, and where it goes."""
-  with experiment.naming("processes"):
-    processes.initialize(
-      _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
-    )
-  console.setup(processes.index())
+def _program() -> None:
+  exits.join(
+    *config_lib.process_flags(),
+    join_timeout=flags.FLAGS.join_timeout,
+    again=exits.ANEW,
+  )
+  request = _request()
+  with experiment.alone_with(request.out):
+    report = _report(request)
+    if processes.is_first():
+      print(table(report))
+      metrics.write_report(request.out, report)
+  logger.info("Wrote %s.", request.out)
+
+
+def _request() -> experiment.Request:
+  """What the flags ask for."""
   sources = {
     "--workdir": _WORKDIR.value,
     "--weights": _WEIGHTS.value,
@@ -186,8 +181,7 @@ def _run() -> tuple[dict[str, Any], str]:
           f"{' or '.join(allowed)}"
         )
   folder = "" if _WORKDIR.value is None else f"{_WORKDIR.value}/"
-  out = _OUT.value or f"{folder}evaluation.json"
-  request = experiment.Request(
+  return experiment.Request(
     alphas=parse_floats("alphas", _ALPHAS.value),
     metrics=_METRICS.value,
     num_samples=_NUM_SAMPLES.value,
@@ -201,17 +195,19 @@ def _run() -> tuple[dict[str, Any], str]:
     neighbour_space=_SPACE.value,
     neighbour_samples=_NEIGHBOUR_SAMPLES.value,
     samples_out=_SAMPLES_OUT.value,
-    out=out,
+    out=_OUT.value or f"{folder}evaluation.json",
   )
+
+
+def _report(request: experiment.Request) -> dict[str, Any]:
+  """Of whichever source the flags name."""
   if _WORKDIR.value is not None:
     settings = {"step": _STEP.value, "ema_decay": _EMA_DECAY.value}
-    return experiment.report_on_run(_WORKDIR.value, request, **settings), out
+    return experiment.report_on_run(_WORKDIR.value, request, **settings)
   if _WEIGHTS.value is not None:
-    return experiment.report_on_weights(
-      _WEIGHTS.value, request, vae=_VAE.value
-    ), out
+    return experiment.report_on_weights(_WEIGHTS.value, request, vae=_VAE.value)
   assert _IMAGES.value is not None
-  return experiment.report_on_images(_IMAGES.value, request), out
+  return experiment.report_on_images(_IMAGES.value, request)
 
 
 def parse_floats(flag: str, values: list[str] | None) -> list[float] | None:

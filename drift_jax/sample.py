@@ -12,7 +12,6 @@ interrupted command continues.
 """
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from PIL import Image
 from drift_jax import config as config_lib
 from drift_jax import (
   console,
+  exits,
   experiment,
   metrics,
   paths,
@@ -89,13 +89,7 @@ _INTERPOLATE = flags.DEFINE_integer(
 _OUT = paths.define_flag(
   "out", "grid.png", "FILE.png, FILE.npz, FILE.gif, or a folder for .png files."
 )
-_COORDINATOR = flags.DEFINE_string(
-  "coordinator",
-  "",
-  "HOST:PORT of process 0 where several share the work; auto: found by itself.",
-)
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is.")
+config_lib.define_process_flags(join_timeout=processes.JOIN_SECONDS)
 
 _FILES = (".png", ".npz", ".gif")
 _FRAME_MS = 80
@@ -138,18 +132,15 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   console.setup()
-  try:
-    _run()
-  except experiment.ERRORS as error:
-    sys.exit(f"Error: {error}")
+  exits.run(_run, experiment.ERRORS, again=exits.ANEW)
 
 
 def _run() -> None:
-  with experiment.naming("processes"):
-    processes.initialize(
-      _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
-    )
-  console.setup(processes.index())
+  exits.join(
+    *config_lib.process_flags(),
+    join_timeout=flags.FLAGS.join_timeout,
+    again=exits.ANEW,
+  )
   source = sampling.source_of(_FROM.value, _WORKDIR.value)
   out = _OUT.value
   suffix = check_out(out, _INTERPOLATE.value)

@@ -23,6 +23,7 @@ from drift_jax.console import logger
 from drift_jax.state import TrainState
 
 
+@experiment.alone
 def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   """Trains a policy on demonstrations, and rolls it out in the loop.
 
@@ -38,7 +39,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     The final state.
 
   Raises:
-    ConfigError: a config that can't be run.
+    ConfigError: a config that can't be run, or a workdir in use.
     DataError: demonstrations that can't be read.
     RobotError: an environment that can't be opened or drawn.
     CheckpointError: a damaged checkpoint.
@@ -57,7 +58,6 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
       f"loss.problem='batch' is one problem of the whole batch, which the "
       f"{mesh.size} devices can't share: use one device"
     )
-  experiment.check_workdir(workdir)
   samplers = experiment.policy_samplers(config)
   if config.eval.every:
     _check_environment(config)

@@ -32,6 +32,7 @@ _FIELD_POINTS = 256
 _BASELINE_SETS = 6
 
 
+@experiment.alone
 def train_and_evaluate(
   config: Any, workdir: str, *, draw: bool = True
 ) -> TrainState:
@@ -50,7 +51,7 @@ def train_and_evaluate(
     The final state.
 
   Raises:
-    ConfigError: a config that can't be run.
+    ConfigError: a config that can't be run, or a workdir in use.
     CheckpointError: a damaged checkpoint.
     OSError: a file that can't be written.
     NonFiniteError: a loss or gradient that is not finite.
@@ -63,7 +64,6 @@ def train_and_evaluate(
     raise config_lib.ConfigError(f"task={config.task!r}, want 'toy'")
   mesh = experiment.open_mesh(config.mesh)
   experiment.check_divides("batch.labels", config.batch.labels, mesh)
-  experiment.check_workdir(workdir)
   task = experiment.toy_task(config)
   feed = experiment.toy_feed(config)
   path = experiment.open_workdir(

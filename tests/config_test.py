@@ -312,6 +312,13 @@ def test_missing_keys_are_named():
     config_lib.parse(values)
 
 
+def test_a_run_from_before_a_key_is_still_read():
+  config = generator()
+  del config.processes.join_timeout
+  assert config_lib.parse(config).processes.join_timeout == 600
+  assert generator().processes.join_timeout == 600
+
+
 def test_a_single_sample_has_nothing_that_repels_it():
   values = generator().to_dict()
   values["batch"].update(generated=1, unconditional=0)
@@ -439,7 +446,9 @@ def test_every_key_is_read(reads, no_steps, tmp_path):
     for task in config_lib.TASKS.values()
     for name in ("task", "processes")
   }
-  chosen.add(("Processes", "heartbeat_timeout"))
+  chosen |= {
+    ("Processes", name) for name in ("heartbeat_timeout", "join_timeout")
+  }
   assert fields - chosen - reads == set()
 
 

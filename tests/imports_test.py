@@ -20,6 +20,7 @@ RANKS = {
   "streams": 0,
   "data": 1,
   "exits": 1,
+  "lease": 1,
   "models": 1,
   "optim": 1,
   "artifacts": 2,

@@ -10,8 +10,10 @@ would be valid.
 from drift_jax.config.checks import check, check_judges
 from drift_jax.config.command_line import (
   config_arguments,
+  define_process_flags,
   load_config,
   parse_flags,
+  process_flags,
 )
 from drift_jax.config.parsing import check_override, parse, unknown_key
 from drift_jax.config.resume import (
@@ -79,11 +81,13 @@ __all__ = [
   "check_override",
   "check_resumable",
   "config_arguments",
+  "define_process_flags",
   "flat_values",
   "flatten",
   "load_config",
   "parse",
   "parse_flags",
+  "process_flags",
   "to_json",
   "unknown_key",
 ]

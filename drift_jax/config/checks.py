@@ -121,6 +121,7 @@ def _check_common(config: AnyConfig) -> None:
   _at_least(
     "processes.heartbeat_timeout", config.processes.heartbeat_timeout, 10
   )
+  _at_least("processes.join_timeout", config.processes.join_timeout, 1)
   _at_least("eval.every", config.eval.every, 0)
   _at_least("checkpoint.every", checkpoint.every, 1)
   _at_least("checkpoint.keep_latest", checkpoint.keep_latest, 1)

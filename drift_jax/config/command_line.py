@@ -48,6 +48,35 @@ def _expanded(argument: str) -> str:
   return f"{name}{equals}{paths.expand(value)}"
 
 
+def define_process_flags(join_timeout: int | None = None) -> None:
+  """The flags by which a program's process finds the others.
+
+  Args:
+    join_timeout: default of a flag for how long it waits; None: there is none.
+  """
+  flags.DEFINE_string(
+    "coordinator",
+    "",
+    "HOST:PORT of process 0 where several work together; auto: found by itself "
+    "(TPU pods, SLURM).",
+  )
+  flags.DEFINE_integer("num_processes", None, "How many.")
+  flags.DEFINE_integer("process_id", None, "Which one this is.")
+  if join_timeout is not None:
+    flags.DEFINE_integer(
+      "join_timeout",
+      join_timeout,
+      "Seconds to wait at the start until all are there.",
+      lower_bound=1,
+    )
+
+
+def process_flags() -> tuple[str, int | None, int | None]:
+  """Their values: coordinator, number of processes, number of this one."""
+  values = flags.FLAGS
+  return values.coordinator, values.num_processes, values.process_id
+
+
 def config_arguments(
   argv: Sequence[str],
 ) -> tuple[str | None, dict[str, str]]:

@@ -86,11 +86,15 @@ def _build(cls: Any, values: Any, path: str) -> Any:
   for key in values:
     if key not in hints:
       raise ConfigError(unknown_key(path + str(key), values[key], hints))
-  missing = sorted(set(hints) - set(values))
+  missing = sorted(
+    field.name
+    for field in dataclasses.fields(cls)
+    if field.name not in values and field.default is dataclasses.MISSING
+  )
   if missing:
     raise ConfigError(f"missing key {path}{missing[0]} (all: {missing})")
   return cls(
-    **{key: _convert(hints[key], values[key], path + key) for key in hints}
+    **{key: _convert(hints[key], values[key], path + key) for key in values}
   )
 
 

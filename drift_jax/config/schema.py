@@ -299,6 +299,7 @@ class Processes(Section):
   """How several processes look after each other."""
 
   heartbeat_timeout: int
+  join_timeout: int = 600  # which runs of before have none of
 
 
 class MaeLoss(Section):

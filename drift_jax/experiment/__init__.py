@@ -1,5 +1,6 @@
 """From a typed config to the objects of a run: inputs, networks, evaluation."""
 
+from drift_jax.experiment.alone import alone, alone_with
 from drift_jax.experiment.data_facts import demonstration_facts
 from drift_jax.experiment.evaluation import (
   TrainedGenerator,
@@ -136,6 +137,8 @@ __all__ = [
   "Readers",
   "Request",
   "TrainedGenerator",
+  "alone",
+  "alone_with",
   "at_end",
   "abstract_encoders",
   "OpenedGenerator",

@@ -329,12 +329,13 @@ def _start_with(
 def at_end(action: Callable[[], None]) -> Iterator[None]:
   """Does it at the end of a run, however it ends.
 
-  Only not where a process was lost: this one is about to be ended by JAX.
+  Only not where another process was lost: this one is about to be ended by
+  JAX.
   """
   try:
     yield
   except BaseException as error:
-    if not processes.is_lost_peer(error):
+    if exits.cause_of(error) is None:
       action()
     raise
   action()
@@ -346,9 +347,9 @@ def _close(
   error: BaseException | None,
   trace: object,
 ) -> None:
-  """Closes it, but for where a save would wait for a process that is lost."""
+  """Closes it, but for where a save would wait for a process that has ended."""
   del kind, trace
-  if error is None or not processes.is_lost_peer(error):
+  if error is None or exits.cause_of(error) is None:
     checkpointer.close()
 
 
