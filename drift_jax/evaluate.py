@@ -29,7 +29,19 @@ _WEIGHTS = flags.DEFINE_string(
 _VAE = flags.DEFINE_string(
   "vae",
   "",
-  "Of --weights: the autoencoder behind its latents, if it is no export.",
+  "The autoencoder behind the latents of --weights that are no export; of "
+  "--workdir where it is now, if it is not found.",
+)
+_ENCODERS = flags.DEFINE_multi_string(
+  "encoder",
+  [],
+  "Of --workdir: NAME=DIR, where encoders.NAME.path is now; once for each.",
+)
+_DATA_SOURCE = flags.DEFINE_string(
+  "data_source", None, "Of --workdir: where its data are now, e.g. folder:DIR."
+)
+_DATA_DIR = flags.DEFINE_string(
+  "data_dir", None, "Of --workdir: the folder that its data start from now."
 )
 _IMAGES = flags.DEFINE_string(
   "images", None, "Folder or ADM .npz of images that were made elsewhere."
@@ -115,12 +127,20 @@ _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is.")
 # Flags that not every source of images has a use for.
 _ONLY_WITH = (
-  (("--weights",), (_VAE,)),
   (
     ("--workdir",),
-    (_STEP, _EMA_DECAY, _NEIGHBOURS, _SPACE, _NEIGHBOUR_SAMPLES),
+    (
+      _STEP,
+      _EMA_DECAY,
+      _NEIGHBOURS,
+      _SPACE,
+      _NEIGHBOUR_SAMPLES,
+      _ENCODERS,
+      _DATA_SOURCE,
+      _DATA_DIR,
+    ),
   ),
-  (("--workdir", "--weights"), (_ALPHAS, _LABELS, _SAMPLES_OUT)),
+  (("--workdir", "--weights"), (_ALPHAS, _LABELS, _SAMPLES_OUT, _VAE)),
 )
 
 
@@ -194,6 +214,7 @@ def _run() -> tuple[dict[str, Any], str]:
     metrics=_METRICS.value,
     num_samples=_NUM_SAMPLES.value,
     labels=_LABELS.value,
+    paths=_paths(),
     batch_size=_BATCH_SIZE.value,
     seed=_SEED.value,
     judges={
@@ -214,6 +235,25 @@ def _run() -> tuple[dict[str, Any], str]:
     ), out
   assert _IMAGES.value is not None
   return experiment.report_on_images(_IMAGES.value, request), out
+
+
+def _paths() -> dict[str, str]:
+  """{key of a run's config: where it is now}, of the flags that are given.
+
+  Raises:
+    ConfigError: an encoder that is no NAME=DIR.
+  """
+  given = {
+    "vae.path": _VAE.value,
+    "data.source": _DATA_SOURCE.value,
+    "data.data_dir": _DATA_DIR.value,
+  }
+  for text in _ENCODERS.value:
+    name, equals, path = text.partition("=")
+    if not name or not equals or not path:
+      raise config_lib.ConfigError(f"--encoder={text}: want NAME=DIR")
+    given[f"encoders.{name}.path"] = path
+  return {key: value for key, value in given.items() if value}
 
 
 def parse_floats(flag: str, values: list[str] | None) -> list[float] | None:

@@ -8,6 +8,7 @@ samples.show()
 import dataclasses
 import difflib
 import io
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -85,9 +86,9 @@ def source_of(source: str | None, workdir: str | None) -> str:
 
 
 def load(
-  source: str,
+  source: metrics.PathLike,
   *,
-  vae: str = "",
+  vae: metrics.PathLike = "",
   step: int | None = None,
   ema_decay: float | None = None,
 ) -> "Sampler":
@@ -97,7 +98,7 @@ def load(
     source: a run's workdir, an export, an artifact's folder, or hf://NAME of
       the authors' release, hf://OWNER/NAME[@REVISION][/FOLDER].
     vae: folder of the autoencoder behind the latents of an artifact; a run and
-      an export have theirs.
+      an export have theirs, a run's may be given where it is not found.
     step: of a run: checkpoint; None for the best, else the newest.
     ema_decay: of a run: which average; None for the evaluated one.
 
@@ -108,7 +109,11 @@ def load(
   """
   mesh = sharding.make_mesh()
   opened = experiment.open_generator(
-    source, mesh, vae=vae, step=step, ema_decay=ema_decay
+    os.fspath(source),
+    mesh,
+    vae=os.fspath(vae),
+    step=step,
+    ema_decay=ema_decay,
   )
   return Sampler(opened, mesh)
 

@@ -59,6 +59,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
       f"{mesh.size} devices can't share: use one device"
     )
   experiment.check_workdir(workdir)
+  config = experiment.of_resumed(config, workdir)
   samplers = experiment.policy_samplers(config)
   if config.eval.every:
     _check_environment(config)

@@ -400,7 +400,10 @@ def test_mistakes(tmp_path, workdir, judges):
     "--neighbours=3 with --images: it goes with --workdir": (
       *("--images=a", "--neighbours=3"),
     ),
-    "--vae=a with --workdir: it goes with --weights": (run, "--vae=a"),
+    "vae.path='a': the run in": (run, "--vae=a"),
+    "--data_dir=a with --images: it goes with --workdir": (
+      *("--images=a", "--data_dir=a"),
+    ),
     "--alphas=['2'] with --images: it goes with --workdir or --weights": (
       *("--images=a", "--alphas=2"),
     ),

@@ -60,6 +60,7 @@ from drift_jax.experiment.networks import (
   mae_task,
   start_params,
 )
+from drift_jax.experiment.places import of_resumed
 from drift_jax.experiment.policies import (
   ONE_STEP,
   Act,
@@ -182,6 +183,7 @@ __all__ = [
   "name_of",
   "naming",
   "network_fn",
+  "of_resumed",
   "open_generator",
   "open_mesh",
   "open_readers",

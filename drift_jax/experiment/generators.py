@@ -1,7 +1,6 @@
 """Generators to sample from: a run, an export, an artifact, the release."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from drift_jax import artifacts, hub, steps, storage
 from drift_jax import config as config_lib
 from drift_jax.data import imagenet_classes
 from drift_jax.experiment.evaluation import load_exported, load_generator
-from drift_jax.experiment.runs import CLASSES_FILE, CONFIG_FILE
+from drift_jax.experiment.runs import CLASSES_FILE, CONFIG_FILE, read_facts
 
 # What a published generator was trained for (A.7); its metadata don't say.
 PUBLISHED_ALPHAS = (1.0, 4.0)
@@ -63,7 +62,7 @@ def open_generator(
       the authors' release, hf://OWNER/NAME[@REVISION][/FOLDER].
     mesh: where the parameters go.
     vae: folder of the autoencoder behind the latents of an artifact; a run and
-      an export know theirs.
+      an export know theirs, a run's may be given where it is not found.
     step: of a run: checkpoint; None for the best, else the newest.
     ema_decay: of a run: which average; None for the evaluated one.
 
@@ -73,11 +72,7 @@ def open_generator(
     StorageError: a bucket that can't be read.
   """
   if _is_run(source):
-    if vae:
-      raise config_lib.ConfigError(
-        f"vae={vae!r}: {source} is a run, which has its own autoencoder"
-      )
-    return _from_run(source, mesh, step, ema_decay)
+    return _from_run(source, mesh, vae, step, ema_decay)
   for name, value in (("step", step), ("ema_decay", ema_decay)):
     if value is not None:
       raise config_lib.ConfigError(
@@ -92,22 +87,20 @@ def _is_run(source: str) -> bool:
     return False
   storage.check(source)
   file = epath.Path(source) / CONFIG_FILE
-  if not file.exists():
-    return False
-  try:
-    return "task" in json.loads(file.read_text())
-  except ValueError as error:
-    raise config_lib.ConfigError(f"{file} is no JSON: {error}") from error
+  return file.exists() and "task" in read_facts(file, dict)
 
 
 def _from_run(
-  workdir: str, mesh: Mesh, step: int | None, ema_decay: float | None
+  workdir: str, mesh: Mesh, vae: str, step: int | None, ema_decay: float | None
 ) -> OpenedGenerator:
-  run = load_generator(workdir, mesh, step=step, ema_decay=ema_decay)
+  paths = {"vae.path": vae} if vae else {}
+  run = load_generator(
+    workdir, mesh, step=step, ema_decay=ema_decay, paths=paths
+  )
   guidance = run.config.guidance
   decay = run.config.eval.ema_decay if ema_decay is None else ema_decay
   file = epath.Path(workdir) / CLASSES_FILE
-  names = tuple(json.loads(file.read_text())) if file.exists() else ()
+  names = tuple(read_facts(file, list)) if file.exists() else ()
   return OpenedGenerator(
     task=run.task,
     params=run.params,

@@ -17,7 +17,12 @@ from jax.sharding import Mesh
 from drift_jax import config as config_lib
 from drift_jax import data, diffusion, metrics, models, robots, sharding, steps
 from drift_jax.experiment.networks import drift_arguments
-from drift_jax.experiment.runs import CONFIG_FILE, make_checkpointer, naming
+from drift_jax.experiment.runs import (
+  CONFIG_FILE,
+  make_checkpointer,
+  naming,
+  read_facts,
+)
 
 SHAPES_FILE = "shapes.json"
 # The sampler of policies that need one evaluation.
@@ -332,12 +337,12 @@ def load_policy(
       raise config_lib.ConfigError(
         f"no policy's run in {workdir}: {path / name} is missing"
       )
-  config = config_lib.parse(json.loads((path / CONFIG_FILE).read_text()))
+  config = config_lib.parse(read_facts(path / CONFIG_FILE, dict))
   if not isinstance(config, config_lib.PolicyConfig):
     raise config_lib.ConfigError(
       f"{workdir} holds a run of task {config.task!r}, want 'policy'"
     )
-  shapes = json.loads((path / SHAPES_FILE).read_text())
+  shapes = read_facts(path / SHAPES_FILE, dict)
   task = policy_task(config, shapes)
   found = jax.eval_shape(init_policy(config, task, shapes), jax.random.key(0))
   abstract = sharding.abstract(found, sharding.infer_sharding(found, mesh))

@@ -4,10 +4,11 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ from drift_jax import (
 from drift_jax import config as config_lib
 from drift_jax import state as state_lib
 from drift_jax.console import logger
+from drift_jax.experiment import places
 from drift_jax.state import TrainState
 
 CONFIG_FILE = "config.json"
@@ -51,6 +53,7 @@ ERRORS = (
   OSError,  # a file or a disk; the message has the path
 )
 AnyConfig = config_lib.AnyConfig
+_Facts = TypeVar("_Facts", dict[str, Any], list[Any])
 
 
 class Evaluate(Protocol):
@@ -123,8 +126,9 @@ def open_workdir(
 ) -> epath.Path:
   """Creates the workdir; writes the config, the classes, the weights' sums.
 
-  Where the workdir holds a checkpoint already, the config and the frozen
-  weights must be those of that run. The first process does it for all.
+  With them goes where the config's paths start. Where the workdir holds a
+  checkpoint already, the config and the frozen weights must be those of that
+  run. The first process does it for all.
 
   Args:
     workdir: of the run.
@@ -150,6 +154,24 @@ def open_workdir(
   return path
 
 
+def read_facts(file: epath.Path, kind: type[_Facts]) -> _Facts:
+  """A JSON file of a workdir, a dict or a list.
+
+  Raises:
+    ConfigError: it is damaged.
+  """
+  try:
+    values = json.loads(file.read_text())
+  except ValueError as error:
+    raise config_lib.ConfigError(f"{file} is no JSON: {error}") from error
+  if not isinstance(values, kind):
+    raise config_lib.ConfigError(
+      f"{file} is damaged: it holds {type(values).__name__}, want "
+      f"{kind.__name__}"
+    )
+  return values
+
+
 def _write_facts(
   path: epath.Path,
   config: AnyConfig,
@@ -159,12 +181,13 @@ def _write_facts(
   text = config_lib.to_json(config)
   steps_seen = list((path / CHECKPOINTS).glob("[0-9]*"))
   if steps_seen and (path / CONFIG_FILE).exists():
-    config_lib.check_resumable((path / CONFIG_FILE).read_text(), text)
+    _check_resumable(path, text, frozen)
   if steps_seen:
     check_frozen(path, frozen)
   path.mkdir(parents=True, exist_ok=True)
   with metrics.replacing(path / CONFIG_FILE) as file:
     file.write_text(text)
+  places.write_started(path)
   if class_names:
     with metrics.replacing(path / CLASSES_FILE) as file:
       file.write_text(json.dumps(list(class_names), indent=1))
@@ -173,11 +196,36 @@ def _write_facts(
       file.write_text(json.dumps(frozen, indent=2))
 
 
+def _check_resumable(
+  path: epath.Path, text: str, frozen: Mapping[str, str]
+) -> None:
+  """Raises ConfigError where a config is not that of the workdir's run.
+
+  Paths are the same if they lead to the same place, weights wherever they are.
+  """
+  old = places.of_run(read_facts(path / CONFIG_FILE, dict), os.fspath(path), {})
+  before, after = (
+    config_lib.flatten(places.absolute(values))
+    for values in (old, json.loads(text))
+  )
+  sums = _frozen_before(path)
+  for name, found in frozen.items():
+    if sums.get(name) == found and f"{name}.path" in before:
+      after[f"{name}.path"] = before[f"{name}.path"]
+  config_lib.check_resumable(json.dumps(before), json.dumps(after))
+
+
+def _frozen_before(path: epath.Path) -> dict[str, str]:
+  """Checksums of the weights that a run began with; none if it has none."""
+  file = path / WEIGHTS_FILE
+  return read_facts(file, dict) if file.exists() else {}
+
+
 def check_frozen(path: epath.Path, frozen: Mapping[str, str]) -> None:
   """Raises ConfigError where weights are not those that the run began with."""
-  if not (path / WEIGHTS_FILE).exists():
+  before = _frozen_before(path)
+  if not before:
     return
-  before = json.loads((path / WEIGHTS_FILE).read_text())
   for name in frozen:
     if before.get(name) != frozen[name]:
       raise config_lib.ConfigError(

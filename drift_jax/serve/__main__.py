@@ -29,7 +29,10 @@ _FROM = flags.DEFINE_string(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "The same, of a run.")
 _VAE = flags.DEFINE_string(
-  "vae", "", "Of an artifact: the autoencoder behind its latents."
+  "vae",
+  "",
+  "Of an artifact: the autoencoder behind its latents; of a run where it is "
+  "now, if it is not found.",
 )
 _STEP = flags.DEFINE_integer(
   "step",

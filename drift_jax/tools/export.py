@@ -397,7 +397,10 @@ def _parser() -> console.Parser:
   )
   parser.add_argument("--out", required=True, help="a new folder")
   parser.add_argument(
-    "--vae", default="", help="of --init_from: the autoencoder of its latents"
+    "--vae",
+    default="",
+    help="of --init_from: the autoencoder of its latents; of --workdir where "
+    "it is now, if it is not found",
   )
   parser.add_argument("--step", type=int, help="of --workdir: checkpoint")
   parser.add_argument("--ema_decay", type=float, help="of --workdir: which EMA")
