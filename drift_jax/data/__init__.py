@@ -7,6 +7,7 @@ from drift_jax.data.feed import GroupedFeed, ImageFeed, QueueFeed
 from drift_jax.data.latents import LatentReader
 from drift_jax.data.loader import Loader
 from drift_jax.data.memory import MemoryReader, MemorySource
+from drift_jax.data.npy import read_npy
 from drift_jax.data.prefetch import Prefetcher
 from drift_jax.data.readers import ArrayReader, ImageReader, Reader
 from drift_jax.data.replay import FETCH, read_replay, write_replay
@@ -59,6 +60,7 @@ __all__ = [
   "imagenet_classes",
   "modes_of",
   "open_source",
+  "read_npy",
   "read_replay",
   "read_robomimic",
   "write_replay",

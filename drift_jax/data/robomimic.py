@@ -1,13 +1,13 @@
 """robomimic's demonstrations (arXiv:2108.03298): HDF5 files.
 
-/data has the attributes `total` (steps) and `env_args`, and for each episode a
-group demo_I with the attribute `num_samples` and actions [T, A], dones [T] and
-obs/NAME [T, ...]; images are uint8.
+/data has for each episode a group demo_I with actions [T, A] and obs/NAME
+[T, ...]; images are uint8. Its attribute `num_samples` is T, and dones [T] is 1
+at the last step; some files, MimicGen's (arXiv:2310.17596), leave these out.
 """
 
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,8 @@ def read_robomimic(
 
   Raises:
     DataError: h5py is missing, no such file, missing names, lengths that
-      disagree, or an episode that is not done at its end.
+      disagree, or an episode that is empty or says that it is not done at its
+      end.
   """
   try:
     import h5py
@@ -76,9 +77,11 @@ def read_robomimic(
 
 def _episodes(group: Any) -> list[str]:
   """Names of the episodes by number: 2 before 10."""
+  if not isinstance(group, Mapping):
+    return []
   names = [
     name
-    for name in group or ()
+    for name in group
     if name.startswith(_PREFIX) and name.removeprefix(_PREFIX).isdigit()
   ]
   return sorted(names, key=lambda name: int(name.removeprefix(_PREFIX)))
@@ -87,22 +90,44 @@ def _episodes(group: Any) -> list[str]:
 def _episode(
   group: Any, observations: Sequence[str], where: str
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-  missing = [key for key in ("actions", "dones", "obs") if key not in group]
+  if not isinstance(group, Mapping):
+    raise DataError(f"{where} is no group of arrays, but {group}")
+  missing = [key for key in ("actions", "obs") if key not in group]
   if missing:
     raise DataError(f"{where}: {missing} are missing; there are {list(group)}")
-  actions = np.asarray(group["actions"], np.float32)
-  dones = np.asarray(group["dones"])
   seen = group["obs"]
+  if not isinstance(seen, Mapping):
+    raise DataError(f"{where}: obs is no group of arrays, but {seen}")
   values = select(observations, list(seen), seen.__getitem__, where)
-  steps = int(group.attrs["num_samples"])
-  for name, array in {**values, "actions": actions, "dones": dones}.items():
+  actions = select(["actions"], ["actions"], group.__getitem__, where)[
+    "actions"
+  ]
+  arrays = {**values, "actions": actions}
+  if "dones" in group:
+    arrays["dones"] = _dones(group["dones"], where)
+  steps, source = len(actions), "the actions have"
+  if "num_samples" in group.attrs:
+    steps, source = group.attrs["num_samples"], "num_samples is"
+  for name, array in arrays.items():
     if len(array) != steps:
       raise DataError(
-        f"{where}: {name!r} has {len(array)} steps, num_samples is {steps}"
+        f"{where}: {name!r} has {len(array)} steps, {source} {steps}"
       )
-  if not steps or dones[-1] != 1:
+  if not steps:
+    raise DataError(f"{where}: an episode without steps")
+  if "dones" in arrays and arrays["dones"][-1] != 1:
     raise DataError(
       f"{where}: an unfinished episode: dones is not 1 at the last of its "
       f"{steps} steps"
     )
   return values, actions
+
+
+def _dones(dataset: Any, where: str) -> np.ndarray:
+  try:
+    dones = np.asarray(dataset)
+  except (ValueError, OSError) as error:
+    raise DataError(f"{where}: 'dones': {error}") from error
+  if dones.ndim != 1:
+    raise DataError(f"{where}: 'dones' has the shape {dones.shape}, want [T]")
+  return dones
