@@ -148,14 +148,22 @@ def _readable(names: Sequence[str]) -> tuple[str, ...]:
   return tuple(known.get(name, name) for name in names)
 
 
-def read_style(values: Sequence[int], task: steps.GeneratorTask) -> np.ndarray:
-  """Style indices [S] int32 of a list: one for all tokens, or one for each.
+def read_style(
+  values: int | Sequence[int], task: steps.GeneratorTask
+) -> np.ndarray:
+  """Style indices [S] int32: one for all tokens, or a list of one for each.
 
   -1 leaves an index to chance.
 
   Raises:
-    ConfigError: another number of them, or one out of range.
+    ConfigError: another number of them, one out of range or no integer.
   """
+  array = np.atleast_1d(np.asarray(values))
+  if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+    raise config_lib.ConfigError(
+      f"style={values!r}: want one index, or a list of them"
+    )
+  values = array.tolist()
   given = list(values) * (task.style_tokens if len(values) == 1 else 1)
   if len(given) != task.style_tokens:
     raise config_lib.ConfigError(
