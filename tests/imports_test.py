@@ -7,6 +7,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "drift_jax"
 RANKS = {
+  "devices": -1,
   "diffusion": 0,
   "drift": 0,
   "storage": 0,

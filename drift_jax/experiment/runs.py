@@ -21,6 +21,7 @@ from drift_jax import (
   artifacts,
   checkpoint,
   data,
+  devices,
   exits,
   loop,
   metrics,
@@ -49,6 +50,7 @@ ERRORS = (
   loop.NonFiniteError,
   metrics.EvaluationError,
   processes.PeerError,
+  devices.DeviceError,
   robots.RobotError,
   OSError,  # a file or a disk; the message has the path
 )

@@ -42,6 +42,7 @@ from drift_jax.data.latent_format import (
   Settings,
   Shard,
 )
+from drift_jax.devices import DeviceError, find_devices
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 # Batches decoded ahead of the device, and batches that the device works on.
@@ -242,7 +243,7 @@ def cache_latents(
   )
   latent_writer.require_space(folder, settings, todo)
   if todo:
-    mesh = sharding.make_mesh(devices=jax.local_devices())
+    mesh = sharding.make_mesh(devices=find_devices(local=True))
     batch_size = -(-batch_size // mesh.size) * mesh.size
     encode = make_encoder(autoencoder, mesh, compute_dtype)
     with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
@@ -438,12 +439,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     LatentCacheError,
     artifacts.ArtifactError,
     encoded.CorruptImageError,
+    DeviceError,
     OSError,
   ) as error:
     sys.exit(f"Error: {error}")
 
 
 def _run(arguments: argparse.Namespace) -> None:
+  find_devices()  # A mistake there, before anything is read.
   source = open_images(
     arguments.source,
     split=arguments.split,

@@ -132,8 +132,19 @@ def main(argv: Sequence[str]) -> None:
     config = with_mesh(config_lib.parse(_CONFIG.value), _MESH.value)
     devices = find_devices(_TOPOLOGY.value)
     reports = check(config, devices, _PROGRAMS.value, _TEXT.value)
+    _tell(config, devices, reports)
   except experiment.ERRORS as error:
     sys.exit(f"Error: {error}")
+  if any(report.fits is False for report in reports):
+    sys.exit(1)
+
+
+def _tell(
+  config: config_lib.AnyConfig,
+  devices: Sequence[Any],
+  reports: Sequence[Report],
+) -> None:
+  """Prints what came out, and writes it where the flag says."""
   result = {
     "config": _config_name(sys.argv),
     "topology": _TOPOLOGY.value or "local",
@@ -149,8 +160,6 @@ def main(argv: Sequence[str]) -> None:
     if _JSON.value:
       with open(_JSON.value, "w") as file:
         json.dump(result, file, indent=2)
-  if any(report.fits is False for report in reports):
-    sys.exit(1)
 
 
 def _config_name(argv: Sequence[str]) -> str:
@@ -179,11 +188,12 @@ def find_devices(topology: str) -> list[Any]:
   Raises:
     ConfigError: a topology that there is not, or no libtpu to compile with.
   """
-  import jax
   from jax.experimental import topologies
 
+  from drift_jax import devices as devices_lib
+
   if not topology:
-    return jax.devices()
+    return devices_lib.find_devices()
   if not _TOPOLOGY_FORM.fullmatch(topology):
     raise config_lib.ConfigError(
       f"--topology={topology!r}: want GENERATION:CHIPS, e.g. v6e:8x16, v5e:4x8 "

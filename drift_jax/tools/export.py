@@ -42,6 +42,7 @@ import drift_jax
 from drift_jax import artifacts, console, experiment, sharding, steps, storage
 from drift_jax import config as config_lib
 from drift_jax.console import logger
+from drift_jax.devices import find_devices
 from drift_jax.models import release
 
 FORMATS = ("stablehlo", "release", "onnx")
@@ -91,7 +92,7 @@ def export(
           f"{name}={value!r}: valid options are {list(valid)}"
         )
   with _new_folder(out) as folder:
-    mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+    mesh = sharding.make_mesh(1, 1, find_devices()[:1])
     opened = experiment.open_generator(
       source, mesh, vae=vae, step=step, ema_decay=ema_decay
     )
