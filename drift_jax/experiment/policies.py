@@ -15,7 +15,16 @@ from etils import epath
 from jax.sharding import Mesh
 
 from drift_jax import config as config_lib
-from drift_jax import data, diffusion, metrics, models, robots, sharding, steps
+from drift_jax import (
+  data,
+  diffusion,
+  metrics,
+  models,
+  robots,
+  sharding,
+  steps,
+  storage,
+)
 from drift_jax.experiment.networks import drift_arguments
 from drift_jax.experiment.runs import (
   CONFIG_FILE,
@@ -42,6 +51,7 @@ def load_demonstrations(
 
   Raises:
     DataError: a file that is damaged, or lacks something.
+    StorageError: a URL.
     RobotError: an environment that is not installed, or whose expert fails.
   """
   section = config.data
@@ -54,6 +64,7 @@ def load_demonstrations(
       observations=section.observations,
     )
     return demonstrations
+  storage.check_local(f"data.source={section.source!r}", path)
   read = data.read_replay if kind == "zarr" else data.read_robomimic
   return read(path, section.observations, max_episodes=section.episodes)
 
