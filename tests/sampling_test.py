@@ -12,7 +12,7 @@ from absl.testing import flagsaver
 from PIL import Image
 
 import drift_jax
-from drift_jax import metrics, sample, sampling, steps
+from drift_jax import artifacts, metrics, sample, sampling, steps
 from drift_jax.config import ConfigError
 from tests.autoencoders import save_vae
 from tests.conftest import GOLDEN, assert_close
@@ -237,6 +237,26 @@ def test_latents_need_their_autoencoder(tmp_path):
   assert_close(images, decoded, 1e-4)
   with pytest.raises(ConfigError, match="names of this .* are not known"):
     model.labels(["tench"])
+
+
+@pytest.mark.parametrize(
+  "facts",
+  [
+    {"alpha_range": None},
+    {"alpha_range": [1.0]},
+    {"alpha_range": "ab"},
+    {"alpha_range": [3.0, 1.0]},
+    {"class_names": 5},
+    {"class_names": ["one"]},
+    {"class_names": [1, 2, 3, 4]},
+  ],
+)
+def test_facts_that_say_nothing(tmp_path, facts):
+  source = save_generator(tmp_path, facts=facts)
+  with pytest.raises(
+    artifacts.ArtifactError, match=f"have {next(iter(facts))}="
+  ):
+    drift_jax.load(source)
 
 
 def test_options_of_other_sources(folder):

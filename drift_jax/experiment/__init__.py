@@ -101,6 +101,7 @@ from drift_jax.experiment.runs import (
   open_mesh,
   open_workdir,
   pad_to_mesh,
+  read_facts,
   run,
 )
 from drift_jax.experiment.toys import (
@@ -190,6 +191,7 @@ __all__ = [
   "open_workdir",
   "pad_to_mesh",
   "programs",
+  "read_facts",
   "read_style",
   "report_on_images",
   "report_on_run",

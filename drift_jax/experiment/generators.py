@@ -120,7 +120,9 @@ def _from_run(
 def _from_artifact(source: str, mesh: Mesh, vae: str) -> OpenedGenerator:
   loaded = load_exported(source, vae, mesh)
   metadata = loaded.artifact.metadata
+  alphas = metadata.get("alpha_range", PUBLISHED_ALPHAS)
   names = metadata.get("class_names")
+  _check_facts(source, loaded.num_classes, alphas, names)
   if names is None and loaded.num_classes == len(imagenet_classes()):
     names = list(imagenet_classes())
   return OpenedGenerator(
@@ -130,7 +132,7 @@ def _from_artifact(source: str, mesh: Mesh, vae: str) -> OpenedGenerator:
     model_config=metadata["model_config"],
     num_classes=loaded.num_classes,
     class_names=_readable(names or ()),
-    alpha_range=tuple(metadata.get("alpha_range", PUBLISHED_ALPHAS)),
+    alpha_range=tuple(alphas),
     step=metadata.get("step"),
     ema_decay=metadata.get("ema_decay"),
     provenance={
@@ -140,6 +142,27 @@ def _from_artifact(source: str, mesh: Mesh, vae: str) -> OpenedGenerator:
       "ema_decay": metadata.get("ema_decay"),
     },
   )
+
+
+def _check_facts(
+  source: str, num_classes: int, alphas: Any, names: Any
+) -> None:
+  """Raises ArtifactError for facts beside the weights that say nothing."""
+  numbers = isinstance(alphas, (list, tuple)) and all(
+    isinstance(alpha, (int, float)) for alpha in alphas
+  )
+  if not numbers or len(alphas) != 2 or not alphas[0] <= alphas[1]:
+    raise artifacts.ArtifactError(
+      f"{source}: its metadata have alpha_range={alphas!r}, want [LOW, HIGH]"
+    )
+  if names is None:
+    return
+  texts = isinstance(names, list) and all(isinstance(n, str) for n in names)
+  if not texts or len(names) != num_classes:
+    raise artifacts.ArtifactError(
+      f"{source}: its metadata have class_names={names!r:.60}, want a name for "
+      f"each of its {num_classes} classes, or null"
+    )
 
 
 def _readable(names: Sequence[str]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from drift_jax import config as config_lib
-from drift_jax import metrics, processes, sharding
+from drift_jax import metrics, processes, sharding, storage
 from drift_jax.console import logger
 from drift_jax.experiment import places
 from drift_jax.experiment.evaluation import (
@@ -304,6 +304,7 @@ def report_on_images(path: str, request: Request) -> dict[str, Any]:
     ConfigError: arguments or images that do not fit.
     ArtifactError: a network that can't be loaded.
   """
+  storage.check_local("images", path)
   mesh = sharding.make_mesh()
   with naming("images"):
     images = metrics.open_images(path)

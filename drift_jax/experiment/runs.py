@@ -294,11 +294,12 @@ def run(
         f"train.num_steps={config.train.num_steps}, but {path} holds a run of "
         f"{int(state.step)} steps: raise it or use a new workdir"
       )
-    writer = metrics.create_writer(
-      path,
-      resume_step=int(state.step) or -1,
-      is_main=processes.is_first(),
-    )
+    with naming("metrics.jsonl"):
+      writer = metrics.create_writer(
+        path,
+        resume_step=int(state.step) or -1,
+        is_main=processes.is_first(),
+      )
     stack.callback(writer.close)
     preempted = stack.enter_context(exits.preemption())
     return loop.fit(

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drift_jax import artifacts, console, sharding
+from drift_jax import artifacts, console, sharding, storage
 from drift_jax.console import logger
 from drift_jax.data import (
   encoded,
@@ -447,6 +447,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
   find_devices()  # A mistake there, before anything is read.
+  storage.check_local(f"--out={arguments.out}", arguments.out)
   source = open_images(
     arguments.source,
     split=arguments.split,

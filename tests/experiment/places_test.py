@@ -7,14 +7,12 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from absl.testing import flagsaver
 
 import drift_jax
 from configs import digits
 from drift_jax import (
   artifacts,
   checkpoint,
-  evaluate,
   experiment,
   models,
   sharding,
@@ -172,24 +170,18 @@ def test_what_stayed_behind_is_named_and_can_be_given(
 
 
 @pytest.mark.parametrize(
-  ("flags", "message"),
+  ("paths", "message"),
   [
-    ({"encoder": ["mae"]}, "--encoder=mae: want NAME=DIR"),
-    ({"encoder": ["mea=a"]}, "unknown key encoders.mea='a'"),
-    ({"encoder": ["mae=a"]}, "encoders.mae.path: a of the run"),
-    ({"data_dir": "d", "data_source": "folder:e"}, "data.data_dir: d of"),
-    ({"inception": "i", "metrics": ["fid"]}, "eval.inception.reference"),
-    ({"labels": "nowhere.npy"}, "nowhere.npy"),
-    ({"vae": "v"}, "vae.path='v': the run in"),
+    ({"encoders.mea.path": "a"}, "unknown key encoders.mea='a'"),
+    ({"encoders.mae.path": "a"}, "encoders.mae.path: a of the run"),
+    ({"data.data_dir": "d", "data.source": "folder:e"}, "data.data_dir: d of"),
+    ({"vae.path": "v"}, "vae.path='v': the run in .* has none"),
   ],
 )
-def test_mistakes_in_what_is_given(moved, flags, message):
-  workdir = str(moved / "features")
-  with flagsaver.flagsaver(workdir=workdir):
-    with flagsaver.as_parsed(**flags):
-      with pytest.raises(SystemExit, match="Error: ") as ended:
-        evaluate.main(["evaluate"])
-  assert message in str(ended.value.code)
+def test_mistakes_in_what_is_given(moved, paths, message):
+  wanted = ("fd_encoder", "fd_pixel")
+  with pytest.raises(config_lib.ConfigError, match=message):
+    report(moved / "features", paths=paths, metrics=wanted)
 
 
 def test_an_autoencoder_that_stayed_behind(moved, trained, tmp_path):
