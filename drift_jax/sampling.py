@@ -196,7 +196,7 @@ class Sampler:
       )
     return np.array(found, np.int32)
 
-  def _entries(self, names: Labels) -> list[str | int]:
+  def _entries(self, names: Labels) -> Sequence[str | int]:
     """Each of the classes that are given, NumPy's integers as Python's."""
     if isinstance(names, str):
       if names.casefold() in (name.casefold() for name in self.class_names):

@@ -90,6 +90,7 @@ def _episodes(group: Any) -> list[str]:
 def _episode(
   group: Any, observations: Sequence[str], where: str
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+  attributes = group.attrs
   if not isinstance(group, Mapping):
     raise DataError(f"{where} is no group of arrays, but {group}")
   missing = [key for key in ("actions", "obs") if key not in group]
@@ -106,8 +107,8 @@ def _episode(
   if "dones" in group:
     arrays["dones"] = _dones(group["dones"], where)
   steps, source = len(actions), "the actions have"
-  if "num_samples" in group.attrs:
-    steps, source = group.attrs["num_samples"], "num_samples is"
+  if "num_samples" in attributes:
+    steps, source = attributes["num_samples"], "num_samples is"
   for name, array in arrays.items():
     if len(array) != steps:
       raise DataError(

@@ -187,7 +187,8 @@ def read_style(
       f"style={values!r}: want one index, or a list of them"
     )
   values = array.tolist()
-  given = list(values) * (task.style_tokens if len(values) == 1 else 1)
+  assert isinstance(values, list)
+  given = values * (task.style_tokens if len(values) == 1 else 1)
   if len(given) != task.style_tokens:
     raise config_lib.ConfigError(
       f"style={list(values)}: want one index, or {task.style_tokens}, one for "
