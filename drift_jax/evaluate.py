@@ -27,7 +27,19 @@ _WEIGHTS = paths.define_flag(
 _VAE = paths.define_flag(
   "vae",
   "",
-  "Of --weights: the autoencoder behind its latents, if it is no export.",
+  "The autoencoder behind the latents of --weights that are no export; of "
+  "--workdir where it is now, if it is not found.",
+)
+_ENCODERS = flags.DEFINE_multi_string(
+  "encoder",
+  [],
+  "Of --workdir: NAME=DIR, where encoders.NAME.path is now; once for each.",
+)
+_DATA_SOURCE = flags.DEFINE_string(
+  "data_source", None, "Of --workdir: where its data are now, e.g. folder:DIR."
+)
+_DATA_DIR = flags.DEFINE_string(
+  "data_dir", None, "Of --workdir: the folder that its data start from now."
 )
 _IMAGES = paths.define_flag(
   "images", None, "Folder or ADM .npz of images that were made elsewhere."
@@ -107,12 +119,20 @@ _OUT = paths.define_flag(
 config_lib.define_process_flags(join_timeout=processes.JOIN_SECONDS)
 # Flags that not every source of images has a use for.
 _ONLY_WITH = (
-  (("--weights",), (_VAE,)),
   (
     ("--workdir",),
-    (_STEP, _EMA_DECAY, _NEIGHBOURS, _SPACE, _NEIGHBOUR_SAMPLES),
+    (
+      _STEP,
+      _EMA_DECAY,
+      _NEIGHBOURS,
+      _SPACE,
+      _NEIGHBOUR_SAMPLES,
+      _ENCODERS,
+      _DATA_SOURCE,
+      _DATA_DIR,
+    ),
   ),
-  (("--workdir", "--weights"), (_ALPHAS, _LABELS, _SAMPLES_OUT)),
+  (("--workdir", "--weights"), (_ALPHAS, _LABELS, _SAMPLES_OUT, _VAE)),
 )
 
 
@@ -186,6 +206,7 @@ def _request() -> experiment.Request:
     metrics=_METRICS.value,
     num_samples=_NUM_SAMPLES.value,
     labels=_LABELS.value,
+    paths=_paths(),
     batch_size=_BATCH_SIZE.value,
     seed=_SEED.value,
     judges={
@@ -208,6 +229,25 @@ def _report(request: experiment.Request) -> dict[str, Any]:
     return experiment.report_on_weights(_WEIGHTS.value, request, vae=_VAE.value)
   assert _IMAGES.value is not None
   return experiment.report_on_images(_IMAGES.value, request)
+
+
+def _paths() -> dict[str, str]:
+  """{key of a run's config: where it is now}, of the flags that are given.
+
+  Raises:
+    ConfigError: an encoder that is no NAME=DIR.
+  """
+  given = {
+    "vae.path": _VAE.value,
+    "data.source": _DATA_SOURCE.value,
+    "data.data_dir": _DATA_DIR.value,
+  }
+  for text in _ENCODERS.value:
+    name, equals, path = text.partition("=")
+    if not name or not equals or not path:
+      raise config_lib.ConfigError(f"--encoder={text}: want NAME=DIR")
+    given[f"encoders.{name}.path"] = path
+  return {key: value for key, value in given.items() if value}
 
 
 def parse_floats(flag: str, values: list[str] | None) -> list[float] | None:

@@ -5,6 +5,7 @@ each time. HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are respected.
 """
 
 import hashlib
+import os
 import pathlib
 import re
 from typing import NamedTuple
@@ -21,6 +22,21 @@ _ADDRESS = re.compile(
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHA1 = re.compile(r"[0-9a-f]{40}")
 _MAX_FAILURE = 300  # characters of another library's message
+
+
+# The library's own classes, which have no base in common and which it names
+# beside that of HTTP; and what Python says of variables that hold no numbers or
+# addresses.
+_RAISED = (
+  *(
+    found
+    for found in vars(errors).values()
+    if isinstance(found, type) and issubclass(found, Exception)
+  ),
+  OSError,
+  ValueError,
+  RuntimeError,
+)
 
 
 class HubError(OSError):
@@ -51,24 +67,52 @@ def fetch(address: Address) -> pathlib.Path | None:
       or not the bytes that the hub names the file by.
   """
   repository, revision, name = address
+  _check_endpoint()
   try:
     path = pathlib.Path(
       huggingface_hub.hf_hub_download(repository, name, revision=revision)
     )
   except errors.RemoteEntryNotFoundError:
     return None
-  except errors.LocalEntryNotFoundError as error:
-    # Not reached, but the cache may know from before that it isn't there.
-    cached = huggingface_hub.try_to_load_from_cache(
-      repository, name, revision=revision
-    )
-    if cached is not None and not isinstance(cached, str):
+  except _RAISED as error:
+    if _is_known_to_lack(address, error):
       return None
-    raise HubError(f"{name}: {one_line(error)}") from error
-  except (OSError, errors.HFValidationError) as error:
-    raise HubError(f"{name}: {one_line(error)}") from error
+    raise HubError(f"{name}: {one_line(error)}{_variables()}") from error
   _check(path)
   return path
+
+
+def _is_known_to_lack(address: Address, error: BaseException) -> bool:
+  """Whether the cache knows from before that there is no such file."""
+  if not isinstance(error, errors.LocalEntryNotFoundError):
+    return False
+  cached = huggingface_hub.try_to_load_from_cache(
+    address.repository, address.path, revision=address.revision
+  )
+  return cached is not None and not isinstance(cached, str)
+
+
+def _check_endpoint() -> None:
+  """Raises HubError for an address that no request can be sent to."""
+  if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    return
+  endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+  if not re.fullmatch(r"https?://[!-~]+", endpoint):
+    host = endpoint.rpartition("://")[2].strip("/") or "huggingface.co"
+    raise HubError(
+      f"HF_ENDPOINT={endpoint!r} is no address of a hub: want a URL, such as "
+      f"https://{host}"
+    )
+
+
+def _variables() -> str:
+  """Names of the variables that decide where and how the hub is asked."""
+  names = [
+    name
+    for name in sorted(os.environ)
+    if name.startswith("HF_") or name.lower().endswith("_proxy")
+  ]
+  return f" (it depends on {', '.join(names)})" if names else ""
 
 
 def commit_of(path: pathlib.Path, name: str) -> str:
@@ -82,7 +126,7 @@ def folders(address: Address) -> list[str]:
     names = huggingface_hub.list_repo_files(
       address.repository, revision=address.revision
     )
-  except (OSError, errors.HFValidationError):
+  except _RAISED:
     return []
   return sorted(
     {str(pathlib.PurePosixPath(name).parent) for name in names} - {"."}

@@ -40,7 +40,10 @@ _FROM = paths.define_flag(
 )
 _WORKDIR = paths.define_flag("workdir", None, "The same, of a run.")
 _VAE = paths.define_flag(
-  "vae", "", "Of an artifact: the autoencoder behind its latents."
+  "vae",
+  "",
+  "Of an artifact: the autoencoder behind its latents; of a run where it is "
+  "now, if it is not found.",
 )
 _LABELS = flags.DEFINE_list(
   "labels",

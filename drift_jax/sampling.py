@@ -5,11 +5,14 @@ samples = model.sample(["3", "7"], count=8, alpha=1.5, seed=0)
 samples.show()
 """
 
+import csv
 import dataclasses
 import difflib
 import io
+import operator
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +25,8 @@ from drift_jax.config import ConfigError
 BATCH_SIZE = 256
 MAX_SEED = 2**32 - 1
 _LISTED = 5
+# Classes as people give them: one or several, indices, ranges or names.
+Labels = str | int | Iterable[str | int]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,9 +90,9 @@ def source_of(source: str | None, workdir: str | None) -> str:
 
 
 def load(
-  source: str,
+  source: metrics.PathLike,
   *,
-  vae: str = "",
+  vae: metrics.PathLike = "",
   step: int | None = None,
   ema_decay: float | None = None,
 ) -> "Sampler":
@@ -97,7 +102,7 @@ def load(
     source: a run's workdir, an export, an artifact's folder, or hf://NAME of
       the authors' release, hf://OWNER/NAME[@REVISION][/FOLDER].
     vae: folder of the autoencoder behind the latents of an artifact; a run and
-      an export have theirs.
+      an export have theirs, a run's may be given where it is not found.
     step: of a run: checkpoint; None for the best, else the newest.
     ema_decay: of a run: which average; None for the evaluated one.
 
@@ -109,7 +114,11 @@ def load(
   source, vae = paths.expand(source), paths.expand(vae)
   mesh = sharding.make_mesh()
   opened = experiment.open_generator(
-    source, mesh, vae=vae, step=step, ema_decay=ema_decay
+    os.fspath(source),
+    mesh,
+    vae=os.fspath(vae),
+    step=step,
+    ema_decay=ema_decay,
   )
   return Sampler(opened, mesh)
 
@@ -165,12 +174,13 @@ class Sampler:
     """The batch size that is compiled for `size` images on these devices."""
     return experiment.pad_to_mesh(size, self._mesh)
 
-  def labels(self, names: Sequence[str | int] | None = None) -> np.ndarray:
+  def labels(self, names: Labels | None = None) -> np.ndarray:
     """Class indices [n] int32 of what a person calls classes.
 
     Args:
       names: indices (3 or "3"), ranges ("3-7", both ends included), names
-        ("golden retriever", or the part of a name that only one class has).
+        ("golden retriever", or the part of a name that only one class has), one
+        of them or several; in one string separated by commas, "3,5-7,tench".
         Integers are indices; a string that is the index of one class and the
         name of another is written "index:3" or "name:3". None: all classes.
 
@@ -179,6 +189,7 @@ class Sampler:
     """
     if names is None:
       return np.arange(self.num_classes, dtype=np.int32)
+    names = self._entries(names)
     found = [i for name in names for i in self._find(name)]
     if not found:
       raise ConfigError(
@@ -195,6 +206,23 @@ class Sampler:
       for i in chosen[:_LISTED]
     ]
     return ", ".join(shown) + ", ..." * (len(chosen) > _LISTED)
+
+  def _entries(self, names: Labels) -> Sequence[str | int]:
+    """Each of the classes that are given, NumPy's integers as Python's."""
+    if isinstance(names, str):
+      if names.casefold() in (name.casefold() for name in self.class_names):
+        return [names]  # which may hold a comma
+      try:
+        return next(csv.reader([names], strict=True), [])
+      except csv.Error as error:
+        raise ConfigError(f"labels={names!r}: {error}") from error
+    is_scalar = getattr(names, "ndim", 1) == 0
+    if is_scalar or not isinstance(names, Iterable):
+      return [_integer("labels", names)]
+    return [
+      entry if isinstance(entry, str) else _integer("labels", entry)
+      for entry in names
+    ]
 
   def _find(self, entry: str | int) -> Sequence[int]:
     text = str(entry).strip()
@@ -275,12 +303,12 @@ class Sampler:
 
   def sample(
     self,
-    labels: Sequence[str | int] | None = None,
+    labels: Labels | None = None,
     *,
     count: int = 1,
     alpha: float = 1.0,
     seed: int = 0,
-    style: Sequence[int] | None = None,
+    style: int | Sequence[int] | None = None,
     batch_size: int = BATCH_SIZE,
   ) -> Samples:
     """Draws `count` images of each label.
@@ -297,7 +325,7 @@ class Sampler:
     Raises:
       ConfigError: for anything out of range, naming it.
     """
-    if count < 1:
+    if _integer("count", count) < 1:
       raise ConfigError(f"count={count} must be at least 1")
     wanted = np.repeat(self.labels(labels), count)
     images = [
@@ -314,7 +342,7 @@ class Sampler:
     *,
     alpha: float,
     seed: int,
-    style: Sequence[int] | None = None,
+    style: int | Sequence[int] | None = None,
     batch_size: int = BATCH_SIZE,
     numbers: np.ndarray | None = None,
   ) -> Iterator[metrics.Batch]:
@@ -333,6 +361,7 @@ class Sampler:
       ConfigError: for anything out of range, naming it.
     """
     self._check(alpha, seed, batch_size)
+    labels = self._checked(labels)
     sample_fn = experiment.bind_sampler(
       self._step,
       self.generator.params,
@@ -354,13 +383,13 @@ class Sampler:
 
   def interpolate(
     self,
-    labels: Sequence[str | int] | None = None,
+    labels: Labels | None = None,
     *,
     frames: int = 16,
     count: int = 1,
     alpha: float = 1.0,
     seed: int = 0,
-    style: Sequence[int] | None = None,
+    style: int | Sequence[int] | None = None,
   ) -> list[Samples]:
     """Pictures on the way from one noise to another, `count` of each label.
 
@@ -376,7 +405,7 @@ class Sampler:
       ConfigError: for anything out of range, naming it.
     """
     self._check(alpha, seed, BATCH_SIZE)
-    if frames < 2 or count < 1:
+    if _integer("frames", frames) < 2 or _integer("count", count) < 1:
       raise ConfigError(
         f"frames={frames} must be at least 2, count={count} at least 1"
       )
@@ -405,14 +434,39 @@ class Sampler:
       found.append(Samples(images.astype(np.float32), wanted, count))
     return found
 
-  def _style(self, style: Sequence[int] | None) -> np.ndarray:
+  def _checked(self, labels: Any) -> np.ndarray:
+    """Class indices [n] int32 of what `labels` returned, or a list of them."""
+    found = np.asarray(labels)
+    if found.ndim != 1 or found.dtype.kind not in "iu":
+      raise ConfigError(
+        f"labels are {found.dtype} {found.shape}: want class indices [n]"
+      )
+    for label in found[(found < 0) | (found >= self.num_classes)][:1]:
+      raise ConfigError(
+        f"labels: {label} is no class index in [0, {self.num_classes})"
+      )
+    return found.astype(np.int32)
+
+  def _style(self, style: int | Sequence[int] | None) -> np.ndarray:
     return experiment.read_style(
       (-1,) if style is None else style, self.generator.task
     )
 
   def _check(self, alpha: float, seed: int, batch_size: int) -> None:
+    if np.ndim(alpha) or np.asarray(alpha).dtype.kind not in "fiu":
+      raise ConfigError(f"alpha={alpha!r} must be one number")
     experiment.check_alpha(alpha, self.alpha_range)
-    if not 0 <= seed <= MAX_SEED:
+    if not 0 <= _integer("seed", seed) <= MAX_SEED:
       raise ConfigError(f"seed={seed} must lie in [0, 2**32)")
-    if batch_size < 1:
+    if _integer("batch_size", batch_size) < 1:
       raise ConfigError(f"batch_size={batch_size} must be at least 1")
+
+
+def _integer(name: str, value: Any) -> int:
+  """A whole number, of Python's, NumPy's or JAX' types."""
+  try:
+    if isinstance(value, (bool, np.bool_)):
+      raise TypeError
+    return operator.index(value)
+  except TypeError as error:
+    raise ConfigError(f"{name}={value!r} must be an integer") from error

@@ -17,6 +17,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from drift_jax.devices import find_devices
+
 BATCH_AXES = ("data", "fsdp")
 FSDP = "fsdp"
 
@@ -39,8 +41,9 @@ def make_mesh(
 
   Raises:
     ValueError: if the sizes do not multiply to the number of devices.
+    DeviceError: there are none.
   """
-  devices = list(jax.devices() if devices is None else devices)
+  devices = find_devices() if devices is None else list(devices)
   sizes = {"data": data, "fsdp": fsdp}
   free = [name for name, size in sizes.items() if size == -1]
   known = int(np.prod([size for size in sizes.values() if size != -1]))

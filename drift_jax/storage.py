@@ -76,6 +76,37 @@ def check(path: PathLike, *, write: bool = False) -> None:
     raise StorageError(f"{_one_line(path, error)}. {_HINT}") from error
 
 
+def check_data(path: PathLike) -> None:
+  """Makes sure that data in a bucket, if they are in one, can be listed.
+
+  Raises:
+    StorageError: a URL that is not gs://, a missing package, or no permission.
+  """
+  if not is_remote(path):
+    return
+  if not os.fspath(path).startswith("gs://"):
+    raise StorageError(
+      f"{os.fspath(path)}: prepared data sets are read from local disks and "
+      "gs:// buckets only: copy them, or mount them as a folder"
+    )
+  client = _client(path)
+  try:
+    client.ls(without_scheme(path), max_results=1, timeout=_SECONDS)
+  except FileNotFoundError:
+    return  # Whoever looks there says what is missing.
+  except Exception as error:
+    raise StorageError(f"{_one_line(path, error)}. {_HINT}") from error
+
+
+def check_local(what: str, *paths: str) -> None:
+  """Raises StorageError for a URL among the paths of what only disks hold."""
+  for path in filter(is_remote, paths):
+    raise StorageError(
+      f"{what}: {path} is a URL, but these are read from disks only: copy it "
+      "(`gcloud storage cp -r`), or mount the bucket (gcsfuse)"
+    )
+
+
 def upload(source: PathLike, path: PathLike) -> None:
   """Writes a local file to a bucket.
 

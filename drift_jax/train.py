@@ -49,6 +49,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   experiment.drift_arguments(config.drift)  # a mistake there, before data
   mesh = experiment.open_mesh(config.mesh)
   experiment.check_labels(config, mesh)
+  config = experiment.of_resumed(config, workdir)
   vae = experiment.load_vae(config.vae, mesh)
   readers = experiment.open_readers(config, vae)
   config = experiment.with_num_classes(config, readers.train)

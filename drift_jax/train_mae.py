@@ -54,6 +54,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     raise config_lib.ConfigError(f"task={config.task!r}, want 'mae'")
   mesh = experiment.open_mesh(config.mesh)
   experiment.check_divides("mae.batch_size", config.mae.batch_size, mesh)
+  config = experiment.of_resumed(config, workdir)
   vae = experiment.load_vae(config.vae, mesh)
   readers = experiment.open_readers(config, vae)
   config = experiment.with_num_classes(config, readers.train)

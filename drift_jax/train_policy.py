@@ -58,6 +58,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
       f"loss.problem='batch' is one problem of the whole batch, which the "
       f"{mesh.size} devices can't share: use one device"
     )
+  config = experiment.of_resumed(config, workdir)
   samplers = experiment.policy_samplers(config)
   if config.eval.every:
     _check_environment(config)

@@ -1,7 +1,6 @@
 """Toy experiments (5.1): `train_and_evaluate(config, workdir)`."""
 
 import functools
-import io
 import time
 from typing import Any
 
@@ -265,13 +264,11 @@ class Evaluation:
     """Draws the animation and the field from the samples that were kept."""
     plots = self._path / "plots"
     files = sorted((self._path / "samples").glob("step_*.npy"))
-    frames = [
-      (
-        int(file.stem.removeprefix("step_")),
-        np.load(io.BytesIO(file.read_bytes())),
-      )
-      for file in files
-    ]
+    with experiment.naming("samples"):
+      frames = [
+        (int(file.stem.removeprefix("step_")), data.read_npy(file))
+        for file in files
+      ]
     section = self._config.data
     metrics.save_evolution(
       frames, self._data, plots / "evolution.gif", title=section.distribution

@@ -401,11 +401,20 @@ def test_mistakes(tmp_path, workdir, judges):
     "--neighbours=3 with --images: it goes with --workdir": (
       *("--images=a", "--neighbours=3"),
     ),
-    "--vae=a with --workdir: it goes with --weights": (run, "--vae=a"),
+    "vae.path='a': the run in": (run, "--vae=a"),
+    "--data_dir=a with --images: it goes with --workdir": (
+      *("--images=a", "--data_dir=a"),
+    ),
     "--alphas=['2'] with --images: it goes with --workdir or --weights": (
       *("--images=a", "--alphas=2"),
     ),
     "Error: [Errno 2] No such file": ("--images=nowhere.npz",),
+    "images: gs://bucket/x is a URL": ("--images=gs://bucket/x",),
+    "--encoder=mae: want NAME=DIR": (run, "--encoder=mae"),
+    "unknown key encoders.mae='a'": (run, "--encoder=mae=a"),
+    "data.data_dir: d of the run in": (
+      *(run, few, "--data_dir=d", "--data_source=folder:e"),
+    ),
     "metrics='fd_pixel' needs a run (--workdir): valid options are": (
       *(gen, few, "--metrics=fd_pixel"),
     ),

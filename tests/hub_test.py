@@ -4,8 +4,11 @@ import json
 import pathlib
 import tarfile
 
+import huggingface_hub
 import pytest
+from huggingface_hub import errors
 
+import drift_jax.hub
 from drift_jax import artifacts
 from tests.conftest import GOLDEN
 from tests.fake_hub import COMMIT, hub
@@ -96,6 +99,43 @@ def test_online_then_offline(repositories, tmp_path):
   done = call("-c", TRY_EACH, "hf://tiny", **offline)
   assert "is damaged: its checksum is" in done.stdout
   assert str(blob) in done.stdout
+
+
+@pytest.mark.parametrize(
+  "error",
+  [
+    errors.HTTPError("Request URL has an unsupported protocol"),
+    errors.HFValidationError("no name of a repository"),
+    errors.XetDownloadError("cut off"),
+    errors.OfflineModeIsEnabled("offline"),
+    ConnectionResetError("reset"),
+    UnicodeEncodeError("ascii", "é", 0, 1, "not in range"),
+    ValueError("Unknown scheme for proxy URL"),
+    RuntimeError("Cannot send a request,\nas the client has been closed"),
+  ],
+)
+def test_whatever_the_library_raises_is_one_line(monkeypatch, error):
+  def fail(*names, **others):
+    raise error
+
+  monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+  monkeypatch.setattr(huggingface_hub, "list_repo_files", fail)
+  monkeypatch.setenv("HF_TOKEN", "secret")
+  with pytest.raises(artifacts.ArtifactError, match="hf://a/b: ") as caught:
+    artifacts.load("hf://a/b")
+  text = str(caught.value)
+  assert "\n" not in text and "HF_TOKEN" in text and "secret" not in text
+  assert drift_jax.hub.folders(drift_jax.hub.Address("a/b", None, "")) == []
+
+
+@pytest.mark.parametrize(
+  "endpoint", ["hf-mirror.com", "", "http://", "ftp://hub", "http://a\tb"]
+)
+def test_an_endpoint_that_is_no_url(monkeypatch, endpoint):
+  monkeypatch.setenv("HF_ENDPOINT", endpoint)
+  monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+  with pytest.raises(artifacts.ArtifactError, match="HF_ENDPOINT=.*https://"):
+    artifacts.load("hf://a/b")
 
 
 def test_metadata_of_a_run_is_no_artifact(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / "drift_jax"
 RANKS = {
   "paths": -1,
+  "devices": -1,
   "diffusion": 0,
   "drift": 0,
   "storage": 0,

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import io
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from absl.testing import flagsaver
 from PIL import Image
 
 import drift_jax
-from drift_jax import metrics, sample, sampling, steps
+from drift_jax import artifacts, metrics, sample, sampling, steps
 from drift_jax.config import ConfigError
 from tests.autoencoders import save_vae
 from tests.conftest import GOLDEN, assert_close
@@ -79,6 +80,7 @@ def test_fixed_style(model):
   np.testing.assert_array_equal(
     draw(style=[3]).images, draw(style=[3, 3, 3, 3]).images
   )
+  np.testing.assert_array_equal(draw(style=[3]).images, draw(style=3).images)
   np.testing.assert_array_equal(draw(style=[-1]).images, draw().images)
   assert np.abs(draw(style=[3, -1, 3, 3]).images - draw(style=[3]).images).any()
 
@@ -116,6 +118,21 @@ def test_walk_between_two_noises(model):
     (["TENCH", "Tinca tinca", "tench, tinca tinca"], [0, 0, 0]),
     (["shark"], [2]),  # a whole synonym before a part of another name
     (["hammer"], [3]),
+    # As people give them, alone or several.
+    (3, [3]),
+    ("3,1", [3, 1]),
+    ("1-2, goldfish", [1, 2, 1]),
+    ("goldfish", [1]),
+    ("tench, Tinca tinca", [0]),
+    ('"tench, Tinca tinca",3', [0, 3]),
+    (range(3), [0, 1, 2]),
+    ((1, "0"), [1, 0]),
+    (np.int64(2), [2]),
+    (np.array([2, 0], np.uint8), [2, 0]),
+    (np.array(["1", "shark"]), [1, 2]),
+    (np.array(3), [3]),
+    (jax.numpy.array([1, 3]), [1, 3]),
+    ({2: "a", 1: "b"}, [2, 1]),
   ],
 )
 def test_labels(model, names, labels):
@@ -180,6 +197,15 @@ def test_classes_that_are_called_by_numbers(numbered, classes, entry, label):
     (["a"], r"'a' is in the names of 3 classes, 0 .*give more of it"),
     ([""], "'' is no class index"),
     ([], "names no class"),
+    ("", "no class"),
+    ("4", r"'4' is no class index in \[0, 4\)"),
+    (-1, "no class index"),
+    (2.0, "labels=2.0 must be an integer"),
+    ([1.0], "labels=1.0 must be an integer"),
+    ([True], "labels=True must be an integer"),
+    ([[0, 1]], r"labels=\[0, 1\] must be an integer"),
+    (np.zeros((1, 2), int), r"labels=array\(\[0, 0\]\) must be an integer"),
+    ('"tench', "labels='\"tench'"),
   ],
 )
 def test_labels_that_are_none(model, names, message):
@@ -196,6 +222,15 @@ def test_labels_that_are_none(model, names, message):
     ({"seed": 2**32}, "seed=4294967296 must lie"),
     ({"count": 0}, "count=0 must be at least 1"),
     ({"batch_size": 0}, "batch_size=0"),
+    ({"batch_size": 8.0}, "batch_size=8.0 must be an integer"),
+    ({"alpha": "2"}, "alpha='2' must be one number"),
+    ({"alpha": [1.0, 2.0]}, "alpha=.* must be one number"),
+    ({"seed": 0.5}, "seed=0.5 must be an integer"),
+    ({"seed": None}, "seed=None must be an integer"),
+    ({"count": 1.5}, "count=1.5 must be an integer"),
+    ({"style": "3"}, "style='3'"),
+    ({"style": [0.5]}, "style=.0.5."),
+    ({"style": [[1]]}, "style="),
     ({"style": [1, 2]}, "want one index, or 4"),
     ({"style": [16]}, r"16 is not in \[0, 16\)"),
   ],
@@ -203,6 +238,17 @@ def test_labels_that_are_none(model, names, message):
 def test_arguments_out_of_range(model, arguments, message):
   with pytest.raises(ConfigError, match=message):
     model.sample([0], **arguments)
+
+
+def test_a_path_object_and_one_class(folder, model):
+  loaded = drift_jax.load(pathlib.Path(folder))
+  expected = model.sample(["3", "1"], count=2, seed=1)
+  samples = loaded.sample("3,1", count=np.int64(2), seed=np.uint32(1))
+  np.testing.assert_array_equal(samples.images, expected.images)
+  assert model.sample(2).labels.tolist() == [2]
+  for labels in ([4], [-1], [0.0], [[0]]):
+    with pytest.raises(ConfigError, match="labels"):
+      model.batches(labels, alpha=1.0, seed=0)
 
 
 def test_pictures(model, tmp_path):
@@ -237,6 +283,26 @@ def test_latents_need_their_autoencoder(tmp_path):
   assert_close(images, decoded, 1e-4)
   with pytest.raises(ConfigError, match="names of this .* are not known"):
     model.labels(["tench"])
+
+
+@pytest.mark.parametrize(
+  "facts",
+  [
+    {"alpha_range": None},
+    {"alpha_range": [1.0]},
+    {"alpha_range": "ab"},
+    {"alpha_range": [3.0, 1.0]},
+    {"class_names": 5},
+    {"class_names": ["one"]},
+    {"class_names": [1, 2, 3, 4]},
+  ],
+)
+def test_facts_that_say_nothing(tmp_path, facts):
+  source = save_generator(tmp_path, facts=facts)
+  with pytest.raises(
+    artifacts.ArtifactError, match=f"have {next(iter(facts))}="
+  ):
+    drift_jax.load(source)
 
 
 def test_options_of_other_sources(folder):

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 
 import jax
 import numpy as np
@@ -123,13 +124,27 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(model, *, max_waiting=8, sizes=SIZES, hosts=(), **limits):
+def serving(
+  model,
+  *,
+  max_waiting=8,
+  sizes=SIZES,
+  hosts=(),
+  root_path="",
+  server=(),
+  **limits,
+):
   limits = {"max_images": 64, "requests_per_minute": 10_000, **limits}
   worker = serve.Worker(model, sizes, max_waiting)
   app = serve.make_app(
-    model, worker, serve.Limits(**limits), name="small", hosts=hosts
+    model,
+    worker,
+    serve.Limits(**limits),
+    name="small",
+    hosts=hosts,
+    root_path=root_path,
   )
-  server = serve.make_server(app)
+  server = serve.make_server(app, **dict(server))
   with socket.create_server(("127.0.0.1", 0)) as listener:
     thread = threading.Thread(target=server.run, args=([listener],))
     worker.start()
@@ -550,6 +565,74 @@ def test_queue(model):
     assert gate.drawn <= 3  # The worker was behind the gate for one already.
 
 
+def test_silent_connections_keep_nobody_out(served):
+  """More of them than may be open, some in the middle of a request's head."""
+  with contextlib.ExitStack() as stack:
+    for number in range(300):
+      client = socket.create_connection(("127.0.0.1", served.port), 60)
+      stack.enter_context(client)
+      if number % 2:
+        client.sendall(b"GET / HTTP/1.1\r\nhost: local")
+    assert served.request("GET", "/")[0] == 200
+    assert served.post({"labels": [0]})[0] == 200
+
+
+def test_requests_keep_their_connections(model):
+  """Where all are in the middle of one, a new one is told so."""
+  gate = Gate(model)
+  limits = {"connections": 2, "request_seconds": 1}
+  with serving(gate, server=limits) as served, contextlib.ExitStack() as stack:
+    streams = [
+      stack.enter_context(served.stream(labels=[i], count=1)) for i in range(2)
+    ]
+    assert served.request("GET", "/")[0] == 503
+    time.sleep(1.2)  # More than an idle connection would be given.
+    gate.passes.release(2)
+    for stream in streams:
+      assert json.loads(stream.readlines()[-1])["images"] == 1
+
+
+@pytest.mark.parametrize(
+  "start", [b"", b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n"]
+)
+def test_connection_without_a_request_is_closed(model, start):
+  """Whether it says nothing or a header a byte, from the start or later."""
+  with serving(model, server={"request_seconds": 1}) as served:
+    address = ("127.0.0.1", served.port)
+    with socket.create_connection(address, 60) as client:
+      client.sendall(start)
+      client.settimeout(0.2)
+      for _ in range(100):
+        with contextlib.suppress(TimeoutError):
+          try:
+            if not client.recv(2**16):
+              return
+            client.sendall(b"GET / HTTP/1.1\r\n" if start else b"G")
+            start = b""
+          except ConnectionError:
+            return
+      raise AssertionError("it is still open")
+
+
+def test_page_below_a_prefix(model):
+  """The page's own addresses lead to its files, whoever takes the prefix."""
+  with serving(model, root_path="/user/me/images") as served:
+    for folder in ("/", "/user/me/images/"):
+      _, _, page = served.request("GET", folder)
+      _, _, script = served.request("GET", f"{folder}page.js")
+      links = re.findall(rb'(?:href|src|fetch)[=(]"([^"]+)"', page + script)
+      assert {b"page.js", b"page.css", b"api/model", b"api/sample"} < set(links)
+      for link in links:
+        there = urllib.parse.urljoin(folder, link.decode())
+        method = "POST" if there.endswith("sample") else "GET"
+        status, _, _ = served.request(method, there, asks(), JSON)
+        assert there.startswith(folder) and status == 200, there
+    status, headers, _ = served.request("GET", "/user/me/images")
+    there = urllib.parse.urljoin("/user/me/images", headers["location"])
+    assert (status, there) == (307, "/user/me/images/")
+    assert served.request("GET", "/user/me/imagesque/")[0] == 404
+
+
 def test_concurrent_clients(model):
   """Of many at once some are refused, and every answer is whole."""
   answers = []
@@ -620,6 +703,7 @@ def test_mistakes(folder):
         *(source, "--host=256.0.0.1", "--port=0"),
       ),
       "Error: --host= is empty": (source, "--host="),
+      "Error: --root_path=me must be": (source, "--root_path=me"),
       "Error: --batch_sizes=8,0: ['0'] must be": (source, "--batch_sizes=8,0"),
       "Error: step=3 chooses among a run's checkpoints": (
         *(source, "--step=3", "--port=0"),

@@ -31,7 +31,7 @@ def parse(config: Any) -> AnyConfig:
     else config
   )
   task = values.get("task")
-  if task not in TASKS:
+  if not isinstance(task, str) or task not in TASKS:
     raise ConfigError(f"task={task!r}: valid options are {sorted(TASKS)}")
   parsed = _build(TASKS[task], values, "")
   checks.check(parsed)

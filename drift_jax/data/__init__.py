@@ -12,6 +12,7 @@ from drift_jax.data.latent_format import labels_sha256
 from drift_jax.data.latents import LatentReader
 from drift_jax.data.loader import Loader
 from drift_jax.data.memory import MemoryReader, MemorySource
+from drift_jax.data.npy import read_npy
 from drift_jax.data.prefetch import Prefetcher
 from drift_jax.data.readers import ArrayReader, ImageReader, Reader
 from drift_jax.data.replay import FETCH, read_replay, write_replay
@@ -67,6 +68,7 @@ __all__ = [
   "modes_of",
   "names_sha256",
   "open_source",
+  "read_npy",
   "read_replay",
   "read_robomimic",
   "readable_classes",

@@ -28,6 +28,7 @@ import numpy as np
 
 from drift_jax import paths
 from drift_jax.data.errors import DataError
+from drift_jax.data.npy import read_npy
 
 FORMAT = "drift_jax latents"
 VERSION = 1
@@ -281,8 +282,8 @@ def load_labels(folder: pathlib.Path, settings: Settings) -> np.ndarray:
   """
   path = folder / LABELS_FILE
   try:
-    labels = np.load(path)
-  except (OSError, ValueError, EOFError) as error:
+    labels = read_npy(path)
+  except (OSError, ValueError) as error:
     raise LatentCacheError(f"{path} can't be read: {error}; {REDO}") from error
   if (
     labels.dtype != np.int32

@@ -1,14 +1,14 @@
 """robomimic's demonstrations (arXiv:2108.03298): HDF5 files.
 
-/data has the attributes `total` (steps) and `env_args`, and for each episode a
-group demo_I with the attribute `num_samples` and actions [T, A], dones [T] and
-obs/NAME [T, ...]; images are uint8.
+/data has for each episode a group demo_I with actions [T, A] and obs/NAME
+[T, ...]; images are uint8. Its attribute `num_samples` is T, and dones [T] is 1
+at the last step; some files, MimicGen's (arXiv:2310.17596), leave these out.
 """
 
 import math
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,8 @@ def read_robomimic(
 
   Raises:
     DataError: h5py is missing, no such file, missing names, lengths that
-      disagree, or an episode that is not done at its end.
+      disagree, or an episode that is empty or says that it is not done at its
+      end.
   """
   try:
     import h5py
@@ -86,9 +87,11 @@ def read_robomimic(
 
 def _episodes(group: Any) -> list[str]:
   """Names of the episodes by number: 2 before 10."""
+  if not isinstance(group, Mapping):
+    return []
   names = [
     name
-    for name in group or ()
+    for name in group
     if name.startswith(_PREFIX) and name.removeprefix(_PREFIX).isdigit()
   ]
   return sorted(names, key=lambda name: int(name.removeprefix(_PREFIX)))
@@ -97,24 +100,37 @@ def _episodes(group: Any) -> list[str]:
 def _episode(
   group: Any, observations: Sequence[str], where: str
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-  missing = [key for key in ("actions", "dones", "obs") if key not in group]
+  attributes = group.attrs
+  if not isinstance(group, Mapping):
+    raise DataError(f"{where} is no group of arrays, but {group}")
+  missing = [key for key in ("actions", "obs") if key not in group]
   if missing:
     raise DataError(f"{where}: {missing} are missing; there are {list(group)}")
-  actions = np.asarray(_stored(group, "actions", where), np.float32)
-  dones = np.asarray(_stored(group, "dones", where))
   seen = group["obs"]
+  if not isinstance(seen, Mapping):
+    raise DataError(f"{where}: obs is no group of arrays, but {seen}")
 
-  def opened(name: str) -> Any:
-    return _stored(seen, name, where)
+  def chosen(names: Sequence[str], arrays: Any) -> dict[str, np.ndarray]:
+    return select(
+      names, list(arrays), lambda name: _stored(arrays, name, where), where
+    )
 
-  values = select(observations, list(seen), opened, where)
-  steps = int(group.attrs["num_samples"])
-  for name, array in {**values, "actions": actions, "dones": dones}.items():
+  values = chosen(observations, seen)
+  actions = chosen(["actions"], group)["actions"]
+  arrays = {**values, "actions": actions}
+  if "dones" in group:
+    arrays["dones"] = _dones(_stored(group, "dones", where), where)
+  steps, source = len(actions), "the actions have"
+  if "num_samples" in attributes:
+    steps, source = attributes["num_samples"], "num_samples is"
+  for name, array in arrays.items():
     if len(array) != steps:
       raise DataError(
-        f"{where}: {name!r} has {len(array)} steps, num_samples is {steps}"
+        f"{where}: {name!r} has {len(array)} steps, {source} {steps}"
       )
-  if not steps or dones[-1] != 1:
+  if not steps:
+    raise DataError(f"{where}: an episode without steps")
+  if "dones" in arrays and arrays["dones"][-1] != 1:
     raise DataError(
       f"{where}: an unfinished episode: dones is not 1 at the last of its "
       f"{steps} steps"
@@ -132,6 +148,8 @@ def _stored(group: Any, name: str, where: str) -> Any:
     DataError: some are not.
   """
   dataset = group[name]
+  if isinstance(dataset, Mapping):
+    raise DataError(f"{where}: {name!r} is a group, want an array")
   if not dataset.size:
     return dataset
   if dataset.is_virtual or dataset.external:
@@ -157,3 +175,13 @@ def _stored(group: Any, name: str, where: str) -> Any:
       "never written and would read as zeros: copy or make the file anew"
     )
   return dataset
+
+
+def _dones(dataset: Any, where: str) -> np.ndarray:
+  try:
+    dones = np.asarray(dataset)
+  except (ValueError, OSError) as error:
+    raise DataError(f"{where}: 'dones': {error}") from error
+  if dones.ndim != 1:
+    raise DataError(f"{where}: 'dones' has the shape {dones.shape}, want [T]")
+  return dones

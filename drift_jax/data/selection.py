@@ -1,5 +1,6 @@
 """Which observations of a file are read: 'NAME', or 'NAME[:K]'."""
 
+import math
 import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -77,7 +78,7 @@ def _converted(values: Any, count: int | None) -> np.ndarray:
     raise DataError(f"shape {tuple(values.shape)}: want one vector a step")
   vectors = np.asarray(values[:], np.float32)
   # Keypoints come as [S, K, 2].
-  vectors = vectors.reshape(len(vectors), -1)
+  vectors = vectors.reshape(len(vectors), math.prod(vectors.shape[1:]))
   if count is not None and vectors.shape[1] < count:
     raise DataError(f"it has {vectors.shape[1]} columns")
   return np.ascontiguousarray(vectors[:, :count])

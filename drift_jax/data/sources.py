@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
-from drift_jax import paths
+from drift_jax import paths, storage
 from drift_jax.data import encoded, folder
 
 SPLITS = ("train", "test")
@@ -245,6 +245,7 @@ def open_source(
 
   Raises:
     NoSplitError: the data have no such split.
+    StorageError: a URL that can't be read, or of what only disks hold.
     ValueError: an unknown kind, or what the kind raises.
   """
   data_dir = paths.expand(data_dir)
@@ -259,6 +260,7 @@ def open_source(
   if not rest or kind not in (*files, "tfds"):
     raise ValueError(f"data.source={spec!r}: valid options are {list(KINDS)}")
   if kind == "tfds":
+    storage.check_data(rest if storage.is_remote(rest) else data_dir)
     # Imported for those who use it: half a second, and a large package.
     from drift_jax.data import tfds
 
@@ -270,6 +272,7 @@ def open_source(
       max_corrupt=max_corrupt,
       decoder=decoder,
     )
+  storage.check_local(f"data.source={spec!r}", rest, data_dir)
   return files[kind](
     pathlib.Path(data_dir) / paths.expand(rest),
     split=split,

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from drift_jax.drift.field import check_axes
+
 # Inside the square root of every standard deviation and root mean square:
 # keeps its gradient finite where a patch is constant.
 VARIANCE_EPSILON = 1e-6
@@ -42,8 +44,12 @@ def pooled_features(
     both are computed in float32.
 
   Raises:
-    ValueError: a patch size below 1.
+    ValueError: a patch size below 1, or other axes than these.
   """
+  check_axes(
+    "of a single map [H, W, C], give x[None]",
+    feature_map=("B H W C", feature_map),
+  )
   for label, sizes in (("mean", patch_mean_size), ("std", patch_std_size)):
     for size in sizes:
       if size < 1:
@@ -212,6 +218,11 @@ def _over_all(
 def root_mean_square(
   x: Float[Array, "B H W C"],
 ) -> Float[Array, "B 1 C"]:
-  """sqrt(mean(x^2) + 1e-6) per channel, the mean over H and W; float32."""
+  """sqrt(mean(x^2) + 1e-6) per channel, the mean over H and W; float32.
+
+  Raises:
+    ValueError: other axes than these.
+  """
+  check_axes("of a single map [H, W, C], give x[None]", x=("B H W C", x))
   mean_square = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=(1, 2))
   return jnp.sqrt(mean_square + VARIANCE_EPSILON)[:, None, :]

@@ -5,7 +5,7 @@ targets of a sample are its positives (data, which attract) and its negatives
 (generated samples and unconditional data, which repel).
 """
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,33 @@ _MASKED_DISTANCE = 1e4
 TINY_SQUARED_DISTANCE = 1e-30
 
 
+def check_axes(remedy: str, **arrays: tuple[str, Any]) -> None:
+  """Raises a ValueError for arrays of other axes than they must have.
+
+  Args:
+    remedy: what to do about another number of axes.
+    **arrays: {name: (names of its axes, the array)}; axes of one name must have
+      one size. '...' stands for any leading axes, which may differ.
+  """
+  sizes: dict[str, tuple[int, str]] = {}
+  for name, (axes, array) in arrays.items():
+    wanted, shape = axes.split(), tuple(array.shape)
+    text = f"{name} has shape {shape}, want [{', '.join(wanted)}]"
+    if wanted[0] == "...":
+      wanted = wanted[1:]
+      fits = len(shape) >= len(wanted)
+    else:
+      fits = len(shape) == len(wanted)
+    if not fits:
+      raise ValueError(f"{text}: {remedy}")
+    for axis, size in zip(wanted, shape[-len(wanted) :], strict=True):
+      other, owner = sizes.setdefault(axis, (size, name))
+      if other != size:
+        raise ValueError(
+          f"{text} with {axis}={other} as {owner} has: they must agree"
+        )
+
+
 def squared_distances(
   x: Float[Array, "*B N C"], y: Float[Array, "*B T C"]
 ) -> Float[Array, "*B N T"]:
@@ -37,7 +64,11 @@ def squared_distances(
   which is exact for coincident pairs. Beyond, by the gram expansion about the
   mean of x, with an absolute error of about 1e-7 (||x||^2 + ||y||^2) and
   negative values clipped to 0.
+
+  Raises:
+    ValueError: other axes than these.
   """
+  check_axes("points are rows", x=("... N C", x), y=("... T C", y))
   if x.shape[-1] <= MAX_DIRECT_CHANNELS:
     difference = x[..., :, None, :] - y[..., None, :, :]
     return jnp.sum(difference**2, axis=-1)
@@ -95,9 +126,14 @@ def affinities(
     A in [sqrt(affinity_floor), 1] (above 1 only if the floor is).
 
   Raises:
-    ValueError: for a negative floor or an unknown normalization.
+    ValueError: for a negative floor or an unknown normalization, or other axes
+      than these.
   """
   check_affinities(affinity_floor, normalization)
+  check_axes(
+    "one row for each sample",
+    squared_distance=("... N T", squared_distance),
+  )
   squared = jnp.maximum(squared_distance, TINY_SQUARED_DISTANCE)
   if normalization == "xy":
     over_targets = _sqrt_softmax(squared, temperature, axis=-1)
@@ -136,7 +172,15 @@ def product_coefficients(
     W_pos = A_pos * sum over negatives of A_neg
     W_neg = A_neg * sum over positives of A_pos
   so that each row of [W_pos, -W_neg] sums to zero.
+
+  Raises:
+    ValueError: other axes than these.
   """
+  check_axes(
+    "one row for each sample",
+    affinity_pos=("... N P", affinity_pos),
+    affinity_neg=("... N M", affinity_neg),
+  )
   w_pos = affinity_pos * affinity_neg.sum(axis=-1, keepdims=True)
   w_neg = affinity_neg * affinity_pos.sum(axis=-1, keepdims=True)
   return w_pos, w_neg
@@ -150,7 +194,16 @@ def mean_shift(
   """Sum over targets of w_ij (y_j - x_i): invariant to translation (eq. 8).
 
   Rounding is relative to the coordinates: centre them first.
+
+  Raises:
+    ValueError: other axes than these.
   """
+  check_axes(
+    "points are rows",
+    x=("... N C", x),
+    y=("... T C", y),
+    w=("... N T", w),
+  )
   shift = jnp.matmul(w, y, precision=jax.lax.Precision.HIGHEST)
   return shift - w.sum(axis=-1, keepdims=True) * x
 
@@ -168,6 +221,7 @@ def coefficients(
 
   A has the positives first. Arguments and errors are those of `compute_v`.
   """
+  check_points(x, y_pos, y_neg)
   n, p, m = x.shape[0], y_pos.shape[0], y_neg.shape[0]
   check_temperature(temperature)
   if mask_self and n != m:
@@ -218,8 +272,8 @@ def compute_v(
     V in the units of the coordinates, float32, without any normalisation.
 
   Raises:
-    ValueError: temperature <= 0, unknown normalization, or mask_self with
-      N != M.
+    ValueError: temperature <= 0, unknown normalization, mask_self with
+      N != M, or other axes than these.
   """
   x, y_pos, y_neg = (a.astype(jnp.float32) for a in (x, y_pos, y_neg))
   w_pos, w_neg, _ = coefficients(
@@ -235,6 +289,16 @@ def compute_v(
   v_pos = mean_shift(x, y_pos, w_pos)
   v_neg = mean_shift(x, y_neg, w_neg)
   return attraction * v_pos - repulsion * v_neg
+
+
+def check_points(x: Array, y_pos: Array, y_neg: Array) -> None:
+  """Raises a ValueError unless they are the points of one problem."""
+  check_axes(
+    "it is one problem; jax.vmap takes several",
+    x=("N D", x),
+    y_pos=("P D", y_pos),
+    y_neg=("M D", y_neg),
+  )
 
 
 def check_temperature(temperature: float) -> None:

@@ -13,6 +13,8 @@ from drift_jax.drift import family
 from drift_jax.drift.field import (
   TINY_SQUARED_DISTANCE,
   Normalization,
+  check_axes,
+  check_points,
   check_temperature,
   masked,
   mean_shift,
@@ -180,7 +182,7 @@ def drift_loss(
   weight_gen: Float[Array, "B I"] | None = None,
   weight_pos: Float[Array, "B P"] | None = None,
   weight_neg: Float[Array, "B M"] | None = None,
-  temperatures: Sequence[float],
+  temperatures: float | Sequence[float],
   affinity_floor: float = 1e-6,
   normalization: Normalization = "xy",
   attraction: float = 1.0,
@@ -218,7 +220,7 @@ def drift_loss(
       `guidance.unconditional_weight`; None means 1. Weights multiply the
       affinities after the softmaxes, so zero-weight targets still take part
       in those.
-    temperatures: distinct taus > 0, in units of the mean distance S.
+    temperatures: distinct taus > 0, or one, in units of the mean distance S.
     affinity_floor: lower bound of the squared affinities. 1e-6 in the
       published configurations; 0 keeps distributions from collapsing onto
       their means where the temperatures reach no neighbours.
@@ -246,7 +248,7 @@ def drift_loss(
   """
   temperatures = check_temperatures(temperatures)
   if neg is None:
-    neg = jnp.zeros((pos.shape[0], 0, pos.shape[2]), pos.dtype)
+    neg = jnp.zeros((*gen.shape[:1], 0, *gen.shape[2:]), pos.dtype)
     if weight_neg is not None:
       raise ValueError("weight_neg is given but neg is None")
   if (variant.negatives == "independent") != (independent is not None):
@@ -254,7 +256,10 @@ def drift_loss(
       f"variant.negatives={variant.negatives!r}, but independent samples are "
       f"{'not ' if independent is None else ''}given"
     )
-  _check_shapes(gen, pos, neg)
+  arrays = {"gen": ("B N C", gen), "pos": ("B P C", pos), "neg": ("B M C", neg)}
+  if independent is not None:
+    arrays["independent"] = ("B I C", independent)
+  check_axes("of a single problem [N, C], give gen[None] and so on", **arrays)
   gen = gen.astype(jnp.float32)
   repelling = gen if independent is None else independent
   frozen = [
@@ -545,9 +550,11 @@ def compute_field(
     field itself does.
 
   Raises:
-    ValueError: an unknown field or option, a temperature that is not positive,
-      as many negatives as samples are wanted but not given.
+    ValueError: other axes than these, an unknown field or option, a temperature
+      that is not positive, as many negatives as samples are wanted but not
+      given.
   """
+  check_points(x, y_pos, y_neg)
   check_temperature(temperature)
   family.check_field(field, options)
   if mask_self and len(x) != len(y_neg):
@@ -615,8 +622,12 @@ def _effective_numbers(logits: Float[Array, "B N P"]) -> Float[Array, "B N"]:
   return 1.0 / jnp.sum(p**2, axis=-1)
 
 
-def check_temperatures(temperatures: Sequence[float]) -> tuple[float, ...]:
+def check_temperatures(
+  temperatures: float | Sequence[float],
+) -> tuple[float, ...]:
   """As floats; raises a ValueError for what drift_loss can't take."""
+  if isinstance(temperatures, (int, float)):
+    temperatures = (temperatures,)
   values = tuple(float(temperature) for temperature in temperatures)
   for value in values:
     check_temperature(value)
@@ -625,15 +636,6 @@ def check_temperatures(temperatures: Sequence[float]) -> tuple[float, ...]:
       f"temperatures={values} must hold at least one value and none twice"
     )
   return values
-
-
-def _check_shapes(gen: Array, pos: Array, neg: Array) -> None:
-  for name, features in (("pos", pos), ("neg", neg)):
-    if features.shape[::2] != gen.shape[::2]:
-      raise ValueError(
-        f"{name} has shape {features.shape}, gen {gen.shape}: the first and "
-        "the last axis (problems, channels) must agree"
-      )
 
 
 def _weights(

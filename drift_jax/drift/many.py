@@ -15,6 +15,7 @@ from drift_jax.drift.field import (
   MAX_DIRECT_CHANNELS,
   Normalization,
   check_affinities,
+  check_axes,
 )
 from drift_jax.drift.loss import (
   PAPER,
@@ -62,7 +63,7 @@ def drift_losses(
   weight_unconditional: Float[Array, " L"],
   *,
   num_positives: int,
-  temperatures: Sequence[float],
+  temperatures: float | Sequence[float],
   affinity_floor: float = 1e-6,
   normalization: Normalization = "xy",
   attraction: float = 1.0,
@@ -103,12 +104,14 @@ def drift_losses(
     report: without gradient.
 
   Raises:
-    ValueError: an unknown kernel; as `drift_loss`.
+    ValueError: an unknown kernel, features or shapes that don't go together;
+      as `drift_loss`.
   """
   if kernel not in get_args(Kernel):
     raise ValueError(
       f"kernel={kernel!r} is unknown; valid options: {get_args(Kernel)}"
     )
+  _check_features(generated, real, weight_unconditional, num_positives)
   temperatures = check_temperatures(temperatures)
   check_affinities(affinity_floor, normalization)
   field = fused.Field(
@@ -158,6 +161,33 @@ def drift_losses(
   )
   keys = tuple(key for keys, _ in found for key in keys)
   return losses, DriftReport(keys, jax.lax.stop_gradient(info))
+
+
+def _check_features(
+  generated: Mapping[str, Array],
+  real: Mapping[str, Array],
+  weight: Array,
+  num_positives: int,
+) -> None:
+  if not generated or not generated.keys() <= real.keys():
+    raise ValueError(
+      f"generated has the features {sorted(generated)}, real {sorted(real)}: "
+      "give at least one, and reals of each"
+    )
+  for key, x in generated.items():
+    check_axes(
+      "features without locations [L, N, C] have one, give x[:, :, None]",
+      **{
+        "weight_unconditional": ("L", weight),
+        f"generated[{key!r}]": ("L N T C", x),
+        f"real[{key!r}]": ("L R T C", real[key]),
+      },
+    )
+    if not 1 <= num_positives <= real[key].shape[1]:
+      raise ValueError(
+        f"num_positives={num_positives}: real[{key!r}] has "
+        f"{real[key].shape[1]} samples of each label, positives first"
+      )
 
 
 _Value = tuple[Array, Array]

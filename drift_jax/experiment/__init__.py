@@ -1,7 +1,7 @@
 """From a typed config to the objects of a run: inputs, networks, evaluation."""
 
 from drift_jax.experiment.alone import alone, alone_with
-from drift_jax.experiment.data_facts import demonstration_facts
+from drift_jax.experiment.data_facts import demonstration_facts, read_facts
 from drift_jax.experiment.evaluation import (
   TrainedGenerator,
   bind_sampler,
@@ -62,6 +62,7 @@ from drift_jax.experiment.networks import (
   mae_task,
   start_params,
 )
+from drift_jax.experiment.places import of_resumed
 from drift_jax.experiment.policies import (
   ONE_STEP,
   Act,
@@ -187,12 +188,14 @@ __all__ = [
   "name_of",
   "naming",
   "network_fn",
+  "of_resumed",
   "open_generator",
   "open_mesh",
   "open_readers",
   "open_workdir",
   "pad_to_mesh",
   "programs",
+  "read_facts",
   "read_style",
   "report_on_images",
   "report_on_run",

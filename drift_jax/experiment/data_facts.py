@@ -7,7 +7,7 @@ the images that it began with, in their order, by their labels.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from etils import epath
@@ -28,6 +28,7 @@ _CHECKSUMS = {
   "values_sha256": "their values are others",
 }
 _LISTED = 3
+_Facts = TypeVar("_Facts", dict[str, Any], list[Any])
 
 
 def image_facts(kind: str, source: data.Source | data.LatentReader) -> Facts:
@@ -82,18 +83,31 @@ def recorded(path: epath.Path) -> tuple[list[str], Facts]:
   """Class names and facts in a workdir; empty where a run has none yet.
 
   Raises:
-    ConfigError: a file that is no JSON.
+    ConfigError: a damaged file.
   """
-  return _read(path / CLASSES_FILE) or [], _read(path / DATA_FILE) or {}
+  files = ((path / CLASSES_FILE, list), (path / DATA_FILE, dict))
+  names, facts = (
+    read_facts(file, kind) if file.exists() else kind() for file, kind in files
+  )
+  return names, facts
 
 
-def _read(file: epath.Path) -> Any:
-  if not file.exists():
-    return None
+def read_facts(file: epath.Path, kind: type[_Facts]) -> _Facts:
+  """A JSON file of a workdir, a dict or a list.
+
+  Raises:
+    ConfigError: it is damaged.
+  """
   try:
-    return json.loads(file.read_text())
+    values = json.loads(file.read_text())
   except ValueError as error:
     raise config_lib.ConfigError(f"{file} is no JSON: {error}") from error
+  if not isinstance(values, kind):
+    raise config_lib.ConfigError(
+      f"{file} is damaged: it holds {type(values).__name__}, want "
+      f"{kind.__name__}"
+    )
+  return values
 
 
 def differences(

@@ -2,8 +2,7 @@
 
 import dataclasses
 import functools
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +21,8 @@ from drift_jax import (
   storage,
 )
 from drift_jax import config as config_lib
+from drift_jax.experiment import places
+from drift_jax.experiment.data_facts import read_facts
 from drift_jax.experiment.networks import (
   attention_kernel_for,
   frozen_sums,
@@ -276,7 +277,12 @@ class TrainedGenerator:
 
 
 def load_generator(
-  workdir: str, mesh: Mesh, *, step: int | None, ema_decay: float | None
+  workdir: str,
+  mesh: Mesh,
+  *,
+  step: int | None,
+  ema_decay: float | None,
+  paths: Mapping[str, str] | None = None,
 ) -> TrainedGenerator:
   """Restores one EMA of a run, without optimiser, queue or encoders.
 
@@ -286,10 +292,12 @@ def load_generator(
     step: checkpoint; None takes the best one if the run ranks them, else the
       newest.
     ema_decay: which average; None takes the one that the run evaluates.
+    paths: {dotted key of the config: where it is now}, of what is not found;
+      see `places.of_run`.
 
   Raises:
     ConfigError: no run there, not a generator's, an unknown decay, or an
-      autoencoder that is not the one that the run began with.
+      autoencoder that is not there or not the one that the run began with.
     ArtifactError: an autoencoder that can't be loaded.
     CheckpointError: no such checkpoint, or a damaged one.
     StorageError: a bucket that can't be read.
@@ -298,7 +306,9 @@ def load_generator(
   file = epath.Path(workdir) / CONFIG_FILE
   if not file.exists():
     raise config_lib.ConfigError(f"no run in {workdir}: {file} is missing")
-  config = config_lib.parse(json.loads(file.read_text()))
+  config = config_lib.parse(
+    places.of_run(read_facts(file, dict), workdir, paths or {})
+  )
   if not isinstance(config, config_lib.GeneratorConfig):
     raise config_lib.ConfigError(
       f"{workdir} holds a run of task {config.task!r}, want 'generator'"
@@ -308,6 +318,7 @@ def load_generator(
     raise config_lib.ConfigError(
       f"ema_decay={decay} was not kept: valid options are {config.ema.decays}"
     )
+  places.check_there(config, workdir, ["vae.path"])
   vae = load_vae(config.vae, mesh)
   check_frozen(epath.Path(workdir), frozen_sums({}, vae))
   task = generator_task(config, encoders={}, mesh=mesh)

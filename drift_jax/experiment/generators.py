@@ -1,7 +1,6 @@
 """Generators to sample from: a run, an export, an artifact, the release."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from jax.sharding import Mesh
 from drift_jax import artifacts, hub, steps, storage
 from drift_jax import config as config_lib
 from drift_jax.data import imagenet_classes, readable_classes
-from drift_jax.experiment.data_facts import CLASSES_FILE
+from drift_jax.experiment.data_facts import CLASSES_FILE, read_facts
 from drift_jax.experiment.evaluation import load_exported, load_generator
 from drift_jax.experiment.runs import CONFIG_FILE
 
@@ -64,7 +63,7 @@ def open_generator(
       the authors' release, hf://OWNER/NAME[@REVISION][/FOLDER].
     mesh: where the parameters go.
     vae: folder of the autoencoder behind the latents of an artifact; a run and
-      an export know theirs.
+      an export know theirs, a run's may be given where it is not found.
     step: of a run: checkpoint; None for the best, else the newest.
     ema_decay: of a run: which average; None for the evaluated one.
 
@@ -74,11 +73,7 @@ def open_generator(
     StorageError: a bucket that can't be read.
   """
   if _is_run(source):
-    if vae:
-      raise config_lib.ConfigError(
-        f"vae={vae!r}: {source} is a run, which has its own autoencoder"
-      )
-    return _from_run(source, mesh, step, ema_decay)
+    return _from_run(source, mesh, vae, step, ema_decay)
   for name, value in (("step", step), ("ema_decay", ema_decay)):
     if value is not None:
       raise config_lib.ConfigError(
@@ -93,22 +88,20 @@ def _is_run(source: str) -> bool:
     return False
   storage.check(source)
   file = epath.Path(source) / CONFIG_FILE
-  if not file.exists():
-    return False
-  try:
-    return "task" in json.loads(file.read_text())
-  except ValueError as error:
-    raise config_lib.ConfigError(f"{file} is no JSON: {error}") from error
+  return file.exists() and "task" in read_facts(file, dict)
 
 
 def _from_run(
-  workdir: str, mesh: Mesh, step: int | None, ema_decay: float | None
+  workdir: str, mesh: Mesh, vae: str, step: int | None, ema_decay: float | None
 ) -> OpenedGenerator:
-  run = load_generator(workdir, mesh, step=step, ema_decay=ema_decay)
+  paths = {"vae.path": vae} if vae else {}
+  run = load_generator(
+    workdir, mesh, step=step, ema_decay=ema_decay, paths=paths
+  )
   guidance = run.config.guidance
   decay = run.config.eval.ema_decay if ema_decay is None else ema_decay
   file = epath.Path(workdir) / CLASSES_FILE
-  names = tuple(json.loads(file.read_text())) if file.exists() else ()
+  names = tuple(read_facts(file, list)) if file.exists() else ()
   return OpenedGenerator(
     task=run.task,
     params=run.params,
@@ -128,7 +121,9 @@ def _from_run(
 def _from_artifact(source: str, mesh: Mesh, vae: str) -> OpenedGenerator:
   loaded = load_exported(source, vae, mesh)
   metadata = loaded.artifact.metadata
+  alphas = metadata.get("alpha_range", PUBLISHED_ALPHAS)
   names = metadata.get("class_names")
+  _check_facts(source, loaded.num_classes, alphas, names)
   if names is None and loaded.num_classes == len(imagenet_classes()):
     names = list(imagenet_classes())
   return OpenedGenerator(
@@ -138,7 +133,7 @@ def _from_artifact(source: str, mesh: Mesh, vae: str) -> OpenedGenerator:
     model_config=metadata["model_config"],
     num_classes=loaded.num_classes,
     class_names=readable_classes(names or ()),
-    alpha_range=tuple(metadata.get("alpha_range", PUBLISHED_ALPHAS)),
+    alpha_range=tuple(alphas),
     step=metadata.get("step"),
     ema_decay=metadata.get("ema_decay"),
     provenance={
@@ -150,15 +145,45 @@ def _from_artifact(source: str, mesh: Mesh, vae: str) -> OpenedGenerator:
   )
 
 
-def read_style(values: Sequence[int], task: steps.GeneratorTask) -> np.ndarray:
-  """Style indices [S] int32 of a list: one for all tokens, or one for each.
+def _check_facts(
+  source: str, num_classes: int, alphas: Any, names: Any
+) -> None:
+  """Raises ArtifactError for facts beside the weights that say nothing."""
+  numbers = isinstance(alphas, (list, tuple)) and all(
+    isinstance(alpha, (int, float)) for alpha in alphas
+  )
+  if not numbers or len(alphas) != 2 or not alphas[0] <= alphas[1]:
+    raise artifacts.ArtifactError(
+      f"{source}: its metadata have alpha_range={alphas!r}, want [LOW, HIGH]"
+    )
+  if names is None:
+    return
+  texts = isinstance(names, list) and all(isinstance(n, str) for n in names)
+  if not texts or len(names) != num_classes:
+    raise artifacts.ArtifactError(
+      f"{source}: its metadata have class_names={names!r:.60}, want a name for "
+      f"each of its {num_classes} classes, or null"
+    )
+
+
+def read_style(
+  values: int | Sequence[int], task: steps.GeneratorTask
+) -> np.ndarray:
+  """Style indices [S] int32: one for all tokens, or a list of one for each.
 
   -1 leaves an index to chance.
 
   Raises:
-    ConfigError: another number of them, or one out of range.
+    ConfigError: another number of them, one out of range or no integer.
   """
-  given = list(values) * (task.style_tokens if len(values) == 1 else 1)
+  array = np.atleast_1d(np.asarray(values))
+  if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+    raise config_lib.ConfigError(
+      f"style={values!r}: want one index, or a list of them"
+    )
+  values = array.tolist()
+  assert isinstance(values, list)
+  given = values * (task.style_tokens if len(values) == 1 else 1)
   if len(given) != task.style_tokens:
     raise config_lib.ConfigError(
       f"style={list(values)}: want one index, or {task.style_tokens}, one for "

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import jax
 
-from drift_jax import artifacts, data
+from drift_jax import artifacts, data, storage
 from drift_jax import config as config_lib
 from drift_jax.console import logger
 from drift_jax.experiment.data_facts import Facts, image_facts
@@ -86,8 +86,14 @@ def _open_latents(
   """A split of a latent cache.
 
   Raises:
+    StorageError: a URL.
     ValueError: a cache that is incomplete, damaged or of another autoencoder.
   """
+  storage.check_local(
+    f"data.source={settings.source!r}",
+    settings.source.removeprefix(LATENTS),
+    settings.data_dir,
+  )
   reader = data.LatentReader(
     pathlib.Path(settings.data_dir) / settings.source.removeprefix(LATENTS),
     split,

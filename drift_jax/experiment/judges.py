@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from drift_jax import artifacts, metrics, sharding, steps
+from drift_jax import artifacts, metrics, sharding, steps, storage
 from drift_jax import config as config_lib
 from drift_jax.experiment.inputs import LATENTS, Readers
 from drift_jax.experiment.networks import decoded_encoders, decoding
@@ -226,6 +226,7 @@ def _judge(
 
 def _reference(path: str, **of: Any) -> metrics.ReferenceStats:
   """Statistics of real images that are `of` what they are asked to be."""
+  storage.check_local("reference statistics", path)
   try:
     return metrics.load_reference(path, **of)
   except FileNotFoundError as error:

@@ -24,9 +24,15 @@ from drift_jax import (
   robots,
   sharding,
   steps,
+  storage,
 )
+from drift_jax.experiment.data_facts import read_facts
 from drift_jax.experiment.networks import drift_arguments
-from drift_jax.experiment.runs import CONFIG_FILE, make_checkpointer, naming
+from drift_jax.experiment.runs import (
+  CONFIG_FILE,
+  make_checkpointer,
+  naming,
+)
 
 SHAPES_FILE = "shapes.json"
 # The sampler of policies that need one evaluation.
@@ -46,6 +52,7 @@ def load_demonstrations(
 
   Raises:
     DataError: a file that is damaged, or lacks something.
+    StorageError: a URL.
     RobotError: an environment that is not installed, or whose expert fails.
   """
   section = config.data
@@ -58,6 +65,7 @@ def load_demonstrations(
       observations=section.observations,
     )
     return demonstrations
+  storage.check_local(f"data.source={section.source!r}", path)
   read = data.read_replay if kind == "zarr" else data.read_robomimic
   return read(path, section.observations, max_episodes=section.episodes)
 
@@ -342,12 +350,12 @@ def load_policy(
       raise config_lib.ConfigError(
         f"no policy's run in {workdir}: {path / name} is missing"
       )
-  config = config_lib.parse(json.loads((path / CONFIG_FILE).read_text()))
+  config = config_lib.parse(read_facts(path / CONFIG_FILE, dict))
   if not isinstance(config, config_lib.PolicyConfig):
     raise config_lib.ConfigError(
       f"{workdir} holds a run of task {config.task!r}, want 'policy'"
     )
-  shapes = json.loads((path / SHAPES_FILE).read_text())
+  shapes = read_facts(path / SHAPES_FILE, dict)
   task = policy_task(config, shapes)
   found = jax.eval_shape(init_policy(config, task, shapes), jax.random.key(0))
   abstract = sharding.abstract(found, sharding.infer_sharding(found, mesh))

@@ -10,8 +10,9 @@ from etils import epath
 from jax.sharding import Mesh
 
 from drift_jax import config as config_lib
-from drift_jax import metrics, processes, sharding
+from drift_jax import metrics, processes, sharding, storage
 from drift_jax.console import logger
+from drift_jax.experiment import places
 from drift_jax.experiment.data_facts import check_data
 from drift_jax.experiment.evaluation import (
   load_exported,
@@ -59,6 +60,7 @@ class Request:
     batch_size: samples at a time, on all devices.
     seed: of noise and style; a run's default is config.seed + 1, noise that
       its own evaluations (which chose the best checkpoint) did not use.
+    paths: {dotted key of a run's config: where it is now}, see places.of_run.
     judges: {('inception' or 'dinov2', 'path' or 'reference'): where}.
     neighbours: nearest training images of each sample; 0 for none.
     neighbour_space: see `feature_space`.
@@ -73,6 +75,7 @@ class Request:
   labels: str | None = None
   batch_size: int | None = None
   seed: int | None = None
+  paths: Mapping[str, str] = dataclasses.field(default_factory=dict)
   judges: Mapping[tuple[str, str], str] = dataclasses.field(
     default_factory=dict
   )
@@ -119,21 +122,27 @@ def report_on_run(
     'baseline': {figure: value of real train images}, maybe 'neighbours'.
 
   Raises:
-    ConfigError: arguments that do not fit the run.
+    ConfigError: arguments that do not fit the run, or files of it that are not
+      found.
     CheckpointError: no usable checkpoint.
     ArtifactError: a network that can't be loaded.
   """
   mesh = sharding.make_mesh()
-  run = load_generator(workdir, mesh, step=step, ema_decay=ema_decay)
+  run = load_generator(
+    workdir, mesh, step=step, ema_decay=ema_decay, paths=request.paths
+  )
   config = _requested_config(run.config, request, ema_decay)
   chosen = config.eval
   wants_encoder = "fd_encoder" in chosen.metrics or (
     request.neighbours > 0 and request.neighbour_space == "encoder"
   )
+  wants_reals = needs_reals(chosen) or request.neighbours > 0
+  needed = ["encoders.*"] * wants_encoder + ["data.*"] * wants_reals
+  places.check_there(config, workdir, [*needed, *_judged(chosen.metrics)])
   encoders = load_encoders(config.encoders, mesh) if wants_encoder else {}
   check_frozen(epath.Path(workdir), frozen_sums(encoders, None))
   readers = None
-  if needs_reals(chosen) or request.neighbours:
+  if wants_reals:
     readers = open_readers(config, run.vae)
     check_data(epath.Path(workdir), readers.train.class_names, readers.facts)
   with naming("eval"):
@@ -189,6 +198,15 @@ def report_on_run(
       )
     report["neighbours"] = _save_neighbours(found, request)
   return report
+
+
+def _judged(names: Sequence[str]) -> list[str]:
+  """Patterns of the config's keys that say where figures' files are."""
+  return ["eval.labels"] + [
+    f"eval.{judge}.*"
+    for judge, figures in config_lib.JUDGED_METRICS.items()
+    if set(figures) & set(names)
+  ]
 
 
 def _requested_config(
@@ -293,6 +311,7 @@ def report_on_images(path: str, request: Request) -> dict[str, Any]:
     ConfigError: arguments or images that do not fit.
     ArtifactError: a network that can't be loaded.
   """
+  storage.check_local("images", path)
   mesh = sharding.make_mesh()
   with naming("images"):
     images = metrics.open_images(path)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from drift_jax import (
   artifacts,
   checkpoint,
   data,
+  devices,
   exits,
   loop,
   metrics,
@@ -33,12 +35,14 @@ from drift_jax import (
 from drift_jax import config as config_lib
 from drift_jax import state as state_lib
 from drift_jax.console import logger
+from drift_jax.experiment import places
 from drift_jax.experiment.data_facts import (
   CLASSES_FILE,
   DATA_FILE,
   Facts,
   check_data,
   differences,
+  read_facts,
   recorded,
 )
 from drift_jax.state import TrainState
@@ -55,6 +59,7 @@ ERRORS = (
   loop.NonFiniteError,
   metrics.EvaluationError,
   processes.PeerError,
+  devices.DeviceError,
   robots.RobotError,
   OSError,  # a file or a disk; the message has the path
 )
@@ -132,9 +137,10 @@ def open_workdir(
 ) -> epath.Path:
   """Creates the workdir; writes config, classes, data's facts, weights' sums.
 
-  Where the workdir holds a checkpoint already, the config, the data and the
-  frozen weights must be those of that run. The first process does it for all;
-  the others see that they have its data.
+  With them goes where the config's paths start. Where the workdir holds a
+  checkpoint already, the config, the data and the frozen weights must be those
+  of that run. The first process does it for all; the others see that they have
+  its data.
 
   Args:
     workdir: of the run.
@@ -178,7 +184,7 @@ def _write_facts(
   if list((path / CHECKPOINTS).glob("[0-9]*")):
     if (path / CONFIG_FILE).exists():
       try:
-        config_lib.check_resumable((path / CONFIG_FILE).read_text(), text)
+        _check_resumable(path, text, frozen)
       except config_lib.ConfigError as error:
         # model.num_classes may be the data's, which nobody has typed.
         found = "; ".join(differences(*recorded(path), class_names, facts))
@@ -196,6 +202,7 @@ def _write_facts(
   path.mkdir(parents=True, exist_ok=True)
   with metrics.replacing(path / CONFIG_FILE) as file:
     file.write_text(text)
+  places.write_started(path)
   if class_names:
     with metrics.replacing(path / CLASSES_FILE) as file:
       file.write_text(json.dumps(list(class_names), indent=1))
@@ -208,11 +215,36 @@ def _write_facts(
   return class_names, facts
 
 
+def _check_resumable(
+  path: epath.Path, text: str, frozen: Mapping[str, str]
+) -> None:
+  """Raises ConfigError where a config is not that of the workdir's run.
+
+  Paths are the same if they lead to the same place, weights wherever they are.
+  """
+  old = places.of_run(read_facts(path / CONFIG_FILE, dict), os.fspath(path), {})
+  before, after = (
+    config_lib.flatten(places.absolute(values))
+    for values in (old, json.loads(text))
+  )
+  sums = _frozen_before(path)
+  for name, found in frozen.items():
+    if sums.get(name) == found and f"{name}.path" in before:
+      after[f"{name}.path"] = before[f"{name}.path"]
+  config_lib.check_resumable(json.dumps(before), json.dumps(after))
+
+
+def _frozen_before(path: epath.Path) -> dict[str, str]:
+  """Checksums of the weights that a run began with; none if it has none."""
+  file = path / WEIGHTS_FILE
+  return read_facts(file, dict) if file.exists() else {}
+
+
 def check_frozen(path: epath.Path, frozen: Mapping[str, str]) -> None:
   """Raises ConfigError where weights are not those that the run began with."""
-  if not (path / WEIGHTS_FILE).exists():
+  before = _frozen_before(path)
+  if not before:
     return
-  before = json.loads((path / WEIGHTS_FILE).read_text())
   for name in frozen:
     if before.get(name) != frozen[name]:
       raise config_lib.ConfigError(
@@ -279,11 +311,12 @@ def run(
         f"train.num_steps={config.train.num_steps}, but {path} holds a run of "
         f"{int(state.step)} steps: raise it or use a new workdir"
       )
-    writer = metrics.create_writer(
-      path,
-      resume_step=int(state.step) or -1,
-      is_main=processes.is_first(),
-    )
+    with naming("metrics.jsonl"):
+      writer = metrics.create_writer(
+        path,
+        resume_step=int(state.step) or -1,
+        is_main=processes.is_first(),
+      )
     stack.callback(writer.close)
     preempted = stack.enter_context(exits.preemption())
     return loop.fit(

@@ -1,12 +1,13 @@
 """Drawing exactly the samples that an evaluation asks for."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drift_jax import paths, processes
+from drift_jax import data, paths, processes
 from drift_jax.metrics import files
 from drift_jax.metrics.batches import Batch, PixelsFn, local_batches
 from drift_jax.metrics.errors import EvaluationError
@@ -55,9 +56,13 @@ def read_labels(
   """
   name = paths.expand(path)
   try:
-    labels = (
-      np.load(name) if name.endswith(".npy") else np.loadtxt(name, np.int64)
-    )
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore", UserWarning)  # of an empty text
+      labels = (
+        data.read_npy(name)
+        if name.endswith(".npy")
+        else np.loadtxt(name, np.int64)
+      )
   except ValueError as error:
     raise ValueError(f"{name} lists no labels: {error}") from error
   labels = np.atleast_1d(labels)

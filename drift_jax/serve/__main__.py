@@ -8,6 +8,7 @@ Everything is compiled before the port opens. Ctrl-C or SIGTERM ends it.
 """
 
 import os
+import re
 import signal
 import socket
 import sys
@@ -28,7 +29,10 @@ _FROM = paths.define_flag(
 )
 _WORKDIR = paths.define_flag("workdir", None, "The same, of a run.")
 _VAE = paths.define_flag(
-  "vae", "", "Of an artifact: the autoencoder behind its latents."
+  "vae",
+  "",
+  "Of an artifact: the autoencoder behind its latents; of a run where it is "
+  "now, if it is not found.",
 )
 _STEP = flags.DEFINE_integer(
   "step",
@@ -48,6 +52,11 @@ _ALLOWED_HOSTS = flags.DEFINE_list(
   "allowed_hosts",
   [],
   "Names by which browsers reach it, beside localhost and --host.",
+)
+_ROOT_PATH = flags.DEFINE_string(
+  "root_path",
+  "",
+  "/PREFIX at which a proxy shows it, if the proxy passes the prefix on.",
 )
 _BATCH_SIZES = flags.DEFINE_list(
   "batch_sizes",
@@ -74,6 +83,15 @@ def parse_sizes(values: list[str]) -> list[int]:
       "least one integer, each at least 1"
     )
   return [int(value) for value in values]
+
+
+def parse_root_path(value: str) -> str:
+  """The flag's prefix; ConfigError if it is no path."""
+  if value and not re.fullmatch(r"(/[\w.~@-]+)+/?", value):
+    raise config_lib.ConfigError(
+      f"--root_path={value} must be a path like /user/me/images"
+    )
+  return value
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -124,6 +142,7 @@ def main(argv: list[str]) -> None:
 def _run() -> None:
   source = sampling.source_of(_FROM.value, _WORKDIR.value)
   sizes = parse_sizes(_BATCH_SIZES.value)
+  root_path = parse_root_path(_ROOT_PATH.value)
   # Taken before anything takes time; nobody can connect until it listens.
   with bind(_HOST.value, _PORT.value) as listener:
     model = sampling.load(
@@ -140,6 +159,7 @@ def _run() -> None:
       serve.Limits(_MAX_IMAGES.value, _PER_MINUTE.value),
       name=os.path.basename(source.rstrip("/")),
       hosts=[host, *_ALLOWED_HOSTS.value],
+      root_path=root_path,
     )
     listener.listen()
     port = listener.getsockname()[1]

@@ -54,6 +54,7 @@ def make_app(
   *,
   name: str,
   hosts: Sequence[str],
+  root_path: str = "",
 ) -> ASGIApp:
   """An ASGI application.
 
@@ -69,6 +70,8 @@ def make_app(
     limits: of requests.
     name: of the model, on the page.
     hosts: names by which browsers may reach it, beside this machine's own.
+    root_path: '/PREFIX' that a proxy leaves before these paths; they are
+      answered without it as well.
   """
   rate = RateLimiter(limits.requests_per_minute)
   about = _json(describe(model, limits, name))
@@ -109,7 +112,7 @@ def make_app(
   )
   # Starlette's own would send '/page.js/' elsewhere, to a host of its making.
   app.router.redirect_slashes = False
-  return _Guard(app, hosts)
+  return _Guard(_below(root_path.rstrip("/"), app), hosts)
 
 
 def describe(
@@ -130,6 +133,24 @@ def describe(
     "max_images": limits.max_images,
     "max_seed": sampling.MAX_SEED,
   }
+
+
+def _below(prefix: str, app: ASGIApp) -> ASGIApp:
+  """The application at '/PREFIX/...' as well."""
+  if not prefix:
+    return app
+
+  async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["type"] == "http" and scope["path"] == prefix:
+      # The page's addresses are relative to the folder that it is in.
+      last = prefix.rpartition("/")[2]
+      moved = Response(status_code=307, headers={"location": f"{last}/"})
+      return await moved(scope, receive, send)
+    if scope["type"] == "http" and scope["path"].startswith(f"{prefix}/"):
+      scope = {**scope, "path": scope["path"].removeprefix(prefix)}
+    await app(scope, receive, send)
+
+  return answer
 
 
 class _Guard:

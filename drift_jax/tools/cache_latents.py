@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drift_jax import artifacts, console, paths, sharding
+from drift_jax import artifacts, console, paths, sharding, storage
 from drift_jax.console import logger
 from drift_jax.data import (
   encoded,
@@ -42,6 +42,7 @@ from drift_jax.data.latent_format import (
   Settings,
   Shard,
 )
+from drift_jax.devices import DeviceError, find_devices
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 # Batches decoded ahead of the device, and batches that the device works on.
@@ -242,7 +243,7 @@ def cache_latents(
   )
   latent_writer.require_space(folder, settings, todo)
   if todo:
-    mesh = sharding.make_mesh(devices=jax.local_devices())
+    mesh = sharding.make_mesh(devices=find_devices(local=True))
     batch_size = -(-batch_size // mesh.size) * mesh.size
     encode = make_encoder(autoencoder, mesh, compute_dtype)
     with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
@@ -441,12 +442,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     LatentCacheError,
     artifacts.ArtifactError,
     encoded.CorruptImageError,
+    DeviceError,
     OSError,
   ) as error:
     sys.exit(f"Error: {error}")
 
 
 def _run(arguments: argparse.Namespace) -> None:
+  find_devices()  # A mistake there, before anything is read.
+  storage.check_local(f"--out={arguments.out}", arguments.out)
   source = open_images(
     arguments.source,
     split=arguments.split,

@@ -125,31 +125,42 @@ def main(argv: Sequence[str]) -> None:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   if _TOPOLOGY.value:
     prepare_libtpu()
-  from drift_jax import console, experiment, metrics
+  from drift_jax import console, experiment
 
   console.setup()
   try:
     config = with_mesh(config_lib.parse(_CONFIG.value), _MESH.value)
     devices = find_devices(_TOPOLOGY.value)
     reports = check(config, devices, _PROGRAMS.value, _TEXT.value)
-    result = {
-      "config": _config_name(sys.argv),
-      "topology": _TOPOLOGY.value or "local",
-      "devices": len(devices),
-      "device_kind": devices[0].device_kind,
-      "mesh": _mesh_sizes(config, devices),
-      "programs": [dataclasses.asdict(report) for report in reports],
-    }
-    if _JSON.value == "-":
-      print(metrics.report_text(result))
-    else:
-      print(describe(result, reports))
-      if _JSON.value:
-        metrics.write_report(_JSON.value, result)
+    _tell(config, devices, reports)
   except experiment.ERRORS as error:
     sys.exit(f"Error: {error}")
   if any(report.fits is False for report in reports):
     sys.exit(1)
+
+
+def _tell(
+  config: config_lib.AnyConfig,
+  devices: Sequence[Any],
+  reports: Sequence[Report],
+) -> None:
+  """Prints what came out, and writes it where the flag says."""
+  from drift_jax import metrics
+
+  result = {
+    "config": _config_name(sys.argv),
+    "topology": _TOPOLOGY.value or "local",
+    "devices": len(devices),
+    "device_kind": devices[0].device_kind,
+    "mesh": _mesh_sizes(config, devices),
+    "programs": [dataclasses.asdict(report) for report in reports],
+  }
+  if _JSON.value == "-":
+    print(metrics.report_text(result))
+  else:
+    print(describe(result, reports))
+    if _JSON.value:
+      metrics.write_report(_JSON.value, result)
 
 
 def _config_name(argv: Sequence[str]) -> str:
@@ -178,11 +189,12 @@ def find_devices(topology: str) -> list[Any]:
   Raises:
     ConfigError: a topology that there is not, or no libtpu to compile with.
   """
-  import jax
   from jax.experimental import topologies
 
+  from drift_jax import devices as devices_lib
+
   if not topology:
-    return jax.devices()
+    return devices_lib.find_devices()
   if not _TOPOLOGY_FORM.fullmatch(topology):
     raise config_lib.ConfigError(
       f"--topology={topology!r}: want GENERATION:CHIPS, e.g. v6e:8x16, v5e:4x8 "

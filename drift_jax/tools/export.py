@@ -50,6 +50,7 @@ from drift_jax import (
 )
 from drift_jax import config as config_lib
 from drift_jax.console import logger
+from drift_jax.devices import find_devices
 from drift_jax.models import release
 
 FORMATS = ("stablehlo", "release", "onnx")
@@ -99,7 +100,7 @@ def export(
           f"{name}={value!r}: valid options are {list(valid)}"
         )
   with _new_folder(out) as folder:
-    mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+    mesh = sharding.make_mesh(1, 1, find_devices()[:1])
     opened = experiment.open_generator(
       source, mesh, vae=vae, step=step, ema_decay=ema_decay
     )
@@ -411,7 +412,8 @@ def _parser() -> console.Parser:
     "--vae",
     type=paths.argument,
     default="",
-    help="of --init_from: the autoencoder of its latents",
+    help="of --init_from: the autoencoder of its latents; of --workdir where "
+    "it is now, if it is not found",
   )
   parser.add_argument("--step", type=int, help="of --workdir: checkpoint")
   parser.add_argument("--ema_decay", type=float, help="of --workdir: which EMA")

@@ -8,13 +8,13 @@ environment, method and sampler with its success over seeds, and policies.png,
 the curves. Runs of one environment must differ in method and seed alone.
 """
 
-import json
 import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from absl import app, flags
+from etils import epath
 
 from drift_jax import config as config_lib
 from drift_jax import console, exits, experiment, metrics, paths
@@ -74,7 +74,7 @@ def read(workdirs: Sequence[str]) -> list[Row]:
         raise config_lib.ConfigError(
           f"no finished run of a policy in {workdir}: {path / name} is missing"
         )
-    values = json.loads((path / "config.json").read_text())
+    values = experiment.read_facts(epath.Path(path / "config.json"), dict)
     config = config_lib.parse(values)
     if not isinstance(config, config_lib.PolicyConfig):
       raise config_lib.ConfigError(
@@ -87,7 +87,7 @@ def read(workdirs: Sequence[str]) -> list[Row]:
       ((config.environment, method), _SEED),
     ):
       _check_equal(*first.setdefault(key, (workdir, flat)), workdir, flat, free)
-    report = json.loads((path / "figures.json").read_text())
+    report = experiment.read_facts(epath.Path(path / "figures.json"), dict)
     records = list(metrics.read_jsonl(path / "metrics.jsonl"))
     for sampler in experiment.policy_samplers(config):
       place = config.environment, method, sampler

@@ -37,6 +37,7 @@ from drift_jax import (
   sharding,
 )
 from drift_jax.console import logger
+from drift_jax.devices import find_devices
 from drift_jax.tools import weight_files
 
 CROPS = ("center", "pad", "none")
@@ -96,7 +97,7 @@ class Network:
     Raises:
       ArtifactError: there is none.
     """
-    self._mesh = sharding.make_mesh(devices=jax.local_devices())
+    self._mesh = sharding.make_mesh(devices=find_devices(local=True))
     self.artifact = experiment.load_judge(path, self._mesh)
     self.path = path
     self._outputs = experiment.network_fn(self.artifact, self._mesh)

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import app, flags
+from etils import epath
 
 from drift_jax import config as config_lib
 from drift_jax import (
@@ -145,7 +146,10 @@ def train(
       return None, str(error)
     finally:
       logger.setLevel(level)
-  return json.loads(file.read_text()), ""
+  try:
+    return experiment.read_facts(epath.Path(file), dict), ""
+  except config_lib.ConfigError as error:
+    return None, str(error)
 
 
 def write(

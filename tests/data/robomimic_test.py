@@ -101,17 +101,61 @@ def miscounted(group):
   group["demo_2"].attrs["num_samples"] = 6
 
 
+def bare(group):
+  """As MimicGen has it: neither `num_samples` nor `dones`."""
+  for number in LENGTHS:
+    demo = group[f"demo_{number}"]
+    del demo.attrs["num_samples"], demo["dones"]
+
+
+def bare_and_shortened(group):
+  bare(group)
+  shortened(group)
+
+
+def no_group(group):
+  del group["demo_2"]
+  group["demo_2"] = np.zeros(3)
+
+
+def flat_observations(group):
+  del group["demo_2/obs"]
+  group["demo_2/obs"] = np.zeros((5, 10))
+
+
+def bare_and_empty(group):
+  bare(group)
+  for name in ("actions", "obs/object"):
+    del group[f"demo_2/{name}"]
+    group[f"demo_2/{name}"] = np.zeros((0, 10))
+
+
+def test_each_group_is_an_episode(robomimic):
+  """Its length is that of its arrays where nothing else says it."""
+  whole = data.read_robomimic(robomimic(), NAMES)
+  shown = data.read_robomimic(robomimic(bare), NAMES)
+  np.testing.assert_array_equal(shown.ends, whole.ends)
+  np.testing.assert_array_equal(shown.actions, whole.actions)
+  for name in NAMES:
+    np.testing.assert_array_equal(
+      shown.observations[name], whole.observations[name]
+    )
+
+
 @pytest.mark.parametrize(
   ("change", "message"),
   [
     (unfinished, "hdf5: demo_2: an unfinished episode: .* last of its 5"),
     (shortened, "demo_2: 'object' has 4 steps, num_samples is 5"),
     (miscounted, "demo_2: 'object' has 5 steps, num_samples is 6"),
+    (bare_and_shortened, "demo_2: 'object' has 4 steps, the actions have 5"),
+    (bare_and_empty, "demo_2: an episode without steps"),
+    (no_group, "demo_2 is no group of arrays"),
+    (flat_observations, "demo_2: obs is no group of arrays"),
     (
       without("demo_2/obs/object"),
       r"demo_2: .*\['object'\] are missing; there",
     ),
-    (without("demo_2/dones"), r"demo_2: \['dones'\] are missing; there are"),
     (without("demo_2/actions"), r"demo_2: \['actions'\] are missing"),
   ],
 )

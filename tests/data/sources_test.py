@@ -1,10 +1,12 @@
 """The digits, held-out images, and which source a spec opens."""
 
 import pickle
+import sys
 
 import numpy as np
 import pytest
 
+from drift_jax import storage
 from drift_jax.data import encoded, folder, sources
 from tests.data.pictures import picture, write
 
@@ -138,3 +140,21 @@ def test_specs():
     sources.open_source("folder:nowhere", split="train", **OPTIONS)
   with pytest.raises(ValueError, match="nowhere is not a file"):
     sources.open_source("tar:nowhere", split="train", **OPTIONS)
+
+
+@pytest.mark.parametrize(
+  ("spec", "data_dir", "message"),
+  [
+    ("folder:gs://bucket/x", "", "gs://bucket/x is a URL, .*disks only"),
+    ("folder:x", "gs://bucket", "gs://bucket is a URL, .*disks only"),
+    ("tar:s3://bucket/x.tar", "", "s3://bucket/x.tar is a URL"),
+    ("tfds:mnist", "gs://bucket/x", "gs://bucket/x: .*pip install gcsfs"),
+    ("tfds:gs://bucket/mnist", "", "gs://bucket/mnist: .*pip install gcsfs"),
+    ("tfds:mnist", "s3://bucket/x", "s3://bucket/x: .*local disks and gs://"),
+    ("tfds:file:///x/mnist", "", "file:///x/mnist: .*local disks and gs://"),
+  ],
+)
+def test_urls(monkeypatch, spec, data_dir, message):
+  monkeypatch.setitem(sys.modules, "gcsfs", None)
+  with pytest.raises(storage.StorageError, match=message):
+    sources.open_source(spec, split="train", **OPTIONS | {"data_dir": data_dir})

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import cifar10, imagenet_latent
+from configs import cifar10, imagenet_latent, policy
 from drift_jax import config as config_lib
-from drift_jax import experiment
+from drift_jax import experiment, storage
 from drift_jax.config import schema
 from drift_jax.data import decode, latent_format
 from drift_jax.data import readers as readers_lib
@@ -289,6 +289,17 @@ def test_latents(cache, relative):
     config_lib.ConfigError, match=r"data: no latent .*'validation'.*\['train'\]"
   ):
     readers.test()
+
+
+def test_data_that_only_disks_hold():
+  config = latents("latents:gs://bucket/cache")
+  with pytest.raises(storage.StorageError, match="gs://bucket/cache is a URL"):
+    experiment.open_readers(config, autoencoder())
+  config = policy.get_config("smoke")
+  for source in ("zarr:gs://bucket/a.zarr", "hdf5:s3://bucket/a.hdf5"):
+    config.data.source = source
+    with pytest.raises(storage.StorageError, match="://bucket/a.* is a URL"):
+      experiment.load_demonstrations(config_lib.parse(config))
 
 
 @pytest.mark.parametrize(

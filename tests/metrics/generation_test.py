@@ -126,7 +126,28 @@ def test_labels_from_a_file(tmp_path):
   np.save(tmp_path / "floats.npy", wanted / 2)
   np.save(tmp_path / "square.npy", wanted.reshape(2, 2))
   np.save(tmp_path / "object.npy", np.asarray([{}]), allow_pickle=True)
-  for name in ("words.txt", "floats.npy", "square.npy", "object.npy"):
+  (tmp_path / "empty.npy").touch()
+  (tmp_path / "empty.txt").touch()
+  (tmp_path / "text.npy").write_text("1\n2\n")
+  np.savez(tmp_path / "archive.npz", wanted)
+  (tmp_path / "archive.npz").rename(tmp_path / "archive.npy")
+  whole = (tmp_path / "a.npy").read_bytes()
+  (tmp_path / "cut.npy").write_bytes(whole[:-3])
+  (tmp_path / "header.npy").write_bytes(whole.replace(b"{'de", b"((((", 1))
+  np.save(tmp_path / "bools.npy", wanted > 0)
+  for name in (
+    "words.txt",
+    "floats.npy",
+    "square.npy",
+    "object.npy",
+    "bools.npy",
+    "empty.txt",
+    "empty.npy",
+    "text.npy",
+    "archive.npy",
+    "cut.npy",
+    "header.npy",
+  ):
     with pytest.raises(ValueError, match=name):
       read_labels(tmp_path / name, num_classes=4, count=None)
   with pytest.raises(FileNotFoundError):

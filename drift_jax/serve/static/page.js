@@ -146,7 +146,7 @@ async function* linesOf(response) {
 async function answerTo(asked, signal) {
   let response;
   try {
-    response = await fetch("/api/sample", {
+    response = await fetch("api/sample", {
       method: "POST",
       headers: { "Content-Type": "application/json" },
       body: JSON.stringify(asked),
@@ -394,7 +394,7 @@ function listen() {
 async function begin() {
   listen();
   try {
-    const response = await fetch("/api/model");
+    const response = await fetch("api/model");
     model = await response.json();
     if (!response.ok) throw new Error(model.error);
   } catch (error) {
