@@ -42,6 +42,7 @@ from drift_jax.experiment.data_facts import (
   Facts,
   check_data,
   differences,
+  is_same_data,
   read_facts,
   recorded,
 )
@@ -184,7 +185,7 @@ def _write_facts(
   if list((path / CHECKPOINTS).glob("[0-9]*")):
     if (path / CONFIG_FILE).exists():
       try:
-        _check_resumable(path, text, frozen)
+        _check_resumable(path, text, frozen, class_names, facts)
       except config_lib.ConfigError as error:
         # model.num_classes may be the data's, which nobody has typed.
         found = "; ".join(differences(*recorded(path), class_names, facts))
@@ -216,11 +217,16 @@ def _write_facts(
 
 
 def _check_resumable(
-  path: epath.Path, text: str, frozen: Mapping[str, str]
+  path: epath.Path,
+  text: str,
+  frozen: Mapping[str, str],
+  class_names: Sequence[str],
+  facts: Facts,
 ) -> None:
-  """Raises ConfigError where a config is not that of the workdir's run.
+  """Raises ConfigError if a config is not that of the workdir's run.
 
-  Paths are the same if they lead to the same place, weights wherever they are.
+  Paths are the same if they lead to the same place. Weights, and data that are
+  known by checksums of their names or values, may lie anywhere.
   """
   old = places.of_run(read_facts(path / CONFIG_FILE, dict), os.fspath(path), {})
   before, after = (
@@ -231,6 +237,8 @@ def _check_resumable(
   for name, found in frozen.items():
     if sums.get(name) == found and f"{name}.path" in before:
       after[f"{name}.path"] = before[f"{name}.path"]
+  if is_same_data(*recorded(path), class_names, facts):
+    after["data.source"] = before["data.source"]
   config_lib.check_resumable(json.dumps(before), json.dumps(after))
 
 

@@ -135,6 +135,13 @@ def test_data_may_move(tmp_path):
   start(tmp_path / "run", "folder:images", **changes)
   config = json.loads((tmp_path / "run" / "config.json").read_text())
   assert config["data"]["data_dir"] == str(tmp_path / "there")
+  start(tmp_path / "run", f"folder:{tmp_path}/there/images")
+  copy = tmp_path / "copy"
+  make_images(copy)
+  start(tmp_path / "run", f"folder:{copy}")
+  rename_class(copy)
+  with pytest.raises(config_lib.ConfigError, match="class 0 was 'cat'"):
+    start(tmp_path / "run", f"folder:{copy}")
 
 
 def test_runs_that_have_not_recorded_their_data_go_on(run, caplog):
