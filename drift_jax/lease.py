@@ -78,7 +78,7 @@ class Lease:
     )
 
   def take(self) -> None:
-    """Takes it, once; waits where it can't be known at once whether its owner lives.
+    """Takes it, once; waits if it can't be known at once if its owner lives.
 
     Raises:
       ConfigError: its owner lives; the message says which process that is.
