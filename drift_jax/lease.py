@@ -73,9 +73,12 @@ class Lease:
     self._busy = threading.Lock()
     self._released = threading.Event()
     self._released.set()
+    self._keeper = threading.Thread(
+      target=self._keep, name="lease", daemon=True
+    )
 
   def take(self) -> None:
-    """Takes it; waits where it can't be known at once whether its owner lives.
+    """Takes it, once; waits if it can't be known at once if its owner lives.
 
     Raises:
       ConfigError: its owner lives; the message says which process that is.
@@ -108,7 +111,7 @@ class Lease:
         )
       time.sleep(_LOOK_SECONDS)
     self._released.clear()
-    threading.Thread(target=self._keep, name="lease", daemon=True).start()
+    self._keeper.start()
 
   def release(self) -> None:
     """Gives it back, if it was taken; leaves no folder that holds nothing."""
@@ -121,6 +124,8 @@ class Lease:
       with contextlib.suppress(OSError):
         for folder in self._made:
           folder.rmdir()
+    if threading.current_thread() is not self._keeper:
+      self._keeper.join(_LOOK_SECONDS)  # not under way when Python ends
 
   def _keep(self) -> None:
     """Shows that the owner lives, until it is released or lost."""
