@@ -521,7 +521,7 @@ def test_the_generator_is_evaluated_by_its_average(tmp_path, monkeypatch):
   )
   writer = metrics.create_writer(tmp_path, resume_step=-1, is_main=True)
   state = averaged_state(config.ema.decays, good=0.9)
-  evaluation(3, state, writer=writer, path=tmp_path)
+  evaluation(3, state, lambda: None, writer=writer, path=tmp_path)
   writer.close()
   assert used == [1.0]
 
@@ -547,7 +547,7 @@ def test_the_encoder_is_evaluated_by_its_average(tmp_path, monkeypatch):
   )
   writer = metrics.create_writer(tmp_path, resume_step=-1, is_main=True)
   state = averaged_state(config.ema.decays, good=0.9)
-  figures = evaluate(3, state, writer=writer)
+  figures = evaluate(3, state, lambda: None, writer=writer)
   writer.close()
   assert figures == {"eval/recon_loss": 1.0}
 

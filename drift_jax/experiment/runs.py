@@ -54,10 +54,14 @@ AnyConfig = config_lib.AnyConfig
 
 
 class Evaluate(Protocol):
-  """A task's evaluation in the loop; it must leave the state alone."""
+  """A task's evaluation in the loop: see loop.Evaluate."""
 
   def __call__(
-    self, step: int, state: TrainState, writer: metrics.MetricWriter
+    self,
+    step: int,
+    state: TrainState,
+    check: Callable[[], None],
+    writer: metrics.MetricWriter,
   ) -> dict[str, float]: ...
 
 
@@ -157,7 +161,11 @@ def _write_facts(
   class_names: Sequence[str],
 ) -> None:
   text = config_lib.to_json(config)
-  steps_seen = list((path / CHECKPOINTS).glob("[0-9]*"))
+  folder = path / CHECKPOINTS
+  # Not by a pattern: characters of the path could be taken for one.
+  steps_seen = folder.exists() and any(
+    entry.name[0].isdecimal() for entry in folder.iterdir()
+  )
   if steps_seen and (path / CONFIG_FILE).exists():
     config_lib.check_resumable((path / CONFIG_FILE).read_text(), text)
   if steps_seen:
@@ -218,7 +226,7 @@ def run(
 
   Raises:
     ConfigError: the workdir's run is longer than config.train.num_steps.
-    Preempted: by SIGTERM, behind a step that has been saved.
+    Preempted: by SIGTERM, with the step saved.
   """
   training = make_training(
     config,
@@ -244,9 +252,11 @@ def run(
         f"train.num_steps={config.train.num_steps}, but {path} holds a run of "
         f"{int(state.step)} steps: raise it or use a new workdir"
       )
+    step_found = int(state.step)
     writer = metrics.create_writer(
       path,
-      resume_step=int(state.step) or -1,
+      resume_step=step_found or -1,
+      evaluated=step_found == 0 or checkpointer.evaluated(step_found),
       is_main=processes.is_first(),
     )
     stack.callback(writer.close)
