@@ -311,9 +311,7 @@ class Checkpointer:
         for name, value in (figures or {}).items()
       }
       path = self._directory / str(step) / checksums.FIGURES
-      temporary = path.with_name(path.name + ".tmp")
-      temporary.write_text(json.dumps(finite))
-      temporary.replace(path)
+      checksums.write_whole(path, json.dumps(finite))
     steps = self.steps()
     dropped = sorted({*steps} - self._retention.kept(steps))
     if dropped:
@@ -381,10 +379,10 @@ class Checkpointer:
         "command goes on from it"
       )
       text = " ".join(str(error).split())
-      cause = re.search(r"OS error \d+: [^\]]*", text)
+      cause = re.search(r"([^:\[\]]+) \[os_error_code", text)
       raise CheckpointError(
         f"a checkpoint in {self._directory} could not be written: "
-        f"{cause[0] if cause else f'{type(error).__name__}: {text[:300]}'}. "
+        f"{cause[1].strip() if cause else text[-300:]}. "
         f"{kept}"
       ) from error
 

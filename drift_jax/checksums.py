@@ -77,6 +77,14 @@ def file_names(directory: epath.Path) -> list[str]:
   return sorted(names)
 
 
+def write_whole(path: epath.Path, text: str) -> None:
+  """Writes a file that is there as a whole or not at all."""
+  temporary = path.with_name(path.name + ".tmp")
+  with storage.naming_errors(path):
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
 class Summing:
   """The checksums of one process' files; it can be interrupted and resumed."""
 
@@ -119,9 +127,7 @@ class Summing:
           sums.append(zlib.crc32(block))
         self._sums[name] = [size, sums]
     path = self._directory / _sums_name(self._process)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(self._sums, sort_keys=True))
-    temporary.replace(path)
+    write_whole(path, json.dumps(self._sums, sort_keys=True))
     return True
 
 

@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 import time
+import traceback
 from typing import NoReturn
 
 from absl import logging as absl_logging
@@ -16,8 +17,21 @@ LOG_SECONDS = 30.0
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-  """False for errors that Orbax logs in each of its threads: it raises them."""
-  return record.exc_info is None or "/orbax/" not in record.pathname
+  """False for errors in Orbax' threads: it logs each, and raises the first."""
+  if not record.exc_info:
+    return True
+  frames = traceback.walk_tb(record.exc_info[2])
+  names = [record.pathname, *(f.f_code.co_filename for f, _ in frames)]
+  return not any("/orbax/" in name for name in names)
+
+
+def _unraisable(found: "sys.UnraisableHookArgs") -> None:
+  """Shows all but what TensorStore tells an event loop of Orbax that is over.
+
+  It does for each write after the first that failed, of which Orbax raises.
+  """
+  if found.object is not None or str(found.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(found)
 
 
 class _Handler(logging.Handler):
@@ -44,7 +58,9 @@ def setup(process: int = 0) -> None:
   logger.propagate = False
   logger.setLevel(logging.WARNING if process else logging.INFO)
   absl_logging.set_verbosity(absl_logging.WARNING)
-  absl_logging.get_absl_logger().addFilter(_is_news)
+  for noisy in (absl_logging.get_absl_logger(), logging.getLogger("asyncio")):
+    noisy.addFilter(_is_news)
+  sys.unraisablehook = _unraisable
 
 
 def shows_bars() -> bool:

@@ -5,10 +5,12 @@ the bucket can be used at all, and writing, since an object can't be appended
 to and appears only when it is whole.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 PathLike = str | os.PathLike[str]
@@ -24,6 +26,18 @@ _HINT = (
 
 class StorageError(OSError):
   """A bucket that can't be used; the message says which, why, what now."""
+
+
+@contextlib.contextmanager
+def naming_errors(path: PathLike) -> Iterator[None]:
+  """Gives OSErrors the path, where a full disk's have none."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno is None or error.filename is not None:
+      raise
+    text = error.strerror or os.strerror(error.errno)
+    raise OSError(error.errno, text, os.fspath(path)) from error
 
 
 def is_remote(path: PathLike) -> bool:

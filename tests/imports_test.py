@@ -21,6 +21,7 @@ RANKS = {
   "exits": 1,
   "models": 1,
   "optim": 1,
+  "checksums": 1,
   "artifacts": 2,
   "checkpoint": 2,
   "metrics": 2,

@@ -138,8 +138,9 @@ class JsonlWriter(MetricWriter):
         )
       number = float(array.item())
       record[name] = number if math.isfinite(number) else None
-    self._file.write(json.dumps(record, allow_nan=False) + "\n")
-    self._file.flush()
+    with storage.naming_errors(self._file.name):
+      self._file.write(json.dumps(record, allow_nan=False) + "\n")
+      self._file.flush()
 
   def write_images(self, step: int, images: Mapping[str, Any]) -> None:
     pass
@@ -175,10 +176,12 @@ class JsonlWriter(MetricWriter):
     pass
 
   def flush(self) -> None:
-    self._file.flush()
+    with storage.naming_errors(self._file.name):
+      self._file.flush()
 
   def close(self) -> None:
-    self._file.close()
+    with storage.naming_errors(self._file.name):
+      self._file.close()
 
 
 class _Uploading(MultiWriter):
