@@ -155,6 +155,7 @@ class Checkpointer:
       self._directory = self._directory.resolve()
     self._on_corrupt = on_corrupt
     self._read_only = read_only
+    self._failed = False  # a save
     self._retention = _Retention(keep_latest, keep_every, best_metric)
     self._manager = self._open()
     # What sums the files of the steps whose checksums are still to be written,
@@ -189,9 +190,7 @@ class Checkpointer:
     """Removes what killed saves have left; never what may be a checkpoint."""
     if not self._directory.exists():
       return
-    for path in self._directory.iterdir():
-      if _UNFINISHED.fullmatch(path.name):
-        path.rmtree()
+    self._remove_unfinished()
     for path in self._unmarked():
       metadata = _read_json(path / _METADATA)
       if metadata is not None and not metadata.get("commit_timestamp_nsecs"):
@@ -207,6 +206,11 @@ class Checkpointer:
         path,
         checksums.COMMIT,
       )
+
+  def _remove_unfinished(self) -> None:
+    for path in self._directory.iterdir():
+      if _UNFINISHED.fullmatch(path.name):
+        path.rmtree()
 
   def _unmarked(self) -> list[epath.Path]:
     """Folders of steps in a bucket that lack the marker of a finished save."""
@@ -369,6 +373,7 @@ class Checkpointer:
     except checksums.FILE_ERRORS as error:
       if processes.is_lost_peer(error):
         raise
+      self._failed = True
       # What the failed save was about to delete is still there.
       self._manager.reload()
       last = self.latest_step()
@@ -398,14 +403,23 @@ class Checkpointer:
     self._wait_for_sums()
 
   def close(self) -> None:
-    """Waits, then releases the manager, also where waiting fails."""
+    """Waits, then releases the manager, also where waiting fails.
+
+    What a failed save has written would keep a full disk full: it is removed.
+    """
     try:
       self.wait()
     finally:
       self._stop.set()
       self._executor.shutdown()
-      with self._writing():
-        self._manager.close()
+      try:
+        with self._writing():
+          self._manager.close()
+      finally:
+        if self._failed and processes.is_first():
+          # Threads of the save may still be writing there.
+          with contextlib.suppress(OSError):
+            self._remove_unfinished()
 
   def restore(
     self,

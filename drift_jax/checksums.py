@@ -276,12 +276,12 @@ def _data_read(
   """
   import tensorstore
 
-  folder = f"{directory / item}/"
-  store: Any = tensorstore.KvStore.open(
-    folder
-    if storage.is_remote(directory)
-    else {"driver": "file", "path": folder}
-  ).result()
+  folder = f"{storage.without_scheme(directory / item)}/"
+  spec: dict[str, Any] = {"driver": "file", "path": folder}
+  if storage.is_remote(directory):
+    bucket, _, path = folder.partition("/")
+    spec = {"driver": "gcs", "bucket": bucket, "path": path}
+  store: Any = tensorstore.KvStore.open(spec).result()
   parts = collections.defaultdict(list)
 
   def add(location: str) -> None:

@@ -19,6 +19,7 @@ from drift_jax import (
   processes,
   sharding,
   steps,
+  storage,
   streams,
 )
 from drift_jax.console import logger
@@ -274,7 +275,7 @@ class Evaluation:
   def _draw(self) -> None:
     """Draws the animation and the field from the samples that were kept."""
     plots = self._path / "plots"
-    files = sorted((self._path / "samples").glob("step_*.npy"))
+    files = storage.entries(self._path / "samples", ".npy")
     frames = [
       (
         int(file.stem.removeprefix("step_")),

@@ -104,6 +104,7 @@ def check_workdir(workdir: str) -> None:
       return  # storage.check has looked at it.
     path = pathlib.Path(workdir)
     try:
+      storage.check_characters(workdir)
       while not path.is_dir():
         if path.exists():
           raise NotADirectoryError(f"{path} is a file")
@@ -161,10 +162,8 @@ def _write_facts(
   class_names: Sequence[str],
 ) -> None:
   text = config_lib.to_json(config)
-  folder = path / CHECKPOINTS
-  # Not by a pattern: characters of the path could be taken for one.
-  steps_seen = folder.exists() and any(
-    entry.name[0].isdecimal() for entry in folder.iterdir()
+  steps_seen = any(
+    entry.name[0].isdecimal() for entry in storage.entries(path / CHECKPOINTS)
   )
   if steps_seen and (path / CONFIG_FILE).exists():
     config_lib.check_resumable((path / CONFIG_FILE).read_text(), text)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from drift_jax import processes
+from drift_jax import processes, storage
 from drift_jax.metrics import files
 from drift_jax.metrics.batches import Batch
 from drift_jax.metrics.images import save_png
@@ -76,7 +76,7 @@ class SampleFolder:
           "the same, or another folder"
         )
       return
-    if self._path.exists() and any(self._path.glob("*.png")):
+    if storage.entries(self._path, ".png"):
       raise ValueError(
         f"{self._path} holds images, but no {FACTS_FILE} that says which they "
         "are: give another folder"
@@ -88,7 +88,7 @@ class SampleFolder:
     """Numbers [n] int32 of the images that are not there yet."""
 
     def find() -> list[int]:
-      there = {path.name for path in self._path.glob("*.png")}
+      there = {path.name for path in storage.entries(self._path, ".png")}
       return [i for i in range(self._count) if self._name(i) not in there]
 
     return np.array(processes.from_first(find), np.int32)
