@@ -193,7 +193,9 @@ class Checkpointer:
     self._remove_unfinished()
     for path in self._unmarked():
       metadata = _read_json(path / _METADATA)
-      if metadata is not None and not metadata.get("commit_timestamp_nsecs"):
+      finished = (metadata or {}).get("commit_timestamp_nsecs") is not None
+      summed = (path / checksums.CHECKSUMS).exists()
+      if metadata is not None and not finished and not summed:
         path.rmtree()  # of a save that was killed
         continue
       found = checksums.compare(path)

@@ -167,6 +167,7 @@ class _Progress:
     """Counts a step that has been handed to the device."""
     if self._mark is None:
       self._mark = (step, time.perf_counter())
+      self._paused = 0.0
     if self._bar is not None:
       self._bar.update()
 

@@ -15,7 +15,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from drift_jax import artifacts, checkpoint, metrics, storage
+from drift_jax import artifacts, checkpoint, checksums, metrics, storage
 from tests import fake_bucket
 from tests.conftest import process_environment
 from tests.train_test import (
@@ -182,7 +182,7 @@ def test_killed_and_resumed_is_bit_equal(bucket, story, tmp_path):
   assert kept == {*map(str, steps)} and "4" not in kept
   for step in steps:
     folder = epath.Path(tmp_path) / "checkpoints" / str(step)
-    assert checkpoint.damage(folder) == []
+    assert checksums.compare(folder) == ([], True)
     sums = json.loads(bucket.read(f"digits/checkpoints/{step}/checksums.json"))
     assert len(sums) > 10
 
@@ -280,3 +280,76 @@ def test_without_a_process():
   with pytest.raises(storage.StorageError, match="^s3://runs/encoder: "):
     artifacts.load("s3://runs/encoder")
   storage.check("runs/digits")  # nothing to look at
+
+
+@pytest.fixture
+def copied(bucket, tmp_path, monkeypatch):
+  """Copies to the bucket, without Orbax' markers, of a run on the disk.
+
+  Returns:
+    copy(folder), what was saved, by its step.
+  """
+  for name, value in bucket.environment.items():
+    monkeypatch.setenv(name, value)
+  saver = checkpoint.Checkpointer(tmp_path, keep_latest=2)
+  saved = {}
+  for step in (1, 2):
+    saved[step] = {"w": np.arange(2000.0) + step}, {"position": np.array(step)}
+    saver.save(step, *saved[step])
+  saver.close()
+
+  def copy(folder):
+    for path in tmp_path.rglob("*"):
+      if path.is_file() and path.name != checksums.COMMIT:
+        name = f"{folder}/checkpoints/{path.relative_to(tmp_path)}"
+        bucket.write(name, path.read_bytes())
+    path = epath.Path(f"gs://{bucket.name}/{folder}/checkpoints")
+    storage.check(path)  # listings are not remembered
+    return path
+
+  return copy, saved
+
+
+def test_a_copied_run_is_adopted_and_what_may_be_one_is_kept(bucket, copied):
+  copy, saved = copied
+  path = copy("copied")
+  with pytest.raises(
+    checkpoint.CheckpointError, match="copied/checkpoints/2 may be a check"
+  ):
+    checkpoint.Checkpointer(path, read_only=True).restore_feed()
+  others = {f"{name}/state/part": b"1" for name in ("damaged_1", "backup")}
+  unfinished = {"3/_CHECKPOINT_METADATA": b'{"commit_timestamp_nsecs": null}'}
+  for name, data in (others | unfinished).items():
+    bucket.write(f"copied/checkpoints/{name}", data)
+  saver = checkpoint.Checkpointer(path, keep_latest=2)
+  assert saver.steps() == [1, 2]
+  for step, (state, feed) in saved.items():
+    restored = saver.restore(state, lambda saved, feed=feed: feed, step)
+    assert restored is not None
+    np.testing.assert_array_equal(restored[0]["w"], state["w"])
+    assert restored[1] == feed
+  saver.close()
+  names = bucket.names("copied/checkpoints")
+  assert {*others} < {*names} and not any(n.startswith("3/") for n in names)
+
+
+@pytest.mark.parametrize(
+  "lost", ["state/_METADATA", "checksums.json", "_CHECKPOINT_METADATA"]
+)
+def test_a_run_copied_in_part_is_refused_and_untouched(bucket, copied, lost):
+  copy, _ = copied
+  folder = f"part_{lost.replace('/', '_')}"
+  path = copy(folder)
+  bucket.delete(f"{folder}/checkpoints/2/{lost}")
+  if lost == "_CHECKPOINT_METADATA":  # it says that the save was finished
+    bucket.delete(f"{folder}/checkpoints/2/checksums.json")
+  before = bucket.names(folder)
+  reason = f"2/{lost}: missing" if "state" in lost else "no checksums prove it"
+  with pytest.raises(checkpoint.CheckpointError) as caught:
+    checkpoint.Checkpointer(path)
+  assert f"{path}/2" in str(caught.value)
+  assert reason.removeprefix("2/") in str(caught.value)
+  after = [
+    n for n in bucket.names(folder) if n != "checkpoints/1/commit_success.txt"
+  ]
+  assert after == before
