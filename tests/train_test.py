@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+import resource
 import shutil
 import signal
 import subprocess
@@ -115,10 +116,16 @@ def kill_after(
   return process.returncode
 
 
-def call(module, *arguments, devices=1, ok=True):
+def call(module, *arguments, devices=1, ok=True, file_size=None):
+  """Runs a program; no file of it may grow beyond a size, as on a full disk."""
+
+  def limit():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+
   done = subprocess.run(
     command(module, *arguments),
     cwd=ROOT,
+    preexec_fn=limit if file_size else None,
     env=process_environment(devices),
     capture_output=True,
     text=True,
@@ -128,15 +135,14 @@ def call(module, *arguments, devices=1, ok=True):
   return done
 
 
-def train_tiny(workdir, *arguments, devices=1, ok=True):
+def train_tiny(workdir, *arguments, **options):
   return call(
     "main",
     SMOKE,
     f"--workdir={workdir}",
     *TINY,
     *arguments,
-    devices=devices,
-    ok=ok,
+    **options,
   )
 
 
@@ -249,6 +255,26 @@ def test_a_run_with_a_truncated_checkpoint_ends_bit_equal(folder, whole):
   assert "Resuming after step 20." in done.stderr
   assert (workdir / "checkpoints" / f"damaged_{STEPS}").exists()
   assert_same_run(whole, workdir)
+
+
+def test_a_full_disk_is_one_line_and_costs_no_checkpoint(folder, whole):
+  workdir = folder / "full"
+  shutil.copytree(whole, workdir)
+  done = train_tiny(
+    workdir,
+    f"--config.train.num_steps={STEPS + 4}",
+    ok=False,
+    file_size=100_000,
+  )
+  lines = done.stderr.splitlines()
+  assert done.returncode == 1 and len(lines) < 20, done.stderr[-3000:]
+  (line,) = [x for x in lines if "Error" in x or "Traceback" in x]
+  assert line.startswith(f"Error: a checkpoint in {workdir}/checkpoints could")
+  assert f"File too large. The checkpoint of step {STEPS} is untouched" in line
+  assert not list((workdir / "checkpoints").glob("*tmp*"))
+  first, second = (checkpoint_arrays(path, STEPS) for path in (whole, workdir))
+  for name in first:
+    np.testing.assert_array_equal(first[name], second[name], err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -521,8 +547,12 @@ def test_the_generator_is_evaluated_by_its_average(tmp_path, monkeypatch):
   )
   writer = metrics.create_writer(tmp_path, resume_step=-1, is_main=True)
   state = averaged_state(config.ema.decays, good=0.9)
-  evaluation(3, state, lambda: None, writer=writer, path=tmp_path)
+  asked = []
+  evaluation(3, state, lambda: asked.append(1), writer=writer, path=tmp_path)
   writer.close()
+  # Whether to stop: before each batch of figures and before the pictures.
+  batches = -(-config.eval.num_samples // config.eval.batch_size)
+  assert len(asked) == len(config.eval.alphas) * batches + 1
   assert used == [1.0]
 
 
@@ -547,8 +577,10 @@ def test_the_encoder_is_evaluated_by_its_average(tmp_path, monkeypatch):
   )
   writer = metrics.create_writer(tmp_path, resume_step=-1, is_main=True)
   state = averaged_state(config.ema.decays, good=0.9)
-  figures = evaluate(3, state, lambda: None, writer=writer)
+  asked = []
+  figures = evaluate(3, state, lambda: asked.append(1), writer=writer)
   writer.close()
+  assert len(asked) == 6  # before each batch
   assert figures == {"eval/recon_loss": 1.0}
 
 

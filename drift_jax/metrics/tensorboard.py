@@ -8,6 +8,7 @@ drift_jax.metrics runs it.
 """
 
 import os
+import socket
 import sys
 import time
 import types
@@ -36,16 +37,18 @@ class SummaryWriter:
         later; None hides nothing.
     """
     # Imported where it is used: a third of a second with google-cloud-storage.
-    from tensorboardX import event_file_writer, summary
+    from tensorboardX import record_writer, summary
     from tensorboardX.proto import event_pb2
 
     self._summary, self._events = summary, event_pb2
     # Not by tensorboardX's SummaryWriter: it writes in a thread, which dies on
     # a full disk, and the run would then wait for it for ever.
-    self._path = logdir
-    with storage.naming_errors(logdir):
+    now = f"{time.time():.0f}.{socket.gethostname()}"
+    self._path = os.path.join(logdir, f"events.out.tfevents.{now}")
+    with storage.naming_errors(self._path):
       os.makedirs(logdir, exist_ok=True)
-      self._writer = event_file_writer.EventsWriter(f"{logdir}/events")
+      self._writer = record_writer.RecordWriter(self._path)
+      self._write(file_version="brain.Event:2")
       if purge_step is not None:
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._write(step=purge_step, file_version="brain.Event:2")
@@ -53,9 +56,8 @@ class SummaryWriter:
 
   def _write(self, **event: Any) -> None:
     with storage.naming_errors(self._path):
-      self._writer.write_event(
-        self._events.Event(wall_time=time.time(), **event)
-      )
+      made = self._events.Event(wall_time=time.time(), **event)
+      self._writer.write(made.SerializeToString())
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
     for name, value in scalars.items():
