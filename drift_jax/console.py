@@ -17,12 +17,17 @@ LOG_SECONDS = 30.0
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-  """False for errors in Orbax' threads: it logs each, and raises the first."""
+  """False for errors in Orbax' threads: it logs each, and raises the first.
+
+  Those of TensorStore's database that come after it have no traceback.
+  """
   if not record.exc_info:
     return True
-  frames = traceback.walk_tb(record.exc_info[2])
-  names = [record.pathname, *(f.f_code.co_filename for f, _ in frames)]
-  return not any("/orbax/" in name for name in names)
+  _, error, trace = record.exc_info
+  names = [f.f_code.co_filename for f, _ in traceback.walk_tb(trace)]
+  return "OCDBT" not in str(error) and not any(
+    "/orbax/" in name for name in [record.pathname, *names]
+  )
 
 
 def _unraisable(found: "sys.UnraisableHookArgs") -> None:
