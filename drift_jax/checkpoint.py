@@ -13,13 +13,12 @@ evaluation of its step figures.json is written, by which checkpoints are ranked.
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import json
 import math
 import os
 import re
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
@@ -27,7 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from drift_jax import checksums, processes, storage
+from drift_jax import checksums, processes, retention, storage
 from drift_jax.console import logger
 
 # What Orbax writes of the checkpoint itself.
@@ -51,57 +50,6 @@ class _Manager(ocp.CheckpointManager):
   def reached_preemption(self, step: int) -> bool:
     del step
     return False
-
-
-@dataclasses.dataclass
-class _Retention:
-  """Says which checkpoints are kept; a preservation policy of Orbax'.
-
-  Orbax' own ranks by metrics that are given with the save, but a step is
-  evaluated afterwards.
-
-  Attributes:
-    latest: newest checkpoints to keep.
-    every: also keep every step that is a multiple of it; 0 for none.
-    best_metric: also keep the checkpoint with the smallest one; '' for none.
-    scores: of the evaluated steps; inf for what is never the best.
-  """
-
-  latest: int
-  every: int
-  best_metric: str
-  scores: dict[int, float] = dataclasses.field(default_factory=dict)
-
-  def set_score(self, step: int, figures: dict[str, float | None]) -> None:
-    """Ranks a step: last where its figures lack the metric, or it is NaN.
-
-    A resumed run may rank by another metric than its older checkpoints hold.
-    """
-    value = figures.get(self.best_metric)
-    ranked = value is not None and not math.isnan(value)
-    self.scores[step] = value if ranked else math.inf
-
-  def best(self, steps: Collection[int]) -> int | None:
-    """The one with the smallest finite score, if any has one."""
-    score, best = min(
-      ((self.scores.get(step, math.inf), step) for step in steps),
-      default=(math.inf, None),
-    )
-    return best if score < math.inf else None
-
-  def kept(self, steps: Sequence[int]) -> set[int]:
-    """Those of some steps, oldest first, that are kept."""
-    kept = {*steps[-self.latest :], self.best(steps)}
-    kept |= {s for s in steps if self.every and s % self.every == 0}
-    return kept & {*steps}
-
-  def should_preserve(
-    self, checkpoints: Sequence[Any], *, context: Any
-  ) -> list[bool]:
-    """Answers Orbax, of checkpoints with a `step`."""
-    del context
-    kept = self.kept([checkpoint.step for checkpoint in checkpoints])
-    return [checkpoint.step in kept for checkpoint in checkpoints]
 
 
 def _read_json(path: epath.Path) -> dict[str, Any] | None:
@@ -156,7 +104,7 @@ class Checkpointer:
     self._on_corrupt = on_corrupt
     self._read_only = read_only
     self._failed = False  # a save
-    self._retention = _Retention(keep_latest, keep_every, best_metric)
+    self._retention = retention.Retention(keep_latest, keep_every, best_metric)
     self._manager = self._open()
     # What sums the files of the steps whose checksums are still to be written,
     # and those of them that a thread works on.
