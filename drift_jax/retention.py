@@ -31,8 +31,9 @@ class Retention:
     A resumed run may rank by another metric than its older checkpoints hold.
     """
     value = figures.get(self.best_metric)
-    ranked = value is not None and not math.isnan(value)
-    self.scores[step] = value if ranked else math.inf
+    if value is None or math.isnan(value):
+      value = math.inf
+    self.scores[step] = value
 
   def best(self, steps: Collection[int]) -> int | None:
     """The one with the smallest finite score, if any has one."""

@@ -13,7 +13,7 @@ import sys
 import time
 import types
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -40,7 +40,7 @@ class SummaryWriter:
     from tensorboardX import record_writer, summary
     from tensorboardX.proto import event_pb2
 
-    self._summary, self._events = summary, event_pb2
+    self._summary, self._events = summary, cast(Any, event_pb2)
     # Not by tensorboardX's SummaryWriter: it writes in a thread, which dies on
     # a full disk, and the run would then wait for it for ever.
     now = f"{time.time():.0f}.{socket.gethostname()}"
@@ -50,7 +50,8 @@ class SummaryWriter:
       self._writer = record_writer.RecordWriter(self._path)
       self._write(file_version="brain.Event:2")
       if purge_step is not None:
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        log = self._events.SessionLog
+        start = log(status=log.START)
         self._write(step=purge_step, file_version="brain.Event:2")
         self._write(step=purge_step, session_log=start)
 
