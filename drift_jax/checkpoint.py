@@ -298,10 +298,10 @@ class Checkpointer:
     for step, future in running.items():
       try:
         if future.result():
-          self._unsummed.pop(step)
+          self._unsummed.pop(step, None)
       except FileNotFoundError:
         logger.info("Checkpoint %d is gone, no checksums written.", step)
-        self._unsummed.pop(step)
+        self._unsummed.pop(step, None)
 
   def _pause_sums(self) -> None:
     """Stops the thread; what it has summed by now is kept."""
