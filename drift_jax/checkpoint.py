@@ -29,8 +29,8 @@ from etils import epath
 from drift_jax import checksums, processes, retention, storage
 from drift_jax.console import logger
 
-# What Orbax writes of the checkpoint itself.
-_METADATA = "_CHECKPOINT_METADATA"
+# What a checkpoint holds.
+_ITEMS = ("state", "feed")
 # A folder that an unfinished save writes to, on a disk.
 _UNFINISHED = re.compile(rf"\d+{re.escape(ocp.utils.TMP_DIR_SUFFIX)}.*")
 # In the metadata of a checkpoint that was saved before its evaluation.
@@ -124,7 +124,7 @@ class Checkpointer:
         # In a bucket it would delete every folder that has no marker.
         cleanup_tmp_directories=False,
       ),
-      item_names=("state", "feed"),
+      item_names=_ITEMS,
     )
     for step in manager.all_steps():
       figures = _read_json(self._directory / str(step) / checksums.FIGURES)
@@ -140,21 +140,17 @@ class Checkpointer:
       return
     self._remove_unfinished()
     for path in self._unmarked():
-      metadata = _read_json(path / _METADATA)
+      metadata = _read_json(path / checksums.METADATA)
       finished = (metadata or {}).get("commit_timestamp_nsecs") is not None
       summed = (path / checksums.CHECKSUMS).exists()
       if metadata is not None and not finished and not summed:
         path.rmtree()  # of a save that was killed
         continue
-      found = checksums.compare(path)
-      if found.damage or not found.proven:
-        raise CheckpointError(self._describe_unmarked(path, found.damage))
-      text = "Its checksums prove it whole.\n"
-      (path / checksums.COMMIT).write_text(text)
+      if lacks := self._lacks(path):
+        raise CheckpointError(lacks)
+      (path / checksums.COMMIT).write_text("Nothing else is missing.\n")
       logger.info(
-        "Checkpoint %s lacked its %s and is whole by its checksums: it counts.",
-        path,
-        checksums.COMMIT,
+        "Checkpoint %s lacked its %s alone: it counts.", path, checksums.COMMIT
       )
 
   def _remove_unfinished(self) -> None:
@@ -172,12 +168,21 @@ class Checkpointer:
       if path.name.isdecimal() and not (path / checksums.COMMIT).exists()
     ]
 
-  def _describe_unmarked(self, path: epath.Path, damage: list[str]) -> str:
-    reason = "; ".join(damage[:3]) or "no checksums prove it whole"
+  def _lacks(self, path: epath.Path) -> str:
+    """What a folder without the marker lacks of a checkpoint; '' if nothing.
+
+    Its checksums tell; before they are written, by what it should hold.
+    """
+    found = checksums.compare(path)
+    lines = found.damage
+    if not lines and not found.proven:
+      lines = checksums.incomplete(path, _ITEMS)
+    if not lines:
+      return ""
     return (
       f"{path} may be a checkpoint that was copied in part: it has no "
-      f"{checksums.COMMIT}, and {reason}. Copy it again as a whole, with "
-      "`gcloud storage rsync -r`, or move it away"
+      f"{checksums.COMMIT}, and {'; '.join(lines[:3])}. Copy it again as a "
+      "whole, with `gcloud storage rsync -r`, or move it away"
     )
 
   def steps(self) -> list[int]:
@@ -221,6 +226,7 @@ class Checkpointer:
         f"step {step} can't be saved in {self._directory}: it already holds "
         f"step {newest}, and steps must increase. Use a new directory"
       )
+    self._wait_for_save()
     # The save may delete an older checkpoint: nothing may be writing there,
     # and a save in a hurry must not wait until all has been read back.
     self._pause_sums()
@@ -233,6 +239,7 @@ class Checkpointer:
         ),
         custom_metadata=_DUE if evaluation_due else None,
       )
+    self._start_sums()
     self._unsummed[step] = checksums.Summing(
       self._directory / str(step), processes.index()
     )
@@ -242,7 +249,8 @@ class Checkpointer:
 
     def look() -> bool:
       path = self._directory / str(step)
-      custom = (_read_json(path / _METADATA) or {}).get("custom_metadata")
+      metadata = _read_json(path / checksums.METADATA) or {}
+      custom = metadata.get("custom_metadata")
       return custom != _DUE or _read_json(path / checksums.FIGURES) is not None
 
     return processes.from_first(look)
@@ -511,11 +519,16 @@ class Checkpointer:
     """
     chosen = self._chosen(step)
     if chosen is None:
-      unmarked = self._unmarked()
-      if unmarked:
-        damage = checksums.compare(unmarked[-1]).damage
-        raise CheckpointError(self._describe_unmarked(unmarked[-1], damage))
-      raise CheckpointError(f"there is no checkpoint in {self._directory}")
+      names = ", ".join(path.name for path in self._unmarked())
+      raise CheckpointError(
+        f"there is no checkpoint in {self._directory}"
+        + (
+          f": {names} lack the {checksums.COMMIT} of a finished save. If they "
+          "were copied there, going on with the run adopts what is whole"
+          if names
+          else ""
+        )
+      )
     problem, _ = self._problem(chosen, item, arrays)
     if problem:
       self._set_aside(chosen, problem, given=True)

@@ -28,6 +28,8 @@ CHECKSUMS = "checksums.json"
 # What is written into a checkpoint after its commit, or where it is copied.
 FIGURES = "figures.json"
 COMMIT = "commit_success.txt"
+# What Orbax writes of a checkpoint itself.
+METADATA = "_CHECKPOINT_METADATA"
 _BLOCK = 1 << 22
 _UNSUMMED = re.compile(
   rf"checksums(\.\d+)?\.json(\.tmp)?|{FIGURES}(\.tmp)?|{COMMIT}"
@@ -173,6 +175,34 @@ def compare(
     else:
       damage += _compare_files(directory, sums, reads, present)
   return Found(damage, proven)
+
+
+def incomplete(directory: epath.Path, items: Collection[str]) -> list[str]:
+  """A line for each file that a checkpoint needs and lacks, whole or in part.
+
+  Their contents are not looked at: it needs no checksums.
+
+  Args:
+    directory: of the checkpoint.
+    items: folders in it.
+  """
+  lines = []
+  present = set(file_names(directory))
+  needed = {METADATA: [(0, 1)]}
+  for item in items:
+    needed[f"{item}/_METADATA"] = [(0, 1)]
+    try:
+      needed |= _data_read(directory, item, None)
+    except FILE_ERRORS as error:
+      text = " ".join(str(error).split())
+      lines.append(f"{item}/manifest.ocdbt: {text[:200]}")
+  for name, parts in sorted(needed.items()):
+    least = max(stop for _, stop in parts)
+    have = (directory / name).stat().length if name in present else 0
+    if have < least:
+      found = f"{have} bytes, at least {least} needed" if have else "missing"
+      lines.append(f"{name}: {found}")
+  return lines
 
 
 def _is_description(name: str) -> bool:
