@@ -363,7 +363,8 @@ class Checkpointer:
   def close(self) -> None:
     """Waits, then releases the manager, also where waiting fails.
 
-    What a failed save has written would keep a full disk full: it is removed.
+    What a failed save has written would keep a full disk full: it is removed,
+    as far as no thread of the save goes on writing.
     """
     try:
       self.wait()

@@ -309,7 +309,9 @@ def at_end(action: Callable[[], None]) -> Iterator[None]:
     yield
   except BaseException as error:
     if not processes.is_lost_peer(error):
-      action()
+      # On a full disk it fails as well: the first error is what counts.
+      with contextlib.suppress(OSError):
+        action()
     raise
   action()
 
