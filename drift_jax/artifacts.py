@@ -157,7 +157,8 @@ def save(
   temporaries = {name: folder / (name + ".tmp") for name in contents}
   try:
     for name, temporary in temporaries.items():
-      temporary.write_bytes(contents[name])
+      with storage.naming_errors(folder / name):
+        temporary.write_bytes(contents[name])
     (folder / layout.metadata).unlink(missing_ok=True)
     for name, temporary in temporaries.items():
       temporary.replace(folder / name)

@@ -1,96 +1,64 @@
 """Orbax checkpoints of everything that the next step needs.
 
-Several processes write and read one checkpoint together, each its own shards;
-the first one looks after names and checksums.
+Several processes write and read one checkpoint together, each its own shards,
+and sum their own files; the first one looks after names.
 
 A checkpoint holds the training state (parameters, optimiser, EMAs, step and
 random key) and the feed's state (data position and sample queue). Saving is
-asynchronous; after the commit every file's size and CRC-32 go into the
-checkpoint's checksums.json, so that a truncated or altered file is told from
-a good one before anything is restored.
+asynchronous. After the commit every file's size and CRC-32s go into the
+checkpoint's checksums (drift_jax.checksums), so that a truncated or altered
+file is told from a good one before anything of it is restored. After the
+evaluation of its step figures.json is written, by which checkpoints are ranked.
 """
 
 import concurrent.futures
+import contextlib
 import json
 import math
 import os
-import zlib
-from collections.abc import Callable
+import re
+import threading
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint import checkpoint_managers
 
-from drift_jax import processes, storage
+from drift_jax import checksums, processes, retention, storage
 from drift_jax.console import logger
 
-CHECKSUMS = "checksums.json"
-_CHUNK = 1 << 22
-# What Orbax and TensorStore raise on files that can't be read. JAX's own
-# runtime errors (out of memory, ...) are RuntimeErrors too, but say nothing
-# about the files.
-_READ_ERRORS = (ValueError, OSError, KeyError, TypeError, RuntimeError)
+# What a checkpoint holds.
+_ITEMS = ("state", "feed")
+# A folder that an unfinished save writes to, on a disk.
+_UNFINISHED = re.compile(rf"\d+{re.escape(ocp.utils.TMP_DIR_SUFFIX)}.*")
+# In the metadata of a checkpoint that was saved before its evaluation.
+_DUE = {"evaluation": "due"}
 
 
 class CheckpointError(RuntimeError):
   """A checkpoint that can't be used; the message says which, why, what now."""
 
 
-def _checksums(directory: epath.Path) -> dict[str, list[int]]:
-  """{relative path: [bytes, CRC-32]} of every file below a checkpoint."""
-  sums = {}
-  root = storage.without_scheme(directory)
-  for folder, _, names in directory.walk():
-    # etils names a bucket's folders without their scheme.
-    below = os.path.relpath(storage.without_scheme(folder), root)
-    for name in names:
-      if name == CHECKSUMS:
-        continue
-      relative = os.path.normpath(os.path.join(below, name))
-      path = directory / relative
-      size = crc = 0
-      with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-          size, crc = size + len(chunk), zlib.crc32(chunk, crc)
-      sums[relative] = [size, crc]
-  if not sums:
-    raise FileNotFoundError(directory)
-  return sums
+class _Manager(ocp.CheckpointManager):
+  """Leaves it to `exits.preemption` to ask for preemption.
+
+  JAX wants one series of increasing numbers, and Orbax would ask with others.
+  """
+
+  def reached_preemption(self, step: int) -> bool:
+    del step
+    return False
 
 
-def _write_checksums(directory: epath.Path) -> None:
+def _read_json(path: epath.Path) -> dict[str, Any] | None:
+  """A file's object; None if it is not there or is no JSON."""
   try:
-    text = json.dumps(_checksums(directory), sort_keys=True)
-    temporary = directory / (CHECKSUMS + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(directory / CHECKSUMS)
-  except FileNotFoundError:
-    # The retention policy removed this checkpoint meanwhile.
-    logger.info("Checkpoint %s is gone, no checksums written.", directory)
-
-
-def damage(directory: epath.Path) -> list[str]:
-  """What differs from checksums.json: one line a file; [] if nothing does."""
-  path = directory / CHECKSUMS
-  if not path.exists():
-    return []
-  try:
-    want = json.loads(path.read_text())
-  except json.JSONDecodeError as error:
-    return [f"{CHECKSUMS}: {error}"]
-  have = _checksums(directory)
-  lines = []
-  for name, (size, crc) in sorted(want.items()):
-    if name not in have:
-      lines.append(f"{name}: missing")
-    elif have[name][0] != size:
-      lines.append(f"{name}: {have[name][0]} bytes, want {size}")
-    elif have[name][1] != crc:
-      lines.append(f"{name}: its content changed (CRC-32)")
-  return lines
+    return json.loads(path.read_text()) if path.exists() else None
+  except ValueError:
+    logger.warning("%s is damaged and left out.", path)
+    return None
 
 
 def _free_name(path: epath.Path) -> epath.Path:
@@ -125,64 +93,97 @@ class Checkpointer:
       on_corrupt: 'error', or 'previous' to fall back to an older checkpoint.
       read_only: changes nothing on disk, so that it may be opened next to a
         run that saves; a directory that is not there holds no checkpoint.
+
+    Raises:
+      CheckpointError: a folder of a step in a bucket without Orbax' marker,
+        which might be a checkpoint and is not proven to be one.
     """
     self._directory = epath.Path(directory)
     if not storage.is_remote(directory):  # of a URL, resolve makes a local path
       self._directory = self._directory.resolve()
     self._on_corrupt = on_corrupt
     self._read_only = read_only
-    self._options: dict[str, Any] = {
-      "keep_latest": keep_latest,
-      "keep_every": keep_every,
-      "best_metric": best_metric,
-    }
+    self._failed = False  # a save
+    self._retention = retention.Retention(keep_latest, keep_every, best_metric)
     self._manager = self._open()
-    # Steps being saved, then what computes their checksums.
-    self._pending: list[int] = []
-    self._checksums: list[concurrent.futures.Future[None]] = []
+    # What sums the files of the steps whose checksums are still to be written,
+    # and those of them that a thread works on.
+    self._unsummed: dict[int, checksums.Summing] = {}
+    self._running: dict[int, concurrent.futures.Future[bool]] = {}
+    self._stop = threading.Event()
     self._executor = concurrent.futures.ThreadPoolExecutor(1)
 
   def _open(self) -> ocp.CheckpointManager:
-    policies: list[Any] = [
-      checkpoint_managers.LatestN(self._options["keep_latest"])
-    ]
-    best_fn = None
-    if self._options["best_metric"]:
-      # Orbax writes metrics to disk only where best_fn is set; what is kept
-      # is up to the policies alone.
-      best_fn = self._score
-      policies.append(
-        checkpoint_managers.BestN(
-          get_metric_fn=best_fn,
-          reverse=True,
-          n=1,
-          keep_checkpoints_without_metrics=False,
-        )
-      )
-    if self._options["keep_every"]:
-      policies.append(
-        checkpoint_managers.EveryNSteps(self._options["keep_every"])
-      )
-    return ocp.CheckpointManager(
+    if not self._read_only:
+      processes.from_first(self._sweep)
+    manager = _Manager(
       self._directory,
       options=ocp.CheckpointManagerOptions(
-        preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-        best_fn=best_fn,
-        best_mode="min",
+        preservation_policy=self._retention,
         create=not self._read_only,
-        # What a killed save left behind; to a reader, maybe a save under way.
-        cleanup_tmp_directories=not self._read_only,
+        # In a bucket it would delete every folder that has no marker.
+        cleanup_tmp_directories=False,
       ),
-      item_names=("state", "feed"),
+      item_names=_ITEMS,
     )
+    for step in manager.all_steps():
+      figures = _read_json(self._directory / str(step) / checksums.FIGURES)
+      if figures is None:  # Earlier runs gave them to Orbax.
+        figures = manager.metrics(step)
+      if figures is not None:
+        self._retention.set_score(step, figures)
+    return manager
 
-  def _score(self, metrics: dict[str, float]) -> float:
-    """What ranks a checkpoint: best_metric; inf where it is missing or NaN.
+  def _sweep(self) -> None:
+    """Removes what killed saves have left; never what may be a checkpoint."""
+    if not self._directory.exists():
+      return
+    self._remove_unfinished()
+    for path in self._unmarked():
+      metadata = _read_json(path / checksums.METADATA)
+      finished = (metadata or {}).get("commit_timestamp_nsecs") is not None
+      summed = (path / checksums.CHECKSUMS).exists()
+      if metadata is not None and not finished and not summed:
+        path.rmtree()  # of a save that was killed
+        continue
+      if lacks := self._lacks(path):
+        raise CheckpointError(lacks)
+      (path / checksums.COMMIT).write_text("Nothing else is missing.\n")
+      logger.info(
+        "Checkpoint %s lacked its %s alone: it counts.", path, checksums.COMMIT
+      )
 
-    A resumed run may rank by another metric than its older checkpoints hold.
+  def _remove_unfinished(self) -> None:
+    for path in self._directory.iterdir():
+      if _UNFINISHED.fullmatch(path.name):
+        path.rmtree()
+
+  def _unmarked(self) -> list[epath.Path]:
+    """Folders of steps in a bucket that lack the marker of a finished save."""
+    if not storage.is_remote(self._directory) or not self._directory.exists():
+      return []
+    return [
+      path
+      for path in self._directory.iterdir()
+      if path.name.isdecimal() and not (path / checksums.COMMIT).exists()
+    ]
+
+  def _lacks(self, path: epath.Path) -> str:
+    """What a folder without the marker lacks of a checkpoint; '' if nothing.
+
+    Its checksums tell; before they are written, by what it should hold.
     """
-    value = metrics.get(self._options["best_metric"], math.inf)
-    return math.inf if math.isnan(value) else value
+    found = checksums.compare(path)
+    lines = found.damage
+    if not lines and not found.proven:
+      lines = checksums.incomplete(path, _ITEMS)
+    if not lines:
+      return ""
+    return (
+      f"{path} may be a checkpoint that was copied in part: it has no "
+      f"{checksums.COMMIT}, and {'; '.join(lines[:3])}. Copy it again as a "
+      "whole, with `gcloud storage rsync -r`, or move it away"
+    )
 
   def steps(self) -> list[int]:
     """Steps with a complete checkpoint, oldest first."""
@@ -198,23 +199,20 @@ class Checkpointer:
 
     None if no checkpoint has a finite one.
     """
-    scores = {
-      step: self._score(self._manager.metrics(step) or {})
-      for step in self.steps()
-    }
-    best = min(scores, key=lambda step: scores[step], default=None)
-    return best if best is not None and scores[best] < math.inf else None
+    return self._retention.best(self.steps())
 
   def save(
-    self,
-    step: int,
-    state: Any,
-    feed: Any,
-    metrics: dict[str, float] | None = None,
+    self, step: int, state: Any, feed: Any, *, evaluation_due: bool = False
   ) -> None:
     """Starts saving a step; returns once the arrays have been copied.
 
+    Args:
+      step: newer than all before.
+      state, feed: trees of arrays.
+      evaluation_due: the step will be evaluated, and `rank` be called.
+
     Raises:
+      CheckpointError: this or the save before could not be written.
       ValueError: if the step is not newer than every checkpoint there is, or
         the directory was opened read-only.
     """
@@ -228,57 +226,159 @@ class Checkpointer:
         f"step {step} can't be saved in {self._directory}: it already holds "
         f"step {newest}, and steps must increase. Use a new directory"
       )
-    # The save may delete an older checkpoint: nothing may be writing there.
-    self._wait_for_checksums()
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state),
-        feed=ocp.args.StandardSave(feed),
-      ),
-      metrics=metrics,
+    self._wait_for_save()
+    # The save may delete an older checkpoint: nothing may be writing there,
+    # and a save in a hurry must not wait until all has been read back.
+    self._pause_sums()
+    with self._writing():
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state),
+          feed=ocp.args.StandardSave(feed),
+        ),
+        custom_metadata=_DUE if evaluation_due else None,
+      )
+    self._start_sums()
+    self._unsummed[step] = checksums.Summing(
+      self._directory / str(step), processes.index()
     )
-    # The manager has waited for the previous save.
-    self._start_checksums()
-    self._pending.append(step)
+
+  def evaluated(self, step: int) -> bool:
+    """False for a checkpoint whose evaluation was due and has no figures."""
+
+    def look() -> bool:
+      path = self._directory / str(step)
+      metadata = _read_json(path / checksums.METADATA) or {}
+      custom = metadata.get("custom_metadata")
+      return custom != _DUE or _read_json(path / checksums.FIGURES) is not None
+
+    return processes.from_first(look)
+
+  def rank(self, step: int, figures: dict[str, float] | None) -> None:
+    """Records the evaluation of a saved step, and removes what it surpasses.
+
+    Args:
+      step: of a checkpoint.
+      figures: with best_metric, the same in all processes; None for none.
+
+    Raises:
+      CheckpointError: the checkpoint could not be written.
+    """
+    self._wait_for_save()
+    self._retention.set_score(step, {**(figures or {})})
+    if processes.is_first():
+      finite = {
+        name: value if math.isfinite(value) else None
+        for name, value in (figures or {}).items()
+      }
+      path = self._directory / str(step) / checksums.FIGURES
+      checksums.write_whole(path, json.dumps(finite))
+    steps = self.steps()
+    dropped = sorted({*steps} - self._retention.kept(steps))
+    if dropped:
+      self._pause_sums()
+      processes.from_all(lambda: None)  # nobody writes there any more
+      for old in dropped:
+        self._manager.delete(old)
+      self._start_sums()
 
   def poll(self) -> None:
-    """Hands a committed checkpoint to the checksum thread; never waits."""
+    """Has a committed checkpoint summed by a thread; never waits.
+
+    Raises:
+      CheckpointError: it could not be written.
+    """
     if not self._manager.is_saving_in_progress():
-      self._start_checksums()
+      self._wait_for_save()
+      self._start_sums()
 
-  def _start_checksums(self) -> None:
-    # What the manager no longer lists is being deleted.
+  def _start_sums(self) -> None:
+    """Sums the checkpoints that are whole, and not being deleted."""
     kept = self.steps()
-    for step in self._pending:
-      if step in kept and processes.is_first():
-        self._checksums.append(
-          self._executor.submit(_write_checksums, self._directory / str(step))
-        )
-    self._pending = []
+    self._unsummed = {s: job for s, job in self._unsummed.items() if s in kept}
+    for step, job in self._unsummed.items():
+      if step not in self._running:
+        self._running[step] = self._executor.submit(job.run, self._stop)
 
-  def _wait_for_checksums(self) -> None:
-    futures, self._checksums = self._checksums, []
-    for future in futures:
-      future.result()
+  def _wait_for_sums(self) -> None:
+    running, self._running = self._running, {}
+    for step, future in running.items():
+      try:
+        if future.result():
+          self._unsummed.pop(step, None)
+      except FileNotFoundError:
+        logger.info("Checkpoint %d is gone, no checksums written.", step)
+        self._unsummed.pop(step, None)
+
+  def _pause_sums(self) -> None:
+    """Stops the thread; what it has summed by now is kept."""
+    self._stop.set()
+    self._wait_for_sums()
+    self._stop.clear()
+
+  def _wait_for_save(self) -> None:
+    with self._writing():
+      self._manager.wait_until_finished()
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """Says in one line why a checkpoint could not be written."""
+    try:
+      yield
+    except jax.errors.JaxRuntimeError:
+      raise
+    except checksums.FILE_ERRORS as error:
+      if processes.is_lost_peer(error):
+        raise
+      self._failed = True
+      # What the failed save was about to delete is still there.
+      self._manager.reload()
+      last = self.latest_step()
+      kept = (
+        "No checkpoint was there before"
+        if last is None
+        else f"The checkpoint of step {last} is untouched, and the same "
+        "command goes on from it"
+      )
+      text = " ".join(str(error).split())
+      cause = re.search(r"([^:\[\]]+) \[os_error_code", text)
+      raise CheckpointError(
+        f"a checkpoint in {self._directory} could not be written: "
+        f"{cause[1].strip() if cause else text[-300:]}. "
+        f"{kept}"
+      ) from error
 
   def wait(self) -> None:
     """Blocks until everything started is on disk, checksums included.
 
     Raises:
-      OSError: whatever kept a checkpoint or its checksums from being written.
+      CheckpointError: a checkpoint could not be written.
+      OSError: whatever kept its checksums from being written.
     """
-    self._manager.wait_until_finished()
-    self._start_checksums()
-    self._wait_for_checksums()
+    self._wait_for_save()
+    self._start_sums()
+    self._wait_for_sums()
 
   def close(self) -> None:
-    """Waits, then releases the manager, also where waiting fails."""
+    """Waits, then releases the manager, also where waiting fails.
+
+    What a failed save has written would keep a full disk full: it is removed,
+    as far as no thread of the save goes on writing.
+    """
     try:
       self.wait()
     finally:
+      self._stop.set()
       self._executor.shutdown()
-      self._manager.close()
+      try:
+        with self._writing():
+          self._manager.close()
+      finally:
+        if self._failed and processes.is_first():
+          # Threads of the save may still be writing there.
+          with contextlib.suppress(OSError):
+            self._remove_unfinished()
 
   def restore(
     self,
@@ -303,7 +403,7 @@ class Checkpointer:
       PeerError: the same, found by the first of several processes.
     """
     while (chosen := self._chosen(step)) is not None:
-      problem = self._problem(chosen)
+      problem, proven = self._problem(chosen)
       if problem is None:
         try:
           items = ocp.args.Composite(
@@ -314,8 +414,8 @@ class Checkpointer:
           return restored["state"], restored["feed"]
         except jax.errors.JaxRuntimeError:
           raise
-        except _READ_ERRORS as error:
-          if (self._directory / str(chosen) / CHECKSUMS).exists():
+        except checksums.FILE_ERRORS as error:
+          if proven:
             raise  # The files are as written: it is not damage.
           problem = f"{type(error).__name__}: {str(error)[:500]}"
           if processes.several():
@@ -338,22 +438,38 @@ class Checkpointer:
       found = reader.metadata(self._directory / str(step) / "feed")
     return found.item_metadata.tree
 
-  def _problem(self, step: int) -> str | None:
-    """What is wrong with a checkpoint, as the first process finds."""
-    return processes.from_first(lambda: self._find_problem(step))
+  def _problem(
+    self,
+    step: int,
+    item: str = "",
+    arrays: Collection[str] | None = None,
+  ) -> tuple[str | None, bool]:
+    """(damage to what will be read, whether all of it was compared).
 
-  def _find_problem(self, step: int) -> str | None:
+    The processes share the work. See checksums.compare.
+    """
     directory = self._directory / str(step)
-    if not directory.exists():
-      raise CheckpointError(
-        f"no checkpoint of step {step} in {self._directory}: there are "
-        f"{self.steps()}"
+
+    def find() -> checksums.Found:
+      if not directory.exists():
+        raise CheckpointError(
+          f"no checkpoint of step {step} in {self._directory}: there are "
+          f"{self.steps()}"
+        )
+      return checksums.compare(
+        directory,
+        process=processes.index(),
+        count=jax.process_count() if processes.several() else 1,
+        item=item,
+        arrays=arrays,
       )
-    lines = damage(directory)
+
+    answers = processes.from_all(find)
+    lines = [*dict.fromkeys(line for damage, _ in answers for line in damage)]
     if not lines:
-      return None
+      return None, all(proven for _, proven in answers)
     more = f" and {len(lines) - 3} more files" if len(lines) > 3 else ""
-    return "; ".join(lines[:3]) + more
+    return "; ".join(lines[:3]) + more, False
 
   def _set_aside(self, step: int, problem: str, given: bool) -> None:
     """Renames a damaged checkpoint if the user asked to go on without it."""
@@ -394,16 +510,28 @@ class Checkpointer:
     processes.from_first(rename)
     self._manager = self._open()
 
-  def _readable(self, step: int | None) -> int:
-    """The newest (or the given) step.
+  def _readable(
+    self, step: int | None, item: str, arrays: Collection[str] | None
+  ) -> int:
+    """The newest (or the given) step, if what will be read of it is sound.
 
     Raises:
       CheckpointError: if there is no such checkpoint or it is damaged.
     """
     chosen = self._chosen(step)
     if chosen is None:
-      raise CheckpointError(f"there is no checkpoint in {self._directory}")
-    if problem := self._problem(chosen):
+      names = ", ".join(path.name for path in self._unmarked())
+      raise CheckpointError(
+        f"there is no checkpoint in {self._directory}"
+        + (
+          f": {names} lack the {checksums.COMMIT} of a finished save. If they "
+          "were copied there, going on with the run adopts what is whole"
+          if names
+          else ""
+        )
+      )
+    problem, _ = self._problem(chosen, item, arrays)
+    if problem:
       self._set_aside(chosen, problem, given=True)
     return chosen
 
@@ -416,7 +544,7 @@ class Checkpointer:
     Raises:
       CheckpointError: if there is no such checkpoint or it is damaged.
     """
-    chosen = self._readable(step)
+    chosen = self._readable(step, "feed", None)
     shapes = self._shapes(chosen)
     abstract = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     return chosen, self._read(chosen, "feed", abstract)
@@ -426,7 +554,7 @@ class Checkpointer:
   ) -> tuple[int, Any]:
     """Part of the newest (or the given) state, e.g. {'ema': {'0.999': ...}}.
 
-    Nothing else of the checkpoint is read.
+    Nothing else of the checkpoint is read, nor compared with its checksums.
 
     Returns:
       (step, the restored tree).
@@ -434,7 +562,8 @@ class Checkpointer:
     Raises:
       CheckpointError: if there is no such checkpoint or it is damaged.
     """
-    chosen = self._readable(step)
+    arrays = ocp.tree.to_flat_dict(abstract, sep=".")
+    chosen = self._readable(step, "state", arrays)
     return chosen, self._read(chosen, "state", abstract)
 
   def _read(self, step: int, item: str, abstract: Any) -> Any:

@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 import time
+import traceback
 from typing import NoReturn
 
 from absl import logging as absl_logging
@@ -13,8 +14,29 @@ logger = logging.getLogger("drift_jax")
 
 # Between two lines of progress where there is no terminal to draw a bar on.
 LOG_SECONDS = 30.0
-# Orbax says this of every checkpoint that was saved without an evaluation.
-_EXPECTED = "Requested `tracked_metric`; did not provide metrics."
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+  """False for errors in Orbax' threads: it logs each, and raises the first.
+
+  Those of TensorStore's database that come after it have no traceback.
+  """
+  if not record.exc_info:
+    return True
+  _, error, trace = record.exc_info
+  names = [f.f_code.co_filename for f, _ in traceback.walk_tb(trace)]
+  return "OCDBT" not in str(error) and not any(
+    "/orbax/" in name for name in [record.pathname, *names]
+  )
+
+
+def _unraisable(found: "sys.UnraisableHookArgs") -> None:
+  """Shows all but what TensorStore tells an event loop of Orbax that is over.
+
+  It does for each write after the first that failed, of which Orbax raises.
+  """
+  if found.object is not None or str(found.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(found)
 
 
 class _Handler(logging.Handler):
@@ -41,9 +63,9 @@ def setup(process: int = 0) -> None:
   logger.propagate = False
   logger.setLevel(logging.WARNING if process else logging.INFO)
   absl_logging.set_verbosity(absl_logging.WARNING)
-  absl_logging.get_absl_logger().addFilter(
-    lambda record: _EXPECTED not in record.getMessage()
-  )
+  for noisy in (absl_logging.get_absl_logger(), logging.getLogger("asyncio")):
+    noisy.addFilter(_is_news)
+  sys.unraisablehook = _unraisable
 
 
 def shows_bars() -> bool:

@@ -12,6 +12,7 @@ is found before the error is looked at.
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -387,16 +388,24 @@ def _exit_now(code: int) -> NoReturn:
   os._exit(code)
 
 
-@contextlib.contextmanager
-def preemption() -> Iterator[Callable[[int], bool]]:
-  """Yields: number of a step -> whether to stop behind it, by SIGTERM.
+# Numbers the questions whether to stop: JAX wants one increasing series, the
+# same in all processes.
+_questions = itertools.count(1)
 
-  A SIGTERM to any process makes all of them stop behind the same step. It is
-  asked at each step in turn, whose numbers start at 1 in this process.
+
+@contextlib.contextmanager
+def preemption() -> Iterator[Callable[[], bool]]:
+  """Yields what tells whether to stop now, by SIGTERM.
+
+  A SIGTERM to any process makes all of them stop at the same question, if all
+  ask equally often: between training steps and the batches of evaluations.
+  Nobody else may ask JAX, and after a yes nobody may ask again.
   """
   if processes.several():
     # JAX has taken the signal over since the processes joined.
-    yield multihost_utils.reached_preemption_sync_point
+    yield lambda: multihost_utils.reached_preemption_sync_point(
+      next(_questions)
+    )
     return
   told = threading.Event()
 
@@ -405,11 +414,11 @@ def preemption() -> Iterator[Callable[[int], bool]]:
     told.set()
 
   if threading.current_thread() is not threading.main_thread():
-    yield lambda step: False  # Only the main thread may handle signals.
+    yield lambda: False  # Only the main thread may handle signals.
     return
   before = signal.signal(signal.SIGTERM, handle)
   try:
-    yield lambda step: told.is_set()
+    yield told.is_set
   finally:
     if not told.is_set():  # Else a second one must not disturb the end.
       signal.signal(signal.SIGTERM, before)

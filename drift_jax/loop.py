@@ -1,8 +1,9 @@
-"""The loop that every task shares: step, watch, report, evaluate, save."""
+"""The loop that every task shares: step, watch, report, save, evaluate."""
 
 import collections
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -11,11 +12,14 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from drift_jax import checkpoint, console, data, exits
+from drift_jax import checkpoint, console, data, exits, processes
 from drift_jax.console import logger
 from drift_jax.state import TrainState
 
 Metrics = dict[str, jax.Array]
+# (step, state, check) -> scalars; it leaves the state alone, and calls `check`
+# between its batches, in all processes as often.
+Evaluate = Callable[[int, TrainState, Callable[[], None]], dict[str, float]]
 # A non-finite value of any of these stops the run. Loss and gradient are of
 # the parameters before the step's update: only param_norm tells whether the
 # state that a checkpoint of this step would hold is finite.
@@ -163,6 +167,7 @@ class _Progress:
     """Counts a step that has been handed to the device."""
     if self._mark is None:
       self._mark = (step, time.perf_counter())
+      self._paused = 0.0
     if self._bar is not None:
       self._bar.update()
 
@@ -212,6 +217,73 @@ class _Progress:
       self._bar.close()
 
 
+class _Preemption:
+  """Whether the run was told to stop; nobody is asked again after a yes."""
+
+  def __init__(self, ask: Callable[[], bool]):
+    self._ask = ask
+    self._told = False
+
+  def told(self) -> bool:
+    self._told = self._told or self._ask()
+    return self._told
+
+  def check(self) -> None:
+    """Raises Preempted if so; evaluations call it between their batches."""
+    if self.told():
+      raise exits.Preempted("Told to stop during an evaluation")
+
+
+@dataclasses.dataclass
+class _Evaluation:
+  """Evaluates a step, and ranks its checkpoint if it has one.
+
+  Attributes:
+    evaluate, best_metric, checkpointer, writer: of `fit`.
+    preemption: asked between batches.
+    progress: does not count it as training.
+  """
+
+  evaluate: Evaluate
+  best_metric: Callable[[dict[str, float]], dict[str, float] | None]
+  checkpointer: checkpoint.Checkpointer
+  writer: Writer
+  preemption: _Preemption
+  progress: _Progress
+
+  def __call__(self, step: int, state: TrainState, *, saved: bool) -> None:
+    with self.progress.paused(), contextlib.ExitStack() as stack:
+      stack.push(functools.partial(self._explain, step))
+      figures = self.evaluate(step, state, self.preemption.check)
+    self.writer.write_scalars(step, figures)
+    if saved:
+      # A step with figures is not evaluated again: they must be on disk.
+      self.writer.flush()
+      self.checkpointer.rank(step, self.best_metric(figures))
+
+  def _explain(
+    self,
+    step: int,
+    kind: object,
+    error: BaseException | None,
+    trace: object,
+  ) -> None:
+    """Says what an error in the evaluation has not cost."""
+    del kind, trace
+    if (
+      not isinstance(error, Exception)
+      or isinstance(error, exits.Preempted)
+      or processes.is_lost_peer(error)
+    ):
+      return
+    self.checkpointer.wait()
+    logger.error(
+      "The evaluation of step %d failed; the newest checkpoint is of step %s.",
+      step,
+      self.checkpointer.latest_step(),
+    )
+
+
 def fit(
   state: TrainState,
   *,
@@ -220,13 +292,16 @@ def fit(
   put: Callable[[Any], Any],
   prefetch: int,
   schedule: Schedule,
-  evaluate: Callable[[int, TrainState], dict[str, float]],
+  evaluate: Evaluate,
   best_metric: Callable[[dict[str, float]], dict[str, float] | None],
   checkpointer: checkpoint.Checkpointer,
   writer: Writer,
-  preempted: Callable[[int], bool] = lambda number: False,
+  preempted: Callable[[], bool] = lambda: False,
 ) -> TrainState:
   """Runs to schedule.num_steps from wherever the state stands.
+
+  A step that is both saved and evaluated is saved first: the evaluation costs
+  nothing if it fails or is cut short, and is made at the next start then.
 
   Args:
     state: donated to the first step.
@@ -235,15 +310,14 @@ def fit(
     put: places a host batch on the mesh.
     prefetch: batches that are read and placed ahead of the step.
     schedule: when to log, evaluate and save.
-    evaluate: (step, state) -> scalars; must leave the state alone.
-    best_metric: picks what the checkpoint manager ranks by from evaluate's
-      scalars.
-    checkpointer: saved to after an evaluation of the same step.
+    evaluate: see Evaluate. A `check` that raises Preempted passes through it.
+    best_metric: picks what checkpoints are ranked by from evaluate's scalars.
+    checkpointer: saved to; it holds the state's step, unless that is 0.
     writer: receives the metrics.
-    preempted: asked behind each step with its number, 1 for the first one
-      here, whether to stop. The run then takes the batches that have been
-      drawn, at most `prefetch` of them, and is saved: what is drawn cannot be
-      put back. With several processes the answers are the same in all.
+    preempted: asked after each step, and between the batches of an evaluation,
+      whether to stop. The run then takes the batches that have been drawn, at
+      most `prefetch` of them, and is saved: what is drawn cannot be put back.
+      With several processes the answers are the same in all.
 
   Raises:
     Preempted: `preempted` said so, and the state is saved.
@@ -260,20 +334,29 @@ def fit(
     )
   progress = _Progress(first, schedule.num_steps)
   watch = _Watch(checkpointer)
+  preemption = _Preemption(preempted)
+  evaluation = _Evaluation(
+    evaluate, best_metric, checkpointer, writer, preemption, progress
+  )
   batches = data.Prefetcher(
     feed,
     put,
     first_step=first + 1,
     depth=prefetch,
-    # Behind the last step nothing is read.
+    # After these a stop must find nothing drawn ahead.
     pause_after=lambda step: (
       step == schedule.num_steps
       or schedule.due(step, schedule.checkpoint_every)
+      or schedule.due(step, schedule.eval_every)
     ),
   )
   waited = 0.0
-  last = schedule.num_steps
+  # The step that the state is of, that is saved, and that is the last one.
+  step, saved, last = first, first, schedule.num_steps
+  stopped = False
   try:
+    if first and schedule.eval_every and not checkpointer.evaluated(first):
+      evaluation(first, state, saved=True)
     for step in range(first + 1, schedule.num_steps + 1):
       batch = next(batches)
       with jax.transfer_guard("disallow"):
@@ -294,27 +377,34 @@ def fit(
         waited = batches.seconds_waited
         writer.write_scalars(step, scalars)
         checkpointer.poll()
-      figures = {}
-      if schedule.due(step, schedule.eval_every):
-        watch.check_all()
-        with progress.paused():
-          figures = evaluate(step, state)
-        writer.write_scalars(step, figures)
-      if last == schedule.num_steps and preempted(step - first):
+      if last == schedule.num_steps and preemption.told():
         last = batches.stop()
       stopping = step == last < schedule.num_steps
+      evaluating = schedule.due(step, schedule.eval_every)
       if stopping or schedule.due(step, schedule.checkpoint_every):
         watch.check_all()
         writer.flush()
         with progress.paused():
-          checkpointer.save(step, state, batches.state(), best_metric(figures))
+          checkpointer.save(
+            step, state, batches.state(), evaluation_due=evaluating
+          )
+        saved = step
       if stopping:
+        stopped = True
         break
+      if evaluating:
+        watch.check_all()
+        evaluation(step, state, saved=saved == step)
+  except exits.Preempted:  # by `check`
+    stopped = True
+    if saved < step:
+      writer.flush()
+      checkpointer.save(step, state, batches.state(), evaluation_due=True)
   finally:
     batches.close()
     progress.close()
     writer.flush()
   checkpointer.wait()
-  if first < last < schedule.num_steps:
-    raise exits.Preempted(f"Told to stop: step {last} is saved")
+  if stopped:
+    raise exits.Preempted(f"Told to stop: step {step} is saved")
   return state

@@ -246,17 +246,46 @@ def from_first(function: Callable[[], Any]) -> Any:
   if not several():
     return function()
   key = f"drift_jax/from_first/{next(_rounds)}"
-  if is_first():
-    try:
-      value = function()
-    except Exception as error:
-      client().key_value_set(key, json.dumps({"error": str(error)}))
-      raise
-    client().key_value_set(key, json.dumps({"value": value}))
-    return value
+  return _told(key, function) if is_first() else _heard(key, 0)
+
+
+def from_all(function: Callable[[], Any]) -> list[Any]:
+  """What the call returns in each process, in their order, in all of them.
+
+  All wait for all, for as long as it takes. No device takes part.
+
+  Args:
+    function: gives something that JSON can hold.
+
+  Raises:
+    PeerError: where the call raises in another process.
+  """
+  if not several():
+    return [function()]
+  key = f"drift_jax/from_all/{next(_rounds)}"
+  value = _told(f"{key}/{index()}", function)
+  return [
+    value if process == index() else _heard(f"{key}/{process}", process)
+    for process in range(jax.process_count())
+  ]
+
+
+def _told(key: str, function: Callable[[], Any]) -> Any:
+  """What a call returns; the other processes are told it, or its error."""
+  try:
+    value = function()
+  except Exception as error:
+    client().key_value_set(key, json.dumps({"error": str(error)}))
+    raise
+  client().key_value_set(key, json.dumps({"value": value}))
+  return value
+
+
+def _heard(key: str, process: int) -> Any:
+  """What another process' call returned."""
   answer = json.loads(_wait_for(key))
   if "error" in answer:
-    raise PeerError(f"process 0 failed: {answer['error']}")
+    raise PeerError(f"process {process} failed: {answer['error']}")
   return answer["value"]
 
 

@@ -5,16 +5,22 @@ the bucket can be used at all, and writing, since an object can't be appended
 to and appears only when it is whole.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import logging
 import os
+from collections.abc import Iterator
 from typing import Any
+
+from etils import epath
 
 PathLike = str | os.PathLike[str]
 
 # A library's attempt to reach a bucket; `check` makes three at most.
 _SECONDS = 15
+# What patterns are made of, and an escape; what else URLs are made of.
+_PATTERN, _URL = "*?[\\", "#%]"
 _HINT = (
   "Credentials come from GOOGLE_APPLICATION_CREDENTIALS, `gcloud auth "
   "application-default login` or the machine's service account; their project "
@@ -26,6 +32,18 @@ class StorageError(OSError):
   """A bucket that can't be used; the message says which, why, what now."""
 
 
+@contextlib.contextmanager
+def naming_errors(path: PathLike) -> Iterator[None]:
+  """Gives OSErrors the path, where a full disk's have none."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno is None or error.filename is not None:
+      raise
+    text = error.strerror or os.strerror(error.errno)
+    raise OSError(error.errno, text, os.fspath(path)) from error
+
+
 def is_remote(path: PathLike) -> bool:
   """Whether a path is a URL."""
   return "://" in os.fspath(path)
@@ -34,6 +52,38 @@ def is_remote(path: PathLike) -> bool:
 def without_scheme(path: PathLike) -> str:
   """BUCKET/PATH of a URL; a local path as it is."""
   return os.fspath(path).rpartition("://")[2]
+
+
+def entries(folder: PathLike, ending: str = "") -> list[epath.Path]:
+  """What is in a folder, of names that end so, sorted; [] if it isn't there.
+
+  epath's glob would take characters of the folder's own path for a pattern.
+  """
+  folder = epath.Path(folder)
+  if not folder.is_dir():
+    return []
+  return sorted(path for path in folder.iterdir() if path.name.endswith(ending))
+
+
+def check_characters(path: PathLike) -> None:
+  """Refuses a path whose characters Orbax and TensorStore take for others.
+
+  Orbax gathers the parts of a checkpoint by a pattern that begins with its
+  path: none would be found, or those of another run. Locally that is of the
+  whole path, the working directory included.
+
+  Raises:
+    StorageError: naming the character.
+  """
+  text = os.fspath(path)
+  whole = text if is_remote(text) else os.path.abspath(text)
+  refused = _PATTERN + (_URL if is_remote(text) else "")
+  for character in whole:
+    if character in refused or not character.isprintable():
+      raise StorageError(
+        f"{whole!r} holds {character!r}, with which no checkpoint can be "
+        "written: use letters, digits and any of -_.=,+"
+      )
 
 
 def check(path: PathLike, *, write: bool = False) -> None:
@@ -49,9 +99,11 @@ def check(path: PathLike, *, write: bool = False) -> None:
     write: whether a run will be written there.
 
   Raises:
-    StorageError: a URL that is not gs://, a missing package, no such bucket, or
-      no permission to use it.
+    StorageError: a URL that is not gs://, a missing package, no such bucket, no
+      permission to use it, or a name that no checkpoint can have.
   """
+  if write:
+    check_characters(path)
   if not is_remote(path):
     return
   client = _client(path)

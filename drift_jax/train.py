@@ -1,6 +1,7 @@
 """Generator training: `train_and_evaluate(config, workdir)`."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -41,7 +42,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     DataError, OSError: images that can't be read.
     NonFiniteError: a loss or gradient that is not finite.
     PeerError: any of these, in the first of several processes.
-    Preempted: by SIGTERM, behind a step that has been saved.
+    Preempted: by SIGTERM, with the step saved.
   """
   config = config_lib.parse(config)
   if not isinstance(config, config_lib.GeneratorConfig):
@@ -121,6 +122,7 @@ class Evaluation:
     self,
     step: int,
     state: TrainState,
+    check: Callable[[], None],
     writer: metrics.MetricWriter,
     path: epath.Path,
   ) -> dict[str, float]:
@@ -136,7 +138,9 @@ class Evaluation:
         config.alphas,
         self._batch_size,
         to_pixels=self._to_pixels,
+        check=check,
       )
+    check()
     grid = experiment.sample_grid(
       sample_fn,
       self._decode,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -47,7 +48,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     DataError, OSError: images that can't be read.
     NonFiniteError: a loss or gradient that is not finite.
     PeerError: any of these, in the first of several processes.
-    Preempted: by SIGTERM, behind a step that has been saved.
+    Preempted: by SIGTERM, with the step saved.
   """
   config = config_lib.parse(config)
   if not isinstance(config, config_lib.MaeConfig):
@@ -131,20 +132,24 @@ def held_out_evaluation(
   The mask is the same at every evaluation, so that figures are comparable.
   """
   if not config.eval.every:
-    return lambda step, state, writer: {}
+    return lambda step, state, check, writer: {}
   test = readers.test()
   batch_size = experiment.pad_to_mesh(config.eval.batch_size, mesh)
   key = stream(config.seed, "mask")
   jitted = experiment.jit_mae_evaluation(task, mesh, vae_params)
 
   def evaluate(
-    step: int, state: TrainState, writer: metrics.MetricWriter
+    step: int,
+    state: TrainState,
+    check: Callable[[], None],
+    writer: metrics.MetricWriter,
   ) -> dict[str, float]:
     del writer  # the loop writes the scalars
     params = state.ema[str(config.eval.ema_decay)]
     totals: dict[str, float] = {}
     batches = metrics.local_batches(len(test), batch_size)
     for number, (index, count) in enumerate(batches):
+      check()
       images, labels, valid = sharding.put_batch(
         (
           test.fixed(index),

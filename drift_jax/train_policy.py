@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -46,7 +46,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     OSError: a file that can't be written.
     NonFiniteError: a loss or gradient that is not finite.
     PeerError: any of these, in the first of several processes.
-    Preempted: by SIGTERM, behind a step that has been saved.
+    Preempted: by SIGTERM, with the step saved.
   """
   config = config_lib.parse(config)
   if not isinstance(config, config_lib.PolicyConfig):
@@ -152,17 +152,43 @@ class Evaluation:
     return experiment.here(average, self._mesh)
 
   def __call__(
-    self, step: int, state: TrainState, writer: metrics.MetricWriter
+    self,
+    step: int,
+    state: TrainState,
+    check: Callable[[], None],
+    writer: metrics.MetricWriter,
   ) -> dict[str, float]:
     """Scalars under eval/SAMPLER/, of the first process."""
     del writer  # the loop writes the scalars
     params = self._params(state)
     if not processes.is_first():
+      # As often as the first one does, which alone knows how often.
+      while processes.from_first(bool):
+        check()
       return {}
+    scalars = self._roll_out(step, params, check)
+    processes.from_first(lambda: False)
+    return scalars
+
+  def _roll_out(
+    self, step: int, params: Any, check: Callable[[], None]
+  ) -> dict[str, float]:
+    """Figures of all samplers; asks before each of their calls."""
     scalars = {}
     for name, act in self._acts.items():
+
+      def asking(
+        observations: Mapping[str, np.ndarray],
+        episodes: np.ndarray,
+        call: int,
+        act: experiment.Act = act,
+      ) -> np.ndarray:
+        processes.from_first(lambda: True)
+        check()
+        return act(params, observations, episodes, call)
+
       episodes = experiment.run_episodes(
-        self._config, self._environments, functools.partial(act, params)
+        self._config, self._environments, asking
       )
       figures = robots.summarize(episodes)
       logger.info(

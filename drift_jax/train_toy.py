@@ -2,6 +2,7 @@
 
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from drift_jax import (
   processes,
   sharding,
   steps,
+  storage,
   streams,
 )
 from drift_jax.console import logger
@@ -55,7 +57,7 @@ def train_and_evaluate(
     OSError: a file that can't be written.
     NonFiniteError: a loss or gradient that is not finite.
     PeerError: any of these, in the first of several processes.
-    Preempted: by SIGTERM, behind a step that has been saved.
+    Preempted: by SIGTERM, with the step saved.
   """
   start = time.perf_counter()
   config = config_lib.parse(config)
@@ -139,11 +141,17 @@ class Evaluation:
       self._baselines["worst_mode_error"] = float(np.mean(errors))
 
   def __call__(
-    self, step: int, state: TrainState, writer: metrics.MetricWriter
+    self,
+    step: int,
+    state: TrainState,
+    check: Callable[[], None],
+    writer: metrics.MetricWriter,
   ) -> dict[str, float]:
     """Scalars under eval/; keeps the samples for the pictures."""
     del writer  # the loop writes the scalars
-    figures, masses = self._judge(self._take(step, state))
+    points = self._take(step, state)
+    check()
+    figures, masses = self._judge(points)
     logger.info(
       "eval step %d: %s",
       step,
@@ -263,7 +271,7 @@ class Evaluation:
   def _draw(self) -> None:
     """Draws the animation and the field from the samples that were kept."""
     plots = self._path / "plots"
-    files = sorted((self._path / "samples").glob("step_*.npy"))
+    files = storage.entries(self._path / "samples", ".npy")
     with experiment.naming("samples"):
       frames = [
         (int(file.stem.removeprefix("step_")), data.read_npy(file))

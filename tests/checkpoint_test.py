@@ -1,17 +1,22 @@
 """Checkpoints: what is kept, any mesh restores, damage is told from health."""
 
+import collections
+import contextlib
 import json
 import math
 import pathlib
+import resource
 import threading
+import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
-from drift_jax import checkpoint, sharding
+from drift_jax import checkpoint, checksums, sharding, storage
 from drift_jax.data import bank as bank_lib
 
 
@@ -103,8 +108,9 @@ def test_keeps_the_latest_the_best_and_every_kth(tmp_path, mesh):
     tmp_path, keep_latest=2, keep_every=5, best_metric="fd_pixel"
   )
   for step in range(1, 10):
-    metrics = {"fd_pixel": distances[step]} if step in distances else None
-    saver.save(step, make_state(mesh, step), make_feed(step), metrics)
+    saver.save(step, make_state(mesh, step), make_feed(step))
+    if step in distances:
+      saver.rank(step, {"fd_pixel": distances[step]})
   saver.wait()
   assert saver.steps() == [4, 5, 8, 9]
   assert saver.best_step() == 4
@@ -114,7 +120,8 @@ def test_keeps_the_latest_the_best_and_every_kth(tmp_path, mesh):
     tmp_path, keep_latest=2, keep_every=5, best_metric="fd_pixel"
   )
   assert saver.best_step() == 4
-  saver.save(11, make_state(mesh), make_feed(), {"fd_pixel": 4.0})
+  saver.save(11, make_state(mesh), make_feed())
+  saver.rank(11, {"fd_pixel": 4.0})
   saver.wait()
   assert saver.steps() == [4, 5, 9, 11]
   saver.close()
@@ -140,7 +147,7 @@ def largest_file(directory: pathlib.Path) -> pathlib.Path:
   files = [
     p
     for p in directory.rglob("*")
-    if p.is_file() and p.name != checkpoint.CHECKSUMS
+    if p.is_file() and p.name != checksums.CHECKSUMS
   ]
   return max(files, key=lambda p: p.stat().st_size)
 
@@ -192,7 +199,7 @@ def test_damage_is_an_error_unless_asked(three_steps, mesh, harm, says):
 
 def test_damage_without_checksums_is_found_by_reading(three_steps, mesh):
   """As after a kill between the commit and its checksums."""
-  (three_steps / "3" / checkpoint.CHECKSUMS).unlink()
+  (three_steps / "3" / checksums.CHECKSUMS).unlink()
   for path in (three_steps / "3" / "state").rglob("manifest.ocdbt"):
     truncate(path)
   saver = checkpoint.Checkpointer(three_steps, keep_latest=3)
@@ -232,7 +239,8 @@ def test_part_of_a_state(three_steps, mesh):
   assert saver.restore_subtree(wanted, 2)[0] == 2
   with pytest.raises(checkpoint.CheckpointError, match=r"\[1, 2, 3\]"):
     saver.restore_subtree(wanted, 7)
-  truncate(largest_file(three_steps / "3"))
+  for path in (three_steps / "3" / "state").rglob("_METADATA"):
+    truncate(path)
   with pytest.raises(checkpoint.CheckpointError, match="damaged"):
     saver.restore_subtree(wanted)
   saver.close()
@@ -300,13 +308,15 @@ def test_a_reader_of_an_absent_directory(tmp_path, mesh):
 def test_another_best_metric_on_resume(tmp_path, mesh, old):
   """Checkpoints without the new metric, or with NaN, rank last."""
   saver = checkpoint.Checkpointer(tmp_path, best_metric=next(iter(old)))
-  saver.save(1, make_state(mesh), make_feed(), old)
+  saver.save(1, make_state(mesh), make_feed())
+  saver.rank(1, old)
   saver.save(2, make_state(mesh), make_feed())
   saver.close()
   saver = checkpoint.Checkpointer(tmp_path, best_metric="fd_encoder")
   assert saver.best_step() is None
   for step, metrics in ((3, {"fd_encoder": 4.0}), (4, {"fd_encoder": 5.0})):
-    saver.save(step, make_state(mesh), make_feed(), metrics)
+    saver.save(step, make_state(mesh), make_feed())
+    saver.rank(step, metrics)
   saver.wait()
   assert saver.best_step() == 3
   assert saver.steps() == [3, 4]
@@ -321,7 +331,8 @@ def test_nan_is_never_the_best(tmp_path, mesh, keep_latest, kept):
     tmp_path, keep_latest=keep_latest, best_metric="fd"
   )
   for step, value in enumerate((math.nan, 5.0, 1.0, math.nan, 3.0), 1):
-    saver.save(step, make_state(mesh), make_feed(), {"fd": value})
+    saver.save(step, make_state(mesh), make_feed())
+    saver.rank(step, {"fd": value})
   saver.wait()
   assert saver.best_step() == 3
   assert saver.steps() == kept
@@ -332,7 +343,7 @@ def test_checksums_that_fail_are_not_swallowed(tmp_path, mesh, monkeypatch):
   def fail(directory):
     raise PermissionError(f"can't read {directory}")
 
-  monkeypatch.setattr(checkpoint, "_checksums", fail)
+  monkeypatch.setattr(checksums, "file_names", fail)
   saver = checkpoint.Checkpointer(tmp_path)
   saver.save(1, make_state(mesh), make_feed())
   with pytest.raises(PermissionError, match="can't read .*1"):
@@ -355,19 +366,19 @@ def test_every_kept_step_gets_checksums_without_poll_or_wait(tmp_path, mesh):
 def test_no_checksums_are_written_where_retention_deletes(
   tmp_path, mesh, monkeypatch
 ):
-  """Neither after a save has decided to delete a step nor before, unfinished:
-  a file that appears in a folder being deleted would keep it alive."""
+  """A file that appears in a folder being deleted would keep it alive, and a
+  save in a hurry does not wait until the one before has been read back."""
   begun, written = threading.Event(), []
-  write = checkpoint._write_checksums
+  run = checksums.Summing.run
 
-  def record(directory):
+  def record(job, stop):
     begun.set()
     threading.Event().wait(0.3)  # a large checkpoint
-    assert directory.exists()
-    write(directory)
-    written.append(int(directory.name))
+    assert job._directory.exists()
+    if run(job, stop):
+      written.append(int(job._directory.name))
 
-  monkeypatch.setattr(checkpoint, "_write_checksums", record)
+  monkeypatch.setattr(checksums.Summing, "run", record)
   saver = checkpoint.Checkpointer(tmp_path, keep_latest=1)
   saver.save(1, make_state(mesh), make_feed())
   saver.save(2, make_state(mesh), make_feed())  # deletes 1
@@ -375,12 +386,12 @@ def test_no_checksums_are_written_where_retention_deletes(
     saver.poll()
   saver.save(3, make_state(mesh), make_feed())  # deletes 2
   saver.close()
-  assert written == [2, 3]
+  assert written == [3]
   assert [path.name for path in tmp_path.iterdir()] == ["3"]
 
 
 def test_out_of_memory_is_not_damage(three_steps, mesh, monkeypatch):
-  (three_steps / "3" / checkpoint.CHECKSUMS).unlink()
+  (three_steps / "3" / checksums.CHECKSUMS).unlink()
   saver = checkpoint.Checkpointer(
     three_steps, keep_latest=3, on_corrupt="previous"
   )
@@ -420,3 +431,214 @@ def test_a_step_can_not_be_saved_twice(three_steps, mesh, step):
   assert restored is not None
   equal(restored[0], make_state(mesh, 3))
   saver.close()
+
+
+def test_a_full_disk_costs_the_save_alone(tmp_path, mesh, capfd):
+  """One line, and the checkpoint before it is restored and followed."""
+  saver = checkpoint.Checkpointer(tmp_path / "run")
+  saver.save(1, make_state(mesh, 1), make_feed())
+  saver.wait()
+  big = {"w": np.random.default_rng(0).normal(size=50_000)}
+  limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+  try:
+    saver.save(2, big, make_feed())
+    with pytest.raises(checkpoint.CheckpointError) as caught:
+      saver.wait()
+    with contextlib.suppress(checkpoint.CheckpointError):
+      saver.close()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+  text = str(caught.value)
+  assert f"{tmp_path / 'run'} could not be written: File too large" in text
+  assert "step 1 is untouched" in text and "\n" not in text
+  saver = checkpoint.Checkpointer(tmp_path / "run")
+  restored = saver.restore(*targets(mesh))
+  assert restored is not None
+  equal(restored[0], make_state(mesh, 1))
+  saver.save(2, make_state(mesh, 2), make_feed())
+  saver.close()
+  assert [path.name for path in (tmp_path / "run").iterdir()] == ["2"]
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    "a b",
+    "a]b",
+    "a#b",
+    "50%",
+    "a%20b",
+    "{a,b}",
+    "it's",
+    '"a"',
+    "$a;&|",
+    "é-日",
+  ],
+)
+def test_awkward_names_of_folders(tmp_path, mesh, name):
+  storage.check_characters(tmp_path / name)
+  saver = checkpoint.Checkpointer(tmp_path / name)
+  saver.save(1, make_state(mesh, 1), make_feed(1))
+  saver.close()
+  saver = checkpoint.Checkpointer(tmp_path / name)
+  assert saver.restore_feed()[0] == 1
+  restored = saver.restore(*targets(mesh))
+  assert restored is not None
+  equal(restored[0], make_state(mesh, 1))
+  saver.close()
+
+
+@pytest.fixture
+def reads(monkeypatch):
+  """{file: bytes of it that were read to compare or make checksums}, of blocks
+  of 1 KiB."""
+  reads = collections.Counter()
+  blocks = checksums._blocks
+
+  def counting(path, *numbers):
+    for block in blocks(path, *numbers):
+      reads[str(path)] += len(block)
+      yield block
+
+  monkeypatch.setattr(checksums, "_blocks", counting)
+  monkeypatch.setattr(checksums, "_BLOCK", 1024)
+  return reads
+
+
+def test_only_what_is_read_is_compared(tmp_path, mesh, reads):
+  random = np.random.default_rng(0)
+  state = {
+    "ema": {"0.9": random.normal(size=2000), "0.99": random.normal(size=2000)},
+    "params": random.normal(size=40_000),
+  }
+  saver = checkpoint.Checkpointer(tmp_path)
+  saver.save(1, state, {"bank": random.normal(size=40_000)})
+  saver.wait()
+  part = {"ema": {"0.9": state["ema"]["0.9"]}}
+  reads.clear()
+  _, restored = saver.restore_subtree(part)
+  np.testing.assert_array_equal(restored["ema"]["0.9"], part["ema"]["0.9"])
+  assert 16_000 < sum(reads.values()) < 40_000
+  assert not any("/feed/" in name for name in reads)
+  reads.clear()
+  saver.restore_feed()
+  assert not any("/state/" in name for name in reads)
+
+  def harm(array):
+    """Flips a bit in the middle of an array."""
+    found = checksums._data_read(epath.Path(tmp_path) / "1", "state", [array])
+    name = max(found, key=lambda name: found[name][-1][1] - found[name][-1][0])
+    start, stop = found[name][-1]
+    data = bytearray((tmp_path / "1" / name).read_bytes())
+    data[(start + stop) // 2] ^= 1
+    (tmp_path / "1" / name).write_bytes(data)
+
+  harm("params")
+  saver.restore_subtree(part)
+  harm("ema.0.9")
+  with pytest.raises(checkpoint.CheckpointError, match="content changed"):
+    saver.restore_subtree(part)
+  saver.restore_feed()
+  saver.close()
+
+
+def test_each_process_sums_and_compares_its_own(tmp_path, reads):
+  files = {
+    "_CHECKPOINT_METADATA": b"{}",
+    "state/manifest.ocdbt": b"0" * 10,
+    "state/ocdbt.process_0/d/a": b"1" * 3000,
+    "state/array_metadatas/process_1": b"2" * 20,
+    "feed/ocdbt.process_1/d/b": b"3" * 4000,
+  }
+  for name, data in files.items():
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_bytes(data)
+  folder = epath.Path(tmp_path)
+  checksums.Summing(folder, 0).run(threading.Event())
+  assert len(reads) == 3 and not any("process_1" in name for name in reads)
+  # The other one was killed before: nothing is known to be wrong, or right.
+  assert checksums.compare(folder) == ([], False)
+  reads.clear()
+  checksums.Summing(folder, 1).run(threading.Event())
+  assert len(reads) == 2 and all("process_1" in name for name in reads)
+  assert checksums.compare(folder) == ([], True)
+  flip_a_bit(tmp_path / "feed/ocdbt.process_1/d/b")
+  found = [checksums.compare(folder, process=i, count=2) for i in range(2)]
+  (line,) = found[1].damage
+  assert found[0] == ([], True) and line.startswith("feed/ocdbt.process_1/d/b:")
+  # All of a process may be missing, its checksums included.
+  for name in ("checksums.1.json", *(n for n in files if "process_1" in n)):
+    (tmp_path / name).unlink()
+  lines, _ = checksums.compare(folder)
+  assert [line.endswith(": missing") for line in lines] == [True, True]
+
+
+def test_checksums_of_earlier_checkpoints(three_steps, mesh):
+  """One file for all processes' files, a CRC-32 of each as a whole."""
+  folder = three_steps / "3"
+  names = checksums.file_names(epath.Path(folder))
+  sums = {
+    name: [len(data), zlib.crc32(data)]
+    for name in names
+    for data in [(folder / name).read_bytes()]
+  }
+  sums["commit_success.txt"] = [1, 1]  # they have it, a copy may not
+  (folder / "checksums.json").write_text(json.dumps(sums))
+  assert checksums.compare(epath.Path(folder)) == ([], True)
+  saver = checkpoint.Checkpointer(three_steps, keep_latest=3)
+  state = targets(mesh)[0]
+  assert saver.restore_subtree(state)[0] == 3
+  flip_a_bit(largest_file(folder))
+  with pytest.raises(checkpoint.CheckpointError, match="content changed"):
+    saver.restore(*targets(mesh))
+  saver.close()
+
+
+def test_a_sum_goes_on_where_a_save_has_stopped_it(tmp_path, mesh, monkeypatch):
+  """The save does not wait for it, and nothing is read a second time."""
+  read, begun, go_on = [], threading.Event(), threading.Event()
+  blocks = checksums._blocks
+
+  def slow(path, *numbers):
+    read.append(str(path))
+    if len(read) == 5:
+      begun.set()
+      assert go_on.wait(60)
+    yield from blocks(path, *numbers)
+
+  monkeypatch.setattr(checksums, "_blocks", slow)
+  saver = checkpoint.Checkpointer(tmp_path, keep_latest=2)
+  saver.save(1, make_state(mesh), make_feed())
+  while not begun.is_set():
+    saver.poll()
+  threading.Timer(0.3, go_on.set).start()
+  saver.save(2, make_state(mesh), make_feed())
+  assert len(read) == 5 and not (tmp_path / "1" / "checksums.json").exists()
+  saver.close()
+  twice = [name for name, n in collections.Counter(read).items() if n > 1]
+  assert twice == [read[4]]
+  for step in (1, 2):
+    assert checksums.compare(epath.Path(tmp_path) / str(step)) == ([], True)
+
+
+def test_runs_that_gave_their_figures_to_orbax_rank_on(tmp_path, mesh):
+  with ocp.CheckpointManager(
+    tmp_path,
+    options=ocp.CheckpointManagerOptions(best_fn=lambda m: m["fd"]),
+    item_names=("state", "feed"),
+  ) as manager:
+    for step, value in enumerate((2.0, 1.0, 3.0), 1):
+      args = {"state": make_state(mesh, step), "feed": make_feed()}
+      saved = {n: ocp.args.StandardSave(tree) for n, tree in args.items()}
+      composite = ocp.args.Composite(**saved)
+      manager.save(step, args=composite, metrics={"fd": value})
+  saver = checkpoint.Checkpointer(tmp_path, best_metric="fd")
+  assert saver.best_step() == 2 and saver.evaluated(3)
+  saver.save(4, make_state(mesh), make_feed(), evaluation_due=True)
+  saver.wait()
+  assert saver.steps() == [2, 4] and not saver.evaluated(4)
+  saver.rank(4, {"fd": 0.5})
+  assert saver.steps() == [4] and saver.evaluated(4)
+  saver.close()
+  assert [path.name for path in tmp_path.iterdir()] == ["4"]

@@ -15,7 +15,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from drift_jax import artifacts, checkpoint, metrics, storage
+from drift_jax import artifacts, checkpoint, checksums, metrics, storage
 from tests import fake_bucket
 from tests.conftest import process_environment
 from tests.train_test import (
@@ -168,7 +168,15 @@ def story(bucket, start, tmp_path_factory):
   # As if killed before later ones were whole.
   for step in committed(bucket, "digits"):
     if step > 8:
-      bucket.delete(f"digits/checkpoints/{step}/commit_success.txt")
+      folder = f"digits/checkpoints/{step}"
+      for name in ("commit_success.txt", "checksums.json"):
+        if name in bucket.names(folder):
+          bucket.delete(f"{folder}/{name}")
+      metadata = json.loads(bucket.read(f"{folder}/{checksums.METADATA}"))
+      metadata["commit_timestamp_nsecs"] = None
+      bucket.write(
+        f"{folder}/{checksums.METADATA}", json.dumps(metadata).encode()
+      )
 
   names = bucket.names("digits/checkpoints/8")
   largest = max(
@@ -208,7 +216,7 @@ def test_killed_and_resumed_is_bit_equal(bucket, story, tmp_path):
   assert kept == {*map(str, steps)} and "4" not in kept
   for step in steps:
     folder = epath.Path(tmp_path) / "checkpoints" / str(step)
-    assert checkpoint.damage(folder) == []
+    assert checksums.compare(folder) == ([], True)
     sums = json.loads(bucket.read(f"digits/checkpoints/{step}/checksums.json"))
     assert len(sums) > 10
 
@@ -321,3 +329,79 @@ def test_a_workdir_in_a_bucket_has_one_run(bucket, start):
     "given back",
   ]
   assert not bucket.names("leased")
+
+
+@pytest.fixture
+def copied(bucket, tmp_path, monkeypatch):
+  """Copies to the bucket, without Orbax' markers, of a run on the disk.
+
+  Returns:
+    copy(folder), what was saved, by its step.
+  """
+  for name, value in bucket.environment.items():
+    monkeypatch.setenv(name, value)
+  saver = checkpoint.Checkpointer(tmp_path, keep_latest=2)
+  saved = {}
+  for step in (1, 2):
+    saved[step] = {"w": np.arange(2000.0) + step}, {"position": np.array(step)}
+    saver.save(step, *saved[step])
+  saver.close()
+
+  def copy(folder):
+    for path in tmp_path.rglob("*"):
+      if path.is_file() and path.name != checksums.COMMIT:
+        name = f"{folder}/checkpoints/{path.relative_to(tmp_path)}"
+        bucket.write(name, path.read_bytes())
+    path = epath.Path(f"gs://{bucket.name}/{folder}/checkpoints")
+    storage.check(path)  # listings are not remembered
+    return path
+
+  return copy, saved
+
+
+def test_a_copied_run_is_adopted_and_what_may_be_one_is_kept(bucket, copied):
+  copy, saved = copied
+  path = copy("copied")
+  bucket.delete("copied/checkpoints/2/checksums.json")  # not yet written
+  with pytest.raises(
+    checkpoint.CheckpointError, match="copied/checkpoints: 1, 2 lack the"
+  ):
+    checkpoint.Checkpointer(path, read_only=True).restore_feed()
+  others = {f"{name}/state/part": b"1" for name in ("damaged_1", "backup")}
+  unfinished = {"3/_CHECKPOINT_METADATA": b'{"commit_timestamp_nsecs": null}'}
+  for name, data in (others | unfinished).items():
+    bucket.write(f"copied/checkpoints/{name}", data)
+  saver = checkpoint.Checkpointer(path, keep_latest=2)
+  assert saver.steps() == [1, 2]
+  for step, (state, feed) in saved.items():
+    restored = saver.restore(state, lambda saved, feed=feed: feed, step)
+    assert restored is not None
+    np.testing.assert_array_equal(restored[0]["w"], state["w"])
+    assert restored[1] == feed
+  saver.close()
+  names = bucket.names("copied/checkpoints")
+  assert {*others} < {*names} and not any(n.startswith("3/") for n in names)
+
+
+@pytest.mark.parametrize("summed", [True, False])
+@pytest.mark.parametrize("lost", ["largest", "state/_METADATA"])
+def test_a_run_copied_in_part_is_refused_and_untouched(
+  bucket, copied, lost, summed
+):
+  """Also where it was copied before its checksums were written."""
+  copy, _ = copied
+  folder = f"part_{lost[:2]}_{summed}"
+  path = copy(folder)
+  newest = f"{folder}/checkpoints/2"
+  if lost == "largest":
+    names = bucket.names(newest)
+    lost = max(names, key=lambda name: len(bucket.read(f"{newest}/{name}")))
+  bucket.delete(f"{newest}/{lost}")
+  if not summed:
+    bucket.delete(f"{newest}/checksums.json")
+  before = bucket.names(newest)
+  with pytest.raises(checkpoint.CheckpointError) as caught:
+    checkpoint.Checkpointer(path)
+  assert f"{path}/2 may be" in str(caught.value)
+  assert f"{lost}: missing" in str(caught.value)
+  assert bucket.names(newest) == before

@@ -78,9 +78,9 @@ def test_sigterm_between_steps_and_again_at_the_end(lines, sigterm):
   def program():
     exits.stop_on_sigterm()
     with exits.preemption() as preempted:
-      assert not preempted(1)
+      assert not preempted()
       os.kill(os.getpid(), signal.SIGTERM)
-      assert preempted(2) and preempted(3)
+      assert preempted() and preempted()
     os.kill(os.getpid(), signal.SIGTERM)
     raise exits.Preempted("Told to stop: step 3 is saved")
 
@@ -92,6 +92,6 @@ def test_sigterm_between_steps_and_again_at_the_end(lines, sigterm):
 def test_no_sigterm_leaves_the_handler_as_it_was(sigterm):
   before = signal.getsignal(signal.SIGTERM)
   with exits.preemption() as preempted:
-    assert not preempted(1)
+    assert not preempted()
     assert signal.getsignal(signal.SIGTERM) != before
   assert signal.getsignal(signal.SIGTERM) == before

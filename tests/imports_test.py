@@ -24,6 +24,8 @@ RANKS = {
   "lease": 1,
   "models": 1,
   "optim": 1,
+  "checksums": 1,
+  "retention": 0,
   "artifacts": 2,
   "checkpoint": 2,
   "metrics": 2,

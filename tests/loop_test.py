@@ -1,13 +1,15 @@
 """The shared loop with a fake step: schedule, watch, resume, errors."""
 
+import itertools
 import logging
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drift_jax import checkpoint, console, exits, loop
+from drift_jax import checkpoint, checksums, console, exits, loop
 from drift_jax.state import TrainState
 
 
@@ -50,6 +52,13 @@ class Writer:
   def flush(self):
     pass
 
+  def results(self):
+    """All but the speed."""
+    return [
+      (step, {k: v for k, v in line.items() if not k.startswith("perf/")})
+      for step, line in self.lines
+    ]
+
 
 def new_state():
   return TrainState(
@@ -85,6 +94,16 @@ def make_step(bad_step=None, name="loss"):
   return step
 
 
+def figures(step):
+  return {"eval/fd": 10.0 - step}
+
+
+def at_question(number):
+  """Says yes when it is asked so often, once."""
+  questions = itertools.count(1)
+  return lambda: next(questions) == number
+
+
 def run(
   path,
   *,
@@ -94,10 +113,12 @@ def run(
   evaluate=None,
   log_every=1,
   prefetch=2,
-  preempted=lambda number: False,
+  preempted=lambda: False,
+  eval_every=3,
+  writer=None,
 ):
   saver = checkpoint.Checkpointer(path, keep_latest=10, best_metric="fd")
-  feed, writer = Feed(), Writer()
+  feed, writer = Feed(), writer or Writer()
   target = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
     new_state(),
@@ -113,10 +134,10 @@ def run(
       schedule=loop.Schedule(
         num_steps=num_steps,
         log_every=log_every,
-        eval_every=3,
+        eval_every=eval_every,
         checkpoint_every=every,
       ),
-      evaluate=evaluate or (lambda step, state: {"eval/fd": 10.0 - step}),
+      evaluate=evaluate or (lambda step, state, check: figures(step)),
       best_metric=lambda s: {"fd": s["eval/fd"]} if s else None,
       checkpointer=saver,
       writer=writer,
@@ -153,31 +174,88 @@ def test_resume_continues_with_the_next_batch(tmp_path, prefetch):
 
 @pytest.mark.parametrize(
   ("prefetch", "told", "stops"),
-  [(0, 2, 2), (2, 3, 4), (2, 5, 7), (5, 5, 8), (1, 7, 8), (3, 8, 8)],
+  [(0, 2, 2), (2, 3, 3), (2, 4, 4), (2, 5, 6), (5, 7, 8), (1, 8, 8)],
 )
 def test_preemption_is_bit_exact(tmp_path, prefetch, told, stops):
-  """Behind what had been drawn, at most up to the next checkpoint; once."""
+  """After what had been drawn, at most up to the next checkpoint or evaluation,
+  which is made at the next start then."""
   options = {"every": 4, "prefetch": prefetch, "num_steps": 11}
-  whole, *_ = run(tmp_path / "whole", **options)
+  whole, _, expected, _ = run(tmp_path / "whole", **options)
+  writer = Writer()
   with pytest.raises(
     exits.Preempted, match=f"Told to stop: step {stops} is saved"
   ):
-    run(tmp_path / "parts", preempted=lambda n: n == told, **options)
+    run(
+      tmp_path / "parts",
+      preempted=at_question(told),
+      writer=writer,
+      **options,
+    )
   saver = checkpoint.Checkpointer(tmp_path / "parts", keep_latest=10)
   assert saver.steps() == sorted({4, stops} & set(range(stops + 1)))
-  assert (tmp_path / "parts" / str(stops) / checkpoint.CHECKSUMS).exists()
+  assert (tmp_path / "parts" / str(stops) / checksums.CHECKSUMS).exists()
   saver.close()
-  state, feed, writer, _ = run(tmp_path / "parts", **options)
-  assert feed.started == 0 and writer.lines[0][0] == stops + 1
+  state, feed, *_ = run(tmp_path / "parts", writer=writer, **options)
+  assert feed.started == 0 and writer.results() == expected.results()
   assert float(state.params["sum"]) == float(whole.params["sum"])
 
 
 def test_preemption_at_the_end_is_the_end(tmp_path):
   """All has been drawn: the run is done before it could stop."""
   state, _, _, steps = run(
-    tmp_path, num_steps=5, every=10, preempted=lambda n: n == 4
+    tmp_path, num_steps=5, every=10, eval_every=0, preempted=at_question(4)
   )
   assert int(state.step) == 5 and steps == [5]
+
+
+@pytest.mark.parametrize(
+  ("every", "batch", "stops"), [(3, 1, 3), (3, 2, 3), (4, 3, 3), (4, 8, 6)]
+)
+def test_preemption_during_an_evaluation(tmp_path, every, batch, stops):
+  """It ends between two batches, whether its step is saved anyway or not; the
+  next start makes it, and all is as in a run that was never stopped."""
+  begun, asked = [], []
+
+  def evaluate(step, state, check):
+    begun.append(step)
+    for _ in range(5):
+      check()
+      asked.append(step)
+    return figures(step)
+
+  def told():
+    return len(asked) == batch
+
+  options = {"every": every, "num_steps": 8, "evaluate": evaluate}
+  whole, _, expected, steps = run(tmp_path / "whole", **options)
+  begun.clear(), asked.clear()
+  writer = Writer()
+  with pytest.raises(exits.Preempted, match=f"step {stops} is saved"):
+    run(tmp_path / "parts", preempted=told, writer=writer, **options)
+  assert len(asked) == batch and begun[-1] == stops
+  state, *_ = run(tmp_path / "parts", writer=writer, **options)
+  assert float(state.params["sum"]) == float(whole.params["sum"])
+  assert writer.results() == expected.results()
+  saver = checkpoint.Checkpointer(
+    tmp_path / "parts", best_metric="fd", read_only=True
+  )
+  assert saver.steps() == sorted({*steps, stops}) and saver.best_step() == 8
+  saver.close()
+
+
+def test_a_step_is_on_disk_when_its_evaluation_begins(tmp_path):
+  seen = []
+
+  def evaluate(step, state, check):
+    deadline = time.monotonic() + 60
+    while not (tmp_path / str(step)).exists():
+      assert time.monotonic() < deadline
+      time.sleep(0.01)
+    seen.append(step)
+    return figures(step)
+
+  run(tmp_path, every=3, evaluate=evaluate)
+  assert seen == [3, 6]
 
 
 def test_a_finished_run_does_nothing_more(tmp_path):
@@ -207,14 +285,19 @@ def test_a_non_finite_first_step(tmp_path):
 
 
 def test_an_evaluation_that_fails_leaves_the_checkpoints(tmp_path):
-  def evaluate(step, state):
+  def evaluate(step, state, check):
     raise ValueError("no metric today")
 
-  with pytest.raises(ValueError, match="no metric today"):
-    run(tmp_path, evaluate=evaluate)
-  saver = checkpoint.Checkpointer(tmp_path)
-  assert saver.steps() == [2]
-  saver.close()
+  writer = Writer()
+  for _ in range(2):  # the next start begins with it
+    with pytest.raises(ValueError, match="no metric today"):
+      run(tmp_path, every=3, evaluate=evaluate, writer=writer)
+    saver = checkpoint.Checkpointer(tmp_path)
+    assert saver.steps() == [3]
+    saver.close()
+  state, *_ = run(tmp_path, every=3, writer=writer)
+  *_, expected, _ = run(tmp_path / "whole", every=3)
+  assert int(state.step) == 6 and writer.results() == expected.results()
 
 
 def test_metrics_that_a_task_does_not_have_are_not_watched(tmp_path):
@@ -239,7 +322,7 @@ def test_a_state_past_the_end_is_an_error(tmp_path):
 def test_the_evaluation_sees_the_whole_state_after_its_step(tmp_path):
   seen = {}
 
-  def evaluate(step, state):
+  def evaluate(step, state, check):
     seen[step] = (int(state.step), float(state.params["sum"]))
     assert set(state.ema) == {"0.9"}
     return {}
@@ -286,7 +369,7 @@ def test_the_speed_leaves_out_the_first_step_and_what_is_not_training(
 ):
   """Steps of 20 ms around a first one and evaluations of 400 ms."""
 
-  def evaluate(step, state):
+  def evaluate(step, state, check):
     clock.sleep(0.4)
     return {}
 

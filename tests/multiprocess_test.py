@@ -18,9 +18,10 @@ import time
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
-from drift_jax import artifacts, experiment, train_mae
+from drift_jax import artifacts, checksums, experiment, train_mae
 from drift_jax import config as config_lib
 from tests.conftest import assert_close, process_environment
 from tests.train_test import checkpoint_arrays, last_step, records
@@ -118,8 +119,8 @@ DRIVER = """if True:
   flags.FLAGS.mark_as_parsed()
   exits.run(program, experiment.ERRORS)
 """
-# The command line, with steps that leave time for signals; where asked, saves
-# of one step never end.
+# The command line, with steps and batches of evaluations that leave time for
+# signals; where asked, saves of one step never end.
 SLOW = """if True:
   import os
   import time
@@ -127,7 +128,9 @@ SLOW = """if True:
   from absl import app
   from drift_jax import config as config_lib
   from drift_jax import loop, main
+  from drift_jax.metrics import generation
 
+  check = generation._check_finite
   advance = loop._Progress.advance
   finalize = ocp.CompositeCheckpointHandler.finalize
 
@@ -140,6 +143,12 @@ SLOW = """if True:
       time.sleep(600)
     return finalize(self, directory, *args, **kwargs)
 
+  def watched(batch, alpha):
+    print("batch", flush=True)
+    time.sleep(1)
+    check(batch, alpha)
+
+  generation._check_finite = watched
   loop._Progress.advance = slow
   if os.environ.get("HELD"):
     ocp.CompositeCheckpointHandler.finalize = held
@@ -406,7 +415,8 @@ def saved_steps(workdir):
 
 
 def test_sigterm_to_one_saves_all(folder, two):
-  """One consistent checkpoint at a step that no schedule names; bit-equal."""
+  """One consistent checkpoint at a step that no schedule names; then between
+  the batches of an evaluation, which is made by the next start; bit-equal."""
   workdir = folder / "preempted"
   group = start_run(folder, 2, 2, workdir, HELD="")
   group.wait_until(lambda: last_step(workdir) >= 2)
@@ -421,10 +431,25 @@ def test_sigterm_to_one_saves_all(folder, two):
   assert "Told to stop" not in group.output(1)
   assert not list((workdir / "checkpoints").glob("*tmp*"))
 
+  group = start_run(folder, 2, 2, workdir, HELD="")
+  group.wait_until(lambda: "batch" in group.output(0))
+  group.processes[1].send_signal(signal.SIGTERM)
+  assert group.wait(60) == [75, 75], group.everything()
+  assert f"Resuming after step {stopped}." in group.output(0)
+  assert "step 24 is saved; the same" in group.output(0)
+  assert "eval/fd_pixel/alpha_1.0" not in records(workdir)[24]
+
   group = start_run(folder, 2, 2, workdir)
   assert group.wait() == [0, 0], group.everything()
-  assert f"Resuming after step {stopped}." in group.output(0)
+  assert "Resuming after step 24." in group.output(0)
   assert_same_run(folder / "whole", workdir, 24)
+  # Each process has summed its own files.
+  last = workdir / "checkpoints" / "24"
+  assert checksums.compare(epath.Path(last)) == ([], True)
+  for process, name in enumerate(("checksums.json", "checksums.1.json")):
+    sums = json.loads((last / name).read_text())
+    summed = {checksums.owner(name) for name in sums if sums[name] is not None}
+    assert summed == {process}
 
 
 def test_sigkill_of_one(folder, two):

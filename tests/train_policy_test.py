@@ -14,7 +14,14 @@ from PIL import Image
 
 from configs import policy
 from drift_jax import config as config_lib
-from drift_jax import data, experiment, metrics, robots, train_policy
+from drift_jax import (
+  data,
+  exits,
+  experiment,
+  metrics,
+  robots,
+  train_policy,
+)
 from drift_jax.tools import policy_table
 from tests.conftest import ROOT, process_environment
 
@@ -97,6 +104,27 @@ def test_the_last_evaluations_are_averaged(tmp_path, trained):
   means = evaluation.means("one_step")
   assert means["evaluations"] == [6, 8, 10]
   assert means["success_rate"] == pytest.approx((0.2 + 0.5 + 0.8) / 3)
+
+
+def test_rollouts_are_stopped_between_chunks(tmp_path, monkeypatch):
+  chunks = []
+
+  def run_episodes(config, environments, act):
+    while True:
+      chunks.append(act({}, np.zeros(1), len(chunks)))
+
+  def check():
+    if len(chunks) == 3:
+      raise exits.Preempted
+
+  monkeypatch.setattr(experiment, "run_episodes", run_episodes)
+  monkeypatch.setattr(train_policy.Evaluation, "_params", lambda *_: "params")
+  acts = {"one_step": lambda params, seen, episodes, call: (params, call)}
+  config = config_lib.parse(small())
+  evaluation = train_policy.Evaluation(config, acts, [], None, tmp_path)
+  with pytest.raises(exits.Preempted):
+    evaluation(4, None, check, writer=None)
+  assert chunks == [("params", 0), ("params", 1), ("params", 2)]
 
 
 def test_a_resumed_run_is_bit_equal(tmp_path):

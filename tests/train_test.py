@@ -115,9 +115,13 @@ def kill_after(
   return process.returncode
 
 
-def call(module, *arguments, devices=1, ok=True):
+def call(module, *arguments, devices=1, ok=True, kibibytes=None):
+  """Runs a program; no file of it may grow beyond a size, as on a full disk."""
+  line = command(module, *arguments)
+  if kibibytes:
+    line = ["bash", "-c", f'ulimit -f {kibibytes}; exec "$@"', "bash", *line]
   done = subprocess.run(
-    command(module, *arguments),
+    line,
     cwd=ROOT,
     env=process_environment(devices),
     capture_output=True,
@@ -128,15 +132,14 @@ def call(module, *arguments, devices=1, ok=True):
   return done
 
 
-def train_tiny(workdir, *arguments, devices=1, ok=True):
+def train_tiny(workdir, *arguments, **options):
   return call(
     "main",
     SMOKE,
     f"--workdir={workdir}",
     *TINY,
     *arguments,
-    devices=devices,
-    ok=ok,
+    **options,
   )
 
 
@@ -249,6 +252,25 @@ def test_a_run_with_a_truncated_checkpoint_ends_bit_equal(folder, whole):
   assert "Resuming after step 20." in done.stderr
   assert (workdir / "checkpoints" / f"damaged_{STEPS}").exists()
   assert_same_run(whole, workdir)
+
+
+def test_a_full_disk_is_one_line_and_costs_no_checkpoint(folder, whole):
+  workdir = folder / "full"
+  shutil.copytree(whole, workdir)
+  done = train_tiny(
+    workdir,
+    f"--config.train.num_steps={STEPS + 8}",
+    ok=False,
+    kibibytes=61,  # less than _METADATA takes
+  )
+  lines = done.stderr.splitlines()
+  assert done.returncode == 1 and len(lines) < 20, done.stderr[-3000:]
+  (line,) = [x for x in lines if "Error" in x or "Traceback" in x]
+  assert line.startswith(f"Error: a checkpoint in {workdir}/checkpoints could")
+  assert f"File too large. The checkpoint of step {STEPS} is untouched" in line
+  first, second = (checkpoint_arrays(path, STEPS) for path in (whole, workdir))
+  for name in first:
+    np.testing.assert_array_equal(first[name], second[name], err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -521,8 +543,12 @@ def test_the_generator_is_evaluated_by_its_average(tmp_path, monkeypatch):
   )
   writer = metrics.create_writer(tmp_path, resume_step=-1, is_main=True)
   state = averaged_state(config.ema.decays, good=0.9)
-  evaluation(3, state, writer=writer, path=tmp_path)
+  asked = []
+  evaluation(3, state, lambda: asked.append(1), writer=writer, path=tmp_path)
   writer.close()
+  # Whether to stop: before each batch of figures and before the pictures.
+  batches = -(-config.eval.num_samples // config.eval.batch_size)
+  assert len(asked) == len(config.eval.alphas) * batches + 1
   assert used == [1.0]
 
 
@@ -547,8 +573,10 @@ def test_the_encoder_is_evaluated_by_its_average(tmp_path, monkeypatch):
   )
   writer = metrics.create_writer(tmp_path, resume_step=-1, is_main=True)
   state = averaged_state(config.ema.decays, good=0.9)
-  figures = evaluate(3, state, writer=writer)
+  asked = []
+  figures = evaluate(3, state, lambda: asked.append(1), writer=writer)
   writer.close()
+  assert len(asked) == 6  # before each batch
   assert figures == {"eval/recon_loss": 1.0}
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from drift_jax import console, paths
+from drift_jax import console, paths, storage
 from drift_jax.data import encoded
 
 _ANY_VERSION = ":*.*.*"
@@ -61,8 +61,9 @@ def _find(name: str, data_dir: str) -> epath.Path:
   """
   if name.startswith(("/", ".", "~")) or "://" in name:
     root = epath.Path(paths.expand(name))
-    for pattern in ("dataset_info.json", "*/dataset_info.json"):
-      found = sorted(root.glob(pattern))
+    for folders in ([root], storage.entries(root)):
+      infos = [folder / "dataset_info.json" for folder in folders]
+      found = [info for info in infos if info.exists()]
       if len(found) > 1:
         raise ValueError(
           f"data.source='tfds:{name}' holds several data sets, name one of "

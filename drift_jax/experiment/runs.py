@@ -68,10 +68,14 @@ AnyConfig = config_lib.AnyConfig
 
 
 class Evaluate(Protocol):
-  """A task's evaluation in the loop; it must leave the state alone."""
+  """A task's evaluation in the loop: see loop.Evaluate."""
 
   def __call__(
-    self, step: int, state: TrainState, writer: metrics.MetricWriter
+    self,
+    step: int,
+    state: TrainState,
+    check: Callable[[], None],
+    writer: metrics.MetricWriter,
   ) -> dict[str, float]: ...
 
 
@@ -114,6 +118,7 @@ def check_workdir(workdir: str) -> None:
       return  # storage.check has looked at it.
     path = pathlib.Path(paths.expand(workdir))
     try:
+      storage.check_characters(workdir)
       while not path.is_dir():
         if path.exists():
           raise NotADirectoryError(f"{path} is a file")
@@ -182,7 +187,9 @@ def _write_facts(
   facts: Facts,
 ) -> tuple[Sequence[str], Facts]:
   text = config_lib.to_json(config)
-  if list((path / CHECKPOINTS).glob("[0-9]*")):
+  if any(
+    entry.name[0].isdecimal() for entry in storage.entries(path / CHECKPOINTS)
+  ):
     if (path / CONFIG_FILE).exists():
       try:
         _check_resumable(path, text, frozen, class_names, facts)
@@ -293,7 +300,7 @@ def run(
 
   Raises:
     ConfigError: the workdir's run is longer than config.train.num_steps.
-    Preempted: by SIGTERM, behind a step that has been saved.
+    Preempted: by SIGTERM, with the step saved.
   """
   training = make_training(
     config,
@@ -319,10 +326,12 @@ def run(
         f"train.num_steps={config.train.num_steps}, but {path} holds a run of "
         f"{int(state.step)} steps: raise it or use a new workdir"
       )
+    step_found = int(state.step)
     with naming("metrics.jsonl"):
       writer = metrics.create_writer(
         path,
-        resume_step=int(state.step) or -1,
+        resume_step=step_found or -1,
+        evaluated=step_found == 0 or checkpointer.evaluated(step_found),
         is_main=processes.is_first(),
       )
     stack.callback(writer.close)
@@ -377,7 +386,9 @@ def at_end(action: Callable[[], None]) -> Iterator[None]:
     yield
   except BaseException as error:
     if exits.cause_of(error) is None:
-      action()
+      # On a full disk it fails as well: the first error is what counts.
+      with contextlib.suppress(OSError):
+        action()
     raise
   action()
 

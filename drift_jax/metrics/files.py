@@ -55,7 +55,8 @@ def replacing(path: PathLike) -> Iterator[pathlib.Path]:
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
   try:
-    yield temporary
+    with storage.naming_errors(path):
+      yield temporary
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)

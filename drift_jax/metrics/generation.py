@@ -172,6 +172,7 @@ def evaluate(
   batch_size: int,
   *,
   to_pixels: PixelsFn = to_rgb,
+  check: Callable[[], None] = lambda: None,
 ) -> dict[float, dict[str, float]]:
   """Figures of all evaluators for each guidance scale alpha.
 
@@ -183,6 +184,8 @@ def evaluate(
     evaluators: at least one; they are reset for each alpha.
     sample_fn, labels, batch_size, to_pixels: as in `generate`.
     alphas: guidance scales, each once.
+    check: called before each batch is looked at, in all processes as often;
+      what it raises ends the evaluation.
 
   Returns:
     {alpha: {figure: value}} in the order of alphas.
@@ -206,6 +209,7 @@ def evaluate(
     for batch in generate(
       sample_fn, labels, alpha, batch_size=batch_size, to_pixels=to_pixels
     ):
+      check()
       _check_finite(batch, alpha)
       for evaluator in evaluators:
         evaluator.update(batch)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from drift_jax import processes
+from drift_jax import processes, storage
 from drift_jax.metrics import files
 from drift_jax.metrics.batches import Batch
 from drift_jax.metrics.images import save_png
@@ -95,11 +95,8 @@ class SampleFolder:
 
   def _there(self) -> set[str]:
     """Names of the images in the folder; raises OSError if it is unreadable."""
-    if not self._path.exists():
-      return set()
-    # Not glob, which finds nothing in a folder that can't be read.
-    names = {path.name for path in self._path.iterdir()}
-    return {n for n in names if n.endswith(".png") and not n.startswith(".")}
+    names = {path.name for path in storage.entries(self._path, ".png")}
+    return {name for name in names if not name.startswith(".")}
 
   def update(self, batch: Batch) -> None:
     """Writes this process' images while the next ones are computed.

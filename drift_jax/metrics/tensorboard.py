@@ -7,12 +7,17 @@ clu.metric_writers, clu.periodic_actions or clu.checkpoint, and importing
 drift_jax.metrics runs it.
 """
 
+import os
+import socket
 import sys
+import time
 import types
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+
+from drift_jax import storage
 
 _CLU_MODULE = "clu.metric_writers.summary_writer"
 
@@ -32,27 +37,48 @@ class SummaryWriter:
         later; None hides nothing.
     """
     # Imported where it is used: a third of a second with google-cloud-storage.
-    import tensorboardX
+    from tensorboardX import record_writer, summary
+    from tensorboardX.proto import event_pb2
 
-    self._writer = tensorboardX.SummaryWriter(logdir, purge_step=purge_step)
+    self._summary, self._events = summary, cast(Any, event_pb2)
+    # Not by tensorboardX's SummaryWriter: it writes in a thread, which dies on
+    # a full disk, and the run would then wait for it for ever.
+    now = f"{time.time():.0f}.{socket.gethostname()}"
+    self._path = os.path.join(logdir, f"events.out.tfevents.{now}")
+    with storage.naming_errors(self._path):
+      os.makedirs(logdir, exist_ok=True)
+      self._writer = record_writer.RecordWriter(self._path)
+      self._write(file_version="brain.Event:2")
+      if purge_step is not None:
+        log = self._events.SessionLog
+        start = log(status=log.START)
+        self._write(step=purge_step, file_version="brain.Event:2")
+        self._write(step=purge_step, session_log=start)
+
+  def _write(self, **event: Any) -> None:
+    with storage.naming_errors(self._path):
+      made = self._events.Event(wall_time=time.time(), **event)
+      self._writer.write(made.SerializeToString())
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
     for name, value in scalars.items():
-      self._writer.add_scalar(name, float(np.asarray(value).item()), step)
+      number = float(np.asarray(value).item())
+      self._write(step=step, summary=self._summary.scalar(name, number))
 
   def write_images(self, step: int, images: Mapping[str, Any]) -> None:
     """Writes [H, W, C] or [N, H, W, C] (as name/0 ...), uint8 or in [0, 1]."""
     for name, value in images.items():
       array = np.asarray(value)
-      if array.ndim == 3:
-        self._writer.add_image(name, array, step, dataformats="HWC")
-        continue
-      for i, image in enumerate(array):
-        self._writer.add_image(f"{name}/{i}", image, step, dataformats="HWC")
+      named = {name: array}
+      if array.ndim == 4:
+        named = {f"{name}/{i}": image for i, image in enumerate(array)}
+      for tag, image in named.items():
+        made = self._summary.image(tag, image, dataformats="HWC")
+        self._write(step=step, summary=made)
 
   def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
     for name, value in texts.items():
-      self._writer.add_text(name, value, step)
+      self._write(step=step, summary=self._summary.text(name, value))
 
   def write_histograms(
     self,
@@ -62,14 +88,14 @@ class SummaryWriter:
   ) -> None:
     """Writes histograms in tensorboardX's own buckets, whatever num_buckets."""
     for name, value in arrays.items():
-      self._writer.add_histogram(name, np.asarray(value), step)
+      made = self._summary.histogram(name, np.asarray(value), "auto")
+      self._write(step=step, summary=made)
 
   def write_hparams(self, hparams: Mapping[str, Any]) -> None:
     """Writes a table of hyper-parameters as text."""
     rows = [f"| {name} | {value} |" for name, value in sorted(hparams.items())]
-    self._writer.add_text(
-      "hparams", "\n".join(["| name | value |", "| --- | --- |", *rows]), 0
-    )
+    table = "\n".join(["| name | value |", "| --- | --- |", *rows])
+    self._write(step=0, summary=self._summary.text("hparams", table))
 
   def write_summaries(
     self,
@@ -88,10 +114,12 @@ class SummaryWriter:
     raise _unsupported("audio", audios)
 
   def flush(self) -> None:
-    self._writer.flush()
+    with storage.naming_errors(self._path):
+      self._writer.flush()
 
   def close(self) -> None:
-    self._writer.close()
+    with storage.naming_errors(self._path):
+      self._writer.close()
 
 
 def _unsupported(kind: str, values: Mapping[str, Any]) -> ValueError:

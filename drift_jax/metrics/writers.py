@@ -26,6 +26,8 @@ from clu.metric_writers import (  # noqa: E402
 MetricWriter.register(tensorboard.SummaryWriter)
 
 _FILE = "metrics.jsonl"
+# In front of the names of an evaluation's figures.
+EVALUATION = "eval/"
 # A bucket's copy of the numbers is at most so much older than a write.
 _UPLOAD_SECONDS = 60.0
 
@@ -69,12 +71,24 @@ def read_jsonl(path: files.PathLike) -> list[dict[str, float | int]]:
   ]
 
 
-def _drop_later_lines(path: pathlib.Path, resume_step: int) -> None:
-  """Keeps the complete lines with step <= resume_step, byte for byte."""
+def _drop_later_lines(
+  path: pathlib.Path, resume_step: int, evaluated: bool
+) -> None:
+  """Keeps the complete lines with step <= resume_step, byte for byte.
+
+  But for those of an evaluation of resume_step that will be made again.
+  """
+
+  def stays(record: dict[str, Any]) -> bool:
+    if record["step"] != resume_step or evaluated:
+      return record["step"] <= resume_step
+    figures = [name for name in record if name.startswith(EVALUATION)]
+    return len(record) > 1 and not figures
+
   kept = [
     line + "\n"
     for number, line in enumerate(_complete_lines(path), 1)
-    if _parse(path, number, line)["step"] <= resume_step
+    if stays(_parse(path, number, line))
   ]
   with files.replacing(path) as temporary:
     temporary.write_text("".join(kept), encoding="utf-8")
@@ -88,7 +102,9 @@ class JsonlWriter(MetricWriter):
   null, since JSON has none.
   """
 
-  def __init__(self, path: files.PathLike, resume_step: int):
+  def __init__(
+    self, path: files.PathLike, resume_step: int, *, evaluated: bool = True
+  ):
     """Opens path for appending.
 
     Args:
@@ -96,11 +112,12 @@ class JsonlWriter(MetricWriter):
       resume_step: lines of later steps are dropped first, atomically. A resumed
         run that repeats them thus ends with the file of an uninterrupted one.
         -1 drops all: a fresh start.
+      evaluated: False drops the figures of resume_step as well.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
-      _drop_later_lines(path, resume_step)
+      _drop_later_lines(path, resume_step, evaluated)
     self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
@@ -121,8 +138,9 @@ class JsonlWriter(MetricWriter):
         )
       number = float(array.item())
       record[name] = number if math.isfinite(number) else None
-    self._file.write(json.dumps(record, allow_nan=False) + "\n")
-    self._file.flush()
+    with storage.naming_errors(self._file.name):
+      self._file.write(json.dumps(record, allow_nan=False) + "\n")
+      self._file.flush()
 
   def write_images(self, step: int, images: Mapping[str, Any]) -> None:
     pass
@@ -158,10 +176,12 @@ class JsonlWriter(MetricWriter):
     pass
 
   def flush(self) -> None:
-    self._file.flush()
+    with storage.naming_errors(self._file.name):
+      self._file.flush()
 
   def close(self) -> None:
-    self._file.close()
+    with storage.naming_errors(self._file.name):
+      self._file.close()
 
 
 class _Uploading(MultiWriter):
@@ -209,7 +229,11 @@ class _Uploading(MultiWriter):
 
 
 def create_writer(
-  workdir: files.PathLike, *, resume_step: int, is_main: bool
+  workdir: files.PathLike,
+  *,
+  resume_step: int,
+  is_main: bool,
+  evaluated: bool = True,
 ) -> MultiWriter:
   """clu's MultiWriter for a training run.
 
@@ -220,6 +244,8 @@ def create_writer(
       start, which drops all.
     is_main: False for all processes but one: they write nothing and touch no
       file.
+    evaluated: False where resume_step will be evaluated again: figures of it
+      are dropped from metrics.jsonl too.
 
   Returns:
     A writer whose write_scalars(step, {name: number}) and write_images(step,
@@ -235,7 +261,7 @@ def create_writer(
       (folder / _FILE).write_bytes(earlier.read_bytes())
   events = tensorboard.SummaryWriter(str(folder), purge_step=resume_step + 1)
   writers = [
-    JsonlWriter(folder / _FILE, resume_step),
+    JsonlWriter(folder / _FILE, resume_step, evaluated=evaluated),
     cast(MetricWriter, events),
   ]
   if storage.is_remote(workdir):

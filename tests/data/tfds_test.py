@@ -288,6 +288,12 @@ def copy_of(prepared, tmp_path):
   return copy, next(copy.glob("*-train.array_record*"))
 
 
+def test_a_folder_whose_name_is_a_pattern(prepared, tmp_path):
+  folder = tmp_path / "d[1-2]"
+  shutil.copytree(prepared / "tiny_pictures/1.0.0", folder / "1.0.0")
+  assert len(make("", str(folder))) == len(make("", str(folder / "1.0.0")))
+
+
 def test_several_versions_in_a_folder(prepared, tmp_path):
   for version in ("1.0.0", "1.1.0"):
     shutil.copytree(prepared / "tiny_pictures/1.0.0", tmp_path / "d" / version)

@@ -1,6 +1,8 @@
+import contextlib
 import json
 import math
 import pathlib
+import resource
 import struct
 import subprocess
 import sys
@@ -105,6 +107,44 @@ def test_resumed_file_equals_an_uninterrupted_one(tmp_path, tail):
   write_run(tmp_path / "resumed", 5, 9, resume_step=4)
   assert path.read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
   assert not list(path.parent.glob("*.tmp"))
+
+
+def test_figures_that_are_made_again_are_there_once(tmp_path):
+  """As after a kill between their lines and the record of the evaluation."""
+  write_run(tmp_path / "whole", 1, 4)
+  write_run(tmp_path / "resumed", 1, 4)
+  writer = create_writer(
+    tmp_path / "resumed", resume_step=4, is_main=True, evaluated=False
+  )
+  writer.write_scalars(4, {"eval/fd_pixel/alpha_1.0": 8.0})
+  writer.close()
+  whole, resumed = (
+    (tmp_path / name / "metrics.jsonl").read_bytes()
+    for name in ("whole", "resumed")
+  )
+  assert resumed == whole
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.out.tfevents."])
+def test_a_full_disk_is_told(tmp_path, name):
+  """By the call, and for ever again: a thread that dies of it would leave the
+  run waiting."""
+  if name == "metrics.jsonl":
+    writer = JsonlWriter(tmp_path / name, -1)
+  else:
+    writer = tensorboard.SummaryWriter(str(tmp_path))
+  limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limit[1]))
+  try:
+    for _ in range(3):
+      with pytest.raises(OSError, match="File too large.*" + str(tmp_path)):
+        for step in range(1000):
+          writer.write_scalars(step, {"loss": 1.0})
+        writer.flush()
+    with contextlib.suppress(OSError):
+      writer.close()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
 def test_fresh_start_drops_an_old_run(tmp_path):
