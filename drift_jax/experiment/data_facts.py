@@ -85,11 +85,11 @@ def recorded(path: epath.Path) -> tuple[list[str], Facts]:
   Raises:
     ConfigError: a damaged file.
   """
-  files = ((path / CLASSES_FILE, list), (path / DATA_FILE, dict))
-  names, facts = (
-    read_facts(file, kind) if file.exists() else kind() for file, kind in files
+  names, facts = path / CLASSES_FILE, path / DATA_FILE
+  return (
+    read_facts(names, list) if names.exists() else [],
+    read_facts(facts, dict) if facts.exists() else {},
   )
-  return names, facts
 
 
 def read_facts(file: epath.Path, kind: type[_Facts]) -> _Facts:
