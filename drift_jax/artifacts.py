@@ -179,7 +179,8 @@ def load(
 
   Raises:
     ArtifactError: files missing, truncated, of an unknown kind, or parameters
-      that do not fit the model (the first differences are listed).
+      that do not fit the model (the first differences are listed) or are not
+      finite.
     StorageError: a bucket that can't be read.
   """
   folder, layout = _find(os.fspath(directory))
@@ -253,7 +254,8 @@ def _fitted(
   """The module and its parameters, of a tree under either kind of names.
 
   Raises:
-    ValueError: parameters that don't fit, or are no floating-point arrays.
+    ValueError: parameters that don't fit, or are no floating-point arrays of
+      finite numbers.
   """
   if not isinstance(tree, Mapping):
     raise ValueError(f"it holds {type(tree).__name__}, want arrays by name")
@@ -265,6 +267,8 @@ def _fitted(
         f"{name} is {type(leaf).__name__} of {dtype}, want floating-point"
         " arrays only"
       )
+    if not np.isfinite(leaf).all():
+      raise ValueError(f"{name} holds numbers that are not finite")
   if published:
     return release.from_release(kind, model_config, tree)
   module, _ = release.describe(kind, model_config)

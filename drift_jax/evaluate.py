@@ -187,8 +187,13 @@ def _run() -> tuple[dict[str, Any], str]:
           f"--{flag.name}={flag.value} with {given[0]}: it goes with "
           f"{' or '.join(allowed)}"
         )
+  if _SAMPLES_OUT.value is not None:
+    with experiment.naming("--samples_out"):
+      metrics.check_suffix(_SAMPLES_OUT.value, (".npz",))
   folder = "" if _WORKDIR.value is None else f"{_WORKDIR.value}/"
   out = _OUT.value or f"{folder}evaluation.json"
+  with experiment.naming("--out"):
+    metrics.check_suffix(out, (".json",))
   request = experiment.Request(
     alphas=parse_floats("alphas", _ALPHAS.value),
     metrics=_METRICS.value,

@@ -6,9 +6,9 @@
   python -m drift_jax.sample --from=export --count=50 --out=samples/
   python -m drift_jax.sample --from=export --interpolate=24 --out=walk.gif
 
---out says what is written: a grid (.png), all images in ADM's format (.npz), a
-walk from one noise to another (.gif), or a folder of single images, which an
-interrupted command continues.
+--out says what is written: a grid (.png, .jpg, .webp), all images in ADM's
+format (.npz), a walk from one noise to another (.gif), or a folder of single
+images, which an interrupted command continues.
 """
 
 import os
@@ -79,7 +79,9 @@ _INTERPOLATE = flags.DEFINE_integer(
   lower_bound=2,
 )
 _OUT = flags.DEFINE_string(
-  "out", "grid.png", "FILE.png, FILE.npz, FILE.gif, or a folder for .png files."
+  "out",
+  "grid.png",
+  "FILE.png (or .jpg, .webp), FILE.npz, FILE.gif, or a folder for .png files.",
 )
 _COORDINATOR = flags.DEFINE_string(
   "coordinator",
@@ -89,7 +91,7 @@ _COORDINATOR = flags.DEFINE_string(
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is.")
 
-_FILES = (".png", ".npz", ".gif")
+_FILES = (*metrics.PICTURES, ".npz", ".gif")
 _FRAME_MS = 80
 
 
@@ -110,9 +112,8 @@ def check_out(out: str, interpolate: int | None) -> str:
     ConfigError: a suffix that nothing here writes, or of something else than is
       asked for.
   """
-  suffix = os.path.splitext(out)[1].lower()
-  if os.path.isdir(out) or out.endswith("/"):
-    suffix = ""
+  is_folder = os.path.isdir(out) or out.endswith("/")
+  suffix = "" if is_folder else os.path.splitext(out)[1].lower()
   if suffix not in ("", *_FILES):
     raise config_lib.ConfigError(
       f"--out={out}: {suffix!r} is none of {list(_FILES)}; a folder ends in /"
@@ -160,10 +161,11 @@ def _run() -> None:
     write_gif(
       model.interpolate(**rows, **asked, frames=_INTERPOLATE.value), out
     )
-  elif suffix == ".png":
+  elif suffix in metrics.PICTURES:
     samples = model.sample(**rows, **asked, batch_size=_BATCH.value)
     if processes.is_first():
-      samples.save(out)
+      with experiment.naming("out"):
+        samples.save(out)
   else:
     write = write_npz if suffix == ".npz" else write_folder
     with experiment.naming("out"):
@@ -221,8 +223,10 @@ def write_folder(
   Raises:
     ValueError: a folder of other images.
   """
-  facts = {**asked, **model.generator.provenance}
-  folder = metrics.SampleFolder(out, facts, labels.tolist())
+  facts = {**asked, **experiment.identity(model.generator)}
+  folder = metrics.SampleFolder(
+    out, facts, labels.tolist(), about=model.generator.provenance
+  )
   numbers = folder.missing()
   if len(numbers) < len(labels):
     logger.info(

@@ -38,6 +38,10 @@ class Samples:
   labels: np.ndarray
   columns: int
 
+  def __post_init__(self) -> None:
+    """Raises EvaluationError if an image is not finite."""
+    metrics.require_finite(self.images, self.labels)
+
   def __len__(self) -> int:
     return len(self.images)
 
@@ -50,8 +54,12 @@ class Samples:
     return experiment.grid_image(self.images, self.columns)
 
   def save(self, path: metrics.PathLike) -> None:
-    """Writes the grid as a PNG."""
-    metrics.save_png(self.grid(), path)
+    """Writes the grid to a .png, .jpg or .webp file.
+
+    Raises:
+      ValueError: another suffix.
+    """
+    metrics.save_image(self.grid(), path)
 
   def show(self) -> None:
     """Shows the grid: in a notebook below the cell, else in a window."""

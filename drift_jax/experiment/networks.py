@@ -314,6 +314,16 @@ def attention_kernel_for(kernels: str, mesh: Mesh) -> str:
   return kernel_for(kernels, mesh)
 
 
+def kernels_there(kernels: str, mesh: Mesh) -> str:
+  """train.kernels of a run whose weights are used on other devices.
+
+  Kernels are how a network is computed, not what it is: 'pallas' becomes
+  'auto' where there are no TPUs.
+  """
+  on_tpu = mesh.devices.flat[0].platform == "tpu"
+  return "auto" if kernels == "pallas" and not on_tpu else kernels
+
+
 def kernel_for(kernels: str, mesh: Mesh) -> drift.Kernel:
   """What computes the drifting losses on the mesh's devices.
 

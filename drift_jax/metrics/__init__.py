@@ -32,9 +32,12 @@ from drift_jax.metrics.generation import (
   read_labels,
 )
 from drift_jax.metrics.images import (
+  PICTURES,
+  check_suffix,
   image_grid,
   real_pixels,
-  save_png,
+  require_finite,
+  save_image,
   to_rgb,
   to_uint8,
   unit_to_uint8,
@@ -103,6 +106,7 @@ from drift_jax.metrics.writers import (
 
 __all__ = [
   "MAX_IMAGES",
+  "PICTURES",
   "Batch",
   "Coverage",
   "CoverageEvaluator",
@@ -133,6 +137,7 @@ __all__ = [
   "balanced_labels",
   "baseline",
   "baselines",
+  "check_suffix",
   "class_subset",
   "create_writer",
   "density_coverage",
@@ -174,8 +179,9 @@ __all__ = [
   "read_labels",
   "real_pixels",
   "replacing",
+  "require_finite",
   "save_evolution",
-  "save_png",
+  "save_image",
   "save_reference",
   "sliced_wasserstein",
   "to_rgb",

@@ -160,7 +160,7 @@ def export(
       "weights": {name: f"{name}/{artifacts.TENSORS_FILE}" for name in weights},
       "functions": functions,
       "images": "float32 [b, height, width, channels] in [-1, 1]",
-      "noise_shape": ["b", *task.sample_shape],
+      "noise_shape": ["b", *task.noise_shape],
       "style_tokens": task.style_tokens,
       "style_vocab": task.style_vocab,
       "num_classes": opened.num_classes,
@@ -278,7 +278,7 @@ def _functions(
       generate,
       of_each
       | {
-        "noise": shape((batch, *task.sample_shape), jnp.float32),
+        "noise": shape((batch, *task.noise_shape), jnp.float32),
         "style": shape((batch, task.style_tokens), jnp.int32),
       },
     ),
