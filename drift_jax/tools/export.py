@@ -164,6 +164,13 @@ def export(
       "style_tokens": task.style_tokens,
       "style_vocab": task.style_vocab,
       "num_classes": opened.num_classes,
+      # Both ends included; what is beyond them gives NaN, or is not trained.
+      "ranges": {
+        "labels": [0, opened.num_classes - 1],
+        "alpha": list(opened.alpha_range),
+        "seed": [0, 2**32 - 1],
+        "style": [0, max(task.style_vocab - 1, 0)],
+      },
       **facts,
       "step": opened.step,
       "ema_decay": opened.ema_decay,

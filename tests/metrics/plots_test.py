@@ -63,13 +63,13 @@ CASES = [
 def figures(monkeypatch):
   """Figures that were saved, in order."""
   saved = []
-  save = plots._save
+  save = plots.save_figure
 
   def keep(figure, path):
     saved.append(figure)
     save(figure, path)
 
-  monkeypatch.setattr(plots, "_save", keep)
+  monkeypatch.setattr(plots, "save_figure", keep)
   return saved
 
 

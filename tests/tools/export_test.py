@@ -92,6 +92,68 @@ def test_runs_with_jax_and_numpy_alone(exported, tmp_path):
   assert np.abs(grid[48:96:6, 48:96:6, :1] - pixels).max() <= 1
 
 
+@pytest.fixture
+def run(exported, tmp_path, monkeypatch):
+  """(run.py as a module, what it says when it is called with arguments)."""
+  monkeypatch.chdir(tmp_path)
+  spec = importlib.util.spec_from_file_location("run", exported / "run.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+
+  def call(*arguments):
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+      module.main()
+    assert not list(tmp_path.iterdir())
+    return str(ended.value)
+
+  return module, call
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--labels", "0", "99"], "Error: --labels 99: want 0 to 3"),
+    (["--labels", "-1"], "Error: --labels -1: want 0 to 3"),
+    (["--alpha", "3.5"], "Error: --alpha 3.5: want 1.0 to 3.0"),
+    (["--alpha", "nan"], "Error: --alpha nan"),
+    (["--seed", "-1"], "Error: --seed -1: want 0 to 4294967295"),
+    (["--count", "0"], "Error: --count 0: want at least 1"),
+    (["--out", "grid.jpg"], "Error: --out grid.jpg: want .png or .npy"),
+  ],
+)
+def test_example_checks_what_it_is_asked(run, arguments, message):
+  _, call = run
+  assert call(*arguments).startswith(message)
+
+
+def test_example_draws_no_black_pictures(run, monkeypatch):
+  """Nor from damaged files."""
+  module, call = run
+  read = module.read_safetensors
+
+  def spoilt(data):
+    return {
+      name: np.full_like(array, np.nan) for name, array in read(data).items()
+    }
+
+  monkeypatch.setattr(module, "read_safetensors", spoilt)
+  assert call("--count=1") == "Error: the images are not finite"
+  path_type = type(module.HERE)
+  read_bytes = path_type.read_bytes
+  monkeypatch.setattr(path_type, "read_bytes", lambda p: read_bytes(p)[:-9])
+  assert "model.safetensors is damaged" in call("--count=1")
+
+
+def test_noise_may_have_other_channels_than_samples(tmp_path):
+  source = save_generator(tmp_path / "source", in_channels=2)
+  manifest = export.export(source, str(tmp_path / "out"), platforms=("cpu",))
+  assert manifest["noise_shape"] == ["b", 8, 8, 2]
+  generate = manifest["functions"]["generate"]
+  assert generate["arguments"]["noise"] == "float32[b, 8, 8, 2]"
+  assert generate["result"] == "float32[b, 8, 8, 1]"
+
+
 def test_example_imports_nothing_of_the_project(exported):
   assert "drift_jax" not in (exported / "run.py").read_text()
 
