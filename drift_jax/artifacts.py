@@ -16,6 +16,7 @@ for an artifact of the release.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -33,7 +34,7 @@ import safetensors.numpy
 from etils import epath
 from flax import traverse_util
 
-from drift_jax import hub, storage
+from drift_jax import hub, models, storage
 from drift_jax.models import release
 
 SUBDIRECTORY = "params_ema"
@@ -174,8 +175,9 @@ def load(
   Args:
     directory: holds an artifact's files, or is an export, whose generator is
       read; or hf://NAME, hf://OWNER/NAME[@REVISION][/FOLDER].
-    dtype: 'float32' or 'bfloat16': computation and storage in it; None keeps
-      the parameters as they are stored and the model's own precision.
+    dtype: of computation, 'float32' or 'bfloat16'; parameters have the dtype
+      in which the model then uses them. None keeps them as they are stored,
+      and the model's own precision.
 
   Raises:
     ArtifactError: files missing, truncated, of an unknown kind, or parameters
@@ -217,7 +219,7 @@ def load(
   except ValueError as error:
     raise ArtifactError(f"{folder}: {error}") from error
   if dtype is not None:
-    params = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)
+    params = models.rounded(module, params)
   return Artifact(kind, module, params, metadata, digest)
 
 
@@ -390,9 +392,9 @@ def abstract(
     module, shapes = release.describe(kind, _in_dtype(model_config, dtype))
   except ValueError as error:
     raise ArtifactError(str(error)) from error
-  params = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype or x.dtype)), shapes
-  )
+  params = shapes
+  if dtype is not None:
+    params = jax.eval_shape(functools.partial(models.rounded, module), shapes)
   return Artifact(kind, module, params, {"model_config": model_config}, "")
 
 

@@ -268,11 +268,13 @@ def load_exported(weights: str, vae: str, mesh: Mesh) -> ExportedGenerator:
   params = jax.device_put(
     artifact.params, sharding.infer_sharding(artifact.params, mesh)
   )
+  dtype = "float32"
   if not vae and not weights.startswith(hub.SCHEME):
     own = epath.Path(weights) / artifacts.EXPORTED_VAE
-    vae = str(own) if own.exists() else ""
+    # In the precision in which it decodes the export's images.
+    vae, dtype = (str(own), "") if own.exists() else ("", dtype)
   section = config_lib.Vae(
-    path=vae, dtype="float32", sharding="fsdp", remat=False, model={}
+    path=vae, dtype=dtype, sharding="fsdp", remat=False, model={}
   )
   return ExportedGenerator(
     task, params, module.num_classes, load_vae(section, mesh), artifact

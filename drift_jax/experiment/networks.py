@@ -39,6 +39,8 @@ def load_encoders(
 def load_vae(config: config_lib.Vae, mesh: Mesh) -> artifacts.Artifact | None:
   """The autoencoder behind latents, on the mesh; None where there is none.
 
+  A dtype of '' is its own, as it is stored.
+
   Raises:
     ArtifactError: for anything that can't be loaded.
   """
@@ -74,7 +76,7 @@ def _load(
   key: str, section: config_lib.Encoder | config_lib.Vae, kinds: Sequence[str]
 ) -> artifacts.Artifact:
   try:
-    artifact = artifacts.load(section.path, dtype=section.dtype)
+    artifact = artifacts.load(section.path, dtype=section.dtype or None)
   except artifacts.ArtifactError as error:
     raise artifacts.ArtifactError(f"{key}: {error}") from error
   _check_kind(f"{key}.path={section.path!r} holds", artifact.kind, kinds)

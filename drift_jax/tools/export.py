@@ -39,7 +39,15 @@ import numpy as np
 from flax import traverse_util
 
 import drift_jax
-from drift_jax import artifacts, console, experiment, sharding, steps, storage
+from drift_jax import (
+  artifacts,
+  console,
+  experiment,
+  models,
+  sharding,
+  steps,
+  storage,
+)
 from drift_jax import config as config_lib
 from drift_jax.console import logger
 from drift_jax.models import release
@@ -99,7 +107,8 @@ def export(
     if dtype is not None:
       model_config["use_bf16"] = dtype == "bfloat16"
     module, _ = release.describe("gen", model_config)
-    params = _stored(jax.device_get(opened.params), module)
+    trained = jax.device_get(opened.params)
+    params = models.rounded(module, trained)
     facts = {
       "alpha_range": list(opened.alpha_range),
       "class_names": list(opened.class_names) or None,
@@ -123,17 +132,21 @@ def export(
         folder,
         kind="gen",
         model_config=model_config,
-        params=jax.tree.map(lambda x: x.astype(np.float32), params),
+        params=jax.tree.map(lambda x: x.astype(np.float32), trained),
         facts=facts,
         **saved,
       )
     weights = {"generator": params}
     if opened.vae is not None:
+      autoencoder: Any = opened.vae.module
       weights["vae"] = jax.device_get(opened.vae.params)
       artifacts.save(
         folder / artifacts.EXPORTED_VAE,
         kind="vae",
-        model_config=opened.vae.metadata["model_config"],
+        model_config={
+          **opened.vae.metadata["model_config"],
+          "use_bf16": autoencoder.dtype == jnp.bfloat16,
+        },
         params=weights["vae"],
         step=None,
         ema_decay=None,
@@ -203,16 +216,6 @@ def _new_folder(out: str) -> Iterator[pathlib.Path]:
     folder.rename(path)
   finally:
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _stored(params: Any, module: Any) -> Any:
-  """Parameters in the dtype in which the module uses them."""
-  dtype_of = steps.early_dtype(module)
-  flat = {
-    name: np.asarray(x, dtype_of(name, x.dtype))
-    for name, x in _flat(params).items()
-  }
-  return _tree(flat)
 
 
 class _Function(NamedTuple):

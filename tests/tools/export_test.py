@@ -1,5 +1,6 @@
 """Exports: the same images without this package, in a clean environment."""
 
+import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -17,7 +18,8 @@ import safetensors.numpy
 from PIL import Image
 
 import drift_jax
-from drift_jax import artifacts, sampling, steps
+from drift_jax import artifacts, experiment, sampling, sharding, steps
+from drift_jax import config as config_lib
 from drift_jax.config import ConfigError
 from drift_jax.tools import export
 from tests.autoencoders import save_vae
@@ -214,6 +216,47 @@ def test_given_noise_gives_the_released_samples(tmp_path, golden):
     data["noise_labels"],
   )
   assert_close(samples, data["samples"], 1e-4)
+
+
+def test_bfloat16_rounds_only_what_the_network_rounds(source, tmp_path):
+  """Not one bit of an image changes, and the release's format has it all."""
+  out = tmp_path / "out"
+  export.export(
+    source, str(out), dtype="bfloat16", formats=("release",), platforms=("cpu",)
+  )
+  original = artifacts.load(source).params
+  stored = artifacts.load(out / "generator").params
+  assert stored["patch_embed"]["kernel"].dtype.name == "bfloat16"
+  task = drift_jax.load(str(out)).generator.task
+  step = jax.jit(functools.partial(steps.sample_step, seed=3, task=task))
+  numbers, alpha = np.arange(4, dtype=np.int32), np.full(4, 2.0, np.float32)
+  np.testing.assert_array_equal(
+    *(step(params, numbers, alpha, numbers) for params in (original, stored))
+  )
+  released = artifacts.load(out / artifacts.SUBDIRECTORY)
+  assert str(released.module.dtype) == "bfloat16"
+  jax.tree.map(np.testing.assert_array_equal, released.params, original)
+
+
+def test_autoencoder_of_a_run_keeps_its_precision(tmp_path, monkeypatch):
+  """Its decoder is bfloat16 in the functions, and when the export is loaded."""
+  monkeypatch.setattr(export, "_write_stablehlo", lambda *_: {})
+  mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+  section = config_lib.Vae(
+    path=str(save_vae(tmp_path / "vae", latent_channels=4)),
+    dtype="bfloat16",
+    sharding="replicate",
+    remat=False,
+    model={},
+  )
+  opened = experiment.open_generator(str(GOLDEN / "artifact_gen"), mesh)
+  opened = dataclasses.replace(opened, vae=experiment.load_vae(section, mesh))
+  monkeypatch.setattr(experiment, "open_generator", lambda *_, **__: opened)
+  export.export("runs/latents", str(tmp_path / "out"))
+  monkeypatch.undo()
+  vae = drift_jax.load(str(tmp_path / "out")).generator.vae
+  assert vae.module.dtype == opened.vae.module.dtype
+  jax.tree.map(np.testing.assert_array_equal, vae.params, opened.vae.params)
 
 
 def test_autoencoder_is_folded_in_and_bfloat16_is_half_as_large(tmp_path):
