@@ -17,7 +17,7 @@ from typing import Any
 from absl import app, flags
 
 from drift_jax import config as config_lib
-from drift_jax import console, experiment, metrics, processes
+from drift_jax import console, experiment, metrics, numerics, processes
 from drift_jax.console import logger
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")
@@ -151,6 +151,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   console.setup()
+  numerics.pin()
   try:
     report, out = _run()
     if not processes.is_first():

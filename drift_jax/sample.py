@@ -22,7 +22,14 @@ from absl import app, flags
 from PIL import Image
 
 from drift_jax import config as config_lib
-from drift_jax import console, experiment, metrics, processes, sampling
+from drift_jax import (
+  console,
+  experiment,
+  metrics,
+  numerics,
+  processes,
+  sampling,
+)
 from drift_jax.console import logger
 
 _FROM = flags.DEFINE_string(
@@ -131,6 +138,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   console.setup()
+  numerics.pin()
   try:
     _run()
   except experiment.ERRORS as error:

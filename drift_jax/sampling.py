@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from drift_jax import experiment, metrics, sharding
+from drift_jax import experiment, metrics, numerics, sharding
 from drift_jax.config import ConfigError
 
 BATCH_SIZE = 256
@@ -92,6 +92,7 @@ def source_of(source: str | None, workdir: str | None) -> str:
   return found
 
 
+@numerics.pinned()
 def load(
   source: str,
   *,
@@ -241,6 +242,7 @@ class Sampler:
       f"or class name{hint}"
     )
 
+  @numerics.pinned()
   def sample(
     self,
     labels: Sequence[str | int] | None = None,
@@ -276,6 +278,7 @@ class Sampler:
     ]
     return Samples(np.concatenate(images), wanted, count)
 
+  @numerics.pinned()
   def batches(
     self,
     labels: np.ndarray,
@@ -311,15 +314,19 @@ class Sampler:
     )
     wanted = len(labels) if numbers is None else len(numbers)
     size = self.padded(min(batch_size, wanted))
-    return metrics.generate(
+    batches = metrics.generate(
       sample_fn,
       labels,
       alpha,
       batch_size=size,
-      to_pixels=experiment.make_pixels(self._decode),
+      to_pixels=numerics.pinned()(experiment.make_pixels(self._decode)),
       numbers=numbers,
     )
+    # Not around the loop: between two batches the caller has its own settings.
+    following = numerics.pinned()(lambda: next(batches, None))
+    return iter(following, None)
 
+  @numerics.pinned()
   def interpolate(
     self,
     labels: Sequence[str | int] | None = None,

@@ -20,6 +20,7 @@ RANKS = {
   "data": 1,
   "exits": 1,
   "models": 1,
+  "numerics": 1,
   "optim": 1,
   "artifacts": 2,
   "checkpoint": 2,

@@ -18,6 +18,7 @@ from drift_jax import (
   hub,
   metrics,
   models,
+  numerics,
   processes,
   sharding,
   steps,
@@ -258,6 +259,7 @@ def load_exported(weights: str, vae: str, mesh: Mesh) -> ExportedGenerator:
   Raises:
     ArtifactError: weights that can't be loaded or are no generator's.
   """
+  numerics.require()
   artifact = artifacts.load(weights)
   if artifact.kind != "gen":
     raise artifacts.ArtifactError(
@@ -320,6 +322,7 @@ def load_generator(
       not finite.
     StorageError: a bucket that can't be read.
   """
+  numerics.require()
   storage.check(workdir)
   file = epath.Path(workdir) / CONFIG_FILE
   if not file.exists():

@@ -17,7 +17,7 @@ from typing import NoReturn
 from absl import app, flags
 
 from drift_jax import config as config_lib
-from drift_jax import console, experiment, sampling, serve
+from drift_jax import console, experiment, numerics, sampling, serve
 from drift_jax.console import logger
 
 _FROM = flags.DEFINE_string(
@@ -106,6 +106,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   console.setup()
+  numerics.pin()
 
   def stop(number: int, frame: FrameType | None) -> NoReturn:
     del number, frame

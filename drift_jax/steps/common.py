@@ -31,19 +31,15 @@ def from_wire(images: Shaped[Array, "..."]) -> Float[Array, "..."]:
   return images.astype(jnp.float32)
 
 
-def early_dtype(
-  module: Any, prefix: str = ""
-) -> Callable[[str, jnp.dtype], jnp.dtype]:
+def early_dtype(module: Any) -> Callable[[str, jnp.dtype], jnp.dtype]:
   """(path, dtype) -> the dtype in which the module uses the parameter.
 
-  Args:
-    module: one without a `dtype` uses all as they are.
-    prefix: of the paths.
+  A module without a `dtype` uses all as they are.
   """
   if getattr(module, "dtype", jnp.float32) == jnp.float32:
     return lambda name, dtype: dtype
-  dtypes = models.used_dtypes(module)
-  return lambda name, dtype: dtypes[prefix + name]
+  # Asked only where something is gathered: it takes a trace, once.
+  return lambda name, dtype: models.used_dtypes(module)[name]
 
 
 def update(

@@ -33,7 +33,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from drift_jax import config as config_lib
-from drift_jax import console, exits, metrics
+from drift_jax import console, exits, metrics, numerics
 from drift_jax.console import logger
 from drift_jax.tools import ablation_table
 
@@ -183,6 +183,7 @@ class Run:
 def main(argv: Sequence[str]) -> None:
   """Runs what is left of the table; a mistake is one line."""
   console.setup()
+  numerics.pin()
   try:
     if len(argv) != 2:
       raise config_lib.ConfigError(

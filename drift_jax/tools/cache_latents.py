@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drift_jax import artifacts, console, sharding
+from drift_jax import artifacts, console, numerics, sharding
 from drift_jax.console import logger
 from drift_jax.data import (
   encoded,
@@ -429,6 +429,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   if (arguments.process_index is None) != (arguments.process_count is None):
     parser.error("give both of --process_index and --process_count, or neither")
   console.setup()
+  numerics.pin()
   try:
     if arguments.verify:
       verify(arguments.out, arguments.split)

@@ -44,6 +44,7 @@ from drift_jax import (
   console,
   experiment,
   models,
+  numerics,
   sharding,
   steps,
   storage,
@@ -428,6 +429,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   """Exports what the command line asks for; a mistake is one line."""
   arguments = vars(_parser().parse_args(argv))
   console.setup()
+  numerics.pin()
   source = arguments.pop("workdir") or arguments.pop("init_from")
   arguments.pop("init_from", None)
   out = arguments.pop("out")

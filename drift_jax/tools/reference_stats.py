@@ -34,6 +34,7 @@ from drift_jax import (
   data,
   experiment,
   metrics,
+  numerics,
   processes,
   sharding,
 )
@@ -534,6 +535,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   if arguments.public is not None and given:
     parser.error(f"--{next(iter(given))} goes with --source, not with --public")
   console.setup()
+  numerics.pin()
   try:
     processes.initialize(
       arguments.coordinator, arguments.num_processes, arguments.process_id

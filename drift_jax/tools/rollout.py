@@ -16,7 +16,15 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from drift_jax import config as config_lib
-from drift_jax import console, diffusion, exits, experiment, metrics, robots
+from drift_jax import (
+  console,
+  diffusion,
+  exits,
+  experiment,
+  metrics,
+  numerics,
+  robots,
+)
 
 
 def define_flags() -> None:
@@ -109,6 +117,7 @@ def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {list(argv[1:])}")
   console.setup()
+  numerics.pin()
 
   def program() -> None:
     text = json.dumps(run(flags.FLAGS), indent=2)

@@ -26,7 +26,15 @@ import numpy as np
 from absl import app, flags
 
 from drift_jax import config as config_lib
-from drift_jax import console, drift, exits, experiment, metrics, train_toy
+from drift_jax import (
+  console,
+  drift,
+  exits,
+  experiment,
+  metrics,
+  numerics,
+  train_toy,
+)
 from drift_jax.console import logger
 
 # The figure of the table: energy distance to fresh data over that of data to
@@ -282,6 +290,7 @@ def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {list(argv[1:])}")
   console.setup()
+  numerics.pin()
   _, overrides = config_lib.config_arguments(sys.argv[1:])
   workdir = pathlib.Path(flags.FLAGS.workdir)
   changed = " ".join(f"--config.{k}={v}" for k, v in overrides.items())
