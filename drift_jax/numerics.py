@@ -20,6 +20,7 @@ PINNED = {
   "jax_threefry_partitionable": True,
   "jax_random_seed_offset": 0,
   "jax_numpy_rank_promotion": "allow",
+  "jax_disable_jit": False,
 }
 
 
@@ -62,6 +63,7 @@ def pinned() -> Iterator[None]:
     jax.default_prng_impl("threefry2x32"),
     jax.threefry_partitionable(True),
     jax.numpy_rank_promotion("allow"),
+    jax.disable_jit(False),
   ):
     require()
     yield

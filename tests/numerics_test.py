@@ -34,6 +34,7 @@ def other_settings():
       jax.default_prng_impl("rbg"),
       jax.threefry_partitionable(False),
       jax.numpy_rank_promotion("raise"),
+      jax.disable_jit(True),
     ):
       stack.enter_context(context)
     yield
@@ -89,6 +90,7 @@ def test_variables_do_not_change_what_a_program_draws(
     "JAX_THREEFRY_PARTITIONABLE": "0",
     "JAX_RANDOM_SEED_OFFSET": "3",
     "JAX_NUMPY_RANK_PROMOTION": "raise",
+    "JAX_DISABLE_JIT": "1",
   }
   assert {name.lower() for name in variables} == set(numerics.PINNED)
   command = [sys.executable, "-m", "drift_jax.sample", f"--from={folder}"]
