@@ -386,6 +386,13 @@ def test_mistakes(tmp_path, workdir, judges):
       *("--images=a", "--alphas=2"),
     ),
     "Error: [Errno 2] No such file": ("--images=nowhere.npz",),
+    "a.png: the suffix '.png' says in which format": (
+      *(gen, few, "--samples_out=a.png"),
+    ),
+    "--out: a.txt: the suffix '.txt' says in which format": (
+      gen,
+      "--out=a.txt",
+    ),
     "metrics='fd_pixel' needs a run (--workdir): valid options are": (
       *(gen, few, "--metrics=fd_pixel"),
     ),

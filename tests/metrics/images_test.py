@@ -85,6 +85,13 @@ def test_bad_grid_numbers(bad):
     image_grid(np.zeros((1, 2, 2, 1), np.float32), **numbers)
 
 
+def test_images_that_are_not_finite_make_no_grid():
+  images = np.zeros((3, 2, 2, 1), np.float32)
+  images[1, 0, 0, 0] = np.nan
+  with pytest.raises(EvaluationError, match="image 1 is not finite"):
+    image_grid(images, columns=3, padding=0, scale=1)
+
+
 def test_save_image(tmp_path):
   image = np.random.default_rng(1).integers(0, 256, (7, 5, 3), np.uint8)
   save_image(image, tmp_path / "folder" / "image.png")
@@ -96,6 +103,8 @@ def test_save_image(tmp_path):
     with pytest.raises(ValueError, match="uint8"):
       save_image(bad, tmp_path / "bad.png")
   assert not (tmp_path / "bad.png").exists()
+  with pytest.raises(ValueError, match="16390 x 5 px .*: write a .png"):
+    save_image(np.zeros((5, 16390, 3), np.uint8), tmp_path / "wide.webp")
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -73,6 +73,13 @@ def figures(monkeypatch):
   return saved
 
 
+def test_suffix_says_the_format(tmp_path):
+  plot_mae(mae_records(), tmp_path / "plot.svg")
+  assert "<svg" in (tmp_path / "plot.svg").read_text()
+  with pytest.raises(ValueError, match="valid options are .*'.png'"):
+    plot_mae(mae_records(), tmp_path / "plot.txt")
+
+
 @pytest.mark.parametrize("plot, make", CASES)
 def test_writes_a_picture(tmp_path, plot, make):
   plot(make(), tmp_path / "new" / "plot.png")
