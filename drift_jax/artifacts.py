@@ -269,7 +269,7 @@ def _fitted(
         f"{name} is {type(leaf).__name__} of {dtype}, want floating-point"
         " arrays only"
       )
-    if not np.isfinite(leaf).all():
+    if not np.isfinite(np.asarray(leaf)).all():
       raise ValueError(f"{name} holds numbers that are not finite")
   if published:
     return release.from_release(kind, model_config, tree)

@@ -389,10 +389,6 @@ def test_mistakes(tmp_path, workdir, judges):
     "a.png: the suffix '.png' says in which format": (
       *(gen, few, "--samples_out=a.png"),
     ),
-    "--out: a.txt: the suffix '.txt' says in which format": (
-      gen,
-      "--out=a.txt",
-    ),
     "metrics='fd_pixel' needs a run (--workdir): valid options are": (
       *(gen, few, "--metrics=fd_pixel"),
     ),

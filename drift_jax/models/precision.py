@@ -81,7 +81,7 @@ def rounded(module: nn.Module, params: Any) -> Any:
   if getattr(model, "dtype", jnp.float32) == jnp.float32:
     return jax.tree.map(lambda x: x.astype(jnp.float32), params)
   dtypes = used_dtypes(module)
-  flat = traverse_util.flatten_dict(params, sep="/")
+  flat: dict[Any, Any] = dict(traverse_util.flatten_dict(params, sep="/"))
   return traverse_util.unflatten_dict(
     {name: x.astype(dtypes[name]) for name, x in flat.items()}, sep="/"
   )
@@ -106,7 +106,8 @@ def _follow(
     return frozenset() if is_literal else held.get(atom, frozenset())
 
   for equation in jaxpr.eqns:
-    inputs = [numbers(atom) for atom in equation.invars]
+    atoms: list[Any] = list(equation.invars)
+    inputs = [numbers(atom) for atom in atoms]
     if not any(inputs):
       continue
     name, everything = equation.primitive.name, frozenset().union(*inputs)
@@ -121,11 +122,10 @@ def _follow(
     else:
       uses += [
         (found, jnp.dtype(atom.aval.dtype))
-        for atom, found in zip(equation.invars, inputs, strict=True)
+        for atom, found in zip(atoms, inputs, strict=True)
         if found
       ]
-  outputs = [numbers(atom) for atom in jaxpr.outvars]
-  return outputs
+  return [numbers(atom) for atom in jaxpr.outvars]
 
 
 def _body(equation: core.JaxprEqn) -> core.Jaxpr | None:
