@@ -104,9 +104,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--images", type=pathlib.Path, required=True)
-  parser.add_argument("--small_images", type=pathlib.Path)
-  parser.add_argument("--json", type=pathlib.Path, help="file to write")
+  parser.add_argument("--images", type=timing.path, required=True)
+  parser.add_argument("--small_images", type=timing.path)
+  parser.add_argument("--json", type=timing.path, help="file to write")
   parser.add_argument("--seconds", type=float, default=2, help="for each row")
   parser.add_argument(
     "--tiny", action="store_true", help="tiny sizes: shows that it runs"

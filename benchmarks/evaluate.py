@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--json", type=pathlib.Path, help="file to write")
+  parser.add_argument("--json", type=timing.path, help="file to write")
   parser.add_argument("--seconds", type=float, default=2, help="for each row")
   parser.add_argument(
     "--tiny", action="store_true", help="tiny sizes: shows that it runs"

@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--seconds", type=float, default=3.0)
-  parser.add_argument("--json", type=pathlib.Path, help="file to write")
+  parser.add_argument("--json", type=timing.path, help="file to write")
   parser.add_argument(
     "--tiny", action="store_true", help="tiny sizes: shows that it runs"
   )

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("--scripts", default="step.py,sample.py,evaluate.py")
   parser.add_argument("--images", default="", help="of data.py")
   parser.add_argument("--small_images", default="", help="of data.py")
-  parser.add_argument("--json", type=pathlib.Path, help="file to write")
+  parser.add_argument("--json", type=timing.path, help="file to write")
   parser.add_argument("--seconds", help="for each row; else each one's own")
   parser.add_argument(
     "--tiny", action="store_true", help="tiny sizes: shows that it runs"

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   on_cpu = jax.default_backend() == "cpu"
   default = "digits,b2" if on_cpu else "b2,b2_vae,b16,l16"
   parser.add_argument("--models", default=default)
-  parser.add_argument("--json", type=pathlib.Path, help="file to write")
+  parser.add_argument("--json", type=timing.path, help="file to write")
   parser.add_argument("--seconds", type=float, default=10, help="for each row")
   parser.add_argument(
     "--tiny", action="store_true", help="tiny sizes: shows that it runs"

@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument(
     "--set", nargs="*", default=[], help="KEY=VALUE of the config"
   )
-  parser.add_argument("--json", type=pathlib.Path, help="file to write")
+  parser.add_argument("--json", type=timing.path, help="file to write")
   parser.add_argument("--seconds", type=float, default=10, help="for each row")
   parser.add_argument(
     "--tiny", action="store_true", help="tiny sizes: shows that it runs"

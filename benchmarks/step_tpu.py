@@ -27,6 +27,7 @@ if not __package__:
   sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
 
 from benchmarks import configs, timing
+from drift_jax import paths
 from drift_jax.tools import compile_check
 
 PARTS = ("whole", "step", "generator", "reals", "generated", "loss")
@@ -90,12 +91,14 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--json", type=pathlib.Path, help="file to write")
+  parser.add_argument("--json", type=timing.path, help="file to write")
   parser.add_argument(
     "--settings", type=_names(SETTINGS), default=list(SETTINGS)
   )
   parser.add_argument("--parts", type=_names(PARTS), default=list(PARTS))
-  parser.add_argument("--hlo", default="", help="folder for the programs")
+  parser.add_argument(
+    "--hlo", type=paths.argument, default="", help="folder for the programs"
+  )
   parser.add_argument(
     "--set", nargs="*", default=[], help="KEY=VALUE of the config"
   )

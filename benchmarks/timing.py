@@ -18,8 +18,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from drift_jax import paths
+
 MIN_TURNS = 5
 PACKAGES = ("numpy", "scipy", "PIL", "simplejpeg", "cv2", "jax", "grain")
+
+
+def path(text: str) -> pathlib.Path:
+  """A path of the command line, as the `type` of an argument."""
+  return pathlib.Path(paths.argument(text))
 
 
 @dataclasses.dataclass(frozen=True)

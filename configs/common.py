@@ -81,6 +81,8 @@ def _shared(task: str) -> ConfigDict:
   config.processes = ConfigDict()
   # Seconds after which a silent process counts as lost.
   config.processes.heartbeat_timeout = 100
+  # Seconds to wait at the start until all are there: hosts restart in minutes.
+  config.processes.join_timeout = 600
   return config
 
 
@@ -175,10 +177,12 @@ def generator() -> ConfigDict:
   config.queue.class_size = 128  # samples
   config.queue.unconditional_size = 1_000
   config.queue.push_per_step = 64  # of each process
-  # Samples pushed before the first step: about num_classes * class_size, so
-  # that every class has its positives.
+  # Samples pushed before the first step: about num_classes * class_size. A
+  # class that has fewer than its positives by then repeats them at first.
   config.queue.prefill = 128_000
-  config.queue.with_replacement = False  # repeat where a class has too few
+  # Whether the data (or class_size) may hold fewer of a class than
+  # batch.positives, which then repeat for ever; False: that is an error.
+  config.queue.with_replacement = False
 
   config.eval = ConfigDict()
   config.eval.every = 1_000  # steps; 0: never

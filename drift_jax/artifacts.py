@@ -34,7 +34,7 @@ import safetensors.numpy
 from etils import epath
 from flax import traverse_util
 
-from drift_jax import hub, models, storage
+from drift_jax import hub, models, paths, storage
 from drift_jax.models import release
 
 SUBDIRECTORY = "params_ema"
@@ -125,6 +125,7 @@ def save(
     The directory.
   """
   layout = _LAYOUTS[format]
+  directory = paths.expand(directory)
   folder = epath.Path(directory) / layout.subdirectory
   folder.mkdir(parents=True, exist_ok=True)
   params = jax.tree.map(np.asarray, jax.device_get(params))
@@ -300,6 +301,7 @@ def _find(source: str) -> tuple[epath.Path, _Layout]:
   """
   if source.startswith(hub.SCHEME):
     return _from_hub(source)
+  source = paths.expand(source)
   storage.check(source)
   given = epath.Path(source)
   if (given / MANIFEST_FILE).exists():

@@ -10,28 +10,34 @@ Prints a table and writes a JSON report; where asked, also the figures over
 alpha, the samples and their nearest training images.
 """
 
-import json
-import sys
 from typing import Any
 
 from absl import app, flags
 
 from drift_jax import config as config_lib
-from drift_jax import console, experiment, metrics, numerics, processes
+from drift_jax import (
+  console,
+  exits,
+  experiment,
+  metrics,
+  numerics,
+  paths,
+  processes,
+)
 from drift_jax.console import logger
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")
-_WEIGHTS = flags.DEFINE_string(
+_WORKDIR = paths.define_flag("workdir", None, "Folder of a run.")
+_WEIGHTS = paths.define_flag(
   "weights",
   None,
   "A generator's exported weights: their folder, an export, or hf://NAME.",
 )
-_VAE = flags.DEFINE_string(
+_VAE = paths.define_flag(
   "vae",
   "",
   "Of --weights: the autoencoder behind its latents, if it is no export.",
 )
-_IMAGES = flags.DEFINE_string(
+_IMAGES = paths.define_flag(
   "images", None, "Folder or ADM .npz of images that were made elsewhere."
 )
 _ALPHAS = flags.DEFINE_list(
@@ -50,7 +56,7 @@ _NUM_SAMPLES = flags.DEFINE_integer(
   f"config's, or {experiment.NUM_SAMPLES} without one.",
   lower_bound=0,
 )
-_LABELS = flags.DEFINE_string(
+_LABELS = paths.define_flag(
   "labels", None, "File of class indices (.txt, .npy); balanced if not given."
 )
 _BATCH_SIZE = flags.DEFINE_integer(
@@ -70,7 +76,7 @@ _EMA_DECAY = flags.DEFINE_float(
   "ema_decay", None, "Which EMA; the evaluated one if not given."
 )
 _JUDGES = {
-  (name, key): flags.DEFINE_string(
+  (name, key): paths.define_flag(
     name if key == "path" else f"{name}_reference", None, text
   )
   for name, key, text in (
@@ -86,7 +92,7 @@ _NEIGHBOURS = flags.DEFINE_integer(
   "Of --workdir: nearest training images of samples to look for; 10 in B.4.",
   lower_bound=0,
 )
-_SPACE = flags.DEFINE_string(
+_SPACE = paths.define_flag(
   "neighbour_space",
   "encoder",
   "Where they are near: encoder, pixel, or the folder of a converted network.",
@@ -94,25 +100,19 @@ _SPACE = flags.DEFINE_string(
 _NEIGHBOUR_SAMPLES = flags.DEFINE_integer(
   "neighbour_samples", 1000, "At least as many samples.", lower_bound=1
 )
-_SAMPLES_OUT = flags.DEFINE_string(
+_SAMPLES_OUT = paths.define_flag(
   "samples_out",
   None,
   "Write the samples as an .npz in ADM's format; with several alphas, one for "
   "each, NAME_alpha_A.npz.",
 )
-_OUT = flags.DEFINE_string(
+_OUT = paths.define_flag(
   "out",
   None,
   "JSON to write, pictures beside it; WORKDIR/evaluation.json or "
   "evaluation.json if not given.",
 )
-_COORDINATOR = flags.DEFINE_string(
-  "coordinator",
-  "",
-  "HOST:PORT of process 0 where several share the work; auto: found by itself.",
-)
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is.")
+config_lib.define_process_flags(join_timeout=processes.JOIN_SECONDS)
 # Flags that not every source of images has a use for.
 _ONLY_WITH = (
   (("--weights",), (_VAE,)),
@@ -152,25 +152,26 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   console.setup()
   numerics.pin()
-  try:
-    report, out = _run()
-    if not processes.is_first():
-      return
-    print(table(report))
-    with metrics.replacing(out) as temporary:
-      temporary.write_text(json.dumps(report, indent=2))
-  except experiment.ERRORS as error:
-    sys.exit(f"Error: {error}")
-  logger.info("Wrote %s.", out)
+  exits.run(_program, experiment.ERRORS, again=exits.ANEW)
 
 
-def _run() -> tuple[dict[str, Any], str]:
-  """The report that the flags ask for, and where it goes."""
-  with experiment.naming("processes"):
-    processes.initialize(
-      _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
-    )
-  console.setup(processes.index())
+def _program() -> None:
+  exits.join(
+    *config_lib.process_flags(),
+    join_timeout=flags.FLAGS.join_timeout,
+    again=exits.ANEW,
+  )
+  request = _request()
+  with experiment.alone_with(request.out):
+    report = _report(request)
+    if processes.is_first():
+      print(table(report))
+      metrics.write_report(request.out, report)
+  logger.info("Wrote %s.", request.out)
+
+
+def _request() -> experiment.Request:
+  """What the flags ask for."""
   sources = {
     "--workdir": _WORKDIR.value,
     "--weights": _WEIGHTS.value,
@@ -195,7 +196,7 @@ def _run() -> tuple[dict[str, Any], str]:
   out = _OUT.value or f"{folder}evaluation.json"
   with experiment.naming("--out"):
     metrics.check_suffix(out, (".json",))
-  request = experiment.Request(
+  return experiment.Request(
     alphas=parse_floats("alphas", _ALPHAS.value),
     metrics=_METRICS.value,
     num_samples=_NUM_SAMPLES.value,
@@ -211,15 +212,17 @@ def _run() -> tuple[dict[str, Any], str]:
     samples_out=_SAMPLES_OUT.value,
     out=out,
   )
+
+
+def _report(request: experiment.Request) -> dict[str, Any]:
+  """Of whichever source the flags name."""
   if _WORKDIR.value is not None:
     settings = {"step": _STEP.value, "ema_decay": _EMA_DECAY.value}
-    return experiment.report_on_run(_WORKDIR.value, request, **settings), out
+    return experiment.report_on_run(_WORKDIR.value, request, **settings)
   if _WEIGHTS.value is not None:
-    return experiment.report_on_weights(
-      _WEIGHTS.value, request, vae=_VAE.value
-    ), out
+    return experiment.report_on_weights(_WEIGHTS.value, request, vae=_VAE.value)
   assert _IMAGES.value is not None
-  return experiment.report_on_images(_IMAGES.value, request), out
+  return experiment.report_on_images(_IMAGES.value, request)
 
 
 def parse_floats(flag: str, values: list[str] | None) -> list[float] | None:
@@ -233,4 +236,4 @@ def parse_floats(flag: str, values: list[str] | None) -> list[float] | None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=config_lib.parse_flags)

@@ -10,9 +10,9 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from drift_jax import config as config_lib
-from drift_jax import storage
+from drift_jax import paths, storage
 
-_WORKDIR = flags.DEFINE_string(
+_WORKDIR = paths.define_flag(
   "workdir",
   None,
   "Folder of the run, local or gs://BUCKET/PATH; a run found there is "
@@ -24,14 +24,7 @@ _CONFIG = config_flags.DEFINE_config_file(
   None,
   "Config file, e.g. configs/digits.py or configs/digits.py:smoke",
 )
-_COORDINATOR = flags.DEFINE_string(
-  "coordinator",
-  "",
-  "HOST:PORT of process 0 where several train together; auto: found by itself "
-  "(TPU pods, SLURM).",
-)
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is.")
+config_lib.define_process_flags()
 flags.mark_flag_as_required("config")
 
 
@@ -46,7 +39,7 @@ def main(argv: list[str]) -> None:
     sys.exit(f"Error: {error}")
   # Everything heavy is imported here, so that --help and a config that can't
   # be run cost nothing.
-  from drift_jax import console, exits, experiment, numerics, processes
+  from drift_jax import console, exits, experiment, numerics
 
   console.setup()
   numerics.pin()
@@ -60,14 +53,11 @@ def main(argv: list[str]) -> None:
     from drift_jax import train as trainer
 
   def program() -> None:
-    with experiment.naming("processes"):
-      exits.join(
-        _COORDINATOR.value,
-        _NUM_PROCESSES.value,
-        _PROCESS_ID.value,
-        heartbeat_timeout=config.processes.heartbeat_timeout,
-      )
-    console.setup(processes.index())
+    exits.join(
+      *config_lib.process_flags(),
+      heartbeat_timeout=config.processes.heartbeat_timeout,
+      join_timeout=config.processes.join_timeout,
+    )
     exits.stop_on_sigterm()
     trainer.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
 

@@ -2,9 +2,9 @@
 
 import itertools
 import json
-import os
+import logging
 import re
-import sys
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -16,10 +16,12 @@ from jax.experimental import multihost_utils
 
 # Bytes of one process that a collective moves at a time.
 _CHUNK_BYTES = 2**24
-# How long processes wait for each other at the start; where JAX itself gives
-# up, it ends the process without a Python exception.
-_JOIN_SECONDS = 45
+# How long processes wait for each other at the start: a host that restarts
+# needs minutes.
+JOIN_SECONDS = 600
 HEARTBEAT_SECONDS = 100
+# Said where the others are not there at once.
+_PATIENCE_SECONDS = 10.0
 # What collectives and the coordination service say where a process is gone;
 # the last two are of NCCL and of Orbax' barriers.
 _LOST = re.compile(
@@ -28,11 +30,22 @@ _LOST = re.compile(
   r"|remote process exited|barrier (timed out|failed)",
   re.IGNORECASE,
 )
+# In front of it where JAX raises no class of its own: a collective that fails
+# while it is dispatched comes as a ValueError.
+_STATUS = re.compile(r"[A-Z]+(_[A-Z]+)*: ")
 _rounds = itertools.count()
+# Set while JAX connects: it has a client then, of which nothing may be asked.
+_connecting = threading.Event()
+# The package's; console, where it is set up, has this module's rank.
+_logger = logging.getLogger("drift_jax")
 
 
 class PeerError(RuntimeError):
   """Something failed in another process; the message says which and what."""
+
+
+class UnjoinedError(RuntimeError):
+  """The others did not come; the message says what to look at."""
 
 
 def initialize(
@@ -41,11 +54,9 @@ def initialize(
   process_id: int | None,
   *,
   heartbeat_timeout: int = HEARTBEAT_SECONDS,
+  join_timeout: int = JOIN_SECONDS,
 ) -> None:
   """Joins this process to the others; the first thing that a program does.
-
-  Where the others can't be reached within a minute, the process ends with one
-  line and exit code 1: JAX would abort it.
 
   Args:
     coordinator: HOST:PORT of process 0; 'auto' where the machine tells all
@@ -53,9 +64,12 @@ def initialize(
     num_processes: how many there are; None for 'auto' and ''.
     process_id: 0 to num_processes - 1; None for 'auto' and ''.
     heartbeat_timeout: seconds after which a silent process counts as lost.
+    join_timeout: seconds to wait for all the others.
 
   Raises:
     ValueError: values that don't go together or that JAX refuses.
+    UnjoinedError: not all came in time. JAX still waits for them, and aborts
+      the process later: it has to end now.
   """
   explicit = coordinator not in ("", "auto")
   given = num_processes is not None, process_id is not None
@@ -67,6 +81,7 @@ def initialize(
     )
   if not coordinator:
     return
+  where = f"coordinator={coordinator!r}"
   if explicit:
     assert num_processes is not None and process_id is not None
     if not re.fullmatch(r".+:\d+", coordinator):
@@ -78,41 +93,92 @@ def initialize(
         f"process_id={process_id} must lie in [0, num_processes="
         f"{num_processes})"
       )
-  where = (
-    f"coordinator={coordinator!r}, process {process_id} of {num_processes}"
-    if explicit
-    else f"coordinator={coordinator!r}"
+    where += f", process {process_id} of {num_processes}"
+    _warn_of_address(coordinator, process_id)
+  _connect(
+    where,
+    join_timeout,
+    coordinator_address=coordinator if explicit else None,
+    num_processes=num_processes,
+    process_id=process_id,
+    # Where JAX itself gives up, it aborts the process.
+    initialization_timeout=2 * join_timeout + 60,
+    heartbeat_timeout_seconds=heartbeat_timeout,
+    # For as long as the first may write files that the others do not.
+    shutdown_timeout_seconds=3600,
   )
-  give_up = threading.Timer(_JOIN_SECONDS, _end_unjoined, [where])
-  give_up.daemon = True
-  give_up.start()
+
+
+def _warn_of_address(coordinator: str, process_id: int) -> None:
+  """Says at once what is probably wrong with an address.
+
+  It is no error: the name of a host that restarts may come back, and an address
+  of another machine may lead here.
+  """
+  host, _, port = coordinator.rpartition(":")
+  host = host.strip("[]")
   try:
-    jax.distributed.initialize(
-      coordinator if explicit else None,
-      num_processes,
-      process_id,
-      initialization_timeout=2 * _JOIN_SECONDS,
-      heartbeat_timeout_seconds=heartbeat_timeout,
-      # For as long as the first may write files that the others do not.
-      shutdown_timeout_seconds=3600,
+    found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+  except (OSError, OverflowError, UnicodeError) as error:
+    _logger.warning(
+      "coordinator=%r: the name %r is not known here (%s)",
+      coordinator,
+      host,
+      error,
     )
-  except (RuntimeError, ValueError) as error:
-    text = " ".join(str(error).split())
-    raise ValueError(f"{where} could not join the others: {text}") from error
-  finally:
-    give_up.cancel()
+    return
+  if process_id == 0 and not any(_is_here(*entry) for entry in found):
+    _logger.warning(
+      "coordinator=%r must lead to process 0, which this is, but %r is no "
+      "address of this machine",
+      coordinator,
+      host,
+    )
 
 
-def _end_unjoined(where: str) -> None:
-  """Ends this process, which still waits for the others."""
-  sys.stderr.write(
-    f"Error: processes: {where} did not find all the others within "
-    f"{_JOIN_SECONDS} s: start every process, with the same HOST:PORT of "
-    "process 0, the same number of processes and its own process_id, and let "
-    "no firewall close the port\n"
-  )
-  sys.stderr.flush()
-  os._exit(1)
+def _is_here(
+  family: int, kind: int, protocol: int, name: str, address: Any
+) -> bool:
+  """Whether the machine has an address, an entry of getaddrinfo."""
+  del name
+  try:
+    with socket.socket(family, kind, protocol) as sock:
+      sock.bind((address[0], 0, *address[2:]))
+  except OSError:
+    return False
+  return True
+
+
+def _connect(where: str, seconds: int, **arguments: Any) -> None:
+  """jax.distributed.initialize in a thread: its wait can't be interrupted."""
+  failed: list[Exception] = []
+  joined = threading.Event()
+
+  def connect() -> None:
+    try:
+      jax.distributed.initialize(**arguments)
+    except (RuntimeError, ValueError, OSError) as error:
+      failed.append(error)
+    joined.set()
+
+  _connecting.set()
+  threading.Thread(target=connect, name="join-processes", daemon=True).start()
+  if not joined.wait(min(seconds, _PATIENCE_SECONDS)):
+    _logger.info("%s waits for the others, for up to %d s.", where, seconds)
+    if not joined.wait(max(seconds - _PATIENCE_SECONDS, 0)):
+      raise UnjoinedError(
+        f"{where} did not find all the others within {seconds} s: start every "
+        "process, with the same HOST:PORT of process 0, the same number of "
+        "processes and its own process_id, and let no firewall close the port"
+      )
+  _connecting.clear()
+  for error in failed:
+    text = f"{where} could not join the others: {' '.join(str(error).split())}"
+    # The machine's own answers may be late; a mistake stays one.
+    late = arguments["coordinator_address"] is None
+    if late and not isinstance(error, ValueError):
+      raise UnjoinedError(text) from error
+    raise ValueError(text) from error
 
 
 def several() -> bool:
@@ -122,22 +188,37 @@ def several() -> bool:
 
 def client() -> Any:
   """JAX's connection to the coordination service; None if it is alone."""
-  return distributed.global_state.client
+  return None if _connecting.is_set() else distributed.global_state.client
+
+
+def is_joining() -> bool:
+  """Whether this process still waits for the others, or has given up."""
+  return _connecting.is_set()
 
 
 def is_lost_peer(error: BaseException) -> bool:
-  """Whether an error says that another process of the program is gone."""
+  """Whether an error, or what it follows from, says that a process is gone.
+
+  An error that does not say so may still follow from it: see exits.
+  """
   if not several():
     return False
   seen: BaseException | None = error
+  lost = False
   while seen is not None:
     text = str(seen)
     if "RESOURCE_EXHAUSTED" in text:
       return False
-    if isinstance(seen, jax.errors.JaxRuntimeError) and _LOST.search(text):
-      return True
+    lost = lost or (_is_of_jax(seen, text) and bool(_LOST.search(text)))
     seen = seen.__cause__ or seen.__context__
-  return False
+  return lost
+
+
+def _is_of_jax(error: BaseException, text: str) -> bool:
+  """Whether an error is a status of JAX's runtime, in whichever class."""
+  if isinstance(error, jax.errors.JaxRuntimeError):
+    return True
+  return type(error) in (ValueError, RuntimeError) and bool(_STATUS.match(text))
 
 
 def index() -> int:

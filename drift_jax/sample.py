@@ -12,7 +12,6 @@ images, which an interrupted command continues.
 """
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,29 +23,32 @@ from PIL import Image
 from drift_jax import config as config_lib
 from drift_jax import (
   console,
+  exits,
   experiment,
   metrics,
   numerics,
+  paths,
   processes,
   sampling,
 )
 from drift_jax.console import logger
 
-_FROM = flags.DEFINE_string(
+_FROM = paths.define_flag(
   "from",
   None,
   "A run's workdir, an export, an artifact's folder, hf://NAME of the authors' "
   "release or hf://OWNER/NAME[@REVISION][/FOLDER].",
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "The same, of a run.")
-_VAE = flags.DEFINE_string(
+_WORKDIR = paths.define_flag("workdir", None, "The same, of a run.")
+_VAE = paths.define_flag(
   "vae", "", "Of an artifact: the autoencoder behind its latents."
 )
 _LABELS = flags.DEFINE_list(
   "labels",
   None,
   "Class indices, ranges and names, e.g. 3,5-7,tench; all if not given. A name "
-  "that holds a comma: '\"great white shark, white shark\"'.",
+  "that holds a comma: '\"great white shark, white shark\"'. Classes that are "
+  "called by numbers: index:3 or name:3.",
 )
 _ALPHA = flags.DEFINE_float("alpha", 1.0, "Guidance scale.")
 _SEED = flags.DEFINE_integer(
@@ -85,18 +87,12 @@ _INTERPOLATE = flags.DEFINE_integer(
   "Frames of a walk from one noise to another, there and back, as a .gif.",
   lower_bound=2,
 )
-_OUT = flags.DEFINE_string(
+_OUT = paths.define_flag(
   "out",
   "grid.png",
   "FILE.png (or .jpg, .webp), FILE.npz, FILE.gif, or a folder for .png files.",
 )
-_COORDINATOR = flags.DEFINE_string(
-  "coordinator",
-  "",
-  "HOST:PORT of process 0 where several share the work; auto: found by itself.",
-)
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is.")
+config_lib.define_process_flags(join_timeout=processes.JOIN_SECONDS)
 
 _FILES = (*metrics.PICTURES, ".npz", ".gif")
 _FRAME_MS = 80
@@ -139,18 +135,15 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   console.setup()
   numerics.pin()
-  try:
-    _run()
-  except experiment.ERRORS as error:
-    sys.exit(f"Error: {error}")
+  exits.run(_run, experiment.ERRORS, again=exits.ANEW)
 
 
 def _run() -> None:
-  with experiment.naming("processes"):
-    processes.initialize(
-      _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
-    )
-  console.setup(processes.index())
+  exits.join(
+    *config_lib.process_flags(),
+    join_timeout=flags.FLAGS.join_timeout,
+    again=exits.ANEW,
+  )
   source = sampling.source_of(_FROM.value, _WORKDIR.value)
   out = _OUT.value
   suffix = check_out(out, _INTERPOLATE.value)
@@ -162,6 +155,7 @@ def _run() -> None:
   provenance = dict(model.generator.provenance)
   described = ", ".join(f"{key} {value}" for key, value in provenance.items())
   logger.info("Sampling from %s.", described)
+  logger.info("Classes: %s.", model.describe(labels))
   asked = {"alpha": _ALPHA.value, "seed": _SEED.value, "style": style}
   rows = {"labels": _LABELS.value, "count": _COUNT.value}
   if suffix == ".gif":
@@ -264,4 +258,4 @@ def batch_total(batch: metrics.Batch) -> int:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=config_lib.parse_flags)

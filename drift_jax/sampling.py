@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from drift_jax import experiment, metrics, numerics, sharding
+from drift_jax import experiment, metrics, numerics, paths, sharding
 from drift_jax.config import ConfigError
 
 BATCH_SIZE = 256
@@ -115,6 +115,7 @@ def load(
     ConfigError: an option that this kind of source has no use for, or latents
       without their autoencoder.
   """
+  source, vae = paths.expand(source), paths.expand(vae)
   mesh = sharding.make_mesh()
   opened = experiment.open_generator(
     source, mesh, vae=vae, step=step, ema_decay=ema_decay
@@ -179,14 +180,15 @@ class Sampler:
     Args:
       names: indices (3 or "3"), ranges ("3-7", both ends included), names
         ("golden retriever", or the part of a name that only one class has).
-        None: all classes.
+        Integers are indices; a string that is the index of one class and the
+        name of another is written "index:3" or "name:3". None: all classes.
 
     Raises:
-      ConfigError: naming the entry that is none of these.
+      ConfigError: naming the entry that is none of these, or two of them.
     """
     if names is None:
       return np.arange(self.num_classes, dtype=np.int32)
-    found = [i for name in names for i in self._find(str(name).strip())]
+    found = [i for name in names for i in self._find(name)]
     if not found:
       raise ConfigError(
         f"labels={list(names)} names no class: give indices in [0, "
@@ -194,22 +196,60 @@ class Sampler:
       )
     return np.array(found, np.int32)
 
-  def _find(self, name: str) -> Sequence[int]:
-    count = self.num_classes
+  def describe(self, labels: np.ndarray) -> str:
+    """The classes among labels [n], for people: index and name of each."""
+    chosen = np.unique(labels).tolist()
+    shown = [
+      f"{i} {self.class_names[i]!r}" if self.class_names else str(i)
+      for i in chosen[:_LISTED]
+    ]
+    return ", ".join(shown) + ", ..." * (len(chosen) > _LISTED)
+
+  def _find(self, entry: str | int) -> Sequence[int]:
+    text = str(entry).strip()
+    kind, colon, rest = text.partition(":")
+    if colon and kind == "name":
+      return [self._find_name(rest)]
+    is_index = kind == "index" if colon else not isinstance(entry, str)
+    name = rest if colon and is_index else text
     first, dash, last = name.partition("-")
     # Not isdigit, which is true of '²' as well.
     if name.isdecimal():
-      found = [int(name)]
+      found = range(int(name), int(name) + 1)
     elif dash and first.isdecimal() and last.isdecimal():
       found = range(int(first), int(last) + 1)
+    elif is_index:
+      found = range(0)
     else:
-      found = [self._find_name(name)]
-    if not found or found[-1] >= count:
+      return [self._find_name(name)]
+    is_valid = bool(found) and found[-1] < self.num_classes
+    if not is_index and (named := self._called(name, found)):
+      if not is_valid and (not dash or name in self.class_names):
+        return [self._find_name(name)]
+      listed = ", ".join(f"{i} {self.class_names[i]!r}" for i in named)
       raise ConfigError(
-        f"labels: {name!r} is no class index in [0, {count}), nor a range of "
-        "them, FIRST-LAST"
+        f"labels: {name!r} may mean class indices or the names of others "
+        f"({listed}): write index:{name} for indices, and for names "
+        + ",".join(f"name:{self.class_names[i]}" for i in named)
+      )
+    if not is_valid:
+      raise ConfigError(
+        f"labels: {name!r} is no class index in [0, {self.num_classes}), nor a "
+        "range of them, FIRST-LAST"
       )
     return found
+
+  def _called(self, name: str, numbers: range) -> list[int]:
+    """The first classes of that name, or called by a number of others."""
+    named = []
+    for i, entry in enumerate(self.class_names):
+      parts = [part.strip() for part in entry.split(",")]
+      called = [int(part) for part in parts if part.isdecimal()]
+      if any(number in numbers and number != i for number in called) or (
+        name in parts and numbers != range(i, i + 1)
+      ):
+        named.append(i)
+    return named[:_LISTED]
 
   def _find_name(self, name: str) -> int:
     if not self.class_names:

@@ -20,6 +20,7 @@ from drift_jax.console import logger
 from drift_jax.state import TrainState
 
 
+@experiment.alone
 def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   """Trains the generator that a config describes, evaluating as it goes.
 
@@ -34,7 +35,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     The final state.
 
   Raises:
-    ConfigError: a config that can't be run.
+    ConfigError: a config that can't be run, or a workdir in use.
     ArtifactError: an encoder that can't be loaded.
     CheckpointError: a damaged checkpoint.
     DataError, OSError: images that can't be read.
@@ -48,7 +49,6 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   experiment.drift_arguments(config.drift)  # a mistake there, before data
   mesh = experiment.open_mesh(config.mesh)
   experiment.check_labels(config, mesh)
-  experiment.check_workdir(workdir)
   vae = experiment.load_vae(config.vae, mesh)
   readers = experiment.open_readers(config, vae)
   config = experiment.with_num_classes(config, readers.train)
@@ -63,6 +63,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     config,
     experiment.frozen_sums(encoders, vae),
     readers.train.class_names,
+    readers.facts,
   )
 
   def put(batch: Any) -> steps.GeneratorBatch:
@@ -76,7 +77,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
       name="generator",
       init_params=experiment.init_generator(task),
       init_drift=functools.partial(experiment.init_drift, task),
-      start_params=experiment.start_params(config),
+      start_params=experiment.start_params(config, readers.train.class_names),
       step=functools.partial(steps.train_step, task=task),
       frozen=experiment.frozen_params(task, encoders, vae),
       feed=feed,

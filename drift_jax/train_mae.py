@@ -27,6 +27,7 @@ from drift_jax.streams import stream
 EXPORT = "encoder"
 
 
+@experiment.alone
 def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   """Trains the encoder that a config describes and exports its EMA.
 
@@ -41,7 +42,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     The final state.
 
   Raises:
-    ConfigError: a config that can't be run.
+    ConfigError: a config that can't be run, or a workdir in use.
     CheckpointError: a damaged checkpoint.
     DataError, OSError: images that can't be read.
     NonFiniteError: a loss or gradient that is not finite.
@@ -53,7 +54,6 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     raise config_lib.ConfigError(f"task={config.task!r}, want 'mae'")
   mesh = experiment.open_mesh(config.mesh)
   experiment.check_divides("mae.batch_size", config.mae.batch_size, mesh)
-  experiment.check_workdir(workdir)
   vae = experiment.load_vae(config.vae, mesh)
   readers = experiment.open_readers(config, vae)
   config = experiment.with_num_classes(config, readers.train)
@@ -71,6 +71,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     config,
     experiment.frozen_sums({}, vae),
     readers.train.class_names,
+    readers.facts,
   )
 
   def put(batch: Any) -> steps.MaeBatch:
@@ -84,7 +85,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
       mesh,
       name="encoder with decoder",
       init_params=experiment.init_mae(task, input_shape),
-      start_params=experiment.start_params(config),
+      start_params=experiment.start_params(config, readers.train.class_names),
       step=functools.partial(steps.mae_step, task=task),
       frozen=vae_params,
       feed=feed,

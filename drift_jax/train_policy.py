@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +23,7 @@ from drift_jax.console import logger
 from drift_jax.state import TrainState
 
 
+@experiment.alone
 def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   """Trains a policy on demonstrations, and rolls it out in the loop.
 
@@ -39,7 +39,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     The final state.
 
   Raises:
-    ConfigError: a config that can't be run.
+    ConfigError: a config that can't be run, or a workdir in use.
     DataError: demonstrations that can't be read.
     RobotError: an environment that can't be opened or drawn.
     CheckpointError: a damaged checkpoint.
@@ -58,7 +58,6 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
       f"loss.problem='batch' is one problem of the whole batch, which the "
       f"{mesh.size} devices can't share: use one device"
     )
-  experiment.check_workdir(workdir)
   samplers = experiment.policy_samplers(config)
   if config.eval.every:
     _check_environment(config)
@@ -73,7 +72,9 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   shapes = experiment.shapes_of(demonstrations)
   task = experiment.policy_task(config, shapes)
   feed = experiment.policy_feed(config, demonstrations)
-  path = experiment.open_workdir(workdir, config, {}, ())
+  kind = config.data.source.partition(":")[0]
+  facts = experiment.demonstration_facts(kind, demonstrations)
+  path = experiment.open_workdir(workdir, config, {}, (), facts)
   processes.from_first(functools.partial(experiment.write_shapes, path, shapes))
   acts = {
     name: experiment.make_act(task, feed.normalizer, sampler, seed=config.seed)
@@ -188,10 +189,8 @@ class Evaluation:
       report[name]["milliseconds_per_chunk"] = 1e3 * latency
       if self._config.eval.videos:
         self._film(name, bound)
-    text = json.dumps(report, indent=2)
-    with metrics.replacing(self._path / "figures.json") as file:
-      file.write_text(text)
-    logger.info("Final figures: %s", text)
+    metrics.write_report(self._path / "figures.json", report)
+    logger.info("Final figures: %s", metrics.report_text(report))
 
   def means(self, name: str) -> dict[str, Any]:
     """Of the last evaluations, each step's newest."""

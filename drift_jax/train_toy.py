@@ -2,7 +2,6 @@
 
 import functools
 import io
-import json
 import time
 from typing import Any
 
@@ -33,6 +32,7 @@ _FIELD_POINTS = 256
 _BASELINE_SETS = 6
 
 
+@experiment.alone
 def train_and_evaluate(
   config: Any, workdir: str, *, draw: bool = True
 ) -> TrainState:
@@ -51,7 +51,7 @@ def train_and_evaluate(
     The final state.
 
   Raises:
-    ConfigError: a config that can't be run.
+    ConfigError: a config that can't be run, or a workdir in use.
     CheckpointError: a damaged checkpoint.
     OSError: a file that can't be written.
     NonFiniteError: a loss or gradient that is not finite.
@@ -64,11 +64,10 @@ def train_and_evaluate(
     raise config_lib.ConfigError(f"task={config.task!r}, want 'toy'")
   mesh = experiment.open_mesh(config.mesh)
   experiment.check_divides("batch.labels", config.batch.labels, mesh)
-  experiment.check_workdir(workdir)
   task = experiment.toy_task(config)
   feed = experiment.toy_feed(config)
   path = experiment.open_workdir(
-    workdir, config, {}, (config.data.distribution,)
+    workdir, config, {}, (config.data.distribution,), {}
   )
   evaluation = Evaluation(config, task, mesh, path, draw)
   init = experiment.init_toy(task)
@@ -224,10 +223,8 @@ class Evaluation:
     report["num_samples"] = len(self._data)
     report["ema_decay"] = self._config.eval.ema_decay
     if processes.is_first():
-      text = json.dumps(report, indent=2)
-      with metrics.replacing(self._path / "figures.json") as file:
-        file.write_text(text)
-      logger.info("Final figures: %s", text)
+      metrics.write_report(self._path / "figures.json", report)
+      logger.info("Final figures: %s", metrics.report_text(report))
       if self._drawn:
         self._draw()
 

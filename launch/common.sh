@@ -96,9 +96,20 @@ check_config() {
     "are $(cd "$root" && grep -l '^def get_config' configs/*.py | tr '\n' ' ')"
 }
 
+# home FLAG: the ~ of a path on this machine becomes the home folder, which the
+# shell does in front of a word only.
+home() {
+  local variable=${1//-/_}
+  case ${!variable} in
+    '~' | '~/'*) printf -v "$variable" %s "$HOME${!variable#\~}" ;;
+    '~'*) die "--$1='${!variable}': give the whole path, or ./${!variable}" ;;
+  esac
+}
+
 # check_workdir WHERE: gs://, or else a path: unless WHERE is empty, one
 # that begins with / and is found WHERE.
 check_workdir() {
+  [ -n "$1" ] || home workdir
   case $workdir in
     gs://*)
       [[ $workdir =~ ^gs://[a-z0-9][a-z0-9._-]*/. ]] ||

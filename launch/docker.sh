@@ -68,6 +68,7 @@ case $command in
     check max-restarts '[0-9]+' "a number from 0"
     options=(--rm "--user=$(id -u):$(id -g)" --shm-size=8g --stop-timeout=300
       "--env=MAX_RESTARTS=$max_restarts" ${gpus:+--gpus=all})
+    home data
     if [ -n "$data" ]; then
       [ -d "$data" ] || die "--data='$data': there is no such folder"
       data=$(absolute "$data")

@@ -3,10 +3,10 @@
 #
 #   bash launch/restart.sh COMMAND [ARGUMENT ...]
 #
-# Started again: exit code 75 (drift_jax saved a checkpoint, or lost another
-# process) and death by a signal. Not started again: 0, any other code, Ctrl-C,
-# and whatever the code is once this script itself got SIGTERM or SIGINT, which
-# it forwards. Exits with the last exit code of the command.
+# Started again: exit code 75 (drift_jax saved a checkpoint, lost another process
+# or waited for one in vain) and death by a signal. Not started again: 0, any
+# other code, Ctrl-C, and whatever the code is once this script itself got SIGTERM
+# or SIGINT, which it forwards. Exits with the last exit code of the command.
 #
 #   MAX_RESTARTS=100    starts after the first
 #   RESTART_DELAY=10    seconds before each

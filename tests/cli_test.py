@@ -81,6 +81,18 @@ def assert_one_line(done, *parts):
       ("models.py has no get_config()", "'configs/digits.py'"),
     ),
     (
+      (SMOKE, "--workdir=~nobody-here/x"),
+      ("--workdir=~nobody-here/x", "no home folder of 'nobody-here'"),
+    ),
+    (
+      ("--config=~nobody-here/digits.py:smoke",),
+      ("no home folder of 'nobody-here'", "~nobody-here/digits.py"),
+    ),
+    (
+      (SMOKE, "--config.data.source=folder:~nobody-here/x"),
+      ("data.source='folder:~nobody-here/x'", "no home folder of"),
+    ),
+    (
       ("--config=configs/digits.py:smok",),
       ("variant 'smok': valid options are", "'smoke'"),
     ),

@@ -55,6 +55,32 @@ print(len(list(folder.iterdir())))
 tensorstore.KvStore.open(f"{folder}/").result().write("b", b"b").result()
 print(len(list(folder.iterdir())))
 """
+# A second lease on a workdir: of an owner that lives, then of one that sleeps.
+LEASES = """
+import threading
+from drift_jax import config, lease
+def show(message):
+  print("lost:", message.partition(",")[0])
+  told.set()
+def make():
+  return lease.Lease(
+    "gs://runs/leased/run.lock", "--workdir=gs://runs/leased", show)
+told = threading.Event()
+first, second = make(), make()
+with first._busy:
+  first.take()
+  try:
+    second.take()
+  except config.ConfigError as error:
+    print(str(error).partition(" by ")[0])
+  lease._machine = lambda: ""
+  lease.INTERVAL_SECONDS, lease.LEASE_SECONDS = 0.1, 1
+  second.take()
+  print("taken over")
+assert told.wait(60)
+second.release()
+print("given back")
+"""
 
 
 @dataclasses.dataclass
@@ -247,7 +273,11 @@ def test_encoder_is_trained_and_exported(bucket, story, tmp_path):
 def test_what_can_not_be_used_is_said_in_one_line(bucket, start):
   cases = (
     ("main", "gs://locked/run", ("HttpError", ", 401. Credentials come from")),
-    ("main", "gs://read_only/run", ("/config.json: OSError: Forbidden",)),
+    (
+      "main",
+      "gs://read_only/run",
+      ("/run.lock: PERMISSION_DENIED: Forbidden",),
+    ),
     ("main", "s3://runs/run", ("Orbax writes", "`aws s3 sync`")),
     ("sample", "gs://absent/run", ("there is no bucket 'absent'",)),
   )
@@ -280,3 +310,14 @@ def test_without_a_process():
   with pytest.raises(storage.StorageError, match="^s3://runs/encoder: "):
     artifacts.load("s3://runs/encoder")
   storage.check("runs/digits")  # nothing to look at
+
+
+def test_a_workdir_in_a_bucket_has_one_run(bucket, start):
+  """Of a dead owner, also one elsewhere, it is taken over."""
+  assert start("", program=LEASES).finish().splitlines()[:4] == [
+    "--workdir=gs://runs/leased is in use",
+    "taken over",
+    "lost: --workdir=gs://runs/leased was taken over by another run",
+    "given back",
+  ]
+  assert not bucket.names("leased")

@@ -119,6 +119,8 @@ def test_wrong_types(key, value, message):
     ("optim.schedule", "cosin", r"'cosin': valid .*did you mean 'cosine'"),
     ("optim.learning_rate", 0.0, "learning_rate=0.0 must be positive"),
     ("optim.b2", 1.0, r"b2=1\.0 must lie in"),
+    ("optim.b2", 1 - 1e-9, r"b2=0.999999999 must lie in"),  # 1 in float32
+    ("optim.eps", 1e-50, r"eps=1e-50 must be positive"),  # 0 in float32
     ("optim.warmup_steps", 10**6, "warmup_steps=1000000 is longer than"),
     ("ema.decays", (), "ema.decays"),
     ("ema.decays", (0.9, 0.9), "twice"),
@@ -310,6 +312,13 @@ def test_missing_keys_are_named():
     config_lib.parse(values)
 
 
+def test_a_run_from_before_a_key_is_still_read():
+  config = generator()
+  del config.processes.join_timeout
+  assert config_lib.parse(config).processes.join_timeout == 600
+  assert generator().processes.join_timeout == 600
+
+
 def test_a_single_sample_has_nothing_that_repels_it():
   values = generator().to_dict()
   values["batch"].update(generated=1, unconditional=0)
@@ -437,7 +446,9 @@ def test_every_key_is_read(reads, no_steps, tmp_path):
     for task in config_lib.TASKS.values()
     for name in ("task", "processes")
   }
-  chosen.add(("Processes", "heartbeat_timeout"))
+  chosen |= {
+    ("Processes", name) for name in ("heartbeat_timeout", "join_timeout")
+  }
   assert fields - chosen - reads == set()
 
 
@@ -447,6 +458,36 @@ def check_resumed(config, changes):
   with config.unlocked():
     config.update_from_flattened_dict(changes)
   config_lib.check_resumable(old, config_lib.to_json(config_lib.parse(config)))
+
+
+def test_home_folders_are_expanded(monkeypatch):
+  monkeypatch.setenv("HOME", "/home/me")
+  config = digits.get_config("features")
+  old = config.to_dict()
+  values = {
+    "data.source": "folder:~/data",
+    "data.data_dir": "~",
+    "encoders.mae.path": "~/encoder",
+    "eval.inception.path": "~/inception",
+    "eval.inception.reference": "~/stats.npz",
+    "eval.labels": "~/labels.txt",
+    "init_from": "~/runs/a",
+  }
+  for key, value in values.items():
+    *sections, name = key.split(".")
+    section = old
+    for part in sections:
+      section = section[part]
+    section[name] = value
+  written = config_lib.to_json(config_lib.parse(old))
+  parsed = config_lib.flatten(json.loads(written))
+  for key, value in values.items():
+    assert parsed[key] == value.replace("~", "/home/me")
+  # A run that an earlier version began goes on.
+  config_lib.check_resumable(json.dumps(old), written)
+  policies = policy.get_config().to_dict()
+  policies["data"]["source"] = "zarr:~/x.zarr"
+  assert config_lib.parse(policies).data.source == "zarr:/home/me/x.zarr"
 
 
 def test_resumed_runs_may_change_what_is_harmless():
@@ -465,6 +506,8 @@ def test_resumed_runs_may_change_what_is_harmless():
       "mesh.fsdp": 8,
       "vae.sharding": "replicated",
       "data.num_threads": 4,
+      "queue.with_replacement": True,
+      "train.accum_labels": 4,
       # Both are what to change when a run ends on a damaged image, or is slow.
       "data.max_corrupt": 5,
       "data.in_memory": True,
@@ -472,13 +515,24 @@ def test_resumed_runs_may_change_what_is_harmless():
   )
 
 
-def test_resumed_runs_may_not_become_another_experiment():
+@pytest.mark.parametrize(
+  ("key", "before", "after"),
+  [
+    ("optim.learning_rate", 1e-3, 5e-4),
+    ("train.accum_scalars", "exact", "group"),
+    ("train.accum_labels", 2, 4),
+    ("data.held_out", 0, 1),
+  ],
+)
+def test_resumed_runs_may_not_become_another_experiment(key, before, after):
   config = generator()
-  config.optim.learning_rate = 1e-3
+  config.train.accum_scalars = "group"
+  config.update_from_flattened_dict({key: before})
   with pytest.raises(
-    config_lib.ConfigError, match=r"optim\.learning_rate: 0\.001 -> 0\.0005"
+    config_lib.ConfigError,
+    match=f"new workdir .*{re.escape(f'{key}: {before!r} -> {after!r}')}",
   ):
-    check_resumed(config, {"optim.learning_rate": 5e-4})
+    check_resumed(config, {key: after})
 
 
 def test_runs_whose_course_depends_on_their_end_keep_it():

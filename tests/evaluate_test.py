@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -442,6 +443,14 @@ def test_mistakes(tmp_path, workdir, judges):
     "neighbours in the space 'encoder' need an encoder": (
       *(run, few, "--metrics=fd_pixel", "--neighbours=1"),
     ),
+    "2000 nearest training images are asked for, there are 1257": (
+      *(run, few, "--metrics=fd_pixel", "--neighbours=2000"),
+      "--neighbour_space=pixel",
+    ),
+    # What it learned of a label would be judged by another's images.
+    "began with other data (class 0 was '9', now '0'; class 1 was '8'": (
+      *(f"--workdir={tmp_path / 'renamed'}", few, "--metrics=fd_pixel"),
+    ),
     "give all three": (run, "--coordinator=127.0.0.1:1"),
     "process_id=2 must lie in [0, num_processes=2)": (
       *(run, "--coordinator=127.0.0.1:1"),
@@ -449,6 +458,9 @@ def test_mistakes(tmp_path, workdir, judges):
     ),
   }
   vae = save_vae(tmp_path / "vae", widths=(4, 4, 4, 8), latent_channels=4)
+  shutil.copytree(workdir, tmp_path / "renamed")
+  names = json.dumps([str(9 - label) for label in range(10)])
+  (tmp_path / "renamed" / "classes.json").write_text(names)
   narrow = tmp_path / "narrow.npz"
   np.savez(narrow, mu=np.zeros(6), sigma=np.eye(6))
   np.savetxt(tmp_path / "few.txt", range(9), fmt="%d")

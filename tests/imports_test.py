@@ -7,6 +7,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "drift_jax"
 RANKS = {
+  "paths": -1,
   "diffusion": 0,
   "drift": 0,
   "storage": 0,
@@ -19,6 +20,7 @@ RANKS = {
   "streams": 0,
   "data": 1,
   "exits": 1,
+  "lease": 1,
   "models": 1,
   "numerics": 1,
   "optim": 1,

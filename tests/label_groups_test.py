@@ -56,7 +56,7 @@ def test_another_field_in_groups_on_a_mesh():
   changed = {
     "variant": variant,
     "average": True,
-    "temperature": steps.Temperature("learned", 0.05),
+    "temperature": steps.Temperature("learned", 0.05, 1e-6),
   }
   whole = run_toy(None, task_of(1, **changed), 4)
   mesh = sharding.make_mesh(2, 2, jax.devices()[:4])

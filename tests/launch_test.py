@@ -279,6 +279,8 @@ def test_a_tool_that_is_missing(script, tool, arguments):
     ("docker.sh build --accelerator=rocm", "options are cpu cuda12 cuda13 tpu"),
     ("docker.sh run CONFIG --workdir=a --data=no/such", "no such folder"),
     ("docker.sh run CONFIG --workdir=a,b", "docker can't mount"),
+    ("docker.sh run CONFIG --workdir=~me/a", "--workdir='~me/a': give the who"),
+    ("docker.sh run CONFIG --workdir=a --data=~/no/such", "--data='/"),
     ("slurm.sbatch CONFIG", "--workdir is missing; see"),
     ("slurm.sbatch CONFIG --workdir=hdfs://a/b", "gs://BUCKET/PATH and a p"),
     ("slurm.sbatch CONFIG --workdir=a --nodes=0", "--nodes='0': want a number"),

@@ -481,11 +481,10 @@ def unreachable(folder):
   workdir = folder / "unreachable"
 
   def wait():
-    began = time.monotonic()
     place = {"coordinator": "127.0.0.1:1", "num_processes": 2, "process_id": 1}
-    done = subprocess.run(
+    return subprocess.run(
       [sys.executable, "-m", "drift_jax.main", f"--config={GENERATOR}"]
-      + [f"--workdir={workdir}"]
+      + [f"--workdir={workdir}", "--config.processes.join_timeout=3"]
       + [f"--{name}={value}" for name, value in place.items()],
       cwd=ROOT,
       env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
@@ -493,7 +492,6 @@ def unreachable(folder):
       text=True,
       timeout=120,
     )
-    return done, time.monotonic() - began
 
   with concurrent.futures.ThreadPoolExecutor(1) as executor:
     yield executor.submit(wait)
@@ -584,11 +582,94 @@ def test_one_that_is_silent_is_lost(folder):
   )
 
 
+# One dies; the other goes on to what needs both, or fails since it is alone.
+LOST = """if True:
+  import os, sys, time
+  import numpy as np
+  from absl import flags
+  from drift_jax import checkpoint, exits, experiment, metrics, processes
+  from drift_jax import sharding
+
+  def program():
+    number = int(sys.argv[2])
+    exits.join(sys.argv[1], 2, number, heartbeat_timeout=10)
+    mesh = sharding.make_mesh(2, 1)
+    state = {"x": sharding.put_batch(np.ones((1, 2), np.float32), mesh)}
+    saved = checkpoint.Checkpointer(sys.argv[4])
+    score = metrics.InceptionScore(2, 3, 1)
+    score.update(np.ones((1, 3)), np.array([number]))
+    processes.gather(np.ones((2, 2)))
+    if number:
+      os.kill(os.getpid(), 9)
+    time.sleep(0.5)
+    if sys.argv[3] == "evaluation":
+      with experiment.naming("eval"):
+        score.result()
+    elif sys.argv[3] == "save":
+      saved.save(1, state, {})
+      saved.wait()
+    elif sys.argv[3] == "restore":
+      saved.restore(state, lambda shapes: {})
+      processes.gather(np.ones((2, 2)))
+    else:
+      raise OSError("nothing here names another process")
+
+  flags.FLAGS.mark_as_parsed()
+  exits.run(program, experiment.ERRORS)
+"""
+
+
+@pytest.mark.parametrize("what", ["evaluation", "save", "restore", "disk"])
+def test_what_follows_from_a_lost_process(folder, what):
+  """Whatever the class and the text of the error, if there is one at all."""
+  group = Group(
+    folder,
+    *(2, 1),
+    lambda i, at: ("-c", LOST, at, i, what, folder / f"lost_{what}"),
+  )
+  assert group.wait(120) == [75, -signal.SIGKILL], group.everything()
+  assert "was lost" in group.output(0)
+  assert "Error: " not in group.output(0)
+
+
+# What evaluates or samples: one process fails, the other waits for it.
+STATELESS = """if True:
+  import importlib, sys, time
+  from absl import app
+  from drift_jax import experiment, processes, sampling
+
+  def fail(*arguments, **settings):
+    if processes.index():
+      raise OSError("this disk is full")
+    time.sleep(300)
+
+  experiment.report_on_images = sampling.load = fail
+  app.run(importlib.import_module(f"drift_jax.{sys.argv.pop(1)}").main)
+"""
+
+
+@pytest.mark.parametrize(
+  ("name", "source"),
+  [("evaluate", "--images=images"), ("sample", "--from=export")],
+)
+def test_a_program_without_a_state_ends_in_all_processes(folder, name, source):
+  def command(i, address):
+    place = (f"--coordinator={address}", "--num_processes=2")
+    return "-c", STATELESS, name, source, *place, f"--process_id={i}"
+
+  group = Group(folder, 2, 1, command)
+  assert group.wait(120) == [1, 1], group.everything()
+  assert "\nError: this disk is full\n" in f"\n{group.output(1)}"
+  (line,) = [x for x in group.output(0).splitlines() if "Error" in x]
+  assert line == "Error: process 1 ended first: this disk is full"
+
+
 def test_a_coordinator_that_can_not_be_reached(unreachable, folder):
-  done, seconds = unreachable.result()
-  assert done.returncode == 1, done.stderr[-3000:]
-  (line,) = done.stderr.splitlines()
-  assert line.startswith("Error: processes: coordinator='127.0.0.1:1', process")
-  assert "start every process, with the same HOST:PORT" in line
-  assert seconds < 60
+  """It may be a host that restarts: to be tried again."""
+  done = unreachable.result()
+  assert done.returncode == 75, done.stderr[-3000:]
+  assert "Traceback" not in done.stderr
+  line = done.stderr.splitlines()[-1]
+  assert " processes: coordinator='127.0.0.1:1', process 1 of 2 did not" in line
+  assert "within 3 s: start every process, with the same HOST:PORT" in line
   assert not (folder / "unreachable").exists()

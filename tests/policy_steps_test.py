@@ -185,7 +185,7 @@ def test_one_positive_of_each_observation():
     {"method": "diffusion", "diffusion_steps": 10},
     {
       "variant": Variant(learned=True),
-      "temperature": steps.Temperature("learned", 1e-2),
+      "temperature": steps.Temperature("learned", 1e-2, 1e-6),
     },
   ],
   ids=["step", "chunk", "crop", "independent", "regression", "ddpm", "learned"],

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from drift_jax import processes
+from drift_jax import processes, sharding
 from drift_jax.metrics import FeatureStats, InceptionScore, inception_score
+from tests import shared_figures
 from tests.conftest import assert_close
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -23,6 +24,7 @@ PROGRAM = """if True:
 
   processes.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
   from drift_jax import metrics, sharding
+  from tests import shared_figures
 
   own = int(sys.argv[2])
   data = dict(np.load(sys.argv[3]))
@@ -45,6 +47,11 @@ PROGRAM = """if True:
   part = np.arange(50)[own::2]
   score.update(data["logits"][part], part)
   out["score"] = score.result()
+  # Fewer than the first one's part of a batch.
+  few = shared_figures.figures_of_few(
+    data["pictures"], data["real"], sharding.make_mesh(2, 2)
+  )
+  out["few"] = np.asarray(list(few.values()))
   numbers = [(n.tolist(), v) for n, v in metrics.local_batches(7, 4)]
   out["numbers"] = np.asarray([n for n, _ in numbers])
   out["valid"] = np.asarray([v for _, v in numbers])
@@ -83,6 +90,8 @@ def data():
     "values": random.normal(size=(5, 3)) + 1e6,
     "features": random.normal(size=(100, 4)) + 1e4,
     "logits": random.normal(size=(50, 6)),
+    "pictures": random.uniform(-1, 1, (20, 2, 2, 3)).astype(np.float32),
+    "real": random.uniform(-1, 1, (40, 2, 2, 3)).astype(np.float32),
   }
 
 
@@ -109,9 +118,13 @@ def results(tmp_path_factory, data):
     )
     for i in range(2)
   ]
-  for process in started:
-    _, stderr = process.communicate(timeout=240)
-    assert process.returncode == 0, stderr[-3000:]
+  try:
+    for process in started:
+      _, stderr = process.communicate(timeout=240)
+      assert process.returncode == 0, stderr[-3000:]
+  finally:
+    for process in started:
+      process.kill()
   return [dict(np.load(folder / f"{i}.npz")) for i in range(2)]
 
 
@@ -145,6 +158,14 @@ def test_statistics_of_both_are_those_of_all(results, data):
     assert result["score"] == pytest.approx(
       inception_score(data["logits"], 5), rel=1e-13
     )
+
+
+def test_a_process_without_a_sample_joins_in_every_figure(results, data):
+  mesh = sharding.make_mesh(2, 2, jax.devices()[:4])
+  alone = shared_figures.figures_of_few(data["pictures"], data["real"], mesh)
+  assert len(alone) == 15
+  for result in results:
+    assert_close(result["few"], np.asarray(list(alone.values())), 1e-9)
 
 
 def test_each_sample_belongs_to_one_process(results):
@@ -222,4 +243,7 @@ def test_which_errors_follow_from_a_lost_process(monkeypatch, text, lost):
     raise ValueError("a save failed") from error
   except ValueError as outer:
     assert processes.is_lost_peer(outer) == lost
-  assert not processes.is_lost_peer(ValueError(text))
+  # JAX's dispatch knows no class of its own; a disk's text is not meant.
+  assert processes.is_lost_peer(ValueError(text)) == lost
+  assert not processes.is_lost_peer(ValueError(f"a file: {text}"))
+  assert not processes.is_lost_peer(OSError(text))

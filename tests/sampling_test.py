@@ -1,5 +1,6 @@
 """Samples of a loaded generator: what they depend on, and what is refused."""
 
+import dataclasses
 import functools
 import io
 import json
@@ -121,6 +122,51 @@ def test_walk_between_two_noises(model):
 def test_labels(model, names, labels):
   np.testing.assert_array_equal(model.labels(names), labels)
   assert model.labels(names).dtype == np.int32
+
+
+@pytest.fixture
+def numbered(model, monkeypatch):
+  """The model, with classes that are called by other numbers."""
+
+  def call(*names):
+    known = dataclasses.replace(model.generator, class_names=names)
+    monkeypatch.setattr(model, "generator", known)
+    return model
+
+  return call
+
+
+@pytest.mark.parametrize(
+  ("classes", "entry", "label"),
+  [
+    (("1", "2", "3", "4"), "2", ["1 '2'", "index:2", "name:2"]),
+    (("1", "10", "11", "2"), "1-3", ["0 '1'", "3 '2'", "index:1-3", "name:1"]),
+    (("1", "10", "11", "2"), "index:1-3", [1, 2, 3]),
+    (("1", "2", "3", "4"), "index:2", [2]),
+    (("1", "2", "3", "4"), 2, [2]),
+    (("1", "2", "3", "4"), np.int64(2), [2]),
+    (("1", "2", "3", "4"), "name:2", [1]),
+    (("1", "2", "3", "4"), "0", [0]),  # nobody is called so
+    (("1", "2", "3", "4"), "4", [3]),  # no index
+    (("1", "2", "3", "4"), "5", ["'5' is no class index"]),
+    (("01", "02", "03", "04"), "02", ["name:02"]),
+    (("0", "1", "2", "3"), "1-2", [1, 2]),
+    (("0-2", "3-7", "8-12", "13-99"), "3-7", [1]),
+    (("0-2", "3-7", "8-12", "13-99"), "0-2", ["index:0-2", "name:0-2"]),
+    (("0-2", "3-7", "8-12", "13-99"), "1-3", [1, 2, 3]),
+    (("a", "b", "c", "d"), "index:b", ["'b' is no class index"]),
+    (("a", "b", "c", "d"), "index:4", ["'4' is no class index"]),
+  ],
+)
+def test_classes_that_are_called_by_numbers(numbered, classes, entry, label):
+  """One reading, or an error that names both and how to write them."""
+  model = numbered(*classes)
+  if isinstance(label[0], int):
+    assert model.labels([entry]).tolist() == label
+    return
+  with pytest.raises(ConfigError) as refused:
+    model.labels([entry])
+  assert all(part in str(refused.value) for part in label)
 
 
 @pytest.mark.parametrize(

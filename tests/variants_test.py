@@ -3,13 +3,15 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
 
 from configs import digits
 from drift_jax import config as config_lib
-from drift_jax import experiment, metrics, train
+from drift_jax import experiment, metrics, steps, train
+from drift_jax import state as state_lib
 
 
 def small(**changes):
@@ -64,6 +66,17 @@ def test_an_annealed_scale_follows_the_step(tmp_path):
   assert config["drift"]["field"] == "gaussian"
 
 
+def test_an_annealed_scale_ends_above_zero():
+  """exp(-88) is 0 in float32, and so would be all kernels' temperatures."""
+  temperature = steps.Temperature(
+    "annealed", 0.5, config_lib.LEAST_TEMPERATURE_SCALE
+  )
+  for step in (0, 4, 27, 28, 175, 10**6):
+    state = state_lib.TrainState(jnp.int32(step), *[jnp.zeros(())] * 4)
+    expected = max(np.exp(-0.5 * step), 1e-6)
+    np.testing.assert_allclose(temperature.scale(state), expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
@@ -94,6 +107,10 @@ def test_an_annealed_scale_follows_the_step(tmp_path):
     (
       {"temperature_scale": {"rate": 0.1}},
       "temperature_scale.rate=0.1 with kind='fixed'",
+    ),
+    (
+      {"temperature_scale": {"kind": "annealed", "rate": 4.0}},
+      r"scale.rate=4.0 with train.num_steps=4: .*exp\(-16\).*at most 3.45",
     ),
     (
       {"temperature_scale": {"kind": "adaptive", "neighbours": 8.0}},

@@ -10,20 +10,24 @@ would be valid.
 from drift_jax.config.checks import check, check_judges
 from drift_jax.config.command_line import (
   config_arguments,
+  define_process_flags,
   load_config,
   parse_flags,
+  process_flags,
 )
 from drift_jax.config.parsing import check_override, parse, unknown_key
 from drift_jax.config.resume import (
   RESUMABLE,
   RESUMABLE_ENDS,
   check_resumable,
+  flat_values,
   flatten,
   to_json,
 )
 from drift_jax.config.schema import (
   EVAL_METRICS,
   JUDGED_METRICS,
+  LEAST_TEMPERATURE_SCALE,
   TASKS,
   AnyConfig,
   Checkpoint,
@@ -49,6 +53,7 @@ from drift_jax.config.schema import (
 __all__ = [
   "EVAL_METRICS",
   "JUDGED_METRICS",
+  "LEAST_TEMPERATURE_SCALE",
   "RESUMABLE",
   "RESUMABLE_ENDS",
   "TASKS",
@@ -76,10 +81,13 @@ __all__ = [
   "check_override",
   "check_resumable",
   "config_arguments",
+  "define_process_flags",
+  "flat_values",
   "flatten",
   "load_config",
   "parse",
   "parse_flags",
+  "process_flags",
   "to_json",
   "unknown_key",
 ]

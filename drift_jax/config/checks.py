@@ -14,6 +14,7 @@ from drift_jax.config.schema import (
   EVAL_METRICS,
   FROZEN_SHARDINGS,
   JUDGED_METRICS,
+  LEAST_TEMPERATURE_SCALE,
   POLICY_METHODS,
   POLICY_PROBLEMS,
   RANKING_METRICS,
@@ -84,10 +85,14 @@ def _check_common(config: AnyConfig) -> None:
   _at_least("optim.weight_decay", optim.weight_decay, 0)
   for name in ("learning_rate", "grad_clip", "eps"):
     value = getattr(optim, name)
-    _require(value > 0, f"optim.{name}={value!r} must be positive")
+    # In float32, where less than about 1e-38 is 0.
+    _require(value > 1e-38, f"optim.{name}={value!r} must be positive")
   for name in ("b1", "b2"):
     value = getattr(optim, name)
-    _require(0 <= value < 1, f"optim.{name}={value!r} must lie in [0, 1)")
+    # Where float32 makes it 1, Adam's bias correction divides by 0.
+    _require(
+      0 <= value <= 1 - 2**-24, f"optim.{name}={value!r} must lie in [0, 1)"
+    )
   _require(
     optim.warmup_steps <= config.train.num_steps,
     f"optim.warmup_steps={optim.warmup_steps} is longer than "
@@ -116,6 +121,7 @@ def _check_common(config: AnyConfig) -> None:
   _at_least(
     "processes.heartbeat_timeout", config.processes.heartbeat_timeout, 10
   )
+  _at_least("processes.join_timeout", config.processes.join_timeout, 1)
   _at_least("eval.every", config.eval.every, 0)
   _at_least("checkpoint.every", checkpoint.every, 1)
   _at_least("checkpoint.keep_latest", checkpoint.keep_latest, 1)
@@ -199,7 +205,7 @@ def _check_data(config: GeneratorConfig | MaeConfig) -> None:
   )
 
 
-def _check_drift(drift: Drift, positives: int) -> None:
+def _check_drift(drift: Drift, positives: int, num_steps: int) -> None:
   """Field and options are checked where the fields are: in experiment."""
   _require(
     len(drift.temperatures) > 0 and all(t > 0 for t in drift.temperatures),
@@ -218,6 +224,13 @@ def _check_drift(drift: Drift, positives: int) -> None:
     scale.rate > 0 if changes else scale.rate == 0,
     f"drift.temperature_scale.rate={scale.rate} with kind={kind!r}: want a "
     "positive rate for 'annealed' and 'learned', else 0",
+  )
+  most = -math.log(LEAST_TEMPERATURE_SCALE) / num_steps
+  _require(
+    kind != "annealed" or scale.rate <= most,
+    f"drift.temperature_scale.rate={scale.rate} with train.num_steps="
+    f"{num_steps}: temperatures would fall to exp(-{scale.rate * num_steps:g})"
+    f" of the first, below {LEAST_TEMPERATURE_SCALE:g}; use at most {most:.3g}",
   )
   _require(
     1 < scale.neighbours < positives
@@ -253,7 +266,7 @@ def _check_generator(config: GeneratorConfig) -> None:
   _choice("batch.reals", batch.reals, ("queue", "class_grouped"))
   if batch.reals == "queue":
     _check_queue(config)
-  _check_drift(config.drift, batch.positives)
+  _check_drift(config.drift, batch.positives, config.train.num_steps)
   _require(
     1 <= guidance.minimum <= guidance.maximum,
     f"guidance.minimum={guidance.minimum}, guidance.maximum="
@@ -457,7 +470,7 @@ def _check_mae(config: MaeConfig) -> None:
 def _check_toy(config: ToyConfig) -> None:
   _check_common(config)
   model, batch, drift = config.model, config.batch, config.drift
-  _check_drift(drift, batch.positives)
+  _check_drift(drift, batch.positives, config.train.num_steps)
   _choice("data.distribution", config.data.distribution, DISTRIBUTIONS)
   _at_least("data.noise", config.data.noise, 0)
   _choice("model.kind", model.kind, TOY_MODELS)
@@ -560,7 +573,7 @@ def _check_policy_loss(config: PolicyConfig) -> None:
   _at_least("batch.size", batch.size, 1)
   if loss.method == "drifting":
     positives = batch.size if loss.problem == "batch" else 1
-    _check_drift(config.drift, positives)
+    _check_drift(config.drift, positives, config.train.num_steps)
     _require(
       batch.generated >= 2 or config.drift.negatives != "own",
       f"batch.generated={batch.generated}: a single sample of an observation "

@@ -10,6 +10,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
+from drift_jax import paths
 from drift_jax.config.parsing import check_override
 from drift_jax.config.schema import ConfigError
 
@@ -17,8 +18,9 @@ from drift_jax.config.schema import ConfigError
 def parse_flags(argv: Sequence[str]) -> list[str]:
   """Parses the command line; a mistake in it ends the process with one line."""
   try:
+    argv = [_expanded(argument) for argument in argv]
     path, overrides = config_arguments(
-      flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)
+      flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
     )
     if path is None:
       return flags.FLAGS(argv)
@@ -30,20 +32,65 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     except flags.IllegalFlagValueError as error:
       message = _explain(str(error), config, overrides)
       raise ConfigError(message) from error
-  except (ConfigError, flags.Error) as error:
+  except (ConfigError, flags.Error, paths.PathError) as error:
     sys.exit(f"Error: {error}")
+
+
+def _expanded(argument: str) -> str:
+  """An argument of the command line; the `~` of --config=~/FILE expanded.
+
+  Raises:
+    PathError: see `paths.expand`.
+  """
+  name, equals, value = argument.partition("=")
+  if name.lstrip("-") != "config":
+    return argument
+  return f"{name}{equals}{paths.expand(value)}"
+
+
+def define_process_flags(join_timeout: int | None = None) -> None:
+  """The flags by which a program's process finds the others.
+
+  Args:
+    join_timeout: default of a flag for how long it waits; None: there is none.
+  """
+  flags.DEFINE_string(
+    "coordinator",
+    "",
+    "HOST:PORT of process 0 where several work together; auto: found by itself "
+    "(TPU pods, SLURM).",
+  )
+  flags.DEFINE_integer("num_processes", None, "How many.")
+  flags.DEFINE_integer("process_id", None, "Which one this is.")
+  if join_timeout is not None:
+    flags.DEFINE_integer(
+      "join_timeout",
+      join_timeout,
+      "Seconds to wait at the start until all are there.",
+      lower_bound=1,
+    )
+
+
+def process_flags() -> tuple[str, int | None, int | None]:
+  """Their values: coordinator, number of processes, number of this one."""
+  values = flags.FLAGS
+  return values.coordinator, values.num_processes, values.process_id
 
 
 def config_arguments(
   argv: Sequence[str],
 ) -> tuple[str | None, dict[str, str]]:
-  """(value of --config or None, {KEY: VALUE} of every --config.KEY=VALUE)."""
+  """(value of --config or None, {KEY: VALUE} of every --config.KEY=VALUE).
+
+  Raises:
+    PathError: see `paths.expand`, for --config=~USER/FILE.
+  """
   path, overrides = None, {}
   for argument, following in zip(argv, [*argv[1:], ""], strict=True):
     name, equals, value = argument.partition("=")
     value = value if equals else following
     if name in ("--config", "-config"):
-      path = value
+      path = paths.expand(value)
     elif match := re.fullmatch(r"--?(no)?config\.(.*)", name):
       overrides[match[2]] = "False" if match[1] else value
   return path, overrides
@@ -55,8 +102,10 @@ def load_config(argument: str) -> dict[str, Any]:
   Raises:
     ConfigError: no such file, a file that defines no config, or a variant
       that the file refuses with a ValueError.
+    PathError: see `paths.expand`.
   """
   name, colon, variant = argument.partition(":")
+  name = paths.expand(name)
   file = pathlib.Path(name)
   if not file.is_file():
     raise ConfigError(

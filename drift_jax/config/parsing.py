@@ -5,15 +5,17 @@ import difflib
 import math
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import ml_collections
 
+from drift_jax import paths
 from drift_jax.config import checks
 from drift_jax.config.schema import (
   TASKS,
   AnyConfig,
   ConfigError,
+  Source,
 )
 
 
@@ -80,21 +82,38 @@ def _build(cls: Any, values: Any, path: str) -> Any:
   """Builds a section from a mapping, recursively."""
   if not isinstance(values, Mapping):
     raise ConfigError(f"{path[:-1]}={values!r} must be a section (a dict)")
-  hints = typing.get_type_hints(cls)
+  hints = typing.get_type_hints(cls, include_extras=True)
   for key in values:
     if key not in hints:
       raise ConfigError(unknown_key(path + str(key), values[key], hints))
-  missing = sorted(set(hints) - set(values))
+  missing = sorted(
+    field.name
+    for field in dataclasses.fields(cls)
+    if field.name not in values and field.default is dataclasses.MISSING
+  )
   if missing:
     raise ConfigError(f"missing key {path}{missing[0]} (all: {missing})")
   return cls(
-    **{key: _convert(hints[key], values[key], path + key) for key in hints}
+    **{key: _convert(hints[key], values[key], path + key) for key in values}
   )
 
 
+def _expanded(hint: Any, value: str, path: str) -> str:
+  expand = paths.expand_source if hint == Source else paths.expand
+  try:
+    return expand(value)
+  except paths.PathError as error:
+    raise ConfigError(f"{path}={value!r}: {error}") from error
+
+
 def _convert(hint: Any, value: Any, path: str) -> Any:
-  """Checks a value against its hint; ints pass as floats, lists as tuples."""
+  """Checks a value against its hint; ints pass as floats, lists as tuples.
+
+  The `~` of paths is expanded, so that it is the same wherever it is read.
+  """
   origin = typing.get_origin(hint)
+  if origin is Annotated:
+    return _expanded(hint, _convert(str, value, path), path)
   if dataclasses.is_dataclass(hint):
     return _build(hint, value, path + ".")
   if origin is Mapping:

@@ -1,15 +1,20 @@
 """What a resumed run may change."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
 
+from drift_jax import paths
 from drift_jax.config.schema import AnyConfig, ConfigError
 
 # Keys that a resumed run may change; any other change is another experiment.
 RESUMABLE = (
-  "train.",
+  "train.num_steps",
+  "train.log_every",
+  "train.kernels",
+  "train.accum_labels",
   "eval.",
   "checkpoint.",
   "mesh.",
@@ -20,6 +25,8 @@ RESUMABLE = (
   "data.num_threads",
   "data.num_workers",
   "data.prefetch",
+  # It lets data pass at the start; no draw depends on it.
+  "queue.with_replacement",
 )
 # The same of keys that lie deeper: how frozen weights lie on the mesh.
 RESUMABLE_ENDS = (".sharding",)
@@ -54,14 +61,30 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
+def flat_values(text: str) -> dict[str, Any]:
+  """{'section.key': value} of a config's JSON.
+
+  `~` is expanded: earlier versions wrote it as it came.
+  """
+
+  def expanded(value: Any) -> Any:
+    with contextlib.suppress(paths.PathError):
+      return paths.expand_source(value) if isinstance(value, str) else value
+    return value
+
+  flat = flatten(json.loads(text))
+  return {key: expanded(value) for key, value in flat.items()}
+
+
 def check_resumable(old: str, new: str) -> None:
   """Raises ConfigError where two configs (JSON) are not the same experiment.
 
-  Keys under RESUMABLE may differ, with two exceptions: train.num_steps where
-  the course of the training depends on its end, and the keys of RANKING while
-  a best checkpoint is kept.
+  Keys under RESUMABLE may differ, with three exceptions: train.num_steps where
+  the course of the training depends on its end, train.accum_labels where each
+  group of labels has scalars of its own, and the keys of RANKING while a best
+  checkpoint is kept.
   """
-  before, after = flatten(json.loads(old)), flatten(json.loads(new))
+  before, after = flat_values(old), flat_values(new)
   different = {
     key: f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
     for key in sorted(set(before) | set(after))
@@ -80,6 +103,14 @@ def check_resumable(old: str, new: str) -> None:
     )
   if "train.num_steps" in different:
     _check_new_end(different["train.num_steps"], before)
+  groups = different.get("train.accum_labels")
+  if groups and before.get("train.accum_scalars") == "group":
+    raise ConfigError(
+      f"the workdir holds a run with other groups of labels; use a new workdir "
+      f"or the old value. Changed: {groups} (a resumed run may change it only "
+      "with train.accum_scalars='exact': else the field's scalars are those of "
+      "a group)"
+    )
   best = before.get("checkpoint.best_metric")
   mixed = [different[key] for key in RANKING if key in different]
   if best and mixed:

@@ -3,7 +3,11 @@
 import dataclasses
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+# Strings whose `~` parsing expands: a path or URL, and KIND:PATH.
+Path = Annotated[str, "path"]
+Source = Annotated[str, "source"]
 
 
 class ConfigError(ValueError):
@@ -22,8 +26,8 @@ class Section:
 class Data(Section):
   """Where real images come from and how they are cut (drift_jax.data)."""
 
-  source: str
-  data_dir: str
+  source: Source
+  data_dir: Path
   train_split: str
   test_split: str
   held_out: int
@@ -51,7 +55,7 @@ class Vae(Section):
   in Encoder.
   """
 
-  path: str
+  path: Path
   dtype: str
   sharding: str
   remat: bool
@@ -107,7 +111,7 @@ class Encoder(Section):
   is there.
   """
 
-  path: str
+  path: Path
   dtype: str
   in_loss: bool
   decode: bool
@@ -130,10 +134,10 @@ class Features(Section):
 class TemperatureScale(Section):
   """How the drift's temperatures change: what multiplies all of them.
 
-  `kind` is 'fixed'; 'annealed', by exp(-rate * step); 'learned', by what makes
-  each label's positives likeliest, with `rate` of learning; or 'adaptive': each
-  problem's own, such that a sample has `neighbours` effective positives at
-  temperature 1.
+  `kind` is 'fixed'; 'annealed', by exp(-rate * step), which must not fall below
+  LEAST_TEMPERATURE_SCALE; 'learned', by what makes each label's positives
+  likeliest, with `rate` of learning; or 'adaptive': each problem's own, such
+  that a sample has `neighbours` effective positives at temperature 1.
   """
 
   kind: str
@@ -189,7 +193,11 @@ class Batch(Section):
 
 
 class Queue(Section):
-  """The sample queue (A.8)."""
+  """The sample queue (A.8).
+
+  A class that has fewer samples in it than a label draws repeats them.
+  `with_replacement` says whether the data may be such that it always will.
+  """
 
   class_size: int
   unconditional_size: int
@@ -241,8 +249,8 @@ class GeneratorTrain(Train):
 class Judge(Section):
   """A network that judges images, and statistics of real ones' features."""
 
-  path: str
-  reference: str
+  path: Path
+  reference: Path
 
 
 class GeneratorEval(Section):
@@ -250,7 +258,7 @@ class GeneratorEval(Section):
 
   every: int
   num_samples: int
-  labels: str
+  labels: Path
   batch_size: int
   alphas: tuple[float, ...]
   ema_decay: float
@@ -291,6 +299,7 @@ class Processes(Section):
   """How several processes look after each other."""
 
   heartbeat_timeout: int
+  join_timeout: int = 600  # which runs of before have none of
 
 
 class MaeLoss(Section):
@@ -308,7 +317,7 @@ class GeneratorConfig(Section):
 
   task: str
   seed: int
-  init_from: str
+  init_from: Path
   data: Data
   vae: Vae
   model: GeneratorModel
@@ -332,7 +341,7 @@ class MaeConfig(Section):
 
   task: str
   seed: int
-  init_from: str
+  init_from: Path
   data: Data
   vae: Vae
   model: MaeModel
@@ -419,7 +428,7 @@ class PolicyData(Section):
   `observations` may cut columns: 'state[:2]'.
   """
 
-  source: str
+  source: Source
   episodes: int
   seed: int
   observations: tuple[str, ...]
@@ -572,6 +581,9 @@ SOURCES = ("digits", "tfds:NAME", "folder:DIR", "tar:FILE", "latents:DIR")
 CROPS = ("center", "random", "pad", "none")
 # How the drift's temperatures change.
 TEMPERATURE_KINDS = ("fixed", "annealed", "learned", "adaptive")
+# Annealed temperatures fall no further: float32 tells no two distances apart
+# that differ by less than such a part.
+LEAST_TEMPERATURE_SCALE = 1e-6
 # How frozen weights lie on the mesh.
 FROZEN_SHARDINGS = ("fsdp", "replicated")
 WIRE_DTYPES = ("uint8", "float32", "float16", "bfloat16")

@@ -1,9 +1,14 @@
 """Data: sources, readers, the Grain loader, the sample queue and the feeds."""
 
 from drift_jax.data.demonstrations import Demonstrations
-from drift_jax.data.encoded import NoSplitError, imagenet_classes
+from drift_jax.data.encoded import (
+  NoSplitError,
+  imagenet_classes,
+  readable_classes,
+)
 from drift_jax.data.errors import DataError
 from drift_jax.data.feed import GroupedFeed, ImageFeed, QueueFeed
+from drift_jax.data.latent_format import labels_sha256
 from drift_jax.data.latents import LatentReader
 from drift_jax.data.loader import Loader
 from drift_jax.data.memory import MemoryReader, MemorySource
@@ -16,6 +21,7 @@ from drift_jax.data.sources import (
   Source,
   digits,
   held_out,
+  names_sha256,
   open_source,
 )
 from drift_jax.data.toys import (
@@ -57,9 +63,12 @@ __all__ = [
   "fixed_points",
   "held_out",
   "imagenet_classes",
+  "labels_sha256",
   "modes_of",
+  "names_sha256",
   "open_source",
   "read_replay",
   "read_robomimic",
+  "readable_classes",
   "write_replay",
 ]

@@ -14,8 +14,6 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
-from drift_jax.data.errors import DataError
-
 
 @dataclasses.dataclass
 class Bank:
@@ -168,8 +166,8 @@ def draw_slots(
 ) -> Int[np.ndarray, "L num"]:
   """Slots of filled entries, uniformly and without replacement.
 
-  A row with fewer than `num` filled slots uses all of them equally often,
-  up to one: it is drawn with replacement only then.
+  A row with fewer than `num` filled slots repeats them, each as often as every
+  other, or once more.
 
   Args:
     score: independent uniform float32 in [0, 1): a row's slots come in the
@@ -226,8 +224,15 @@ def sample(
 ) -> tuple[Shaped[np.ndarray, "L P ..."], Shaped[np.ndarray, "L U ..."]]:
   """Positives of each label and unconditional reals for each label.
 
-  Without replacement within a label. `check` must have passed.
+  Without replacement within a label, but for one that the queue has too few
+  samples of (see `draw_slots`).
+
+  Raises:
+    ValueError: the queue has no sample of a label.
   """
+  empty = labels[bank.count[labels] == 0]
+  if empty.size:
+    raise ValueError(f"class {int(empty[0])} has no sample in the queue")
   score, any_score = _scores(
     key,
     num_labels=len(labels),
@@ -257,44 +262,8 @@ def draw_labels(
   return np.asarray(_draw_labels(key, newest, num))
 
 
-def check(
-  count: np.ndarray,
-  any_count: int,
-  labels: np.ndarray,
-  *,
-  num_positives: int,
-  num_unconditional: int,
-  with_replacement: bool,
-) -> None:
-  """Raises DataError where a draw would need more samples than are there.
-
-  Names the class, how many samples it has and how many are wanted. With
-  replacement, one sample is enough.
-  """
-  need = 1 if with_replacement else num_positives
-  for label in labels:
-    if count[label] < need:
-      raise DataError(
-        f"class {int(label)} has {int(count[label])} samples in the queue, "
-        f"but batch.positives={num_positives} are drawn without replacement: "
-        "raise queue.prefill or queue.class_size, lower batch.positives, or "
-        "set queue.with_replacement=True"
-        if not with_replacement
-        else f"class {int(label)} has no sample in the queue: raise "
-        "queue.prefill"
-      )
-  need = min(1, num_unconditional) if with_replacement else num_unconditional
-  if any_count < need:
-    raise DataError(
-      f"the unconditional queue holds {any_count} samples, but "
-      f"batch.unconditional={num_unconditional} are drawn: raise "
-      "queue.prefill or queue.unconditional_size"
-    )
-
-
 __all__ = [
   "Bank",
-  "check",
   "create",
   "draw_labels",
   "draw_slots",

@@ -1,12 +1,22 @@
 """Encoded images (JPEG, PNG, WebP) to 8-bit RGB."""
 
+import contextlib
 import importlib.util
 import io
+import os
 import struct
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
+
+from drift_jax.data.errors import DataError
+
+# Diffusion programs write their workflows into PNGs; Pillow refuses texts and
+# colour profiles of more than 1 MB, 64 MB in all.
+TEXT_BYTES = 2**28
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = TEXT_BYTES
 
 DECODERS = ("pillow", "simplejpeg")
 # By content, not by file name: ImageNet holds a PNG called .JPEG.
@@ -20,12 +30,15 @@ DAMAGE = (
   IndexError,
   OverflowError,
   struct.error,
-  Image.DecompressionBombError,
 )
 
 
 class DecodeError(ValueError):
   """The bytes are not a whole image of a known format."""
+
+
+class LimitError(DataError):
+  """An image that is larger than what is read, and not damaged by that."""
 
 
 def check_decoder(name: str) -> None:
@@ -55,15 +68,44 @@ def _to_rgb(image: Image.Image) -> Image.Image:
   return image.convert("RGB")
 
 
-def _pillow(data: bytes) -> Image.Image:
+@contextlib.contextmanager
+def opened(file: str | bytes) -> Iterator[Image.Image]:
+  """The image of a path, or of a file's bytes, as Pillow has it.
+
+  Raises:
+    DecodeError: here or within the context: damaged, or of another format.
+    LimitError: more pixels or text than are read; the message has the remedy.
+    FileNotFoundError: there is none.
+  """
   try:
-    return _to_rgb(Image.open(io.BytesIO(data), formats=FORMATS))
+    data = file if isinstance(file, str) else io.BytesIO(file)
+    with Image.open(data, formats=FORMATS) as image:
+      yield image
+  except FileNotFoundError:
+    raise
+  except Image.DecompressionBombError as error:
+    raise LimitError(
+      f"too large, not damaged: Pillow decodes at most "
+      f"{2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels ({error}); make it smaller, "
+      "e.g. with mogrify -resize 4096x4096"
+    ) from error
   except Image.UnidentifiedImageError as error:
+    size = os.path.getsize(file) if isinstance(file, str) else len(file)
     raise DecodeError(
-      f"not a {', '.join(FORMATS)} image ({len(data)} bytes)"
+      f"not a {', '.join(FORMATS)} image ({size} bytes)"
     ) from error
   except DAMAGE as error:
+    if "MAX_TEXT" in str(error):
+      raise LimitError(
+        f"its texts or colour profile are larger than {TEXT_BYTES} bytes, the "
+        "image is not damaged: remove them, e.g. with mogrify -strip"
+      ) from error
     raise DecodeError(str(error) or type(error).__name__) from error
+
+
+def _pillow(data: bytes) -> Image.Image:
+  with opened(data) as image:
+    return _to_rgb(image)
 
 
 def _simplejpeg(data: bytes) -> np.ndarray | None:
@@ -103,6 +145,7 @@ def decode(data: bytes, decoder: str) -> np.ndarray:
       same files are good and bad.
 
   Raises:
+    LimitError: more pixels or text than are read; see `opened`.
     DecodeError: the file is damaged, truncated or of another format. A JPEG
       whose compressed data are damaged within can decode to wrong pixels
       without an error.

@@ -5,7 +5,7 @@ import functools
 import importlib.resources
 import operator
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent import futures
 from typing import Any, TypeVar
 
@@ -106,18 +106,24 @@ class EncodedSource(abc.ABC):
         + "\n  ".join(listed + [f"and {more} more"] * bool(more))
       ) from error
 
+  def _decoded(self, index: int, decoded: Callable[[bytes, str], _T]) -> _T:
+    try:
+      return decoded(self.read_bytes(index), self._decoder)
+    except decode.LimitError as error:
+      raise decode.LimitError(f"{self.path(index)}: {error}") from error
+
   def _read(self, index: int, decoded: Callable[[bytes, str], _T]) -> _T:
     index = operator.index(index)
     if not 0 <= index < len(self):
       raise IndexError(f"index {index} of {len(self)} images")
     try:
-      return decoded(self.read_bytes(index), self._decoder)
+      return self._decoded(index, decoded)
     except decode.DecodeError as error:
       self._count_corrupt(index, error)
     same = np.flatnonzero(self.labels == self.labels[index])
     for other in np.roll(same, -int(np.searchsorted(same, index)))[1:]:
       try:
-        return decoded(self.read_bytes(int(other)), self._decoder)
+        return self._decoded(int(other), decoded)
       except decode.DecodeError as error:
         self._count_corrupt(int(other), error)
     label = int(self.labels[index])
@@ -131,6 +137,7 @@ class EncodedSource(abc.ABC):
 
     Raises:
       CorruptImageError: more images than `max_corrupt` can't be decoded.
+      LimitError: an image too large to be read, which is no damage.
       OSError: the image can't be read.
     """
     return self._read(index, decode.decode)
@@ -148,7 +155,7 @@ def scan(source: EncodedSource, num_threads: int) -> list[tuple[str, str]]:
     for index in range(start, min(start + _SCANNED_AT_ONCE, len(source))):
       try:
         decode.decode(source.read_bytes(index), "pillow")
-      except (decode.DecodeError, OSError) as error:
+      except (decode.DecodeError, decode.LimitError, OSError) as error:
         bad.append((source.path(index), str(error)))
     return bad
 
@@ -167,6 +174,12 @@ def imagenet_classes() -> dict[str, str]:
   file = importlib.resources.files("drift_jax.data") / "imagenet_classes.txt"
   lines = file.read_text(encoding="utf-8").splitlines()
   return dict(line.split("\t") for line in lines)
+
+
+def readable_classes(names: Iterable[str]) -> tuple[str, ...]:
+  """The names, but those of ImageNet's classes for their WordNet ids."""
+  known = imagenet_classes()
+  return tuple(known.get(name, name) for name in names)
 
 
 def order_classes(

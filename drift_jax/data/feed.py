@@ -15,10 +15,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from drift_jax import streams
+from drift_jax import console, streams
 from drift_jax.data import bank as bank_lib
 from drift_jax.data.loader import Batch, IndexedReads, Loader, share
-from drift_jax.data.order import ClassGrouped
+from drift_jax.data.order import ClassGrouped, check_class_sizes
 from drift_jax.data.readers import Reader
 
 
@@ -225,6 +225,11 @@ class QueueFeed:
   Each step pushes one loader batch, draws its labels from it, and samples
   from the queue. The queue lives in host memory, whatever the accelerator.
 
+  Records come in random order, so that after any number of them a class may
+  have fewer in the queue than a label draws, however many images it has: then
+  they repeat (see bank.draw_slots), and `start` says of how many classes.
+  Labels come from what has just been pushed, so none of them has no sample.
+
   With several processes each has its own queue, fed by its own part of the
   loader's batches, and draws its own part of the step's labels with its own
   random numbers: what a run draws depends on the number of processes.
@@ -264,14 +269,16 @@ class QueueFeed:
       push_per_step: reals that each process pushes each step.
       prefill: reals that each process pushes in `start`, rounded up to whole
         batches.
-      with_replacement: whether a class with too few samples may repeat them.
+      with_replacement: whether a class may have fewer images in the data than
+        a label draws, whose samples would repeat for ever.
       num_labels: labels of a step over all processes.
       num_positives: positives of each label.
       num_unconditional: unconditional reals of each label.
 
     Raises:
       ValueError: a loader of another batch size, labels that the processes
-        can't share, or more labels for a process than it pushes.
+        can't share, more labels for a process than it pushes, or, without
+        replacement, too few images of a class or in all.
     """
     processes = loader.process_count
     if loader.batch_size != push_per_step * processes:
@@ -291,10 +298,14 @@ class QueueFeed:
     self._process = loader.process_index if processes > 1 else None
     self._prefill_batches = math.ceil(prefill / push_per_step)
     self._steps = 0
-    self._with_replacement = with_replacement
     self._num_labels = len(rows)
     self._num_positives = num_positives
     self._num_unconditional = num_unconditional
+    self._images = np.bincount(
+      loader.reader.labels, minlength=len(loader.reader.class_names)
+    )
+    if not with_replacement:
+      self._check_images()
     self._host = _host_device()
     with jax.default_device(self._host):
       self._root = streams.stream(seed, "queue")
@@ -306,11 +317,43 @@ class QueueFeed:
       dtype=loader.reader.dtype,
     )
 
+  def _check_images(self) -> None:
+    """Raises ValueError for data that would repeat for ever."""
+    remedy = "or set queue.with_replacement=True, which repeats them"
+    # A class without an image is never drawn.
+    check_class_sizes(
+      np.where(self._images, self._images, self._num_positives),
+      self._loader.reader.class_names,
+      self._num_positives,
+      drawn=f"batch.positives={self._num_positives} are drawn of it without "
+      "replacement",
+      remedy=f"lower batch.positives, lower data.held_out, {remedy}",
+    )
+    if self._images.sum() < self._num_unconditional:
+      raise ValueError(
+        f"the data hold {int(self._images.sum())} images, but "
+        f"batch.unconditional={self._num_unconditional} are drawn for each "
+        f"label without replacement: lower it, {remedy}"
+      )
+
   def start(self) -> None:
-    """Fills the queue of a new run."""
+    """Fills the queue of a new run, and says where it is short."""
     for _ in range(self._prefill_batches):
       reals = next(self._loader)
       bank_lib.push(self._bank, reals["image"], reals["label"])
+    there = self._images > 0
+    count = self._bank.count[there]
+    short = int((count < self._num_positives).sum())
+    if short:
+      console.logger.info(
+        "queue: %d of %d classes hold fewer than batch.positives=%d samples "
+        "(the fewest %d): these repeat until there are more; a larger "
+        "queue.prefill starts with more.",
+        short,
+        len(count),
+        self._num_positives,
+        count.min(),
+      )
 
   def __iter__(self) -> Iterator[Batch]:
     return self
@@ -322,14 +365,6 @@ class QueueFeed:
     with jax.default_device(self._host):
       label_key, sample_key = _step_keys(self._root, step, self._process)
       labels = bank_lib.draw_labels(label_key, reals["label"], self._num_labels)
-      bank_lib.check(
-        self._bank.count,
-        int(self._bank.any_count),
-        labels,
-        num_positives=self._num_positives,
-        num_unconditional=self._num_unconditional,
-        with_replacement=self._with_replacement,
-      )
       positives, unconditional = bank_lib.sample(
         self._bank,
         sample_key,

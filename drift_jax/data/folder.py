@@ -2,13 +2,16 @@
 
 Two layouts: DIR/SPLIT/CLASS/FILE, or DIR/CLASS/FILE, which is one training
 split. Images are the files ending in .jpg, .jpeg, .png or .webp, in capitals
-or not; other files and images outside a class folder are left out with a
-warning, hidden ones (starting with a dot) without. Classes and files come in
-the order of their names, compared as code points. In a folder symbolic links
-are followed; in a tar links are an error.
+or not; other files, and what does not lie directly in a class folder, are left
+out with a warning; hidden ones (`paths.is_hidden`: .git, @eaDir) without.
+Classes and files come in the order of their names, compared as code points. In
+a folder symbolic links are followed; in a tar links are an error. A tar may be
+several archives one after the other; all of them are read.
 """
 
 import bisect
+import collections
+import hashlib
 import itertools
 import os
 import pathlib
@@ -16,11 +19,11 @@ import tarfile
 import time
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
-from drift_jax import console
+from drift_jax import console, paths
 from drift_jax.data import encoded
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -54,30 +57,63 @@ class _Tree(Protocol):
     """Names of the files in the folder, sorted, none hidden."""
     ...
 
+  def count(self, path: str) -> int:
+    """Files in the folder and all folders below."""
+    ...
+
 
 def _join(path: str, name: str) -> str:
   return f"{path}/{name}" if path else name
 
 
+def _has_images(tree: _Tree, path: str) -> bool:
+  return any(_is_image(name) for name in tree.files(path))
+
+
 def _find_split(tree: _Tree, split: str) -> tuple[str, str]:
-  """Paths of the split's folder and of the one whose classes give labels."""
+  """Paths of the split's folder and of the one whose classes give labels.
+
+  A folder of images is a class, whatever folders are in it, unless it has the
+  split's name.
+  """
+
+  def holds_classes(path: str) -> bool:
+    return bool(tree.folders(path)) and not _has_images(tree, path)
+
   base = ""
   while True:  # a folder that holds nothing but the data's folder
     inside = tree.folders(base)
     if len(inside) != 1 or inside[0] in (*SPLITS, split):
       break
-    if not tree.folders(_join(base, inside[0])):
+    if not holds_classes(_join(base, inside[0])):
       break
     base = _join(base, inside[0])
-  splits = [name for name in inside if tree.folders(_join(base, name))]
+  splits = [
+    name
+    for name in inside
+    if holds_classes(_join(base, name))
+    or (name in ("train", split) and tree.folders(_join(base, name)))
+  ]
+  classes = [
+    name
+    for name in inside
+    if name not in splits and _has_images(tree, _join(base, name))
+  ]
   if split in splits:
+    if classes and _has_images(tree, _join(base, split)):
+      raise ValueError(
+        f"{tree.name}: {split!r} holds images and folders, and lies beside "
+        f"folders of images {classes[:_LISTED]}: move its images out if it is "
+        "a split, its folders if it is a class"
+      )
     labels_from = "train" if "train" in splits else split
     return _join(base, split), _join(base, labels_from)
   if splits:
+    mixed = f", beside the class folders {classes[:_LISTED]}" * bool(classes)
     raise encoded.NoSplitError(
       f"{tree.name} has no split {split!r}: its splits are "
-      f"{splits[:_LISTED]} (folders that hold folders; the layout is "
-      "SPLIT/CLASS/FILE or CLASS/FILE)"
+      f"{splits[:_LISTED]} (folders that hold no images but folders{mixed}; "
+      "the layout is SPLIT/CLASS/FILE or CLASS/FILE)"
     )
   if not inside:
     raise ValueError(
@@ -92,15 +128,33 @@ def _find_split(tree: _Tree, split: str) -> tuple[str, str]:
   return base, base
 
 
-def _warn_of_leftovers(place: str, names: Sequence[str]) -> None:
-  if names:
-    console.logger.warning(
-      "%s: %d files are no images in a class folder and are left out: %s%s",
-      place,
-      len(names),
-      ", ".join(names[:_LISTED]),
-      ", ..." if len(names) > _LISTED else "",
+def _warn_of_leftovers(
+  tree: _Tree, files: Sequence[str], folders: Sequence[str]
+) -> None:
+  """Says in one line what is left out: other files, and folders in classes."""
+
+  def some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_LISTED]) + ", ..." * (len(names) > _LISTED)
+
+  said = []
+  if files:
+    suffixes = (os.path.splitext(name)[1].lower() for name in files)
+    kinds = ", ".join(
+      f"{count} {suffix or 'without a suffix'}"
+      for suffix, count in collections.Counter(suffixes).most_common(_LISTED)
     )
+    said.append(
+      f"{len(files)} files that are no images in a class folder ({kinds}): "
+      f"{some(files)}"
+    )
+  if folders:
+    inside = sum(tree.count(folder) for folder in folders)
+    said.append(
+      f"{len(folders)} folders in class folders, with {inside} files: "
+      f"{some(folders)}"
+    )
+  if said:
+    console.logger.warning("%s: left out: %s", tree.name, "; ".join(said))
 
 
 class _Layout:
@@ -122,14 +176,17 @@ class _Layout:
     self.folders = tuple(folders)
     self.files: list[Sequence[str]] = []
     leftovers = [_join(root, name) for name in tree.files(root)]
+    deeper: list[str] = []
     for folder in folders:
-      names = tree.files(_join(root, folder))
+      path = _join(root, folder)
+      names = tree.files(path)
       images = [name for name in names if _is_image(name)]
       if len(images) < len(names):
         others = (name for name in names if not _is_image(name))
-        leftovers.extend(f"{_join(root, folder)}/{name}" for name in others)
+        leftovers.extend(_join(path, name) for name in others)
+      deeper.extend(_join(path, name) for name in tree.folders(path))
       self.files.append(images)
-    _warn_of_leftovers(tree.name, leftovers)
+    _warn_of_leftovers(tree, leftovers, deeper)
     empty = [
       f for f, images in zip(folders, self.files, strict=True) if not images
     ]
@@ -163,6 +220,10 @@ class _Names:
     start = int(self._ends[index - 1]) if index else 0
     return os.fsdecode(self._bytes[start : int(self._ends[index])])
 
+  def sha256(self) -> str:
+    """Of all strings, in hexadecimal."""
+    return hashlib.sha256(self._bytes + self._ends.tobytes()).hexdigest()
+
 
 class _FileSource(encoded.EncodedSource):
   """What a folder and a tar share: paths and labels of a layout."""
@@ -185,6 +246,10 @@ class _FileSource(encoded.EncodedSource):
   def __len__(self) -> int:
     return len(self._labels)
 
+  def names_sha256(self) -> str:
+    """Of the files' names, as they come within their class folders."""
+    return self._names.sha256()
+
   def _inner_path(self, index: int) -> str:
     folder = self._folders[bisect.bisect_right(self._folder_ends, index)]
     return f"{_join(self._root, folder)}/{self._names[index]}"
@@ -200,13 +265,7 @@ class _Directory:
 
   def _list(self, path: str) -> tuple[list[str], list[str]]:
     if path not in self._listings:
-      folders: list[str] = []
-      files: list[str] = []
-      with os.scandir(self._path / path) as entries:
-        for entry in entries:
-          if not entry.name.startswith("."):
-            (folders if entry.is_dir() else files).append(entry.name)
-      self._listings[path] = (sorted(folders), sorted(files))
+      self._listings[path] = paths.listed(self._path / path)
     return self._listings[path]
 
   def folders(self, path: str) -> Sequence[str]:
@@ -214,6 +273,9 @@ class _Directory:
 
   def files(self, path: str) -> Sequence[str]:
     return self._list(path)[1]
+
+  def count(self, path: str) -> int:
+    return paths.count_files(self._path / path)
 
 
 class FolderSource(_FileSource):
@@ -244,7 +306,7 @@ class FolderSource(_FileSource):
       ValueError: the folder does not exist or has another layout; a class has
         no image.
     """
-    self._path = pathlib.Path(path).expanduser()
+    self._path = pathlib.Path(paths.expand(path))
     if not self._path.is_dir():
       raise ValueError(
         f"data.source='folder:{path}': {self._path.absolute()} is not a folder"
@@ -261,6 +323,54 @@ class FolderSource(_FileSource):
     """The file's content."""
     with open(self.path(index), "rb", buffering=0) as file:
       return file.read()
+
+
+# Under names of their own: tarfile calls an argument like the module.
+_BLOCK, _HeaderError = tarfile.BLOCKSIZE, tarfile.HeaderError
+_ReadError = tarfile.ReadError
+
+
+class _Header(tarfile.TarInfo):
+  """A header whose damage is an error, where tarfile takes it for the end."""
+
+  @classmethod
+  def fromtarfile(cls, tarfile: Any) -> Self:
+    start = tarfile.fileobj.tell()
+    try:
+      header = super().fromtarfile(tarfile)
+    except _HeaderError as error:
+      tarfile.fileobj.seek(start)
+      block = tarfile.fileobj.read(_BLOCK)
+      has_end = getattr(tarfile, "has_end", False)
+      if block.count(0) == _BLOCK:  # the end, unless another archive follows
+        tarfile.has_end = True
+        raise
+      if not block and has_end:
+        raise
+      if not block:
+        raise _ReadError(
+          f"it stops at byte {start} without the zeros that end an archive, "
+          "as one that was cut short does: copy it anew (or, if nothing is "
+          "missing, append them: head -c 1024 /dev/zero >> FILE)"
+        ) from error
+      raise _ReadError(
+        f"the header at byte {start} is damaged ({error}): copy or make the "
+        "tar anew"
+      ) from error
+    tarfile.has_end = False
+    return header
+
+
+class _Part:
+  """A file up to a place in it, positions being those of the file."""
+
+  def __init__(self, file: Any, end: int):
+    self._file = file
+    self._end = end
+    self.seek, self.tell = file.seek, file.tell
+
+  def read(self, size: int) -> bytes:
+    return self._file.read(max(0, min(size, self._end - self.tell())))
 
 
 class _Index:
@@ -299,11 +409,14 @@ class _Index:
       folder = above
 
   def _add(self, file: Any, within: str) -> None:
-    archive: Any = tarfile.open(fileobj=file, mode="r:")
+    # Zeros end an archive, but another may follow.
+    archive: Any = tarfile.open(
+      fileobj=file, mode="r:", tarinfo=_Header, ignore_zeros=True
+    )
     while (member := archive.next()) is not None:
       archive.members.clear()  # a million TarInfo are a gigabyte
       parts = [p for p in member.name.split("/") if p not in ("", ".")]
-      if not parts or any(p.startswith(".") for p in parts):
+      if not parts or any(map(paths.is_hidden, parts)):
         continue
       path = _join(within, "/".join(parts))
       folder, _, name = path.rpartition("/")
@@ -319,7 +432,8 @@ class _Index:
         if name.endswith(".tar"):
           self._add_folder(path.removesuffix(".tar"))
           file.seek(member.offset_data)
-          self._add(file, path.removesuffix(".tar"))
+          part = _Part(file, member.offset_data + member.size)
+          self._add(part, path.removesuffix(".tar"))
           continue
         self._add_folder(folder)
         # A file that was appended again replaces the earlier one.
@@ -337,6 +451,10 @@ class _Index:
 
   def files(self, path: str) -> Sequence[str]:
     return sorted(self._files[path])
+
+  def count(self, path: str) -> int:
+    below = (self.count(_join(path, name)) for name in self._folders[path])
+    return len(self._files[path]) + sum(below)
 
   def place(self, folder: str, name: str) -> tuple[int, int]:
     """(offset, size) of a file."""
@@ -365,7 +483,7 @@ class TarSource(_FileSource):
       ValueError: the file does not exist, is compressed or no whole tar, or
         what `FolderSource` raises.
     """
-    self._path = pathlib.Path(path).expanduser()
+    self._path = pathlib.Path(paths.expand(path))
     if not self._path.is_file():
       raise ValueError(
         f"data.source='tar:{path}': {self._path.absolute()} is not a file"

@@ -26,6 +26,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from drift_jax import paths
 from drift_jax.data.errors import DataError
 
 FORMAT = "drift_jax latents"
@@ -181,7 +182,7 @@ def load_manifest(
     LatentCacheError: no cache there, an unfinished one (says how many shards
       are missing), or a manifest that can't be read.
   """
-  folder = pathlib.Path(directory) / split
+  folder = pathlib.Path(paths.expand(directory)) / split
   path = folder / MANIFEST_FILE
   if not path.exists():
     if (folder / SETTINGS_FILE).exists():

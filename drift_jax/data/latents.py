@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
+from drift_jax import paths
 from drift_jax.data.latent_format import (
   REDO,
   TOOL,
@@ -82,7 +83,7 @@ class LatentReader:
         f"{settings.vae_sha256}, but the one given has {expected_vae_sha256}: "
         f"give that autoencoder, or make another cache with {TOOL}"
       )
-    self._folder = pathlib.Path(directory) / split
+    self._folder = pathlib.Path(paths.expand(directory)) / split
     self.labels = load_labels(self._folder, settings)
     self.class_names = settings.class_names
     self.sample_shape = settings.latent_shape
@@ -203,7 +204,11 @@ class LatentReader:
     reader = self._readers.get(shard) or self._open(shard)
     try:
       # Several records at a time are no faster, unless they are neighbours.
-      return reader.read([position])[0]
+      record = reader.read([position])[0]
+      # Of a damaged shard ArrayRecord may give empty records.
+      if len(record) != self.manifest.settings.record_bytes:
+        raise IndexError(f"it has {len(record)} bytes")
+      return record
     except (RuntimeError, IndexError) as error:
       path = self._folder / self.manifest.shards[shard].file
       raise LatentCacheError(

@@ -97,6 +97,33 @@ def check_labels(labels: np.ndarray, class_names: Sequence[str]) -> None:
     )
 
 
+def check_class_sizes(
+  counts: np.ndarray,
+  class_names: Sequence[str],
+  need: int,
+  *,
+  drawn: str,
+  remedy: str,
+) -> None:
+  """Raises ValueError where a class has fewer images than are drawn of it.
+
+  Args:
+    counts: [K] images of each class.
+    class_names: one for each label.
+    need: images that one draw takes of a class.
+    drawn: what the message says of the draw.
+    remedy: what it says to do.
+  """
+  few = np.flatnonzero(counts < need)
+  if few.size:
+    label = int(few[np.argmin(counts[few])])
+    raise ValueError(
+      f"class {label} ({class_names[label]}) has {int(counts[label])} images, "
+      f"but {drawn}; {few.size} of the {len(counts)} classes have too few: "
+      f"{remedy}"
+    )
+
+
 class Shuffled:
   """Every record once an epoch, each epoch in a new order, without end.
 
@@ -336,18 +363,16 @@ class ClassGrouped:
     self, counts: np.ndarray, class_names: Sequence[str], in_step: int
   ) -> None:
     need = in_step * self.num_positives
-    label = int(np.argmin(counts))
-    if counts[label] < need:
-      times = "" if in_step == 1 else f", coming up to {in_step} times"
-      raise ValueError(
-        f"class {label} ({class_names[label]}) has {int(counts[label])} "
-        f"images, but a step of batch.labels={self.num_labels} and "
-        f"batch.positives={self.num_positives} can draw {need} of it{times}, "
-        f"without replacement; {int((counts < need).sum())} of the "
-        f"{len(counts)} classes have too few: lower batch.positives or "
-        "batch.labels, lower data.held_out, or take the sample queue with "
-        "queue.with_replacement=True"
-      )
+    times = "" if in_step == 1 else f", coming up to {in_step} times"
+    check_class_sizes(
+      counts,
+      class_names,
+      need,
+      drawn=f"a step of batch.labels={self.num_labels} and batch.positives="
+      f"{self.num_positives} can draw {need} of it{times}, without replacement",
+      remedy="lower batch.positives or batch.labels, lower data.held_out, or "
+      "take the sample queue with queue.with_replacement=True",
+    )
     need = self.num_labels * self.num_unconditional
     if counts.sum() < need:
       raise ValueError(

@@ -8,6 +8,7 @@ read through TensorStore, which knows their compression.
 import json
 import os
 import pathlib
+import re
 import secrets
 import shutil
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import tensorstore
 
+from drift_jax import paths
 from drift_jax.data.demonstrations import Demonstrations
 from drift_jax.data.errors import DataError
 from drift_jax.data.selection import is_selection, select
@@ -52,9 +54,9 @@ def read_replay(
     max_episodes: only the first ones; 0: all.
 
   Raises:
-    DataError: no such folder, missing arrays, or ones that disagree.
+    DataError: no such folder, missing arrays or chunks, or ones that disagree.
   """
-  folder = pathlib.Path(path)
+  folder = pathlib.Path(paths.expand(path))
   if not (folder / "data").is_dir():
     raise DataError(
       f"{folder}: no replay buffer is there; PushT's comes by "
@@ -76,7 +78,7 @@ def read_replay(
     steps = int(ends[-1])
 
   def opened(name: str) -> Any:
-    return _opened(folder / "data" / name)[slice(steps)]
+    return _Array(folder / "data" / name)[slice(steps)]
 
   values = select(observations, present - {_ACTION}, opened, str(folder))
   actions = select([_ACTION], [_ACTION], opened, str(folder))[_ACTION]
@@ -88,13 +90,46 @@ def read_replay(
 
 def _ends(folder: pathlib.Path) -> np.ndarray:
   try:
-    return np.asarray(_opened(folder / _ENDS), np.int64)
+    return np.asarray(_Array(folder / _ENDS)[:], np.int64)
   except (ValueError, OSError) as error:
     raise DataError(f"{folder}: {_ENDS}: {error}") from error
 
 
-def _opened(folder: pathlib.Path) -> Any:
-  return tensorstore.open(_spec(folder), open=True).result()
+class _Array:
+  """An array in a folder, of which a chunk that is missing is an error.
+
+  A writer may leave out chunks that hold nothing but the fill value. Nothing
+  tells them from chunks that were lost, so that they are not read as zeros.
+  """
+
+  def __init__(self, folder: pathlib.Path, array: Any = None):
+    if array is None:
+      array = tensorstore.open(_spec(folder), open=True).result()
+    self._folder, self._array = folder, array
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self._array.shape
+
+  def __getitem__(self, steps: slice) -> "_Array":
+    return _Array(self._folder, self._array[steps])
+
+  def __array__(
+    self, dtype: Any = None, copy: bool | None = None
+  ) -> np.ndarray:
+    del copy
+    try:
+      return np.asarray(self._array.read().result(), dtype)
+    except ValueError as error:
+      if "NOT_FOUND" not in str(error):
+        raise
+      found = re.search(r"chunk \{([\d, ]*)\}", str(error))
+      chunk = found[1].replace(" ", "").replace(",", ".") if found else "?"
+      raise DataError(
+        f"chunk {chunk} of {self._folder} is missing: copy the data anew; if "
+        "its values are the fill value, which the writer left out, write it "
+        "again with zarr's write_empty_chunks=True"
+      ) from error
 
 
 def write_replay(
@@ -109,7 +144,7 @@ def write_replay(
   parts = [name for name in demonstrations.observations if is_selection(name)]
   if parts:
     raise DataError(f"{path}: observations {parts} are parts of others: rename")
-  folder = pathlib.Path(path)
+  folder = pathlib.Path(paths.expand(path))
   if folder.exists():
     raise DataError(f"{folder} is there: remove it, or write elsewhere")
   part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
@@ -135,12 +170,16 @@ def _write(folder: pathlib.Path, values: np.ndarray) -> None:
     "dtype": values.dtype.str,
     "compressor": {"id": "blosc", "cname": "zstd", "clevel": 5, "shuffle": 2},
   }
-  array: Any = tensorstore.open(
-    _spec(folder) | {"metadata": metadata}, create=True
-  ).result()
+  # Chunks of zeros as well: one that is not there counts as lost.
+  stored = {"metadata": metadata, "store_data_equal_to_fill_value": True}
+  array: Any = tensorstore.open(_spec(folder) | stored, create=True).result()
   array.write(values).result()
 
 
 def _spec(folder: pathlib.Path) -> dict[str, Any]:
   path = os.fspath(folder.absolute())
-  return {"driver": "zarr", "kvstore": {"driver": "file", "path": path}}
+  return {
+    "driver": "zarr",
+    "kvstore": {"driver": "file", "path": path},
+    "fill_missing_data_reads": False,
+  }

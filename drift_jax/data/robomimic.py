@@ -5,6 +5,7 @@ group demo_I with the attribute `num_samples` and actions [T, A], dones [T] and
 obs/NAME [T, ...]; images are uint8.
 """
 
+import math
 import os
 import pathlib
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from drift_jax import paths
+from drift_jax.console import logger
 from drift_jax.data.demonstrations import Demonstrations
 from drift_jax.data.errors import DataError
 from drift_jax.data.selection import select
@@ -44,6 +47,7 @@ def read_robomimic(
     raise DataError(
       f"{path}: HDF5 files need h5py: pip install -r requirements-robots.txt"
     ) from error
+  path = paths.expand(path)
   if not pathlib.Path(path).is_file():
     raise DataError(f"{path}: there is no such file")
   try:
@@ -63,7 +67,13 @@ def read_robomimic(
     parts = [
       _episode(group[name], observations, f"{path}: {name}") for name in chosen
     ]
+    total = group.attrs.get("total")
   actions = [part for _, part in parts]
+  steps = sum(map(len, actions))
+  if not max_episodes and total is not None and steps != total:
+    logger.warning(
+      "%s: its episodes have %d steps, /data says total=%d", path, steps, total
+    )
   return Demonstrations(
     {
       name: np.concatenate([seen[name] for seen, _ in parts])
@@ -90,10 +100,14 @@ def _episode(
   missing = [key for key in ("actions", "dones", "obs") if key not in group]
   if missing:
     raise DataError(f"{where}: {missing} are missing; there are {list(group)}")
-  actions = np.asarray(group["actions"], np.float32)
-  dones = np.asarray(group["dones"])
+  actions = np.asarray(_stored(group, "actions", where), np.float32)
+  dones = np.asarray(_stored(group, "dones", where))
   seen = group["obs"]
-  values = select(observations, list(seen), seen.__getitem__, where)
+
+  def opened(name: str) -> Any:
+    return _stored(seen, name, where)
+
+  values = select(observations, list(seen), opened, where)
   steps = int(group.attrs["num_samples"])
   for name, array in {**values, "actions": actions, "dones": dones}.items():
     if len(array) != steps:
@@ -106,3 +120,40 @@ def _episode(
       f"{steps} steps"
     )
   return values, actions
+
+
+def _stored(group: Any, name: str, where: str) -> Any:
+  """A dataset, all of whose values are in the file.
+
+  HDF5 reads what was never written, or lies in another file that is gone, as
+  fill values.
+
+  Raises:
+    DataError: some are not.
+  """
+  dataset = group[name]
+  if not dataset.size:
+    return dataset
+  if dataset.is_virtual or dataset.external:
+    raise DataError(
+      f"{where}: {name!r} lies in other files, whose loss would read as zeros: "
+      "write all into one file"
+    )
+  if dataset.chunks is None:
+    stored, wanted, unit = (
+      dataset.id.get_storage_size(),
+      dataset.nbytes,
+      "bytes",
+    )
+  else:
+    stored = dataset.id.get_num_chunks()
+    wanted = math.prod(
+      -(-n // c) for n, c in zip(dataset.shape, dataset.chunks, strict=True)
+    )
+    unit = "chunks"
+  if stored < wanted:
+    raise DataError(
+      f"{where}: {name!r} has {stored} of its {wanted} {unit}, the rest was "
+      "never written and would read as zeros: copy or make the file anew"
+    )
+  return dataset

@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
+from drift_jax import paths
 from drift_jax.data import encoded, folder
 
 SPLITS = ("train", "test")
@@ -50,6 +51,20 @@ class StoredImages(Protocol):
   def path(self, index: int) -> str:
     """Where the record is stored."""
     ...
+
+
+@runtime_checkable
+class NamedRecords(Protocol):
+  """What sources offer besides that know their records by name."""
+
+  def names_sha256(self) -> str:
+    """Of the records' names in their order, but not of where they lie."""
+    ...
+
+
+def names_sha256(source: object) -> str:
+  """`NamedRecords.names_sha256` in hexadecimal; '' where there are no names."""
+  return source.names_sha256() if isinstance(source, NamedRecords) else ""
 
 
 def image_of(source: Source, index: int) -> Image.Image:
@@ -130,6 +145,10 @@ class Subset:
   def path(self, index: int) -> str:
     """Where the record is stored."""
     return path_of(self.parent, int(self.indices[index]))
+
+  def names_sha256(self) -> str:
+    """That of the whole source: which records these are follows from it."""
+    return names_sha256(self.parent)
 
 
 def held_out(
@@ -228,6 +247,7 @@ def open_source(
     NoSplitError: the data have no such split.
     ValueError: an unknown kind, or what the kind raises.
   """
+  data_dir = paths.expand(data_dir)
   if spec == "digits":
     if class_order:
       raise ValueError(
@@ -251,7 +271,7 @@ def open_source(
       decoder=decoder,
     )
   return files[kind](
-    pathlib.Path(data_dir).expanduser() / pathlib.Path(rest).expanduser(),
+    pathlib.Path(data_dir) / paths.expand(rest),
     split=split,
     class_order=class_order,
     max_corrupt=max_corrupt,

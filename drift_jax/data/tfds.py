@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from drift_jax import console
+from drift_jax import console, paths
 from drift_jax.data import encoded
 
 _ANY_VERSION = ":*.*.*"
@@ -60,7 +60,7 @@ def _find(name: str, data_dir: str) -> epath.Path:
     ValueError: there is none, or several.
   """
   if name.startswith(("/", ".", "~")) or "://" in name:
-    root = epath.Path(name).expanduser()
+    root = epath.Path(paths.expand(name))
     for pattern in ("dataset_info.json", "*/dataset_info.json"):
       found = sorted(root.glob(pattern))
       if len(found) > 1:
@@ -132,7 +132,7 @@ def _check_features(features: Any, directory: epath.Path) -> None:
 
 def _cache_dir() -> pathlib.Path:
   root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-  return pathlib.Path(root).expanduser() / "drift_jax"
+  return pathlib.Path(paths.expand(root)) / "drift_jax"
 
 
 class TfdsSource(encoded.EncodedSource):
@@ -277,6 +277,15 @@ class TfdsSource(encoded.EncodedSource):
       files.append(
         (str(part.filename), part.skip, part.take, stat.length, stat.mtime)
       )
+    text = json.dumps([self._builder.info.full_name, files])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+  def names_sha256(self) -> str:
+    """Of the data set's name and version, and of the records of its files."""
+    files = [
+      (epath.Path(part.filename).name, part.skip, part.take)
+      for part in self._files()
+    ]
     text = json.dumps([self._builder.info.full_name, files])
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -26,14 +26,13 @@ from jaxtyping import Array, Float
 from drift_jax.drift.field import (
   TINY_SQUARED_DISTANCE,
   Normalization,
+  Temperature,
   affinities,
   product_coefficients,
 )
 
 Kernel = Literal["laplace", "gaussian"]
 Cost = Literal["l2", "quadratic"]
-
-Temperature = float | Float[Array, ""] | Float[Array, "B 1 1"]
 
 
 class Targets(NamedTuple):
@@ -78,8 +77,8 @@ class Problem(NamedTuple):
   Attributes:
     x: samples, normalised and centred.
     targets: in the same coordinates.
-    squared: ||x_i - y_j||^2 in the units of the features, at least 1e-8; a
-      sample's distance to itself is so large there that all kernels are 0.
+    squared: ||x_i - y_j||^2 > 0 in the units of the features; where a sample
+      is no negative of its own, so large that all kernels are 0.
     weight: of each target.
     unit: of distances: the mean distance S, or 1 where features are not
       normalised. A temperature tau of a config is tau * unit in these units.
@@ -220,7 +219,8 @@ def sharp(
   def pull(y: Targets) -> Float[Array, "B N _"]:
     exponent = _exponent(y.squared, temperature, kernel)
     nearest = jnp.min(exponent, axis=-1, keepdims=True)
-    k = jnp.exp(nearest - exponent) * y.weight[:, None, :]
+    # At most 1: as in `transport`.
+    k = jnp.exp(jnp.minimum(nearest - exponent, 0.0)) * y.weight[:, None, :]
     # k# / tau^2 over k: 1 + r / tau, where r / tau is Laplace's exponent.
     potential = k * (1.0 + exponent) if kernel == "laplace" else k
     return k / divisor(jnp.sum(potential, axis=-1, keepdims=True))
@@ -301,7 +301,9 @@ def transport(
   if iterations == 0:
     return jnp.exp(logits)
   highest = jnp.max(logits, axis=-1, keepdims=True)
-  rows = jnp.exp(logits - jnp.where(jnp.isfinite(highest), highest, 0.0))
+  lower = logits - jnp.where(jnp.isfinite(highest), highest, 0.0)
+  # Compilers may round the highest of large logits otherwise than the rest.
+  rows = jnp.exp(jnp.minimum(lower, 0.0))
   return rows / divisor(jnp.sum(rows, axis=-1, keepdims=True))
 
 

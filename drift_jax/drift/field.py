@@ -9,17 +9,20 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 Normalization = Literal["xy", "y", "none"]
+# Of all problems, or of each.
+Temperature = float | Float[Array, ""] | Float[Array, "*B 1 1"]
 
 # Up to this many channels a matmul has little to save on any accelerator, and
 # subtraction is far more accurate for close pairs.
 MAX_DIRECT_CHANNELS = 64
 
-# In units of the temperature: the kernel of a masked pair is exactly 0, and
-# unlike an infinity it survives a column that holds nothing else.
-_MASKED_DISTANCE = 1e10
+# A masked pair's distance, in units of the farthest target's and the
+# temperature together: its kernel is exactly 0 whatever the coordinates' unit,
+# and unlike an infinity it survives a row or column that holds nothing else.
+_MASKED_DISTANCE = 1e4
 
 # Keeps the distance of coincident points, and its derivative, finite.
 TINY_SQUARED_DISTANCE = 1e-30
@@ -55,9 +58,27 @@ def squared_distances(
   return jnp.maximum(norm_x + norm_y - 2.0 * gram, 0.0)
 
 
+def masked(
+  squared: Float[Array, "*B N T"],
+  pairs: Bool[Array, "N T"],
+  temperature: Temperature,
+) -> Float[Array, "*B N T"]:
+  """Squared distances with some pairs beyond the reach of every kernel.
+
+  Args:
+    squared: ||x_i - y_j||^2, those of the pairs included.
+    pairs: which take no part.
+    temperature: tau > 0, in the units of the distances.
+  """
+  farthest = jnp.sqrt(jnp.max(squared, axis=(-2, -1), keepdims=True))
+  # The mask has no gradient: it is only large.
+  far = jax.lax.stop_gradient(_MASKED_DISTANCE * (farthest + temperature))
+  return jnp.where(pairs, far**2, squared)
+
+
 def affinities(
   squared_distance: Float[Array, "*B N T"],
-  temperature: float | Float[Array, ""],
+  temperature: Temperature,
   *,
   normalization: Normalization = "xy",
   affinity_floor: float = 0.0,
@@ -98,7 +119,7 @@ def affinities(
 
 def _sqrt_softmax(
   squared: Float[Array, "*B N T"],
-  temperature: float | Float[Array, ""],
+  temperature: Temperature,
   axis: int,
 ) -> Float[Array, "*B N T"]:
   """sqrt(softmax(-d / temperature)) of the distances d = sqrt(squared).
@@ -166,8 +187,7 @@ def coefficients(
   squared = squared_distances(x, jnp.concatenate([y_pos, y_neg]))
   if mask_self:
     self_pair = jnp.eye(n, p + m, k=p, dtype=bool)
-    masked = (_MASKED_DISTANCE * temperature) ** 2
-    squared = jnp.where(self_pair, masked, squared)
+    squared = masked(squared, self_pair, temperature)
   affinity = affinities(squared, temperature, normalization=normalization)
   w_pos, w_neg = product_coefficients(affinity[:, :p], affinity[:, p:])
   return w_pos, w_neg, affinity

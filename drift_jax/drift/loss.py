@@ -11,8 +11,10 @@ from jaxtyping import Array, Float
 
 from drift_jax.drift import family
 from drift_jax.drift.field import (
+  TINY_SQUARED_DISTANCE,
   Normalization,
   check_temperature,
+  masked,
   mean_shift,
   squared_distances,
   wide_dtype,
@@ -23,14 +25,19 @@ GuidanceForm = Literal["negatives", "velocity"]
 
 _Means = TypeVar("_Means")
 
-# A sample is its own negative only through the affinity floor: this is added
-# to its normalised distance to itself.
+# The paper's loss has a sample as its own negative only through the affinity
+# floor: this is added to its normalised distance to itself. Other losses leave
+# the pair out of the kernels exactly.
 SELF_DISTANCE = 100.0
+# Of normalised features: least distance and scale, in their units.
 MIN_DISTANCE = 1e-4
 MIN_SCALE = 1e-3
+# In units of the coordinates' scale S / sqrt(C).
 MIN_DRIFT_MEAN_SQUARE = 1e-8
 
 
+# To divide by, where what is divided is 0.
+_TINY = float(jnp.finfo(jnp.float32).tiny)
 # Where an adaptive temperature's scale is looked for, and how often halved.
 _SCALES = (1e-3, 1e3)
 _BISECTIONS = 24
@@ -99,6 +106,15 @@ class Variant:
       raise ValueError(
         f"neighbours={self.neighbours} must be above 1 (0 switches it off)"
       )
+
+  @property
+  def has_soft_mask(self) -> bool:
+    """Whether self-pairs are SELF_DISTANCE apart, as the paper's are."""
+    return (
+      self.field == "softmax"
+      and self.normalize_features
+      and not self.neighbours
+    )
 
   @property
   def scale_power(self) -> int:
@@ -265,7 +281,11 @@ def drift_loss(
   self_pair = jnp.eye(n, targets.shape[1], dtype=bool)
   if independent is None:
     squared = jnp.where(self_pair, 0.0, squared)
-  squared = jnp.maximum(squared, MIN_DISTANCE**2)
+  # On raw distances no absolute length means anything.
+  squared = jnp.maximum(
+    squared,
+    MIN_DISTANCE**2 if variant.normalize_features else TINY_SQUARED_DISTANCE,
+  )
   distance = jnp.sqrt(squared)
 
   # Velocity guidance: unconditional reals are a set of their own, uniform, and
@@ -281,7 +301,7 @@ def drift_loss(
     weight = jnp.where(is_neg, 1.0, weight)
 
   # The shared scale, and what it turns into: a unit of the coordinates and
-  # one of the distances that the kernels see, self-pairs pushed away.
+  # one of the distances that the kernels see.
   power = variant.scale_power
   powered = distance if power == 1 else squared
   mean_distance, mean_weight = _over_axes(
@@ -301,9 +321,26 @@ def drift_loss(
     unit = jnp.maximum(scale / math.sqrt(channels), MIN_SCALE)
   else:
     distance_unit = unit = jnp.ones_like(scale)
+
+  # Temperatures in the units of the distances, and self-pairs out of their
+  # reach.
+  adapted: Any = None
+  if variant.neighbours:
+    around = jnp.maximum(scale, _TINY)
+    if variant.normalize_features:
+      around = distance_unit
+    adapted = _adapted(distance[..., n_neg:] / around, variant.neighbours)
+    adapted *= around / distance_unit
+  bandwidths: list[Any] = [tau * distance_unit for tau in temperatures]
+  for factor in (jax.lax.stop_gradient(temperature_scale), adapted):
+    if factor is not None:
+      bandwidths = [bandwidth * factor for bandwidth in bandwidths]
   if variant.negatives == "own":
-    self_distance = MIN_DISTANCE + SELF_DISTANCE * distance_unit
-    squared = jnp.where(self_pair, self_distance**2, squared)
+    if variant.has_soft_mask and temperature_scale is None:
+      self_distance = MIN_DISTANCE + SELF_DISTANCE * distance_unit
+      squared = jnp.where(self_pair, self_distance**2, squared)
+    else:
+      squared = masked(squared, self_pair, sum(bandwidths))
   center = jnp.mean(x, axis=1, keepdims=True)
   x, targets = (x - center) / unit, (targets - center) / unit
   problem = family.Problem(
@@ -324,9 +361,6 @@ def drift_loss(
       "affinity_floor": affinity_floor,
     }
   field = family.FIELDS[variant.field]
-  adapted: Any = None
-  if variant.neighbours:
-    adapted = _adapted(problem, variant.neighbours)
 
   drifts, mean_squares, neighbours, floored = [], [], [], []
   extra: dict[str, list[Array]] = {}
@@ -334,12 +368,8 @@ def drift_loss(
   def note(name: str, value: Array) -> None:
     extra.setdefault(name, []).append(value)
 
-  for temperature in temperatures:
-    bandwidth: Any = temperature * distance_unit
-    if temperature_scale is not None:
-      bandwidth *= jax.lax.stop_gradient(temperature_scale)
+  for bandwidth in bandwidths:
     if adapted is not None:
-      bandwidth *= adapted
       note("temperature_scale", jnp.mean(adapted))
     found = field(problem, bandwidth, **options)
     drift, of_coefficients = _drift(
@@ -362,10 +392,13 @@ def drift_loss(
   )
   if scalars is not None and scalars.drift_ms is not None:
     mean_squares = [scalars.drift_ms[t] for t in temperatures]
+  least: Any = MIN_DRIFT_MEAN_SQUARE
+  if not variant.normalize_features:
+    least = jnp.maximum(least * scale**2 / channels, _TINY)
   total = jnp.zeros_like(x)
   for drift, mean_square in zip(drifts, mean_squares, strict=True):
     if variant.normalize_drift:
-      drift /= jnp.sqrt(jnp.maximum(mean_square, MIN_DRIFT_MEAN_SQUARE))
+      drift /= jnp.sqrt(jnp.maximum(mean_square, least))
     total += drift
 
   def by_temperature(values: list[Array]) -> dict[float, Array]:
@@ -441,14 +474,13 @@ def _cosine(a: Float[Array, "B N C"], b: Float[Array, "B N C"]) -> Array:
 
 
 def _adapted(
-  problem: family.Problem, neighbours: float
+  distance: Float[Array, "B N P"], neighbours: float
 ) -> Float[Array, "B 1 1"]:
   """What gives samples so many effective positives on average, by bisection.
 
-  Within 1e-3 to 1e3, the nearest end where none does.
+  In the unit of the distances, within 1e-3 to 1e3; the nearest end where none
+  does.
   """
-  distance = jnp.sqrt(problem.squared[..., problem.num_negatives :])
-  distance /= problem.unit
   if not neighbours < distance.shape[-1]:
     raise ValueError(
       f"neighbours={neighbours} must be below the number of positives, "
@@ -533,10 +565,10 @@ def compute_field(
     for a in (x, jnp.concatenate([y_neg, y_pos]))
   )
   at = len(y_neg)
-  squared = jnp.maximum(squared_distances(x, targets), MIN_DISTANCE**2)
+  squared = jnp.maximum(squared_distances(x, targets), TINY_SQUARED_DISTANCE)
   if mask_self:
     self_pair = jnp.eye(*squared.shape[1:], dtype=bool)
-    squared = jnp.where(self_pair, SELF_DISTANCE**2, squared)
+    squared = masked(squared, self_pair, temperature)
   weight = jnp.concatenate(
     [
       _weights(

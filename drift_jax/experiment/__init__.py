@@ -1,5 +1,7 @@
 """From a typed config to the objects of a run: inputs, networks, evaluation."""
 
+from drift_jax.experiment.alone import alone, alone_with
+from drift_jax.experiment.data_facts import demonstration_facts
 from drift_jax.experiment.evaluation import (
   TrainedGenerator,
   bind_sampler,
@@ -136,6 +138,8 @@ __all__ = [
   "Readers",
   "Request",
   "TrainedGenerator",
+  "alone",
+  "alone_with",
   "at_end",
   "abstract_encoders",
   "OpenedGenerator",
@@ -181,6 +185,7 @@ __all__ = [
   "make_training",
   "check_memorisation",
   "decoding",
+  "demonstration_facts",
   "name_of",
   "naming",
   "network_fn",

@@ -14,9 +14,10 @@ from jax.sharding import Mesh
 
 from drift_jax import artifacts, hub, sharding, steps, storage
 from drift_jax import config as config_lib
-from drift_jax.data import imagenet_classes
+from drift_jax.data import imagenet_classes, readable_classes
+from drift_jax.experiment.data_facts import CLASSES_FILE
 from drift_jax.experiment.evaluation import load_exported, load_generator
-from drift_jax.experiment.runs import CLASSES_FILE, CONFIG_FILE
+from drift_jax.experiment.runs import CONFIG_FILE
 
 # What a published generator was trained for (A.7); its metadata don't say.
 PUBLISHED_ALPHAS = (1.0, 4.0)
@@ -119,7 +120,7 @@ def _from_run(
       "gen", dataclasses.asdict(run.config.model)
     ).metadata["model_config"],
     num_classes=run.config.model.num_classes,
-    class_names=_readable(names),
+    class_names=readable_classes(names),
     alpha_range=(guidance.minimum, guidance.maximum),
     step=run.step,
     ema_decay=decay,
@@ -139,7 +140,7 @@ def _from_artifact(source: str, mesh: Mesh, vae: str) -> OpenedGenerator:
     vae=loaded.vae,
     model_config=metadata["model_config"],
     num_classes=loaded.num_classes,
-    class_names=_readable(names or ()),
+    class_names=readable_classes(names or ()),
     alpha_range=tuple(metadata.get("alpha_range", PUBLISHED_ALPHAS)),
     step=metadata.get("step"),
     ema_decay=metadata.get("ema_decay"),
@@ -207,12 +208,6 @@ def _mixed_sums(params: Any) -> Any:
     return jnp.sum(mixed ^ (mixed >> np.uint32(16)), dtype=jnp.uint32)
 
   return jax.tree.map(total, params)
-
-
-def _readable(names: Sequence[str]) -> tuple[str, ...]:
-  """WordNet ids of ImageNet's classes become their names."""
-  known = imagenet_classes()
-  return tuple(known.get(name, name) for name in names)
 
 
 def read_style(values: Sequence[int], task: steps.GeneratorTask) -> np.ndarray:

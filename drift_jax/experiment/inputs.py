@@ -11,6 +11,7 @@ import jax
 from drift_jax import artifacts, data
 from drift_jax import config as config_lib
 from drift_jax.console import logger
+from drift_jax.experiment.data_facts import Facts, image_facts
 from drift_jax.experiment.runs import naming
 
 _ImageConfig = config_lib.GeneratorConfig | config_lib.MaeConfig
@@ -23,10 +24,17 @@ HELD_OUT_SEED = 0
 
 @dataclasses.dataclass(frozen=True)
 class Readers:
-  """The training images, and how to open the held-out ones."""
+  """The training images, how to open the held-out ones, and what to know.
+
+  Attributes:
+    train: the training images.
+    test: opens the held-out ones.
+    facts: of the training images (see data_facts).
+  """
 
   train: data.Reader
   test: Callable[[], data.Reader]
+  facts: Facts = dataclasses.field(default_factory=dict)
 
 
 def open_readers(
@@ -46,30 +54,30 @@ def open_readers(
       config.
   """
   settings = config.data
-  if settings.source.startswith(LATENTS):
-    assert vae is not None  # the config's checks ask for vae.path
-    open_train = functools.partial(
-      _open_latents, settings, settings.train_split, vae
-    )
-    open_test = functools.partial(
-      _open_latents, settings, settings.test_split, vae
-    )
-  else:
-    sources = _Sources(settings)
+  kind = settings.source.partition(":")[0]
+  with naming("data"):
+    if settings.source.startswith(LATENTS):
+      assert vae is not None  # the config's checks ask for vae.path
+      train = source = _open_latents(settings, settings.train_split, vae)
+      open_test = functools.partial(
+        _open_latents, settings, settings.test_split, vae
+      )
+    else:
+      sources = _Sources(settings)
+      source = sources.train()
+      train = _reader(source, settings)
 
-    def open_train() -> data.Reader:
-      return _reader(sources.train(), settings)
+      def open_test() -> data.Reader:
+        return _reader(sources.test(), settings)
 
-    def open_test() -> data.Reader:
-      return _reader(sources.test(), settings)
+    facts = image_facts(kind, source)
 
   @functools.cache
   def held_out() -> data.Reader:
     with naming("data"):
       return open_test()
 
-  with naming("data"):
-    return Readers(open_train(), held_out)
+  return Readers(train, held_out, facts)
 
 
 def _open_latents(
@@ -81,8 +89,7 @@ def _open_latents(
     ValueError: a cache that is incomplete, damaged or of another autoencoder.
   """
   reader = data.LatentReader(
-    pathlib.Path(settings.data_dir).expanduser()
-    / pathlib.Path(settings.source.removeprefix(LATENTS)).expanduser(),
+    pathlib.Path(settings.data_dir) / settings.source.removeprefix(LATENTS),
     split,
     dtype=settings.wire,
     flip=settings.flip,

@@ -335,6 +335,18 @@ def _by_reals(
   def frechet(
     name: str, features: metrics.FeatureFn, train: Any, test: Any
   ) -> metrics.Evaluator:
+    samples = (mesh.size, *train.sample_shape)
+    width = jax.eval_shape(
+      features, jax.ShapeDtypeStruct(samples, np.float32)
+    ).shape[1]
+    try:
+      metrics.check_frechet_width(width, name)
+    except metrics.EvaluationError as error:
+      raise config_lib.ConfigError(
+        f"eval.metrics holds {name!r}: {error}; ask for a distance in a "
+        "network's features: 'fid' or 'fd_inception' (eval.inception), "
+        "'fd_dinov2' (eval.dinov2)"
+      ) from error
     return metrics.FrechetEvaluator(
       name,
       features,

@@ -16,8 +16,8 @@ from drift_jax.metrics.images import Images
 
 # Rows of the picture: the samples nearest to the training set, then others.
 NEAREST_ROWS, OTHER_ROWS = 5, 5
-# Training images whose features are compared at a time.
-_BLOCK = 4096
+# Numbers in the training images' features that are compared at a time.
+_BLOCK_ENTRIES = 2**23
 
 
 class Space(NamedTuple):
@@ -119,6 +119,21 @@ class Memorisation(NamedTuple):
     return nearest[: self.generated], nearest[self.generated :]
 
 
+def check_searchable(readers: Readers, k: int) -> None:
+  """Tells before anything is generated whether neighbours can be found.
+
+  Raises:
+    ConfigError: there are no held-out images.
+    ValueError: fewer than k training images.
+  """
+  readers.test()
+  if len(readers.train.labels) < k:
+    raise ValueError(
+      f"{k} nearest training images are asked for, there are "
+      f"{len(readers.train.labels)}"
+    )
+
+
 def check_memorisation(
   sample_fn: metrics.SampleFn,
   labels: np.ndarray,
@@ -147,6 +162,7 @@ def check_memorisation(
 
   Raises:
     ConfigError: there are no held-out images.
+    EvaluationError: features that the memory does not hold.
     ValueError: fewer than k training images.
   """
   train, test = readers.train, readers.test()
@@ -157,6 +173,13 @@ def check_memorisation(
         sample_fn, labels, alpha, batch_size=batch_size
       )
     ]
+  )
+  # They are kept, and joined, while training images pass by.
+  count, width = len(generated) + len(test), generated.shape[1]
+  metrics.check_fits(
+    8 * count * width,
+    f"the neighbours of {len(generated)} generated and {len(test)} held-out "
+    f"images need two arrays of {count} x {width} float32 numbers",
   )
   held_out = np.concatenate(list(_features(space, test, batch_size)))
   found = metrics.nearest_neighbours(
@@ -228,7 +251,7 @@ def _blocks(batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
   waiting: list[np.ndarray] = []
   for batch in batches:
     waiting.append(batch)
-    if sum(map(len, waiting)) >= _BLOCK:
+    if sum(each.size for each in waiting) >= _BLOCK_ENTRIES:
       yield np.concatenate(waiting)
       waiting = []
   if waiting:

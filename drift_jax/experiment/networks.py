@@ -12,6 +12,8 @@ from jax.sharding import Mesh
 from drift_jax import artifacts, drift, models, sharding, steps
 from drift_jax import config as config_lib
 from drift_jax.console import logger
+from drift_jax.data import readable_classes
+from drift_jax.experiment.data_facts import renamed
 from drift_jax.experiment.runs import naming
 from drift_jax.models.vae import Vae
 
@@ -397,7 +399,9 @@ def drift_arguments(config: config_lib.Drift) -> dict[str, Any]:
     )
   temperature = None
   if kind in ("annealed", "learned"):
-    temperature = steps.Temperature(kind, rate)
+    temperature = steps.Temperature(
+      kind, rate, config_lib.LEAST_TEMPERATURE_SCALE
+    )
   return {
     "drift": {name: getattr(config, name) for name in _OF_LOSSES},
     "variant": variant,
@@ -464,22 +468,30 @@ def generator_task(
 
 def start_params(
   config: config_lib.GeneratorConfig | config_lib.MaeConfig,
+  class_names: Sequence[str],
 ) -> Callable[[], Any] | None:
   """What loads the parameters that config.init_from names; None for none.
 
   They are checked against config.model, and raise ArtifactError where they are
-  of another one.
+  of another one. Where they know their classes by other names, it says so.
+
+  Args:
+    config: of the run.
+    class_names: one for each label, of the run's data.
   """
   if not config.init_from:
     return None
   kind = "gen" if isinstance(config, config_lib.GeneratorConfig) else "mae"
-  return functools.partial(_load_start, config.init_from, kind, config.model)
+  return functools.partial(
+    _load_start, config.init_from, kind, config.model, class_names
+  )
 
 
 def _load_start(
   path: str,
   kind: str,
   model: config_lib.GeneratorModel | config_lib.MaeModel,
+  class_names: Sequence[str],
 ) -> Any:
   try:
     artifact = artifacts.load(path, dtype="float32")
@@ -497,6 +509,15 @@ def _load_start(
     want,
     "change config.model to that of the weights, or take other weights",
   )
+  names = artifact.metadata.get("class_names") or ()
+  others = renamed(readable_classes(names), readable_classes(class_names))
+  if names and others:
+    logger.warning(
+      "init_from=%r: what it has learned of a class goes by its label, and "
+      "the classes are others: %s.",
+      path,
+      "; ".join(others),
+    )
   logger.info("Starting from the weights of %s.", path)
   return artifact.params
 

@@ -15,7 +15,16 @@ from etils import epath
 from jax.sharding import Mesh
 
 from drift_jax import config as config_lib
-from drift_jax import data, diffusion, metrics, models, robots, sharding, steps
+from drift_jax import (
+  data,
+  diffusion,
+  metrics,
+  models,
+  paths,
+  robots,
+  sharding,
+  steps,
+)
 from drift_jax.experiment.networks import drift_arguments
 from drift_jax.experiment.runs import CONFIG_FILE, make_checkpointer, naming
 
@@ -326,6 +335,7 @@ def load_policy(
     ConfigError: no policy's run there.
     CheckpointError: no such checkpoint, or a damaged one.
   """
+  workdir = paths.expand(workdir)
   path = epath.Path(workdir)
   for name in (CONFIG_FILE, SHAPES_FILE):
     if not (path / name).exists():

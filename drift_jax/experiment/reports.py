@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from drift_jax import config as config_lib
 from drift_jax import metrics, processes, sharding
 from drift_jax.console import logger
+from drift_jax.experiment.data_facts import check_data
 from drift_jax.experiment.evaluation import (
   load_exported,
   load_generator,
@@ -30,6 +31,7 @@ from drift_jax.experiment.judges import (
 from drift_jax.experiment.memorisation import (
   Memorisation,
   check_memorisation,
+  check_searchable,
   feature_space,
 )
 from drift_jax.experiment.networks import (
@@ -133,11 +135,16 @@ def report_on_run(
   readers = None
   if needs_reals(chosen) or request.neighbours:
     readers = open_readers(config, run.vae)
+    check_data(epath.Path(workdir), readers.train.class_names, readers.facts)
   with naming("eval"):
     labels = evaluation_labels(chosen, config.model.num_classes, readers)
     evaluators, facts = run_evaluators(
       config, encoders, readers, labels, run.vae, mesh
     )
+  if request.neighbours:
+    assert readers is not None
+    with naming("neighbours"):
+      check_searchable(readers, request.neighbours)
   seed = config.seed + 1 if request.seed is None else request.seed
   sample_fn = make_sampler(run.task, mesh, seed)(run.params)
   batch_size = pad_to_mesh(chosen.batch_size, mesh)

@@ -25,6 +25,7 @@ from drift_jax import (
   metrics,
   numerics,
   optim,
+  paths,
   processes,
   robots,
   sharding,
@@ -33,11 +34,18 @@ from drift_jax import (
 from drift_jax import config as config_lib
 from drift_jax import state as state_lib
 from drift_jax.console import logger
+from drift_jax.experiment.data_facts import (
+  CLASSES_FILE,
+  DATA_FILE,
+  Facts,
+  check_data,
+  differences,
+  recorded,
+)
 from drift_jax.state import TrainState
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "frozen_weights.json"
-CLASSES_FILE = "classes.json"
 CHECKPOINTS = "checkpoints"
 # What ends a program with one line: its message says what to do about it.
 ERRORS = (
@@ -101,7 +109,7 @@ def check_workdir(workdir: str) -> None:
   def check() -> None:
     if storage.is_remote(workdir):
       return  # storage.check has looked at it.
-    path = pathlib.Path(workdir)
+    path = pathlib.Path(paths.expand(workdir))
     try:
       while not path.is_dir():
         if path.exists():
@@ -123,32 +131,41 @@ def open_workdir(
   config: AnyConfig,
   frozen: Mapping[str, str],
   class_names: Sequence[str],
+  facts: Facts,
 ) -> epath.Path:
-  """Creates the workdir; writes the config, the classes, the weights' sums.
+  """Creates the workdir; writes config, classes, data's facts, weights' sums.
 
-  Where the workdir holds a checkpoint already, the config and the frozen
-  weights must be those of that run. The first process does it for all.
+  Where the workdir holds a checkpoint already, the config, the data and the
+  frozen weights must be those of that run. The first process does it for all;
+  the others see that they have its data.
 
   Args:
     workdir: of the run.
     config: resolved.
     frozen: {'encoders.NAME' or 'vae': SHA-256 of its weights}.
     class_names: one for each label, if there are labels.
+    facts: of the data, if there are any; see data_facts.
 
   Raises:
-    ConfigError: if the workdir holds a run of another experiment, or is not
-      there for all processes.
+    ConfigError: if the workdir holds a run of another experiment or of other
+      data, or is not there for all processes.
     PeerError: what the first process raised, in the others.
   """
-  path = epath.Path(workdir)
-  processes.from_first(
-    functools.partial(_write_facts, path, config, frozen, class_names)
+  path = epath.Path(paths.expand(workdir))
+  names_of_first, facts_of_first = processes.from_first(
+    functools.partial(_write_facts, path, config, frozen, class_names, facts)
   )
   if not (path / CONFIG_FILE).exists():
     raise config_lib.ConfigError(
       f"--workdir={workdir}: process {processes.index()} does not see the "
       f"{CONFIG_FILE} that process 0 wrote there: give a folder that all "
       "processes share"
+    )
+  found = differences(names_of_first, facts_of_first, class_names, facts)
+  if found:
+    raise config_lib.ConfigError(
+      f"data: process {processes.index()} reads other data than process 0 "
+      f"({'; '.join(found)}): give all processes the same"
     )
   return path
 
@@ -158,12 +175,26 @@ def _write_facts(
   config: AnyConfig,
   frozen: Mapping[str, str],
   class_names: Sequence[str],
-) -> None:
+  facts: Facts,
+) -> tuple[Sequence[str], Facts]:
   text = config_lib.to_json(config)
-  steps_seen = list((path / CHECKPOINTS).glob("[0-9]*"))
-  if steps_seen and (path / CONFIG_FILE).exists():
-    config_lib.check_resumable((path / CONFIG_FILE).read_text(), text)
-  if steps_seen:
+  if list((path / CHECKPOINTS).glob("[0-9]*")):
+    if (path / CONFIG_FILE).exists():
+      try:
+        config_lib.check_resumable((path / CONFIG_FILE).read_text(), text)
+      except config_lib.ConfigError as error:
+        # model.num_classes may be the data's, which nobody has typed.
+        found = "; ".join(differences(*recorded(path), class_names, facts))
+        raise config_lib.ConfigError(
+          f"{error}" + f"; the data differ: {found}" * bool(found)
+        ) from error
+    check_data(path, class_names, facts)
+    if facts and not (path / DATA_FILE).exists():
+      logger.warning(
+        "%s is a run that has not recorded its data: they are taken for those "
+        "of this start.",
+        path,
+      )
     check_frozen(path, frozen)
   path.mkdir(parents=True, exist_ok=True)
   with metrics.replacing(path / CONFIG_FILE) as file:
@@ -171,9 +202,13 @@ def _write_facts(
   if class_names:
     with metrics.replacing(path / CLASSES_FILE) as file:
       file.write_text(json.dumps(list(class_names), indent=1))
+  if facts:
+    with metrics.replacing(path / DATA_FILE) as file:
+      file.write_text(json.dumps(facts))
   if frozen:
     with metrics.replacing(path / WEIGHTS_FILE) as file:
       file.write_text(json.dumps(frozen, indent=2))
+  return class_names, facts
 
 
 def check_frozen(path: epath.Path, frozen: Mapping[str, str]) -> None:
@@ -297,12 +332,13 @@ def _start_with(
 def at_end(action: Callable[[], None]) -> Iterator[None]:
   """Does it at the end of a run, however it ends.
 
-  Only not where a process was lost: this one is about to be ended by JAX.
+  Only not where another process was lost: this one is about to be ended by
+  JAX.
   """
   try:
     yield
   except BaseException as error:
-    if not processes.is_lost_peer(error):
+    if exits.cause_of(error) is None:
       action()
     raise
   action()
@@ -314,9 +350,9 @@ def _close(
   error: BaseException | None,
   trace: object,
 ) -> None:
-  """Closes it, but for where a save would wait for a process that is lost."""
+  """Closes it, but for where a save would wait for a process that has ended."""
   del kind, trace
-  if error is None or not processes.is_lost_peer(error):
+  if error is None or exits.cause_of(error) is None:
     checkpointer.close()
 
 

@@ -16,11 +16,17 @@ from drift_jax.metrics.evaluators import (
   class_subset,
   features_of,
 )
-from drift_jax.metrics.files import PathLike, replacing
+from drift_jax.metrics.files import (
+  PathLike,
+  replacing,
+  report_text,
+  write_report,
+)
 from drift_jax.metrics.frechet import (
   FeatureStats,
   FeatureStream,
   Moments,
+  check_frechet_width,
   frechet_distance,
 )
 from drift_jax.metrics.generation import (
@@ -44,6 +50,7 @@ from drift_jax.metrics.images import (
 )
 from drift_jax.metrics.inception_score import InceptionScore, inception_score
 from drift_jax.metrics.kid import kernel_distance, kernel_distance_subsets
+from drift_jax.metrics.memory import check_fits
 from drift_jax.metrics.neighbours import (
   Neighbours,
   distance_summary,
@@ -137,6 +144,8 @@ __all__ = [
   "balanced_labels",
   "baseline",
   "baselines",
+  "check_fits",
+  "check_frechet_width",
   "check_suffix",
   "class_subset",
   "create_writer",
@@ -179,6 +188,7 @@ __all__ = [
   "read_labels",
   "real_pixels",
   "replacing",
+  "report_text",
   "require_finite",
   "save_evolution",
   "save_image",
@@ -187,4 +197,5 @@ __all__ = [
   "to_rgb",
   "to_uint8",
   "unit_to_uint8",
+  "write_report",
 ]

@@ -86,8 +86,9 @@ class OneLate:
 
   def __init__(self, take: Callable[[Batch, tuple[np.ndarray, ...]], None]):
     """Args:
-    take: called with a batch that has rows in this process, and these rows
-      of what was computed of it.
+    take: called with each batch, and this process' rows of what was computed
+      of it. There may be none, but their shape and dtype are known: processes
+      that got no sample join the others' sums with those.
     """
     self._take = take
     self._held: tuple[Batch, tuple[Images, ...]] | None = None
@@ -107,6 +108,6 @@ class OneLate:
     self._held = None
 
   def _fetch(self, held: tuple[Batch, tuple[Images, ...]] | None) -> None:
-    if held is not None and len(held[0].index):
+    if held is not None:
       batch, values = held
       self._take(batch, tuple(batch.rows(array) for array in values))

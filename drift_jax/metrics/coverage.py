@@ -7,7 +7,7 @@ Time grows with the product of the counts: for small data sets.
 import numpy as np
 from numpy.typing import ArrayLike
 
-from drift_jax.metrics import distances, frechet
+from drift_jax.metrics import distances
 
 # A generated sample nearer to the training set than this quantile of the
 # held-out reals is a near duplicate.
@@ -105,8 +105,12 @@ def nearest_distances(
 
 def _grid_codes(values: np.ndarray, grid: np.ndarray) -> list[bytes]:
   """Each row as the indices of the nearest grid values, ends included."""
-  indices = np.searchsorted((grid[1:] + grid[:-1]) / 2.0, values)
-  return [row.tobytes() for row in indices]
+  middles = (grid[1:] + grid[:-1]) / 2.0
+  # In as few bytes as will do: there are as many as values.
+  dtype = np.min_scalar_type(len(middles))
+  return [
+    np.searchsorted(middles, row).astype(dtype).tobytes() for row in values
+  ]
 
 
 def duplicates(
@@ -136,9 +140,9 @@ def duplicates(
     ValueError: for empty, non-finite or ill-matched inputs, or a grid that does
       not ascend.
   """
-  fake = frechet.as_feature_matrix(fake, "fake")
-  train = frechet.as_feature_matrix(train, "train")
-  heldout = frechet.as_feature_matrix(heldout, "heldout")
+  fake = distances.as_points(fake, "fake")
+  train = distances.as_points(train, "train")
+  heldout = distances.as_points(heldout, "heldout")
   distances.check_same_width(fake, "fake", train, "train")
   distances.check_same_width(heldout, "heldout", train, "train")
   grid = check_grid(grid)

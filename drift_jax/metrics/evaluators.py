@@ -1,6 +1,7 @@
 """Evaluators: plug-ins that are fed generated images and report figures."""
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from drift_jax import processes, sharding
 from drift_jax.metrics.batches import Batch, OneLate, local_batches
+from drift_jax.metrics.errors import EvaluationError
 from drift_jax.metrics.frechet import (
   FeatureStats,
   FeatureStream,
@@ -60,6 +62,7 @@ def merge_figures(
   """Joins (evaluator's name, {figure: value}) pairs into {figure: value}.
 
   Raises:
+    EvaluationError: a value that is not finite, naming both.
     ValueError: when two evaluators report the same figure, naming both.
   """
   merged: dict[str, float] = {}
@@ -72,6 +75,11 @@ def merge_figures(
         )
       owner[figure] = name
       merged[figure] = float(value)
+      if not math.isfinite(merged[figure]):
+        raise EvaluationError(
+          f"evaluator '{name}' finds {figure} = {merged[figure]}: this is no "
+          "figure"
+        )
   return merged
 
 

@@ -1,14 +1,34 @@
 """Files that appear whole or not at all."""
 
 import contextlib
+import json
+import math
 import os
 import pathlib
 import tempfile
+import zipfile
 from collections.abc import Iterator
+from typing import Any
 
-from drift_jax import storage
+from drift_jax import paths, storage
+from drift_jax.metrics.errors import EvaluationError
 
 PathLike = storage.PathLike
+
+
+def check_one_zip(path: PathLike) -> None:
+  """Raises ValueError for an .npz after another one, which nothing would read.
+
+  A zip file's index is at its end, and is that of the last one.
+  """
+  with zipfile.ZipFile(path) as archive:
+    entries = archive.infolist()
+  start = min((entry.header_offset for entry in entries), default=0)
+  if start:
+    raise ValueError(
+      f"{path} begins with {start} bytes that its index does not list: it is "
+      "several files in one, of which only the last can be read"
+    )
 
 
 @contextlib.contextmanager
@@ -22,6 +42,7 @@ def replacing(path: PathLike) -> Iterator[pathlib.Path]:
   A path in a bucket has its temporary file on the local disk.
 
   Raises:
+    PathError: `~USER` of nobody.
     StorageError: a bucket that can't be written to.
   """
   if storage.is_remote(path):
@@ -30,7 +51,7 @@ def replacing(path: PathLike) -> Iterator[pathlib.Path]:
       yield temporary
       storage.upload(temporary, path)
     return
-  path = pathlib.Path(path)
+  path = pathlib.Path(paths.expand(path))
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
   try:
@@ -38,3 +59,46 @@ def replacing(path: PathLike) -> Iterator[pathlib.Path]:
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def report_text(report: Any) -> str:
+  """A report as JSON, indented; figures that are no numbers are none.
+
+  Raises:
+    EvaluationError: a number that is not finite, which JSON has not; it names
+      the number's place.
+  """
+  for place, number in _numbers(report, ""):
+    if not math.isfinite(number):
+      raise EvaluationError(
+        f"{place[1:]} is {number}: a report holds finite numbers only; is what "
+        "it was computed from finite?"
+      )
+  return json.dumps(report, indent=2, allow_nan=False)
+
+
+def write_report(path: PathLike, report: Any) -> None:
+  """Writes `report_text`; the file appears whole or not at all.
+
+  Raises:
+    EvaluationError: as `report_text`, naming the file too.
+    StorageError: a bucket that can't be written to.
+  """
+  try:
+    text = report_text(report)
+  except EvaluationError as error:
+    raise EvaluationError(f"{path} is not written: {error}") from error
+  with replacing(path) as temporary:
+    temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _numbers(value: Any, place: str) -> Iterator[tuple[str, float]]:
+  """(place, number) of every float, as /KEY/KEY."""
+  if isinstance(value, float):
+    yield place, value
+  elif isinstance(value, dict):
+    for key, part in value.items():
+      yield from _numbers(part, f"{place}/{key}")
+  elif isinstance(value, (list, tuple)):
+    for number, part in enumerate(value):
+      yield from _numbers(part, f"{place}/{number}")

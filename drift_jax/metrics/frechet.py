@@ -15,7 +15,14 @@ from jaxtyping import Float64
 from numpy.typing import ArrayLike
 
 from drift_jax import processes
+from drift_jax.metrics import memory
 
+# Matrices [D, D] of float64 that a distance keeps at a time, at most: the
+# reference's, a stream's, its result's and one factor, then a covariance, its
+# eigenvectors' two of work space, and one to spare.
+_MATRICES = 8
+# Entries of a matrix that are made at a time.
+_ENTRIES = 2**20
 # Rows that a stream of features is cut into.
 _CHUNK_ROWS = 2048
 # Reciprocal condition number from which Cholesky factors lose no digits that
@@ -66,7 +73,7 @@ class Moments(Protocol):
   def mean(self) -> Float64[np.ndarray, " D"]: ...
 
   def covariance(self) -> Float64[np.ndarray, "D D"]:
-    """Unbiased covariance (ddof 1)."""
+    """Unbiased covariance (ddof 1), an array that may be overwritten."""
     ...
 
 
@@ -109,12 +116,10 @@ class FeatureStats:
     _check_dimensions(self, other)
     count = self.count + other.count
     delta = other.mean - self.mean
+    scatter = self.scatter + other.scatter
+    _add_square(scatter, delta, self.count * other.count / count)
     return FeatureStats(
-      count,
-      self.mean + delta * (other.count / count),
-      self.scatter
-      + other.scatter
-      + np.outer(delta, delta) * (self.count * other.count / count),
+      count, self.mean + delta * (other.count / count), scatter
     )
 
   def covariance(self) -> Float64[np.ndarray, "D D"]:
@@ -128,6 +133,32 @@ class FeatureStats:
         f"a covariance needs at least 2 feature vectors, got {self.count}"
       )
     return self.scatter / (self.count - 1)
+
+
+def _add_square(
+  matrix: Float64[np.ndarray, "D D"],
+  vector: Float64[np.ndarray, " D"],
+  factor: float,
+) -> None:
+  """matrix += factor * outer(vector, vector), in place, some rows at a time."""
+  rows = max(1, _ENTRIES // len(vector))
+  for start in range(0, len(vector), rows):
+    part = np.outer(vector[start : start + rows], vector)
+    part *= factor
+    matrix[start : start + rows] += part
+
+
+def check_frechet_width(dimensions: int, name: str) -> None:
+  """Refuses features too wide for covariances in this machine's memory.
+
+  Raises:
+    EvaluationError: with the arithmetic.
+  """
+  memory.check_fits(
+    _MATRICES * 8 * dimensions**2,
+    f"{name}: a Frechet distance of {dimensions} features needs {_MATRICES}"
+    f" matrices of {dimensions} x {dimensions} float64 numbers",
+  )
 
 
 class FeatureStream:
@@ -150,6 +181,7 @@ class FeatureStream:
     """Takes features [B, D], any float dtype; B may be 0.
 
     Raises:
+      EvaluationError: for a dimension too large for the machine's memory.
       ValueError: for a non-finite or not two-dimensional array, or another
         dimension than before.
     """
@@ -161,6 +193,8 @@ class FeatureStream:
         f"features of {matrix.shape[1]} dimensions after ones of"
         f" {self._dimensions}"
       )
+    if self._dimensions is None:
+      check_frechet_width(matrix.shape[1], "features")
     self._dimensions = matrix.shape[1]
     for start in range(0, len(matrix), _CHUNK_ROWS):
       self._add(matrix[start : start + _CHUNK_ROWS])
@@ -218,8 +252,8 @@ def _over_processes(own: FeatureStats | None) -> FeatureStats | None:
     own = FeatureStats(0, empty[0], empty)
   count = int(counts.sum())
   mean = processes.total(own.mean * (own.count / count))
-  delta = own.mean - mean
-  scatter = own.scatter + own.count * np.outer(delta, delta)
+  scatter = own.scatter.copy()
+  _add_square(scatter, own.mean - mean, own.count)
   return FeatureStats(count, mean, processes.total(scatter))
 
 
@@ -235,33 +269,45 @@ def _check_dimensions(a: Moments, b: Moments) -> None:
 def _cholesky(
   covariance: Float64[np.ndarray, "D D"],
 ) -> Float64[np.ndarray, "D D"] | None:
-  """Lower Cholesky factor, None when the matrix is not safely definite."""
-  try:
-    factor = np.linalg.cholesky(covariance)
-  except np.linalg.LinAlgError:
-    return None
+  """Lower Cholesky factor, None when the matrix is not safely definite.
+
+  The factor takes the place of the covariance, which is lost either way.
+  """
   # Imported where it is used: a quarter of a second.
   from scipy import linalg
 
-  (condition,) = linalg.get_lapack_funcs(("pocon",), (factor,))
-  norm = np.abs(covariance).sum(axis=0).max()
-  reciprocal, _ = condition(factor, norm, uplo="L")
+  # In Fortran's order, which a symmetric matrix has as well, none is copied.
+  symmetric = covariance.T
+  norm, condition = linalg.get_lapack_funcs(("lange", "pocon"), (symmetric,))
+  size = norm("1", symmetric)
+  try:
+    factor = linalg.cholesky(
+      symmetric, lower=True, overwrite_a=True, check_finite=False
+    )
+  except linalg.LinAlgError:
+    return None
+  reciprocal, _ = condition(factor, size, uplo="L")
   return factor if reciprocal >= _WELL_CONDITIONED else None
 
 
-def _square_root_factor(
-  covariance: Float64[np.ndarray, "D D"],
-) -> Float64[np.ndarray, "D R"]:
+def _square_root_factor(moments: Moments) -> Float64[np.ndarray, "D R"]:
   """A with A A^T = covariance and as many columns as its numerical rank."""
-  factor = _cholesky(covariance)
+  from scipy import linalg
+
+  factor = _cholesky(moments.covariance())
   if factor is not None:
     return factor
-  values, vectors = np.linalg.eigh(covariance)
+  values, vectors = linalg.eigh(
+    moments.covariance().T, overwrite_a=True, check_finite=False, driver="evd"
+  )
   # Below this an eigenvalue is rounding (numpy.linalg.matrix_rank's rule), and
   # its square root, 1e-8 of the largest, would not be small any more.
   floor = max(values[-1], 0.0) * len(values) * np.finfo(np.float64).eps
-  kept = values > floor
-  return vectors[:, kept] * np.sqrt(values[kept])
+  # They ascend.
+  first = np.searchsorted(values, floor, side="right")
+  factor = vectors[:, first:]
+  factor *= np.sqrt(values[first:])
+  return factor
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
@@ -276,6 +322,8 @@ def frechet_distance(a: Moments, b: Moments) -> float:
   A set of D or fewer vectors has a singular covariance of its D dimensions: a
   warning says so, and how many are needed.
 
+  Beside the moments, some four matrices [D, D] of float64 are in memory.
+
   Returns:
     A number >= 0, in squared units of the features.
 
@@ -284,7 +332,6 @@ def frechet_distance(a: Moments, b: Moments) -> float:
   """
   _check_dimensions(a, b)
   dimensions = len(a.mean)
-  covariance_a, covariance_b = a.covariance(), b.covariance()
   counts = [moments.count for moments in (a, b)]
   if any(count is not None and count <= dimensions for count in counts):
     logging.warning(
@@ -295,14 +342,24 @@ def frechet_distance(a: Moments, b: Moments) -> float:
       dimensions,
       dimensions + 1,
     )
-  product = _square_root_factor(covariance_a).T @ _square_root_factor(
-    covariance_b
+  traces = sum(np.trace(moments.covariance()) for moments in (a, b))
+  return max(
+    float(
+      np.sum((a.mean - b.mean) ** 2)
+      + traces
+      - 2.0 * _trace_of_root(_square_root_factor(a), b)
+    ),
+    0.0,
   )
-  root_trace = np.linalg.svd(product, compute_uv=False).sum()
-  distance = (
-    np.sum((a.mean - b.mean) ** 2)
-    + np.trace(covariance_a)
-    + np.trace(covariance_b)
-    - 2.0 * root_trace
+
+
+def _trace_of_root(factor: Float64[np.ndarray, "D R"], other: Moments) -> float:
+  """tr (S_a S_b)^(1/2) of S_a = factor factor^T and the other covariance."""
+  from scipy import linalg
+
+  product = factor.T @ _square_root_factor(other)
+  # Singular values are the transposed matrix's, which is in Fortran's order.
+  values = np.asarray(
+    linalg.svdvals(product.T, overwrite_a=True, check_finite=False)
   )
-  return max(float(distance), 0.0)
+  return float(values.sum())

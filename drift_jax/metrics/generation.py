@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drift_jax import processes
+from drift_jax import paths, processes
 from drift_jax.metrics import files
 from drift_jax.metrics.batches import Batch, PixelsFn, local_batches
 from drift_jax.metrics.errors import EvaluationError
@@ -53,7 +53,7 @@ def read_labels(
     FileNotFoundError: when there is no such file.
     ValueError: for anything that is no label, naming it, or another count.
   """
-  name = str(path)
+  name = paths.expand(path)
   try:
     labels = (
       np.load(name) if name.endswith(".npy") else np.loadtxt(name, np.int64)

@@ -54,12 +54,14 @@ class InceptionScore:
     self._negentropy = np.zeros(splits)
 
   def update(self, logits: ArrayLike, indices: ArrayLike) -> None:
-    """Takes logits [B, C] of the samples with the given numbers [B].
+    """Takes logits [B, C] of samples with the given numbers [B]; B may be 0.
 
     Raises:
-      ValueError: for empty or non-finite logits or another shape, or numbers
-        that are out of range or came before.
+      ValueError: for non-finite logits or another shape, or numbers that are
+        out of range or came before.
     """
+    if np.shape(logits) == (0, self._probability.shape[1]):
+      return
     matrix = frechet.as_feature_matrix(logits, "logits")
     numbers = np.asarray(indices)
     classes = self._probability.shape[1]

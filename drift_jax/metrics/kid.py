@@ -18,30 +18,45 @@ from numpy.typing import ArrayLike
 from drift_jax.metrics import distances
 
 
-def _kernel_sum(x: np.ndarray, y: np.ndarray, block_entries: int) -> float:
-  """Sum of k over all pairs; with x is y, over those of different points."""
-  side = distances.block_side(x.shape[1], block_entries)
+def _kernel(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+  """k of all pairs, in float64."""
+  kernel = rows.astype(np.float64) @ columns.T.astype(np.float64)
+  kernel /= rows.shape[1]
+  kernel += 1.0
+  kernel **= 3
+  return kernel
+
+
+def _sum_across(x: np.ndarray, y: np.ndarray, side: int) -> float:
+  """Sum of k over all pairs of a point of x and one of y."""
   total = 0.0
   for first in range(0, len(x), side):
-    rows = x[first : first + side].astype(np.float64)
+    for second in range(0, len(y), side):
+      kernel = _kernel(x[first : first + side], y[second : second + side])
+      total += float(kernel.sum())
+  return total
+
+
+def _sum_within(x: np.ndarray, side: int) -> float:
+  """Sum of k over all pairs of different points of x."""
+  total = 0.0
+  for first in range(0, len(x), side):
+    rows = x[first : first + side]
+    kernel = _kernel(rows, rows)
+    np.fill_diagonal(kernel, 0.0)
+    total += float(kernel.sum())
     # k is symmetric: half of the blocks will do, counted twice.
-    for second in range(first if x is y else 0, len(y), side):
-      kernel = rows @ y[second : second + side].T.astype(np.float64)
-      kernel /= x.shape[1]
-      kernel += 1.0
-      kernel **= 3
-      if x is y and first == second:
-        np.fill_diagonal(kernel, 0.0)
-      total += float(kernel.sum()) * (2.0 if x is y and first < second else 1.0)
+    total += 2.0 * _sum_across(rows, x[first + side :], side)
   return total
 
 
 def _estimate(real: np.ndarray, fake: np.ndarray, block_entries: int) -> float:
   n, m = len(real), len(fake)
+  side = distances.block_side(real.shape[1], block_entries)
   return (
-    _kernel_sum(real, real, block_entries) / (n * (n - 1))
-    + _kernel_sum(fake, fake, block_entries) / (m * (m - 1))
-    - 2.0 * _kernel_sum(real, fake, block_entries) / (n * m)
+    _sum_within(real, side) / (n * (n - 1))
+    + _sum_within(fake, side) / (m * (m - 1))
+    - 2.0 * _sum_across(real, fake, side) / (n * m)
   )
 
 

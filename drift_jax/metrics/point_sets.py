@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from drift_jax.metrics.errors import EvaluationError
+
 Points = Float[np.ndarray, "N D"]
 
 # Rows of a distance matrix that are held at once.
@@ -146,11 +148,19 @@ def baseline(
 
 
 def _checked(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Both in float64; ValueError for what has no distance."""
+  """Both in float64; a ValueError for what has no distance."""
   x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
   if not len(x) or not len(y) or x.shape[1] != y.shape[1]:
     raise ValueError(
       f"point sets of shapes {x.shape} and {y.shape}: want [N, D] and [M, D], "
       "neither empty"
     )
+  for points in (x, y):
+    finite = np.isfinite(points).all(axis=1)
+    if not finite.all():
+      raise EvaluationError(
+        f"{np.count_nonzero(~finite)} of {len(points)} points are not finite, "
+        f"the first is number {np.argmin(finite)}: "
+        f"{points[np.argmin(finite)].tolist()}"
+      )
   return x, y

@@ -18,6 +18,7 @@ from absl import logging
 from jaxtyping import Float32, Float64
 from numpy.typing import ArrayLike
 
+from drift_jax import paths
 from drift_jax.metrics import files, frechet
 
 _FORMS = (("mu", "sigma"), ("ref_mu", "ref_sigma"))
@@ -92,7 +93,7 @@ class ReferenceStats:
     )
 
   def covariance(self) -> Float64[np.ndarray, "D D"]:
-    return self.sigma
+    return self.sigma.copy()
 
 
 def save_reference(path: files.PathLike, reference: ReferenceStats) -> None:
@@ -147,12 +148,13 @@ def load_reference(
       numbers, a matrix that is no covariance, or other dimensions, resolution,
       crop or network than asked for, naming what was found and expected.
   """
-  name = str(path)
+  path = name = paths.expand(path)
   # A missing file is no zip file either: opening it says so.
   with open(path, "rb") as file:
     if not zipfile.is_zipfile(file):
       raise ValueError(f"{name} is no .npz file, or is cut short")
   try:
+    files.check_one_zip(path)
     with np.load(path) as archive:
       arrays = _read(archive, name)
   except (zipfile.BadZipFile, zlib.error, EOFError) as error:

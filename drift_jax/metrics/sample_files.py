@@ -7,6 +7,7 @@ ADM's evaluator (arXiv:2105.05233) set the format: an .npz of `arr_0`, uint8
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 import os
 import pathlib
@@ -21,17 +22,18 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 from etils import epath
-from PIL import Image
 
-from drift_jax import processes
+from drift_jax import paths, processes
 from drift_jax.data import decode
 from drift_jax.metrics import files
 from drift_jax.metrics.batches import Batch
+from drift_jax.metrics.sample_folder import FACTS_FILE
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _IMAGES, _LABELS = "arr_0", "arr_1"
 # What zipfile raises for bytes that it can't make sense of, or has no means to.
 _DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
+_READ_BYTES = 2**24
 # Of a zip file's local header; then come a name and something extra, whose
 # lengths are its last two numbers.
 _LOCAL_HEADER = struct.Struct("<26xHH")
@@ -74,14 +76,15 @@ def open_images(path: files.PathLike) -> ImageSet:
     path: an .npz as ADM's evaluator reads it (grey [N, H, W] or [N, H, W, 1]
       too), which is not read whole unless it is compressed; or a folder, whose
       .png, .jpg, .jpeg and .webp files are the images, in the order of their
-      paths, those of folders within it included, hidden ones not.
+      paths, those of folders within it included, hidden ones not. Links are
+      followed, but no folder is read twice.
 
   Raises:
     FileNotFoundError: when there is none.
     ValueError: images that are not square, 8-bit and of one size, fewer than
       two, or files that can't be read, naming what was found and expected.
   """
-  path = pathlib.Path(path)
+  path = pathlib.Path(paths.expand(path))
   return _open_folder(path) if path.is_dir() else _open_npz(path)
 
 
@@ -122,6 +125,7 @@ def _open_npz(path: pathlib.Path) -> ImageSet:
         f"{path} is no .npz file (or is cut short), and no folder"
       )
   try:
+    files.check_one_zip(path)
     with zipfile.ZipFile(path) as archive:
       images = _array(path, archive, _IMAGES, _check_images)
       if images.ndim == 3:
@@ -212,7 +216,12 @@ def _array(
     with path.open("rb") as file:
       file.seek(info.header_offset)
       lengths = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
-    start = info.header_offset + _LOCAL_HEADER.size + sum(lengths)
+      start = info.header_offset + _LOCAL_HEADER.size + sum(lengths)
+      if file.seek(start, os.SEEK_HOLE) < start + info.file_size:
+        # Images of zeros, or what a copy left out: the checksum knows.
+        with archive.open(info) as member:
+          while member.read(_READ_BYTES):
+            pass
     return np.memmap(
       path,
       header.dtype,
@@ -226,7 +235,7 @@ def _array(
 
 
 def _open_folder(path: pathlib.Path) -> ImageSet:
-  paths, others = _listed(path)
+  images, others = _listed(path)
   if others:
     logging.warning(
       "%s: %d files do not end in %s and are left out, e.g. %s",
@@ -235,20 +244,21 @@ def _open_folder(path: pathlib.Path) -> ImageSet:
       ", ".join(SUFFIXES),
       others[0],
     )
-  if len(paths) < 2:
+  _check_complete(path, len(images))
+  if len(images) < 2:
     raise ValueError(
       f"{path}: want at least two images (*{', *'.join(SUFFIXES)}), found"
-      f" {len(paths)}"
+      f" {len(images)}"
     )
   with futures.ThreadPoolExecutor() as pool:
-    sizes = list(pool.map(_size, paths))
+    sizes = list(pool.map(_size, images))
   width, height = sizes[0]
   if width != height:
     raise ValueError(
-      f"{paths[0]} is {width} x {height} px (width x height), want square"
+      f"{images[0]} is {width} x {height} px (width x height), want square"
       " images"
     )
-  for other, size in zip(paths, sizes, strict=True):
+  for other, size in zip(images, sizes, strict=True):
     _check_size(other, size, width)
   shape = (height, width, 3)
 
@@ -256,7 +266,7 @@ def _open_folder(path: pathlib.Path) -> ImageSet:
     out = np.empty((len(indices), *shape), np.uint8)
 
     def fill(row: np.ndarray, index: int) -> None:
-      row[...] = _decoded(paths[index], width)
+      row[...] = _decoded(images[index], width)
 
     with futures.ThreadPoolExecutor() as pool:
       # Raises what a thread raised.
@@ -264,29 +274,46 @@ def _open_folder(path: pathlib.Path) -> ImageSet:
     return out
 
   return ImageSet(
-    _described(path, len(paths), width), len(paths), shape, None, read
+    _described(path, len(images), width), len(images), shape, None, read
   )
+
+
+def _check_complete(path: pathlib.Path, count: int) -> None:
+  """Raises ValueError for a folder of samples that is not finished."""
+  facts = path / FACTS_FILE
+  if not facts.exists():
+    return
+  try:
+    wanted = len(json.loads(facts.read_text())["labels"])
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f"{facts} can't be read: {error!r}") from error
+  if count < wanted:
+    raise ValueError(
+      f"{path}: {count} of the {wanted} images that {FACTS_FILE} lists are "
+      "there: give drift_jax.sample the same command again, which makes the "
+      f"missing ones, or remove {FACTS_FILE}"
+    )
 
 
 def _listed(path: pathlib.Path) -> tuple[list[str], list[str]]:
   """Paths of the images in a folder, sorted, and of the other files."""
   images: list[str] = []
   others: list[str] = []
-  for folder, inside, names in os.walk(path, followlinks=True):
-    inside[:] = [name for name in inside if not name.startswith(".")]
+  for folder, names in paths.walk(path):
     for name in names:
-      if not name.startswith("."):
-        is_image = name.lower().endswith(SUFFIXES)
-        (images if is_image else others).append(os.path.join(folder, name))
+      is_image = name.lower().endswith(SUFFIXES)
+      (images if is_image else others).append(os.path.join(folder, name))
   return sorted(images), sorted(others)
 
 
 def _size(path: str) -> tuple[int, int]:
   """(width, height) that the header of an image file says."""
   try:
-    with Image.open(path, formats=decode.FORMATS) as image:
+    with decode.opened(path) as image:
       return image.size
-  except decode.DAMAGE as error:
+  except decode.LimitError as error:
+    raise ValueError(f"{path}: {error}") from error
+  except (OSError, decode.DecodeError) as error:
     raise ValueError(f"{path} can't be read as an image: {error}") from error
 
 
@@ -302,6 +329,8 @@ def _decoded(path: str, side: int) -> np.ndarray:
   """uint8 [side, side, 3]."""
   try:
     pixels = decode.decode(pathlib.Path(path).read_bytes(), "pillow")
+  except decode.LimitError as error:
+    raise ValueError(f"{path}: {error}") from error
   except (OSError, decode.DecodeError) as error:
     raise ValueError(f"{path} can't be read as an image: {error}") from error
   _check_size(path, pixels.shape[1::-1], side)

@@ -80,7 +80,7 @@ class SampleFolder:
           "the same, or another folder"
         )
       return
-    if self._path.exists() and any(self._path.glob("*.png")):
+    if self._there():
       raise ValueError(
         f"{self._path} holds images, but no {FACTS_FILE} that says which they "
         "are: give another folder"
@@ -92,10 +92,18 @@ class SampleFolder:
     """Numbers [n] int32 of the images that are not there yet."""
 
     def find() -> list[int]:
-      there = {path.name for path in self._path.glob("*.png")}
+      there = self._there()
       return [i for i in range(self._count) if self._name(i) not in there]
 
     return np.array(processes.from_first(find), np.int32)
+
+  def _there(self) -> set[str]:
+    """Names of the images in the folder; raises OSError if it is unreadable."""
+    if not self._path.exists():
+      return set()
+    # Not glob, which finds nothing in a folder that can't be read.
+    names = {path.name for path in self._path.iterdir()}
+    return {n for n in names if n.endswith(".png") and not n.startswith(".")}
 
   def update(self, batch: Batch) -> None:
     """Writes this process' images while the next ones are computed.

@@ -2,16 +2,18 @@
 
 They compare all pairs of images or fit a kernel classifier, in time that grows
 with the square of the counts: each refuses more than MAX_IMAGES training,
-held-out or generated images.
+held-out or generated images, and images too large to keep so many of.
 """
 
 import functools
+import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from drift_jax import processes
+from drift_jax.metrics import memory
 from drift_jax.metrics.batches import Batch
 from drift_jax.metrics.coverage import (
   check_grid,
@@ -19,6 +21,7 @@ from drift_jax.metrics.coverage import (
   density_coverage,
   duplicates,
 )
+from drift_jax.metrics.errors import EvaluationError
 from drift_jax.metrics.evaluators import (
   Reals,
   check_labels,
@@ -27,14 +30,25 @@ from drift_jax.metrics.evaluators import (
 )
 
 MAX_IMAGES = 10_000
+# Each value is kept as float32, and classifiers copy it as float64.
+_BYTES = 12
 
 
-def _check_count(count: int, what: str, name: str) -> None:
+def _check_size(
+  count: int, shape: tuple[int, ...], what: str, name: str
+) -> None:
+  """Raises EvaluationError for more images of a shape than can be kept."""
   if count > MAX_IMAGES:
-    raise ValueError(
+    raise EvaluationError(
       f"{name}: {count} {what} images; this evaluator is for small data sets"
       f" and takes at most {MAX_IMAGES}"
     )
+  values = math.prod(shape)
+  memory.check_fits(
+    _BYTES * count * values,
+    f"{name}: {count} {what} images of {values} values are kept in {_BYTES}"
+    " bytes for each value",
+  )
 
 
 def _flat(
@@ -43,7 +57,8 @@ def _flat(
   """Images [N, H, W, C], all or those of the indices, as [N, H W C]."""
   if indices is None:
     indices = np.arange(len(reals.labels))
-  _check_count(len(indices), what, name)
+  shape = np.shape(reals.fixed(indices[:1]))[1:]
+  _check_size(len(indices), shape, what, name)
   images = np.asarray(reals.fixed(indices), np.float32)
   return images.reshape(len(images), -1)
 
@@ -78,7 +93,10 @@ class _KeepsImages:
     self._kept.append((batch.images, batch.labels, batch.index))
     # Of this process: no more are kept than the limit.
     count = sum(len(index) for _, _, index in self._kept)
-    _check_count(count, "generated", self.name)
+    self._check(count, batch.images)
+
+  def _check(self, count: int, images: np.ndarray) -> None:
+    _check_size(count, images.shape[1:], "generated", self.name)
 
   def _generated(self) -> tuple[np.ndarray, np.ndarray]:
     """(images [N, H W C], labels [N]) of all processes since reset, in order.
@@ -89,7 +107,7 @@ class _KeepsImages:
       raise ValueError(f"{self.name}: no images since reset()")
     own = [np.concatenate(part) for part in zip(*self._kept, strict=True)]
     images, labels, index = (np.concatenate(processes.gather(x)) for x in own)
-    _check_count(len(index), "generated", self.name)
+    self._check(len(index), images)
     order = np.argsort(index, kind="stable")
     return images[order].reshape(len(order), -1), labels[order]
 

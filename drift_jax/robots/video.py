@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from drift_jax import paths
 from drift_jax.robots.errors import RobotError
 from drift_jax.robots.rollouts import Episode
 
@@ -58,7 +59,7 @@ def save_video(
     RobotError: another ending, a missing package, no episodes, no frames,
       frames of different sizes, or sizes below 1.
   """
-  path = pathlib.Path(path)
+  path = pathlib.Path(paths.expand(path))
   ending = video_ending(path) if ending is None else ending
   if columns < 1 or not fps > 0:
     raise RobotError(

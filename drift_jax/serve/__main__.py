@@ -17,17 +17,17 @@ from typing import NoReturn
 from absl import app, flags
 
 from drift_jax import config as config_lib
-from drift_jax import console, experiment, numerics, sampling, serve
+from drift_jax import console, experiment, numerics, paths, sampling, serve
 from drift_jax.console import logger
 
-_FROM = flags.DEFINE_string(
+_FROM = paths.define_flag(
   "from",
   None,
   "A run's workdir, an export, an artifact's folder, hf://NAME of the authors' "
   "release or hf://OWNER/NAME[@REVISION][/FOLDER].",
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "The same, of a run.")
-_VAE = flags.DEFINE_string(
+_WORKDIR = paths.define_flag("workdir", None, "The same, of a run.")
+_VAE = paths.define_flag(
   "vae", "", "Of an artifact: the autoencoder behind its latents."
 )
 _STEP = flags.DEFINE_integer(
@@ -152,4 +152,4 @@ def _run() -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=config_lib.parse_flags)

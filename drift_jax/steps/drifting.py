@@ -20,13 +20,16 @@ class Temperature(NamedTuple):
   """A scale of all temperatures that changes in time.
 
   Attributes:
-    kind: 'annealed', exp(-rate * step), or 'learned', from the likelihood of
-      each problem's positives (see drift.DriftInfo), by Adam.
+    kind: 'annealed', max(exp(-rate * step), least), or 'learned', from the
+      likelihood of each problem's positives (see drift.DriftInfo), by Adam.
     rate: of annealing, per step, or of learning.
+    least: where annealing ends, > 0: exp underflows, and a field of
+      temperature 0 is no number.
   """
 
   kind: Literal["annealed", "learned"]
   rate: float
+  least: float
 
   @property
   def optimizer(self) -> optax.GradientTransformation:
@@ -43,7 +46,8 @@ class Temperature(NamedTuple):
   def scale(self, state: state_lib.TrainState) -> Float[Array, ""]:
     """Of the step that is next."""
     if self.kind == "annealed":
-      return jnp.exp(-self.rate * state.step.astype(jnp.float32))
+      scale = jnp.exp(-self.rate * state.step.astype(jnp.float32))
+      return jnp.maximum(scale, self.least)
     return jnp.exp(state.drift["log_scale"])
 
   def update(

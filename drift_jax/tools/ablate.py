@@ -30,17 +30,19 @@ from types import FrameType
 from typing import IO, Any
 
 from absl import app, flags
+from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from drift_jax import config as config_lib
-from drift_jax import console, exits, metrics, numerics
+from drift_jax import console, exits, metrics, numerics, paths
 from drift_jax.console import logger
+from drift_jax.experiment import data_facts
 from drift_jax.tools import ablation_table
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "The base: e.g. configs/digits.py or configs/mnist.py:cpu."
 )
-_WORKDIR = flags.DEFINE_string(
+_WORKDIR = paths.define_flag(
   "workdir", None, "Folder of the runs and the tables.", required=True
 )
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "One run of a row each.")
@@ -448,7 +450,7 @@ def check_workdir(plan: Plan) -> None:
     if not file.exists():
       continue
     before, after = (
-      config_lib.flatten(json.loads(text))
+      config_lib.flat_values(text)
       for text in (file.read_text(), config_lib.to_json(run.config))
     )
     if after["model.num_classes"] == 0:  # as many as the data have
@@ -464,6 +466,25 @@ def check_workdir(plan: Plan) -> None:
       raise config_lib.ConfigError(
         f"{run.path} holds a run with another config; use another workdir or "
         f"the old values. Changed: {'; '.join(changed)}"
+      )
+  check_same_data([run.path for run in plan.runs])
+
+
+def check_same_data(workdirs: Sequence[pathlib.Path]) -> None:
+  """Raises ConfigError where rows were not trained on the same data."""
+  known = [
+    (path, names, facts)
+    for path in workdirs
+    for names, facts in [data_facts.recorded(epath.Path(path))]
+    if facts
+  ]
+  for path, names, facts in known[1:]:
+    first, names_of_first, facts_of_first = known[0]
+    found = data_facts.differences(names_of_first, facts_of_first, names, facts)
+    if found:
+      raise config_lib.ConfigError(
+        f"{path} was trained on other data than {first} ({'; '.join(found)}), "
+        "which a table can't compare: train one of them anew"
       )
 
 

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drift_jax import artifacts, console, numerics, sharding
+from drift_jax import artifacts, console, numerics, paths, sharding
 from drift_jax.console import logger
 from drift_jax.data import (
   encoded,
@@ -366,8 +366,8 @@ def _parser() -> argparse.ArgumentParser:
   add = parser.add_argument
   add("--source", help="folder:DIR, tar:FILE or tfds:NAME")
   add("--split", default="train", help="of the source (default: train)")
-  add("--vae", help="folder of the exported autoencoder")
-  add("--out", required=True, help="folder of the cache")
+  add("--vae", type=paths.argument, help="folder of the exported autoencoder")
+  add("--out", type=paths.argument, required=True, help="folder of the cache")
   add(
     "--verify",
     action="store_true",
@@ -394,7 +394,10 @@ def _parser() -> argparse.ArgumentParser:
     help="of the encoder (default: float32)",
   )
   add(
-    "--data_dir", default="", help="where relative sources and TFDS' data lie"
+    "--data_dir",
+    type=paths.argument,
+    default="",
+    help="where relative sources and TFDS' data lie",
   )
   add(
     "--class_order",

@@ -12,7 +12,6 @@ if a program does not fit.
 """
 
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -27,6 +26,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from drift_jax import config as config_lib
+from drift_jax import paths
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
@@ -47,10 +47,10 @@ _MESH = flags.DEFINE_string(
 _PROGRAMS = flags.DEFINE_list(
   "programs", None, "Only these, e.g. train,sample; all if not given."
 )
-_JSON = flags.DEFINE_string(
+_JSON = paths.define_flag(
   "json", "", "File to write the figures to; '-' for the standard output."
 )
-_TEXT = flags.DEFINE_string(
+_TEXT = paths.define_flag(
   "hlo",
   "",
   "Folder to write the optimised programs to, PROGRAM.txt, and for TPUs what "
@@ -125,7 +125,7 @@ def main(argv: Sequence[str]) -> None:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   if _TOPOLOGY.value:
     prepare_libtpu()
-  from drift_jax import console, experiment, numerics
+  from drift_jax import console, experiment, metrics, numerics
 
   console.setup()
   numerics.pin()
@@ -133,23 +133,22 @@ def main(argv: Sequence[str]) -> None:
     config = with_mesh(config_lib.parse(_CONFIG.value), _MESH.value)
     devices = find_devices(_TOPOLOGY.value)
     reports = check(config, devices, _PROGRAMS.value, _TEXT.value)
+    result = {
+      "config": _config_name(sys.argv),
+      "topology": _TOPOLOGY.value or "local",
+      "devices": len(devices),
+      "device_kind": devices[0].device_kind,
+      "mesh": _mesh_sizes(config, devices),
+      "programs": [dataclasses.asdict(report) for report in reports],
+    }
+    if _JSON.value == "-":
+      print(metrics.report_text(result))
+    else:
+      print(describe(result, reports))
+      if _JSON.value:
+        metrics.write_report(_JSON.value, result)
   except experiment.ERRORS as error:
     sys.exit(f"Error: {error}")
-  result = {
-    "config": _config_name(sys.argv),
-    "topology": _TOPOLOGY.value or "local",
-    "devices": len(devices),
-    "device_kind": devices[0].device_kind,
-    "mesh": _mesh_sizes(config, devices),
-    "programs": [dataclasses.asdict(report) for report in reports],
-  }
-  if _JSON.value == "-":
-    print(json.dumps(result, indent=2))
-  else:
-    print(describe(result, reports))
-    if _JSON.value:
-      with open(_JSON.value, "w") as file:
-        json.dump(result, file, indent=2)
   if any(report.fits is False for report in reports):
     sys.exit(1)
 

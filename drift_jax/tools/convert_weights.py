@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from drift_jax import artifacts, console, numerics
+from drift_jax import artifacts, console, numerics, paths
 from drift_jax.console import logger
 from drift_jax.tools import weight_files
 from drift_jax.tools.conversions import convnext, inception, resnet, vae, vit
@@ -220,12 +220,15 @@ def _parser() -> console.Parser:
     command = models.add_parser(name, help=model.summary, allow_abbrev=False)
     command.add_argument(
       "--source",
+      type=paths.argument,
       required=model.url is None,
       default=model.url,
       help="a file, a folder, or hf://OWNER/NAME[@REVISION][/FILE]"
       + (f"; by default it is downloaded from {model.url}" * bool(model.url)),
     )
-    command.add_argument("--out", required=True, help="folder to write")
+    command.add_argument(
+      "--out", type=paths.argument, required=True, help="folder to write"
+    )
   return parser
 
 

@@ -45,6 +45,7 @@ from drift_jax import (
   experiment,
   models,
   numerics,
+  paths,
   sharding,
   steps,
   storage,
@@ -400,15 +401,21 @@ def _parser() -> console.Parser:
     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
   )
   source = parser.add_mutually_exclusive_group(required=True)
-  source.add_argument("--workdir", help="of a run")
+  source.add_argument("--workdir", type=paths.argument, help="of a run")
   source.add_argument(
     "--init_from",
+    type=paths.argument,
     help="an artifact's folder, hf://NAME of the authors' release, or "
     "hf://OWNER/NAME[@REVISION][/FOLDER]",
   )
-  parser.add_argument("--out", required=True, help="a new folder")
   parser.add_argument(
-    "--vae", default="", help="of --init_from: the autoencoder of its latents"
+    "--out", type=paths.argument, required=True, help="a new folder"
+  )
+  parser.add_argument(
+    "--vae",
+    type=paths.argument,
+    default="",
+    help="of --init_from: the autoencoder of its latents",
   )
   parser.add_argument("--step", type=int, help="of --workdir: checkpoint")
   parser.add_argument("--ema_decay", type=float, help="of --workdir: which EMA")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from absl import app, flags
 
 from drift_jax import config as config_lib
-from drift_jax import console, exits, experiment, metrics, numerics
+from drift_jax import console, exits, experiment, metrics, numerics, paths
 
 # What may differ between runs of an environment: the seed and how a run is
 # computed; and between those of two methods, the methods.
@@ -184,7 +184,7 @@ def run(workdirs: Sequence[str], out: str) -> str:
 def define_flags() -> None:
   """Defines the flags: not on import, as other tools have the same names."""
   flags.DEFINE_list("workdirs", None, "Finished runs.", required=True)
-  flags.DEFINE_string("out", None, "Folder of the table.", required=True)
+  paths.define_flag("out", None, "Folder of the table.", required=True)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -195,11 +195,12 @@ def main(argv: Sequence[str]) -> None:
   numerics.pin()
 
   def program() -> None:
-    sys.stdout.write(run(flags.FLAGS.workdirs, flags.FLAGS.out))
+    workdirs = [paths.expand(workdir) for workdir in flags.FLAGS.workdirs]
+    sys.stdout.write(run(workdirs, flags.FLAGS.out))
 
   exits.run(program, experiment.ERRORS)
 
 
 if __name__ == "__main__":
   define_flags()
-  app.run(main)
+  app.run(main, flags_parser=config_lib.parse_flags)

@@ -15,14 +15,11 @@ with its --process_id, share the images.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import hashlib
-import logging
 import os
 import pathlib
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,9 +29,11 @@ import numpy as np
 from drift_jax import (
   console,
   data,
+  exits,
   experiment,
   metrics,
   numerics,
+  paths,
   processes,
   sharding,
 )
@@ -203,12 +202,11 @@ def statistics(
   is_kept[kept] = True
   stream = metrics.FeatureStream()
   singles = _Singles(dimensions)
-  with _together():
-    for numbers, features in network.features(
-      images, np.arange(images.count), batch_size
-    ):
-      stream.update(features)
-      singles.add(numbers, features, is_kept[numbers])
+  for numbers, features in network.features(
+    images, np.arange(images.count), batch_size
+  ):
+    stream.update(features)
+    singles.add(numbers, features, is_kept[numbers])
   return metrics.ReferenceStats.from_stats(
     stream.result(), provenance, singles.result() if len(kept) else None
   )
@@ -233,28 +231,27 @@ def public_statistics(
     StatsError: another network, or a file that is not as above.
     OSError: a file that can't be read.
   """
-  with _together():
-    if not experiment.is_published(network.artifact):
-      raise StatsError(
-        f"--public={path} is of the published Inception-v3, which --network="
-        f"{network.path} is not: python -m drift_jax.tools.convert_weights "
-        "inception writes it"
-      )
-    try:
-      public = metrics.load_reference(path)
-    except ValueError as error:
-      raise StatsError(f"--public: {error}") from error
-    if public.provenance is not None:
-      raise StatsError(
-        f"--public={path} records already what it was computed from: use it as "
-        "it is"
-      )
-    images = _public_images(path)
-    if network.dimensions(images.size) != len(public.mean):
-      raise StatsError(
-        f"--public={path} is of features of {len(public.mean)} dimensions, "
-        f"--network={network.path} has {network.dimensions(images.size)}"
-      )
+  if not experiment.is_published(network.artifact):
+    raise StatsError(
+      f"--public={path} is of the published Inception-v3, which --network="
+      f"{network.path} is not: python -m drift_jax.tools.convert_weights "
+      "inception writes it"
+    )
+  try:
+    public = metrics.load_reference(path)
+  except ValueError as error:
+    raise StatsError(f"--public: {error}") from error
+  if public.provenance is not None:
+    raise StatsError(
+      f"--public={path} records already what it was computed from: use it as "
+      "it is"
+    )
+  images = _public_images(path)
+  if network.dimensions(images.size) != len(public.mean):
+    raise StatsError(
+      f"--public={path} is of features of {len(public.mean)} dimensions, "
+      f"--network={network.path} has {network.dimensions(images.size)}"
+    )
   provenance = network.provenance(images)
   _check_same(provenance, images.count)
   kept = _drawn(images, num_features, seed)
@@ -263,9 +260,8 @@ def public_statistics(
       public.mean, public.sigma, public.count, provenance
     )
   singles = _Singles(len(public.mean))
-  with _together():
-    for numbers, features in network.features(images, kept, batch_size):
-      singles.add(numbers, features, np.ones(len(numbers), bool))
+  for numbers, features in network.features(images, kept, batch_size):
+    singles.add(numbers, features, np.ones(len(numbers), bool))
   features = singles.result()
   if processes.is_first() and len(features) > len(public.mean):
     logger.info(
@@ -427,24 +423,6 @@ class _Singles:
     return features[np.argsort(numbers)]
 
 
-@contextlib.contextmanager
-def _together() -> Iterator[None]:
-  """Ends all processes when one fails within; nothing else is exchanged there.
-
-  The others would wait for it otherwise, minutes after it said why.
-  """
-  error: Exception | None = None
-  try:
-    yield
-  except Exception as caught:
-    error = caught
-  failed = np.concatenate(processes.gather(np.array([error is not None])))
-  if error is not None:
-    raise error
-  if failed.any():
-    raise StatsError(f"process {failed.argmax()} failed; it has said why")
-
-
 def _check_same(provenance: metrics.Provenance, count: int) -> None:
   """Raises StatsError where processes see other images or networks."""
   digest = hashlib.sha256(f"{provenance} {count}".encode()).digest()
@@ -477,10 +455,17 @@ def _parser() -> console.Parser:
   what.add_argument(
     "--source", help="digits, folder:DIR, tar:FILE or tfds:NAME"
   )
-  what.add_argument("--public", help=".npz with mu, sigma and images arr_0")
+  what.add_argument(
+    "--public", type=paths.argument, help=".npz with mu, sigma and images arr_0"
+  )
   add = parser.add_argument
-  add("--network", required=True, help="folder of the exported network")
-  add("--out", required=True, help=".npz to write")
+  add(
+    "--network",
+    type=paths.argument,
+    required=True,
+    help="folder of the exported network",
+  )
+  add("--out", type=paths.argument, required=True, help=".npz to write")
   add(
     "--num_features",
     type=int,
@@ -500,7 +485,11 @@ def _parser() -> console.Parser:
   add("--image_size", type=int, help="in pixels (default: 256)")
   add("--crop", choices=CROPS, help="as data.crop (default: center)")
   add("--channels", type=int, choices=(1, 3), help="1: grey (default: 3)")
-  add("--data_dir", help="where relative sources and TFDS' data lie")
+  add(
+    "--data_dir",
+    type=paths.argument,
+    help="where relative sources and TFDS' data lie",
+  )
   add("--class_order", help="as data.class_order (default: the source's own)")
   add(
     "--max_corrupt",
@@ -520,6 +509,12 @@ def _parser() -> console.Parser:
   )
   add("--num_processes", type=int, help="how many share the work")
   add("--process_id", type=int, help="of this process, from 0")
+  add(
+    "--join_timeout",
+    type=int,
+    default=processes.JOIN_SECONDS,
+    help="seconds to wait at the start until all are there",
+  )
   return parser
 
 
@@ -536,18 +531,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.error(f"--{next(iter(given))} goes with --source, not with --public")
   console.setup()
   numerics.pin()
-  try:
-    processes.initialize(
-      arguments.coordinator, arguments.num_processes, arguments.process_id
+
+  def program() -> None:
+    exits.join(
+      arguments.coordinator,
+      arguments.num_processes,
+      arguments.process_id,
+      join_timeout=arguments.join_timeout,
+      again=exits.ANEW,
     )
-  except ValueError as error:
-    sys.exit(f"Error: {error}")
-  if not processes.is_first():
-    logger.setLevel(logging.WARNING)
-  try:
     _run(arguments, given)
-  except (StatsError, *experiment.ERRORS) as error:
-    sys.exit(f"Error: {error}")
+
+  errors = (StatsError, *experiment.ERRORS)
+  exits.run(program, errors, again=exits.ANEW)
 
 
 def _run(arguments: argparse.Namespace, given: Mapping[str, Any]) -> None:
@@ -555,22 +551,21 @@ def _run(arguments: argparse.Namespace, given: Mapping[str, Any]) -> None:
     name: getattr(arguments, name)
     for name in ("num_features", "batch_size", "seed")
   }
-  with _together():
-    _check_at_least(
-      num_features=(arguments.num_features, 0),
-      batch_size=(arguments.batch_size, 1),
-      seed=(arguments.seed, 0),
-    )
-    out = pathlib.Path(arguments.out)
-    if processes.is_first():
-      # Before the work is done, not after it.
-      if out.is_dir():
-        raise StatsError(f"--out={out} is a folder, want the name of a file")
-      out.parent.mkdir(parents=True, exist_ok=True)
-    images = None
-    if arguments.source is not None:
-      images = open_images(arguments.source, **given)
-    network = Network(arguments.network)
+  _check_at_least(
+    num_features=(arguments.num_features, 0),
+    batch_size=(arguments.batch_size, 1),
+    seed=(arguments.seed, 0),
+  )
+  out = pathlib.Path(arguments.out)
+  if processes.is_first():
+    # Before the work is done, not after it.
+    if out.is_dir():
+      raise StatsError(f"--out={out} is a folder, want the name of a file")
+    out.parent.mkdir(parents=True, exist_ok=True)
+  images = None
+  if arguments.source is not None:
+    images = open_images(arguments.source, **given)
+  network = Network(arguments.network)
   if images is None:
     reference = public_statistics(arguments.public, network, **options)
   else:

@@ -9,7 +9,6 @@ demonstrations are not needed, the checkpoint has their normaliser.
 
 import dataclasses
 import functools
-import json
 import sys
 from collections.abc import Sequence
 
@@ -23,13 +22,14 @@ from drift_jax import (
   experiment,
   metrics,
   numerics,
+  paths,
   robots,
 )
 
 
 def define_flags() -> None:
   """Defines the flags: not on import, as other tools have the same names."""
-  flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+  paths.define_flag("workdir", None, "Folder of the run.", required=True)
   flags.DEFINE_integer("step", None, "Checkpoint; the newest if not given.")
   flags.DEFINE_integer(
     "episodes", None, "How many; the config's if not given.", lower_bound=1
@@ -40,9 +40,9 @@ def define_flags() -> None:
   flags.DEFINE_list(
     "samplers", None, "Of a diffusion policy, e.g. ddim:20; the config's."
   )
-  flags.DEFINE_string("video", "", "GIF or MP4 of the first episodes.")
+  paths.define_flag("video", "", "GIF or MP4 of the first episodes.")
   flags.DEFINE_integer("videos", 4, "How many of them.", lower_bound=1)
-  flags.DEFINE_string("json", "", "File for what is printed.")
+  paths.define_flag("json", "", "File for what is printed.")
 
 
 def run(values: flags.FlagValues) -> dict[str, dict[str, float]]:
@@ -120,15 +120,14 @@ def main(argv: Sequence[str]) -> None:
   numerics.pin()
 
   def program() -> None:
-    text = json.dumps(run(flags.FLAGS), indent=2)
-    sys.stdout.write(text + "\n")
+    report = run(flags.FLAGS)
+    sys.stdout.write(metrics.report_text(report) + "\n")
     if flags.FLAGS.json:
-      with metrics.replacing(flags.FLAGS.json) as file:
-        file.write_text(text + "\n")
+      metrics.write_report(flags.FLAGS.json, report)
 
   exits.run(program, experiment.ERRORS)
 
 
 if __name__ == "__main__":
   define_flags()
-  app.run(main)
+  app.run(main, flags_parser=config_lib.parse_flags)

@@ -6,6 +6,7 @@ python run.py --labels 3 7 --count 8 --alpha 1.5 --seed 0 --out grid.png
 import argparse
 import hashlib
 import json
+import os
 import pathlib
 import struct
 import sys
@@ -38,11 +39,8 @@ def read_safetensors(data: bytes) -> dict[str, np.ndarray]:
 
 
 def check(asked: argparse.Namespace, manifest: dict[str, Any]) -> None:
-  """Raises ValueError for what this generator can't draw."""
-  classes, (low, high) = manifest["num_classes"], manifest["alpha_range"]
-  for label in asked.labels:
-    if not 0 <= label < classes:
-      raise ValueError(f"--labels {label}: want 0 to {classes - 1}")
+  """Raises ValueError for what is out of range, or can't be written."""
+  low, high = manifest["alpha_range"]
   if not low <= asked.alpha <= high:
     raise ValueError(f"--alpha {asked.alpha}: want {low} to {high}")
   if not 0 <= asked.seed < 2**32:
@@ -64,13 +62,36 @@ def png(rgb: np.ndarray) -> bytes:
   return b"\x89PNG\r\n\x1a\n" + chunks
 
 
+def class_index(text: str, names: list[str], count: int) -> int:
+  """Of "3" or "index:3", or of "name:tench", which may be a number."""
+  kind, colon, rest = text.partition(":")
+  called = [i for i, name in enumerate(names) if name == (rest or text)]
+  if colon and kind == "name":
+    if len(called) != 1:
+      sys.exit(f"Error: --labels {text}: {len(called)} classes have this name")
+    return called[0]
+  if not (rest if kind == "index" else text).isdecimal():
+    sys.exit(f"Error: --labels {text}: want 3, index:3 or name:NAME")
+  index = int(rest or text)
+  if index >= count:
+    sys.exit(f"Error: --labels {text}: class indices are 0 to {count - 1}")
+  if not colon and called and called != [index]:
+    sys.exit(
+      f"Error: --labels {text} may mean class index {text} or the class "
+      f"called {text}, index {called[0]}: write index:{text} or name:{text}"
+    )
+  return index
+
+
 def main() -> None:
   parser = argparse.ArgumentParser()
-  parser.add_argument("--labels", type=int, nargs="+", default=[0])
+  parser.add_argument("--labels", nargs="+", default=["0"])
   parser.add_argument("--count", type=int, default=8)
   parser.add_argument("--alpha", type=float, default=1.0)
   parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--out", default="grid.png", help=".png, or .npy")
+  parser.add_argument(
+    "--out", type=os.path.expanduser, default="grid.png", help=".png, or .npy"
+  )
   asked = parser.parse_args()
   try:
     draw(asked)
@@ -81,11 +102,14 @@ def main() -> None:
 def draw(asked: argparse.Namespace) -> None:
   manifest = json.loads((HERE / "manifest.json").read_text())
   check(asked, manifest)
+  names, count = manifest["class_names"] or [], manifest["num_classes"]
+  chosen = [class_index(label, names, count) for label in asked.labels]
+  print("Classes:", *(f"{i} {names[i]!r}" if names else i for i in chosen))
+  labels = np.repeat(np.array(chosen, np.int32), asked.count)
   weights = {
     name: read_safetensors(read_file(file, manifest))
     for name, file in manifest["weights"].items()
   }
-  labels = np.repeat(np.array(asked.labels, np.int32), asked.count)
   program = bytearray(read_file("sample.stablehlo", manifest))
   images = jax.export.deserialize(program).call(
     weights,
@@ -98,7 +122,7 @@ def draw(asked: argparse.Namespace) -> None:
   images = np.asarray(images)
   if not np.isfinite(images).all():
     raise ValueError("the images are not finite")
-  out = pathlib.Path(asked.out).expanduser()
+  out = pathlib.Path(asked.out)
   if out.suffix == ".npy":
     return np.save(out, images)
   if images.shape[-1] not in (1, 3):

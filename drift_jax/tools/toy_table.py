@@ -33,6 +33,7 @@ from drift_jax import (
   experiment,
   metrics,
   numerics,
+  paths,
   train_toy,
 )
 from drift_jax.console import logger
@@ -308,13 +309,16 @@ def main(argv: Sequence[str]) -> None:
 def _flags(argv: Sequence[str]) -> list[str]:
   """--config.KEY=VALUE are read by main itself: each toy has its own config."""
   own = [a for a in argv if not a.startswith(("--config.", "-config."))]
-  return flags.FLAGS(own)
+  try:
+    return flags.FLAGS(own)
+  except flags.Error as error:
+    sys.exit(f"Error: {error}")
 
 
 def define_flags() -> None:
   """Defines the flags: not on import, as other tools have the same names."""
-  flags.DEFINE_string("config", "configs/toy.py", "Where toys are.")
-  flags.DEFINE_string(
+  paths.define_flag("config", "configs/toy.py", "Where toys are.")
+  paths.define_flag(
     "workdir", None, "Folder of the runs and the table.", required=True
   )
   toys = [

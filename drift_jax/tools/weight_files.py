@@ -17,7 +17,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from drift_jax import hub
+from drift_jax import hub, paths
 from drift_jax.console import logger
 from drift_jax.metrics import files
 from drift_jax.tools.conversions.layouts import CONFIG_FILE, WeightsError
@@ -103,7 +103,7 @@ def _locate_on_hub(source: str, names: Sequence[str]) -> Located:
 def cache_folder() -> pathlib.Path:
   """XDG_CACHE_HOME/drift_jax, by default ~/.cache/drift_jax."""
   root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-  return pathlib.Path(root).expanduser() / "drift_jax"
+  return pathlib.Path(paths.expand(root)) / "drift_jax"
 
 
 def sha256_of(path: pathlib.Path) -> str:

@@ -1,5 +1,7 @@
 """The sample queue: golden states, draws from the right class, errors."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -65,6 +67,28 @@ def test_golden_draw(extras):
     ]
     taken = bank_lib.take(bank, np.array([label]), np.array([slots]))
     np.testing.assert_array_equal(taken[0], expected[row])
+
+
+def test_repeats_where_the_release_repeats(extras):
+  """Of 3 samples 4 are drawn; the empty class, zeros there, is an error."""
+  bank = make_bank(int(extras["num_classes"]), int(extras["max_size"]))
+  bank_lib.push(bank, extras["samples"], extras["labels"])
+  labels = extras["sample/labels"]
+  there = bank.count[labels] > 0
+  theirs = extras["sample/out_np_seed_12345"][there]
+  arguments = {"num_positives": theirs.shape[1], "num_unconditional": 1}
+  with pytest.raises(ValueError, match="has no sample"):
+    bank_lib.sample(bank, jax.random.key(0), labels, **arguments)
+  ours, _ = bank_lib.sample(bank, jax.random.key(0), labels[there], **arguments)
+  assert ours.shape == theirs.shape
+  repeats = []
+  for label, *rows in zip(labels[there], ours, theirs, strict=True):
+    held = {x.tobytes() for x in bank.samples[label, : bank.count[label]]}
+    drawn = [{x.tobytes() for x in row} for row in rows]
+    assert all(row <= held for row in drawn)
+    assert len(drawn[0]) == min(len(held), theirs.shape[1]) >= len(drawn[1])
+    repeats.append([len(row) < theirs.shape[1] for row in drawn])
+  assert [True, True] in repeats and [True, False] not in repeats
 
 
 def reference_push(rings, samples, labels, size):
@@ -179,22 +203,21 @@ def test_labels_come_from_the_newest():
   assert sorted(np.asarray(drawn)) == [5, 5, 7, 9]
 
 
-def test_too_few_samples_is_an_error_that_names_class_and_count():
-  arguments = {"num_positives": 4, "num_unconditional": 2}
-  counts = np.array([9, 3, 0])
-  with pytest.raises(ValueError, match="class 1 has 3 samples.*positives=4"):
-    bank_lib.check(
-      counts, 9, np.array([0, 1]), **arguments, with_replacement=False
-    )
-  bank_lib.check(
-    counts, 9, np.array([0, 1]), **arguments, with_replacement=True
-  )
-  with pytest.raises(ValueError, match="class 2 has no sample"):
-    bank_lib.check(counts, 9, np.array([2]), **arguments, with_replacement=True)
-  with pytest.raises(ValueError, match="unconditional queue holds 1"):
-    bank_lib.check(
-      counts, 1, np.array([0]), **arguments, with_replacement=False
-    )
+def test_a_class_that_is_not_there_is_an_error_and_no_zeros():
+  bank = make_bank(num_classes=3, class_size=4, unconditional_size=4, shape=())
+  bank_lib.push(bank, np.ones(1, np.float32), np.array([1], np.int32))
+  for labels, raises in (
+    ([1], contextlib.nullcontext()),
+    ([1, 2], pytest.raises(ValueError, match="class 2 has no sample")),
+  ):
+    with raises:
+      bank_lib.sample(
+        bank,
+        jax.random.key(0),
+        np.array(labels),
+        num_positives=4,
+        num_unconditional=4,
+      )
 
 
 def test_labels_out_of_range_are_an_error():

@@ -5,7 +5,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from drift_jax.data import decode
 
@@ -128,6 +128,31 @@ def test_damaged_bytes_raise_nothing_else():
     except decode.DecodeError:
       outcomes.append(False)
   assert 0.05 < np.mean(outcomes) < 0.95
+
+
+def big_png(size: int) -> bytes:
+  """A PNG with a workflow of so many bytes, as text of each kind, and an ICC
+  profile of that size."""
+  texts = PngImagePlugin.PngInfo()
+  for kind, zipped in (("workflow", False), ("prompt", True)):
+    texts.add_text(kind, "x" * size, zip=zipped)
+    texts.add_itxt(f"i{kind}", "x" * size, zip=zipped)
+  return encode(noise(), "PNG", pnginfo=texts, icc_profile=b"x" * size)
+
+
+def test_what_else_is_in_a_png_is_no_damage():
+  pixels = decode.decode(big_png(2 * 2**20), "pillow")
+  np.testing.assert_array_equal(pixels, np.asarray(noise()))
+
+
+def test_limits_are_named_as_limits(monkeypatch):
+  data = big_png(1000)
+  monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_CHUNK", 999)
+  with pytest.raises(decode.LimitError, match="larger than .*-strip"):
+    decode.decode(data, "pillow")
+  monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+  with pytest.raises(decode.LimitError, match="at most 200 pixels.*-resize"):
+    decode.decode(encode(noise(), "JPEG"), "pillow")
 
 
 def test_other_formats_are_refused():

@@ -5,9 +5,11 @@ from concurrent import futures
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from drift_jax import console
 from drift_jax.data import encoded, folder
+from drift_jax.data.errors import DataError
 from tests.data.pictures import cut, picture, write
 
 
@@ -38,6 +40,15 @@ def seeds_of(source, indices):
   """Which picture each index gives."""
   known = {np.asarray(picture(s)).tobytes(): s for s in range(8)}
   return [known[source[i].tobytes()] for i in indices]
+
+
+def test_an_image_beyond_a_limit_is_named_and_never_replaced(root, monkeypatch):
+  monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+  source = open_folder(root, max_corrupt=9)
+  with pytest.raises(DataError, match=r"a/1.png: too large, not damaged"):
+    source[1]
+  assert not source.corrupt
+  assert len(encoded.scan(source, 1)) == 8
 
 
 def test_replacement_is_the_next_readable_of_the_class(root, caplog):

@@ -2,8 +2,10 @@
 
 import collections
 import contextlib
+import logging
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -178,20 +180,51 @@ def test_queue_state_is_a_copy():
   assert not np.array_equal(after, before["bank"]["samples"])
 
 
-def test_queue_without_prefill_names_the_class():
-  feed = make_queue(prefill=0)
-  feed.start()
-  with pytest.raises(ValueError, match=r"class \d has \d samples"):
-    next(feed)
+@pytest.mark.parametrize("prefill", [0, 12])
+def test_queue_repeats_what_a_class_has_too_few_of(caplog, prefill):
+  """As the release does: records come in random order, not by turns."""
+  reader = Numbers(60, labels=np.arange(60) % 5 // 2, classes=3)
+  feed = make_queue(reader, num_positives=5, prefill=prefill)
+  with caplog.at_level(logging.INFO, "drift_jax"):
+    feed.start()
+  counts = feed._bank.count.copy()
+  assert counts.min() < 5
+  short = f"{(counts < 5).sum()} of 3 classes .*positives=5.*{counts.min()}"
+  assert re.search(short, caplog.text)
+  pushed = make_loader(reader)
+  for _ in range(prefill // 6):
+    next(pushed)
+  for _ in range(4):
+    new = next(pushed)["label"]
+    counts = np.minimum(counts + np.bincount(new, minlength=3), 5)
+    batch = next(feed)
+    for label, row in zip(
+      batch["labels"], values(batch["positives"]), strict=True
+    ):
+      np.testing.assert_array_equal(reader.labels[row.astype(int)], label)
+      drawn, times = np.unique(row, return_counts=True)
+      assert len(drawn) == counts[label] and np.ptp(times) <= 1
 
 
-def test_queue_with_replacement_starts_at_once():
-  feed = make_queue(prefill=0, with_replacement=True)
+def test_queue_names_a_class_that_would_repeat_for_ever():
+  """Before the first step; a class without any image is never drawn."""
+  few = Numbers(labels=[0] * 8 + [1, 1] + [2] * 5, classes=4)
+  changes = {"num_positives": 3, "num_labels": 2}
+  with pytest.raises(
+    ValueError, match=r"1 \(class1\) has 2 im.*=3.*1 of the 4"
+  ):
+    make_queue(few, **changes)
+  feed = make_queue(few, **changes, with_replacement=True)
   feed.start()
-  batch = next(feed)
-  np.testing.assert_array_equal(
-    values(batch["positives"]) % 3, np.repeat(batch["labels"][:, None], 3, 1)
-  )
+  for _ in range(5):
+    batch = next(feed)
+    np.testing.assert_array_equal(
+      few.labels[values(batch["positives"]).astype(int)],
+      np.repeat(batch["labels"][:, None], 3, 1),
+    )
+  make_queue(few, **changes | {"num_positives": 2, "num_unconditional": 15})
+  with pytest.raises(ValueError, match="hold 15 images.*unconditional=16"):
+    make_queue(few, **changes | {"num_positives": 2, "num_unconditional": 16})
 
 
 def test_queue_labels_are_drawn_from_the_newest_push():
@@ -253,7 +286,7 @@ def test_queues_of_two_processes_draw_on_their_own():
   for process in range(2):
     reader = Numbers(1, classes=1)
     loader = make_loader(reader, process_index=process, process_count=2)
-    feed = make_queue(loader=loader, class_size=30)
+    feed = make_queue(loader=loader, class_size=30, with_replacement=True)
     feed.start()
     feed._bank.samples[0, :, 0, 0, 0] = np.arange(30)
     rows.append(values(next(feed)["positives"]))

@@ -141,6 +141,33 @@ def test_what_is_left_out_is_said(kind, root, tmp_path, caplog):
 
 
 @both
+@pytest.mark.parametrize("flat", [False, True])
+def test_folders_in_class_folders_are_named_and_counted(
+  kind, flat, root, tmp_path, caplog
+):
+  for name in ("train/cat/raw/a.png", "train/cat/raw/old/b.png"):
+    write(root / name, 0)
+  for folder_of in ("train/cat", "train/dog", "train", "."):
+    write(root / folder_of / "@eaDir/a.png/thumbnail.png", 0)
+  write(root / "__MACOSX/train/cat/a.png", 0)
+  place = (root / "train").rename(tmp_path / "flat") if flat else root
+  with caplog.at_level(logging.WARNING):
+    source = make(kind, place, tmp_path)
+  assert len(source) == 6 and source.class_names == ("cat", "dog", "emu")
+  (said,) = [record.getMessage() for record in caplog.records]
+  assert "1 folders" in said and "2 files" in said and "cat/raw" in said
+  assert "eaDir" not in said
+
+
+@both
+def test_a_split_that_may_be_a_class_is_refused(kind, tmp_path):
+  for name in ("doll/a.png", "train/a.png", "train/red/b.png"):
+    write(tmp_path / "toys" / name, 0)
+  with pytest.raises(ValueError, match=r"'train' holds images and .*\['doll"):
+    make(kind, tmp_path / "toys", tmp_path)
+
+
+@both
 def test_empty_class_and_no_images(kind, root, tmp_path):
   (root / "train/ant").mkdir()
   with pytest.raises(ValueError, match=r"no image .*\['ant'\] \(1 of 4"):
@@ -311,6 +338,51 @@ def test_damaged_tars(root, tmp_path):
     source[2]
   with pytest.raises(ValueError, match="not a whole tar"):
     folder.TarSource(path, split="train", **OPTIONS)
+
+
+def test_a_tar_is_read_to_its_last_byte_or_refused(root, tmp_path):
+  """As `cat a.tar b.tar` makes it; one whose later header is damaged."""
+  make("tar", root, tmp_path)
+  first = (tmp_path / "data.tar").read_bytes()
+  write(root / "train/emu/y.png", 8)
+  (root / "train/cat/2.png").unlink()
+  path = tmp_path / "data.tar"
+  make("tar", root, tmp_path)
+  second = path.read_bytes()
+  path.write_bytes(first + second)
+  both_of = folder.TarSource(path, split="train", **OPTIONS)
+  assert both_of.labels.tolist() == [0, 0, 1, 1, 1, 2, 2]
+  np.testing.assert_array_equal(both_of[6], np.asarray(picture(8)))
+  with tarfile.open(fileobj=io.BytesIO(first)) as archive:
+    members = archive.getmembers()
+  start = members[-1].offset
+  damaged = bytearray(first)
+  damaged[start + 150] ^= 0xFF  # its checksum
+  for content, said in (
+    (bytes(damaged), f"byte {start} is damaged"),
+    (first[:start], f"stops at byte {start} without"),
+    (first[: start + 100], f"byte {start} is damaged"),
+    (first + b"junk" * 200, f"byte {len(first)} is damaged"),
+  ):
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"data.tar is not .*{said}"):
+      folder.TarSource(path, split="train", **OPTIONS)
+
+
+def test_a_tar_within_a_tar_that_is_cut_short(tmp_path):
+  file = write(tmp_path / "x/a.png", 0)
+  buffer = io.BytesIO()
+  with tarfile.open(fileobj=buffer, mode="w") as inner:
+    inner.add(file, arcname="a.png")
+  path = tmp_path / "all.tar"
+  for size in (512 + 100, 512):
+    with tarfile.open(path, "w") as outer:
+      for name in ("n1.tar", "n2.tar"):
+        info = tarfile.TarInfo(name)
+        info.size = size if name == "n1.tar" else len(buffer.getvalue())
+        outer.addfile(info, io.BytesIO(buffer.getvalue()))
+    with pytest.raises(ValueError, match="all.tar is not a whole tar"):
+      folder.TarSource(path, split="train", **OPTIONS)
 
 
 def test_tar_keeps_one_descriptor_and_closes_it(root, tmp_path):

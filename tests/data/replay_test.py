@@ -169,6 +169,38 @@ def test_unreadable_chunks(replay):
   data.read_replay(folder, ["keypoint"])
 
 
+@pytest.mark.parametrize(
+  "chunk",
+  ["data/action/2.0", "data/state/0.0", "data/img/1.0.0.0"],
+)
+def test_a_missing_chunk_is_not_read_as_zeros(replay, chunk):
+  folder = replay()
+  (folder / chunk).unlink()
+  name, number = chunk.rsplit("/", 1)
+  with pytest.raises(data.DataError, match=f"chunk {number} of .*/{name} is"):
+    data.read_replay(folder, ["img", "state"])
+
+
+def test_a_missing_chunk_of_the_ends_or_of_later_episodes(replay):
+  folder = replay()
+  (folder / "data/action/3.0").unlink()  # steps 9 and 10
+  assert len(data.read_replay(folder, ["state"], max_episodes=2)) == 2
+  (folder / "meta/episode_ends/0").unlink()
+  with pytest.raises(data.DataError, match="chunk 0 of .*episode_ends is mis"):
+    data.read_replay(folder, ["state"])
+
+
+def test_zeros_that_were_written_are_data(tmp_path):
+  still = data.Demonstrations(
+    {"state": np.zeros((400, 3), np.float32)},
+    np.zeros((400, 2), np.float32),
+    np.array([400]),
+  )
+  data.write_replay(tmp_path / "still.zarr", still)
+  again = data.read_replay(tmp_path / "still.zarr", ["state"])
+  np.testing.assert_array_equal(again.actions, still.actions)
+
+
 def test_what_is_written_is_read(tmp_path):
   rng = np.random.default_rng(1)
   shown = data.Demonstrations(

@@ -1,13 +1,14 @@
 """robomimic's files, written here as robomimic does."""
 
 import json
+import logging
 import sys
 
 import h5py
 import numpy as np
 import pytest
 
-from drift_jax import data
+from drift_jax import console, data
 
 LENGTHS = {0: 4, 1: 3, 2: 5, 10: 2}
 
@@ -119,6 +120,45 @@ def test_damage_is_named(robomimic, change, message):
   with pytest.raises(data.DataError, match=message):
     data.read_robomimic(path, ["object"])
   data.read_robomimic(path, ["object"], max_episodes=2)
+
+
+@pytest.mark.parametrize("name", ["actions", "obs/object"])
+@pytest.mark.parametrize("chunks", [None, (2, 10)])
+def test_values_that_were_never_written_are_not_read(robomimic, name, chunks):
+  """HDF5 gives space to an array, or to its chunks, when they are written."""
+
+  def change(group):
+    demo = group["demo_2"]
+    shape = demo[name].shape
+    del demo[name]
+    demo.create_dataset(name, shape, "f8", chunks=chunks and (2, shape[1]))
+    if chunks:
+      demo[name][:2] = 1.0
+
+  with pytest.raises(
+    data.DataError, match=f"demo_2: '{name.removeprefix('obs/')}' .* never"
+  ):
+    data.read_robomimic(robomimic(change), ["object"])
+
+
+def test_values_in_another_file_are_not_read(robomimic):
+  def change(group):
+    layout = h5py.VirtualLayout((5, 10), "f8")
+    layout[:] = h5py.VirtualSource("gone.hdf5", "object", (5, 10))
+    del group["demo_2/obs/object"]
+    group["demo_2/obs"].create_virtual_dataset("object", layout)
+
+  with pytest.raises(data.DataError, match="demo_2: 'object' lies in other"):
+    data.read_robomimic(robomimic(change), ["object"])
+
+
+def test_a_lost_episode_is_said(robomimic, caplog, monkeypatch):
+  monkeypatch.setattr(console.logger, "propagate", True)
+  with caplog.at_level(logging.WARNING):
+    data.read_robomimic(robomimic(), ["object"])
+    assert not caplog.records
+    data.read_robomimic(robomimic(without("demo_1")), ["object"])
+  assert "11 steps, /data says total=14" in caplog.text
 
 
 def test_files_that_are_none(robomimic, tmp_path):

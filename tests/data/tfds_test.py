@@ -134,6 +134,14 @@ def test_parts_of_a_split(prepared):
   assert "train[2:5][1]" in part.path(1)
 
 
+def test_names_are_those_of_the_records_wherever_they_are(prepared, tmp_path):
+  shutil.copytree(prepared, tmp_path / "moved")
+  names = sources.names_sha256(make(prepared))
+  assert sources.names_sha256(make(tmp_path / "moved")) == names != ""
+  part = make(prepared, split="train[2:5]")
+  assert sources.names_sha256(part) != names
+
+
 def test_imagenet_order_by_class_names(prepared):
   plain = make(prepared)
   source = make(prepared, class_order="imagenet")

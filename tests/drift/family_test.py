@@ -1,6 +1,7 @@
 """The family of fields against float64 oracles, POT, and its own symmetries."""
 
 import functools
+import itertools
 import math
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import ot
 import pytest
 
+from drift_jax import config as config_lib
 from drift_jax import drift
 from drift_jax.drift import Variant, compute_field, drift_loss, family
 from tests.conftest import assert_close
@@ -94,11 +96,14 @@ def oracle(
     return y[None] - x[:, None]
 
   def lengths(y, is_self=False):
-    d = np.sqrt(np.maximum((differences(y) ** 2).sum(-1), 1e-8))
-    return d + 100 * unit * np.eye(len(d), d.shape[1]) * is_self
+    d = np.sqrt((differences(y) ** 2).sum(-1))
+    if is_self:
+      np.fill_diagonal(d, 1e4 * (d.max() + temperature * unit))
+    return d
 
   n, m = len(gen), len(unc)
-  weight = np.concatenate([np.ones(n), np.full(m, (alpha - 1) * (n - 1) / m)])
+  each = (alpha - 1) * (n - 1) / max(m, 1)
+  weight = np.concatenate([np.ones(n), np.full(m, each)])
   if field == "softmax":
     d = np.concatenate([lengths(gen, self_), lengths(unc), lengths(pos)], 1)
     a = oracle_affinities(d[None] / unit, temperature, "xy")[0]
@@ -262,6 +267,105 @@ def test_normalised_as_the_paper_does(field, options):
     assert_close(info["drift_ms"][temperature], (v**2).mean(), 1e-5)
     total += v / np.sqrt((v**2).mean())
   assert_close(-found * n * c * unit / 2, total, 5e-6)
+
+
+def raw_temperature(temperature, scale, options):
+  """The same temperature of points that are `scale` times as large."""
+  power = 2 if options.get("cost") == "quadratic" else 1
+  return temperature * scale**power
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@all_fields
+def test_self_pairs_are_left_out_in_any_unit(field, options, scale):
+  """Of compute_field and of the loss on raw distances."""
+  x, pos, _, _ = (array * scale for array in arrays())
+  temperature = raw_temperature(0.8, scale, options)
+  none = np.zeros((0, 3))
+  expected = oracle(
+    *(x, pos, x, none),
+    field=field,
+    options=options,
+    temperature=temperature,
+    unit=1.0,
+    alpha=1.0,
+    velocity=False,
+    self_=True,
+  )
+  v = compute_field(
+    x, pos, x, temperature, field=field, mask_self=True, **options
+  )
+  assert_close(v, expected, 3e-6)
+  # Normalised drifts are those of any unit, too.
+  normalize_drift = scale < 1
+  variant = Variant(
+    field=field,
+    options=options,
+    normalize_features=False,
+    normalize_drift=normalize_drift,
+  )
+
+  def loss_of(x):
+    loss, _ = drift_loss(
+      x[None],
+      pos[None],
+      None,
+      temperatures=(temperature,),
+      affinity_floor=0.0,
+      variant=variant,
+    )
+    return loss[0]
+
+  found = -jax.grad(loss_of)(x) * x.size / 2
+  rms = np.sqrt((expected**2).mean()) if normalize_drift else 1.0
+  assert_close(found, expected / rms, 4e-6)
+
+
+@pytest.mark.parametrize("scale", [None, 1e-3, 1e3])
+@pytest.mark.parametrize("field", ["softmax", "kl", "sinkhorn"])
+def test_self_pairs_are_left_out_at_any_temperature(field, scale):
+  """However far 'learned' or 'adaptive' stretches it; None: normalised."""
+  raw, scale = scale is not None, scale or 1.0
+  x, pos, *_ = (array * scale for array in arrays())
+
+  def check(temperature, neighbours, stretch):
+    variant = Variant(
+      field=field, normalize_features=not raw, neighbours=neighbours
+    )
+
+    def loss_of(x):
+      loss, info = drift_loss(
+        x[None],
+        pos[None],
+        None,
+        temperatures=(temperature,),
+        affinity_floor=0.0,
+        variant=variant,
+        temperature_scale=stretch,
+      )
+      return loss[0], info
+
+    gradient, info = jax.grad(loss_of, has_aux=True)(x)
+    if neighbours:
+      stretch = info["extra"]["temperature_scale"][temperature]
+      number = info["effective_positives"][temperature]
+      assert_close(number, neighbours, 1e-3)
+    unit = 1.0 if raw else float(info["scale"])
+    v = oracle(
+      *(x, pos, x, np.zeros((0, 3))),
+      field=field,
+      options={"iterations": 20},
+      temperature=temperature * float(stretch),
+      unit=unit,
+      alpha=1.0,
+      velocity=False,
+      self_=True,
+    )
+    found = -gradient * x.size / 2 * (1.0 if raw else unit / math.sqrt(3))
+    assert_close(found, v / np.sqrt((v**2).mean()), 2e-4)
+
+  check(2.0 * scale, 0.0, jnp.asarray(99.0))
+  check(1.0, 8.9, None)
 
 
 def test_sinkhorn_is_pots():
@@ -635,26 +739,39 @@ def test_independent_samples_are_asked_for():
 
 
 def test_nothing_is_nan_at_the_edges():
-  """Coincident points, tiny temperatures, weights of zero."""
+  """Coincident points, tiny temperatures, weights of zero; own or not."""
   x = jnp.zeros((1, 4, 3))
   far = jnp.full((1, 4, 3), 1e3)
-  loss_of = jax.jit(
-    functools.partial(
-      drift_loss,
+  spread = jnp.arange(12.0).reshape(1, 4, 3) ** 2
+  # Annealed as far as configs allow.
+  scales = (1.0, config_lib.LEAST_TEMPERATURE_SCALE)
+
+  def summed(gen, pos, scale, variant, independent):
+    loss, info = drift_loss(
+      gen,
+      pos,
+      far,
       weight_neg=jnp.zeros((1, 4)),
       weight_gen=jnp.zeros((1, 4)),
       temperatures=(1e-3,),
-    ),
-    static_argnames="variant",
-  )
-  for field, options in FIELDS:
+      variant=variant,
+      independent=independent,
+      temperature_scale=scale,
+    )
+    return loss.sum(), (loss, info)
+
+  loss_of = jax.jit(jax.grad(summed, has_aux=True), static_argnames="variant")
+  for (field, options), negatives in itertools.product(
+    FIELDS, ("independent", "own")
+  ):
     variant = Variant(
       field=field,
       options=options,
-      negatives="independent",
+      negatives=negatives,
       diagnostics=True,
     )
-    for pos in (x, far):
-      loss, info = loss_of(x, pos, far, variant=variant, independent=x)
-      for value in jax.tree.leaves((loss, info)):
-        assert np.isfinite(value).all(), (field, options)
+    others = x if negatives == "independent" else None
+    for gen, pos, scale in itertools.product((x, spread), (x, far), scales):
+      values = loss_of(gen, pos, jnp.asarray(scale), variant, others)
+      for value in jax.tree.leaves(values):
+        assert np.isfinite(value).all(), variant

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from configs import digits
-from drift_jax import artifacts, loop, train, train_mae
+from drift_jax import artifacts, experiment, loop, train, train_mae
+from drift_jax import config as config_lib
 from drift_jax.models import release
 from tests.small_generator import arguments, save_generator
 
@@ -40,6 +41,18 @@ def test_a_generator_begins_with_them(tmp_path):
     leaf.addressable_data(0).unsafe_buffer_pointer() for leaf in leaves
   }
   assert len(pointers) == len(leaves)
+
+
+def test_other_classes_are_said(tmp_path, caplog):
+  """Digits whose classes the weights know in another order."""
+  names = [str(digit) for digit in range(10)]
+  facts = {"class_names": names, "alpha_range": (1.0, 3.0)}
+  path = save_generator(tmp_path / "weights", num_classes=10, facts=facts)
+  config = config_lib.parse(generator(path))
+  for now, said in ((names, False), (names[::-1], True)):
+    load = experiment.start_params(config, now)
+    assert load is not None and load()
+    assert ("class 0 was '0', now '9'" in caplog.text) == said
 
 
 def test_an_encoder_begins_with_them(tmp_path):

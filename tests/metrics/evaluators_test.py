@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from drift_jax.metrics import (
+  EvaluationError,
   Evaluator,
   FeatureStats,
   FrechetEvaluator,
@@ -11,6 +12,7 @@ from drift_jax.metrics import (
   class_subset,
   frechet_distance,
 )
+from drift_jax.metrics.evaluators import merge_figures
 from tests.metrics.conftest import ImageSet, batch_of, feed, labels_of
 
 FEATURES = np.random.default_rng(0).normal(size=(64, 5)).astype(np.float32)
@@ -136,6 +138,8 @@ def test_baselines_are_joined_and_must_not_collide(digits):
   assert baselines([one, two]) == one.baseline() | two.baseline()
   with pytest.raises(ValueError, match="both report 'fd_test'"):
     baselines([one, build(digits)])
+  with pytest.raises(EvaluationError, match="evaluator 'a' finds kid = nan"):
+    merge_figures([("a", {"fid": 1.0, "kid": float("nan")})])
 
 
 def test_wrong_counts(digits):

@@ -1,6 +1,9 @@
+import json
+import math
+
 import pytest
 
-from drift_jax.metrics import files
+from drift_jax.metrics import EvaluationError, files
 
 
 def test_appears_only_when_complete(tmp_path):
@@ -25,3 +28,18 @@ def test_failure_leaves_the_old_file_and_no_other(tmp_path):
     raise RuntimeError
   assert path.read_text() == "old"
   assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_report_holds_finite_numbers_only(tmp_path, number):
+  path = tmp_path / "report.json"
+  report = {"step": 3, "results": {1.5: {"fid": 2.25, "kid": [0.0, 1e-30]}}}
+  files.write_report(path, report)
+  written = path.read_text()
+  assert json.loads(written)["results"] == {"1.5": report["results"][1.5]}
+  report["results"][1.5]["kid"][1] = number
+  with pytest.raises(
+    EvaluationError, match=f"report.json .*results/1.5/kid/1 is {number}:"
+  ):
+    files.write_report(path, report)
+  assert path.read_text() == written and list(tmp_path.iterdir()) == [path]

@@ -1,3 +1,5 @@
+import tracemalloc
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -251,3 +253,20 @@ def test_bad_counts_and_dimensions():
     frechet_distance(stats(15), stats(15, 60, 4))
   with pytest.raises(ValueError, match="6 .*against 4"):
     stats(15).merge(stats(15, 60, 4))
+
+
+@pytest.mark.parametrize("rows", [200, 100])
+def test_memory_is_some_matrices(rows):
+  """Of full rank (Cholesky) and of less (eigenvectors)."""
+  random = np.random.default_rng(0)
+  size = 150
+  a, b = (
+    FeatureStats.from_features(random.normal(size=(rows, size)))
+    for _ in range(2)
+  )
+  frechet_distance(a, b)  # imports SciPy
+  tracemalloc.start()
+  frechet_distance(a, b)
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < (4.2 if rows > size else 5.2) * 8 * size**2

@@ -39,6 +39,15 @@ def test_oracle_for_any_block(block):
   assert swapped == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("block", [30, 2**22])
+def test_a_set_against_itself_is_one_against_its_copy(block):
+  real = features(0, 61)
+  itself = kernel_distance(real, real, block_entries=block)
+  assert itself == kernel_distance(real, real.copy(), block_entries=block)
+  assert itself == pytest.approx(oracle(real, real.copy()), rel=1e-10)
+  assert itself < 0.0
+
+
 def test_unbiased_over_all_draws():
   # All pairs of subsets of a small population: the mean of estimates is the
   # distance of the populations with their own pairs counted as distinct.

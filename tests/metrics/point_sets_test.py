@@ -98,3 +98,12 @@ def test_errors_name_both_shapes():
     metrics.energy_distance(X, Y[:0])
   with pytest.raises(ValueError, match="sets of 300 and 290 points"):
     metrics.sliced_wasserstein(X, Y)
+
+
+def test_points_that_are_no_numbers_have_no_figure():
+  broken = X.copy()
+  broken[7, 1] = np.nan
+  for figure in (metrics.energy_distance, metrics.mean_distance):
+    for pair in ((broken, Y), (Y, broken)):
+      with pytest.raises(metrics.EvaluationError, match="1 of 300 .*number 7:"):
+        figure(*pair)

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import resource
 import subprocess
 import sys
@@ -136,6 +137,29 @@ def test_damaged_npz(path, save):
     open_images(path.parent / "none.npz")
 
 
+def test_two_npz_in_one_file(path):
+  np.savez(path, arr_0=pixels(COUNT, SIDE, SIDE, 3))
+  path.write_bytes(2 * path.read_bytes())
+  with pytest.raises(ValueError, match="images.npz begins with .* bytes"):
+    open_images(path)
+
+
+def test_holes_in_an_npz(path):
+  """A copy that left its middle out: black images, but for the checksum."""
+  np.savez(path, arr_0=pixels(40, 64, 64, 3))
+  size = path.stat().st_size
+  data = path.read_bytes()
+  with path.open("wb") as file:
+    file.write(data[: size // 4])
+    file.seek(size // 2)
+    file.write(data[size // 2 :])
+  with path.open("rb") as file:
+    if file.seek(0, os.SEEK_HOLE) == size:
+      pytest.skip("the file system keeps no holes")
+  with pytest.raises(ValueError, match="images.npz is damaged: Bad CRC"):
+    open_images(path)
+
+
 def test_damage_within_a_compressed_npz(path):
   np.savez_compressed(path, pixels(COUNT, SIDE, SIDE, 3))
   data = bytearray(path.read_bytes())
@@ -221,6 +245,39 @@ def test_links_are_followed(folder, tmp_path):
   np.testing.assert_array_equal(
     opened.pixels(np.arange(4)), open_images(folder).pixels(np.arange(4))
   )
+
+
+def test_no_folder_is_counted_twice(folder):
+  """Links to themselves, and thumbnails that a NAS keeps beside images."""
+  count = len(open_images(folder))
+  (folder / "again").symlink_to(folder)
+  write(folder / "@eaDir/a.png/thumbnail.png", 0, (SIDE, SIDE))
+  assert len(open_images(folder)) == count
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(folder, monkeypatch):
+  write(folder / "private" / "a.png", 0, (SIDE, SIDE))
+  scan = os.scandir
+
+  def refuse(path):
+    if os.fspath(path).endswith("private"):
+      raise PermissionError(13, "Permission denied", os.fspath(path))
+    return scan(path)
+
+  monkeypatch.setattr(os, "scandir", refuse)
+  with pytest.raises(PermissionError, match="private"):
+    open_images(folder)
+
+
+def test_samples_that_are_not_all_there(tmp_path):
+  samples = metrics.SampleFolder(tmp_path / "out", {"seed": 0}, [0, 1, 2])
+  samples.close()
+  for number in range(2):
+    write(tmp_path / f"out/00000{number}.png", number, (SIDE, SIDE))
+  with pytest.raises(ValueError, match="2 of the 3 images that samples.json"):
+    open_images(tmp_path / "out")
+  write(tmp_path / "out/000002.png", 2, (SIDE, SIDE))
+  assert len(open_images(tmp_path / "out")) == 3
 
 
 def test_folders_that_hold_something_else(folder, tmp_path):

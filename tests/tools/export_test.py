@@ -21,7 +21,7 @@ import drift_jax
 from drift_jax import artifacts, experiment, sampling, sharding, steps
 from drift_jax import config as config_lib
 from drift_jax.config import ConfigError
-from drift_jax.tools import export
+from drift_jax.tools import export, run_export
 from tests.autoencoders import save_vae
 from tests.conftest import GOLDEN, assert_close
 from tests.small_generator import NAMES, save_generator
@@ -115,8 +115,8 @@ def run(exported, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    (["--labels", "0", "99"], "Error: --labels 99: want 0 to 3"),
-    (["--labels", "-1"], "Error: --labels -1: want 0 to 3"),
+    (["--labels", "0", "99"], "Error: --labels 99: class indices are 0 to 3"),
+    (["--labels", "-1"], "Error: --labels -1: want 3, index:3"),
     (["--alpha", "3.5"], "Error: --alpha 3.5: want 1.0 to 3.0"),
     (["--alpha", "nan"], "Error: --alpha nan"),
     (["--seed", "-1"], "Error: --seed -1: want 0 to 4294967295"),
@@ -154,6 +154,28 @@ def test_noise_may_have_other_channels_than_samples(tmp_path):
   generate = manifest["functions"]["generate"]
   assert generate["arguments"]["noise"] == "float32[b, 8, 8, 2]"
   assert generate["result"] == "float32[b, 8, 8, 1]"
+
+
+@pytest.mark.parametrize(
+  ("text", "index"),
+  [
+    ("10", ["index 10", "index 9", "index:10", "name:10"]),
+    ("index:10", 10),
+    ("name:10", 9),
+    ("0", 0),
+    ("99", ["99"]),
+    ("name:99", ["99"]),
+    ("index:a", ["index:a"]),
+  ],
+)
+def test_classes_that_are_called_by_numbers(text, index):
+  names = [str(number) for number in range(1, 13)]
+  if isinstance(index, int):
+    assert run_export.class_index(text, names, 12) == index
+    return
+  with pytest.raises(SystemExit) as refused:
+    run_export.class_index(text, names, 12)
+  assert all(part in str(refused.value) for part in index)
 
 
 def test_example_imports_nothing_of_the_project(exported):

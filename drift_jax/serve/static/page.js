@@ -273,9 +273,12 @@ function showFigures(last, milliseconds, first) {
 }
 
 function commandFor({ labels, count, alpha, seed, style }) {
+  // A class may be called by the number of another.
+  const named = model.class_names.some((n, i) => /^\d+$/.test(n) && +n !== i);
+  const classes = labels.map((label) => (named ? `index:${label}` : label));
   const styles = style ? ` --style=${style.join(",")}` : "";
   return (
-    `python -m drift_jax.sample --from=… --labels=${labels.join(",")} ` +
+    `python -m drift_jax.sample --from=… --labels=${classes.join(",")} ` +
     `--count=${count} --alpha=${alpha} --seed=${seed}${styles}`
   );
 }

@@ -1,0 +1,76 @@
+"""Every figure that processes share, for one process and for several."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from drift_jax import metrics, sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Reals:
+  """Images in memory, as metrics.Reals; of one class."""
+
+  images: np.ndarray
+
+  @property
+  def labels(self):
+    return np.zeros(len(self.images), np.int32)
+
+  def fixed(self, indices):
+    return self.images[indices]
+
+
+def figures_of_few(pictures, real, mesh):
+  """All of them, of samples that are these pictures.
+
+  In batches of twice as many, of which the second of two processes gets none.
+  """
+  count = len(pictures)
+  labels = np.zeros(count, np.int32)
+
+  @jax.jit
+  def network(pixels):
+    features = pixels.reshape(len(pixels), -1).astype(jnp.float32) / 255.0
+    return features, 5.0 * features[:, :6]
+
+  reference = metrics.ReferenceStats.from_stats(
+    metrics.FeatureStats.from_features(real.reshape(len(real), -1)),
+    metrics.Provenance(
+      **dict(source="here", split="train", crop="none", network="none"),
+      **dict(resolution=2, network_sha256="0" * 64),
+    ),
+    real.reshape(len(real), -1),
+  )
+  judged = metrics.NetworkEvaluator(
+    "inception",
+    network,
+    ["fid", "inception_score", "precision_recall", "kid", "coverage_inception"],
+    reference,
+    count=count,
+    seed=0,
+  )
+  train, test = Reals(real[:20]), Reals(real[20:])
+  evaluators = [
+    judged,
+    metrics.FrechetEvaluator(
+      "fd_pixel",
+      jax.jit(lambda x: x.reshape(len(x), -1)),
+      *(train, test),
+      labels=labels,
+      batch_size=2 * count,
+      seed=0,
+    ),
+    metrics.CoverageEvaluator(train, test, k=3, labels=labels, seed=0),
+    metrics.DuplicatesEvaluator(train, test, grid=np.linspace(-1, 1, 256)),
+  ]
+  results = metrics.evaluate(
+    evaluators,
+    lambda labels, alpha, index: sharding.put_batch(pictures[index], mesh),
+    labels,
+    [1.0],
+    2 * count,
+  )
+  return results[1.0]
