@@ -16,6 +16,7 @@ for an artifact of the release.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -33,7 +34,7 @@ import safetensors.numpy
 from etils import epath
 from flax import traverse_util
 
-from drift_jax import hub, paths, storage
+from drift_jax import hub, models, paths, storage
 from drift_jax.models import release
 
 SUBDIRECTORY = "params_ema"
@@ -176,12 +177,14 @@ def load(
   Args:
     directory: holds an artifact's files, or is an export, whose generator is
       read; or hf://NAME, hf://OWNER/NAME[@REVISION][/FOLDER].
-    dtype: 'float32' or 'bfloat16': computation and storage in it; None keeps
-      the parameters as they are stored and the model's own precision.
+    dtype: of computation, 'float32' or 'bfloat16'; parameters have the dtype
+      in which the model then uses them. None keeps them as they are stored,
+      and the model's own precision.
 
   Raises:
     ArtifactError: files missing, truncated, of an unknown kind, or parameters
-      that do not fit the model (the first differences are listed).
+      that do not fit the model (the first differences are listed) or are not
+      finite.
     StorageError: a bucket that can't be read.
   """
   folder, layout = _find(os.fspath(directory))
@@ -218,7 +221,7 @@ def load(
   except ValueError as error:
     raise ArtifactError(f"{folder}: {error}") from error
   if dtype is not None:
-    params = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)
+    params = models.rounded(module, params)
   return Artifact(kind, module, params, metadata, digest)
 
 
@@ -255,7 +258,8 @@ def _fitted(
   """The module and its parameters, of a tree under either kind of names.
 
   Raises:
-    ValueError: parameters that don't fit, or are no floating-point arrays.
+    ValueError: parameters that don't fit, or are no floating-point arrays of
+      finite numbers.
   """
   if not isinstance(tree, Mapping):
     raise ValueError(f"it holds {type(tree).__name__}, want arrays by name")
@@ -267,6 +271,8 @@ def _fitted(
         f"{name} is {type(leaf).__name__} of {dtype}, want floating-point"
         " arrays only"
       )
+    if not np.isfinite(np.asarray(leaf)).all():
+      raise ValueError(f"{name} holds numbers that are not finite")
   if published:
     return release.from_release(kind, model_config, tree)
   module, _ = release.describe(kind, model_config)
@@ -389,9 +395,9 @@ def abstract(
     module, shapes = release.describe(kind, _in_dtype(model_config, dtype))
   except ValueError as error:
     raise ArtifactError(str(error)) from error
-  params = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype or x.dtype)), shapes
-  )
+  params = shapes
+  if dtype is not None:
+    params = jax.eval_shape(functools.partial(models.rounded, module), shapes)
   return Artifact(kind, module, params, {"model_config": model_config}, "")
 
 

@@ -15,7 +15,15 @@ from typing import Any
 from absl import app, flags
 
 from drift_jax import config as config_lib
-from drift_jax import console, exits, experiment, metrics, paths, processes
+from drift_jax import (
+  console,
+  exits,
+  experiment,
+  metrics,
+  numerics,
+  paths,
+  processes,
+)
 from drift_jax.console import logger
 
 _WORKDIR = paths.define_flag("workdir", None, "Folder of a run.")
@@ -163,6 +171,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   console.setup()
+  numerics.pin()
   exits.run(_program, experiment.ERRORS, again=exits.ANEW)
 
 
@@ -200,7 +209,13 @@ def _request() -> experiment.Request:
           f"--{flag.name}={flag.value} with {given[0]}: it goes with "
           f"{' or '.join(allowed)}"
         )
+  if _SAMPLES_OUT.value is not None:
+    with experiment.naming("--samples_out"):
+      metrics.check_suffix(_SAMPLES_OUT.value, (".npz",))
   folder = "" if _WORKDIR.value is None else f"{_WORKDIR.value}/"
+  out = _OUT.value or f"{folder}evaluation.json"
+  with experiment.naming("--out"):
+    metrics.check_suffix(out, (".json",))
   return experiment.Request(
     alphas=parse_floats("alphas", _ALPHAS.value),
     metrics=_METRICS.value,
@@ -216,7 +231,7 @@ def _request() -> experiment.Request:
     neighbour_space=_SPACE.value,
     neighbour_samples=_NEIGHBOUR_SAMPLES.value,
     samples_out=_SAMPLES_OUT.value,
-    out=_OUT.value or f"{folder}evaluation.json",
+    out=out,
   )
 
 

@@ -39,9 +39,10 @@ def main(argv: list[str]) -> None:
     sys.exit(f"Error: {error}")
   # Everything heavy is imported here, so that --help and a config that can't
   # be run cost nothing.
-  from drift_jax import console, exits, experiment
+  from drift_jax import console, exits, experiment, numerics
 
   console.setup()
+  numerics.pin()
   if config.task == "mae":
     from drift_jax import train_mae as trainer
   elif config.task == "toy":

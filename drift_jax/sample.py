@@ -6,9 +6,9 @@
   python -m drift_jax.sample --from=export --count=50 --out=samples/
   python -m drift_jax.sample --from=export --interpolate=24 --out=walk.gif
 
---out says what is written: a grid (.png), all images in ADM's format (.npz), a
-walk from one noise to another (.gif), or a folder of single images, which an
-interrupted command continues.
+--out says what is written: a grid (.png, .jpg, .webp), all images in ADM's
+format (.npz), a walk from one noise to another (.gif), or a folder of single
+images, which an interrupted command continues.
 """
 
 import os
@@ -26,6 +26,7 @@ from drift_jax import (
   exits,
   experiment,
   metrics,
+  numerics,
   paths,
   processes,
   sampling,
@@ -90,11 +91,13 @@ _INTERPOLATE = flags.DEFINE_integer(
   lower_bound=2,
 )
 _OUT = paths.define_flag(
-  "out", "grid.png", "FILE.png, FILE.npz, FILE.gif, or a folder for .png files."
+  "out",
+  "grid.png",
+  "FILE.png (or .jpg, .webp), FILE.npz, FILE.gif, or a folder for .png files.",
 )
 config_lib.define_process_flags(join_timeout=processes.JOIN_SECONDS)
 
-_FILES = (".png", ".npz", ".gif")
+_FILES = (*metrics.PICTURES, ".npz", ".gif")
 _FRAME_MS = 80
 
 
@@ -115,9 +118,8 @@ def check_out(out: str, interpolate: int | None) -> str:
     ConfigError: a suffix that nothing here writes, or of something else than is
       asked for.
   """
-  suffix = os.path.splitext(out)[1].lower()
-  if os.path.isdir(out) or out.endswith("/"):
-    suffix = ""
+  is_folder = os.path.isdir(out) or out.endswith("/")
+  suffix = "" if is_folder else os.path.splitext(out)[1].lower()
   if suffix not in ("", *_FILES):
     raise config_lib.ConfigError(
       f"--out={out}: {suffix!r} is none of {list(_FILES)}; a folder ends in /"
@@ -135,6 +137,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   console.setup()
+  numerics.pin()
   exits.run(_run, experiment.ERRORS, again=exits.ANEW)
 
 
@@ -163,10 +166,11 @@ def _run() -> None:
     write_gif(
       model.interpolate(**rows, **asked, frames=_INTERPOLATE.value), out
     )
-  elif suffix == ".png":
+  elif suffix in metrics.PICTURES:
     samples = model.sample(**rows, **asked, batch_size=_BATCH.value)
     if processes.is_first():
-      samples.save(out)
+      with experiment.naming("out"):
+        samples.save(out)
   else:
     write = write_npz if suffix == ".npz" else write_folder
     with experiment.naming("out"):
@@ -224,8 +228,10 @@ def write_folder(
   Raises:
     ValueError: a folder of other images.
   """
-  facts = {**asked, **model.generator.provenance}
-  folder = metrics.SampleFolder(out, facts, labels.tolist())
+  facts = {**asked, **experiment.identity(model.generator)}
+  folder = metrics.SampleFolder(
+    out, facts, labels.tolist(), about=model.generator.provenance
+  )
   numbers = folder.missing()
   if len(numbers) < len(labels):
     logger.info(

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from drift_jax import experiment, metrics, paths, sharding
+from drift_jax import experiment, metrics, numerics, paths, sharding
 from drift_jax.config import ConfigError
 
 BATCH_SIZE = 256
@@ -43,6 +43,10 @@ class Samples:
   labels: np.ndarray
   columns: int
 
+  def __post_init__(self) -> None:
+    """Raises EvaluationError if an image is not finite."""
+    metrics.require_finite(self.images, self.labels)
+
   def __len__(self) -> int:
     return len(self.images)
 
@@ -55,8 +59,12 @@ class Samples:
     return experiment.grid_image(self.images, self.columns)
 
   def save(self, path: metrics.PathLike) -> None:
-    """Writes the grid as a PNG."""
-    metrics.save_png(self.grid(), path)
+    """Writes the grid to a .png, .jpg or .webp file.
+
+    Raises:
+      ValueError: another suffix.
+    """
+    metrics.save_image(self.grid(), path)
 
   def show(self) -> None:
     """Shows the grid: in a notebook below the cell, else in a window."""
@@ -89,6 +97,7 @@ def source_of(source: str | None, workdir: str | None) -> str:
   return found
 
 
+@numerics.pinned()
 def load(
   source: metrics.PathLike,
   *,
@@ -301,6 +310,7 @@ class Sampler:
       f"or class name{hint}"
     )
 
+  @numerics.pinned()
   def sample(
     self,
     labels: Labels | None = None,
@@ -336,6 +346,7 @@ class Sampler:
     ]
     return Samples(np.concatenate(images), wanted, count)
 
+  @numerics.pinned()
   def batches(
     self,
     labels: np.ndarray,
@@ -372,15 +383,19 @@ class Sampler:
     )
     wanted = len(labels) if numbers is None else len(numbers)
     size = self.padded(min(batch_size, wanted))
-    return metrics.generate(
+    batches = metrics.generate(
       sample_fn,
       labels,
       alpha,
       batch_size=size,
-      to_pixels=experiment.make_pixels(self._decode),
+      to_pixels=numerics.pinned()(experiment.make_pixels(self._decode)),
       numbers=numbers,
     )
+    # Not around the loop: between two batches the caller has its own settings.
+    following = numerics.pinned()(lambda: next(batches, None))
+    return iter(following, None)
 
+  @numerics.pinned()
   def interpolate(
     self,
     labels: Labels | None = None,

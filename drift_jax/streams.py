@@ -22,5 +22,6 @@ def stream(seed: int | jax.Array, use: str) -> jax.Array:
   if use not in USES:
     raise ValueError(f"random stream {use!r}: valid options are {USES}")
   return jax.random.fold_in(
-    jax.random.key(seed), np.uint32(zlib.crc32(use.encode()))
+    jax.random.key(seed, impl="threefry2x32"),
+    np.uint32(zlib.crc32(use.encode())),
   )

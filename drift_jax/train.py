@@ -126,7 +126,31 @@ class Evaluation:
     writer: metrics.MetricWriter,
     path: epath.Path,
   ) -> dict[str, float]:
-    """Scalars under eval/; writes the sample grid and the plots."""
+    """Scalars under eval/; writes the sample grid and the plots.
+
+    Raises:
+      EvaluationError: samples that are not finite, naming the step.
+    """
+    try:
+      results, grid = self._judge(state, check)
+    except metrics.EvaluationError as error:
+      raise metrics.EvaluationError(
+        f"evaluation of step {step}: {error}"
+      ) from error
+    if processes.is_first():
+      metrics.save_image(grid, path / "samples" / f"step_{step:07d}.png")
+    writer.write_images(step, {"samples": grid})
+    for alpha, figures in results.items():
+      logger.info(
+        "eval step %d, alpha %g: %s", step, alpha, self._describe(figures)
+      )
+    self.plot(path)
+    return metrics.evaluation_scalars(results, self._baselines)
+
+  def _judge(
+    self, state: TrainState, check: Callable[[], None]
+  ) -> tuple[dict[float, dict[str, float]], np.ndarray]:
+    """(figures for each alpha, grid of samples)."""
     config = self._config.eval
     sample_fn = self._sampler(state.ema[str(config.ema_decay)])
     results = {}
@@ -150,15 +174,7 @@ class Evaluation:
       alpha=config.alphas[0],
       batch_size=self._batch_size,
     )
-    if processes.is_first():
-      metrics.save_png(grid, path / "samples" / f"step_{step:07d}.png")
-    writer.write_images(step, {"samples": grid})
-    for alpha, figures in results.items():
-      logger.info(
-        "eval step %d, alpha %g: %s", step, alpha, self._describe(figures)
-      )
-    self.plot(path)
-    return metrics.evaluation_scalars(results, self._baselines)
+    return results, grid
 
   def _describe(self, figures: dict[str, float]) -> str:
     return ", ".join(

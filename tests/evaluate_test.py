@@ -16,15 +16,12 @@ from PIL import Image
 from configs import digits
 from drift_jax import (
   artifacts,
-  checkpoint,
   experiment,
   metrics,
   models,
   sharding,
-  state,
   steps,
 )
-from drift_jax import config as config_lib
 from drift_jax.models import release
 from tests.autoencoders import save_vae
 from tests.conftest import assert_close, process_environment
@@ -35,6 +32,7 @@ from tests.judges import (
   save_statistics,
   save_vit,
 )
+from tests.small_generator import save_run
 
 ROOT = pathlib.Path(__file__).parent.parent
 GEN = ROOT / "tests" / "golden" / "artifact_gen"
@@ -135,24 +133,7 @@ def judge_flags(judges, name="other"):
 def workdir(tmp_path_factory):
   """A run whose generator draws something else for each label and noise."""
   path = tmp_path_factory.mktemp("run")
-  config = digits.get_config("smoke")
-  config.model.update(depth=1, hidden_size=16, cond_dim=16, num_heads=2)
-  config = config_lib.parse(config)
-  (path / "config.json").write_text(config_lib.to_json(config))
-  task = experiment.generator_task(config, {}, sharding.make_mesh())
-  abstract, _ = state.abstract_and_init(
-    experiment.init_generator(task),
-    experiment.make_optimizer(config.optim, config.train.num_steps)[0],
-    ema_decays=config.ema.decays,
-    seed=config.seed,
-    mesh=sharding.make_mesh(),
-  )
-  arrays = jax.tree.map(
-    lambda x, s: jax.device_put(x, s.sharding), randomised(abstract), abstract
-  )
-  saver = checkpoint.Checkpointer(path / "checkpoints")
-  saver.save(1, arrays, {"position": np.asarray(0)})
-  saver.close()
+  save_run(path)
   return path
 
 
@@ -414,6 +395,9 @@ def test_mistakes(tmp_path, workdir, judges):
     "unknown key encoders.mae='a'": (run, "--encoder=mae=a"),
     "data.data_dir: d of the run in": (
       *(run, few, "--data_dir=d", "--data_source=folder:e"),
+    ),
+    "a.png: the suffix '.png' says in which format": (
+      *(gen, few, "--samples_out=a.png"),
     ),
     "metrics='fd_pixel' needs a run (--workdir): valid options are": (
       *(gen, few, "--metrics=fd_pixel"),

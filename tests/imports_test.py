@@ -23,6 +23,7 @@ RANKS = {
   "exits": 1,
   "lease": 1,
   "models": 1,
+  "numerics": 1,
   "optim": 1,
   "checksums": 1,
   "retention": 0,

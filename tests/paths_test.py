@@ -103,7 +103,7 @@ def test_in_python(home, tmp_path):
   assert (home / "pictures/grid.png").is_file()
   (home / "images").mkdir()
   for name in "ab":
-    metrics.save_png(samples.grid(), f"~/images/{name}.png")
+    metrics.save_image(samples.grid(), f"~/images/{name}.png")
   assert len(metrics.open_images("~/images")) == 2
   (home / "labels.txt").write_text("1\n2\n")
   labels = metrics.read_labels("~/labels.txt", num_classes=4, count=2)

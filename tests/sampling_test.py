@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -254,9 +255,22 @@ def test_a_path_object_and_one_class(folder, model):
 def test_pictures(model, tmp_path):
   samples = model.sample([0, 1], count=3)
   assert len(samples) == 6
-  samples.save(tmp_path / "grid.png")
-  with Image.open(tmp_path / "grid.png") as image:
-    np.testing.assert_array_equal(np.asarray(image), samples.grid())
+  for name, written in (
+    ("grid.png", "PNG"),
+    ("grid.jpg", "JPEG"),
+    ("grid.JPEG", "JPEG"),
+    ("grid.webp", "WEBP"),
+  ):
+    samples.save(tmp_path / name)
+    with Image.open(tmp_path / name) as image:
+      assert (image.format, image.mode) == (written, "RGB")
+      difference = np.asarray(image).astype(int) - samples.grid()
+    # JPEG rounds; the others keep every pixel.
+    assert np.abs(difference).mean() <= (2 if written == "JPEG" else 0)
+  for name in ("grid.tif", "grid"):
+    with pytest.raises(ValueError, match="valid options are .*'.png'"):
+      samples.save(tmp_path / name)
+    assert not (tmp_path / name).exists()
   with Image.open(io.BytesIO(samples._repr_png_())) as image:
     np.testing.assert_array_equal(np.asarray(image), samples.grid())
   np.testing.assert_array_equal(
@@ -346,8 +360,56 @@ def test_folder_goes_on_where_it_was_interrupted(folder, model, tmp_path):
   assert not [path for path in out.iterdir() if path.name.startswith(".")]
   message = run_command(out, **flags | {"seed": 8})
   assert "holds images of another request (seed: 7, now 8)" in message
+  other = save_generator(tmp_path / "other", seed=1)
+  message = run_command(out, **flags | {"from": other})
+  assert "holds images of another request (weights: " in message
+  # The same weights are the same wherever they lie.
+  shutil.copytree(folder, tmp_path / "moved")
+  assert run_command(out, **flags | {"from": str(tmp_path / "moved")}) == ""
   (out / "samples.json").unlink()
   assert "no samples.json that says" in run_command(out, **flags)
+
+
+def test_folder_is_of_one_autoencoder(tmp_path, monkeypatch):
+  monkeypatch.setattr(sampling.Sampler, "batches", lambda *_, **__: iter(()))
+  flags = {"from": str(GOLDEN / "artifact_gen")}
+  vaes = [
+    str(save_vae(tmp_path / f"vae{seed}", seed, latent_channels=4))
+    for seed in (0, 1)
+  ]
+  out = tmp_path / "samples"
+  assert run_command(f"{out}/", vae=vaes[0], **flags) == ""
+  message = run_command(out, vae=vaes[1], **flags)
+  assert "holds images of another request (vae: " in message
+
+
+def test_no_black_pictures(folder, tmp_path):
+  """Of weights that are not finite, nor of samples that overflow."""
+  artifact = artifacts.load(folder)
+  last = {part: artifact.params["final"][part] for part in ("norm", "linear")}
+
+  def saved(name, factor):
+    changed = jax.tree.map(lambda x: x * np.float32(factor), last)
+    artifacts.save(
+      tmp_path / name,
+      kind="gen",
+      model_config=artifact.metadata["model_config"],
+      params=artifact.params | {"final": artifact.params["final"] | changed},
+      step=3,
+      ema_decay=0.9,
+    )
+    return str(tmp_path / name)
+
+  with pytest.raises(artifacts.ArtifactError, match="FinalLayer.* not finite"):
+    drift_jax.load(saved("nan", np.nan))
+  flags = {"from": saved("large", 1e30)}
+  images = np.full((1, 8, 8, 1), np.inf, np.float32)
+  with pytest.raises(metrics.EvaluationError, match="image 0 .label 1. is not"):
+    sampling.Samples(images, np.ones(1, np.int32), 1)
+  for out in ("a.png", "a/"):
+    message = run_command(tmp_path / out, **flags)
+    assert "sample 0 (label 0, alpha 1.0) is not finite" in message
+    assert not [*tmp_path.glob("a.*"), *tmp_path.glob("a/*.png")]
 
 
 def test_files(folder, model, tmp_path):
@@ -368,7 +430,7 @@ def test_files(folder, model, tmp_path):
 @pytest.mark.parametrize(
   ("out", "flags", "message"),
   [
-    ("a.jpg", {}, "'.jpg' is none of"),
+    ("a.tif", {}, "'.tif' is none of"),
     ("a.gif", {}, "a .gif is a walk"),
     ("a.png", {"interpolate": 3}, "only a .gif is"),
     ("a.png", {"style": ["x"]}, "--style: invalid literal"),

@@ -198,7 +198,7 @@ def test_images_are_those_of_sample(tmp_path, model, served, style):
   ]
   assert np.std(expected) > 20
   for line, pixels in zip(images, expected, strict=True):
-    metrics.save_png(pixels, tmp_path / "image.png")
+    metrics.save_image(pixels, tmp_path / "image.png")
     written = (tmp_path / "image.png").read_bytes()
     assert base64.b64decode(line["png"]) == written
   assert last["images"] == 24 and last["device_ms"] > 0

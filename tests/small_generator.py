@@ -1,12 +1,21 @@
 """A small generator of pixels with random weights, for tests of samples."""
 
 import os
+import pathlib
 
 import jax
 import numpy as np
 
 from configs import digits
-from drift_jax import artifacts, models
+from drift_jax import (
+  artifacts,
+  checkpoint,
+  experiment,
+  models,
+  sharding,
+  state,
+)
+from drift_jax import config as config_lib
 from drift_jax.models import release
 
 NAMES = ("tench, Tinca tinca", "goldfish", "white shark, shark", "hammer shark")
@@ -53,3 +62,35 @@ def save_generator(
     else facts,
   )
   return str(folder)
+
+
+def save_run(path: pathlib.Path, change=lambda state: state) -> str:
+  """Writes a run of one checkpoint, step 1; returns its workdir.
+
+  Its generator draws something else for each label and noise. `change` is
+  applied to the state's arrays.
+  """
+  config = digits.get_config("smoke")
+  config.model.update(depth=1, hidden_size=16, cond_dim=16, num_heads=2)
+  typed = config_lib.parse(config)
+  task = experiment.generator_task(typed, {}, sharding.make_mesh())
+  abstract, _ = state.abstract_and_init(
+    experiment.init_generator(task),
+    experiment.make_optimizer(typed.optim, typed.train.num_steps)[0],
+    ema_decays=typed.ema.decays,
+    seed=typed.seed,
+    mesh=sharding.make_mesh(),
+  )
+  rng = np.random.default_rng(0)
+  # No parameters are zero, as initial ones would be.
+  arrays = jax.tree.map(
+    lambda x: (0.2 * rng.normal(size=x.shape)).astype(x.dtype), abstract
+  )
+  arrays = jax.tree.map(
+    lambda x, s: jax.device_put(x, s.sharding), change(arrays), abstract
+  )
+  saver = checkpoint.Checkpointer(path / "checkpoints")
+  saver.save(1, arrays, {"position": np.asarray(0)})
+  saver.close()
+  (path / "config.json").write_text(config_lib.to_json(typed))
+  return str(path)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from drift_jax.drift.field import check_axes
+from drift_jax.drift.field import check_axes, wide_dtype
 
 # Inside the square root of every standard deviation and root mean square:
 # keeps its gradient finite where a patch is constant.
@@ -137,10 +137,10 @@ def _moments_backward(
   Autodiff would make a float32 map for each part of a patch, and add them up.
   """
   feature_map, means = residuals
-  x = feature_map.astype(jnp.float32)
+  x = feature_map.astype(wide_dtype(feature_map))
   # A patch's mean where every digit counts: next to it x - center is exact. To
   # narrower maps the whole one's mean is as good, and need not be upsampled.
-  exact = feature_map.dtype == jnp.float32
+  exact = feature_map.dtype == x.dtype
   centers = {size: means[size if exact else _WHOLE] for size in means}
 
   def terms(size: int, count: int) -> tuple[jax.Array, jax.Array]:
@@ -189,7 +189,7 @@ def _coarser(
   def parts(x: Float[Array, "B H W C"]) -> list[Float[Array, "B h w C"]]:
     # Cut first: a whole map in float32 would be written down.
     return [
-      x[:, i::factor, j::factor].astype(jnp.float32)
+      x[:, i::factor, j::factor].astype(wide_dtype(x))
       for i in range(factor)
       for j in range(factor)
     ]
@@ -207,7 +207,7 @@ def _over_all(
   mean: Float[Array, "B H W C"], variance: Float[Array, "B H W C"] | None
 ) -> _Moments:
   """Of the whole map."""
-  mean = mean.astype(jnp.float32)
+  mean = mean.astype(wide_dtype(mean))
   together = jnp.mean(mean, axis=(1, 2), keepdims=True)
   total = jnp.mean(jnp.square(mean - together), axis=(1, 2), keepdims=True)
   if variance is not None:
@@ -224,5 +224,5 @@ def root_mean_square(
     ValueError: other axes than these.
   """
   check_axes("of a single map [H, W, C], give x[None]", x=("B H W C", x))
-  mean_square = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=(1, 2))
+  mean_square = jnp.mean(jnp.square(x.astype(wide_dtype(x))), axis=(1, 2))
   return jnp.sqrt(mean_square + VARIANCE_EPSILON)[:, None, :]

@@ -55,10 +55,17 @@ def check_axes(remedy: str, **arrays: tuple[str, Any]) -> None:
         )
 
 
+def wide_dtype(*arrays: Array) -> jnp.dtype:
+  """The dtype of arithmetic with arrays: float32, or float64 if one has it."""
+  is_double = any(array.dtype == jnp.float64 for array in arrays)
+  wide = jnp.float64 if is_double else jnp.float32
+  return jax.dtypes.canonicalize_dtype(wide)  # without x64 there is no float64
+
+
 def squared_distances(
   x: Float[Array, "*B N C"], y: Float[Array, "*B T C"]
 ) -> Float[Array, "*B N T"]:
-  """||x_i - y_j||^2 in float32, never through an array of [B, N, T, C].
+  """||x_i - y_j||^2, never through an array of [B, N, T, C].
 
   Up to 64 channels by subtraction, which jit fuses into the reduction, and
   which is exact for coincident pairs. Beyond, by the gram expansion about the
@@ -217,7 +224,7 @@ def coefficients(
   mask_self: bool,
   normalization: Normalization = "xy",
 ) -> tuple[Float[Array, "N P"], Float[Array, "N M"], Float[Array, "N P+M"]]:
-  """Coefficients (W_pos, W_neg) and affinities A of Alg. 2, float32.
+  """Coefficients (W_pos, W_neg) and affinities A of Alg. 2, float32 or 64.
 
   A has the positives first. Arguments and errors are those of `compute_v`.
   """
@@ -229,7 +236,8 @@ def coefficients(
       "mask_self=True masks the pair (x_i, y_neg_i), so x and y_neg need as "
       f"many rows; got {n} and {m}"
     )
-  x, y_pos, y_neg = (a.astype(jnp.float32) for a in (x, y_pos, y_neg))
+  dtype = wide_dtype(x, y_pos, y_neg)
+  x, y_pos, y_neg = (a.astype(dtype) for a in (x, y_pos, y_neg))
   squared = squared_distances(x, jnp.concatenate([y_pos, y_neg]))
   if mask_self:
     self_pair = jnp.eye(n, p + m, k=p, dtype=bool)
@@ -269,13 +277,15 @@ def compute_v(
     repulsion: b.
 
   Returns:
-    V in the units of the coordinates, float32, without any normalisation.
+    V in the units of the coordinates, float32 (float64 of points that are),
+    without any normalisation.
 
   Raises:
     ValueError: temperature <= 0, unknown normalization, mask_self with
       N != M, or other axes than these.
   """
-  x, y_pos, y_neg = (a.astype(jnp.float32) for a in (x, y_pos, y_neg))
+  dtype = wide_dtype(x, y_pos, y_neg)
+  x, y_pos, y_neg = (a.astype(dtype) for a in (x, y_pos, y_neg))
   w_pos, w_neg, _ = coefficients(
     x,
     y_pos,

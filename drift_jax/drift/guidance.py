@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from drift_jax.drift.field import wide_dtype
+
 # Below this the density is log-uniform to float32's precision.
 _MIN_LOG_RANGE = 1e-12
 
@@ -30,7 +32,7 @@ def alpha_from_uniform(
     exponent: k, any finite real number; the larger, the closer to minimum.
 
   Returns:
-    alpha in [minimum, maximum], float32.
+    alpha in [minimum, maximum], float32 (float64 of draws that are).
 
   Raises:
     ValueError: minimum < 1, maximum < minimum, or a non-finite argument.
@@ -42,7 +44,7 @@ def alpha_from_uniform(
     )
   if not math.isfinite(exponent):
     raise ValueError(f"exponent={exponent} must be finite")
-  u = u.astype(jnp.float32)
+  u = u.astype(wide_dtype(u))
   power = 1.0 - exponent
   log_ratio = math.log(maximum / minimum)
   if abs(power) * log_ratio < _MIN_LOG_RANGE:

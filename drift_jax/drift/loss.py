@@ -19,6 +19,7 @@ from drift_jax.drift.field import (
   masked,
   mean_shift,
   squared_distances,
+  wide_dtype,
 )
 
 Negatives = Literal["own", "own_with_self", "independent"]
@@ -211,7 +212,8 @@ def drift_loss(
   temperatures to at most K^2.
 
   Args:
-    gen: generated features, any float dtype; the arithmetic is float32.
+    gen: generated features, any float dtype; the arithmetic is float32, or
+      float64 where some features are (jax_enable_x64).
     pos: features of the positives, P real samples.
     neg: features of unconditional real samples, or None for M = 0.
     weight_gen: weight of each generated sample as a negative; None means 1.
@@ -238,7 +240,7 @@ def drift_loss(
     temperature_scale: > 0, multiplies all temperatures.
 
   Returns:
-    loss: one value per row of B, float32.
+    loss: one value per row of B, in the dtype of the arithmetic.
     info: diagnostics of all of B, without gradient.
 
   Raises:
@@ -260,16 +262,17 @@ def drift_loss(
   if independent is not None:
     arrays["independent"] = ("B I C", independent)
   check_axes("of a single problem [N, C], give gen[None] and so on", **arrays)
-  gen = gen.astype(jnp.float32)
+  dtype = wide_dtype(gen, pos, neg)
+  gen = gen.astype(dtype)
   repelling = gen if independent is None else independent
   frozen = [
-    jax.lax.stop_gradient(a.astype(jnp.float32)) for a in (repelling, neg, pos)
+    jax.lax.stop_gradient(a.astype(dtype)) for a in (repelling, neg, pos)
   ]
   weight = jnp.concatenate(
     [
-      _weights("weight_gen", weight_gen, repelling),
-      _weights("weight_neg", weight_neg, neg),
-      _weights("weight_pos", weight_pos, pos),
+      _weights("weight_gen", weight_gen, repelling, dtype),
+      _weights("weight_neg", weight_neg, neg, dtype),
+      _weights("weight_pos", weight_pos, pos, dtype),
     ],
     axis=1,
   )
@@ -489,7 +492,8 @@ def _adapted(
       f"{distance.shape[-1]}"
     )
   low, high = (
-    jnp.full((distance.shape[0], 1, 1), math.log(end)) for end in _SCALES
+    jnp.full((distance.shape[0], 1, 1), math.log(end), distance.dtype)
+    for end in _SCALES
   )
 
   def halve(_: Any, ends: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -517,7 +521,7 @@ def _temperature_gradient(
     )
     return jnp.mean(jnp.min(misfit, axis=-1))
 
-  return jax.grad(objective)(jnp.zeros(()))
+  return jax.grad(objective)(jnp.zeros((), distance.dtype))
 
 
 def compute_field(
@@ -546,8 +550,8 @@ def compute_field(
     **options: of the field.
 
   Returns:
-    V = V+ - V-, float32, without gradient; nothing is normalised but what the
-    field itself does.
+    V = V+ - V-, float32 (float64 of points that are), without gradient;
+    nothing is normalised but what the field itself does.
 
   Raises:
     ValueError: other axes than these, an unknown field or option, a temperature
@@ -562,8 +566,9 @@ def compute_field(
       "mask_self=True masks the pair (x_i, y_neg_i), so x and y_neg need as "
       f"many rows; got {len(x)} and {len(y_neg)}"
     )
+  dtype = wide_dtype(x, y_pos, y_neg)
   x, targets = (
-    jax.lax.stop_gradient(a.astype(jnp.float32))[None]
+    jax.lax.stop_gradient(a.astype(dtype))[None]
     for a in (x, jnp.concatenate([y_neg, y_pos]))
   )
   at = len(y_neg)
@@ -577,11 +582,13 @@ def compute_field(
         "weight_neg",
         None if weight_neg is None else weight_neg[None],
         targets[:, :at],
+        dtype,
       ),
       _weights(
         "weight_pos",
         None if weight_pos is None else weight_pos[None],
         targets[:, at:],
+        dtype,
       ),
     ],
     axis=1,
@@ -592,7 +599,7 @@ def compute_field(
     targets - center,
     squared,
     weight,
-    jnp.ones(()),
+    jnp.ones((), dtype),
     num_generated=at,
     num_negatives=at,
     apart=False,
@@ -639,14 +646,17 @@ def check_temperatures(
 
 
 def _weights(
-  name: str, weight: Array | None, features: Float[Array, "B T C"]
+  name: str,
+  weight: Array | None,
+  features: Float[Array, "B T C"],
+  dtype: jnp.dtype,
 ) -> Float[Array, "B T"]:
-  """Weights in float32 without gradient, or ones."""
+  """Weights without gradient, or ones."""
   if weight is None:
-    return jnp.ones(features.shape[:2], jnp.float32)
+    return jnp.ones(features.shape[:2], dtype)
   if weight.shape != features.shape[:2]:
     raise ValueError(
       f"{name} has shape {weight.shape}; it must be {features.shape[:2]}, one "
       "weight per row of its features"
     )
-  return jax.lax.stop_gradient(weight.astype(jnp.float32))
+  return jax.lax.stop_gradient(weight.astype(dtype))

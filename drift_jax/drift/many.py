@@ -16,6 +16,7 @@ from drift_jax.drift.field import (
   Normalization,
   check_affinities,
   check_axes,
+  wide_dtype,
 )
 from drift_jax.drift.loss import (
   PAPER,
@@ -130,14 +131,20 @@ def drift_losses(
     key: (x, jax.lax.stop_gradient(real[key])) for key, x in generated.items()
   }
 
-  weight = jax.lax.stop_gradient(weight_unconditional.astype(jnp.float32))
+  weight = jax.lax.stop_gradient(
+    weight_unconditional.astype(wide_dtype(weight_unconditional))
+  )
   scalars = jax.lax.stop_gradient(scalars)
 
   def is_fused(key: str) -> bool:
-    width = generated[key].shape[3]
+    width, is_double = (
+      generated[key].shape[3],
+      generated[key].dtype == "float64",
+    )
     few = len(temperatures) <= _MAX_TEMPERATURES
     is_paper = variant == PAPER and temperature_scale is None
-    return kernel != "xla" and is_paper and few and width in _WIDTHS
+    fits = few and width in _WIDTHS and not is_double
+    return kernel != "xla" and is_paper and fits
 
   # Compiled once for each group: of equal shapes, or of equal width.
   groups: dict[Any, list[str]] = {}
@@ -273,9 +280,10 @@ def _fused(
   weight_y = jnp.where(
     jnp.arange(y.shape[1]) < field.num_positives,
     1.0,
-    jnp.repeat(weight, sum(locations))[:, None, None],
+    jnp.repeat(weight.astype(jnp.float32), sum(locations))[:, None, None],
   )
-  problems = fused.Problems(x, y, jnp.ones((len(x), 1, x.shape[1])), weight_y)
+  ones = jnp.ones((len(x), 1, x.shape[1]), jnp.float32)
+  problems = fused.Problems(x, y, ones, weight_y)
   shared: Any = None
   if scalars is not None:
     rows = scalars.drift_ms

@@ -19,6 +19,7 @@ from drift_jax.experiment.evaluation import (
 )
 from drift_jax.experiment.generators import (
   OpenedGenerator,
+  identity,
   open_generator,
   read_style,
 )
@@ -159,6 +160,7 @@ __all__ = [
   "generator_task",
   "grid_image",
   "drift_arguments",
+  "identity",
   "init_drift",
   "init_generator",
   "init_mae",

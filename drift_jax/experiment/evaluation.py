@@ -13,8 +13,11 @@ from jax.sharding import Mesh
 
 from drift_jax import (
   artifacts,
+  checkpoint,
   hub,
   metrics,
+  models,
+  numerics,
   processes,
   sharding,
   steps,
@@ -26,8 +29,8 @@ from drift_jax.experiment.data_facts import read_facts
 from drift_jax.experiment.networks import (
   attention_kernel_for,
   frozen_sums,
-  generator_task,
   init_generator,
+  kernels_there,
   load_vae,
   unroll_for,
 )
@@ -35,8 +38,11 @@ from drift_jax.experiment.runs import (
   CONFIG_FILE,
   check_frozen,
   make_checkpointer,
+  naming,
 )
 from drift_jax.metrics.images import Images
+
+_LISTED = 3
 
 
 def jit_sampler(task: steps.GeneratorTask, mesh: Mesh) -> Any:
@@ -205,6 +211,28 @@ class ExportedGenerator:
   artifact: artifacts.Artifact
 
 
+@jax.jit
+def _finite(params: Any) -> Any:
+  return jax.tree.map(lambda x: jnp.isfinite(x).all(), params)
+
+
+def not_finite(params: Any) -> list[str]:
+  """Names of the arrays that hold NaN or infinity."""
+  return [
+    sharding.path_name(path)
+    for path, fine in jax.tree.leaves_with_path(jax.device_get(_finite(params)))
+    if not fine
+  ]
+
+
+def sampled_on(module: Any, mesh: Mesh, kernels: str) -> Any:
+  """A generator as it is computed on the devices of a mesh."""
+  return module.clone(
+    attention_kernel=attention_kernel_for(kernels, mesh),
+    unroll=unroll_for(module.depth, mesh),
+  )
+
+
 def sampling_task(module: Any) -> steps.GeneratorTask:
   """The static part of a generator that is sampled and not trained."""
   return steps.GeneratorTask(
@@ -232,25 +260,24 @@ def load_exported(weights: str, vae: str, mesh: Mesh) -> ExportedGenerator:
   Raises:
     ArtifactError: weights that can't be loaded or are no generator's.
   """
+  numerics.require()
   artifact = artifacts.load(weights)
   if artifact.kind != "gen":
     raise artifacts.ArtifactError(
       f"{weights} holds a model of kind {artifact.kind!r}, want 'gen'"
     )
   module: Any = artifact.module
-  module = module.clone(
-    attention_kernel=attention_kernel_for("auto", mesh),
-    unroll=unroll_for(module.depth, mesh),
-  )
-  task = sampling_task(module)
+  task = sampling_task(sampled_on(module, mesh, "auto"))
   params = jax.device_put(
     artifact.params, sharding.infer_sharding(artifact.params, mesh)
   )
+  dtype = "float32"
   if not vae and not weights.startswith(hub.SCHEME):
     own = epath.Path(weights) / artifacts.EXPORTED_VAE
-    vae = str(own) if own.exists() else ""
+    # In the precision in which it decodes the export's images.
+    vae, dtype = (str(own), "") if own.exists() else ("", dtype)
   section = config_lib.Vae(
-    path=vae, dtype="float32", sharding="fsdp", remat=False, model={}
+    path=vae, dtype=dtype, sharding="fsdp", remat=False, model={}
   )
   return ExportedGenerator(
     task, params, module.num_classes, load_vae(section, mesh), artifact
@@ -299,9 +326,11 @@ def load_generator(
     ConfigError: no run there, not a generator's, an unknown decay, or an
       autoencoder that is not there or not the one that the run began with.
     ArtifactError: an autoencoder that can't be loaded.
-    CheckpointError: no such checkpoint, or a damaged one.
+    CheckpointError: no such checkpoint, a damaged one, or parameters that are
+      not finite.
     StorageError: a bucket that can't be read.
   """
+  numerics.require()
   storage.check(workdir)
   file = epath.Path(workdir) / CONFIG_FILE
   if not file.exists():
@@ -321,7 +350,11 @@ def load_generator(
   places.check_there(config, workdir, ["vae.path"])
   vae = load_vae(config.vae, mesh)
   check_frozen(epath.Path(workdir), frozen_sums({}, vae))
-  task = generator_task(config, encoders={}, mesh=mesh)
+  with naming("model"):
+    module = models.build_generator(**dataclasses.asdict(config.model))
+  task = sampling_task(
+    sampled_on(module, mesh, kernels_there(config.train.kernels, mesh))
+  )
   shapes = jax.eval_shape(init_generator(task), jax.random.key(0))
   abstract = sharding.abstract(shapes, sharding.infer_sharding(shapes, mesh))
   checkpointer = make_checkpointer(
@@ -336,6 +369,12 @@ def load_generator(
   finally:
     checkpointer.close()
   params = restored["ema"][str(decay)]
+  bad = not_finite(params)
+  if bad:
+    raise checkpoint.CheckpointError(
+      f"step {step} of {workdir}, ema/{decay}: {', '.join(bad[:_LISTED])} "
+      f"({len(bad)} arrays in all) are not finite: take another step"
+    )
   return TrainedGenerator(config, task, params, step, vae)
 
 

@@ -41,6 +41,8 @@ def load_encoders(
 def load_vae(config: config_lib.Vae, mesh: Mesh) -> artifacts.Artifact | None:
   """The autoencoder behind latents, on the mesh; None where there is none.
 
+  A dtype of '' is its own, as it is stored.
+
   Raises:
     ArtifactError: for anything that can't be loaded.
   """
@@ -76,7 +78,7 @@ def _load(
   key: str, section: config_lib.Encoder | config_lib.Vae, kinds: Sequence[str]
 ) -> artifacts.Artifact:
   try:
-    artifact = artifacts.load(section.path, dtype=section.dtype)
+    artifact = artifacts.load(section.path, dtype=section.dtype or None)
   except artifacts.ArtifactError as error:
     raise artifacts.ArtifactError(f"{key}: {error}") from error
   _check_kind(f"{key}.path={section.path!r} holds", artifact.kind, kinds)
@@ -314,6 +316,16 @@ def attention_kernel_for(kernels: str, mesh: Mesh) -> str:
   if kernels == "auto" and major.isdigit() and int(major) >= 8:
     return "cudnn"
   return kernel_for(kernels, mesh)
+
+
+def kernels_there(kernels: str, mesh: Mesh) -> str:
+  """train.kernels of a run whose weights are used on other devices.
+
+  Kernels are how a network is computed, not what it is: 'pallas' becomes
+  'auto' where there are no TPUs.
+  """
+  on_tpu = mesh.devices.flat[0].platform == "tpu"
+  return "auto" if kernels == "pallas" and not on_tpu else kernels
 
 
 def kernel_for(kernels: str, mesh: Mesh) -> drift.Kernel:

@@ -413,7 +413,7 @@ def _save_neighbours(found: Memorisation, request: Request) -> dict[str, Any]:
     request.beside("_nearest_distances.png"),
   ]
   if processes.is_first():
-    metrics.save_png(found.picture, pictures[0])
+    metrics.save_image(found.picture, pictures[0])
     metrics.plot_nearest_distances(
       *found.nearest, pictures[1], space=found.space
     )

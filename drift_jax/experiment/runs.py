@@ -25,6 +25,7 @@ from drift_jax import (
   exits,
   loop,
   metrics,
+  numerics,
   optim,
   paths,
   processes,
@@ -97,8 +98,10 @@ def open_mesh(config: config_lib.Mesh) -> Mesh:
   """The mesh that the config describes, over the devices of all processes.
 
   Raises:
-    ConfigError: sizes that do not fit the devices.
+    ConfigError: sizes that do not fit the devices, or settings of JAX with
+      which a run's numbers would be others.
   """
+  numerics.require()
   with naming("mesh"):
     return sharding.make_mesh(config.data, config.fsdp)
 

@@ -38,9 +38,12 @@ from drift_jax.metrics.generation import (
   read_labels,
 )
 from drift_jax.metrics.images import (
+  PICTURES,
+  check_suffix,
   image_grid,
   real_pixels,
-  save_png,
+  require_finite,
+  save_image,
   to_rgb,
   to_uint8,
   unit_to_uint8,
@@ -110,6 +113,7 @@ from drift_jax.metrics.writers import (
 
 __all__ = [
   "MAX_IMAGES",
+  "PICTURES",
   "Batch",
   "Coverage",
   "CoverageEvaluator",
@@ -142,6 +146,7 @@ __all__ = [
   "baselines",
   "check_fits",
   "check_frechet_width",
+  "check_suffix",
   "class_subset",
   "create_writer",
   "density_coverage",
@@ -184,8 +189,9 @@ __all__ = [
   "real_pixels",
   "replacing",
   "report_text",
+  "require_finite",
   "save_evolution",
-  "save_png",
+  "save_image",
   "save_reference",
   "sliced_wasserstein",
   "to_rgb",

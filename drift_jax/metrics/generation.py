@@ -85,6 +85,27 @@ def read_labels(
   return labels.astype(np.int32)
 
 
+@jax.jit
+def _non_finite(samples: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(whether a sample is not finite, which are not [B])."""
+  bad = ~jnp.isfinite(samples).all(axis=(1, 2, 3))
+  return bad.any(), bad
+
+
+def _check_finite(batch: Batch, alpha: float) -> None:
+  """Raises in all processes where a sample of any of them is not finite."""
+  found, bad = _non_finite(batch.samples)
+  if not bool(found):
+    return
+  own = np.stack([batch.index, batch.labels], axis=1)[batch.rows(bad)]
+  all_bad = np.concatenate(processes.gather(own))
+  number, label = min(map(tuple, all_bad.tolist()))
+  raise EvaluationError(
+    f"generated sample {number} (label {label}, alpha {alpha}) is not finite;"
+    f" {len(all_bad)} of its batch are not"
+  )
+
+
 def generate(
   sample_fn: SampleFn,
   labels: np.ndarray,
@@ -113,6 +134,8 @@ def generate(
     numbers: [n] int32, of the samples that are wanted, where not all N are.
 
   Raises:
+    EvaluationError: a sample that is not finite, naming its number, label and
+      alpha: 8-bit images would show it black.
     ValueError: for empty or ill-shaped labels, a batch_size that the processes
       can't share, or samples of another shape.
   """
@@ -137,31 +160,12 @@ def generate(
       )
     batch = Batch(samples, index[:valid], wanted[:valid], to_pixels)
     if last is not None:
+      _check_finite(last, alpha)
       yield last
     last = batch
   if last is not None:
+    _check_finite(last, alpha)
     yield last
-
-
-@jax.jit
-def _non_finite(samples: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(whether a sample is not finite, which are not [B])."""
-  bad = ~jnp.isfinite(samples).all(axis=(1, 2, 3))
-  return bad.any(), bad
-
-
-def _check_finite(batch: Batch, alpha: float) -> None:
-  """Raises in all processes where a sample of any of them is not finite."""
-  found, bad = _non_finite(batch.samples)
-  if not bool(found):
-    return
-  own = np.stack([batch.index, batch.labels], axis=1)[batch.rows(bad)]
-  all_bad = np.concatenate(processes.gather(own))
-  number, label = min(map(tuple, all_bad.tolist()))
-  raise EvaluationError(
-    f"generated sample {number} (label {label}, alpha {alpha}) is not finite;"
-    f" {len(all_bad)} of its batch are not"
-  )
 
 
 def evaluate(
@@ -210,7 +214,6 @@ def evaluate(
       sample_fn, labels, alpha, batch_size=batch_size, to_pixels=to_pixels
     ):
       check()
-      _check_finite(batch, alpha)
       for evaluator in evaluators:
         evaluator.update(batch)
     results[alpha] = merge_figures(

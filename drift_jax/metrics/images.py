@@ -1,5 +1,9 @@
 """Generated samples as 8-bit images."""
 
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +13,25 @@ from drift_jax.metrics import files
 from drift_jax.metrics.errors import EvaluationError
 
 Images = np.ndarray | jax.Array
+
+
+class _Format(NamedTuple):
+  """How a picture is written: Pillow's name, its options, the longest side."""
+
+  name: str
+  options: Mapping[str, Any]
+  limit: int
+
+
+# JPEG without chroma subsampling: grids have sharp edges.
+_JPEG = _Format("jpeg", {"quality": 95, "subsampling": 0}, 65535)
+_FORMATS = {
+  ".png": _Format("png", {}, 2**31 - 1),
+  ".jpg": _JPEG,
+  ".jpeg": _JPEG,
+  ".webp": _Format("webp", {"lossless": True}, 16383),
+}
+PICTURES = tuple(_FORMATS)
 
 
 def unit_to_uint8(images: Images) -> np.ndarray:
@@ -64,6 +87,25 @@ def real_pixels(images: np.ndarray) -> np.ndarray:
   return np.broadcast_to(pixels, (*pixels.shape[:3], 3))
 
 
+def require_finite(images: Images, labels: np.ndarray | None = None) -> None:
+  """Raises EvaluationError if an image [N, ...] holds NaN or infinity.
+
+  Eight bits have neither: such an image would become a black one.
+
+  Args:
+    images: floating-point numbers.
+    labels: [N], named in the message where they are known.
+  """
+  flat = np.asarray(jax.device_get(images)).reshape(len(images), -1)
+  bad = np.flatnonzero(~np.isfinite(flat.astype(np.float32)).all(axis=1))
+  if len(bad):
+    label = "" if labels is None else f" (label {labels[bad[0]]})"
+    raise EvaluationError(
+      f"image {bad[0]}{label} is not finite, and {len(bad)} of {len(flat)} are"
+      " not: the weights, or what they are given, are out of range"
+    )
+
+
 def image_grid(
   images: Images, *, columns: int, padding: int, scale: int
 ) -> np.ndarray:
@@ -79,6 +121,7 @@ def image_grid(
     uint8 [rows (scale H + padding) + padding, columns (...) + padding, 3].
 
   Raises:
+    EvaluationError: images that are not finite.
     ValueError: for another shape, or numbers out of range.
   """
   if images.ndim != 4 or 0 in images.shape or images.shape[-1] not in (1, 3):
@@ -91,6 +134,7 @@ def image_grid(
       "an image grid needs columns >= 1, padding >= 0 and scale >= 1, got"
       f" columns={columns}, padding={padding}, scale={scale}"
     )
+  require_finite(images)
   pixels = to_uint8(images).repeat(scale, axis=1).repeat(scale, axis=2)
   count, height, width, _ = pixels.shape
   rows = -(-count // columns)
@@ -110,15 +154,45 @@ def image_grid(
   return grid
 
 
-def save_png(image: np.ndarray, path: files.PathLike) -> None:
-  """Writes uint8 [H, W, 3] as a PNG file; it appears whole or not at all.
+def check_suffix(path: files.PathLike, valid: Sequence[str]) -> str:
+  """The suffix of a file, in small letters, which says its format.
 
   Raises:
-    ValueError: for another dtype or shape.
+    ValueError: none of the valid ones.
   """
+  suffix = os.path.splitext(os.fspath(path))[1].lower()
+  if suffix not in valid:
+    raise ValueError(
+      f"{os.fspath(path)}: the suffix {suffix!r} says in which format to write,"
+      f" valid options are {list(valid)}"
+    )
+  return suffix
+
+
+def save_image(image: np.ndarray, path: files.PathLike) -> None:
+  """Writes uint8 [H, W, 3] to a file; it appears whole or not at all.
+
+  Args:
+    image: RGB.
+    path: .png, .jpg, .jpeg or .webp.
+
+  Raises:
+    ValueError: another suffix, dtype or shape, or more pixels than the format
+      can hold.
+  """
+  suffix = check_suffix(path, PICTURES)
+  written = _FORMATS[suffix]
   if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
     raise ValueError(
-      f"a PNG needs uint8 [H, W, 3], got {image.dtype} {image.shape}"
+      f"a picture needs uint8 [H, W, 3], got {image.dtype} {image.shape}"
+    )
+  if max(image.shape) > written.limit:
+    raise ValueError(
+      f"{os.fspath(path)}: {image.shape[1]} x {image.shape[0]} px (width x"
+      f" height) are more than the {written.limit} px a side of a {suffix}:"
+      " write a .png"
     )
   with files.replacing(path) as temporary:
-    Image.fromarray(image).save(temporary, format="png")
+    Image.fromarray(image).save(
+      temporary, format=written.name, **written.options
+    )

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 from drift_jax.metrics import distances, files
 from drift_jax.metrics.coverage import NEAR_QUANTILE
 from drift_jax.metrics.images import image_grid
+from drift_jax.metrics.plots import save_figure
 
 _PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 
@@ -96,7 +97,7 @@ def neighbour_grid(
     scale: each pixel becomes scale x scale equal ones.
 
   Returns:
-    uint8 [rows, columns, 3], ready for `save_png`.
+    uint8 [rows, columns, 3], ready for `save_image`.
 
   Raises:
     ValueError: when shapes do not match or numbers are out of range.
@@ -254,5 +255,4 @@ def plot_nearest_distances(
   cumulative.set_xlabel(
     f"Euclidean distance to the nearest training image ({space})"
   )
-  with files.replacing(path) as temporary:
-    figure.savefig(temporary, format="png", dpi=130)
+  save_figure(figure, path)

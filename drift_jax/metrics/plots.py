@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from drift_jax.metrics import files
+from drift_jax.metrics.images import check_suffix
 
 Records = Sequence[Mapping[str, float | int]]
 
@@ -104,9 +105,16 @@ def _log_scale(axis: Any, which: str = "y") -> None:
   scaled.set_minor_formatter(ticker.NullFormatter())
 
 
-def _save(figure: Any, path: files.PathLike) -> None:
+def save_figure(figure: Any, path: files.PathLike) -> None:
+  """Writes a figure of Matplotlib; the path's suffix says in which format.
+
+  Raises:
+    ValueError: a suffix that Matplotlib does not write.
+  """
+  valid = [f".{name}" for name in figure.canvas.get_supported_filetypes()]
+  suffix = check_suffix(path, valid)
   with files.replacing(path) as temporary:
-    figure.savefig(temporary, format="png", dpi=130)
+    figure.savefig(temporary, format=suffix[1:], dpi=130)
 
 
 def _nothing_to_plot(what: str, records: Records) -> ValueError:
@@ -146,7 +154,7 @@ def plot_drift(records: Records, path: files.PathLike) -> None:
   _log_scale(axis)
   axis.set_ylabel("raw drift, RMS\n(normalised feature units)")
   axis.legend(frameon=False)
-  _save(figure, path)
+  save_figure(figure, path)
 
 
 def plot_diagnostics(records: Records, path: files.PathLike) -> None:
@@ -187,7 +195,7 @@ def plot_diagnostics(records: Records, path: files.PathLike) -> None:
     else:
       _log_scale(axis)
     axis.legend(frameon=False)
-  _save(figure, path)
+  save_figure(figure, path)
 
 
 def plot_frechet(records: Records, path: files.PathLike) -> None:
@@ -227,7 +235,7 @@ def plot_frechet(records: Records, path: files.PathLike) -> None:
     _log_scale(axis)
     axis.set_ylabel(f"{space}\nFréchet distance (squared feature units)")
     axis.legend(frameon=False)
-  _save(figure, path)
+  save_figure(figure, path)
 
 
 def plot_alphas(
@@ -276,7 +284,7 @@ def plot_alphas(
     axis.set_ylabel(_TITLES.get(name, f"{name}\n(Fréchet distance)"))
   axes[-1].set_xlabel("guidance scale α")
   axes[-1].xaxis.set_major_locator(ticker.FixedLocator(alphas, nbins=12))
-  _save(figure, path)
+  save_figure(figure, path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -387,7 +395,7 @@ def plot_rows(
       0.5, 0.5, "not given here", transform=paper.transAxes, ha="center"
     )
     paper.set_xticks([])
-  _save(drawing, path)
+  save_figure(drawing, path)
 
 
 def _ends(paper: float | tuple[float, float]) -> tuple[float, ...]:
@@ -420,7 +428,7 @@ def plot_mae(records: Records, path: files.PathLike) -> None:
       axis.set_ylim(-0.02, 1.02)
     else:
       _log_scale(axis)
-  _save(figure, path)
+  save_figure(figure, path)
 
 
 def plot_toy(records: Records, path: files.PathLike) -> None:
@@ -462,7 +470,7 @@ def plot_toy(records: Records, path: files.PathLike) -> None:
     _dashed(axes[-1], 1.0, "")
     axes[-1].set_ylim(bottom=0)
     axes[-1].set_ylabel("mass of each mode\n(over its true one)")
-  _save(figure, path)
+  save_figure(figure, path)
 
 
 def plot_policy(records: Records, path: files.PathLike) -> None:
@@ -503,7 +511,7 @@ def plot_policy(records: Records, path: files.PathLike) -> None:
       axis.set_ylim(-0.03, 1.03)
     if len(found) > 1:
       axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-  _save(figure, path)
+  save_figure(figure, path)
 
 
 def plot_policies(
@@ -535,7 +543,7 @@ def plot_policies(
     axis.set_ylabel("success rate")
     axis.set_ylim(-0.03, 1.03)
     axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-  _save(figure, path)
+  save_figure(figure, path)
 
 
 def _dashed(axis: Any, level: float, label: str) -> None:

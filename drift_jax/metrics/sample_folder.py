@@ -11,9 +11,10 @@ from etils import epath
 from drift_jax import processes, storage
 from drift_jax.metrics import files
 from drift_jax.metrics.batches import Batch
-from drift_jax.metrics.images import save_png
+from drift_jax.metrics.images import save_image
 
 FACTS_FILE = "samples.json"
+_ABOUT = "about"
 _AHEAD = 4  # batches whose files are being written
 
 
@@ -32,6 +33,7 @@ class SampleFolder:
     path: files.PathLike,
     facts: Mapping[str, Any],
     labels: Sequence[int],
+    about: Mapping[str, Any] | None = None,
   ):
     """Writes samples.json, unless the folder has the same.
 
@@ -39,6 +41,7 @@ class SampleFolder:
       path: of the folder.
       facts: whatever the images depend on, fit for JSON.
       labels: of the images, by number.
+      about: what else is to be known of them; it may differ.
 
     Raises:
       ValueError: a folder that holds other images, naming what differs.
@@ -52,15 +55,16 @@ class SampleFolder:
     wanted = {**facts, "labels": [int(label) for label in labels]}
     # As a reader of the file sees them: no tuples.
     wanted = json.loads(json.dumps(wanted))
-    processes.from_first(lambda: self._claim(wanted))
+    processes.from_first(lambda: self._claim(wanted, dict(about or {})))
 
-  def _claim(self, wanted: dict[str, Any]) -> None:
+  def _claim(self, wanted: dict[str, Any], about: dict[str, Any]) -> None:
     file = self._path / FACTS_FILE
     if file.exists():
       try:
         found = json.loads(file.read_text())
       except ValueError as error:
         raise ValueError(f"{file} is no JSON: {error}") from error
+      found.pop(_ABOUT, None)
       different = [
         key
         for key in sorted(wanted.keys() | found.keys())
@@ -82,7 +86,7 @@ class SampleFolder:
         "are: give another folder"
       )
     with files.replacing(file) as temporary:
-      temporary.write_text(json.dumps(wanted, indent=1))
+      temporary.write_text(json.dumps({_ABOUT: about, **wanted}, indent=1))
 
   def missing(self) -> np.ndarray:
     """Numbers [n] int32 of the images that are not there yet."""
@@ -107,7 +111,7 @@ class SampleFolder:
     pixels = batch.rows(batch.pixels)
     self._pending.append(
       [
-        self._pool.submit(save_png, image, self._path / self._name(i))
+        self._pool.submit(save_image, image, self._path / self._name(i))
         for i, image in zip(batch.index.tolist(), pixels, strict=True)
       ]
     )

@@ -11,6 +11,8 @@ from jaxtyping import Float
 from PIL import Image
 
 from drift_jax.metrics import files
+from drift_jax.metrics.images import check_suffix
+from drift_jax.metrics.plots import save_figure
 
 Points = Float[np.ndarray, "N 2"]
 # (training step, samples then).
@@ -64,8 +66,9 @@ def save_evolution(
     title: of what is shown.
 
   Raises:
-    ValueError: no frames.
+    ValueError: no frames, or another suffix.
   """
+  check_suffix(path, (".gif",))
   if not frames:
     raise ValueError("no frames: an animation needs at least one")
   figure, (axis,) = _plane(1, plane_limit(data, frames))
@@ -198,8 +201,7 @@ def plot_field(
     size=9,
     wrap=True,
   )
-  with files.replacing(path) as temporary:
-    figure.savefig(temporary, format="png", dpi=130)
+  save_figure(figure, path)
 
 
 def plot_toy_table(
@@ -253,5 +255,4 @@ def plot_toy_table(
     size=9,
   )
   drawing.suptitle(title, size=10)
-  with files.replacing(path) as temporary:
-    drawing.savefig(temporary, format="png", dpi=130)
+  save_figure(drawing, path)

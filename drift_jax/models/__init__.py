@@ -6,6 +6,7 @@ from drift_jax.models.inception import InceptionOutput, build_inception
 from drift_jax.models.mae import MAEOutput, build_mae, mae_loss
 from drift_jax.models.observations import ObservationEncoder, crop_offsets
 from drift_jax.models.policy import Policy
+from drift_jax.models.precision import rounded, used_dtypes
 from drift_jax.models.resnet import build_resnet
 from drift_jax.models.toy import TOY_KINDS, build_toy
 from drift_jax.models.unet1d import ConditionalUnet1d
@@ -30,5 +31,7 @@ __all__ = [
   "crop_offsets",
   "latent_mean",
   "mae_loss",
+  "rounded",
   "sample_latents",
+  "used_dtypes",
 ]

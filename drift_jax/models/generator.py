@@ -1,7 +1,7 @@
 """The one-step generator: a DiT from noise to samples (appendix A.2)."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -50,11 +50,7 @@ class Generator(nn.Module):
       puts them together from the parts of several devices.
     attention_kernel: see layers.Attention.
     unroll: how many blocks are one round of the loop over depth.
-    FLOAT32: matches the names of parameters that are used in float32 whatever
-      the dtype; all others may be rounded to it beforehand.
   """
-
-  FLOAT32: ClassVar[str] = r"(^|/)(modulation|(class|style|alpha)_embed)(/|$)"
 
   input_size: int
   in_channels: int
@@ -75,6 +71,14 @@ class Generator(nn.Module):
   gather: Callable[[Any], Any] | None = None
   attention_kernel: str = "xla"
   unroll: int = 1
+
+  @property
+  def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Of a call, just large enough: labels and alpha."""
+    return (
+      jax.ShapeDtypeStruct((1,), jnp.int32),
+      jax.ShapeDtypeStruct((), jnp.float32),
+    )
 
   def setup(self) -> None:
     side = self.input_size // self.patch_size

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -239,13 +239,7 @@ class MAE(nn.Module):
 
   `mae.apply(variables, x, ...)` reconstructs and classifies a masked input;
   with method='features' or 'pooled' it encodes an unmasked one.
-
-  Attributes:
-    FLOAT32: matches the names of parameters that are used in float32 whatever
-      the dtype; all others may be rounded to it beforehand.
   """
-
-  FLOAT32: ClassVar[str] = r"(^|/)classifier(/|$)"
 
   in_channels: int
   base_channels: int
@@ -256,6 +250,13 @@ class MAE(nn.Module):
   norm_groups: int
   dtype: jnp.dtype
   remat: bool
+
+  @property
+  def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Of a call, just large enough: an image."""
+    side = self.input_patch_size * self.mask_patch_size
+    shape = (1, side, side, self.in_channels)
+    return (jax.ShapeDtypeStruct(shape, jnp.float32),)
 
   def setup(self) -> None:
     self.encoder = Encoder(

@@ -181,9 +181,10 @@ def _describe(
   """The module, its entries, and the shapes of its parameters by name."""
   require_choice("kind", kind, tuple(_KINDS))
   described = _KINDS[kind]
-  module = described.build(config)
-  inputs = described.inputs(config)
-  variables = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+  module: Any = described.build(config)
+  variables = jax.eval_shape(
+    module.init, jax.random.key(0), *module.example_inputs
+  )
   shapes = {k: v.shape for k, v in _flatten(variables["params"]).items()}
   if described.entries is None:
     return module, [Entry(name, (name,)) for name in shapes], shapes
@@ -431,37 +432,6 @@ def _read_float32(
   return config
 
 
-# Inputs just large enough to initialise a model of each kind.
-
-
-def _generator_inputs(config: Config) -> list[jax.ShapeDtypeStruct]:
-  del config
-  labels = jax.ShapeDtypeStruct((1,), jnp.int32)
-  return [labels, jax.ShapeDtypeStruct((), jnp.float32)]
-
-
-def _mae_inputs(config: Config) -> list[jax.ShapeDtypeStruct]:
-  side = config["input_patch_size"] * config["patch_size"]
-  shape = (1, side, side, config["in_channels"])
-  return [jax.ShapeDtypeStruct(shape, jnp.float32)]
-
-
-def _pixel_inputs(config: Config) -> list[jax.ShapeDtypeStruct]:
-  del config
-  return [jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)]
-
-
-def _vae_inputs(config: Config) -> list[jax.ShapeDtypeStruct]:
-  side = 2 ** (len(config["block_out_channels"]) - 1)
-  shape = (1, side, side, config["in_channels"])
-  return [jax.ShapeDtypeStruct(shape, jnp.float32)]
-
-
-def _image_inputs(config: Config) -> list[jax.ShapeDtypeStruct]:
-  del config
-  return [jax.ShapeDtypeStruct((1, 1, 1, 3), jnp.uint8)]
-
-
 def _renamed(ours: str, theirs: str, leaves: Mapping[str, str]) -> list[Entry]:
   return [Entry(f"{ours}/{a}", (f"{theirs}/{b}",)) for a, b in leaves.items()]
 
@@ -615,19 +585,14 @@ class _Kind(NamedTuple):
   keys: Mapping[str, str]
   build: Callable[[Config], nn.Module]
   entries: Callable[[Config], list[Entry]] | None  # None: the same names
-  inputs: Callable[[Config], list[jax.ShapeDtypeStruct]]
 
 
 _KINDS = {
-  "gen": _Kind(
-    _GENERATOR_KEYS, _build_generator, _generator_entries, _generator_inputs
-  ),
-  "mae": _Kind(_MAE_KEYS, _build_mae, _mae_entries, _mae_inputs),
-  "convnext": _Kind(
-    _CONVNEXT_KEYS, _build_convnext, _convnext_entries, _pixel_inputs
-  ),
-  "resnet": _Kind(_RESNET_KEYS, _build_resnet, None, _pixel_inputs),
-  "vae": _Kind(_VAE_KEYS, _build_vae, None, _vae_inputs),
-  "inception": _Kind(_INCEPTION_KEYS, _build_inception, None, _image_inputs),
-  "vit": _Kind(_VIT_KEYS, _build_vit, None, _image_inputs),
+  "gen": _Kind(_GENERATOR_KEYS, _build_generator, _generator_entries),
+  "mae": _Kind(_MAE_KEYS, _build_mae, _mae_entries),
+  "convnext": _Kind(_CONVNEXT_KEYS, _build_convnext, _convnext_entries),
+  "resnet": _Kind(_RESNET_KEYS, _build_resnet, None),
+  "vae": _Kind(_VAE_KEYS, _build_vae, None),
+  "inception": _Kind(_INCEPTION_KEYS, _build_inception, None),
+  "vit": _Kind(_VIT_KEYS, _build_vit, None),
 }

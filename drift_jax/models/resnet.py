@@ -4,6 +4,7 @@ import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
@@ -73,6 +74,11 @@ class ResNet(nn.Module):
   image_std: tuple[float, ...]
   dtype: jnp.dtype
   remat: bool = False
+
+  @property
+  def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Of a call, just large enough: an image."""
+    return (jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32),)
 
   @nn.compact
   def __call__(self, x: Float[ArrayLike, "B H W C"]) -> tuple[Maps, list[Maps]]:

@@ -5,8 +5,6 @@ size), and calls are those of the image generator: labels, alpha and style make
 no difference.
 """
 
-from typing import ClassVar
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -30,12 +28,7 @@ class Mlp(nn.Module):
 
   At first x has mean `location` and, over noise, a deviation of about `spread`
   in each coordinate. Build it with `build_toy`.
-
-  Attributes:
-    FLOAT32: matches the names of parameters that stay float32: all.
   """
-
-  FLOAT32: ClassVar[str] = ""
 
   noise_size: int
   width: int
@@ -70,12 +63,7 @@ class Particles(nn.Module):
 
   Called for n samples, n a multiple of count, it repeats them in order. Build
   it with `build_toy`.
-
-  Attributes:
-    FLOAT32: see Mlp.
   """
-
-  FLOAT32: ClassVar[str] = ""
 
   count: int
   location: tuple[float, ...]

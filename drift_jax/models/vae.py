@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
@@ -193,6 +194,13 @@ class Vae(nn.Module):
   scaling_factor: float
   dtype: jnp.dtype
   remat: bool
+
+  @property
+  def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Of a call, just large enough: an image."""
+    side = self.downsampling
+    shape = (1, side, side, self.in_channels)
+    return (jax.ShapeDtypeStruct(shape, jnp.float32),)
 
   def setup(self) -> None:
     options = {

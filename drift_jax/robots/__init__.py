@@ -19,7 +19,7 @@ from drift_jax.robots.errors import ExtraError, RobotError
 from drift_jax.robots.experts import Expert, collect, make_expert
 from drift_jax.robots.interface import Environment, Step, select
 from drift_jax.robots.rollouts import Act, Episode, rollouts, summarize
-from drift_jax.robots.video import save_video
+from drift_jax.robots.video import save_video, video_ending
 
 __all__ = [
   "Act",
@@ -35,6 +35,7 @@ __all__ = [
   "make_expert",
   "rollouts",
   "save_video",
+  "video_ending",
   "select",
   "summarize",
 ]

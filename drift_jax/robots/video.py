@@ -21,6 +21,20 @@ _HOLD_SECONDS = 1.0
 _PALETTE_FRAMES = 8
 
 
+def video_ending(path: str | os.PathLike[str]) -> str:
+  """The ending of a video's path, in small letters, which says its format.
+
+  Raises:
+    RobotError: one that nothing here writes.
+  """
+  ending = pathlib.PurePath(path).suffix.lower()
+  if ending not in _WRITERS:
+    raise RobotError(
+      f"{path}: a video ends in one of {list(_WRITERS)}, not {ending!r}"
+    )
+  return ending
+
+
 def save_video(
   path: str | os.PathLike[str],
   episodes: Sequence[Episode],
@@ -39,18 +53,14 @@ def save_video(
     episodes: with frames, all of the same size.
     fps: steps per second.
     columns: episodes in a row, at most.
-    ending: in place of the path's own.
+    ending: '.gif' or '.mp4', in place of the path's own.
 
   Raises:
     RobotError: another ending, a missing package, no episodes, no frames,
       frames of different sizes, or sizes below 1.
   """
   path = pathlib.Path(paths.expand(path))
-  ending = path.suffix if ending is None else ending
-  if ending not in _WRITERS:
-    raise RobotError(
-      f"{path}: a video ends in one of {list(_WRITERS)}, not {ending!r}"
-    )
+  ending = video_ending(path) if ending is None else ending
   if columns < 1 or not fps > 0:
     raise RobotError(
       f"{path}: {columns} columns at {fps:g} frames a second: want at least 1, "

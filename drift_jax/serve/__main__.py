@@ -18,7 +18,7 @@ from typing import NoReturn
 from absl import app, flags
 
 from drift_jax import config as config_lib
-from drift_jax import console, experiment, paths, sampling, serve
+from drift_jax import console, experiment, numerics, paths, sampling, serve
 from drift_jax.console import logger
 
 _FROM = paths.define_flag(
@@ -124,6 +124,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   console.setup()
+  numerics.pin()
 
   def stop(number: int, frame: FrameType | None) -> NoReturn:
     del number, frame

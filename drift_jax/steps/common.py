@@ -1,6 +1,5 @@
 """What the steps of all tasks share."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ import optax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Shaped
 
-from drift_jax import sharding
+from drift_jax import models, sharding
 from drift_jax import state as state_lib
 
 Metrics = dict[str, jax.Array]
@@ -32,16 +31,15 @@ def from_wire(images: Shaped[Array, "..."]) -> Float[Array, "..."]:
   return images.astype(jnp.float32)
 
 
-def early_dtype(
-  module: Any, prefix: str = ""
-) -> Callable[[str, jnp.dtype], jnp.dtype]:
-  """(path, dtype) -> the dtype in which the module uses the parameter."""
+def early_dtype(module: Any) -> Callable[[str, jnp.dtype], jnp.dtype]:
+  """(path, dtype) -> the dtype in which the module uses the parameter.
 
-  def dtype_of(name: str, dtype: jnp.dtype) -> jnp.dtype:
-    kept = re.search(module.FLOAT32, prefix + name)
-    return dtype if kept else module.dtype
-
-  return dtype_of
+  A module without a `dtype` uses all as they are.
+  """
+  if getattr(module, "dtype", jnp.float32) == jnp.float32:
+    return lambda name, dtype: dtype
+  # Asked only where something is gathered: it takes a trace, once.
+  return lambda name, dtype: models.used_dtypes(module)[name]
 
 
 def update(

@@ -270,8 +270,8 @@ def _gathering(
 ) -> tuple[Any, Any]:
   """(the generator on parts of its blocks, all else gathered)."""
   stack = "blocks"
+  dtype_of = early_dtype(generator)
   if stack not in layout.params:
-    dtype_of = early_dtype(generator)
     return generator, sharding.gather(params, layout.params, dtype_of)
 
   def in_block(spec: PartitionSpec) -> bool:
@@ -289,11 +289,13 @@ def _gathering(
   def gather_block(variables: Any) -> Any:
     return {
       "params": sharding.gather(
-        variables["params"], per_block, early_dtype(generator, f"{stack}/")
+        variables["params"],
+        per_block,
+        lambda name, dtype: dtype_of(f"{stack}/{name}", dtype),
       )
     }
 
-  whole = sharding.gather(params, outside, early_dtype(generator))
+  whole = sharding.gather(params, outside, dtype_of)
   if sharding.is_sharded(per_block):
     generator = generator.clone(gather=gather_block)
   return generator, whole

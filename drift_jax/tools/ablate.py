@@ -34,7 +34,7 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from drift_jax import config as config_lib
-from drift_jax import console, exits, metrics, paths
+from drift_jax import console, exits, metrics, numerics, paths
 from drift_jax.console import logger
 from drift_jax.experiment import data_facts
 from drift_jax.tools import ablation_table
@@ -185,6 +185,7 @@ class Run:
 def main(argv: Sequence[str]) -> None:
   """Runs what is left of the table; a mistake is one line."""
   console.setup()
+  numerics.pin()
   try:
     if len(argv) != 2:
       raise config_lib.ConfigError(

@@ -26,7 +26,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drift_jax import artifacts, console, paths, sharding, storage
+from drift_jax import (
+  artifacts,
+  console,
+  numerics,
+  paths,
+  sharding,
+  storage,
+)
 from drift_jax.console import logger
 from drift_jax.data import (
   encoded,
@@ -433,6 +440,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   if (arguments.process_index is None) != (arguments.process_count is None):
     parser.error("give both of --process_index and --process_count, or neither")
   console.setup()
+  numerics.pin()
   try:
     if arguments.verify:
       verify(arguments.out, arguments.split)

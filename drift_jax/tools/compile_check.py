@@ -125,9 +125,10 @@ def main(argv: Sequence[str]) -> None:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   if _TOPOLOGY.value:
     prepare_libtpu()
-  from drift_jax import console, experiment
+  from drift_jax import console, experiment, numerics
 
   console.setup()
+  numerics.pin()
   try:
     config = with_mesh(config_lib.parse(_CONFIG.value), _MESH.value)
     devices = find_devices(_TOPOLOGY.value)

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from drift_jax import artifacts, console, paths
+from drift_jax import artifacts, console, numerics, paths
 from drift_jax.console import logger
 from drift_jax.tools import weight_files
 from drift_jax.tools.conversions import convnext, inception, resnet, vae, vit
@@ -236,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   """Converts what the command line asks for; a mistake is one line."""
   arguments = _parser().parse_args(argv)
   console.setup()
+  numerics.pin()
   try:
     artifact = convert(arguments.model, arguments.source, arguments.out)
   except (WeightsError, artifacts.ArtifactError, OSError) as error:

@@ -43,6 +43,8 @@ from drift_jax import (
   artifacts,
   console,
   experiment,
+  models,
+  numerics,
   paths,
   sharding,
   steps,
@@ -108,7 +110,8 @@ def export(
     if dtype is not None:
       model_config["use_bf16"] = dtype == "bfloat16"
     module, _ = release.describe("gen", model_config)
-    params = _stored(jax.device_get(opened.params), module)
+    trained = jax.device_get(opened.params)
+    params = models.rounded(module, trained)
     facts = {
       "alpha_range": list(opened.alpha_range),
       "class_names": list(opened.class_names) or None,
@@ -132,17 +135,21 @@ def export(
         folder,
         kind="gen",
         model_config=model_config,
-        params=jax.tree.map(lambda x: x.astype(np.float32), params),
+        params=jax.tree.map(lambda x: x.astype(np.float32), trained),
         facts=facts,
         **saved,
       )
     weights = {"generator": params}
     if opened.vae is not None:
+      autoencoder: Any = opened.vae.module
       weights["vae"] = jax.device_get(opened.vae.params)
       artifacts.save(
         folder / artifacts.EXPORTED_VAE,
         kind="vae",
-        model_config=opened.vae.metadata["model_config"],
+        model_config={
+          **opened.vae.metadata["model_config"],
+          "use_bf16": autoencoder.dtype == jnp.bfloat16,
+        },
         params=weights["vae"],
         step=None,
         ema_decay=None,
@@ -169,10 +176,17 @@ def export(
       "weights": {name: f"{name}/{artifacts.TENSORS_FILE}" for name in weights},
       "functions": functions,
       "images": "float32 [b, height, width, channels] in [-1, 1]",
-      "noise_shape": ["b", *task.sample_shape],
+      "noise_shape": ["b", *task.noise_shape],
       "style_tokens": task.style_tokens,
       "style_vocab": task.style_vocab,
       "num_classes": opened.num_classes,
+      # Both ends included; what is beyond them gives NaN, or is not trained.
+      "ranges": {
+        "labels": [0, opened.num_classes - 1],
+        "alpha": list(opened.alpha_range),
+        "seed": [0, 2**32 - 1],
+        "style": [0, max(task.style_vocab - 1, 0)],
+      },
       **facts,
       "step": opened.step,
       "ema_decay": opened.ema_decay,
@@ -205,16 +219,6 @@ def _new_folder(out: str) -> Iterator[pathlib.Path]:
     folder.rename(path)
   finally:
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _stored(params: Any, module: Any) -> Any:
-  """Parameters in the dtype in which the module uses them."""
-  dtype_of = steps.early_dtype(module)
-  flat = {
-    name: np.asarray(x, dtype_of(name, x.dtype))
-    for name, x in _flat(params).items()
-  }
-  return _tree(flat)
 
 
 class _Function(NamedTuple):
@@ -287,7 +291,7 @@ def _functions(
       generate,
       of_each
       | {
-        "noise": shape((batch, *task.sample_shape), jnp.float32),
+        "noise": shape((batch, *task.noise_shape), jnp.float32),
         "style": shape((batch, task.style_tokens), jnp.int32),
       },
     ),
@@ -434,6 +438,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   """Exports what the command line asks for; a mistake is one line."""
   arguments = vars(_parser().parse_args(argv))
   console.setup()
+  numerics.pin()
   source = arguments.pop("workdir") or arguments.pop("init_from")
   arguments.pop("init_from", None)
   out = arguments.pop("out")

@@ -17,7 +17,7 @@ from absl import app, flags
 from etils import epath
 
 from drift_jax import config as config_lib
-from drift_jax import console, exits, experiment, metrics, paths
+from drift_jax import console, exits, experiment, metrics, numerics, paths
 
 # What may differ between runs of an environment: the seed and how a run is
 # computed; and between those of two methods, the methods.
@@ -192,6 +192,7 @@ def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {list(argv[1:])}")
   console.setup()
+  numerics.pin()
 
   def program() -> None:
     workdirs = [paths.expand(workdir) for workdir in flags.FLAGS.workdirs]

@@ -32,6 +32,7 @@ from drift_jax import (
   exits,
   experiment,
   metrics,
+  numerics,
   paths,
   processes,
   sharding,
@@ -530,6 +531,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   if arguments.public is not None and given:
     parser.error(f"--{next(iter(given))} goes with --source, not with --public")
   console.setup()
+  numerics.pin()
 
   def program() -> None:
     exits.join(

@@ -9,7 +9,6 @@ demonstrations are not needed, the checkpoint has their normaliser.
 
 import dataclasses
 import functools
-import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -22,6 +21,7 @@ from drift_jax import (
   exits,
   experiment,
   metrics,
+  numerics,
   paths,
   robots,
 )
@@ -53,6 +53,8 @@ def run(values: flags.FlagValues) -> dict[str, dict[str, float]]:
     RobotError: an environment that can't be opened or drawn.
     CheckpointError: a checkpoint that can't be read.
   """
+  if values.video:
+    robots.video_ending(values.video)  # A mistake there, before it is drawn.
   mesh = experiment.open_mesh(config_lib.Mesh(data=-1, fsdp=1))
   policy = experiment.load_policy(values.workdir, mesh, step=values.step)
   config, changes = policy.config, {}
@@ -106,7 +108,7 @@ def _one(
   if video:
     shown = episodes[:count]
     with metrics.replacing(video) as temporary:
-      robots.save_video(temporary, shown, ending=pathlib.Path(video).suffix)
+      robots.save_video(temporary, shown, ending=robots.video_ending(video))
   return {**figures, "milliseconds_per_chunk": 1e3 * latency}
 
 
@@ -115,6 +117,7 @@ def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {list(argv[1:])}")
   console.setup()
+  numerics.pin()
 
   def program() -> None:
     report = run(flags.FLAGS)

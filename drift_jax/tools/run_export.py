@@ -4,22 +4,31 @@ python run.py --labels 3 7 --count 8 --alpha 1.5 --seed 0 --out grid.png
 """
 
 import argparse
+import hashlib
 import json
 import os
 import pathlib
 import struct
 import sys
 import zlib
+from typing import Any
 
 import jax.export
 import ml_dtypes  # comes with jax
 import numpy as np
 
+HERE = pathlib.Path(__file__).resolve().parent
 DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16}
 
 
-def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-  data = path.read_bytes()
+def read_file(name: str, manifest: dict[str, Any]) -> bytes:
+  data = (HERE / name).read_bytes()
+  if hashlib.sha256(data).hexdigest() != manifest["files"][name]["sha256"]:
+    raise ValueError(f"{HERE / name} is damaged: copy the export again")
+  return data
+
+
+def read_safetensors(data: bytes) -> dict[str, np.ndarray]:
   start = 8 + int.from_bytes(data[:8], "little")
   arrays = {}
   for name, entry in json.loads(data[8:start]).items():
@@ -27,6 +36,19 @@ def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     array = np.frombuffer(data[first:last], DTYPES[entry["dtype"]])
     arrays[name] = array.reshape(entry["shape"])
   return arrays
+
+
+def check(asked: argparse.Namespace, manifest: dict[str, Any]) -> None:
+  """Raises ValueError for what is out of range, or can't be written."""
+  low, high = manifest["alpha_range"]
+  if not low <= asked.alpha <= high:
+    raise ValueError(f"--alpha {asked.alpha}: want {low} to {high}")
+  if not 0 <= asked.seed < 2**32:
+    raise ValueError(f"--seed {asked.seed}: want 0 to {2**32 - 1}")
+  if asked.count < 1:
+    raise ValueError(f"--count {asked.count}: want at least 1")
+  if not asked.out.endswith((".png", ".npy")):
+    raise ValueError(f"--out {asked.out}: want .png or .npy")
 
 
 def png(rgb: np.ndarray) -> bytes:
@@ -71,33 +93,47 @@ def main() -> None:
     "--out", type=os.path.expanduser, default="grid.png", help=".png, or .npy"
   )
   asked = parser.parse_args()
+  try:
+    draw(asked)
+  except (OSError, ValueError) as error:
+    sys.exit(f"Error: {error}")
 
-  here = pathlib.Path(__file__).resolve().parent
-  manifest = json.loads((here / "manifest.json").read_text())
-  files = manifest["weights"].items()
-  names = manifest["class_names"] or []
-  count = manifest["num_classes"]
+
+def draw(asked: argparse.Namespace) -> None:
+  manifest = json.loads((HERE / "manifest.json").read_text())
+  check(asked, manifest)
+  names, count = manifest["class_names"] or [], manifest["num_classes"]
   chosen = [class_index(label, names, count) for label in asked.labels]
   print("Classes:", *(f"{i} {names[i]!r}" if names else i for i in chosen))
   labels = np.repeat(np.array(chosen, np.int32), asked.count)
-  program = bytearray((here / "sample.stablehlo").read_bytes())
+  weights = {
+    name: read_safetensors(read_file(file, manifest))
+    for name, file in manifest["weights"].items()
+  }
+  program = bytearray(read_file("sample.stablehlo", manifest))
   images = jax.export.deserialize(program).call(
-    {name: read_safetensors(here / file) for name, file in files},
+    weights,
     labels,
     np.full(len(labels), asked.alpha, np.float32),
     np.arange(len(labels), dtype=np.int32),  # the images' numbers
     np.uint32(asked.seed),
     np.full(manifest["style_tokens"], -1, np.int32),  # -1: at random
   )
-  if asked.out.endswith(".npy"):
-    return np.save(asked.out, images)
-  pixels = (np.clip((np.asarray(images) + 1) / 2, 0, 1) * 255).astype(np.uint8)
+  images = np.asarray(images)
+  if not np.isfinite(images).all():
+    raise ValueError("the images are not finite")
+  out = pathlib.Path(asked.out)
+  if out.suffix == ".npy":
+    return np.save(out, images)
+  if images.shape[-1] not in (1, 3):
+    raise ValueError("these are latents without their decoder: take .npy")
+  pixels = (np.clip((images + 1) / 2, 0, 1) * 255).astype(np.uint8)
   scale = max(1, 48 // pixels.shape[1])
   pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
   pixels = np.broadcast_to(pixels, (*pixels.shape[:3], 3))
   rows = pixels.reshape(len(asked.labels), asked.count, *pixels.shape[1:])
   grid = np.concatenate(np.concatenate(rows, axis=1), axis=1)
-  pathlib.Path(asked.out).write_bytes(png(grid))
+  out.write_bytes(png(grid))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from drift_jax import (
   exits,
   experiment,
   metrics,
+  numerics,
   paths,
   train_toy,
 )
@@ -294,6 +295,7 @@ def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {list(argv[1:])}")
   console.setup()
+  numerics.pin()
   _, overrides = config_lib.config_arguments(sys.argv[1:])
   workdir = pathlib.Path(flags.FLAGS.workdir)
   changed = " ".join(f"--config.{k}={v}" for k, v in overrides.items())

@@ -220,6 +220,14 @@ def test_low_precision_input_is_computed_in_float32():
   assert np.array_equal(v, jitted_v(*high, 0.5, mask_self=True))
 
 
+def test_float64_is_computed_in_float64():
+  arrays = tuple(np.random.default_rng(0).normal(size=(5, 3)) for _ in range(3))
+  with jax.enable_x64(True):
+    v = jitted_v(*map(jnp.asarray, arrays), 0.5, mask_self=False)
+  assert v.dtype == np.float64
+  assert_close(v, oracle_v(*arrays, 0.5, False, "xy", 1.0, 1.0), 1e-13)
+
+
 def test_derivative_is_finite_at_coincident_points():
   x, y_pos, _ = problem()
   y_pos = y_pos.at[0].set(x[0])

@@ -241,6 +241,21 @@ def test_float64_oracle(case):
       assert_close(actual, expected_info[key][r], 5e-6, f"{key} {r}")
 
 
+def test_float64_is_computed_in_float64():
+  """Of those who enable it, to its own precision."""
+  arguments = problem(weights=True)
+  expected_loss, expected_gradient, info = oracle(
+    **arguments, temperatures=TEMPERATURES
+  )
+  with jax.enable_x64(True):
+    wide = {key: jnp.asarray(x, jnp.float64) for key, x in arguments.items()}
+    loss, gradient, found = loss_and_gradient(**wide, temperatures=TEMPERATURES)
+  assert loss.dtype == gradient.dtype == found["scale"].dtype == jnp.float64
+  assert_close(loss, expected_loss, 1e-12, "loss")
+  assert_close(gradient, expected_gradient, 1e-12, "gradient")
+  assert_close(found["scale"], info["scale"], 1e-13, "scale")
+
+
 def test_gram_expansion_on_golden(golden, monkeypatch):
   """The form for many channels, on the golden cases that have few.
 

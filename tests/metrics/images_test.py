@@ -8,7 +8,7 @@ from drift_jax.metrics import (
   EvaluationError,
   image_grid,
   real_pixels,
-  save_png,
+  save_image,
   to_rgb,
   to_uint8,
   unit_to_uint8,
@@ -85,17 +85,26 @@ def test_bad_grid_numbers(bad):
     image_grid(np.zeros((1, 2, 2, 1), np.float32), **numbers)
 
 
-def test_save_png(tmp_path):
+def test_images_that_are_not_finite_make_no_grid():
+  images = np.zeros((3, 2, 2, 1), np.float32)
+  images[1, 0, 0, 0] = np.nan
+  with pytest.raises(EvaluationError, match="image 1 is not finite"):
+    image_grid(images, columns=3, padding=0, scale=1)
+
+
+def test_save_image(tmp_path):
   image = np.random.default_rng(1).integers(0, 256, (7, 5, 3), np.uint8)
-  save_png(image, tmp_path / "folder" / "image.png")
+  save_image(image, tmp_path / "folder" / "image.png")
   with Image.open(tmp_path / "folder" / "image.png") as opened:
     assert opened.format == "PNG"
     assert np.array_equal(np.asarray(opened), image)
   assert len(list((tmp_path / "folder").iterdir())) == 1
   for bad in (image[..., 0], image.astype(np.float32)):
     with pytest.raises(ValueError, match="uint8"):
-      save_png(bad, tmp_path / "bad.png")
+      save_image(bad, tmp_path / "bad.png")
   assert not (tmp_path / "bad.png").exists()
+  with pytest.raises(ValueError, match="16390 x 5 px .*: write a .png"):
+    save_image(np.zeros((5, 16390, 3), np.uint8), tmp_path / "wide.webp")
 
 
 @pytest.mark.parametrize("channels", [1, 3])

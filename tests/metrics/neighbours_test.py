@@ -10,7 +10,7 @@ from drift_jax.metrics import (
   nearest_neighbours,
   neighbour_grid,
   plot_nearest_distances,
-  save_png,
+  save_image,
 )
 
 
@@ -98,7 +98,7 @@ def test_grid_shows_each_image_beside_its_neighbours(tmp_path, channels, scale):
       left = 0 if column < 0 else cell + 1 + gap + column * cell
       expected = image_grid(image[None], columns=1, padding=1, scale=scale)
       assert np.array_equal(strip[:, left : left + cell + 1], expected)
-  save_png(grid, tmp_path / "grid.png")
+  save_image(grid, tmp_path / "grid.png")
   with Image.open(tmp_path / "grid.png") as image:
     assert np.array_equal(np.asarray(image), grid)
 

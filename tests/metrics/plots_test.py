@@ -63,14 +63,21 @@ CASES = [
 def figures(monkeypatch):
   """Figures that were saved, in order."""
   saved = []
-  save = plots._save
+  save = plots.save_figure
 
   def keep(figure, path):
     saved.append(figure)
     save(figure, path)
 
-  monkeypatch.setattr(plots, "_save", keep)
+  monkeypatch.setattr(plots, "save_figure", keep)
   return saved
+
+
+def test_suffix_says_the_format(tmp_path):
+  plot_mae(mae_records(), tmp_path / "plot.svg")
+  assert "<svg" in (tmp_path / "plot.svg").read_text()
+  with pytest.raises(ValueError, match="valid options are .*'.png'"):
+    plot_mae(mae_records(), tmp_path / "plot.txt")
 
 
 @pytest.mark.parametrize("plot, make", CASES)

@@ -123,6 +123,7 @@ def test_what_is_refused(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
   with pytest.raises(robots.RobotError, match=r"imageio-ffmpeg.*\.gif needs"):
     robots.save_video(tmp_path / "video.mp4", good)
+  assert robots.video_ending("runs/VIDEO.GIF") == ".gif"
   path = tmp_path / "video.gif"
   for episodes in ([], [*good, robots.Episode(1)]):
     with pytest.raises(robots.RobotError, match="needs recorded episodes"):

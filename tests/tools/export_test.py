@@ -1,5 +1,6 @@
 """Exports: the same images without this package, in a clean environment."""
 
+import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -17,7 +18,8 @@ import safetensors.numpy
 from PIL import Image
 
 import drift_jax
-from drift_jax import artifacts, sampling, steps
+from drift_jax import artifacts, experiment, sampling, sharding, steps
+from drift_jax import config as config_lib
 from drift_jax.config import ConfigError
 from drift_jax.tools import export, run_export
 from tests.autoencoders import save_vae
@@ -90,6 +92,68 @@ def test_runs_with_jax_and_numpy_alone(exported, tmp_path):
   assert grid.shape == (2 * 48, 4 * 48, 3)
   pixels = expected.pixels()[5].astype(int)  # second row, second column
   assert np.abs(grid[48:96:6, 48:96:6, :1] - pixels).max() <= 1
+
+
+@pytest.fixture
+def run(exported, tmp_path, monkeypatch):
+  """(run.py as a module, what it says when it is called with arguments)."""
+  monkeypatch.chdir(tmp_path)
+  spec = importlib.util.spec_from_file_location("run", exported / "run.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+
+  def call(*arguments):
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+      module.main()
+    assert not list(tmp_path.iterdir())
+    return str(ended.value)
+
+  return module, call
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--labels", "0", "99"], "Error: --labels 99: class indices are 0 to 3"),
+    (["--labels", "-1"], "Error: --labels -1: want 3, index:3"),
+    (["--alpha", "3.5"], "Error: --alpha 3.5: want 1.0 to 3.0"),
+    (["--alpha", "nan"], "Error: --alpha nan"),
+    (["--seed", "-1"], "Error: --seed -1: want 0 to 4294967295"),
+    (["--count", "0"], "Error: --count 0: want at least 1"),
+    (["--out", "grid.jpg"], "Error: --out grid.jpg: want .png or .npy"),
+  ],
+)
+def test_example_checks_what_it_is_asked(run, arguments, message):
+  _, call = run
+  assert call(*arguments).startswith(message)
+
+
+def test_example_draws_no_black_pictures(run, monkeypatch):
+  """Nor from damaged files."""
+  module, call = run
+  read = module.read_safetensors
+
+  def spoilt(data):
+    return {
+      name: np.full_like(array, np.nan) for name, array in read(data).items()
+    }
+
+  monkeypatch.setattr(module, "read_safetensors", spoilt)
+  assert call("--count=1") == "Error: the images are not finite"
+  path_type = type(module.HERE)
+  read_bytes = path_type.read_bytes
+  monkeypatch.setattr(path_type, "read_bytes", lambda p: read_bytes(p)[:-9])
+  assert "model.safetensors is damaged" in call("--count=1")
+
+
+def test_noise_may_have_other_channels_than_samples(tmp_path):
+  source = save_generator(tmp_path / "source", in_channels=2)
+  manifest = export.export(source, str(tmp_path / "out"), platforms=("cpu",))
+  assert manifest["noise_shape"] == ["b", 8, 8, 2]
+  generate = manifest["functions"]["generate"]
+  assert generate["arguments"]["noise"] == "float32[b, 8, 8, 2]"
+  assert generate["result"] == "float32[b, 8, 8, 1]"
 
 
 @pytest.mark.parametrize(
@@ -174,6 +238,44 @@ def test_given_noise_gives_the_released_samples(tmp_path, golden):
     data["noise_labels"],
   )
   assert_close(samples, data["samples"], 1e-4)
+
+
+def test_bfloat16_rounds_only_what_the_network_rounds(source, tmp_path):
+  """And the release's format has all bits of all weights."""
+  out = tmp_path / "out"
+  export.export(
+    source, str(out), dtype="bfloat16", formats=("release",), platforms=("cpu",)
+  )
+  original = artifacts.load(source).params
+  stored = artifacts.load(out / "generator").params
+  assert stored["patch_embed"]["kernel"].dtype.name == "bfloat16"
+  for name in ("attention_norm", "mlp_norm"):
+    scale = stored["blocks"][name]["scale"]
+    np.testing.assert_array_equal(scale, original["blocks"][name]["scale"])
+  released = artifacts.load(out / artifacts.SUBDIRECTORY)
+  assert str(released.module.dtype) == "bfloat16"
+  jax.tree.map(np.testing.assert_array_equal, released.params, original)
+
+
+def test_autoencoder_of_a_run_keeps_its_precision(tmp_path, monkeypatch):
+  """Its decoder is bfloat16 in the functions, and when the export is loaded."""
+  monkeypatch.setattr(export, "_write_stablehlo", lambda *_: {})
+  mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+  section = config_lib.Vae(
+    path=str(save_vae(tmp_path / "vae", latent_channels=4)),
+    dtype="bfloat16",
+    sharding="replicate",
+    remat=False,
+    model={},
+  )
+  opened = experiment.open_generator(str(GOLDEN / "artifact_gen"), mesh)
+  opened = dataclasses.replace(opened, vae=experiment.load_vae(section, mesh))
+  monkeypatch.setattr(experiment, "open_generator", lambda *_, **__: opened)
+  export.export("runs/latents", str(tmp_path / "out"))
+  monkeypatch.undo()
+  vae = drift_jax.load(str(tmp_path / "out")).generator.vae
+  assert vae.module.dtype == opened.vae.module.dtype
+  jax.tree.map(np.testing.assert_array_equal, vae.params, opened.vae.params)
 
 
 def test_autoencoder_is_folded_in_and_bfloat16_is_half_as_large(tmp_path):
