@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from drift_jax import checkpoint, console, data, exits, processes
+from drift_jax import checkpoint, console, data, exits
 from drift_jax.console import logger
 from drift_jax.state import TrainState
 
@@ -273,7 +273,7 @@ class _Evaluation:
     if (
       not isinstance(error, Exception)
       or isinstance(error, exits.Preempted)
-      or processes.is_lost_peer(error)
+      or exits.cause_of(error) is not None
     ):
       return
     self.checkpointer.wait()
