@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from drift_jax import artifacts, hub, sharding, steps, storage
+from drift_jax import artifacts, hub, processes, sharding, steps, storage
 from drift_jax import config as config_lib
 from drift_jax.data import imagenet_classes, readable_classes
 from drift_jax.experiment.data_facts import CLASSES_FILE, read_facts
@@ -192,39 +191,14 @@ def identity(opened: OpenedGenerator) -> dict[str, Any]:
 
 
 def _fingerprint(params: Any) -> str:
-  """SHA-256 of the arrays' names, shapes, dtypes and sums of mixed bits."""
-  facts = [
-    [sharding.path_name(path), x.shape, str(x.dtype), int(total)]
-    for (path, x), total in zip(
-      jax.tree.leaves_with_path(params),
-      jax.tree.leaves(jax.device_get(_mixed_sums(params))),
-      strict=True,
-    )
-  ]
-  return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-@jax.jit
-def _mixed_sums(params: Any) -> Any:
-  """A uint32 of each array, from all its bits and where they stand.
-
-  Computed on the devices: sums modulo 2^32 are the same in any order.
-  """
-
-  def total(x: jax.Array) -> jax.Array:
-    unsigned = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-    position = jnp.zeros(x.shape, jnp.uint32)
-    for axis, size in enumerate(x.shape):
-      number = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-      position = position * np.uint32(size) + number
-    # MurmurHash3's finalizer: each bit of the input changes half of the output.
-    mixed = bits ^ (position * np.uint32(0x9E3779B9))
-    mixed = (mixed ^ (mixed >> np.uint32(16))) * np.uint32(0x85EBCA6B)
-    mixed = (mixed ^ (mixed >> np.uint32(13))) * np.uint32(0xC2B2AE35)
-    return jnp.sum(mixed ^ (mixed >> np.uint32(16)), dtype=jnp.uint32)
-
-  return jax.tree.map(total, params)
+  """SHA-256 of the arrays: names, shapes, dtypes and numbers."""
+  checksum = hashlib.sha256()
+  for path, x in jax.tree.leaves_with_path(params):
+    values = processes.fetch(x)
+    facts = [sharding.path_name(path), values.shape, str(values.dtype)]
+    checksum.update(json.dumps(facts).encode())
+    checksum.update(values.tobytes())
+  return checksum.hexdigest()
 
 
 def read_style(
