@@ -46,7 +46,7 @@ _ENCODERS = flags.DEFINE_multi_string(
 _DATA_SOURCE = flags.DEFINE_string(
   "data_source", None, "Of --workdir: where its data are now, e.g. folder:DIR."
 )
-_DATA_DIR = flags.DEFINE_string(
+_DATA_DIR = paths.define_flag(
   "data_dir", None, "Of --workdir: the folder that its data start from now."
 )
 _IMAGES = paths.define_flag(

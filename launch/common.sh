@@ -100,6 +100,7 @@ check_config() {
 # shell does in front of a word only.
 home() {
   local variable=${1//-/_}
+  # shellcheck disable=SC2088  # it is to be taken literally
   case ${!variable} in
     '~' | '~/'*) printf -v "$variable" %s "$HOME${!variable#\~}" ;;
     '~'*) die "--$1='${!variable}': give the whole path, or ./${!variable}" ;;

@@ -393,7 +393,7 @@ def no_steps(monkeypatch):
     )
 
   def fit(state, *, evaluate, best_metric, **unused):
-    best_metric(evaluate(1, state))
+    best_metric(evaluate(1, state, lambda: None))
     return state
 
   monkeypatch.setattr(state, "abstract_and_init", zeros)

@@ -145,15 +145,24 @@ DRAW = """if True:
   from absl import app
 
   def main(argv):
+    judge = evaluate._program
+
+    def program():
+      judge()
+      draw(*argv[1:3])
+
+    evaluate._program = program  # one of several processes ends with it
     evaluate.main(argv[:1])
+
+  def draw(workdir, out):
     mesh = sharding.make_mesh()
-    run = experiment.load_generator(argv[1], mesh, step=None, ema_decay=None)
+    run = experiment.load_generator(workdir, mesh, step=None, ema_decay=None)
     sample_fn = experiment.make_sampler(run.task, mesh, 7)(run.params)
     labels = metrics.balanced_labels(50, 10)
     batches = metrics.generate(sample_fn, labels, 2.5, batch_size=24)
     drawn = [experiment.gathered(b, b.samples) for b in batches]
     if processes.is_first():
-      np.save(argv[2], np.concatenate(drawn))
+      np.save(out, np.concatenate(drawn))
 
   app.run(main)
 """

@@ -20,10 +20,12 @@ NO_PATHS = {
   "compute_dtype",
   "coordinator",
   "crop",
+  "data_source",  # expanded as the config's
   "dtype",
   "figure",
   "host",
   "mesh",
+  "root_path",  # of URLs
   "source",
   "split",
   "topology",

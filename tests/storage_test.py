@@ -58,5 +58,5 @@ def test_entries(tmp_path):
 def test_a_folder_of_images_whose_name_is_a_pattern(tmp_path):
   folder = tmp_path / "[a]"
   opened = metrics.SampleFolder(folder, {}, [0, 0, 0])
-  metrics.save_png(np.zeros((2, 2, 3), np.uint8), folder / "000001.png")
+  metrics.save_image(np.zeros((2, 2, 3), np.uint8), folder / "000001.png")
   assert opened.missing().tolist() == [0, 2]

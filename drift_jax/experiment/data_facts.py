@@ -165,6 +165,24 @@ def check_data(
     )
 
 
+def check_same_data(paths: Sequence[epath.Path]) -> None:
+  """Raises ConfigError if runs in some workdirs were trained on other data."""
+  known = [
+    (path, names, facts)
+    for path in paths
+    for names, facts in [recorded(path)]
+    if facts
+  ]
+  for path, names, facts in known[1:]:
+    first, names_of_first, facts_of_first = known[0]
+    found = differences(names_of_first, facts_of_first, names, facts)
+    if found:
+      raise config_lib.ConfigError(
+        f"{path} was trained on other data than {first} ({'; '.join(found)}), "
+        "which a table can't compare: train one of them anew"
+      )
+
+
 def renamed(before: Sequence[str], now: Sequence[str]) -> list[str]:
   """How class names differ, by label."""
   if len(before) == len(now):

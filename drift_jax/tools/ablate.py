@@ -467,25 +467,7 @@ def check_workdir(plan: Plan) -> None:
         f"{run.path} holds a run with another config; use another workdir or "
         f"the old values. Changed: {'; '.join(changed)}"
       )
-  check_same_data([run.path for run in plan.runs])
-
-
-def check_same_data(workdirs: Sequence[pathlib.Path]) -> None:
-  """Raises ConfigError where rows were not trained on the same data."""
-  known = [
-    (path, names, facts)
-    for path in workdirs
-    for names, facts in [data_facts.recorded(epath.Path(path))]
-    if facts
-  ]
-  for path, names, facts in known[1:]:
-    first, names_of_first, facts_of_first = known[0]
-    found = data_facts.differences(names_of_first, facts_of_first, names, facts)
-    if found:
-      raise config_lib.ConfigError(
-        f"{path} was trained on other data than {first} ({'; '.join(found)}), "
-        "which a table can't compare: train one of them anew"
-      )
+  data_facts.check_same_data([epath.Path(run.path) for run in plan.runs])
 
 
 def _facts() -> dict[str, Any]:

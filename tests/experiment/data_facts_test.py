@@ -6,6 +6,7 @@ import tarfile
 
 import numpy as np
 import pytest
+from etils import epath
 from ml_collections import ConfigDict
 
 from configs import cifar10, policy
@@ -241,3 +242,14 @@ def test_long_lists_are_cut():
   names = [f"class {i}" for i in range(9)]
   found = data_facts.differences(names, {}, names[::-1], {})
   assert len(found) == 4 and found[-1] == "5 more like that"
+
+
+def test_rows_of_a_table_are_of_the_same_data(tmp_path):
+  """Rows that are not trained yet, or have not recorded theirs, are none."""
+  paths = [epath.Path(tmp_path / name) for name in "abcd"]
+  for path, images in zip(paths[1:], (12, 12, 13), strict=True):
+    path.mkdir()
+    (path / "data.json").write_text(json.dumps({"images": images}))
+  data_facts.check_same_data(paths[:3])
+  with pytest.raises(config_lib.ConfigError, match="d was .*/b .images: 12, n"):
+    data_facts.check_same_data(paths)

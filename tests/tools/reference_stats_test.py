@@ -483,9 +483,9 @@ def test_features_that_are_not_finite(
   pictures, inception, out, tmp_path, monkeypatch
 ):
   artifact = artifacts.load(inception)
-  params = jax.tree.map(lambda x: np.full_like(x, np.nan), artifact.params)
+  params = jax.tree.map(lambda x: np.full_like(x, 1e38), artifact.params)
   artifacts.save(
-    tmp_path / "nan",
+    tmp_path / "huge",
     kind="inception",
     model_config=artifact.metadata["model_config"],
     params=params,
@@ -495,7 +495,7 @@ def test_features_that_are_not_finite(
   with pytest.raises(
     SystemExit, match="^Error: --network=.*image 0 of folder:.* are not finite"
   ):
-    reference_stats.main(folder_flags(pictures, str(tmp_path / "nan"), out))
+    reference_stats.main(folder_flags(pictures, str(tmp_path / "huge"), out))
 
 
 # Several processes.
