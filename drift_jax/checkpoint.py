@@ -342,10 +342,10 @@ class Checkpointer:
         "command goes on from it"
       )
       text = " ".join(str(error).split())
-      cause = re.search(r"([^:\[\]]+) \[os_error_code", text)
+      code = re.search(r"os_error_code='(\d+)'", text)
+      cause = os.strerror(int(code[1])) if code else text[:300]
       raise CheckpointError(
-        f"a checkpoint in {self._directory} could not be written: "
-        f"{cause[1].strip() if cause else text[-300:]}. "
+        f"a checkpoint in {self._directory} could not be written: {cause}. "
         f"{kept}"
       ) from error
 

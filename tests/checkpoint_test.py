@@ -461,6 +461,24 @@ def test_a_full_disk_costs_the_save_alone(tmp_path, mesh, capfd):
   assert [path.name for path in (tmp_path / "run").iterdir()] == ["2"]
 
 
+def test_the_cause_of_a_failed_save_is_said(tmp_path, mesh, monkeypatch):
+  """TensorStore's own text may be long, and end with what was to be done."""
+  saver = checkpoint.Checkpointer(tmp_path)
+
+  def fail(*args, **kwargs):
+    raise ValueError(
+      f"OUT_OF_RANGE: {'x' * 999}: File too large [tensorstore_spec='{{a: 1}}'] "
+      "[os_error_code='27'] [source locations='b']"
+    )
+
+  monkeypatch.setattr(saver._manager, "save", fail)
+  with pytest.raises(
+    checkpoint.CheckpointError, match="written: File too large. No checkpoint"
+  ):
+    saver.save(1, make_state(mesh, 1), make_feed())
+  saver.close()
+
+
 @pytest.mark.parametrize(
   "name",
   [

@@ -327,7 +327,8 @@ def test_mistakes(tmp_path):
   program = f"""if True:
     import sys
     from absl import flags
-        from drift_jax.tools import ablate
+    from drift_jax import config as config_lib
+    from drift_jax.tools import ablate
 
     for arguments in {[list(arguments) for arguments, _ in MISTAKES]}:
       flags.FLAGS.unparse_flags()
