@@ -467,7 +467,7 @@ def test_the_cause_of_a_failed_save_is_said(tmp_path, mesh, monkeypatch):
 
   def fail(*args, **kwargs):
     raise ValueError(
-      f"OUT_OF_RANGE: {'x' * 999}: File too large [tensorstore_spec='{{a: 1}}'] "
+      f"OUT_OF_RANGE: {'x' * 999}: File too large [tensorstore_spec='{{}}'] "
       "[os_error_code='27'] [source locations='b']"
     )
 
