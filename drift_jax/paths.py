@@ -133,8 +133,3 @@ def walk(root: str | os.PathLike[str]) -> Iterator[tuple[str, list[str]]]:
     folders, files = listed(folder)
     yield folder, files
     waiting += [os.path.join(folder, name) for name in reversed(folders)]
-
-
-def count_files(root: str | os.PathLike[str]) -> int:
-  """Files in all folders below; see `walk`."""
-  return sum(len(names) for _, names in walk(root))

@@ -11,6 +11,7 @@ several archives one after the other; all of them are read.
 
 import bisect
 import collections
+import contextlib
 import hashlib
 import itertools
 import os
@@ -55,10 +56,6 @@ class _Tree(Protocol):
 
   def files(self, path: str) -> Sequence[str]:
     """Names of the files in the folder, sorted, none hidden."""
-    ...
-
-  def count(self, path: str) -> int:
-    """Files in the folder and all folders below."""
     ...
 
 
@@ -148,10 +145,13 @@ def _warn_of_leftovers(
       f"{some(files)}"
     )
   if folders:
-    inside = sum(tree.count(folder) for folder in folders)
+    inside = 0
+    for folder in folders:
+      with contextlib.suppress(OSError):  # nobody asks to read it
+        inside += len(tree.files(folder))
     said.append(
-      f"{len(folders)} folders in class folders, with {inside} files: "
-      f"{some(folders)}"
+      f"{len(folders)} folders in class folders, with {inside} files directly "
+      f"in them: {some(folders)}"
     )
   if said:
     console.logger.warning("%s: left out: %s", tree.name, "; ".join(said))
@@ -274,9 +274,6 @@ class _Directory:
   def files(self, path: str) -> Sequence[str]:
     return self._list(path)[1]
 
-  def count(self, path: str) -> int:
-    return paths.count_files(self._path / path)
-
 
 class FolderSource(_FileSource):
   """Images in a folder of class folders (see the module)."""
@@ -345,7 +342,7 @@ class _Header(tarfile.TarInfo):
       if block.count(0) == _BLOCK:  # the end, unless another archive follows
         tarfile.has_end = True
         raise
-      if not block and has_end:
+      if has_end and not block.strip(b"\0"):  # it was padded
         raise
       if not block:
         raise _ReadError(
@@ -451,10 +448,6 @@ class _Index:
 
   def files(self, path: str) -> Sequence[str]:
     return sorted(self._files[path])
-
-  def count(self, path: str) -> int:
-    below = (self.count(_join(path, name)) for name in self._folders[path])
-    return len(self._files[path]) + sum(below)
 
   def place(self, folder: str, name: str) -> tuple[int, int]:
     """(offset, size) of a file."""

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from drift_jax.drift import family
@@ -24,6 +25,9 @@ from drift_jax.drift.field import (
 
 Negatives = Literal["own", "own_with_self", "independent"]
 GuidanceForm = Literal["negatives", "velocity"]
+
+# One, or several.
+Temperatures = float | np.number | np.ndarray | Sequence[float]
 
 _Means = TypeVar("_Means")
 
@@ -183,7 +187,7 @@ def drift_loss(
   weight_gen: Float[Array, "B I"] | None = None,
   weight_pos: Float[Array, "B P"] | None = None,
   weight_neg: Float[Array, "B M"] | None = None,
-  temperatures: float | Sequence[float],
+  temperatures: Temperatures,
   affinity_floor: float = 1e-6,
   normalization: Normalization = "xy",
   attraction: float = 1.0,
@@ -630,10 +634,10 @@ def _effective_numbers(logits: Float[Array, "B N P"]) -> Float[Array, "B N"]:
 
 
 def check_temperatures(
-  temperatures: float | Sequence[float],
+  temperatures: Temperatures,
 ) -> tuple[float, ...]:
   """As floats; raises a ValueError for what drift_loss can't take."""
-  if isinstance(temperatures, (int, float)):
+  if np.ndim(temperatures) == 0:
     temperatures = (temperatures,)
   values = tuple(float(temperature) for temperature in temperatures)
   for value in values:

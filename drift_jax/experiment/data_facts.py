@@ -145,10 +145,15 @@ def is_same_data(
   class_names: Sequence[str],
   facts: Facts,
 ) -> bool:
-  """Whether data are known to be the others, wherever they lie."""
+  """Whether data are known to be the others, wherever they lie.
+
+  Latents have no names; a run's are those of its autoencoder.
+  """
+  keys = ["names_sha256", "values_sha256"]
+  if facts.get("kind") == "latents":
+    keys.append("labels_sha256")
   is_known = any(
-    before.get(key) and before[key] == facts.get(key)
-    for key in ("names_sha256", "values_sha256")
+    before.get(key) and before[key] == facts.get(key) for key in keys
   )
   return is_known and not differences(names_before, before, class_names, facts)
 

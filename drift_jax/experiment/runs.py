@@ -236,19 +236,23 @@ def _check_resumable(
   """Raises ConfigError if a config is not that of the workdir's run.
 
   Paths are the same if they lead to the same place. Weights, and data that are
-  known by checksums of their names or values, may lie anywhere.
+  known by checksums, may lie anywhere; a source of the same text starts at
+  data.data_dir, which may change.
   """
-  old = places.of_run(read_facts(path / CONFIG_FILE, dict), os.fspath(path), {})
+  written, new = read_facts(path / CONFIG_FILE, dict), json.loads(text)
+  old = places.of_run(written, os.fspath(path), {})
   before, after = (
-    config_lib.flatten(places.absolute(values))
-    for values in (old, json.loads(text))
+    config_lib.flatten(places.absolute(values)) for values in (old, new)
   )
   sums = _frozen_before(path)
   for name, found in frozen.items():
     if sums.get(name) == found and f"{name}.path" in before:
       after[f"{name}.path"] = before[f"{name}.path"]
-  if is_same_data(*recorded(path), class_names, facts):
-    after["data.source"] = before["data.source"]
+  source = "data.source"
+  texts = [config_lib.flatten(values).get(source) for values in (written, new)]
+  is_same = is_same_data(*recorded(path), class_names, facts)
+  if source in before and (is_same or texts[0] == texts[1]):
+    after[source] = before[source]
   config_lib.check_resumable(json.dumps(before), json.dumps(after))
 
 

@@ -5,7 +5,7 @@ through whole parameters. Every random number is drawn for the whole batch
 beforehand, so that a step is the same on any mesh, up to rounding.
 """
 
-from drift_jax.steps.common import Metrics, apply, early_dtype, from_wire
+from drift_jax.steps.common import Metrics, apply, from_wire
 from drift_jax.steps.drifting import Temperature, drift_metrics
 from drift_jax.steps.generator import (
   VAE_KEY,
@@ -61,7 +61,6 @@ __all__ = [
   "draw",
   "draw_policy",
   "drift_metrics",
-  "early_dtype",
   "from_wire",
   "generate",
   "generator_gradients",

@@ -43,6 +43,7 @@ from drift_jax.data import (
   sources,
   transforms,
 )
+from drift_jax.data.errors import DataError
 from drift_jax.data.latent_format import (
   LatentCacheError,
   Manifest,
@@ -447,9 +448,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
       _run(arguments)
   except (
-    LatentCacheError,
+    DataError,
     artifacts.ArtifactError,
-    encoded.CorruptImageError,
     DeviceError,
     OSError,
   ) as error:

@@ -155,7 +155,9 @@ def test_folders_in_class_folders_are_named_and_counted(
     source = make(kind, place, tmp_path)
   assert len(source) == 6 and source.class_names == ("cat", "dog", "emu")
   (said,) = [record.getMessage() for record in caplog.records]
-  assert "1 folders" in said and "2 files" in said and "cat/raw" in said
+  assert (
+    "1 folders" in said and "1 files directly" in said and "cat/raw" in said
+  )
   assert "eaDir" not in said
 
 
@@ -353,6 +355,9 @@ def test_a_tar_is_read_to_its_last_byte_or_refused(root, tmp_path):
   both_of = folder.TarSource(path, split="train", **OPTIONS)
   assert both_of.labels.tolist() == [0, 0, 1, 1, 1, 2, 2]
   np.testing.assert_array_equal(both_of[6], np.asarray(picture(8)))
+  path.write_bytes(second + bytes(100))  # padded to no whole block
+  padded = folder.TarSource(path, split="train", **OPTIONS)
+  assert padded.labels.tolist() == [0, 1, 1, 1, 2, 2]
   with tarfile.open(fileobj=io.BytesIO(first)) as archive:
     members = archive.getmembers()
   start = members[-1].offset

@@ -4,6 +4,7 @@ import functools
 
 import jax.numpy as jnp
 import jaxtyping
+import numpy as np
 import pytest
 
 from drift_jax import drift
@@ -117,8 +118,9 @@ def test_other_axes_are_named(function, message):
     function()
 
 
-def test_a_single_temperature():
+@pytest.mark.parametrize("temperature", [0.2, np.float32(0.2), np.array(0.2)])
+def test_a_single_temperature(temperature):
   arrays = [ones(1, 3, 2), ones(1, 4, 2), None]
-  loss, _ = drift.drift_loss(*arrays, temperatures=0.2)
+  loss, _ = drift.drift_loss(*arrays, temperatures=temperature)
   expected, _ = LOSS(*arrays)
   assert (loss == expected).all()

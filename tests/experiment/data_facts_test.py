@@ -145,6 +145,30 @@ def test_data_may_move(tmp_path):
     start(tmp_path / "run", f"folder:{copy}")
 
 
+def test_data_without_facts_may_move_by_their_folder(tmp_path, monkeypatch):
+  """A relative source of a run that has recorded nothing of it."""
+  monkeypatch.chdir(tmp_path)
+  make_images(tmp_path / "images")
+  start(tmp_path / "run", "folder:images")
+  (tmp_path / "run" / "data.json").unlink()
+  (tmp_path / "there").mkdir()
+  shutil.move(tmp_path / "images", tmp_path / "there")
+  changes = {"data.data_dir": str(tmp_path / "there")}
+  start(tmp_path / "run", "folder:images", **changes)
+
+
+def test_latents_are_known_by_their_labels():
+  """They have no names; the autoencoder's checksum is compared as well."""
+  facts = {"kind": "latents", "images": 3, "labels_sha256": "a"}
+  facts["names_sha256"] = None
+  assert data_facts.is_same_data(["x"], facts, ["x"], facts)
+  assert not data_facts.is_same_data(["x"], facts, ["y"], facts)
+  other = facts | {"labels_sha256": "b"}
+  assert not data_facts.is_same_data(["x"], facts, ["x"], other)
+  tfds = facts | {"kind": "digits"}
+  assert not data_facts.is_same_data(["x"], tfds, ["x"], tfds)
+
+
 def test_runs_that_have_not_recorded_their_data_go_on(run, caplog):
   images, workdir, resume = run
   facts = (workdir / "data.json").read_text()

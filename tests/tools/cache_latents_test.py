@@ -397,3 +397,12 @@ def test_the_manifest_is_readable(whole):
     "sha256": manifest["shards"][5]["sha256"],
     "settings_sha256": manifest["shards"][0]["settings_sha256"],
   }
+
+
+def test_an_image_beyond_a_limit_is_one_line(
+  pictures, vae, tmp_path, monkeypatch
+):
+  """It is not damaged, so that --max_corrupt does not pass over it."""
+  monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+  with pytest.raises(SystemExit, match="Error: .* too large, not damaged"):
+    cache_latents.main(flags(pictures, vae, tmp_path))
