@@ -637,9 +637,8 @@ def check_temperatures(
   temperatures: Temperatures,
 ) -> tuple[float, ...]:
   """As floats; raises a ValueError for what drift_loss can't take."""
-  if np.ndim(temperatures) == 0:
-    temperatures = (temperatures,)
-  values = tuple(float(temperature) for temperature in temperatures)
+  several: Any = temperatures if np.ndim(temperatures) else (temperatures,)
+  values = tuple(float(temperature) for temperature in several)
   for value in values:
     check_temperature(value)
   if not values or len(set(values)) < len(values):
