@@ -143,8 +143,9 @@ class Checkpointer:
       metadata = _read_json(path / checksums.METADATA)
       finished = (metadata or {}).get("commit_timestamp_nsecs") is not None
       summed = (path / checksums.CHECKSUMS).exists()
-      if metadata is not None and not finished and not summed:
-        path.rmtree()  # of a save that was killed
+      killed = metadata is not None and not finished and not summed
+      if killed or not checksums.file_names(path):
+        path.rmtree()
         continue
       if lacks := self._lacks(path):
         raise CheckpointError(lacks)
