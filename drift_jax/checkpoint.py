@@ -55,7 +55,9 @@ class _Manager(ocp.CheckpointManager):
 def _read_json(path: epath.Path) -> dict[str, Any] | None:
   """A file's object; None if it is not there or is no JSON."""
   try:
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text())
+  except FileNotFoundError:
+    return None
   except ValueError:
     logger.warning("%s is damaged and left out.", path)
     return None
@@ -126,6 +128,7 @@ class Checkpointer:
       ),
       item_names=_ITEMS,
     )
+    self._retention.scores.clear()  # of what may have been set aside
     for step in manager.all_steps():
       figures = _read_json(self._directory / str(step) / checksums.FIGURES)
       if figures is None:  # Earlier runs gave them to Orbax.

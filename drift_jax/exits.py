@@ -429,7 +429,8 @@ def stop_on_sigterm() -> None:
 
   def handle(number: int, frame: FrameType | None) -> NoReturn:
     del number, frame
-    raise Preempted("Told to stop before the first step")
+    logger.info("Told to stop before the first step; %s.", AGAIN)
+    raise SystemExit(RESTART)  # no error, of which others would make their own
 
   if not processes.several():
     signal.signal(signal.SIGTERM, handle)

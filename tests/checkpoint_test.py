@@ -465,6 +465,22 @@ def test_a_full_disk_costs_the_save_alone(tmp_path, mesh, capfd):
   assert [path.name for path in (tmp_path / "run").iterdir()] == ["2"]
 
 
+def test_a_score_goes_with_the_checkpoint_that_is_set_aside(tmp_path, mesh):
+  saver = checkpoint.Checkpointer(
+    tmp_path, keep_latest=2, best_metric="fd", on_corrupt="previous"
+  )
+  for step, figure in ((1, 5.0), (2, 3.0)):
+    saver.save(step, make_state(mesh, step), make_feed())
+    saver.rank(step, {"fd": figure})
+  saver.wait()
+  assert saver.best_step() == 2
+  truncate(largest_file(tmp_path / "2"))
+  assert saver.restore(*targets(mesh)) is not None
+  saver.save(2, make_state(mesh, 2), make_feed())
+  assert saver.best_step() == 1
+  saver.close()
+
+
 def test_the_cause_of_a_failed_save_is_said(tmp_path, mesh, monkeypatch):
   """TensorStore's own text may be long, and end with what was to be done."""
   saver = checkpoint.Checkpointer(tmp_path)

@@ -75,6 +75,9 @@ def test_an_annealed_scale_ends_above_zero():
     state = state_lib.TrainState(jnp.int32(step), *[jnp.zeros(())] * 4)
     expected = max(np.exp(-0.5 * step), 1e-6)
     np.testing.assert_allclose(temperature.scale(state), expected, rtol=1e-5)
+  # Runs of before may have begun so: they are still read.
+  scale = {"kind": "annealed", "rate": 4.0}
+  assert config_lib.parse(small(temperature_scale=scale))
 
 
 @pytest.mark.parametrize(

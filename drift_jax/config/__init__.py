@@ -7,7 +7,7 @@ type or contradicting values raise ConfigError with the key, the value and what
 would be valid.
 """
 
-from drift_jax.config.checks import check, check_judges
+from drift_jax.config.checks import check, check_judges, check_new
 from drift_jax.config.command_line import (
   config_arguments,
   define_process_flags,
@@ -78,6 +78,7 @@ __all__ = [
   "Vae",
   "check",
   "check_judges",
+  "check_new",
   "check_override",
   "check_resumable",
   "config_arguments",

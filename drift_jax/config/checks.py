@@ -205,7 +205,25 @@ def _check_data(config: GeneratorConfig | MaeConfig) -> None:
   )
 
 
-def _check_drift(drift: Drift, positives: int, num_steps: int) -> None:
+def check_new(config: AnyConfig) -> None:
+  """Raises ConfigError for what no run may begin with.
+
+  Earlier runs may have it: they can be continued and sampled.
+  """
+  drift: Drift | None = getattr(config, "drift", None)
+  if drift is None or drift.temperature_scale.kind != "annealed":
+    return
+  rate, num_steps = drift.temperature_scale.rate, config.train.num_steps
+  most = -math.log(LEAST_TEMPERATURE_SCALE) / num_steps
+  _require(
+    rate <= most,
+    f"drift.temperature_scale.rate={rate} with train.num_steps={num_steps}: "
+    f"temperatures would fall to exp(-{rate * num_steps:g}) of the first, "
+    f"below {LEAST_TEMPERATURE_SCALE:g}; use at most {most:.3g}",
+  )
+
+
+def _check_drift(drift: Drift, positives: int) -> None:
   """Field and options are checked where the fields are: in experiment."""
   _require(
     len(drift.temperatures) > 0 and all(t > 0 for t in drift.temperatures),
@@ -224,13 +242,6 @@ def _check_drift(drift: Drift, positives: int, num_steps: int) -> None:
     scale.rate > 0 if changes else scale.rate == 0,
     f"drift.temperature_scale.rate={scale.rate} with kind={kind!r}: want a "
     "positive rate for 'annealed' and 'learned', else 0",
-  )
-  most = -math.log(LEAST_TEMPERATURE_SCALE) / num_steps
-  _require(
-    kind != "annealed" or scale.rate <= most,
-    f"drift.temperature_scale.rate={scale.rate} with train.num_steps="
-    f"{num_steps}: temperatures would fall to exp(-{scale.rate * num_steps:g})"
-    f" of the first, below {LEAST_TEMPERATURE_SCALE:g}; use at most {most:.3g}",
   )
   _require(
     1 < scale.neighbours < positives
@@ -266,7 +277,7 @@ def _check_generator(config: GeneratorConfig) -> None:
   _choice("batch.reals", batch.reals, ("queue", "class_grouped"))
   if batch.reals == "queue":
     _check_queue(config)
-  _check_drift(config.drift, batch.positives, config.train.num_steps)
+  _check_drift(config.drift, batch.positives)
   _require(
     1 <= guidance.minimum <= guidance.maximum,
     f"guidance.minimum={guidance.minimum}, guidance.maximum="
@@ -470,7 +481,7 @@ def _check_mae(config: MaeConfig) -> None:
 def _check_toy(config: ToyConfig) -> None:
   _check_common(config)
   model, batch, drift = config.model, config.batch, config.drift
-  _check_drift(drift, batch.positives, config.train.num_steps)
+  _check_drift(drift, batch.positives)
   _choice("data.distribution", config.data.distribution, DISTRIBUTIONS)
   _at_least("data.noise", config.data.noise, 0)
   _choice("model.kind", model.kind, TOY_MODELS)
@@ -573,7 +584,7 @@ def _check_policy_loss(config: PolicyConfig) -> None:
   _at_least("batch.size", batch.size, 1)
   if loss.method == "drifting":
     positives = batch.size if loss.problem == "batch" else 1
-    _check_drift(config.drift, positives, config.train.num_steps)
+    _check_drift(config.drift, positives)
     _require(
       batch.generated >= 2 or config.drift.negatives != "own",
       f"batch.generated={batch.generated}: a single sample of an observation "

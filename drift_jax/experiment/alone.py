@@ -23,7 +23,8 @@ def alone(
   """Makes a task's (config, workdir) -> state the only run in its workdir.
 
   It raises ConfigError before anything is read or written where another run is
-  going on there, or the workdir can't be written.
+  going on there, or the workdir can't be written. A run that was not heard of
+  for a minute may lose the workdir to another one: its process ends then.
   """
 
   @functools.wraps(train)

@@ -362,7 +362,7 @@ def load_generator(
   )
   try:
     if step is None:
-      step = checkpointer.best_step()
+      step = processes.from_first(checkpointer.best_step)
     step, restored = checkpointer.restore_subtree(
       {"ema": {str(decay): abstract}}, step
     )

@@ -210,6 +210,8 @@ def _write_facts(
         path,
       )
     check_frozen(path, frozen)
+  else:
+    config_lib.check_new(config)
   path.mkdir(parents=True, exist_ok=True)
   with metrics.replacing(path / CONFIG_FILE) as file:
     file.write_text(text)

@@ -47,7 +47,7 @@ class SummaryWriter:
     self._path = os.path.join(logdir, f"events.out.tfevents.{now}")
     with storage.naming_errors(self._path):
       os.makedirs(logdir, exist_ok=True)
-      self._writer = record_writer.RecordWriter(self._path)
+      self._writer: Any = record_writer.RecordWriter(self._path)
       self._write(file_version="brain.Event:2")
       if purge_step is not None:
         log = self._events.SessionLog
@@ -64,6 +64,8 @@ class SummaryWriter:
     for name, value in scalars.items():
       number = float(np.asarray(value).item())
       self._write(step=step, summary=self._summary.scalar(name, number))
+    with storage.naming_errors(self._path):
+      self._writer._writer.flush()  # TensorBoard follows a run that goes on
 
   def write_images(self, step: int, images: Mapping[str, Any]) -> None:
     """Writes [H, W, C] or [N, H, W, C] (as name/0 ...), uint8 or in [0, 1]."""

@@ -46,6 +46,13 @@ def write_run(workdir, first, last, resume_step=-1):
   writer.close()
 
 
+def test_events_can_be_followed_while_a_run_goes_on(tmp_path):
+  writer = tensorboard.SummaryWriter(str(tmp_path))
+  writer.write_scalars(7, {"loss": 0.5})
+  assert read_events(tmp_path)[-1].step == 7
+  writer.close()
+
+
 def test_import_needs_no_tensorflow(tmp_path):
   code = """
 import sys
