@@ -173,7 +173,7 @@ class Checkpointer:
     ]
 
   def _lacks(self, path: epath.Path) -> str:
-    """What a folder without the marker lacks of a checkpoint; '' if nothing.
+    """Names what an unmarked folder lacks as a checkpoint; '' if nothing.
 
     Its checksums tell; before they are written, by what it should hold.
     """
@@ -263,7 +263,7 @@ class Checkpointer:
     """Records the evaluation of a saved step, and removes what it surpasses.
 
     Args:
-      step: of a checkpoint.
+      step: number of a saved step.
       figures: with best_metric, the same in all processes; None for none.
 
     Raises:

@@ -46,7 +46,7 @@ Ranges = list[tuple[int, int]] | None
 
 
 class Found(NamedTuple):
-  """What a comparison with checksums found.
+  """The result of a comparison with checksums.
 
   Attributes:
     damage: one line a file; none if nothing differs.
