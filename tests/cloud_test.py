@@ -17,7 +17,7 @@ from PIL import Image
 
 from drift_jax import artifacts, checkpoint, checksums, metrics, storage
 from tests import fake_bucket
-from tests.conftest import process_environment
+from tests.process import process_environment
 from tests.train_test import (
   ENCODER,
   ROOT,

@@ -4,16 +4,14 @@ import functools
 import gc
 import os
 import pathlib
+import shutil
 import tempfile
 from typing import Any
 
+from tests import compiler
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile for longer than they compute: unoptimised code, by the emitters
-# that are ready sooner.
-os.environ.setdefault(
-  "XLA_FLAGS",
-  "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
-)
+os.environ.setdefault("XLA_FLAGS", compiler.flags(compiler.QUICK))
 
 # Those which the hook below would compile anew: it has its own compiled files
 # for all that is first imported under it.
@@ -28,6 +26,8 @@ import pytest
 from absl import flags
 from jaxtyping import install_import_hook
 
+from tests.process import COMPILED
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -38,45 +38,29 @@ install_import_hook(
 )
 flags.FLAGS.mark_as_parsed()
 
-# For tests of small numbers: compiled as users do. Sums of many terms are less
-# exact otherwise.
-precise_jit = functools.partial(
-  jax.jit,
-  compiler_options={
-    "xla_backend_optimization_level": 3,
-    "xla_cpu_use_fusion_emitters": True,
-  },
-)
+# For tests of small numbers.
+precise_jit = functools.partial(jax.jit, compiler_options=compiler.USUAL)
 
 ROOT = pathlib.Path(__file__).parent.parent
-_COMPILED = "DRIFT_JAX_TESTS_COMPILED"
 
-
-def process_environment(devices: int = 1) -> dict[str, str]:
-  """Variables of a process of so many CPU devices.
-
-  What one of the session's processes has compiled, the others take from a
-  folder.
-  """
-  return os.environ | {
-    "JAX_NUM_CPU_DEVICES": str(devices),
-    "JAX_PLATFORMS": "cpu",
-    "JAX_COMPILATION_CACHE_DIR": os.environ[_COMPILED],
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    "PYTHONPATH": str(ROOT),
-    # Compiled modules are kept, whatever the environment says: hundreds of
-    # processes start.
-    "PYTHONDONTWRITEBYTECODE": "",
-  }
+# What a test process compiles is kept for the next run of the tests, among
+# pytest's own caches.
+_KEPT = ROOT / ".pytest_cache" / "compiled"
+_KEPT_MOST = 2**30  # bytes
+jax.config.update("jax_compilation_cache_dir", str(_KEPT))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-  """Makes the folder; the workers have its name from this process."""
-  if not hasattr(config, "workerinput"):
-    folder = tempfile.TemporaryDirectory()
-    os.environ[_COMPILED] = folder.name
-    config.add_cleanup(folder.cleanup)
+  """Makes the folder of tests.process; the workers have its name from here."""
+  if hasattr(config, "workerinput"):
+    return
+  folder = tempfile.TemporaryDirectory()
+  os.environ[COMPILED] = folder.name
+  config.add_cleanup(folder.cleanup)
+  if sum(file.stat().st_size for file in _KEPT.glob("*")) > _KEPT_MOST:
+    shutil.rmtree(_KEPT)
 
 
 # Files that take minutes, the longest first: a worker that begins one last

@@ -24,7 +24,7 @@ from drift_jax import (
 )
 from drift_jax.models import release
 from tests.autoencoders import save_vae
-from tests.conftest import assert_close, process_environment
+from tests.conftest import assert_close
 from tests.judges import (
   digit_pixels,
   save_inception,
@@ -32,6 +32,7 @@ from tests.judges import (
   save_statistics,
   save_vit,
 )
+from tests.process import process_environment
 from tests.small_generator import save_run
 
 ROOT = pathlib.Path(__file__).parent.parent

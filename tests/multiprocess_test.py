@@ -23,7 +23,8 @@ from PIL import Image
 
 from drift_jax import artifacts, checksums, experiment, train_mae
 from drift_jax import config as config_lib
-from tests.conftest import assert_close, process_environment
+from tests.conftest import assert_close
+from tests.process import process_environment
 from tests.train_test import checkpoint_arrays, last_step, records
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -9,7 +9,8 @@ import nbformat
 import pytest
 
 from tests.autoencoders import save_vae
-from tests.conftest import GOLDEN, process_environment
+from tests.conftest import GOLDEN
+from tests.process import process_environment
 
 PATH = pathlib.Path(__file__).parent.parent / "launch" / "colab.ipynb"
 # The smoke variant with the model of train_test.

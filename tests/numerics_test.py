@@ -14,7 +14,7 @@ import drift_jax
 from configs import digits
 from drift_jax import numerics, train
 from drift_jax.config import ConfigError
-from tests.conftest import process_environment
+from tests.process import process_environment
 from tests.small_generator import save_generator
 
 PACKAGE = pathlib.Path(drift_jax.__file__).parent

@@ -25,7 +25,7 @@ from playwright import sync_api
 
 from drift_jax import metrics, sampling, serve
 from drift_jax.serve.app import host_name
-from tests.conftest import process_environment
+from tests.process import process_environment
 from tests.small_generator import NAMES, save_generator
 
 ROOT = pathlib.Path(__file__).parent.parent

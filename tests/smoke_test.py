@@ -13,7 +13,7 @@ from PIL import Image
 from drift_jax import artifacts, metrics, models
 from drift_jax.models import release
 from tests.autoencoders import save_vae
-from tests.conftest import process_environment
+from tests.process import process_environment
 
 ROOT = pathlib.Path(__file__).parent.parent
 CLASSES = ("n01440764", "n01443537", "n02124075")

@@ -23,7 +23,8 @@ from drift_jax import (
   train_policy,
 )
 from drift_jax.tools import policy_table
-from tests.conftest import ROOT, process_environment
+from tests.conftest import ROOT
+from tests.process import process_environment
 
 
 def small(variant="", **changes):

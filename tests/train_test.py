@@ -29,8 +29,9 @@ from drift_jax import (
 )
 from drift_jax import config as config_lib
 from drift_jax.state import TrainState
-from tests.conftest import assert_close, process_environment
+from tests.conftest import assert_close
 from tests.judges import save_inception, save_random_statistics
+from tests.process import process_environment
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 24

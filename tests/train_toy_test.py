@@ -17,7 +17,8 @@ from configs import digits, toy
 from drift_jax import config as config_lib
 from drift_jax import data, drift, experiment, metrics, models, steps, train_toy
 from drift_jax.config import schema
-from tests.conftest import ROOT, assert_close, process_environment
+from tests.conftest import ROOT, assert_close
+from tests.process import process_environment
 
 DEVICES = 8
 

@@ -14,7 +14,8 @@ from PIL import Image
 
 from drift_jax import exits, metrics
 from drift_jax.tools import ablation_table
-from tests.conftest import ROOT, process_environment
+from tests.conftest import ROOT
+from tests.process import process_environment
 
 BASE = "--config=configs/digits.py:smoke"
 # As small as a generator can be: processes take most of the time.

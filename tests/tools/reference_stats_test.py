@@ -24,9 +24,10 @@ from drift_jax import (
 )
 from drift_jax.data import sources, transforms
 from drift_jax.tools import reference_stats
-from tests.conftest import assert_close, process_environment
+from tests.conftest import assert_close
 from tests.data.pictures import cut
 from tests.judges import save_inception
+from tests.process import process_environment
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 SIZE = 12

@@ -12,7 +12,7 @@ from PIL import Image
 
 from drift_jax import config as config_lib
 from drift_jax.tools import toy_table
-from tests.conftest import process_environment
+from tests.process import process_environment
 
 ROOT = pathlib.Path(__file__).parents[2]
 
