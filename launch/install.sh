@@ -1,15 +1,21 @@
 #!/usr/bin/env bash
 # An environment in .venv with what drift_jax needs on this machine:
 #
-#   bash launch/install.sh [cpu|cuda12|cuda13|tpu]      cpu, if not given
+#   bash launch/install.sh [--newest] [cpu|cuda12|cuda13|tpu]    cpu, if not given
 #
-# PYTHON chooses the interpreter. Where python3 is older than 3.11 (as on the
-# images of most TPU VMs), uv fetches Python 3.12.
+# The versions of all packages are those that the tests ran with (launch/locks);
+# with --newest they are the newest. PYTHON chooses the interpreter. Where python3
+# is older than 3.11 (as on the images of most TPU VMs), uv fetches Python 3.12.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/common.sh
 source launch/environment.sh
 
+newest=
+if [ "${1:-}" = --newest ]; then
+  newest=yes
+  shift
+fi
 accelerator=${1:-cpu}
 case $accelerator in
   -h | --help)

@@ -2,16 +2,33 @@
 # The quickstart, on any machine with two cores: installs into .venv, then
 # trains the digits encoder and the digits generator, and judges the samples.
 #
-#   bash launch/local.sh [--smoke] [FOLDER]     FOLDER: runs/quickstart
+#   bash launch/local.sh [--smoke] [--newest] [FOLDER]   FOLDER: runs/quickstart
 #
-# A run found in the folder is continued.
+#   --smoke    a few small steps of everything
+#   --newest   with the newest versions of all packages, not those in
+#              launch/locks
+#
+# A run found in the folder is continued. PYTHON chooses the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 smoke=
-if [ "${1:-}" = --smoke ]; then
-  smoke=,smoke
+newest=
+while [ $# -gt 0 ]; do
+  case $1 in
+    --smoke) smoke=,smoke ;;
+    --newest) newest=yes ;;
+    -h | --help)
+      sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"
+      exit 0
+      ;;
+    -*)
+      echo "Error: unknown option '$1': valid options are --smoke --newest" >&2
+      exit 2
+      ;;
+    *) break ;;
+  esac
   shift
-fi
+done
 folder=${1:-runs/quickstart${smoke/,/-}}
 
 source launch/environment.sh
