@@ -1,7 +1,7 @@
 """In which dtype a network uses each of its parameters."""
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -130,20 +130,10 @@ def _follow(
 
 def _body(equation: core.JaxprEqn) -> core.Jaxpr | None:
   """The program that an equation calls with just its own arguments."""
-  bodies = list(_jaxprs(equation.params.values()))
+  bodies = list(core.jaxprs_in_params(equation.params))
   if len(bodies) != 1:
     return None  # a loop with a condition, or a choice of programs
   (body,) = bodies
   same = len(body.invars) == len(equation.invars)
   same &= len(body.outvars) == len(equation.outvars)
   return body if same else None
-
-
-def _jaxprs(values: Any) -> Iterator[core.Jaxpr]:
-  for value in values:
-    if isinstance(value, core.ClosedJaxpr):
-      yield value.jaxpr
-    elif isinstance(value, core.Jaxpr):
-      yield value
-    elif isinstance(value, list | tuple):
-      yield from _jaxprs(value)
