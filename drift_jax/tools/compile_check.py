@@ -324,16 +324,17 @@ def compile_program(
     largest = _written(folder, "memory-usage-report")
   memory: Any = compiled.memory_analysis()
   costs: Mapping[str, float] = compiled.cost_analysis() or {}
-  report.activations = memory.temp_size_in_bytes
   report.code = memory.generated_code_size_in_bytes
-  peak: int = max(
-    memory.peak_memory_in_bytes,
+  resident: int = (
     memory.argument_size_in_bytes
     + memory.output_size_in_bytes
     - memory.alias_size_in_bytes
-    + memory.temp_size_in_bytes,
   )
+  temporary: int = memory.temp_size_in_bytes
+  peak = max(memory.peak_memory_in_bytes, resident + temporary)
   report.peak = peak
+  # libtpu 0.0.42 (of JAX 0.10.2) counts none among the temporary ones.
+  report.activations = temporary or peak - resident
   if report.available is not None:
     report.fits = peak <= report.available
   report.bytes_accessed = costs.get("bytes accessed")
