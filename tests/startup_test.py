@@ -6,6 +6,9 @@ import subprocess
 import sys
 
 import pytest
+from sklearn import datasets
+
+from drift_jax.data import sources
 
 ROOT = pathlib.Path(__file__).parent.parent
 # What takes long to import.
@@ -121,3 +124,17 @@ def test_the_package_alone_imports_nothing_heavy():
   code = "import drift_jax, sys; print(*sys.modules)"
   names = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT)
   assert not set(names.decode().split()) & HEAVY
+
+
+def test_digits_are_read_as_scikit_learn_reads_them():
+  pixels, labels = datasets.load_digits(return_X_y=True)
+  rows = {(*row, label) for row, label in zip(pixels, labels, strict=True)}
+  count = 0
+  for split in sources.SPLITS:
+    source = sources.digits(split)
+    count += len(source)
+    found = (source.images.reshape(-1, 64) + 1) * 8
+    assert rows.issuperset(
+      (*row, label) for row, label in zip(found, source.labels, strict=True)
+    )
+  assert count == len(rows) == len(pixels)
