@@ -77,6 +77,13 @@ MISTAKES = {
   ),
 }
 
+# One has no flags.
+BENCHMARKS = sorted(
+  f"benchmarks.{path.stem}"
+  for path in (ROOT / "benchmarks").glob("*.py")
+  if "add_argument" in path.read_text()
+)
+
 
 def start(program: str, *arguments: str) -> tuple[int, str, set[str]]:
   """(exit code, what it said, packages that it imported)."""
@@ -102,7 +109,7 @@ def test_all_programs_are_here():
   assert {name.removesuffix(".__main__") for name in programs} == set(MISTAKES)
 
 
-@pytest.mark.parametrize("program", MISTAKES)
+@pytest.mark.parametrize("program", [*MISTAKES, *BENCHMARKS])
 def test_help_imports_nothing_heavy(program):
   code, said, imported = start(program, "--help")
   assert "usage:" in said.lower() or "flags:" in said
