@@ -23,7 +23,7 @@ if not __package__:
   # Python looks for a script's imports in the script's folder.
   sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
 
-from benchmarks import images, latents, timing
+from benchmarks import timing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +73,8 @@ def measure(
   sizes: Sizes,
 ) -> None:
   """Adds every section's rows."""
+  from benchmarks import images, latents
+
   step = {
     "labels": sizes.labels,
     "positives": sizes.positives,

@@ -14,7 +14,6 @@ the features that it is given.
 """
 
 import argparse
-import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -23,45 +22,7 @@ if not __package__:
   # Python looks for a script's imports in the script's folder.
   sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
 
-from benchmarks import features, inception, timing
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-  """How much each section works on; those of published figures.
-
-  Attributes:
-    width, num_classes: of Inception-v3.
-    pixels: of its square images.
-    batches: sizes of its batches.
-    host: of all else.
-  """
-
-  width: int = 16
-  num_classes: int = 1008
-  pixels: int = 256
-  batches: Sequence[int] = (16, 32)
-  host: features.Sizes = features.Sizes()
-
-
-TINY = Sizes(
-  width=1,
-  num_classes=5,
-  pixels=32,
-  batches=(2,),
-  host=features.Sizes(
-    generated=60,
-    dimensions=8,
-    classes=5,
-    splits=2,
-    batch=16,
-    singular=6,
-    compared=40,
-    subsets=3,
-    subset_size=10,
-    queries=7,
-  ),
-)
+from benchmarks import timing
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -75,9 +36,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     "--tiny", action="store_true", help="tiny sizes: shows that it runs"
   )
   flags = parser.parse_args(argv)
+  from benchmarks import features, inception
+
   facts = timing.machine()
   report = timing.Report(flags.seconds)
-  sizes = TINY if flags.tiny else Sizes()
+  sizes = inception.TINY if flags.tiny else inception.Sizes()
   inception.rows(
     report,
     width=sizes.width,
@@ -85,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     size=sizes.pixels,
     batches=sizes.batches,
   )
-  features.rows(report, sizes.host, flags.seconds)
+  compared = features.TINY if flags.tiny else features.Sizes()
+  features.rows(report, compared, flags.seconds)
   print(f"{report.table()}\n\n{timing.in_words(facts)}")
   if flags.json:
     flags.json.write_text(report.json(facts))

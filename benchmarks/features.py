@@ -51,6 +51,20 @@ class Sizes:
   queries: int = 1000
 
 
+TINY = Sizes(
+  generated=60,
+  dimensions=8,
+  classes=5,
+  splits=2,
+  batch=16,
+  singular=6,
+  compared=40,
+  subsets=3,
+  subset_size=10,
+  queries=7,
+)
+
+
 def rows(report: Report, sizes: Sizes, seconds: float) -> None:
   """Adds the rows of all sections, each timed for so many seconds a row."""
   with concurrent.futures.ProcessPoolExecutor(

@@ -1,5 +1,6 @@
 """Inception-v3 on this device, beside pytorch-fid's network in torch."""
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -21,6 +22,19 @@ from drift_jax.tools.conversions import inception as published
 PEAK_FLOPS = {"H100": 67e12, "H200": 67e12, "A100": 19.5e12, "L4": 30.3e12}
 # Relative; of features of the same pixels.
 TOLERANCE = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """Of the network, its square images and its batches: the published ones."""
+
+  width: int = 16
+  num_classes: int = 1008
+  pixels: int = 256
+  batches: Sequence[int] = (16, 32)
+
+
+TINY = Sizes(width=1, num_classes=5, pixels=32, batches=(2,))
 
 
 def find_torch() -> Any:

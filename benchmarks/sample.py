@@ -12,34 +12,18 @@ decoder), b16 and l16 in bfloat16. "times" compares the same number of images.
 """
 
 import argparse
-import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any
-
-import jax
-import numpy as np
 
 if not __package__:
   # Python looks for a script's imports in the script's folder.
   sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
 
-from benchmarks import configs, timing
-from benchmarks.step import PEAK_FLOPS
-from configs import models as sizes
-from drift_jax import artifacts, experiment, hlo, metrics, sharding
-from drift_jax import steps as steps_lib
-from drift_jax.experiment import networks
+from benchmarks import timing
 
 BATCH = 64
 MODELS = ("digits", "b2", "b2_vae", "b16", "l16")
-_PUBLISHED = {
-  "b2": "generator_b2_latent",
-  "b2_vae": "generator_b2_latent",
-  "b16": "generator_b16_pixel",
-  "l16": "generator_l16_pixel",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,9 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  on_cpu = jax.default_backend() == "cpu"
-  default = "digits,b2" if on_cpu else "b2,b2_vae,b16,l16"
-  parser.add_argument("--models", default=default)
+  parser.add_argument("--models", default="", help=f"of {','.join(MODELS)}")
   parser.add_argument("--json", type=timing.path, help="file to write")
   parser.add_argument("--seconds", type=float, default=10, help="for each row")
   parser.add_argument(
@@ -57,164 +39,28 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   parser.add_argument("--batch", type=int, default=BATCH, help="images")
   flags = parser.parse_args(argv)
-  names = ["digits"] if flags.tiny else flags.models.split(",")
+  names = [name for name in flags.models.split(",") if name]
   for name in names:
     if name not in MODELS:
       parser.error(f"--models: {name!r} is none of {', '.join(MODELS)}")
+  import jax
+
+  from benchmarks import sample_rows
+
+  on_cpu = jax.default_backend() == "cpu"
+  if flags.tiny:
+    names = ["digits"]
+  elif not names:
+    names = ["digits", "b2"] if on_cpu else ["b2", "b2_vae", "b16", "l16"]
   facts = timing.machine()
   report = timing.Report(flags.seconds)
   for name in names:
     dtype = "float32" if on_cpu else "bfloat16"
-    rows(report, name, dtype, 8 if flags.tiny else flags.batch, flags.tiny)
+    count = 8 if flags.tiny else flags.batch
+    sample_rows.rows(report, name, dtype, count, flags.tiny)
   print(f"{report.table()}\n\n{timing.in_words(facts)}")
   if flags.json:
     flags.json.write_text(report.json(facts))
-
-
-def arguments(name: str, dtype: str, tiny: bool) -> dict[str, Any]:
-  """Of models.build_generator."""
-  if name == "digits":
-    chosen = configs.load("configs/digits.py")["model"]
-    chosen["depth"] = 1 if tiny else chosen["depth"]
-  else:
-    chosen = sizes.GENERATORS[_PUBLISHED[name]]().to_dict()
-    if dtype == "float32":
-      chosen["attention_dtype"] = dtype
-  return {**chosen, "dtype": dtype, "remat": "none"}
-
-
-def open_random(
-  name: str, dtype: str, tiny: bool, mesh: jax.sharding.Mesh
-) -> experiment.OpenedGenerator:
-  """A generator of random weights, and its autoencoder if there is one."""
-  artifact = artifacts.abstract("gen", arguments(name, dtype, tiny))
-  module: Any = artifact.module
-  vae = None
-  if name == "b2_vae":
-    found = artifacts.abstract("vae", sizes.sd_vae().to_dict(), dtype=dtype)
-    vae = dataclasses.replace(found, params=_random(found.params))
-  task = experiment.sampling_task(
-    module.clone(
-      attention_kernel=networks.attention_kernel_for("auto", mesh),
-      unroll=networks.unroll_for(module.depth, mesh),
-    )
-  )
-  return experiment.OpenedGenerator(
-    task=task,
-    params=_random(artifact.params),
-    vae=vae,
-    model_config=artifact.metadata["model_config"],
-    num_classes=module.num_classes,
-    class_names=(),
-    alpha_range=(1.0, 4.0),
-    step=None,
-    ema_decay=None,
-    provenance={},
-  )
-
-
-def rows(
-  report: timing.Report, name: str, dtype: str, count: int, tiny: bool
-) -> None:
-  """Throughput and latency of one model."""
-  mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
-  opened = open_random(name, dtype, tiny, mesh)
-  section = f"{name}, {dtype}"
-
-  def ours(n: int) -> timing.Case:
-    labels = np.arange(n, dtype=np.int32) % opened.num_classes
-    sample = experiment.bind_sampler(step, opened.params, opened.task, mesh, 0)
-
-    def run() -> None:
-      for batch in metrics.generate(
-        sample,
-        labels,
-        1.0,
-        batch_size=n,
-        to_pixels=experiment.make_pixels(decode),
-      ):
-        batch.rows(batch.pixels)
-
-    return timing.Case(run)
-
-  step = experiment.jit_sampler(opened.task, mesh)
-  decode = experiment.make_decoder(opened.vae, mesh)
-  if opened.vae is None and opened.task.sample_shape[-1] not in (1, 3):
-    # Latents, as they are.
-    decode = _first_channels
-
-  def plain_image() -> None:
-    samples = steps_lib.sample_step(
-      opened.params,
-      np.zeros(1, np.int32),
-      np.ones(1, np.float32),
-      np.zeros(1, np.int32),
-      seed=0,
-      task=opened.task,
-    )
-    if opened.vae is not None:
-      samples = steps_lib.apply(
-        opened.vae.module, opened.vae.params, samples, method="decode"
-      )
-    jax.block_until_ready(samples)
-
-  case = timing.Case(plain_image)
-  report.compare(section, "ms", 1, case, {"latency of one image": ours(1)})
-  latency = report.rows[-1]
-  assert latency.plain is not None
-  report.compare(section, "images/s", count, None, {"throughput": ours(count)})
-  rate = report.rows.pop().value
-  plain_rate = 1e3 / latency.plain
-  flops = _flops(opened)
-  peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-  share = f", {flops * rate / peak:.0%} of the peak" if peak else ""
-  report.add(
-    section,
-    f"throughput, {count} at a time",
-    "images/s",
-    rate,
-    plain_rate,
-    rate / plain_rate,
-    f"{flops * rate / 1e12:.3g} TFLOP/s{share}",
-  )
-
-
-def _first_channels(samples: Any) -> Any:
-  return samples[..., :3]
-
-
-def _flops(opened: experiment.OpenedGenerator) -> float:
-  """Floating-point operations of one image's products."""
-
-  def image(params: Any, decoder: Any, index: Any) -> Any:
-    samples = steps_lib.sample_step(
-      params,
-      np.zeros(1, np.int32),
-      np.ones(1, np.float32),
-      index,
-      seed=0,
-      task=dataclasses.replace(
-        opened.task,
-        generator=opened.task.generator.clone(attention_kernel="xla"),
-      ),
-    )
-    if opened.vae is None:
-      return samples
-    return steps_lib.apply(opened.vae.module, decoder, samples, method="decode")
-
-  decoder = None if opened.vae is None else opened.vae.params
-  traced = jax.jit(image).trace(opened.params, decoder, np.zeros(1, np.int32))
-  return hlo.matmul_flops(traced.jaxpr, 1)
-
-
-def _random(shapes: Any) -> Any:
-  rng = np.random.default_rng(0)
-  return jax.tree.map(
-    lambda x: jax.numpy.asarray(
-      0.02 * rng.standard_normal(x.shape, np.float32), x.dtype
-    ),
-    shapes,
-  )
 
 
 if __name__ == "__main__":

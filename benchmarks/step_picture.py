@@ -10,8 +10,6 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-import matplotlib.pyplot as plt
-
 if not __package__:
   # Python looks for a script's imports in the script's folder.
   sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
@@ -29,6 +27,10 @@ TITLES = {"ablation": "ablation (B/2, MAE-256)", "l2": "L/2 (MAE-640)"}
 
 def main(argv: Sequence[str]) -> None:
   """Draws it."""
+  if len(argv) < 2:
+    raise SystemExit(__doc__)
+  from matplotlib import pyplot as plt
+
   target, *given = argv
   bars = {}
   for pair in given:

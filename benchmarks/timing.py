@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
 from drift_jax import paths
@@ -217,6 +216,8 @@ def highest() -> float:
 
 def machine() -> dict[str, Any]:
   """What the numbers depend on."""
+  import jax  # not before a benchmark has read its flags
+
   cpu = platform.processor()
   with contextlib.suppress(OSError):
     lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()

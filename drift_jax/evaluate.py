@@ -10,138 +10,145 @@ Prints a table and writes a JSON report; where asked, also the figures over
 alpha, the samples and their nearest training images.
 """
 
+import functools
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 from absl import app, flags
 
 from drift_jax import config as config_lib
-from drift_jax import (
-  console,
-  exits,
-  experiment,
-  metrics,
-  numerics,
-  paths,
-  processes,
-)
-from drift_jax.console import logger
+from drift_jax import options, paths
 
-_WORKDIR = paths.define_flag("workdir", None, "Folder of a run.")
-_WEIGHTS = paths.define_flag(
-  "weights",
-  None,
-  "A generator's exported weights: their folder, an export, or hf://NAME.",
-)
-_VAE = paths.define_flag(
-  "vae",
-  "",
-  "The autoencoder behind the latents of --weights that are no export; of "
-  "--workdir where it is now, if it is not found.",
-)
-_ENCODERS = flags.DEFINE_multi_string(
-  "encoder",
-  [],
-  "Of --workdir: NAME=DIR, where encoders.NAME.path is now; once for each.",
-)
-_DATA_SOURCE = flags.DEFINE_string(
-  "data_source", None, "Of --workdir: where its data are now, e.g. folder:DIR."
-)
-_DATA_DIR = paths.define_flag(
-  "data_dir", None, "Of --workdir: the folder that its data start from now."
-)
-_IMAGES = paths.define_flag(
-  "images", None, "Folder or ADM .npz of images that were made elsewhere."
-)
-_ALPHAS = flags.DEFINE_list(
-  "alphas", None, "Guidance scales; the config's if not given."
-)
-_METRICS = flags.DEFINE_list(
-  "metrics",
-  None,
-  f"Figures, of {config_lib.EVAL_METRICS}; the config's, or "
-  f"{','.join(experiment.METRICS)} without one.",
-)
-_NUM_SAMPLES = flags.DEFINE_integer(
-  "num_samples",
-  None,
-  "For each alpha; 0: as many as are held out, or as --labels lists; the "
-  f"config's, or {experiment.NUM_SAMPLES} without one.",
-  lower_bound=0,
-)
-_LABELS = paths.define_flag(
-  "labels", None, "File of class indices (.txt, .npy); balanced if not given."
-)
-_BATCH_SIZE = flags.DEFINE_integer(
-  "batch_size", None, "Samples at a time, on all devices.", lower_bound=1
-)
-_SEED = flags.DEFINE_integer(
-  "seed",
-  None,
-  "Of noise and style; config.seed + 1 if not given, 0 without a config.",
-  lower_bound=0,
-  upper_bound=2**32 - 1,
-)
-_STEP = flags.DEFINE_integer(
-  "step", None, "Checkpoint; the best one, else the newest, if not given."
-)
-_EMA_DECAY = flags.DEFINE_float(
-  "ema_decay", None, "Which EMA; the evaluated one if not given."
-)
-_JUDGES = {
-  (name, key): paths.define_flag(
-    name if key == "path" else f"{name}_reference", None, text
-  )
-  for name, key, text in (
-    ("inception", "path", "Folder of the converted Inception-v3."),
-    ("inception", "reference", "Its statistics of real images, .npz."),
-    ("dinov2", "path", "Folder of a converted DINOv2."),
-    ("dinov2", "reference", "Its statistics of real images, .npz."),
-  )
-}
-_NEIGHBOURS = flags.DEFINE_integer(
-  "neighbours",
-  0,
-  "Of --workdir: nearest training images of samples to look for; 10 in B.4.",
-  lower_bound=0,
-)
-_SPACE = paths.define_flag(
-  "neighbour_space",
-  "encoder",
-  "Where they are near: encoder, pixel, or the folder of a converted network.",
-)
-_NEIGHBOUR_SAMPLES = flags.DEFINE_integer(
-  "neighbour_samples", 1000, "At least as many samples.", lower_bound=1
-)
-_SAMPLES_OUT = paths.define_flag(
-  "samples_out",
-  None,
-  "Write the samples as an .npz in ADM's format; with several alphas, one for "
-  "each, NAME_alpha_A.npz.",
-)
-_OUT = paths.define_flag(
-  "out",
-  None,
-  "JSON to write, pictures beside it; WORKDIR/evaluation.json or "
-  "evaluation.json if not given.",
-)
-config_lib.define_process_flags(join_timeout=processes.JOIN_SECONDS)
+# Whose images are judged: one of these.
+SOURCES = ("workdir", "weights", "images")
 # Flags that not every source of images has a use for.
 _ONLY_WITH = (
   (
-    ("--workdir",),
+    ("workdir",),
     (
-      _STEP,
-      _EMA_DECAY,
-      _NEIGHBOURS,
-      _SPACE,
-      _NEIGHBOUR_SAMPLES,
-      _ENCODERS,
-      _DATA_SOURCE,
-      _DATA_DIR,
+      "step",
+      "ema_decay",
+      "neighbours",
+      "neighbour_space",
+      "neighbour_samples",
+      "encoder",
+      "data_source",
+      "data_dir",
     ),
   ),
-  (("--workdir", "--weights"), (_ALPHAS, _LABELS, _SAMPLES_OUT, _VAE)),
+  (("workdir", "weights"), ("alphas", "labels", "samples_out", "vae")),
 )
+# {flag: what it is of a request's judges}.
+_JUDGES = {
+  "inception": ("inception", "path"),
+  "inception_reference": ("inception", "reference"),
+  "dinov2": ("dinov2", "path"),
+  "dinov2_reference": ("dinov2", "reference"),
+}
+
+
+def define_flags() -> None:
+  """Defines the flags: not on import, as other programs have the same names."""
+  paths.define_flag("workdir", None, "Folder of a run.")
+  paths.define_flag(
+    "weights",
+    None,
+    "A generator's exported weights: their folder, an export, or hf://NAME.",
+  )
+  paths.define_flag(
+    "vae",
+    "",
+    "The autoencoder behind the latents of --weights that are no export; of "
+    "--workdir where it is now, if it is not found.",
+  )
+  flags.DEFINE_multi_string(
+    "encoder",
+    [],
+    "Of --workdir: NAME=DIR, where encoders.NAME.path is now; once for each.",
+  )
+  flags.DEFINE_string(
+    "data_source",
+    None,
+    "Of --workdir: where its data are now, e.g. folder:DIR.",
+  )
+  paths.define_flag(
+    "data_dir", None, "Of --workdir: the folder that its data start from now."
+  )
+  paths.define_flag(
+    "images", None, "Folder or ADM .npz of images that were made elsewhere."
+  )
+  flags.DEFINE_list(
+    "alphas", None, "Guidance scales; the config's if not given."
+  )
+  flags.DEFINE_list(
+    "metrics",
+    None,
+    f"Figures, of {config_lib.EVAL_METRICS}; the config's, or "
+    f"{','.join(options.METRICS)} without one.",
+  )
+  flags.DEFINE_integer(
+    "num_samples",
+    None,
+    "For each alpha; 0: as many as are held out, or as --labels lists; the "
+    f"config's, or {options.NUM_SAMPLES} without one.",
+    lower_bound=0,
+  )
+  paths.define_flag(
+    "labels", None, "File of class indices (.txt, .npy); balanced if not given."
+  )
+  flags.DEFINE_integer(
+    "batch_size", None, "Samples at a time, on all devices.", lower_bound=1
+  )
+  flags.DEFINE_integer(
+    "seed",
+    None,
+    "Of noise and style; config.seed + 1 if not given, 0 without a config.",
+    lower_bound=0,
+    upper_bound=options.MAX_SEED,
+  )
+  flags.DEFINE_integer(
+    "step", None, "Checkpoint; the best one, else the newest, if not given."
+  )
+  flags.DEFINE_float(
+    "ema_decay", None, "Which EMA; the evaluated one if not given."
+  )
+  paths.define_flag("inception", None, "Folder of the converted Inception-v3.")
+  paths.define_flag(
+    "inception_reference", None, "Its statistics of real images, .npz."
+  )
+  paths.define_flag("dinov2", None, "Folder of a converted DINOv2.")
+  paths.define_flag(
+    "dinov2_reference", None, "Its statistics of real images, .npz."
+  )
+  flags.DEFINE_integer(
+    "neighbours",
+    0,
+    "Of --workdir: nearest training images of samples to look for; 10 in B.4.",
+    lower_bound=0,
+  )
+  paths.define_flag(
+    "neighbour_space",
+    "encoder",
+    "Where they are near: encoder, pixel, or the folder of a converted "
+    "network.",
+  )
+  flags.DEFINE_integer(
+    "neighbour_samples", 1000, "At least as many samples.", lower_bound=1
+  )
+  paths.define_flag(
+    "samples_out",
+    None,
+    "Write the samples as an .npz in ADM's format; with several alphas, one "
+    "for each, NAME_alpha_A.npz.",
+  )
+  paths.define_flag(
+    "out",
+    None,
+    "JSON to write, pictures beside it; WORKDIR/evaluation.json or "
+    "evaluation.json if not given.",
+  )
+  config_lib.define_process_flags(waits=True)
 
 
 def table(report: dict[str, Any]) -> str:
@@ -170,94 +177,107 @@ def main(argv: list[str]) -> None:
   """Prints the table and writes the JSON that the flags ask for."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
+  try:
+    asked = request(flags.FLAGS)
+  except config_lib.ConfigError as error:
+    sys.exit(f"Error: {error}")
+  from drift_jax import console, exits, experiment, numerics
+
   console.setup()
   numerics.pin()
-  exits.run(_program, experiment.ERRORS, again=exits.ANEW)
+  program = functools.partial(_program, flags.FLAGS, asked)
+  exits.run(program, experiment.ERRORS, again=exits.ANEW)
 
 
-def _program() -> None:
+def _program(values: flags.FlagValues, asked: dict[str, Any]) -> None:
+  from drift_jax import exits, experiment, metrics, processes
+  from drift_jax.console import logger
+
   exits.join(
     *config_lib.process_flags(),
-    join_timeout=flags.FLAGS.join_timeout,
+    join_timeout=values.join_timeout,
     again=exits.ANEW,
   )
-  request = _request()
-  with experiment.alone_with(request.out):
-    report = _report(request)
+  wanted = experiment.Request(**asked)
+  with experiment.alone_with(wanted.out):
+    if values.workdir is not None:
+      report = experiment.report_on_run(
+        values.workdir, wanted, step=values.step, ema_decay=values.ema_decay
+      )
+    elif values.weights is not None:
+      report = experiment.report_on_weights(
+        values.weights, wanted, vae=values.vae
+      )
+    else:
+      report = experiment.report_on_images(values.images, wanted)
     if processes.is_first():
       print(table(report))
-      metrics.write_report(request.out, report)
-  logger.info("Wrote %s.", request.out)
+      metrics.write_report(wanted.out, report)
+  logger.info("Wrote %s.", wanted.out)
 
 
-def _request() -> experiment.Request:
-  """What the flags ask for."""
-  sources = {
-    "--workdir": _WORKDIR.value,
-    "--weights": _WEIGHTS.value,
-    "--images": _IMAGES.value,
-  }
-  given = [flag for flag, value in sources.items() if value is not None]
+def request(values: flags.FlagValues) -> dict[str, Any]:
+  """What the flags ask for: arguments of experiment.Request.
+
+  Raises:
+    ConfigError: flags that don't go together, or a value that is none.
+  """
+  sources = {name: values[name].value for name in SOURCES}
+  given = [name for name, value in sources.items() if value is not None]
   if len(given) != 1:
     raise config_lib.ConfigError(
-      f"give one of {list(sources)}, got {given or 'none'}"
+      f"give one of {[f'--{name}' for name in SOURCES]}, got "
+      f"{[f'--{name}' for name in given] or 'none'}"
     )
   for allowed, others in _ONLY_WITH:
-    for flag in others:
-      if flag.present and given[0] not in allowed:
+    for name in others:
+      if values[name].present and given[0] not in allowed:
         raise config_lib.ConfigError(
-          f"--{flag.name}={flag.value} with {given[0]}: it goes with "
-          f"{' or '.join(allowed)}"
+          f"--{name}={values[name].value} with --{given[0]}: it goes with "
+          f"{' or '.join(f'--{flag}' for flag in allowed)}"
         )
-  if _SAMPLES_OUT.value is not None:
-    with experiment.naming("--samples_out"):
-      metrics.check_suffix(_SAMPLES_OUT.value, (".npz",))
-  folder = "" if _WORKDIR.value is None else f"{_WORKDIR.value}/"
-  out = _OUT.value or f"{folder}evaluation.json"
-  with experiment.naming("--out"):
-    metrics.check_suffix(out, (".json",))
-  return experiment.Request(
-    alphas=parse_floats("alphas", _ALPHAS.value),
-    metrics=_METRICS.value,
-    num_samples=_NUM_SAMPLES.value,
-    labels=_LABELS.value,
-    paths=_paths(),
-    batch_size=_BATCH_SIZE.value,
-    seed=_SEED.value,
-    judges={
-      key: flag.value for key, flag in _JUDGES.items() if flag.value is not None
-    },
-    neighbours=_NEIGHBOURS.value,
-    neighbour_space=_SPACE.value,
-    neighbour_samples=_NEIGHBOUR_SAMPLES.value,
-    samples_out=_SAMPLES_OUT.value,
-    out=out,
-  )
+  if values.samples_out is not None:
+    _check_suffix("samples_out", values.samples_out, ".npz")
+  folder = "" if values.workdir is None else f"{values.workdir}/"
+  out = values.out or f"{folder}evaluation.json"
+  _check_suffix("out", out, ".json")
+  judges = {_JUDGES[name]: values[name].value for name in _JUDGES}
+  return {
+    "alphas": parse_floats("alphas", values.alphas),
+    "metrics": values.metrics,
+    "num_samples": values.num_samples,
+    "labels": values.labels,
+    "paths": _paths(values),
+    "batch_size": values.batch_size,
+    "seed": values.seed,
+    "judges": {key: path for key, path in judges.items() if path is not None},
+    "neighbours": values.neighbours,
+    "neighbour_space": values.neighbour_space,
+    "neighbour_samples": values.neighbour_samples,
+    "samples_out": values.samples_out,
+    "out": out,
+  }
 
 
-def _report(request: experiment.Request) -> dict[str, Any]:
-  """Of whichever source the flags name."""
-  if _WORKDIR.value is not None:
-    settings = {"step": _STEP.value, "ema_decay": _EMA_DECAY.value}
-    return experiment.report_on_run(_WORKDIR.value, request, **settings)
-  if _WEIGHTS.value is not None:
-    return experiment.report_on_weights(_WEIGHTS.value, request, vae=_VAE.value)
-  assert _IMAGES.value is not None
-  return experiment.report_on_images(_IMAGES.value, request)
+def _check_suffix(flag: str, path: str, suffix: str) -> None:
+  try:
+    paths.check_suffix(path, (suffix,))
+  except ValueError as error:
+    raise config_lib.ConfigError(f"--{flag}: {error}") from error
 
 
-def _paths() -> dict[str, str]:
+def _paths(values: flags.FlagValues) -> dict[str, str]:
   """{key of a run's config: where it is now}, of the flags that are given.
 
   Raises:
     ConfigError: an encoder that is no NAME=DIR.
   """
   given = {
-    "vae.path": _VAE.value,
-    "data.source": _DATA_SOURCE.value,
-    "data.data_dir": _DATA_DIR.value,
+    "vae.path": values.vae,
+    "data.source": values.data_source,
+    "data.data_dir": values.data_dir,
   }
-  for text in _ENCODERS.value:
+  for text in values.encoder:
     name, equals, path = text.partition("=")
     if not name or not equals or not path:
       raise config_lib.ConfigError(f"--encoder={text}: want NAME=DIR")
@@ -265,7 +285,7 @@ def _paths() -> dict[str, str]:
   return {key: value for key, value in given.items() if value}
 
 
-def parse_floats(flag: str, values: list[str] | None) -> list[float] | None:
+def parse_floats(flag: str, values: Sequence[str] | None) -> list[float] | None:
   """Numbers of a list flag; ConfigError names the entry that is none."""
   if values is None:
     return None
@@ -276,4 +296,5 @@ def parse_floats(flag: str, values: list[str] | None) -> list[float] | None:
 
 
 if __name__ == "__main__":
+  define_flags()
   app.run(main, flags_parser=config_lib.parse_flags)

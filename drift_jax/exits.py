@@ -30,7 +30,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from drift_jax import config as config_lib
-from drift_jax import console, processes
+from drift_jax import console, options, processes
 from drift_jax.console import logger
 
 ERROR = 1
@@ -96,7 +96,7 @@ def join(
   process_id: int | None,
   *,
   heartbeat_timeout: int = processes.HEARTBEAT_SECONDS,
-  join_timeout: int = processes.JOIN_SECONDS,
+  join_timeout: int = options.JOIN_SECONDS,
   again: str = AGAIN,
 ) -> None:
   """`processes.initialize`; then watches whether the others are well.

@@ -12,32 +12,36 @@ from ml_collections import config_flags
 from drift_jax import config as config_lib
 from drift_jax import paths, storage
 
-_WORKDIR = paths.define_flag(
-  "workdir",
-  None,
-  "Folder of the run, local or gs://BUCKET/PATH; a run found there is "
-  "continued.",
-  required=True,
-)
-_CONFIG = config_flags.DEFINE_config_file(
-  "config",
-  None,
-  "Config file, e.g. configs/digits.py or configs/digits.py:smoke",
-)
-config_lib.define_process_flags()
-flags.mark_flag_as_required("config")
+
+def define_flags() -> None:
+  """Defines the flags: not on import, as other programs have the same names."""
+  paths.define_flag(
+    "workdir",
+    None,
+    "Folder of the run, local or gs://BUCKET/PATH; a run found there is "
+    "continued.",
+    required=True,
+  )
+  config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Config file, e.g. configs/digits.py or configs/digits.py:smoke",
+  )
+  config_lib.define_process_flags()
+  flags.mark_flag_as_required("config")
 
 
 def main(argv: list[str]) -> None:
   """Validates the config, then runs the task that it names."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
+  values = flags.FLAGS
   try:
-    config = config_lib.parse(_CONFIG.value)
-    storage.check(_WORKDIR.value, write=True)
+    config = config_lib.parse(values.config)
+    storage.check(values.workdir, write=True)
   except (config_lib.ConfigError, storage.StorageError) as error:
     sys.exit(f"Error: {error}")
-  # Everything heavy is imported here, so that --help and a config that can't
+  # As in all programs, everything heavy is imported here: --help and what can't
   # be run cost nothing.
   from drift_jax import console, exits, experiment, numerics
 
@@ -59,10 +63,11 @@ def main(argv: list[str]) -> None:
       join_timeout=config.processes.join_timeout,
     )
     exits.stop_on_sigterm()
-    trainer.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
+    trainer.train_and_evaluate(values.config, values.workdir)
 
   exits.run(program, experiment.ERRORS)
 
 
 if __name__ == "__main__":
+  define_flags()
   app.run(main, flags_parser=config_lib.parse_flags)

@@ -6,7 +6,7 @@ here, once. Variables such as $HOME are the shell's.
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from absl import flags
@@ -73,6 +73,21 @@ def argument(text: str) -> str:
     return expand(text)
   except PathError as error:
     raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def check_suffix(path: str | os.PathLike[str], valid: Sequence[str]) -> str:
+  """The suffix of a file, in small letters, which says its format.
+
+  Raises:
+    ValueError: none of the valid ones.
+  """
+  suffix = os.path.splitext(os.fspath(path))[1].lower()
+  if suffix not in valid:
+    raise ValueError(
+      f"{os.fspath(path)}: the suffix {suffix!r} says in which format to write,"
+      f" valid options are {list(valid)}"
+    )
+  return suffix
 
 
 class _Parser(flags.ArgumentParser[str]):

@@ -14,11 +14,10 @@ import numpy as np
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
+from drift_jax import options
+
 # Bytes of one process that a collective moves at a time.
 _CHUNK_BYTES = 2**24
-# How long processes wait for each other at the start: a host that restarts
-# needs minutes.
-JOIN_SECONDS = 600
 HEARTBEAT_SECONDS = 100
 # Said where the others are not there at once.
 _PATIENCE_SECONDS = 10.0
@@ -54,7 +53,7 @@ def initialize(
   process_id: int | None,
   *,
   heartbeat_timeout: int = HEARTBEAT_SECONDS,
-  join_timeout: int = JOIN_SECONDS,
+  join_timeout: int = options.JOIN_SECONDS,
 ) -> None:
   """Joins this process to the others; the first thing that a program does.
 

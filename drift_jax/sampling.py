@@ -19,11 +19,16 @@ import jax
 import numpy as np
 from PIL import Image
 
-from drift_jax import experiment, metrics, numerics, paths, sharding
+from drift_jax import (
+  experiment,
+  metrics,
+  numerics,
+  options,
+  paths,
+  sharding,
+)
 from drift_jax.config import ConfigError
 
-BATCH_SIZE = 256
-MAX_SEED = 2**32 - 1
 _LISTED = 5
 # Classes as people give them: one or several, indices, ranges or names.
 Labels = str | int | Iterable[str | int]
@@ -79,22 +84,6 @@ class Samples:
     file = io.BytesIO()
     Image.fromarray(self.grid()).save(file, format="png")
     return file.getvalue()
-
-
-def source_of(source: str | None, workdir: str | None) -> str:
-  """The one place that the flags --from and --workdir name.
-
-  Raises:
-    ConfigError: both or neither is given.
-  """
-  if (source is None) == (workdir is None):
-    given = "both" if source is not None else "neither"
-    raise ConfigError(
-      f"give --from=SOURCE, or --workdir=DIR of a run; got {given}"
-    )
-  found = workdir if source is None else source
-  assert found is not None
-  return found
 
 
 @numerics.pinned()
@@ -319,7 +308,7 @@ class Sampler:
     alpha: float = 1.0,
     seed: int = 0,
     style: int | Sequence[int] | None = None,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int = options.BATCH_SIZE,
   ) -> Samples:
     """Draws `count` images of each label.
 
@@ -354,7 +343,7 @@ class Sampler:
     alpha: float,
     seed: int,
     style: int | Sequence[int] | None = None,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int = options.BATCH_SIZE,
     numbers: np.ndarray | None = None,
   ) -> Iterator[metrics.Batch]:
     """Images of labels [n] as they are ready; the devices work ahead.
@@ -419,7 +408,7 @@ class Sampler:
     Raises:
       ConfigError: for anything out of range, naming it.
     """
-    self._check(alpha, seed, BATCH_SIZE)
+    self._check(alpha, seed, options.BATCH_SIZE)
     if _integer("frames", frames) < 2 or _integer("count", count) < 1:
       raise ConfigError(
         f"frames={frames} must be at least 2, count={count} at least 1"
@@ -471,7 +460,7 @@ class Sampler:
     if np.ndim(alpha) or np.asarray(alpha).dtype.kind not in "fiu":
       raise ConfigError(f"alpha={alpha!r} must be one number")
     experiment.check_alpha(alpha, self.alpha_range)
-    if not 0 <= _integer("seed", seed) <= MAX_SEED:
+    if not 0 <= _integer("seed", seed) <= options.MAX_SEED:
       raise ConfigError(f"seed={seed} must lie in [0, 2**32)")
     if _integer("batch_size", batch_size) < 1:
       raise ConfigError(f"batch_size={batch_size} must be at least 1")

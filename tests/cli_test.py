@@ -141,6 +141,7 @@ def test_main_while_it_trains(tmp_path):
       raise errors.pop(0)
 
     train.train_and_evaluate = fail
+    main.define_flags()
     config_lib.parse_flags(sys.argv)
     errors = [
       loop.NonFiniteError("step 3 is not finite"),

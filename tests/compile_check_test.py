@@ -289,6 +289,7 @@ _MANY = """if True:
   from absl.testing import flagsaver
   from drift_jax.tools import compile_check
 
+  compile_check.define_flags()
   compile_check.prepare_libtpu()
   for argument in json.loads(sys.argv[1]):
     with flagsaver.flagsaver():

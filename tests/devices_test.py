@@ -12,7 +12,7 @@ EACH = """if True:
   import sys
   import drift_jax
   from drift_jax import experiment, train
-  from drift_jax.tools import cache_latents, export
+  from drift_jax.tools.work import cache_latents, export
   from configs import digits
 
   source, out = sys.argv[1:]

@@ -72,6 +72,8 @@ MANY = """if True:
   from absl.testing import flagsaver
   from drift_jax import evaluate
 
+  evaluate.define_flags()
+
   def main(argv):
     for arguments in json.loads(argv[1]):
       with flagsaver.flagsaver():
@@ -145,11 +147,13 @@ DRAW = """if True:
   from drift_jax import evaluate, experiment, metrics, processes, sharding
   from absl import app
 
+  evaluate.define_flags()
+
   def main(argv):
     judge = evaluate._program
 
-    def program():
-      judge()
+    def program(*arguments):
+      judge(*arguments)
       draw(*argv[1:3])
 
     evaluate._program = program  # one of several processes ends with it

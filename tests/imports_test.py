@@ -7,6 +7,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "drift_jax"
 RANKS = {
+  "options": -1,
   "paths": -1,
   "devices": -1,
   "diffusion": 0,
@@ -37,7 +38,8 @@ RANKS = {
   "experiment": 4,
   "evaluate": 5,
   "sampling": 5,
-  "sample": 6,
+  "drawing": 6,
+  "sample": 7,
   "serve": 6,
   "tools": 6,
   "train": 5,

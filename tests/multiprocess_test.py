@@ -153,6 +153,7 @@ SLOW = """if True:
   loop._Progress.advance = slow
   if os.environ.get("HELD"):
     ocp.CompositeCheckpointHandler.finalize = held
+  main.define_flags()
   app.run(main.main, flags_parser=config_lib.parse_flags)
 """
 

@@ -324,6 +324,11 @@ def test_options_of_other_sources(folder):
     drift_jax.load(folder, step=3)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def command_flags():
+  sample.define_flags()
+
+
 def run_command(out, **flags):
   chosen = {"labels": ["0-1"], "count": 3, "seed": 7, **flags}
   with flagsaver.flagsaver(out=str(out), **chosen):

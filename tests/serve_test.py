@@ -23,8 +23,12 @@ import pytest
 from PIL import Image
 from playwright import sync_api
 
-from drift_jax import metrics, sampling, serve
-from drift_jax.serve.app import host_name
+from drift_jax import metrics, sampling
+from drift_jax.serve.app import host_name, make_app
+from drift_jax.serve.limits import Limits, RateLimiter
+from drift_jax.serve.requests import read_request
+from drift_jax.serve.server import make_server
+from drift_jax.serve.worker import Worker, cut
 from tests.process import process_environment
 from tests.small_generator import NAMES, save_generator
 
@@ -135,16 +139,16 @@ def serving(
   **limits,
 ):
   limits = {"max_images": 64, "requests_per_minute": 10_000, **limits}
-  worker = serve.Worker(model, sizes, max_waiting)
-  app = serve.make_app(
+  worker = Worker(model, sizes, max_waiting)
+  app = make_app(
     model,
     worker,
-    serve.Limits(**limits),
+    Limits(**limits),
     name="small",
     hosts=hosts,
     root_path=root_path,
   )
-  server = serve.make_server(app, **dict(server))
+  server = make_server(app, **dict(server))
   with socket.create_server(("127.0.0.1", 0)) as listener:
     thread = threading.Thread(target=server.run, args=([listener],))
     worker.start()
@@ -220,19 +224,19 @@ def test_batches_make_no_difference(model, served):
 def test_cut():
   for sizes in ((1, 8, 32), (8,), (8, 16), (3, 7, 100)):
     for count in range(1, 300):
-      parts = list(serve.cut(count, sizes))
+      parts = list(cut(count, sizes))
       assert sum(valid for _, valid in parts) == count
       assert all(size in sizes for size, _ in parts)
       # All but the last are full; padding is at most half of the last.
       assert all(size == valid for size, valid in parts[:-1])
       size, valid = parts[-1]
       assert valid >= size / 2 or size == sizes[0], (sizes, count)
-  assert list(serve.cut(44, (1, 8, 32))) == [(32, 32), (8, 8), (8, 4)]
-  assert list(serve.cut(3, (1, 8, 32))) == [(1, 1)] * 3
+  assert list(cut(44, (1, 8, 32))) == [(32, 32), (8, 8), (8, 4)]
+  assert list(cut(3, (1, 8, 32))) == [(1, 1)] * 3
 
 
 def test_batch_sizes_fill_the_devices(model):
-  worker = serve.Worker(model, (1, 8, 9), max_waiting=1)
+  worker = Worker(model, (1, 8, 9), max_waiting=1)
   assert worker.batch_sizes == (8, 16)
 
 
@@ -476,9 +480,9 @@ def test_slow_bodies(model):
 
 def test_slow_readers_lose_their_place(model):
   """A client that takes no byte of the answer."""
-  worker = serve.Worker(model, SIZES, max_waiting=0)
-  limits = serve.Limits(max_images=64, requests_per_minute=9, send_seconds=0.1)
-  app = serve.make_app(model, worker, limits, name="small", hosts=())
+  worker = Worker(model, SIZES, max_waiting=0)
+  limits = Limits(max_images=64, requests_per_minute=9, send_seconds=0.1)
+  app = make_app(model, worker, limits, name="small", hosts=())
   scope = {
     "type": "http",
     "method": "POST",
@@ -504,7 +508,7 @@ def test_slow_readers_lose_their_place(model):
   worker.start()
   try:
     asyncio.run(asyncio.wait_for(app(scope, receive, send), 60))
-    asked = serve.read_request(asks(), model, 64)
+    asked = read_request(asks(), model, 64)
     worker.release(worker.submit(asked, lambda event: None))
   finally:
     worker.stop()
@@ -515,7 +519,7 @@ def test_slow_readers_lose_their_place(model):
 
 def test_rate_limiter():
   now = [0.0]
-  rate = serve.RateLimiter(3, clock=lambda: now[0])
+  rate = RateLimiter(3, clock=lambda: now[0])
   assert [rate.take("a") for _ in range(4)] == [0, 0, 0, 20]
   assert rate.take("b") == 0
   now[0] = 19.0
@@ -675,6 +679,8 @@ MANY = """if True:
   from absl import app, flags
   from absl.testing import flagsaver
   from drift_jax.serve import __main__ as serve
+
+  serve.define_flags()
 
   def main(argv):
     for arguments in json.loads(argv[1]):

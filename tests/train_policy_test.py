@@ -22,7 +22,7 @@ from drift_jax import (
   robots,
   train_policy,
 )
-from drift_jax.tools import policy_table
+from drift_jax.tools.work import policy_table
 from tests.conftest import ROOT
 from tests.process import process_environment
 

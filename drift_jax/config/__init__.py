@@ -11,9 +11,11 @@ from drift_jax.config.checks import check, check_judges, check_new
 from drift_jax.config.command_line import (
   config_arguments,
   define_process_flags,
+  define_source_flags,
   load_config,
   parse_flags,
   process_flags,
+  source,
 )
 from drift_jax.config.parsing import check_override, parse, unknown_key
 from drift_jax.config.resume import (
@@ -83,12 +85,14 @@ __all__ = [
   "check_resumable",
   "config_arguments",
   "define_process_flags",
+  "define_source_flags",
   "flat_values",
   "flatten",
   "load_config",
   "parse",
   "parse_flags",
   "process_flags",
+  "source",
   "to_json",
   "unknown_key",
 ]

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from drift_jax import options
 from drift_jax.config.schema import (
   CROPS,
   DECODERS,
@@ -170,7 +171,7 @@ def _check_data(config: GeneratorConfig | MaeConfig) -> None:
   _choice("data.crop", data.crop, CROPS)
   _choice("data.wire", data.wire, WIRE_DTYPES)
   _choice("data.decoder", data.decoder, DECODERS)
-  _choice("data.class_order", data.class_order, ("", "imagenet"))
+  _choice("data.class_order", data.class_order, options.CLASS_ORDERS)
   _require(
     data.channels in (1, 3), f"data.channels={data.channels} must be 1 or 3"
   )

@@ -10,7 +10,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from drift_jax import paths
+from drift_jax import options, paths
 from drift_jax.config.parsing import check_override
 from drift_jax.config.schema import ConfigError
 
@@ -48,11 +48,11 @@ def _expanded(argument: str) -> str:
   return f"{name}{equals}{paths.expand(value)}"
 
 
-def define_process_flags(join_timeout: int | None = None) -> None:
+def define_process_flags(*, waits: bool = False) -> None:
   """The flags by which a program's process finds the others.
 
   Args:
-    join_timeout: default of a flag for how long it waits; None: there is none.
+    waits: whether a flag says for how long; else its config does.
   """
   flags.DEFINE_string(
     "coordinator",
@@ -62,10 +62,10 @@ def define_process_flags(join_timeout: int | None = None) -> None:
   )
   flags.DEFINE_integer("num_processes", None, "How many.")
   flags.DEFINE_integer("process_id", None, "Which one this is.")
-  if join_timeout is not None:
+  if waits:
     flags.DEFINE_integer(
       "join_timeout",
-      join_timeout,
+      options.JOIN_SECONDS,
       "Seconds to wait at the start until all are there.",
       lower_bound=1,
     )
@@ -75,6 +75,50 @@ def process_flags() -> tuple[str, int | None, int | None]:
   """Their values: coordinator, number of processes, number of this one."""
   values = flags.FLAGS
   return values.coordinator, values.num_processes, values.process_id
+
+
+def define_source_flags() -> None:
+  """The flags that name a generator to draw with."""
+  paths.define_flag(
+    "from",
+    None,
+    "A run's workdir, an export, an artifact's folder, hf://NAME of the "
+    "authors' release or hf://OWNER/NAME[@REVISION][/FOLDER].",
+  )
+  paths.define_flag("workdir", None, "The same, of a run.")
+  paths.define_flag(
+    "vae",
+    "",
+    "Of an artifact: the autoencoder behind its latents; of a run where it is "
+    "now, if it is not found.",
+  )
+  flags.DEFINE_integer(
+    "step",
+    None,
+    "Of a run: checkpoint; the best one, else the newest, if not given.",
+  )
+  flags.DEFINE_float(
+    "ema_decay", None, "Of a run: which EMA; the evaluated one if not given."
+  )
+
+
+def source() -> str:
+  """The one place that --from and --workdir name.
+
+  Raises:
+    ConfigError: both or neither is given.
+  """
+  found: tuple[str | None, str | None] = (
+    flags.FLAGS["from"].value,
+    flags.FLAGS.workdir,
+  )
+  given = [value for value in found if value is not None]
+  if len(given) != 1:
+    raise ConfigError(
+      "give --from=SOURCE, or --workdir=DIR of a run; got "
+      f"{'both' if given else 'neither'}"
+    )
+  return given[0]
 
 
 def config_arguments(

@@ -12,11 +12,10 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from drift_jax import console
+from drift_jax import console, options
 from drift_jax.data import decode
 from drift_jax.data.errors import DataError
 
-CLASS_ORDERS = ("", "imagenet")
 _LISTED = 10  # paths that an error shows
 _SCANNED_AT_ONCE = 256
 
@@ -196,10 +195,10 @@ def order_classes(
   Raises:
     ValueError: an unknown order; a name that is not one of the 1000 ids.
   """
-  if class_order not in CLASS_ORDERS:
+  if class_order not in options.CLASS_ORDERS:
     raise ValueError(
       f"data.class_order={class_order!r}: valid options are "
-      f"{list(CLASS_ORDERS)}"
+      f"{list(options.CLASS_ORDERS)}"
     )
   if not class_order:
     return tuple(names), np.arange(len(names), dtype=np.int32)

@@ -26,13 +26,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from drift_jax import paths
+from drift_jax import options, paths
 from drift_jax.data.errors import DataError
 from drift_jax.data.npy import read_npy
 
 FORMAT = "drift_jax latents"
 VERSION = 1
-DTYPES = ("float16", "bfloat16")
 MANIFEST_FILE = "manifest.json"
 SETTINGS_FILE = "settings.json"
 LABELS_FILE = "labels.npy"
@@ -142,9 +141,10 @@ class Manifest:
 
 def check_settings(settings: Settings) -> None:
   """Raises LatentCacheError for settings that no cache can have."""
-  if settings.dtype not in DTYPES:
+  if settings.dtype not in options.LATENT_DTYPES:
     raise LatentCacheError(
-      f"dtype={settings.dtype!r}: valid options are {list(DTYPES)}"
+      f"dtype={settings.dtype!r}: valid options are "
+      f"{list(options.LATENT_DTYPES)}"
     )
   if settings.image_size < 1 or settings.image_size % settings.downsampling:
     raise LatentCacheError(

@@ -1,6 +1,7 @@
 """Sources: random access to what is stored, with labels and class names."""
 
 import dataclasses
+import importlib.metadata
 import pathlib
 from typing import Protocol, runtime_checkable
 
@@ -16,6 +17,7 @@ KINDS = ("digits", "folder:DIR", "tar:FILE", "tfds:NAME")
 # number for each class.
 DIGITS_TEST_PER_CLASS = 54
 DIGITS_SPLIT_SEED = 0
+_DIGITS = "sklearn/datasets/data/digits.csv.gz"
 
 
 class Source(Protocol):
@@ -200,12 +202,11 @@ def digits(split: str) -> ArraySource:
     raise encoded.NoSplitError(
       f"split {split!r}: valid options are {list(SPLITS)}"
     )
-  # Imported where it is used: a second.
-  from sklearn import datasets
-
-  pixels, target = datasets.load_digits(return_X_y=True)
-  images = (pixels.reshape(-1, 8, 8, 1) / 8.0 - 1.0).astype(np.float32)
-  labels = target.astype(np.int32)
+  # Its file is read as load_digits does: to import scikit-learn takes a second.
+  package = importlib.metadata.distribution("scikit-learn")
+  rows = np.loadtxt(str(package.locate_file(_DIGITS)), delimiter=",")
+  images = (rows[:, :-1].reshape(-1, 8, 8, 1) / 8.0 - 1.0).astype(np.float32)
+  labels = rows[:, -1].astype(np.int32)
   order = np.random.RandomState(DIGITS_SPLIT_SEED).permutation(len(labels))
   chosen = np.concatenate(
     [order[labels[order] == c][:DIGITS_TEST_PER_CLASS] for c in range(10)]

@@ -84,8 +84,6 @@ from drift_jax.experiment.policies import (
 )
 from drift_jax.experiment.programs import Program, programs
 from drift_jax.experiment.reports import (
-  METRICS,
-  NUM_SAMPLES,
   Request,
   report_on_images,
   report_on_run,
@@ -132,8 +130,6 @@ __all__ = [
   "shapes_of",
   "write_shapes",
   "ERRORS",
-  "METRICS",
-  "NUM_SAMPLES",
   "Evaluate",
   "Program",
   "Readers",

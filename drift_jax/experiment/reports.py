@@ -10,7 +10,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from drift_jax import config as config_lib
-from drift_jax import metrics, processes, sharding, storage
+from drift_jax import metrics, options, processes, sharding, storage
 from drift_jax.console import logger
 from drift_jax.experiment import places
 from drift_jax.experiment.data_facts import check_data
@@ -41,11 +41,6 @@ from drift_jax.experiment.networks import (
   load_encoders,
 )
 from drift_jax.experiment.runs import check_frozen, naming, pad_to_mesh
-
-# Of exported weights and of images, where the request doesn't say.
-METRICS = ("fid", "inception_score")
-NUM_SAMPLES = 50_000
-BATCH_SIZE = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -260,7 +255,9 @@ def report_on_weights(
   for alpha in alphas:
     if not alpha >= 1:
       raise config_lib.ConfigError(f"alpha={alpha} must be at least 1")
-  count = NUM_SAMPLES if request.num_samples is None else request.num_samples
+  count = (
+    options.NUM_SAMPLES if request.num_samples is None else request.num_samples
+  )
   with naming("labels"):
     if request.labels:
       labels = metrics.read_labels(
@@ -291,7 +288,7 @@ def report_on_weights(
     labels,
     request,
     alphas=alphas,
-    batch_size=pad_to_mesh(request.batch_size or BATCH_SIZE, mesh),
+    batch_size=pad_to_mesh(request.batch_size or options.BATCH_SIZE, mesh),
     to_pixels=make_pixels(make_decoder(generator.vae, mesh)),
   )
   return report | {"judges": facts, "baseline": {}}
@@ -333,7 +330,7 @@ def report_on_images(path: str, request: Request) -> dict[str, Any]:
       np.zeros(len(images), np.int32),
       request,
       alphas=(1.0,),
-      batch_size=pad_to_mesh(request.batch_size or BATCH_SIZE, mesh),
+      batch_size=pad_to_mesh(request.batch_size or options.BATCH_SIZE, mesh),
       to_pixels=lambda pixels: pixels,  # pyright: ignore[reportArgumentType]
     )
   report["results"] = {"images": report["results"].pop(1.0)}
@@ -344,7 +341,7 @@ def _by_files(
   request: Request, *, count: int, resolution: int, mesh: Mesh
 ) -> tuple[list[metrics.Evaluator], dict[str, Any]]:
   """Evaluators against reference statistics, where there is no config."""
-  names = METRICS if request.metrics is None else tuple(request.metrics)
+  names = options.METRICS if request.metrics is None else tuple(request.metrics)
   valid = [n for group in config_lib.JUDGED_METRICS.values() for n in group]
   for name in names:
     if name not in valid:

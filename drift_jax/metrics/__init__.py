@@ -38,8 +38,6 @@ from drift_jax.metrics.generation import (
   read_labels,
 )
 from drift_jax.metrics.images import (
-  PICTURES,
-  check_suffix,
   image_grid,
   real_pixels,
   require_finite,
@@ -113,7 +111,6 @@ from drift_jax.metrics.writers import (
 
 __all__ = [
   "MAX_IMAGES",
-  "PICTURES",
   "Batch",
   "Coverage",
   "CoverageEvaluator",
@@ -146,7 +143,6 @@ __all__ = [
   "baselines",
   "check_fits",
   "check_frechet_width",
-  "check_suffix",
   "class_subset",
   "create_writer",
   "density_coverage",

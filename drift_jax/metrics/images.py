@@ -1,7 +1,7 @@
 """Generated samples as 8-bit images."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from drift_jax import options, paths
 from drift_jax.metrics import files
 from drift_jax.metrics.errors import EvaluationError
 
@@ -25,13 +26,18 @@ class _Format(NamedTuple):
 
 # JPEG without chroma subsampling: grids have sharp edges.
 _JPEG = _Format("jpeg", {"quality": 95, "subsampling": 0}, 65535)
-_FORMATS = {
-  ".png": _Format("png", {}, 2**31 - 1),
-  ".jpg": _JPEG,
-  ".jpeg": _JPEG,
-  ".webp": _Format("webp", {"lossless": True}, 16383),
-}
-PICTURES = tuple(_FORMATS)
+_FORMATS: dict[str, _Format] = dict(
+  zip(
+    options.PICTURES,
+    (
+      _Format("png", {}, 2**31 - 1),
+      _JPEG,
+      _JPEG,
+      _Format("webp", {"lossless": True}, 16383),
+    ),
+    strict=True,
+  )
+)
 
 
 def unit_to_uint8(images: Images) -> np.ndarray:
@@ -154,21 +160,6 @@ def image_grid(
   return grid
 
 
-def check_suffix(path: files.PathLike, valid: Sequence[str]) -> str:
-  """The suffix of a file, in small letters, which says its format.
-
-  Raises:
-    ValueError: none of the valid ones.
-  """
-  suffix = os.path.splitext(os.fspath(path))[1].lower()
-  if suffix not in valid:
-    raise ValueError(
-      f"{os.fspath(path)}: the suffix {suffix!r} says in which format to write,"
-      f" valid options are {list(valid)}"
-    )
-  return suffix
-
-
 def save_image(image: np.ndarray, path: files.PathLike) -> None:
   """Writes uint8 [H, W, 3] to a file; it appears whole or not at all.
 
@@ -180,7 +171,7 @@ def save_image(image: np.ndarray, path: files.PathLike) -> None:
     ValueError: another suffix, dtype or shape, or more pixels than the format
       can hold.
   """
-  suffix = check_suffix(path, PICTURES)
+  suffix = paths.check_suffix(path, options.PICTURES)
   written = _FORMATS[suffix]
   if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
     raise ValueError(

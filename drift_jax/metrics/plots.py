@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from drift_jax import paths
 from drift_jax.metrics import files
-from drift_jax.metrics.images import check_suffix
 
 Records = Sequence[Mapping[str, float | int]]
 
@@ -112,7 +112,7 @@ def save_figure(figure: Any, path: files.PathLike) -> None:
     ValueError: a suffix that Matplotlib does not write.
   """
   valid = [f".{name}" for name in figure.canvas.get_supported_filetypes()]
-  suffix = check_suffix(path, valid)
+  suffix = paths.check_suffix(path, valid)
   with files.replacing(path) as temporary:
     figure.savefig(temporary, format=suffix[1:], dpi=130)
 

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
+from drift_jax import paths
 from drift_jax.metrics import files
-from drift_jax.metrics.images import check_suffix
 from drift_jax.metrics.plots import save_figure
 
 Points = Float[np.ndarray, "N 2"]
@@ -68,7 +68,7 @@ def save_evolution(
   Raises:
     ValueError: no frames, or another suffix.
   """
-  check_suffix(path, (".gif",))
+  paths.check_suffix(path, (".gif",))
   if not frames:
     raise ValueError("no frames: an animation needs at least one")
   figure, (axis,) = _plane(1, plane_limit(data, frames))

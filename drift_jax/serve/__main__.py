@@ -12,69 +12,51 @@ import re
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
 from absl import app, flags
 
 from drift_jax import config as config_lib
-from drift_jax import console, experiment, numerics, paths, sampling, serve
-from drift_jax.console import logger
-
-_FROM = paths.define_flag(
-  "from",
-  None,
-  "A run's workdir, an export, an artifact's folder, hf://NAME of the authors' "
-  "release or hf://OWNER/NAME[@REVISION][/FOLDER].",
-)
-_WORKDIR = paths.define_flag("workdir", None, "The same, of a run.")
-_VAE = paths.define_flag(
-  "vae",
-  "",
-  "Of an artifact: the autoencoder behind its latents; of a run where it is "
-  "now, if it is not found.",
-)
-_STEP = flags.DEFINE_integer(
-  "step",
-  None,
-  "Of a run: checkpoint; the best one, else the newest, if not given.",
-)
-_EMA_DECAY = flags.DEFINE_float(
-  "ema_decay", None, "Of a run: which EMA; the evaluated one if not given."
-)
-_HOST = flags.DEFINE_string(
-  "host", "127.0.0.1", "Address to listen on; 0.0.0.0: all of this machine's."
-)
-_PORT = flags.DEFINE_integer(
-  "port", 8000, "0: a free one.", lower_bound=0, upper_bound=65535
-)
-_ALLOWED_HOSTS = flags.DEFINE_list(
-  "allowed_hosts",
-  [],
-  "Names by which browsers reach it, beside localhost and --host.",
-)
-_ROOT_PATH = flags.DEFINE_string(
-  "root_path",
-  "",
-  "/PREFIX at which a proxy shows it, if the proxy passes the prefix on.",
-)
-_BATCH_SIZES = flags.DEFINE_list(
-  "batch_sizes",
-  ["1", "8", "32"],
-  "The only ones that are compiled; filled up to a multiple of the devices.",
-)
-_MAX_IMAGES = flags.DEFINE_integer(
-  "max_images", 256, "Of one request.", lower_bound=1
-)
-_MAX_WAITING = flags.DEFINE_integer(
-  "max_waiting", 8, "Requests beside the one that is drawn.", lower_bound=0
-)
-_PER_MINUTE = flags.DEFINE_integer(
-  "requests_per_minute", 60, "Of one address.", lower_bound=1
-)
 
 
-def parse_sizes(values: list[str]) -> list[int]:
+def define_flags() -> None:
+  """Defines the flags: not on import, as other programs have the same names."""
+  config_lib.define_source_flags()
+  flags.DEFINE_string(
+    "host",
+    "127.0.0.1",
+    "Address to listen on; 0.0.0.0: all of this machine's.",
+  )
+  flags.DEFINE_integer(
+    "port", 8000, "0: a free one.", lower_bound=0, upper_bound=65535
+  )
+  flags.DEFINE_list(
+    "allowed_hosts",
+    [],
+    "Names by which browsers reach it, beside localhost and --host.",
+  )
+  flags.DEFINE_string(
+    "root_path",
+    "",
+    "/PREFIX at which a proxy shows it, if the proxy passes the prefix on.",
+  )
+  flags.DEFINE_list(
+    "batch_sizes",
+    ["1", "8", "32"],
+    "The only ones that are compiled; filled up to a multiple of the devices.",
+  )
+  flags.DEFINE_integer("max_images", 256, "Of one request.", lower_bound=1)
+  flags.DEFINE_integer(
+    "max_waiting", 8, "Requests beside the one that is drawn.", lower_bound=0
+  )
+  flags.DEFINE_integer(
+    "requests_per_minute", 60, "Of one address.", lower_bound=1
+  )
+
+
+def parse_sizes(values: Sequence[str]) -> list[int]:
   """Batch sizes of the flag; ConfigError names the entry that is none."""
   wrong = [value for value in values if not value.isdecimal() or not int(value)]
   if wrong or not values:
@@ -123,6 +105,32 @@ def main(argv: list[str]) -> None:
   """Serves until it is told to end."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
+  values = flags.FLAGS
+  try:
+    source = config_lib.source()
+    sizes = parse_sizes(values.batch_sizes)
+    root_path = parse_root_path(values.root_path)
+    # Taken before anything takes time; nobody can connect until it listens.
+    listener = bind(values.host, values.port)
+  except config_lib.ConfigError as error:
+    sys.exit(f"Error: {error}")
+  with listener:
+    _serve(source, sizes, root_path, listener, values)
+
+
+def _serve(
+  source: str,
+  sizes: Sequence[int],
+  root_path: str,
+  listener: socket.socket,
+  values: flags.FlagValues,
+) -> None:
+  """What `main` does once the flags are read."""
+  from drift_jax import console, experiment, numerics, sampling
+  from drift_jax.console import logger
+  from drift_jax.serve import app as app_lib
+  from drift_jax.serve import limits, server, worker
+
   console.setup()
   numerics.pin()
 
@@ -130,9 +138,34 @@ def main(argv: list[str]) -> None:
     del number, frame
     raise KeyboardInterrupt
 
+  def program() -> None:
+    model = sampling.load(
+      source, vae=values.vae, step=values.step, ema_decay=values.ema_decay
+    )
+    drawing = worker.Worker(model, sizes, values.max_waiting)
+    logger.info("Compiling for batches of %s.", list(drawing.batch_sizes))
+    drawing.warm_up()
+    drawing.start()
+    host = f"[{values.host}]" if ":" in values.host else values.host
+    application = app_lib.make_app(
+      model,
+      drawing,
+      limits.Limits(values.max_images, values.requests_per_minute),
+      name=os.path.basename(source.rstrip("/")),
+      hosts=[host, *values.allowed_hosts],
+      root_path=root_path,
+    )
+    listener.listen()
+    port = listener.getsockname()[1]
+    logger.info("Serving %s on http://%s:%d (Ctrl-C ends).", source, host, port)
+    try:
+      server.make_server(application).run(sockets=[listener])
+    finally:
+      drawing.stop()
+
   signal.signal(signal.SIGTERM, stop)
   try:
-    _run()
+    program()
   except experiment.ERRORS as error:
     sys.exit(f"Error: {error}")
   except KeyboardInterrupt:
@@ -140,36 +173,6 @@ def main(argv: list[str]) -> None:
   logger.info("Stopped.")
 
 
-def _run() -> None:
-  source = sampling.source_of(_FROM.value, _WORKDIR.value)
-  sizes = parse_sizes(_BATCH_SIZES.value)
-  root_path = parse_root_path(_ROOT_PATH.value)
-  # Taken before anything takes time; nobody can connect until it listens.
-  with bind(_HOST.value, _PORT.value) as listener:
-    model = sampling.load(
-      source, vae=_VAE.value, step=_STEP.value, ema_decay=_EMA_DECAY.value
-    )
-    worker = serve.Worker(model, sizes, _MAX_WAITING.value)
-    logger.info("Compiling for batches of %s.", list(worker.batch_sizes))
-    worker.warm_up()
-    worker.start()
-    host = f"[{_HOST.value}]" if ":" in _HOST.value else _HOST.value
-    application = serve.make_app(
-      model,
-      worker,
-      serve.Limits(_MAX_IMAGES.value, _PER_MINUTE.value),
-      name=os.path.basename(source.rstrip("/")),
-      hosts=[host, *_ALLOWED_HOSTS.value],
-      root_path=root_path,
-    )
-    listener.listen()
-    port = listener.getsockname()[1]
-    logger.info("Serving %s on http://%s:%d (Ctrl-C ends).", source, host, port)
-    try:
-      serve.make_server(application).run(sockets=[listener])
-    finally:
-      worker.stop()
-
-
 if __name__ == "__main__":
+  define_flags()
   app.run(main, flags_parser=config_lib.parse_flags)

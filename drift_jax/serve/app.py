@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from drift_jax import sampling
+from drift_jax import options, sampling
 from drift_jax.console import logger
 from drift_jax.serve.limits import Limits, RateLimiter
 from drift_jax.serve.requests import Asked, Refused, read_request
@@ -131,7 +131,7 @@ def describe(
     "style_tokens": generator.task.style_tokens,
     "style_vocab": generator.task.style_vocab,
     "max_images": limits.max_images,
-    "max_seed": sampling.MAX_SEED,
+    "max_seed": options.MAX_SEED,
   }
 
 

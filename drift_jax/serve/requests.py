@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from drift_jax import experiment, sampling
+from drift_jax import experiment, options, sampling
 from drift_jax.config import ConfigError
 
 _KEYS = ("labels", "count", "alpha", "seed", "style")
@@ -77,7 +77,7 @@ def read_request(
   return Asked(
     labels=np.repeat(np.array(labels, np.int32), count),
     alpha=float(alpha),
-    seed=_integer("seed", given.get("seed", 0), 0, sampling.MAX_SEED + 1),
+    seed=_integer("seed", given.get("seed", 0), 0, options.MAX_SEED + 1),
     style=_style(given.get("style"), model),
   )
 

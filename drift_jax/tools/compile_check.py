@@ -28,36 +28,6 @@ from ml_collections import config_flags
 from drift_jax import config as config_lib
 from drift_jax import paths
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config",
-  None,
-  "Config file, e.g. configs/imagenet_latent.py:l2",
-)
-_TOPOLOGY = flags.DEFINE_string(
-  "topology",
-  "",
-  "TPU generation and chips, e.g. v6e:8x16, v5e:4x8 or v5p:4x4x4; this "
-  "machine's devices if not given.",
-)
-_MESH = flags.DEFINE_string(
-  "mesh",
-  "",
-  "Sizes instead of config.mesh's, e.g. data=2,fsdp=-1.",
-)
-_PROGRAMS = flags.DEFINE_list(
-  "programs", None, "Only these, e.g. train,sample; all if not given."
-)
-_JSON = paths.define_flag(
-  "json", "", "File to write the figures to; '-' for the standard output."
-)
-_TEXT = paths.define_flag(
-  "hlo",
-  "",
-  "Folder to write the optimised programs to, PROGRAM.txt, and for TPUs what "
-  "takes their memory, PROGRAM_memory.txt.",
-)
-flags.mark_flag_as_required("config")
-
 GB = 1e9
 # What a chip's programs may use of its memory, bytes: as the compiler says it.
 HBM = {
@@ -119,20 +89,58 @@ class Report:
   message: str = ""
 
 
+def define_flags() -> None:
+  """Defines the flags: not on import, as other programs have the same names."""
+  config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Config file, e.g. configs/imagenet_latent.py:l2",
+  )
+  flags.DEFINE_string(
+    "topology",
+    "",
+    "TPU generation and chips, e.g. v6e:8x16, v5e:4x8 or v5p:4x4x4; this "
+    "machine's devices if not given.",
+  )
+  flags.DEFINE_string(
+    "mesh",
+    "",
+    "Sizes instead of config.mesh's, e.g. data=2,fsdp=-1.",
+  )
+  flags.DEFINE_list(
+    "programs", None, "Only these, e.g. train,sample; all if not given."
+  )
+  paths.define_flag(
+    "json", "", "File to write the figures to; '-' for the standard output."
+  )
+  paths.define_flag(
+    "hlo",
+    "",
+    "Folder to write the optimised programs to, PROGRAM.txt, and for TPUs what "
+    "takes their memory, PROGRAM_memory.txt.",
+  )
+  flags.mark_flag_as_required("config")
+
+
 def main(argv: Sequence[str]) -> None:
   """Compiles what the command line asks for; a mistake is one line."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
-  if _TOPOLOGY.value:
+  values = flags.FLAGS
+  try:
+    config = with_mesh(config_lib.parse(values.config), values.mesh)
+    check_topology(values.topology)
+  except config_lib.ConfigError as error:
+    sys.exit(f"Error: {error}")
+  if values.topology:
     prepare_libtpu()
   from drift_jax import console, experiment, numerics
 
   console.setup()
   numerics.pin()
   try:
-    config = with_mesh(config_lib.parse(_CONFIG.value), _MESH.value)
-    devices = find_devices(_TOPOLOGY.value)
-    reports = check(config, devices, _PROGRAMS.value, _TEXT.value)
+    devices = find_devices(values.topology)
+    reports = check(config, devices, values.programs, values.hlo)
     _tell(config, devices, reports)
   except experiment.ERRORS as error:
     sys.exit(f"Error: {error}")
@@ -150,18 +158,18 @@ def _tell(
 
   result = {
     "config": _config_name(sys.argv),
-    "topology": _TOPOLOGY.value or "local",
+    "topology": flags.FLAGS.topology or "local",
     "devices": len(devices),
     "device_kind": devices[0].device_kind,
     "mesh": _mesh_sizes(config, devices),
     "programs": [dataclasses.asdict(report) for report in reports],
   }
-  if _JSON.value == "-":
+  if flags.FLAGS.json == "-":
     print(metrics.report_text(result))
   else:
     print(describe(result, reports))
-    if _JSON.value:
-      metrics.write_report(_JSON.value, result)
+    if flags.FLAGS.json:
+      metrics.write_report(flags.FLAGS.json, result)
 
 
 def _config_name(argv: Sequence[str]) -> str:
@@ -184,6 +192,15 @@ def prepare_libtpu() -> None:
     os.environ.setdefault(name, value)
 
 
+def check_topology(topology: str) -> None:
+  """Raises ConfigError unless it has a topology's form, or is ''."""
+  if topology and not _TOPOLOGY_FORM.fullmatch(topology):
+    raise config_lib.ConfigError(
+      f"--topology={topology!r}: want GENERATION:CHIPS, e.g. v6e:8x16, v5e:4x8 "
+      "or v5p:4x4x4"
+    )
+
+
 def find_devices(topology: str) -> list[Any]:
   """Devices of a topology, or this machine's where it is ''.
 
@@ -196,11 +213,7 @@ def find_devices(topology: str) -> list[Any]:
 
   if not topology:
     return devices_lib.find_devices()
-  if not _TOPOLOGY_FORM.fullmatch(topology):
-    raise config_lib.ConfigError(
-      f"--topology={topology!r}: want GENERATION:CHIPS, e.g. v6e:8x16, v5e:4x8 "
-      "or v5p:4x4x4"
-    )
+  check_topology(topology)
   try:
     return list(topologies.get_topology_desc(topology, "tpu").devices)
   except (RuntimeError, ValueError, NotImplementedError) as error:
@@ -568,4 +581,5 @@ def _gb(size: float) -> str:
 
 
 if __name__ == "__main__":
+  define_flags()
   app.run(main, flags_parser=config_lib.parse_flags)

@@ -20,378 +20,26 @@ With --formats=...:
 """
 
 import argparse
-import contextlib
-import hashlib
-import importlib
-import json
-import pathlib
-import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
 
-import jax
-import jax.export
-import jax.extend.core
-import jax.numpy as jnp
-import numpy as np
-from flax import traverse_util
-
-import drift_jax
-from drift_jax import (
-  artifacts,
-  console,
-  experiment,
-  models,
-  numerics,
-  paths,
-  sharding,
-  steps,
-  storage,
-)
-from drift_jax import config as config_lib
+from drift_jax import console, options, paths
 from drift_jax.console import logger
-from drift_jax.devices import find_devices
-from drift_jax.models import release
-
-FORMATS = ("stablehlo", "release", "onnx")
-PLATFORMS = ("cpu", "cuda", "tpu")
-DTYPES = ("float32", "bfloat16")
-VERSION = 1
-_RUN = pathlib.Path(__file__).with_name("run_export.py")
 
 
-def export(
-  source: str,
-  out: str,
-  *,
-  vae: str = "",
-  step: int | None = None,
-  ema_decay: float | None = None,
-  dtype: str | None = None,
-  formats: Sequence[str] = ("stablehlo",),
-  platforms: Sequence[str] = PLATFORMS,
-) -> dict[str, Any]:
-  """Writes an export; the folder appears when it is whole.
+def _names(*valid: str) -> Callable[[str], list[str]]:
+  """Reads names that are separated by commas."""
 
-  Args:
-    source, vae, step, ema_decay: see experiment.open_generator.
-    out: a folder that is not there yet.
-    dtype: 'float32' or 'bfloat16' computation; None: as it was trained. With
-      bfloat16, parameters that are used in it are stored in it.
-    formats: beside the weights as safetensors, of FORMATS.
-    platforms: that the functions are lowered for, of PLATFORMS.
-
-  Returns:
-    The manifest.
-
-  Raises:
-    ConfigError: options out of range, a folder that is there, latents without
-      their autoencoder.
-    ArtifactError, CheckpointError: weights that can't be loaded.
-  """
-  for name, values, valid in (
-    ("formats", formats, FORMATS),
-    ("platforms", platforms, PLATFORMS),
-    ("dtype", () if dtype is None else (dtype,), DTYPES),
-  ):
-    for value in values:
-      if value not in valid:
-        raise config_lib.ConfigError(
-          f"{name}={value!r}: valid options are {list(valid)}"
+  def read(text: str) -> list[str]:
+    names = [part for part in text.split(",") if part]
+    for name in names:
+      if name not in valid:
+        raise argparse.ArgumentTypeError(
+          f"{name!r}: valid options are {list(valid)}"
         )
-  with _new_folder(out) as folder:
-    mesh = sharding.make_mesh(1, 1, find_devices()[:1])
-    opened = experiment.open_generator(
-      source, mesh, vae=vae, step=step, ema_decay=ema_decay
-    )
-    model_config = dict(opened.model_config)
-    if dtype is not None:
-      model_config["use_bf16"] = dtype == "bfloat16"
-    module, _ = release.describe("gen", model_config)
-    trained = jax.device_get(opened.params)
-    params = models.rounded(module, trained)
-    facts = {
-      "alpha_range": list(opened.alpha_range),
-      "class_names": list(opened.class_names) or None,
-    }
-    saved = {
-      "step": opened.step,
-      "ema_decay": opened.ema_decay,
-      "source": opened.provenance,
-    }
-    artifacts.save(
-      folder / artifacts.EXPORTED,
-      kind="gen",
-      model_config=model_config,
-      params=params,
-      facts=facts,
-      format="safetensors",
-      **saved,
-    )
-    if "release" in formats:
-      artifacts.save(
-        folder,
-        kind="gen",
-        model_config=model_config,
-        params=jax.tree.map(lambda x: x.astype(np.float32), trained),
-        facts=facts,
-        **saved,
-      )
-    weights = {"generator": params}
-    if opened.vae is not None:
-      autoencoder: Any = opened.vae.module
-      weights["vae"] = jax.device_get(opened.vae.params)
-      artifacts.save(
-        folder / artifacts.EXPORTED_VAE,
-        kind="vae",
-        model_config={
-          **opened.vae.metadata["model_config"],
-          "use_bf16": autoencoder.dtype == jnp.bfloat16,
-        },
-        params=weights["vae"],
-        step=None,
-        ema_decay=None,
-        source={"sha256": opened.vae.sha256},
-        format="safetensors",
-      )
-    generator: Any = module
-    task = experiment.sampling_task(generator)
-    decode = None
-    if opened.vae is not None:
-      decode = experiment.decoding(opened.vae)
-    made = _functions(weights, task, decode)
-    functions: dict[str, Any] = {}
-    if "onnx" in formats:
-      _write_onnx(folder / "generate.onnx", made["generate"], weights)
-    if "stablehlo" in formats:
-      functions = _write_stablehlo(folder, made, weights, platforms)
-      shutil.copyfile(_RUN, folder / "run.py")
-    manifest = {
-      "format": VERSION,
-      "drift_jax": drift_jax.__version__,
-      "jax": jax.__version__,
-      "dtype": str(generator.dtype),
-      "weights": {name: f"{name}/{artifacts.TENSORS_FILE}" for name in weights},
-      "functions": functions,
-      "images": "float32 [b, height, width, channels] in [-1, 1]",
-      "noise_shape": ["b", *task.noise_shape],
-      "style_tokens": task.style_tokens,
-      "style_vocab": task.style_vocab,
-      "num_classes": opened.num_classes,
-      # Both ends included; what is beyond them gives NaN, or is not trained.
-      "ranges": {
-        "labels": [0, opened.num_classes - 1],
-        "alpha": list(opened.alpha_range),
-        "seed": [0, 2**32 - 1],
-        "style": [0, max(task.style_vocab - 1, 0)],
-      },
-      **facts,
-      "step": opened.step,
-      "ema_decay": opened.ema_decay,
-      "provenance": dict(opened.provenance),
-      "files": _checksums(folder),
-    }
-    (folder / artifacts.MANIFEST_FILE).write_text(
-      json.dumps(manifest, indent=1)
-    )
-  return manifest
+    return names
 
-
-@contextlib.contextmanager
-def _new_folder(out: str) -> Iterator[pathlib.Path]:
-  """A temporary folder, which gets the name when all went well."""
-  if storage.is_remote(out):
-    raise config_lib.ConfigError(
-      f"--out={out}: exports are written to a local folder; copy it"
-    )
-  path = pathlib.Path(out)
-  if path.exists():
-    raise config_lib.ConfigError(
-      f"--out={out} is there already: remove it or give another folder"
-    )
-  path.parent.mkdir(parents=True, exist_ok=True)
-  folder = pathlib.Path(tempfile.mkdtemp(prefix=".export", dir=path.parent))
-  try:
-    yield folder
-    folder.chmod(0o755)
-    folder.rename(path)
-  finally:
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-class _Function(NamedTuple):
-  """What is exported, and the shapes of its arguments after the weights."""
-
-  call: Callable[..., jax.Array]
-  arguments: dict[str, jax.ShapeDtypeStruct]
-
-
-def _functions(
-  weights: Mapping[str, Any],
-  task: steps.GeneratorTask,
-  decode: Callable[[Any, jax.Array], jax.Array] | None,
-) -> dict[str, _Function]:
-  """By name, of a batch of any size."""
-
-  def images(weights: Mapping[str, Any], samples: jax.Array) -> jax.Array:
-    if decode is not None:
-      samples = decode(_tree(weights["vae"]), samples)
-    return samples.astype(jnp.float32)
-
-  def sample(
-    weights: Mapping[str, Any],
-    labels: jax.Array,
-    alpha: jax.Array,
-    index: jax.Array,
-    seed: jax.Array,
-    style: jax.Array,
-  ) -> jax.Array:
-    samples = steps.sample_step(
-      _tree(weights["generator"]),
-      labels,
-      alpha,
-      index,
-      seed=seed,
-      style=style,
-      task=task,
-    )
-    return images(weights, samples)
-
-  def generate(
-    weights: Mapping[str, Any],
-    labels: jax.Array,
-    alpha: jax.Array,
-    noise: jax.Array,
-    style: jax.Array,
-  ) -> jax.Array:
-    samples = steps.generate(
-      _tree(weights["generator"]), labels, alpha, noise, style, task=task
-    )
-    return images(weights, samples)
-
-  shape = jax.ShapeDtypeStruct
-  (batch,) = jax.export.symbolic_shape("b")
-  of_each = {
-    "labels": shape((batch,), jnp.int32),
-    "alpha": shape((batch,), jnp.float32),
-  }
-  return {
-    "sample": _Function(
-      sample,
-      of_each
-      | {
-        "index": shape((batch,), jnp.int32),
-        "seed": shape((), jnp.uint32),
-        "style": shape((task.style_tokens,), jnp.int32),
-      },
-    ),
-    "generate": _Function(
-      generate,
-      of_each
-      | {
-        "noise": shape((batch, *task.noise_shape), jnp.float32),
-        "style": shape((batch, task.style_tokens), jnp.int32),
-      },
-    ),
-  }
-
-
-def _write_stablehlo(
-  folder: pathlib.Path,
-  functions: Mapping[str, _Function],
-  weights: Mapping[str, Any],
-  platforms: Sequence[str],
-) -> dict[str, Any]:
-  """Writes the functions of (weights, ...); what the manifest says of them."""
-  shapes = {
-    name: {
-      path: jax.ShapeDtypeStruct(x.shape, x.dtype)
-      for path, x in _flat(tree).items()
-    }
-    for name, tree in weights.items()
-  }
-  described = {}
-  for name, (call, arguments) in functions.items():
-    exported = jax.export.export(jax.jit(call), platforms=list(platforms))(
-      shapes, *arguments.values()
-    )
-    file = f"{name}.stablehlo"
-    (folder / file).write_bytes(exported.serialize())
-    described[name] = {
-      "file": file,
-      "platforms": list(platforms),
-      "arguments": {
-        "weights": "{name of the weights: {name of the array: array}}",
-        **{key: _described(x) for key, x in arguments.items()},
-      },
-      "result": _described(exported.out_avals[0]),
-    }
-  return described
-
-
-def _write_onnx(
-  path: pathlib.Path, function: _Function, weights: Mapping[str, Any]
-) -> None:
-  """Writes a function with its weights inside.
-
-  Raises:
-    ConfigError: the converter is not installed.
-  """
-  try:
-    converter = importlib.import_module("jax2onnx")
-  except ImportError as error:
-    raise config_lib.ConfigError(
-      "formats='onnx' needs a converter: pip install onnx-ir && pip install "
-      "--no-deps jax2onnx (its requirements want an older Orbax)"
-    ) from error
-  flat = {
-    name: jax.tree.map(jnp.asarray, _flat(tree))
-    for name, tree in weights.items()
-  }
-  shapes = function.arguments.values()
-  # Traced beforehand: what the converter puts in the place of jnp's functions
-  # while it traces does not know Flax's loop over blocks.
-  closed = jax.make_jaxpr(lambda *inputs: function.call(flat, *inputs))(*shapes)
-  converter.to_onnx(
-    lambda *inputs: jax.extend.core.jaxpr_as_fun(closed)(*inputs)[0],
-    inputs=list(shapes),
-    input_names=list(function.arguments),
-    output_names=["images"],
-    model_name="drift_jax",
-    return_mode="file",
-    output_path=str(path),
-  )
-
-
-def _flat(tree: Any) -> dict[str, Any]:
-  return dict(traverse_util.flatten_dict(tree, sep="/"))
-
-
-def _tree(flat: Mapping[str, Any]) -> dict[str, Any]:
-  return traverse_util.unflatten_dict(dict(flat), sep="/")
-
-
-def _described(x: Any) -> str:
-  return f"{x.dtype}[{', '.join(map(str, x.shape))}]"
-
-
-def _checksums(folder: pathlib.Path) -> dict[str, Any]:
-  """{path: size and SHA-256} of every file."""
-  found = {}
-  for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-    with path.open("rb") as file:
-      digest = hashlib.file_digest(file, "sha256").hexdigest()
-    found[path.relative_to(folder).as_posix()] = {
-      "bytes": path.stat().st_size,
-      "sha256": digest,
-    }
-  return found
-
-
-def _list(text: str) -> list[str]:
-  return [part for part in text.split(",") if part]
+  return read
 
 
 def _parser() -> console.Parser:
@@ -422,28 +70,37 @@ def _parser() -> console.Parser:
   parser.add_argument("--step", type=int, help="of --workdir: checkpoint")
   parser.add_argument("--ema_decay", type=float, help="of --workdir: which EMA")
   parser.add_argument(
-    "--dtype", choices=DTYPES, help="of computation; as trained, if not given"
+    "--dtype",
+    choices=options.DTYPES,
+    help="of computation; as trained, if not given",
   )
   parser.add_argument(
     "--formats",
-    type=_list,
+    type=_names(*options.FORMATS),
     default=["stablehlo"],
-    help=f"beside safetensors, of {','.join(FORMATS)}",
+    help=f"beside safetensors, of {','.join(options.FORMATS)}",
   )
-  parser.add_argument("--platforms", type=_list, default=list(PLATFORMS))
+  parser.add_argument(
+    "--platforms",
+    type=_names(*options.PLATFORMS),
+    default=list(options.PLATFORMS),
+  )
   return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Exports what the command line asks for; a mistake is one line."""
   arguments = vars(_parser().parse_args(argv))
+  from drift_jax import experiment, numerics
+  from drift_jax.tools.work import export
+
   console.setup()
   numerics.pin()
   source = arguments.pop("workdir") or arguments.pop("init_from")
   arguments.pop("init_from", None)
   out = arguments.pop("out")
   try:
-    manifest = export(source, out, **arguments)
+    manifest = export.export(source, out, **arguments)
   except experiment.ERRORS as error:
     sys.exit(f"Error: {error}")
   total = sum(entry["bytes"] for entry in manifest["files"].values())

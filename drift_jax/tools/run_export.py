@@ -13,7 +13,6 @@ import sys
 import zlib
 from typing import Any
 
-import jax.export
 import ml_dtypes  # comes with jax
 import numpy as np
 
@@ -100,6 +99,8 @@ def main() -> None:
 
 
 def draw(asked: argparse.Namespace) -> None:
+  import jax.export  # here, so that --help does not wait for it
+
   manifest = json.loads((HERE / "manifest.json").read_text())
   check(asked, manifest)
   names, count = manifest["class_names"] or [], manifest["num_classes"]

@@ -11,316 +11,21 @@ first seed. After each run toys.md, toys.csv and toys.png are written. The same
 command goes on after an interruption; finished runs are left alone.
 """
 
-import csv
-import io
-import itertools
-import json
 import pathlib
 import sys
-import time
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
-import jax
-import numpy as np
 from absl import app, flags
-from etils import epath
 
 from drift_jax import config as config_lib
-from drift_jax import (
-  console,
-  drift,
-  exits,
-  experiment,
-  metrics,
-  numerics,
-  paths,
-  train_toy,
-)
-from drift_jax.console import logger
+from drift_jax import paths
 
-# The figure of the table: energy distance to fresh data over that of data to
-# data; beside it, where there are modes, how far the worst one's mass is off.
-FIGURE = "energy_distance_ratio"
-MODES = "worst_mode_error"
-
-
-class Cell(NamedTuple):
-  """Runs of a field on a toy.
-
-  Attributes:
-    figures: figures.json of each finished run, by seed.
-    failed: what the others say.
-  """
-
-  figures: dict[int, dict[str, Any]]
-  failed: list[str]
-
-  def values(self, figure: str) -> np.ndarray:
-    """Of the finished runs, those that have it."""
-    found = [f[figure] for f in self.figures.values() if figure in f]
-    return np.asarray(found, np.float64)
-
-  def text(self) -> str:
-    """Mean and deviation over seeds; the worst mode's error in brackets."""
-    ratios, errors = self.values(FIGURE), self.values(MODES)
-    if not len(ratios):
-      return "failed" if self.failed else ""
-    text = spread(ratios)
-    if len(errors):
-      text += f" ({spread(100 * errors)} %)"
-    return text + f", {len(self.failed)} failed" * bool(self.failed)
-
-
-Table = dict[tuple[str, str], Cell]
-
-
-def spread(values: np.ndarray) -> str:
-  """'mean ± sample standard deviation', of one value just it."""
-  text = f"{values.mean():.3g}"
-  return text if len(values) == 1 else f"{text} ± {values.std(ddof=1):.2g}"
-
-
-def make_config(
-  file: str, toy: str, variant: str, changes: Mapping[str, Any]
-) -> dict[str, Any]:
-  """The values of a run's config, checked.
-
-  Raises:
-    ConfigError: no such toy or variant, or values that can't be run.
-  """
-  values = config_lib.load_config(f"{file}:{toy},{variant}")
-  for key, value in changes.items():
-    *sections, name = key.split(".")
-    section: Any = values
-    for part in sections:
-      section = section[part]
-    section[name] = value
-  config = config_lib.parse(values)
-  if not isinstance(config, config_lib.ToyConfig):
-    raise config_lib.ConfigError(
-      f"--config={file}: task={config.task!r}, want 'toy': configs/toy.py"
-    )
-  experiment.drift_arguments(config.drift)
-  return values
-
-
-def changes_of(
-  field: str, temperature: float, seed: int, overrides: Mapping[str, str]
-) -> dict[str, Any]:
-  """{key: value} of a run."""
-  changes: dict[str, Any] = {
-    "drift.field": field,
-    "drift.temperatures": (temperature,),
-    "seed": seed,
-  }
-  if field == "sinkhorn":
-    changes["drift.negatives"] = "independent"
-  for key, text in overrides.items():
-    try:
-      changes[key] = json.loads(text)
-    except json.JSONDecodeError:
-      changes[key] = text
-  return changes
-
-
-def train(
-  config: Any, path: pathlib.Path, draw: bool
-) -> tuple[dict[str, Any] | None, str]:
-  """(figures.json of a run, or None, and what is wrong then)."""
-  file = path / "figures.json"
-  if file.exists():
-    # A finished run is taken as it is only where it is the one asked for.
-    if (path / "config.json").read_text() != config_lib.to_json(
-      config_lib.parse(config)
-    ):
-      return None, (
-        f"{path} holds a finished run of another config: use a new --workdir, "
-        "or the flags that it was made with"
-      )
-  else:
-    level = logger.level
-    logger.setLevel("WARNING")  # a table says what its runs would
-    try:
-      train_toy.train_and_evaluate(config, str(path), draw=draw)
-    except experiment.ERRORS as error:
-      return None, str(error)
-    finally:
-      logger.setLevel(level)
-  try:
-    return experiment.read_facts(epath.Path(file), dict), ""
-  except config_lib.ConfigError as error:
-    return None, str(error)
-
-
-def write(
-  table: Table, workdir: pathlib.Path, temperature: str, about: str
-) -> None:
-  """Markdown, CSV and PNG of one temperature."""
-  toys = list(dict.fromkeys(toy for toy, _ in table))
-  fields = list(dict.fromkeys(field for _, field in table))
-  lines = [
-    f"# Fields on toys, temperature {temperature}",
-    "",
-    "Energy distance of samples to fresh data, over that of data to data (1 is "
-    "perfect), mean ± sample standard deviation over seeds; in brackets, where "
-    "there are modes, how far the worst one's mass is off its own.",
-    "",
-    about,
-    "",
-    "| | " + " | ".join(fields) + " |",
-    "|---" * (1 + len(fields)) + "|",
-  ]
-  for toy in toys:
-    cells = [table[toy, field].text() for field in fields]
-    lines.append("| " + " | ".join([toy, *cells]) + " |")
-  failed = [
-    f"- {toy}, {field}: {text}"
-    for (toy, field), cell in table.items()
-    for text in cell.failed
-  ]
-  lines += ["", "Failed:", *failed] if failed else []
-  rows = io.StringIO()
-  names = ("toy", "field", "seed", FIGURE, "sliced_wasserstein_ratio", MODES)
-  writer = csv.writer(rows, lineterminator="\n")
-  writer.writerow((*names, "loss_ema", "step"))
-  for (toy, field), cell in table.items():
-    for seed, figures in cell.figures.items():
-      found = [figures.get(n, "") for n in (*names[3:], "loss_ema", "step")]
-      writer.writerow([toy, field, seed, *found])
-  name = f"toys_{temperature}"
-  for suffix, text in (
-    (".md", "\n".join(lines) + "\n"),
-    (".csv", rows.getvalue()),
-  ):
-    with metrics.replacing(workdir / f"{name}{suffix}") as file:
-      file.write_text(text)
-  metrics.plot_toy_table(
-    {
-      toy: {field: table[toy, field].values(FIGURE) for field in fields}
-      for toy in toys
-    },
-    workdir / f"{name}.png",
-    title=f"temperature {temperature}",
-  )
-
-
-def run(
-  workdir: pathlib.Path, overrides: Mapping[str, str], about: str
-) -> list[str]:
-  """Trains what is not there yet; returns what failed."""
-  toys: list[str] = flags.FLAGS.toys
-  fields: list[str] = flags.FLAGS.fields
-  temperatures = [
-    _number("--temperatures", t) for t in flags.FLAGS.temperatures
-  ]
-  seeds = [int(_number("--seeds", s)) for s in flags.FLAGS.seeds]
-  for name, values in (
-    ("--toys", toys),
-    ("--fields", fields),
-    ("--temperatures", temperatures),
-    ("--seeds", seeds),
-  ):
-    if not values or len(set(values)) < len(values):
-      raise config_lib.ConfigError(
-        f"{name}={values} must hold at least one value and none twice"
-      )
-  chosen = itertools.product(temperatures, toys, fields)
-  # All are checked before the first is trained.
-  configs = {
-    (temperature, toy, field, seed): make_config(
-      flags.FLAGS.config,
-      toy,
-      flags.FLAGS.variant,
-      changes_of(field, temperature, seed, overrides),
-    )
-    for temperature, toy, field in chosen
-    for seed in seeds
-  }
-  jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-  tables: dict[float, Table] = {
-    temperature: {
-      (toy, field): Cell({}, []) for toy in toys for field in fields
-    }
-    for temperature in temperatures
-  }
-  start, trained = time.monotonic(), 0
-  # Seed by seed, so that a whole table comes first.
-  order = sorted(configs, key=lambda run: seeds.index(run[3]))
-  for number, (temperature, toy, field, seed) in enumerate(order, 1):
-    path = workdir / f"{toy}-{field}-{temperature:g}" / f"seed_{seed}"
-    done = (path / "figures.json").exists()
-    figures, error = train(
-      configs[temperature, toy, field, seed], path, draw=seed == seeds[0]
-    )
-    cell = tables[temperature][toy, field]
-    if figures is None:
-      cell.failed.append(f"seed {seed}: {error}")
-    else:
-      cell.figures[seed] = figures
-    if not done:
-      trained += 1
-    left = (time.monotonic() - start) / max(trained, 1) * (len(order) - number)
-    if not done or number == len(order):
-      logger.info(
-        "%d/%d %s, %s, temperature %g, seed %d: %s; about %.0f min left",
-        number,
-        len(order),
-        toy,
-        field,
-        temperature,
-        seed,
-        cell.text(),
-        left / 60,
-      )
-      write(tables[temperature], workdir, f"{temperature:g}", about)
-  return [
-    f"{toy}, {field}: {text}"
-    for table in tables.values()
-    for (toy, field), cell in table.items()
-    for text in cell.failed
-  ]
-
-
-def _number(flag: str, text: str) -> float:
-  try:
-    return float(text)
-  except ValueError:
-    raise config_lib.ConfigError(f"{flag}: {text!r} is no number") from None
-
-
-def main(argv: Sequence[str]) -> None:
-  """Runs the table of the command line."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments {list(argv[1:])}")
-  console.setup()
-  numerics.pin()
-  _, overrides = config_lib.config_arguments(sys.argv[1:])
-  workdir = pathlib.Path(flags.FLAGS.workdir)
-  changed = " ".join(f"--config.{k}={v}" for k, v in overrides.items())
-  about = f"Variant `{flags.FLAGS.variant}`{', ' * bool(changed)}{changed}."
-
-  def program() -> None:
-    exits.stop_on_sigterm()
-    failed = run(workdir, overrides, about)
-    if failed:
-      sys.exit("Failed:\n" + "\n".join(failed))
-
-  exits.run(program, experiment.ERRORS)
-
-
-def _flags(argv: Sequence[str]) -> list[str]:
-  """--config.KEY=VALUE are read by main itself: each toy has its own config."""
-  own = [a for a in argv if not a.startswith(("--config.", "-config."))]
-  try:
-    return flags.FLAGS(own)
-  except flags.Error as error:
-    sys.exit(f"Error: {error}")
+_Number = TypeVar("_Number", int, float)
 
 
 def define_flags() -> None:
-  """Defines the flags: not on import, as other tools have the same names."""
+  """Defines the flags: not on import, as other programs have the same names."""
   paths.define_flag("config", "configs/toy.py", "Where toys are.")
   paths.define_flag(
     "workdir", None, "Folder of the runs and the table.", required=True
@@ -336,10 +41,80 @@ def define_flags() -> None:
     "spiral",
   ]
   flags.DEFINE_list("toys", toys, "Variants of the config, columns.")
-  flags.DEFINE_list("fields", list(drift.FIELDS), "Rows of the table.")
+  flags.DEFINE_list("fields", None, "Rows of the table; all if not given.")
   flags.DEFINE_list("temperatures", ["0.05"], "A table of each.")
   flags.DEFINE_list("seeds", ["0", "1", "2", "3", "4"], "A run each.")
   flags.DEFINE_string("variant", "quick", "Of all runs.")
+
+
+def _numbers(
+  flag: str, texts: Sequence[str], kind: Callable[[str], _Number]
+) -> list[_Number]:
+  """Of a list flag; ConfigError names the entry that is none."""
+  numbers = []
+  for text in texts:
+    try:
+      numbers.append(kind(text))
+    except ValueError:
+      what = "integer" if kind is int else "number"
+      raise config_lib.ConfigError(f"--{flag}: {text!r} is no {what}") from None
+  return numbers
+
+
+def main(argv: Sequence[str]) -> None:
+  """Runs the table of the command line."""
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments {list(argv[1:])}")
+  values = flags.FLAGS
+  try:
+    temperatures = _numbers("temperatures", values.temperatures, float)
+    seeds = _numbers("seeds", values.seeds, int)
+    for name, found in (
+      ("toys", values.toys),
+      ("fields", values.fields),
+      ("temperatures", temperatures),
+      ("seeds", seeds),
+    ):
+      if found is not None and (not found or len(set(found)) < len(found)):
+        raise config_lib.ConfigError(
+          f"--{name}={found} must hold at least one value and none twice"
+        )
+  except config_lib.ConfigError as error:
+    sys.exit(f"Error: {error}")
+  from drift_jax import console, exits, experiment, numerics
+  from drift_jax.tools.work import toy_table
+
+  console.setup()
+  numerics.pin()
+  _, overrides = config_lib.config_arguments(sys.argv[1:])
+  changed = " ".join(f"--config.{k}={v}" for k, v in overrides.items())
+
+  def program() -> None:
+    exits.stop_on_sigterm()
+    failed = toy_table.run(
+      pathlib.Path(values.workdir),
+      config=values.config,
+      variant=values.variant,
+      toys=values.toys,
+      fields=values.fields,
+      temperatures=temperatures,
+      seeds=seeds,
+      overrides=overrides,
+      about=f"Variant `{values.variant}`{', ' * bool(changed)}{changed}.",
+    )
+    if failed:
+      sys.exit("Failed:\n" + "\n".join(failed))
+
+  exits.run(program, experiment.ERRORS)
+
+
+def _flags(argv: Sequence[str]) -> list[str]:
+  """--config.KEY=VALUE are read by main itself: each toy has its own config."""
+  own = [a for a in argv if not a.startswith(("--config.", "-config."))]
+  try:
+    return flags.FLAGS(own)
+  except flags.Error as error:
+    sys.exit(f"Error: {error}")
 
 
 if __name__ == "__main__":

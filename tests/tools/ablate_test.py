@@ -331,6 +331,7 @@ def test_mistakes(tmp_path):
     from drift_jax import config as config_lib
     from drift_jax.tools import ablate
 
+    ablate.define_flags()
     for arguments in {[list(arguments) for arguments, _ in MISTAKES]}:
       flags.FLAGS.unparse_flags()
       sys.argv = ["ablate", {BASE!r}, "--workdir={tmp_path / "never"}"]

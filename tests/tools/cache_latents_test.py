@@ -19,6 +19,7 @@ from drift_jax import artifacts, console
 from drift_jax.data import encoded, latent_format, latents, sources, transforms
 from drift_jax.data.latent_format import LatentCacheError
 from drift_jax.tools import cache_latents
+from drift_jax.tools.work import cache_latents as work
 from tests.autoencoders import save_vae
 from tests.conftest import assert_close
 
@@ -68,14 +69,14 @@ def run(pictures, vae, out, /, **changes):
   """The job in this process, on its eight devices."""
   given = arguments(pictures, vae, out, **changes)
   spec = given.pop("source")
-  source = cache_latents.open_images(
+  source = work.open_images(
     spec,
     split=given["split"],
     data_dir="",
     class_order="",
     max_corrupt=given.pop("max_corrupt", 0),
   )
-  return cache_latents.cache_latents(source, name=spec, **given)
+  return work.cache_latents(source, name=spec, **given)
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +242,7 @@ def test_other_settings_are_refused(whole, pictures, vae, tmp_path):
       run(pictures, vae, whole, **changes)
   shutil.copytree(pictures, tmp_path / "more")
   (tmp_path / "more/class0/00.png").rename(tmp_path / "more/class2/00.png")
-  source = cache_latents.open_images(
+  source = work.open_images(
     f"folder:{tmp_path}/more",
     split="train",
     data_dir="",
@@ -251,7 +252,7 @@ def test_other_settings_are_refused(whole, pictures, vae, tmp_path):
   given = arguments(pictures, vae, whole)
   name = given.pop("source")
   with pytest.raises(LatentCacheError, match="labels_sha256: cached"):
-    cache_latents.cache_latents(source, name=name, **given)
+    work.cache_latents(source, name=name, **given)
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,11 @@ import safetensors.numpy
 from drift_jax import artifacts
 from drift_jax.models import release
 from drift_jax.tools import convert_weights, weight_files
-from drift_jax.tools.conversions import inception, vae, vit
+from drift_jax.tools.conversions import inception, published, vae, vit
 from drift_jax.tools.conversions.layouts import WeightsError, torch_shape
 from drift_jax.tools.conversions.vae import convert_vae, vae_name
-from drift_jax.tools.convert_weights import convert
 from drift_jax.tools.weight_files import read_weights
+from drift_jax.tools.work.convert_weights import convert
 from tests.conftest import assert_close
 from tests.fake_hub import COMMIT, hub, serving
 from tests.process import call
@@ -335,7 +335,7 @@ def site(answer):
 
 TRY_EACH = """
 import sys
-from drift_jax.tools import convert_weights
+from drift_jax.tools.work import convert_weights
 for i, source in enumerate(sys.argv[2:]):
   try:
     convert_weights.convert("vae", source, f"{sys.argv[1]}/{i}")
@@ -555,10 +555,10 @@ def test_published_inception_is_told_by_its_checksum(
   digest = hashlib.sha256(body).hexdigest()
   with site(answer) as address:
     url = f"{address}/releases/pt_inception-2015-12-05-{digest[:8]}.pth"
-    model = convert_weights.MODELS["inception"]
-    assert model.url == inception.URL and model.sha256 == inception.SHA256
+    model = published.MODELS["inception"]
+    assert model.url.endswith(f"-{model.sha256[:8]}.pth")
     monkeypatch.setitem(
-      convert_weights.MODELS,
+      published.MODELS,
       "inception",
       model._replace(url=url, sha256=digest),
     )

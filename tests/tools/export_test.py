@@ -21,7 +21,9 @@ import drift_jax
 from drift_jax import artifacts, experiment, sampling, sharding, steps
 from drift_jax import config as config_lib
 from drift_jax.config import ConfigError
-from drift_jax.tools import export, run_export
+from drift_jax.tools import export as command
+from drift_jax.tools import run_export
+from drift_jax.tools.work import export
 from tests.autoencoders import save_vae
 from tests.conftest import GOLDEN, assert_close
 from tests.small_generator import NAMES, save_generator
@@ -382,9 +384,9 @@ def test_onnx_needs_its_converter(source, tmp_path, monkeypatch):
 
 def test_command(source, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(export, "_write_stablehlo", lambda *_: {})
-  export.main([f"--init_from={source}", f"--out={tmp_path / 'out'}"])
+  command.main([f"--init_from={source}", f"--out={tmp_path / 'out'}"])
   assert sampling.load(str(tmp_path / "out")).num_classes == 4
   with pytest.raises(SystemExit, match="Error: --out=.* is there already"):
-    export.main([f"--init_from={source}", f"--out={tmp_path / 'out'}"])
+    command.main([f"--init_from={source}", f"--out={tmp_path / 'out'}"])
   with pytest.raises(SystemExit, match="one of the arguments"):
-    export.main(["--out=somewhere"])
+    command.main(["--out=somewhere"])

@@ -24,6 +24,7 @@ from drift_jax import (
 )
 from drift_jax.data import sources, transforms
 from drift_jax.tools import reference_stats
+from drift_jax.tools.work import reference_stats as work
 from tests.conftest import assert_close
 from tests.data.pictures import cut
 from tests.judges import save_inception
@@ -104,7 +105,7 @@ def direct(folder: str, pixels: np.ndarray) -> np.ndarray:
 @pytest.fixture(scope="module")
 def networks():
   """Opens each network once: compiling it takes most of a run's time."""
-  return functools.cache(reference_stats.Network)
+  return functools.cache(work.Network)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def features(inception, crops):
 
 @pytest.fixture(autouse=True)
 def log(monkeypatch, caplog, networks):
-  monkeypatch.setattr(reference_stats, "Network", networks)
+  monkeypatch.setattr(work, "Network", networks)
   monkeypatch.setattr(console, "setup", lambda *process: None)
   monkeypatch.setattr(console.logger, "propagate", True)
   caplog.set_level(logging.INFO, "drift_jax")
@@ -442,7 +443,7 @@ def test_usage(public, inception, out):
 def test_a_network_of_another_kind(
   pictures, inception, out, monkeypatch, networks
 ):
-  monkeypatch.setattr(reference_stats, "Network", networks.__wrapped__)
+  monkeypatch.setattr(work, "Network", networks.__wrapped__)
   load = artifacts.load
   monkeypatch.setattr(
     artifacts,

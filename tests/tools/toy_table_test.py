@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from drift_jax import config as config_lib
-from drift_jax.tools import toy_table
+from drift_jax.tools.work import toy_table
 from tests.process import process_environment
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -15,12 +15,6 @@ from drift_jax.tools.conversions.layouts import (
   torch_shape,
 )
 
-# Both publish this file, under names that end in its first eight digits.
-SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-URL = (
-  "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-  "pt_inception-2015-12-05-6726825d.pth"
-)
 MODEL_CONFIG = {"width": 16, "num_classes": 1008}
 BATCH_NORM_EPSILON = 1e-3
 

@@ -1,0 +1,28 @@
+"""What flags may be, where the code behind them has to know it too.
+
+Nothing is imported here: a program has read its flags before it imports what it
+works with.
+"""
+
+# Seconds that processes wait for each other at the start: a host that restarts
+# needs minutes.
+JOIN_SECONDS = 600
+MAX_SEED = 2**32 - 1
+# Images that a generator draws at a time.
+BATCH_SIZE = 256
+# Files of pictures.
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+# What an evaluation without a config computes, of so many samples.
+METRICS = ("fid", "inception_score")
+NUM_SAMPLES = 50_000
+# Of the classes of a source; '': its own.
+CLASS_ORDERS = ("", "imagenet")
+# Of statistics of real images, and how many single features are kept.
+CROPS = ("center", "pad", "none")
+NUM_FEATURES = 10_000
+# Of a network's computation, and of latents on a disk.
+DTYPES = ("float32", "bfloat16")
+LATENT_DTYPES = ("float16", "bfloat16")
+# Of an export.
+FORMATS = ("stablehlo", "release", "onnx")
+PLATFORMS = ("cpu", "cuda", "tpu")

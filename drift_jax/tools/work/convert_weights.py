@@ -1,0 +1,116 @@
+"""Converts published weights: see drift_jax.tools.convert_weights."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from drift_jax import artifacts
+from drift_jax.console import logger
+from drift_jax.tools import weight_files
+from drift_jax.tools.conversions import (
+  convnext,
+  inception,
+  published,
+  resnet,
+  vae,
+  vit,
+)
+from drift_jax.tools.conversions.layouts import (
+  CONFIG_FILE,
+  Config,
+  Converted,
+  Weights,
+  WeightsError,
+)
+
+# Of the file's checksum, in the names of published files.
+_NAMED_DIGITS = 8
+# {model: (weights by name, config.json or None if there is none) -> Converted},
+# which raise WeightsError.
+_CONVERT: dict[str, Callable[[Weights, Config | None], Converted]] = {
+  "vae": vae.convert_vae,
+  "inception": inception.convert_inception,
+  "convnext": convnext.convert_convnext,
+  "moco": resnet.convert_moco,
+  "simclr": resnet.convert_simclr,
+  "dinov2": vit.convert_dinov2,
+  "clip": vit.convert_clip,
+}
+
+
+def convert(name: str, source: str, out: str) -> artifacts.Artifact:
+  """Converts a model's published weights and writes them as an artifact.
+
+  The metadata says where they came from. Of a model with one published file
+  it also says, as `published`, whether this was that file by its SHA-256; of a
+  model whose kind has another name it says, as `family`, the model's.
+
+  Args:
+    name: of published.MODELS.
+    source: a file, a folder, hf://OWNER/NAME[@REVISION][/FILE], or the URL of
+      the published file.
+    out: folder of the artifact; one that is there is replaced.
+
+  Returns:
+    The artifact, read back from `out`.
+
+  Raises:
+    WeightsError: weights that are not there, can't be read, or are not those
+      of the model (the first differences are listed).
+    OSError: `out` can't be written.
+  """
+  model = published.MODELS[name]
+  located = weight_files.locate(source, model.files, model.sha256)
+  digest = weight_files.sha256_of(located.weights)
+  if model.sha256 is not None:
+    _check_name(located.weights, digest, model.sha256)
+  weights = weight_files.read_weights(located.weights)
+  config = None
+  if model.has_config and located.config is not None:
+    config = weight_files.read_config(located.config)
+  try:
+    converted = _CONVERT[name](weights, config)
+  except WeightsError as error:
+    raise WeightsError(f"{source}: {error}") from error
+  if model.has_config and config is None:
+    logger.warning("%s: no %s, took its defaults.", source, CONFIG_FILE)
+  provenance: dict[str, Any] = {
+    "location": source,
+    "file": located.weights.name,
+    "revision": located.revision,
+    "sha256": digest,
+  }
+  if model.kind != name:
+    provenance["family"] = name
+  if model.sha256 is not None:
+    provenance["published"] = digest == model.sha256
+    if digest != model.sha256:
+      logger.warning(
+        "%s is not the published file: figures made with it are comparable"
+        " among themselves only.",
+        located.weights,
+      )
+  artifacts.save(
+    out,
+    kind=model.kind,
+    model_config=converted.model_config,
+    params=converted.params,
+    step=None,
+    ema_decay=None,
+    source=provenance,
+  )
+  return artifacts.load(out)
+
+
+def _check_name(path: pathlib.Path, digest: str, published: str) -> None:
+  """Refuses a torch file that is called the published one and isn't it."""
+  digits = published[:_NAMED_DIGITS]
+  if (
+    path.suffix in weight_files.TORCH_SUFFIXES
+    and path.stem.endswith(f"-{digits}")
+    and digest != published
+  ):
+    raise WeightsError(
+      f"{path} ({path.stat().st_size} bytes) has SHA-256 {digest}, but its name"
+      f" says that it begins with {digits}: it is damaged or another file"
+    )

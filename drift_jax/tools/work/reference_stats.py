@@ -1,0 +1,447 @@
+"""Computes statistics of images: see drift_jax.tools.reference_stats."""
+
+import argparse
+import dataclasses
+import functools
+import hashlib
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from drift_jax import (
+  console,
+  data,
+  experiment,
+  metrics,
+  options,
+  processes,
+  sharding,
+)
+from drift_jax.console import logger
+from drift_jax.devices import find_devices
+from drift_jax.tools import weight_files
+
+# How the public files' images were cut, and of which split they are.
+PUBLIC_CROP, PUBLIC_SPLIT = "center", "train"
+
+
+class StatsError(ValueError):
+  """Statistics that can't be computed as asked for; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+  """Real images.
+
+  Attributes:
+    pixels: indices [n] -> uint8 [n, size, size, 3].
+    count: N.
+    size: their side.
+    source, split, crop: see metrics.Provenance.
+  """
+
+  pixels: Callable[[np.ndarray], np.ndarray]
+  count: int
+  size: int
+  source: str
+  split: str
+  crop: str
+
+
+class Network:
+  """An evaluation network on this process' devices.
+
+  Each process works by itself until statistics are merged: none waits for
+  another one's images.
+
+  Attributes:
+    artifact: the network.
+    path: where it was loaded from.
+  """
+
+  def __init__(self, path: str):
+    """Loads it.
+
+    Raises:
+      ArtifactError: there is none.
+    """
+    self._mesh = sharding.make_mesh(devices=find_devices(local=True))
+    self.artifact = experiment.load_judge(path, self._mesh)
+    self.path = path
+    self._outputs = experiment.network_fn(self.artifact, self._mesh)
+
+  def _features(self, pixels: Any) -> jax.Array:
+    return self._outputs(pixels)[0]
+
+  def dimensions(self, size: int) -> int:
+    """Of the features of images of a size."""
+    shape = (self._mesh.size, size, size, 3)
+    pixels = jax.ShapeDtypeStruct(shape, np.uint8)
+    return jax.eval_shape(self._features, pixels).shape[1]
+
+  def features(
+    self, images: Images, indices: np.ndarray, batch_size: int
+  ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Features of images, batch by batch.
+
+    Args:
+      images: of one size.
+      indices: [n], of all processes.
+      batch_size: of this process; rounded up to a multiple of its devices.
+
+    Yields:
+      (indices [b], features [b, D] float32) of this process' part.
+
+    Raises:
+      StatsError: features that are not finite.
+      DataError, OSError: images that can't be read.
+    """
+    sharing = jax.process_count()
+    batch_size = min(batch_size, -(-len(indices) // sharing))
+    total = sharing * experiment.pad_to_mesh(batch_size, self._mesh)
+    own = [
+      indices[numbers[:valid]]
+      for numbers, valid in metrics.local_batches(len(indices), total)
+    ]
+    rows = metrics.features_of(
+      self._features, images.pixels, indices, batch_size=total
+    )
+    progress = console.Progress("Features", sum(map(len, own)))
+    for numbers, features in zip(own, rows, strict=True):
+      bad = ~np.isfinite(features).all(axis=1)
+      if bad.any():
+        raise StatsError(
+          f"--network={self.path}: the features of image {numbers[bad][0]} of "
+          f"{images.source} are not finite"
+        )
+      yield numbers, features.astype(np.float32)
+      progress.update(len(numbers))
+    logger.info("%.4g images/s.", progress.close())
+
+  def provenance(self, images: Images) -> metrics.Provenance:
+    """What statistics of its features of these images are computed from."""
+    return metrics.Provenance(
+      source=images.source,
+      split=images.split,
+      crop=images.crop,
+      resolution=images.size,
+      network=experiment.name_of(self.artifact),
+      network_sha256=self.artifact.sha256,
+    )
+
+
+def statistics(
+  images: Images,
+  network: Network,
+  *,
+  num_features: int = options.NUM_FEATURES,
+  batch_size: int = 64,
+  seed: int = 0,
+) -> metrics.ReferenceStats:
+  """Mean and covariance of all images' features, and some single ones.
+
+  Each image is read once, by one of the processes; all return the same.
+
+  Args:
+    images: at least two.
+    network: whose features.
+    num_features: single images whose features are kept, in the order of the
+      images, drawn without replacement; all where there are fewer.
+    batch_size: images on all devices of a process.
+    seed: of the draw.
+
+  Raises:
+    StatsError: fewer than two images, processes that see different ones, or
+      features that are not finite.
+    DataError, OSError: images that can't be read.
+  """
+  provenance = network.provenance(images)
+  _check_same(provenance, images.count)
+  kept = _drawn(images, num_features, seed)
+  dimensions = network.dimensions(images.size)
+  if images.count <= dimensions:
+    logger.warning(
+      "%d images, but %d are needed for a covariance of full rank: it will be "
+      "singular.",
+      images.count,
+      dimensions + 1,
+    )
+  is_kept = np.zeros(images.count, bool)
+  is_kept[kept] = True
+  stream = metrics.FeatureStream()
+  singles = _Singles(dimensions)
+  for numbers, features in network.features(
+    images, np.arange(images.count), batch_size
+  ):
+    stream.update(features)
+    singles.add(numbers, features, is_kept[numbers])
+  return metrics.ReferenceStats.from_stats(
+    stream.result(), provenance, singles.result() if len(kept) else None
+  )
+
+
+def public_statistics(
+  path: str,
+  network: Network,
+  *,
+  num_features: int = options.NUM_FEATURES,
+  batch_size: int = 64,
+  seed: int = 0,
+) -> metrics.ReferenceStats:
+  """A public file's mean and covariance, and features of the images in it.
+
+  Args:
+    path: .npz with mu, sigma and arr_0 [N, size, size, 3].
+    network: the published Inception-v3, which such files are of.
+    num_features, batch_size, seed: see `statistics`.
+
+  Raises:
+    StatsError: another network, or a file that is not as above.
+    OSError: a file that can't be read.
+  """
+  if not experiment.is_published(network.artifact):
+    raise StatsError(
+      f"--public={path} is of the published Inception-v3, which --network="
+      f"{network.path} is not: python -m drift_jax.tools.convert_weights "
+      "inception writes it"
+    )
+  try:
+    public = metrics.load_reference(path)
+  except ValueError as error:
+    raise StatsError(f"--public: {error}") from error
+  if public.provenance is not None:
+    raise StatsError(
+      f"--public={path} records already what it was computed from: use it as "
+      "it is"
+    )
+  images = _public_images(path)
+  if network.dimensions(images.size) != len(public.mean):
+    raise StatsError(
+      f"--public={path} is of features of {len(public.mean)} dimensions, "
+      f"--network={network.path} has {network.dimensions(images.size)}"
+    )
+  provenance = network.provenance(images)
+  _check_same(provenance, images.count)
+  kept = _drawn(images, num_features, seed)
+  if not len(kept):
+    return metrics.ReferenceStats(
+      public.mean, public.sigma, public.count, provenance
+    )
+  singles = _Singles(len(public.mean))
+  for numbers, features in network.features(images, kept, batch_size):
+    singles.add(numbers, features, np.ones(len(numbers), bool))
+  features = singles.result()
+  if processes.is_first() and len(features) > len(public.mean):
+    logger.info(
+      "The features of its %d images are at a Frechet distance of %.4g from "
+      "its mean and covariance.",
+      len(features),
+      metrics.frechet_distance(
+        metrics.FeatureStats.from_features(features), public
+      ),
+    )
+  return metrics.ReferenceStats(
+    public.mean, public.sigma, public.count, provenance, features
+  )
+
+
+def _public_images(path: str) -> Images:
+  """The single images of a public file.
+
+  Raises:
+    StatsError: it has none.
+  """
+  try:
+    images = metrics.open_images(path)
+  except ValueError as error:
+    raise StatsError(
+      f"--public: {error}. Without single images there is nothing to add: the "
+      "file can be used as it is for FID"
+    ) from error
+  digest = weight_files.sha256_of(pathlib.Path(path))
+  return Images(
+    images.pixels,
+    len(images),
+    images.shape[0],
+    f"{pathlib.Path(path).name}, SHA-256 {digest}",
+    PUBLIC_SPLIT,
+    PUBLIC_CROP,
+  )
+
+
+def open_images(
+  spec: str,
+  *,
+  split: str = "train",
+  image_size: int = 256,
+  crop: str = "center",
+  channels: int = 3,
+  data_dir: str = "",
+  class_order: str = "",
+  max_corrupt: int = 0,
+  num_threads: int | None = None,
+) -> Images:
+  """The images that the command line names, none of them read.
+
+  Args:
+    spec, split, data_dir, class_order, max_corrupt: see `data.open_source`.
+    image_size, crop, channels: see `data.ImageReader`; grey images become
+      three equal channels for the network.
+    num_threads: that decode; None for one for each core.
+
+  Raises:
+    StatsError: no such source, or images that the other arguments do not fit.
+  """
+  if crop not in options.CROPS:
+    raise StatsError(f"--crop={crop}: valid options are {list(options.CROPS)}")
+  if num_threads is None:
+    num_threads = os.cpu_count() or 1
+  if num_threads < 1:
+    raise StatsError(f"--num_threads={num_threads} must be at least 1")
+  name = spec
+  try:
+    source = data.open_source(
+      spec,
+      split=split,
+      data_dir=data_dir,
+      class_order=class_order,
+      max_corrupt=max_corrupt,
+      decoder="pillow",
+    )
+    if isinstance(source, data.ArraySource):
+      pixels = _array_pixels(source, image_size, crop, channels)
+    else:
+      reader = data.ImageReader(
+        source,
+        size=image_size,
+        channels=channels,
+        crop=crop,
+        crop_scale=(1.0, 1.0),
+        flip=False,
+        wire="uint8",
+        num_threads=num_threads,
+      )
+      pixels = functools.partial(_rgb, reader)
+      name += ", grey" * (channels == 1)
+  except ValueError as error:
+    raise StatsError(f"--source={spec} --split={split}: {error}") from error
+  return Images(pixels, len(source), image_size, name, split, crop)
+
+
+def _rgb(reader: data.ImageReader, indices: np.ndarray) -> np.ndarray:
+  """uint8 [n, size, size, 3]."""
+  pixels = reader.pixels(indices)
+  return pixels.repeat(3 // pixels.shape[-1], axis=-1)
+
+
+def _array_pixels(
+  source: data.ArraySource, image_size: int, crop: str, channels: int
+) -> Callable[[np.ndarray], np.ndarray]:
+  height, width, depth = source.sample_shape
+  if (height, width, depth, crop) != (image_size, image_size, channels, "none"):
+    raise StatsError(
+      f"these images are {height} x {width} px with {depth} channels and are "
+      f"not cut: give --image_size={height} --channels={depth} --crop=none"
+    )
+  reader = data.ArrayReader(source, wire="float32")
+  return lambda indices: metrics.real_pixels(reader.fixed(indices))
+
+
+def _drawn(images: Images, count: int, seed: int) -> np.ndarray:
+  """Indices, ascending, of the images whose features are kept.
+
+  Raises:
+    StatsError: fewer than two images.
+  """
+  if images.count < 2:
+    raise StatsError(
+      f"{images.source} has {images.count} images of split {images.split!r}: "
+      "statistics need at least 2"
+    )
+  if count > images.count:
+    logger.info(
+      "%d single images were asked for; the features of all %d are kept.",
+      count,
+      images.count,
+    )
+    count = images.count
+  drawn = np.random.default_rng(seed).choice(images.count, count, replace=False)
+  return np.sort(drawn)
+
+
+class _Singles:
+  """Features of single images, from all processes."""
+
+  def __init__(self, dimensions: int):
+    self._numbers = [np.empty(0, np.int64)]
+    self._features = [np.empty((0, dimensions), np.float32)]
+
+  def add(
+    self, numbers: np.ndarray, features: np.ndarray, chosen: np.ndarray
+  ) -> None:
+    """Takes the chosen ones [b] bool of images' numbers and features."""
+    self._numbers.append(numbers[chosen])
+    self._features.append(features[chosen])
+
+  def result(self) -> np.ndarray:
+    """[n, D] float32 in the order of the images' numbers, in all processes."""
+    numbers, features = (
+      np.concatenate(processes.gather(np.concatenate(own)))
+      for own in (self._numbers, self._features)
+    )
+    return features[np.argsort(numbers)]
+
+
+def _check_same(provenance: metrics.Provenance, count: int) -> None:
+  """Raises StatsError where processes see other images or networks."""
+  digest = hashlib.sha256(f"{provenance} {count}".encode()).digest()
+  digests = processes.gather(np.frombuffer(digest, np.uint8)[None])
+  for process, other in enumerate(digests):
+    if not np.array_equal(other, digests[0]):
+      raise StatsError(
+        f"process {process} has other images or another network than process "
+        f"0; this one has {count} images of {provenance}"
+      )
+
+
+def run(arguments: argparse.Namespace, given: Mapping[str, Any]) -> None:
+  """Does what the command line asks for, with all processes.
+
+  Args:
+    arguments: of the command line.
+    given: those of `open_images` among them.
+
+  Raises:
+    StatsError, DataError, ArtifactError, OSError: see `statistics`.
+  """
+  chosen = {
+    name: getattr(arguments, name)
+    for name in ("num_features", "batch_size", "seed")
+  }
+  out = pathlib.Path(arguments.out)
+  if processes.is_first():
+    # Before the work is done, not after it.
+    if out.is_dir():
+      raise StatsError(f"--out={out} is a folder, want the name of a file")
+    out.parent.mkdir(parents=True, exist_ok=True)
+  images = None
+  if arguments.source is not None:
+    images = open_images(arguments.source, **given)
+  network = Network(arguments.network)
+  if images is None:
+    reference = public_statistics(arguments.public, network, **chosen)
+  else:
+    reference = statistics(images, network, **chosen)
+  if processes.is_first():
+    metrics.save_reference(out, reference)
+  logger.info(
+    "Wrote %s: %s images, features of %d single ones, %s.",
+    out,
+    "?" if reference.count is None else reference.count,
+    0 if reference.features is None else len(reference.features),
+    reference.provenance,
+  )
