@@ -36,7 +36,7 @@ def test_released_artifact_gives_the_released_samples(golden):
   artifact = artifacts.load(SOURCE)
   assert artifact.kind == "gen"
   data = golden("gen_latent")
-  samples = artifact.module.apply(
+  samples = jax.jit(artifact.module.apply)(
     {"params": artifact.params},
     data["labels"],
     data["cfg_scale"],

@@ -52,7 +52,7 @@ def test_what_is_known_of_it(model):
   assert model.generator.step == 3 and model.generator.ema_decay == 0.9
 
 
-@pytest.mark.parametrize("seed", [5, 2**31 + 5, 2**32 - 1])
+@pytest.mark.parametrize("seed", [2**31 + 5, 2**32 - 1])
 def test_seeds_are_those_of_the_step(model, seed):
   """Traced as well as not, whatever the batch size."""
   labels = np.array([0, 3, 3, 1, 2], np.int32)
