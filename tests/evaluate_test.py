@@ -42,6 +42,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 GEN = ROOT / "tests" / "golden" / "artifact_gen"
 ALPHAS = (1.0, 2.5)
 COUNT = 50
+BATCH = "--batch_size=24"  # the judges are compiled for one size
 REALS = 150
 # Of Inception's features, of samples, of keeping all images; merged in every
 # way that there is.
@@ -170,7 +171,7 @@ def run_on(tmp_path, workdir, judges, processes, devices):
       f"--workdir={workdir}",
       f"--alphas={','.join(map(str, ALPHAS))}",
       f"--num_samples={COUNT}",
-      "--batch_size=24",
+      BATCH,
       f"--metrics={','.join((*FIGURES, *NAMED))}",
       *judge_flags(judges, "published"),
       "--seed=7",
@@ -268,7 +269,7 @@ def answers(images_of_the_run, exported, mistakes):
   """{a request's name: what the job printed and ended with}."""
   requests = images_of_the_run | exported.request | mistakes[0]
   lists = [[str(flag) for flag in request] for request in requests.values()]
-  process = start("-c", MANY, json.dumps(lists), devices=2)
+  process = start("-c", MANY, json.dumps(lists))
   stdout, stderr = process.communicate(timeout=300)
   assert process.returncode == 0, stderr[-3000:]
   return dict(zip(requests, json.loads(stdout), strict=True))
@@ -287,6 +288,7 @@ def images_of_the_run(tmp_path_factory, judges, one_device):
       f"--images={source}",
       f"--metrics={','.join(NAMED)}",
       *judge_flags(judges, "published"),
+      BATCH,
       f"--out={out}",
     )
     for source, out in zip(
@@ -345,6 +347,7 @@ def exported(tmp_path_factory, judges):
     f"--dinov2_reference={path / 'dinov2.npz'}",
     f"--labels={path / 'labels.txt'}",
     "--num_samples=0",
+    BATCH,
     "--alphas=1.5",
     f"--samples_out={path / 'samples.npz'}",
     f"--out={path / 'out.json'}",
