@@ -371,6 +371,11 @@ def test_onnx_gives_the_same_images(source, tmp_path):
   import onnxruntime
 
   out = tmp_path / "out"
+  if not hasattr(jax._src.core, "ClosedJaxpr"):
+    # jax2onnx 0.17.1 looks for it, which JAX 0.12 has no more.
+    with pytest.raises(ConfigError, match="jax2onnx fails with JAX 0"):
+      export.export(source, str(out), formats=("onnx",))
+    return
   export.export(source, str(out), formats=("onnx",))
   assert not (out / "sample.stablehlo").exists()
   options = onnxruntime.SessionOptions()
