@@ -36,7 +36,7 @@ def test_released_artifact_gives_the_released_samples(golden):
   artifact = artifacts.load(SOURCE)
   assert artifact.kind == "gen"
   data = golden("gen_latent")
-  samples = artifact.module.apply(
+  samples = jax.jit(artifact.module.apply)(
     {"params": artifact.params},
     data["labels"],
     data["cfg_scale"],
@@ -67,6 +67,7 @@ def test_load_then_save_is_the_same_tree(tmp_path):
   assert {k: metadata[k] for k in released} == released
 
 
+@pytest.mark.slow
 def test_released_encoder(tmp_path, golden):
   """Its features, and the tree that comes out when it is saved again."""
   with tarfile.open(GOLDEN / "artifact_mae.tar.gz") as archive:

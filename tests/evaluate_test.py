@@ -1,12 +1,14 @@
 """Evaluation as a job: runs, exported weights, images, several processes."""
 
 import contextlib
+import functools
 import json
 import pathlib
 import shutil
 import socket
 import subprocess
 import sys
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,7 +20,6 @@ from drift_jax import (
   artifacts,
   experiment,
   metrics,
-  models,
   sharding,
   steps,
 )
@@ -33,12 +34,16 @@ from tests.judges import (
   save_vit,
 )
 from tests.process import process_environment
-from tests.small_generator import save_run
+from tests.small_generator import random_params, save_run
+
+pytestmark = pytest.mark.system
 
 ROOT = pathlib.Path(__file__).parent.parent
 GEN = ROOT / "tests" / "golden" / "artifact_gen"
 ALPHAS = (1.0, 2.5)
 COUNT = 50
+BATCH = "--batch_size=24"  # the judges are compiled for one size
+REALS = 150
 # Of Inception's features, of samples, of keeping all images; merged in every
 # way that there is.
 FIGURES = ("fd_inception", "fd_pixel", "coverage")
@@ -57,17 +62,12 @@ def start(*arguments, devices=1):
   )
 
 
-def evaluate(*arguments, devices=1, ok=True):
-  process = start("-m", "drift_jax.evaluate", *arguments, devices=devices)
-  stdout, stderr = process.communicate(timeout=300)
-  assert (process.returncode == 0) == ok, stderr[-3000:]
-  return stdout if ok else stderr
-
-
-# Runs the job for one list of arguments after the other.
+# Runs the job for one list of arguments after the other; prints [[what it
+# printed, what it ended with or ""]].
 MANY = """if True:
+  import contextlib
+  import io
   import json
-  import sys
   from absl import app, flags
   from absl.testing import flagsaver
   from drift_jax import evaluate
@@ -75,33 +75,20 @@ MANY = """if True:
   evaluate.define_flags()
 
   def main(argv):
+    told = []
     for arguments in json.loads(argv[1]):
-      with flagsaver.flagsaver():
+      printed, end = io.StringIO(), ""
+      with flagsaver.flagsaver(), contextlib.redirect_stdout(printed):
         flags.FLAGS([argv[0], *arguments])
         try:
           evaluate.main(argv[:1])
-          print("no error")
         except SystemExit as ended:
-          print(ended.code)
+          end = ended.code
+      told.append([printed.getvalue(), end])
+    print(json.dumps(told))
 
   app.run(main)
 """
-
-
-def evaluate_all(arguments):
-  """What one process prints that runs the job for each list of arguments."""
-  process = start("-c", MANY, json.dumps(list(arguments)))
-  stdout, stderr = process.communicate(timeout=300)
-  assert process.returncode == 0, stderr[-3000:]
-  return stdout
-
-
-def randomised(tree):
-  """Parameters that are not zero where initial ones are."""
-  rng = np.random.default_rng(0)
-  return jax.tree.map(
-    lambda x: (0.2 * rng.normal(size=x.shape)).astype(x.dtype), tree
-  )
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +103,7 @@ def judges(tmp_path_factory):
   save_statistics(
     folder / "published.npz",
     folder / "published",
-    digit_pixels(300),
+    digit_pixels(REALS),
     crop="none",
   )
   save_random_statistics(
@@ -188,7 +175,7 @@ def run_on(tmp_path, workdir, judges, processes, devices):
       f"--workdir={workdir}",
       f"--alphas={','.join(map(str, ALPHAS))}",
       f"--num_samples={COUNT}",
-      "--batch_size=24",
+      BATCH,
       f"--metrics={','.join((*FIGURES, *NAMED))}",
       *judge_flags(judges, "published"),
       "--seed=7",
@@ -234,7 +221,7 @@ def test_report_samples_and_pictures(one_device, workdir):
   assert {"fid", "fd_inception", "inception_score", "precision"} <= set(figures)
   assert figures["fid"] == figures["fd_inception"] > 0
   assert figures["fid"] != report["results"]["1.0"]["fid"]
-  assert report["judges"]["inception"]["reference"]["count"] == 300
+  assert report["judges"]["inception"]["reference"]["count"] == REALS
   # Exactly as many as asked for, truncated to 8 bits, labels in their order.
   images, labels = written[1]
   assert images.shape == (COUNT, 8, 8, 3) and images.dtype == np.uint8
@@ -278,47 +265,72 @@ def test_devices_and_processes_agree(tmp_path, workdir, judges, one_device):
   )
 
 
-def test_images_that_the_run_wrote_score_the_same(tmp_path, judges, one_device):
-  """The same figures of the .npz, and of a folder of the same images."""
-  report, _, written, folder = one_device
-  images, _ = written[1]
-  for number, image in enumerate(images):
-    Image.fromarray(image).save(tmp_path / f"{number:03d}.png")
-  sources = (folder / "samples_alpha_2.5.npz", tmp_path)
-  outs = [tmp_path.parent / f"images_{number}.json" for number in range(2)]
-  stdout = evaluate_all(
-    [
+# What one process is asked for, one after the other.
+
+
+@pytest.fixture(scope="module")
+def answers(images_of_the_run, exported, mistakes):
+  """{a request's name: what the job printed and ended with}."""
+  requests = images_of_the_run | exported.request | mistakes[0]
+  lists = [[str(flag) for flag in request] for request in requests.values()]
+  process = start("-c", MANY, json.dumps(lists))
+  stdout, stderr = process.communicate(timeout=300)
+  assert process.returncode == 0, stderr[-3000:]
+  return dict(zip(requests, json.loads(stdout), strict=True))
+
+
+@pytest.fixture(scope="module")
+def images_of_the_run(tmp_path_factory, judges, one_device):
+  """{report to write: arguments}: of the .npz, and of a folder of the same."""
+  _, _, written, folder = one_device
+  pictures = tmp_path_factory.mktemp("pictures")
+  for number, image in enumerate(written[1][0]):
+    Image.fromarray(image).save(pictures / f"{number:03d}.png")
+  outs = [tmp_path_factory.mktemp("scored") / "out.json" for _ in range(2)]
+  return {
+    out: (
       f"--images={source}",
       f"--metrics={','.join(NAMED)}",
       *judge_flags(judges, "published"),
+      BATCH,
       f"--out={out}",
-    ]
-    for source, out in zip(sources, outs, strict=True)
-  )
-  assert stdout.count("| 50 samples | images |") == 2
-  expected = report["results"]["2.5"]
-  for out in outs:
+    )
+    for source, out in zip(
+      (folder / "samples_alpha_2.5.npz", pictures), outs, strict=True
+    )
+  }
+
+
+def test_images_that_the_run_wrote_score_the_same(
+  answers, images_of_the_run, one_device
+):
+  expected = one_device[0]["results"]["2.5"]
+  for out in images_of_the_run:
+    printed, end = answers[out]
+    assert "| 50 samples | images |" in printed and end == ""
     scored = json.loads(out.read_text())["results"]["images"]
     for name in ("fid", "inception_score", "precision", "recall", "kid"):
       assert scored[name] == pytest.approx(expected[name], rel=1e-5), name
 
 
-def test_exported_weights(tmp_path, judges):
+class Exported(NamedTuple):
   """A generator of pixels, exported; labels from a list."""
+
+  folder: pathlib.Path
+  params: Any
+  labels: np.ndarray
+  request: dict[str, tuple[str, ...]]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, judges):
+  path = tmp_path_factory.mktemp("exported")
   config = digits.get_config("smoke").model
   config.update(depth=1, hidden_size=16, cond_dim=16, num_heads=2)
   arguments = config.to_dict()
-  module = models.build_generator(**arguments)
-  shapes = jax.eval_shape(
-    lambda: module.init(
-      {"params": jax.random.key(0), "noise": jax.random.key(0)},
-      np.zeros(1, np.int32),
-      np.ones(1, np.float32),
-    )["params"]
-  )
-  params = randomised(shapes)
+  params = random_params(arguments)
   artifacts.save(
-    tmp_path / "gen",
+    path / "gen",
     kind="gen",
     model_config=release.published_config("gen", arguments),
     params=params,
@@ -326,54 +338,58 @@ def test_exported_weights(tmp_path, judges):
     ema_decay=0.9,
   )
   labels = np.asarray([3, 3, 7] * 6)
-  np.savetxt(tmp_path / "labels.txt", labels, fmt="%d")
-  dinov2 = save_vit(tmp_path / "dinov2")
-  statistics = save_statistics(
-    tmp_path / "dinov2.npz", dinov2, digit_pixels(100), crop="none"
+  np.savetxt(path / "labels.txt", labels, fmt="%d")
+  save_vit(path / "dinov2")
+  save_statistics(
+    path / "dinov2.npz", path / "dinov2", digit_pixels(100), crop="none"
   )
-  out = tmp_path / "out.json"
-  evaluate(
-    f"--weights={tmp_path / 'gen'}",
+  request = (
+    f"--weights={path / 'gen'}",
     "--metrics=fd_inception,fd_dinov2",
     *judge_flags(judges),
-    f"--dinov2={dinov2}",
-    f"--dinov2_reference={statistics}",
-    f"--labels={tmp_path / 'labels.txt'}",
+    f"--dinov2={path / 'dinov2'}",
+    f"--dinov2_reference={path / 'dinov2.npz'}",
+    f"--labels={path / 'labels.txt'}",
     "--num_samples=0",
+    BATCH,
     "--alphas=1.5",
-    f"--samples_out={tmp_path / 'samples.npz'}",
-    f"--out={out}",
-    devices=2,
+    f"--samples_out={path / 'samples.npz'}",
+    f"--out={path / 'out.json'}",
   )
-  report = json.loads(out.read_text())
+  return Exported(path, params, labels, {"exported": request})
+
+
+def test_exported_weights(answers, exported, judges):
+  assert answers["exported"][1] == ""
+  folder, params, labels, _ = exported
+  report = json.loads((folder / "out.json").read_text())
   assert (report["step"], report["num_samples"]) == (3, 18)
-  with np.load(tmp_path / "samples.npz") as archive:
+  with np.load(folder / "samples.npz") as archive:
     np.testing.assert_array_equal(archive["arr_1"], labels)
     images = archive["arr_0"]
-  task = experiment.load_exported(
-    str(tmp_path / "gen"), "", sharding.make_mesh(devices=jax.devices()[:1])
-  ).task
-  drawn = steps.sample_step(
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  task = experiment.load_exported(str(folder / "gen"), "", mesh).task
+  step = jax.jit(functools.partial(steps.sample_step, seed=0, task=task))
+  drawn = step(
     params,
     labels.astype(np.int32),
     np.full(18, 1.5, np.float32),
     np.arange(18, dtype=np.int32),
-    seed=0,
-    task=task,
   )
   expected = metrics.to_uint8(drawn)
   # Another program may round the last bit to the other side of a level.
   assert np.abs(images.astype(int) - expected).max() <= 1
   assert np.mean(images != expected) < 1e-3
-  mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  for name, folder, file in (
+  for name, network, file in (
     ("inception", judges / "other", judges / "other.npz"),
-    ("dinov2", dinov2, statistics),
+    ("dinov2", folder / "dinov2", folder / "dinov2.npz"),
   ):
     with np.load(file) as reference:
       mean, sigma = reference["mu"], reference["sigma"]
-    judge = experiment.load_judge(str(folder), mesh)
-    features = experiment.network_fn(judge, mesh)(images)[0]
+    judge = experiment.load_judge(str(network), mesh)
+    # In a batch of the size that has been compiled for the judges.
+    batch = np.resize(images, (REALS, *images.shape[1:]))
+    features = experiment.network_fn(judge, mesh)(batch)[0][: len(images)]
     distance = metrics.frechet_distance(
       metrics.FeatureStats.from_features(features),
       metrics.ReferenceStats(mean, sigma, None, None),
@@ -384,7 +400,10 @@ def test_exported_weights(tmp_path, judges):
     ), name
 
 
-def test_mistakes(tmp_path, workdir, judges):
+@pytest.fixture(scope="module")
+def mistakes(tmp_path_factory, workdir, judges):
+  """({what the job says: arguments}, report that it does not write)."""
+  tmp_path = tmp_path_factory.mktemp("mistakes")
   np.savetxt(tmp_path / "labels.txt", [1, 2, 10], fmt="%d")
   gen, run, few = f"--weights={GEN}", f"--workdir={workdir}", "--num_samples=20"
   other, reference = judge_flags(judges)
@@ -488,16 +507,23 @@ def test_mistakes(tmp_path, workdir, judges):
   np.savez(narrow, mu=np.zeros(6), sigma=np.eye(6))
   np.savetxt(tmp_path / "few.txt", range(9), fmt="%d")
   clip = save_vit(tmp_path / "clip", family="clip")
-  out = f"--out={tmp_path / 'out.json'}"
+  out = tmp_path / "out.json"
 
   def filled(text):
     for name, path in (("vae", vae), ("clip", clip), ("narrow", narrow)):
       text = text.replace(f"{{{name}}}", str(path))
     return text
 
-  lists = [[*map(filled, arguments), out] for arguments in cases.values()]
-  lines = evaluate_all(lists).splitlines()
-  assert len(lines) == len(cases), lines
-  for line, message in zip(lines, cases, strict=True):
-    assert line.startswith("Error: ") and filled(message) in line, line
-  assert not (tmp_path / "out.json").exists()
+  return {
+    filled(message): [*map(filled, arguments), f"--out={out}"]
+    for message, arguments in cases.items()
+  }, out
+
+
+def test_mistakes(answers, mistakes):
+  requests, out = mistakes
+  for message in requests:
+    _, end = answers[message]
+    assert end.startswith("Error: ") and message in end, end
+    assert "\n" not in end
+  assert not out.exists()

@@ -69,15 +69,17 @@ def save_inception(
 
 
 def save_vit(
-  folder: str | os.PathLike[str], *, family: str = "dinov2"
+  folder: str | os.PathLike[str], *, family: str = "dinov2", **changes
 ) -> str | os.PathLike[str]:
   """Writes a tiny Vision Transformer of a family; returns its folder."""
-  vit = models.build_vit(**VIT)
-  params = vit.init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.uint8))
+  arguments = VIT | changes
+  vit = models.build_vit(**arguments)
+  init = jax.jit(vit.init)  # at once, not one operation after the other
+  params = init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.uint8))
   artifacts.save(
     folder,
     kind="vit",
-    model_config=release.published_config("vit", VIT),
+    model_config=release.published_config("vit", arguments),
     params=params["params"],
     step=None,
     ema_decay=None,

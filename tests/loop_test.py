@@ -264,8 +264,9 @@ def test_a_finished_run_does_nothing_more(tmp_path):
   assert writer.lines == [] and steps == [2, 4]
 
 
-@pytest.mark.parametrize("name", ["loss", "grad_norm", "param_norm"])
-@pytest.mark.parametrize("bad_step", [4, 5])
+@pytest.mark.parametrize(
+  ("name", "bad_step"), [("loss", 4), ("grad_norm", 5), ("param_norm", 4)]
+)
 def test_a_non_finite_step_is_named_and_never_saved(tmp_path, name, bad_step):
   with pytest.raises(
     loop.NonFiniteError,

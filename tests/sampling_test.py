@@ -52,7 +52,7 @@ def test_what_is_known_of_it(model):
   assert model.generator.step == 3 and model.generator.ema_decay == 0.9
 
 
-@pytest.mark.parametrize("seed", [5, 2**31 + 5, 2**32 - 1])
+@pytest.mark.parametrize("seed", [2**31 + 5, 2**32 - 1])
 def test_seeds_are_those_of_the_step(model, seed):
   """Traced as well as not, whatever the batch size."""
   labels = np.array([0, 3, 3, 1, 2], np.int32)
@@ -86,6 +86,7 @@ def test_fixed_style(model):
   assert np.abs(draw(style=[3, -1, 3, 3]).images - draw(style=[3]).images).any()
 
 
+@pytest.mark.slow
 def test_walk_between_two_noises(model):
   """It begins with the image of `sample`; every step is a small one."""
   walk = model.interpolate([1, 2], frames=5, count=2, seed=4)
@@ -278,6 +279,7 @@ def test_pictures(model, tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_latents_need_their_autoencoder(tmp_path):
   """The released golden artifact makes latents of 4 channels."""
   source = str(GOLDEN / "artifact_gen")

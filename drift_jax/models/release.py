@@ -7,6 +7,7 @@ The paper's release holds no 'resnet', 'vae', 'inception' or 'vit': their
 published names are those here.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -175,6 +176,15 @@ def parameter_shapes(
   return shapes
 
 
+@functools.lru_cache(maxsize=64)  # tracing a large module takes seconds
+def _shapes(module: Any) -> Mapping[str, tuple[int, ...]]:
+  """Shapes of a module's parameters by name; equal modules are one key."""
+  variables = jax.eval_shape(
+    module.init, jax.random.key(0), *module.example_inputs
+  )
+  return {k: v.shape for k, v in _flatten(variables["params"]).items()}
+
+
 def _describe(
   kind: str, config: Config
 ) -> tuple[nn.Module, list[Entry], dict[str, tuple[int, ...]]]:
@@ -182,10 +192,7 @@ def _describe(
   require_choice("kind", kind, tuple(_KINDS))
   described = _KINDS[kind]
   module: Any = described.build(config)
-  variables = jax.eval_shape(
-    module.init, jax.random.key(0), *module.example_inputs
-  )
-  shapes = {k: v.shape for k, v in _flatten(variables["params"]).items()}
+  shapes = dict(_shapes(module))
   if described.entries is None:
     return module, [Entry(name, (name,)) for name in shapes], shapes
   return module, described.entries(config), shapes

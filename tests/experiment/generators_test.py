@@ -14,6 +14,7 @@ from drift_jax.checkpoint import CheckpointError
 from tests.small_generator import save_generator, save_run
 
 
+@pytest.mark.slow
 def test_run_of_another_machine_is_sampled_on_this_one(tmp_path):
   """Kernels are how it was computed there, and its mesh had other devices."""
   run = save_run(tmp_path)

@@ -28,6 +28,7 @@ def generator(path):
   return config
 
 
+@pytest.mark.slow
 def test_a_generator_begins_with_them(tmp_path):
   path = save_generator(tmp_path / "weights", num_classes=10)
   state = train.train_and_evaluate(generator(path), str(tmp_path / "run"))
@@ -55,6 +56,7 @@ def test_other_classes_are_said(tmp_path, caplog):
     assert ("class 0 was '0', now '9'" in caplog.text) == said
 
 
+@pytest.mark.slow
 def test_an_encoder_begins_with_them(tmp_path):
   config = digits.get_config("encoder,smoke")
   config.model.base_channels = 4

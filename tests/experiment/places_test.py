@@ -139,6 +139,7 @@ def report(workdir, **others):
   )
 
 
+@pytest.mark.slow
 def test_what_moved_with_a_run_is_found(moved):
   """By its relation to the workdir, not by the folder that we are in."""
   save_encoder("runs/encoder/encoder", seed=1)  # another one of this name

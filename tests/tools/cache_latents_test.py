@@ -1,16 +1,19 @@
 """The caching job: what it stores, and what survives a kill."""
 
 import dataclasses
+import functools
 import json
 import logging
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -22,6 +25,7 @@ from drift_jax.tools import cache_latents
 from drift_jax.tools.work import cache_latents as work
 from tests.autoencoders import save_vae
 from tests.conftest import assert_close
+from tests.process import process_environment
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 SIZE = 16
@@ -117,12 +121,10 @@ def test_moments_of_the_crop_and_of_its_mirror_image(whole, pictures, vae):
       for i in range(NUM_IMAGES)
     ]
   )
+  encode = jax.jit(functools.partial(artifact.module.apply, method="encode"))
   for flip, pixels in enumerate((crops, crops[:, :, ::-1])):
-    want = artifact.module.apply(
-      {"params": artifact.params},
-      pixels.astype(np.float32) / 127.5 - 1,
-      method="encode",
-    )
+    images = pixels.astype(np.float32) / 127.5 - 1
+    want = encode({"params": artifact.params}, images)
     records = [
       np.frombuffer(reader._record(i // 4, 2 * (i % 4) + flip), np.float16)
       for i in range(NUM_IMAGES)
@@ -172,25 +174,20 @@ cache_latents.main(sys.argv[1:])
 """
 
 
-def start(program, *argv):
-  return subprocess.Popen(
-    [sys.executable, *program, *map(str, argv)],
-    cwd=ROOT,
-    env=os.environ
-    | {
-      "JAX_PLATFORMS": "cpu",
-      "JAX_NUM_CPU_DEVICES": "8",
-      "PYTHONPATH": str(ROOT),
-    },
-    stderr=subprocess.PIPE,
-    text=True,
-  )
-
-
+@pytest.mark.system
 def test_a_killed_job_goes_on(whole, pictures, vae, tmp_path):
   """SIGKILL while a shard is being written, then the same command again."""
   folder = tmp_path / "train"
-  job = start(("-c", SLOW), *flags(pictures, vae, tmp_path, num_threads=2))
+  job = subprocess.Popen(
+    [
+      *(sys.executable, "-c", SLOW),
+      *flags(pictures, vae, tmp_path, num_threads=2),
+    ],
+    cwd=ROOT,
+    env=process_environment(8),
+    stderr=subprocess.PIPE,
+    text=True,
+  )
   deadline = time.monotonic() + 120
   while not (list(folder.glob("*-of-*.json")) and list(folder.glob(".*.tmp"))):
     assert job.poll() is None, job.communicate()[1]
@@ -309,14 +306,13 @@ def test_a_corrupt_image(pictures, vae, tmp_path, whole):
   )
 
 
-@pytest.mark.parametrize("compute_dtype", ["bfloat16"])
-def test_half_precision(pictures, vae, tmp_path, whole, compute_dtype):
+def test_half_precision(pictures, vae, tmp_path, whole):
   run(
     pictures,
     vae,
     tmp_path,
     dtype="bfloat16",
-    compute_dtype=compute_dtype,
+    compute_dtype="bfloat16",
     batch_size=64,
     images_per_shard=100,
   )
@@ -368,18 +364,19 @@ def test_usage(argv, part, capsys):
   assert error.value.code == 2 and part in capsys.readouterr().err
 
 
-def test_a_full_disk(whole, pictures, vae, tmp_path):
-  """A limit on the size of files, in a process of its own."""
-  limited = (
-    "import resource, sys; from drift_jax.tools import cache_latents; "
-    "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
-    "cache_latents.main(sys.argv[1:])"
-  )
-  job = start(("-c", limited), *flags(pictures, vae, tmp_path))
-  _, message = job.communicate(timeout=120)
-  assert job.returncode == 1 and "Traceback" not in message
-  last = message.splitlines()[-1]
-  assert last.startswith("Error: can't write ") and "File too large" in last
+def test_a_full_disk(whole, pictures, vae, tmp_path, monkeypatch):
+  """Stands in for it: a limit on the size of files."""
+  monkeypatch.setattr(console, "setup", lambda: None)
+  limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+  try:
+    with pytest.raises(SystemExit) as ended:
+      cache_latents.main(flags(pictures, vae, tmp_path))
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+  message = str(ended.value)
+  assert message.startswith("Error: can't write ") and "\n" not in message
+  assert "File too large" in message
   assert sorted(files(tmp_path / "train")) == ["settings.json"]
   assert run(pictures, vae, tmp_path) is not None
   assert files(tmp_path / "train") == files(whole / "train")

@@ -63,27 +63,33 @@ def clean_environment(folder: pathlib.Path) -> dict[str, str]:
   return kept | {"PYTHONPATH": str(folder), "JAX_PLATFORMS": "cpu"}
 
 
-def test_runs_with_jax_and_numpy_alone(exported, tmp_path):
-  environment = clean_environment(tmp_path)
-  python = [sys.executable, "-S"]  # no site-packages
+# Runs the example for each of some files to write.
+BARE = """if True:
+  import importlib.util
+  import runpy
+  import sys
+
   for name in ("flax", "drift_jax"):
-    found = subprocess.run(
-      [*python, "-c", f"import {name}"],
-      cwd=tmp_path,
-      env=environment,
-      capture_output=True,
-    )
-    assert b"ModuleNotFoundError" in found.stderr
-  asked = ["--labels", "3", "1", "--count=4", "--alpha=1.5", "--seed=11"]
+    assert importlib.util.find_spec(name) is None, name
+  _, script, *asked = sys.argv
   for out in ("grid.png", "images.npy"):
-    done = subprocess.run(
-      [*python, exported / "run.py", *asked, f"--out={out}"],
-      cwd=tmp_path,
-      env=environment,
-      capture_output=True,
-      text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    sys.argv = [script, *asked, f"--out={out}"]
+    runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.mark.system
+def test_runs_with_jax_and_numpy_alone(exported, tmp_path):
+  asked = ["--labels", "3", "1", "--count=4", "--alpha=1.5", "--seed=11"]
+  done = subprocess.run(
+    # -S: no site-packages.
+    [sys.executable, "-S", "-c", BARE, exported / "run.py", *asked],
+    cwd=tmp_path,
+    env=clean_environment(tmp_path),
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
   images = np.load(tmp_path / "images.npy")
   expected = drift_jax.load(str(exported)).sample(
     [3, 1], count=4, alpha=1.5, seed=11
@@ -114,6 +120,7 @@ def run(exported, tmp_path, monkeypatch):
   return module, call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
@@ -131,6 +138,7 @@ def test_example_checks_what_it_is_asked(run, arguments, message):
   assert call(*arguments).startswith(message)
 
 
+@pytest.mark.slow
 def test_example_draws_no_black_pictures(run, monkeypatch):
   """Nor from damaged files."""
   module, call = run
@@ -149,6 +157,7 @@ def test_example_draws_no_black_pictures(run, monkeypatch):
   assert "model.safetensors is damaged" in call("--count=1")
 
 
+@pytest.mark.slow
 def test_noise_may_have_other_channels_than_samples(tmp_path):
   source = save_generator(tmp_path / "source", in_channels=2)
   manifest = export.export(source, str(tmp_path / "out"), platforms=("cpu",))
@@ -180,10 +189,12 @@ def test_classes_that_are_called_by_numbers(text, index):
   assert all(part in str(refused.value) for part in index)
 
 
+@pytest.mark.slow
 def test_example_imports_nothing_of_the_project(exported):
   assert "drift_jax" not in (exported / "run.py").read_text()
 
 
+@pytest.mark.slow
 def test_what_it_says(exported, source):
   manifest = json.loads((exported / "manifest.json").read_text())
   assert manifest["class_names"] == list(NAMES)
@@ -204,6 +215,7 @@ def test_what_it_says(exported, source):
   assert manifest["files"] == on_disk
 
 
+@pytest.mark.slow
 def test_loads_as_what_it_was_made_of(exported, source):
   model, original = drift_jax.load(str(exported)), drift_jax.load(source)
   jax.tree.map(
@@ -214,6 +226,7 @@ def test_loads_as_what_it_was_made_of(exported, source):
   assert model.class_names == NAMES and model.alpha_range == (1.0, 3.0)
 
 
+@pytest.mark.slow
 def test_release_format_holds_the_same_tree(exported, source):
   files = [
     pathlib.Path(folder, artifacts.SUBDIRECTORY, artifacts.PARAMS_FILE)
@@ -222,9 +235,11 @@ def test_release_format_holds_the_same_tree(exported, source):
   assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_given_noise_gives_the_released_samples(tmp_path, golden):
   """Latents, of the golden artifact."""
-  export.export(str(GOLDEN / "artifact_gen"), str(tmp_path / "out"))
+  source = str(GOLDEN / "artifact_gen")
+  export.export(source, str(tmp_path / "out"), platforms=("cpu",))
   weights = safetensors.numpy.load_file(
     tmp_path / "out" / "generator" / "model.safetensors"
   )
@@ -245,9 +260,7 @@ def test_given_noise_gives_the_released_samples(tmp_path, golden):
 def test_bfloat16_rounds_only_what_the_network_rounds(source, tmp_path):
   """And the release's format has all bits of all weights."""
   out = tmp_path / "out"
-  export.export(
-    source, str(out), dtype="bfloat16", formats=("release",), platforms=("cpu",)
-  )
+  export.export(source, str(out), dtype="bfloat16", formats=("release",))
   original = artifacts.load(source).params
   stored = artifacts.load(out / "generator").params
   assert stored["patch_embed"]["kernel"].dtype.name == "bfloat16"
@@ -280,11 +293,14 @@ def test_autoencoder_of_a_run_keeps_its_precision(tmp_path, monkeypatch):
   jax.tree.map(np.testing.assert_array_equal, vae.params, opened.vae.params)
 
 
+@pytest.mark.slow
 def test_autoencoder_is_folded_in_and_bfloat16_is_half_as_large(tmp_path):
   source = str(GOLDEN / "artifact_gen")
   vae = str(save_vae(tmp_path / "vae", latent_channels=4))
   out = tmp_path / "out"
-  manifest = export.export(source, str(out), vae=vae, dtype="bfloat16")
+  manifest = export.export(
+    source, str(out), vae=vae, dtype="bfloat16", platforms=("cpu",)
+  )
   assert manifest["functions"]["sample"]["result"] == "float32[b, 16, 16, 3]"
   sizes = [
     manifest["files"]["generator/model.safetensors"]["bytes"],
@@ -334,6 +350,7 @@ def test_mistakes(source, tmp_path, changes, message):
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_nothing_is_overwritten_or_half_written(
   exported, source, tmp_path, monkeypatch
 ):
@@ -349,12 +366,18 @@ def test_nothing_is_overwritten_or_half_written(
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the converter's own
 def test_onnx_gives_the_same_images(source, tmp_path):
   """In batches of any size."""
   import onnxruntime
 
   out = tmp_path / "out"
+  if not hasattr(jax._src.core, "ClosedJaxpr"):
+    # jax2onnx 0.17.1 looks for it, which JAX 0.12 has no more.
+    with pytest.raises(ConfigError, match="jax2onnx fails with JAX 0"):
+      export.export(source, str(out), formats=("onnx",))
+    return
   export.export(source, str(out), formats=("onnx",))
   assert not (out / "sample.stablehlo").exists()
   options = onnxruntime.SessionOptions()

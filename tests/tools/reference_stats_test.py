@@ -27,22 +27,25 @@ from drift_jax.tools import reference_stats
 from drift_jax.tools.work import reference_stats as work
 from tests.conftest import assert_close
 from tests.data.pictures import cut
-from tests.judges import save_inception
+from tests.judges import save_inception, save_vit
 from tests.process import process_environment
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 SIZE = 12
 COUNT = 23
-DIMENSIONS = 128
+DIMENSIONS = 32
+PUBLIC_DIMENSIONS = 128
 
 
 @pytest.fixture(scope="module")
-def inception(tmp_path_factory):
-  return str(save_inception(tmp_path_factory.mktemp("inception")))
+def vit(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("vit")
+  return str(save_vit(folder, hidden_size=DIMENSIONS))
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
+  """An Inception, which takes seconds to compile: for public files."""
   folder = tmp_path_factory.mktemp("published")
   return str(save_inception(folder, published=True))
 
@@ -92,13 +95,14 @@ def applied(module):
 
 
 def direct(folder: str, pixels: np.ndarray) -> np.ndarray:
-  """Features [n, 128] of the network alone on one device, by fives."""
+  """Features [n, D] of the network alone on one device, by fives."""
   artifact = artifacts.load(folder)
   network = functools.partial(
     applied(artifact.module), {"params": artifact.params}
   )
   whole = pixels[np.arange(-(-len(pixels) // 5) * 5) % len(pixels)]
-  parts = [network(part).pool3 for part in np.split(whole, len(whole) // 5)]
+  parts = [network(part) for part in np.split(whole, len(whole) // 5)]
+  parts = [getattr(part, "pool3", part) for part in parts]
   return np.concatenate(parts)[: len(pixels)]
 
 
@@ -109,8 +113,8 @@ def networks():
 
 
 @pytest.fixture(scope="module")
-def features(inception, crops):
-  return direct(inception, crops)
+def features(vit, crops):
+  return direct(vit, crops)
 
 
 @pytest.fixture(autouse=True)
@@ -126,12 +130,12 @@ def flags(**given: object) -> list[str]:
   return [f"--{name}={value}" for name, value in given.items()]
 
 
-def folder_flags(pictures, inception, out, /, **changes) -> list[str]:
+def folder_flags(pictures, vit, out, /, **changes) -> list[str]:
   return flags(
     **{
       "source": f"folder:{pictures}",
       "image_size": SIZE,
-      "network": inception,
+      "network": vit,
       "out": out,
       "batch_size": 5,
     }
@@ -144,9 +148,9 @@ def out(tmp_path):
   return tmp_path / "new/stats.npz"
 
 
-def test_a_folder(pictures, inception, features, out, log):
-  reference_stats.main(folder_flags(pictures, inception, out))
-  digest = artifacts.load(inception).sha256
+def test_a_folder(pictures, vit, features, out, log):
+  reference_stats.main(folder_flags(pictures, vit, out))
+  digest = artifacts.load(vit).sha256
   loaded = metrics.load_reference(
     out,
     dimensions=DIMENSIONS,
@@ -160,7 +164,7 @@ def test_a_folder(pictures, inception, features, out, log):
     split="train",
     crop="center",
     resolution=SIZE,
-    network="inception-v3 pool3, other weights",
+    network="dinov2, weights of tests/judges.py",
     network_sha256=digest,
   )
   wide = features.astype(np.float64)
@@ -173,7 +177,7 @@ def test_a_folder(pictures, inception, features, out, log):
   assert_close(loaded.sigma, np.cov(kept.T), 1e-12, "of what is kept")
   assert log()[:2] == [
     "10000 single images were asked for; the features of all 23 are kept.",
-    "23 images, but 129 are needed for a covariance of full rank: it will be "
+    "23 images, but 33 are needed for a covariance of full rank: it will be "
     "singular.",
   ]
   assert log()[-1].startswith(
@@ -181,9 +185,9 @@ def test_a_folder(pictures, inception, features, out, log):
   )
 
 
-def test_progress(pictures, inception, out, monkeypatch, log):
+def test_progress(pictures, vit, out, monkeypatch, log):
   monkeypatch.setattr(console, "LOG_SECONDS", 0.0)
-  reference_stats.main(folder_flags(pictures, inception, out))
+  reference_stats.main(folder_flags(pictures, vit, out))
   assert any(
     line.startswith("Features: 16 of 23 images, ") and "min left" in line
     for line in log()
@@ -191,12 +195,10 @@ def test_progress(pictures, inception, out, monkeypatch, log):
 
 
 @pytest.mark.parametrize("num_features", [0, 1, 9, COUNT])
-def test_single_images(pictures, inception, out, features, log, num_features):
+def test_single_images(pictures, vit, out, features, log, num_features):
   def run(**changes) -> np.ndarray | None:
     reference_stats.main(
-      folder_flags(
-        pictures, inception, out, num_features=num_features, **changes
-      )
+      folder_flags(pictures, vit, out, num_features=num_features, **changes)
     )
     loaded = metrics.load_reference(out)
     assert loaded.count == COUNT
@@ -220,7 +222,7 @@ def test_single_images(pictures, inception, out, features, log, num_features):
   assert np.allclose(other, found) == (num_features == COUNT)
 
 
-def test_crops_and_channels(pictures, inception, crops, out, tmp_path):
+def test_crops_and_channels(pictures, vit, crops, out, tmp_path):
   """Images that fit: 'none' leaves them, 'pad' frames them."""
   folder = tmp_path / "fit/class"
   folder.mkdir(parents=True)
@@ -234,7 +236,7 @@ def test_crops_and_channels(pictures, inception, crops, out, tmp_path):
     ({"channels": 1}, np.stack([grey] * 3, axis=-1), "fit, grey"),
   ):
     given = {"data_dir": tmp_path, "source": "folder:fit"} | changes
-    reference_stats.main(folder_flags(pictures, inception, out, **given))
+    reference_stats.main(folder_flags(pictures, vit, out, **given))
     loaded = metrics.load_reference(
       out,
       crop=changes.get("crop", "center"),
@@ -242,14 +244,14 @@ def test_crops_and_channels(pictures, inception, crops, out, tmp_path):
     )
     assert loaded.provenance is not None and loaded.features is not None
     assert loaded.provenance.source == f"folder:{source}"
-    assert_close(loaded.features, direct(inception, want), 1e-6)
+    assert_close(loaded.features, direct(vit, want), 1e-6)
 
 
-def test_splits_and_class_order(pictures, inception, out, tmp_path, capsys):
+def test_splits_and_class_order(pictures, vit, out, tmp_path, capsys):
   (tmp_path / "data").mkdir()
   (tmp_path / "data/validation").symlink_to(pictures)
   given = {"source": f"folder:{tmp_path}/data", "split": "validation"}
-  reference_stats.main(folder_flags(pictures, inception, out, **given))
+  reference_stats.main(folder_flags(pictures, vit, out, **given))
   loaded = metrics.load_reference(out)
   assert loaded.count == COUNT and loaded.provenance is not None
   assert loaded.provenance.split == "validation"
@@ -257,23 +259,23 @@ def test_splits_and_class_order(pictures, inception, out, tmp_path, capsys):
     SystemExit, match=r"^Error: --source=.* --split=train: .* has no split"
   ):
     reference_stats.main(
-      folder_flags(pictures, inception, out, source=given["source"])
+      folder_flags(pictures, vit, out, source=given["source"])
     )
   with pytest.raises(SystemExit, match=r"class0.*not among its 1000 WordNet"):
     reference_stats.main(
-      folder_flags(pictures, inception, out, class_order="imagenet")
+      folder_flags(pictures, vit, out, class_order="imagenet")
     )
 
 
-def test_digits(inception, out, monkeypatch):
+def test_digits(vit, out, monkeypatch):
   """Float images: their own pixels, as three channels."""
   monkeypatch.setattr(sources, "DIGITS_TEST_PER_CLASS", 5)
-  given = {"source": "digits", "split": "test", "network": inception}
+  given = {"source": "digits", "split": "test", "network": vit}
   right = {"image_size": 8, "channels": 1, "crop": "none"}
   reference_stats.main(flags(**given, **right, out=out, num_features=20))
   source = data.digits("test")
   pixels = np.rint((source.images + 1) * 127.5).astype(np.uint8)
-  want = direct(inception, pixels.repeat(3, axis=-1)).astype(np.float64)
+  want = direct(vit, pixels.repeat(3, axis=-1)).astype(np.float64)
   loaded = metrics.load_reference(out, resolution=8, crop="none")
   assert loaded.provenance is not None
   assert loaded.provenance.source == "digits"
@@ -292,13 +294,13 @@ def test_digits(inception, out, monkeypatch):
       reference_stats.main(flags(**given, **right | {name: value}, out="never"))
 
 
-def test_a_corrupt_image(pictures, inception, crops, out, tmp_path):
+def test_a_corrupt_image(pictures, vit, crops, out, tmp_path):
   folder = tmp_path / "pictures"
   for path in pictures.glob("*/*"):
     (folder / path.parent.name).mkdir(parents=True, exist_ok=True)
     (folder / path.parent.name / path.name).write_bytes(path.read_bytes())
   cut(folder / "class1/10.jpg")
-  given = folder_flags(folder, inception, out, num_threads=1)
+  given = folder_flags(folder, vit, out, num_threads=1)
   with pytest.raises(
     SystemExit, match=r"^Error: 1 corrupt(.|\n)*class1/10.jpg"
   ):
@@ -322,12 +324,13 @@ def public(tmp_path_factory):
   """Moments of more images than the 130 that are in the file."""
   path = tmp_path_factory.mktemp("public") / "VIRTUAL_tiny.npz"
   rng = np.random.default_rng(1)
-  values = rng.normal(size=(400, DIMENSIONS))
+  values = rng.normal(size=(400, PUBLIC_DIMENSIONS))
   images = np.stack([picture(rng, SIZE, SIZE) for _ in range(130)])
   np.savez(path, mu=values.mean(axis=0), sigma=np.cov(values.T), arr_0=images)
   return path
 
 
+@pytest.mark.slow
 def test_a_public_file(public, published, out, log):
   given = flags(public=public, network=published, out=out, batch_size=8)
   reference_stats.main(given)
@@ -356,6 +359,7 @@ def test_a_public_file(public, published, out, log):
   assert "? images, features of 130 single ones" in log()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_features", [0, 40])
 def test_some_images_of_a_public_file(public, published, out, num_features):
   given = flags(public=public, network=published, out=out, seed=3, batch_size=8)
@@ -371,9 +375,8 @@ def test_some_images_of_a_public_file(public, published, out, num_features):
   assert_close(loaded.features, direct(published, images), 1e-6)
 
 
-def test_public_files_that_do_not_do(
-  public, published, inception, out, tmp_path
-):
+@pytest.mark.slow
+def test_public_files_that_do_not_do(public, published, vit, out, tmp_path):
   with np.load(public) as archive:
     arrays = dict(archive.items())
 
@@ -388,7 +391,7 @@ def test_public_files_that_do_not_do(
   fails("can be used as it is for FID", arr_0=None)
   fails("float32 .*want uint8.* for FID", arr_0=np.zeros((2, 4, 4, 3), "f4"))
   fails("must hold either mu and sigma", mu=None)
-  fails("which --network=.* is not", network=inception)
+  fails("which --network=.* is not", network=vit)
   fails(
     "of 3 dimensions, --network=.* has 128", mu=np.zeros(3), sigma=np.eye(3)
   )
@@ -424,25 +427,23 @@ def test_public_files_that_do_not_do(
     ({"out": "/"}, "--out=/ is a folder"),
   ],
 )
-def test_mistakes(pictures, inception, out, changes, message):
+def test_mistakes(pictures, vit, out, changes, message):
   with pytest.raises(SystemExit, match=f"^Error: .*{message}") as error:
-    reference_stats.main(folder_flags(pictures, inception, out, **changes))
+    reference_stats.main(folder_flags(pictures, vit, out, **changes))
   assert "\n" not in str(error.value)
   assert not out.exists()
 
 
-def test_usage(public, inception, out):
+def test_usage(public, vit, out):
   with pytest.raises(SystemExit, match="one of the arguments --source --publi"):
-    reference_stats.main(flags(network=inception, out=out))
+    reference_stats.main(flags(network=vit, out=out))
   with pytest.raises(SystemExit, match="--crop goes with --source, not with"):
     reference_stats.main(
-      flags(public=public, network=inception, out=out, crop="center")
+      flags(public=public, network=vit, out=out, crop="center")
     )
 
 
-def test_a_network_of_another_kind(
-  pictures, inception, out, monkeypatch, networks
-):
+def test_a_network_of_another_kind(pictures, vit, out, monkeypatch, networks):
   monkeypatch.setattr(work, "Network", networks.__wrapped__)
   load = artifacts.load
   monkeypatch.setattr(
@@ -453,11 +454,11 @@ def test_a_network_of_another_kind(
   with pytest.raises(
     SystemExit, match=r"^Error: .* kind 'mae', want one of \['inception', 'vit'"
   ):
-    reference_stats.main(folder_flags(pictures, inception, out))
+    reference_stats.main(folder_flags(pictures, vit, out))
 
 
-def test_the_name_of_a_vit(inception):
-  artifact = artifacts.load(inception)
+def test_the_name_of_a_vit(vit):
+  artifact = artifacts.load(vit)
   for source, want in (
     (
       {"location": "hf://facebook/dinov2-large", "family": "dinov2"},
@@ -471,24 +472,24 @@ def test_the_name_of_a_vit(inception):
     assert experiment.name_of(vit) == want
 
 
-def test_too_few_images(inception, out, tmp_path):
+def test_too_few_images(vit, out, tmp_path):
   Image.new("RGB", (SIZE, SIZE)).save(tmp_path / "0.png")
   (tmp_path / "data/class").mkdir(parents=True)
   (tmp_path / "0.png").rename(tmp_path / "data/class/0.png")
   with pytest.raises(
     SystemExit, match="^Error: .* has 1 images of split 'train': .*at least 2"
   ):
-    reference_stats.main(folder_flags(tmp_path / "data", inception, out))
+    reference_stats.main(folder_flags(tmp_path / "data", vit, out))
 
 
 def test_features_that_are_not_finite(
-  pictures, inception, out, tmp_path, monkeypatch
+  pictures, vit, out, tmp_path, monkeypatch
 ):
-  artifact = artifacts.load(inception)
+  artifact = artifacts.load(vit)
   params = jax.tree.map(lambda x: np.full_like(x, 1e38), artifact.params)
   artifacts.save(
     tmp_path / "huge",
-    kind="inception",
+    kind=artifact.kind,
     model_config=artifact.metadata["model_config"],
     params=params,
     step=None,
@@ -503,7 +504,7 @@ def test_features_that_are_not_finite(
 # Several processes.
 
 
-def test_processes_that_differ(pictures, inception, out, monkeypatch):
+def test_processes_that_differ(pictures, vit, out, monkeypatch):
   """Each learns that the other's images are not its own."""
   gather = processes.gather
   monkeypatch.setattr(
@@ -514,7 +515,7 @@ def test_processes_that_differ(pictures, inception, out, monkeypatch):
   with pytest.raises(
     SystemExit, match="^Error: process 1 has other images or an"
   ):
-    reference_stats.main(folder_flags(pictures, inception, out))
+    reference_stats.main(folder_flags(pictures, vit, out))
   assert not out.exists()
 
 
@@ -552,12 +553,13 @@ def run_two(*argvs: list[str]) -> list[tuple[int, str]]:
   ]
 
 
-def test_two_processes_make_what_one_makes(pictures, inception, out, tmp_path):
+@pytest.mark.system
+def test_two_processes_make_what_one_makes(pictures, vit, out, tmp_path):
   given = {"num_features": 9, "batch_size": 4}
-  reference_stats.main(folder_flags(pictures, inception, out, **given))
+  reference_stats.main(folder_flags(pictures, vit, out, **given))
   paths = [tmp_path / f"{process}.npz" for process in range(2)]
   first, second = run_two(
-    *[folder_flags(pictures, inception, path, **given) for path in paths]
+    *[folder_flags(pictures, vit, path, **given) for path in paths]
   )
   assert first[0] == second[0] == 0, first[1] + second[1]
   assert "Wrote" in first[1] and "Wrote" not in second[1]
@@ -571,10 +573,11 @@ def test_two_processes_make_what_one_makes(pictures, inception, out, tmp_path):
   assert_close(two.features, one.features, 1e-6)
 
 
-def test_one_failing_process_ends_both(pictures, inception, out, tmp_path):
+@pytest.mark.system
+def test_one_failing_process_ends_both(pictures, vit, out, tmp_path):
   """Soon, and each in one line."""
-  good = folder_flags(pictures, inception, out)
-  bad = folder_flags(pictures, inception, out, source="folder:/nowhere")
+  good = folder_flags(pictures, vit, out)
+  bad = folder_flags(pictures, vit, out, source="folder:/nowhere")
   for code, message in run_two(good, bad):
     assert code == 1 and "Traceback" not in message
     assert "Error: " in message

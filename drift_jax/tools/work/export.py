@@ -310,7 +310,7 @@ def _write_onnx(
   """Writes a function with its weights inside.
 
   Raises:
-    ConfigError: the converter is not installed.
+    ConfigError: the converter is not installed, or does not know this JAX.
   """
   try:
     converter = importlib.import_module("jax2onnx")
@@ -327,15 +327,21 @@ def _write_onnx(
   # Traced beforehand: what the converter puts in the place of jnp's functions
   # while it traces does not know Flax's loop over blocks.
   closed = jax.make_jaxpr(lambda *inputs: function.call(flat, *inputs))(*shapes)
-  converter.to_onnx(
-    lambda *inputs: jax.extend.core.jaxpr_as_fun(closed)(*inputs)[0],
-    inputs=list(shapes),
-    input_names=list(function.arguments),
-    output_names=["images"],
-    model_name="drift_jax",
-    return_mode="file",
-    output_path=str(path),
-  )
+  try:
+    converter.to_onnx(
+      lambda *inputs: jax.extend.core.jaxpr_as_fun(closed)(*inputs)[0],
+      inputs=list(shapes),
+      input_names=list(function.arguments),
+      output_names=["images"],
+      model_name="drift_jax",
+      return_mode="file",
+      output_path=str(path),
+    )
+  except AttributeError as error:  # it uses JAX's private modules
+    raise config_lib.ConfigError(
+      f"formats='onnx': the converter jax2onnx fails with JAX "
+      f"{jax.__version__} ({error}): take another version of either"
+    ) from error
 
 
 def _flat(tree: Any) -> dict[str, Any]:
