@@ -52,6 +52,7 @@ def digest(folder: pathlib.Path) -> str:
   return artifacts.load(folder).sha256
 
 
+@pytest.mark.system
 def test_online_then_offline(repositories, tmp_path):
   cache = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
   expected = f"gen {digest(GOLDEN / 'artifact_gen')}"
