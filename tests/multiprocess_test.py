@@ -550,6 +550,9 @@ def waiting(folder):
       group.kill()
       group.wait()
 
+  def disk():
+    return lose(folder, "disk", 1)
+
   def unreachable():
     return call(
       *("-m", "drift_jax.main", f"--config={GENERATOR}"),
@@ -561,7 +564,7 @@ def waiting(folder):
   with concurrent.futures.ThreadPoolExecutor(1) as executor:
     yield {
       function.__name__: executor.submit(function)
-      for function in (silent, unreachable)
+      for function in (silent, disk, unreachable)
     }
 
 
@@ -637,7 +640,8 @@ def lose(folder, what, number):
 @pytest.mark.parametrize("what", ["evaluation", "save", "disk"])
 def test_what_follows_from_a_lost_process(waiting, folder, what):
   """Whatever the class and the text of the error, if there is one at all."""
-  group, codes = lose(folder, what, 1)
+  found = waiting[what].result() if what in waiting else lose(folder, what, 1)
+  group, codes = found
   assert codes == [75, -signal.SIGKILL], group.everything()
   assert "was lost" in group.output(0)
   assert "Error: " not in group.output(0)

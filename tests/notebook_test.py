@@ -13,7 +13,7 @@ from tests.conftest import GOLDEN
 from tests.process import process_environment
 
 PATH = pathlib.Path(__file__).parent.parent / "launch" / "colab.ipynb"
-# The smoke variant with the model of train_test, and little to compile.
+# The smoke variant with the model of train_test.
 CONFIG = """
 from configs import digits
 
@@ -22,11 +22,6 @@ def get_config():
   config = digits.get_config("smoke")
   config.model.update(depth=1, hidden_size=16, cond_dim=16, num_heads=2)
   config.batch.update(generated=4, positives=8)
-  config.drift.temperatures = (0.05, 0.2)
-  config.features.update(patch_mean_size=(), patch_std_size=())
-  config.ema.decays = (0.995,)
-  config.eval.update(alphas=(1.0,), metrics=("fd_pixel",), num_samples=20)
-  config.eval.batch_size = 20
   config.optim.schedule = "constant"
   return config
 """
