@@ -1,21 +1,17 @@
 """Mistakes on the command line, in real processes: one line, no traceback."""
 
 import json
-import os
-import pathlib
-import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from configs import digits
-from drift_jax import checkpoint, experiment, sharding, state
+from drift_jax import checkpoint, experiment, sharding, state, train
 from drift_jax import config as config_lib
+from tests.process import call
 
-ROOT = pathlib.Path(__file__).parent.parent
 SMOKE = "--config=configs/digits.py:smoke"
 OVERRIDES = {
   "model.depth": 1,
@@ -28,108 +24,101 @@ OVERRIDES = {
 }
 
 
-def call(*command, devices=1):
-  return subprocess.run(
-    [sys.executable, *map(str, command)],
-    cwd=ROOT,
-    env=os.environ
-    | {
-      "JAX_NUM_CPU_DEVICES": str(devices),
-      "JAX_PLATFORMS": "cpu",
-      "PYTHONPATH": str(ROOT),
-    },
-    capture_output=True,
-    text=True,
-    timeout=300,
-  )
+# One program, once for each list of arguments, in a process of its own; the
+# exit codes are printed. Nothing heavy is imported before a mistake is seen.
+EACH = """if True:
+  import json
+  import os
+  import sys
+  from absl import app
+  from drift_jax import config, main
 
-
-def assert_one_line(done, *parts):
-  """The process failed with one line, which holds all parts."""
-  assert done.returncode == 1 and done.stdout == "", done
-  assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1, (
-    done.stderr
-  )
-  for part in parts:
-    assert part in done.stderr
-
-
-@pytest.mark.parametrize(
-  ("arguments", "parts"),
-  [
+  cases = json.loads(sys.argv[1])
+  for arguments in cases:
+    child = os.fork()
+    if not child:
+      sys.argv[1:] = arguments
+      try:
+        app.run(main.main, flags_parser=config.parse_flags)
+      finally:
+        print("jax" in sys.modules, end=" ", flush=True)
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
+"""
+MISTAKES = (
+  (
+    (SMOKE, "--config.drift.temprature=1"),
     (
-      (SMOKE, "--config.drift.temprature=1"),
-      (
-        "unknown key drift.temprature='1': did you mean temperatures or",
-        "valid keys here are ['affinity_floor', 'attraction', ",
-      ),
+      "unknown key drift.temprature='1': did you mean temperatures or",
+      "valid keys here are ['affinity_floor', 'attraction', ",
     ),
-    (
-      (SMOKE, "--config.model.depth=two"),
-      ("model.depth='two' can't be read as int", "the config file's model.dep"),
-    ),
-    (
-      (SMOKE, "--config.seed=-1"),
-      ("seed=-1 must lie in",),
-    ),
-    (
-      ("--config=configs/digit.py",),
-      ("there is no file 'configs/digit.py'", "'configs/digits.py'"),
-    ),
-    (
-      ("--config=configs/models.py",),
-      ("models.py has no get_config()", "'configs/digits.py'"),
-    ),
-    (
-      (SMOKE, "--workdir=~nobody-here/x"),
-      ("--workdir=~nobody-here/x", "no home folder of 'nobody-here'"),
-    ),
-    (
-      ("--config=~nobody-here/digits.py:smoke",),
-      ("no home folder of 'nobody-here'", "~nobody-here/digits.py"),
-    ),
-    (
-      (SMOKE, "--config.data.source=folder:~nobody-here/x"),
-      ("data.source='folder:~nobody-here/x'", "no home folder of"),
-    ),
-    (
-      ("--config=configs/digits.py:smok",),
-      ("variant 'smok': valid options are", "'smoke'"),
-    ),
-  ],
+  ),
+  (
+    (SMOKE, "--config.model.depth=two"),
+    ("model.depth='two' can't be read as int", "the config file's model.dep"),
+  ),
+  ((SMOKE, "--config.seed=-1"), ("seed=-1 must lie in",)),
+  (
+    ("--config=configs/digit.py",),
+    ("there is no file 'configs/digit.py'", "'configs/digits.py'"),
+  ),
+  (
+    ("--config=configs/models.py",),
+    ("models.py has no get_config()", "'configs/digits.py'"),
+  ),
+  (
+    (SMOKE, "--workdir=~nobody-here/x"),
+    ("--workdir=~nobody-here/x", "no home folder of 'nobody-here'"),
+  ),
+  (
+    ("--config=~nobody-here/digits.py:smoke",),
+    ("no home folder of 'nobody-here'", "~nobody-here/digits.py"),
+  ),
+  (
+    (SMOKE, "--config.data.source=folder:~nobody-here/x"),
+    ("data.source='folder:~nobody-here/x'", "no home folder of"),
+  ),
+  (
+    ("--config=configs/digits.py:smok",),
+    ("variant 'smok': valid options are", "'smoke'"),
+  ),
 )
-def test_main_before_anything_heavy(tmp_path, arguments, parts):
+
+
+def test_main_before_anything_heavy(tmp_path):
   workdir = tmp_path / "never"
-  done = call("-m", "drift_jax.main", f"--workdir={workdir}", *arguments)
-  assert_one_line(done, *parts)
+  cases = [(f"--workdir={workdir}", *given) for given, _ in MISTAKES]
+  done = call("-c", EACH, json.dumps(cases))
+  assert done.stdout.splitlines() == ["False 1"] * len(cases), done
+  lines = done.stderr.splitlines()
+  for (_, parts), line in zip(MISTAKES, lines, strict=True):
+    assert line.startswith("Error: ")
+    for part in parts:
+      assert part in line
   assert not workdir.exists()
 
 
 @pytest.mark.parametrize(
-  ("arguments", "parts"),
+  ("variant", "changes", "message"),
   [
+    ("smoke", {"mesh.fsdp": 3}, "mesh.*fsdp=3 does not fit 8 devices"),
     (
-      (SMOKE, "--config.mesh.fsdp=3"),
-      ("mesh", "fsdp=3 does not fit 8 devices"),
-    ),
-    (
-      (
-        "--config=configs/digits.py:features,smoke",
-        "--config.encoders.mae.path=/nowhere",
-      ),
-      ("encoders.mae: no exported model in /nowhere",),
+      "features,smoke",
+      {"encoders.mae.path": "/nowhere"},
+      "encoders.mae: no exported model in /nowhere",
     ),
   ],
 )
-def test_main_before_the_workdir(tmp_path, arguments, parts):
+def test_a_run_before_its_workdir(tmp_path, variant, changes, message):
   workdir = tmp_path / "never"
-  done = call(
-    "-m", "drift_jax.main", f"--workdir={workdir}", *arguments, devices=8
-  )
-  assert_one_line(done, *parts)
+  config = ConfigDict(digits.get_config(variant))
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(experiment.ERRORS, match=message):
+    train.train_and_evaluate(config, str(workdir))
   assert not workdir.exists()
 
 
+@pytest.mark.system
 def test_main_while_it_trains(tmp_path):
   """A real divergence takes long to compile; train_test has one."""
   program = """if True:
@@ -191,64 +180,48 @@ def run(tmp_path_factory):
   return path
 
 
-def test_main_on_a_damaged_checkpoint(run, tmp_path):
-  shutil.copytree(run, tmp_path / "damaged")
-  files = (tmp_path / "damaged" / "checkpoints" / "1").rglob("*")
-  largest = max(
-    (f for f in files if f.is_file()), key=lambda f: f.stat().st_size
-  )
-  largest.write_bytes(largest.read_bytes()[:-1])
-  done = call(
-    "-m",
-    "drift_jax.main",
-    SMOKE,
-    f"--workdir={tmp_path / 'damaged'}",
-    *(f"--config.{key}={value}" for key, value in OVERRIDES.items()),
-  )
-  assert done.returncode == 1 and "Traceback" not in done.stderr
-  last = done.stderr.splitlines()[-1]
-  assert last.startswith("Error: ") and "1 is damaged" in last
+# One program, once for each list of arguments, in one process.
+EVALUATE = """if True:
+  import json
+  import sys
+  from absl import app, flags
+  from absl.testing import flagsaver
+  from drift_jax import evaluate
+
+  def main(argv):
+    for arguments in json.loads(argv[1]):
+      with flagsaver.flagsaver():
+        flags.FLAGS([argv[0], *arguments])
+        try:
+          evaluate.main(argv[:1])
+        except SystemExit as ended:
+          print(ended.code)
+
+  app.run(main)
+"""
 
 
-def test_sample_of_a_digit_that_is_no_number(run, tmp_path):
-  done = call(
-    "-m",
-    "drift_jax.sample",
-    f"--workdir={run}",
-    f"--out={tmp_path / 'no.png'}",
-    "--labels=3,²",
-  )
-  assert_one_line(done, "labels: '²' is no class index in [0, 10)")
-
-
-def test_evaluate_more_images_than_there_are(run):
-  done = call(
-    "-m", "drift_jax.evaluate", f"--workdir={run}", "--num_samples=5400"
-  )
-  assert_one_line(done, "training images, fewer than the 540 generated")
-
-
-def test_evaluate_counts(run):
-  """0: as many as are held out; of one image there are no figures."""
-  done = call("-m", "drift_jax.evaluate", f"--workdir={run}", "--num_samples=0")
-  assert done.returncode == 0 and "| 540 samples" in done.stdout, done
-  done = call("-m", "drift_jax.evaluate", f"--workdir={run}", "--num_samples=1")
-  assert_one_line(done, "eval.num_samples=1: figures need at least 2")
-
-
-def test_evaluate_writes_into_a_new_folder(run, tmp_path):
-  """A decay of zero is a decay, and no default."""
+@pytest.mark.system
+def test_evaluate(run, tmp_path):
+  """Numbers of images; a new folder; a decay of zero, which is no default."""
   out = tmp_path / "new" / "folder" / "report.json"
+  cases = (
+    # More images than there are; one, of which there are no figures.
+    ("--num_samples=5400",),
+    ("--num_samples=1",),
+    # As many as are held out.
+    ("--num_samples=0",),
+    ("--num_samples=20", "--ema_decay=0", "--seed=0", f"--out={out}"),
+  )
   done = call(
-    "-m",
-    "drift_jax.evaluate",
-    f"--workdir={run}",
-    "--num_samples=20",
-    "--ema_decay=0",
-    "--seed=0",
-    f"--out={out}",
+    "-c", EVALUATE, json.dumps([(f"--workdir={run}", *case) for case in cases])
   )
   assert done.returncode == 0, done.stderr
+  many, one, *tables = done.stdout.splitlines()
+  assert many.startswith("Error: ") and one.startswith("Error: ")
+  assert "training images, fewer than the 540 generated" in many
+  assert "eval.num_samples=1: figures need at least 2" in one
+  assert "| 540 samples" in "\n".join(tables)
   report = json.loads(out.read_text())
   assert (report["num_samples"], report["ema_decay"], report["seed"]) == (
     20,

@@ -400,6 +400,7 @@ def no_steps(monkeypatch):
   monkeypatch.setattr(loop, "fit", fit)
 
 
+@pytest.mark.slow
 def test_every_key_is_read(reads, no_steps, tmp_path):
   """No dead options: digits and images together look at every field."""
   encoder = digits.get_config("encoder,smoke")

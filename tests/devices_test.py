@@ -44,6 +44,7 @@ def test_what_jax_raises_becomes_one_line(monkeypatch, error):
   assert "\n" not in str(caught.value)
 
 
+@pytest.mark.system
 def test_programs_that_are_told_to_use_what_is_not_there(tmp_path):
   source = save_generator(tmp_path / "generator")
   out = tmp_path / "out"

@@ -52,6 +52,7 @@ def digest(folder: pathlib.Path) -> str:
   return artifacts.load(folder).sha256
 
 
+@pytest.mark.system
 def test_online_then_offline(repositories, tmp_path):
   cache = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
   expected = f"gen {digest(GOLDEN / 'artifact_gen')}"
@@ -85,20 +86,19 @@ def test_online_then_offline(repositories, tmp_path):
 
   offline = cache | {"HF_HUB_OFFLINE": "1"}
   (blob,) = [
-    path
+    path.resolve()
     for path in (tmp_path / "cache").rglob("ema_params.msgpack")
-    if "/gen/" in str(path) and "Goodeat" in str(path)
+    if "/mae/" in str(path)
   ]
-  done = call("-c", TRY_EACH, "hf://tiny", "hf://unseen", **offline)
-  lines = done.stdout.splitlines()
-  assert lines[0] == expected and "hf://unseen" in lines[1]
-  blob = blob.resolve()
   data = bytearray(blob.read_bytes())
   data[len(data) // 2] ^= 1
   blob.write_bytes(bytes(data))
-  done = call("-c", TRY_EACH, "hf://tiny", **offline)
-  assert "is damaged: its checksum is" in done.stdout
-  assert str(blob) in done.stdout
+  done = call(
+    *("-c", TRY_EACH, "hf://tiny", "hf://unseen", "hf://tiny_mae"), **offline
+  )
+  found, unseen, damaged = done.stdout.splitlines()
+  assert found == expected and "hf://unseen" in unseen
+  assert "is damaged: its checksum is" in damaged and str(blob) in damaged
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ import time
 import pytest
 import yaml
 
+pytestmark = pytest.mark.system
+
 ROOT = pathlib.Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
 ODD = "--config.data.source=folder:/my data/it's \"$(HOME) ${NAME} \\ &"

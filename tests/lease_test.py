@@ -75,6 +75,7 @@ def test_what_was_written_beside_it_stays(tmp_path):
   assert [file.name for file in path.parent.iterdir()] == ["config.json"]
 
 
+@pytest.mark.system
 def test_one_that_was_killed_has_it_no_longer(tmp_path, quick):
   path = tmp_path / "run.lock"
   owner = subprocess.Popen(

@@ -1,13 +1,13 @@
 """Training in several real processes: the same losses, resume, kills, errors.
 
 Processes are slow to start and to compile: those of one fixture run one job
-after the other, and all share a compilation cache.
+after the other, and all share a compilation cache. Of several, the first one
+compiles for all.
 """
 
 import concurrent.futures
 import contextlib
 import json
-import os
 import pathlib
 import signal
 import socket
@@ -24,8 +24,10 @@ from PIL import Image
 from drift_jax import artifacts, checksums, experiment, train_mae
 from drift_jax import config as config_lib
 from tests.conftest import assert_close
-from tests.process import process_environment
+from tests.process import call, process_environment
 from tests.train_test import checkpoint_arrays, last_step, records
+
+pytestmark = pytest.mark.system
 
 ROOT = pathlib.Path(__file__).parent.parent
 GENERATOR, ENCODER = (
@@ -69,10 +71,10 @@ MAE = {
   "mesh.fsdp": 4,
 }
 QUEUE = SMALL | {
-  "train.num_steps": 24,
-  "checkpoint.every": 8,
-  "checkpoint.keep_latest": 4,
-  "eval.every": 24,
+  "train.num_steps": 16,
+  "checkpoint.every": 4,
+  "checkpoint.keep_latest": 5,
+  "eval.every": 16,
   "eval.alphas": (1.0,),
   "eval.metrics": ("fd_pixel", "coverage", "label_accuracy"),
   "eval.num_samples": 100,
@@ -80,12 +82,23 @@ QUEUE = SMALL | {
   "processes.heartbeat_timeout": 10,
 }
 HEARTBEAT = 10
-# One training after the other. A job may begin with a copy of a folder, and
-# may be one that fails in all processes: its message is printed.
+# In front of each program. JAX' keys of compiled programs name the process, of
+# several on CPU: without that, all find what the first one has compiled.
+SAME_KEYS = """if True:
+  from unittest import mock
+
+  key = "jax._src.cache_key._hash_accelerator_config"
+  mock.patch(key, lambda *arguments: None).start()
+"""
+# One training after the other. A job may begin with a copy of a folder, which
+# other processes may still have to write, and may be one that fails in all
+# processes: its message is printed.
 DRIVER = """if True:
   import json
+  import os
   import shutil
   import sys
+  import time
   from absl import flags
   from ml_collections import ConfigDict
   from drift_jax import config as config_lib
@@ -93,6 +106,10 @@ DRIVER = """if True:
   from drift_jax import train, train_mae
 
   def copy(source, target, step):
+    deadline = time.monotonic() + 300
+    while not os.path.exists(f"{source}.done"):
+      assert time.monotonic() < deadline, source
+      time.sleep(0.05)
     shutil.copytree(
       source, target, ignore=lambda _, names: [
         n for n in names if n.isdecimal() and n != step]
@@ -112,6 +129,8 @@ DRIVER = """if True:
       try:
         trainer.train_and_evaluate(config, job["workdir"])
         assert not job["fails"]
+        if processes.is_first():
+          open(job["workdir"] + ".done", "w").close()
       except experiment.ERRORS as error:
         if not job["fails"]:
           raise
@@ -120,8 +139,8 @@ DRIVER = """if True:
   flags.FLAGS.mark_as_parsed()
   exits.run(program, experiment.ERRORS)
 """
-# The command line, with steps and batches of evaluations that leave time for
-# signals; where asked, saves of one step never end.
+# The command line; where HELD is given, with steps and batches of evaluations
+# that leave time for signals, and with saves of the step HELD that never end.
 SLOW = """if True:
   import os
   import time
@@ -149,8 +168,9 @@ SLOW = """if True:
     time.sleep(1)
     check(batch, alpha)
 
-  generation._check_finite = watched
-  loop._Progress.advance = slow
+  if "HELD" in os.environ:
+    generation._check_finite = watched
+    loop._Progress.advance = slow
   if os.environ.get("HELD"):
     ocp.CompositeCheckpointHandler.finalize = held
   main.define_flags()
@@ -178,18 +198,21 @@ class Group:
     Args:
       folder: gets the output.
       count, devices: processes, and devices of each.
-      command: (number of a process, HOST:PORT) -> arguments of Python.
+      command: (number of a process, HOST:PORT) -> "-c", a program, and its
+        arguments.
       environment: more variables.
     """
     address = f"127.0.0.1:{free_port()}"
     self._outputs = [folder / f"{address}.{i}.txt" for i in range(count)]
     variables = process_environment(devices)
+    variables["JAX_SHARE_BINARY_BETWEEN_HOSTS"] = str(count > 1)
     self.processes = []
     for i, output in enumerate(self._outputs):
+      option, program, *arguments = map(str, command(i, address))
       with output.open("w") as file:
         self.processes.append(
           subprocess.Popen(
-            [sys.executable, *map(str, command(i, address))],
+            [sys.executable, option, SAME_KEYS + program, *arguments],
             cwd=ROOT,
             env=variables | environment,
             stdout=file,
@@ -211,8 +234,11 @@ class Group:
     except subprocess.TimeoutExpired:
       raise AssertionError(self.everything()) from None
     finally:
-      for process in self.processes:
-        process.kill()
+      self.kill()
+
+  def kill(self):
+    for process in self.processes:
+      process.kill()
 
   def wait_until(self, condition, seconds=180):
     """Fails where a process ends before."""
@@ -241,20 +267,17 @@ def job(config, values, workdir, *, copy=None, fails=False):
   }
 
 
-def run_jobs(folder, count, devices, jobs):
+def start_jobs(folder, count, devices, jobs):
   def command(i, address):
     place = [address, count, i] if count > 1 else None
     return "-c", DRIVER, json.dumps(jobs), json.dumps(place)
 
-  group = Group(folder, count, devices, command)
-  assert group.wait() == [0] * count, group.everything()
-  return group
+  return Group(folder, count, devices, command)
 
 
 def start_run(folder, count, devices, workdir, values=None, **environment):
   """A queue run by the command line."""
   values = QUEUE if values is None else values
-  program = ("-c", SLOW) if environment else ("-m", "drift_jax.main")
   flags = [f"--config.{name}={value}" for name, value in values.items()]
 
   def command(i, address):
@@ -264,8 +287,7 @@ def start_run(folder, count, devices, workdir, values=None, **environment):
       f"--process_id={i}",
     ]
     return [
-      *program,
-      f"--config={GENERATOR}",
+      *("-c", SLOW, f"--config={GENERATOR}"),
       f"--workdir={workdir}",
       *flags,
       *(place if count > 1 else []),
@@ -275,33 +297,37 @@ def start_run(folder, count, devices, workdir, values=None, **environment):
 
 
 @pytest.fixture(scope="module")
-def one(folder):
-  """1 x 4: runs of either task, and 3 steps of the queue."""
-  few = QUEUE | {"train.num_steps": 3, "eval.every": 0}
-  run_jobs(
+def two(folder):
+  """Runs of 1 x 4 and of 2 x 2, at once; returns the two processes.
+
+  The one: runs of either task, 3 steps of the queue, and what the two began.
+  The two: mistakes, the same runs, a queue, and what the one began.
+  """
+  few = {"eval.every": 0}
+  one = start_jobs(
     folder,
     *(1, 4),
     [
       job(GENERATOR, GROUPED, folder / "grouped1"),
       job(ENCODER, MAE, folder / "mae1"),
-      job(GENERATOR, few, folder / "queue1"),
+      job(GENERATOR, QUEUE | few | {"train.num_steps": 3}, folder / "queue1"),
+      job(
+        GENERATOR,
+        QUEUE | few | {"train.num_steps": 12},
+        folder / "queue2to1",
+        copy=(folder / "whole", folder / "queue2to1", 8),
+      ),
     ],
   )
-
-
-@pytest.fixture(scope="module")
-def two(folder, one):
-  """2 x 2: mistakes, the same runs, a queue, and what one process began."""
-  few = QUEUE | {"train.num_steps": 6, "eval.every": 0}
-  return run_jobs(
+  two = start_jobs(
     folder,
     *(2, 2),
     [
       job(GENERATOR, GROUPED | {"mesh.data": 3}, folder / "bad", fails=True),
       job(GENERATOR, GROUPED | {"batch.labels": 6}, folder / "bad", fails=True),
       job(GENERATOR, GROUPED, folder / "grouped2"),
-      job(ENCODER, MAE, folder / "mae2"),
       job(GENERATOR, QUEUE, folder / "whole"),
+      job(ENCODER, MAE, folder / "mae2"),
       job(
         GENERATOR,
         GROUPED,
@@ -310,18 +336,24 @@ def two(folder, one):
       ),
       job(
         ENCODER,
-        MAE | {"eval.every": 0},
+        MAE | few,
         folder / "mae1to2",
         copy=(folder / "mae1", folder / "mae1to2", 3),
       ),
       job(
         GENERATOR,
-        few,
+        QUEUE | few | {"train.num_steps": 6},
         folder / "queue1to2",
         copy=(folder / "queue1", folder / "queue1to2", 3),
       ),
     ],
   )
+  try:
+    assert two.wait() == [0, 0], two.everything()
+    assert one.wait() == [0], one.everything()
+  finally:
+    one.kill()
+  return two
 
 
 def assert_trains_as(workdir, other, steps):
@@ -337,7 +369,7 @@ def assert_trains_as(workdir, other, steps):
 
 
 @pytest.mark.parametrize("name", ["grouped2", "mae2"])
-def test_processes_train_as_one(folder, one, two, name):
+def test_processes_train_as_one(folder, two, name):
   assert_trains_as(folder / name, folder / f"{name[:-1]}1", range(1, 7))
 
 
@@ -368,16 +400,16 @@ def assert_same_run(a, b, step):
 def test_a_queue_for_each_of_two_processes(folder, two):
   """Evaluated and saved by both; plots, pictures and log by the first."""
   whole = folder / "whole"
-  figures = records(whole)[24]
+  figures = records(whole)[16]
   for name in ("fd_pixel", "coverage", "label_accuracy"):
     assert np.isfinite(figures[f"eval/{name}/alpha_1.0"]), name
-  queues = checkpoint_arrays(whole, 24)["feed/['bank']['samples']"]
+  queues = checkpoint_arrays(whole, 16)["feed/['bank']['samples']"]
   assert len(queues) == 2 and not np.array_equal(*queues)
-  with Image.open(whole / "samples" / "step_0000024.png") as image:
+  with Image.open(whole / "samples" / "step_0000016.png") as image:
     assert min(image.size) > 80
   assert (whole / "plots" / "drift_rms.png").exists()
   assert len(list(whole.glob("events.out.tfevents.*"))) == 1
-  assert "step 24/24 " in two.output(0) and "Resuming" in two.output(0)
+  assert "step 16/16 " in two.output(0) and "Resuming" in two.output(0)
   assert "step " not in two.output(1) and "Resuming" not in two.output(1)
 
 
@@ -395,6 +427,15 @@ def test_two_processes_continue_the_queue_of_one(folder, two):
   assert old["feed/['steps']"] == 3 and new["feed/['steps']"] == 6
   losses = [records(folder / "queue1to2")[step]["loss"] for step in range(4, 7)]
   assert np.isfinite(losses).all()
+
+
+def test_one_process_continues_the_queues_of_two(folder, two):
+  workdir = folder / "queue2to1"
+  arrays = checkpoint_arrays(workdir, 12)
+  assert arrays["feed/['bank']['samples']"].shape[0] == 1
+  # 2 x 1280 at the start, then 8 steps of two processes and 4 of one.
+  assert arrays["feed/['records']"] == 2 * 1280 + (8 * 2 + 4) * 32
+  assert set(records(workdir)) == set(range(1, 13))
 
 
 def test_mistakes_in_the_config_are_told_by_all(folder, two):
@@ -416,37 +457,55 @@ def saved_steps(workdir):
   return sorted(int(p.name) for p in path.glob("*") if p.name.isdecimal())
 
 
-def test_sigterm_to_one_saves_all(folder, two):
-  """One consistent checkpoint at a step that no schedule names; then between
-  the batches of an evaluation, which is made by the next start; bit-equal."""
-  workdir = folder / "preempted"
+def test_signals_to_one_of_two(folder, two):
+  """SIGTERM, SIGKILL while a save is being written, then SIGTERM between the
+  batches of an evaluation: what the next starts make of it is bit-equal."""
+  workdir = folder / "signals"
+  checkpoints = workdir / "checkpoints"
+  # One consistent checkpoint at a step that no schedule names.
   group = start_run(folder, 2, 2, workdir, HELD="")
-  group.wait_until(lambda: last_step(workdir) >= 2)
+  group.wait_until(lambda: last_step(workdir) >= 1)
   group.processes[1].send_signal(signal.SIGTERM)
   assert group.wait(60) == [75, 75], group.everything()
   stopped = saved_steps(workdir)[-1]
   print(f"stopped at step {stopped}")
-  assert 2 < stopped < 24 and last_step(workdir) == stopped
-  assert (workdir / "checkpoints" / str(stopped) / "checksums.json").exists()
+  assert 1 < stopped < 12 and last_step(workdir) == stopped
+  assert (checkpoints / str(stopped) / "checksums.json").exists()
   lines = [x for x in group.output(0).splitlines() if "Told to stop" in x]
   assert len(lines) == 1 and f"step {stopped} is saved; the same" in lines[0]
   assert "Told to stop" not in group.output(1)
-  assert not list((workdir / "checkpoints").glob("*tmp*"))
+  assert not list(checkpoints.glob("*tmp*"))
+
+  group = start_run(folder, 2, 2, workdir, HELD="12")
+  group.wait_until(lambda: last_step(workdir) >= 13)
+  assert list(checkpoints.glob("12*tmp*"))
+  kept = saved_steps(workdir)
+  assert kept[-1] < 12
+  group.processes[1].send_signal(signal.SIGKILL)
+  began = time.monotonic()
+  codes = group.wait(60)
+  assert time.monotonic() - began < HEARTBEAT, group.everything()
+  assert codes == [75, -signal.SIGKILL], group.everything()
+  assert f"Resuming after step {stopped}." in group.output(0)
+  assert "was lost" in group.output(0)
+  assert "goes on from the newest checkpoint" in group.output(0)
+  assert "Traceback" not in group.output(0)
 
   group = start_run(folder, 2, 2, workdir, HELD="")
   group.wait_until(lambda: "batch" in group.output(0))
   group.processes[1].send_signal(signal.SIGTERM)
   assert group.wait(60) == [75, 75], group.everything()
-  assert f"Resuming after step {stopped}." in group.output(0)
-  assert "step 24 is saved; the same" in group.output(0)
-  assert "eval/fd_pixel/alpha_1.0" not in records(workdir)[24]
+  assert f"Resuming after step {kept[-1]}." in group.output(0)
+  assert "step 16 is saved; the same" in group.output(0)
+  assert "eval/fd_pixel/alpha_1.0" not in records(workdir)[16]
+  assert not list(checkpoints.glob("*tmp*"))
 
   group = start_run(folder, 2, 2, workdir)
   assert group.wait() == [0, 0], group.everything()
-  assert "Resuming after step 24." in group.output(0)
-  assert_same_run(folder / "whole", workdir, 24)
+  assert "Resuming after step 16." in group.output(0)
+  assert_same_run(folder / "whole", workdir, 16)
   # Each process has summed its own files.
-  last = workdir / "checkpoints" / "24"
+  last = checkpoints / "16"
   assert checksums.compare(epath.Path(last)) == ([], True)
   for process, name in enumerate(("checksums.json", "checksums.1.json")):
     sums = json.loads((last / name).read_text())
@@ -454,77 +513,63 @@ def test_sigterm_to_one_saves_all(folder, two):
     assert summed == {process}
 
 
-def test_sigkill_of_one(folder, two):
-  """The first between saves; then the other while a save is being written."""
-  workdir = folder / "killed"
-  checkpoints = workdir / "checkpoints"
-  group = start_run(folder, 2, 2, workdir, HELD="")
-  group.wait_until(lambda: last_step(workdir) >= 10)
-  group.processes[0].send_signal(signal.SIGKILL)
-  began = time.monotonic()
-  codes = group.wait(60)
-  assert time.monotonic() - began < HEARTBEAT, group.everything()
-  # JAX aborts those that can't reach the first process any more, if they have
-  # not ended by themselves.
-  assert codes[0] == -signal.SIGKILL and codes[1] in (75, -signal.SIGABRT)
-  assert "was lost" in group.output(1) or codes[1] != 75
-  assert saved_steps(workdir) == [8]
+# Processes that start no training: the last one is done at once, the one before
+# it falls silent when JAX' patience with the last one would be over.
+ALONE = """if True:
+  import os, sys, time
+  from absl import flags
+  from drift_jax import console, exits, processes
 
-  group = start_run(folder, 2, 2, workdir, HELD="16")
-  group.wait_until(lambda: last_step(workdir) >= 17)
-  assert list(checkpoints.glob("16*tmp*")) and saved_steps(workdir) == [8]
-  group.processes[1].send_signal(signal.SIGKILL)
-  began = time.monotonic()
-  codes = group.wait(60)
-  assert time.monotonic() - began < HEARTBEAT, group.everything()
-  assert codes == [75, -signal.SIGKILL], group.everything()
-  assert "Resuming after step 8." in group.output(0)
-  assert "was lost" in group.output(0)
-  assert "goes on from the newest checkpoint" in group.output(0)
-  assert "Traceback" not in group.output(0)
+  def program():
+    number = int(sys.argv[2])
+    exits.join(sys.argv[1], 3, number, heartbeat_timeout=8)
+    console.setup(processes.index())
+    if number == 2:
+      return
+    if number == 1:
+      time.sleep(9)
+      print("silent", flush=True)
+      os.kill(os.getpid(), 19)
+    time.sleep(120)
 
-  # What one process then reads is what two would have.
-  first, second = (
-    checkpoint_arrays(path, 8) for path in (folder / "whole", workdir)
-  )
-  for name in first:
-    np.testing.assert_array_equal(first[name], second[name], err_msg=name)
-  fewer = QUEUE | {"train.num_steps": 12, "eval.every": 0}
-  group = start_run(folder, 1, 4, workdir, fewer)
-  assert group.wait() == [0], group.everything()
-  assert "Resuming after step 8." in group.output(0)
-  assert saved_steps(workdir) == [8, 12]
-  assert not list(checkpoints.glob("*tmp*"))
-  arrays = checkpoint_arrays(workdir, 12)
-  assert arrays["feed/['bank']['samples']"].shape[0] == 1
-  # 2 x 1280 at the start, then 8 steps of two processes and 4 of one.
-  assert arrays["feed/['records']"] == 2 * 1280 + (8 * 2 + 4) * 32
-  assert set(records(workdir)) == set(range(1, 13))
+  flags.FLAGS.mark_as_parsed()
+  exits.run(program, (OSError,))
+"""
 
 
 @pytest.fixture(scope="module")
-def unreachable(folder):
-  """Waits for a process 0 that is not there, beside the other tests."""
-  workdir = folder / "unreachable"
+def waiting(folder):
+  """What takes long and computes nothing, beside the other tests."""
 
-  def wait():
-    place = {"coordinator": "127.0.0.1:1", "num_processes": 2, "process_id": 1}
-    return subprocess.run(
-      [sys.executable, "-m", "drift_jax.main", f"--config={GENERATOR}"]
-      + [f"--workdir={workdir}", "--config.processes.join_timeout=3"]
-      + [f"--{name}={value}" for name, value in place.items()],
-      cwd=ROOT,
-      env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
-      capture_output=True,
-      text=True,
-      timeout=120,
+  def silent():
+    group = Group(folder, 3, 1, lambda i, at: ("-c", ALONE, at, i))
+    group.wait_until(lambda: "silent" in group.output(1))
+    began = time.monotonic()
+    try:
+      return group, group.processes[0].wait(60), time.monotonic() - began
+    finally:
+      group.kill()
+      group.wait()
+
+  def disk():
+    return lose(folder, "disk", 1)
+
+  def unreachable():
+    return call(
+      *("-m", "drift_jax.main", f"--config={GENERATOR}"),
+      *(f"--workdir={folder / 'unreachable'}", "--coordinator=127.0.0.1:1"),
+      *("--num_processes=2", "--process_id=1"),
+      "--config.processes.join_timeout=3",
     )
 
   with concurrent.futures.ThreadPoolExecutor(1) as executor:
-    yield executor.submit(wait)
+    yield {
+      function.__name__: executor.submit(function)
+      for function in (silent, disk, unreachable)
+    }
 
 
-def test_a_workdir_that_can_not_be_written(unreachable, folder):
+def test_a_workdir_that_can_not_be_written(waiting, folder):
   """A file in its place; all end at once, before anything compiles."""
   (folder / "file").write_text("")
   began = time.monotonic()
@@ -550,65 +595,6 @@ def test_a_workdir_is_tried_without_making_it(tmp_path):
       experiment.check_workdir(str(path))
 
 
-# Two processes that start no training: one fails or falls silent, the other
-# waits for nothing.
-ALONE = """if True:
-  import os, sys, time
-  from absl import flags
-  from drift_jax import console, exits, processes
-
-  def program():
-    number = int(sys.argv[2])
-    exits.join(sys.argv[1], 2, number, heartbeat_timeout=10)
-    console.setup(processes.index())
-    if sys.argv[3] == "early":
-      time.sleep(3 if number else 12)
-      return
-    if number:
-      time.sleep(3)
-      print("waited", flush=True)
-      if sys.argv[3] == "fails":
-        raise OSError("this disk is full")
-      os.kill(os.getpid(), 19)
-    time.sleep(60)
-
-  flags.FLAGS.mark_as_parsed()
-  exits.run(program, (OSError,))
-"""
-
-
-def test_one_that_fails_ends_the_others(folder):
-  group = Group(folder, 2, 1, lambda i, at: ("-c", ALONE, at, i, "fails"))
-  group.wait_until(lambda: "waited" in group.output(1))
-  began = time.monotonic()
-  assert group.wait(60) == [1, 1], group.everything()
-  assert time.monotonic() - began < HEARTBEAT
-  assert "\nError: this disk is full\n" in f"\n{group.output(1)}"
-  (line,) = [x for x in group.output(0).splitlines() if "Error" in x]
-  assert line == "Error: process 1 ended first: this disk is full"
-
-
-def test_one_that_is_done_is_not_lost(folder):
-  """The first one may write files for longer than the heartbeat's patience."""
-  group = Group(folder, 2, 1, lambda i, at: ("-c", ALONE, at, i, "early"))
-  assert group.wait(60) == [0, 0], group.everything()
-
-
-def test_one_that_is_silent_is_lost(folder):
-  """Where no collective tells: it has stopped, not ended."""
-  group = Group(folder, 2, 1, lambda i, at: ("-c", ALONE, at, i, "stops"))
-  group.wait_until(lambda: "waited" in group.output(1))
-  began = time.monotonic()
-  code = group.processes[0].wait(60)
-  seconds = time.monotonic() - began
-  group.processes[1].kill()
-  assert group.wait() == [75, -signal.SIGKILL] and code == 75
-  assert seconds < HEARTBEAT, group.everything()
-  assert "Process 1 was lost: no sign of life for 5 s; the same command" in (
-    group.output(0)
-  )
-
-
 # One dies; the other goes on to what needs both, or fails since it is alone.
 LOST = """if True:
   import os, sys, time
@@ -626,7 +612,7 @@ LOST = """if True:
     score = metrics.InceptionScore(2, 3, 1)
     score.update(np.ones((1, 3)), np.array([number]))
     processes.gather(np.ones((2, 2)))
-    if number:
+    if number == int(sys.argv[5]):
       os.kill(os.getpid(), 9)
     time.sleep(0.5)
     if sys.argv[3] == "evaluation":
@@ -635,9 +621,6 @@ LOST = """if True:
     elif sys.argv[3] == "save":
       saved.save(1, state, {})
       saved.wait()
-    elif sys.argv[3] == "restore":
-      saved.restore(state, lambda shapes: {})
-      processes.gather(np.ones((2, 2)))
     else:
       raise OSError("nothing here names another process")
 
@@ -646,17 +629,32 @@ LOST = """if True:
 """
 
 
-@pytest.mark.parametrize("what", ["evaluation", "save", "restore", "disk"])
-def test_what_follows_from_a_lost_process(folder, what):
-  """Whatever the class and the text of the error, if there is one at all."""
+def lose(folder, what, number):
+  """What two processes say and end with, one of which dies."""
+  place = folder / f"lost_{what}_{number}"
   group = Group(
-    folder,
-    *(2, 1),
-    lambda i, at: ("-c", LOST, at, i, what, folder / f"lost_{what}"),
+    folder, 2, 1, lambda i, at: ("-c", LOST, at, i, what, place, number)
   )
-  assert group.wait(120) == [75, -signal.SIGKILL], group.everything()
+  return group, group.wait(120)
+
+
+@pytest.mark.parametrize("what", ["evaluation", "save", "disk"])
+def test_what_follows_from_a_lost_process(waiting, folder, what):
+  """Whatever the class and the text of the error, if there is one at all."""
+  found = waiting[what].result() if what in waiting else lose(folder, what, 1)
+  group, codes = found
+  assert codes == [75, -signal.SIGKILL], group.everything()
   assert "was lost" in group.output(0)
   assert "Error: " not in group.output(0)
+
+
+def test_what_follows_from_a_lost_first_process(waiting, folder):
+  """JAX aborts those that can't reach it any more, if they have not ended by
+  themselves."""
+  group, codes = lose(folder, "evaluation", 0)
+  assert codes[0] == -signal.SIGKILL and codes[1] in (75, -signal.SIGABRT)
+  assert "was lost" in group.output(1) or codes[1] != 75
+  assert "Error: " not in group.output(1)
 
 
 # What evaluates or samples: one process fails, the other waits for it.
@@ -685,15 +683,26 @@ def test_a_program_without_a_state_ends_in_all_processes(folder, name, source):
     return "-c", STATELESS, name, source, *place, f"--process_id={i}"
 
   group = Group(folder, 2, 1, command)
-  assert group.wait(120) == [1, 1], group.everything()
+  # JAX would tell after 100 s.
+  assert group.wait(90) == [1, 1], group.everything()
   assert "\nError: this disk is full\n" in f"\n{group.output(1)}"
   (line,) = [x for x in group.output(0).splitlines() if "Error" in x]
   assert line == "Error: process 1 ended first: this disk is full"
 
 
-def test_a_coordinator_that_can_not_be_reached(unreachable, folder):
+def test_one_that_is_silent_is_lost(waiting):
+  """Where no collective tells: it has stopped, not ended. And not one that is
+  done, for which the others may still work for long."""
+  group, code, seconds = waiting["silent"].result()
+  assert code == 75 and seconds < 8, group.everything()
+  assert "Process 1 was lost: no sign of life for 4 s; the same command" in (
+    group.output(0)
+  )
+
+
+def test_a_coordinator_that_can_not_be_reached(waiting, folder):
   """It may be a host that restarts: to be tried again."""
-  done = unreachable.result()
+  done = waiting["unreachable"].result()
   assert done.returncode == 75, done.stderr[-3000:]
   assert "Traceback" not in done.stderr
   line = done.stderr.splitlines()[-1]

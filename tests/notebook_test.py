@@ -49,6 +49,7 @@ def test_is_kept_without_outputs():
   assert PATH.read_text() == nbformat.writes(notebook) + "\n"  # indent 1
 
 
+@pytest.mark.system
 def test_runs(tmp_path, monkeypatch):
   workdir = tmp_path / "run"
   (tmp_path / "tiny.py").write_text(CONFIG)

@@ -2,8 +2,6 @@
 
 import contextlib
 import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -14,7 +12,7 @@ import drift_jax
 from configs import digits
 from drift_jax import numerics, train
 from drift_jax.config import ConfigError
-from tests.process import process_environment
+from tests.process import call
 from tests.small_generator import save_generator
 
 PACKAGE = pathlib.Path(drift_jax.__file__).parent
@@ -80,6 +78,7 @@ def test_offset_of_seeds_is_refused(folder):
     jax.config.update("jax_random_seed_offset", 0)
 
 
+@pytest.mark.system
 def test_variables_do_not_change_what_a_program_draws(
   folder, expected, tmp_path
 ):
@@ -92,13 +91,10 @@ def test_variables_do_not_change_what_a_program_draws(
     "JAX_DISABLE_JIT": "1",
   }
   assert {name.lower() for name in variables} == set(numerics.PINNED)
-  command = [sys.executable, "-m", "drift_jax.sample", f"--from={folder}"]
-  done = subprocess.run(
-    [*command, "--labels=0,2", "--count=1", "--alpha=1.5", "--seed=3"],
-    cwd=tmp_path,
-    env=process_environment() | variables,
-    capture_output=True,
-    text=True,
+  done = call(
+    *("-m", "drift_jax.sample", f"--from={folder}", "--labels=0,2"),
+    *("--count=1", "--alpha=1.5", "--seed=3", f"--out={tmp_path / 'grid.png'}"),
+    **variables,
   )
   assert done.returncode == 0, done.stderr
   for name in variables:

@@ -1,8 +1,6 @@
 """Sums over hosts, in two real processes."""
 
 import json
-import os
-import pathlib
 import socket
 import subprocess
 import sys
@@ -15,8 +13,8 @@ from drift_jax import processes, sharding
 from drift_jax.metrics import FeatureStats, InceptionScore, inception_score
 from tests import shared_figures
 from tests.conftest import assert_close
+from tests.process import ROOT, process_environment
 
-ROOT = pathlib.Path(__file__).parent.parent
 PROGRAM = """if True:
   import sys
   import numpy as np
@@ -107,12 +105,7 @@ def results(tmp_path_factory, data):
       [sys.executable, "-c", PROGRAM, str(port), str(i)]
       + [str(folder / "data.npz"), str(folder / f"{i}.npz")],
       cwd=ROOT,
-      env=os.environ
-      | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "2",
-        "PYTHONPATH": str(ROOT),
-      },
+      env=process_environment(2),
       stderr=subprocess.PIPE,
       text=True,
     )
@@ -128,6 +121,7 @@ def results(tmp_path_factory, data):
   return [dict(np.load(folder / f"{i}.npz")) for i in range(2)]
 
 
+@pytest.mark.system
 def test_every_host_has_the_same_sums_to_the_last_bit(results, data):
   first, second = results
   assert first["first"] and not second["first"]
@@ -147,6 +141,7 @@ def test_every_host_has_the_same_sums_to_the_last_bit(results, data):
   )
 
 
+@pytest.mark.system
 def test_statistics_of_both_are_those_of_all(results, data):
   whole = FeatureStats.from_features(data["features"])
   for result in results:
@@ -160,6 +155,7 @@ def test_statistics_of_both_are_those_of_all(results, data):
     )
 
 
+@pytest.mark.system
 def test_a_process_without_a_sample_joins_in_every_figure(results, data):
   mesh = sharding.make_mesh(2, 2, jax.devices()[:4])
   alone = shared_figures.figures_of_few(data["pictures"], data["real"], mesh)
@@ -168,6 +164,7 @@ def test_a_process_without_a_sample_joins_in_every_figure(results, data):
     assert_close(result["few"], np.asarray(list(alone.values())), 1e-9)
 
 
+@pytest.mark.system
 def test_each_sample_belongs_to_one_process(results):
   first, second = results
   assert json.dumps(first["numbers"].tolist()) == "[[0, 1], [4, 5]]"
@@ -177,6 +174,7 @@ def test_each_sample_belongs_to_one_process(results):
   assert second["valid"].tolist() == [2, 1]
 
 
+@pytest.mark.system
 def test_mistakes_are_told_in_all_processes(results):
   refused = [result["messages"][0] for result in results]
   assert refused == ["process 0 refuses", "process 0 failed: process 0 refuses"]
@@ -187,6 +185,7 @@ def test_mistakes_are_told_in_all_processes(results):
     assert "no features" in nothing
 
 
+@pytest.mark.system
 def test_what_one_knows_and_what_all_hold(results):
   for own, result in enumerate(results):
     assert result["from_first"] == 0

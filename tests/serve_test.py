@@ -29,7 +29,7 @@ from drift_jax.serve.limits import Limits, RateLimiter
 from drift_jax.serve.requests import read_request
 from drift_jax.serve.server import make_server
 from drift_jax.serve.worker import Worker, cut
-from tests.process import process_environment
+from tests.process import call, process_environment
 from tests.small_generator import NAMES, save_generator
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -696,6 +696,7 @@ MANY = """if True:
 """
 
 
+@pytest.mark.system
 def test_mistakes(folder):
   with socket.create_server(("127.0.0.1", 0)) as taken:
     port = taken.getsockname()[1]
@@ -716,19 +717,13 @@ def test_mistakes(folder):
       ),
       "nowhere": ("--from=nowhere", "--port=0"),
     }
-    done = subprocess.run(
-      [sys.executable, "-c", MANY, json.dumps(list(cases.values()))],
-      cwd=ROOT,
-      env=process_environment(),
-      capture_output=True,
-      text=True,
-      timeout=300,
-    )
+    done = call("-c", MANY, json.dumps(list(cases.values())))
   assert done.returncode == 0, done.stderr
   for part, line in zip(cases, done.stdout.splitlines(), strict=True):
     assert line.startswith("Error: ") and part in line
 
 
+@pytest.mark.system
 def test_process(folder):
   process = subprocess.Popen(
     [
@@ -807,6 +802,7 @@ def saved(download):
     return np.asarray(image)
 
 
+@pytest.mark.system
 def test_page(model, served, page):
   page.goto(served.url)
   expect = sync_api.expect
@@ -871,6 +867,7 @@ def test_page(model, served, page):
   expect(page.get_by_role("alert")).to_contain_text("16 is not in [0, 16)")
 
 
+@pytest.mark.system
 def test_page_while_it_waits(model, page):
   """On a phone: images as they come, cancel, a model that fails."""
   gate = Gate(model)
@@ -907,6 +904,7 @@ def test_page_while_it_waits(model, page):
     gate.passes.release(9)
 
 
+@pytest.mark.system
 def test_page_of_a_thousand_classes(served, page):
   """Without names, whose indices are what is known."""
 

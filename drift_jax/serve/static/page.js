@@ -121,6 +121,7 @@ function mistake(asked) {
 }
 
 function showTotal() {
+  if (!model) return; // The form may be filled in before it is known.
   const { labels, count } = readForm();
   const total = labels.length * (count || 0);
   const classes = labels.length === 1 ? "class" : "classes";
