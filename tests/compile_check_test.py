@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from configs import cifar10, digits
-from drift_jax import artifacts, experiment, sharding
+from drift_jax import artifacts, experiment, hlo, sharding
 from drift_jax import config as config_lib
 from drift_jax.tools import compile_check
 from tests import process
@@ -236,6 +236,28 @@ def test_what_does_not_fit_is_told(others):
   assert "emory" in train["message"]
   assert any("model.remat" in line for line in train["advice"])
   assert any("batch.generated" in line for line in train["advice"])
+
+
+def test_elements_of_tuples_are_counted():
+  """However they are written: JAX 0.12 does without get-tuple-element."""
+  program = """
+ENTRY %main (p.1: (f32[4], (f32[9], f32[8,2]))) -> f32[4] {{
+  %p.1 = (f32[4]{{0}}, /*index=1*/(f32[9]{{0}}, f32[8,2]{{1,0}})) parameter(0)
+{elements}
+  ROOT %sum = (f32[4]{{0}}, f32[8,2]{{1,0}}) all-reduce({operands})
+}}
+"""
+  explicit = program.format(
+    elements="""  %a = f32[4]{0} get-tuple-element(%p.1), index=0
+  %b = (f32[9]{0}, f32[8,2]{1,0}) get-tuple-element(%p.1), index=1
+  %c = f32[8,2]{1,0} get-tuple-element(%b), index=1""",
+    operands="%a, %c",
+  )
+  short = program.format(elements="", operands="%p.1#0, %p.1#1#1")
+  for text in (explicit, short):
+    found = hlo.analyse(text)
+    assert found.by_kind() == {"all-reduce": {"count": 1, "bytes": 80}}
+    assert found.bytes == 160
 
 
 @pytest.mark.slow
