@@ -32,12 +32,14 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
-_NAME = re.compile(r"%([\w.\-]+)")
+# 'while.1#2' is the third element of a tuple: JAX 0.12 writes them like this.
+_NAME = re.compile(r"%([\w.\-]+(?:#\d+)*)")
 _CALLED = re.compile(r"\b(calls|body|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _OPERATION = re.compile(r'op_name="([^"]*)"')
+_COMMENT = re.compile(r"/\*.*?\*/")
 _CONSTANT = re.compile(r"constant\((\d+)\)")
 _DECLARED = re.compile(r'"cost_estimate":(\{[^}]*\})')
 
@@ -52,6 +54,7 @@ class Instruction:
     opcode: 'fusion', 'all-gather-start', ...
     operands: names.
     rest: the whole line behind the opcode.
+    type: of its results, as it is written.
   """
 
   name: str
@@ -59,6 +62,7 @@ class Instruction:
   opcode: str
   operands: tuple[str, ...]
   rest: str
+  type: str
 
   @property
   def bytes(self) -> int:
@@ -142,13 +146,34 @@ def _parse_instruction(line: str) -> Instruction | None:
   opcode = _OPCODE.match(text, end)
   if opcode is None:
     return None
-  shapes = tuple(
-    (dtype, tuple(int(n) for n in dimensions.split(",") if n))
-    for dtype, dimensions in _SHAPE.findall(text[:end])
-  )
   rest = text[opcode.end() :]
   operands = tuple(_NAME.findall(rest[: rest.find(")")]))
-  return Instruction(name, shapes, opcode[1], operands, rest)
+  type_ = text[:end]
+  return Instruction(name, _shapes(type_), opcode[1], operands, rest, type_)
+
+
+def _shapes(text: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+  return tuple(
+    (dtype, tuple(int(n) for n in dimensions.split(",") if n))
+    for dtype, dimensions in _SHAPE.findall(text)
+  )
+
+
+def _element(name: str, known: dict[str, Instruction]) -> Instruction | None:
+  """Instruction 'tuple#index', as get-tuple-element is written elsewhere."""
+  whole, _, index = name.rpartition("#")
+  if not whole:
+    return None
+  array = known.get(whole) or _element(whole, known)
+  if array is None:
+    return None
+  text = array.type.strip()[1:-1]  # without the parentheses
+  for _ in range(int(index)):
+    text = text[_end_of_type(text) :].strip()
+  text = text[: _end_of_type(text)]
+  return Instruction(
+    name, _shapes(text), "get-tuple-element", (whole,), "", text.rstrip(",")
+  )
 
 
 def _end_of_type(text: str) -> int:
@@ -173,12 +198,19 @@ def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
   found: dict[str, list[Instruction]] = {}
   entry = None
   current: list[Instruction] = []
+  known: dict[str, Instruction] = {}
   for line in text.splitlines():
     if header := _HEADER.match(line):
       current = found.setdefault(header[2], [])
+      known = {}
       if header[1]:
         entry = header[2]
-    elif instruction := _parse_instruction(line):
+    elif instruction := _parse_instruction(_COMMENT.sub("", line)):
+      for name in instruction.operands:
+        if name not in known and (element := _element(name, known)):
+          known[name] = element
+          current.append(element)
+      known[instruction.name] = instruction
       current.append(instruction)
   if entry is None:
     raise ValueError(f"no ENTRY computation in {len(text)} characters of HLO")

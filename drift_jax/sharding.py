@@ -7,6 +7,7 @@ parameters, and gathers activations instead.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -144,15 +145,39 @@ def over_devices(
   """The function on each device's part of its arguments (jax.shard_map).
 
   Collectives are the function's own business: over BATCH_AXES for the batch,
-  `gather` for parameters.
+  `gather` for parameters. Arrays without a value are made anew on each device:
+  the compiler of jaxlib 0.11.2 crashes where one enters on several devices.
   """
-  return jax.shard_map(
-    function,
-    mesh=mesh,
-    in_specs=in_specs,
-    out_specs=out_specs,
-    check_vma=False,
+  mapped = functools.partial(
+    jax.shard_map, mesh=mesh, out_specs=out_specs, check_vma=False
   )
+
+  def is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)
+
+  def call(*arguments: Any) -> Any:
+    leaves, structure = jax.tree.flatten(arguments)
+    if all(x.size for x in leaves):
+      return mapped(function, in_specs=in_specs)(*arguments)
+    specs = jax.tree.leaves(
+      jax.tree.broadcast(in_specs, arguments, is_leaf=is_spec), is_leaf=is_spec
+    )
+
+    def on_full(*parts: jax.Array) -> Any:
+      rest = iter(parts)
+      whole = [
+        next(rest)
+        if x.size
+        else jnp.zeros(NamedSharding(mesh, spec).shard_shape(x.shape), x.dtype)
+        for x, spec in zip(leaves, specs, strict=True)
+      ]
+      return function(*structure.unflatten(whole))
+
+    full = [(x, spec) for x, spec in zip(leaves, specs, strict=True) if x.size]
+    values, places = zip(*full, strict=True)
+    return mapped(on_full, in_specs=places)(*values)
+
+  return call
 
 
 def specs(tree: Any) -> Any:

@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import pathlib
-import subprocess
 import sys
 from typing import Any
 
@@ -14,9 +13,9 @@ import pytest
 
 from benchmarks import images, plain, run_all, step_tpu, timing
 from drift_jax.data import transforms
+from tests import process
 from tests.data import pictures
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 # With simplejpeg and opencv there are more.
 DATA_ROWS = (
   ("decode, 2 images of about 300 x 280, 1 thread", "pillow"),
@@ -82,18 +81,10 @@ EVALUATION_ROWS = (
 
 def _run(script: str, tmp_path: pathlib.Path, *flags: str) -> dict[str, Any]:
   """What the script writes for tiny sizes; its table shows the same rows."""
-  command = [
-    *(sys.executable, f"benchmarks/{script}", "--tiny", "--seconds=0"),
+  done = process.call(
+    *(f"benchmarks/{script}", "--tiny", "--seconds=0"),
     f"--json={tmp_path / 'numbers.json'}",
     *flags,
-  ]
-  done = subprocess.run(
-    command,
-    cwd=ROOT,
-    env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    capture_output=True,
-    text=True,
-    timeout=120,
   )
   assert done.returncode == 0, done.stderr
   content = json.loads((tmp_path / "numbers.json").read_text())
@@ -107,6 +98,7 @@ def _run(script: str, tmp_path: pathlib.Path, *flags: str) -> dict[str, Any]:
   return {(row["section"], row["name"]): row for row in content["rows"]}
 
 
+@pytest.mark.system
 def test_steps_are_compared_in_the_table_of_all(tmp_path):
   rows = _run("run_all.py", tmp_path, "--scripts=step.py,sample.py")
   step, losses, sampling = dict.fromkeys(section for section, _ in rows)
@@ -143,6 +135,7 @@ def test_all_benchmarks_refuse_what_is_not_there(capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.system
 def test_data_measures_every_part(tmp_path):
   for number, folder in enumerate(("cat", "dog")):
     path = tmp_path / "large" / folder / f"{number}.jpg"
@@ -165,6 +158,7 @@ def test_data_measures_every_part(tmp_path):
     assert row["value"] >= 0 and row["plain"] > 0 and row["times"] > 0, row
 
 
+@pytest.mark.system
 def test_evaluation_measures_every_part(tmp_path):
   rows = _run("evaluate.py", tmp_path)
   assert set(rows) == set(EVALUATION_ROWS)
@@ -278,6 +272,7 @@ def test_effect_names_what_changed():
   )
 
 
+@pytest.mark.slow
 def test_parts_of_the_step_are_compiled(monkeypatch):
   """On a CPU, a small model: that each part is what the run would compile."""
   setting = step_tpu.Setting("configs/digits.py", "", 2, {})

@@ -2,21 +2,18 @@
 
 import dataclasses
 import json
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import pytest
 
 from configs import cifar10, digits
-from drift_jax import artifacts, experiment, sharding
+from drift_jax import artifacts, experiment, hlo, sharding
 from drift_jax import config as config_lib
 from drift_jax.tools import compile_check
+from tests import process
+from tests.published_configs_test import get
 
-ROOT = pathlib.Path(__file__).parent.parent
 # Widths that TPUs tile evenly, one label a chip.
 SMALL = (
   "--config=configs/digits.py",
@@ -30,24 +27,16 @@ SMALL = (
 )
 
 
-def environment():
-  """Without the tests' XLA_FLAGS: libtpu refuses flags that it doesn't have."""
-  variables = os.environ | {"PYTHONPATH": str(ROOT)}
-  del variables["XLA_FLAGS"]
-  return variables
+def run(*arguments):
+  """What a process that compiles for TPUs has said.
 
-
-def run(*arguments, ok=True):
-  done = subprocess.run(
-    [sys.executable, "-m", "drift_jax.tools.compile_check", *arguments],
-    cwd=ROOT,
-    env=environment(),
-    capture_output=True,
-    text=True,
-    timeout=300,
+  Without the tests' XLA_FLAGS: libtpu refuses flags that it doesn't have.
+  """
+  done = process.call(
+    *arguments, XLA_FLAGS="", JAX_ENABLE_COMPILATION_CACHE="false"
   )
-  assert (done.returncode == 0) == ok, done.stdout + done.stderr[-3000:]
-  return done
+  assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+  return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -55,17 +44,18 @@ def v6e(tmp_path_factory):
   """(report, text, programs) of a small generator on 16 chips of v6e."""
   folder = tmp_path_factory.mktemp("check")
   file = folder / "report.json"
-  done = run(
-    *SMALL,
+  text = run(
+    *("-m", "drift_jax.tools.compile_check", *SMALL),
     "--topology=v6e:4x4",
     "--mesh=data=2,fsdp=8",
     f"--json={file}",
     f"--hlo={folder}",
   )
   programs = {path.stem: path.read_text() for path in folder.glob("*.txt")}
-  return json.loads(file.read_text()), done.stdout, programs
+  return json.loads(file.read_text()), text, programs
 
 
+@pytest.mark.system
 def test_a_small_model_on_a_real_topology(v6e):
   report, text, _ = v6e
   assert report["devices"] == 16
@@ -95,6 +85,7 @@ def test_a_small_model_on_a_real_topology(v6e):
     assert word in text, text
 
 
+@pytest.mark.system
 def test_attention_is_on_chip(v6e):
   """One kernel forward, one backward; remat keeps the forward one's result."""
   _, _, programs = v6e
@@ -105,6 +96,7 @@ def test_attention_is_on_chip(v6e):
   assert kernels == {"train": 2, "sample": 1}
 
 
+@pytest.mark.system
 def test_what_takes_the_memory_is_written_too(v6e):
   _, _, programs = v6e
   assert programs.keys() == {"train", "sample", "train_memory", "sample_memory"}
@@ -144,19 +136,63 @@ for topology in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
 """
 
 
+@pytest.mark.system
 def test_kernels_compile_for_every_generation():
-  done = subprocess.run(
-    [sys.executable, "-c", _KERNELS],
-    cwd=ROOT,
-    env=environment() | {"JAX_PLATFORMS": "cpu"},
-    capture_output=True,
-    text=True,
-    timeout=300,
+  assert run("-c", _KERNELS).split() == [
+    *("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2")
+  ]
+
+
+# The command line for one list of arguments after the other.
+_MANY = """if True:
+  import json, sys
+  from absl import flags
+  from absl.testing import flagsaver
+  from drift_jax.tools import compile_check
+
+  compile_check.define_flags()
+  compile_check.prepare_libtpu()
+  for arguments in json.loads(sys.argv[1]):
+    with flagsaver.flagsaver():
+      sys.argv[1:] = arguments
+      flags.FLAGS(sys.argv)
+      try:
+        compile_check.main(sys.argv[:1])
+        print("no error")
+      except SystemExit as ended:
+        print(ended.code)
+"""
+_MISTAKES = {
+  "--topology=v6e": "--topology='v6e': want GENERATION:CHIPS",
+  "--topology=v9z:4x4": "v9z:4x4.*valid ones",
+  "--mesh=rows=2": r"'rows=2' is not AXIS=SIZE.*'data', 'fsdp'",
+  "--mesh=data=3": "mesh data=3, fsdp=1 does not fit 1 devices",
+  "--programs=trian": r"no 'trian'.*'train', 'sample'",
+  "--config.model.num_classes=0": "model.num_classes=0.*set it",
+}
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+  """(reports of a square mesh and a large batch, what the tool ended with)."""
+  folder = tmp_path_factory.mktemp("others")
+  files = [folder / f"{number}.json" for number in range(2)]
+  square = (
+    "--config.model.depth=1",
+    "--topology=v6e:4x4",
+    "--mesh=data=1,fsdp=16",
   )
-  assert done.returncode == 0, done.stderr[-3000:]
-  assert done.stdout.split() == ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"]
+  large = ("--topology=v5e:2x2", "--config.batch.generated=65536")
+  cases = [
+    [*SMALL, *case, "--programs=train", f"--json={file}"]
+    for case, file in zip((square, large), files, strict=True)
+  ]
+  cases += [["--config=configs/digits.py", mistake] for mistake in _MISTAKES]
+  lines = run("-c", _MANY, json.dumps(cases)).splitlines()
+  return [json.loads(file.read_text()) for file in files], lines
 
 
+@pytest.mark.system
 def test_collectives_of_a_tpu(v6e):
   """No activation is moved, and gradients are reduce-scattered."""
   train, sample = v6e[0]["programs"]
@@ -173,18 +209,11 @@ def test_collectives_of_a_tpu(v6e):
   assert kinds["all-reduce"]["bytes"] < 0.5 * sharded
 
 
-def test_sums_of_square_slices_are_told(v6e):
+@pytest.mark.system
+def test_sums_of_square_slices_are_told(v6e, others):
   """Where libtpu takes reduce-scatters apart, and a mesh where it doesn't."""
-  result = json.loads(
-    run(
-      *SMALL,
-      "--config.model.depth=1",
-      "--topology=v6e:4x4",
-      "--mesh=data=1,fsdp=16",
-      "--programs=train",
-      "--json=-",
-    ).stdout
-  )
+  (result, _), lines = others
+  assert "no error" in lines
   (report,) = result["programs"]
   assert report["fits"] and "reduce-scatter" not in report["collectives"]
   (line,) = report["advice"]
@@ -198,17 +227,10 @@ def test_sums_of_square_slices_are_told(v6e):
   assert v6e[0]["programs"][0]["advice"] == []
 
 
-def test_what_does_not_fit_is_told():
-  done = run(
-    *SMALL,
-    "--topology=v5e:2x2",
-    "--config.batch.generated=65536",
-    "--programs=train",
-    "--json=-",
-    ok=False,
-  )
-  assert done.returncode == 1
-  report = json.loads(done.stdout)
+@pytest.mark.system
+def test_what_does_not_fit_is_told(others):
+  (_, report), lines = others
+  assert lines[-len(_MISTAKES) - 1] == "1"
   (train,) = report["programs"]
   assert train["fits"] is False
   assert train["peak"] > train["available"] == int(15.75 * 2**30)
@@ -217,6 +239,29 @@ def test_what_does_not_fit_is_told():
   assert any("batch.generated" in line for line in train["advice"])
 
 
+def test_elements_of_tuples_are_counted():
+  """However they are written: JAX 0.12 does without get-tuple-element."""
+  program = """
+ENTRY %main (p.1: (f32[4], (f32[9], f32[8,2]))) -> f32[4] {{
+  %p.1 = (f32[4]{{0}}, /*index=1*/(f32[9]{{0}}, f32[8,2]{{1,0}})) parameter(0)
+{elements}
+  ROOT %sum = (f32[4]{{0}}, f32[8,2]{{1,0}}) all-reduce({operands})
+}}
+"""
+  explicit = program.format(
+    elements="""  %a = f32[4]{0} get-tuple-element(%p.1), index=0
+  %b = (f32[9]{0}, f32[8,2]{1,0}) get-tuple-element(%p.1), index=1
+  %c = f32[8,2]{1,0} get-tuple-element(%b), index=1""",
+    operands="%a, %c",
+  )
+  short = program.format(elements="", operands="%p.1#0, %p.1#1#1")
+  for text in (explicit, short):
+    found = hlo.analyse(text)
+    assert found.by_kind() == {"all-reduce": {"count": 1, "bytes": 80}}
+    assert found.bytes == 160
+
+
+@pytest.mark.slow
 def test_the_devices_that_are_there():
   """Without a topology; nobody says how much memory a CPU has."""
   config = config_lib.parse(digits.get_config("encoder"))
@@ -258,6 +303,7 @@ def test_memory_falls_as_fsdp_grows():
   assert len({size["batch"] for size in sizes}) == 1
 
 
+@pytest.mark.slow
 def test_a_program_that_can_not_be_read(monkeypatch):
   """libtpu fails to write some: what is known without the text is told."""
 
@@ -272,56 +318,12 @@ def test_a_program_that_can_not_be_read(monkeypatch):
   assert report.collectives == {}  # fsdp=1
 
 
-def test_a_mistake_is_one_line():
-  done = run(
-    "--config=configs/digits.py", "--config.model.num_classes=0", ok=False
-  )
-  (line,) = done.stderr.strip().splitlines()[-1:]
-  assert line.startswith("Error: "), done.stderr
-  assert re.search("model.num_classes=0.*set it", line), line
-  assert "Traceback" not in done.stderr
-
-
-# The command line for one list of arguments after the other.
-_MANY = """if True:
-  import json, sys
-  from absl import flags
-  from absl.testing import flagsaver
-  from drift_jax.tools import compile_check
-
-  compile_check.define_flags()
-  compile_check.prepare_libtpu()
-  for argument in json.loads(sys.argv[1]):
-    with flagsaver.flagsaver():
-      flags.FLAGS([sys.argv[0], "--config=configs/digits.py", argument])
-      try:
-        compile_check.main(sys.argv[:1])
-        print("no error")
-      except SystemExit as ended:
-        print(ended.code)
-"""
-
-
-def test_mistakes():
-  cases = {
-    "--topology=v6e": "--topology='v6e': want GENERATION:CHIPS",
-    "--topology=v9z:4x4": "v9z:4x4.*valid ones",
-    "--mesh=rows=2": r"'rows=2' is not AXIS=SIZE.*'data', 'fsdp'",
-    "--mesh=data=3": "mesh data=3, fsdp=1 does not fit 1 devices",
-    "--programs=trian": r"no 'trian'.*'train', 'sample'",
-  }
-  done = subprocess.run(
-    [sys.executable, "-c", _MANY, json.dumps(list(cases))],
-    cwd=ROOT,
-    env=environment() | {"JAX_PLATFORMS": "cpu"},
-    capture_output=True,
-    text=True,
-    timeout=300,
-  )
-  assert done.returncode == 0, done.stderr[-3000:]
-  lines = done.stdout.splitlines()
-  assert len(lines) == len(cases), lines
-  for line, message in zip(lines, cases.values(), strict=True):
+@pytest.mark.system
+def test_mistakes(others):
+  _, lines = others
+  for line, message in zip(
+    lines[-len(_MISTAKES) :], _MISTAKES.values(), strict=True
+  ):
     assert line.startswith("Error: ") and re.search(message, line), line
 
 
@@ -356,18 +358,23 @@ def test_sizes_in_compilers_messages():
   assert compile_check.needed_bytes("something else") is None
 
 
-def test_every_published_config_is_described():
-  """Their networks need not be there: all programs can be made."""
-  from tests.published_configs_test import MAES, TABLE_8, get
+@pytest.mark.slow
+def test_published_configs_are_described():
+  """Their networks need not be there: all programs can be made.
 
+  The largest of each kind; the others differ in sizes.
+  """
   mesh = sharding.make_mesh(1, 8)
   decoded = ("imagenet_latent", "convnext")
-  for name, variant in (*TABLE_8, *MAES, decoded):
-    names = [p.name for p in experiment.programs(get(name, variant), mesh)]
-    if name.startswith("mae"):
-      assert names == ["train", "evaluate"]
-    else:
-      decode = ["decode"] if name == "imagenet_latent" else []
-      assert names == ["train", "sample", *decode, "judge inception"]
-  frozen = experiment.programs(get(*decoded), mesh)[0].arguments["frozen"]
-  assert frozen.keys() == {"convnext", "vae"}
+  generators = (("imagenet_latent", "l2"), ("imagenet_pixel", "l16"), decoded)
+  for name, variant in generators:
+    programs = experiment.programs(get(name, variant), mesh)
+    decode = ["decode"] if name == "imagenet_latent" else []
+    assert [program.name for program in programs] == [
+      *("train", "sample", *decode, "judge inception")
+    ]
+  # Those of the last one.
+  assert programs[0].arguments["frozen"].keys() == {"convnext", "vae"}
+  for name in ("mae_latent", "mae_pixel"):
+    names = [p.name for p in experiment.programs(get(name, "640"), mesh)]
+    assert names == ["train", "evaluate"]

@@ -58,18 +58,30 @@ def make_task(**changes):
 def make_batch(seed=0, size=B):
   rng = np.random.default_rng(seed)
   return steps.PolicyBatch(
-    {"state": jnp.asarray(rng.normal(size=(size, 2, 5)), jnp.float32)},
-    jnp.asarray(rng.uniform(-1, 1, size=(size, T, A)), jnp.float32),
+    {"state": rng.normal(size=(size, 2, 5)).astype(np.float32)},
+    rng.uniform(-1, 1, size=(size, T, A)).astype(np.float32),
   )
 
 
-def make_params(task):
+def shapes(task):
   batch = make_batch()
-  time = jnp.zeros(B, jnp.int32) if task.method == "diffusion" else None
-  noise = jnp.zeros((B, T, A))
-  return task.policy.init(
-    jax.random.key(3), batch.observations, noise, time=time
-  )["params"]
+  time = np.zeros(B, np.int32) if task.method == "diffusion" else None
+  noise = np.zeros((B, T, A), np.float32)
+  init = functools.partial(task.policy.init, jax.random.key(3))
+  return jax.eval_shape(init, batch.observations, noise, time=time)["params"]
+
+
+def make_params(task):
+  rng = np.random.default_rng(3)
+  return jax.tree.map(
+    lambda x: rng.normal(0, 0.3, x.shape).astype(x.dtype), shapes(task)
+  )
+
+
+def make_draws(task, size=B):
+  return jax.jit(
+    functools.partial(steps.draw_policy, task=task, batch_size=size)
+  )(jax.random.key(0))
 
 
 def field(x, y, problem_scale, tau, floor=1e-6):
@@ -129,16 +141,20 @@ def oracle(generated, actions, problem):
 def test_loss_and_gradient_follow_the_field(problem):
   task = make_task(problem=problem)
   batch, params = make_batch(), make_params(task)
-  draws = steps.draw_policy(jax.random.key(0), task, B)
-  condition = jnp.repeat(task.policy.encode(batch.observations), G, axis=0)
-  generated, pull = jax.vjp(
-    lambda p: task.policy.apply(
-      {"params": p}, draws.noise, condition, method="act"
-    ),
-    params,
+  draws = make_draws(task)
+  condition = np.repeat(task.policy.encode(batch.observations), G, axis=0)
+
+  def generate(params):
+    return task.policy.apply(
+      {"params": params}, draws.noise, condition, method="act"
+    )
+
+  want_loss, upstream = oracle(
+    precise_jit(generate)(params), batch.actions, problem
   )
-  want_loss, upstream = oracle(generated, batch.actions, problem)
-  (want,) = pull(jnp.asarray(upstream, jnp.float32))
+  (want,) = precise_jit(lambda params, up: jax.vjp(generate, params)[1](up))(
+    params, np.float32(upstream)
+  )
   loss, report, gradients = precise_jit(
     functools.partial(steps.policy_gradients, task=task)
   )(params, batch, draws)
@@ -157,7 +173,7 @@ def test_one_positive_of_each_observation():
   variant = Variant(normalize_features=False, normalize_drift=False)
   task = make_task(drift=task.drift, variant=variant)
   batch, params = make_batch(), make_params(task)
-  draws = steps.draw_policy(jax.random.key(0), task, B)
+  draws = make_draws(task)
 
   def drift_of_first(actions):
     def loss(shift):
@@ -167,20 +183,24 @@ def test_one_positive_of_each_observation():
 
     return jax.grad(loss)(jnp.zeros((G, T, A)))
 
+  drift_of_first = jax.jit(drift_of_first)
+  moved = batch.actions + np.float32(0.3)
   first = drift_of_first(batch.actions)
-  others = drift_of_first(batch.actions.at[1:].add(0.3))
-  own = drift_of_first(batch.actions.at[0].add(0.3))
+  others = drift_of_first(np.concatenate([batch.actions[:1], moved[1:]]))
+  own = drift_of_first(np.concatenate([moved[:1], batch.actions[1:]]))
   np.testing.assert_array_equal(first, others)
   assert np.abs(np.asarray(first - own)).max() > 1e-3 * np.abs(first).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "changes",
   [
-    {},
-    {"problem": "chunk"},
-    {"crop": (9, 6)},
-    {"variant": Variant(negatives="independent")},
+    {
+      "problem": "chunk",
+      "crop": (9, 6),
+      "variant": Variant(negatives="independent"),
+    },
     {"method": "regression", "num_generated": 1},
     {"method": "diffusion", "diffusion_steps": 10},
     {
@@ -188,7 +208,7 @@ def test_one_positive_of_each_observation():
       "temperature": steps.Temperature("learned", 1e-2, 1e-6),
     },
   ],
-  ids=["step", "chunk", "crop", "independent", "regression", "ddpm", "learned"],
+  ids=["chunk", "regression", "ddpm", "step"],
 )
 def test_one_device_is_eight(changes):
   task = make_task(**changes)
@@ -202,7 +222,7 @@ def test_one_device_is_eight(changes):
     chosen = np.array(jax.devices()[:devices]).reshape(shape)
     mesh = jax.sharding.Mesh(chosen, sharding.BATCH_AXES)
     abstract, init = state_lib.abstract_and_init(
-      lambda key: make_params(task),
+      lambda key: jax.tree.map(jnp.asarray, make_params(task)),
       optimizer,
       ema_decays=(0.9,),
       seed=0,
@@ -237,43 +257,47 @@ def test_one_device_is_eight(changes):
     assert_close(found, wanted, 2e-4)
 
 
+def policy_loss(params, batch, draws, *, task):
+  loss, _ = jax.jit(functools.partial(steps.policy_loss, task=task))(
+    params, batch, draws
+  )
+  return loss
+
+
 def test_baselines_are_their_formulas():
   regression = make_task(method="regression", num_generated=1)
   batch, params = make_batch(), make_params(regression)
   draws = steps.draw_policy(jax.random.key(0), regression, B)
   assert not np.any(draws.noise)
-  found, _ = steps.policy_loss(params, batch, draws, regression)
-  chunks = regression.policy.apply(
+  found = policy_loss(params, batch, draws, task=regression)
+  chunks = jax.jit(regression.policy.apply)(
     {"params": params}, batch.observations, draws.noise
   )
   assert_close(found, np.mean((np.float64(chunks) - batch.actions) ** 2), 1e-6)
 
   task = make_task(method="diffusion", diffusion_steps=10)
   params = make_params(task)
-  draws = steps.draw_policy(jax.random.key(0), task, B)
+  draws = make_draws(task)
   assert len(set(draws.time.tolist())) > 1 and draws.time.max() < 10
-  found, _ = steps.policy_loss(params, batch, draws, task)
+  found = policy_loss(params, batch, draws, task=task)
   bars = diffusion.alpha_bars(10)[np.asarray(draws.time)][:, None, None]
   clean, observations = jax.tree.map(
     lambda x: np.repeat(x, G, axis=0), (batch.actions, batch.observations)
   )
   noisy = np.sqrt(bars) * clean + np.sqrt(1 - bars) * draws.noise
-  eps = task.policy.apply(
-    {"params": params},
-    observations,
-    jnp.asarray(noisy, jnp.float32),
-    time=draws.time,
+  eps = jax.jit(task.policy.apply)(
+    {"params": params}, observations, np.float32(noisy), time=draws.time
   )
   assert_close(found, np.mean((np.float64(eps) - draws.noise) ** 2), 1e-5)
 
 
 def test_draws():
   task = make_task(crop=(9, 6), variant=Variant(negatives="independent"))
-  draws = steps.draw_policy(jax.random.key(0), task, 64)
+  draws = make_draws(task, 64)
   assert draws.noise.shape == draws.repelling.shape == (64 * G, T, A)
-  assert not np.any(draws.noise == draws.repelling)
+  assert not np.any(np.equal(draws.noise, draws.repelling))
   assert set(np.unique(draws.offsets)) == {0, 1, 2, 3}
-  assert steps.draw_policy(jax.random.key(0), make_task(), 2).offsets is None
+  assert make_draws(make_task(), 2).offsets is None
 
 
 @pytest.mark.parametrize("method", ["drifting", "diffusion", "regression"])
@@ -288,7 +312,7 @@ def test_a_row_acts_by_its_episode_and_call_alone(method):
   act = jax.jit(
     functools.partial(steps.act_step, task=task, seed=1, sampler=sampler)
   )
-  episodes = jnp.arange(B)
+  episodes = np.arange(B)
   chunks = act(params, observations, episodes, 0)
   assert chunks.shape == (B, T, A)
   assert np.abs(chunks).max() <= 1

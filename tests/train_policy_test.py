@@ -1,10 +1,11 @@
 """Policies end to end: training, resume, rollouts, real formats, refusals."""
 
+import contextlib
 import functools
 import json
 import shutil
-import subprocess
 import sys
+import types
 
 import h5py
 import jax
@@ -20,11 +21,12 @@ from drift_jax import (
   experiment,
   metrics,
   robots,
+  sharding,
   train_policy,
 )
-from drift_jax.tools.work import policy_table
-from tests.conftest import ROOT
-from tests.process import process_environment
+from drift_jax.models import observations
+from drift_jax.tools.work import policy_table, rollout
+from tests import process
 
 
 def small(variant="", **changes):
@@ -45,17 +47,40 @@ def assert_same(a, b):
     np.testing.assert_array_equal(x, y)
 
 
+@contextlib.contextmanager
+def on_one_device():
+  """As if there were no other: for eight, all takes twice as long."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sharding, "find_devices", lambda: jax.devices()[:1])
+    yield
+
+
+@pytest.fixture
+def one_device():
+  with on_one_device():
+    yield
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-  """{method: (state, workdir)} of the obstacle's smoke runs."""
+  """{method: (state, workdir)} of the obstacle's smoke runs.
+
+  The first one on all devices, and with a learned temperature in its state.
+  """
   out = {}
   for method in ("drifting", "diffusion", "regression"):
     workdir = tmp_path_factory.mktemp(method)
-    state = train_policy.train_and_evaluate(small(method), str(workdir))
+    if method == "drifting":
+      config, devices = small("learned"), contextlib.nullcontext()
+    else:
+      config, devices = small(method, eval__parallel=1), on_one_device()
+    with devices:
+      state = train_policy.train_and_evaluate(config, str(workdir))
     out[method] = state, workdir
   return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("method", "samplers"),
   [
@@ -90,16 +115,15 @@ def test_a_run_leaves_figures_curves_and_videos(trained, method, samplers):
     assert picture.width > 300
 
 
-def test_the_last_evaluations_are_averaged(tmp_path, trained):
-  _, workdir = trained["drifting"]
-  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+def test_the_last_evaluations_are_averaged(tmp_path):
   config = config_lib.parse(small(eval__checkpoints=3, eval__videos=0))
   # A step that was evaluated again, after a resume, counts once.
-  more = [(6, 0.2), (8, 0.9), (8, 0.5), (10, 0.8)]
-  lines += [
+  evaluated = [(2, 0.1), (4, 0.1), (6, 0.2), (8, 0.9), (8, 0.5), (10, 0.8)]
+  lines = [
     json.dumps({"step": step, "eval/one_step/success_rate": rate})
-    for step, rate in more
+    for step, rate in evaluated
   ]
+  lines.insert(1, json.dumps({"step": 3, "loss": 1.0}))
   (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
   evaluation = train_policy.Evaluation(config, {}, [], None, tmp_path)
   means = evaluation.means("one_step")
@@ -128,25 +152,20 @@ def test_rollouts_are_stopped_between_chunks(tmp_path, monkeypatch):
   assert chunks == [("params", 0), ("params", 1), ("params", 2)]
 
 
-def test_a_resumed_run_is_bit_equal(tmp_path):
-  variant = "learned"  # whose temperature is in the state as well
-  changes = {
-    "eval__every": 0,
-    "eval__videos": 0,
-    "optim__schedule": "constant",  # the same for any number of steps
-  }
-  whole = train_policy.train_and_evaluate(
-    small(variant, **changes), str(tmp_path / "whole")
+@pytest.mark.slow
+def test_a_resumed_run_is_bit_equal(tmp_path, trained):
+  """From step 2 on, whose temperature is in the checkpoint as well."""
+  whole, workdir = trained["drifting"]
+  shutil.copytree(workdir, tmp_path / "run")
+  shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+  resumed = train_policy.train_and_evaluate(
+    small("learned", eval__every=0, eval__videos=0), str(tmp_path / "run")
   )
-  parts = str(tmp_path / "parts")
-  train_policy.train_and_evaluate(
-    small(variant, **changes, train__num_steps=2), parts
-  )
-  resumed = train_policy.train_and_evaluate(small(variant, **changes), parts)
   assert int(resumed.step) == 4
   assert_same(whole, resumed)
 
 
+@pytest.mark.slow
 def test_a_policy_is_loaded_with_its_normaliser(trained):
   state, workdir = trained["drifting"]
   mesh = experiment.open_mesh(config_lib.Mesh(data=-1, fsdp=1))
@@ -190,24 +209,12 @@ def test_environments_are_closed_whatever_happens(monkeypatch):
   assert len(opened) == 2 and closed == opened[::-1]
 
 
+@pytest.mark.slow
 def test_the_rollout_tool(trained, tmp_path):
   _, workdir = trained["diffusion"]
-
-  def call(*args):
-    return subprocess.run(
-      [
-        *(sys.executable, "-m", "drift_jax.tools.rollout"),
-        *(f"--workdir={workdir}", *args),
-      ],
-      cwd=ROOT,
-      env=process_environment(),
-      capture_output=True,
-      text=True,
-      check=False,
-    )
-
   video = tmp_path / "video.gif"
-  done = call(
+  done = process.call(
+    *("-m", "drift_jax.tools.rollout", f"--workdir={workdir}"),
     *("--samplers=ddim:2", "--episodes=3", f"--video={video}"),
     f"--json={tmp_path / 'figures.json'}",
   )
@@ -218,13 +225,14 @@ def test_the_rollout_tool(trained, tmp_path):
   assert json.loads((tmp_path / "figures.json").read_text()) == report
   with Image.open(video) as gif:
     assert gif.n_frames > 2
-  for flag, text in (
-    ("--samplers=ddim:3", "valid samplers are 'ddpm:10' and 'ddim:N'"),
-    (f"--video={video}", "--video is of one sampler"),
+  flags = dict.fromkeys(("step", "episodes", "seed", "samplers", "video"))
+  flags |= {"workdir": str(workdir), "videos": 4}
+  for changes, text in (
+    ({"samplers": ["ddim:3"]}, "valid samplers are 'ddpm:10' and 'ddim:N'"),
+    ({"video": str(video)}, "--video is of one sampler"),
   ):
-    failed = call(flag)
-    assert failed.returncode == 1 and "Traceback" not in failed.stderr
-    assert text in failed.stderr
+    with pytest.raises(config_lib.ConfigError, match=text):
+      rollout.run(types.SimpleNamespace(**flags | changes))
 
 
 def copy_of(workdir, path, config=(), **figures):
@@ -241,6 +249,7 @@ def copy_of(workdir, path, config=(), **figures):
   return str(path)
 
 
+@pytest.mark.slow
 def test_methods_side_by_side(trained, tmp_path):
   drifting, diffusion = (trained[name][1] for name in ("drifting", "diffusion"))
   for number, rate in ((0, 0.5), (1, 0.75)):
@@ -252,38 +261,31 @@ def test_methods_side_by_side(trained, tmp_path):
       success_rate=rate,
       milliseconds_per_chunk=2.0,
     )
-  done = subprocess.run(
-    [
-      *(sys.executable, "-m", "drift_jax.tools.policy_table"),
-      f"--workdirs={tmp_path / '1'},{tmp_path / '0'},{diffusion}",
-      f"--out={tmp_path / 'table'}",
-    ],
-    cwd=ROOT,
-    env=process_environment(),
-    capture_output=True,
-    text=True,
-    check=False,
+  out = tmp_path / "table"
+  text = policy_table.run(
+    [str(tmp_path / "1"), str(tmp_path / "0"), str(diffusion)], str(out)
   )
-  assert done.returncode == 0, done.stderr
-  lines = done.stdout.splitlines()[2:]
+  lines = text.splitlines()[2:]
   assert lines[0] == (
-    "| obstacle, drifting | 1 | 0.625 | 0, 1: 0.500, 0.750 | 2 |"
+    "| obstacle, drifting, learned temperature | 1 | 0.625 | "
+    "0, 1: 0.500, 0.750 | 2 |"
   )
   assert [line.split(" | ")[0] for line in lines[1:]] == [
     "| obstacle, diffusion, ddpm:10",
     "| obstacle, diffusion, ddim:5",
   ]
   assert [line.split(" | ")[1] for line in lines[1:]] == ["10", "5"]
-  assert (tmp_path / "table" / "policies.md").read_text() == done.stdout
-  with Image.open(tmp_path / "table" / "policies.png") as picture:
+  assert (out / "policies.md").read_text() == text
+  with Image.open(out / "policies.png") as picture:
     assert picture.width > 500
 
 
+@pytest.mark.slow
 def test_only_like_runs_stand_side_by_side(trained, tmp_path):
   _, workdir = trained["drifting"]
   for number, (key, value, message) in enumerate(
     (
-      ("seed", 0, "obstacle, drifting, seed 0 is there twice"),
+      ("seed", 0, "drifting, learned temperature, seed 0 is there twice"),
       ("data.seed", 5, r"can't be compared: data\.seed is 0 and 5"),
       ("model.widths", (16,), r"model\.widths is \[8\] and \[16\]"),
       ("batch.generated", 4, r"batch\.generated is 8 and 4"),
@@ -295,7 +297,10 @@ def test_only_like_runs_stand_side_by_side(trained, tmp_path):
   # Another loss is another method.
   other = copy_of(workdir, tmp_path / "chunk", [("loss.problem", "chunk")])
   rows = policy_table.read([str(workdir), other])
-  assert [row.label for row in rows] == ["drifting", "drifting, problem chunk"]
+  assert [row.label for row in rows] == [
+    "drifting, learned temperature",
+    "drifting, problem chunk, learned temperature",
+  ]
   (tmp_path / "chunk" / "figures.json").unlink()
   with pytest.raises(config_lib.ConfigError, match="figures.json is missing"):
     policy_table.read([other])
@@ -305,11 +310,9 @@ def test_only_like_runs_stand_side_by_side(trained, tmp_path):
 def pusht(tmp_path_factory):
   """Two short episodes of a scripted pusher in Diffusion Policy's format."""
   made, _ = robots.collect(
-    "pusht", episodes=2, seed=0, observations=("state", "img"), keep="all"
+    "pusht", episodes=1, seed=0, observations=("state", "img"), keep="all"
   )
-  # The first 20 steps of each.
-  steps_of = [np.arange(s.start, s.start + 20) for s in made.episodes()]
-  rows = np.concatenate(steps_of)
+  rows = slice(40)
   path = tmp_path_factory.mktemp("pusht") / "pusht_cchi_v7_replay.zarr"
   data.write_replay(
     path,
@@ -322,11 +325,16 @@ def pusht(tmp_path_factory):
   return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["pusht", "pusht_image"])
-def test_pusht_from_file_to_rollout(tmp_path, pusht, variant):
+def test_pusht_from_file_to_rollout(
+  tmp_path, monkeypatch, one_device, pusht, variant
+):
+  # ResNet-10 is compiled in half the time.
+  monkeypatch.setattr(observations, "_BLOCKS", 1)
   config = small(variant, data__source=f"zarr:{pusht}", data__episodes=2)
   config.train.num_steps = config.eval.every = config.checkpoint.every = 1
-  config.eval.update(episodes=2, videos=1)
+  config.eval.update(episodes=1, videos=1)
   state = train_policy.train_and_evaluate(config, str(tmp_path))
   report = json.loads((tmp_path / "figures.json").read_text())
   assert 0 <= report["one_step"]["score"] <= 1
@@ -336,7 +344,8 @@ def test_pusht_from_file_to_rollout(tmp_path, pusht, variant):
   assert any("img" in name for name in names) == (variant == "pusht_image")
 
 
-def test_robomimic_trains_and_is_not_rolled_out(tmp_path):
+@pytest.mark.slow
+def test_robomimic_trains_and_is_not_rolled_out(tmp_path, one_device):
   file = tmp_path / "low_dim.hdf5"
   rng = np.random.default_rng(0)
   with h5py.File(file, "w") as written:
@@ -401,12 +410,14 @@ def test_what_is_refused(tmp_path, variant, changes, message):
   assert not (tmp_path / "run").exists()
 
 
-def test_other_demonstrations_are_no_resume(tmp_path):
-  changes = {"eval__every": 0, "eval__videos": 0}
-  workdir = str(tmp_path)
-  train_policy.train_and_evaluate(small(**changes, train__num_steps=2), workdir)
+@pytest.mark.slow
+def test_other_demonstrations_are_no_resume(tmp_path, trained):
+  _, workdir = trained["drifting"]
+  shutil.copytree(workdir, tmp_path / "run")
   with pytest.raises(config_lib.ConfigError, match=r"data\.seed: 0 -> 1"):
-    train_policy.train_and_evaluate(small(**changes, data__seed=1), workdir)
+    train_policy.train_and_evaluate(
+      small("learned", data__seed=1), str(tmp_path / "run")
+    )
 
 
 @pytest.mark.parametrize("module", ["gymnasium_robotics", "mujoco"])

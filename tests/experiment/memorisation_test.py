@@ -25,7 +25,16 @@ MAE = {
 
 @pytest.fixture(scope="module")
 def mesh():
-  return sharding.make_mesh()
+  return sharding.make_mesh(1, 1, jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory, mesh):
+  """(folder, its network)."""
+  folder = str(save_inception(tmp_path_factory.mktemp("inception")))
+  return folder, experiment.network_fn(
+    experiment.load_judge(folder, mesh), mesh
+  )
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +88,8 @@ def encoders(mesh):
   return {"mae": artifacts.Artifact("mae", module, params, {}, "0")}
 
 
-def test_pixels_against_all_distances(readers, mesh):
+def test_pixels_against_all_distances(readers):
+  mesh = sharding.make_mesh()
   rng = np.random.default_rng(0)
   copies = [3, 700, 1256]
   train = readers.train.fixed(np.arange(len(readers.train)))
@@ -111,6 +121,7 @@ def test_pixels_against_all_distances(readers, mesh):
   )
 
 
+@pytest.mark.slow
 def test_in_the_encoders_features(readers, mesh):
   images = readers.train.fixed(np.arange(0, 1200, 20))
   found = search(images, readers, mesh, "encoder", k=2)
@@ -122,14 +133,13 @@ def test_in_the_encoders_features(readers, mesh):
   assert found.space == "encoder"
 
 
-def test_in_a_networks_features(tmp_path, readers, mesh):
+@pytest.mark.slow
+def test_in_a_networks_features(inception, readers, mesh):
   """Reals are looked at as their files' pixels, generated ones truncated."""
-  folder = str(save_inception(tmp_path / "inception"))
+  folder, network = inception
   space = experiment.feature_space(folder, {}, None, metrics.to_rgb, mesh)
   assert space.name == "inception-v3 pool3, other weights"
   images = readers.train.fixed(np.arange(8))
-  artifact = experiment.load_judge(folder, mesh)
-  network = experiment.network_fn(artifact, mesh)
   assert_close(
     space.of_reals(images), network(metrics.real_pixels(images))[0], 1e-6
   )
@@ -140,7 +150,8 @@ def test_in_a_networks_features(tmp_path, readers, mesh):
   )
 
 
-def test_latents_are_decoded_on_both_sides(tmp_path, mesh):
+@pytest.mark.slow
+def test_latents_are_decoded_on_both_sides(tmp_path, inception, mesh):
   save_vae(tmp_path / "vae")
   section = config_lib.Vae(
     path=str(tmp_path / "vae"),
@@ -150,19 +161,19 @@ def test_latents_are_decoded_on_both_sides(tmp_path, mesh):
     model={},
   )
   vae = experiment.load_vae(section, mesh)
-  folder = str(save_inception(tmp_path / "inception"))
+  folder, network = inception
   to_pixels = experiment.make_pixels(experiment.make_decoder(vae, mesh))
   space = experiment.feature_space(folder, {}, vae, to_pixels, mesh)
   latents = np.random.default_rng(0).normal(size=(8, 4, 4, 2))
   latents = latents.astype(np.float32)
   pixels = to_pixels(sharding.put_batch(latents, mesh))
   assert pixels.shape == (8, 8, 8, 3)
-  network = experiment.network_fn(experiment.load_judge(folder, mesh), mesh)
   expected = network(np.asarray(pixels))[0]
   assert_close(space.of_samples(latents), expected, 1e-6)
   assert_close(space.of_reals(latents), expected, 1e-6)
 
 
+@pytest.mark.slow
 def test_cosine_similarity_in_clips_features(tmp_path, readers, mesh):
   folder = str(save_vit(tmp_path / "clip", family="clip"))
   space = experiment.feature_space(folder, {}, None, metrics.to_rgb, mesh)

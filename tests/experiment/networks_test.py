@@ -65,6 +65,7 @@ def test_encoders_recompute_if_the_config_says_so(section):
       assert make(changed, mesh)["mae"].module.remat == remat
 
 
+@pytest.mark.slow
 def test_a_generator_of_pixels_drifts_in_a_resnets_features(tmp_path):
   model = {
     "layers": (1, 2, 1, 1),

@@ -1,12 +1,10 @@
 """Environments by name, and what is the same in all of them."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
 from drift_jax import robots
+from tests import process
 
 STATES = {
   "obstacle": 2,
@@ -158,13 +156,9 @@ except robots.ExtraError as error:
 """
 
 
+@pytest.mark.system
 def test_missing_packages():
-  result = subprocess.run(
-    [sys.executable, "-W", "error", "-c", MISSING],
-    capture_output=True,
-    text=True,
-    timeout=120,
-  )
+  result = process.call("-W", "error", "-c", MISSING)
   assert result.returncode == 0, result.stderr
   *lines, last = result.stdout.splitlines()
   assert len(lines) == 8
