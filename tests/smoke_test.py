@@ -119,6 +119,7 @@ def test_latents(tmp_path, images, vae):
     **frozen,
     model={"input_size": SIDE // 8},
     batch={"labels": LABELS},
+    queue={"push_per_step": LABELS},
     encoders={"mae": {"path": str(encoder / train_mae.EXPORT)}},
     # The generator of pixels has them: they take long to compile.
     features={"patch_mean_size": (), "patch_std_size": ()},
@@ -144,6 +145,7 @@ def test_latents(tmp_path, images, vae):
       "positives": 1,
       "unconditional": 1,
     },
+    queue={"push_per_step": LABELS},
     eval={"every": 0},
   )
   assert np.isfinite(last["loss"]) and "scale/convenxt" in last
@@ -168,6 +170,7 @@ def test_pixels(tmp_path, images):
     data={**source, "num_workers": 1},
     model={"input_size": SIDE},
     batch={"labels": LABELS},
+    queue={"push_per_step": LABELS},
     encoders={"mae": {"path": str(encoder / train_mae.EXPORT)}},
   )
   assert np.isfinite(last["loss"]) and "scale/layer1" in last
