@@ -122,7 +122,11 @@ def test_latents(tmp_path, images, vae):
     queue={"push_per_step": LABELS},
     encoders={"mae": {"path": str(encoder / train_mae.EXPORT)}},
     # The generator of pixels has them: they take long to compile.
-    features={"patch_mean_size": (), "patch_std_size": ()},
+    features={
+      "patch_mean_size": (),
+      "patch_std_size": (),
+      "use_std": False,
+    },
   )
   assert np.isfinite(last["loss"]) and "scale/layer1" in last
   # Two classes of two images: decoded, not latents.
