@@ -33,7 +33,10 @@ def tiny(variant: str, **mesh: int):
   return config_lib.parse(config)
 
 
-def compiled(config) -> dict[str, tuple[experiment.Program, hlo.Program]]:
+def compiled(
+  config, *names: str
+) -> dict[str, tuple[experiment.Program, hlo.Program]]:
+  """The programs of these names, all if there are none."""
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   options = {"xla_backend_optimization_level": 0}
   return {
@@ -46,6 +49,7 @@ def compiled(config) -> dict[str, tuple[experiment.Program, hlo.Program]]:
       ),
     )
     for program in experiment.programs(config, mesh)
+    if not names or program.name in names
   }
 
 
@@ -82,6 +86,7 @@ def sharded():
   return compiled(tiny("features", data=2, fsdp=4))
 
 
+@pytest.mark.slow
 def test_only_parameters_are_gathered(sharded):
   for name, (program, found) in sharded.items():
     weights = [
@@ -100,6 +105,7 @@ def test_only_parameters_are_gathered(sharded):
     assert found.unknown_trips == 0
 
 
+@pytest.mark.slow
 def test_gradients_are_reduce_scattered(sharded):
   """Each sharded parameter's once, in float32; the rest is summed."""
   program, found = sharded["train"]
@@ -113,19 +119,22 @@ def test_gradients_are_reduce_scattered(sharded):
   assert expected <= kinds["all-reduce"]["bytes"] <= expected + SCALARS
 
 
+@pytest.mark.slow
 def test_samples_need_no_sums(sharded):
   assert set(sharded["sample"][1].by_kind()) == {"all-gather"}
 
 
+@pytest.mark.slow
 def test_whole_parameters_are_never_gathered():
   """With fsdp=1 there is one sum of gradients, and nothing else large."""
-  program, found = compiled(tiny("", data=8, fsdp=1))["train"]
+  program, found = compiled(tiny("", data=8, fsdp=1), "train")["train"]
   kinds = found.by_kind()
   assert set(kinds) == {"all-reduce"}
   expected = bytes_of(program.arguments["state"].params, sharded=False)
   assert expected <= kinds["all-reduce"]["bytes"] <= expected + SCALARS
 
 
+@pytest.mark.slow
 def test_encoders_train_the_same_way():
   found = compiled(tiny("encoder", data=2, fsdp=4))
   program, train = found["train"]

@@ -27,6 +27,8 @@ from tests.steps_test import (
   toy_task,
 )
 
+pytestmark = pytest.mark.slow
+
 # Of the toy's 4x4x1 latents, which become 8x8x3 images.
 VAE = models.build_vae(**{**ARGUMENTS, "latent_channels": 1})
 
@@ -48,9 +50,14 @@ def decoding_task(*others: str, remat: bool = False, **changed: Any):
 def problem():
   """(parameters, batch, draws, frozen), the parameters with no zeros."""
   task = decoding_task()
-  params = jax.jit(experiment.init_generator(task))(jax.random.key(0))
-  params = jax.tree.map(lambda x: x + 0.05, params)
-  draws = steps.draw(jax.random.key(1), task, 2)
+
+  @jax.jit
+  def init():
+    params = experiment.init_generator(task)(jax.random.key(0))
+    params = jax.tree.map(lambda x: x + 0.05, params)
+    return params, steps.draw(jax.random.key(1), task, 2)
+
+  params, draws = init()
   return params, toy_batch(2), draws, encoder_params(task)
 
 

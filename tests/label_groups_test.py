@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from drift_jax import drift, experiment, sharding, steps
@@ -20,27 +20,18 @@ from tests.steps_test import (
   with_encoder,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def task_of(groups: int, exact: bool = False, **changed: Any):
   task = with_encoder(toy_task())
   return dataclasses.replace(task, groups=groups, exact=exact, **changed)
 
 
-@pytest.fixture(scope="module")
-def at_once():
-  return run_toy(None, task_of(1), 4)
-
-
-def test_exact_groups_train_as_all_labels_at_once(at_once):
-  """Measured: see docs/performance.md."""
+def test_exact_groups_train_as_all_labels_at_once():
+  """Measured: see docs/performance.md; on a mesh in decoded_test."""
   groups = run_toy(None, task_of(4, exact=True), 4)
-  assert_same_histories(groups, at_once, 1e-5)
-
-
-def test_exact_groups_on_a_mesh(at_once):
-  mesh = sharding.make_mesh(2, 2, jax.devices()[:4])
-  groups = run_toy(mesh, task_of(2, exact=True), 4)
-  assert_same_histories(groups, at_once, 1e-5)
+  assert_same_histories(groups, run_toy(None, task_of(1), 4), 1e-5)
 
 
 def test_another_field_in_groups_on_a_mesh():
@@ -74,12 +65,14 @@ def test_another_field_in_groups_on_a_mesh():
   assert abs(abs(math.log(scales[1])) - 0.05) < 1e-4
 
 
-@pytest.fixture(scope="module")
-def weights():
-  """Of the generator and of the encoders."""
+@jax.jit
+def weights_and_draws():
+  """((of the generator, of the encoders), draws for 4 labels)."""
   task = task_of(1)
-  params = jax.jit(experiment.init_generator(task))(jax.random.key(0))
-  return jax.tree.map(lambda x: x + 0.05, params), encoder_params(task)
+  params = experiment.init_generator(task)(jax.random.key(0))
+  params = jax.tree.map(lambda x: x + 0.05, params)
+  weights = params, encoder_params(task)
+  return weights, steps.draw(jax.random.key(1), task, 4)
 
 
 def gradients(task, weights):
@@ -89,13 +82,13 @@ def gradients(task, weights):
   return lambda batch, draws: step(params, batch, draws, frozen)
 
 
-def test_groups_on_their_own_are_the_mean_of_their_batches(weights):
+def test_groups_on_their_own_are_the_mean_of_their_batches():
   batch = toy_batch(4)
-  draws = steps.draw(jax.random.key(1), task_of(1), 4)
+  weights, draws = jax.device_get(weights_and_draws())
   found = gradients(task_of(2), weights)(batch, draws)
 
   def part(i: int, x: Any) -> Any:
-    return jnp.split(x, 2)[i]
+    return np.split(x, 2)[i]
 
   at_once = gradients(task_of(1), weights)
   halves = [

@@ -12,6 +12,8 @@ from drift_jax.data.feed import QueueFeed
 from drift_jax.data.loader import Loader
 from tests.data.fakes import Numbers, values
 
+pytestmark = pytest.mark.slow
+
 # Of ImageNet's classes 895 have 1300 images, the others down to 732.
 SIZES = np.full(1000, 1300)
 SIZES[np.arange(105) * 9] = np.linspace(732, 1299, 105)

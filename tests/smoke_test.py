@@ -1,44 +1,35 @@
-"""The smoke variants in real processes, from image files to pictures."""
+"""The smoke variants, from image files to pictures."""
 
+import importlib
 import json
-import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from drift_jax import artifacts, metrics, models
+import drift_jax
+from drift_jax import artifacts, metrics, models, train_mae
+from drift_jax import train as train_generator
 from drift_jax.models import release
+from drift_jax.tools import cache_latents
 from tests.autoencoders import save_vae
-from tests.process import process_environment
 
-ROOT = pathlib.Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
+
 CLASSES = ("n01440764", "n01443537", "n02124075")
+SIDE = 128  # of images: half of what is published
+LABELS = 8  # one for each device
 
 
-def call(module, *arguments):
-  done = subprocess.run(
-    [sys.executable, "-m", f"drift_jax.{module}", *arguments],
-    cwd=ROOT,
-    env=process_environment(2),
-    capture_output=True,
-    text=True,
-    timeout=300,
-  )
-  assert done.returncode == 0, done.stderr[-3000:]
-  return done
-
-
-def train(config, workdir, *overrides):
-  call(
-    "main",
-    f"--config=configs/{config}",
-    f"--workdir={workdir}",
-    *(f"--config.{override}" for override in overrides),
-  )
+def train(name, variant, workdir, **changes):
+  """Runs a config with {section: {key: value}} changed; what it wrote last."""
+  config = importlib.import_module(f"configs.{name}").get_config(variant)
+  config.data.image_size = SIDE
+  for section, values in changes.items():
+    config[section].update(values)
+  task = train_mae if config.task == "mae" else train_generator
+  task.train_and_evaluate(config, str(workdir))
   lines = metrics.read_jsonl(workdir / "metrics.jsonl")
   assert lines[-1]["step"] == 2
   return {key: value for line in lines for key, value in line.items()}
@@ -46,7 +37,7 @@ def train(config, workdir, *overrides):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-  """SPLIT/CLASS/FILE: JPEGs of smooth colours, none of 256 x 256."""
+  """SPLIT/CLASS/FILE: JPEGs of smooth colours, none of SIDE x SIDE."""
   folder = tmp_path_factory.mktemp("images")
   rng = np.random.default_rng(0)
   for split, count in (("train", 3), ("validation", 2)):
@@ -56,13 +47,13 @@ def images(tmp_path_factory):
         coarse[..., label] = 255
         path = folder / split / name / f"{number}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(coarse).resize((300, 270)).save(path)
+        Image.fromarray(coarse).resize((150, 140)).save(path)
   return folder
 
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
-  # As deep as the SD-VAE: 256 px become 32 x 32 latents.
+  # As deep as the SD-VAE, which makes 8 pixels one.
   return save_vae(
     tmp_path_factory.mktemp("vae"), widths=(4, 4, 4, 8), latent_channels=4
   )
@@ -94,80 +85,98 @@ def save_convnext(folder):
 def test_latents(tmp_path, images, vae):
   """Images -> latent cache; encoder on images; generator on the cache."""
   cache = tmp_path / "latents"
-  call(
-    "tools.cache_latents",
-    f"--source=folder:{images}",
-    f"--vae={vae}",
-    f"--out={cache}",
-    "--batch_size=4",
+  source = cache_latents.open_images(
+    f"folder:{images}",
+    split="train",
+    data_dir="",
+    class_order="",
+    max_corrupt=0,
+  )
+  cache_latents.cache_latents(
+    source,
+    name=f"folder:{images}",
+    split="train",
+    vae=str(vae),
+    out=str(cache),
+    image_size=SIDE,
+    batch_size=8,
   )
   encoder = tmp_path / "encoder"
   last = train(
-    "mae_latent.py:smoke",
+    "mae_latent",
+    "smoke",
     encoder,
-    f"data.source=folder:{images}",
-    "data.class_order=imagenet",
-    f"vae.path={vae}",
+    data={"source": f"folder:{images}", "class_order": "imagenet"},
+    vae={"path": str(vae)},
   )
   assert np.isfinite([last["recon_loss"], last["eval/recon_loss"]]).all()
   workdir = tmp_path / "generator"
+  frozen = {"data": {"source": f"latents:{cache}"}, "vae": {"path": str(vae)}}
   last = train(
-    "imagenet_latent.py:smoke",
+    "imagenet_latent",
+    "smoke",
     workdir,
-    f"data.source=latents:{cache}",
-    f"vae.path={vae}",
-    f"encoders.mae.path={encoder / 'encoder'}",
+    **frozen,
+    model={"input_size": SIDE // 8},
+    batch={"labels": LABELS},
+    queue={"push_per_step": LABELS},
+    encoders={"mae": {"path": str(encoder / train_mae.EXPORT)}},
     # The generator of pixels has them: they take long to compile.
-    "features.patch_mean_size=()",
-    "features.patch_std_size=()",
+    features={
+      "patch_mean_size": (),
+      "patch_std_size": (),
+      "use_std": False,
+    },
   )
   assert np.isfinite(last["loss"]) and "scale/layer1" in last
   # Two classes of two images: decoded, not latents.
   with Image.open(workdir / "samples" / "step_0000002.png") as grid:
-    assert grid.size == (2 * 258 + 2, 2 * 258 + 2)
-  frozen = json.loads((workdir / "frozen_weights.json").read_text())
+    assert grid.size == (2 * (SIDE + 2) + 2, 2 * (SIDE + 2) + 2)
+  sums = json.loads((workdir / "frozen_weights.json").read_text())
   # Another one, in the features of what the autoencoder makes of latents.
   through = tmp_path / "through"
   last = train(
-    "imagenet_latent.py:convnext,smoke",
+    "imagenet_latent",
+    "convnext,smoke",
     through,
-    f"data.source=latents:{cache}",
-    f"vae.path={vae}",
-    f"encoders.convnext.path={save_convnext(tmp_path / 'convnext')}",
-    # Its images are 256 px and 224: a few are enough.
-    *("batch.labels=2", "batch.generated=2", "batch.positives=1"),
-    *("batch.unconditional=1", "eval.every=0"),
+    **frozen,
+    model={"input_size": SIDE // 8},
+    encoders={"convnext": {"path": str(save_convnext(tmp_path / "convnext"))}},
+    # Its images are of SIDE px and of 224: a few are enough.
+    batch={
+      "labels": LABELS,
+      "generated": 2,
+      "positives": 1,
+      "unconditional": 1,
+    },
+    queue={"push_per_step": LABELS},
+    eval={"every": 0},
   )
   assert np.isfinite(last["loss"]) and "scale/convenxt" in last
-  sums = json.loads((through / "frozen_weights.json").read_text())
-  assert sums.keys() == {"encoders.convnext", "vae"}
-  assert sums["vae"] == frozen["vae"]
-  out = tmp_path / "grid.png"
-  call(
-    "sample",
-    f"--workdir={workdir}",
-    "--labels=2",
-    "--alpha=1.5",
-    "--seed=0",
-    f"--out={out}",
-    "--count=1",
-  )
-  with Image.open(out) as grid:
-    assert grid.size == (260, 260)
-    assert np.std(np.asarray(grid)[2:-2, 2:-2].astype(np.float64)) > 0
+  others = json.loads((through / "frozen_weights.json").read_text())
+  assert others.keys() == {"encoders.convnext", "vae"}
+  assert others["vae"] == sums["vae"]
+  model = drift_jax.load(str(workdir))
+  grid = model.sample([2], count=1, alpha=1.5, seed=0).grid()
+  assert grid.shape[:2] == (SIDE + 4, SIDE + 4)
+  assert np.std(grid[2:-2, 2:-2].astype(np.float64)) > 0
 
 
 def test_pixels(tmp_path, images):
+  source = {"source": f"folder:{images}"}
   encoder = tmp_path / "encoder"
-  train("mae_pixel.py:smoke", encoder, f"data.source=folder:{images}")
+  train("mae_pixel", "smoke", encoder, data=source)
   workdir = tmp_path / "generator"
   last = train(
-    "imagenet_pixel.py:smoke",
+    "imagenet_pixel",
+    "smoke",
     workdir,
-    f"data.source=folder:{images}",
-    f"encoders.mae.path={encoder / 'encoder'}",
-    "data.num_workers=1",
+    data={**source, "num_workers": 1},
+    model={"input_size": SIDE},
+    batch={"labels": LABELS},
+    queue={"push_per_step": LABELS},
+    encoders={"mae": {"path": str(encoder / train_mae.EXPORT)}},
   )
   assert np.isfinite(last["loss"]) and "scale/layer1" in last
   with Image.open(workdir / "samples" / "step_0000002.png") as grid:
-    assert grid.size == (2 * 258 + 2, 2 * 258 + 2)
+    assert grid.size == (2 * (SIDE + 2) + 2, 2 * (SIDE + 2) + 2)

@@ -1,4 +1,8 @@
-"""The whole system in real processes: resume, kills, meshes, the CLIs."""
+"""The whole system: resume, kills, meshes, what a run leaves behind.
+
+In real processes of one device where something is killed, in this one, of
+eight, elsewhere.
+"""
 
 import contextlib
 import json
@@ -22,6 +26,7 @@ from drift_jax import (
   artifacts,
   checkpoint,
   experiment,
+  loop,
   metrics,
   steps,
   train,
@@ -33,35 +38,54 @@ from tests.conftest import assert_close
 from tests.judges import save_inception, save_random_statistics
 from tests.process import process_environment
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parent.parent
-STEPS = 24
-SMOKE = "--config=configs/digits.py:smoke"
-TINY = (
-  "--config.model.depth=1",
-  "--config.model.hidden_size=16",
-  "--config.model.cond_dim=16",
-  "--config.model.num_heads=2",
-  "--config.batch.generated=4",
-  "--config.batch.positives=8",
+STEPS = 12
+ENCODER_STEPS = 10
+SMALL = {
+  "model.depth": 1,
+  "model.hidden_size": 16,
+  "model.cond_dim": 16,
+  "model.num_heads": 2,
+  "batch.generated": 4,
+  "batch.positives": 8,
   # Another train.num_steps is another run under a cosine.
-  "--config.optim.schedule=constant",
-  "--config.train.log_every=1",
-  "--config.checkpoint.every=4",
-  "--config.eval.every=12",
-)
-UNRANKED = ("--config.eval.every=0", "--config.checkpoint.best_metric=")
-ENCODER = (
-  "--config=configs/digits.py:encoder,smoke",
-  "--config.model.base_channels=8",
-  "--config.mae.batch_size=16",
-  "--config.train.log_every=1",
-  "--config.checkpoint.every=2",
-  "--config.eval.every=20",
-)
+  "optim.schedule": "constant",
+  "train.num_steps": STEPS,
+  "train.log_every": 1,
+  "checkpoint.every": 4,
+  "eval.every": 8,
+}
+UNRANKED = {"eval.every": 0, "checkpoint.best_metric": ""}
+SMALL_ENCODER = {
+  "model.base_channels": 8,
+  "mae.batch_size": 16,
+  "train.log_every": 1,
+  "checkpoint.every": 5,
+  "eval.every": 20,
+}
+
+
+def flags(changes):
+  return tuple(f"--config.{key}={value}" for key, value in changes.items())
+
+
+SMOKE = "--config=configs/digits.py:smoke"
+TINY = flags(SMALL)
+ENCODER = ("--config=configs/digits.py:encoder,smoke", *flags(SMALL_ENCODER))
 
 
 def command(module, *arguments):
   return [sys.executable, "-m", f"drift_jax.{module}", *map(str, arguments)]
+
+
+def config_of(variant, *changes):
+  """The digits' config of a variant, with {key: value}."""
+  config = digits.get_config(variant)
+  for change in changes:
+    config.update_from_flattened_dict(change)
+  return config
 
 
 def last_step(workdir):
@@ -71,14 +95,11 @@ def last_step(workdir):
   return max((int(line["step"]) for line in lines), default=0)
 
 
-def kill_after(
-  target, *arguments, workdir, delay=0.0, by=signal.SIGKILL, code=None
-):
+def kill_after(target, workdir, delay=0.0, by=signal.SIGKILL, code=None):
   """Trains until metrics.jsonl holds the step, waits `delay` s, kills.
 
   Args:
     target: the step.
-    arguments: of the run.
     workdir: of the run.
     delay: in seconds.
     by: a signal.
@@ -89,9 +110,9 @@ def kill_after(
   """
   code = -by if code is None else code
   process = subprocess.Popen(
-    command("main", f"--workdir={workdir}", *arguments),
+    command("main", f"--workdir={workdir}", SMOKE, *TINY),
     cwd=ROOT,
-    env=process_environment(1),
+    env=process_environment(),
     stderr=subprocess.PIPE,
     text=True,
   )
@@ -116,15 +137,18 @@ def kill_after(
   return process.returncode
 
 
-def call(module, *arguments, devices=1, ok=True, kibibytes=None):
-  """Runs a program; no file of it may grow beyond a size, as on a full disk."""
-  line = command(module, *arguments)
+def train_alone(workdir, *arguments, ok=True, kibibytes=None):
+  """Trains in a process of one device, to the end.
+
+  No file may grow beyond a size, as on a full disk.
+  """
+  line = command("main", f"--workdir={workdir}", SMOKE, *TINY, *arguments)
   if kibibytes:
     line = ["bash", "-c", f'ulimit -f {kibibytes}; exec "$@"', "bash", *line]
   done = subprocess.run(
     line,
     cwd=ROOT,
-    env=process_environment(devices),
+    env=process_environment(),
     capture_output=True,
     text=True,
     timeout=300,
@@ -133,15 +157,10 @@ def call(module, *arguments, devices=1, ok=True, kibibytes=None):
   return done
 
 
-def train_tiny(workdir, *arguments, **options):
-  return call(
-    "main",
-    SMOKE,
-    f"--workdir={workdir}",
-    *TINY,
-    *arguments,
-    **options,
-  )
+def train_here(workdir, *changes, variant="smoke"):
+  """Trains a tiny generator in this process, on eight devices."""
+  config = config_of(variant, SMALL, *changes)
+  return train.train_and_evaluate(config, str(workdir))
 
 
 def checkpoint_arrays(workdir, step):
@@ -195,11 +214,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(folder):
-  """A run of 24 steps on one device in one go."""
-  train_tiny(folder / "whole", f"--config.train.num_steps={STEPS}")
+  """A run of 12 steps in a process of one device in one go."""
+  train_alone(folder / "whole")
   return folder / "whole"
 
 
+@pytest.mark.system
 def test_killed_at_arbitrary_moments_is_bit_equal(folder, whole):
   """By SIGTERM, then by SIGKILL; the moments differ every time the test runs.
 
@@ -215,52 +235,20 @@ def test_killed_at_arbitrary_moments_is_bit_equal(folder, whole):
     draws.append((target, delay))
     print(f"kill number {len(draws)}: {delay:.4f} s after step {target}")
     by = {"by": signal.SIGTERM, "code": 75} if len(draws) == 1 else {}
-    kill_after(
-      target,
-      SMOKE,
-      *TINY,
-      f"--config.train.num_steps={STEPS}",
-      workdir=workdir,
-      delay=delay,
-      **by,
-    )
+    kill_after(target, workdir, delay, **by)
     reached = last_step(workdir)
-  done = train_tiny(workdir, f"--config.train.num_steps={STEPS}")
+  done = train_alone(workdir)
   assert "Resuming after" in done.stderr or "Starting a new" in done.stderr
   assert_same_run(whole, workdir)
 
 
-def test_a_run_with_a_truncated_checkpoint_ends_bit_equal(folder, whole):
-  """Names the damage, then goes on from the checkpoint before it: queue, data
-  position, metrics file and all, across an evaluation."""
-  workdir = folder / "half"
-  shutil.copytree(whole, workdir)
-  newest = workdir / "checkpoints" / f"{STEPS}"
-  files = [p for p in (newest / "state").rglob("*") if p.is_file()]
-  largest = max(files, key=lambda p: p.stat().st_size)
-  largest.write_bytes(largest.read_bytes()[:-1])
-
-  length = f"--config.train.num_steps={STEPS}"
-  done = train_tiny(workdir, length, ok=False)
-  assert "Traceback" not in done.stderr
-  (line,) = [x for x in done.stderr.splitlines() if x.startswith("Error: ")]
-  assert f"{newest} is damaged: " in line and largest.name in line
-  assert "--config.checkpoint.on_corrupt=previous to go on from step 20" in line
-  assert newest.exists()
-
-  done = train_tiny(workdir, length, "--config.checkpoint.on_corrupt=previous")
-  assert "going on from step 20" in done.stderr
-  assert "Resuming after step 20." in done.stderr
-  assert (workdir / "checkpoints" / f"damaged_{STEPS}").exists()
-  assert_same_run(whole, workdir)
-
-
+@pytest.mark.system
 def test_a_full_disk_is_one_line_and_costs_no_checkpoint(folder, whole):
   workdir = folder / "full"
   shutil.copytree(whole, workdir)
-  done = train_tiny(
+  done = train_alone(
     workdir,
-    f"--config.train.num_steps={STEPS + 8}",
+    f"--config.train.num_steps={STEPS + 1}",
     ok=False,
     kibibytes=61,  # less than _METADATA takes
   )
@@ -276,16 +264,12 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(folder, whole):
 
 @pytest.fixture(scope="module")
 def eight(folder):
-  """Eight steps on 8 devices, with the checkpoints of steps 4 and 8."""
-  train_tiny(
-    folder / "eight",
-    "--config.train.num_steps=8",
-    *UNRANKED,
-    devices=8,
-  )
+  """The same run in this process, on 8 devices; holds steps 8 and 12."""
+  train_here(folder / "eight")
   return folder / "eight"
 
 
+@pytest.mark.system
 def test_one_device_trains_as_eight(whole, eight):
   """Measured over 8 steps: losses within 2.3e-7, every metric within 6.4e-6."""
   one, many = records(whole), records(eight)
@@ -295,80 +279,85 @@ def test_one_device_trains_as_eight(whole, eight):
       assert_close(one[step][name], value, 1e-4, f"step {step} {name}")
 
 
-def test_saved_on_8_by_1_goes_on_on_2_by_4(folder, eight):
+def test_a_run_with_a_truncated_checkpoint_ends_bit_equal(
+  folder, eight, caplog
+):
+  """Goes on from the checkpoint before it: queue, data position, metrics file
+  and all."""
+  workdir = folder / "half"
+  shutil.copytree(eight, workdir)
+  newest = workdir / "checkpoints" / f"{STEPS}"
+  files = [p for p in (newest / "state").rglob("*") if p.is_file()]
+  largest = max(files, key=lambda p: p.stat().st_size)
+  largest.write_bytes(largest.read_bytes()[:-1])
+  with pytest.raises(checkpoint.CheckpointError) as caught:
+    train_here(workdir)
+  line = str(caught.value)
+  assert f"{newest} is damaged: " in line and largest.name in line
+  assert "--config.checkpoint.on_corrupt=previous to go on from step 8" in line
+  assert newest.exists()
+
+  with caplog.at_level("INFO"):
+    train_here(workdir, {"checkpoint.on_corrupt": "previous"})
+  assert "going on from step 8" in caplog.text
+  assert "Resuming after step 8." in caplog.text
+  assert (workdir / "checkpoints" / f"damaged_{STEPS}").exists()
+  assert_same_run(eight, workdir)
+
+
+def test_saved_on_8_by_1_goes_on_on_2_by_4(folder, eight, caplog):
   workdir = folder / "other_mesh"
   shutil.copytree(eight, workdir)
-  shutil.rmtree(workdir / "checkpoints" / "8")
-  done = train_tiny(
-    workdir,
-    "--config.train.num_steps=8",
-    *UNRANKED,
-    "--config.mesh.data=2",
-    "--config.mesh.fsdp=4",
-    devices=8,
-  )
-  assert "Resuming after step 4." in done.stderr
+  shutil.rmtree(workdir / "checkpoints" / f"{STEPS}")
+  with caplog.at_level("INFO"):
+    train_here(workdir, {"mesh.data": 2, "mesh.fsdp": 4})
+  assert "Resuming after step 8." in caplog.text
   here, there = records(workdir), records(eight)
-  for step in range(5, 9):
+  for step in range(9, STEPS + 1):
     for name, value in there[step].items():
-      assert_close(here[step][name], value, 1e-4, f"step {step} {name}")
+      if not name.startswith("eval/"):
+        assert_close(here[step][name], value, 1e-4, f"step {step} {name}")
 
 
-def test_workdir_holds_what_is_promised(whole):
-  config = json.loads((whole / "config.json").read_text())
+def test_workdir_holds_what_is_promised(eight):
+  config = json.loads((eight / "config.json").read_text())
   assert config["train"]["num_steps"] == STEPS
-  assert list(whole.glob("events.out.tfevents.*"))
-  for step in (12, STEPS):
-    with Image.open(whole / "samples" / f"step_{step:07d}.png") as image:
+  assert list(eight.glob("events.out.tfevents.*"))
+  for step in (8, STEPS):
+    with Image.open(eight / "samples" / f"step_{step:07d}.png") as image:
       # Ten rows of ten 8x8 digits, magnified, with padding.
       assert image.size[0] == image.size[1] >= 10 * 8
   for name in ("drift_rms", "frechet"):
-    with Image.open(whole / "plots" / f"{name}.png") as image:
+    with Image.open(eight / "plots" / f"{name}.png") as image:
       assert min(image.size) > 200
-  last = records(whole)[STEPS]
+  last = records(eight)[STEPS]
   assert last["eval/fd_pixel/alpha_1.0"] > last["eval/fd_pixel/baseline"] > 0
   for name in ("drift_rms/0.02", "neighbours/0.2", "scale/global"):
     assert last[name] >= 0
 
 
-def test_sample_writes_the_grid_that_was_asked_for(folder, whole):
-  """The same on one device and on eight, another with another seed."""
-  out = folder / "grid.png"
-  call(
-    "sample",
-    f"--workdir={whole}",
-    "--labels=3,7",
-    "--alpha=1.5",
-    "--seed=0",
-    f"--out={out}",
-  )
-  written = np.asarray(Image.open(out)).astype(int)
-  assert written.shape[0] * 4 < written.shape[1]  # two rows of ten
-
-  model = drift_jax.load(str(whole))
+def test_samples_of_a_trained_run(eight):
+  """Two rows of ten, others with another seed."""
+  model = drift_jax.load(str(eight))
 
   def drawn(seed):
     samples = model.sample([3, 7], count=10, alpha=1.5, seed=seed)
     return samples.grid().astype(int)
 
-  # A rounding away from the same grey value.
-  same = drawn(0)
-  assert same.shape == written.shape and np.abs(same - written).max() <= 1
-  assert np.abs(drawn(1) - written).max() > 1
-
-
-def test_sample_at_an_alpha_that_was_never_trained(whole):
+  grid = drawn(0)
+  assert grid.shape[0] * 4 < grid.shape[1]
+  assert np.any(drawn(1) != grid)
   with pytest.raises(
     config_lib.ConfigError, match=r"trained for alpha in \[1.0, 4.0\]"
   ):
-    drift_jax.load(str(whole)).sample(alpha=7.0)
+    model.sample(alpha=7.0)
 
 
-def test_a_checkpoint_or_an_average_that_is_not_there(whole):
+def test_a_checkpoint_or_an_average_that_is_not_there(eight):
   def load(**changes):
     arguments = {"step": None, "ema_decay": None} | changes
     mesh = experiment.open_mesh(config_lib.Mesh(data=-1, fsdp=1))
-    return experiment.load_generator(str(whole), mesh, **arguments)
+    return experiment.load_generator(str(eight), mesh, **arguments)
 
   with pytest.raises(checkpoint.CheckpointError, match="no checkpoint of step"):
     load(step=3)
@@ -376,47 +365,34 @@ def test_a_checkpoint_or_an_average_that_is_not_there(whole):
     config_lib.ConfigError, match=r"valid options are \(0.99, 0.995\)"
   ):
     load(ema_decay=0.5)
-  assert load().step in (12, STEPS)
+  assert load().step in (8, STEPS)
 
 
-def test_evaluate_prints_a_table_and_writes_json(whole):
-  done = call(
-    "evaluate",
-    f"--workdir={whole}",
-    "--alphas=1,3",
-    "--num_samples=100",
-  )
-  assert "| fd_pixel |" in done.stdout and "alpha 3" in done.stdout
-  report = json.loads((whole / "evaluation.json").read_text())
-  assert report["num_samples"] == 100
-  assert set(report["results"]) == {"1.0", "3.0"}
-  assert report["baseline"]["fd_pixel"] > 0
-
-
-def test_judged_by_a_network_in_the_loop(folder, whole):
+def test_judged_by_a_network_in_the_loop(folder, eight):
   """The same training to the last bit; the best checkpoint is the lowest."""
   workdir = folder / "judged"
   judge = save_inception(folder / "inception")
   statistics = save_random_statistics(
     folder / "digits.npz", judge, resolution=8, crop="none"
   )
-  train_tiny(
+  train_here(
     workdir,
-    f"--config.train.num_steps={STEPS}",
-    "--config.eval.metrics=('fd_inception',)",
-    f"--config.eval.inception.path={judge}",
-    f"--config.eval.inception.reference={statistics}",
-    "--config.eval.num_samples=50",
-    "--config.eval.batch_size=20",
-    "--config.checkpoint.best_metric=fd_inception",
+    {
+      "eval.metrics": ("fd_inception",),
+      "eval.inception.path": str(judge),
+      "eval.inception.reference": str(statistics),
+      "eval.num_samples": 50,
+      "eval.batch_size": 20,
+      "checkpoint.best_metric": "fd_inception",
+    },
   )
-  first, second = (checkpoint_arrays(x, STEPS) for x in (whole, workdir))
+  first, second = (checkpoint_arrays(x, STEPS) for x in (eight, workdir))
   for name in first:
     np.testing.assert_array_equal(first[name], second[name], err_msg=name)
   figures = {
     step: min(v for k, v in record.items() if k.startswith("eval/fd_inception"))
     for step, record in records(workdir).items()
-    if step in (12, STEPS)
+    if step in (8, STEPS)
   }
   with checkpoint_reader(workdir) as reader:
     assert reader.best_step() == min(figures, key=figures.__getitem__)
@@ -434,21 +410,25 @@ def checkpoint_reader(workdir):
     reader.close()
 
 
-def test_another_experiment_may_not_use_the_workdir(whole):
-  done = train_tiny(
-    whole,
-    f"--config.train.num_steps={STEPS}",
-    "--config.optim.b1=0.5",
-    ok=False,
-  )
-  assert "optim.b1: 0.9 -> 0.5" in done.stderr
-  assert "Traceback" not in done.stderr
+def test_another_experiment_may_not_use_the_workdir(eight):
+  with pytest.raises(config_lib.ConfigError, match="optim.b1: 0.9 -> 0.5"):
+    train_here(eight, {"optim.b1": 0.5})
+
+
+def train_encoder(workdir):
+  """The smoke form of the encoder's training, of half its steps."""
+  shorter = {
+    "mae.classification_steps": 5,
+    "mae.classification_ramp": 3,
+    "train.num_steps": ENCODER_STEPS,
+  }
+  config = config_of("encoder,smoke", SMALL_ENCODER, shorter)
+  return train_mae.train_and_evaluate(config, str(workdir))
 
 
 @pytest.fixture(scope="module")
 def encoder(folder):
-  """The smoke form of the encoder's training: 20 steps."""
-  call("main", *ENCODER, f"--workdir={folder / 'encoder'}")
+  train_encoder(folder / "encoder")
   return folder / "encoder"
 
 
@@ -457,17 +437,19 @@ def test_the_encoder_learns_and_is_drawn(encoder):
   losses = [
     record["recon_loss"] for _, record in sorted(records(encoder).items())
   ]
-  assert len(losses) == 20 and losses[-1] < losses[0]
+  assert len(losses) == ENCODER_STEPS and losses[-1] < losses[0]
 
 
-def test_an_encoder_that_was_killed_goes_on_bit_equal(folder, encoder):
+def test_an_encoder_that_was_stopped_goes_on_bit_equal(folder, encoder, caplog):
   """Not through a shorter run: the last steps train otherwise (A.3)."""
-  workdir = folder / "killed_encoder"
-  code = kill_after(7, *ENCODER, workdir=workdir)
-  assert code == -signal.SIGKILL and last_step(workdir) < 20
-  done = call("main", *ENCODER, f"--workdir={workdir}")
-  assert "Resuming after step" in done.stderr
-  assert_same_run(encoder, workdir, step=20, least=4 * 20)
+  workdir = folder / "stopped_encoder"
+  shutil.copytree(encoder, workdir)
+  shutil.rmtree(workdir / "checkpoints" / str(ENCODER_STEPS))
+  shutil.rmtree(workdir / train_mae.EXPORT)
+  with caplog.at_level("INFO"):
+    train_encoder(workdir)
+  assert "Resuming after step 5." in caplog.text
+  assert_same_run(encoder, workdir, step=ENCODER_STEPS, least=4 * 20)
   exported = [
     artifacts.load(path / train_mae.EXPORT) for path in (encoder, workdir)
   ]
@@ -475,20 +457,19 @@ def test_an_encoder_that_was_killed_goes_on_bit_equal(folder, encoder):
 
 
 def test_a_generator_in_the_features_of_the_encoder(folder, encoder):
-  generator = folder / "features"
-  call(
-    "main",
-    "--config=configs/digits.py:features,smoke",
-    f"--workdir={generator}",
-    f"--config.encoders.mae.path={encoder / 'encoder'}",
-    *TINY,
-    # Without the patches there is less to compile.
-    "--config.features.patch_mean_size=()",
-    "--config.features.patch_std_size=()",
-    "--config.train.num_steps=5",
-    "--config.eval.every=8",
+  train_here(
+    folder / "features",
+    {
+      "encoders.mae.path": str(encoder / train_mae.EXPORT),
+      # Without the patches there is less to compile.
+      "features.patch_mean_size": (),
+      "features.patch_std_size": (),
+      "train.num_steps": 2,
+      "optim.warmup_steps": 1,
+    },
+    variant="features,smoke",
   )
-  last = records(generator)[5]
+  last = records(folder / "features")[2]
   assert last["eval/fd_encoder/alpha_1.0"] > last["eval/fd_encoder/baseline"]
   groups = {k.split("/")[-1] for k in last if k.startswith("scale/")}
   assert groups == {
@@ -584,17 +565,19 @@ def test_the_encoder_is_evaluated_by_its_average(tmp_path, monkeypatch):
 def test_a_run_that_diverges_leaves_a_finite_checkpoint(tmp_path):
   """The second step's loss and gradient are finite, its update is not: saving
   what they belong to would save infinities."""
-  done = train_tiny(
-    tmp_path,
-    "--config.train.num_steps=4",
-    "--config.checkpoint.every=1",
-    *UNRANKED,
-    # The decay is part of the update: 1e38 * 1e3 * (a norm's scale of 1).
-    "--config.optim.warmup_steps=1",
-    "--config.optim.learning_rate=1e38",
-    "--config.optim.weight_decay=1e3",
-    ok=False,
-  )
+  with pytest.raises(loop.NonFiniteError) as caught:
+    train_here(
+      tmp_path,
+      UNRANKED,
+      {
+        "train.num_steps": 4,
+        "checkpoint.every": 1,
+        # The decay is part of the update: 1e38 * 1e3 * (a norm's scale of 1).
+        "optim.warmup_steps": 1,
+        "optim.learning_rate": 1e38,
+        "optim.weight_decay": 1e3,
+      },
+    )
   last = max(
     int(path.name)
     for path in (tmp_path / "checkpoints").iterdir()
@@ -602,6 +585,6 @@ def test_a_run_that_diverges_leaves_a_finite_checkpoint(tmp_path):
   )
   for name, array in checkpoint_arrays(tmp_path, last).items():
     assert np.isfinite(array).all(), (last, name)
-  line = done.stderr.splitlines()[-1]
-  assert line.startswith("Error: step 2 is not finite: ")
+  line = str(caught.value)
+  assert line.startswith("step 2 is not finite: ")
   assert "param_norm=inf" in line and "of step 1 is untouched" in line

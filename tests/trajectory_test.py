@@ -31,6 +31,8 @@ from tests.steps_test import (
   with_encoder,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def paper_loss(
   gen,
