@@ -109,6 +109,7 @@ def test_every_preset_has_golden_shapes_and_every_golden_a_preset():
   }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OTHERS)
 def test_others_have_their_parameters_under_our_names(kind):
   """The release has none; their own tests have their published numbers."""

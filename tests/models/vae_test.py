@@ -182,6 +182,7 @@ def test_enlargement_repeats_each_pixel():
   np.testing.assert_array_equal(repeat_pixels(jnp.asarray(x)), expected)
 
 
+@pytest.mark.slow
 def test_remat_saves_memory_and_changes_no_gradient():
   """Through both halves; the gradient is of the images."""
   images = _images(1, 64, 64)
@@ -201,6 +202,7 @@ def test_remat_saves_memory_and_changes_no_gradient():
   assert_close(gradients[1], gradients[0], 1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_near_float32_from_the_same_parameters(small: Small):
   rough = small.vae.clone(dtype=jnp.dtype("bfloat16"))
   decode = jax.jit(functools.partial(rough.apply, method="decode"))

@@ -315,6 +315,7 @@ def _equations(jaxpr):
       yield from _equations(inner)
 
 
+@pytest.mark.slow
 def test_whole_over_a_mesh():
   """Each device has one image of two, and all parameters."""
   vit, variables = _small()
