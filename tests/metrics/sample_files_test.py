@@ -445,6 +445,7 @@ def test_a_file_that_is_not_finished(tmp_path):
 def test_a_program_that_ends(tmp_path):
   """By an exception, with the writer still alive."""
   code = """
+import sys
 import numpy as np
 from absl import flags
 from drift_jax import metrics

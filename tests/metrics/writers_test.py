@@ -55,6 +55,7 @@ def test_events_can_be_followed_while_a_run_goes_on(tmp_path):
 @pytest.mark.system
 def test_import_needs_no_tensorflow(tmp_path):
   code = """
+import sys
 import drift_jax.metrics
 from clu import periodic_actions
 from clu import metric_writers
