@@ -42,7 +42,10 @@ class Run(NamedTuple):
   intermediates: Any
 
 
-@pytest.fixture(scope="module", params=["gen_latent", "gen_pixel"])
+@pytest.fixture(
+  scope="module",
+  params=["gen_latent", pytest.param("gen_pixel", marks=pytest.mark.slow)],
+)
 def run(request, golden, golden_json, release_params) -> Run:
   """The golden model with its parameters, run once on the golden inputs."""
   arrays = golden(request.param)

@@ -48,7 +48,10 @@ class Run(NamedTuple):
   apply: Any
 
 
-@pytest.fixture(scope="module", params=["mae_latent", "mae_pixel"])
+@pytest.fixture(
+  scope="module",
+  params=["mae_latent", pytest.param("mae_pixel", marks=pytest.mark.slow)],
+)
 def run(request, golden, golden_json, release_params) -> Run:
   config = golden_json(f"{request.param}_config")
   mae, params = release.from_release(

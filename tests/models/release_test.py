@@ -32,6 +32,15 @@ KINDS = {
 ALL_PRESETS = [
   (kind, name) for kind, (table, _) in KINDS.items() for name in table
 ]
+# Of many layers, which take long to trace, and like others but for numbers.
+LARGE = ("mae_640_latent", "mae_640_pixel", "generator_l16_pixel")
+every_preset = pytest.mark.parametrize(
+  ("kind", "name"),
+  [
+    pytest.param(*preset, marks=[pytest.mark.slow] * (preset[1] in LARGE))
+    for preset in ALL_PRESETS
+  ],
+)
 # Preset -> tests/golden/shapes_NAME.json and parameters in the encoder alone.
 SHAPES = {
   "generator_b2_latent": "gen_B2_latent",
@@ -144,7 +153,7 @@ def test_networks_for_figures_are_float32(kind, preset, what):
   assert same == release.parameter_shapes(kind, config)
 
 
-@pytest.mark.parametrize(("kind", "name"), ALL_PRESETS)
+@every_preset
 def test_preset_has_the_published_parameters(kind, name, golden_json):
   golden = golden_json(f"shapes_{SHAPES[name]}")
   _, _, shapes = _preset(kind, name)
@@ -168,7 +177,7 @@ def test_preset_has_the_published_parameters(kind, name, golden_json):
   assert back == shapes["params"]
 
 
-@pytest.mark.parametrize(("kind", "name"), ALL_PRESETS)
+@every_preset
 def test_preset_is_the_published_configuration(kind, name, golden_json):
   config, module, shapes = _preset(kind, name)
   published = release.published_config(kind, dict(config))
