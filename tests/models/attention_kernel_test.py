@@ -63,6 +63,7 @@ def test_same_numbers_as_the_plain_form(tokens, channels, heads):
     assert_close(b, a, 1e-5, jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
 def test_bfloat16():
   arguments = inputs(20, 256, 4, jnp.bfloat16)
   plain, fused = (

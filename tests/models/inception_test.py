@@ -81,6 +81,7 @@ def full(golden):
   return Full(arrays, draw_images(), inception, variables, network)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_golden_features(full: Full, size):
   if f"images{size}" in full.arrays:

@@ -33,7 +33,12 @@ ALL_PRESETS = [
   (kind, name) for kind, (table, _) in KINDS.items() for name in table
 ]
 # Of many layers, which take long to trace, and like others but for numbers.
-LARGE = ("mae_640_latent", "mae_640_pixel", "generator_l16_pixel")
+LARGE = (
+  "mae_640_latent",
+  "mae_640_pixel",
+  "generator_l2_latent",
+  "generator_l16_pixel",
+)
 every_preset = pytest.mark.parametrize(
   ("kind", "name"),
   [
@@ -205,11 +210,14 @@ def test_preset_is_the_published_configuration(kind, name, golden_json):
 @pytest.mark.parametrize(
   ("key", "mae", "convnext_dtype"),
   [
-    ("latent_mae256", "mae_256_latent", None),
-    ("latent_mae640", "mae_640_latent", None),
-    ("pixel_mae640_only", "mae_640_pixel", None),
-    ("pixel_mae640_convnext", "mae_640_pixel", "float32"),
-    ("pixel_mae640_convnext_bf16", "mae_640_pixel", "bfloat16"),
+    pytest.param(*case, marks=[pytest.mark.slow] * (case[1] in LARGE))
+    for case in (
+      ("latent_mae256", "mae_256_latent", None),
+      ("latent_mae640", "mae_640_latent", None),
+      ("pixel_mae640_only", "mae_640_pixel", None),
+      ("pixel_mae640_convnext", "mae_640_pixel", "float32"),
+      ("pixel_mae640_convnext_bf16", "mae_640_pixel", "bfloat16"),
+    )
   ],
 )
 def test_presets_give_the_published_features(

@@ -61,6 +61,7 @@ def full(golden):
   return arrays, vae, {"params": params}
 
 
+@pytest.mark.slow
 def test_golden_moments(full):
   arrays, vae, variables = full
   images = arrays["pixels"].astype(np.float32) / np.float32(127.5) - 1
@@ -78,6 +79,7 @@ def test_golden_moments(full):
   assert_close(norm, arrays["moments_gradient_norm"], 1e-5)
 
 
+@pytest.mark.slow
 def test_golden_images(full):
   arrays, vae, variables = full
 

@@ -97,7 +97,13 @@ def draw_weights(lines: np.ndarray) -> dict[str, np.ndarray]:
   return weights
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=[pytest.mark.slow] * (name == "dinov2_small"))
+    for name in GOLDEN
+  ],
+)
 def test_golden_features(golden, name):
   arrays = golden("vit")
   parameters, convert, config, size = GOLDEN[name]
