@@ -3,8 +3,6 @@
 import collections
 import contextlib
 import logging
-import os
-import pathlib
 import re
 import socket
 import subprocess
@@ -24,8 +22,7 @@ from drift_jax.data.order import ClassGrouped
 from tests.data import latents_test, processes, tfds_test
 from tests.data.fakes import Numbers, values
 from tests.data.pictures import write
-
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.process import ROOT, process_environment
 
 
 def make_loader(reader=None, process_count=1, **changes):
@@ -400,10 +397,7 @@ def two_processes(one_queue, stored):
   """What two real processes of two devices each held and saw."""
   directory, port = one_queue[0], free_port()
   (directory / "data").symlink_to(stored)
-  environment = os.environ | {
-    "PYTHONPATH": str(ROOT),
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "",
+  environment = process_environment(2) | {
     "XDG_CACHE_HOME": str(directory / "cache"),
   }
   running = [
@@ -440,6 +434,7 @@ def one_process(stored):
     }
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
   "name", ["image", "grouped", "workers", "folder", "tar", "tfds", "latents"]
 )
@@ -453,6 +448,7 @@ def test_two_processes_see_the_batches_of_one(one_process, two_processes, name):
       np.testing.assert_array_equal(process["whole"][key], array)
 
 
+@pytest.mark.system
 def test_two_processes_keep_a_queue_each(two_processes):
   """Each draws half of the labels from its own half of the data.
 
@@ -478,6 +474,7 @@ def test_two_processes_keep_a_queue_each(two_processes):
       )
 
 
+@pytest.mark.system
 def test_two_processes_go_on_from_one_queue(one_queue, two_processes):
   """Copies of it, and the records behind those that one process has had.
 
@@ -496,6 +493,7 @@ def test_two_processes_go_on_from_one_queue(one_queue, two_processes):
       assert collections.Counter(labels.tolist()) <= collections.Counter(mine)
 
 
+@pytest.mark.system
 def test_one_process_goes_on_from_two_queues(one_queue, two_processes):
   """The newest samples of both, and no record twice or left out.
 

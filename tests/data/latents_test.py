@@ -7,9 +7,9 @@ import os
 import pathlib
 import pickle
 import re
+import resource
 import shutil
 import subprocess
-import sys
 
 import ml_dtypes
 import numpy as np
@@ -20,7 +20,6 @@ from drift_jax.data import latent_format, latent_writer, latents
 from drift_jax.data.latent_format import LatentCacheError, Settings
 from tests.conftest import assert_close
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
 LABELS = np.arange(11, dtype=np.int32) % 3
 SETTINGS = Settings(
   source="folder:pictures",
@@ -385,44 +384,22 @@ def test_too_little_space_is_known_before(tmp_path):
   latent_writer.require_space(folder, settings, [])
 
 
-FILL = """
-import resource, sys
-import numpy as np
-from drift_jax.data import latent_writer
-from tests.data.latents_test import LABELS, SETTINGS, random_moments, write
-
-directory, limit = sys.argv[1], int(sys.argv[2])
-if limit:
-  resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-try:
-  write(directory, SETTINGS, random_moments(11))
-except latent_writer.LatentCacheError as error:
-  print(error)
-"""
-
-
-def fill(directory, limit=0):
-  done = subprocess.run(
-    [sys.executable, "-c", FILL, str(directory), str(limit)],
-    env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-    capture_output=True,
-    text=True,
-    timeout=120,
-  )
-  assert done.returncode == 0, done.stderr
-  return done.stdout
-
-
 def test_a_file_that_may_not_grow(tmp_path):
   """EFBIG, which needs no rights to provoke."""
-  message = fill(tmp_path, limit=50_000)
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  try:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    with pytest.raises(LatentCacheError) as error:
+      write(tmp_path, SETTINGS, random_moments(11))
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
   for part in (
     "train-00000-of-00003.arrayrecord",
     "File too large",
     "finished shards are kept",
     "cache_latents with the same flags again",
   ):
-    assert part in message
+    assert part in str(error.value)
   assert sorted(files(tmp_path / "train")) == ["settings.json"]
 
 

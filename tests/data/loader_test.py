@@ -2,11 +2,8 @@
 
 import gc
 import multiprocessing
-import os
 import pathlib
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -15,9 +12,8 @@ import numpy as np
 import pytest
 
 from drift_jax.data.loader import Loader
+from tests import process
 from tests.data.fakes import Numbers, values
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 def make_loader(reader=None, **changes):
@@ -220,6 +216,7 @@ def shared_memory(size):
   }
 
 
+@pytest.mark.system
 def test_worker_processes():
   """The same batches; a reader's error arrives; nothing is left behind."""
   options = {"dtype": ml_dtypes.bfloat16, "noise": True, "chunk": 4}
@@ -248,6 +245,7 @@ def test_worker_processes():
   assert shared_memory(size) <= before
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("code", [-signal.SIGKILL, 0])
 def test_workers_end_with_their_process(code):
   """Killed, or at its end without having closed the loader; not before, by a
@@ -271,11 +269,5 @@ def test_workers_end_with_their_process(code):
         os.kill(os.getpid(), signal.SIGKILL)
   """
   # Returns when nobody holds stdout any more: the worker is gone as well.
-  done = subprocess.run(
-    [sys.executable, "-u", "-c", program],
-    env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-    stdout=subprocess.PIPE,
-    text=True,
-    timeout=60,
-  )
+  done = process.call("-u", "-c", program)
   assert done.returncode == code and done.stdout == "(6,)\n"

@@ -275,7 +275,7 @@ def raw_temperature(temperature, scale, options):
   return temperature * scale**power
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
 @all_fields
 def test_self_pairs_are_left_out_in_any_unit(field, options, scale):
   """Of compute_field and of the loss on raw distances."""
@@ -411,7 +411,7 @@ def test_one_positive_of_a_condition(field, is_regression):
   x, positives, *_ = arrays(n=5, p=4)
 
   def v(y):
-    return drift.compute_field(x, y[None], x, 0.7, field=field, mask_self=True)
+    return jitted_field(x, y[None], x, 0.7, field=field, mask_self=True)
 
   of_mean = v(np.mean(positives, axis=0, dtype=np.float32))
   mean = np.mean([v(y) for y in positives], axis=0)
@@ -738,6 +738,7 @@ def test_independent_samples_are_asked_for():
     compute_field(x[0], gen[0], pos[0], 0.5, field="kl", mask_self=True)
 
 
+@pytest.mark.slow
 def test_nothing_is_nan_at_the_edges():
   """Coincident points, tiny temperatures, weights of zero; own or not."""
   x = jnp.zeros((1, 4, 3))
@@ -761,9 +762,12 @@ def test_nothing_is_nan_at_the_edges():
     return loss.sum(), (loss, info)
 
   loss_of = jax.jit(jax.grad(summed, has_aux=True), static_argnames="variant")
-  for (field, options), negatives in itertools.product(
-    FIELDS, ("independent", "own")
-  ):
+  # Negatives of their own differ in the mask alone.
+  of_their_own = [(name, options) for name, options in FIELDS if not options]
+  for (field, options), negatives in [
+    *((each, "own") for each in FIELDS),
+    *((each, "independent") for each in of_their_own),
+  ]:
     variant = Variant(
       field=field,
       options=options,

@@ -42,17 +42,7 @@ FEW_ULPS = 4e-7
 TEMPERATURES = (0.02, 0.05, 0.2)
 
 
-@functools.partial(
-  precise_jit,
-  static_argnames=(
-    "temperatures",
-    "affinity_floor",
-    "normalization",
-    "attraction",
-    "repulsion",
-  ),
-)
-def loss_and_gradient(gen, pos, neg=None, **options):
+def _loss_and_gradient(gen, pos, neg=None, **options):
   """(loss [B], gradient of its sum with respect to gen, info)."""
 
   def summed(gen):
@@ -61,6 +51,17 @@ def loss_and_gradient(gen, pos, neg=None, **options):
 
   gradient, (loss, info) = jax.grad(summed, has_aux=True)(gen)
   return loss, gradient, info
+
+
+STATIC = (
+  "temperatures",
+  "affinity_floor",
+  "normalization",
+  "attraction",
+  "repulsion",
+)
+loss_and_gradient = jax.jit(_loss_and_gradient, static_argnames=STATIC)
+as_users_compile = precise_jit(_loss_and_gradient, static_argnames=STATIC)
 
 
 def oracle(
@@ -172,12 +173,36 @@ def golden_arguments(arrays, case):
   return {**arguments, "temperatures": temperatures}
 
 
-@pytest.mark.parametrize("case", GOLDEN_CASES)
-def test_golden(golden, case):
+# The release itself is so exact here that unoptimised code is not.
+EXACT_CASES = ("far_apart",)
+# The widest, the largest sums, the most problems, all weights.
+USUAL_CASES = ("S64", "same_distribution", "many_tokens", "neg_cfg_weights")
+
+
+@pytest.mark.parametrize(
+  ("case", "compiled"),
+  [
+    *(
+      pytest.param(
+        case,
+        as_users_compile if case in EXACT_CASES else loss_and_gradient,
+        id=case,
+      )
+      for case in GOLDEN_CASES
+    ),
+    *(
+      pytest.param(
+        case, as_users_compile, marks=pytest.mark.slow, id=f"{case}-usual"
+      )
+      for case in USUAL_CASES
+    ),
+  ],
+)
+def test_golden(golden, case, compiled):
   arrays = golden("drift_loss")
   arguments = golden_arguments(arrays, case)
   temperatures = arguments["temperatures"]
-  loss, gradient, info = loss_and_gradient(**arguments)
+  loss, gradient, info = compiled(**arguments)
   assert np.isfinite(gradient).all()
   assert loss.mean() <= len(temperatures) ** 2 * (1 + 1e-6)
   if case == "constant_features":
@@ -268,7 +293,7 @@ def test_gram_expansion_on_golden(golden, monkeypatch):
     arguments = golden_arguments(arrays, case)
     # A new function, or jit would reuse what it traced before the patch.
     loss, gradient, info = jax.jit(
-      lambda static, **arrays: loss_and_gradient.__wrapped__(
+      lambda static, **arrays: _loss_and_gradient(
         **arrays, temperatures=static
       ),
       static_argnums=0,
@@ -441,6 +466,7 @@ def test_effective_positives_and_floor_fraction_have_the_stated_range():
   assert_close(info["floor_fraction"][1e-3], 8 / 17, 1e-6)
 
 
+@pytest.mark.slow
 def test_sharded_over_devices_equals_one_device():
   """The shared scalars are means over the global batch."""
   arguments = problem(b=16, weights=True)
@@ -464,11 +490,12 @@ def test_sharded_over_devices_equals_one_device():
   assert relative_error(loss_2, loss[:2]) >= 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [64, 256])
 def test_memory_is_bounded_by_pairs_not_pairs_times_channels(channels):
   b, n, t = 4, 32, 32
   features = jax.ShapeDtypeStruct((b, n, channels), jnp.float32)
-  compiled = loss_and_gradient.lower(
+  compiled = as_users_compile.lower(
     features, features, features, temperatures=TEMPERATURES
   ).compile()
   temporary = compiled.memory_analysis().temp_size_in_bytes

@@ -28,8 +28,12 @@ KEYS = {
   "narrow": (3, 7),
   "narrow_too": (3, 7),
 }
-# Enough for options: one on chip in one part, one in several.
+# One on chip in one part, one in several.
 ON_CHIP = {"map": (5, 96), "wide": (2, 1024)}
+# Enough for options.
+MAP = {"map": (5, 96)}
+# Enough for what features share: one on chip, one not.
+BOTH = {"map": (5, 96), "narrow": (3, 7)}
 SIZES = {"n": 8, "positives": 6, "unconditional": 3}
 OPTIONS: dict[str, Any] = {"temperatures": (0.02, 0.05, 0.2)}
 
@@ -106,41 +110,48 @@ def assert_same(
 
 
 @pytest.mark.parametrize(
-  ("normalization", "floor"), [("xy", 0.0), ("xy", 1e-6), ("y", 0.0)]
+  ("normalization", "floor", "keys"),
+  [
+    ("xy", 1e-6, MAP),
+    pytest.param("xy", 0.0, ON_CHIP, marks=pytest.mark.slow),
+    pytest.param("y", 0.0, MAP, marks=pytest.mark.slow),
+  ],
 )
-def test_kernels_give_the_plain_numbers(normalization, floor):
+def test_kernels_give_the_plain_numbers(normalization, floor, keys):
   options = (
     ("normalization", normalization),
     ("affinity_floor", floor),
     ("attraction", 1.5),
     ("repulsion", 0.5),
   )
-  assert_same(make(keys=ON_CHIP), options)
+  assert_same(make(keys=keys), options)
 
 
+@pytest.mark.slow
 def test_kernels_without_normalisation():
   # exp(-d / tau) magnifies a rounding of d by d / tau, here up to 50.
   options = (("normalization", "none"), ("affinity_floor", 0.0))
-  assert_same(make(keys=ON_CHIP), options, rtol=3e-5)
+  assert_same(make(keys=MAP), options, rtol=3e-5)
 
 
+@pytest.mark.slow
 def test_features_far_from_the_origin():
   assert_same(make(offset=100.0))
 
 
-def test_one_temperature():
-  assert_same(make(keys=ON_CHIP), (("temperatures", (0.05,)),))
+@pytest.mark.slow
+def test_one_temperature_without_unconditional_reals():
+  inputs = make(unconditional=0, keys=MAP)
+  assert_same(inputs, (("temperatures", (0.05,)),))
 
 
-def test_without_unconditional_reals():
-  assert_same(make(unconditional=0, keys=ON_CHIP))
-
-
+@pytest.mark.slow
 def test_bfloat16_features_with_a_bfloat16_gradient():
   # A rounding of the gradient apart where float32 rounds the other way.
   assert_same(make(dtype=jnp.bfloat16, keys=ON_CHIP), gradient_rtol=3e-4)
 
 
+@pytest.mark.slow
 def test_coincident_samples():
   generated, real, weights = make()
   generated = {key: x.at[:, 1].set(x[:, 0]) for key, x in generated.items()}
@@ -184,8 +195,9 @@ def test_declared_cost_is_the_hand_count():
   assert force.bytes_accessed == features + matrices + row + gradient
 
 
+@pytest.mark.slow
 def test_scalars_are_shared_over_devices():
-  inputs = make()
+  inputs = make(keys=BOTH)
   whole = run(*inputs, kernel="interpret")
   mesh = jax.make_mesh(
     (2,),
@@ -214,16 +226,17 @@ def test_scalars_are_shared_over_devices():
       check_vma=False,
     )
   )(*inputs)
-  for key in KEYS:
+  for key in BOTH:
     assert_close(losses[key], whole[0][key], 1e-5, key)
     assert_close(info[key]["scale"], whole[1][key]["scale"], 1e-6, key)
     # A device's gradient is that of the mean over its own label.
     assert_close(grads[key] / 2, whole[2][key], 1e-5, key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["xla", "interpret"])
 def test_parts_with_the_scalars_of_the_whole(kernel):
-  whole = make()
+  whole = make(keys=BOTH)
   losses, info, grads = run(*whole, kernel=kernel)
 
   @functools.partial(jax.jit, static_argnames="known")
@@ -242,7 +255,7 @@ def test_parts_with_the_scalars_of_the_whole(kernel):
   halves = [jax.tree.map(lambda x, i=i: x[i : i + 1], whole) for i in (0, 1)]
   found = [of_half(half, True) for half in halves]
   half_known = [of_half(half, False)[1] for half in halves]
-  for key in KEYS:
+  for key in BOTH:
     assert_close((found[0][0][key] + found[1][0][key]) / 2, losses[key], 1e-5)
     both = jnp.concatenate([found[0][2][key], found[1][2][key]])
     assert_close(both / 2, grads[key], 1e-5, key)
@@ -262,8 +275,9 @@ def test_an_unknown_kernel_is_an_error():
     )
 
 
+@pytest.mark.slow
 def test_problems_that_do_not_fill_the_last_block(monkeypatch):
   monkeypatch.setattr(many.fused, "_BLOCK", 4 * 17 * 128 * 4)
   run.clear_cache()
-  assert_same(make(keys={"map": (5, 96), "map_mean": (1, 96)}))
+  assert_same(make(keys=MAP))
   run.clear_cache()

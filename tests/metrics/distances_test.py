@@ -150,16 +150,16 @@ def test_collapsed_samples_do_not_all_have_to_be_summed(summed):
 def test_memory_is_bounded_by_blocks(cluster):
   entries = 2**14
   # Two tight clusters: no pair within one can be told from another by bounds.
-  centres = np.arange(1000)[:, None] % 2 * cluster
+  centres = np.arange(600)[:, None] % 2 * cluster
   scale = 1e-9 if cluster else 1.0
-  rows = centres + scale * points(14, 1000, 64)
+  rows = centres + scale * points(14, 600, 64)
   assert distances.block_side(64, entries) == 128
   tracemalloc.start()
   radii = distances.neighbour_radii(rows, 3, entries)
   distances.ball_counts(rows, radii, rows, closed=True, block_entries=entries)
   peak = tracemalloc.get_traced_memory()[1]
   tracemalloc.stop()
-  # All distances are 61 blocks.
+  # All distances are 22 blocks.
   assert peak < (14 if cluster else 7) * entries * 8
 
 

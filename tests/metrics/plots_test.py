@@ -1,6 +1,4 @@
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,6 +13,7 @@ from drift_jax.metrics import (
   plot_policy,
   plots,
 )
+from tests import process
 
 
 def drift_records():
@@ -219,6 +218,7 @@ def test_nothing_to_plot(tmp_path, plot, records):
   assert not (tmp_path / "plot.png").exists()
 
 
+@pytest.mark.system
 def test_no_pyplot(tmp_path):
   code = """
 import sys
@@ -227,5 +227,6 @@ plot_mae([{"step": 1, "accuracy": 0.5}], sys.argv[1])
 assert "matplotlib.pyplot" not in sys.modules
 """
   path = tmp_path / "plot.png"
-  subprocess.run([sys.executable, "-c", code, path], check=True)
+  done = process.call("-c", code, path)
+  assert done.returncode == 0, done.stderr
   assert path.exists()

@@ -4,8 +4,6 @@ import io
 import logging
 import os
 import resource
-import subprocess
-import sys
 import tracemalloc
 import zipfile
 
@@ -15,6 +13,7 @@ from PIL import Image
 
 from drift_jax import metrics, processes
 from drift_jax.metrics import SampleWriter, open_images, to_uint8
+from tests import process
 from tests.data.pictures import cut, write
 from tests.metrics.conftest import batch_of
 
@@ -442,6 +441,7 @@ def test_a_file_that_is_not_finished(tmp_path):
     assert names(tmp_path) == ["0.npz"] and path.read_text() == "older"
 
 
+@pytest.mark.system
 def test_a_program_that_ends(tmp_path):
   """By an exception, with the writer still alive."""
   code = """
@@ -459,11 +459,7 @@ import pathlib
 print(len(list(pathlib.Path(sys.argv[1]).parent.iterdir())))
 sys.exit("Error: enough")
 """
-  done = subprocess.run(
-    [sys.executable, "-c", code, tmp_path / "0.npz"],
-    capture_output=True,
-    text=True,
-  )
+  done = process.call("-c", code, tmp_path / "0.npz")
   assert done.returncode == 1 and done.stdout == "1\n"
   assert done.stderr.splitlines()[-1] == "Error: enough"
   assert names(tmp_path) == []

@@ -192,17 +192,18 @@ def test_dead_channels_and_flat_maps_have_finite_gradients():
   def objective(x):
     return jnp.sum(norm.apply({"params": params}, x) ** 2)
 
-  assert np.isfinite(jax.grad(objective)(x)).all()
-  gradient = jax.grad(lambda x: jnp.sum(normalize_stage(x)))(jnp.ones_like(x))
-  assert np.isfinite(gradient).all()
+  assert np.isfinite(jax.jit(jax.grad(objective))(x)).all()
+  gradient = jax.jit(jax.grad(lambda x: jnp.sum(normalize_stage(x))))
+  assert np.isfinite(gradient(jnp.ones_like(x))).all()
 
 
+@pytest.mark.slow
 def test_remat_saves_memory_and_changes_no_gradient(tiny):
   arrays, model, variables = tiny
   deep = model.clone(depths=(1, 1, 9, 1))
   shapes = jax.eval_shape(deep.init, jax.random.key(0), arrays["x"])
   variables = jax.tree.map(
-    lambda shape, x: jnp.resize(x, shape.shape), dict(shapes), variables
+    lambda shape, x: np.resize(x, shape.shape), dict(shapes), variables
   )
   gradients, memory = [], []
   for module in (deep, deep.clone(remat=True)):
@@ -218,6 +219,7 @@ def test_remat_saves_memory_and_changes_no_gradient(tiny):
   assert_close(gradients[1], gradients[0], 1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_near_float32(tiny):
   arrays, model, variables = tiny
   rough = build_convnext(

@@ -42,7 +42,10 @@ class Run(NamedTuple):
   intermediates: Any
 
 
-@pytest.fixture(scope="module", params=["gen_latent", "gen_pixel"])
+@pytest.fixture(
+  scope="module",
+  params=["gen_latent", pytest.param("gen_pixel", marks=pytest.mark.slow)],
+)
 def run(request, golden, golden_json, release_params) -> Run:
   """The golden model with its parameters, run once on the golden inputs."""
   arrays = golden(request.param)
@@ -62,13 +65,16 @@ def run(request, golden, golden_json, release_params) -> Run:
   return Run(arrays, config, generator, params, samples, state["intermediates"])
 
 
+def _condition(run: Run):
+  return jax.jit(functools.partial(run.generator.apply, method="condition"))
+
+
 def test_golden_condition(run: Run):
-  condition = run.generator.apply(
+  condition = _condition(run)(
     {"params": run.params},
     run.arrays["labels"],
     run.arrays["cfg_scale"],
     run.arrays["noise_labels"],
-    method="condition",
   )
   assert_close(condition, run.arrays["cond"], 1e-6)
 
@@ -96,9 +102,7 @@ def test_golden_scalar_alpha(run: Run):
   inputs = {"noise": run.arrays["x"], "style": run.arrays["noise_labels"]}
   variables = {"params": run.params}
   labels = run.arrays["labels"]
-  condition = run.generator.apply(
-    variables, labels, 2.5, inputs["style"], method="condition"
-  )
+  condition = _condition(run)(variables, labels, 2.5, inputs["style"])
   assert_close(condition, run.arrays["scalar_cfg2.5/cond"], 1e-6)
   samples = jax.jit(functools.partial(run.generator.apply, alpha=2.5))(
     variables, labels, **inputs
@@ -225,19 +229,23 @@ def test_initial_blocks_are_the_identity_and_samples_zero(small: Small):
   assert not samples.any()
 
 
+def _draw(small: Small, count: int, seed: int):
+  """Noise and style tokens."""
+  draw = functools.partial(small.generator.apply, method="draw")
+  return jax.jit(draw, static_argnums=1)(
+    small.params, count, rngs={"noise": jax.random.key(seed)}
+  )
+
+
 def test_drawn_noise_equals_the_same_noise_given(small: Small):
   rngs = {"noise": jax.random.key(3)}
-  noise, style = small.generator.apply(
-    small.params, len(LABELS), method="draw", rngs=rngs
-  )
+  noise, style = _draw(small, len(LABELS), 3)
   apply = functools.partial(small.apply, small.params, LABELS, 2.0)
   samples = apply(noise=noise, style=style)
   drawn = apply(rngs=rngs)
   np.testing.assert_allclose(drawn, samples, rtol=1e-5, atol=1e-5)
   np.testing.assert_array_equal(drawn, apply(rngs=rngs))
-  other = small.generator.apply(
-    small.params, len(LABELS), method="draw", rngs={"noise": jax.random.key(4)}
-  )
+  other = _draw(small, len(LABELS), 4)
   assert (other[0] != noise).all() and (other[1] != style).any()
   # What is given does not change what is drawn for the rest.
   mixed = apply(noise=noise, rngs=rngs)
@@ -245,9 +253,7 @@ def test_drawn_noise_equals_the_same_noise_given(small: Small):
 
 
 def test_drawn_noise_is_standard_normal_and_style_uniform(small: Small):
-  noise, style = small.generator.apply(
-    small.params, 4_000, method="draw", rngs={"noise": jax.random.key(0)}
-  )
+  noise, style = _draw(small, 4_000, 0)
   assert noise.shape == (4_000, 4, 4, 2) and style.shape == (4_000, 2)
   assert abs(np.mean(noise)) < 0.02 and abs(np.std(noise) - 1) < 0.02
   for token in range(2):
@@ -293,6 +299,7 @@ def test_label_out_of_range_gives_nan(small: Small):
   assert np.isfinite(samples[:3]).all() and np.isnan(samples[3]).all()
 
 
+@pytest.mark.slow
 def test_remat_changes_neither_samples_nor_gradients(small: Small):
   def objective(remat, variables):
     generator = build_generator(**(SMALL | {"remat": remat}))

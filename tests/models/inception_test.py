@@ -81,6 +81,7 @@ def full(golden):
   return Full(arrays, draw_images(), inception, variables, network)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_golden_features(full: Full, size):
   if f"images{size}" in full.arrays:
@@ -158,8 +159,7 @@ def test_products_are_of_full_float32_on_every_device():
   """Accelerators take fewer bits by default; a CPU would not show it."""
   inception = build_inception(**SMALL)
   images = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.uint8)
-  variables = jax.eval_shape(inception.init, jax.random.key(0), images)
-  jaxpr = jax.make_jaxpr(inception.apply)(variables, images)
+  jaxpr = jax.make_jaxpr(inception.init_with_output)(jax.random.key(0), images)
   products = [
     equation.params["precision"]
     for equation in _equations(jaxpr.jaxpr)
@@ -177,6 +177,7 @@ def _equations(jaxpr):
       yield from _equations(inner)
 
 
+@pytest.mark.slow
 def test_whole_over_a_mesh(full: Full):
   """Each device has one image of two, and all parameters."""
   axis_types = (jax.sharding.AxisType.Auto,)

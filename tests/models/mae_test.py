@@ -48,7 +48,10 @@ class Run(NamedTuple):
   apply: Any
 
 
-@pytest.fixture(scope="module", params=["mae_latent", "mae_pixel"])
+@pytest.fixture(
+  scope="module",
+  params=["mae_latent", pytest.param("mae_pixel", marks=pytest.mark.slow)],
+)
 def run(request, golden, golden_json, release_params) -> Run:
   config = golden_json(f"{request.param}_config")
   mae, params = release.from_release(
@@ -193,7 +196,8 @@ def test_initialisation_follows_the_fan_in(small: Small):
   block = ResidualBlock(
     channels=16, stride=2, dtype=jnp.dtype("float32"), norm_groups=32
   )
-  params = block.init(jax.random.key(0), jnp.zeros((1, 4, 4, 8)))["params"]
+  x = jnp.zeros((1, 4, 4, 8))
+  params = jax.jit(block.init)(jax.random.key(0), x)["params"]
   for name in ("conv1", "conv2", "proj_conv"):
     (kernel,) = params[name].values()
     expected = math.sqrt(2 / np.prod(kernel.shape[:3]))
@@ -265,7 +269,9 @@ def test_pooled_is_the_spatial_mean_of_the_last_stage(run: Run):
   assert_close(pooled, run.arrays["act/layer4_mean"][:, 0], 1e-5)
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize(
+  "remat", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_equal_blocks_in_one_scan_are_those_blocks_in_turn(remat):
   """Stage 3 of six blocks: the first alone, five as one scan."""
   change = {"layers": (3, 1, 6, 1), "remat": remat, "norm_groups": 2}
@@ -278,19 +284,24 @@ def test_equal_blocks_in_one_scan_are_those_blocks_in_turn(remat):
   variables = jax.tree.map(
     lambda s: jnp.asarray(rng.randn(*s.shape) / 4, jnp.float32), shapes
   )
-  features = jax.jit(
-    functools.partial(mae.apply, method="features", every_k_block=1)
-  )(variables, x)
+
+  @jax.jit
+  def maps(variables, x):
+    features = mae.apply(variables, x, method="features", every_k_block=1)
+    return {f"layer3_blk{i}": features[f"layer3_blk{i}"] for i in range(1, 7)}
+
+  features = maps(variables, x)
   stacked = variables["params"]["encoder"]["stage3_blocks"]
-  block = ResidualBlock(32, 1, jnp.dtype("float32"), 2)
+  apply = jax.jit(ResidualBlock(32, 1, jnp.dtype("float32"), 2).apply)
   hidden = features["layer3_blk1"].reshape(len(x), 2, 2, 32)
   for i in range(5):
     params = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
-    hidden, _ = block.apply({"params": params}, hidden)
+    hidden, _ = apply({"params": params}, hidden)
     found = features[f"layer3_blk{i + 2}"].reshape(hidden.shape)
     assert_close(found, hidden, 1e-5, f"block {i + 2}")
 
 
+@pytest.mark.slow
 def test_remat_changes_neither_features_nor_gradients(small: Small):
   def objective(remat, x):
     mae = build_mae(**(SMALL | {"remat": remat}))
@@ -307,6 +318,7 @@ def test_remat_changes_neither_features_nor_gradients(small: Small):
   assert_close(gradients[1], gradients[0], 1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_near_float32_from_the_same_parameters(run: Run):
   config = run.golden_config["model_config"] | {"use_bf16": True}
   mae, _ = release.from_release(
@@ -377,7 +389,10 @@ def test_bad_arguments_are_explained(change, message):
 
 
 def test_bad_inputs_are_explained(small: Small):
-  apply = functools.partial(small.mae.apply, small.variables)
+  def apply(*arguments, **options):
+    function = functools.partial(small.mae.apply, small.variables, **options)
+    return jax.eval_shape(function, *arguments)
+
   x = _digits()
   with pytest.raises(ValueError, match="pass mask=, or rngs="):
     apply(x)
@@ -400,9 +415,17 @@ def test_fewer_groups_keep_the_means_of_narrow_maps():
   spread = {}
   for groups in (2, 32):
     mae = build_mae(**(SMALL | {"norm_groups": groups}))
-    variables = mae.init(
-      {"params": jax.random.key(0), "mask": jax.random.key(1)}, x
+    init = functools.partial(mae.init, method="features")
+    shapes = jax.eval_shape(init, jax.random.key(0), x)
+    random = np.random.RandomState(1)
+    variables = jax.tree.map(
+      lambda s, random=random: random.randn(*s.shape).astype(np.float32) / 4,
+      shapes,
     )
-    features = mae.apply(variables, x, method="features")
-    spread[groups] = float(jnp.std(features["layer1_mean"], axis=0).max())
+
+    @jax.jit
+    def mean(variables, mae=mae):
+      return mae.apply(variables, x, method="features")["layer1_mean"]
+
+    spread[groups] = float(np.std(mean(variables), axis=0).max())
   assert spread[32] < 1e-6 < 1e-3 < spread[2]

@@ -85,6 +85,7 @@ def test_vectors_stand_as_they_are():
   np.testing.assert_array_equal(condition, np.array(expected))
 
 
+@pytest.mark.slow
 def test_images_are_encoded_one_by_one(monkeypatch):
   """With a network of two stages, which compiles sooner."""
   monkeypatch.setattr(observations_lib, "_STAGES", (16, 32))
@@ -95,7 +96,11 @@ def test_images_are_encoded_one_by_one(monkeypatch):
   states = np.float32(np.arange(8).reshape(2, 2, 2))
   seen = {"state": states, "front": pictures(), "wrist": pictures(seed=1)}
   offsets = jnp.array([[0, 4], [3, 1]])
-  variables = jax.jit(encoder.init)(jax.random.key(0), seen, offsets)
+  shapes = jax.eval_shape(encoder.init, jax.random.key(0), seen, offsets)
+  rng = np.random.default_rng(0)
+  variables = jax.tree.map(
+    lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), shapes
+  )
   apply = jax.jit(encoder.apply)
   condition = apply(variables, seen, offsets).reshape(2, 2, 2 + 8 + 8)
   np.testing.assert_array_equal(condition[..., :2], states)

@@ -107,8 +107,10 @@ def test_what_is_used_in_which_dtype(module, wide, narrow):
 
 @pytest.mark.parametrize(
   "module",
-  [models.build_generator(**GENERATOR), models.build_mae(**MAE)],
-  ids=["generator", "mae"],
+  [
+    pytest.param(models.build_generator(**GENERATOR), id="generator"),
+    pytest.param(models.build_mae(**MAE), id="mae", marks=pytest.mark.slow),
+  ],
 )
 def test_rounded_parameters_give_the_same_numbers(module):
   params, inputs = random_params(module), random_inputs(module)

@@ -32,6 +32,20 @@ KINDS = {
 ALL_PRESETS = [
   (kind, name) for kind, (table, _) in KINDS.items() for name in table
 ]
+# Of many layers, which take long to trace, and like others but for numbers.
+LARGE = (
+  "mae_640_latent",
+  "mae_640_pixel",
+  "generator_l2_latent",
+  "generator_l16_pixel",
+)
+every_preset = pytest.mark.parametrize(
+  ("kind", "name"),
+  [
+    pytest.param(*preset, marks=[pytest.mark.slow] * (preset[1] in LARGE))
+    for preset in ALL_PRESETS
+  ],
+)
 # Preset -> tests/golden/shapes_NAME.json and parameters in the encoder alone.
 SHAPES = {
   "generator_b2_latent": "gen_B2_latent",
@@ -109,6 +123,7 @@ def test_every_preset_has_golden_shapes_and_every_golden_a_preset():
   }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OTHERS)
 def test_others_have_their_parameters_under_our_names(kind):
   """The release has none; their own tests have their published numbers."""
@@ -143,7 +158,7 @@ def test_networks_for_figures_are_float32(kind, preset, what):
   assert same == release.parameter_shapes(kind, config)
 
 
-@pytest.mark.parametrize(("kind", "name"), ALL_PRESETS)
+@every_preset
 def test_preset_has_the_published_parameters(kind, name, golden_json):
   golden = golden_json(f"shapes_{SHAPES[name]}")
   _, _, shapes = _preset(kind, name)
@@ -167,7 +182,7 @@ def test_preset_has_the_published_parameters(kind, name, golden_json):
   assert back == shapes["params"]
 
 
-@pytest.mark.parametrize(("kind", "name"), ALL_PRESETS)
+@every_preset
 def test_preset_is_the_published_configuration(kind, name, golden_json):
   config, module, shapes = _preset(kind, name)
   published = release.published_config(kind, dict(config))
@@ -195,11 +210,14 @@ def test_preset_is_the_published_configuration(kind, name, golden_json):
 @pytest.mark.parametrize(
   ("key", "mae", "convnext_dtype"),
   [
-    ("latent_mae256", "mae_256_latent", None),
-    ("latent_mae640", "mae_640_latent", None),
-    ("pixel_mae640_only", "mae_640_pixel", None),
-    ("pixel_mae640_convnext", "mae_640_pixel", "float32"),
-    ("pixel_mae640_convnext_bf16", "mae_640_pixel", "bfloat16"),
+    pytest.param(*case, marks=[pytest.mark.slow] * (case[1] in LARGE))
+    for case in (
+      ("latent_mae256", "mae_256_latent", None),
+      ("latent_mae640", "mae_640_latent", None),
+      ("pixel_mae640_only", "mae_640_pixel", None),
+      ("pixel_mae640_convnext", "mae_640_pixel", "float32"),
+      ("pixel_mae640_convnext_bf16", "mae_640_pixel", "bfloat16"),
+    )
   ],
 )
 def test_presets_give_the_published_features(

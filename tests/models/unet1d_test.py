@@ -119,7 +119,7 @@ def reference(params, x, condition, time, levels, groups, time_size):
 @pytest.mark.parametrize(
   ("widths", "steps", "time"),
   [
-    ((4, 8, 12), 16, None),
+    pytest.param((4, 8, 12), 16, None, marks=pytest.mark.slow),
     ((4, 8), 2, (0, 7)),
     ((4,), 7, None),
   ],
@@ -189,11 +189,10 @@ def test_published_size():
 def test_conditions_and_times_matter_and_batches_do_not_mix():
   time = jnp.array([0, 50, 3, 0])
   changes = {"time_size": 4, "widths": (4,), "batch": 4}
-  params, (x, condition, _), y = call(time=time, **changes)
-  apply = jax.jit(
-    models.ConditionalUnet1d(**SMALL | {"widths": (4,), "time_size": 4}).apply
-  )
+  module, params, (x, condition, _) = prepare(time=time, **changes)
+  apply = jax.jit(module.apply)
   variables = {"params": params}
+  y = apply(variables, x, condition, time)
   order = jnp.array([2, 0, 3, 1])
   permuted = apply(variables, x[order], condition[order], time[order])
   assert_close(permuted, y[order], 1e-5)
@@ -239,10 +238,13 @@ def test_both_ways_to_convolve(size, steps, stride):
       dimension_numbers=("NWC", "WIO", "NWC"),
     )
 
-  y, pull = jax.vjp(mine, x, kernel)
-  expected, pull_expected = jax.vjp(library, x, kernel)
-  assert_close(y, expected, 1e-5)
-  for a, b in zip(pull(y), pull_expected(y), strict=True):
+  @jax.jit
+  def both(x, kernel):
+    y, pull = jax.vjp(mine, x, kernel)
+    expected, pull_expected = jax.vjp(library, x, kernel)
+    return (y, *pull(y)), (expected, *pull_expected(y))
+
+  for a, b in zip(*both(x, kernel), strict=True):
     assert_close(a, b, 1e-5)
 
 
@@ -257,6 +259,7 @@ def test_mish_far_from_zero():
   np.testing.assert_allclose(slope[-2:], 1, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_gradients_reach_everything():
   module, params, inputs = prepare(steps=4)
 

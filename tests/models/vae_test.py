@@ -61,6 +61,7 @@ def full(golden):
   return arrays, vae, {"params": params}
 
 
+@pytest.mark.slow
 def test_golden_moments(full):
   arrays, vae, variables = full
   images = arrays["pixels"].astype(np.float32) / np.float32(127.5) - 1
@@ -78,6 +79,7 @@ def test_golden_moments(full):
   assert_close(norm, arrays["moments_gradient_norm"], 1e-5)
 
 
+@pytest.mark.slow
 def test_golden_images(full):
   arrays, vae, variables = full
 
@@ -182,6 +184,7 @@ def test_enlargement_repeats_each_pixel():
   np.testing.assert_array_equal(repeat_pixels(jnp.asarray(x)), expected)
 
 
+@pytest.mark.slow
 def test_remat_saves_memory_and_changes_no_gradient():
   """Through both halves; the gradient is of the images."""
   images = _images(1, 64, 64)
@@ -201,6 +204,7 @@ def test_remat_saves_memory_and_changes_no_gradient():
   assert_close(gradients[1], gradients[0], 1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_near_float32_from_the_same_parameters(small: Small):
   rough = small.vae.clone(dtype=jnp.dtype("bfloat16"))
   decode = jax.jit(functools.partial(rough.apply, method="decode"))

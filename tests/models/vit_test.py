@@ -97,7 +97,13 @@ def draw_weights(lines: np.ndarray) -> dict[str, np.ndarray]:
   return weights
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=[pytest.mark.slow] * (name == "dinov2_small"))
+    for name in GOLDEN
+  ],
+)
 def test_golden_features(golden, name):
   arrays = golden("vit")
   parameters, convert, config, size = GOLDEN[name]
@@ -315,6 +321,7 @@ def _equations(jaxpr):
       yield from _equations(inner)
 
 
+@pytest.mark.slow
 def test_whole_over_a_mesh():
   """Each device has one image of two, and all parameters."""
   vit, variables = _small()
