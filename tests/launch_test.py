@@ -726,6 +726,7 @@ def test_install(programs, tmp_path, python3, made):
   """Where python3 is too old, a newer one is fetched."""
   stand_in = """#!/usr/bin/env bash
     case $* in
+      -c*print*) echo 3.$((VERSION - 300)); exit ;;
       -c*) exit $((VERSION < 311)) ;;
       *venv*) mkdir -p .venv/bin; cp "$STAND_IN" .venv/bin/python ;;
     esac
@@ -739,10 +740,16 @@ def test_install(programs, tmp_path, python3, made):
   shutil.copytree(LAUNCH, tmp_path / "launch")
   env = os.environ | {"STAND_IN": str(programs / "new")}
   env.pop("PYTHON", None)
-  pip = "-m pip install --quiet --disable-pip-version-check -r"
-  for accelerator, packages in (("tpu", "jax[tpu] gcsfs"), ("cpu", "gcsfs")):
+  pip = "-m pip install --quiet --disable-pip-version-check"
+  locked = "--constraint launch/locks/python3.12.txt"
+  newest = "--upgrade --upgrade-strategy=eager"
+  for arguments, versions, packages in (
+    (["tpu"], locked, "jax[tpu] gcsfs"),
+    (["cpu"], locked, "gcsfs"),
+    (["--newest", "cuda13"], newest, "jax[cuda13] gcsfs"),
+  ):
     done = subprocess.run(
-      ["bash", "launch/install.sh", accelerator],
+      ["bash", "launch/install.sh", *arguments],
       cwd=tmp_path,
       env=env,
       capture_output=True,
@@ -750,7 +757,7 @@ def test_install(programs, tmp_path, python3, made):
     )
     assert done.returncode == 0, done.stderr
     # The second time, what was made is there.
-    made = [*made, f"{pip} requirements.txt {packages}"]
+    made = [*made, f"{pip} {versions} -r requirements.txt {packages}"]
     assert (tmp_path / "record").read_text().splitlines() == made
 
 
@@ -784,11 +791,15 @@ def test_image_copies_what_is_there():
 def test_image_installs(stand_in, monkeypatch, accelerator, package):
   read = stand_in("pip")
   monkeypatch.setenv("ACCELERATOR", accelerator)
+  monkeypatch.setenv("PYTHON_VERSION", "3.12.4")  # of Python's own image
   line = next(rest for name, rest in instructions() if name == "RUN")
   subprocess.run(["/bin/sh", "-c", line], check=True)
   assert read() == [
-    "pip install --no-cache-dir --requirement requirements.txt gcsfs".split()
-    + package
+    [
+      *("pip", "install", "--no-cache-dir"),
+      *("--requirement", "requirements.txt", "gcsfs"),
+      *("--constraint", "launch/locks/python3.12.txt", *package),
+    ]
   ]
   monkeypatch.setenv("ACCELERATOR", "rocm")
   done = subprocess.run(["/bin/sh", "-c", line], capture_output=True, text=True)
