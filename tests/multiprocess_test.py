@@ -669,7 +669,9 @@ STATELESS = """if True:
     time.sleep(300)
 
   experiment.report_on_images = sampling.load = fail
-  app.run(importlib.import_module(f"drift_jax.{sys.argv.pop(1)}").main)
+  program = importlib.import_module(f"drift_jax.{sys.argv.pop(1)}")
+  program.define_flags()
+  app.run(program.main)
 """
 
 
