@@ -173,10 +173,11 @@ def golden_arguments(arrays, case):
   return {**arguments, "temperatures": temperatures}
 
 
-# The release itself is so exact here that unoptimised code is not.
-EXACT_CASES = ("far_apart",)
-# The widest, the largest sums, the most problems, all weights.
-USUAL_CASES = ("S64", "same_distribution", "many_tokens", "neg_cfg_weights")
+# The release itself is so exact here that unoptimised code is not, with one
+# JAX (0.10.2) or another (0.12.0).
+EXACT_CASES = ("far_apart", "S2", "same_distribution")
+# The widest, the most problems, all weights.
+USUAL_CASES = ("S64", "many_tokens", "neg_cfg_weights")
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,7 @@ def test_dead_channels_and_flat_maps_have_finite_gradients():
 @pytest.mark.slow
 def test_remat_saves_memory_and_changes_no_gradient(tiny):
   arrays, model, variables = tiny
-  deep = model.clone(depths=(1, 1, 9, 1))
+  deep = model.clone(depths=(1, 1, 16, 1))
   shapes = jax.eval_shape(deep.init, jax.random.key(0), arrays["x"])
   variables = jax.tree.map(
     lambda shape, x: np.resize(x, shape.shape), dict(shapes), variables
