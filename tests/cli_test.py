@@ -38,6 +38,7 @@ EACH = """if True:
     child = os.fork()
     if not child:
       sys.argv[1:] = arguments
+      main.define_flags()
       try:
         app.run(main.main, flags_parser=config.parse_flags)
       finally:
@@ -187,6 +188,8 @@ EVALUATE = """if True:
   from absl import app, flags
   from absl.testing import flagsaver
   from drift_jax import evaluate
+
+  evaluate.define_flags()
 
   def main(argv):
     for arguments in json.loads(argv[1]):
