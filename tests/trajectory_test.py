@@ -81,9 +81,11 @@ def paper_loss(
   x, targets = (x - center) / unit, (targets - center) / unit
   drifts, mean_squares, neighbours, floored = [], [], [], []
   for temperature in temperatures:
+    # Once, as in the loss: XLA of jax 0.12 rounds otherwise where it is twice.
+    bandwidth = temperature * distance_unit
     affinity = affinities(
       squared,
-      temperature * distance_unit,
+      bandwidth,
       normalization=normalization,
       affinity_floor=affinity_floor,
     )
@@ -94,7 +96,7 @@ def paper_loss(
     signed = jnp.concatenate([-repulsion * w_neg, attraction * w_pos], axis=-1)
     drifts.append(mean_shift(x, targets, signed))
     mean_squares.append(batch_mean(drifts[-1] ** 2))
-    logits = -jnp.sqrt(squared[..., n_neg:]) / (temperature * distance_unit)
+    logits = -jnp.sqrt(squared[..., n_neg:]) / bandwidth
     p = jax.nn.softmax(logits, axis=-1)
     neighbours.append(jnp.mean(1.0 / jnp.sum(p**2, axis=-1)))
     floored.append(jnp.mean(affinity <= affinity_floor**0.5, where=~self_pair))
