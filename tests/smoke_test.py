@@ -12,7 +12,7 @@ import drift_jax
 from drift_jax import artifacts, metrics, models, train_mae
 from drift_jax import train as train_generator
 from drift_jax.models import release
-from drift_jax.tools import cache_latents
+from drift_jax.tools.work import cache_latents
 from tests.autoencoders import save_vae
 
 pytestmark = pytest.mark.slow
