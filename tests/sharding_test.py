@@ -60,6 +60,23 @@ def test_batches_are_split_over_all_axes():
     sharding.put_batch({"x": np.arange(12.0)}, mesh)
 
 
+def test_arrays_without_values_are_empty_on_every_device():
+  """One that enters jax.shard_map ends a process of jaxlib 0.11.2."""
+  mesh = sharding.make_mesh()
+  split = sharding.batch_sharding(mesh).spec
+  places = ({"points": split, "reals": split}, split)
+  points = np.arange(48.0, dtype=np.float32).reshape(8, 3, 2)
+  empty = np.zeros((8, 0, 2), np.float32)
+
+  def body(arrays, offset):
+    assert arrays["reals"].shape == (1, 0, 2)
+    return jax.numpy.concatenate(list(arrays.values()), axis=1) + offset
+
+  whole = jax.jit(sharding.over_devices(body, mesh, places, split))
+  result = whole({"points": points, "reals": empty}, np.ones((8, 1, 1), "f4"))
+  np.testing.assert_array_equal(result, points + 1)
+
+
 @pytest.mark.parametrize("kind", ["const", "cosine"])
 def test_golden_learning_rates(golden, kind):
   archive = golden("extras")
