@@ -63,20 +63,22 @@ def pytest_configure(config: pytest.Config) -> None:
     shutil.rmtree(_KEPT)
 
 
-# Files that take minutes, the longest first: a worker that begins one last
+# Files that take a minute, the longest first: a worker that begins one last
 # would leave the others without work.
 SLOW_FILES = (
-  "train_test.py",
   "multiprocess_test.py",
-  "ablate_test.py",
+  "train_test.py",
+  "steps_test.py",
   "train_policy_test.py",
   "evaluate_test.py",
-  "steps_test.py",
   "smoke_test.py",
+  "benchmarks_test.py",
   "cloud_test.py",
-  "reference_stats_test.py",
-  "generator_test.py",
+  "decoded_test.py",
+  "ablate_test.py",
+  "compile_check_test.py",
   "mae_test.py",
+  "family_test.py",
 )
 
 GOLDEN = ROOT / "tests" / "golden"
