@@ -63,6 +63,11 @@ def pytest_configure(config: pytest.Config) -> None:
     shutil.rmtree(_KEPT)
 
 
+def pytest_xdist_auto_num_workers() -> int:
+  """One more than cores, as tests wait for processes; at most four."""
+  return min(4, 1 + (os.cpu_count() or 1))
+
+
 # Files that take a minute, the longest first: a worker that begins one last
 # would leave the others without work.
 SLOW_FILES = (
