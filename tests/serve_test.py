@@ -877,6 +877,7 @@ def test_page_while_it_waits(model, page):
     page.goto(served.url)
     page.get_by_label("Per class").fill("8")
     generate = page.get_by_role("button", name="Generate")
+    expect(generate).to_be_enabled()  # It can't have the focus before.
     generate.press("Enter")
     expect(page.locator("#result")).to_have_attribute("aria-busy", "true")
     assert page.locator("#grid ul li").count() == 32
