@@ -41,10 +41,10 @@ def draw(
   Args:
     source, vae, step, ema_decay: see sampling.load.
     out: a file, or a folder.
-    suffix: of the file, '' of a folder.
+    suffix: the file's suffix; '' for a folder.
     labels, count, alpha, seed, style: see sampling.Sampler.sample.
     batch_size: images at a time, on all devices.
-    frames: of a .gif.
+    frames: number of frames of a walk (.gif only).
   """
   model = sampling.load(source, vae=vae, step=step, ema_decay=ema_decay)
   indices = np.repeat(model.labels(labels), count)

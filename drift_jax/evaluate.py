@@ -59,8 +59,8 @@ def define_flags() -> None:
   paths.define_flag(
     "vae",
     "",
-    "The autoencoder behind the latents of --weights that are no export; of "
-    "--workdir where it is now, if it is not found.",
+    "Folder of the autoencoder that decodes the latents of --weights, if they "
+    "are no export; for --workdir, its folder now, if it has moved.",
   )
   flags.DEFINE_multi_string(
     "encoder",

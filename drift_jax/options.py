@@ -1,7 +1,7 @@
-"""What flags may be, where the code behind them has to know it too.
+"""Defaults and choices that flags share with the code that uses them.
 
-Nothing is imported here: a program has read its flags before it imports what it
-works with.
+Nothing is imported here, so that a program reads its flags before it imports
+anything heavy.
 """
 
 # Seconds that processes wait for each other at the start: a host that restarts

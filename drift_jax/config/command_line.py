@@ -89,8 +89,8 @@ def define_source_flags() -> None:
   paths.define_flag(
     "vae",
     "",
-    "Of an artifact: the autoencoder behind its latents; of a run where it is "
-    "now, if it is not found.",
+    "Folder of the autoencoder that decodes an artifact's latents; for a run, "
+    "its folder now, if it has moved.",
   )
   flags.DEFINE_integer(
     "step",
