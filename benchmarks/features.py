@@ -18,8 +18,15 @@ from scipy import linalg
 
 from benchmarks import plain_figures
 from benchmarks.timing import Case, Peak, Report, Row
-from drift_jax import metrics
-from drift_jax.metrics.frechet import FeatureStats
+from drift_jax.metrics.frechet import (
+  FeatureStats,
+  FeatureStream,
+  frechet_distance,
+)
+from drift_jax.metrics.inception_score import InceptionScore
+from drift_jax.metrics.kid import kernel_distance_subsets
+from drift_jax.metrics.neighbours import nearest_neighbours
+from drift_jax.metrics.precision_recall import precision_recall
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +176,7 @@ def _statistics(report: Report, sizes: Sizes) -> None:
   features = draw(sizes.generated, sizes.dimensions, 0)
 
   def ours() -> np.ndarray:
-    stream = metrics.FeatureStream()
+    stream = FeatureStream()
     for batch in _batches(features, sizes.batch):
       stream.update(batch)
     return stream.result().covariance()
@@ -227,7 +234,7 @@ def _frechet(report: Report, sizes: Sizes, count: int, name: str) -> None:
     report,
     f"Frechet distance of {sizes.dimensions} dimensions",
     name,
-    lambda: metrics.frechet_distance(a, b),
+    lambda: frechet_distance(a, b),
     lambda: plain_figures.frechet_distance(a, b),
     script="scipy.linalg.sqrtm, as in pytorch-fid",
     once=sizes.dimensions > 1000,
@@ -239,7 +246,7 @@ def _inception_score(report: Report, sizes: Sizes) -> None:
   logits = draw(count, sizes.classes, 0) * 4
 
   def ours() -> tuple[float, float]:
-    score = metrics.InceptionScore(count, sizes.classes, sizes.splits)
+    score = InceptionScore(count, sizes.classes, sizes.splits)
     numbers = np.arange(count)
     for batch, indices in zip(
       _batches(logits, sizes.batch),
@@ -265,16 +272,14 @@ def _precision_recall(report: Report, sizes: Sizes) -> None:
     report,
     section,
     f"{count} reals, {count} fakes",
-    lambda: metrics.precision_recall(real, fake, sizes.k),
+    lambda: precision_recall(real, fake, sizes.k),
     lambda: plain_figures.precision_recall(real, fake, sizes.k),
     script="three whole matrices of distances, in float32; ours: float64",
     once=count > 1000,
   )
   part = 5
   fake = draw(sizes.generated // part, sizes.dimensions, 2)
-  run = Case(
-    lambda: metrics.precision_recall(real[: count // part], fake, sizes.k)
-  )
+  run = Case(lambda: precision_recall(real[: count // part], fake, sizes.k))
   report.add(
     section,
     f"{count} reals, {sizes.generated} fakes, estimated",
@@ -293,7 +298,7 @@ def _kernel_distance(report: Report, sizes: Sizes) -> None:
     report,
     f"KID, {sizes.dimensions} dimensions",
     f"{sizes.subsets} subsets of {sizes.subset_size}",
-    lambda: metrics.kernel_distance_subsets(
+    lambda: kernel_distance_subsets(
       real,
       fake,
       subsets=sizes.subsets,
@@ -314,7 +319,7 @@ def _neighbours(report: Report, sizes: Sizes) -> None:
 
   def ours() -> np.ndarray:
     blocks = _batches(searched, sizes.batch)
-    return metrics.nearest_neighbours(query, blocks, sizes.k).distance
+    return nearest_neighbours(query, blocks, sizes.k).distance
 
   def plain() -> np.ndarray:
     squares = plain_figures.squared_distances(query, searched)

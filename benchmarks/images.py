@@ -15,8 +15,11 @@ from PIL import Image
 
 from benchmarks import plain
 from benchmarks.timing import Case, Report
-from drift_jax import data
 from drift_jax.data import decode, encoded
+from drift_jax.data.loader import Loader
+from drift_jax.data.memory import MemoryReader
+from drift_jax.data.readers import ImageReader, Reader
+from drift_jax.data.sources import Source, open_source
 
 SIZE = 256  # pixels
 SPLIT = "train"
@@ -25,7 +28,7 @@ SPLIT = "train"
 def open_images(path: pathlib.Path, decoder: str) -> encoded.EncodedSource:
   """A folder, or a tar of one."""
   kind = "folder" if path.is_dir() else "tar"
-  source = data.open_source(
+  source = open_source(
     f"{kind}:{path.resolve()}",
     split=SPLIT,
     data_dir="",
@@ -82,9 +85,9 @@ def effect(
   )
 
 
-def image_reader(source: data.Source, size: int, crop: str) -> data.ImageReader:
+def image_reader(source: Source, size: int, crop: str) -> ImageReader:
   """Without flips, as the plain ways are."""
-  return data.ImageReader(
+  return ImageReader(
     source,
     size=size,
     channels=3,
@@ -95,7 +98,7 @@ def image_reader(source: data.Source, size: int, crop: str) -> data.ImageReader:
   )
 
 
-def reading(reader: data.Reader) -> Case:
+def reading(reader: Reader) -> Case:
   """Every record, in calls of the reader's chunk."""
   rngs: list[np.random.Generator] = []
   blocks = np.split(
@@ -113,9 +116,9 @@ def reading(reader: data.Reader) -> Case:
   return Case(run, before)
 
 
-def loading(reader: data.Reader, batch_size: int, batches: int) -> Case:
+def loading(reader: Reader, batch_size: int, batches: int) -> Case:
   """Batches by a loader with two threads, the first of them not timed."""
-  loader = data.Loader(reader, batch_size=batch_size, seed=0, num_threads=2)
+  loader = Loader(reader, batch_size=batch_size, seed=0, num_threads=2)
 
   def before() -> None:
     loader.seek(0)
@@ -165,7 +168,7 @@ def decode_rows(
 def reader_rows(
   report: Report,
   what: str,
-  readers: dict[str, data.ImageReader],
+  readers: dict[str, ImageReader],
   record: Callable[[int], np.ndarray],
   others: dict[str, Case],
   *,
@@ -221,7 +224,7 @@ def photographs(
   width, height = np.median(sizes, axis=0).astype(int)
   decode_rows(report, paths, f"{len(paths)} images of about {width} x {height}")
 
-  def readers(crop: str) -> dict[str, data.ImageReader]:
+  def readers(crop: str) -> dict[str, ImageReader]:
     return {
       f"{path.suffix[1:] or 'folder'}, {decoder}": image_reader(
         open_images(path, decoder), SIZE, crop
@@ -282,7 +285,7 @@ def small_images(
   )
   source = open_images(temp / "small", "pillow")
   reader = image_reader(source, size, "center")
-  memory = {"MemoryReader": data.MemoryReader(reader, flip=False)}
+  memory = {"MemoryReader": MemoryReader(reader, flip=False)}
   # An array, from which a plain script takes image after image.
   pixels = reader.pixels(np.arange(len(source)))
   reader_rows(

@@ -14,8 +14,8 @@ import numpy as np
 from flax import traverse_util
 
 from benchmarks.timing import Case, Report
-from drift_jax.models import build_inception, release
-from drift_jax.models.inception import IMAGE_SIZE, preprocess
+from drift_jax.models import release
+from drift_jax.models.inception import IMAGE_SIZE, build_inception, preprocess
 from drift_jax.tools.conversions import inception as published
 
 # Of float32 without tensor cores, which the network asks for.

@@ -13,8 +13,11 @@ import numpy as np
 from benchmarks import plain
 from benchmarks.images import SIZE, loading
 from benchmarks.timing import Case, Report, resident
-from drift_jax import data, sharding
 from drift_jax.data import bank, latent_format, latent_writer, order
+from drift_jax.data.feed import GroupedFeed
+from drift_jax.data.latents import LatentReader
+from drift_jax.data.prefetch import Prefetcher
+from drift_jax.system import sharding
 
 SHAPE = (32, 32, 4)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -57,7 +60,7 @@ class Cache:
           writer.add(index, rng.standard_normal(moments, np.float32))
         writer.finish()
     latent_writer.write_manifest(folder, settings, labels)
-    self.reader = data.LatentReader(directory, SPLIT, dtype="bfloat16")
+    self.reader = LatentReader(directory, SPLIT, dtype="bfloat16")
     self.plain = plain.Latents(folder, SHAPE, settings.scaling_factor)
     self.members = [np.flatnonzero(labels == c) for c in range(classes)]
 
@@ -111,7 +114,7 @@ def grouped_rows(
   unconditional: int,
 ) -> None:
   """A step's reals by index."""
-  feed = data.GroupedFeed(
+  feed = GroupedFeed(
     cache.reader,
     seed=0,
     num_labels=labels,
@@ -261,7 +264,7 @@ def copy_rows(
   device = jax.devices()[0]
   mesh = sharding.make_mesh(devices=[device])
   steps = 10
-  prefetchers: list[data.Prefetcher] = []
+  prefetchers: list[Prefetcher] = []
 
   def plainly() -> None:
     for _ in range(steps):
@@ -269,7 +272,7 @@ def copy_rows(
 
   def before() -> None:
     prefetchers.append(
-      data.Prefetcher(
+      Prefetcher(
         Ready(batch),
         lambda host: sharding.put_batch(host, mesh),
         first_step=0,

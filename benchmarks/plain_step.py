@@ -7,8 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from drift_jax import state as state_lib
-from drift_jax import steps
+from drift_jax.tasks.generator.step import (
+  GeneratorBatch,
+  GeneratorTask,
+  by_label,
+  draw,
+)
+from drift_jax.training import state as state_lib
+from drift_jax.training.step import apply, from_wire
 
 
 def drift_loss(
@@ -97,21 +103,21 @@ def drift_losses(
 
 def train_step(
   state: Any,
-  batch: steps.GeneratorBatch,
+  batch: GeneratorBatch,
   frozen: Any,
   *,
-  task: steps.GeneratorTask,
+  task: GeneratorTask,
   optimizer: Any,
 ) -> tuple[Any, jax.Array]:
   """One step of the same networks by autodiff, features in float32."""
   labels, n = len(batch.labels), task.num_generated
-  draws = steps.draw(state.key(), task, labels)
+  draws = draw(state.key(), task, labels)
   generator = task.generator.clone(
     attention_kernel="xla", remat="none", unroll=1
   )
 
   def loss_of(params: Any) -> jax.Array:
-    samples = steps.apply(
+    samples = apply(
       generator,
       params,
       jnp.repeat(batch.labels, n),
@@ -120,7 +126,7 @@ def train_step(
       style=draws.style,
     )
     reals = jnp.concatenate([batch.positives, batch.unconditional], axis=1)
-    reals = steps.from_wire(reals.reshape(-1, *reals.shape[2:]))
+    reals = from_wire(reals.reshape(-1, *reals.shape[2:]))
     generated, real = (
       jax.tree.map(
         lambda x: x.astype(jnp.float32), task.features(frozen, images)
@@ -132,8 +138,8 @@ def train_step(
     if unconditional:
       weight = (draws.alpha - 1) * (n - 1) / unconditional
     return drift_losses(
-      steps.by_label(generated, labels),
-      steps.by_label(real, labels),
+      by_label(generated, labels),
+      by_label(real, labels),
       weight,
       num_positives=batch.positives.shape[1],
       temperatures=task.drift["temperatures"],

@@ -9,9 +9,16 @@ import numpy as np
 from benchmarks import configs, timing
 from benchmarks.step_rows import PEAK_FLOPS
 from configs import models as sizes
-from drift_jax import artifacts, experiment, hlo, metrics, sharding
-from drift_jax import steps as steps_lib
-from drift_jax.experiment import networks
+from drift_jax.metrics.generation import generate
+from drift_jax.system import sharding
+from drift_jax.tasks.generator.judges import make_decoder, make_pixels
+from drift_jax.tasks.generator.kernels import attention_kernel_for, unroll_for
+from drift_jax.tasks.generator.restore import OpenedGenerator, sampling_task
+from drift_jax.tasks.generator.samplers import bind_sampler, jit_sampler
+from drift_jax.tasks.generator.step import sample_step
+from drift_jax.tools import hlo
+from drift_jax.training import artifacts
+from drift_jax.training.step import apply
 
 _PUBLISHED = {
   "b2": "generator_b2_latent",
@@ -35,7 +42,7 @@ def arguments(name: str, dtype: str, tiny: bool) -> dict[str, Any]:
 
 def open_random(
   name: str, dtype: str, tiny: bool, mesh: jax.sharding.Mesh
-) -> experiment.OpenedGenerator:
+) -> OpenedGenerator:
   """A generator of random weights, and its autoencoder if there is one."""
   artifact = artifacts.abstract("gen", arguments(name, dtype, tiny))
   module: Any = artifact.module
@@ -43,13 +50,13 @@ def open_random(
   if name == "b2_vae":
     found = artifacts.abstract("vae", sizes.sd_vae().to_dict(), dtype=dtype)
     vae = dataclasses.replace(found, params=_random(found.params))
-  task = experiment.sampling_task(
+  task = sampling_task(
     module.clone(
-      attention_kernel=networks.attention_kernel_for("auto", mesh),
-      unroll=networks.unroll_for(module.depth, mesh),
+      attention_kernel=attention_kernel_for("auto", mesh),
+      unroll=unroll_for(module.depth, mesh),
     )
   )
-  return experiment.OpenedGenerator(
+  return OpenedGenerator(
     task=task,
     params=_random(artifact.params),
     vae=vae,
@@ -73,28 +80,28 @@ def rows(
 
   def ours(n: int) -> timing.Case:
     labels = np.arange(n, dtype=np.int32) % opened.num_classes
-    sample = experiment.bind_sampler(step, opened.params, opened.task, mesh, 0)
+    sample = bind_sampler(step, opened.params, opened.task, mesh, 0)
 
     def run() -> None:
-      for batch in metrics.generate(
+      for batch in generate(
         sample,
         labels,
         1.0,
         batch_size=n,
-        to_pixels=experiment.make_pixels(decode),
+        to_pixels=make_pixels(decode),
       ):
         batch.rows(batch.pixels)
 
     return timing.Case(run)
 
-  step = experiment.jit_sampler(opened.task, mesh)
-  decode = experiment.make_decoder(opened.vae, mesh)
+  step = jit_sampler(opened.task, mesh)
+  decode = make_decoder(opened.vae, mesh)
   if opened.vae is None and opened.task.sample_shape[-1] not in (1, 3):
     # Latents, as they are.
     decode = _first_channels
 
   def plain_image() -> None:
-    samples = steps_lib.sample_step(
+    samples = sample_step(
       opened.params,
       np.zeros(1, np.int32),
       np.ones(1, np.float32),
@@ -103,7 +110,7 @@ def rows(
       task=opened.task,
     )
     if opened.vae is not None:
-      samples = steps_lib.apply(
+      samples = apply(
         opened.vae.module, opened.vae.params, samples, method="decode"
       )
     jax.block_until_ready(samples)
@@ -133,11 +140,11 @@ def _first_channels(samples: Any) -> Any:
   return samples[..., :3]
 
 
-def _flops(opened: experiment.OpenedGenerator) -> float:
+def _flops(opened: OpenedGenerator) -> float:
   """Floating-point operations of one image's products."""
 
   def image(params: Any, decoder: Any, index: Any) -> Any:
-    samples = steps_lib.sample_step(
+    samples = sample_step(
       params,
       np.zeros(1, np.int32),
       np.ones(1, np.float32),
@@ -150,7 +157,7 @@ def _flops(opened: experiment.OpenedGenerator) -> float:
     )
     if opened.vae is None:
       return samples
-    return steps_lib.apply(opened.vae.module, decoder, samples, method="decode")
+    return apply(opened.vae.module, decoder, samples, method="decode")
 
   decoder = None if opened.vae is None else opened.vae.params
   traced = jax.jit(image).trace(opened.params, decoder, np.zeros(1, np.int32))

@@ -14,7 +14,7 @@ if not __package__:
   # Python looks for a script's imports in the script's folder.
   sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
 
-from drift_jax import hlo
+from drift_jax.tools import hlo
 
 PARTS = ("generator", "encoder", "losses and rest")
 # Milliseconds of the whole step, and the shares of the parts.

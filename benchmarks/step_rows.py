@@ -11,9 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import configs, plain_step, timing
-from drift_jax import config as config_lib
-from drift_jax import drift, experiment, hlo, models, sharding
-from drift_jax.experiment import networks
+from drift_jax import drift
+from drift_jax.models.mae import build_mae
+from drift_jax.system import sharding
+from drift_jax.tasks import parse
+from drift_jax.tasks.generator import setup as networks
+from drift_jax.tasks.generator.kernels import kernel_for
+from drift_jax.tasks.generator.programs import programs
+from drift_jax.tools import hlo
+from drift_jax.training.frozen import abstract_vae
+from drift_jax.training.run import adamw
 
 # Of dense products in bfloat16, per second.
 PEAK_FLOPS = {
@@ -59,20 +66,20 @@ def changed(name: str, overrides: Sequence[str]) -> Any:
   for encoder in values["encoders"].values():
     encoder["path"] = encoder["path"] or "none"
     encoder["model"] = encoder["model"] or {"kind": "mae", **digits}
-  return config_lib.parse(values)
+  return parse(values)
 
 
 def rows(report: timing.Report, name: str, overrides: Sequence[str]) -> None:
   """Time, memory and compilation of both steps."""
   config = changed(name, overrides)
   mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
-  program = experiment.programs(config, mesh)[0]
+  program = programs(config, mesh)[0]
   state, batch, frozen = (_random(tree) for tree in program.arguments.values())
   batch = batch._replace(labels=batch.labels % config.model.num_classes)
   encoders = networks.abstract_encoders(config.encoders, mesh)
-  vae = networks.abstract_vae(config.vae, mesh)
+  vae = abstract_vae(config.vae, mesh)
   task = networks.generator_task(config, encoders, mesh, vae)
-  optimizer, _ = experiment.make_optimizer(config.optim, config.train.num_steps)
+  optimizer, _ = adamw(config.optim, config.train.num_steps)
   plain = jax.jit(
     functools.partial(
       plain_step.train_step,
@@ -119,7 +126,7 @@ def rows(report: timing.Report, name: str, overrides: Sequence[str]) -> None:
 
 def loss_rows(report: timing.Report, sizes: LossSizes) -> None:
   """Value and gradient of the drifting losses of many features."""
-  mae = models.build_mae(
+  mae = build_mae(
     in_channels=4,
     base_channels=sizes.base_channels,
     layers=sizes.layers,
@@ -155,7 +162,7 @@ def loss_rows(report: timing.Report, sizes: LossSizes) -> None:
     "temperatures": (0.02, 0.05, 0.2),
     "affinity_floor": 1e-6,
   }
-  kernel = networks.kernel_for("auto", sharding.make_mesh())
+  kernel = kernel_for("auto", sharding.make_mesh())
 
   def ours(generated: Any, real: Any, weight: Any) -> jax.Array:
     return drift.drift_losses(

@@ -27,7 +27,7 @@ if not __package__:
   sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
 
 from benchmarks import configs, timing
-from drift_jax import paths
+from drift_jax.system import paths
 from drift_jax.tools import compile_check
 
 PARTS = ("whole", "step", "generator", "reals", "generated", "loss")
@@ -151,11 +151,12 @@ def measure(
     overrides: of the config, KEY=VALUE.
     hlo_folder: gets the program's text, if there is any; '' for none.
   """
-  from drift_jax import config as config_lib
-  from drift_jax import experiment, sharding
+  from drift_jax import tasks as tasks_lib
+  from drift_jax.system import sharding
+  from drift_jax.tasks.generator.programs import programs
 
   labels = setting.labels if part == "whole" else 1
-  config = config_lib.parse(
+  config = tasks_lib.parse(
     configs.load(setting.config, (f"batch.labels={labels}", *overrides))
   )
   devices = compile_check.find_devices(setting.topology)
@@ -163,7 +164,7 @@ def measure(
     devices = devices[:1]
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
   if part in ("whole", "step"):
-    program = experiment.programs(config, mesh)[0]
+    program = programs(config, mesh)[0]
   else:
     program = _PROGRAMS[part](config, mesh)
   report = compile_check.compile_program(program, mesh, config, hlo_folder)
@@ -189,14 +190,15 @@ def _generator(config: Any, mesh: Any) -> Any:
   """Forward and backward pass of the generator."""
   import jax
 
-  from drift_jax import experiment, steps
+  from drift_jax.training.programs import Program
+  from drift_jax.training.step import apply
 
   task, params, batch, draws, _ = _inputs(config, mesh)
 
   def run(params: Any, labels: Any, draws: Any, cotangent: Any) -> Any:
     n = task.num_generated
     samples, vjp = jax.vjp(
-      lambda params: steps.apply(
+      lambda params: apply(
         task.generator,
         params,
         jax.numpy.repeat(labels, n),
@@ -208,7 +210,7 @@ def _generator(config: Any, mesh: Any) -> Any:
     )
     return samples, vjp(cotangent)
 
-  return experiment.Program(
+  return Program(
     "generator",
     jax.jit(run),
     {
@@ -224,16 +226,17 @@ def _reals(config: Any, mesh: Any) -> Any:
   """Features of the reals."""
   import jax
 
-  from drift_jax import experiment, steps
+  from drift_jax.training.programs import Program
+  from drift_jax.training.step import from_wire
 
   task, _, batch, _, frozen = _inputs(config, mesh)
 
   def run(frozen: Any, *reals: Any) -> Any:
     joined = jax.numpy.concatenate(reals, axis=1)
-    joined = steps.from_wire(joined.reshape(-1, *joined.shape[2:]))
+    joined = from_wire(joined.reshape(-1, *joined.shape[2:]))
     return task.features(frozen, joined)
 
-  return experiment.Program(
+  return Program(
     "reals",
     jax.jit(run),
     {
@@ -248,7 +251,7 @@ def _generated(config: Any, mesh: Any) -> Any:
   """Features of generated samples, and the gradient through them."""
   import jax
 
-  from drift_jax import experiment
+  from drift_jax.training.programs import Program
 
   task, _, _, draws, frozen = _inputs(config, mesh)
   features = jax.eval_shape(task.features, frozen, draws.noise)
@@ -257,7 +260,7 @@ def _generated(config: Any, mesh: Any) -> Any:
     found, vjp = jax.vjp(lambda x: task.features(frozen, x), samples)
     return found, vjp(cotangents)
 
-  return experiment.Program(
+  return Program(
     "generated",
     jax.jit(run),
     {
@@ -272,7 +275,9 @@ def _loss(config: Any, mesh: Any) -> Any:
   """The drifting losses and their gradient, given all features."""
   import jax
 
-  from drift_jax import drift, experiment, steps
+  from drift_jax import drift
+  from drift_jax.tasks.generator.step import by_label
+  from drift_jax.training.programs import Program
 
   task, _, batch, draws, frozen = _inputs(config, mesh)
   labels, positives = batch.positives.shape[:2]
@@ -284,8 +289,8 @@ def _loss(config: Any, mesh: Any) -> Any:
   def run(generated: Any, real: Any, weight: Any) -> Any:
     def loss(generated: Any) -> Any:
       losses, report = drift.drift_losses(
-        steps.by_label(generated, labels),
-        steps.by_label(real, labels),
+        by_label(generated, labels),
+        by_label(real, labels),
         weight,
         num_positives=positives,
         **task.drift,
@@ -295,7 +300,7 @@ def _loss(config: Any, mesh: Any) -> Any:
 
     return jax.value_and_grad(loss, has_aux=True)(generated)
 
-  return experiment.Program(
+  return Program(
     "loss",
     jax.jit(run),
     {
@@ -318,16 +323,18 @@ def _inputs(config: Any, mesh: Any) -> tuple[Any, Any, Any, Any, Any]:
   """(task, parameters, batch, draws, frozen parameters) of one chip."""
   import jax
 
-  from drift_jax import experiment, steps
-  from drift_jax.experiment import networks
+  from drift_jax.tasks.generator import setup as networks
+  from drift_jax.tasks.generator.programs import programs
+  from drift_jax.tasks.generator.step import draw
+  from drift_jax.training.frozen import abstract_vae
 
-  program = experiment.programs(config, mesh)[0]
+  program = programs(config, mesh)[0]
   state, batch, frozen = program.arguments.values()
   encoders = networks.abstract_encoders(config.encoders, mesh)
-  vae = networks.abstract_vae(config.vae, mesh)
+  vae = abstract_vae(config.vae, mesh)
   task = networks.generator_task(config, encoders, mesh, vae)
   draws = jax.eval_shape(
-    lambda key: steps.draw(key, task, config.batch.labels), jax.random.key(0)
+    lambda key: draw(key, task, config.batch.labels), jax.random.key(0)
   )
   return task, state.params, batch, _on(mesh, draws), frozen
 
@@ -336,7 +343,7 @@ def _on(mesh: Any, tree: Any) -> Any:
   """The shapes, on the mesh's only chip."""
   import jax
 
-  from drift_jax import sharding
+  from drift_jax.system import sharding
 
   place = sharding.replicated(mesh)
   return sharding.abstract(tree, jax.tree.map(lambda _: place, tree))

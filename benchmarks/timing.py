@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from drift_jax import paths
+from drift_jax.system import paths
 
 MIN_TURNS = 5
 PACKAGES = ("numpy", "scipy", "PIL", "simplejpeg", "cv2", "jax", "grain")

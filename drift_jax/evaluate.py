@@ -18,7 +18,8 @@ from typing import Any
 from absl import app, flags
 
 from drift_jax import config as config_lib
-from drift_jax import options, paths
+from drift_jax.system import options, paths
+from drift_jax.tasks.generator.config import EVAL_METRICS
 
 # Whose images are judged: one of these.
 SOURCES = ("workdir", "weights", "images")
@@ -84,7 +85,7 @@ def define_flags() -> None:
   flags.DEFINE_list(
     "metrics",
     None,
-    f"Figures, of {config_lib.EVAL_METRICS}; the config's, or "
+    f"Figures, of {EVAL_METRICS}; the config's, or "
     f"{','.join(options.METRICS)} without one.",
   )
   flags.DEFINE_integer(
@@ -181,38 +182,44 @@ def main(argv: list[str]) -> None:
     asked = request(flags.FLAGS)
   except config_lib.ConfigError as error:
     sys.exit(f"Error: {error}")
-  from drift_jax import console, exits, experiment, numerics
+  from drift_jax.system import console, exits, numerics
 
   console.setup()
   numerics.pin()
   program = functools.partial(_program, flags.FLAGS, asked)
-  exits.run(program, experiment.ERRORS, again=exits.ANEW)
+  exits.run(program, again=exits.ANEW)
 
 
 def _program(values: flags.FlagValues, asked: dict[str, Any]) -> None:
-  from drift_jax import exits, experiment, metrics, processes
-  from drift_jax.console import logger
+  from drift_jax.metrics.files import write_report
+  from drift_jax.system import exits, processes
+  from drift_jax.system.console import logger
+  from drift_jax.tasks.generator.reports import (
+    Request,
+    report_on_images,
+    report_on_run,
+    report_on_weights,
+  )
+  from drift_jax.training.alone import alone_with
 
   exits.join(
     *config_lib.process_flags(),
     join_timeout=values.join_timeout,
     again=exits.ANEW,
   )
-  wanted = experiment.Request(**asked)
-  with experiment.alone_with(wanted.out):
+  wanted = Request(**asked)
+  with alone_with(wanted.out):
     if values.workdir is not None:
-      report = experiment.report_on_run(
+      report = report_on_run(
         values.workdir, wanted, step=values.step, ema_decay=values.ema_decay
       )
     elif values.weights is not None:
-      report = experiment.report_on_weights(
-        values.weights, wanted, vae=values.vae
-      )
+      report = report_on_weights(values.weights, wanted, vae=values.vae)
     else:
-      report = experiment.report_on_images(values.images, wanted)
+      report = report_on_images(values.images, wanted)
     if processes.is_first():
       print(table(report))
-      metrics.write_report(wanted.out, report)
+      write_report(wanted.out, report)
   logger.info("Wrote %s.", wanted.out)
 
 

@@ -10,7 +10,8 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from drift_jax import config as config_lib
-from drift_jax import paths, storage
+from drift_jax.system import paths, storage
+from drift_jax.tasks import parse, trainer
 
 
 def define_flags() -> None:
@@ -37,24 +38,17 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   values = flags.FLAGS
   try:
-    config = config_lib.parse(values.config)
+    config = parse(values.config)
     storage.check(values.workdir, write=True)
   except (config_lib.ConfigError, storage.StorageError) as error:
     sys.exit(f"Error: {error}")
   # As in all programs, everything heavy is imported here: --help and what can't
   # be run cost nothing.
-  from drift_jax import console, exits, experiment, numerics
+  from drift_jax.system import console, exits, numerics
 
   console.setup()
   numerics.pin()
-  if config.task == "mae":
-    from drift_jax import train_mae as trainer
-  elif config.task == "toy":
-    from drift_jax import train_toy as trainer
-  elif config.task == "policy":
-    from drift_jax import train_policy as trainer
-  else:
-    from drift_jax import train as trainer
+  train = trainer(config.task).train_and_evaluate
 
   def program() -> None:
     exits.join(
@@ -63,9 +57,9 @@ def main(argv: list[str]) -> None:
       join_timeout=config.processes.join_timeout,
     )
     exits.stop_on_sigterm()
-    trainer.train_and_evaluate(values.config, values.workdir)
+    train(config, values.workdir)
 
-  exits.run(program, experiment.ERRORS)
+  exits.run(program)
 
 
 if __name__ == "__main__":

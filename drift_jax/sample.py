@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from drift_jax import config as config_lib
-from drift_jax import options, paths
+from drift_jax.system import options, paths
 
 FILES = (*options.PICTURES, ".npz", ".gif")
 
@@ -113,7 +113,8 @@ def main(argv: list[str]) -> None:
     style = parse_style(values.style)
   except config_lib.ConfigError as error:
     sys.exit(f"Error: {error}")
-  from drift_jax import console, drawing, exits, experiment, numerics
+  from drift_jax.system import console, exits, numerics
+  from drift_jax.tools.work import sample as drawing
 
   console.setup()
   numerics.pin()
@@ -140,7 +141,7 @@ def main(argv: list[str]) -> None:
       frames=values.interpolate,
     )
 
-  exits.run(program, experiment.ERRORS, again=exits.ANEW)
+  exits.run(program, again=exits.ANEW)
 
 
 if __name__ == "__main__":

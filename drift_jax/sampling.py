@@ -19,15 +19,27 @@ import jax
 import numpy as np
 from PIL import Image
 
-from drift_jax import (
-  experiment,
-  metrics,
-  numerics,
-  options,
-  paths,
-  sharding,
-)
 from drift_jax.config import ConfigError
+from drift_jax.metrics.batches import Batch
+from drift_jax.metrics.files import PathLike
+from drift_jax.metrics.generation import generate
+from drift_jax.metrics.images import require_finite, save_image, to_uint8
+from drift_jax.system import numerics, options, paths, sharding
+from drift_jax.tasks.generator.judges import make_decoder, make_pixels
+from drift_jax.tasks.generator.restore import (
+  OpenedGenerator,
+  check_alpha,
+  open_generator,
+  read_style,
+)
+from drift_jax.tasks.generator.samplers import (
+  bind_sampler,
+  gathered,
+  grid_image,
+  jit_interpolator,
+  jit_sampler,
+)
+from drift_jax.training.run import pad_to_mesh
 
 _LISTED = 5
 # Classes as people give them: one or several, indices, ranges or names.
@@ -50,26 +62,26 @@ class Samples:
 
   def __post_init__(self) -> None:
     """Raises EvaluationError if an image is not finite."""
-    metrics.require_finite(self.images, self.labels)
+    require_finite(self.images, self.labels)
 
   def __len__(self) -> int:
     return len(self.images)
 
   def pixels(self) -> np.ndarray:
     """[n, H, W, C] uint8."""
-    return metrics.to_uint8(self.images)
+    return to_uint8(self.images)
 
   def grid(self) -> np.ndarray:
     """All of them in rows: uint8 [h, w, 3]; small images are magnified."""
-    return experiment.grid_image(self.images, self.columns)
+    return grid_image(self.images, self.columns)
 
-  def save(self, path: metrics.PathLike) -> None:
+  def save(self, path: PathLike) -> None:
     """Writes the grid to a .png, .jpg or .webp file.
 
     Raises:
       ValueError: another suffix.
     """
-    metrics.save_image(self.grid(), path)
+    save_image(self.grid(), path)
 
   def show(self) -> None:
     """Shows the grid: in a notebook below the cell, else in a window."""
@@ -88,9 +100,9 @@ class Samples:
 
 @numerics.pinned()
 def load(
-  source: metrics.PathLike,
+  source: PathLike,
   *,
-  vae: metrics.PathLike = "",
+  vae: PathLike = "",
   step: int | None = None,
   ema_decay: float | None = None,
 ) -> "Sampler":
@@ -111,7 +123,7 @@ def load(
   """
   source, vae = paths.expand(source), paths.expand(vae)
   mesh = sharding.make_mesh()
-  opened = experiment.open_generator(
+  opened = open_generator(
     os.fspath(source),
     mesh,
     vae=os.fspath(vae),
@@ -132,14 +144,12 @@ class Sampler:
     image_shape: (H, W, C).
   """
 
-  def __init__(
-    self, generator: experiment.OpenedGenerator, mesh: jax.sharding.Mesh
-  ):
+  def __init__(self, generator: OpenedGenerator, mesh: jax.sharding.Mesh):
     self.generator = generator
     self._mesh = mesh
-    self._step = experiment.jit_sampler(generator.task, mesh)
-    self._between = experiment.jit_interpolator(generator.task, mesh)
-    self._decode = experiment.make_decoder(generator.vae, mesh)
+    self._step = jit_sampler(generator.task, mesh)
+    self._between = jit_interpolator(generator.task, mesh)
+    self._decode = make_decoder(generator.vae, mesh)
     height, width, channels = generator.task.sample_shape
     if generator.vae is not None:
       module: Any = generator.vae.module
@@ -170,7 +180,7 @@ class Sampler:
 
   def padded(self, size: int) -> int:
     """The batch size that is compiled for `size` images on these devices."""
-    return experiment.pad_to_mesh(size, self._mesh)
+    return pad_to_mesh(size, self._mesh)
 
   def labels(self, names: Labels | None = None) -> np.ndarray:
     """Class indices [n] int32 of what a person calls classes.
@@ -328,7 +338,7 @@ class Sampler:
       raise ConfigError(f"count={count} must be at least 1")
     wanted = np.repeat(self.labels(labels), count)
     images = [
-      experiment.gathered(batch, self._decode(batch.samples))
+      gathered(batch, self._decode(batch.samples))
       for batch in self.batches(
         wanted, alpha=alpha, seed=seed, style=style, batch_size=batch_size
       )
@@ -345,7 +355,7 @@ class Sampler:
     style: int | Sequence[int] | None = None,
     batch_size: int = options.BATCH_SIZE,
     numbers: np.ndarray | None = None,
-  ) -> Iterator[metrics.Batch]:
+  ) -> Iterator[Batch]:
     """Images of labels [n] as they are ready; the devices work ahead.
 
     `batch.pixels` are 8-bit RGB images. A batch has `batch_size` images, or n
@@ -362,7 +372,7 @@ class Sampler:
     """
     self._check(alpha, seed, batch_size)
     labels = self._checked(labels)
-    sample_fn = experiment.bind_sampler(
+    sample_fn = bind_sampler(
       self._step,
       self.generator.params,
       self.generator.task,
@@ -372,12 +382,12 @@ class Sampler:
     )
     wanted = len(labels) if numbers is None else len(numbers)
     size = self.padded(min(batch_size, wanted))
-    batches = metrics.generate(
+    batches = generate(
       sample_fn,
       labels,
       alpha,
       batch_size=size,
-      to_pixels=numerics.pinned()(experiment.make_pixels(self._decode)),
+      to_pixels=numerics.pinned()(make_pixels(self._decode)),
       numbers=numbers,
     )
     # Not around the loop: between two batches the caller has its own settings.
@@ -452,14 +462,12 @@ class Sampler:
     return found.astype(np.int32)
 
   def _style(self, style: int | Sequence[int] | None) -> np.ndarray:
-    return experiment.read_style(
-      (-1,) if style is None else style, self.generator.task
-    )
+    return read_style((-1,) if style is None else style, self.generator.task)
 
   def _check(self, alpha: float, seed: int, batch_size: int) -> None:
     if np.ndim(alpha) or np.asarray(alpha).dtype.kind not in "fiu":
       raise ConfigError(f"alpha={alpha!r} must be one number")
-    experiment.check_alpha(alpha, self.alpha_range)
+    check_alpha(alpha, self.alpha_range)
     if not 0 <= _integer("seed", seed) <= options.MAX_SEED:
       raise ConfigError(f"seed={seed} must lie in [0, 2**32)")
     if _integer("batch_size", batch_size) < 1:

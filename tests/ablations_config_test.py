@@ -4,7 +4,8 @@ import pytest
 
 from configs import ablations
 from drift_jax import config as config_lib
-from drift_jax import experiment
+from drift_jax import tasks as tasks_lib
+from drift_jax.training.drifting import drift_arguments
 
 BASES = (
   "imagenet_latent",
@@ -27,7 +28,7 @@ def parse(name):
   config = ablations.get_config(name)
   for encoder in config.encoders.values():
     encoder.path = encoder.path or "given by the user"
-  return config_lib.parse(config)
+  return tasks_lib.parse(config)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +41,7 @@ def test_rows_parse_and_differ(base, table):
   }
   assert len(found) >= 2
   for config in found.values():
-    experiment.drift_arguments(config.drift)  # where fields are checked
+    drift_arguments(config.drift)  # where fields are checked
   texts = [config_lib.to_json(config) for config in found.values()]
   assert len(set(texts)) == len(texts)
   labels = [row.label for row in ablations.rows(table, base).values()]

@@ -5,8 +5,9 @@ import os
 import jax
 import numpy as np
 
-from drift_jax import artifacts, models
 from drift_jax.models import release
+from drift_jax.models.vae import build_vae
+from drift_jax.training import artifacts
 
 ARGUMENTS = {
   "in_channels": 3,
@@ -25,7 +26,7 @@ def save_vae(
 ) -> str | os.PathLike[str]:
   """Writes an autoencoder as an artifact; returns its folder."""
   arguments = ARGUMENTS | changes
-  vae = models.build_vae(**arguments)
+  vae = build_vae(**arguments)
   side = vae.downsampling
   shapes = jax.eval_shape(
     vae.init, jax.random.key(0), np.zeros((1, side, side, 3), np.float32)

@@ -8,8 +8,14 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import digits
-from drift_jax import checkpoint, experiment, sharding, state, train
 from drift_jax import config as config_lib
+from drift_jax.system import sharding
+from drift_jax.system.errors import ERRORS
+from drift_jax.tasks import parse
+from drift_jax.tasks.generator import train
+from drift_jax.tasks.generator.setup import generator_task, init_generator
+from drift_jax.training import checkpoint, state
+from drift_jax.training.run import adamw
 from tests.process import call
 
 SMOKE = "--config=configs/digits.py:smoke"
@@ -114,7 +120,7 @@ def test_a_run_before_its_workdir(tmp_path, variant, changes, message):
   workdir = tmp_path / "never"
   config = ConfigDict(digits.get_config(variant))
   config.update_from_flattened_dict(changes)
-  with pytest.raises(experiment.ERRORS, match=message):
+  with pytest.raises(ERRORS, match=message):
     train.train_and_evaluate(config, str(workdir))
   assert not workdir.exists()
 
@@ -161,13 +167,11 @@ def run(tmp_path_factory):
   path = tmp_path_factory.mktemp("run")
   config = digits.get_config("smoke")
   config.update_from_flattened_dict(OVERRIDES)
-  config = config_lib.parse(config)
+  config = parse(config)
   (path / "config.json").write_text(config_lib.to_json(config))
   abstract, _ = state.abstract_and_init(
-    experiment.init_generator(
-      experiment.generator_task(config, {}, sharding.make_mesh())
-    ),
-    experiment.make_optimizer(config.optim, config.train.num_steps)[0],
+    init_generator(generator_task(config, {}, sharding.make_mesh())),
+    adamw(config.optim, config.train.num_steps)[0],
     ema_decays=config.ema.decays,
     seed=config.seed,
     mesh=sharding.make_mesh(),

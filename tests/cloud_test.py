@@ -18,19 +18,13 @@ from etils import epath
 from PIL import Image
 
 from configs import digits
-from drift_jax import (
-  artifacts,
-  checkpoint,
-  checksums,
-  lease,
-  loop,
-  storage,
-  train_mae,
-)
 from drift_jax import config as config_lib
+from drift_jax.system import lease, storage
+from drift_jax.tasks.mae import train as train_mae
+from drift_jax.training import artifacts, checkpoint, checksums, loop
 from tests import fake_bucket
 from tests.process import process_environment
-from tests.train_test import (
+from tests.tasks.generator.train_test import (
   ROOT,
   SMOKE,
   TINY,

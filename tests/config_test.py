@@ -23,15 +23,16 @@ from configs import (
   toy,
 )
 from drift_jax import config as config_lib
-from drift_jax import (
-  loop,
-  models,
-  state,
-  train,
-  train_mae,
-  train_policy,
-  train_toy,
-)
+from drift_jax.models.generator import build_generator
+from drift_jax.models.mae import build_mae
+from drift_jax.tasks import TASKS, parse
+from drift_jax.tasks.generator import train
+from drift_jax.tasks.generator.config import GeneratorModel
+from drift_jax.tasks.mae import train as train_mae
+from drift_jax.tasks.mae.config import MaeModel
+from drift_jax.tasks.policy import train as train_policy
+from drift_jax.tasks.toy import train as train_toy
+from drift_jax.training import loop, state
 from tests.autoencoders import save_vae
 from tests.data import pictures
 from tests.judges import save_inception, save_random_statistics
@@ -54,10 +55,10 @@ def test_configs_are_valid(variant):
   config = digits.get_config(variant)
   if "features" in variant:
     with pytest.raises(config_lib.ConfigError, match=r"encoders\.mae\.path"):
-      config_lib.parse(config)
+      parse(config)
     config.encoders.mae.path = "somewhere"
-  parsed = config_lib.parse(config)
-  again = config_lib.parse(json.loads(config_lib.to_json(parsed)))
+  parsed = parse(config)
+  again = parse(json.loads(config_lib.to_json(parsed)))
   assert again == parsed
 
 
@@ -227,7 +228,7 @@ def check_rejected(config, key, value, message):
     section = section[name]
   section[leaf] = value
   with pytest.raises(config_lib.ConfigError, match=message):
-    config_lib.parse(values)
+    parse(values)
 
 
 @pytest.mark.parametrize(
@@ -238,15 +239,15 @@ def test_a_first_step_that_must_fail(positives, unconditional, drawn):
   values = generator().to_dict()
   values["batch"].update(positives=positives, unconditional=unconditional)
   values["queue"].update(push_per_step=32, prefill=33)
-  config_lib.parse(values)
+  parse(values)
   values["queue"]["prefill"] = 32
   with pytest.raises(
     config_lib.ConfigError,
     match=rf"leave 64 samples .* first step, fewer than batch\.{drawn}\w+=65",
   ):
-    config_lib.parse(values)
+    parse(values)
   values["queue"]["with_replacement"] = True
-  config_lib.parse(values)
+  parse(values)
 
 
 def test_only_latents_are_decoded():
@@ -257,10 +258,10 @@ def test_only_latents_are_decoded():
     r"encoders\.mae\.decode=True needs vae\.path.*decode=False",
   )
   values = imagenet_latent.get_config("convnext").to_dict()
-  config_lib.parse(values)
+  parse(values)
   values["encoders"]["vae"] = values["encoders"].pop("convnext")
   with pytest.raises(config_lib.ConfigError, match=r"encoders\.vae: .*another"):
-    config_lib.parse(values)
+    parse(values)
 
 
 @pytest.mark.parametrize(
@@ -277,9 +278,9 @@ def test_what_latents_can_not_be(key, value, message):
 def test_without_a_best_evaluations_and_saves_are_independent():
   values = generator().to_dict()
   values["checkpoint"].update(best_metric="", every=100)
-  config_lib.parse(values)
+  parse(values)
   values["eval"].update(every=0, metrics=())
-  config_lib.parse(values)
+  parse(values)
 
 
 @pytest.mark.parametrize(
@@ -309,13 +310,13 @@ def test_missing_keys_are_named():
   values = generator().to_dict()
   del values["drift"]["repulsion"]
   with pytest.raises(config_lib.ConfigError, match=r"missing key drift\.repul"):
-    config_lib.parse(values)
+    parse(values)
 
 
 def test_a_run_from_before_a_key_is_still_read():
   config = generator()
   del config.processes.join_timeout
-  assert config_lib.parse(config).processes.join_timeout == 600
+  assert parse(config).processes.join_timeout == 600
   assert generator().processes.join_timeout == 600
 
 
@@ -324,14 +325,14 @@ def test_a_single_sample_has_nothing_that_repels_it():
   values["batch"].update(generated=1, unconditional=0)
   values["guidance"]["maximum"] = 1.0
   with pytest.raises(config_lib.ConfigError, match="nothing repels"):
-    config_lib.parse(values)
+    parse(values)
 
 
 def test_models_take_what_configs_give():
   """The sections are the constructors' arguments, name for name."""
   for section, builder in (
-    (config_lib.GeneratorModel, models.build_generator),
-    (config_lib.MaeModel, models.build_mae),
+    (GeneratorModel, build_generator),
+    (MaeModel, build_mae),
   ):
     names = {field.name for field in dataclasses.fields(section)}
     parameters = inspect.signature(builder).parameters.values()
@@ -437,14 +438,14 @@ def test_every_key_is_read(reads, no_steps, tmp_path):
   )
   fields = {
     (section.__name__, field.name)
-    for task in config_lib.TASKS.values()
+    for task in TASKS.values()
     for section in section_types(task)
     for field in dataclasses.fields(section)
   }
   # What main asks `parse`: which task it is, and how processes are joined.
   chosen = {
     (task.__name__, name)
-    for task in config_lib.TASKS.values()
+    for task in TASKS.values()
     for name in ("task", "processes")
   }
   chosen |= {
@@ -455,10 +456,10 @@ def test_every_key_is_read(reads, no_steps, tmp_path):
 
 def check_resumed(config, changes):
   """Checks a resume of `config` with {key: value} changed."""
-  old = config_lib.to_json(config_lib.parse(config))
+  old = config_lib.to_json(parse(config))
   with config.unlocked():
     config.update_from_flattened_dict(changes)
-  config_lib.check_resumable(old, config_lib.to_json(config_lib.parse(config)))
+  config_lib.check_resumable(old, config_lib.to_json(parse(config)))
 
 
 def test_home_folders_are_expanded(monkeypatch):
@@ -480,7 +481,7 @@ def test_home_folders_are_expanded(monkeypatch):
     for part in sections:
       section = section[part]
     section[name] = value
-  written = config_lib.to_json(config_lib.parse(old))
+  written = config_lib.to_json(parse(old))
   parsed = config_lib.flatten(json.loads(written))
   for key, value in values.items():
     assert parsed[key] == value.replace("~", "/home/me")
@@ -488,7 +489,7 @@ def test_home_folders_are_expanded(monkeypatch):
   config_lib.check_resumable(json.dumps(old), written)
   policies = policy.get_config().to_dict()
   policies["data"]["source"] = "zarr:~/x.zarr"
-  assert config_lib.parse(policies).data.source == "zarr:/home/me/x.zarr"
+  assert parse(policies).data.source == "zarr:/home/me/x.zarr"
 
 
 def test_resumed_runs_may_change_what_is_harmless():

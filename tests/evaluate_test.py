@@ -16,14 +16,15 @@ import pytest
 from PIL import Image
 
 from configs import digits
-from drift_jax import (
-  artifacts,
-  experiment,
-  metrics,
-  sharding,
-  steps,
-)
+from drift_jax.metrics.frechet import FeatureStats, frechet_distance
+from drift_jax.metrics.images import to_uint8
+from drift_jax.metrics.reference import ReferenceStats
 from drift_jax.models import release
+from drift_jax.system import sharding
+from drift_jax.tasks.generator.judges import load_judge, network_fn
+from drift_jax.tasks.generator.restore import load_exported
+from drift_jax.tasks.generator.step import sample_step
+from drift_jax.training import artifacts
 from tests.autoencoders import save_vae
 from tests.conftest import assert_close
 from tests.judges import (
@@ -227,7 +228,7 @@ def test_report_samples_and_pictures(one_device, workdir):
   assert images.shape == (COUNT, 8, 8, 3) and images.dtype == np.uint8
   np.testing.assert_array_equal(labels, np.arange(COUNT) % 10)
   np.testing.assert_array_equal(
-    images, np.broadcast_to(metrics.to_uint8(floats), images.shape)
+    images, np.broadcast_to(to_uint8(floats), images.shape)
   )
   assert len(np.unique(floats.reshape(COUNT, -1), axis=0)) == COUNT
   neighbours = report["neighbours"]
@@ -368,15 +369,15 @@ def test_exported_weights(answers, exported, judges):
     np.testing.assert_array_equal(archive["arr_1"], labels)
     images = archive["arr_0"]
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  task = experiment.load_exported(str(folder / "gen"), "", mesh).task
-  step = jax.jit(functools.partial(steps.sample_step, seed=0, task=task))
+  task = load_exported(str(folder / "gen"), "", mesh).task
+  step = jax.jit(functools.partial(sample_step, seed=0, task=task))
   drawn = step(
     params,
     labels.astype(np.int32),
     np.full(18, 1.5, np.float32),
     np.arange(18, dtype=np.int32),
   )
-  expected = metrics.to_uint8(drawn)
+  expected = to_uint8(drawn)
   # Another program may round the last bit to the other side of a level.
   assert np.abs(images.astype(int) - expected).max() <= 1
   assert np.mean(images != expected) < 1e-3
@@ -386,13 +387,13 @@ def test_exported_weights(answers, exported, judges):
   ):
     with np.load(file) as reference:
       mean, sigma = reference["mu"], reference["sigma"]
-    judge = experiment.load_judge(str(network), mesh)
+    judge = load_judge(str(network), mesh)
     # In a batch of the size that has been compiled for the judges.
     batch = np.resize(images, (REALS, *images.shape[1:]))
-    features = experiment.network_fn(judge, mesh)(batch)[0][: len(images)]
-    distance = metrics.frechet_distance(
-      metrics.FeatureStats.from_features(features),
-      metrics.ReferenceStats(mean, sigma, None, None),
+    features = network_fn(judge, mesh)(batch)[0][: len(images)]
+    distance = frechet_distance(
+      FeatureStats.from_features(features),
+      ReferenceStats(mean, sigma, None, None),
     )
     assert report["judges"][name]["sha256"] == judge.sha256
     assert report["results"]["1.5"][f"fd_{name}"] == pytest.approx(

@@ -5,8 +5,21 @@ import os
 import jax
 import numpy as np
 
-from drift_jax import artifacts, data, experiment, metrics, models, sharding
+from drift_jax.data.readers import ArrayReader
+from drift_jax.data.sources import digits
+from drift_jax.metrics.frechet import FeatureStats
+from drift_jax.metrics.images import real_pixels
+from drift_jax.metrics.reference import (
+  Provenance,
+  ReferenceStats,
+  save_reference,
+)
 from drift_jax.models import release
+from drift_jax.models.inception import build_inception
+from drift_jax.models.vit import build_vit
+from drift_jax.system import sharding
+from drift_jax.tasks.generator.judges import load_judge, network_fn
+from drift_jax.training import artifacts
 
 VIT = {
   "image_size": 8,
@@ -43,7 +56,7 @@ def save_inception(
     seed: of the weights.
   """
   arguments = {"width": width, "num_classes": num_classes}
-  inception = models.build_inception(**arguments)
+  inception = build_inception(**arguments)
   shapes = jax.eval_shape(
     inception.init, jax.random.key(0), np.zeros((1, 8, 8, 3), np.uint8)
   )["params"]
@@ -73,7 +86,7 @@ def save_vit(
 ) -> str | os.PathLike[str]:
   """Writes a tiny Vision Transformer of a family; returns its folder."""
   arguments = VIT | changes
-  vit = models.build_vit(**arguments)
+  vit = build_vit(**arguments)
   init = jax.jit(vit.init)  # at once, not one operation after the other
   params = init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.uint8))
   artifacts.save(
@@ -104,8 +117,8 @@ def save_statistics(
     crop: what they claim to be cut by.
   """
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  artifact = experiment.load_judge(str(folder), mesh)
-  features = np.asarray(experiment.network_fn(artifact, mesh)(pixels)[0])
+  artifact = load_judge(str(folder), mesh)
+  features = np.asarray(network_fn(artifact, mesh)(pixels)[0])
   return _save_features(
     path, artifact, features, resolution=pixels.shape[1], crop=crop
   )
@@ -140,7 +153,7 @@ def _save_features(
   resolution: int,
   crop: str,
 ) -> str | os.PathLike[str]:
-  provenance = metrics.Provenance(
+  provenance = Provenance(
     source="digits",
     split="train",
     crop=crop,
@@ -148,14 +161,12 @@ def _save_features(
     network="test",
     network_sha256=artifact.sha256,
   )
-  stats = metrics.FeatureStats.from_features(features)
-  metrics.save_reference(
-    path, metrics.ReferenceStats.from_stats(stats, provenance, features)
-  )
+  stats = FeatureStats.from_features(features)
+  save_reference(path, ReferenceStats.from_stats(stats, provenance, features))
   return path
 
 
 def digit_pixels(count: int) -> np.ndarray:
   """The first of the training digits, uint8 [count, 8, 8, 3]."""
-  reader = data.ArrayReader(data.digits("train"), wire="float32")
-  return metrics.real_pixels(reader.fixed(np.arange(count)))
+  reader = ArrayReader(digits("train"), wire="float32")
+  return real_pixels(reader.fixed(np.arange(count)))

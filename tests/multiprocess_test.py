@@ -21,11 +21,17 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from drift_jax import artifacts, checksums, experiment, train_mae
 from drift_jax import config as config_lib
+from drift_jax.tasks.mae import train as train_mae
+from drift_jax.training import artifacts, checksums
+from drift_jax.training.workdir import check_workdir
 from tests.conftest import assert_close
 from tests.process import call, process_environment
-from tests.train_test import checkpoint_arrays, last_step, records
+from tests.tasks.generator.train_test import (
+  checkpoint_arrays,
+  last_step,
+  records,
+)
 
 pytestmark = pytest.mark.system
 
@@ -587,12 +593,12 @@ def test_a_workdir_that_can_not_be_written(waiting, folder):
 
 
 def test_a_workdir_is_tried_without_making_it(tmp_path):
-  experiment.check_workdir(str(tmp_path / "a" / "b"))
+  check_workdir(str(tmp_path / "a" / "b"))
   assert not list(tmp_path.iterdir())
   (tmp_path / "file").write_text("")
   for path in (tmp_path / "file", "/proc/drift_jax/run"):
     with pytest.raises(config_lib.ConfigError, match="can't be written"):
-      experiment.check_workdir(str(path))
+      check_workdir(str(path))
 
 
 # One dies; the other goes on to what needs both, or fails since it is alone.

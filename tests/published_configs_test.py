@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-from drift_jax import config as config_lib
+from drift_jax.tasks import parse
 
 VARIANTS = {
   "cifar10": ["", "encoder", "smoke", "encoder,smoke"],
@@ -21,7 +21,7 @@ VARIANTS = {
 
 def get(name, variant=""):
   module = importlib.import_module(f"configs.{name}")
-  return config_lib.parse(module.get_config(variant))
+  return parse(module.get_config(variant))
 
 
 @pytest.mark.parametrize(

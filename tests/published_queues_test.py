@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from configs import ablations, imagenet_latent, imagenet_pixel
-from drift_jax import config as config_lib
 from drift_jax.data.feed import QueueFeed
 from drift_jax.data.loader import Loader
+from drift_jax.tasks import parse
+from drift_jax.tasks.generator.config import GeneratorConfig
 from tests.data.fakes import Numbers, values
 
 pytestmark = pytest.mark.slow
@@ -73,8 +74,8 @@ def filled(queue):
 
 def short_draws(name, process_index, process_count):
   """Runs a published feed; how many labels it has had too few samples of."""
-  config = config_lib.parse(PUBLISHED[name])
-  assert isinstance(config, config_lib.GeneratorConfig)
+  config = parse(PUBLISHED[name])
+  assert isinstance(config, GeneratorConfig)
   batch = config.batch
   feed = make(
     config.queue,

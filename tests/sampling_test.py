@@ -14,8 +14,13 @@ from absl.testing import flagsaver
 from PIL import Image
 
 import drift_jax
-from drift_jax import artifacts, metrics, sample, sampling, steps
+from drift_jax import sample, sampling
 from drift_jax.config import ConfigError
+from drift_jax.metrics.errors import EvaluationError
+from drift_jax.metrics.images import to_uint8
+from drift_jax.tasks.generator.step import generate, sample_inputs, sample_step
+from drift_jax.training import artifacts
+from drift_jax.training.step import apply
 from tests.autoencoders import save_vae
 from tests.conftest import GOLDEN, assert_close
 from tests.small_generator import NAMES, save_generator
@@ -34,9 +39,7 @@ def model(folder):
 def drawn(model, labels, alpha, index, seed):
   """The step itself, with a seed that is no argument of what is compiled."""
   opened = model.generator
-  step = jax.jit(
-    functools.partial(steps.sample_step, seed=seed, task=opened.task)
-  )
+  step = jax.jit(functools.partial(sample_step, seed=seed, task=opened.task))
   return step(
     jax.device_get(opened.params),
     np.asarray(labels, np.int32),
@@ -98,11 +101,11 @@ def test_walk_between_two_noises(model):
 
   @jax.jit
   def end(params):
-    inputs = functools.partial(steps.sample_inputs, seed=4, task=opened.task)
+    inputs = functools.partial(sample_inputs, seed=4, task=opened.task)
     noise, _ = inputs(np.arange(4, 8, dtype=np.int32))
     _, style = inputs(np.arange(4, dtype=np.int32))
     alpha = np.ones(4, np.float32)
-    return steps.generate(
+    return generate(
       params, walk[0].labels, alpha, noise, style, task=opened.task
     )
 
@@ -274,9 +277,7 @@ def test_pictures(model, tmp_path):
     assert not (tmp_path / name).exists()
   with Image.open(io.BytesIO(samples._repr_png_())) as image:
     np.testing.assert_array_equal(np.asarray(image), samples.grid())
-  np.testing.assert_array_equal(
-    samples.pixels(), metrics.to_uint8(samples.images)
-  )
+  np.testing.assert_array_equal(samples.pixels(), to_uint8(samples.images))
 
 
 @pytest.mark.slow
@@ -292,7 +293,7 @@ def test_latents_need_their_autoencoder(tmp_path):
   images = model.sample([1], count=2, seed=3).images
   assert images.shape == (2, 16, 16, 3)
   autoencoder = model.generator.vae
-  decode = functools.partial(steps.apply, autoencoder.module, method="decode")
+  decode = functools.partial(apply, autoencoder.module, method="decode")
   decoded = jax.jit(decode)(
     jax.device_get(autoencoder.params), drawn(model, [1, 1], 1.0, range(2), 3)
   )
@@ -411,7 +412,7 @@ def test_no_black_pictures(folder, tmp_path):
     drift_jax.load(saved("nan", np.nan))
   flags = {"from": saved("large", 1e30)}
   images = np.full((1, 8, 8, 1), np.inf, np.float32)
-  with pytest.raises(metrics.EvaluationError, match="image 0 .label 1. is not"):
+  with pytest.raises(EvaluationError, match="image 0 .label 1. is not"):
     sampling.Samples(images, np.ones(1, np.int32), 1)
   for out in ("a.png", "a/"):
     message = run_command(tmp_path / out, **flags)

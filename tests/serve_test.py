@@ -23,7 +23,8 @@ import pytest
 from PIL import Image
 from playwright import sync_api
 
-from drift_jax import metrics, sampling
+from drift_jax import sampling
+from drift_jax.metrics.images import save_image
 from drift_jax.serve.app import host_name, make_app
 from drift_jax.serve.limits import Limits, RateLimiter
 from drift_jax.serve.requests import read_request
@@ -202,7 +203,7 @@ def test_images_are_those_of_sample(tmp_path, model, served, style):
   ]
   assert np.std(expected) > 20
   for line, pixels in zip(images, expected, strict=True):
-    metrics.save_image(pixels, tmp_path / "image.png")
+    save_image(pixels, tmp_path / "image.png")
     written = (tmp_path / "image.png").read_bytes()
     assert base64.b64decode(line["png"]) == written
   assert last["images"] == 24 and last["device_ms"] > 0

@@ -6,7 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drift_jax import metrics, sharding
+from drift_jax.metrics.evaluators import FrechetEvaluator
+from drift_jax.metrics.frechet import FeatureStats
+from drift_jax.metrics.generation import evaluate
+from drift_jax.metrics.network import NetworkEvaluator
+from drift_jax.metrics.reference import Provenance, ReferenceStats
+from drift_jax.metrics.small_sets import CoverageEvaluator, DuplicatesEvaluator
+from drift_jax.system import sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,15 +42,15 @@ def figures_of_few(pictures, real, mesh):
     features = pixels.reshape(len(pixels), -1).astype(jnp.float32) / 255.0
     return features, 5.0 * features[:, :6]
 
-  reference = metrics.ReferenceStats.from_stats(
-    metrics.FeatureStats.from_features(real.reshape(len(real), -1)),
-    metrics.Provenance(
+  reference = ReferenceStats.from_stats(
+    FeatureStats.from_features(real.reshape(len(real), -1)),
+    Provenance(
       **dict(source="here", split="train", crop="none", network="none"),
       **dict(resolution=2, network_sha256="0" * 64),
     ),
     real.reshape(len(real), -1),
   )
-  judged = metrics.NetworkEvaluator(
+  judged = NetworkEvaluator(
     "inception",
     network,
     ["fid", "inception_score", "precision_recall", "kid", "coverage_inception"],
@@ -55,7 +61,7 @@ def figures_of_few(pictures, real, mesh):
   train, test = Reals(real[:20]), Reals(real[20:])
   evaluators = [
     judged,
-    metrics.FrechetEvaluator(
+    FrechetEvaluator(
       "fd_pixel",
       jax.jit(lambda x: x.reshape(len(x), -1)),
       *(train, test),
@@ -63,10 +69,10 @@ def figures_of_few(pictures, real, mesh):
       batch_size=2 * count,
       seed=0,
     ),
-    metrics.CoverageEvaluator(train, test, k=3, labels=labels, seed=0),
-    metrics.DuplicatesEvaluator(train, test, grid=np.linspace(-1, 1, 256)),
+    CoverageEvaluator(train, test, k=3, labels=labels, seed=0),
+    DuplicatesEvaluator(train, test, grid=np.linspace(-1, 1, 256)),
   ]
-  results = metrics.evaluate(
+  results = evaluate(
     evaluators,
     lambda labels, alpha, index: sharding.put_batch(pictures[index], mesh),
     labels,

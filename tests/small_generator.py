@@ -7,16 +7,14 @@ import jax
 import numpy as np
 
 from configs import digits
-from drift_jax import (
-  artifacts,
-  checkpoint,
-  experiment,
-  models,
-  sharding,
-  state,
-)
 from drift_jax import config as config_lib
 from drift_jax.models import release
+from drift_jax.models.generator import build_generator
+from drift_jax.system import sharding
+from drift_jax.tasks import parse
+from drift_jax.tasks.generator.setup import generator_task, init_generator
+from drift_jax.training import artifacts, checkpoint, state
+from drift_jax.training.run import adamw
 
 NAMES = ("tench, Tinca tinca", "goldfish", "white shark, shark", "hammer shark")
 
@@ -31,7 +29,7 @@ def arguments(**changes):
 
 def random_params(arguments, seed: int = 0):
   """None of them zero, as initial ones would be."""
-  module = models.build_generator(**arguments)
+  module = build_generator(**arguments)
   shapes = jax.eval_shape(
     lambda: module.init(
       {"params": jax.random.key(0), "noise": jax.random.key(0)},
@@ -72,11 +70,11 @@ def save_run(path: pathlib.Path, change=lambda state: state) -> str:
   """
   config = digits.get_config("smoke")
   config.model.update(depth=1, hidden_size=16, cond_dim=16, num_heads=2)
-  typed = config_lib.parse(config)
-  task = experiment.generator_task(typed, {}, sharding.make_mesh())
+  typed = parse(config)
+  task = generator_task(typed, {}, sharding.make_mesh())
   abstract, _ = state.abstract_and_init(
-    experiment.init_generator(task),
-    experiment.make_optimizer(typed.optim, typed.train.num_steps)[0],
+    init_generator(task),
+    adamw(typed.optim, typed.train.num_steps)[0],
     ema_decays=typed.ema.decays,
     seed=typed.seed,
     mesh=sharding.make_mesh(),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import assert_close
-from tests.train_test import (
+from tests.tasks.generator.train_test import (
   UNRANKED,
   assert_same_run,
   checkpoint_arrays,

@@ -9,10 +9,13 @@ import pytest
 from PIL import Image
 
 import drift_jax
-from drift_jax import artifacts, metrics, models, train_mae
-from drift_jax import train as train_generator
+from drift_jax.metrics.writers import read_jsonl
 from drift_jax.models import release
+from drift_jax.models.convnext import build_convnext
+from drift_jax.tasks.generator import train as train_generator
+from drift_jax.tasks.mae import train as train_mae
 from drift_jax.tools.work import cache_latents
+from drift_jax.training import artifacts
 from tests.autoencoders import save_vae
 
 pytestmark = pytest.mark.slow
@@ -30,7 +33,7 @@ def train(name, variant, workdir, **changes):
     config[section].update(values)
   task = train_mae if config.task == "mae" else train_generator
   task.train_and_evaluate(config, str(workdir))
-  lines = metrics.read_jsonl(workdir / "metrics.jsonl")
+  lines = read_jsonl(workdir / "metrics.jsonl")
   assert lines[-1]["step"] == 2
   return {key: value for line in lines for key, value in line.items()}
 
@@ -64,7 +67,7 @@ def save_convnext(folder):
   arguments = {"depths": (1, 1, 1, 1), "widths": (4, 4, 8, 8)}
   arguments["dtype"] = "float32"
   shapes = jax.eval_shape(
-    models.build_convnext(**arguments).init,
+    build_convnext(**arguments).init,
     jax.random.key(0),
     np.zeros((1, 8, 8, 3), np.float32),
   )["params"]

@@ -1,13 +1,14 @@
-"""The typed form of a config, and its validation with messages that teach.
+"""The typed form of a config, and its checks with messages that teach.
 
-configs/*.py hold the values (every default included); the dataclasses of
-`schema` hold names, types and what may go together. `parse` turns a ConfigDict
-into them before anything is compiled: an unknown key, a missing key, a wrong
-type or contradicting values raise ConfigError with the key, the value and what
-would be valid.
+configs/*.py hold the values (every default included). `sections` holds the
+section classes that tasks share and `checks` what may go together in them; each
+task adds its own in tasks/TASK/config.py. `tasks.parse` turns a ConfigDict into
+these before anything is compiled: an unknown key, a missing key, a wrong type
+or contradicting values raise ConfigError with the key, the value and what would
+be valid.
 """
 
-from drift_jax.config.checks import check, check_judges, check_new
+from drift_jax.config.checks import check_new
 from drift_jax.config.command_line import (
   config_arguments,
   define_process_flags,
@@ -17,7 +18,7 @@ from drift_jax.config.command_line import (
   process_flags,
   source,
 )
-from drift_jax.config.parsing import check_override, parse, unknown_key
+from drift_jax.config.parsing import check_override, unknown_key
 from drift_jax.config.resume import (
   RESUMABLE,
   RESUMABLE_ENDS,
@@ -26,60 +27,38 @@ from drift_jax.config.resume import (
   flatten,
   to_json,
 )
-from drift_jax.config.schema import (
-  EVAL_METRICS,
-  JUDGED_METRICS,
+from drift_jax.config.sections import (
   LEAST_TEMPERATURE_SCALE,
-  TASKS,
-  AnyConfig,
   Checkpoint,
-  ConfigError,
   Data,
   Drift,
   Encoder,
-  GeneratorConfig,
-  GeneratorEval,
-  GeneratorModel,
-  Guidance,
-  Judge,
-  MaeConfig,
-  MaeModel,
+  Frozen,
+  ImageConfig,
   Mesh,
   Optim,
-  PolicyConfig,
+  RunConfig,
   Section,
-  ToyConfig,
   Vae,
 )
+from drift_jax.system.errors import ConfigError
 
 __all__ = [
-  "EVAL_METRICS",
-  "JUDGED_METRICS",
   "LEAST_TEMPERATURE_SCALE",
   "RESUMABLE",
   "RESUMABLE_ENDS",
-  "TASKS",
-  "AnyConfig",
   "Checkpoint",
   "ConfigError",
   "Data",
   "Drift",
   "Encoder",
-  "GeneratorConfig",
-  "GeneratorEval",
-  "GeneratorModel",
-  "Guidance",
-  "Judge",
-  "MaeConfig",
-  "MaeModel",
+  "Frozen",
+  "ImageConfig",
   "Mesh",
   "Optim",
-  "PolicyConfig",
+  "RunConfig",
   "Section",
-  "ToyConfig",
   "Vae",
-  "check",
-  "check_judges",
   "check_new",
   "check_override",
   "check_resumable",
@@ -89,7 +68,6 @@ __all__ = [
   "flat_values",
   "flatten",
   "load_config",
-  "parse",
   "parse_flags",
   "process_flags",
   "source",

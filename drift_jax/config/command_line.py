@@ -10,9 +10,9 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from drift_jax import options, paths
 from drift_jax.config.parsing import check_override
-from drift_jax.config.schema import ConfigError
+from drift_jax.system import options, paths
+from drift_jax.system.errors import ConfigError
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:

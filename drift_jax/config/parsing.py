@@ -7,35 +7,9 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
-import ml_collections
-
-from drift_jax import paths
-from drift_jax.config import checks
-from drift_jax.config.schema import (
-  TASKS,
-  AnyConfig,
-  ConfigError,
-  Source,
-)
-
-
-def parse(config: Any) -> AnyConfig:
-  """The typed, validated form of a ConfigDict (or plain dict).
-
-  Raises:
-    ConfigError: see the module's docstring.
-  """
-  values = (
-    config.to_dict()
-    if isinstance(config, ml_collections.ConfigDict)
-    else config
-  )
-  task = values.get("task")
-  if not isinstance(task, str) or task not in TASKS:
-    raise ConfigError(f"task={task!r}: valid options are {sorted(TASKS)}")
-  parsed = _build(TASKS[task], values, "")
-  checks.check(parsed)
-  return parsed
+from drift_jax.config.sections import Source
+from drift_jax.system import paths
+from drift_jax.system.errors import ConfigError
 
 
 def unknown_key(key: str, value: Any, valid: Iterable[str]) -> str:
@@ -78,8 +52,12 @@ def check_override(
     section = section[name]
 
 
-def _build(cls: Any, values: Any, path: str) -> Any:
-  """Builds a section from a mapping, recursively."""
+def build(cls: Any, values: Any, path: str = "") -> Any:
+  """Builds a section from a mapping, recursively.
+
+  Raises:
+    ConfigError: naming the key, the value and what would be valid.
+  """
   if not isinstance(values, Mapping):
     raise ConfigError(f"{path[:-1]}={values!r} must be a section (a dict)")
   hints = typing.get_type_hints(cls, include_extras=True)
@@ -115,7 +93,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
   if origin is Annotated:
     return _expanded(hint, _convert(str, value, path), path)
   if dataclasses.is_dataclass(hint):
-    return _build(hint, value, path + ".")
+    return build(hint, value, path + ".")
   if origin is Mapping:
     if not isinstance(value, Mapping):
       raise ConfigError(f"{path}={value!r} must be a dict of sections")

@@ -6,8 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from drift_jax import paths
-from drift_jax.config.schema import AnyConfig, ConfigError
+from drift_jax.config.sections import RunConfig
+from drift_jax.system import paths
+from drift_jax.system.errors import ConfigError
 
 # Keys that a resumed run may change; any other change is another experiment.
 RESUMABLE = (
@@ -45,7 +46,7 @@ RANKING = (
 )
 
 
-def to_json(config: AnyConfig) -> str:
+def to_json(config: RunConfig) -> str:
   """The resolved config as JSON with sorted keys."""
   return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True)
 

@@ -1,6 +1,5 @@
 """Data: sources, readers, the Grain loader, the sample queue and the feeds."""
 
-from drift_jax.data.demonstrations import Demonstrations
 from drift_jax.data.encoded import (
   NoSplitError,
   imagenet_classes,
@@ -15,8 +14,6 @@ from drift_jax.data.memory import MemoryReader, MemorySource
 from drift_jax.data.npy import read_npy
 from drift_jax.data.prefetch import Prefetcher
 from drift_jax.data.readers import ArrayReader, ImageReader, Reader
-from drift_jax.data.replay import FETCH, read_replay, write_replay
-from drift_jax.data.robomimic import read_robomimic
 from drift_jax.data.sources import (
   ArraySource,
   Source,
@@ -25,7 +22,11 @@ from drift_jax.data.sources import (
   names_sha256,
   open_source,
 )
-from drift_jax.data.toys import (
+from drift_jax.tasks.policy.demonstrations import Demonstrations
+from drift_jax.tasks.policy.replay import FETCH, read_replay, write_replay
+from drift_jax.tasks.policy.robomimic import read_robomimic
+from drift_jax.tasks.policy.windows import Normalizer, PolicyFeed, Windows
+from drift_jax.tasks.toy.data import (
   TOYS,
   Modes,
   ToyFeed,
@@ -33,7 +34,6 @@ from drift_jax.data.toys import (
   fixed_points,
   modes_of,
 )
-from drift_jax.data.windows import Normalizer, PolicyFeed, Windows
 
 __all__ = [
   "FETCH",

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from drift_jax import console, options
 from drift_jax.data import decode
 from drift_jax.data.errors import DataError
+from drift_jax.system import console, options
 
 _LISTED = 10  # paths that an error shows
 _SCANNED_AT_ONCE = 256

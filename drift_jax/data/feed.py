@@ -15,11 +15,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from drift_jax import console, streams
 from drift_jax.data import bank as bank_lib
 from drift_jax.data.loader import Batch, IndexedReads, Loader, share
 from drift_jax.data.order import ClassGrouped, check_class_sizes
 from drift_jax.data.readers import Reader
+from drift_jax.system import console
+from drift_jax.training import streams
 
 
 class ImageFeed:

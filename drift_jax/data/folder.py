@@ -24,8 +24,8 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from drift_jax import console, paths
 from drift_jax.data import encoded
+from drift_jax.system import console, paths
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # Folders with these names are splits, never the one folder that a tar was

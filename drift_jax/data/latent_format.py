@@ -26,9 +26,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from drift_jax import options, paths
 from drift_jax.data.errors import DataError
 from drift_jax.data.npy import read_npy
+from drift_jax.system import options, paths
 
 FORMAT = "drift_jax latents"
 VERSION = 1

@@ -10,7 +10,6 @@ import ml_dtypes
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
-from drift_jax import paths
 from drift_jax.data.latent_format import (
   REDO,
   TOOL,
@@ -19,6 +18,7 @@ from drift_jax.data.latent_format import (
   load_labels,
   verify,
 )
+from drift_jax.system import paths
 
 WIRE_DTYPES = ("float16", "bfloat16", "float32")
 

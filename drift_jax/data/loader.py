@@ -18,9 +18,9 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 
-from drift_jax import console
 from drift_jax.data import order as order_lib
 from drift_jax.data.readers import Reader
+from drift_jax.system import console
 
 Batch = dict[str, np.ndarray]
 

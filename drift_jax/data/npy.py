@@ -6,7 +6,7 @@ import tokenize
 import numpy as np
 from etils import epath
 
-from drift_jax.storage import PathLike
+from drift_jax.system.storage import PathLike
 
 
 def read_npy(path: PathLike) -> np.ndarray:

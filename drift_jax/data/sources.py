@@ -8,8 +8,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
-from drift_jax import paths, storage
 from drift_jax.data import encoded, folder
+from drift_jax.system import paths, storage
 
 SPLITS = ("train", "test")
 KINDS = ("digits", "folder:DIR", "tar:FILE", "tfds:NAME")

@@ -17,8 +17,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from drift_jax import console, paths, storage
 from drift_jax.data import encoded
+from drift_jax.system import console, paths, storage
 
 _ANY_VERSION = ":*.*.*"
 _LABEL_THREADS = 8

@@ -69,14 +69,6 @@ from drift_jax.metrics.plots import (
   plot_rows,
   plot_toy,
 )
-from drift_jax.metrics.point_sets import (
-  Coverage,
-  baseline,
-  energy_distance,
-  mean_distance,
-  mode_coverage,
-  sliced_wasserstein,
-)
 from drift_jax.metrics.precision_recall import precision_recall
 from drift_jax.metrics.reference import (
   Provenance,
@@ -84,11 +76,7 @@ from drift_jax.metrics.reference import (
   load_reference,
   save_reference,
 )
-from drift_jax.metrics.sample_files import (
-  ImageSet,
-  SampleWriter,
-  open_images,
-)
+from drift_jax.metrics.sample_files import ImageSet, SampleWriter, open_images
 from drift_jax.metrics.sample_folder import SampleFolder
 from drift_jax.metrics.small_sets import (
   MAX_IMAGES,
@@ -96,17 +84,25 @@ from drift_jax.metrics.small_sets import (
   DuplicatesEvaluator,
   LabelAccuracyEvaluator,
 )
-from drift_jax.metrics.toy_plots import (
-  plane_limit,
-  plot_field,
-  plot_toy_table,
-  save_evolution,
-)
 from drift_jax.metrics.writers import (
   JsonlWriter,
   MetricWriter,
   create_writer,
   read_jsonl,
+)
+from drift_jax.tasks.toy.figures import (
+  Coverage,
+  baseline,
+  energy_distance,
+  mean_distance,
+  mode_coverage,
+  sliced_wasserstein,
+)
+from drift_jax.tasks.toy.plots import (
+  plane_limit,
+  plot_field,
+  plot_toy_table,
+  save_evolution,
 )
 
 __all__ = [

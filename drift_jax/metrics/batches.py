@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-from drift_jax import sharding
 from drift_jax.metrics.images import Images
+from drift_jax.system import sharding
 
 # Samples [B, H, W, C] -> 8-bit RGB images [B, h, w, 3], both on the mesh.
 PixelsFn = Callable[[Images], jax.Array]

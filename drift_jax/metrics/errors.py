@@ -1,5 +1,7 @@
 """What an evaluation can't go on with."""
 
+from drift_jax.system.errors import UserError
 
-class EvaluationError(ValueError):
+
+class EvaluationError(UserError, ValueError):
   """Samples that can't be judged; the message says which and why."""

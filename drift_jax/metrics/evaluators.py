@@ -7,7 +7,6 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from drift_jax import processes, sharding
 from drift_jax.metrics.batches import Batch, OneLate, local_batches
 from drift_jax.metrics.errors import EvaluationError
 from drift_jax.metrics.frechet import (
@@ -16,6 +15,7 @@ from drift_jax.metrics.frechet import (
   frechet_distance,
 )
 from drift_jax.metrics.images import Images
+from drift_jax.system import processes, sharding
 
 FeatureFn = Callable[[Images], Images]
 

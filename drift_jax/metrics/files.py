@@ -10,8 +10,8 @@ import zipfile
 from collections.abc import Iterator
 from typing import Any
 
-from drift_jax import paths, storage
 from drift_jax.metrics.errors import EvaluationError
+from drift_jax.system import paths, storage
 
 PathLike = storage.PathLike
 

@@ -14,8 +14,8 @@ from absl import logging
 from jaxtyping import Float64
 from numpy.typing import ArrayLike
 
-from drift_jax import processes
 from drift_jax.metrics import memory
+from drift_jax.system import processes
 
 # Matrices [D, D] of float64 that a distance keeps at a time, at most: the
 # reference's, a stream's, its result's and one factor, then a covariance, its

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drift_jax import data, paths, processes
+from drift_jax.data.npy import read_npy
 from drift_jax.metrics import files
 from drift_jax.metrics.batches import Batch, PixelsFn, local_batches
 from drift_jax.metrics.errors import EvaluationError
 from drift_jax.metrics.evaluators import Evaluator, merge_figures
 from drift_jax.metrics.images import to_rgb
+from drift_jax.system import paths, processes
 
 SampleFn = Callable[[np.ndarray, np.ndarray, np.ndarray], jax.Array]
 
@@ -59,9 +60,7 @@ def read_labels(
     with warnings.catch_warnings():
       warnings.simplefilter("ignore", UserWarning)  # of an empty text
       labels = (
-        data.read_npy(name)
-        if name.endswith(".npy")
-        else np.loadtxt(name, np.int64)
+        read_npy(name) if name.endswith(".npy") else np.loadtxt(name, np.int64)
       )
   except ValueError as error:
     raise ValueError(f"{name} lists no labels: {error}") from error

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from drift_jax import options, paths
 from drift_jax.metrics import files
 from drift_jax.metrics.errors import EvaluationError
+from drift_jax.system import options, paths
 
 Images = np.ndarray | jax.Array
 

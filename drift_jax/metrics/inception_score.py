@@ -3,8 +3,8 @@
 import numpy as np
 from numpy.typing import ArrayLike
 
-from drift_jax import processes
 from drift_jax.metrics import frechet
+from drift_jax.system import processes
 
 # Published scores shuffle the samples with this seed before they are split.
 _PERMUTATION_SEED = 2020

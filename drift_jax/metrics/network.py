@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from drift_jax import processes
 from drift_jax.metrics.batches import Batch, OneLate
 from drift_jax.metrics.coverage import density_coverage
 from drift_jax.metrics.frechet import FeatureStream, frechet_distance
@@ -17,6 +16,7 @@ from drift_jax.metrics.inception_score import InceptionScore
 from drift_jax.metrics.kid import kernel_distance, kernel_distance_subsets
 from drift_jax.metrics.precision_recall import precision_recall
 from drift_jax.metrics.reference import ReferenceStats
+from drift_jax.system import processes
 
 # 8-bit RGB images [B, H, W, 3] on the mesh -> features [B, D] and, of a
 # classifier, logits [B, C].

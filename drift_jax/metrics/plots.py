@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from drift_jax import paths
 from drift_jax.metrics import files
+from drift_jax.system import paths
 
 Records = Sequence[Mapping[str, float | int]]
 

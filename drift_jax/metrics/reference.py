@@ -18,8 +18,8 @@ from absl import logging
 from jaxtyping import Float32, Float64
 from numpy.typing import ArrayLike
 
-from drift_jax import paths
 from drift_jax.metrics import files, frechet
+from drift_jax.system import paths
 
 _FORMS = (("mu", "sigma"), ("ref_mu", "ref_sigma"))
 # float32 sums leave asymmetries of some 1e-7 of the largest entry.

@@ -23,11 +23,11 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from drift_jax import paths, processes
 from drift_jax.data import decode
 from drift_jax.metrics import files
 from drift_jax.metrics.batches import Batch
 from drift_jax.metrics.sample_folder import FACTS_FILE
+from drift_jax.system import paths, processes
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _IMAGES, _LABELS = "arr_0", "arr_1"

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from drift_jax import processes, storage
 from drift_jax.metrics import files
 from drift_jax.metrics.batches import Batch
 from drift_jax.metrics.images import save_image
+from drift_jax.system import processes, storage
 
 FACTS_FILE = "samples.json"
 _ABOUT = "about"

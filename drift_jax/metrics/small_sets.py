@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from drift_jax import processes
 from drift_jax.metrics import memory
 from drift_jax.metrics.batches import Batch
 from drift_jax.metrics.coverage import (
@@ -28,6 +27,7 @@ from drift_jax.metrics.evaluators import (
   check_reals,
   class_subset,
 )
+from drift_jax.system import processes
 
 MAX_IMAGES = 10_000
 # Each value is kept as float32, and classifiers copy it as float64.

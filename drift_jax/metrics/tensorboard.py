@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from drift_jax import storage
+from drift_jax.system import storage
 
 _CLU_MODULE = "clu.metric_writers.summary_writer"
 

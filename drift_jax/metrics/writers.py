@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from drift_jax import storage
 from drift_jax.metrics import files, tensorboard
+from drift_jax.system import storage
 
 tensorboard.register()  # before anything of clu that would want TensorFlow
 

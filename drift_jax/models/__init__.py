@@ -4,14 +4,14 @@ from drift_jax.models.convnext import build_convnext
 from drift_jax.models.generator import build_generator
 from drift_jax.models.inception import InceptionOutput, build_inception
 from drift_jax.models.mae import MAEOutput, build_mae, mae_loss
-from drift_jax.models.observations import ObservationEncoder, crop_offsets
-from drift_jax.models.policy import Policy
 from drift_jax.models.precision import rounded, used_dtypes
 from drift_jax.models.resnet import build_resnet
-from drift_jax.models.toy import TOY_KINDS, build_toy
-from drift_jax.models.unet1d import ConditionalUnet1d
 from drift_jax.models.vae import build_vae, latent_mean, sample_latents
 from drift_jax.models.vit import build_vit
+from drift_jax.tasks.policy.network import Policy
+from drift_jax.tasks.policy.observations import ObservationEncoder, crop_offsets
+from drift_jax.tasks.policy.unet1d import ConditionalUnet1d
+from drift_jax.tasks.toy.model import TOY_KINDS, build_toy
 
 __all__ = [
   "TOY_KINDS",

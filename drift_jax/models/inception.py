@@ -15,11 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
-from drift_jax.models.arguments import (
-  reject_unknown,
-  require_int,
-  require_rgb,
-)
+from drift_jax.models.arguments import reject_unknown, require_int, require_rgb
 
 IMAGE_SIZE = 299
 # Accelerators round float32 factors unless told not to; FID is of float32.

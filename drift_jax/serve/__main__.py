@@ -126,10 +126,12 @@ def _serve(
   values: flags.FlagValues,
 ) -> None:
   """What `main` does once the flags are read."""
-  from drift_jax import console, experiment, numerics, sampling
-  from drift_jax.console import logger
+  from drift_jax import sampling
   from drift_jax.serve import app as app_lib
   from drift_jax.serve import limits, server, worker
+  from drift_jax.system import console, numerics
+  from drift_jax.system.console import logger
+  from drift_jax.system.errors import ERRORS
 
   console.setup()
   numerics.pin()
@@ -166,7 +168,7 @@ def _serve(
   signal.signal(signal.SIGTERM, stop)
   try:
     program()
-  except experiment.ERRORS as error:
+  except ERRORS as error:
     sys.exit(f"Error: {error}")
   except KeyboardInterrupt:
     pass

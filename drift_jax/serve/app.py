@@ -19,11 +19,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from drift_jax import options, sampling
-from drift_jax.console import logger
+from drift_jax import sampling
 from drift_jax.serve.limits import Limits, RateLimiter
 from drift_jax.serve.requests import Asked, Refused, read_request
 from drift_jax.serve.worker import Busy, Done, Job, Part, Worker
+from drift_jax.system import options
+from drift_jax.system.console import logger
 
 # What a browser that runs on this machine calls it.
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")

@@ -6,8 +6,10 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from drift_jax import experiment, options, sampling
+from drift_jax import sampling
 from drift_jax.config import ConfigError
+from drift_jax.system import options
+from drift_jax.tasks.generator.restore import read_style
 
 _KEYS = ("labels", "count", "alpha", "seed", "style")
 _SHOWN = 60
@@ -131,7 +133,7 @@ def _style(given: Any, model: sampling.Sampler) -> tuple[int, ...] | None:
       f"{task.style_tokens}, one for each style token"
     )
   try:
-    return tuple(experiment.read_style(given, task).tolist())
+    return tuple(read_style(given, task).tolist())
   except ConfigError as error:
     raise Refused(422, _cut(str(error), 300)) from error
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from drift_jax import sampling
-from drift_jax.console import logger
 from drift_jax.serve.requests import Asked
+from drift_jax.system.console import logger
 
 _STOP_SECONDS = 10.0
 

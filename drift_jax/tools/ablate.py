@@ -20,7 +20,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from drift_jax import config as config_lib
-from drift_jax import paths
+from drift_jax.system import paths
 
 
 def define_flags() -> None:
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
     seeds = parse_seeds(flags.FLAGS.seeds)
   except config_lib.ConfigError as error:
     sys.exit(f"Error: {error}")
-  from drift_jax import console, numerics
+  from drift_jax.system import console, numerics
   from drift_jax.tools.work import ablate
 
   console.setup()

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from drift_jax import metrics
+from drift_jax.metrics.files import PathLike, replacing
+from drift_jax.metrics.plots import PlottedRow, plot_alphas, plot_rows
 
 # {figure: {alpha: value}} of one run.
 Figures = Mapping[str, Mapping[float, float]]
@@ -356,19 +357,19 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def write(
-  rows: Sequence[Row], heading: Heading, path: metrics.PathLike, name: str
+  rows: Sequence[Row], heading: Heading, path: PathLike, name: str
 ) -> list[str]:
   """Writes NAME.md, NAME.csv and NAME.png into a folder; gives their paths."""
   texts = {"md": markdown(rows, heading), "csv": as_csv(rows)}
   for suffix, text in texts.items():
-    with metrics.replacing(f"{path}/{name}.{suffix}") as temporary:
+    with replacing(f"{path}/{name}.{suffix}") as temporary:
       temporary.write_text(text, encoding="utf-8")
   picture = f"{path}/{name}.png"
   drawn = [row for row in rows if row.runs]
   if heading.curve and len(drawn) > 1:
-    metrics.plot_alphas(_curves(drawn, heading.figure), picture)
+    plot_alphas(_curves(drawn, heading.figure), picture)
   else:
-    metrics.plot_rows(
+    plot_rows(
       [_points(row, heading) for row in rows],
       picture,
       figure=heading.figure,
@@ -379,14 +380,14 @@ def write(
   return [f"{path}/{name}.{suffix}" for suffix in (*texts, "png")]
 
 
-def _points(row: Row, heading: Heading) -> metrics.PlottedRow:
+def _points(row: Row, heading: Heading) -> PlottedRow:
   alpha = chosen_alpha(row, heading.figure, heading.alpha)
   values = tuple(
     run[heading.figure][alpha]
     for run in row.runs.values()
     if alpha is not None and alpha in run.get(heading.figure, ())
   )
-  return metrics.PlottedRow(row.label, values, row.paper)
+  return PlottedRow(row.label, values, row.paper)
 
 
 def _curves(rows: Sequence[Row], figure: str) -> dict[float, dict[str, float]]:

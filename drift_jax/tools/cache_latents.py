@@ -15,7 +15,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from drift_jax import console, options, paths
+from drift_jax.system import console, options, paths
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,10 +95,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.error(f"the following arguments are required: {', '.join(missing)}")
   if (arguments.process_index is None) != (arguments.process_count is None):
     parser.error("give both of --process_index and --process_count, or neither")
-  from drift_jax import artifacts, numerics
   from drift_jax.data.errors import DataError
-  from drift_jax.devices import DeviceError
+  from drift_jax.system import numerics
+  from drift_jax.system.devices import DeviceError
   from drift_jax.tools.work import cache_latents
+  from drift_jax.training import artifacts
 
   console.setup()
   numerics.pin()

@@ -26,7 +26,10 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from drift_jax import config as config_lib
-from drift_jax import paths
+from drift_jax import tasks as tasks_lib
+from drift_jax.config.sections import RunConfig
+from drift_jax.system import paths
+from drift_jax.tasks import parse
 
 GB = 1e9
 # What a chip's programs may use of its memory, bytes: as the compiler says it.
@@ -128,13 +131,14 @@ def main(argv: Sequence[str]) -> None:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   values = flags.FLAGS
   try:
-    config = with_mesh(config_lib.parse(values.config), values.mesh)
+    config = with_mesh(parse(values.config), values.mesh)
     check_topology(values.topology)
   except config_lib.ConfigError as error:
     sys.exit(f"Error: {error}")
   if values.topology:
     prepare_libtpu()
-  from drift_jax import console, experiment, numerics
+  from drift_jax.system import console, numerics
+  from drift_jax.system.errors import ERRORS
 
   console.setup()
   numerics.pin()
@@ -142,19 +146,19 @@ def main(argv: Sequence[str]) -> None:
     devices = find_devices(values.topology)
     reports = check(config, devices, values.programs, values.hlo)
     _tell(config, devices, reports)
-  except experiment.ERRORS as error:
+  except ERRORS as error:
     sys.exit(f"Error: {error}")
   if any(report.fits is False for report in reports):
     sys.exit(1)
 
 
 def _tell(
-  config: config_lib.AnyConfig,
+  config: RunConfig,
   devices: Sequence[Any],
   reports: Sequence[Report],
 ) -> None:
   """Prints what came out, and writes it where the flag says."""
-  from drift_jax import metrics
+  from drift_jax.metrics.files import report_text, write_report
 
   result = {
     "config": _config_name(sys.argv),
@@ -165,11 +169,11 @@ def _tell(
     "programs": [dataclasses.asdict(report) for report in reports],
   }
   if flags.FLAGS.json == "-":
-    print(metrics.report_text(result))
+    print(report_text(result))
   else:
     print(describe(result, reports))
     if flags.FLAGS.json:
-      metrics.write_report(flags.FLAGS.json, result)
+      write_report(flags.FLAGS.json, result)
 
 
 def _config_name(argv: Sequence[str]) -> str:
@@ -209,7 +213,7 @@ def find_devices(topology: str) -> list[Any]:
   """
   from jax.experimental import topologies
 
-  from drift_jax import devices as devices_lib
+  from drift_jax.system import devices as devices_lib
 
   if not topology:
     return devices_lib.find_devices()
@@ -248,12 +252,12 @@ def with_mesh(config: Any, sizes: str) -> Any:
     given[name] = int(size)
   mesh = dataclasses.replace(config.mesh, **given)
   config = dataclasses.replace(config, mesh=mesh)
-  config_lib.check(config)
+  config.check()
   return config
 
 
 def _mesh_sizes(config: Any, devices: Sequence[Any]) -> dict[str, int]:
-  from drift_jax import sharding
+  from drift_jax.system import sharding
 
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
   return dict(mesh.shape)
@@ -274,13 +278,14 @@ def check(
     hlo_folder: gets the optimised programs; '' for none.
 
   Raises:
-    ConfigError, ArtifactError: see experiment.programs; an unknown program.
+    ConfigError, ArtifactError: see tasks.programs; an unknown program.
   """
-  from drift_jax import experiment, sharding
+  from drift_jax.system import sharding
+  from drift_jax.system.errors import naming
 
-  with experiment.naming("mesh"):
+  with naming("mesh"):
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-  programs = experiment.programs(config, mesh)
+  programs = tasks_lib.programs(config, mesh)
   valid = [program.name for program in programs]
   for name in names or ():
     if name not in valid:
@@ -301,7 +306,7 @@ def compile_program(
   import jax
   from etils import epath
 
-  from drift_jax import hlo
+  from drift_jax.tools import hlo
 
   start = time.perf_counter()
   traced = program.jitted.trace(*program.arguments.values())
@@ -382,7 +387,7 @@ def _written(folder: str, name: str) -> str:
 
 def _read_program(report: Report, text: str) -> None:
   """Fills in what the optimised program says."""
-  from drift_jax import hlo
+  from drift_jax.tools import hlo
 
   analysed = hlo.analyse(text)
   if report.bytes_accessed is not None and analysed.bytes_once:

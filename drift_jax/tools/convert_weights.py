@@ -24,8 +24,8 @@ torch, which reads .bin, .pth and their like, is told to load arrays only.
 import sys
 from collections.abc import Sequence
 
-from drift_jax import console, paths
-from drift_jax.console import logger
+from drift_jax.system import console, paths
+from drift_jax.system.console import logger
 from drift_jax.tools.conversions import published
 
 
@@ -57,9 +57,10 @@ def main(argv: Sequence[str] | None = None) -> None:
   arguments = _parser().parse_args(argv)
   import jax
 
-  from drift_jax import artifacts, numerics
+  from drift_jax.system import numerics
   from drift_jax.tools.conversions.layouts import WeightsError
   from drift_jax.tools.work import convert_weights
+  from drift_jax.training import artifacts
 
   console.setup()
   numerics.pin()

@@ -23,8 +23,8 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from drift_jax import console, options, paths
-from drift_jax.console import logger
+from drift_jax.system import console, options, paths
+from drift_jax.system.console import logger
 
 
 def _names(*valid: str) -> Callable[[str], list[str]]:
@@ -91,7 +91,8 @@ def _parser() -> console.Parser:
 def main(argv: Sequence[str] | None = None) -> None:
   """Exports what the command line asks for; a mistake is one line."""
   arguments = vars(_parser().parse_args(argv))
-  from drift_jax import experiment, numerics
+  from drift_jax.system import numerics
+  from drift_jax.system.errors import ERRORS
   from drift_jax.tools.work import export
 
   console.setup()
@@ -101,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   out = arguments.pop("out")
   try:
     manifest = export.export(source, out, **arguments)
-  except experiment.ERRORS as error:
+  except ERRORS as error:
     sys.exit(f"Error: {error}")
   total = sum(entry["bytes"] for entry in manifest["files"].values())
   logger.info(

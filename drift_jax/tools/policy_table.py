@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from drift_jax import config as config_lib
-from drift_jax import paths
+from drift_jax.system import paths
 
 
 def define_flags() -> None:
@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
   """Writes and prints the table."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {list(argv[1:])}")
-  from drift_jax import console, exits, experiment, numerics
+  from drift_jax.system import console, exits, numerics
   from drift_jax.tools.work import policy_table
 
   console.setup()
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
     workdirs = [paths.expand(workdir) for workdir in flags.FLAGS.workdirs]
     sys.stdout.write(policy_table.run(workdirs, flags.FLAGS.out))
 
-  exits.run(program, experiment.ERRORS)
+  exits.run(program)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ with its --process_id, share the images.
 import argparse
 from collections.abc import Sequence
 
-from drift_jax import console, options, paths
+from drift_jax.system import console, options, paths
 
 # Flags that say which images of a source are meant.
 _SOURCE_FLAGS = (
@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     value = getattr(arguments, name)
     if value is not None and value < minimum:
       parser.error(f"--{name}={value} must be at least {minimum}")
-  from drift_jax import exits, experiment, numerics
+  from drift_jax.system import exits, numerics
   from drift_jax.tools.work import reference_stats
 
   console.setup()
@@ -142,8 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     reference_stats.run(arguments, given)
 
-  errors = (reference_stats.StatsError, *experiment.ERRORS)
-  exits.run(program, errors, again=exits.ANEW)
+  exits.run(program, again=exits.ANEW)
 
 
 if __name__ == "__main__":

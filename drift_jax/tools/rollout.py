@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from drift_jax import config as config_lib
-from drift_jax import paths
+from drift_jax.system import paths
 
 
 def define_flags() -> None:
@@ -38,7 +38,8 @@ def main(argv: Sequence[str]) -> None:
   """Prints the figures."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {list(argv[1:])}")
-  from drift_jax import console, exits, experiment, metrics, numerics
+  from drift_jax.metrics.files import report_text, write_report
+  from drift_jax.system import console, exits, numerics
   from drift_jax.tools.work import rollout
 
   console.setup()
@@ -46,11 +47,11 @@ def main(argv: Sequence[str]) -> None:
 
   def program() -> None:
     report = rollout.run(flags.FLAGS)
-    sys.stdout.write(metrics.report_text(report) + "\n")
+    sys.stdout.write(report_text(report) + "\n")
     if flags.FLAGS.json:
-      metrics.write_report(flags.FLAGS.json, report)
+      write_report(flags.FLAGS.json, report)
 
-  exits.run(program, experiment.ERRORS)
+  exits.run(program)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import TypeVar
 from absl import app, flags
 
 from drift_jax import config as config_lib
-from drift_jax import paths
+from drift_jax.system import paths
 
 _Number = TypeVar("_Number", int, float)
 
@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
         )
   except config_lib.ConfigError as error:
     sys.exit(f"Error: {error}")
-  from drift_jax import console, exits, experiment, numerics
+  from drift_jax.system import console, exits, numerics
   from drift_jax.tools.work import toy_table
 
   console.setup()
@@ -105,7 +105,7 @@ def main(argv: Sequence[str]) -> None:
     if failed:
       sys.exit("Failed:\n" + "\n".join(failed))
 
-  exits.run(program, experiment.ERRORS)
+  exits.run(program)
 
 
 def _flags(argv: Sequence[str]) -> list[str]:

@@ -17,9 +17,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from drift_jax import hub, paths
-from drift_jax.console import logger
 from drift_jax.metrics import files
+from drift_jax.system import hub, paths
+from drift_jax.system.console import logger
 from drift_jax.tools.conversions.layouts import CONFIG_FILE, WeightsError
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".tar")  # MoCo: .pth.tar

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from drift_jax import console
 from drift_jax.data import encoded, folder
 from drift_jax.data.errors import DataError
+from drift_jax.system import console
 from tests.data.pictures import cut, picture, write
 
 

@@ -10,8 +10,8 @@ import tarfile
 import numpy as np
 import pytest
 
-from drift_jax import console
 from drift_jax.data import encoded, folder
+from drift_jax.system import console
 from tests.data.pictures import cut, picture, write
 
 OPTIONS = {"class_order": "", "max_corrupt": 0, "decoder": "pillow"}

@@ -15,12 +15,13 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from drift_jax import checkpoint, sharding
 from drift_jax.data.feed import GroupedFeed, ImageFeed, QueueFeed
 from drift_jax.data.latents import LatentReader
 from drift_jax.data.loader import Loader
 from drift_jax.data.readers import ImageReader
 from drift_jax.data.sources import open_source
+from drift_jax.system import sharding
+from drift_jax.training import checkpoint
 from tests.data.fakes import Numbers
 
 BATCHES = 3

@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from drift_jax import storage
 from drift_jax.data import encoded, folder, sources
+from drift_jax.system import storage
 from tests.data.pictures import picture, write
 
 OPTIONS = {

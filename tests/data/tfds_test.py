@@ -13,8 +13,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from drift_jax import console
 from drift_jax.data import encoded, sources
+from drift_jax.system import console
 from tests.data.pictures import cut, picture, write
 
 LABELS = [1, 0, 2, 1, 1, 0, 2]

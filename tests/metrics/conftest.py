@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from sklearn import datasets
 
-from drift_jax import metrics
+from drift_jax.metrics.batches import Batch
+from drift_jax.metrics.images import to_rgb
 
 GRID = np.linspace(-1.0, 1.0, 17)
 
@@ -61,7 +62,7 @@ def batch_of(images, labels, start=0, padding=0):
   """A batch of samples numbered from `start`; `padding` rows don't count."""
   index = np.arange(start, start + len(labels), dtype=np.int32)
   filled = np.concatenate([images, *[images[-1:]] * padding])
-  return metrics.Batch(filled, index, np.asarray(labels), metrics.to_rgb)
+  return Batch(filled, index, np.asarray(labels), to_rgb)
 
 
 def feed(evaluator, images, labels, start=0):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn.neighbors import NearestNeighbors
 
-from drift_jax.metrics import (
+from drift_jax.metrics.coverage import (
   density_coverage,
   duplicates,
   nearest_distances,

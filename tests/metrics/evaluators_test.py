@@ -3,16 +3,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drift_jax.metrics import (
-  EvaluationError,
+from drift_jax.metrics.errors import EvaluationError
+from drift_jax.metrics.evaluators import (
   Evaluator,
-  FeatureStats,
   FrechetEvaluator,
   baselines,
   class_subset,
-  frechet_distance,
+  merge_figures,
 )
-from drift_jax.metrics.evaluators import merge_figures
+from drift_jax.metrics.frechet import FeatureStats, frechet_distance
 from tests.metrics.conftest import ImageSet, batch_of, feed, labels_of
 
 FEATURES = np.random.default_rng(0).normal(size=(64, 5)).astype(np.float32)

@@ -3,7 +3,8 @@ import math
 
 import pytest
 
-from drift_jax.metrics import EvaluationError, files
+from drift_jax.metrics import files
+from drift_jax.metrics.errors import EvaluationError
 
 
 def test_appears_only_when_complete(tmp_path):

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from drift_jax.metrics import (
+from drift_jax.metrics import frechet
+from drift_jax.metrics.frechet import (
   FeatureStats,
   FeatureStream,
-  frechet,
   frechet_distance,
 )
 from tests.conftest import assert_close

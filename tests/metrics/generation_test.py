@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drift_jax.metrics import (
-  Evaluator,
+from drift_jax.metrics.evaluators import Evaluator
+from drift_jax.metrics.generation import (
   balanced_labels,
   evaluate,
   evaluation_scalars,

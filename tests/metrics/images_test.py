@@ -4,8 +4,8 @@ import pytest
 from PIL import Image
 
 from drift_jax.data.readers import pixel_grid
-from drift_jax.metrics import (
-  EvaluationError,
+from drift_jax.metrics.errors import EvaluationError
+from drift_jax.metrics.images import (
   image_grid,
   real_pixels,
   save_image,

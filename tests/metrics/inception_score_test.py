@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from drift_jax.metrics import InceptionScore, inception_score
+from drift_jax.metrics.inception_score import InceptionScore, inception_score
 
 
 def logits(seed: int, count: int, classes: int, peak: float = 3.0):

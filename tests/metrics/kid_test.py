@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import pairwise
 
-from drift_jax.metrics import kernel_distance, kernel_distance_subsets
+from drift_jax.metrics.kid import kernel_distance, kernel_distance_subsets
 
 
 def features(seed: int, count: int, dimensions: int = 12, shift: float = 0.0):

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from drift_jax import metrics
 from drift_jax.metrics import memory, small_sets
+from drift_jax.metrics.errors import EvaluationError
+from drift_jax.metrics.frechet import FeatureStream, check_frechet_width
 from tests.metrics.conftest import ImageSet, batch_of
 
 
@@ -20,19 +21,19 @@ def test_a_container_has_what_it_is_given(tmp_path, monkeypatch):
 
 def test_a_distance_of_large_pictures_is_refused_anywhere():
   """A matrix of 256 px alone takes 309 GB."""
-  metrics.check_frechet_width(2048, "fid")
+  check_frechet_width(2048, "fid")
   with pytest.raises(
-    metrics.EvaluationError, match="fd_pixel.* 196608 x 196608 .*2.47e.03 GB"
+    EvaluationError, match="fd_pixel.* 196608 x 196608 .*2.47e.03 GB"
   ):
-    metrics.check_frechet_width(256 * 256 * 3, "fd_pixel")
+    check_frechet_width(256 * 256 * 3, "fd_pixel")
 
 
 def test_a_stream_says_so_before_it_allocates(monkeypatch):
   monkeypatch.setattr(memory, "machine_memory", lambda: 10**6)
-  stream = metrics.FeatureStream()
+  stream = FeatureStream()
   stream.update(np.zeros((3, 80)))
-  with pytest.raises(metrics.EvaluationError, match="100 x 100 .*this machine"):
-    metrics.FeatureStream().update(np.zeros((3, 100)))
+  with pytest.raises(EvaluationError, match="100 x 100 .*this machine"):
+    FeatureStream().update(np.zeros((3, 100)))
 
 
 class Unread(ImageSet):
@@ -60,10 +61,10 @@ def test_small_sets_of_large_images_are_refused(monkeypatch, name):
   monkeypatch.setattr(memory, "machine_memory", lambda: 2 * 12 * 40 * 192)
   evaluator = build(ImageSet)
   evaluator.update(batch_of(images, labels))
-  with pytest.raises(metrics.EvaluationError, match=f"{name}: 80 generated"):
+  with pytest.raises(EvaluationError, match=f"{name}: 80 generated"):
     evaluator.update(batch_of(images, labels, start=40))
   monkeypatch.setattr(memory, "machine_memory", lambda: 2 * 12 * 40 * 191)
   with pytest.raises(
-    metrics.EvaluationError, match=f"{name}: 40 .* images of 192 values"
+    EvaluationError, match=f"{name}: 40 .* images of 192 values"
   ):
     build(Unread)

@@ -4,13 +4,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 
-from drift_jax.metrics import (
+from drift_jax.metrics.images import image_grid, save_image
+from drift_jax.metrics.neighbours import (
   distance_summary,
-  image_grid,
   nearest_neighbours,
   neighbour_grid,
   plot_nearest_distances,
-  save_image,
 )
 
 

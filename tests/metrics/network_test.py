@@ -2,20 +2,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drift_jax.metrics import (
-  Batch,
-  Evaluator,
-  NetworkEvaluator,
-  Provenance,
-  ReferenceStats,
-  density_coverage,
-  frechet_distance,
-  inception_score,
-  kernel_distance,
-  kernel_distance_subsets,
-  network,
-)
-from drift_jax.metrics.frechet import FeatureStats
+from drift_jax.metrics import network
+from drift_jax.metrics.batches import Batch
+from drift_jax.metrics.coverage import density_coverage
+from drift_jax.metrics.evaluators import Evaluator
+from drift_jax.metrics.frechet import FeatureStats, frechet_distance
+from drift_jax.metrics.inception_score import inception_score
+from drift_jax.metrics.kid import kernel_distance, kernel_distance_subsets
+from drift_jax.metrics.network import NetworkEvaluator
+from drift_jax.metrics.reference import Provenance, ReferenceStats
 
 PROVENANCE = Provenance(
   source="here",

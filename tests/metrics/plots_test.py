@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from drift_jax.metrics import (
+from drift_jax.metrics import plots
+from drift_jax.metrics.plots import (
   plot_alphas,
   plot_drift,
   plot_frechet,
   plot_mae,
   plot_policies,
   plot_policy,
-  plots,
 )
 from tests import process
 

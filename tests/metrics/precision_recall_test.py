@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from sklearn.neighbors import NearestNeighbors
 
-from drift_jax.metrics import distances, precision_recall
+from drift_jax.metrics import distances
+from drift_jax.metrics.precision_recall import precision_recall
 from tests.conftest import assert_close
 
 CASES = ["k3", "k5", "k3_collapsed_fake", "k3_dup"]

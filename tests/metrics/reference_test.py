@@ -5,11 +5,10 @@ import pickle
 import numpy as np
 import pytest
 
-from drift_jax.metrics import (
-  FeatureStats,
+from drift_jax.metrics.frechet import FeatureStats, frechet_distance
+from drift_jax.metrics.reference import (
   Provenance,
   ReferenceStats,
-  frechet_distance,
   load_reference,
   save_reference,
 )

@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from drift_jax import metrics, processes
-from drift_jax.metrics import SampleWriter, open_images, to_uint8
+from drift_jax.metrics.evaluators import Evaluator
+from drift_jax.metrics.generation import evaluate
+from drift_jax.metrics.images import to_uint8
+from drift_jax.metrics.sample_files import SampleWriter, open_images
+from drift_jax.metrics.sample_folder import SampleFolder
+from drift_jax.system import processes
 from tests import process
 from tests.data.pictures import cut, write
 from tests.metrics.conftest import batch_of
@@ -269,7 +273,7 @@ def test_a_folder_that_cannot_be_read_is_an_error(folder, monkeypatch):
 
 
 def test_samples_that_are_not_all_there(tmp_path):
-  samples = metrics.SampleFolder(tmp_path / "out", {"seed": 0}, [0, 1, 2])
+  samples = SampleFolder(tmp_path / "out", {"seed": 0}, [0, 1, 2])
   samples.close()
   for number in range(2):
     write(tmp_path / f"out/00000{number}.png", number, (SIDE, SIDE))
@@ -350,7 +354,7 @@ def names(folder) -> list[str]:
 def test_files_of_samples(tmp_path, channels, size):
   paths = [tmp_path / "new/0.npz", tmp_path / "new/1.npz"]
   writer = SampleWriter(paths, LABELS)
-  assert isinstance(writer, metrics.Evaluator)
+  assert isinstance(writer, Evaluator)
   for seed, path in enumerate(paths):
     images = samples(seed)[..., :channels]
     writer.reset()
@@ -396,7 +400,7 @@ def test_with_evaluate(tmp_path):
     value = (labels + 10 * index) / 100 * alpha
     return np.broadcast_to(value[:, None, None, None], (len(index), 2, 2, 1))
 
-  results = metrics.evaluate([writer], draw, LABELS, [1.0, 2.0], 4)
+  results = evaluate([writer], draw, LABELS, [1.0, 2.0], 4)
   assert results == {1.0: {}, 2.0: {}}
   for alpha, path in zip((1.0, 2.0), paths, strict=True):
     value = np.float32((LABELS + 10 * np.arange(COUNT)) / 100 * alpha)

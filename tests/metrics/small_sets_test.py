@@ -2,15 +2,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drift_jax.metrics import (
+from drift_jax.metrics import small_sets
+from drift_jax.metrics.coverage import density_coverage, duplicates
+from drift_jax.metrics.evaluators import Evaluator, class_subset
+from drift_jax.metrics.small_sets import (
   CoverageEvaluator,
   DuplicatesEvaluator,
-  Evaluator,
   LabelAccuracyEvaluator,
-  class_subset,
-  density_coverage,
-  duplicates,
-  small_sets,
 )
 from tests.metrics.conftest import GRID, ImageSet, feed, labels_of
 

@@ -10,13 +10,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from drift_jax.metrics import (
-  JsonlWriter,
-  create_writer,
-  read_jsonl,
-  tensorboard,
-  writers,
-)
+from drift_jax.metrics import tensorboard, writers
+from drift_jax.metrics.writers import JsonlWriter, create_writer, read_jsonl
 from tests import process
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from drift_jax.models import attention_kernel, build_generator, layers
+from drift_jax.models import attention_kernel, layers
+from drift_jax.models.generator import build_generator
 from tests.conftest import assert_close, kernel_costs
 from tests.models.generator_test import LABELS, SMALL
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from drift_jax.models import build_convnext, release
+from drift_jax.models import release
 from drift_jax.models.convnext import (
   GlobalResponseNorm,
+  build_convnext,
   normalize_colors,
   normalize_stage,
   resize_input,

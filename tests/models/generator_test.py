@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from drift_jax.models import build_generator, release
-from drift_jax.models.generator import REMATS
+from drift_jax.models import release
+from drift_jax.models.generator import REMATS, build_generator
 from tests.conftest import assert_close, relative_error
 
 SMALL = {

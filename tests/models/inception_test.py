@@ -12,10 +12,12 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import models as presets
-from drift_jax.models import InceptionOutput, build_inception, release
+from drift_jax.models import release
 from drift_jax.models.inception import (
   Inception,
+  InceptionOutput,
   average_pool,
+  build_inception,
   max_pool,
   preprocess,
   resize_bilinear,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from drift_jax.models import MAEOutput, build_mae, mae_loss, release
-from drift_jax.models.mae import ResidualBlock
+from drift_jax.models import release
+from drift_jax.models.mae import MAEOutput, ResidualBlock, build_mae, mae_loss
 from tests.conftest import assert_close, relative_error
 
 # The 8x8 digits: the four stages see 8x8, 4x4, 2x2 and 1x1 maps.

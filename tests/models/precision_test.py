@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drift_jax import models
+from drift_jax.models import precision as precision_lib
+from drift_jax.models.convnext import build_convnext
+from drift_jax.models.generator import build_generator
+from drift_jax.models.mae import build_mae
+from drift_jax.models.precision import used_dtypes
+from drift_jax.models.resnet import build_resnet
+from drift_jax.models.vae import build_vae
 
 VAE = {
   "in_channels": 3,
@@ -76,31 +82,31 @@ def random_inputs(module):
   ("module", "wide", "narrow"),
   [
     (
-      models.build_generator(**GENERATOR),
+      build_generator(**GENERATOR),
       ("blocks/attention/qkv/bias", "blocks/mlp_norm/scale", "style_embed"),
       ("blocks/attention/qkv/kernel", "pos_embed", "patch_embed/bias"),
     ),
     (
-      models.build_vae(**VAE),
+      build_vae(**VAE),
       ("decoder/head/norm/scale",),
       ("decoder/head/conv/bias", "quant_conv/kernel"),
     ),
     (
-      models.build_mae(**MAE),
+      build_mae(**MAE),
       ("classifier/kernel", "encoder/stage2_block2/norm1/bias"),
       ("encoder/stage2_block2/conv1/kernel", "decoder/head/bias"),
     ),
     (
-      models.build_convnext(**CONVNEXT),
+      build_convnext(**CONVNEXT),
       ("stage2_blocks/response_norm/gamma", "norm/bias"),
       ("stage2_blocks/expand/bias",),
     ),
-    (models.build_resnet(**RESNET), (), ("stage2_block1/conv1/kernel",)),
+    (build_resnet(**RESNET), (), ("stage2_block1/conv1/kernel",)),
   ],
   ids=["generator", "vae", "mae", "convnext", "resnet"],
 )
 def test_what_is_used_in_which_dtype(module, wide, narrow):
-  dtypes = models.used_dtypes(module)
+  dtypes = used_dtypes(module)
   assert {dtypes[name] for name in wide} <= {np.dtype("float32")}
   assert {dtypes[name] for name in narrow} == {jnp.dtype("bfloat16")}
 
@@ -108,8 +114,8 @@ def test_what_is_used_in_which_dtype(module, wide, narrow):
 @pytest.mark.parametrize(
   "module",
   [
-    pytest.param(models.build_generator(**GENERATOR), id="generator"),
-    pytest.param(models.build_mae(**MAE), id="mae", marks=pytest.mark.slow),
+    pytest.param(build_generator(**GENERATOR), id="generator"),
+    pytest.param(build_mae(**MAE), id="mae", marks=pytest.mark.slow),
   ],
 )
 def test_rounded_parameters_give_the_same_numbers(module):
@@ -121,13 +127,13 @@ def test_rounded_parameters_give_the_same_numbers(module):
       rngs=dict.fromkeys(("noise", "mask"), jax.random.key(2)),
     )
   )
-  rounded = call(models.rounded(module, params), *inputs)
+  rounded = call(precision_lib.rounded(module, params), *inputs)
   jax.tree.map(np.testing.assert_array_equal, rounded, call(params, *inputs))
 
 
 def test_float32_networks_keep_all():
-  module = models.build_vae(**VAE | {"dtype": "float32"})
+  module = build_vae(**VAE | {"dtype": "float32"})
   params = {"head": np.full(3, 0.1, np.float32)}
   jax.tree.map(
-    np.testing.assert_array_equal, models.rounded(module, params), params
+    np.testing.assert_array_equal, precision_lib.rounded(module, params), params
   )

@@ -12,16 +12,14 @@ import pytest
 from flax import traverse_util
 
 from configs import models as presets
-from drift_jax.models import (
-  build_convnext,
-  build_generator,
-  build_inception,
-  build_mae,
-  build_resnet,
-  build_vae,
-  build_vit,
-  release,
-)
+from drift_jax.models import release
+from drift_jax.models.convnext import build_convnext
+from drift_jax.models.generator import build_generator
+from drift_jax.models.inception import build_inception
+from drift_jax.models.mae import build_mae
+from drift_jax.models.resnet import build_resnet
+from drift_jax.models.vae import build_vae
+from drift_jax.models.vit import build_vit
 from tests.conftest import GOLDEN
 
 KINDS = {

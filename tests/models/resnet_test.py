@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from configs import models as presets
-from drift_jax.models import build_resnet, release
+from drift_jax.models import release
+from drift_jax.models.resnet import build_resnet
 from drift_jax.tools.conversions import resnet as conversion
 from tests.conftest import assert_close, relative_error
 from tests.models.published import draw_all, noise

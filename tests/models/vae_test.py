@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from configs import models as presets
-from drift_jax.models import (
+from drift_jax.models import release
+from drift_jax.models.vae import (
+  Vae,
   build_vae,
   latent_mean,
-  release,
+  repeat_pixels,
   sample_latents,
 )
-from drift_jax.models.vae import Vae, repeat_pixels
 from drift_jax.tools.conversions.vae import convert_vae
 from tests.conftest import assert_close, relative_error
 

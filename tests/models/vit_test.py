@@ -11,8 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from configs import models as presets
-from drift_jax.models import build_vit, release
-from drift_jax.models.vit import preprocess, resize_bicubic
+from drift_jax.models import release
+from drift_jax.models.vit import build_vit, preprocess, resize_bicubic
 from drift_jax.tools.conversions.vit import (
   convert_clip,
   convert_dinov2,

@@ -12,7 +12,8 @@ import time
 import pytest
 from PIL import Image
 
-from drift_jax import exits, metrics
+from drift_jax.metrics.writers import read_jsonl
+from drift_jax.system import exits
 from drift_jax.tools import ablation_table
 from tests import process
 
@@ -256,7 +257,7 @@ def test_runs_that_are_killed_and_continued(killed):
     ("attraction_only", "0"),
   ]
   for line in lines:
-    records = metrics.read_jsonl(f"{line['workdir']}/metrics.jsonl")
+    records = read_jsonl(f"{line['workdir']}/metrics.jsonl")
     figures, _ = ablation_table.last_figures(records, 4)
     assert float(line["fd_pixel/alpha_2"]) == figures["fd_pixel"][2.0]
   values = {line["workdir"]: line["fd_pixel/alpha_1"] for line in lines}

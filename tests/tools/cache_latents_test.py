@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from drift_jax import artifacts, console
 from drift_jax.data import encoded, latent_format, latents, sources, transforms
 from drift_jax.data.latent_format import LatentCacheError
+from drift_jax.system import console
 from drift_jax.tools import cache_latents
 from drift_jax.tools.work import cache_latents as work
+from drift_jax.training import artifacts
 from tests.autoencoders import save_vae
 from tests.conftest import assert_close
 from tests.process import process_environment

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from drift_jax import artifacts
 from drift_jax.models import release
 from drift_jax.tools.conversions import convnext, resnet
 from drift_jax.tools.conversions.layouts import WeightsError
 from drift_jax.tools.work.convert_weights import convert
+from drift_jax.training import artifacts
 from tests.conftest import assert_close
 
 PREFIX = "module.encoder_q."

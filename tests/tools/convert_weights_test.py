@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from drift_jax import artifacts
 from drift_jax.models import release
 from drift_jax.tools import convert_weights, weight_files
 from drift_jax.tools.conversions import inception, published, vae, vit
@@ -22,6 +21,7 @@ from drift_jax.tools.conversions.layouts import WeightsError, torch_shape
 from drift_jax.tools.conversions.vae import convert_vae, vae_name
 from drift_jax.tools.weight_files import read_weights
 from drift_jax.tools.work.convert_weights import convert
+from drift_jax.training import artifacts
 from tests.conftest import assert_close
 from tests.fake_hub import COMMIT, hub, serving
 from tests.process import call

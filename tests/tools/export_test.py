@@ -18,12 +18,17 @@ import safetensors.numpy
 from PIL import Image
 
 import drift_jax
-from drift_jax import artifacts, experiment, sampling, sharding, steps
 from drift_jax import config as config_lib
+from drift_jax import experiment, sampling
 from drift_jax.config import ConfigError
+from drift_jax.system import sharding
+from drift_jax.tasks.generator import step as step_lib
+from drift_jax.tasks.generator.restore import open_generator
 from drift_jax.tools import export as command
 from drift_jax.tools import run_export
 from drift_jax.tools.work import export
+from drift_jax.training import artifacts
+from drift_jax.training.frozen import load_vae
 from tests.autoencoders import save_vae
 from tests.conftest import GOLDEN, assert_close
 from tests.small_generator import NAMES, save_generator
@@ -283,8 +288,8 @@ def test_autoencoder_of_a_run_keeps_its_precision(tmp_path, monkeypatch):
     remat=False,
     model={},
   )
-  opened = experiment.open_generator(str(GOLDEN / "artifact_gen"), mesh)
-  opened = dataclasses.replace(opened, vae=experiment.load_vae(section, mesh))
+  opened = open_generator(str(GOLDEN / "artifact_gen"), mesh)
+  opened = dataclasses.replace(opened, vae=load_vae(section, mesh))
   monkeypatch.setattr(experiment, "open_generator", lambda *_, **__: opened)
   export.export("runs/latents", str(tmp_path / "out"))
   monkeypatch.undo()
@@ -393,7 +398,7 @@ def test_onnx_gives_the_same_images(source, tmp_path):
       "style": rng.integers(0, 16, (count, 4), np.int32),
     }
     (images,) = session.run(["images"], inputs)
-    step = jax.jit(functools.partial(steps.generate, task=opened.task))
+    step = jax.jit(functools.partial(step_lib.generate, task=opened.task))
     expected = step(jax.device_get(opened.params), *inputs.values())
     assert_close(images, expected, 1e-5)
 

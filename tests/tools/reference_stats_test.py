@@ -14,17 +14,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from drift_jax import (
-  artifacts,
-  console,
-  data,
-  experiment,
-  metrics,
-  processes,
-)
 from drift_jax.data import sources, transforms
+from drift_jax.data.sources import digits
+from drift_jax.metrics.frechet import FeatureStats, frechet_distance
+from drift_jax.metrics.reference import Provenance, load_reference
+from drift_jax.system import console, processes
+from drift_jax.tasks.generator.judges import name_of
 from drift_jax.tools import reference_stats
 from drift_jax.tools.work import reference_stats as work
+from drift_jax.training import artifacts
 from tests.conftest import assert_close
 from tests.data.pictures import cut
 from tests.judges import save_inception, save_vit
@@ -151,7 +149,7 @@ def out(tmp_path):
 def test_a_folder(pictures, vit, features, out, log):
   reference_stats.main(folder_flags(pictures, vit, out))
   digest = artifacts.load(vit).sha256
-  loaded = metrics.load_reference(
+  loaded = load_reference(
     out,
     dimensions=DIMENSIONS,
     resolution=SIZE,
@@ -159,7 +157,7 @@ def test_a_folder(pictures, vit, features, out, log):
     network_sha256=digest,
   )
   assert loaded.count == COUNT
-  assert loaded.provenance == metrics.Provenance(
+  assert loaded.provenance == Provenance(
     source=f"folder:{pictures}",
     split="train",
     crop="center",
@@ -200,7 +198,7 @@ def test_single_images(pictures, vit, out, features, log, num_features):
     reference_stats.main(
       folder_flags(pictures, vit, out, num_features=num_features, **changes)
     )
-    loaded = metrics.load_reference(out)
+    loaded = load_reference(out)
     assert loaded.count == COUNT
     assert_close(loaded.mean, features.mean(axis=0), 1e-6)
     return loaded.features
@@ -237,7 +235,7 @@ def test_crops_and_channels(pictures, vit, crops, out, tmp_path):
   ):
     given = {"data_dir": tmp_path, "source": "folder:fit"} | changes
     reference_stats.main(folder_flags(pictures, vit, out, **given))
-    loaded = metrics.load_reference(
+    loaded = load_reference(
       out,
       crop=changes.get("crop", "center"),
       resolution=changes.get("image_size", SIZE),
@@ -252,7 +250,7 @@ def test_splits_and_class_order(pictures, vit, out, tmp_path, capsys):
   (tmp_path / "data/validation").symlink_to(pictures)
   given = {"source": f"folder:{tmp_path}/data", "split": "validation"}
   reference_stats.main(folder_flags(pictures, vit, out, **given))
-  loaded = metrics.load_reference(out)
+  loaded = load_reference(out)
   assert loaded.count == COUNT and loaded.provenance is not None
   assert loaded.provenance.split == "validation"
   with pytest.raises(
@@ -273,10 +271,10 @@ def test_digits(vit, out, monkeypatch):
   given = {"source": "digits", "split": "test", "network": vit}
   right = {"image_size": 8, "channels": 1, "crop": "none"}
   reference_stats.main(flags(**given, **right, out=out, num_features=20))
-  source = data.digits("test")
+  source = digits("test")
   pixels = np.rint((source.images + 1) * 127.5).astype(np.uint8)
   want = direct(vit, pixels.repeat(3, axis=-1)).astype(np.float64)
-  loaded = metrics.load_reference(out, resolution=8, crop="none")
+  loaded = load_reference(out, resolution=8, crop="none")
   assert loaded.provenance is not None
   assert loaded.provenance.source == "digits"
   assert loaded.count == 50 and loaded.features is not None
@@ -308,7 +306,7 @@ def test_a_corrupt_image(pictures, vit, crops, out, tmp_path):
   assert not out.exists()
   reference_stats.main([*given, "--max_corrupt=1"])
   index = 8 + 3  # eight images of class0 come first
-  loaded = metrics.load_reference(out)
+  loaded = load_reference(out)
   assert loaded.features is not None
   # The next of its class stands in.
   np.testing.assert_allclose(
@@ -336,12 +334,12 @@ def test_a_public_file(public, published, out, log):
   reference_stats.main(given)
   with np.load(public) as archive:
     arrays = dict(archive.items())
-  loaded = metrics.load_reference(out)
+  loaded = load_reference(out)
   np.testing.assert_array_equal(loaded.mean, arrays["mu"])
   np.testing.assert_allclose(loaded.sigma, arrays["sigma"], rtol=1e-12)
   assert loaded.count is None and loaded.features is not None
   digest = hashlib.sha256(public.read_bytes()).hexdigest()
-  assert loaded.provenance == metrics.Provenance(
+  assert loaded.provenance == Provenance(
     source=f"VIRTUAL_tiny.npz, SHA-256 {digest}",
     split="train",
     crop="center",
@@ -352,9 +350,7 @@ def test_a_public_file(public, published, out, log):
   want = direct(published, arrays["arr_0"])
   assert_close(loaded.features, want, 1e-6)
   # That the weights and the file belong together shows in a small distance.
-  distance = metrics.frechet_distance(
-    metrics.FeatureStats.from_features(want), loaded
-  )
+  distance = frechet_distance(FeatureStats.from_features(want), loaded)
   assert any(f"at a Frechet distance of {distance:.4g}" in x for x in log())
   assert "? images, features of 130 single ones" in log()[-1]
 
@@ -364,7 +360,7 @@ def test_a_public_file(public, published, out, log):
 def test_some_images_of_a_public_file(public, published, out, num_features):
   given = flags(public=public, network=published, out=out, seed=3, batch_size=8)
   reference_stats.main([*given, f"--num_features={num_features}"])
-  loaded = metrics.load_reference(out)
+  loaded = load_reference(out)
   if not num_features:
     assert loaded.features is None
     return
@@ -469,7 +465,7 @@ def test_the_name_of_a_vit(vit):
     vit = dataclasses.replace(
       artifact, kind="vit", metadata={"source": source} if source else {}
     )
-    assert experiment.name_of(vit) == want
+    assert name_of(vit) == want
 
 
 def test_too_few_images(vit, out, tmp_path):
@@ -564,7 +560,7 @@ def test_two_processes_make_what_one_makes(pictures, vit, out, tmp_path):
   assert first[0] == second[0] == 0, first[1] + second[1]
   assert "Wrote" in first[1] and "Wrote" not in second[1]
   assert paths[0].exists() and not paths[1].exists()
-  one, two = (metrics.load_reference(path) for path in (out, paths[0]))
+  one, two = (load_reference(path) for path in (out, paths[0]))
   assert one.count == two.count == COUNT
   assert one.provenance == two.provenance
   assert_close(two.mean, one.mean, 1e-6)

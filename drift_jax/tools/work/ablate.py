@@ -22,10 +22,14 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from drift_jax import config as config_lib
-from drift_jax import console, exits, metrics
-from drift_jax.console import logger
-from drift_jax.experiment import data_facts
+from drift_jax.metrics.files import replacing
+from drift_jax.metrics.writers import read_jsonl
+from drift_jax.system import console, exits
+from drift_jax.system.console import logger
+from drift_jax.tasks import parse
+from drift_jax.tasks.generator.config import GeneratorConfig
 from drift_jax.tools import ablation_table
+from drift_jax.training import facts as data_facts
 
 FLAGS = flags.FLAGS
 
@@ -73,7 +77,7 @@ class Run:
   rows: list[ablation_table.Row]
   seed: int
   path: pathlib.Path
-  config: config_lib.GeneratorConfig
+  config: GeneratorConfig
   command: list[str]
   alphas: tuple[float, ...]
 
@@ -93,7 +97,7 @@ class Run:
     file = self.path / "metrics.jsonl"
     if not (self.path / "checkpoints" / str(step)).is_dir():
       return False
-    records = metrics.read_jsonl(file) if file.exists() else []
+    records = read_jsonl(file) if file.exists() else []
     return bool(ablation_table.last_figures(records, step)[0])
 
   def evaluated(self) -> bool:
@@ -129,7 +133,7 @@ class Run:
     """Puts its figures into its rows."""
     if not self.alphas:
       figures, baseline = ablation_table.last_figures(
-        metrics.read_jsonl(self.path / "metrics.jsonl"),
+        read_jsonl(self.path / "metrics.jsonl"),
         self.config.train.num_steps,
       )
       for row in self.rows:
@@ -259,8 +263,8 @@ def make_plan(table: str, seeds: Sequence[int]) -> Plan:
           *(f"--config.{key}={value}" for key, value in arguments.items()),
           f"--workdir={path}",
         ]
-        config = config_lib.parse(values)
-        assert isinstance(config, config_lib.GeneratorConfig)
+        config = parse(values)
+        assert isinstance(config, GeneratorConfig)
         title = table if curve else name
         run = Run(
           f"{title}, seed {seed}", [entry], seed, path, config, command, alphas
@@ -434,7 +438,7 @@ def _facts() -> dict[str, Any]:
 def _write_facts(plan: Plan) -> None:
   for run in plan.runs:
     run.path.parent.mkdir(parents=True, exist_ok=True)
-  with metrics.replacing(pathlib.Path(FLAGS.workdir) / FACTS) as file:
+  with replacing(pathlib.Path(FLAGS.workdir) / FACTS) as file:
     file.write_text(json.dumps(_facts(), indent=2))
 
 

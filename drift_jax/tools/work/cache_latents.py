@@ -14,14 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drift_jax import (
-  artifacts,
-  console,
-  options,
-  sharding,
-  storage,
-)
-from drift_jax.console import logger
 from drift_jax.data import (
   latent_format,
   latent_writer,
@@ -35,7 +27,10 @@ from drift_jax.data.latent_format import (
   Settings,
   Shard,
 )
-from drift_jax.devices import find_devices
+from drift_jax.system import console, options, sharding, storage
+from drift_jax.system.console import logger
+from drift_jax.system.devices import find_devices
+from drift_jax.training import artifacts
 
 # Batches decoded ahead of the device, and batches that the device works on.
 _DECODED_AHEAD = 3

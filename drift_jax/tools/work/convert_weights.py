@@ -4,8 +4,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from drift_jax import artifacts
-from drift_jax.console import logger
+from drift_jax.system.console import logger
 from drift_jax.tools import weight_files
 from drift_jax.tools.conversions import (
   convnext,
@@ -22,6 +21,7 @@ from drift_jax.tools.conversions.layouts import (
   Weights,
   WeightsError,
 )
+from drift_jax.training import artifacts
 
 # Of the file's checksum, in the names of published files.
 _NAMED_DIGITS = 8

@@ -18,18 +18,16 @@ import numpy as np
 from flax import traverse_util
 
 import drift_jax
-from drift_jax import (
-  artifacts,
-  experiment,
-  models,
-  options,
-  sharding,
-  steps,
-  storage,
-)
 from drift_jax import config as config_lib
-from drift_jax.devices import find_devices
 from drift_jax.models import release
+from drift_jax.models.precision import rounded
+from drift_jax.system import options, sharding, storage
+from drift_jax.system.devices import find_devices
+from drift_jax.tasks.generator import step as step_lib
+from drift_jax.tasks.generator.restore import open_generator, sampling_task
+from drift_jax.tasks.generator.step import GeneratorTask, sample_step
+from drift_jax.training import artifacts
+from drift_jax.training.frozen import decoding
 
 VERSION = 1
 _RUN = pathlib.Path(__file__).parents[1] / "run_export.py"
@@ -76,7 +74,7 @@ def export(
         )
   with _new_folder(out) as folder:
     mesh = sharding.make_mesh(1, 1, find_devices()[:1])
-    opened = experiment.open_generator(
+    opened = open_generator(
       source, mesh, vae=vae, step=step, ema_decay=ema_decay
     )
     model_config = dict(opened.model_config)
@@ -84,7 +82,7 @@ def export(
       model_config["use_bf16"] = dtype == "bfloat16"
     module, _ = release.describe("gen", model_config)
     trained = jax.device_get(opened.params)
-    params = models.rounded(module, trained)
+    params = rounded(module, trained)
     facts = {
       "alpha_range": list(opened.alpha_range),
       "class_names": list(opened.class_names) or None,
@@ -130,10 +128,10 @@ def export(
         format="safetensors",
       )
     generator: Any = module
-    task = experiment.sampling_task(generator)
+    task = sampling_task(generator)
     decode = None
     if opened.vae is not None:
-      decode = experiment.decoding(opened.vae)
+      decode = decoding(opened.vae)
     made = _functions(weights, task, decode)
     functions: dict[str, Any] = {}
     if "onnx" in formats:
@@ -203,7 +201,7 @@ class _Function(NamedTuple):
 
 def _functions(
   weights: Mapping[str, Any],
-  task: steps.GeneratorTask,
+  task: GeneratorTask,
   decode: Callable[[Any, jax.Array], jax.Array] | None,
 ) -> dict[str, _Function]:
   """By name, of a batch of any size."""
@@ -221,7 +219,7 @@ def _functions(
     seed: jax.Array,
     style: jax.Array,
   ) -> jax.Array:
-    samples = steps.sample_step(
+    samples = sample_step(
       _tree(weights["generator"]),
       labels,
       alpha,
@@ -239,7 +237,7 @@ def _functions(
     noise: jax.Array,
     style: jax.Array,
   ) -> jax.Array:
-    samples = steps.generate(
+    samples = step_lib.generate(
       _tree(weights["generator"]), labels, alpha, noise, style, task=task
     )
     return images(weights, samples)

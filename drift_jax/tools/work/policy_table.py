@@ -7,7 +7,13 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from drift_jax import config as config_lib
-from drift_jax import experiment, metrics
+from drift_jax.metrics.files import replacing
+from drift_jax.metrics.plots import plot_policies
+from drift_jax.metrics.writers import read_jsonl
+from drift_jax.tasks import parse
+from drift_jax.tasks.policy.config import PolicyConfig
+from drift_jax.tasks.policy.evaluation import ONE_STEP, policy_samplers
+from drift_jax.training.facts import read_facts
 
 # What may differ between runs of an environment: the seed and how a run is
 # computed; and between those of two methods, the methods.
@@ -39,7 +45,7 @@ class Row(NamedTuple):
   @property
   def label(self) -> str:
     """'drifting', or 'diffusion, ddpm:100'."""
-    if self.sampler == experiment.ONE_STEP:
+    if self.sampler == ONE_STEP:
       return self.method
     return f"{self.method}, {self.sampler}"
 
@@ -64,9 +70,9 @@ def read(workdirs: Sequence[str]) -> list[Row]:
         raise config_lib.ConfigError(
           f"no finished run of a policy in {workdir}: {path / name} is missing"
         )
-    values = experiment.read_facts(epath.Path(path / "config.json"), dict)
-    config = config_lib.parse(values)
-    if not isinstance(config, config_lib.PolicyConfig):
+    values = read_facts(epath.Path(path / "config.json"), dict)
+    config = parse(values)
+    if not isinstance(config, PolicyConfig):
       raise config_lib.ConfigError(
         f"{workdir} holds a run of task {config.task!r}, want 'policy'"
       )
@@ -77,12 +83,12 @@ def read(workdirs: Sequence[str]) -> list[Row]:
       ((config.environment, method), _SEED),
     ):
       _check_equal(*first.setdefault(key, (workdir, flat)), workdir, flat, free)
-    report = experiment.read_facts(epath.Path(path / "figures.json"), dict)
-    records = list(metrics.read_jsonl(path / "metrics.jsonl"))
-    for sampler in experiment.policy_samplers(config):
+    report = read_facts(epath.Path(path / "figures.json"), dict)
+    records = list(read_jsonl(path / "metrics.jsonl"))
+    for sampler in policy_samplers(config):
       place = config.environment, method, sampler
       count = 1
-      if sampler != experiment.ONE_STEP:
+      if sampler != ONE_STEP:
         count = int(sampler.partition(":")[2])
       row = rows.setdefault(place, Row(*place, count, {}, {}))
       if config.seed in row.figures:
@@ -100,7 +106,7 @@ def read(workdirs: Sequence[str]) -> list[Row]:
   return list(rows.values())
 
 
-def _method(config: config_lib.PolicyConfig) -> str:
+def _method(config: PolicyConfig) -> str:
   """Its name, and what else of the drifting loss is not the default."""
   parts = [config.loss.method]
   if config.loss.method == "drifting":
@@ -165,7 +171,7 @@ def run(workdirs: Sequence[str], out: str) -> str:
   text = table(rows)
   folder = pathlib.Path(out)
   folder.mkdir(parents=True, exist_ok=True)
-  with metrics.replacing(folder / "policies.md") as file:
+  with replacing(folder / "policies.md") as file:
     file.write_text(text)
-  metrics.plot_policies(curves, folder / "policies.png")
+  plot_policies(curves, folder / "policies.png")
   return text

@@ -12,24 +12,41 @@ from typing import Any
 import jax
 import numpy as np
 
-from drift_jax import (
-  console,
-  data,
-  experiment,
-  metrics,
-  options,
-  processes,
-  sharding,
+from drift_jax.data.readers import ArrayReader, ImageReader
+from drift_jax.data.sources import ArraySource, open_source
+from drift_jax.metrics import sample_files as sample_files_lib
+from drift_jax.metrics.batches import local_batches
+from drift_jax.metrics.evaluators import features_of
+from drift_jax.metrics.frechet import (
+  FeatureStats,
+  FeatureStream,
+  frechet_distance,
 )
-from drift_jax.console import logger
-from drift_jax.devices import find_devices
+from drift_jax.metrics.images import real_pixels
+from drift_jax.metrics.reference import (
+  Provenance,
+  ReferenceStats,
+  load_reference,
+  save_reference,
+)
+from drift_jax.system import console, options, processes, sharding
+from drift_jax.system.console import logger
+from drift_jax.system.devices import find_devices
+from drift_jax.system.errors import UserError
+from drift_jax.tasks.generator.judges import (
+  is_published,
+  load_judge,
+  name_of,
+  network_fn,
+)
 from drift_jax.tools import weight_files
+from drift_jax.training.run import pad_to_mesh
 
 # How the public files' images were cut, and of which split they are.
 PUBLIC_CROP, PUBLIC_SPLIT = "center", "train"
 
 
-class StatsError(ValueError):
+class StatsError(UserError, ValueError):
   """Statistics that can't be computed as asked for; the message says why."""
 
 
@@ -70,9 +87,9 @@ class Network:
       ArtifactError: there is none.
     """
     self._mesh = sharding.make_mesh(devices=find_devices(local=True))
-    self.artifact = experiment.load_judge(path, self._mesh)
+    self.artifact = load_judge(path, self._mesh)
     self.path = path
-    self._outputs = experiment.network_fn(self.artifact, self._mesh)
+    self._outputs = network_fn(self.artifact, self._mesh)
 
   def _features(self, pixels: Any) -> jax.Array:
     return self._outputs(pixels)[0]
@@ -102,14 +119,12 @@ class Network:
     """
     sharing = jax.process_count()
     batch_size = min(batch_size, -(-len(indices) // sharing))
-    total = sharing * experiment.pad_to_mesh(batch_size, self._mesh)
+    total = sharing * pad_to_mesh(batch_size, self._mesh)
     own = [
       indices[numbers[:valid]]
-      for numbers, valid in metrics.local_batches(len(indices), total)
+      for numbers, valid in local_batches(len(indices), total)
     ]
-    rows = metrics.features_of(
-      self._features, images.pixels, indices, batch_size=total
-    )
+    rows = features_of(self._features, images.pixels, indices, batch_size=total)
     progress = console.Progress("Features", sum(map(len, own)))
     for numbers, features in zip(own, rows, strict=True):
       bad = ~np.isfinite(features).all(axis=1)
@@ -122,14 +137,14 @@ class Network:
       progress.update(len(numbers))
     logger.info("%.4g images/s.", progress.close())
 
-  def provenance(self, images: Images) -> metrics.Provenance:
+  def provenance(self, images: Images) -> Provenance:
     """What statistics of its features of these images are computed from."""
-    return metrics.Provenance(
+    return Provenance(
       source=images.source,
       split=images.split,
       crop=images.crop,
       resolution=images.size,
-      network=experiment.name_of(self.artifact),
+      network=name_of(self.artifact),
       network_sha256=self.artifact.sha256,
     )
 
@@ -141,7 +156,7 @@ def statistics(
   num_features: int = options.NUM_FEATURES,
   batch_size: int = 64,
   seed: int = 0,
-) -> metrics.ReferenceStats:
+) -> ReferenceStats:
   """Mean and covariance of all images' features, and some single ones.
 
   Each image is read once, by one of the processes; all return the same.
@@ -172,14 +187,14 @@ def statistics(
     )
   is_kept = np.zeros(images.count, bool)
   is_kept[kept] = True
-  stream = metrics.FeatureStream()
+  stream = FeatureStream()
   singles = _Singles(dimensions)
   for numbers, features in network.features(
     images, np.arange(images.count), batch_size
   ):
     stream.update(features)
     singles.add(numbers, features, is_kept[numbers])
-  return metrics.ReferenceStats.from_stats(
+  return ReferenceStats.from_stats(
     stream.result(), provenance, singles.result() if len(kept) else None
   )
 
@@ -191,7 +206,7 @@ def public_statistics(
   num_features: int = options.NUM_FEATURES,
   batch_size: int = 64,
   seed: int = 0,
-) -> metrics.ReferenceStats:
+) -> ReferenceStats:
   """A public file's mean and covariance, and features of the images in it.
 
   Args:
@@ -203,14 +218,14 @@ def public_statistics(
     StatsError: another network, or a file that is not as above.
     OSError: a file that can't be read.
   """
-  if not experiment.is_published(network.artifact):
+  if not is_published(network.artifact):
     raise StatsError(
       f"--public={path} is of the published Inception-v3, which --network="
       f"{network.path} is not: python -m drift_jax.tools.convert_weights "
       "inception writes it"
     )
   try:
-    public = metrics.load_reference(path)
+    public = load_reference(path)
   except ValueError as error:
     raise StatsError(f"--public: {error}") from error
   if public.provenance is not None:
@@ -228,9 +243,7 @@ def public_statistics(
   _check_same(provenance, images.count)
   kept = _drawn(images, num_features, seed)
   if not len(kept):
-    return metrics.ReferenceStats(
-      public.mean, public.sigma, public.count, provenance
-    )
+    return ReferenceStats(public.mean, public.sigma, public.count, provenance)
   singles = _Singles(len(public.mean))
   for numbers, features in network.features(images, kept, batch_size):
     singles.add(numbers, features, np.ones(len(numbers), bool))
@@ -240,11 +253,9 @@ def public_statistics(
       "The features of its %d images are at a Frechet distance of %.4g from "
       "its mean and covariance.",
       len(features),
-      metrics.frechet_distance(
-        metrics.FeatureStats.from_features(features), public
-      ),
+      frechet_distance(FeatureStats.from_features(features), public),
     )
-  return metrics.ReferenceStats(
+  return ReferenceStats(
     public.mean, public.sigma, public.count, provenance, features
   )
 
@@ -256,7 +267,7 @@ def _public_images(path: str) -> Images:
     StatsError: it has none.
   """
   try:
-    images = metrics.open_images(path)
+    images = sample_files_lib.open_images(path)
   except ValueError as error:
     raise StatsError(
       f"--public: {error}. Without single images there is nothing to add: the "
@@ -304,7 +315,7 @@ def open_images(
     raise StatsError(f"--num_threads={num_threads} must be at least 1")
   name = spec
   try:
-    source = data.open_source(
+    source = open_source(
       spec,
       split=split,
       data_dir=data_dir,
@@ -312,10 +323,10 @@ def open_images(
       max_corrupt=max_corrupt,
       decoder="pillow",
     )
-    if isinstance(source, data.ArraySource):
+    if isinstance(source, ArraySource):
       pixels = _array_pixels(source, image_size, crop, channels)
     else:
-      reader = data.ImageReader(
+      reader = ImageReader(
         source,
         size=image_size,
         channels=channels,
@@ -332,14 +343,14 @@ def open_images(
   return Images(pixels, len(source), image_size, name, split, crop)
 
 
-def _rgb(reader: data.ImageReader, indices: np.ndarray) -> np.ndarray:
+def _rgb(reader: ImageReader, indices: np.ndarray) -> np.ndarray:
   """uint8 [n, size, size, 3]."""
   pixels = reader.pixels(indices)
   return pixels.repeat(3 // pixels.shape[-1], axis=-1)
 
 
 def _array_pixels(
-  source: data.ArraySource, image_size: int, crop: str, channels: int
+  source: ArraySource, image_size: int, crop: str, channels: int
 ) -> Callable[[np.ndarray], np.ndarray]:
   height, width, depth = source.sample_shape
   if (height, width, depth, crop) != (image_size, image_size, channels, "none"):
@@ -347,8 +358,8 @@ def _array_pixels(
       f"these images are {height} x {width} px with {depth} channels and are "
       f"not cut: give --image_size={height} --channels={depth} --crop=none"
     )
-  reader = data.ArrayReader(source, wire="float32")
-  return lambda indices: metrics.real_pixels(reader.fixed(indices))
+  reader = ArrayReader(source, wire="float32")
+  return lambda indices: real_pixels(reader.fixed(indices))
 
 
 def _drawn(images: Images, count: int, seed: int) -> np.ndarray:
@@ -396,7 +407,7 @@ class _Singles:
     return features[np.argsort(numbers)]
 
 
-def _check_same(provenance: metrics.Provenance, count: int) -> None:
+def _check_same(provenance: Provenance, count: int) -> None:
   """Raises StatsError where processes see other images or networks."""
   digest = hashlib.sha256(f"{provenance} {count}".encode()).digest()
   digests = processes.gather(np.frombuffer(digest, np.uint8)[None])
@@ -437,7 +448,7 @@ def run(arguments: argparse.Namespace, given: Mapping[str, Any]) -> None:
   else:
     reference = statistics(images, network, **chosen)
   if processes.is_first():
-    metrics.save_reference(out, reference)
+    save_reference(out, reference)
   logger.info(
     "Wrote %s: %s images, features of %d single ones, %s.",
     out,

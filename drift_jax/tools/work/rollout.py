@@ -7,12 +7,18 @@ from collections.abc import Sequence
 from absl import flags
 
 from drift_jax import config as config_lib
-from drift_jax import (
-  diffusion,
-  experiment,
-  metrics,
-  robots,
+from drift_jax.metrics.files import replacing
+from drift_jax.tasks.policy import diffusion, robots
+from drift_jax.tasks.policy.evaluation import (
+  TrainedPolicy,
+  chunk_latency,
+  environments,
+  load_policy,
+  make_act,
+  policy_samplers,
+  run_episodes,
 )
+from drift_jax.training.run import open_mesh
 
 
 def run(values: flags.FlagValues) -> dict[str, dict[str, float]]:
@@ -25,8 +31,8 @@ def run(values: flags.FlagValues) -> dict[str, dict[str, float]]:
   """
   if values.video:
     robots.video_ending(values.video)  # A mistake there, before it is drawn.
-  mesh = experiment.open_mesh(config_lib.Mesh(data=-1, fsdp=1))
-  policy = experiment.load_policy(values.workdir, mesh, step=values.step)
+  mesh = open_mesh(config_lib.Mesh(data=-1, fsdp=1))
+  policy = load_policy(values.workdir, mesh, step=values.step)
   config, changes = policy.config, {}
   for name in ("episodes", "seed"):
     if getattr(values, name) is not None:
@@ -38,13 +44,13 @@ def run(values: flags.FlagValues) -> dict[str, dict[str, float]]:
   config = dataclasses.replace(
     config, eval=dataclasses.replace(evaluation, videos=videos)
   )
-  config_lib.check(config)
+  config.check()
   if not config.environment:
     raise config_lib.ConfigError(
       f"{values.workdir}: environment='' has nothing to roll out in; valid "
       f"options are {list(robots.ENVIRONMENTS)}"
     )
-  samplers = experiment.policy_samplers(config)
+  samplers = policy_samplers(config)
   if values.video and len(samplers) > 1:
     raise config_lib.ConfigError(
       f"--video is of one sampler, the run has {list(samplers)}: choose one by "
@@ -52,31 +58,29 @@ def run(values: flags.FlagValues) -> dict[str, dict[str, float]]:
     )
   report = {}
   policy = policy._replace(config=config)
-  with experiment.environments(config) as opened:
+  with environments(config) as opened:
     for name, sampler in samplers.items():
       report[name] = _one(policy, opened, sampler, values.video)
   return {"step": {"checkpoint": policy.step}, **report}
 
 
 def _one(
-  policy: experiment.TrainedPolicy,
+  policy: TrainedPolicy,
   opened: Sequence[robots.Environment],
   sampler: diffusion.Sampler | None,
   video: str,
 ) -> dict[str, float]:
   config = policy.config
   act = functools.partial(
-    experiment.make_act(
-      policy.task, policy.normalizer, sampler, seed=config.seed
-    ),
+    make_act(policy.task, policy.normalizer, sampler, seed=config.seed),
     policy.params,
   )
   count = config.eval.videos
-  episodes = experiment.run_episodes(config, opened, act, record=count)
+  episodes = run_episodes(config, opened, act, record=count)
   figures = robots.summarize(episodes)
-  latency = experiment.chunk_latency(config, opened[0], act)
+  latency = chunk_latency(config, opened[0], act)
   if video:
     shown = episodes[:count]
-    with metrics.replacing(video) as temporary:
+    with replacing(video) as temporary:
       robots.save_video(temporary, shown, ending=robots.video_ending(video))
   return {**figures, "milliseconds_per_chunk": 1e3 * latency}

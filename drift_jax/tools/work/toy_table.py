@@ -14,13 +14,16 @@ import numpy as np
 from etils import epath
 
 from drift_jax import config as config_lib
-from drift_jax import (
-  drift,
-  experiment,
-  metrics,
-  train_toy,
-)
-from drift_jax.console import logger
+from drift_jax import drift
+from drift_jax.metrics.files import replacing
+from drift_jax.system.console import logger
+from drift_jax.system.errors import ERRORS
+from drift_jax.tasks import parse
+from drift_jax.tasks.toy import train as train_toy
+from drift_jax.tasks.toy.config import ToyConfig
+from drift_jax.tasks.toy.plots import plot_toy_table
+from drift_jax.training.drifting import drift_arguments
+from drift_jax.training.facts import read_facts
 
 # The figure of the table: energy distance to fresh data over that of data to
 # data; beside it, where there are modes, how far the worst one's mass is off.
@@ -79,12 +82,12 @@ def make_config(
     for part in sections:
       section = section[part]
     section[name] = value
-  config = config_lib.parse(values)
-  if not isinstance(config, config_lib.ToyConfig):
+  config = parse(values)
+  if not isinstance(config, ToyConfig):
     raise config_lib.ConfigError(
       f"--config={file}: task={config.task!r}, want 'toy': configs/toy.py"
     )
-  experiment.drift_arguments(config.drift)
+  drift_arguments(config.drift)
   return values
 
 
@@ -114,9 +117,7 @@ def train(
   file = path / "figures.json"
   if file.exists():
     # A finished run is taken as it is only where it is the one asked for.
-    if (path / "config.json").read_text() != config_lib.to_json(
-      config_lib.parse(config)
-    ):
+    if (path / "config.json").read_text() != config_lib.to_json(parse(config)):
       return None, (
         f"{path} holds a finished run of another config: use a new --workdir, "
         "or the flags that it was made with"
@@ -126,12 +127,12 @@ def train(
     logger.setLevel("WARNING")  # a table says what its runs would
     try:
       train_toy.train_and_evaluate(config, str(path), draw=draw)
-    except experiment.ERRORS as error:
+    except ERRORS as error:
       return None, str(error)
     finally:
       logger.setLevel(level)
   try:
-    return experiment.read_facts(epath.Path(file), dict), ""
+    return read_facts(epath.Path(file), dict), ""
   except config_lib.ConfigError as error:
     return None, str(error)
 
@@ -176,9 +177,9 @@ def write(
     (".md", "\n".join(lines) + "\n"),
     (".csv", rows.getvalue()),
   ):
-    with metrics.replacing(workdir / f"{name}{suffix}") as file:
+    with replacing(workdir / f"{name}{suffix}") as file:
       file.write_text(text)
-  metrics.plot_toy_table(
+  plot_toy_table(
     {
       toy: {field: table[toy, field].values(FIGURE) for field in fields}
       for toy in toys

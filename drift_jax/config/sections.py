@@ -1,0 +1,239 @@
+"""Names, types and sections of a config; values live in configs/*.py."""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+# Strings whose `~` parsing expands: a path or URL, and KIND:PATH.
+Path = Annotated[str, "path"]
+Source = Annotated[str, "source"]
+
+
+@typing.dataclass_transform(frozen_default=True, kw_only_default=True)
+class Section:
+  """Base of all sections: subclasses become frozen keyword-only classes."""
+
+  def __init_subclass__(cls, **kwargs: Any):
+    super().__init_subclass__(**kwargs)
+    dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+
+class RunData(Section):
+  """Training data of any task; prefetch: batches ahead of the step."""
+
+  prefetch: int
+
+
+class Data(RunData):
+  """Where real images come from and how they are cut (drift_jax.data)."""
+
+  source: Source
+  data_dir: Path
+  train_split: str
+  test_split: str
+  held_out: int
+  class_order: str
+  image_size: int
+  channels: int
+  crop: str
+  crop_scale: tuple[float, ...]
+  flip: bool
+  wire: str
+  in_memory: bool
+  decoder: str
+  max_corrupt: int
+  num_threads: int
+  num_workers: int
+
+
+class Frozen(Section):
+  """A frozen network: an exported directory and its precision.
+
+  `sharding` says how its weights lie on the mesh: a copy on every device, or in
+  parts over 'fsdp', gathered where they are used. With `remat` the backward
+  pass through it recomputes its blocks. `model` says which model it is,
+  {'kind': ..., arguments of the function that builds it}: the weights must be
+  of that model, and it can be compiled before there are any. {} takes whatever
+  is there.
+  """
+
+  path: Path
+  dtype: str
+  sharding: str
+  remat: bool
+  model: Mapping[str, Any]
+
+
+class Vae(Frozen):
+  """The autoencoder of a generator of latents.
+
+  The latent cache must have been made with it. It decodes samples for pictures
+  and for encoders of pixels (Encoder's `decode`), and encodes images if an
+  encoder of latents is trained on them.
+  """
+
+
+class Encoder(Frozen):
+  """A frozen feature encoder.
+
+  With in_loss the generator drifts in its features; without, it only judges
+  (eval.metrics 'fd_encoder'). With `decode` it reads the images that the
+  autoencoder (vae) makes of samples and reals, without it these themselves.
+  """
+
+  in_loss: bool
+  decode: bool
+
+
+class TemperatureScale(Section):
+  """How the drift's temperatures change: what multiplies all of them.
+
+  `kind` is 'fixed'; 'annealed', by exp(-rate * step), which must not fall below
+  LEAST_TEMPERATURE_SCALE; 'learned', by what makes each label's positives
+  likeliest, with `rate` of learning; or 'adaptive': each problem's own, such
+  that a sample has `neighbours` effective positives at temperature 1.
+  """
+
+  kind: str
+  rate: float
+  neighbours: float
+
+
+class Drift(Section):
+  """The drifting field and its normalisations (method of A.6).
+
+  `field` is one of the family (drift_jax.drift.FIELDS), `options` {field: its
+  arguments}; affinity_floor and normalization are those of 'softmax'. The
+  rest: drift_jax.drift.Variant.
+  """
+
+  field: str
+  options: Mapping[str, Mapping[str, Any]]
+  temperatures: tuple[float, ...]
+  temperature_scale: TemperatureScale
+  affinity_floor: float
+  normalization: str
+  attraction: float
+  repulsion: float
+  negatives: str
+  guidance: str
+  reduction: str
+  normalize_features: bool
+  normalize_drift: bool
+  diagnostics: bool
+
+
+class Optim(Section):
+  """AdamW, its schedule and the gradient clip."""
+
+  schedule: str
+  learning_rate: float
+  warmup_steps: int
+  b1: float
+  b2: float
+  eps: float
+  weight_decay: float
+  grad_clip: float
+
+
+class Ema(Section):
+  """Exponential moving averages of the parameters, several at once."""
+
+  decays: tuple[float, ...]
+
+
+class Train(Section):
+  """Length of the run and how often it reports."""
+
+  num_steps: int
+  log_every: int
+
+
+class Eval(Section):
+  """Evaluation in the loop of any task: how often, and of which average."""
+
+  every: int
+  ema_decay: float
+
+
+class Checkpoint(Section):
+  """What is saved, what is kept, what happens when it can't be read."""
+
+  every: int
+  keep_latest: int
+  keep_every: int
+  best_metric: str
+  on_corrupt: str
+
+
+class Mesh(Section):
+  """Sizes of the device mesh; one may be -1."""
+
+  data: int
+  fsdp: int
+
+
+class Processes(Section):
+  """How several processes look after each other."""
+
+  heartbeat_timeout: int
+  join_timeout: int = 600  # which runs of before have none of
+
+
+class RunConfig(Section):
+  """What the config of every task has."""
+
+  task: str
+  seed: int
+  data: RunData
+  optim: Optim
+  ema: Ema
+  train: Train
+  eval: Eval
+  checkpoint: Checkpoint
+  mesh: Mesh
+  processes: Processes
+
+  def check(self) -> None:
+    """Raises ConfigError if values are out of range or contradict."""
+    raise NotImplementedError
+
+
+class ImageModel(Section):
+  """Arguments that all models of images have."""
+
+  num_classes: int
+  dtype: str
+
+
+class ImageEval(Eval):
+  """Evaluation of a model of images."""
+
+  batch_size: int
+
+
+class ImageConfig(RunConfig):
+  """What the configs of tasks that read images have."""
+
+  init_from: Path
+  data: Data
+  vae: Vae
+  model: ImageModel
+  eval: ImageEval
+
+
+# Where data may come from (data.source).
+SOURCES = ("digits", "tfds:NAME", "folder:DIR", "tar:FILE", "latents:DIR")
+# How images are cut to data.image_size: ADM's centre crop; a random resized
+# crop (A.3); a black frame around smaller images; nothing, they fit.
+CROPS = ("center", "random", "pad", "none")
+# How the drift's temperatures change.
+TEMPERATURE_KINDS = ("fixed", "annealed", "learned", "adaptive")
+# Annealed temperatures fall no further: float32 tells no two distances apart
+# that differ by less than such a part.
+LEAST_TEMPERATURE_SCALE = 1e-6
+# How frozen weights lie on the mesh.
+FROZEN_SHARDINGS = ("fsdp", "replicated")
+WIRE_DTYPES = ("uint8", "float32", "float16", "bfloat16")
+DECODERS = ("pillow", "simplejpeg")

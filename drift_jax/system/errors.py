@@ -1,0 +1,31 @@
+"""The errors that end a program with one line."""
+
+import contextlib
+from collections.abc import Iterator
+
+
+class UserError(Exception):
+  """Base of all errors whose message says what is wrong and what to do."""
+
+
+class ConfigError(UserError, ValueError):
+  """A config that can't be run; the message names key, value and remedy."""
+
+
+# What ends a program with its message alone. An OSError is of a file or a disk,
+# and its message has the path.
+ERRORS = (UserError, OSError)
+
+
+@contextlib.contextmanager
+def naming(section: str) -> Iterator[None]:
+  """Turns a constructor's ValueError into a ConfigError of the section."""
+  try:
+    yield
+  except ValueError as error:
+    if isinstance(error, ConfigError):
+      raise
+    text = str(error)
+    if not text.startswith(f"{section}."):  # a key names the section already
+      text = f"{section}: {text}"
+    raise ConfigError(text) from error

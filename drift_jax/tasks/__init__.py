@@ -1,0 +1,82 @@
+"""The four tasks, each in a folder of its own, and which one a config is of.
+
+  generator  one-step image generation by drifting (the paper's main task)
+  mae        pretraining of the feature encoder (A.3)
+  toy        points of the plane (5.1)
+  policy     robot control (5.3)
+
+Each has `config` (its section classes and what may go together), `step` (pure),
+`setup` (from a config to objects), `evaluation` and `train`.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import ml_collections
+
+from drift_jax.config.parsing import build
+from drift_jax.config.sections import ImageConfig, RunConfig
+from drift_jax.system.errors import ConfigError
+
+if TYPE_CHECKING:
+  from jax.sharding import Mesh
+
+  from drift_jax.training.programs import Program
+
+# Tasks whose programs compile_check compiles.
+_COMPILED = ("generator", "mae")
+# The class of each task's config, in its module `config`.
+TASKS = {
+  "generator": "GeneratorConfig",
+  "mae": "MaeConfig",
+  "policy": "PolicyConfig",
+  "toy": "ToyConfig",
+}
+
+
+def parse(config: Any) -> RunConfig:
+  """The typed, checked form of a ConfigDict, of a plain dict or of itself.
+
+  Raises:
+    ConfigError: naming the key, the value and what would be valid.
+  """
+  if isinstance(config, RunConfig):
+    return config
+  values = config
+  if isinstance(config, ml_collections.ConfigDict):
+    values = config.to_dict()
+  task = values.get("task")
+  if not isinstance(task, str) or task not in TASKS:
+    raise ConfigError(f"task={task!r}: valid options are {sorted(TASKS)}")
+  module = importlib.import_module(f"drift_jax.tasks.{task}.config")
+  parsed = build(getattr(module, TASKS[task]), values)
+  parsed.check()
+  return parsed
+
+
+def trainer(task: str) -> Any:
+  """The module with the task's `train_and_evaluate(config, workdir)`."""
+  return importlib.import_module(f"drift_jax.tasks.{task}.train")
+
+
+def programs(config: RunConfig, mesh: "Mesh") -> "list[Program]":
+  """Training step, sampler and evaluation steps of a run on a mesh.
+
+  Raises:
+    ArtifactError: a network that nothing describes.
+    ConfigError: a task without them, or sizes that the mesh or the networks
+      don't allow.
+  """
+  if config.task not in _COMPILED:
+    raise ConfigError(
+      f"task={config.task!r} needs no check beforehand: it fits any device; "
+      f"valid options here are {list(_COMPILED)}"
+    )
+  assert isinstance(config, ImageConfig)
+  if not config.model.num_classes:
+    raise ConfigError(
+      "model.num_classes=0 takes as many as the data have, but no data are "
+      "read here: set it"
+    )
+  module = importlib.import_module(f"drift_jax.tasks.{config.task}.programs")
+  return module.programs(config, mesh)

@@ -1,0 +1,147 @@
+"""Evaluation of a generator in the loop: figures, sample grid, plots."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from etils import epath
+
+from drift_jax.metrics.errors import EvaluationError
+from drift_jax.metrics.evaluators import Evaluator, baselines
+from drift_jax.metrics.generation import evaluate, evaluation_scalars
+from drift_jax.metrics.images import save_image
+from drift_jax.metrics.plots import plot_diagnostics, plot_drift, plot_frechet
+from drift_jax.metrics.writers import MetricWriter, read_jsonl
+from drift_jax.system import processes
+from drift_jax.system.console import logger
+from drift_jax.system.errors import naming
+from drift_jax.tasks.generator.config import GeneratorConfig
+from drift_jax.tasks.generator.judges import (
+  evaluation_labels,
+  make_decoder,
+  make_pixels,
+  run_evaluators,
+)
+from drift_jax.tasks.generator.samplers import make_sampler, sample_grid
+from drift_jax.tasks.generator.step import GeneratorTask
+from drift_jax.training import artifacts
+from drift_jax.training.inputs import Readers
+from drift_jax.training.run import pad_to_mesh
+from drift_jax.training.state import TrainState
+
+
+class Evaluation:
+  """The evaluation in the loop: figures, sample grid and plots."""
+
+  def __init__(
+    self,
+    config: GeneratorConfig,
+    encoders: dict[str, artifacts.Artifact],
+    task: GeneratorTask,
+    readers: Readers,
+    vae: artifacts.Artifact | None,
+    mesh: jax.sharding.Mesh,
+  ):
+    self._config = config
+    self._decode = make_decoder(vae, mesh)
+    self._to_pixels = make_pixels(self._decode)
+    self._sampler = make_sampler(task, mesh, config.seed)
+    self._batch_size = pad_to_mesh(config.eval.batch_size, mesh)
+    self._evaluators: list[Evaluator] = []
+    self._baselines: dict[str, float] = {}
+    if config.eval.every and config.eval.metrics:
+      with naming("eval"):
+        self._labels = evaluation_labels(
+          config.eval, config.model.num_classes, readers
+        )
+        self._evaluators, _ = run_evaluators(
+          config, encoders, readers, self._labels, vae, mesh
+        )
+        self._baselines = baselines(self._evaluators)
+
+  def __call__(
+    self,
+    step: int,
+    state: TrainState,
+    check: Callable[[], None],
+    writer: MetricWriter,
+    path: epath.Path,
+  ) -> dict[str, float]:
+    """Scalars under eval/; writes the sample grid and the plots.
+
+    Raises:
+      EvaluationError: samples that are not finite, naming the step.
+    """
+    try:
+      results, grid = self._judge(state, check)
+    except EvaluationError as error:
+      raise EvaluationError(f"evaluation of step {step}: {error}") from error
+    if processes.is_first():
+      save_image(grid, path / "samples" / f"step_{step:07d}.png")
+    writer.write_images(step, {"samples": grid})
+    for alpha, figures in results.items():
+      logger.info(
+        "eval step %d, alpha %g: %s", step, alpha, self._describe(figures)
+      )
+    self.plot(path)
+    return evaluation_scalars(results, self._baselines)
+
+  def _judge(
+    self, state: TrainState, check: Callable[[], None]
+  ) -> tuple[dict[float, dict[str, float]], np.ndarray]:
+    """(figures for each alpha, grid of samples)."""
+    config = self._config.eval
+    sample_fn = self._sampler(state.ema[str(config.ema_decay)])
+    results = {}
+    if self._evaluators:
+      results = evaluate(
+        self._evaluators,
+        sample_fn,
+        self._labels,
+        config.alphas,
+        self._batch_size,
+        to_pixels=self._to_pixels,
+        check=check,
+      )
+    check()
+    grid = sample_grid(
+      sample_fn,
+      self._decode,
+      num_classes=self._config.model.num_classes,
+      classes=config.grid_classes,
+      per_class=config.grid_per_class,
+      alpha=config.alphas[0],
+      batch_size=self._batch_size,
+    )
+    return results, grid
+
+  def _describe(self, figures: dict[str, float]) -> str:
+    return ", ".join(
+      f"{name} {value:.4g} (real {self._baselines[name]:.4g})"
+      if name in self._baselines
+      else f"{name} {value:.4g}"
+      for name, value in figures.items()
+    )
+
+  def best_metric(self, scalars: dict[str, float]) -> dict[str, float] | None:
+    """The smallest value over alpha of checkpoint.best_metric."""
+    name = self._config.checkpoint.best_metric
+    values = [
+      value
+      for key, value in scalars.items()
+      if key.startswith(f"eval/{name}/alpha_")
+    ]
+    return {name: float(np.min(values))} if values else None
+
+  def plot(self, path: epath.Path) -> None:
+    """Draws plots/ from what metrics.jsonl holds so far, if anything."""
+    if not processes.is_first() or not (path / "metrics.jsonl").exists():
+      return
+    records = read_jsonl(path / "metrics.jsonl")
+    keys = {key for record in records for key in record}
+    if any(key.startswith("drift_rms/") for key in keys):
+      plot_drift(records, path / "plots" / "drift_rms.png")
+    if any(key.startswith("alignment/") for key in keys):
+      plot_diagnostics(records, path / "plots" / "diagnostics.png")
+    if any(key.startswith(("eval/fd_", "eval/fid/")) for key in keys):
+      plot_frechet(records, path / "plots" / "frechet.png")

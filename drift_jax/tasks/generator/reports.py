@@ -1,0 +1,436 @@
+"""Reports: figures of a run, of exported weights, or of images."""
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from drift_jax import config as config_lib
+from drift_jax.metrics.batches import PixelsFn
+from drift_jax.metrics.evaluators import Evaluator, baselines
+from drift_jax.metrics.generation import (
+  SampleFn,
+  balanced_labels,
+  evaluate,
+  read_labels,
+)
+from drift_jax.metrics.images import save_image
+from drift_jax.metrics.neighbours import plot_nearest_distances
+from drift_jax.metrics.plots import plot_alphas
+from drift_jax.metrics.sample_files import SampleWriter, open_images
+from drift_jax.system import options, processes, sharding, storage
+from drift_jax.system.console import logger
+from drift_jax.system.errors import naming
+from drift_jax.tasks.generator.config import (
+  EVAL_METRICS,
+  JUDGED_METRICS,
+  GeneratorConfig,
+  Judge,
+  check_judges,
+)
+from drift_jax.tasks.generator.judges import (
+  evaluation_labels,
+  image_size,
+  make_decoder,
+  make_pixels,
+  needs_reals,
+  network_evaluators,
+  run_evaluators,
+)
+from drift_jax.tasks.generator.memorisation import (
+  Memorisation,
+  check_memorisation,
+  check_searchable,
+  feature_space,
+)
+from drift_jax.tasks.generator.restore import load_exported, load_generator
+from drift_jax.tasks.generator.samplers import make_sampler
+from drift_jax.tasks.generator.setup import (
+  decoded_encoders,
+  frozen_sums,
+  load_encoders,
+)
+from drift_jax.training import places
+from drift_jax.training.facts import check_data
+from drift_jax.training.inputs import open_readers
+from drift_jax.training.run import pad_to_mesh
+from drift_jax.training.workdir import check_frozen
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+  """What to compute; None: as the run's config has it, or the flag's default.
+
+  Attributes:
+    alphas: guidance scales.
+    metrics: figures, see config.EVAL_METRICS.
+    num_samples: for each alpha; 0 for as many as are held out or listed.
+    labels: file of class indices; None for balanced ones.
+    batch_size: samples at a time, on all devices.
+    seed: of noise and style; a run's default is config.seed + 1, noise that
+      its own evaluations (which chose the best checkpoint) did not use.
+    paths: {dotted key of a run's config: where it is now}, see places.of_run.
+    judges: {('inception' or 'dinov2', 'path' or 'reference'): where}.
+    neighbours: nearest training images of each sample; 0 for none.
+    neighbour_space: see `feature_space`.
+    neighbour_samples: samples whose neighbours are sought; at least so many.
+    samples_out: .npz to write.
+    out: JSON beside which pictures go.
+  """
+
+  alphas: Sequence[float] | None = None
+  metrics: Sequence[str] | None = None
+  num_samples: int | None = None
+  labels: str | None = None
+  batch_size: int | None = None
+  seed: int | None = None
+  paths: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  judges: Mapping[tuple[str, str], str] = dataclasses.field(
+    default_factory=dict
+  )
+  neighbours: int = 0
+  neighbour_space: str = "encoder"
+  neighbour_samples: int = 1000
+  samples_out: str | None = None
+  out: str = "evaluation.json"
+
+  def judge(self, name: str, default: Judge | None = None) -> Judge:
+    """The network that the request names, or else the default's."""
+    path, reference = (
+      self.judges.get((name, key), getattr(default, key) if default else "")
+      for key in ("path", "reference")
+    )
+    return Judge(path=path, reference=reference)
+
+  def beside(self, suffix: str) -> epath.Path:
+    """The path of a picture: out without .json, then the suffix."""
+    path = epath.Path(self.out)
+    return path.with_name(path.stem + suffix)
+
+
+def report_on_run(
+  workdir: str,
+  request: Request,
+  *,
+  step: int | None = None,
+  ema_decay: float | None = None,
+) -> dict[str, Any]:
+  """Figures of a run's checkpoint, beside the same figures of real images.
+
+  Args:
+    workdir: of the run.
+    request: what to compute.
+    step: checkpoint; None for the best, else the newest.
+    ema_decay: which average; None for the evaluated one.
+
+  Returns:
+    The report: 'step', 'ema_decay', 'seed', 'num_samples', 'seconds', 'judges'
+    (what the networks and statistics are), 'results': {alpha: {figure: value}},
+    'baseline': {figure: value of real train images}, maybe 'neighbours'.
+
+  Raises:
+    ConfigError: arguments that do not fit the run, or files of it that are not
+      found.
+    CheckpointError: no usable checkpoint.
+    ArtifactError: a network that can't be loaded.
+  """
+  mesh = sharding.make_mesh()
+  run = load_generator(
+    workdir, mesh, step=step, ema_decay=ema_decay, paths=request.paths
+  )
+  config = _requested_config(run.config, request, ema_decay)
+  chosen = config.eval
+  wants_encoder = "fd_encoder" in chosen.metrics or (
+    request.neighbours > 0 and request.neighbour_space == "encoder"
+  )
+  wants_reals = needs_reals(chosen) or request.neighbours > 0
+  needed = ["encoders.*"] * wants_encoder + ["data.*"] * wants_reals
+  places.check_there(config, workdir, [*needed, *_judged(chosen.metrics)])
+  encoders = load_encoders(config.encoders, mesh) if wants_encoder else {}
+  check_frozen(epath.Path(workdir), frozen_sums(encoders, None))
+  readers = None
+  if wants_reals:
+    readers = open_readers(config, run.vae)
+    check_data(epath.Path(workdir), readers.train.class_names, readers.facts)
+  with naming("eval"):
+    labels = evaluation_labels(chosen, config.model.num_classes, readers)
+    evaluators, facts = run_evaluators(
+      config, encoders, readers, labels, run.vae, mesh
+    )
+  if request.neighbours:
+    assert readers is not None
+    with naming("neighbours"):
+      check_searchable(readers, request.neighbours)
+  seed = config.seed + 1 if request.seed is None else request.seed
+  sample_fn = make_sampler(run.task, mesh, seed)(run.params)
+  batch_size = pad_to_mesh(chosen.batch_size, mesh)
+  decode = make_decoder(run.vae, mesh)
+  to_pixels = make_pixels(decode)
+  report = {
+    "workdir": workdir,
+    "step": run.step,
+    "ema_decay": chosen.ema_decay,
+    "seed": seed,
+  }
+  report |= _score(
+    evaluators,
+    sample_fn,
+    labels,
+    request,
+    alphas=chosen.alphas,
+    batch_size=batch_size,
+    to_pixels=to_pixels,
+  )
+  report |= {"judges": facts, "baseline": baselines(evaluators)}
+  if request.neighbours:
+    assert readers is not None
+    with naming("neighbours"):
+      found = check_memorisation(
+        sample_fn,
+        _at_least(request.neighbour_samples, config.model.num_classes),
+        chosen.alphas[0],
+        readers,
+        feature_space(
+          request.neighbour_space,
+          encoders,
+          run.vae,
+          to_pixels,
+          mesh,
+          decoded_encoders(config.encoders),
+        ),
+        k=request.neighbours,
+        batch_size=batch_size,
+        decode=decode,
+        mesh=mesh,
+      )
+    report["neighbours"] = _save_neighbours(found, request)
+  return report
+
+
+def _judged(names: Sequence[str]) -> list[str]:
+  """Patterns of the config's keys that say where figures' files are."""
+  return ["eval.labels"] + [
+    f"eval.{judge}.*"
+    for judge, figures in JUDGED_METRICS.items()
+    if set(figures) & set(names)
+  ]
+
+
+def _requested_config(
+  config: GeneratorConfig, request: Request, ema_decay: float | None
+) -> GeneratorConfig:
+  """The run's config with what was asked for in its place, checked."""
+  given = {
+    "alphas": None if request.alphas is None else tuple(request.alphas),
+    "metrics": None if request.metrics is None else tuple(request.metrics),
+    "num_samples": request.num_samples,
+    "labels": request.labels,
+    "batch_size": request.batch_size,
+    "ema_decay": ema_decay,
+    "inception": request.judge("inception", config.eval.inception),
+    "dinov2": request.judge("dinov2", config.eval.dinov2),
+  }
+  evaluation = dataclasses.replace(
+    config.eval, **{k: v for k, v in given.items() if v is not None}
+  )
+  # A metric may be asked for that the training did not rank by.
+  checkpoints = dataclasses.replace(config.checkpoint, best_metric="")
+  config = dataclasses.replace(config, eval=evaluation, checkpoint=checkpoints)
+  config.check()
+  if not evaluation.metrics:
+    raise config_lib.ConfigError(
+      f"eval.metrics is empty: ask for some of {EVAL_METRICS}"
+    )
+  return config
+
+
+def report_on_weights(
+  weights: str, request: Request, *, vae: str = ""
+) -> dict[str, Any]:
+  """Figures of a generator's exported weights, ours or the release's.
+
+  Args:
+    weights: their folder.
+    request: what to compute; figures against reference statistics only.
+    vae: folder of the autoencoder behind its latents; '' for pixels.
+
+  Returns:
+    The report, as `report_on_run` has it.
+
+  Raises:
+    ConfigError: arguments that do not fit.
+    ArtifactError: weights that can't be loaded.
+  """
+  mesh = sharding.make_mesh()
+  generator = load_exported(weights, vae, mesh)
+  alphas = (1.0,) if request.alphas is None else tuple(request.alphas)
+  for alpha in alphas:
+    if not alpha >= 1:
+      raise config_lib.ConfigError(f"alpha={alpha} must be at least 1")
+  count = (
+    options.NUM_SAMPLES if request.num_samples is None else request.num_samples
+  )
+  with naming("labels"):
+    if request.labels:
+      labels = read_labels(
+        request.labels,
+        num_classes=generator.num_classes,
+        count=request.num_samples or None,
+      )
+    else:
+      labels = balanced_labels(count, generator.num_classes)
+  evaluators, facts = _by_files(
+    request,
+    count=len(labels),
+    resolution=image_size(generator.task.sample_shape, generator.vae),
+    mesh=mesh,
+  )
+  seed = request.seed or 0
+  sample_fn = make_sampler(generator.task, mesh, seed)
+  report = {
+    "weights": weights,
+    "sha256": generator.artifact.sha256,
+    "step": generator.artifact.metadata.get("step"),
+    "ema_decay": generator.artifact.metadata.get("ema_decay"),
+    "seed": seed,
+  }
+  report |= _score(
+    evaluators,
+    sample_fn(generator.params),
+    labels,
+    request,
+    alphas=alphas,
+    batch_size=pad_to_mesh(request.batch_size or options.BATCH_SIZE, mesh),
+    to_pixels=make_pixels(make_decoder(generator.vae, mesh)),
+  )
+  return report | {"judges": facts, "baseline": {}}
+
+
+def report_on_images(path: str, request: Request) -> dict[str, Any]:
+  """Figures of images that were made elsewhere.
+
+  Args:
+    path: a folder, or an .npz in ADM's format; see metrics.open_images.
+    request: what to compute; figures against reference statistics only.
+
+  Returns:
+    The report, as `report_on_run` has it; its only result is that of 'images'.
+
+  Raises:
+    ConfigError: arguments or images that do not fit.
+    ArtifactError: a network that can't be loaded.
+  """
+  storage.check_local("images", path)
+  mesh = sharding.make_mesh()
+  with naming("images"):
+    images = open_images(path)
+  if request.num_samples not in (None, 0, len(images)):
+    raise config_lib.ConfigError(
+      f"num_samples={request.num_samples}, but {path} holds {len(images)} "
+      "images: all of them are scored, leave it out"
+    )
+  evaluators, facts = _by_files(
+    request, count=len(images), resolution=images.shape[0], mesh=mesh
+  )
+  report: dict[str, Any] = {"images": path, "resolution": images.shape[0]}
+  with naming("images"):
+    report |= _score(
+      evaluators,
+      lambda labels, alpha, index: sharding.put_batch(
+        images.pixels(index), mesh
+      ),
+      np.zeros(len(images), np.int32),
+      request,
+      alphas=(1.0,),
+      batch_size=pad_to_mesh(request.batch_size or options.BATCH_SIZE, mesh),
+      to_pixels=lambda pixels: pixels,  # pyright: ignore[reportArgumentType]
+    )
+  report["results"] = {"images": report["results"].pop(1.0)}
+  return report | {"judges": facts, "baseline": {}}
+
+
+def _by_files(
+  request: Request, *, count: int, resolution: int, mesh: Mesh
+) -> tuple[list[Evaluator], dict[str, Any]]:
+  """Evaluators against reference statistics, where there is no config."""
+  names = options.METRICS if request.metrics is None else tuple(request.metrics)
+  valid = [n for group in JUDGED_METRICS.values() for n in group]
+  for name in names:
+    if name not in valid:
+      raise config_lib.ConfigError(
+        f"metrics={name!r} needs a run (--workdir): valid options are {valid}"
+      )
+  judges = {name: request.judge(name) for name in JUDGED_METRICS}
+  check_judges(names, judges)
+  judged = network_evaluators(
+    names,
+    judges,
+    count=count,
+    seed=request.seed or 0,
+    resolution=resolution,
+    crop=None,
+    mesh=mesh,
+  )
+  evaluators = [entry.evaluator for entry in judged.values()]
+  return evaluators, {name: entry.facts for name, entry in judged.items()}
+
+
+def _at_least(count: int, num_classes: int) -> np.ndarray:
+  """Balanced labels, as few as possible of at least so many."""
+  return balanced_labels(-(-count // num_classes) * num_classes, num_classes)
+
+
+def _score(
+  evaluators: Sequence[Evaluator],
+  sample_fn: SampleFn,
+  labels: np.ndarray,
+  request: Request,
+  *,
+  alphas: Sequence[float],
+  batch_size: int,
+  to_pixels: PixelsFn,
+) -> dict[str, Any]:
+  """What all reports hold; writes the samples and the plot over alpha."""
+  if request.samples_out:
+    path = epath.Path(request.samples_out)
+    paths = [path]
+    if len(alphas) > 1:
+      paths = [path.with_name(f"{path.stem}_alpha_{a:g}.npz") for a in alphas]
+    evaluators = [*evaluators, SampleWriter(paths, labels)]
+  start = time.perf_counter()
+  results = evaluate(
+    evaluators, sample_fn, labels, alphas, batch_size, to_pixels=to_pixels
+  )
+  seconds = time.perf_counter() - start
+  if len(alphas) > 1 and processes.is_first():
+    drawn = any(
+      name.startswith(("fid", "fd_", "inception_score"))
+      for name in results[alphas[0]]
+    )
+    if drawn:
+      plot_alphas(results, request.beside("_alphas.png"))
+      logger.info("Wrote %s.", request.beside("_alphas.png"))
+  return {"num_samples": len(labels), "seconds": seconds, "results": results}
+
+
+def _save_neighbours(found: Memorisation, request: Request) -> dict[str, Any]:
+  """Writes the pictures; returns what the report says."""
+  pictures = [
+    request.beside("_neighbours.png"),
+    request.beside("_nearest_distances.png"),
+  ]
+  if processes.is_first():
+    save_image(found.picture, pictures[0])
+    plot_nearest_distances(*found.nearest, pictures[1], space=found.space)
+    logger.info("Wrote %s and %s.", *pictures)
+  return {
+    "space": found.space,
+    "k": request.neighbours,
+    "training_images": found.neighbours.count,
+    "shown_samples": found.shown.tolist(),
+    **found.summary,
+  }

@@ -1,0 +1,447 @@
+"""Generators to sample from: a run, an export, an artifact, the release."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from drift_jax import config as config_lib
+from drift_jax.data.encoded import imagenet_classes, readable_classes
+from drift_jax.models.generator import build_generator
+from drift_jax.system import hub, numerics, processes, sharding, storage
+from drift_jax.system.errors import naming
+from drift_jax.tasks import parse
+from drift_jax.tasks.generator.config import GeneratorConfig
+from drift_jax.tasks.generator.kernels import (
+  attention_kernel_for,
+  kernels_there,
+  unroll_for,
+)
+from drift_jax.tasks.generator.setup import frozen_sums, init_generator
+from drift_jax.tasks.generator.step import (
+  FeatureSpace,
+  GeneratorTask,
+)
+from drift_jax.training import artifacts, checkpoint, places
+from drift_jax.training.facts import CLASSES_FILE, read_facts
+from drift_jax.training.frozen import load_vae
+from drift_jax.training.workdir import (
+  CONFIG_FILE,
+  check_frozen,
+  make_checkpointer,
+)
+
+# What a published generator was trained for (A.7); its metadata don't say.
+PUBLISHED_ALPHAS = (1.0, 4.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedGenerator:
+  """A generator, ready to sample, and what is known of it.
+
+  Attributes:
+    task: the static part.
+    params: one average of its parameters, on the mesh.
+    vae: the autoencoder behind its latents, or None.
+    model_config: under the published names.
+    num_classes: labels lie in [0, num_classes).
+    class_names: one for each label, or () where nobody recorded them.
+    alpha_range: guidance scales that it was trained for.
+    step: training steps behind it, if known.
+    ema_decay: of the average, if known.
+    provenance: where it comes from, fit for JSON.
+  """
+
+  task: GeneratorTask
+  params: Any
+  vae: artifacts.Artifact | None
+  model_config: Mapping[str, Any]
+  num_classes: int
+  class_names: tuple[str, ...]
+  alpha_range: tuple[float, float]
+  step: int | None
+  ema_decay: float | None
+  provenance: Mapping[str, Any]
+
+
+def open_generator(
+  source: str,
+  mesh: Mesh,
+  *,
+  vae: str = "",
+  step: int | None = None,
+  ema_decay: float | None = None,
+) -> OpenedGenerator:
+  """A generator from wherever it is.
+
+  Args:
+    source: a run's workdir, an export, an artifact's folder, or hf://NAME of
+      the authors' release, hf://OWNER/NAME[@REVISION][/FOLDER].
+    mesh: where the parameters go.
+    vae: folder of the autoencoder behind the latents of an artifact; a run and
+      an export know theirs, a run's may be given where it is not found.
+    step: of a run: checkpoint; None for the best, else the newest.
+    ema_decay: of a run: which average; None for the evaluated one.
+
+  Raises:
+    ArtifactError, CheckpointError: weights that can't be loaded.
+    ConfigError: an option that this kind of source has no use for.
+    StorageError: a bucket that can't be read.
+  """
+  if _is_run(source):
+    return _from_run(source, mesh, vae, step, ema_decay)
+  for name, value in (("step", step), ("ema_decay", ema_decay)):
+    if value is not None:
+      raise config_lib.ConfigError(
+        f"{name}={value!r} chooses among a run's checkpoints, but {source} is "
+        "none: leave it out"
+      )
+  return _from_artifact(source, mesh, vae)
+
+
+def _is_run(source: str) -> bool:
+  if source.startswith(hub.SCHEME):
+    return False
+  storage.check(source)
+  file = epath.Path(source) / CONFIG_FILE
+  return file.exists() and "task" in read_facts(file, dict)
+
+
+def _from_run(
+  workdir: str, mesh: Mesh, vae: str, step: int | None, ema_decay: float | None
+) -> OpenedGenerator:
+  paths = {"vae.path": vae} if vae else {}
+  run = load_generator(
+    workdir, mesh, step=step, ema_decay=ema_decay, paths=paths
+  )
+  guidance = run.config.guidance
+  decay = run.config.eval.ema_decay if ema_decay is None else ema_decay
+  file = epath.Path(workdir) / CLASSES_FILE
+  names = tuple(read_facts(file, list)) if file.exists() else ()
+  return OpenedGenerator(
+    task=run.task,
+    params=run.params,
+    vae=run.vae,
+    model_config=artifacts.abstract(
+      "gen", dataclasses.asdict(run.config.model)
+    ).metadata["model_config"],
+    num_classes=run.config.model.num_classes,
+    class_names=readable_classes(names),
+    alpha_range=(guidance.minimum, guidance.maximum),
+    step=run.step,
+    ema_decay=decay,
+    provenance={"workdir": workdir, "step": run.step, "ema_decay": decay},
+  )
+
+
+def _from_artifact(source: str, mesh: Mesh, vae: str) -> OpenedGenerator:
+  loaded = load_exported(source, vae, mesh)
+  metadata = loaded.artifact.metadata
+  alphas = metadata.get("alpha_range", PUBLISHED_ALPHAS)
+  names = metadata.get("class_names")
+  _check_facts(source, loaded.num_classes, alphas, names)
+  if names is None and loaded.num_classes == len(imagenet_classes()):
+    names = list(imagenet_classes())
+  return OpenedGenerator(
+    task=loaded.task,
+    params=loaded.params,
+    vae=loaded.vae,
+    model_config=metadata["model_config"],
+    num_classes=loaded.num_classes,
+    class_names=readable_classes(names or ()),
+    alpha_range=tuple(alphas),
+    step=metadata.get("step"),
+    ema_decay=metadata.get("ema_decay"),
+    provenance={
+      "weights": source,
+      "sha256": loaded.artifact.sha256,
+      "step": metadata.get("step"),
+      "ema_decay": metadata.get("ema_decay"),
+    },
+  )
+
+
+def _check_facts(
+  source: str, num_classes: int, alphas: Any, names: Any
+) -> None:
+  """Raises ArtifactError for facts beside the weights that say nothing."""
+  numbers = isinstance(alphas, (list, tuple)) and all(
+    isinstance(alpha, (int, float)) for alpha in alphas
+  )
+  if not numbers or len(alphas) != 2 or not alphas[0] <= alphas[1]:
+    raise artifacts.ArtifactError(
+      f"{source}: its metadata have alpha_range={alphas!r}, want [LOW, HIGH]"
+    )
+  if names is None:
+    return
+  texts = isinstance(names, list) and all(isinstance(n, str) for n in names)
+  if not texts or len(names) != num_classes:
+    raise artifacts.ArtifactError(
+      f"{source}: its metadata have class_names={names!r:.60}, want a name for "
+      f"each of its {num_classes} classes, or null"
+    )
+
+
+def identity(opened: OpenedGenerator) -> dict[str, Any]:
+  """What decides a generator's images beside labels, alpha, seed and style.
+
+  Weights are told by their numbers, wherever they lie and however they are
+  split over devices. Fit for JSON.
+  """
+  generator: Any = opened.task.generator
+  found = {
+    "weights": _fingerprint(opened.params),
+    "dtype": str(generator.dtype),
+    "attention_dtype": str(generator.attention_dtype),
+    "vae": None,
+    "vae_dtype": None,
+  }
+  if opened.vae is not None:
+    module: Any = opened.vae.module
+    found["vae"] = _fingerprint(opened.vae.params)
+    found["vae_dtype"] = str(module.dtype)
+  return found
+
+
+def _fingerprint(params: Any) -> str:
+  """SHA-256 of the arrays: names, shapes, dtypes and numbers."""
+  checksum = hashlib.sha256()
+  for path, x in jax.tree.leaves_with_path(params):
+    values = processes.fetch(x)
+    facts = [sharding.path_name(path), values.shape, str(values.dtype)]
+    checksum.update(json.dumps(facts).encode())
+    checksum.update(values.tobytes())
+  return checksum.hexdigest()
+
+
+def read_style(values: int | Sequence[int], task: GeneratorTask) -> np.ndarray:
+  """Style indices [S] int32: one for all tokens, or a list of one for each.
+
+  -1 leaves an index to chance.
+
+  Raises:
+    ConfigError: another number of them, one out of range or no integer.
+  """
+  array = np.atleast_1d(np.asarray(values))
+  if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+    raise config_lib.ConfigError(
+      f"style={values!r}: want one index, or a list of them"
+    )
+  values = array.tolist()
+  assert isinstance(values, list)
+  given = values * (task.style_tokens if len(values) == 1 else 1)
+  if len(given) != task.style_tokens:
+    raise config_lib.ConfigError(
+      f"style={list(values)}: want one index, or {task.style_tokens}, one for "
+      "each style token of this generator"
+    )
+  for index in given:
+    if not -1 <= index < task.style_vocab:
+      raise config_lib.ConfigError(
+        f"style={list(values)}: {index} is not in [0, {task.style_vocab}), "
+        "nor -1, which leaves it to chance"
+      )
+  return np.array(given, np.int32)
+
+
+_LISTED = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportedGenerator:
+  """A generator's exported weights, ready to sample.
+
+  Attributes:
+    task: the static part.
+    params: on the mesh.
+    num_classes: labels lie in [0, num_classes).
+    vae: the autoencoder behind its latents, or None.
+    artifact: where they come from.
+  """
+
+  task: GeneratorTask
+  params: Any
+  num_classes: int
+  vae: artifacts.Artifact | None
+  artifact: artifacts.Artifact
+
+
+@jax.jit
+def _finite(params: Any) -> Any:
+  return jax.tree.map(lambda x: jnp.isfinite(x).all(), params)
+
+
+def not_finite(params: Any) -> list[str]:
+  """Names of the arrays that hold NaN or infinity."""
+  return [
+    sharding.path_name(path)
+    for path, fine in jax.tree.leaves_with_path(jax.device_get(_finite(params)))
+    if not fine
+  ]
+
+
+def sampled_on(module: Any, mesh: Mesh, kernels: str) -> Any:
+  """A generator as it is computed on the devices of a mesh."""
+  return module.clone(
+    attention_kernel=attention_kernel_for(kernels, mesh),
+    unroll=unroll_for(module.depth, mesh),
+  )
+
+
+def sampling_task(module: Any) -> GeneratorTask:
+  """The static part of a generator that is sampled and not trained."""
+  return GeneratorTask(
+    generator=module,
+    features=FeatureSpace(encoders={}, options={}, sample=True),
+    sample_shape=(module.input_size, module.input_size, module.out_channels),
+    noise_shape=(module.input_size, module.input_size, module.in_channels),
+    style_tokens=module.style_tokens,
+    style_vocab=module.style_vocab,
+    num_generated=1,
+    drift={},
+    guidance={},
+  )
+
+
+def load_exported(weights: str, vae: str, mesh: Mesh) -> ExportedGenerator:
+  """A generator of ours or of the release, from its folder.
+
+  Args:
+    weights: folder of kind 'gen', or what else artifacts.load reads.
+    vae: of the autoencoder behind its latents; '' takes that of an export, and
+      means pixels where there is none.
+    mesh: where the parameters go.
+
+  Raises:
+    ArtifactError: weights that can't be loaded or are no generator's.
+  """
+  numerics.require()
+  artifact = artifacts.load(weights)
+  if artifact.kind != "gen":
+    raise artifacts.ArtifactError(
+      f"{weights} holds a model of kind {artifact.kind!r}, want 'gen'"
+    )
+  module: Any = artifact.module
+  task = sampling_task(sampled_on(module, mesh, "auto"))
+  params = jax.device_put(
+    artifact.params, sharding.infer_sharding(artifact.params, mesh)
+  )
+  dtype = "float32"
+  if not vae and not weights.startswith(hub.SCHEME):
+    own = epath.Path(weights) / artifacts.EXPORTED_VAE
+    # In the precision in which it decodes the export's images.
+    vae, dtype = (str(own), "") if own.exists() else ("", dtype)
+  section = config_lib.Vae(
+    path=vae, dtype=dtype, sharding="fsdp", remat=False, model={}
+  )
+  return ExportedGenerator(
+    task, params, module.num_classes, load_vae(section, mesh), artifact
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedGenerator:
+  """A generator restored from a workdir, ready to sample.
+
+  Attributes:
+    config: of its run.
+    task: the static part.
+    params: one EMA of the parameters, on the mesh.
+    step: training steps behind them.
+    vae: the autoencoder behind its latents, or None.
+  """
+
+  config: GeneratorConfig
+  task: GeneratorTask
+  params: Any
+  step: int
+  vae: artifacts.Artifact | None
+
+
+def load_generator(
+  workdir: str,
+  mesh: Mesh,
+  *,
+  step: int | None,
+  ema_decay: float | None,
+  paths: Mapping[str, str] | None = None,
+) -> TrainedGenerator:
+  """Restores one EMA of a run, without optimiser, queue or encoders.
+
+  Args:
+    workdir: of the run.
+    mesh: where the parameters go.
+    step: checkpoint; None takes the best one if the run ranks them, else the
+      newest.
+    ema_decay: which average; None takes the one that the run evaluates.
+    paths: {dotted key of the config: where it is now}, of what is not found;
+      see `places.of_run`.
+
+  Raises:
+    ConfigError: no run there, not a generator's, an unknown decay, or an
+      autoencoder that is not there or not the one that the run began with.
+    ArtifactError: an autoencoder that can't be loaded.
+    CheckpointError: no such checkpoint, a damaged one, or parameters that are
+      not finite.
+    StorageError: a bucket that can't be read.
+  """
+  numerics.require()
+  storage.check(workdir)
+  file = epath.Path(workdir) / CONFIG_FILE
+  if not file.exists():
+    raise config_lib.ConfigError(f"no run in {workdir}: {file} is missing")
+  config = parse(places.of_run(read_facts(file, dict), workdir, paths or {}))
+  if not isinstance(config, GeneratorConfig):
+    raise config_lib.ConfigError(
+      f"{workdir} holds a run of task {config.task!r}, want 'generator'"
+    )
+  decay = config.eval.ema_decay if ema_decay is None else ema_decay
+  if decay not in config.ema.decays:
+    raise config_lib.ConfigError(
+      f"ema_decay={decay} was not kept: valid options are {config.ema.decays}"
+    )
+  places.check_there(config, workdir, ["vae.path"])
+  vae = load_vae(config.vae, mesh)
+  check_frozen(epath.Path(workdir), frozen_sums({}, vae))
+  with naming("model"):
+    module = build_generator(**dataclasses.asdict(config.model))
+  task = sampling_task(
+    sampled_on(module, mesh, kernels_there(config.train.kernels, mesh))
+  )
+  shapes = jax.eval_shape(init_generator(task), jax.random.key(0))
+  abstract = sharding.abstract(shapes, sharding.infer_sharding(shapes, mesh))
+  checkpointer = make_checkpointer(
+    config.checkpoint, epath.Path(workdir), read_only=True
+  )
+  try:
+    if step is None:
+      step = processes.from_first(checkpointer.best_step)
+    step, restored = checkpointer.restore_subtree(
+      {"ema": {str(decay): abstract}}, step
+    )
+  finally:
+    checkpointer.close()
+  params = restored["ema"][str(decay)]
+  bad = not_finite(params)
+  if bad:
+    raise checkpoint.CheckpointError(
+      f"step {step} of {workdir}, ema/{decay}: {', '.join(bad[:_LISTED])} "
+      f"({len(bad)} arrays in all) are not finite: take another step"
+    )
+  return TrainedGenerator(config, task, params, step, vae)
+
+
+def check_alpha(alpha: float, trained: tuple[float, float]) -> None:
+  """Raises ConfigError for an alpha outside the trained range."""
+  if not trained[0] <= alpha <= trained[1]:
+    raise config_lib.ConfigError(
+      f"alpha={alpha}: this generator was trained for alpha in "
+      f"[{trained[0]}, {trained[1]}]"
+    )

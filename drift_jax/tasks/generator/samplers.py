@@ -1,0 +1,156 @@
+"""Samplers and pictures; generators restored from a run."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from drift_jax.metrics import generation
+from drift_jax.metrics.batches import Batch
+from drift_jax.metrics.generation import SampleFn
+from drift_jax.metrics.images import Images, image_grid
+from drift_jax.system import processes, sharding
+from drift_jax.tasks.generator.step import (
+  GeneratorTask,
+  generate,
+  sample_inputs,
+  sample_step,
+)
+
+
+def jit_sampler(task: GeneratorTask, mesh: Mesh) -> Any:
+  """Jitted (params, seed, style, labels, alpha, index) -> samples.
+
+  Samples and what there is one of for each are split over the mesh; of seed
+  and style, see steps.sample_step, all have the same.
+  """
+
+  def sample(
+    params: Any, seed: jax.Array, style: jax.Array, *of_each: jax.Array
+  ) -> jax.Array:
+    layout = sharding.Layout(mesh, sharding.infer_specs(params, mesh))
+    return sample_step(
+      params, *of_each, seed=seed, style=style, task=task, layout=layout
+    )
+
+  return jax.jit(sample, out_shardings=sharding.batch_sharding(mesh))
+
+
+def jit_interpolator(task: GeneratorTask, mesh: Mesh) -> Any:
+  """Jitted (params, seed, style, angle, labels, alpha, index, other) -> images.
+
+  Of noise cos(angle) a + sin(angle) b, where a is that of the number `index`
+  and b that of `other`; the style is a's. A standard normal's for any angle.
+  """
+
+  def sample(
+    params: Any,
+    seed: jax.Array,
+    style: jax.Array,
+    angle: jax.Array,
+    labels: jax.Array,
+    alpha: jax.Array,
+    index: jax.Array,
+    other: jax.Array,
+  ) -> jax.Array:
+    draw = functools.partial(sample_inputs, seed=seed, style=style, task=task)
+    noise, style = draw(index)
+    noise = jnp.cos(angle) * noise + jnp.sin(angle) * draw(other)[0]
+    layout = sharding.Layout(mesh, sharding.infer_specs(params, mesh))
+    return generate(
+      params, labels, alpha, noise, style, task=task, layout=layout
+    )
+
+  return jax.jit(sample, out_shardings=sharding.batch_sharding(mesh))
+
+
+def make_sampler(
+  task: GeneratorTask, mesh: Mesh, seed: int
+) -> Callable[[Any], SampleFn]:
+  """params -> sample_fn(labels, alpha, index) -> images; compiled once."""
+  step = jit_sampler(task, mesh)
+  return lambda params: bind_sampler(step, params, task, mesh, seed)
+
+
+def bind_sampler(
+  step: Any,
+  params: Any,
+  task: GeneratorTask,
+  mesh: Mesh,
+  seed: int,
+  style: Sequence[int] | np.ndarray | None = None,
+) -> SampleFn:
+  """sample_fn(labels, alpha, index) of a step that `jit_sampler` made.
+
+  Args:
+    step: compiled for all seeds and styles.
+    params: on the mesh.
+    task: of the step.
+    mesh: where it runs.
+    seed: of noise and style.
+    style: indices that all samples share; -1 leaves one to chance. None: all.
+  """
+  shared = (
+    np.uint32(seed),
+    np.array([-1] * task.style_tokens if style is None else style, np.int32),
+  )
+  shared = jax.device_put(shared, sharding.replicated(mesh))
+
+  def sample(
+    labels: np.ndarray, alpha: np.ndarray, index: np.ndarray
+  ) -> jax.Array:
+    of_each = sharding.put_batch((labels, alpha, index), mesh)
+    return step(params, *shared, *of_each)
+
+  return sample
+
+
+def sample_grid(
+  sample_fn: SampleFn,
+  decode: Callable[[Images], Images],
+  *,
+  num_classes: int,
+  classes: int,
+  per_class: int,
+  alpha: float,
+  batch_size: int,
+) -> np.ndarray:
+  """One row of samples for each of some classes: uint8 [H, W, 3].
+
+  Args:
+    sample_fn: see metrics.generate.
+    decode: samples -> images.
+    num_classes: of the model.
+    classes: rows; these classes are evenly spaced among all.
+    per_class: images in a row.
+    alpha: guidance scale.
+    batch_size: samples per call of sample_fn.
+  """
+  rows = min(classes, num_classes)
+  shown = np.arange(rows, dtype=np.int32) * num_classes // rows
+  images = [
+    gathered(batch, decode(batch.samples))
+    for batch in generation.generate(
+      sample_fn,
+      np.repeat(shown.astype(np.int32), per_class),
+      alpha,
+      batch_size=batch_size,
+    )
+  ]
+  return grid_image(np.concatenate(images), per_class)
+
+
+def gathered(batch: Batch, values: Images) -> np.ndarray:
+  """The rows of a batch that count, of all processes, in order: float32."""
+  own = batch.rows(values).astype(np.float32)
+  return np.concatenate(processes.gather(own))
+
+
+def grid_image(images: np.ndarray, columns: int) -> np.ndarray:
+  """A grid that is legible on a screen: small images are magnified."""
+  scale = max(1, 48 // images.shape[1])
+  return image_grid(images, columns=columns, padding=2, scale=scale)

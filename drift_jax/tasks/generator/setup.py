@@ -1,0 +1,248 @@
+"""From a config to networks: encoders, tasks, initial parameters."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from drift_jax import config as config_lib
+from drift_jax import drift
+from drift_jax.data.feed import GroupedFeed, QueueFeed
+from drift_jax.data.readers import Reader
+from drift_jax.models.generator import build_generator
+from drift_jax.system.errors import naming
+from drift_jax.tasks.generator.config import GeneratorConfig
+from drift_jax.tasks.generator.kernels import (
+  attention_kernel_for,
+  kernel_for,
+  unroll_for,
+)
+from drift_jax.tasks.generator.step import VAE_KEY, FeatureSpace, GeneratorTask
+from drift_jax.training import artifacts
+from drift_jax.training.drifting import drift_arguments
+from drift_jax.training.frozen import abstract, decoding, load_frozen, place
+from drift_jax.training.inputs import make_loader
+from drift_jax.training.run import check_divides
+from drift_jax.training.step import apply
+
+_ENCODERS = ("mae", "convnext", "resnet")
+# Those whose `features` has the options of the config's section `features`.
+_RESIDUAL = ("mae", "resnet")
+
+
+def load_encoders(
+  encoders: Mapping[str, config_lib.Encoder], mesh: Mesh
+) -> dict[str, artifacts.Artifact]:
+  """The frozen encoders, their parameters on the mesh.
+
+  Raises:
+    ArtifactError: naming the encoder, for anything that can't be loaded.
+  """
+  return {
+    name: place(
+      load_frozen(f"encoders.{name}", encoder, _ENCODERS), encoder, mesh
+    )
+    for name, encoder in encoders.items()
+  }
+
+
+def abstract_encoders(
+  encoders: Mapping[str, config_lib.Encoder], mesh: Mesh
+) -> dict[str, artifacts.Artifact]:
+  """`load_encoders` with shapes for parameters: no weights need be there.
+
+  Raises:
+    ArtifactError: neither weights nor a model that says what they will be.
+  """
+  return {
+    name: abstract(f"encoders.{name}", encoder, _ENCODERS, mesh)
+    for name, encoder in encoders.items()
+  }
+
+
+def frozen_sums(
+  encoders: Mapping[str, artifacts.Artifact], vae: artifacts.Artifact | None
+) -> dict[str, str]:
+  """SHA-256 of all frozen weights, by the config's section."""
+  sums = {f"encoders.{name}": a.sha256 for name, a in encoders.items()}
+  return sums if vae is None else sums | {"vae": vae.sha256}
+
+
+def decoded_encoders(
+  encoders: Mapping[str, config_lib.Encoder],
+) -> frozenset[str]:
+  """Names of those that read what the autoencoder makes of samples."""
+  return frozenset(name for name, e in encoders.items() if e.decode)
+
+
+def frozen_params(
+  task: GeneratorTask,
+  encoders: Mapping[str, artifacts.Artifact],
+  vae: artifacts.Artifact | None,
+) -> dict[str, Any]:
+  """The frozen parameters of the generator's step; see FeatureSpace."""
+  params = {name: encoders[name].params for name in task.features.encoders}
+  if task.features.vae is not None:
+    assert vae is not None  # feature_space has its module from it
+    params[VAE_KEY] = vae.params
+  return params
+
+
+def check_encoders(
+  config: GeneratorConfig,
+  task: GeneratorTask,
+  encoders: Mapping[str, artifacts.Artifact],
+  vae: artifacts.Artifact | None,
+) -> None:
+  """Raises ConfigError for an encoder that can't read what it is given."""
+  sample = jax.ShapeDtypeStruct((1, *task.sample_shape), np.float32)
+  decoded = decoded_encoders(config.encoders)
+  for name, artifact in encoders.items():
+    in_loss = name in task.features.encoders
+    image, what = sample, "samples"
+    if name in decoded:
+      assert vae is not None  # the config's checks ask for vae.path
+      with naming(f"vae on samples of shape {task.sample_shape}"):
+        image = jax.eval_shape(decoding(vae), vae.params, sample)
+      what = "decoded samples"
+    with naming(f"encoders.{name} on {what} of shape {image.shape[1:]}"):
+      jax.eval_shape(
+        functools.partial(
+          apply,
+          artifact.module,
+          method="features" if in_loss else "pooled",
+          **task.features.options.get(name, {}),
+        ),
+        artifact.params,
+        image,
+      )
+
+
+def feature_space(
+  config: GeneratorConfig,
+  encoders: Mapping[str, artifacts.Artifact],
+  vae: artifacts.Artifact | None,
+) -> FeatureSpace:
+  """Which feature vectors of which encoders enter the loss (A.5)."""
+  features = dataclasses.asdict(config.features)
+  sample = features.pop("sample")
+  in_loss = {n: a for n, a in encoders.items() if config.encoders[n].in_loss}
+  decoded = decoded_encoders(config.encoders) & in_loss.keys()
+  decoder: Any = None
+  if decoded:
+    assert vae is not None  # the config's checks ask for vae.path
+    decoder = vae.module
+  return FeatureSpace(
+    encoders={name: a.module for name, a in in_loss.items()},
+    options={
+      name: features if a.kind in _RESIDUAL else {}
+      for name, a in in_loss.items()
+    },
+    sample=sample,
+    decoded=decoded,
+    vae=decoder,
+  )
+
+
+def generator_task(
+  config: GeneratorConfig,
+  encoders: Mapping[str, artifacts.Artifact],
+  mesh: Mesh,
+  vae: artifacts.Artifact | None = None,
+) -> GeneratorTask:
+  """The static part of the generator's step, for the mesh's devices.
+
+  Args:
+    config: of the run.
+    encoders: of the run; none where only samples are drawn.
+    mesh: of the run.
+    vae: decodes samples for encoders that ask for it.
+
+  Raises:
+    ConfigError: a model that can't be, kernels that don't run there.
+  """
+  model = config.model
+  at_once = config.train.accum_labels or config.batch.labels
+  kernel = kernel_for(config.train.kernels, mesh)
+  of_drift = drift_arguments(config.drift)
+  changed = of_drift["variant"] != drift.PAPER or of_drift["temperature"]
+  if config.train.kernels == "pallas" and changed:
+    raise config_lib.ConfigError(
+      "train.kernels='pallas': the kernel is of the paper's drifting field, "
+      "config.drift asks for another; 'auto' and 'xla' compute it"
+    )
+  with naming("model"):
+    generator = build_generator(**dataclasses.asdict(model))
+  generator = generator.clone(
+    attention_kernel=attention_kernel_for(config.train.kernels, mesh),
+    unroll=unroll_for(model.depth, mesh),
+  )
+  return GeneratorTask(
+    generator=generator,
+    features=feature_space(config, encoders, vae),
+    sample_shape=(model.input_size, model.input_size, model.out_channels),
+    noise_shape=(model.input_size, model.input_size, model.in_channels),
+    style_tokens=model.style_tokens,
+    style_vocab=model.style_vocab,
+    num_generated=config.batch.generated,
+    **of_drift,
+    guidance=dataclasses.asdict(config.guidance),
+    kernel=kernel,
+    groups=config.batch.labels // at_once,
+    exact=config.train.accum_scalars == "exact",
+  )
+
+
+def init_generator(task: GeneratorTask) -> Callable[[jax.Array], Any]:
+  """key -> the generator's initial parameters."""
+
+  def init(key: jax.Array) -> Any:
+    params_key, noise_key = jax.random.split(key)
+    return task.generator.init(
+      {"params": params_key, "noise": noise_key},
+      np.zeros(1, np.int32),
+      np.ones(1, np.float32),
+    )["params"]
+
+  return init
+
+
+def generator_feed(
+  config: GeneratorConfig, reader: Reader
+) -> QueueFeed | GroupedFeed:
+  """Positives and unconditional reals, the way that config.batch.reals says.
+
+  Raises:
+    ConfigError: too few images of a class, or labels that the processes
+      can't share.
+  """
+  batch = config.batch
+  sizes = {
+    "seed": config.seed,
+    "num_labels": batch.labels,
+    "num_positives": batch.positives,
+    "num_unconditional": batch.unconditional,
+  }
+  with naming("data"):
+    if batch.reals == "class_grouped":
+      return GroupedFeed(
+        reader,
+        **sizes,
+        num_threads=config.data.num_threads,
+        num_workers=config.data.num_workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+      )
+    queue = dataclasses.asdict(config.queue)
+    pushed = config.queue.push_per_step * jax.process_count()
+    return QueueFeed(make_loader(config, reader, pushed), **sizes, **queue)
+
+
+def check_labels(config: GeneratorConfig, mesh: Mesh) -> None:
+  """Raises ConfigError where labels can't be split over the mesh."""
+  check_divides("batch.labels", config.batch.labels, mesh)
+  check_divides("train.accum_labels", config.train.accum_labels, mesh)

@@ -1,0 +1,549 @@
+"""The generator's step: drifting loss, gradients, update; sampling."""
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
+
+from drift_jax import drift
+from drift_jax.drift import PAPER, Kernel, Variant
+from drift_jax.system import sharding
+from drift_jax.training import state as state_lib
+from drift_jax.training import streams
+from drift_jax.training.drifting import Temperature, drift_update
+from drift_jax.training.step import (
+  SPLIT,
+  WHOLE,
+  Metrics,
+  apply,
+  early_dtype,
+  from_wire,
+)
+
+FeatureDict = dict[str, Float[Array, "n T D"]]
+
+# The key of the sample itself, flattened: the drifting loss with no encoder.
+SAMPLE_KEY = "global"
+# The autoencoder's parameters among the frozen ones; no encoder has that name.
+VAE_KEY = "vae"
+
+
+class Draws(NamedTuple):
+  """The random numbers of one generator step."""
+
+  alpha: Float[Array, " L"]
+  noise: Float[Array, "LN H W C"]
+  style: Int[Array, "LN S"]
+  # Of the independent samples that repel, where the drift's variant has them.
+  repelling: tuple[Float[Array, "LN H W C"], Int[Array, "LN S"]] | None = None
+
+
+class GeneratorBatch(NamedTuple):
+  """One step's reals: positives of each label and unconditional ones.
+
+  As they travel: see from_wire.
+  """
+
+  labels: Int[Array, " L"]
+  positives: Shaped[Array, "L P H W C"]
+  unconditional: Shaped[Array, "L U H W C"]
+
+
+# Labels that are computed at once: all, or those of a group.
+_Part = tuple[GeneratorBatch, Draws]
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureSpace:
+  """The frozen encoders and the feature vectors that are taken from them.
+
+  Attributes:
+    encoders: {name: module with a `features` method}; may be empty.
+    options: {name: keyword arguments of that encoder's `features`}.
+    sample: whether the flattened sample itself is one more feature.
+    decoded: names of the encoders that read decoded samples.
+    vae: decodes them; None where none does.
+  """
+
+  encoders: Mapping[str, nn.Module]
+  options: Mapping[str, Mapping[str, Any]]
+  sample: bool
+  decoded: Collection[str] = ()
+  vae: nn.Module | None = None
+
+  @property
+  def recomputes(self) -> bool:
+    """Whether a network recomputes its blocks in the backward pass."""
+    networks = (self.vae, *self.encoders.values())
+    return any(getattr(network, "remat", False) for network in networks)
+
+  def __call__(
+    self, frozen: Mapping[str, Any], images: Float[Array, "n H W C"]
+  ) -> FeatureDict:
+    """All feature vectors {key: [n, T, D]} of A.5.
+
+    With several encoders each key carries its encoder's name in front.
+
+    Args:
+      frozen: {name: parameters} of the encoders and, as VAE_KEY, of the
+        autoencoder.
+      images: samples or reals; latents where there is an autoencoder.
+    """
+    pixels = images
+    if self.vae is not None:
+      pixels = apply(self.vae, frozen[VAE_KEY], images, method="decode")
+    out: FeatureDict = {}
+    if self.sample:
+      out[SAMPLE_KEY] = images.reshape(len(images), 1, -1)
+    for name, encoder in self.encoders.items():
+      features = apply(
+        encoder,
+        frozen[name],
+        pixels if name in self.decoded else images,
+        method="features",
+        **self.options[name],
+      )
+      prefix = f"{name}/" if len(self.encoders) > 1 else ""
+      out |= {prefix + k: v for k, v in features.items() if k != SAMPLE_KEY}
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorTask:
+  """The static part of a generator's training step.
+
+  Attributes:
+    generator: from noise to samples.
+    features: of the loss.
+    sample_shape: (H, W, C).
+    noise_shape: of one sample's noise, (H, W, C).
+    style_tokens, style_vocab: number and range of style indices.
+    num_generated: N, samples of a label.
+    drift: keyword arguments of drift.drift_losses.
+    guidance: keyword arguments of drift.sample_alpha.
+    variant: of drift.drift_losses.
+    average: whether the step's loss is the mean over features, not their sum.
+    temperature: how the temperatures change in time.
+    kernel: of drift.drift_losses.
+    groups: how many parts of the labels follow each other, with the gradients
+      added up: memory for one of them. 1: all at once.
+    exact: whether the field's scalars are those of all groups, from two
+      passes without gradients ahead, or each group's own.
+  """
+
+  generator: nn.Module
+  features: FeatureSpace
+  sample_shape: tuple[int, int, int]
+  noise_shape: tuple[int, int, int]
+  style_tokens: int
+  style_vocab: int
+  num_generated: int
+  drift: Mapping[str, Any]
+  guidance: Mapping[str, float]
+  variant: Variant = PAPER
+  average: bool = False
+  temperature: Temperature | None = None
+  kernel: Kernel = "xla"
+  groups: int = 1
+  exact: bool = False
+
+
+def draw(key: PRNGKeyArray, task: GeneratorTask, num_labels: int) -> Draws:
+  """Alpha per label, noise and style indices per generated sample.
+
+  Three streams, one for each use.
+  """
+  alpha_key, noise_key, style_key = jax.random.split(key, 3)
+  count = num_labels * task.num_generated
+
+  def inputs(noise_key: jax.Array, style_key: jax.Array) -> Any:
+    noise = jax.random.normal(noise_key, (count, *task.noise_shape))
+    shape = (count, task.style_tokens)
+    vocab = max(task.style_vocab, 1)
+    return noise, jax.random.randint(style_key, shape, 0, vocab)
+
+  noise, style = inputs(noise_key, style_key)
+  repelling = None
+  if task.variant.negatives == "independent":
+    repelling = inputs(*jax.random.split(jax.random.fold_in(key, 1)))
+  alpha = drift.sample_alpha(alpha_key, (num_labels,), **task.guidance)
+  return Draws(alpha, noise, style, repelling)
+
+
+def by_label(
+  features: FeatureDict, num_labels: int
+) -> dict[str, Float[Array, "L n T D"]]:
+  """{key: [L * n, T, D]} -> {key: [L, n, T, D]}."""
+  return {
+    key: x.reshape(num_labels, -1, *x.shape[1:]) for key, x in features.items()
+  }
+
+
+def generator_loss(
+  params: Any,
+  batch: GeneratorBatch,
+  draws: Draws,
+  frozen: Mapping[str, Any],
+  task: GeneratorTask,
+  layout: sharding.Layout | None = None,
+  scalars: drift.Scalars | None = None,
+  temperature_scale: Float[Array, ""] | None = None,
+) -> tuple[Float[Array, ""], dict[str, Any]]:
+  """Eq. 14: the sum over features of the mean drifting loss.
+
+  With a layout this runs inside sharding.over_devices, on parts of everything:
+  the loss is that of this device's labels, the field's scalars those of all.
+  The batch may be a part of one whose scalars are known.
+
+  Returns:
+    (loss, {'samples': [L * N, H, W, C], 'losses': of each feature, 'report':
+    drift.DriftReport, whose keys they have}). Sample l * N + n belongs to
+    label l.
+  """
+  num_labels, num_positives = batch.positives.shape[:2]
+  repeats = task.num_generated
+  generator = task.generator
+  if layout is not None:
+    generator, params = _gathering(generator, params, layout)
+
+  def generated_from(noise: jax.Array, style: jax.Array) -> jax.Array:
+    labels = jnp.repeat(batch.labels, repeats)
+    alpha = jnp.repeat(draws.alpha, repeats)
+    return apply(generator, params, labels, alpha, noise=noise, style=style)
+
+  samples = generated_from(draws.noise, draws.style)
+  reals = jnp.concatenate([batch.positives, batch.unconditional], axis=1)
+  num_reals = reals.shape[1]
+  reals = from_wire(reals.reshape(-1, *reals.shape[2:]))
+  if draws.repelling is not None:
+    # Behind each label's reals: no gradient flows through either.
+    repelling = jax.lax.stop_gradient(generated_from(*draws.repelling))
+    parts = [
+      x.reshape(num_labels, count, *x.shape[1:])
+      for x, count in ((reals, num_reals), (repelling, repeats))
+    ]
+    reals = jnp.concatenate(parts, axis=1)
+    reals = reals.reshape(-1, *reals.shape[2:])
+
+  def features(
+    frozen: Any, samples: jax.Array, reals: jax.Array
+  ) -> tuple[FeatureDict, FeatureDict]:
+    if layout is not None:
+      frozen = sharding.gather(frozen, layout.frozen)
+    real_features = jax.lax.stop_gradient(task.features(frozen, reals))
+    return task.features(frozen, samples), real_features
+
+  # Regathering would keep what recomputed blocks are to recompute: its policy
+  # reaches into them. The weights are kept instead, until the losses are done.
+  if layout is not None and not task.features.recomputes:
+    features = sharding.regather(features, layout.frozen)
+  generated, real_features = features(frozen, samples, reals)
+
+  weight = _unconditional_weight(batch, draws, task)
+  losses, report = drift.drift_losses(
+    by_label(generated, num_labels),
+    by_label(real_features, num_labels),
+    weight,
+    num_positives=num_positives,
+    **task.drift,
+    axis_name=() if layout is None else sharding.BATCH_AXES,
+    kernel=task.kernel,
+    scalars=scalars,
+    variant=task.variant,
+    num_unconditional=batch.unconditional.shape[1],
+    temperature_scale=temperature_scale,
+  )
+  total = jnp.mean(losses) if task.average else jnp.sum(losses)
+  return total, {
+    "samples": samples,
+    "losses": losses,
+    "report": report,
+  }
+
+
+def _gathering(
+  generator: Any, params: Any, layout: sharding.Layout
+) -> tuple[Any, Any]:
+  """(the generator on parts of its blocks, all else gathered)."""
+  stack = "blocks"
+  dtype_of = early_dtype(generator)
+  if stack not in layout.params:
+    return generator, sharding.gather(params, layout.params, dtype_of)
+
+  def in_block(spec: PartitionSpec) -> bool:
+    return len(spec) > 1 and spec[0] is None
+
+  blocks = layout.params[stack]
+  per_block = jax.tree.map(
+    lambda spec: PartitionSpec(*spec[1:]) if in_block(spec) else WHOLE, blocks
+  )
+  outside = {
+    **layout.params,
+    stack: jax.tree.map(lambda spec: WHOLE if in_block(spec) else spec, blocks),
+  }
+
+  def gather_block(variables: Any) -> Any:
+    return {
+      "params": sharding.gather(
+        variables["params"],
+        per_block,
+        lambda name, dtype: dtype_of(f"{stack}/{name}", dtype),
+      )
+    }
+
+  whole = sharding.gather(params, outside, dtype_of)
+  if sharding.is_sharded(per_block):
+    generator = generator.clone(gather=gather_block)
+  return generator, whole
+
+
+def _unconditional_weight(
+  batch: GeneratorBatch, draws: Draws, task: GeneratorTask
+) -> Float[Array, " L"]:
+  count = batch.unconditional.shape[1]
+  if not count:
+    return jnp.ones_like(draws.alpha)
+  if task.variant.guidance == "velocity":
+    return (draws.alpha - 1.0) / count
+  return drift.unconditional_weight(draws.alpha, task.num_generated, count)
+
+
+def _scalars(
+  report_of: Callable[[_Part, drift.Scalars | None], drift.DriftReport],
+  parts: _Part,
+  task: GeneratorTask,
+  axes: tuple[str, ...],
+) -> drift.Scalars:
+  """Of all groups together, in two passes over them.
+
+  Args:
+    report_of: (part, scalars) -> report.
+    parts: all, one behind the other.
+    task: of the step.
+    axes: of the mesh, over which parts are split.
+  """
+
+  def scale_of(part: _Part) -> tuple[jax.Array, jax.Array]:
+    """(sum of weighted distances, of weights), up to a factor of all parts."""
+    batch, draws = part
+    unconditional = batch.unconditional.shape[1]
+    if task.variant.guidance == "velocity":
+      unconditional = 0  # they are left out of the scale
+    weight = jnp.mean(
+      task.num_generated
+      + batch.positives.shape[1]
+      + unconditional * _unconditional_weight(batch, draws, task)
+    )
+    weight = jax.lax.pmean(weight, axes) if axes else weight
+    scale = report_of(part, None).info["scale"]
+    return weight * (scale if power == 1 else scale**power), weight
+
+  power = task.variant.scale_power
+  distances, weights = jax.lax.map(scale_of, parts)
+  scale = jnp.sum(distances, axis=0) / jnp.sum(weights)
+  scalars = drift.Scalars(scale if power == 1 else jnp.sqrt(scale), None)
+  mean_squares = jax.lax.map(
+    lambda part: report_of(part, scalars).info["drift_ms"], parts
+  )
+  means = jax.tree.map(lambda x: jnp.mean(x, axis=0), mean_squares)
+  return scalars._replace(drift_ms=means)
+
+
+def _gradients(
+  params: Any,
+  batch: GeneratorBatch,
+  draws: Draws,
+  frozen: Mapping[str, Any],
+  task: GeneratorTask,
+  layout: sharding.Layout | None = None,
+  temperature_scale: Float[Array, ""] | None = None,
+) -> tuple[Any, tuple[Float[Array, ""], drift.DriftReport]]:
+  """(gradients, (loss, report)), of the labels here; all are means of groups.
+
+  With a layout the gradients are this device's shares of their sum.
+  """
+  devices, axes = 1, ()
+  if layout is not None:
+    devices, axes = layout.mesh.size, sharding.BATCH_AXES
+
+  def loss_of(
+    params: Any, part: _Part, scalars: drift.Scalars | None
+  ) -> tuple[jax.Array, tuple[jax.Array, drift.DriftReport]]:
+    loss, aux = generator_loss(
+      params, *part, frozen, task, layout, scalars, temperature_scale
+    )
+    return loss / devices, (loss, aux["report"])
+
+  gradients = jax.grad(loss_of, has_aux=True)
+  if task.groups == 1:
+    return gradients(params, (batch, draws), None)
+  parts = jax.tree.map(
+    lambda x: x.reshape(task.groups, -1, *x.shape[1:]), (batch, draws)
+  )
+  scalars = None
+  if task.exact:
+    scalars = _scalars(
+      lambda part, scalars: loss_of(params, part, scalars)[1][1],
+      parts,
+      task,
+      axes,
+    )
+
+  def add(total: Any, part: _Part) -> tuple[Any, None]:
+    found = gradients(params, part, scalars)
+    return jax.tree.map(jnp.add, total, found), None
+
+  first = jax.tree.map(lambda x: x[0], parts)
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype),
+    jax.eval_shape(gradients, params, first, scalars),
+  )
+  total, _ = jax.lax.scan(add, zeros, parts)
+  return jax.tree.map(lambda x: x / task.groups, total)
+
+
+def generator_gradients(
+  params: Any,
+  batch: GeneratorBatch,
+  draws: Draws,
+  frozen: Mapping[str, Any],
+  task: GeneratorTask,
+  layout: sharding.Layout | None = None,
+  temperature_scale: Float[Array, ""] | None = None,
+) -> tuple[Float[Array, ""], drift.DriftReport, Any]:
+  """(loss, drift.DriftReport, gradients), on a mesh if there is a layout."""
+  if layout is None:
+    grads, (loss, report) = _gradients(
+      params, batch, draws, frozen, task, None, temperature_scale
+    )
+    return loss, report, grads
+
+  def local(
+    params: Any, batch: GeneratorBatch, draws: Draws, frozen: Any, scale: Any
+  ) -> tuple[jax.Array, Any, Any]:
+    grads, (loss, report) = _gradients(
+      params, batch, draws, frozen, task, layout, scale
+    )
+    grads = sharding.sum_gradients(grads, layout.params)
+    return jax.lax.pmean(loss, sharding.BATCH_AXES), report, grads
+
+  return sharding.over_devices(
+    local,
+    layout.mesh,
+    (layout.params, SPLIT, SPLIT, layout.frozen, WHOLE),
+    (WHOLE, WHOLE, layout.params),
+  )(params, batch, draws, frozen, temperature_scale)
+
+
+def train_step(
+  state: state_lib.TrainState,
+  batch: GeneratorBatch,
+  frozen: Mapping[str, Any],
+  draws: Draws | None = None,
+  *,
+  task: GeneratorTask,
+  optimizer: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  layout: sharding.Layout | None = None,
+) -> tuple[state_lib.TrainState, Metrics]:
+  """One step of the generator; draws are made from state.key() if not given.
+
+  Metrics: see drift_update.
+  """
+  if draws is None:
+    draws = draw(state.key(), task, len(batch.labels))
+  temperature = task.temperature
+  scale = None if temperature is None else temperature.scale(state)
+  loss, report, grads = generator_gradients(
+    state.params, batch, draws, frozen, task, layout, scale
+  )
+  return drift_update(
+    state,
+    loss,
+    report,
+    grads,
+    temperature=temperature,
+    scale=scale,
+    optimizer=optimizer,
+    schedule=schedule,
+  )
+
+
+def sample_inputs(
+  index: Int[Array, " n"],
+  *,
+  seed: int | Int[Array, ""],
+  task: GeneratorTask,
+  style: Int[Array, " S"] | None = None,
+) -> tuple[Float[Array, "n H W C"], Int[Array, "n S"]]:
+  """Noise and style indices of samples, of each from (seed, index[i]) alone.
+
+  Args:
+    index: numbers of the samples.
+    seed: in [0, 2**32); may be traced.
+    task: whose shapes they have.
+    style: indices that all samples share; -1 leaves one to chance. None: all.
+  """
+  root = streams.stream(seed, "sample")
+
+  def inputs_of(i: jax.Array) -> tuple[jax.Array, jax.Array]:
+    noise_key, style_key = jax.random.split(jax.random.fold_in(root, i))
+    noise = jax.random.normal(noise_key, task.noise_shape)
+    drawn = jax.random.randint(
+      style_key, (task.style_tokens,), 0, max(task.style_vocab, 1)
+    )
+    return noise, drawn
+
+  noise, drawn = jax.vmap(inputs_of)(index)
+  return noise, drawn if style is None else jnp.where(style < 0, drawn, style)
+
+
+def generate(
+  params: Any,
+  labels: Int[Array, " n"],
+  alpha: Float[Array, " n"],
+  noise: Float[Array, "n H W C"],
+  style: Int[Array, "n S"],
+  *,
+  task: GeneratorTask,
+  layout: sharding.Layout | None = None,
+) -> Float[Array, "n H W F"]:
+  """Samples by one forward pass, on a mesh if there is a layout."""
+
+  def local(params: Any, *inputs: jax.Array) -> jax.Array:
+    generator = task.generator
+    if layout is not None:
+      generator, params = _gathering(generator, params, layout)
+    labels, alpha, noise, style = inputs
+    return apply(generator, params, labels, alpha, noise=noise, style=style)
+
+  if layout is not None:
+    local = sharding.over_devices(
+      local, layout.mesh, (layout.params, *[SPLIT] * 4), SPLIT
+    )
+  return local(params, labels, alpha, noise, style)
+
+
+def sample_step(
+  params: Any,
+  labels: Int[Array, " n"],
+  alpha: Float[Array, " n"],
+  index: Int[Array, " n"],
+  *,
+  seed: int | Int[Array, ""],
+  task: GeneratorTask,
+  style: Int[Array, " S"] | None = None,
+  layout: sharding.Layout | None = None,
+) -> Float[Array, "n H W F"]:
+  """Samples in [-1, 1] (or latents) of numbered noise, see sample_inputs.
+
+  Any batch size, order and number of devices gives the same ones.
+  """
+  noise, style = sample_inputs(index, seed=seed, task=task, style=style)
+  return generate(params, labels, alpha, noise, style, task=task, layout=layout)

@@ -1,0 +1,104 @@
+"""Generator training: `train_and_evaluate(config, workdir)`."""
+
+import functools
+from typing import Any
+
+from drift_jax import config as config_lib
+from drift_jax.system import sharding
+from drift_jax.tasks import parse
+from drift_jax.tasks.generator.config import GeneratorConfig
+from drift_jax.tasks.generator.evaluation import Evaluation
+from drift_jax.tasks.generator.setup import (
+  check_encoders,
+  check_labels,
+  frozen_params,
+  frozen_sums,
+  generator_feed,
+  generator_task,
+  init_generator,
+  load_encoders,
+)
+from drift_jax.tasks.generator.step import (
+  GeneratorBatch,
+  train_step,
+)
+from drift_jax.training.alone import alone
+from drift_jax.training.drifting import drift_arguments, init_drift
+from drift_jax.training.frozen import load_vae, start_params
+from drift_jax.training.inputs import (
+  check_shape,
+  open_readers,
+  with_num_classes,
+)
+from drift_jax.training.places import of_resumed
+from drift_jax.training.run import at_end, open_mesh, run
+from drift_jax.training.state import TrainState
+from drift_jax.training.workdir import open_workdir
+
+
+@alone
+def train_and_evaluate(config: Any, workdir: str) -> TrainState:
+  """Trains the generator that a config describes, evaluating as it goes.
+
+  Continues from the newest checkpoint in the workdir if there is one.
+
+  Args:
+    config: ConfigDict of task 'generator'.
+    workdir: gets config.json, checkpoints/, metrics.jsonl, TensorBoard
+      events, samples/*.png and plots/*.png.
+
+  Returns:
+    The final state.
+
+  Raises:
+    ConfigError: a config that can't be run, or a workdir in use.
+    ArtifactError: an encoder that can't be loaded.
+    CheckpointError: a damaged checkpoint.
+    DataError, OSError: images that can't be read.
+    NonFiniteError: a loss or gradient that is not finite.
+    PeerError: any of these, in the first of several processes.
+    Preempted: by SIGTERM, with the step saved.
+  """
+  config = parse(config)
+  if not isinstance(config, GeneratorConfig):
+    raise config_lib.ConfigError(f"task={config.task!r}, want 'generator'")
+  drift_arguments(config.drift)  # a mistake there, before data
+  mesh = open_mesh(config.mesh)
+  check_labels(config, mesh)
+  config = of_resumed(config, workdir)
+  vae = load_vae(config.vae, mesh)
+  readers = open_readers(config, vae)
+  config = with_num_classes(config, readers.train)
+  encoders = load_encoders(config.encoders, mesh)
+  task = generator_task(config, encoders, mesh, vae)
+  check_encoders(config, task, encoders, vae)
+  check_shape(readers.train, task.sample_shape, "the model makes")
+  feed = generator_feed(config, readers.train)
+  evaluation = Evaluation(config, encoders, task, readers, vae, mesh)
+  path = open_workdir(
+    workdir,
+    config,
+    frozen_sums(encoders, vae),
+    readers.train.class_names,
+    readers.facts,
+  )
+
+  def put(batch: Any) -> GeneratorBatch:
+    return GeneratorBatch(**sharding.put_batch(batch, mesh))
+
+  with at_end(functools.partial(evaluation.plot, path)):
+    return run(
+      config,
+      path,
+      mesh,
+      name="generator",
+      init_params=init_generator(task),
+      init_drift=functools.partial(init_drift, task.temperature),
+      start_params=start_params(config, readers.train.class_names),
+      step=functools.partial(train_step, task=task),
+      frozen=frozen_params(task, encoders, vae),
+      feed=feed,
+      put=put,
+      evaluate=functools.partial(evaluation, path=path),
+      best_metric=evaluation.best_metric,
+    )

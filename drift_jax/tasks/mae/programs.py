@@ -1,0 +1,87 @@
+"""What encoder training compiles, with abstract arguments."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from drift_jax.tasks.mae.config import MaeConfig
+from drift_jax.tasks.mae.setup import (
+  init_mae,
+  jit_mae_evaluation,
+  mae_input_shape,
+  mae_task,
+)
+from drift_jax.tasks.mae.step import MaeBatch, mae_step
+from drift_jax.training.frozen import abstract_vae
+from drift_jax.training.inputs import LATENTS
+from drift_jax.training.programs import Program, abstract_batch
+from drift_jax.training.run import check_divides, make_training, pad_to_mesh
+from drift_jax.training.streams import stream
+
+
+def programs(config: MaeConfig, mesh: Mesh) -> list[Program]:
+  """Training and evaluation step of an encoder; see tasks.programs."""
+  check_divides("mae.batch_size", config.mae.batch_size, mesh)
+  vae = abstract_vae(config.vae, mesh)
+  side, channels = config.data.image_size, config.data.channels
+  sample_shape = (side, side, channels)
+  if config.data.source.startswith(LATENTS):
+    assert vae is not None  # the config's checks ask for vae.path
+    module: Any = vae.module
+    sample_shape = (
+      side // module.downsampling,
+      side // module.downsampling,
+      module.latent_channels,
+    )
+    vae = None
+  task = mae_task(config, vae)
+  vae_params = None if vae is None else vae.params
+  input_shape = mae_input_shape(
+    task, vae_params, sample_shape, config.model.in_channels
+  )
+  training = make_training(
+    config,
+    mesh,
+    init_params=init_mae(task, input_shape),
+    step=functools.partial(mae_step, task=task),
+    frozen=vae_params,
+  )
+
+  def batch(size: int) -> MaeBatch:
+    wire = jnp.dtype(config.data.wire)
+    return MaeBatch(
+      abstract_batch(mesh, size, *sample_shape, dtype=wire),
+      abstract_batch(mesh, size, dtype=jnp.int32),
+    )
+
+  found = [
+    Program(
+      "train",
+      training.step,
+      {
+        "state": training.abstract,
+        "batch": batch(config.mae.batch_size),
+        "frozen": vae_params,
+      },
+    )
+  ]
+  if config.eval.every:
+    count = pad_to_mesh(config.eval.batch_size, mesh)
+    found.append(
+      Program(
+        "evaluate",
+        jit_mae_evaluation(task, mesh, vae_params),
+        {
+          "params": training.abstract.params,
+          "batch": batch(count),
+          "valid": abstract_batch(mesh, count, dtype=jnp.bool_),
+          "key": jax.eval_shape(lambda: stream(config.seed, "mask")),
+          "number": jax.ShapeDtypeStruct((), jnp.int32),
+          "frozen": vae_params,
+        },
+      )
+    )
+  return found

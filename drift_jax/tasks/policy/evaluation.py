@@ -1,0 +1,363 @@
+"""Evaluation of a policy: rollouts, latency, figures."""
+
+import contextlib
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from drift_jax import config as config_lib
+from drift_jax.metrics.files import replacing, report_text, write_report
+from drift_jax.metrics.plots import plot_policy
+from drift_jax.metrics.writers import MetricWriter, read_jsonl
+from drift_jax.system import paths, processes, sharding
+from drift_jax.system.console import logger
+from drift_jax.system.errors import naming
+from drift_jax.tasks import parse
+from drift_jax.tasks.policy import diffusion, robots
+from drift_jax.tasks.policy.config import PolicyConfig
+from drift_jax.tasks.policy.setup import (
+  SHAPES_FILE,
+  init_policy,
+  policy_task,
+)
+from drift_jax.tasks.policy.step import PolicyTask, act_step
+from drift_jax.tasks.policy.windows import Normalizer
+from drift_jax.training.facts import read_facts
+from drift_jax.training.state import TrainState
+from drift_jax.training.workdir import CONFIG_FILE, make_checkpointer
+
+# The sampler of policies that need one evaluation.
+ONE_STEP = "one_step"
+
+
+# Calls whose median is the latency of an action chunk, and those before them.
+_TIMED_CALLS, _UNTIMED_CALLS = 50, 3
+
+
+Act = Callable[[Any, Mapping[str, np.ndarray], np.ndarray, int], np.ndarray]
+
+
+def policy_samplers(
+  config: PolicyConfig,
+) -> dict[str, diffusion.Sampler | None]:
+  """How actions are made, by name; one way unless the policy diffuses.
+
+  Raises:
+    ConfigError: an unknown sampler.
+  """
+  if config.loss.method != "diffusion":
+    return {ONE_STEP: None}
+  with naming("eval.samplers"):
+    return {
+      text: diffusion.parse_sampler(text, config.loss.diffusion_steps)
+      for text in config.eval.samplers
+    }
+
+
+def make_act(
+  task: PolicyTask,
+  normalizer: Normalizer,
+  sampler: diffusion.Sampler | None,
+  *,
+  seed: int,
+) -> Act:
+  """(params, observations, episodes, call) -> actions in the task's units.
+
+  Args:
+    task: of the run.
+    normalizer: of its demonstrations.
+    sampler: of a diffusion policy.
+    seed: of the noise.
+
+  Returns:
+    act. Observations are histories [n, To, ...] in the task's units; of chunks
+    [n, T, A], those within the demonstrations' range: what is beyond is cut.
+  """
+  jitted = jax.jit(
+    functools.partial(act_step, task=task, sampler=sampler, seed=seed)
+  )
+
+  def act(
+    params: Any,
+    observations: Mapping[str, np.ndarray],
+    episodes: np.ndarray,
+    call: int,
+  ) -> np.ndarray:
+    normalized = {
+      name: normalizer.normalize(name, values)
+      if values.dtype != np.uint8
+      else values
+      for name, values in observations.items()
+    }
+    chunks = jitted(
+      params, normalized, episodes.astype(np.int32), np.int32(call)
+    )
+    return normalizer.unnormalize("actions", jax.device_get(chunks))
+
+  return act
+
+
+def here(params: Any, mesh: Mesh) -> Any:
+  """Parameters of all devices, whole on one of this process."""
+  whole = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))(params)
+  return jax.tree.map(lambda x: x.addressable_data(0), whole)
+
+
+@contextlib.contextmanager
+def environments(
+  config: PolicyConfig,
+) -> Iterator[list[robots.Environment]]:
+  """Opens as many of the run's environments as its evaluation needs.
+
+  Raises:
+    RobotError: one that can't be opened.
+  """
+  section = config.eval
+  with contextlib.ExitStack() as stack:
+    opened = []
+    for _ in range(min(section.parallel, section.episodes)):
+      opened.append(
+        robots.make(config.environment, observations=config.data.observations)
+      )
+      stack.callback(opened[-1].close)
+    yield opened
+
+
+def run_episodes(
+  config: PolicyConfig,
+  opened: Sequence[robots.Environment],
+  act: robots.Act,
+  *,
+  record: int = 0,
+) -> list[robots.Episode]:
+  """The evaluation's episodes: seeds eval.seed, eval.seed + 1, ...
+
+  Args:
+    config: of the run.
+    opened: its environments.
+    act: of `make_act`, with its parameters bound.
+    record: of how many episodes frames are kept.
+  """
+  section = config.eval
+  return robots.rollouts(
+    opened,
+    act,
+    seeds=range(section.seed, section.seed + section.episodes),
+    observation_horizon=config.data.observation_horizon,
+    executed=config.data.executed,
+    threads=section.threads,
+    record=record,
+  )
+
+
+def chunk_latency(
+  config: PolicyConfig,
+  environment: robots.Environment,
+  act: robots.Act,
+) -> float:
+  """Median seconds from one observation history to its action chunk."""
+  seen = environment.reset(config.eval.seed)
+  horizon = config.data.observation_horizon
+  history = {
+    name: np.stack([values] * horizon)[None] for name, values in seen.items()
+  }
+  seconds = []
+  for call in range(_UNTIMED_CALLS + _TIMED_CALLS):
+    start = time.perf_counter()
+    act(history, np.zeros(1, np.int64), call)
+    seconds.append(time.perf_counter() - start)
+  return statistics.median(seconds[_UNTIMED_CALLS:])
+
+
+class TrainedPolicy(NamedTuple):
+  """A policy of a run.
+
+  Attributes:
+    config, task, normalizer: of the run.
+    params: one average of its parameters, on one device.
+    step: of the checkpoint.
+  """
+
+  config: PolicyConfig
+  task: PolicyTask
+  normalizer: Normalizer
+  params: Any
+  step: int
+
+
+def load_policy(
+  workdir: str, mesh: Mesh, *, step: int | None = None
+) -> TrainedPolicy:
+  """Restores a policy that a run keeps, with its normaliser; reads no data.
+
+  Args:
+    workdir: of the run.
+    mesh: whose first device it goes to.
+    step: of the checkpoint; None: the newest.
+
+  Raises:
+    ConfigError: no policy's run there.
+    CheckpointError: no such checkpoint, or a damaged one.
+  """
+  workdir = paths.expand(workdir)
+  path = epath.Path(workdir)
+  for name in (CONFIG_FILE, SHAPES_FILE):
+    if not (path / name).exists():
+      raise config_lib.ConfigError(
+        f"no policy's run in {workdir}: {path / name} is missing"
+      )
+  config = parse(read_facts(path / CONFIG_FILE, dict))
+  if not isinstance(config, PolicyConfig):
+    raise config_lib.ConfigError(
+      f"{workdir} holds a run of task {config.task!r}, want 'policy'"
+    )
+  shapes = read_facts(path / SHAPES_FILE, dict)
+  task = policy_task(config, shapes)
+  found = jax.eval_shape(init_policy(config, task, shapes), jax.random.key(0))
+  abstract = sharding.abstract(found, sharding.infer_sharding(found, mesh))
+  decay = str(config.eval.ema_decay)
+  checkpointer = make_checkpointer(config.checkpoint, path, read_only=True)
+  try:
+    step, restored = checkpointer.restore_subtree(
+      {"ema": {decay: abstract}}, step
+    )
+    _, feed = checkpointer.restore_feed(step)
+  finally:
+    checkpointer.close()
+  return TrainedPolicy(
+    config,
+    task,
+    Normalizer.from_tree(feed["normalizer"]),
+    here(restored["ema"][decay], mesh),
+    step,
+  )
+
+
+class Evaluation:
+  """Rollouts by the first process; figures, curves and videos of them."""
+
+  def __init__(
+    self,
+    config: PolicyConfig,
+    acts: dict[str, Act],
+    environments: Sequence[robots.Environment],
+    mesh: jax.sharding.Mesh,
+    path: epath.Path,
+  ):
+    self._config = config
+    self._acts = acts
+    self._environments = environments
+    self._mesh = mesh
+    self._path = path
+
+  def _params(self, state: TrainState) -> Any:
+    average = state.ema[str(self._config.eval.ema_decay)]
+    return here(average, self._mesh)
+
+  def __call__(
+    self,
+    step: int,
+    state: TrainState,
+    check: Callable[[], None],
+    writer: MetricWriter,
+  ) -> dict[str, float]:
+    """Scalars under eval/SAMPLER/, of the first process."""
+    del writer  # the loop writes the scalars
+    params = self._params(state)
+    if not processes.is_first():
+      # As often as the first one does, which alone knows how often.
+      while processes.from_first(bool):
+        check()
+      return {}
+    scalars = self._roll_out(step, params, check)
+    processes.from_first(lambda: False)
+    return scalars
+
+  def _roll_out(
+    self, step: int, params: Any, check: Callable[[], None]
+  ) -> dict[str, float]:
+    """Figures of all samplers; asks before each of their calls."""
+    scalars = {}
+    for name, act in self._acts.items():
+
+      def asking(
+        observations: Mapping[str, np.ndarray],
+        episodes: np.ndarray,
+        call: int,
+        act: Act = act,
+      ) -> np.ndarray:
+        processes.from_first(lambda: True)
+        check()
+        return act(params, observations, episodes, call)
+
+      episodes = run_episodes(self._config, self._environments, asking)
+      figures = robots.summarize(episodes)
+      logger.info(
+        "eval step %d, %s: %s",
+        step,
+        name,
+        ", ".join(f"{key} {value:.4g}" for key, value in figures.items()),
+      )
+      scalars |= {f"eval/{name}/{k}": value for k, value in figures.items()}
+    return scalars
+
+  def finish(self, state: TrainState) -> None:
+    """Writes figures.json and the videos of the final state."""
+    params = self._params(state)
+    if not processes.is_first():
+      return
+    step = int(state.step)
+    report: dict[str, Any] = {"step": step}
+    for name, act in self._acts.items():
+      report[name] = self.means(name)
+      bound = functools.partial(act, params)
+      latency = chunk_latency(self._config, self._environments[0], bound)
+      report[name]["milliseconds_per_chunk"] = 1e3 * latency
+      if self._config.eval.videos:
+        self._film(name, bound)
+    write_report(self._path / "figures.json", report)
+    logger.info("Final figures: %s", report_text(report))
+
+  def means(self, name: str) -> dict[str, Any]:
+    """Of the last evaluations, each step's newest."""
+    prefix = f"eval/{name}/"
+    by_step = {
+      record["step"]: {
+        key.removeprefix(prefix): value
+        for key, value in record.items()
+        if key.startswith(prefix)
+      }
+      for record in self._records()
+      if f"{prefix}success_rate" in record
+    }
+    last = sorted(by_step)[-self._config.eval.checkpoints :]
+    keys = {key for step in last for key in by_step[step]}
+    means = {
+      key: statistics.fmean(by_step[step].get(key, 0.0) for step in last)
+      for key in sorted(keys)
+    }
+    return {**means, "evaluations": last}
+
+  def _film(self, name: str, act: Any) -> None:
+    count = self._config.eval.videos
+    episodes = run_episodes(self._config, self._environments, act, record=count)
+    file = self._path / "videos" / f"{name.replace(':', '_')}.gif"
+    with replacing(file) as temporary:
+      robots.save_video(temporary, episodes[:count], ending=file.suffix)
+
+  def _records(self) -> list[dict[str, Any]]:
+    file = self._path / "metrics.jsonl"
+    return list(read_jsonl(file)) if file.exists() else []
+
+  def plot_curves(self) -> None:
+    """Draws the curves from what metrics.jsonl holds so far, if anything."""
+    records = self._records() if processes.is_first() else []
+    if any("loss" in record for record in records):
+      plot_policy(records, self._path / "plots" / "curves.png")

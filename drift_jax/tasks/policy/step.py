@@ -1,0 +1,304 @@
+"""The policy's step (5.3): drifting loss on raw actions; baselines; acting."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
+
+from drift_jax import drift
+from drift_jax.drift import PAPER, Variant
+from drift_jax.system import sharding
+from drift_jax.tasks.policy import diffusion
+from drift_jax.tasks.policy.observations import crop_offsets
+from drift_jax.training import state as state_lib
+from drift_jax.training import streams
+from drift_jax.training.drifting import Temperature, drift_update
+from drift_jax.training.step import Metrics, apply, gradients_over, update
+
+Method = Literal["drifting", "diffusion", "regression"]
+Problem = Literal["step", "chunk", "batch"]
+
+# The one key of the drifting loss.
+ACTIONS_KEY = "actions"
+
+
+class PolicyBatch(NamedTuple):
+  """Observation histories and the action chunks that followed them.
+
+  Attributes:
+    observations: normalised vectors, or uint8 images, of each name.
+    actions: normalised, in [-1, 1].
+  """
+
+  observations: dict[str, Shaped[Array, "B To ..."]]
+  actions: Float[Array, "B T A"]
+
+
+class PolicyDraws(NamedTuple):
+  """The random numbers of one policy step.
+
+  Attributes:
+    noise: of each chunk; G of an observation follow each other.
+    repelling: of the independent chunks that repel, where the drift's variant
+      has them.
+    time: of each noise's diffusion; 0 elsewhere.
+    offsets: of each observation's crop; None where nothing is cropped.
+  """
+
+  noise: Float[Array, "n T A"]
+  repelling: Float[Array, "n T A"] | None
+  time: Int[Array, " n"]
+  offsets: Int[Array, "B 2"] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyTask:
+  """The static part of a policy's training step.
+
+  Attributes:
+    policy: a models.Policy.
+    method: 'drifting', or a baseline of the same network: 'diffusion' (noise
+      prediction) or 'regression' (mean squared error).
+    problem: of the drifting loss: each observation's actions of a time 'step',
+      of the whole 'chunk' as one vector, or, without the condition, those of a
+      time step of all the 'batch'.
+    num_generated: G, chunks of an observation: generated ones, or of
+      'diffusion' noisy ones; 1 of 'regression'.
+    diffusion_steps: of 'diffusion'; 0 elsewhere.
+    action_shape: (T, A).
+    crop: (side of the images, side of their random crops); None: no crop.
+    drift: keyword arguments of drift.drift_losses.
+    variant: of drift.drift_losses.
+    average: whether the loss is the mean over features: there is one.
+    temperature: how the temperatures change in time.
+  """
+
+  policy: nn.Module
+  method: Method
+  problem: Problem
+  num_generated: int
+  diffusion_steps: int
+  action_shape: tuple[int, int]
+  crop: tuple[int, int] | None
+  drift: Mapping[str, Any]
+  variant: Variant = PAPER
+  average: bool = False
+  temperature: Temperature | None = None
+
+
+def draw_policy(
+  key: PRNGKeyArray, task: PolicyTask, batch_size: int
+) -> PolicyDraws:
+  """Noise, times and crops of a batch: a stream for each use."""
+  noise_key, repelling_key, time_key, crop_key = jax.random.split(key, 4)
+  shape = (batch_size * task.num_generated, *task.action_shape)
+  if task.method == "regression":
+    noise = jnp.zeros(shape)
+  else:
+    noise = jax.random.normal(noise_key, shape)
+  repelling = None
+  if task.method == "drifting" and task.variant.negatives == "independent":
+    repelling = jax.random.normal(repelling_key, shape)
+  time = jnp.zeros(len(noise), jnp.int32)
+  if task.method == "diffusion":
+    time = jax.random.randint(time_key, time.shape, 0, task.diffusion_steps)
+  offsets = None
+  if task.crop is not None:
+    offsets = crop_offsets(crop_key, batch_size, *task.crop)
+  return PolicyDraws(noise, repelling, time, offsets)
+
+
+def policy_loss(
+  params: Any,
+  batch: PolicyBatch,
+  draws: PolicyDraws,
+  task: PolicyTask,
+  axis_name: tuple[str, ...] = (),
+  temperature_scale: Float[Array, ""] | None = None,
+) -> tuple[Float[Array, ""], drift.DriftReport | None]:
+  """The loss of a batch, or of its part on a device.
+
+  drifting: drift.drift_losses of G chunks of each observation with the
+    demonstrated one as the single positive, scalars shared by all problems;
+  diffusion: mean |eps - eps(x_t, t)|^2 over G noises and times t of each
+    demonstrated chunk;
+  regression: mean |action - f(observation)|^2.
+
+  Returns:
+    (loss, report of the drift or None).
+  """
+  condition = apply(
+    task.policy,
+    params,
+    batch.observations,
+    offsets=draws.offsets,
+    method="encode",
+  )
+  act = functools.partial(apply, task.policy, params, method="act")
+  if task.method == "regression":
+    return jnp.mean((act(draws.noise, condition) - batch.actions) ** 2), None
+  repeated = jnp.repeat(condition, task.num_generated, axis=0)
+  if task.method == "diffusion":
+    x = diffusion.add_noise(
+      jnp.repeat(batch.actions, task.num_generated, axis=0),
+      draws.noise,
+      draws.time,
+      num_steps=task.diffusion_steps,
+    )
+    eps = act(x, repeated, time=draws.time)
+    return jnp.mean((eps - draws.noise) ** 2), None
+  real = batch.actions[:, None]
+  if draws.repelling is not None:
+    repelling = act(draws.repelling, jax.lax.stop_gradient(repeated))
+    repelling = jax.lax.stop_gradient(repelling)
+    real = jnp.concatenate([real, _by_observation(repelling, task)], axis=1)
+  generated = _by_observation(act(draws.noise, repeated), task)
+  if task.problem == "chunk":
+    generated, real = (
+      x.reshape(*x.shape[:2], 1, -1) for x in (generated, real)
+    )
+  elif task.problem == "batch":
+    # Positives of all observations first, as drift_losses wants them.
+    real = real.swapaxes(0, 1)
+    generated, real = (
+      x.reshape(1, -1, *x.shape[2:]) for x in (generated, real)
+    )
+  losses, report = drift.drift_losses(
+    {ACTIONS_KEY: generated},
+    {ACTIONS_KEY: real},
+    jnp.ones(len(generated)),
+    num_positives=len(batch.actions) if task.problem == "batch" else 1,
+    num_unconditional=0,
+    **task.drift,
+    axis_name=axis_name,
+    variant=task.variant,
+    temperature_scale=temperature_scale,
+  )
+  return jnp.mean(losses) if task.average else jnp.sum(losses), report
+
+
+def _by_observation(
+  chunks: Float[Array, "n T A"], task: PolicyTask
+) -> Float[Array, "B G T A"]:
+  return chunks.reshape(-1, task.num_generated, *chunks.shape[1:])
+
+
+def policy_gradients(
+  params: Any,
+  batch: PolicyBatch,
+  draws: PolicyDraws,
+  task: PolicyTask,
+  layout: sharding.Layout | None = None,
+  temperature_scale: Float[Array, ""] | None = None,
+) -> tuple[Float[Array, ""], drift.DriftReport | None, Any]:
+  """(loss, report or None, gradients), on a mesh if there is a layout."""
+
+  def loss_of(
+    params: Any,
+    axes: tuple[str, ...],
+    batch: PolicyBatch,
+    draws: PolicyDraws,
+    scale: Any,
+  ) -> tuple[jax.Array, Any]:
+    return policy_loss(params, batch, draws, task, axes, scale)
+
+  return gradients_over(
+    loss_of, params, (batch, draws), (temperature_scale,), layout
+  )
+
+
+def policy_step(
+  state: state_lib.TrainState,
+  batch: PolicyBatch,
+  frozen: Any = None,
+  draws: PolicyDraws | None = None,
+  *,
+  task: PolicyTask,
+  optimizer: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  layout: sharding.Layout | None = None,
+) -> tuple[state_lib.TrainState, Metrics]:
+  """One step of the policy; draws are made from state.key() if not given.
+
+  Metrics: see drift_update; of a baseline 'loss' and update's. There is nothing
+  frozen.
+  """
+  del frozen
+  if draws is None:
+    draws = draw_policy(state.key(), task, len(batch.actions))
+  temperature = task.temperature
+  scale = None if temperature is None else temperature.scale(state)
+  loss, report, grads = policy_gradients(
+    state.params, batch, draws, task, layout, scale
+  )
+  if report is None:
+    state, metrics = update(state, grads, optimizer, schedule)
+    return state, metrics | {"loss": loss}
+  return drift_update(
+    state,
+    loss,
+    report,
+    grads,
+    temperature=temperature,
+    scale=scale,
+    optimizer=optimizer,
+    schedule=schedule,
+  )
+
+
+def act_step(
+  params: Any,
+  observations: Mapping[str, Shaped[Array, "n To ..."]],
+  episodes: Int[Array, " n"],
+  call: Int[Array, ""],
+  *,
+  seed: int | Int[Array, ""],
+  task: PolicyTask,
+  sampler: diffusion.Sampler | None = None,
+) -> Float[Array, "n T A"]:
+  """Action chunks in [-1, 1]; row i's noise follows from (seed, episode, call).
+
+  Args:
+    params: of the policy.
+    observations: histories, as in PolicyBatch.
+    episodes: numbers of the episodes.
+    call: how many chunks they have had before.
+    seed: in [0, 2**32).
+    task: of the run.
+    sampler: of a diffusion policy; the others need one evaluation.
+  """
+  root = streams.stream(seed, "sample")
+
+  def normal(number: Any) -> jax.Array:
+    def of(episode: jax.Array) -> jax.Array:
+      key = jax.random.fold_in(jax.random.fold_in(root, episode), call)
+      return jax.random.normal(
+        jax.random.fold_in(key, number), task.action_shape
+      )
+
+    return jax.vmap(of)(episodes)
+
+  condition = apply(task.policy, params, observations, method="encode")
+  act = functools.partial(apply, task.policy, params, method="act")
+  start = normal(0)
+  if task.method == "regression":
+    start = jnp.zeros_like(start)
+  if sampler is None:
+    return jnp.clip(act(start, condition), -1.0, 1.0)
+
+  def denoise(x: jax.Array, time: jax.Array) -> jax.Array:
+    return act(x, condition, time=jnp.broadcast_to(time, len(x)))
+
+  return diffusion.sample(
+    denoise,
+    start,
+    lambda number: normal(number + 1),
+    sampler,
+    num_steps=task.diffusion_steps,
+  )

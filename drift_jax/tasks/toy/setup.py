@@ -1,0 +1,150 @@
+"""From a config to what a toy run needs: task, feed, sampler, field."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from drift_jax import drift
+from drift_jax.system import sharding
+from drift_jax.system.errors import naming
+from drift_jax.tasks.toy.config import ToyConfig
+from drift_jax.tasks.toy.data import ToyFeed
+from drift_jax.tasks.toy.model import build_toy
+from drift_jax.tasks.toy.step import POINTS_KEY, ToyTask
+from drift_jax.training import optim
+from drift_jax.training.drifting import drift_arguments
+from drift_jax.training.step import apply
+from drift_jax.training.streams import stream
+
+
+def toy_task(config: ToyConfig) -> ToyTask:
+  """The static part of a toy's step.
+
+  Raises:
+    ConfigError: a model that can't be.
+  """
+  with naming("model"):
+    model = build_toy(
+      **dataclasses.asdict(config.model), count=config.batch.generated
+    )
+  return ToyTask(
+    model=model,
+    noise_size=config.model.noise_size,
+    num_generated=config.batch.generated,
+    **drift_arguments(config.drift),
+  )
+
+
+def init_toy(task: ToyTask) -> Callable[[jax.Array], Any]:
+  """key -> initial parameters."""
+  noise = np.zeros((task.num_generated, task.noise_size), np.float32)
+  return lambda key: task.model.init(key, noise)["params"]
+
+
+def toy_optimizer(
+  config: ToyConfig,
+) -> Callable[[optax.Schedule], optax.GradientTransformation] | None:
+  """schedule -> optimiser of particles; None for AdamW.
+
+  A step of particles is x <- x + eta V, eta by the schedule. The loss' gradient
+  with respect to a sample is -2 V / (N C) on raw distances, with C = 2
+  coordinates in the plane: this is gradient descent of rate eta N C / 2 =
+  eta N.
+  """
+  if not config.has_particles:
+    return None
+  count = config.batch.generated
+  return lambda schedule: optim.with_standard_promotion(
+    optax.sgd(lambda step: schedule(step) * count)
+  )
+
+
+def toy_feed(config: ToyConfig) -> ToyFeed:
+  """Points of the distribution, drawn anew for each step.
+
+  Raises:
+    ConfigError: labels that the processes can't share.
+  """
+  with naming("data"):
+    return ToyFeed(
+      config.data.distribution,
+      noise=config.data.noise,
+      seed=config.seed,
+      num_labels=config.batch.labels,
+      num_positives=config.batch.positives,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+
+
+def toy_sampler(
+  config: ToyConfig, task: ToyTask, mesh: Mesh
+) -> Callable[[Any], np.ndarray]:
+  """params -> points [n, 2]: eval.num_samples of them, or all particles.
+
+  An MLP's noise is the same at each call.
+  """
+  count = config.eval.num_samples
+  if config.has_particles:
+    count = config.batch.generated
+  root = stream(config.seed, "sample")
+
+  def noise_of(number: jax.Array) -> jax.Array:
+    key, _ = jax.random.split(jax.random.fold_in(root, number))
+    return jax.random.normal(key, (task.noise_size,))
+
+  @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+  def sample(params: Any) -> jax.Array:
+    return apply(task.model, params, jax.vmap(noise_of)(jnp.arange(count)))
+
+  return lambda params: np.asarray(sample(params))
+
+
+def make_field(task: ToyTask) -> Callable[..., jax.Array]:
+  """(samples [N, 2], positives [P, 2], queries [Q, 2], temperature scale) -> V.
+
+  V [Q, 2] in the units of the plane. Each query is made one more generated
+  sample, and V is what the training loss moves it by: there is no second code
+  for the field. The temperature scale is that of drift.drift_losses.
+  """
+  normalized = task.variant.normalize_features
+
+  @jax.jit
+  def field(
+    samples: jax.Array, positives: jax.Array, queries: jax.Array, scale: float
+  ) -> jax.Array:
+    real = [positives]
+    if task.variant.negatives == "independent":
+      real.append(samples)
+    problem = {POINTS_KEY: jnp.concatenate(real)[None, :, None]}
+
+    def of_one(query: jax.Array) -> jax.Array:
+      def loss(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        losses, report = drift.drift_losses(
+          {POINTS_KEY: x[None, :, None]},
+          problem,
+          jnp.ones(1),
+          num_positives=len(positives),
+          num_unconditional=0,
+          **task.drift,
+          variant=task.variant,
+          temperature_scale=jnp.asarray(scale, jnp.float32),
+        )
+        return losses.sum(), report.info["scale"][0]
+
+      x = jnp.concatenate([samples, query[None]])
+      gradient, mean_distance = jax.grad(loss, has_aux=True)(x)
+      # It is -2 V / (N C s), of V in units of s = S / sqrt(C).
+      v = gradient[-1] * (-x.size / 2)
+      return v * mean_distance**2 / 2 if normalized else v
+
+    return jax.lax.map(of_one, queries)
+
+  return field

@@ -1,0 +1,159 @@
+"""A toy's training step: pure, the drifting loss in the plane itself."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from drift_jax import drift
+from drift_jax.drift import PAPER, Variant
+from drift_jax.system import sharding
+from drift_jax.training.drifting import Temperature, drift_update
+from drift_jax.training.state import TrainState
+from drift_jax.training.step import Metrics, apply, gradients_over
+
+# The key of the points themselves among the features of drift_losses.
+POINTS_KEY = "global"
+
+
+class ToyBatch(NamedTuple):
+  """One step's data: points of L independent problems."""
+
+  positives: Float[Array, "L P 2"]
+
+
+class ToyDraws(NamedTuple):
+  """The random numbers of one step.
+
+  Attributes:
+    noise: of the generated samples.
+    repelling: of the independent samples that repel, if the variant has them.
+  """
+
+  noise: Float[Array, "LN Z"]
+  repelling: Float[Array, "LN Z"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyTask:
+  """The static part of a toy's training step.
+
+  Attributes:
+    model: from noise [n, Z] to points [n, 2].
+    noise_size: Z.
+    num_generated: N, samples of a problem.
+    drift: keyword arguments of drift.drift_losses.
+    variant: of drift.drift_losses.
+    average: whether the loss is the mean over features; a toy has one.
+    temperature: how the temperatures change in time.
+  """
+
+  model: nn.Module
+  noise_size: int
+  num_generated: int
+  drift: Mapping[str, Any]
+  variant: Variant = PAPER
+  average: bool = False
+  temperature: Temperature | None = None
+
+
+def draw_toy(key: PRNGKeyArray, task: ToyTask, num_labels: int) -> ToyDraws:
+  """Noise of all samples: a stream for each use."""
+  shape = (num_labels * task.num_generated, task.noise_size)
+  noise = jax.random.normal(jax.random.split(key, 3)[1], shape)
+  repelling = None
+  if task.variant.negatives == "independent":
+    repelling_key, _ = jax.random.split(jax.random.fold_in(key, 1))
+    repelling = jax.random.normal(repelling_key, shape)
+  return ToyDraws(noise, repelling)
+
+
+def toy_loss(
+  params: Any,
+  batch: ToyBatch,
+  draws: ToyDraws,
+  task: ToyTask,
+  axis_name: tuple[str, ...] = (),
+  temperature_scale: Float[Array, ""] | None = None,
+) -> tuple[Float[Array, ""], drift.DriftReport]:
+  """The mean drifting loss of the problems of a batch (eq. 6), and its report.
+
+  Args:
+    params: of the model.
+    batch, draws: all of them, or this device's part.
+    task: static.
+    axis_name: mesh axes over which the batch is split.
+    temperature_scale: multiplies the temperatures; None for 1.
+  """
+  num_labels, num_positives = batch.positives.shape[:2]
+
+  def points(noise: Float[Array, "n Z"]) -> Float[Array, "L N 1 2"]:
+    return apply(task.model, params, noise).reshape(num_labels, -1, 1, 2)
+
+  real = batch.positives[:, :, None]
+  if draws.repelling is not None:
+    repelling = jax.lax.stop_gradient(points(draws.repelling))
+    real = jnp.concatenate([real, repelling], axis=1)
+  losses, report = drift.drift_losses(
+    {POINTS_KEY: points(draws.noise)},
+    {POINTS_KEY: real},
+    jnp.ones(num_labels),
+    num_positives=num_positives,
+    num_unconditional=0,
+    **task.drift,
+    axis_name=axis_name,
+    variant=task.variant,
+    temperature_scale=temperature_scale,
+  )
+  return jnp.sum(losses), report
+
+
+def toy_step(
+  state: TrainState,
+  batch: ToyBatch,
+  frozen: Any = None,
+  draws: ToyDraws | None = None,
+  *,
+  task: ToyTask,
+  optimizer: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  layout: sharding.Layout | None = None,
+) -> tuple[TrainState, Metrics]:
+  """One step of a toy; draws are made from state.key() if not given.
+
+  Metrics: see drift_update. There is nothing frozen.
+  """
+  del frozen
+  if draws is None:
+    draws = draw_toy(state.key(), task, len(batch.positives))
+  scale = None
+  if task.temperature is not None:
+    scale = task.temperature.scale(state)
+
+  def loss_of(
+    params: Any,
+    axes: tuple[str, ...],
+    batch: ToyBatch,
+    draws: ToyDraws,
+    scale: Any,
+  ) -> tuple[jax.Array, drift.DriftReport]:
+    return toy_loss(params, batch, draws, task, axes, scale)
+
+  loss, report, grads = gradients_over(
+    loss_of, state.params, (batch, draws), (scale,), layout
+  )
+  return drift_update(
+    state,
+    loss,
+    report,
+    grads,
+    temperature=task.temperature,
+    scale=scale,
+    optimizer=optimizer,
+    schedule=schedule,
+  )

@@ -1,0 +1,86 @@
+"""Toy experiments (5.1): `train_and_evaluate(config, workdir)`."""
+
+import functools
+import time
+from typing import Any
+
+from drift_jax import config as config_lib
+from drift_jax.system import sharding
+from drift_jax.tasks import parse
+from drift_jax.tasks.toy.config import ToyConfig
+from drift_jax.tasks.toy.evaluation import Evaluation
+from drift_jax.tasks.toy.setup import (
+  init_toy,
+  toy_feed,
+  toy_optimizer,
+  toy_task,
+)
+from drift_jax.tasks.toy.step import ToyBatch, toy_step
+from drift_jax.training.alone import alone
+from drift_jax.training.drifting import init_drift
+from drift_jax.training.run import at_end, check_divides, open_mesh, run
+from drift_jax.training.state import TrainState
+from drift_jax.training.workdir import open_workdir
+
+
+@alone
+def train_and_evaluate(
+  config: Any, workdir: str, *, draw: bool = True
+) -> TrainState:
+  """Fits the points that a config describes, and draws how they moved.
+
+  Continues from the newest checkpoint in the workdir if there is one.
+
+  Args:
+    config: ConfigDict of task 'toy'.
+    workdir: gets config.json, checkpoints/, metrics.jsonl, TensorBoard events,
+      samples/*.npy [n, 2] and, at the end, figures.json, plots/evolution.gif,
+      plots/field.png and plots/curves.png.
+    draw: whether pictures are made.
+
+  Returns:
+    The final state.
+
+  Raises:
+    ConfigError: a config that can't be run, or a workdir in use.
+    CheckpointError: a damaged checkpoint.
+    OSError: a file that can't be written.
+    NonFiniteError: a loss or gradient that is not finite.
+    PeerError: any of these, in the first of several processes.
+    Preempted: by SIGTERM, with the step saved.
+  """
+  start = time.perf_counter()
+  config = parse(config)
+  if not isinstance(config, ToyConfig):
+    raise config_lib.ConfigError(f"task={config.task!r}, want 'toy'")
+  mesh = open_mesh(config.mesh)
+  check_divides("batch.labels", config.batch.labels, mesh)
+  task = toy_task(config)
+  feed = toy_feed(config)
+  path = open_workdir(workdir, config, {}, (config.data.distribution,), {})
+  evaluation = Evaluation(config, task, mesh, path, draw)
+  init = init_toy(task)
+  evaluation.save_first(init)
+
+  def put(batch: Any) -> ToyBatch:
+    return ToyBatch(**sharding.put_batch(batch, mesh))
+
+  with at_end(evaluation.plot_curves):
+    state = run(
+      config,
+      path,
+      mesh,
+      name=config.model.kind,
+      init_params=init,
+      init_drift=functools.partial(init_drift, task.temperature),
+      start_params=None,
+      make_optimizer=toy_optimizer(config),
+      step=functools.partial(toy_step, task=task),
+      frozen={},
+      feed=feed,
+      put=put,
+      evaluate=evaluation,
+      best_metric=lambda scalars: None,
+    )
+  evaluation.finish(state, time.perf_counter() - start)
+  return state

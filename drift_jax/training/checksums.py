@@ -1,0 +1,339 @@
+"""Checksums of a checkpoint's files, which tell damage from health.
+
+After the commit each process sums the files that it wrote, and no others:
+process 0 writes checksums.json, process N checksums.N.json. They hold
+
+  {path: [bytes, [CRC-32 of each block of 4 MiB]]},
+
+so that a reader of some arrays checks the blocks that hold them. process 0
+lists the files of the others as well, as {path: null}: none can be missing
+without a word. Earlier checkpoints have one checksums.json for all files, with
+the CRC-32 of a whole file in the place of the list.
+"""
+
+import collections
+import json
+import os
+import re
+import threading
+import zlib
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from drift_jax.system import storage
+
+CHECKSUMS = "checksums.json"
+# What is written into a checkpoint after its commit, or where it is copied.
+FIGURES = "figures.json"
+COMMIT = "commit_success.txt"
+# What Orbax writes of a checkpoint itself.
+METADATA = "_CHECKPOINT_METADATA"
+_BLOCK = 1 << 22
+_UNSUMMED = re.compile(
+  rf"checksums(\.\d+)?\.json(\.tmp)?|{FIGURES}(\.tmp)?|{COMMIT}"
+)
+_OWNER = re.compile(r"(?:^|/)(?:ocdbt\.)?process_(\d+)(?:/|$)")
+
+# What Orbax and TensorStore raise on files that can't be read or written. JAX's
+# own runtime errors (out of memory, ...) are RuntimeErrors too, but say nothing
+# about the files.
+FILE_ERRORS = (ValueError, OSError, KeyError, TypeError, RuntimeError)
+
+# Bytes [start, stop) of a file that are read; None for all of it.
+Ranges = list[tuple[int, int]] | None
+
+
+class Found(NamedTuple):
+  """The result of a comparison with checksums.
+
+  Attributes:
+    damage: one line a file; none if nothing differs.
+    proven: whether every file is there and was compared, so that an error in
+      reading them is not of the files.
+  """
+
+  damage: list[str]
+  proven: bool
+
+
+def owner(name: str) -> int:
+  """The process that wrote a file, by its path in the checkpoint."""
+  match = _OWNER.search(name)
+  return int(match[1]) if match else 0
+
+
+def file_names(directory: epath.Path) -> list[str]:
+  """Paths of the files below a checkpoint that have checksums, sorted."""
+  names = []
+  root = storage.without_scheme(directory)
+  for folder, _, files in directory.walk():
+    # etils names a bucket's folders without their scheme.
+    below = os.path.relpath(storage.without_scheme(folder), root)
+    names += [
+      os.path.normpath(os.path.join(below, name))
+      for name in files
+      if not _UNSUMMED.fullmatch(name)
+    ]
+  return sorted(names)
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+  """Writes a file that is there as a whole or not at all."""
+  temporary = path.with_name(path.name + ".tmp")
+  with storage.naming_errors(path):
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+class Summing:
+  """The checksums of one process' files; it can be interrupted and resumed."""
+
+  def __init__(self, directory: epath.Path, process: int):
+    """Reads nothing yet.
+
+    Args:
+      directory: of a committed checkpoint.
+      process: whose files are summed.
+    """
+    self._directory = directory
+    self._process = process
+    self._sums: dict[str, Any] = {}
+
+  def run(self, stop: threading.Event) -> bool:
+    """Sums, then writes the file of checksums; False if it was stopped.
+
+    Called again, it goes on with the file at which it was stopped.
+
+    Args:
+      stop: makes it return before the next block.
+
+    Raises:
+      FileNotFoundError: the checkpoint is gone.
+      OSError: a file that can't be read or written.
+    """
+    names = file_names(self._directory)
+    if not names:
+      raise FileNotFoundError(self._directory)
+    for name in names:
+      if owner(name) != self._process:
+        if self._process == 0:
+          self._sums[name] = None
+      elif name not in self._sums:
+        size, sums = 0, []
+        for block in _blocks(self._directory / name):
+          if stop.is_set():
+            return False
+          size += len(block)
+          sums.append(zlib.crc32(block))
+        self._sums[name] = [size, sums]
+    path = self._directory / _sums_name(self._process)
+    write_whole(path, json.dumps(self._sums, sort_keys=True))
+    return True
+
+
+def compare(
+  directory: epath.Path,
+  *,
+  process: int = 0,
+  count: int = 1,
+  item: str = "",
+  arrays: Collection[str] | None = None,
+) -> Found:
+  """Compares the files of a checkpoint with their checksums.
+
+  Args:
+    directory: of the checkpoint.
+    process, count: of the processes that share the work, and which this is.
+    item: a folder in it that alone will be read; '' for all.
+    arrays: names, keys joined by dots, of what will be read of the item; None
+      for all.
+  """
+
+  def mine(name: str) -> bool:
+    return (
+      owner(name) % count == process
+      and name.startswith(f"{item}/" if item else "")
+      # Earlier checkpoints have sums of them; a copy may lack them.
+      and not _UNSUMMED.fullmatch(os.path.basename(name))
+    )
+
+  present = {name for name in file_names(directory) if mine(name)}
+  sums, damage = _read_sums(directory, present)
+  sums = {name: sums[name] for name in sums if mine(name)}
+  proven = not damage and all(sums.get(name) is not None for name in present)
+  reads: dict[str, Ranges] = dict.fromkeys(sums)
+  if item:
+    reads = {name: None for name in sums if _is_description(name)}
+  damage += _compare_files(directory, sums, reads, present)
+  if item and sums and not damage:
+    try:
+      reads = dict(_data_read(directory, item, arrays))
+    except FILE_ERRORS as error:
+      damage.append(f"{item}/manifest.ocdbt: {error}")
+    else:
+      damage += _compare_files(directory, sums, reads, present)
+  return Found(damage, proven)
+
+
+def incomplete(directory: epath.Path, items: Collection[str]) -> list[str]:
+  """A line for each file that a checkpoint needs and lacks, whole or in part.
+
+  Their contents are not looked at: it needs no checksums.
+
+  Args:
+    directory: of the checkpoint.
+    items: folders in it.
+  """
+  lines = []
+  present = set(file_names(directory))
+  needed = {METADATA: [(0, 1)]}
+  for item in items:
+    needed[f"{item}/_METADATA"] = [(0, 1)]
+    try:
+      needed |= _data_read(directory, item, None)
+    except FILE_ERRORS as error:
+      text = " ".join(str(error).split())
+      lines.append(f"{item}/manifest.ocdbt: {text[:200]}")
+  for name, parts in sorted(needed.items()):
+    least = max(stop for _, stop in parts)
+    have = (directory / name).stat().length if name in present else 0
+    if have < least:
+      found = f"{have} bytes, at least {least} needed" if have else "missing"
+      lines.append(f"{name}: {found}")
+  return lines
+
+
+def _is_description(name: str) -> bool:
+  """Whether a file says what arrays there are, and is not of one process.
+
+  The merged manifest stands for those of the processes.
+  """
+  return "/d/" not in name and not re.search(r"/ocdbt\.process_\d+/", name)
+
+
+def _compare_files(
+  directory: epath.Path,
+  sums: dict[str, Any],
+  reads: dict[str, Ranges],
+  present: Collection[str],
+) -> list[str]:
+  """A line for each file that is read and differs."""
+  lines = []
+  for name in sorted(sums.keys() & reads):
+    if name not in present:
+      lines.append(f"{name}: missing")
+    elif sums[name] is not None:
+      line = _compare_file(directory / name, sums[name], reads[name])
+      lines += [f"{name}: {line}"] if line else []
+  return lines
+
+
+def _compare_file(path: epath.Path, want: list[Any], ranges: Ranges) -> str:
+  """Tells how a file, or what is read of it, is not as summed; '' if it is."""
+  size, sums = want
+  have = path.stat().length
+  if have != size:
+    return f"{have} bytes, want {size}"
+  if isinstance(sums, int):  # of the whole file
+    crc = 0
+    for block in _blocks(path):
+      crc = zlib.crc32(block, crc)
+    return "" if crc == sums else "its content changed (CRC-32)"
+  numbers = set(range(len(sums)))
+  if ranges is not None:
+    numbers &= {
+      number
+      for start, stop in ranges
+      for number in range(start // _BLOCK, -(-stop // _BLOCK))
+    }
+  for number, block in zip(
+    sorted(numbers), _blocks(path, sorted(numbers)), strict=True
+  ):
+    if zlib.crc32(block) != sums[number]:
+      return "its content changed (CRC-32)"
+  return ""
+
+
+def _blocks(
+  path: epath.Path, numbers: Sequence[int] | None = None
+) -> Iterator[bytes]:
+  """Blocks of a file in order: all of them, or those of these numbers."""
+  with path.open("rb") as file:
+    if numbers is None:
+      while block := file.read(_BLOCK):
+        yield block
+      return
+    for number in numbers:
+      file.seek(number * _BLOCK)
+      yield file.read(_BLOCK)
+
+
+def _sums_name(process: int) -> str:
+  return f"checksums.{process}.json" if process else CHECKSUMS
+
+
+def _read_sums(
+  directory: epath.Path, present: Collection[str]
+) -> tuple[dict[str, Any], list[str]]:
+  """({path: its entry, or None if there is none}, what can't be read)."""
+  damage = []
+
+  def load(process: int) -> dict[str, Any]:
+    path = directory / _sums_name(process)
+    try:
+      return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+      damage.append(f"{path.name}: {error}")
+      return {}
+
+  sums = load(0)
+  # Those of an earlier checkpoint, or of a single process, are complete.
+  if not sums or None in sums.values():
+    for process in sorted({owner(name) for name in present} - {0}):
+      sums |= load(process)
+  return sums, damage
+
+
+def _data_read(
+  directory: epath.Path, item: str, arrays: Collection[str] | None
+) -> dict[str, list[tuple[int, int]]]:
+  """{file: bytes of it} that hold some of an item's arrays.
+
+  TensorStore puts the arrays of a process one after the other into few large
+  files. Where they are is in the nodes of a tree that the manifest names.
+
+  Raises:
+    FILE_ERRORS: a manifest or a node that can't be read.
+  """
+  import tensorstore
+
+  folder = f"{storage.without_scheme(directory / item)}/"
+  spec: dict[str, Any] = {"driver": "file", "path": folder}
+  if storage.is_remote(directory):
+    bucket, _, path = folder.partition("/")
+    spec = {"driver": "gcs", "bucket": bucket, "path": path}
+  store: Any = tensorstore.KvStore.open(spec).result()
+  parts = collections.defaultdict(list)
+
+  def add(location: str) -> None:
+    """location: KIND:FOLDER:FILE:OFFSET:LENGTH."""
+    _, base, relative, start, length = location.split(":")
+    name = os.path.normpath(f"{item}/{base}{relative}")
+    parts[name].append((int(start), int(start) + int(length)))
+
+  manifest = tensorstore.ocdbt.dump(store).result()
+  nodes = [(manifest["versions"][-1]["root"]["location"], "")]
+  while nodes:
+    node, prefix = nodes.pop()
+    add(node)
+    for entry in tensorstore.ocdbt.dump(store, node=node).result()["entries"]:
+      if "location" in entry:
+        below = prefix + entry["subtree_common_prefix"].decode()
+        nodes.append((entry["location"], below))
+      elif "indirect_value" in entry:
+        name = (prefix + entry["key"].decode()).rpartition("/")[0]
+        if arrays is None or name in arrays:
+          add(entry["indirect_value"])
+  return parts

@@ -1,0 +1,217 @@
+"""A run's folder: its config, its facts, and whether a run may go on there."""
+
+import functools
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Mapping, Sequence
+
+from etils import epath
+
+from drift_jax import config as config_lib
+from drift_jax.config.sections import RunConfig
+from drift_jax.metrics.files import replacing
+from drift_jax.system import paths, processes, storage
+from drift_jax.system.console import logger
+from drift_jax.training import checkpoint, places
+from drift_jax.training.facts import (
+  CLASSES_FILE,
+  DATA_FILE,
+  Facts,
+  check_data,
+  differences,
+  is_same_data,
+  read_facts,
+  recorded,
+)
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "frozen_weights.json"
+CHECKPOINTS = "checkpoints"
+
+
+def check_workdir(workdir: str) -> None:
+  """Tells at the start whether the workdir can be written; makes nothing.
+
+  The first process tries, and all end where it can't.
+
+  Raises:
+    ConfigError: it can't, or it is a file.
+    PeerError: the same, in the other processes.
+  """
+
+  def check() -> None:
+    if storage.is_remote(workdir):
+      return  # storage.check has looked at it.
+    path = pathlib.Path(paths.expand(workdir))
+    try:
+      storage.check_characters(workdir)
+      while not path.is_dir():
+        if path.exists():
+          raise NotADirectoryError(f"{path} is a file")
+        path = path.parent
+      with tempfile.TemporaryFile(dir=path):
+        pass
+    except OSError as error:
+      raise config_lib.ConfigError(
+        f"--workdir={workdir} can't be written: {error}; give a folder on a "
+        "disk that is writable, and that all processes share"
+      ) from error
+
+  processes.from_first(check)
+
+
+def open_workdir(
+  workdir: str,
+  config: RunConfig,
+  frozen: Mapping[str, str],
+  class_names: Sequence[str],
+  facts: Facts,
+) -> epath.Path:
+  """Creates the workdir; writes config, classes, data's facts, weights' sums.
+
+  With them goes where the config's paths start. Where the workdir holds a
+  checkpoint already, the config, the data and the frozen weights must be those
+  of that run. The first process does it for all; the others see that they have
+  its data.
+
+  Args:
+    workdir: of the run.
+    config: resolved.
+    frozen: {'encoders.NAME' or 'vae': SHA-256 of its weights}.
+    class_names: one for each label, if there are labels.
+    facts: of the data, if there are any; see data_facts.
+
+  Raises:
+    ConfigError: if the workdir holds a run of another experiment or of other
+      data, or is not there for all processes.
+    PeerError: what the first process raised, in the others.
+  """
+  path = epath.Path(paths.expand(workdir))
+  names_of_first, facts_of_first = processes.from_first(
+    functools.partial(_write_facts, path, config, frozen, class_names, facts)
+  )
+  if not (path / CONFIG_FILE).exists():
+    raise config_lib.ConfigError(
+      f"--workdir={workdir}: process {processes.index()} does not see the "
+      f"{CONFIG_FILE} that process 0 wrote there: give a folder that all "
+      "processes share"
+    )
+  found = differences(names_of_first, facts_of_first, class_names, facts)
+  if found:
+    raise config_lib.ConfigError(
+      f"data: process {processes.index()} reads other data than process 0 "
+      f"({'; '.join(found)}): give all processes the same"
+    )
+  return path
+
+
+def _write_facts(
+  path: epath.Path,
+  config: RunConfig,
+  frozen: Mapping[str, str],
+  class_names: Sequence[str],
+  facts: Facts,
+) -> tuple[Sequence[str], Facts]:
+  text = config_lib.to_json(config)
+  if any(
+    entry.name[0].isdecimal() for entry in storage.entries(path / CHECKPOINTS)
+  ):
+    if (path / CONFIG_FILE).exists():
+      try:
+        _check_resumable(path, text, frozen, class_names, facts)
+      except config_lib.ConfigError as error:
+        # model.num_classes may be the data's, which nobody has typed.
+        found = "; ".join(differences(*recorded(path), class_names, facts))
+        raise config_lib.ConfigError(
+          f"{error}" + f"; the data differ: {found}" * bool(found)
+        ) from error
+    check_data(path, class_names, facts)
+    if facts and not (path / DATA_FILE).exists():
+      logger.warning(
+        "%s is a run that has not recorded its data: they are taken for those "
+        "of this start.",
+        path,
+      )
+    check_frozen(path, frozen)
+  else:
+    config_lib.check_new(config)
+  path.mkdir(parents=True, exist_ok=True)
+  with replacing(path / CONFIG_FILE) as file:
+    file.write_text(text)
+  places.write_started(path)
+  if class_names:
+    with replacing(path / CLASSES_FILE) as file:
+      file.write_text(json.dumps(list(class_names), indent=1))
+  if facts:
+    with replacing(path / DATA_FILE) as file:
+      file.write_text(json.dumps(facts))
+  if frozen:
+    with replacing(path / WEIGHTS_FILE) as file:
+      file.write_text(json.dumps(frozen, indent=2))
+  return class_names, facts
+
+
+def _check_resumable(
+  path: epath.Path,
+  text: str,
+  frozen: Mapping[str, str],
+  class_names: Sequence[str],
+  facts: Facts,
+) -> None:
+  """Raises ConfigError if a config is not that of the workdir's run.
+
+  Paths are the same if they lead to the same place. Weights, and data that are
+  known by checksums, may lie anywhere; a source of the same text starts at
+  data.data_dir, which may change.
+  """
+  written, new = read_facts(path / CONFIG_FILE, dict), json.loads(text)
+  old = places.of_run(written, os.fspath(path), {})
+  before, after = (
+    config_lib.flatten(places.absolute(values)) for values in (old, new)
+  )
+  sums = _frozen_before(path)
+  for name, found in frozen.items():
+    if sums.get(name) == found and f"{name}.path" in before:
+      after[f"{name}.path"] = before[f"{name}.path"]
+  source = "data.source"
+  texts = [config_lib.flatten(values).get(source) for values in (written, new)]
+  is_same = is_same_data(*recorded(path), class_names, facts)
+  if source in before and (is_same or texts[0] == texts[1]):
+    after[source] = before[source]
+  config_lib.check_resumable(json.dumps(before), json.dumps(after))
+
+
+def _frozen_before(path: epath.Path) -> dict[str, str]:
+  """Checksums of the weights that a run began with; none if it has none."""
+  file = path / WEIGHTS_FILE
+  return read_facts(file, dict) if file.exists() else {}
+
+
+def check_frozen(path: epath.Path, frozen: Mapping[str, str]) -> None:
+  """Raises ConfigError where weights are not those that the run began with."""
+  before = _frozen_before(path)
+  if not before:
+    return
+  for name in frozen:
+    if before.get(name) != frozen[name]:
+      raise config_lib.ConfigError(
+        f"{name}: the run in {path} began with other weights (SHA-256 "
+        f"{before.get(name)}, now {frozen[name]}): give it those again or use "
+        "a new workdir"
+      )
+
+
+def make_checkpointer(
+  config: config_lib.Checkpoint, path: epath.Path, *, read_only: bool = False
+) -> checkpoint.Checkpointer:
+  """The checkpoints of a workdir; a run that is going on may be read."""
+  return checkpoint.Checkpointer(
+    path / CHECKPOINTS,
+    keep_latest=config.keep_latest,
+    keep_every=config.keep_every,
+    best_metric=config.best_metric,
+    on_corrupt=config.on_corrupt,
+    read_only=read_only,
+  )

@@ -1,0 +1,97 @@
+"""Exit codes and last lines of one process; of several: multiprocess_test."""
+
+import logging
+import os
+import signal
+import time
+
+import pytest
+
+from drift_jax.system import console, exits
+
+
+@pytest.fixture
+def lines(caplog, monkeypatch):
+  """Messages of the package's log."""
+  monkeypatch.setattr(console.logger, "propagate", True)
+  caplog.set_level(logging.INFO, logger=console.logger.name)
+  return lambda: caplog.messages
+
+
+@pytest.fixture
+def sigterm():
+  """Puts the handler back."""
+  before = signal.getsignal(signal.SIGTERM)
+  yield
+  signal.signal(signal.SIGTERM, before)
+
+
+def code_of(program, errors=()):
+  with pytest.raises(SystemExit) as ended:
+    exits.run(program, errors)
+  return ended.value.code
+
+
+def test_what_is_done_returns():
+  exits.run(lambda: None, ())
+
+
+def test_an_error_is_one_line():
+  def program():
+    raise OSError("no such disk")
+
+  assert code_of(program, (OSError,)) == "Error: no such disk"
+
+
+def test_an_error_that_nobody_expects_is_shown_whole():
+  def program():
+    raise ZeroDivisionError("a bug")
+
+  with pytest.raises(ZeroDivisionError):
+    exits.run(program, (OSError,))
+
+
+def test_ctrl_c(lines):
+  def program():
+    raise KeyboardInterrupt
+
+  assert code_of(program) == 130
+  assert lines() == [
+    "Interrupted: the same command goes on from the newest checkpoint."
+  ]
+
+
+def test_sigterm_before_the_first_step(lines, sigterm):
+  def program():
+    exits.stop_on_sigterm()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(10)
+
+  assert code_of(program) == 75
+  (line,) = lines()
+  assert line.startswith("Told to stop before the first step; the same command")
+
+
+def test_sigterm_between_steps_and_again_at_the_end(lines, sigterm):
+  """The second one must not disturb what the first one asked for."""
+
+  def program():
+    exits.stop_on_sigterm()
+    with exits.preemption() as preempted:
+      assert not preempted()
+      os.kill(os.getpid(), signal.SIGTERM)
+      assert preempted() and preempted()
+    os.kill(os.getpid(), signal.SIGTERM)
+    raise exits.Preempted("Told to stop: step 3 is saved")
+
+  assert code_of(program) == 75
+  (line,) = lines()
+  assert line.startswith("Told to stop: step 3 is saved; the same command")
+
+
+def test_no_sigterm_leaves_the_handler_as_it_was(sigterm):
+  before = signal.getsignal(signal.SIGTERM)
+  with exits.preemption() as preempted:
+    assert not preempted()
+    assert signal.getsignal(signal.SIGTERM) != before
+  assert signal.getsignal(signal.SIGTERM) == before

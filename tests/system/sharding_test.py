@@ -1,0 +1,132 @@
+"""Meshes, rules and batch placement."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from drift_jax.system import sharding
+from drift_jax.training import optim
+from tests.conftest import assert_close
+
+
+@pytest.mark.parametrize(
+  ("sizes", "shape"),
+  [((-1, 1), (8, 1)), ((-1, 4), (2, 4)), ((2, -1), (2, 4)), ((8, 1), (8, 1))],
+)
+def test_mesh_shapes(sizes, shape):
+  mesh = sharding.make_mesh(*sizes)
+  assert tuple(mesh.shape.values()) == shape
+  assert mesh.axis_names == ("data", "fsdp")
+
+
+@pytest.mark.parametrize(
+  "sizes", [(3, 1), (-1, 3), (-1, -1), (2, 2), (0, 8), (-2, -4)]
+)
+def test_mesh_that_does_not_fit(sizes):
+  with pytest.raises(ValueError, match="8 devices|are 8"):
+    sharding.make_mesh(*sizes)
+
+
+@pytest.mark.parametrize(
+  ("name", "shape", "spec"),
+  [
+    ("params/blocks/mlp/up/kernel", (12, 64, 192), (None, "fsdp")),
+    ("params/blocks/mlp/down/kernel", (12, 192, 64), (None, "fsdp")),
+    ("params/square/kernel", (64, 64), ("fsdp",)),
+    ("params/last/kernel", (3, 3, 5, 64), (None, None, None, "fsdp")),
+    ("params/odd/kernel", (3, 5), ()),
+    ("params/blocks/norm/scale", (12, 64), ()),
+    ("opt_state/1/0/count", (), ()),
+  ],
+)
+def test_rules(name, shape, spec):
+  assert sharding.spec_for(name, shape, 4) == PartitionSpec(*spec)
+  assert sharding.spec_for(name, shape, 1) == PartitionSpec()
+
+
+def test_bad_rules_fail_loudly():
+  with pytest.raises(ValueError, match="'tensor'.*'fsdp' and 'replicate'"):
+    sharding.spec_for("w", (8,), 4, ((".*", "tensor"),))
+  with pytest.raises(ValueError, match="no sharding rule matches 'w'"):
+    sharding.spec_for("w", (8,), 4, (("v", "fsdp"),))
+
+
+def test_batches_are_split_over_all_axes():
+  mesh = sharding.make_mesh(2, 4)
+  batch = sharding.put_batch({"x": np.arange(16.0)}, mesh)
+  assert [s.data.shape for s in batch["x"].addressable_shards] == [(2,)] * 8
+  np.testing.assert_array_equal(batch["x"], np.arange(16.0))
+  with pytest.raises(ValueError, match="'x' has leading size 12.*8 devices"):
+    sharding.put_batch({"x": np.arange(12.0)}, mesh)
+
+
+def test_arrays_without_values_are_empty_on_every_device():
+  """One that enters jax.shard_map ends a process of jaxlib 0.11.2."""
+  mesh = sharding.make_mesh()
+  split = sharding.batch_sharding(mesh).spec
+  places = ({"points": split, "reals": split}, split)
+  points = np.arange(48.0, dtype=np.float32).reshape(8, 3, 2)
+  empty = np.zeros((8, 0, 2), np.float32)
+
+  def body(arrays, offset):
+    assert arrays["reals"].shape == (1, 0, 2)
+    return jax.numpy.concatenate(list(arrays.values()), axis=1) + offset
+
+  whole = jax.jit(sharding.over_devices(body, mesh, places, split))
+  result = whole({"points": points, "reals": empty}, np.ones((8, 1, 1), "f4"))
+  np.testing.assert_array_equal(result, points + 1)
+
+
+@pytest.mark.parametrize("kind", ["const", "cosine"])
+def test_golden_learning_rates(golden, kind):
+  archive = golden("extras")
+  data = {
+    name: archive[f"lr/{kind}/{name}"]
+    for name in (
+      "step",
+      "value",
+      "learning_rate",
+      "warmup_steps",
+      "total_steps",
+    )
+  }
+  schedule = optim.learning_rate_schedule(
+    kind={"const": "constant", "cosine": "cosine"}[kind],
+    peak=float(data["learning_rate"]),
+    warmup_steps=int(data["warmup_steps"]),
+    total_steps=int(data["total_steps"]),
+  )
+  values = [float(schedule(int(step))) for step in data["step"]]
+  assert_close(values, data["value"], 1e-7)
+
+
+def test_schedule_errors():
+  with pytest.raises(ValueError, match="'linear'.*'constant' and 'cosine'"):
+    optim.learning_rate_schedule(
+      kind="linear", peak=1.0, warmup_steps=0, total_steps=10
+    )
+  with pytest.raises(ValueError, match="warmup_steps=11"):
+    optim.learning_rate_schedule(
+      kind="constant", peak=1.0, warmup_steps=11, total_steps=10
+    )
+
+
+def test_clip_then_adamw():
+  """The first AdamW step is the sign of the gradient, whatever its size."""
+  optimizer = optim.make_optimizer(
+    optim.learning_rate_schedule(
+      kind="constant", peak=0.1, warmup_steps=0, total_steps=1
+    ),
+    b1=0.9,
+    b2=0.95,
+    eps=1e-8,
+    weight_decay=0.5,
+    grad_clip=1.0,
+  )
+  params = {"w": jax.numpy.array([2.0, -4.0])}
+  updates, _ = optimizer.update(
+    {"w": jax.numpy.array([30.0, -40.0])}, optimizer.init(params), params
+  )
+  # -lr (sign(g) + decay * w)
+  assert_close(updates["w"], [-0.1 * (1 + 1), -0.1 * (-1 - 2)], 1e-5)

@@ -1,0 +1,236 @@
+"""Frozen networks: what they must be, and how they lie on the mesh."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import common, digits
+from drift_jax import config as config_lib
+from drift_jax.models import release
+from drift_jax.system import sharding
+from drift_jax.tasks import parse
+from drift_jax.tasks.generator import setup as networks
+from drift_jax.tasks.generator.kernels import attention_kernel_for, kernel_for
+from drift_jax.tasks.generator.programs import programs
+from drift_jax.tasks.generator.setup import (
+  abstract_encoders,
+  generator_task,
+  init_generator,
+  load_encoders,
+)
+from drift_jax.tasks.generator.step import GeneratorBatch, draw, generator_loss
+from drift_jax.training import artifacts
+
+MODEL = {**digits.get_config("encoder").model, "base_channels": 8}
+
+
+@pytest.fixture(scope="module")
+def section(tmp_path_factory):
+  """encoders.mae of a small autoencoder that is there."""
+  folder = tmp_path_factory.mktemp("encoder")
+  description = release.published_config("mae", MODEL)
+  _, shapes = release.describe("mae", description)
+  artifacts.save(
+    folder,
+    kind="mae",
+    model_config=description,
+    params=jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes),
+    step=1,
+    ema_decay=0.9,
+  )
+  config = digits.get_config("features")
+  config.encoders.mae.update(path=str(folder), dtype="bfloat16")
+  config.encoders.mae.model = common.frozen_model("mae", MODEL)
+  return parse(config).encoders["mae"]
+
+
+def load(section, mesh):
+  return load_encoders({"mae": section}, mesh)["mae"].params
+
+
+@pytest.mark.parametrize("way", ["fsdp", "replicated"])
+def test_weights_lie_as_the_config_says(section, way):
+  section = dataclasses.replace(section, sharding=way)
+  mesh = sharding.make_mesh(2, 4)
+  params = load(section, mesh)
+  kernel = params["encoder"]["stage4_block1"]["conv1"]["kernel"]
+  assert kernel.dtype == jax.numpy.bfloat16
+  parts = 4 if way == "fsdp" else 1
+  assert kernel.addressable_shards[0].data.size * parts == kernel.size
+  # compile_check compiles for the very same arrays.
+  abstract = abstract_encoders({"mae": section}, mesh)["mae"]
+  assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), params) == (
+    jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), abstract.params)
+  )
+
+
+def test_encoders_recompute_if_the_config_says_so(section):
+  mesh = sharding.make_mesh(8, 1)
+  for remat in (False, True):
+    changed = {"mae": dataclasses.replace(section, remat=remat)}
+    for make in (load_encoders, abstract_encoders):
+      assert make(changed, mesh)["mae"].module.remat == remat
+
+
+@pytest.mark.slow
+def test_a_generator_of_pixels_drifts_in_a_resnets_features(tmp_path):
+  model = {
+    "layers": (1, 2, 1, 1),
+    "base_channels": 4,
+    "image_mean": (0.5, 0.5, 0.5),
+    "image_std": (0.25, 0.25, 0.25),
+    "dtype": "float32",
+  }
+  description = release.published_config("resnet", model)
+  random = np.random.RandomState(0)
+  _, shapes = release.describe("resnet", description)
+  artifacts.save(
+    tmp_path,
+    kind="resnet",
+    model_config=description,
+    params=jax.tree.map(
+      lambda x: random.normal(0, 0.3, x.shape).astype(x.dtype), shapes
+    ),
+    step=None,
+    ema_decay=None,
+  )
+  raw = digits.get_config()
+  raw.model.update(in_channels=3, out_channels=3, hidden_size=8, cond_dim=8)
+  raw.model.update(depth=1, num_heads=2)
+  raw.batch.update(labels=1, generated=2, positives=1, unconditional=1)
+  raw.features.update(patch_mean_size=(), patch_std_size=(), sample=False)
+  raw.features.update(use_mean=False, use_std=False)
+  common.add_encoder(raw, "moco", str(tmp_path), "resnet", ConfigDict(model))
+  raw.encoders.moco.dtype = "float32"
+  config = parse(raw)
+  mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+  encoders = load_encoders(config.encoders, mesh)
+  task = generator_task(config, encoders, mesh)
+  networks.check_encoders(config, task, encoders, None)
+  frozen = {name: artifact.params for name, artifact in encoders.items()}
+  params = jax.tree.map(
+    lambda x: random.normal(0, 0.3, x.shape).astype(x.dtype),
+    jax.eval_shape(init_generator(task), jax.random.key(0)),
+  )
+  batch = GeneratorBatch(
+    labels=np.zeros(1, np.int32),
+    positives=random.uniform(-1, 1, (1, 1, 8, 8, 3)).astype(np.float32),
+    unconditional=random.uniform(-1, 1, (1, 1, 8, 8, 3)).astype(np.float32),
+  )
+  draws = draw(jax.random.key(1), task, 1)
+
+  def loss(params):
+    value, aux = generator_loss(params, batch, draws, frozen, task)
+    return value, aux["losses"]
+
+  (value, losses), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+    params
+  )
+  assert losses.shape == (1 + 6,)  # norm_x, and the locations of six maps
+  assert np.isfinite(losses).all()
+  assert np.isclose(value, np.sum(losses), rtol=1e-5)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+  assert any(np.any(leaf != 0) for leaf in jax.tree.leaves(gradients))
+
+
+def test_weights_of_another_model_are_refused(section):
+  mesh = sharding.make_mesh(8, 1)
+  wide = dataclasses.replace(
+    section, model={**section.model, "base_channels": 16}
+  )
+  with pytest.raises(
+    artifacts.ArtifactError, match=r"encoders\.mae.*base_channels: 8, want 16"
+  ):
+    load(wide, mesh)
+  load(dataclasses.replace(section, model={}), mesh)  # takes any
+
+
+def test_descriptions_that_say_nothing(section):
+  mesh = sharding.make_mesh(8, 1)
+  for model, message in (
+    ({"kind": "gen"}, "a model of kind 'gen', want one of"),
+    ({"kind": "mae"}, r"encoders\.mae\.model: arguments of 'mae' lack"),
+  ):
+    with pytest.raises(artifacts.ArtifactError, match=message):
+      abstract_encoders(
+        {"mae": dataclasses.replace(section, model=model)}, mesh
+      )
+
+
+class _Device(NamedTuple):
+  platform: str
+  compute_capability: str = ""
+
+
+class _Mesh(NamedTuple):
+  devices: np.ndarray
+
+
+@pytest.mark.parametrize(
+  ("kernels", "device", "expected", "attention"),
+  [
+    ("auto", _Device("tpu"), "pallas", "pallas"),
+    ("auto", _Device("gpu", "9.0"), "xla", "cudnn"),
+    ("auto", _Device("gpu", "10.0"), "xla", "cudnn"),
+    ("auto", _Device("gpu", "7.5"), "xla", "xla"),
+    ("auto", _Device("gpu", "gfx90a"), "xla", "xla"),
+    ("auto", _Device("cpu"), "xla", "xla"),
+    ("xla", _Device("tpu"), "xla", "xla"),
+    ("xla", _Device("gpu", "9.0"), "xla", "xla"),
+    ("pallas", _Device("tpu"), "pallas", "pallas"),
+  ],
+)
+def test_kernels_follow_the_devices(kernels, device, expected, attention):
+  devices = np.empty(1, object)
+  devices[0] = device
+  mesh: Any = _Mesh(devices)
+  assert kernel_for(kernels, mesh) == expected
+  assert attention_kernel_for(kernels, mesh) == attention
+
+
+def test_kernels_of_other_devices_are_an_error():
+  config = parse(digits.get_config())
+  train = dataclasses.replace(config.train, kernels="pallas")
+  config = dataclasses.replace(config, train=train)
+  with pytest.raises(
+    config_lib.ConfigError, match="train.kernels='pallas' needs TPUs, .* cpu"
+  ):
+    generator_task(config, {}, sharding.make_mesh())
+
+
+def test_label_groups_are_the_configs():
+  config = parse(digits.get_config())
+  assert config.batch.labels == 16
+  mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+  for at_once, scalars, expected in (
+    (0, "exact", (1, True)),
+    (4, "exact", (4, True)),
+    (8, "group", (2, False)),
+  ):
+    train = dataclasses.replace(
+      config.train, accum_labels=at_once, accum_scalars=scalars
+    )
+    task = generator_task(dataclasses.replace(config, train=train), {}, mesh)
+    assert (task.groups, task.exact) == expected
+  with pytest.raises(
+    config_lib.ConfigError, match=r"accum_labels=4 can't be split over the 8"
+  ):
+    train = dataclasses.replace(config.train, accum_labels=4)
+    programs(dataclasses.replace(config, train=train), sharding.make_mesh())
+
+
+def test_few_blocks_are_unrolled_on_a_cpu():
+  config = parse(digits.get_config())
+  one = sharding.make_mesh(1, 1, jax.devices()[:1])
+  for depth, mesh, expected in (
+    (3, one, 3),
+    (12, one, 1),
+    (3, sharding.make_mesh(1, 8), 1),
+  ):
+    model = dataclasses.replace(config.model, depth=depth)
+    task = generator_task(dataclasses.replace(config, model=model), {}, mesh)
+    assert task.generator.unroll == expected

@@ -1,0 +1,116 @@
+"""The point and the disc."""
+
+import numpy as np
+import pytest
+
+from drift_jax.tasks.policy import robots
+from drift_jax.tasks.policy.robots.obstacle import touches
+
+
+def go(*actions, seed=0, **options):
+  """The last step of an episode, and the start."""
+  environment = robots.make("obstacle", **options)
+  start = environment.reset(seed)["state"]
+  step = None
+  for action in actions:
+    step = environment.step(np.array(action, np.float32))
+  return start, step
+
+
+def around(side):
+  """Actions up or down, along and back: by the far corners of a square."""
+  up = [(0, side * 0.2)] * 3
+  return [*up, *[(0.2, 0)] * 10, *[(0, -side * 0.2)] * 3]
+
+
+@pytest.mark.parametrize(
+  "start, end, touching",
+  [
+    # Both ends outside, the middle within.
+    ((-0.5, 0), (0.5, 0), True),
+    ((-0.5, 0.39), (0.5, 0.39), True),
+    ((-0.5, 0.41), (0.5, 0.41), False),
+    # The line would touch, the segment stops before, or leads away.
+    ((-1, 0), (-0.41, 0), False),
+    ((0.41, 0), (1, 0), False),
+    ((-1, 0), (-0.39, 0), True),
+    # No move at all.
+    ((0, 0.5), (0, 0.5), False),
+    ((0, 0.3), (0, 0.3), True),
+  ],
+)
+def test_segments_that_touch(start, end, touching):
+  assert touches(np.array(start), np.array(end)) is touching
+
+
+def test_segments_against_points_on_them():
+  rng = np.random.default_rng(0)
+  starts, ends = rng.uniform(-1, 1, (2, 300, 2))
+  t = np.linspace(0, 1, 4001)[:, None]
+  for start, end in zip(starts, ends, strict=True):
+    closest = np.linalg.norm(start + t * (end - start), axis=1).min()
+    if abs(closest - 0.4) > 1e-3:
+      assert touches(start, end) is bool(closest < 0.4)
+
+
+@pytest.mark.parametrize("side, mode", [(1, "above"), (-1, "below")])
+def test_either_way_leads_to_the_goal(side, mode):
+  _, step = go(*around(side))
+  assert step.success and step.done and step.reward == 1 and step.mode == mode
+  assert np.linalg.norm(step.observations["state"] - [1, 0]) <= 0.1 + 1e-6
+
+
+def test_the_mode_is_known_once_x_is_crossed():
+  for count in range(1, 16):
+    start, step = go(*around(1)[:count])
+    x = step.observations["state"][0]
+    assert step.mode == ("above" if x >= 0 else "")
+    assert x == pytest.approx(
+      start[0] + 0.2 * np.clip(count - 3, 0, 10), abs=1e-6
+    )
+
+
+def test_touching_is_the_end():
+  _, step = go(*[(0.2, 0)] * 3)
+  assert step.done and not step.success and step.reward == 0
+  # Steps that would jump over the edge of the disc touch it too.
+  start = np.array([-0.35, 0.35])
+  assert np.linalg.norm(start) > 0.4 and touches(start, start + [0.2, 0.0])
+
+
+def test_time_is_up():
+  environment = robots.make("obstacle")
+  environment.reset(0)
+  steps = [environment.step(np.zeros(2)) for _ in range(40)]
+  assert [step.done for step in steps] == [False] * 39 + [True]
+  assert not any(step.success for step in steps)
+
+
+def test_success_may_be_no_end():
+  _, step = go(*around(1), (0.2, 0), stop_at_success=False)
+  assert step.success and not step.done and step.reward == 0
+
+
+def test_starts_are_the_seeds():
+  starts = np.stack([go(seed=seed)[0] for seed in range(200)])
+  assert starts.dtype == np.float32
+  np.testing.assert_array_equal(starts[7], go(seed=7)[0])
+  np.testing.assert_allclose(starts.mean(axis=0), [-1, 0], atol=0.02)
+  np.testing.assert_allclose(starts.std(axis=0), 0.05, rtol=0.2)
+
+
+def test_it_is_drawn():
+  environment = robots.make("obstacle")
+  environment.reset(0)
+  before = environment.render()
+  assert before.shape == (128, 128, 3) and before.dtype == np.uint8
+  # White in a corner, the disc in the middle, green at the goal.
+  assert (before[0, 0] == 255).all()
+  assert np.ptp(before[64, 64]) < 20 and before[64, 64].max() < 200
+  red, green, blue = before[64, 113]
+  assert green > red + 20 and green > blue + 20
+  environment.step(np.array([0, 0.2]))
+  changed = (before != environment.render()).any(axis=-1)
+  rows, columns = np.nonzero(changed)
+  # Upwards is up: near (-1, 0.1).
+  assert 45 < rows.mean() < 64 and 5 < columns.mean() < 25

@@ -1,0 +1,80 @@
+"""PushT."""
+
+import numpy as np
+import pytest
+
+from drift_jax.tasks.policy import robots
+
+
+@pytest.fixture
+def environment():
+  made = robots.make("pusht", observations=["state", "img", "state[:2]"])
+  yield made
+  made.close()
+
+
+def test_observations(environment):
+  observations = environment.reset(1)
+  assert list(observations) == ["state", "img", "state[:2]"]
+  state, picture = observations["state"], observations["img"]
+  assert state.shape == (5,) and picture.shape == (96, 96, 3)
+  assert picture.dtype == np.uint8 and np.ptp(picture) > 100
+  np.testing.assert_array_equal(observations["state[:2]"], state[:2])
+  # The pusher is blue, where the state says: x to the right, y downwards.
+  column, row = (state[:2] * 96 / 512).astype(int)
+  red, _, blue = picture[row, column].astype(int)
+  assert blue > red + 50
+
+
+def test_angles_are_those_of_one_turn(environment):
+  angles = [environment.reset(seed)["state"][4] for seed in range(20)]
+  assert 0 <= min(angles) < 2 and 4 < max(angles) < 2 * np.pi
+
+
+def test_the_pusher_goes_where_it_is_told(environment):
+  environment.reset(1)
+  target = np.array([60, 450], np.float32)
+  for _ in range(15):
+    step = environment.step(target)
+  np.testing.assert_allclose(step.observations["state"][:2], target, atol=3)
+
+
+def test_rewards_are_coverage(environment):
+  environment.reset(1)
+  simulator = environment._simulator
+  for shift, least, most in ((0, 1, 1), (10, 0.5, 0.9), (300, 0, 0)):
+    environment.reset(1)
+    simulator.agent.position = (60, 450)
+    simulator.block.angle = np.pi / 4
+    simulator.block.position = (256, 256 - shift)
+    reward = environment.step(np.array([60, 450])).reward
+    covered = simulator._get_coverage()
+    assert reward == pytest.approx(np.clip(covered / 0.95, 0, 1))
+    assert least <= reward <= most
+
+
+def test_success(environment):
+  environment.reset(1)
+  simulator = environment._simulator
+  # On its place, the pusher far away.
+  simulator.block.angle = np.pi / 4
+  simulator.block.position = (256, 256)
+  simulator.agent.position = (60, 450)
+  step = environment.step(np.array([60, 450]))
+  assert step.success and step.done and step.reward == 1
+
+
+def test_pictures_are_drawn_only_where_wanted(monkeypatch):
+  environment = robots.make("pusht")
+  monkeypatch.setattr(
+    environment._simulator, "_draw", lambda: pytest.fail("drawn")
+  )
+  assert list(environment.reset(0)) == ["state"]
+  environment.step(np.array([10, 10]))
+  environment.close()
+
+
+def test_it_is_drawn(environment):
+  environment.reset(0)
+  picture = environment.render()
+  assert picture.shape == (192, 192, 3) and picture.dtype == np.uint8

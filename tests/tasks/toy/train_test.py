@@ -1,0 +1,338 @@
+"""Toys end to end: particles, resume, files, configs, and what refuses them."""
+
+import dataclasses
+import functools
+import inspect
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import digits, toy
+from drift_jax import config as config_lib
+from drift_jax import drift
+from drift_jax.metrics.writers import read_jsonl
+from drift_jax.tasks import parse
+from drift_jax.tasks.generator.programs import programs
+from drift_jax.tasks.generator.restore import open_generator
+from drift_jax.tasks.generator.step import GeneratorBatch, train_step
+from drift_jax.tasks.toy import train as train_toy
+from drift_jax.tasks.toy.config import TOY_MODELS, ToyModel
+from drift_jax.tasks.toy.data import draw_points
+from drift_jax.tasks.toy.model import TOY_KINDS, build_toy
+from drift_jax.tasks.toy.setup import (
+  init_toy,
+  make_field,
+  toy_feed,
+  toy_sampler,
+  toy_task,
+)
+from drift_jax.training.drifting import init_drift
+from drift_jax.training.run import make_training, open_mesh
+from tests import process
+from tests.conftest import assert_close
+
+DEVICES = 8
+
+
+def small(variant="", **changes):
+  """The smoke variant with a problem for each device of the tests."""
+  config = toy.get_config(f"{variant},smoke")
+  config.batch.labels = DEVICES
+  config.batch.update(generated=16, positives=24)
+  config.update_from_flattened_dict(
+    {key.replace("__", "."): value for key, value in changes.items()}
+  )
+  return config
+
+
+def trained(config, count):
+  """(particles at first, after `count` steps), by the step of a run."""
+  config = parse(config)
+  mesh = open_mesh(config.mesh)
+  task = toy_task(config)
+  training = make_training(
+    config,
+    mesh,
+    init_params=init_toy(task),
+    init_drift=functools.partial(init_drift, task.temperature),
+    step=functools.partial(train_step, task=task),
+    frozen={},
+  )
+  feed = toy_feed(config)
+  state = training.init()
+  first = np.asarray(state.params["positions"])
+  for _ in range(count):
+    state, _ = training.step(state, GeneratorBatch(**next(feed)), {})
+    # Eight devices on few cores: steps that queue up may starve each other.
+    jax.block_until_ready(state)
+  return first, np.asarray(state.params["positions"])
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {},
+    {"drift__temperatures": (0.05, 0.2), "drift__repulsion": 0.5},
+    {"optim__schedule": "cosine", "drift__normalization": "y"},
+  ],
+)
+def test_particles_follow_the_field(changes):
+  """x <- x + eta V, V the mean over independent problems."""
+  eta = 0.7
+  config = small("particles", optim__learning_rate=eta, **changes)
+  x, got = trained(config, 3)
+  field = jax.jit(
+    functools.partial(
+      drift.compute_v,
+      mask_self=True,
+      normalization=config.drift.normalization,
+      attraction=config.drift.attraction,
+      repulsion=config.drift.repulsion,
+    ),
+    static_argnums=3,
+  )
+  feed = toy_feed(parse(config))
+  for step in range(3):
+    batch = next(feed)
+    v = np.zeros_like(x)
+    for positives in batch["positives"].reshape(DEVICES, -1, 2):
+      for tau in config.drift.temperatures:
+        v += np.asarray(field(x, positives, x, tau)) / DEVICES
+    rate = eta
+    if config.optim.schedule == "cosine":
+      rate *= (1 + np.cos(np.pi * step / config.train.num_steps)) / 2
+    x = x + rate * v
+  moved = np.abs(got - trained(config, 0)[0]).max()
+  assert moved > 0.01
+  assert_close(got, x, 1e-5)
+
+
+def test_all_particles_are_evaluated():
+  """As they are, each once, whatever eval.num_samples is."""
+  config = parse(small("particles"))
+  mesh = open_mesh(config.mesh)
+  task = toy_task(config)
+  params = jax.jit(init_toy(task))(jax.random.key(0))
+  got = toy_sampler(config, task, mesh)(params)
+  np.testing.assert_array_equal(got, params["positions"])
+
+
+def test_without_repulsion_particles_collapse():
+  """Table 1: (1, 0). With it they keep the data's spread."""
+  spread = {}
+  for variant in ("", "attraction_only"):
+    config = small(f"particles,{variant}", model__spread=0.5)
+    config.batch.update(generated=64, positives=64)
+    _, x = trained(config, 150)
+    nearest = np.linalg.norm(x[:, None] - x, axis=-1) + 9 * np.eye(len(x))
+    spread[variant] = np.median(nearest.min(axis=1))
+  assert spread["attraction_only"] < 0.1 * spread[""]
+
+
+@pytest.mark.parametrize("changes", [{}, {"normalize_features": True}])
+@pytest.mark.parametrize("negatives", ["own", "independent"])
+def test_the_drawn_field_is_that_of_training(negatives, changes):
+  """Each point of the grid as one more sample, which its own term spares."""
+  config = small(drift__temperatures=(0.05, 0.3), drift__negatives=negatives)
+  config.drift.update(changes)
+  rng = np.random.default_rng(0)
+  samples, queries = 0.3 * rng.normal(size=(2, 7, 2)).astype(np.float32)
+  positives = jnp.asarray(draw_points("bimodal", 9, 0.1, rng))
+  task = toy_task(parse(config))
+  got = make_field(task)(samples, positives, queries, 1.5)
+  own = negatives == "own"
+  for query, v in zip(queries, got, strict=True):
+    x = jnp.concatenate([samples, query[None]])
+    repelling = x if own else jnp.asarray(samples)
+    unit = 1.0
+    if changes:  # temperatures are in units of the mean distance
+      targets = np.concatenate([repelling, positives])
+      unit = np.linalg.norm(np.asarray(x)[:, None] - targets, axis=-1).mean()
+    expected = sum(
+      drift.compute_v(
+        x, positives, repelling, float(1.5 * tau * unit), mask_self=own
+      )[-1]
+      for tau in (0.05, 0.3)
+    )
+    # The loss takes coinciding points as 1e-4 apart: independent samples here.
+    assert_close(v, expected, 1e-4 if own else 2e-3)
+
+
+def without_clock(workdir):
+  """(records, figures) of a run, without what depends on the clock."""
+  records = [
+    {k: v for k, v in record.items() if not k.startswith("perf/")}
+    for record in read_jsonl(workdir / "metrics.jsonl")
+  ]
+  figures = json.loads((workdir / "figures.json").read_text())
+  del figures["seconds"]
+  return records, figures
+
+
+@pytest.mark.slow
+def test_a_resumed_run_is_the_same(tmp_path):
+  """As if the run had ended behind step 2's checkpoint, and step 3."""
+  run, parts = train_toy.train_and_evaluate, tmp_path / "parts"
+  whole = run(small(), str(tmp_path / "whole"))
+  shutil.copytree(tmp_path / "whole", parts)
+  shutil.rmtree(parts / "checkpoints" / "4")
+  shutil.rmtree(parts / "plots")
+  for name in ("figures.json", "samples/step_0000004.npy"):
+    (parts / name).unlink()
+  resumed = run(small(), str(parts))
+  assert int(resumed.step) == 4
+  jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+  assert without_clock(parts) == without_clock(tmp_path / "whole")
+  for step in (0, 2, 4):
+    name = f"samples/step_{step:07d}.npy"
+    np.testing.assert_array_equal(
+      np.load(parts / name), np.load(tmp_path / "whole" / name)
+    )
+  assert np.load(parts / name).shape == (64, 2)
+  assert (parts / "plots" / "evolution.gif").exists()
+
+
+@pytest.mark.slow
+def test_the_command_line(tmp_path):
+  workdir = tmp_path / "run"
+  done = process.call(
+    *("-m", "drift_jax.main"),
+    *("--config=configs/toy.py:smoke", f"--workdir={workdir}"),
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  figures = json.loads((workdir / "figures.json").read_text())
+  for name, value in figures.items():
+    assert np.isfinite(value).all(), name
+  assert figures["step"] == 4 and len(figures["mode_masses"]) == 2
+  assert figures["energy_distance_baseline"] > 0
+  records = read_jsonl(workdir / "metrics.jsonl")
+  last = {key: value for record in records for key, value in record.items()}
+  assert last["eval/energy_distance"] == figures["energy_distance"]
+  assert last["eval/mode_ratio/1"] == 2 * figures["mode_masses"][1]
+  losses = [record["loss"] for record in records if "loss" in record]
+  average = losses[0]
+  for loss in losses[1:]:
+    average = 0.98 * average + 0.02 * loss
+  assert figures["loss_ema"] == pytest.approx(average, rel=1e-12)
+  with Image.open(workdir / "plots" / "evolution.gif") as animation:
+    assert animation.n_frames == 3
+  for name in ("field", "curves"):
+    with Image.open(workdir / "plots" / f"{name}.png") as picture:
+      assert min(picture.size) > 300
+  # What reads images' generators says that this is none.
+  mesh = open_mesh(config_lib.Mesh(data=-1, fsdp=1))
+  with pytest.raises(
+    config_lib.ConfigError, match="run of task 'toy', want 'generator'"
+  ):
+    open_generator(str(workdir), mesh)
+
+
+def test_what_can_not_be():
+  config = parse(small())
+  with pytest.raises(config_lib.ConfigError, match="task='toy' needs no check"):
+    programs(config, open_mesh(config.mesh))
+  with pytest.raises(
+    config_lib.ConfigError, match="batch.labels=3 can't be split over the 8"
+  ):
+    train_toy.train_and_evaluate(small(batch__labels=3), "/nowhere")
+  with pytest.raises(config_lib.ConfigError, match="task='mae', want 'toy'"):
+    train_toy.train_and_evaluate(digits.get_config("encoder"), "/nowhere")
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "message"),
+  [
+    ("data.distribution", "moon", r"'moon': .*'moons'.*did you mean 'moons'"),
+    ("data.noise", -0.1, r"data\.noise=-0\.1 must be at least 0"),
+    ("data.prefetch", -1, r"data\.prefetch=-1 must be at least 0"),
+    ("data.source", "digits", r"unknown key data\.source"),
+    ("model.kind", "particle", r"'particle': .*'mlp', 'particles'"),
+    ("model.width", 0, r"model\.width=0 must be at least 1"),
+    ("model.location", (1.0, 2.0, 3.0), "two coordinates"),
+    ("model.spread", 0.0, r"model\.spread=0\.0 must be positive"),
+    ("batch.labels", 0, r"batch\.labels=0 must be at least 1"),
+    ("batch.generated", 1, r"generated=1: .*nothing repels it"),
+    ("batch.unconditional", 1, r"unknown key batch\.unconditional"),
+    ("drift.temperatures", (), "at least one positive"),
+    ("eval.num_samples", 1, r"num_samples=1: figures need at least 2"),
+    ("eval.ema_decay", 0.9, r"ema_decay=0\.9 is not one of ema\.decays"),
+    ("checkpoint.best_metric", "fid", r"'fid': valid options are \[''\]"),
+  ],
+)
+def test_bad_values_are_named(key, value, message):
+  values = toy.get_config().to_dict()
+  section, leaf = key.split(".")
+  values[section][leaf] = value
+  with pytest.raises(config_lib.ConfigError, match=message):
+    parse(values)
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "message"),
+  [
+    (
+      "normalize_features",
+      True,
+      "x <- x . eta V on raw distances; set it to F",
+    ),
+    (
+      "negatives",
+      "independent",
+      "no noise to draw a second batch from; use 'o",
+    ),
+  ],
+)
+def test_what_particles_can_not_have(key, value, message):
+  values = toy.get_config("particles").to_dict()
+  values["drift"][key] = value
+  with pytest.raises(config_lib.ConfigError, match=f"drift.{key}=.*{message}"):
+    parse(values)
+  values["model"]["kind"] = "mlp"
+  parse(values)
+
+
+@pytest.mark.parametrize("name", toy.EXPERIMENTS)
+def test_variants(name):
+  full = parse(toy.get_config(name))
+  bimodal = name.startswith("bimodal_")
+  assert full.data.distribution == ("bimodal" if bimodal else name)
+  again = parse(json.loads(config_lib.to_json(full)))
+  assert again == full
+  for option in toy.OPTIONS:
+    parse(toy.get_config(f"{name},{option}"))
+
+
+def test_models_take_what_configs_give():
+  """Name for name, but for the number of particles: batch.generated."""
+  names = {field.name for field in dataclasses.fields(ToyModel)}
+  parameters = inspect.signature(build_toy).parameters.values()
+  wanted = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+  assert names | {"count"} == wanted
+  assert TOY_MODELS == TOY_KINDS
+
+
+def test_published_settings():
+  """Section 5.1: what the notebook of the paper trains."""
+  config = toy.get_config("checkerboard")
+  model = config.model
+  assert (model.noise_size, model.width, model.depth) == (32, 256, 3)
+  assert config.drift.temperatures == (0.05,)
+  assert not config.drift.normalize_features
+  assert not config.drift.normalize_drift
+  assert (config.batch.generated, config.batch.positives) == (2_048, 2_048)
+  assert (config.optim.learning_rate, config.optim.weight_decay) == (1e-3, 0.0)
+  assert config.train.num_steps == 2_000
+  assert config.data.noise == 0.05
+  assert toy.get_config("swiss_roll").data.noise == 0.03
+
+
+def test_unknown_variants():
+  with pytest.raises(ValueError, match="'moon': valid options .*'moons'"):
+    toy.get_config("moon")
+  with pytest.raises(ValueError, match="exclude each other"):
+    toy.get_config("moons,spiral")

@@ -1,0 +1,383 @@
+"""compile_check: real TPU topologies, compiled for without a TPU."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import pytest
+
+from configs import cifar10, digits
+from drift_jax import config as config_lib
+from drift_jax.system import sharding
+from drift_jax.tasks import parse
+from drift_jax.tasks.generator import programs as programs_lib
+from drift_jax.tools import compile_check, hlo
+from drift_jax.training import artifacts
+from tests import process
+from tests.published_configs_test import get
+
+# Widths that TPUs tile evenly, one label a chip.
+SMALL = (
+  "--config=configs/digits.py",
+  "--config.model.hidden_size=128",
+  "--config.model.cond_dim=128",
+  "--config.model.num_heads=2",
+  "--config.model.depth=3",
+  "--config.model.remat=attention",
+  "--config.batch.positives=8",
+  "--config.eval.batch_size=16",
+)
+
+
+def run(*arguments):
+  """What a process that compiles for TPUs has said.
+
+  Without the tests' XLA_FLAGS: libtpu refuses flags that it doesn't have.
+  """
+  done = process.call(
+    *arguments, XLA_FLAGS="", JAX_ENABLE_COMPILATION_CACHE="false"
+  )
+  assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+  return done.stdout
+
+
+@pytest.fixture(scope="module")
+def v6e(tmp_path_factory):
+  """(report, text, programs) of a small generator on 16 chips of v6e."""
+  folder = tmp_path_factory.mktemp("check")
+  file = folder / "report.json"
+  text = run(
+    *("-m", "drift_jax.tools.compile_check", *SMALL),
+    "--topology=v6e:4x4",
+    "--mesh=data=2,fsdp=8",
+    f"--json={file}",
+    f"--hlo={folder}",
+  )
+  programs = {path.stem: path.read_text() for path in folder.glob("*.txt")}
+  return json.loads(file.read_text()), text, programs
+
+
+@pytest.mark.system
+def test_a_small_model_on_a_real_topology(v6e):
+  report, text, _ = v6e
+  assert report["devices"] == 16
+  assert report["device_kind"] == "TPU v6 lite"
+  assert report["mesh"] == {"data": 2, "fsdp": 8}
+  assert [entry["program"] for entry in report["programs"]] == [
+    "train",
+    "sample",
+  ]
+  train, sample = report["programs"]
+  assert train["fits"] and sample["fits"]
+  sizes = train["arguments"]
+  # AdamW's two moments and two averages beside the parameters, in eighths.
+  config = parse(digits.get_config())
+  assert sizes["optimizer"] == 2 * sizes["params"] + 8  # two counters
+  assert sizes["ema"] == len(config.ema.decays) * sizes["params"]
+  assert sum(sizes.values()) < train["peak"] < train["available"]
+  assert train["activations"] > 0
+  assert train["flops"] > 3 * sample["flops"]
+  assert train["bytes_accessed"] > sample["bytes_accessed"] > 0
+  assert {"Generator", "rest"} <= set(train["parts"])
+  assert sum(part["seconds"] for part in train["parts"].values()) == (
+    pytest.approx(train["estimated_seconds"])
+  )
+  assert train["estimated_seconds"] > 0
+  for word in ("train: fits", "params", "optimizer", "TFLOP", "all-gather"):
+    assert word in text, text
+
+
+@pytest.mark.system
+def test_attention_is_on_chip(v6e):
+  """One kernel forward, one backward; remat keeps the forward one's result."""
+  _, _, programs = v6e
+  kernels = {
+    name: programs[name].count('custom_call_target="tpu_custom_call"')
+    for name in ("train", "sample")
+  }
+  assert kernels == {"train": 2, "sample": 1}
+
+
+@pytest.mark.system
+def test_what_takes_the_memory_is_written_too(v6e):
+  _, _, programs = v6e
+  assert programs.keys() == {"train", "sample", "train_memory", "sample_memory"}
+  assert "cumulative_size" in programs["train_memory"]
+
+
+_KERNELS = """
+import jax, jax.numpy as jnp
+from drift_jax import drift, sharding
+from drift_jax.models import layers
+from drift_jax.tools import compile_check
+
+compile_check.prepare_libtpu()
+for topology in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
+  mesh = sharding.make_mesh(devices=compile_check.find_devices(topology)[:1])
+  place = sharding.replicated(mesh)
+  shape = lambda *x, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(
+    x, dtype, sharding=place
+  )
+  loss = lambda x, y, w: drift.drift_losses(
+    {"wide": x}, {"wide": y}, w, num_positives=8, temperatures=(0.05, 0.2),
+    kernel="pallas",
+  )[0].sum()
+  features = (shape(1, 8, 3, 1024), shape(1, 12, 3, 1024))
+  weight = shape(1, dtype=jnp.float32)
+  jax.jit(jax.value_and_grad(loss)).lower(*features, weight).compile()
+  attention = layers.Attention(4, jnp.dtype("bfloat16"), jnp.dtype("bfloat16"),
+                               "pallas")
+  x = shape(2, 20, 256)
+  params = jax.tree.map(
+    lambda p: shape(*p.shape, dtype=p.dtype),
+    jax.eval_shape(attention.init, jax.random.key(0), x),
+  )
+  total = lambda p, x: attention.apply(p, x).astype(jnp.float32).sum()
+  jax.jit(jax.grad(total, argnums=(0, 1))).lower(params, x).compile()
+  print(topology)
+"""
+
+
+@pytest.mark.system
+def test_kernels_compile_for_every_generation():
+  assert run("-c", _KERNELS).split() == [
+    *("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2")
+  ]
+
+
+# The command line for one list of arguments after the other.
+_MANY = """if True:
+  import json, sys
+  from absl import flags
+  from absl.testing import flagsaver
+  from drift_jax.tools import compile_check
+
+  compile_check.define_flags()
+  compile_check.prepare_libtpu()
+  for arguments in json.loads(sys.argv[1]):
+    with flagsaver.flagsaver():
+      sys.argv[1:] = arguments
+      flags.FLAGS(sys.argv)
+      try:
+        compile_check.main(sys.argv[:1])
+        print("no error")
+      except SystemExit as ended:
+        print(ended.code)
+"""
+_MISTAKES = {
+  "--topology=v6e": "--topology='v6e': want GENERATION:CHIPS",
+  "--topology=v9z:4x4": "v9z:4x4.*valid ones",
+  "--mesh=rows=2": r"'rows=2' is not AXIS=SIZE.*'data', 'fsdp'",
+  "--mesh=data=3": "mesh data=3, fsdp=1 does not fit 1 devices",
+  "--programs=trian": r"no 'trian'.*'train', 'sample'",
+  "--config.model.num_classes=0": "model.num_classes=0.*set it",
+}
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+  """(reports of a square mesh and a large batch, what the tool ended with)."""
+  folder = tmp_path_factory.mktemp("others")
+  files = [folder / f"{number}.json" for number in range(2)]
+  square = (
+    "--config.model.depth=1",
+    "--topology=v6e:4x4",
+    "--mesh=data=1,fsdp=16",
+  )
+  large = ("--topology=v5e:2x2", "--config.batch.generated=65536")
+  cases = [
+    [*SMALL, *case, "--programs=train", f"--json={file}"]
+    for case, file in zip((square, large), files, strict=True)
+  ]
+  cases += [["--config=configs/digits.py", mistake] for mistake in _MISTAKES]
+  lines = run("-c", _MANY, json.dumps(cases)).splitlines()
+  return [json.loads(file.read_text()) for file in files], lines
+
+
+@pytest.mark.system
+def test_collectives_of_a_tpu(v6e):
+  """No activation is moved, and gradients are reduce-scattered."""
+  train, sample = v6e[0]["programs"]
+  assert set(sample["collectives"]) == {"all-gather"}
+  kinds = train["collectives"]
+  # TPUs shift the odd rows of reduce-scatters that they have put together.
+  shifted = kinds.pop("collective-permute", {"bytes": 0})["bytes"]
+  assert shifted < 0.05 * kinds["reduce-scatter"]["bytes"]
+  assert set(kinds) == {"all-gather", "all-reduce", "reduce-scatter"}
+  sharded = 8 * train["arguments"]["params"]
+  assert 0 < kinds["reduce-scatter"]["bytes"] <= sharded
+  assert kinds["reduce-scatter"]["bytes"] > 0.8 * sharded
+  assert kinds["all-gather"]["bytes"] <= 2 * sharded
+  assert kinds["all-reduce"]["bytes"] < 0.5 * sharded
+
+
+@pytest.mark.system
+def test_sums_of_square_slices_are_told(v6e, others):
+  """Where libtpu takes reduce-scatters apart, and a mesh where it doesn't."""
+  (result, _), lines = others
+  assert "no error" in lines
+  (report,) = result["programs"]
+  assert report["fits"] and "reduce-scatter" not in report["collectives"]
+  (line,) = report["advice"]
+  assert line.startswith("mesh.data=2: ") and "all-reduced" in line
+  whole = report["asked"]["reduce-scatter"]["bytes"]
+  assert report["collectives"]["all-reduce"]["bytes"] > whole
+  text = compile_check.describe(result, [compile_check.Report(**report)])
+  assert re.search(
+    r"reduce-scatter 0 x, 0 B \(the program asks for [\d.]+ [kM]B\)", text
+  ), text
+  assert v6e[0]["programs"][0]["advice"] == []
+
+
+@pytest.mark.system
+def test_what_does_not_fit_is_told(others):
+  (_, report), lines = others
+  assert lines[-len(_MISTAKES) - 1] == "1"
+  (train,) = report["programs"]
+  assert train["fits"] is False
+  assert train["peak"] > train["available"] == int(15.75 * 2**30)
+  assert "emory" in train["message"]
+  assert any("model.remat" in line for line in train["advice"])
+  assert any("batch.generated" in line for line in train["advice"])
+
+
+def test_elements_of_tuples_are_counted():
+  """However they are written: JAX 0.12 does without get-tuple-element."""
+  program = """
+ENTRY %main (p.1: (f32[4], (f32[9], f32[8,2]))) -> f32[4] {{
+  %p.1 = (f32[4]{{0}}, /*index=1*/(f32[9]{{0}}, f32[8,2]{{1,0}})) parameter(0)
+{elements}
+  ROOT %sum = (f32[4]{{0}}, f32[8,2]{{1,0}}) all-reduce({operands})
+}}
+"""
+  explicit = program.format(
+    elements="""  %a = f32[4]{0} get-tuple-element(%p.1), index=0
+  %b = (f32[9]{0}, f32[8,2]{1,0}) get-tuple-element(%p.1), index=1
+  %c = f32[8,2]{1,0} get-tuple-element(%b), index=1""",
+    operands="%a, %c",
+  )
+  short = program.format(elements="", operands="%p.1#0, %p.1#1#1")
+  for text in (explicit, short):
+    found = hlo.analyse(text)
+    assert found.by_kind() == {"all-reduce": {"count": 1, "bytes": 80}}
+    assert found.bytes == 160
+
+
+@pytest.mark.slow
+def test_the_devices_that_are_there():
+  """Without a topology; nobody says how much memory a CPU has."""
+  config = parse(digits.get_config("encoder"))
+  config = dataclasses.replace(
+    config,
+    model=dataclasses.replace(config.model, base_channels=4),
+    mae=dataclasses.replace(config.mae, batch_size=16),
+    eval=dataclasses.replace(config.eval, batch_size=16),
+  )
+  (report,) = compile_check.check(config, jax.devices(), ["evaluate"])
+  assert report.fits is None and report.available is None
+  assert report.peak >= sum(report.arguments.values())
+  text = compile_check.describe(
+    {
+      "config": "c",
+      "topology": "local",
+      "devices": 8,
+      "device_kind": "cpu",
+      "mesh": {"data": 8, "fsdp": 1},
+    },
+    [report],
+  )
+  assert "evaluate: compiled, " in text and "all-reduce" in text
+
+
+def test_memory_falls_as_fsdp_grows():
+  """State in parts; what every device has whole, and the batch, stay."""
+  config = parse(digits.get_config())
+  sizes = []
+  for fsdp in (1, 2, 4, 8):
+    config = compile_check.with_mesh(config, f"data=-1,fsdp={fsdp}")
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    train, *_ = programs_lib.programs(config, mesh)
+    sizes.append(compile_check.argument_bytes(train.arguments))
+  for key in ("params", "optimizer", "ema"):
+    whole, *parts = (size[key] for size in sizes)
+    for fsdp, part in zip((2, 4, 8), parts, strict=True):
+      assert whole / fsdp <= part < 1.15 * whole / fsdp, (key, fsdp)
+  assert len({size["batch"] for size in sizes}) == 1
+
+
+@pytest.mark.slow
+def test_a_program_that_can_not_be_read(monkeypatch):
+  """libtpu fails to write some: what is known without the text is told."""
+
+  def fail(self):
+    raise jax.errors.JaxRuntimeError("INTERNAL: no such operand")
+
+  monkeypatch.setattr(jax.stages.Compiled, "as_text", fail)
+  config = parse(digits.get_config())
+  (report,) = compile_check.check(config, jax.devices(), ["sample"])
+  assert "each loop once" in report.message
+  assert report.flops > 0 and report.bytes_accessed > 0
+  assert report.collectives == {}  # fsdp=1
+
+
+@pytest.mark.system
+def test_mistakes(others):
+  _, lines = others
+  for line, message in zip(
+    lines[-len(_MISTAKES) :], _MISTAKES.values(), strict=True
+  ):
+    assert line.startswith("Error: ") and re.search(message, line), line
+
+
+def test_models_that_nothing_describes():
+  config = cifar10.get_config()
+  config.model.num_classes = 10
+  config.encoders.mae.path = "nowhere"
+  config = parse(config)
+  with pytest.raises(
+    artifacts.ArtifactError, match=r"encoders\.mae\.path='nowhere'.*model is"
+  ):
+    compile_check.check(config, jax.devices())
+
+
+def test_labels_that_do_not_divide():
+  config = parse(digits.get_config())
+  config = dataclasses.replace(
+    config, batch=dataclasses.replace(config.batch, labels=12)
+  )
+  with pytest.raises(config_lib.ConfigError, match=r"batch\.labels=12.*8"):
+    compile_check.check(config, jax.devices())
+
+
+def test_sizes_in_compilers_messages():
+  message = (
+    "RESOURCE_EXHAUSTED: E1000: Ran out of memory on HBM, the total memory "
+    "required for HLO temporaries (32.93G) exceeds available HBM (31.24G)."
+  )
+  assert compile_check.needed_bytes(message) == int(32.93 * 2**30)
+  message = "Ran out of memory in memory space hbm. Used 512.00M of 16G hbm."
+  assert compile_check.needed_bytes(message) == 512 * 2**20
+  assert compile_check.needed_bytes("something else") is None
+
+
+@pytest.mark.slow
+def test_published_configs_are_described():
+  """Their networks need not be there: all programs can be made.
+
+  The largest of each kind; the others differ in sizes.
+  """
+  mesh = sharding.make_mesh(1, 8)
+  decoded = ("imagenet_latent", "convnext")
+  generators = (("imagenet_latent", "l2"), ("imagenet_pixel", "l16"), decoded)
+  for name, variant in generators:
+    programs = programs_lib.programs(get(name, variant), mesh)
+    decode = ["decode"] if name == "imagenet_latent" else []
+    assert [program.name for program in programs] == [
+      *("train", "sample", *decode, "judge inception")
+    ]
+  # Those of the last one.
+  assert programs[0].arguments["frozen"].keys() == {"convnext", "vae"}
+  for name in ("mae_latent", "mae_pixel"):
+    names = [p.name for p in programs_lib.programs(get(name, "640"), mesh)]
+    assert names == ["train", "evaluate"]

@@ -1,0 +1,679 @@
+"""Checkpoints: what is kept, any mesh restores, damage is told from health."""
+
+import collections
+import contextlib
+import json
+import math
+import pathlib
+import resource
+import shutil
+import threading
+import time
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from etils import epath
+
+from drift_jax.data import bank as bank_lib
+from drift_jax.system import sharding, storage
+from drift_jax.training import checkpoint, checksums
+
+
+def make_state(mesh, value=0.0):
+  tree = {
+    "params": {"kernel": jnp.arange(256.0).reshape(8, 32) + value},
+    "ema": {"0.999": {"kernel": jnp.ones((8, 32)) + value}},
+  }
+  return jax.device_put(tree, sharding.infer_sharding(tree, mesh))
+
+
+def make_feed(position=3):
+  bank = bank_lib.create(
+    num_classes=2, class_size=3, unconditional_size=4, sample_shape=(2,)
+  )
+  bank_lib.push(bank, np.ones((2, 2), np.float32), np.array([0, 1], np.int32))
+  return {"position": np.asarray(position, np.int64), "bank": bank.arrays()}
+
+
+def abstract(tree, shardings):
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    tree,
+    shardings,
+  )
+
+
+def targets(mesh):
+  state, feed = make_state(mesh), make_feed()
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  bank = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    feed["bank"],
+  )
+
+  def abstract_feed(saved):
+    assert saved["bank"]["samples"].shape == bank["samples"].shape
+    return {"position": feed["position"], "bank": bank}
+
+  return abstract(state, sharding.infer_sharding(state, mesh)), abstract_feed
+
+
+def equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture
+def mesh():
+  return sharding.make_mesh(8, 1)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+  """Checkpoints of steps 1, 2 and 3 in a closed directory."""
+  folder, mesh = tmp_path_factory.mktemp("saved"), sharding.make_mesh(8, 1)
+  saver = checkpoint.Checkpointer(folder, keep_latest=3)
+  for step in (1, 2, 3):
+    saver.save(step, make_state(mesh, step), make_feed(step))
+  saver.close()
+  return folder
+
+
+@pytest.fixture
+def three_steps(saved, tmp_path):
+  """A copy, which may be damaged."""
+  return shutil.copytree(saved, tmp_path / "run")
+
+
+def test_saved_on_8_by_1_restores_on_2_by_4(three_steps):
+  other = sharding.make_mesh(2, 4)
+  saver = checkpoint.Checkpointer(three_steps)
+  restored = saver.restore(*targets(other))
+  assert restored is not None
+  state, feed = restored
+  equal(state, make_state(other, 3))
+  equal(feed["bank"], make_feed()["bank"])
+  assert int(feed["position"]) == 3
+  kernel = state["params"]["kernel"]
+  assert kernel.sharding.mesh.shape == {"data": 2, "fsdp": 4}
+  assert kernel.addressable_shards[0].data.shape == (2, 32)
+  saver.close()
+
+
+def test_an_empty_directory_restores_nothing(tmp_path, mesh):
+  saver = checkpoint.Checkpointer(tmp_path)
+  assert saver.restore(*targets(mesh)) is None
+  assert saver.latest_step() is None and saver.best_step() is None
+  with pytest.raises(checkpoint.CheckpointError, match="no checkpoint in"):
+    saver.restore_subtree(targets(mesh)[0])
+  saver.close()
+
+
+def test_keeps_the_latest_the_best_and_every_kth(tmp_path, mesh):
+  distances = {2: 5.0, 4: 1.0, 6: 3.0, 8: 2.0}
+  saver = checkpoint.Checkpointer(
+    tmp_path, keep_latest=2, keep_every=5, best_metric="fd_pixel"
+  )
+  for step in range(1, 10):
+    saver.save(step, make_state(mesh, step), make_feed(step))
+    if step in distances:
+      saver.rank(step, {"fd_pixel": distances[step]})
+  saver.wait()
+  assert saver.steps() == [4, 5, 8, 9]
+  assert saver.best_step() == 4
+  saver.close()
+  # The ranking survives a new process' manager.
+  saver = checkpoint.Checkpointer(
+    tmp_path, keep_latest=2, keep_every=5, best_metric="fd_pixel"
+  )
+  assert saver.best_step() == 4
+  saver.save(11, make_state(mesh), make_feed())
+  saver.rank(11, {"fd_pixel": 4.0})
+  saver.wait()
+  assert saver.steps() == [4, 5, 9, 11]
+  saver.close()
+
+
+def test_saving_does_not_see_later_changes(tmp_path, mesh):
+  """The state may be donated right after save returns."""
+  saver = checkpoint.Checkpointer(tmp_path)
+  state = make_state(mesh, 1.0)
+  expected = jax.tree.map(np.array, state)
+  saver.save(1, state, make_feed())
+  bump = jax.jit(lambda t: jax.tree.map(lambda x: x + 1.0, t), donate_argnums=0)
+  for _ in range(3):
+    state = bump(state)
+  saver.wait()
+  restored = saver.restore(*targets(mesh))
+  assert restored is not None
+  equal(restored[0], expected)
+  saver.close()
+
+
+def largest_file(directory: pathlib.Path) -> pathlib.Path:
+  files = [
+    p
+    for p in directory.rglob("*")
+    if p.is_file() and p.name != checksums.CHECKSUMS
+  ]
+  return max(files, key=lambda p: p.stat().st_size)
+
+
+def truncate(path: pathlib.Path) -> None:
+  path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip_a_bit(path: pathlib.Path) -> None:
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+  ("harm", "says"),
+  [
+    (truncate, r"\d+ bytes, want \d+"),
+    (flip_a_bit, "its content changed"),
+    (pathlib.Path.unlink, "missing"),
+  ],
+)
+def test_damage_is_an_error_unless_asked(three_steps, mesh, harm, says):
+  harm(largest_file(three_steps / "3"))
+  saver = checkpoint.Checkpointer(three_steps, keep_latest=3)
+  with pytest.raises(
+    checkpoint.CheckpointError,
+    match=f"(?s)3 is damaged: .*{says}.*on_corrupt=previous.*from step 2",
+  ):
+    saver.restore(*targets(mesh))
+  saver.close()
+  assert (three_steps / "3").exists()
+
+  saver = checkpoint.Checkpointer(
+    three_steps, keep_latest=3, on_corrupt="previous"
+  )
+  restored = saver.restore(*targets(mesh))
+  assert restored is not None
+  equal(restored[0], make_state(mesh, 2))
+  assert (three_steps / "damaged_3").exists()
+  # The step can be saved again.
+  saver.save(3, make_state(mesh, 30), make_feed(3))
+  saver.wait()
+  restored = saver.restore(*targets(mesh))
+  assert restored is not None
+  equal(restored[0], make_state(mesh, 30))
+  saver.close()
+
+
+def test_damage_without_checksums_is_found_by_reading(three_steps, mesh):
+  """As after a kill between the commit and its checksums."""
+  (three_steps / "3" / checksums.CHECKSUMS).unlink()
+  for path in (three_steps / "3" / "state").rglob("manifest.ocdbt"):
+    truncate(path)
+  saver = checkpoint.Checkpointer(three_steps, keep_latest=3)
+  with pytest.raises(checkpoint.CheckpointError, match="3 is damaged"):
+    saver.restore(*targets(mesh))
+  saver.close()
+
+
+def test_every_checkpoint_damaged(three_steps, mesh):
+  for step in (1, 2, 3):
+    truncate(largest_file(three_steps / str(step)))
+  saver = checkpoint.Checkpointer(
+    three_steps, keep_latest=3, on_corrupt="previous"
+  )
+  with pytest.raises(checkpoint.CheckpointError, match="no other checkpoint"):
+    saver.restore(*targets(mesh))
+  saver.close()
+
+
+def test_the_wrong_shape_is_not_called_damage(three_steps, mesh):
+  state, feed = targets(mesh)
+  state["params"]["other"] = state["params"].pop("kernel")
+  saver = checkpoint.Checkpointer(three_steps, on_corrupt="previous")
+  with pytest.raises(Exception, match="other") as caught:
+    saver.restore(state, feed)
+  assert not isinstance(caught.value, checkpoint.CheckpointError)
+  assert saver.steps()[-1] == 3
+  saver.close()
+
+
+def test_part_of_a_state(three_steps, mesh):
+  saver = checkpoint.Checkpointer(three_steps, keep_latest=3)
+  wanted = {"ema": targets(mesh)[0]["ema"]}
+  step, tree = saver.restore_subtree(wanted)
+  assert step == 3 and set(tree) == {"ema"}
+  equal(tree["ema"], make_state(mesh, 3)["ema"])
+  assert saver.restore_subtree(wanted, 2)[0] == 2
+  with pytest.raises(checkpoint.CheckpointError, match=r"\[1, 2, 3\]"):
+    saver.restore_subtree(wanted, 7)
+  for path in (three_steps / "3" / "state").rglob("_METADATA"):
+    truncate(path)
+  with pytest.raises(checkpoint.CheckpointError, match="damaged"):
+    saver.restore_subtree(wanted)
+  saver.close()
+
+
+@pytest.fixture
+def slow_write(monkeypatch):
+  """Files of a save stay temporary until the returned event is set."""
+  release = threading.Event()
+  handler = ocp.CompositeCheckpointHandler
+  commit = handler.finalize
+
+  def finalize(self, directory, *args, **kwargs):
+    assert release.wait(60)
+    return commit(self, directory, *args, **kwargs)
+
+  monkeypatch.setattr(handler, "finalize", finalize)
+  return release
+
+
+def test_a_reader_leaves_a_save_under_way_alone(tmp_path, mesh, slow_write):
+  saver = checkpoint.Checkpointer(tmp_path)
+  saver.save(1, make_state(mesh, 1), make_feed())
+  deadline = time.monotonic() + 60
+  while not list(tmp_path.iterdir()):  # a thread makes it
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+  assert not (tmp_path / "1").exists(), "the save is still under way"
+  reader = checkpoint.Checkpointer(tmp_path, read_only=True)
+  assert reader.steps() == []
+  reader.close()
+  slow_write.set()
+  saver.wait()
+  restored = saver.restore(*targets(mesh))
+  assert restored is not None
+  equal(restored[0], make_state(mesh, 1))
+  saver.close()
+
+
+def test_a_reader_writes_nothing(three_steps, mesh):
+  truncate(largest_file(three_steps / "3"))
+  before = sorted(three_steps.rglob("*"))
+  reader = checkpoint.Checkpointer(
+    three_steps, on_corrupt="previous", read_only=True
+  )
+  with pytest.raises(ValueError, match="open read-only: can't save 4"):
+    reader.save(4, make_state(mesh), make_feed())
+  with pytest.raises(
+    checkpoint.CheckpointError, match=r"damaged: .*another step: \[1, 2\]"
+  ):
+    reader.restore(*targets(mesh))
+  assert reader.restore_subtree(targets(mesh)[0], 2)[0] == 2
+  reader.close()
+  assert sorted(three_steps.rglob("*")) == before
+
+
+def test_a_reader_of_an_absent_directory(tmp_path, mesh):
+  reader = checkpoint.Checkpointer(tmp_path / "no" / "run", read_only=True)
+  assert reader.restore(*targets(mesh)) is None
+  assert reader.steps() == [] and reader.best_step() is None
+  with pytest.raises(checkpoint.CheckpointError, match="no checkpoint in"):
+    reader.restore_subtree(targets(mesh)[0])
+  reader.close()
+  assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("old", [{"fd_pixel": 1.0}, {"fd_encoder": math.nan}])
+def test_another_best_metric_on_resume(tmp_path, mesh, old):
+  """Checkpoints without the new metric, or with NaN, rank last."""
+  saver = checkpoint.Checkpointer(tmp_path, best_metric=next(iter(old)))
+  saver.save(1, make_state(mesh), make_feed())
+  saver.rank(1, old)
+  saver.save(2, make_state(mesh), make_feed())
+  saver.close()
+  saver = checkpoint.Checkpointer(tmp_path, best_metric="fd_encoder")
+  assert saver.best_step() is None
+  for step, metrics in ((3, {"fd_encoder": 4.0}), (4, {"fd_encoder": 5.0})):
+    saver.save(step, make_state(mesh), make_feed())
+    saver.rank(step, metrics)
+  saver.wait()
+  assert saver.best_step() == 3
+  assert saver.steps() == [3, 4]
+  saver.close()
+
+
+@pytest.mark.parametrize(
+  ("keep_latest", "kept"), [(1, [3, 5]), (5, [1, 2, 3, 4, 5])]
+)
+def test_nan_is_never_the_best(tmp_path, mesh, keep_latest, kept):
+  saver = checkpoint.Checkpointer(
+    tmp_path, keep_latest=keep_latest, best_metric="fd"
+  )
+  for step, value in enumerate((math.nan, 5.0, 1.0, math.nan, 3.0), 1):
+    saver.save(step, make_state(mesh), make_feed())
+    saver.rank(step, {"fd": value})
+  saver.wait()
+  assert saver.best_step() == 3
+  assert saver.steps() == kept
+  saver.close()
+
+
+def test_checksums_that_fail_are_not_swallowed(tmp_path, mesh, monkeypatch):
+  def fail(directory):
+    raise PermissionError(f"can't read {directory}")
+
+  monkeypatch.setattr(checksums, "file_names", fail)
+  saver = checkpoint.Checkpointer(tmp_path)
+  saver.save(1, make_state(mesh), make_feed())
+  with pytest.raises(PermissionError, match="can't read .*1"):
+    saver.wait()
+  saver.save(2, make_state(mesh), make_feed())
+  with pytest.raises(PermissionError, match="can't read .*2"):
+    saver.close()
+
+
+def test_every_kept_step_gets_checksums_without_poll_or_wait(tmp_path, mesh):
+  saver = checkpoint.Checkpointer(tmp_path, keep_latest=2)
+  for step in range(1, 5):
+    saver.save(step, make_state(mesh), make_feed())
+  saver.close()
+  for step in (3, 4):
+    sums = json.loads((tmp_path / str(step) / "checksums.json").read_text())
+    assert len(sums) > 4
+
+
+def test_no_checksums_are_written_where_retention_deletes(
+  tmp_path, mesh, monkeypatch
+):
+  """A file that appears in a folder being deleted would keep it alive, and a
+  save in a hurry does not wait until the one before has been read back."""
+  begun, written = threading.Event(), []
+  run = checksums.Summing.run
+
+  def record(job, stop):
+    begun.set()
+    threading.Event().wait(0.3)  # a large checkpoint
+    assert job._directory.exists()
+    if run(job, stop):
+      written.append(int(job._directory.name))
+
+  monkeypatch.setattr(checksums.Summing, "run", record)
+  saver = checkpoint.Checkpointer(tmp_path, keep_latest=1)
+  saver.save(1, make_state(mesh), make_feed())
+  saver.save(2, make_state(mesh), make_feed())  # deletes 1
+  while not begun.is_set():
+    saver.poll()
+  saver.save(3, make_state(mesh), make_feed())  # deletes 2
+  saver.close()
+  assert written == [3]
+  assert [path.name for path in tmp_path.iterdir()] == ["3"]
+
+
+def test_out_of_memory_is_not_damage(three_steps, mesh, monkeypatch):
+  (three_steps / "3" / checksums.CHECKSUMS).unlink()
+  saver = checkpoint.Checkpointer(
+    three_steps, keep_latest=3, on_corrupt="previous"
+  )
+
+  def restore(*args, **kwargs):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+  monkeypatch.setattr(saver._manager, "restore", restore)
+  with pytest.raises(jax.errors.JaxRuntimeError, match="Out of memory"):
+    saver.restore(*targets(mesh))
+  assert saver.steps() == [1, 2, 3]
+  saver.close()
+
+
+def test_damage_of_the_same_step_twice(three_steps, mesh):
+  for aside in ("damaged_3", "damaged_3_2"):
+    truncate(largest_file(three_steps / "3"))
+    saver = checkpoint.Checkpointer(
+      three_steps, keep_latest=3, on_corrupt="previous"
+    )
+    restored = saver.restore(*targets(mesh))
+    assert restored is not None
+    equal(restored[0], make_state(mesh, 2))
+    assert (three_steps / aside).exists()
+    saver.save(3, make_state(mesh, 3), make_feed(3))
+    saver.close()
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_step_can_not_be_saved_twice(three_steps, mesh, step):
+  saver = checkpoint.Checkpointer(three_steps, keep_latest=3)
+  with pytest.raises(
+    ValueError, match=rf"step {step} can't .*{three_steps.name}.* step 3"
+  ):
+    saver.save(step, make_state(mesh, 9), make_feed())
+  restored = saver.restore(*targets(mesh))
+  assert restored is not None
+  equal(restored[0], make_state(mesh, 3))
+  saver.close()
+
+
+def test_a_full_disk_costs_the_save_alone(tmp_path, mesh, capfd):
+  """One line, and the checkpoint before it is restored and followed."""
+  saver = checkpoint.Checkpointer(tmp_path / "run")
+  saver.save(1, make_state(mesh, 1), make_feed())
+  saver.wait()
+  big = {"w": np.random.default_rng(0).normal(size=50_000)}
+  limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+  try:
+    saver.save(2, big, make_feed())
+    with pytest.raises(checkpoint.CheckpointError) as caught:
+      saver.wait()
+    with contextlib.suppress(checkpoint.CheckpointError):
+      saver.close()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+  text = str(caught.value)
+  assert f"{tmp_path / 'run'} could not be written: File too large" in text
+  assert "step 1 is untouched" in text and "\n" not in text
+  saver = checkpoint.Checkpointer(tmp_path / "run")
+  restored = saver.restore(*targets(mesh))
+  assert restored is not None
+  equal(restored[0], make_state(mesh, 1))
+  saver.save(2, make_state(mesh, 2), make_feed())
+  saver.close()
+  assert [path.name for path in (tmp_path / "run").iterdir()] == ["2"]
+
+
+def test_a_score_goes_with_the_checkpoint_that_is_set_aside(tmp_path, mesh):
+  saver = checkpoint.Checkpointer(
+    tmp_path, keep_latest=2, best_metric="fd", on_corrupt="previous"
+  )
+  for step, figure in ((1, 5.0), (2, 3.0)):
+    saver.save(step, make_state(mesh, step), make_feed())
+    saver.rank(step, {"fd": figure})
+  saver.wait()
+  assert saver.best_step() == 2
+  truncate(largest_file(tmp_path / "2"))
+  assert saver.restore(*targets(mesh)) is not None
+  saver.save(2, make_state(mesh, 2), make_feed())
+  assert saver.best_step() == 1
+  saver.close()
+
+
+def test_the_cause_of_a_failed_save_is_said(tmp_path, mesh, monkeypatch):
+  """TensorStore's own text may be long, and end with what was to be done."""
+  saver = checkpoint.Checkpointer(tmp_path)
+
+  def fail(*args, **kwargs):
+    raise ValueError(
+      f"OUT_OF_RANGE: {'x' * 999}: File too large [tensorstore_spec='{{}}'] "
+      "[os_error_code='27'] [source locations='b']"
+    )
+
+  monkeypatch.setattr(saver._manager, "save", fail)
+  with pytest.raises(
+    checkpoint.CheckpointError, match="written: File too large. No checkpoint"
+  ):
+    saver.save(1, make_state(mesh, 1), make_feed())
+  saver.close()
+
+
+@pytest.mark.parametrize(
+  "name", ["a b]c#d", "50%a%20b", "{a,b}$a;&|", 'it\'s "é-日"']
+)
+def test_awkward_names_of_folders(tmp_path, mesh, name):
+  storage.check_characters(tmp_path / name)
+  saver = checkpoint.Checkpointer(tmp_path / name)
+  saver.save(1, make_state(mesh, 1), make_feed(1))
+  saver.close()
+  saver = checkpoint.Checkpointer(tmp_path / name)
+  assert saver.restore_feed()[0] == 1
+  restored = saver.restore(*targets(mesh))
+  assert restored is not None
+  equal(restored[0], make_state(mesh, 1))
+  saver.close()
+
+
+@pytest.fixture
+def reads(monkeypatch):
+  """{file: bytes of it that were read to compare or make checksums}, of blocks
+  of 1 KiB."""
+  reads = collections.Counter()
+  blocks = checksums._blocks
+
+  def counting(path, *numbers):
+    for block in blocks(path, *numbers):
+      reads[str(path)] += len(block)
+      yield block
+
+  monkeypatch.setattr(checksums, "_blocks", counting)
+  monkeypatch.setattr(checksums, "_BLOCK", 1024)
+  return reads
+
+
+def test_only_what_is_read_is_compared(tmp_path, mesh, reads):
+  random = np.random.default_rng(0)
+  state = {
+    "ema": {"0.9": random.normal(size=2000), "0.99": random.normal(size=2000)},
+    "params": random.normal(size=40_000),
+  }
+  saver = checkpoint.Checkpointer(tmp_path)
+  saver.save(1, state, {"bank": random.normal(size=40_000)})
+  saver.wait()
+  part = {"ema": {"0.9": state["ema"]["0.9"]}}
+  reads.clear()
+  _, restored = saver.restore_subtree(part)
+  np.testing.assert_array_equal(restored["ema"]["0.9"], part["ema"]["0.9"])
+  assert 16_000 < sum(reads.values()) < 40_000
+  assert not any("/feed/" in name for name in reads)
+  reads.clear()
+  saver.restore_feed()
+  assert not any("/state/" in name for name in reads)
+
+  def harm(array):
+    """Flips a bit in the middle of an array."""
+    found = checksums._data_read(epath.Path(tmp_path) / "1", "state", [array])
+    name = max(found, key=lambda name: found[name][-1][1] - found[name][-1][0])
+    start, stop = found[name][-1]
+    data = bytearray((tmp_path / "1" / name).read_bytes())
+    data[(start + stop) // 2] ^= 1
+    (tmp_path / "1" / name).write_bytes(data)
+
+  harm("params")
+  saver.restore_subtree(part)
+  harm("ema.0.9")
+  with pytest.raises(checkpoint.CheckpointError, match="content changed"):
+    saver.restore_subtree(part)
+  saver.restore_feed()
+  saver.close()
+
+
+def test_each_process_sums_and_compares_its_own(tmp_path, reads):
+  files = {
+    "_CHECKPOINT_METADATA": b"{}",
+    "state/manifest.ocdbt": b"0" * 10,
+    "state/ocdbt.process_0/d/a": b"1" * 3000,
+    "state/array_metadatas/process_1": b"2" * 20,
+    "feed/ocdbt.process_1/d/b": b"3" * 4000,
+  }
+  for name, data in files.items():
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_bytes(data)
+  folder = epath.Path(tmp_path)
+  checksums.Summing(folder, 0).run(threading.Event())
+  assert len(reads) == 3 and not any("process_1" in name for name in reads)
+  # The other one was killed before: nothing is known to be wrong, or right.
+  assert checksums.compare(folder) == ([], False)
+  reads.clear()
+  checksums.Summing(folder, 1).run(threading.Event())
+  assert len(reads) == 2 and all("process_1" in name for name in reads)
+  assert checksums.compare(folder) == ([], True)
+  flip_a_bit(tmp_path / "feed/ocdbt.process_1/d/b")
+  found = [checksums.compare(folder, process=i, count=2) for i in range(2)]
+  (line,) = found[1].damage
+  assert found[0] == ([], True) and line.startswith("feed/ocdbt.process_1/d/b:")
+  # All of a process may be missing, its checksums included.
+  for name in ("checksums.1.json", *(n for n in files if "process_1" in n)):
+    (tmp_path / name).unlink()
+  lines, _ = checksums.compare(folder)
+  assert [line.endswith(": missing") for line in lines] == [True, True]
+
+
+def test_checksums_of_earlier_checkpoints(three_steps, mesh):
+  """One file for all processes' files, a CRC-32 of each as a whole."""
+  folder = three_steps / "3"
+  names = checksums.file_names(epath.Path(folder))
+  sums = {
+    name: [len(data), zlib.crc32(data)]
+    for name in names
+    for data in [(folder / name).read_bytes()]
+  }
+  sums["commit_success.txt"] = [1, 1]  # they have it, a copy may not
+  (folder / "checksums.json").write_text(json.dumps(sums))
+  assert checksums.compare(epath.Path(folder)) == ([], True)
+  saver = checkpoint.Checkpointer(three_steps, keep_latest=3)
+  state = targets(mesh)[0]
+  assert saver.restore_subtree(state)[0] == 3
+  flip_a_bit(largest_file(folder))
+  with pytest.raises(checkpoint.CheckpointError, match="content changed"):
+    saver.restore(*targets(mesh))
+  saver.close()
+
+
+def test_a_sum_goes_on_where_a_save_has_stopped_it(tmp_path, mesh, monkeypatch):
+  """The save does not wait for it, and nothing is read a second time."""
+  read, begun, go_on = [], threading.Event(), threading.Event()
+  blocks = checksums._blocks
+
+  def slow(path, *numbers):
+    read.append(str(path))
+    if len(read) == 5:
+      begun.set()
+      assert go_on.wait(60)
+    yield from blocks(path, *numbers)
+
+  monkeypatch.setattr(checksums, "_blocks", slow)
+  saver = checkpoint.Checkpointer(tmp_path, keep_latest=2)
+  saver.save(1, make_state(mesh), make_feed())
+  while not begun.is_set():
+    saver.poll()
+  threading.Timer(0.3, go_on.set).start()
+  saver.save(2, make_state(mesh), make_feed())
+  assert len(read) == 5 and not (tmp_path / "1" / "checksums.json").exists()
+  saver.close()
+  twice = [name for name, n in collections.Counter(read).items() if n > 1]
+  assert twice == [read[4]]
+  for step in (1, 2):
+    assert checksums.compare(epath.Path(tmp_path) / str(step)) == ([], True)
+
+
+def test_runs_that_gave_their_figures_to_orbax_rank_on(tmp_path, mesh):
+  with ocp.CheckpointManager(
+    tmp_path,
+    options=ocp.CheckpointManagerOptions(best_fn=lambda m: m["fd"]),
+    item_names=("state", "feed"),
+  ) as manager:
+    for step, value in enumerate((2.0, 1.0, 3.0), 1):
+      args = {"state": make_state(mesh, step), "feed": make_feed()}
+      saved = {n: ocp.args.StandardSave(tree) for n, tree in args.items()}
+      composite = ocp.args.Composite(**saved)
+      manager.save(step, args=composite, metrics={"fd": value})
+  saver = checkpoint.Checkpointer(tmp_path, best_metric="fd")
+  assert saver.best_step() == 2 and saver.evaluated(3)
+  saver.save(4, make_state(mesh), make_feed(), evaluation_due=True)
+  saver.wait()
+  assert saver.steps() == [2, 4] and not saver.evaluated(4)
+  saver.rank(4, {"fd": 0.5})
+  assert saver.steps() == [4] and saver.evaluated(4)
+  saver.close()
+  assert [path.name for path in tmp_path.iterdir()] == ["4"]
