@@ -14,10 +14,9 @@ from benchmarks import configs, plain_step, timing
 from drift_jax import drift
 from drift_jax.models.mae import build_mae
 from drift_jax.system import sharding
-from drift_jax.tasks import parse
+from drift_jax.tasks import parse, programs
 from drift_jax.tasks.generator import setup as networks
 from drift_jax.tasks.generator.kernels import kernel_for
-from drift_jax.tasks.generator.programs import programs
 from drift_jax.tools import hlo
 from drift_jax.training.frozen import abstract_vae
 from drift_jax.training.run import adamw

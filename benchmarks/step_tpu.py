@@ -153,7 +153,7 @@ def measure(
   """
   from drift_jax import tasks as tasks_lib
   from drift_jax.system import sharding
-  from drift_jax.tasks.generator.programs import programs
+  from drift_jax.tasks import programs
 
   labels = setting.labels if part == "whole" else 1
   config = tasks_lib.parse(
@@ -323,8 +323,8 @@ def _inputs(config: Any, mesh: Any) -> tuple[Any, Any, Any, Any, Any]:
   """(task, parameters, batch, draws, frozen parameters) of one chip."""
   import jax
 
+  from drift_jax.tasks import programs
   from drift_jax.tasks.generator import setup as networks
-  from drift_jax.tasks.generator.programs import programs
   from drift_jax.tasks.generator.step import draw
   from drift_jax.training.frozen import abstract_vae
 

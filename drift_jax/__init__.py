@@ -5,7 +5,9 @@ samples = model.sample([3, 7], count=8)
 samples.show()
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from drift_jax.system import lazy
 
 if TYPE_CHECKING:
   from drift_jax.sampling import load
@@ -13,11 +15,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["load"]
 
-
-def __getattr__(name: str) -> Any:
-  """`load` only when it is asked for: it brings JAX and all the models."""
-  if name != "load":
-    raise AttributeError(f"module 'drift_jax' has no attribute {name!r}")
-  from drift_jax import sampling
-
-  return sampling.load
+# `load` brings JAX and all the models. The others are modules under the names
+# that docs/api.md once gave them.
+_HOMES = {
+  "load": "drift_jax.sampling",
+  "artifacts": "drift_jax.training.artifacts",
+  "checkpoint": "drift_jax.training.checkpoint",
+  "experiment": "drift_jax.tasks.policy.evaluation",
+  "loop": "drift_jax.training.loop",
+  "robots": "drift_jax.tasks.policy.robots",
+  "train": "drift_jax.tasks.generator.train",
+  "train_mae": "drift_jax.tasks.mae.train",
+}
+__getattr__ = lazy.names(__name__, _HOMES)

@@ -131,7 +131,10 @@ def test_main_while_it_trains(tmp_path):
   program = """if True:
     import sys
     from drift_jax import config as config_lib
-    from drift_jax import data, loop, main, train
+    from drift_jax import main
+    from drift_jax.data.errors import DataError
+    from drift_jax.tasks.generator import train
+    from drift_jax.training import loop
 
     def fail(config, workdir):
       raise errors.pop(0)
@@ -141,7 +144,7 @@ def test_main_while_it_trains(tmp_path):
     config_lib.parse_flags(sys.argv)
     errors = [
       loop.NonFiniteError("step 3 is not finite"),
-      data.DataError("a/1.png is 8 x 8"),
+      DataError("a/1.png is 8 x 8"),
       FileNotFoundError(2, "No such file or directory", "a/2.png"),
       KeyboardInterrupt(),
     ]

@@ -33,7 +33,16 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # Shapes of the pure maths are enforced, not commented.
 install_import_hook(
-  ["drift_jax.drift", "drift_jax.models", "drift_jax.metrics"],
+  [
+    "drift_jax.drift",
+    "drift_jax.models",
+    "drift_jax.metrics",
+    "drift_jax.tasks.toy.model",
+    "drift_jax.tasks.toy.figures",
+    "drift_jax.tasks.policy.network",
+    "drift_jax.tasks.policy.observations",
+    "drift_jax.tasks.policy.unet1d",
+  ],
   "beartype.beartype",
 )
 flags.FLAGS.mark_as_parsed()
@@ -72,18 +81,18 @@ def pytest_xdist_auto_num_workers() -> int:
 # would leave the others without work.
 SLOW_FILES = (
   "multiprocess_test.py",
-  "train_test.py",
-  "steps_test.py",
-  "train_policy_test.py",
+  "tasks/generator/train_test.py",
+  "tasks/generator/step_test.py",
+  "tasks/policy/train_test.py",
   "evaluate_test.py",
   "smoke_test.py",
   "benchmarks_test.py",
   "cloud_test.py",
-  "decoded_test.py",
-  "ablate_test.py",
-  "compile_check_test.py",
-  "mae_test.py",
-  "family_test.py",
+  "tasks/generator/decoded_test.py",
+  "tools/ablate_test.py",
+  "tools/compile_check_test.py",
+  "models/mae_test.py",
+  "drift/family_test.py",
 )
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -124,7 +133,11 @@ def golden():
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   """Slow files first, the others in their order."""
   rank = {name: number for number, name in enumerate(SLOW_FILES)}
-  items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+  items.sort(
+    key=lambda item: rank.get(
+      item.nodeid.partition("::")[0].removeprefix("tests/"), len(rank)
+    )
+  )
 
 
 def pytest_collection_finish() -> None:

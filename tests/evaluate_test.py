@@ -132,7 +132,10 @@ def workdir(tmp_path_factory):
 DRAW = """if True:
   import sys
   import numpy as np
-  from drift_jax import evaluate, experiment, metrics, processes, sharding
+  from drift_jax import evaluate
+  from drift_jax.metrics import generation
+  from drift_jax.system import processes, sharding
+  from drift_jax.tasks.generator import restore, samplers
   from absl import app
 
   evaluate.define_flags()
@@ -149,11 +152,11 @@ DRAW = """if True:
 
   def draw(workdir, out):
     mesh = sharding.make_mesh()
-    run = experiment.load_generator(workdir, mesh, step=None, ema_decay=None)
-    sample_fn = experiment.make_sampler(run.task, mesh, 7)(run.params)
-    labels = metrics.balanced_labels(50, 10)
-    batches = metrics.generate(sample_fn, labels, 2.5, batch_size=24)
-    drawn = [experiment.gathered(b, b.samples) for b in batches]
+    run = restore.load_generator(workdir, mesh, step=None, ema_decay=None)
+    sample_fn = samplers.make_sampler(run.task, mesh, 7)(run.params)
+    labels = generation.balanced_labels(50, 10)
+    batches = generation.generate(sample_fn, labels, 2.5, batch_size=24)
+    drawn = [samplers.gathered(b, b.samples) for b in batches]
     if processes.is_first():
       np.save(out, np.concatenate(drawn))
 

@@ -108,8 +108,9 @@ DRIVER = """if True:
   from absl import flags
   from ml_collections import ConfigDict
   from drift_jax import config as config_lib
-  from drift_jax import console, exits, experiment, processes
-  from drift_jax import train, train_mae
+  from drift_jax import tasks
+  from drift_jax.system import console, exits, processes
+  from drift_jax.system.errors import ERRORS
 
   def copy(source, target, step):
     deadline = time.monotonic() + 300
@@ -131,19 +132,19 @@ DRIVER = """if True:
       for key, value in job["values"].items():
         value = tuple(value) if isinstance(value, list) else value
         config.update_from_flattened_dict({key: value})
-      trainer = train_mae if config.task == "mae" else train
+      trainer = tasks.trainer(config.task)
       try:
         trainer.train_and_evaluate(config, job["workdir"])
         assert not job["fails"]
         if processes.is_first():
           open(job["workdir"] + ".done", "w").close()
-      except experiment.ERRORS as error:
+      except ERRORS as error:
         if not job["fails"]:
           raise
         print(f"failed: {error}", flush=True)
 
   flags.FLAGS.mark_as_parsed()
-  exits.run(program, experiment.ERRORS)
+  exits.run(program)
 """
 # The command line; where HELD is given, with steps and batches of evaluations
 # that leave time for signals, and with saves of the step HELD that never end.
@@ -153,8 +154,9 @@ SLOW = """if True:
   import orbax.checkpoint as ocp
   from absl import app
   from drift_jax import config as config_lib
-  from drift_jax import loop, main
+  from drift_jax import main
   from drift_jax.metrics import generation
+  from drift_jax.training import loop
 
   check = generation._check_finite
   advance = loop._Progress.advance
@@ -524,7 +526,7 @@ def test_signals_to_one_of_two(folder, two):
 ALONE = """if True:
   import os, sys, time
   from absl import flags
-  from drift_jax import console, exits, processes
+  from drift_jax.system import console, exits, processes
 
   def program():
     number = int(sys.argv[2])
@@ -539,7 +541,7 @@ ALONE = """if True:
     time.sleep(120)
 
   flags.FLAGS.mark_as_parsed()
-  exits.run(program, (OSError,))
+  exits.run(program)
 """
 
 
@@ -606,8 +608,10 @@ LOST = """if True:
   import os, sys, time
   import numpy as np
   from absl import flags
-  from drift_jax import checkpoint, exits, experiment, metrics, processes
-  from drift_jax import sharding
+  from drift_jax.metrics.inception_score import InceptionScore
+  from drift_jax.system import exits, processes, sharding
+  from drift_jax.system.errors import naming
+  from drift_jax.training import checkpoint
 
   def program():
     number = int(sys.argv[2])
@@ -615,14 +619,14 @@ LOST = """if True:
     mesh = sharding.make_mesh(2, 1)
     state = {"x": sharding.put_batch(np.ones((1, 2), np.float32), mesh)}
     saved = checkpoint.Checkpointer(sys.argv[4])
-    score = metrics.InceptionScore(2, 3, 1)
+    score = InceptionScore(2, 3, 1)
     score.update(np.ones((1, 3)), np.array([number]))
     processes.gather(np.ones((2, 2)))
     if number == int(sys.argv[5]):
       os.kill(os.getpid(), 9)
     time.sleep(0.5)
     if sys.argv[3] == "evaluation":
-      with experiment.naming("eval"):
+      with naming("eval"):
         score.result()
     elif sys.argv[3] == "save":
       saved.save(1, state, {})
@@ -631,7 +635,7 @@ LOST = """if True:
       raise OSError("nothing here names another process")
 
   flags.FLAGS.mark_as_parsed()
-  exits.run(program, experiment.ERRORS)
+  exits.run(program)
 """
 
 
@@ -667,14 +671,16 @@ def test_what_follows_from_a_lost_first_process(waiting, folder):
 STATELESS = """if True:
   import importlib, sys, time
   from absl import app
-  from drift_jax import experiment, processes, sampling
+  from drift_jax import sampling
+  from drift_jax.system import processes
+  from drift_jax.tasks.generator import reports
 
   def fail(*arguments, **settings):
     if processes.index():
       raise OSError("this disk is full")
     time.sleep(300)
 
-  experiment.report_on_images = sampling.load = fail
+  reports.report_on_images = sampling.load = fail
   program = importlib.import_module(f"drift_jax.{sys.argv.pop(1)}")
   program.define_flags()
   app.run(program.main)

@@ -19,8 +19,7 @@ from drift_jax.data import bank as bank_lib
 from drift_jax.data.loader import Batch, IndexedReads, Loader, share
 from drift_jax.data.order import ClassGrouped, check_class_sizes
 from drift_jax.data.readers import Reader
-from drift_jax.system import console
-from drift_jax.training import streams
+from drift_jax.system import console, streams
 
 
 class ImageFeed:

@@ -1,37 +1,24 @@
-"""Models as functions of arrays and keyword arguments."""
+"""Models as functions of arrays and keyword arguments.
 
-from drift_jax.models.convnext import build_convnext
-from drift_jax.models.generator import build_generator
-from drift_jax.models.inception import InceptionOutput, build_inception
-from drift_jax.models.mae import MAEOutput, build_mae, mae_loss
-from drift_jax.models.precision import rounded, used_dtypes
-from drift_jax.models.resnet import build_resnet
-from drift_jax.models.vae import build_vae, latent_mean, sample_latents
-from drift_jax.models.vit import build_vit
-from drift_jax.tasks.policy.network import Policy
-from drift_jax.tasks.policy.observations import ObservationEncoder, crop_offsets
-from drift_jax.tasks.policy.unet1d import ConditionalUnet1d
-from drift_jax.tasks.toy.model import TOY_KINDS, build_toy
+Public names, see docs/api.md; code inside the package asks their modules.
+"""
 
-__all__ = [
-  "TOY_KINDS",
-  "ConditionalUnet1d",
-  "InceptionOutput",
-  "MAEOutput",
-  "ObservationEncoder",
-  "Policy",
-  "build_convnext",
-  "build_generator",
-  "build_inception",
-  "build_mae",
-  "build_resnet",
-  "build_toy",
-  "build_vae",
-  "build_vit",
-  "crop_offsets",
-  "latent_mean",
-  "mae_loss",
-  "rounded",
-  "sample_latents",
-  "used_dtypes",
-]
+from drift_jax.system import lazy
+
+_HOMES = {
+  **dict.fromkeys(["build_generator"], "drift_jax.models.generator"),
+  **dict.fromkeys(["build_mae", "mae_loss"], "drift_jax.models.mae"),
+  **dict.fromkeys(["build_convnext"], "drift_jax.models.convnext"),
+  **dict.fromkeys(["build_resnet"], "drift_jax.models.resnet"),
+  **dict.fromkeys(
+    ["build_vae", "latent_mean", "sample_latents"], "drift_jax.models.vae"
+  ),
+  **dict.fromkeys(["build_inception"], "drift_jax.models.inception"),
+  **dict.fromkeys(["build_vit"], "drift_jax.models.vit"),
+  **dict.fromkeys(["Policy"], "drift_jax.tasks.policy.network"),
+  **dict.fromkeys(
+    ["ObservationEncoder"], "drift_jax.tasks.policy.observations"
+  ),
+  **dict.fromkeys(["ConditionalUnet1d"], "drift_jax.tasks.policy.unet1d"),
+}
+__getattr__ = lazy.names(__name__, _HOMES)

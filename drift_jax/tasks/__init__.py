@@ -48,10 +48,15 @@ def parse(config: Any) -> RunConfig:
   task = values.get("task")
   if not isinstance(task, str) or task not in TASKS:
     raise ConfigError(f"task={task!r}: valid options are {sorted(TASKS)}")
-  module = importlib.import_module(f"drift_jax.tasks.{task}.config")
-  parsed = build(getattr(module, TASKS[task]), values)
+  parsed = build(config_class(task), values)
   parsed.check()
   return parsed
+
+
+def config_class(task: str) -> type[RunConfig]:
+  """The class of a task's config."""
+  module = importlib.import_module(f"drift_jax.tasks.{task}.config")
+  return getattr(module, TASKS[task])
 
 
 def trainer(task: str) -> Any:

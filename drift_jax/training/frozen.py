@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -183,6 +183,14 @@ def place(
     artifact.params, _frozen_sharding(artifact, section, mesh)
   )
   return dataclasses.replace(artifact, params=placed)
+
+
+def frozen_sums(
+  encoders: Mapping[str, artifacts.Artifact], vae: artifacts.Artifact | None
+) -> dict[str, str]:
+  """SHA-256 of all frozen weights, by the config's section."""
+  sums = {f"encoders.{name}": a.sha256 for name, a in encoders.items()}
+  return sums if vae is None else sums | {"vae": vae.sha256}
 
 
 def decoding(vae: artifacts.Artifact) -> Callable[[Any, jax.Array], jax.Array]:

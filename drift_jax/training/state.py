@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from drift_jax.system import sharding
-from drift_jax.training import streams
+from drift_jax.system import sharding, streams
 
 Params = Any
 

@@ -18,7 +18,8 @@ import pytest
 from drift_jax.data.feed import GroupedFeed, ImageFeed, QueueFeed
 from drift_jax.data.loader import Loader
 from drift_jax.data.order import ClassGrouped
-from drift_jax.training import checkpoint, streams
+from drift_jax.system import streams
+from drift_jax.training import checkpoint
 from tests.data import latents_test, processes, tfds_test
 from tests.data.fakes import Numbers, values
 from tests.data.pictures import write

@@ -222,7 +222,7 @@ def test_nothing_to_plot(tmp_path, plot, records):
 def test_no_pyplot(tmp_path):
   code = """
 import sys
-from drift_jax.metrics import plot_mae
+from drift_jax.metrics.plots import plot_mae
 plot_mae([{"step": 1, "accuracy": 0.5}], sys.argv[1])
 assert "matplotlib.pyplot" not in sys.modules
 """

@@ -452,13 +452,15 @@ def test_a_program_that_ends(tmp_path):
 import sys
 import numpy as np
 from absl import flags
-from drift_jax import metrics
+from drift_jax.metrics.batches import Batch
+from drift_jax.metrics.images import to_rgb
+from drift_jax.metrics.sample_files import SampleWriter
 flags.FLAGS.mark_as_parsed()
-writer = metrics.SampleWriter([sys.argv[1]], np.zeros(9, int))
+writer = SampleWriter([sys.argv[1]], np.zeros(9, int))
 writer.reset()
 for i in range(5):
-  writer.update(metrics.Batch(np.zeros((1, 64, 64, 3), np.float32),
-    np.array([i], np.int32), np.zeros(1, np.int32), metrics.to_rgb))
+  writer.update(Batch(np.zeros((1, 64, 64, 3), np.float32),
+    np.array([i], np.int32), np.zeros(1, np.int32), to_rgb))
 import pathlib
 print(len(list(pathlib.Path(sys.argv[1]).parent.iterdir())))
 sys.exit("Error: enough")

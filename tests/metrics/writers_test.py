@@ -51,7 +51,7 @@ def test_events_can_be_followed_while_a_run_goes_on(tmp_path):
 def test_import_needs_no_tensorflow(tmp_path):
   code = """
 import sys
-import drift_jax.metrics
+import drift_jax.metrics.writers
 from clu import periodic_actions
 from clu import metric_writers
 writer = metric_writers.create_default_writer(sys.argv[1], asynchronous=False)

@@ -8,8 +8,7 @@ import pytest
 
 from configs import common, digits
 from drift_jax.system import sharding
-from drift_jax.tasks import parse
-from drift_jax.tasks.generator.programs import programs
+from drift_jax.tasks import parse, programs
 from drift_jax.tools import hlo
 from drift_jax.training.programs import Program
 

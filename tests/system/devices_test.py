@@ -11,7 +11,8 @@ EACH = """if True:
   import runpy
   import sys
   import drift_jax
-  from drift_jax import experiment, train
+  from drift_jax.system.errors import ERRORS
+  from drift_jax.tasks.generator import reports, train
   from drift_jax.tools.work import cache_latents, export
   from configs import digits
 
@@ -19,12 +20,12 @@ EACH = """if True:
   for program in (
     lambda: drift_jax.load(source),
     lambda: export.export(source, out),
-    lambda: experiment.report_on_images(source, experiment.Request()),
+    lambda: reports.report_on_images(source, reports.Request()),
     lambda: train.train_and_evaluate(digits.get_config("smoke"), out),
   ):
     try:
       program()
-    except experiment.ERRORS as error:
+    except ERRORS as error:
       print(f"Error: {error}")
   sys.argv = ["main", "--config=configs/toy.py:smoke", f"--workdir={out}"]
   runpy.run_module("drift_jax.main", run_name="__main__")

@@ -4,11 +4,11 @@ import json
 import pathlib
 import tarfile
 
-import drift_jax.hub
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
+from drift_jax.system import hub as hub_lib
 from drift_jax.training import artifacts
 from tests.conftest import GOLDEN
 from tests.fake_hub import COMMIT, hub
@@ -16,7 +16,7 @@ from tests.process import call
 
 TRY_EACH = """
 import sys
-from drift_jax import artifacts
+from drift_jax.training import artifacts
 for source in sys.argv[1:]:
   try:
     found = artifacts.load(source)
@@ -125,7 +125,7 @@ def test_whatever_the_library_raises_is_one_line(monkeypatch, error):
     artifacts.load("hf://a/b")
   text = str(caught.value)
   assert "\n" not in text and "HF_TOKEN" in text and "secret" not in text
-  assert drift_jax.hub.folders(drift_jax.hub.Address("a/b", None, "")) == []
+  assert hub_lib.folders(hub_lib.Address("a/b", None, "")) == []
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from drift_jax.system import lease as lease_lib
 # Takes it and waits.
 OWNER = """if True:
   import sys, time
-  from drift_jax import lease
+  from drift_jax.system import lease
   lease.Lease(sys.argv[1], "it", print).take()
   print("taken", flush=True)
   time.sleep(600)

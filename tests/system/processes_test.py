@@ -19,10 +19,13 @@ from tests.process import ROOT, process_environment
 PROGRAM = """if True:
   import sys
   import numpy as np
-  from drift_jax import processes
+  from drift_jax.system import processes
 
   processes.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
-  from drift_jax import metrics, sharding
+  from drift_jax.metrics.batches import local_batches
+  from drift_jax.metrics.frechet import FeatureStream
+  from drift_jax.metrics.inception_score import InceptionScore
+  from drift_jax.system import sharding
   from tests import shared_figures
 
   own = int(sys.argv[2])
@@ -33,16 +36,16 @@ PROGRAM = """if True:
   out["gathered"] = np.concatenate(processes.gather(rows))
   processes._CHUNK_BYTES = 64
   out["total"] = processes.total(data["values"] * (1 + own))
-  stream = metrics.FeatureStream()
+  stream = FeatureStream()
   # The second process has the far smaller part.
   stream.update(data["features"][90:] if own else data["features"][:90])
   stats = stream.result()
   out |= {"count": stats.count, "mean": stats.mean, "scatter": stats.scatter}
-  alone = metrics.FeatureStream()
+  alone = FeatureStream()
   if own:
     alone.update(data["features"])
   out["alone"] = alone.result().scatter
-  score = metrics.InceptionScore(50, 6, 5)
+  score = InceptionScore(50, 6, 5)
   part = np.arange(50)[own::2]
   score.update(data["logits"][part], part)
   out["score"] = score.result()
@@ -51,7 +54,7 @@ PROGRAM = """if True:
     data["pictures"], data["real"], sharding.make_mesh(2, 2)
   )
   out["few"] = np.asarray(list(few.values()))
-  numbers = [(n.tolist(), v) for n, v in metrics.local_batches(7, 4)]
+  numbers = [(n.tolist(), v) for n, v in local_batches(7, 4)]
   out["numbers"] = np.asarray([n for n, _ in numbers])
   out["valid"] = np.asarray([v for _, v in numbers])
   out["from_first"] = processes.from_first(lambda: [own, "told"])[0]
@@ -66,11 +69,11 @@ PROGRAM = """if True:
   messages = []
   for bad in (
     lambda: processes.from_first(refuse),
-    lambda: list(metrics.local_batches(7, 3)),
+    lambda: list(local_batches(7, 3)),
     lambda: twice.result(),
-    lambda: metrics.FeatureStream().result(),
+    lambda: FeatureStream().result(),
   ):
-    twice = metrics.InceptionScore(50, 6, 5)
+    twice = InceptionScore(50, 6, 5)
     twice.update(data["logits"], np.arange(50))
     try:
       bad()

@@ -9,9 +9,9 @@ import pytest
 
 from configs import cifar10, digits
 from drift_jax import config as config_lib
+from drift_jax import tasks as tasks_lib
 from drift_jax.system import sharding
 from drift_jax.tasks import parse
-from drift_jax.tasks.generator import programs as programs_lib
 from drift_jax.tools import compile_check, hlo
 from drift_jax.training import artifacts
 from tests import process
@@ -108,7 +108,8 @@ def test_what_takes_the_memory_is_written_too(v6e):
 
 _KERNELS = """
 import jax, jax.numpy as jnp
-from drift_jax import drift, sharding
+from drift_jax import drift
+from drift_jax.system import sharding
 from drift_jax.models import layers
 from drift_jax.tools import compile_check
 
@@ -297,7 +298,7 @@ def test_memory_falls_as_fsdp_grows():
   for fsdp in (1, 2, 4, 8):
     config = compile_check.with_mesh(config, f"data=-1,fsdp={fsdp}")
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    train, *_ = programs_lib.programs(config, mesh)
+    train, *_ = tasks_lib.programs(config, mesh)
     sizes.append(compile_check.argument_bytes(train.arguments))
   for key in ("params", "optimizer", "ema"):
     whole, *parts = (size[key] for size in sizes)
@@ -371,7 +372,7 @@ def test_published_configs_are_described():
   decoded = ("imagenet_latent", "convnext")
   generators = (("imagenet_latent", "l2"), ("imagenet_pixel", "l16"), decoded)
   for name, variant in generators:
-    programs = programs_lib.programs(get(name, variant), mesh)
+    programs = tasks_lib.programs(get(name, variant), mesh)
     decode = ["decode"] if name == "imagenet_latent" else []
     assert [program.name for program in programs] == [
       *("train", "sample", *decode, "judge inception")
@@ -379,5 +380,5 @@ def test_published_configs_are_described():
   # Those of the last one.
   assert programs[0].arguments["frozen"].keys() == {"convnext", "vae"}
   for name in ("mae_latent", "mae_pixel"):
-    names = [p.name for p in programs_lib.programs(get(name, "640"), mesh)]
+    names = [p.name for p in tasks_lib.programs(get(name, "640"), mesh)]
     assert names == ["train", "evaluate"]

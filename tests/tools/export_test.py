@@ -19,7 +19,7 @@ from PIL import Image
 
 import drift_jax
 from drift_jax import config as config_lib
-from drift_jax import experiment, sampling
+from drift_jax import sampling
 from drift_jax.config import ConfigError
 from drift_jax.system import sharding
 from drift_jax.tasks.generator import step as step_lib
@@ -290,7 +290,7 @@ def test_autoencoder_of_a_run_keeps_its_precision(tmp_path, monkeypatch):
   )
   opened = open_generator(str(GOLDEN / "artifact_gen"), mesh)
   opened = dataclasses.replace(opened, vae=load_vae(section, mesh))
-  monkeypatch.setattr(experiment, "open_generator", lambda *_, **__: opened)
+  monkeypatch.setattr(export, "open_generator", lambda *_, **__: opened)
   export.export("runs/latents", str(tmp_path / "out"))
   monkeypatch.undo()
   vae = drift_jax.load(str(tmp_path / "out")).generator.vae

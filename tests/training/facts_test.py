@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from configs import cifar10, policy
 from drift_jax import config as config_lib
-from drift_jax import experiment
+from drift_jax import tasks
 from drift_jax.data import sources
 from drift_jax.data.sources import names_sha256
 from drift_jax.system import processes
@@ -29,7 +29,9 @@ CLASSES = ("cat", "dog", "owl")
 @pytest.fixture(autouse=True)
 def _no_training(monkeypatch):
   """What trains; before it the workdir has been opened."""
-  monkeypatch.setattr(experiment, "run", lambda *args, **kwargs: None)
+  for task in tasks.TASKS:
+    trainer = tasks.trainer(task)
+    monkeypatch.setattr(trainer, "run", lambda *args, **kwargs: None)
 
 
 def make_images(folder):

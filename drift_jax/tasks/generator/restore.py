@@ -24,14 +24,14 @@ from drift_jax.tasks.generator.kernels import (
   kernels_there,
   unroll_for,
 )
-from drift_jax.tasks.generator.setup import frozen_sums, init_generator
+from drift_jax.tasks.generator.setup import init_generator
 from drift_jax.tasks.generator.step import (
   FeatureSpace,
   GeneratorTask,
 )
 from drift_jax.training import artifacts, checkpoint, places
 from drift_jax.training.facts import CLASSES_FILE, read_facts
-from drift_jax.training.frozen import load_vae
+from drift_jax.training.frozen import frozen_sums, load_vae
 from drift_jax.training.workdir import (
   CONFIG_FILE,
   check_frozen,

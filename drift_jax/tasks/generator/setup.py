@@ -64,14 +64,6 @@ def abstract_encoders(
   }
 
 
-def frozen_sums(
-  encoders: Mapping[str, artifacts.Artifact], vae: artifacts.Artifact | None
-) -> dict[str, str]:
-  """SHA-256 of all frozen weights, by the config's section."""
-  sums = {f"encoders.{name}": a.sha256 for name, a in encoders.items()}
-  return sums if vae is None else sums | {"vae": vae.sha256}
-
-
 def decoded_encoders(
   encoders: Mapping[str, config_lib.Encoder],
 ) -> frozenset[str]:

@@ -12,7 +12,6 @@ from drift_jax.tasks.generator.setup import (
   check_encoders,
   check_labels,
   frozen_params,
-  frozen_sums,
   generator_feed,
   generator_task,
   init_generator,
@@ -24,7 +23,7 @@ from drift_jax.tasks.generator.step import (
 )
 from drift_jax.training.alone import alone
 from drift_jax.training.drifting import drift_arguments, init_drift
-from drift_jax.training.frozen import load_vae, start_params
+from drift_jax.training.frozen import frozen_sums, load_vae, start_params
 from drift_jax.training.inputs import (
   check_shape,
   open_readers,

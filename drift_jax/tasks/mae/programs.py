@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from drift_jax.system.streams import stream
 from drift_jax.tasks.mae.config import MaeConfig
 from drift_jax.tasks.mae.setup import (
   init_mae,
@@ -19,7 +20,6 @@ from drift_jax.training.frozen import abstract_vae
 from drift_jax.training.inputs import LATENTS
 from drift_jax.training.programs import Program, abstract_batch
 from drift_jax.training.run import check_divides, make_training, pad_to_mesh
-from drift_jax.training.streams import stream
 
 
 def programs(config: MaeConfig, mesh: Mesh) -> list[Program]:

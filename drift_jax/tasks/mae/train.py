@@ -16,8 +16,8 @@ from drift_jax.metrics.writers import MetricWriter, read_jsonl
 from drift_jax.models import release
 from drift_jax.system import processes, sharding
 from drift_jax.system.console import logger
+from drift_jax.system.streams import stream
 from drift_jax.tasks import parse
-from drift_jax.tasks.generator.setup import frozen_sums
 from drift_jax.tasks.mae.config import MaeConfig
 from drift_jax.tasks.mae.setup import (
   init_mae,
@@ -29,7 +29,7 @@ from drift_jax.tasks.mae.setup import (
 from drift_jax.tasks.mae.step import MaeBatch, MaeTask, mae_step
 from drift_jax.training import artifacts
 from drift_jax.training.alone import alone
-from drift_jax.training.frozen import load_vae, start_params
+from drift_jax.training.frozen import frozen_sums, load_vae, start_params
 from drift_jax.training.inputs import Readers, open_readers, with_num_classes
 from drift_jax.training.places import of_resumed
 from drift_jax.training.run import (
@@ -41,7 +41,6 @@ from drift_jax.training.run import (
   run,
 )
 from drift_jax.training.state import TrainState
-from drift_jax.training.streams import stream
 from drift_jax.training.workdir import open_workdir
 
 # Where the trained encoder lies in the workdir: what encoders.NAME.path of a

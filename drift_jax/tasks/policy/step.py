@@ -13,11 +13,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from drift_jax import drift
 from drift_jax.drift import PAPER, Variant
-from drift_jax.system import sharding
+from drift_jax.system import sharding, streams
 from drift_jax.tasks.policy import diffusion
 from drift_jax.tasks.policy.observations import crop_offsets
 from drift_jax.training import state as state_lib
-from drift_jax.training import streams
 from drift_jax.training.drifting import Temperature, drift_update
 from drift_jax.training.step import Metrics, apply, gradients_over, update
 

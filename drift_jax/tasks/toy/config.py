@@ -27,7 +27,11 @@ class ToyData(RunData):
 
 
 class ToyModel(Section):
-  """Arguments of drift_jax.models.build_toy, but for the particles' number."""
+  """What fits the points: `kind` is one of TOY_MODELS.
+
+  The others are arguments of tasks.toy.model.Mlp; particles have its location
+  and spread, and batch.generated is their number.
+  """
 
   kind: str
   noise_size: int

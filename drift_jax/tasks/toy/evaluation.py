@@ -11,7 +11,7 @@ from drift_jax.data.npy import read_npy
 from drift_jax.metrics.files import replacing, report_text, write_report
 from drift_jax.metrics.plots import plot_diagnostics, plot_toy
 from drift_jax.metrics.writers import MetricWriter, read_jsonl
-from drift_jax.system import processes, sharding, storage
+from drift_jax.system import processes, sharding, storage, streams
 from drift_jax.system.console import logger
 from drift_jax.system.errors import naming
 from drift_jax.tasks.toy.config import ToyConfig
@@ -25,7 +25,6 @@ from drift_jax.tasks.toy.figures import (
 from drift_jax.tasks.toy.plots import plane_limit, plot_field, save_evolution
 from drift_jax.tasks.toy.setup import make_field, toy_sampler
 from drift_jax.tasks.toy.step import ToyTask
-from drift_jax.training import streams
 from drift_jax.training.state import TrainState
 
 # Of the loss, each step: about the last 50 steps count.

@@ -14,26 +14,29 @@ from jax.sharding import Mesh
 from drift_jax import drift
 from drift_jax.system import sharding
 from drift_jax.system.errors import naming
+from drift_jax.system.streams import stream
 from drift_jax.tasks.toy.config import ToyConfig
 from drift_jax.tasks.toy.data import ToyFeed
-from drift_jax.tasks.toy.model import build_toy
+from drift_jax.tasks.toy.model import Mlp, Particles
 from drift_jax.tasks.toy.step import POINTS_KEY, ToyTask
 from drift_jax.training import optim
 from drift_jax.training.drifting import drift_arguments
 from drift_jax.training.step import apply
-from drift_jax.training.streams import stream
 
 
 def toy_task(config: ToyConfig) -> ToyTask:
   """The static part of a toy's step.
 
   Raises:
-    ConfigError: a model that can't be.
+    ConfigError: a drifting field that can't be.
   """
-  with naming("model"):
-    model = build_toy(
-      **dataclasses.asdict(config.model), count=config.batch.generated
-    )
+  arguments = dataclasses.asdict(config.model)
+  kind = arguments.pop("kind")
+  if kind == "particles":
+    start = {name: arguments[name] for name in ("location", "spread")}
+    model = Particles(count=config.batch.generated, **start)
+  else:
+    model = Mlp(**arguments)
   return ToyTask(
     model=model,
     noise_size=config.model.noise_size,
@@ -44,7 +47,7 @@ def toy_task(config: ToyConfig) -> ToyTask:
 
 def init_toy(task: ToyTask) -> Callable[[jax.Array], Any]:
   """key -> initial parameters."""
-  noise = np.zeros((task.num_generated, task.noise_size), np.float32)
+  noise = jnp.zeros((task.num_generated, task.noise_size), jnp.float32)
   return lambda key: task.model.init(key, noise)["params"]
 
 

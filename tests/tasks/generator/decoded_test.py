@@ -16,15 +16,13 @@ from drift_jax import config as config_lib
 from drift_jax import drift
 from drift_jax.models.vae import build_vae
 from drift_jax.system import sharding
-from drift_jax.tasks import parse
+from drift_jax.tasks import parse, programs
 from drift_jax.tasks.generator.judges import make_decoder
 from drift_jax.tasks.generator.memorisation import feature_space
-from drift_jax.tasks.generator.programs import programs
 from drift_jax.tasks.generator.setup import (
   abstract_encoders,
   check_encoders,
   frozen_params,
-  frozen_sums,
   generator_task,
   init_generator,
 )
@@ -35,7 +33,7 @@ from drift_jax.tasks.generator.step import (
 )
 from drift_jax.tools import compile_check
 from drift_jax.training import artifacts
-from drift_jax.training.frozen import load_vae
+from drift_jax.training.frozen import frozen_sums, load_vae
 from drift_jax.training.step import apply
 from tests.autoencoders import ARGUMENTS, save_vae
 from tests.conftest import assert_close

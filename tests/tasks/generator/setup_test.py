@@ -12,10 +12,9 @@ from configs import common, digits
 from drift_jax import config as config_lib
 from drift_jax.models import release
 from drift_jax.system import sharding
-from drift_jax.tasks import parse
+from drift_jax.tasks import parse, programs
 from drift_jax.tasks.generator import setup as networks
 from drift_jax.tasks.generator.kernels import attention_kernel_for, kernel_for
-from drift_jax.tasks.generator.programs import programs
 from drift_jax.tasks.generator.setup import (
   abstract_encoders,
   generator_task,

@@ -23,14 +23,15 @@ from PIL import Image
 import drift_jax
 from configs import digits
 from drift_jax import config as config_lib
-from drift_jax import experiment, steps
 from drift_jax.metrics.writers import create_writer, read_jsonl
 from drift_jax.tasks import parse
+from drift_jax.tasks.generator import evaluation as evaluation_lib
 from drift_jax.tasks.generator import train
 from drift_jax.tasks.generator.config import GeneratorConfig
 from drift_jax.tasks.generator.evaluation import Evaluation
 from drift_jax.tasks.generator.restore import load_generator
 from drift_jax.tasks.generator.setup import generator_task
+from drift_jax.tasks.mae import setup as mae_setup
 from drift_jax.tasks.mae import train as train_mae
 from drift_jax.tasks.mae.config import MaeConfig
 from drift_jax.tasks.mae.setup import mae_task
@@ -512,7 +513,7 @@ def test_the_generator_is_evaluated_by_its_average(tmp_path, monkeypatch):
 
     return bind
 
-  monkeypatch.setattr(experiment, "make_sampler", make_sampler)
+  monkeypatch.setattr(evaluation_lib, "make_sampler", make_sampler)
   config = digits.get_config("smoke")
   config.ema.decays = (0.5, 0.9, 0.99)
   config.eval.ema_decay = 0.9
@@ -543,7 +544,7 @@ def test_the_encoder_is_evaluated_by_its_average(tmp_path, monkeypatch):
     assert vae_params is None
     return {"recon_loss": params["w"] * jnp.sum(valid.astype(jnp.float32))}
 
-  monkeypatch.setattr(steps, "mae_eval_step", sums)
+  monkeypatch.setattr(mae_setup, "mae_eval_step", sums)
   config = digits.get_config("encoder,smoke")
   config.ema.decays = (0.5, 0.9, 0.99)
   config.eval.ema_decay = 0.9

@@ -15,7 +15,6 @@ from PIL import Image
 
 from configs import policy
 from drift_jax import config as config_lib
-from drift_jax import experiment
 from drift_jax.metrics.writers import read_jsonl
 from drift_jax.system import exits, sharding
 from drift_jax.system.errors import ERRORS
@@ -146,7 +145,7 @@ def test_rollouts_are_stopped_between_chunks(tmp_path, monkeypatch):
     if len(chunks) == 3:
       raise exits.Preempted
 
-  monkeypatch.setattr(experiment, "run_episodes", run_episodes)
+  monkeypatch.setattr(evaluation_lib, "run_episodes", run_episodes)
   monkeypatch.setattr(Evaluation, "_params", lambda *_: "params")
   acts = {"one_step": lambda params, seen, episodes, call: (params, call)}
   config = parse(small())

@@ -5,48 +5,43 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drift_jax.tasks.toy.model import build_toy
+from drift_jax.tasks.toy.model import Mlp, Particles
 
-ARGUMENTS = {
-  "kind": "mlp",
+MLP = {
   "noise_size": 8,
   "width": 64,
   "depth": 3,
   "location": (0.3, -2.0),
   "spread": 0.5,
-  "count": 6,
 }
+PARTICLES = {"count": 6, "location": (0.3, -2.0), "spread": 0.5}
 
 
 def call(module, count, noise_size=8, params=None, key=0):
-  noise = jax.random.normal(jax.random.key(key), (count, 1, 1, noise_size))
-  inputs = (jnp.zeros(count, jnp.int32), jnp.ones(count))
-  named = {"noise": noise, "style": jnp.zeros((count, 0), jnp.int32)}
+  noise = jax.random.normal(jax.random.key(key), (count, noise_size))
   if params is None:
-    params = module.init(jax.random.key(1), *inputs, **named)["params"]
-  return params, module.apply({"params": params}, *inputs, **named)
+    params = module.init(jax.random.key(1), noise)["params"]
+  return params, module.apply({"params": params}, noise)
 
 
 def test_mlp_starts_where_it_is_told():
   spreads = []
   for spread in (0.5, 0.05):
-    params, x = call(build_toy(**ARGUMENTS | {"spread": spread}), 4_096)
-    assert x.shape == (4_096, 1, 1, 2) and x.dtype == jnp.float32
+    params, x = call(Mlp(**MLP | {"spread": spread}), 4_096)
+    assert x.shape == (4_096, 2) and x.dtype == jnp.float32
     np.testing.assert_array_equal(
       params["output"]["bias"], np.float32((0.3, -2))
     )
     # One network's mean differs from the average network's.
-    np.testing.assert_allclose(
-      x.mean(axis=(0, 1, 2)), (0.3, -2), atol=2 * spread
-    )
-    spreads.append(np.asarray(x.std(axis=(0, 1, 2))))
+    np.testing.assert_allclose(x.mean(axis=0), (0.3, -2), atol=2 * spread)
+    spreads.append(np.asarray(x.std(axis=0)))
   assert (0.1 < spreads[0]).all() and (spreads[0] < 1.2).all()
   np.testing.assert_allclose(spreads[0], 10 * spreads[1], rtol=1e-4)
 
 
 def test_published_size():
   published = {"noise_size": 32, "width": 256, "depth": 3}
-  params, _ = call(build_toy(**ARGUMENTS | published), 2, noise_size=32)
+  params, _ = call(Mlp(**MLP | published), 2, noise_size=32)
   shapes = sorted(x.shape for x in jax.tree.leaves(params))
   assert shapes == [
     *((2,), (32, 256), (256,), (256,), (256,)),
@@ -55,32 +50,16 @@ def test_published_size():
 
 
 def test_particles_are_their_own_samples():
-  module = build_toy(**ARGUMENTS | {"kind": "particles"})
+  module = Particles(**PARTICLES)
   params, x = call(module, 12)
   assert set(params) == {"positions"}
-  np.testing.assert_array_equal(x[:6].reshape(6, 2), params["positions"])
+  np.testing.assert_array_equal(x[:6], params["positions"])
   np.testing.assert_array_equal(x[6:], x[:6])
   # Whatever the noise.
   np.testing.assert_array_equal(call(module, 12, params=params, key=9)[1], x)
-  many = build_toy(**ARGUMENTS | {"kind": "particles", "count": 4_096})
+  many = Particles(**PARTICLES | {"count": 4_096})
   positions = call(many, 4_096)[0]["positions"]
   np.testing.assert_allclose(positions.mean(axis=0), (0.3, -2), atol=0.04)
   np.testing.assert_allclose(positions.std(axis=0), 0.5, rtol=0.05)
   with pytest.raises(ValueError, match="7 samples of 6 particles"):
     call(module, 7)
-
-
-@pytest.mark.parametrize(
-  ("name", "value", "message"),
-  [
-    ("kind", "cnn", "kind='cnn': must be one of 'mlp', 'particles'"),
-    ("width", 0, "width=0: must be an integer >= 1"),
-    ("count", 0, "count=0: must be an integer >= 1"),
-    ("location", (1.0,), r"location=\(1\.0,\): must be 2 numbers"),
-    ("spread", 0.0, "spread=0.0: must be > 0"),
-    ("widht", 3, "does not know 'widht' .did you mean 'width'"),
-  ],
-)
-def test_bad_arguments(name, value, message):
-  with pytest.raises(ValueError, match=message):
-    build_toy(**ARGUMENTS | {name: value})

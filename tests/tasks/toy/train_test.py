@@ -1,8 +1,6 @@
 """Toys end to end: particles, resume, files, configs, and what refuses them."""
 
-import dataclasses
 import functools
-import inspect
 import json
 import shutil
 
@@ -16,21 +14,19 @@ from configs import digits, toy
 from drift_jax import config as config_lib
 from drift_jax import drift
 from drift_jax.metrics.writers import read_jsonl
-from drift_jax.tasks import parse
-from drift_jax.tasks.generator.programs import programs
+from drift_jax.tasks import parse, programs
 from drift_jax.tasks.generator.restore import open_generator
-from drift_jax.tasks.generator.step import GeneratorBatch, train_step
 from drift_jax.tasks.toy import train as train_toy
-from drift_jax.tasks.toy.config import TOY_MODELS, ToyModel
 from drift_jax.tasks.toy.data import draw_points
-from drift_jax.tasks.toy.model import TOY_KINDS, build_toy
 from drift_jax.tasks.toy.setup import (
   init_toy,
   make_field,
   toy_feed,
+  toy_optimizer,
   toy_sampler,
   toy_task,
 )
+from drift_jax.tasks.toy.step import ToyBatch, toy_step
 from drift_jax.training.drifting import init_drift
 from drift_jax.training.run import make_training, open_mesh
 from tests import process
@@ -60,14 +56,15 @@ def trained(config, count):
     mesh,
     init_params=init_toy(task),
     init_drift=functools.partial(init_drift, task.temperature),
-    step=functools.partial(train_step, task=task),
+    step=functools.partial(toy_step, task=task),
     frozen={},
+    make_optimizer=toy_optimizer(config),
   )
   feed = toy_feed(config)
   state = training.init()
   first = np.asarray(state.params["positions"])
   for _ in range(count):
-    state, _ = training.step(state, GeneratorBatch(**next(feed)), {})
+    state, _ = training.step(state, ToyBatch(**next(feed)), {})
     # Eight devices on few cores: steps that queue up may starve each other.
     jax.block_until_ready(state)
   return first, np.asarray(state.params["positions"])
@@ -100,7 +97,7 @@ def test_particles_follow_the_field(changes):
   for step in range(3):
     batch = next(feed)
     v = np.zeros_like(x)
-    for positives in batch["positives"].reshape(DEVICES, -1, 2):
+    for positives in batch["positives"]:
       for tau in config.drift.temperatures:
         v += np.asarray(field(x, positives, x, tau)) / DEVICES
     rate = eta
@@ -305,15 +302,6 @@ def test_variants(name):
   assert again == full
   for option in toy.OPTIONS:
     parse(toy.get_config(f"{name},{option}"))
-
-
-def test_models_take_what_configs_give():
-  """Name for name, but for the number of particles: batch.generated."""
-  names = {field.name for field in dataclasses.fields(ToyModel)}
-  parameters = inspect.signature(build_toy).parameters.values()
-  wanted = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
-  assert names | {"count"} == wanted
-  assert TOY_MODELS == TOY_KINDS
 
 
 def test_published_settings():

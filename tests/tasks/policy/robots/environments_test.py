@@ -133,7 +133,7 @@ import sys
 EXTRAS = "gymnasium gymnasium_robotics mujoco gym_pusht h5py".split()
 sys.modules.update(dict.fromkeys(EXTRAS))
 
-from drift_jax import robots
+from drift_jax.tasks.policy import robots
 
 def collect(name):
   robots.collect(name, episodes=1, seed=0)

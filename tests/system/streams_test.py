@@ -13,9 +13,9 @@ from drift_jax.data.feed import QueueFeed
 from drift_jax.data.loader import Loader
 from drift_jax.data.readers import ArrayReader
 from drift_jax.data.sources import ArraySource
-from drift_jax.system import sharding
+from drift_jax.system import sharding, streams
 from drift_jax.tasks.generator.step import sample_step
-from drift_jax.training import state, streams
+from drift_jax.training import state
 
 
 def bits(key):
