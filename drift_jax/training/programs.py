@@ -26,7 +26,7 @@ class Program(NamedTuple):
 
 def abstract_batch(
   mesh: Mesh, *shape: int, dtype: Any = jnp.float32
-) -> jax.ShapeDtypeStruct:
+) -> Any:
   """An array of a batch: its first axis is split over the mesh."""
   return jax.ShapeDtypeStruct(
     shape, dtype, sharding=sharding.batch_sharding(mesh)

@@ -26,21 +26,21 @@ def sigterm():
   signal.signal(signal.SIGTERM, before)
 
 
-def code_of(program, errors=()):
+def code_of(program):
   with pytest.raises(SystemExit) as ended:
-    exits.run(program, errors)
+    exits.run(program)
   return ended.value.code
 
 
 def test_what_is_done_returns():
-  exits.run(lambda: None, ())
+  exits.run(lambda: None)
 
 
 def test_an_error_is_one_line():
   def program():
     raise OSError("no such disk")
 
-  assert code_of(program, (OSError,)) == "Error: no such disk"
+  assert code_of(program) == "Error: no such disk"
 
 
 def test_an_error_that_nobody_expects_is_shown_whole():
@@ -48,7 +48,7 @@ def test_an_error_that_nobody_expects_is_shown_whole():
     raise ZeroDivisionError("a bug")
 
   with pytest.raises(ZeroDivisionError):
-    exits.run(program, (OSError,))
+    exits.run(program)
 
 
 def test_ctrl_c(lines):
