@@ -22,7 +22,7 @@ from drift_jax.metrics.reference import ReferenceStats
 from drift_jax.models import release
 from drift_jax.system import sharding
 from drift_jax.tasks.generator.judges import load_judge, network_fn
-from drift_jax.tasks.generator.restore import load_exported
+from drift_jax.tasks.generator.restore import open_artifact
 from drift_jax.tasks.generator.step import sample_step
 from drift_jax.training import artifacts
 from tests.autoencoders import save_vae
@@ -152,7 +152,7 @@ DRAW = """if True:
 
   def draw(workdir, out):
     mesh = sharding.make_mesh()
-    run = restore.load_generator(workdir, mesh, step=None, ema_decay=None)
+    run = restore.open_run(workdir, mesh)
     sample_fn = samplers.make_sampler(run.task, mesh, 7)(run.params)
     labels = generation.balanced_labels(50, 10)
     batches = generation.generate(sample_fn, labels, 2.5, batch_size=24)
@@ -372,7 +372,7 @@ def test_exported_weights(answers, exported, judges):
     np.testing.assert_array_equal(archive["arr_1"], labels)
     images = archive["arr_0"]
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  task = load_exported(str(folder / "gen"), "", mesh).task
+  task = open_artifact(str(folder / "gen"), "", mesh).task
   step = jax.jit(functools.partial(sample_step, seed=0, task=task))
   drawn = step(
     params,

@@ -5,9 +5,9 @@ import difflib
 import math
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from drift_jax.config.sections import Source
+from drift_jax.config.sections import Path, Source
 from drift_jax.system import paths
 from drift_jax.system.errors import ConfigError
 
@@ -90,24 +90,28 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
   The `~` of paths is expanded, so that it is the same wherever it is read.
   """
   origin = typing.get_origin(hint)
+  arguments = typing.get_args(hint)
+  # checks.check_values looks at choices and bounds.
+  if origin is Literal:
+    return _convert(type(arguments[0]), value, path)
   if origin is Annotated:
-    return _expanded(hint, _convert(str, value, path), path)
+    value = _convert(arguments[0], value, path)
+    return _expanded(hint, value, path) if hint in (Path, Source) else value
   if dataclasses.is_dataclass(hint):
     return build(hint, value, path + ".")
   if origin is Mapping:
     if not isinstance(value, Mapping):
       raise ConfigError(f"{path}={value!r} must be a dict of sections")
-    item = typing.get_args(hint)[1]
+    item = arguments[1]
     if item is Any:
       return dict(value)
     return {k: _convert(item, v, f"{path}.{k}") for k, v in value.items()}
   if origin is tuple:
     if not isinstance(value, (tuple, list)):
       raise ConfigError(
-        f"{path}={value!r} has type {type(value).__name__}, want a tuple of "
-        f"{typing.get_args(hint)[0].__name__}"
+        f"{path}={value!r} has type {type(value).__name__}, want a tuple"
       )
-    item = typing.get_args(hint)[0]
+    (item, _) = arguments
     return tuple(_convert(item, v, f"{path}[{i}]") for i, v in enumerate(value))
   if hint is float and type(value) is int:
     value = float(value)

@@ -1,13 +1,31 @@
-"""Names, types and sections of a config; values live in configs/*.py."""
+"""Names, types and ranges of the sections that tasks share.
+
+Values live in configs/*.py. A field's type says what it may hold: `Literal`
+lists choices, `AtLeast` gives a lower bound; checks.check_values reads both.
+"""
 
 import dataclasses
 import typing
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+from drift_jax.system import options
+
+
+@dataclasses.dataclass(frozen=True)
+class AtLeast:
+  """Lower bound of a number, in its type: Annotated[int, AtLeast(1)]."""
+
+  least: float
+
+
+# How many there are: none is a number, or is not.
+Count = Annotated[int, AtLeast(0)]
+Size = Annotated[int, AtLeast(1)]
 # Strings whose `~` parsing expands: a path or URL, and KIND:PATH.
 Path = Annotated[str, "path"]
 Source = Annotated[str, "source"]
+Dtype = Literal["float32", "bfloat16"]
 
 
 @typing.dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -22,7 +40,7 @@ class Section:
 class RunData(Section):
   """Training data of any task; prefetch: batches ahead of the step."""
 
-  prefetch: int
+  prefetch: Count
 
 
 class Data(RunData):
@@ -32,19 +50,19 @@ class Data(RunData):
   data_dir: Path
   train_split: str
   test_split: str
-  held_out: int
-  class_order: str
-  image_size: int
-  channels: int
-  crop: str
+  held_out: Count
+  class_order: options.ClassOrder
+  image_size: Size
+  channels: Literal[1, 3]
+  crop: options.Crop
   crop_scale: tuple[float, ...]
   flip: bool
-  wire: str
+  wire: options.Wire
   in_memory: bool
-  decoder: str
-  max_corrupt: int
-  num_threads: int
-  num_workers: int
+  decoder: options.Decoder
+  max_corrupt: Count
+  num_threads: Size
+  num_workers: Count
 
 
 class Frozen(Section):
@@ -59,8 +77,8 @@ class Frozen(Section):
   """
 
   path: Path
-  dtype: str
-  sharding: str
+  dtype: Literal["", "float32", "bfloat16"]
+  sharding: Literal["fsdp", "replicated"]
   remat: bool
   model: Mapping[str, Any]
 
@@ -95,7 +113,7 @@ class TemperatureScale(Section):
   that a sample has `neighbours` effective positives at temperature 1.
   """
 
-  kind: str
+  kind: Literal["fixed", "annealed", "learned", "adaptive"]
   rate: float
   neighbours: float
 
@@ -112,13 +130,13 @@ class Drift(Section):
   options: Mapping[str, Mapping[str, Any]]
   temperatures: tuple[float, ...]
   temperature_scale: TemperatureScale
-  affinity_floor: float
-  normalization: str
+  affinity_floor: Annotated[float, AtLeast(0)]
+  normalization: Literal["xy", "y", "none"]
   attraction: float
   repulsion: float
   negatives: str
   guidance: str
-  reduction: str
+  reduction: Literal["sum", "mean"]
   normalize_features: bool
   normalize_drift: bool
   diagnostics: bool
@@ -127,13 +145,13 @@ class Drift(Section):
 class Optim(Section):
   """AdamW, its schedule and the gradient clip."""
 
-  schedule: str
+  schedule: Literal["constant", "cosine"]
   learning_rate: float
-  warmup_steps: int
+  warmup_steps: Count
   b1: float
   b2: float
   eps: float
-  weight_decay: float
+  weight_decay: Annotated[float, AtLeast(0)]
   grad_clip: float
 
 
@@ -146,25 +164,25 @@ class Ema(Section):
 class Train(Section):
   """Length of the run and how often it reports."""
 
-  num_steps: int
-  log_every: int
+  num_steps: Size
+  log_every: Size
 
 
 class Eval(Section):
   """Evaluation in the loop of any task: how often, and of which average."""
 
-  every: int
+  every: Count
   ema_decay: float
 
 
 class Checkpoint(Section):
   """What is saved, what is kept, what happens when it can't be read."""
 
-  every: int
-  keep_latest: int
-  keep_every: int
+  every: Size
+  keep_latest: Size
+  keep_every: Count
   best_metric: str
-  on_corrupt: str
+  on_corrupt: Literal["error", "previous"]
 
 
 class Mesh(Section):
@@ -177,8 +195,8 @@ class Mesh(Section):
 class Processes(Section):
   """How several processes look after each other."""
 
-  heartbeat_timeout: int
-  join_timeout: int = 600  # which runs of before have none of
+  heartbeat_timeout: Annotated[int, AtLeast(10)]
+  join_timeout: Size = 600  # which runs of before have none of
 
 
 class RunConfig(Section):
@@ -203,14 +221,14 @@ class RunConfig(Section):
 class ImageModel(Section):
   """Arguments that all models of images have."""
 
-  num_classes: int
-  dtype: str
+  num_classes: Count  # 0: as many as the data have
+  dtype: Dtype
 
 
 class ImageEval(Eval):
   """Evaluation of a model of images."""
 
-  batch_size: int
+  batch_size: Size
 
 
 class ImageConfig(RunConfig):
@@ -225,15 +243,6 @@ class ImageConfig(RunConfig):
 
 # Where data may come from (data.source).
 SOURCES = ("digits", "tfds:NAME", "folder:DIR", "tar:FILE", "latents:DIR")
-# How images are cut to data.image_size: ADM's centre crop; a random resized
-# crop (A.3); a black frame around smaller images; nothing, they fit.
-CROPS = ("center", "random", "pad", "none")
-# How the drift's temperatures change.
-TEMPERATURE_KINDS = ("fixed", "annealed", "learned", "adaptive")
 # Annealed temperatures fall no further: float32 tells no two distances apart
 # that differ by less than such a part.
 LEAST_TEMPERATURE_SCALE = 1e-6
-# How frozen weights lie on the mesh.
-FROZEN_SHARDINGS = ("fsdp", "replicated")
-WIRE_DTYPES = ("uint8", "float32", "float16", "bfloat16")
-DECODERS = ("pillow", "simplejpeg")

@@ -4,6 +4,8 @@ Nothing is imported here, so that a program reads its flags before it imports
 anything heavy.
 """
 
+from typing import Literal, get_args
+
 # Seconds that processes wait for each other at the start: a host that restarts
 # needs minutes.
 JOIN_SECONDS = 600
@@ -15,9 +17,16 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 # What an evaluation without a config computes, of so many samples.
 METRICS = ("fid", "inception_score")
 NUM_SAMPLES = 50_000
-# Of the classes of a source; '': its own.
-CLASS_ORDERS = ("", "imagenet")
-# Of statistics of real images, and how many single features are kept.
+# Order of a source's classes; '': its own.
+ClassOrder = Literal["", "imagenet"]
+CLASS_ORDERS = get_args(ClassOrder)
+# How images are cut to one size: ADM's centre crop; a random resized crop
+# (A.3); a black frame around smaller images; nothing, they fit.
+Crop = Literal["center", "random", "pad", "none"]
+# The dtype in which images and latents travel to the devices.
+Wire = Literal["uint8", "float32", "float16", "bfloat16"]
+Decoder = Literal["pillow", "simplejpeg"]
+# Crops of statistics of real images, and how many single features are kept.
 CROPS = ("center", "pad", "none")
 NUM_FEATURES = 10_000
 # Of a network's computation, and of latents on a disk.

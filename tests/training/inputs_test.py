@@ -10,9 +10,7 @@ from ml_collections import ConfigDict
 
 from configs import cifar10, imagenet_latent, policy
 from drift_jax import config as config_lib
-from drift_jax.config import sections as schema
-from drift_jax.data import decode, latent_format
-from drift_jax.data import readers as readers_lib
+from drift_jax.data import latent_format
 from drift_jax.system import storage
 from drift_jax.system.errors import ERRORS
 from drift_jax.tasks import parse
@@ -333,12 +331,6 @@ def test_every_error_of_data_ends_a_program_with_one_line():
   ):
     assert isinstance(error, ERRORS)
   assert not isinstance(ValueError("a bug"), ERRORS)
-
-
-def test_configs_offer_what_readers_take():
-  assert schema.CROPS == readers_lib.CROPS
-  assert schema.WIRE_DTYPES == readers_lib.WIRES
-  assert schema.DECODERS == decode.DECODERS
 
 
 @pytest.mark.parametrize("crop", ["none", "random"])

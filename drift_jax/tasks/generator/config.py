@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from drift_jax.config.checks import (
-  check_at_least,
   check_choice,
   check_distinct,
   check_drift,
@@ -13,6 +13,7 @@ from drift_jax.config.checks import (
   require,
 )
 from drift_jax.config.sections import (
+  Count,
   Drift,
   Encoder,
   ImageConfig,
@@ -20,6 +21,7 @@ from drift_jax.config.sections import (
   ImageModel,
   Path,
   Section,
+  Size,
   Train,
 )
 
@@ -47,9 +49,9 @@ class Features(Section):
   """Which feature vectors of A.5 enter the loss."""
 
   sample: bool
-  every_k_block: int
-  patch_mean_size: tuple[int, ...]
-  patch_std_size: tuple[int, ...]
+  every_k_block: Size
+  patch_mean_size: tuple[Size, ...]
+  patch_std_size: tuple[Size, ...]
   use_mean: bool
   use_std: bool
 
@@ -70,11 +72,11 @@ class Batch(Section):
   sample queue, or by index, class by class.
   """
 
-  reals: str
-  labels: int
-  generated: int
-  positives: int
-  unconditional: int
+  reals: Literal["queue", "class_grouped"]
+  labels: Size
+  generated: Size
+  positives: Size
+  unconditional: Count
 
 
 class Queue(Section):
@@ -84,15 +86,15 @@ class Queue(Section):
   `with_replacement` says whether the data may be such that it always will.
   """
 
-  class_size: int
-  unconditional_size: int
-  push_per_step: int
-  prefill: int
+  class_size: Size
+  unconditional_size: Size
+  push_per_step: Size
+  prefill: Count
   with_replacement: bool
 
 
 class GeneratorTrain(Train):
-  """The same of a generator, and what computes its step.
+  """Train section of a generator, and how its step is computed.
 
   `kernels` of attention and drifting losses: 'pallas' for TPUs, 'xla'
   anywhere, 'auto' the first that the devices run and, on NVIDIA GPUs, cuDNN's
@@ -100,9 +102,9 @@ class GeneratorTrain(Train):
   `accum_scalars`, 'group' or 'exact'.
   """
 
-  kernels: str
-  accum_labels: int
-  accum_scalars: str
+  kernels: Literal["auto", "pallas", "xla"]
+  accum_labels: Count
+  accum_scalars: Literal["group", "exact"]
 
 
 class Judge(Section):
@@ -115,15 +117,15 @@ class Judge(Section):
 class GeneratorEval(ImageEval):
   """Evaluation in the loop."""
 
-  num_samples: int
+  num_samples: Count
   labels: Path
   alphas: tuple[float, ...]
   metrics: tuple[str, ...]
   inception: Judge
   dinov2: Judge
-  coverage_k: int
-  grid_classes: int
-  grid_per_class: int
+  coverage_k: Size
+  grid_classes: Size
+  grid_per_class: Size
 
 
 class GeneratorConfig(ImageConfig):
@@ -180,18 +182,18 @@ RANKING_METRICS = (
 
 
 def check_generator(config: GeneratorConfig) -> None:
+  """Raises ConfigError for what a run of a generator does not allow."""
   check_images(config)
-  require(
-    config.vae.path == "" or config.data.source.startswith("latents:"),
-    f"vae.path={config.vae.path!r} with data.source={config.data.source!r}: a "
-    "generator of latents reads a latent cache; make one by python -m "
-    "drift_jax.tools.cache_latents and set data.source=latents:DIR",
-  )
-  batch, model = config.batch, config.model
-  guidance, evaluation = config.guidance, config.eval
-  for name in ("labels", "generated", "positives"):
-    check_at_least(f"batch.{name}", getattr(batch, name), 1)
-  check_at_least("batch.unconditional", batch.unconditional, 0)
+  _check_batch(config)
+  check_drift(config.drift, config.batch.positives)
+  _check_guidance(config.guidance, config.batch)
+  _check_features(config)
+  _check_network(config)
+  _check_evaluation(config)
+
+
+def _check_batch(config: GeneratorConfig) -> None:
+  batch, at_once = config.batch, config.train.accum_labels
   require(
     batch.generated >= 2
     or batch.unconditional >= 1
@@ -200,10 +202,16 @@ def check_generator(config: GeneratorConfig) -> None:
     "sample has no negative but itself, which is masked, so nothing repels "
     "it; use at least 2",
   )
-  check_choice("batch.reals", batch.reals, ("queue", "class_grouped"))
   if batch.reals == "queue":
     _check_queue(config)
-  check_drift(config.drift, batch.positives)
+  require(
+    not at_once or batch.labels % at_once == 0,
+    f"train.accum_labels={at_once} does not divide batch.labels="
+    f"{batch.labels}: groups of labels are of one size; 0 for one group",
+  )
+
+
+def _check_guidance(guidance: Guidance, batch: Batch) -> None:
   require(
     1 <= guidance.minimum <= guidance.maximum,
     f"guidance.minimum={guidance.minimum}, guidance.maximum="
@@ -218,20 +226,15 @@ def check_generator(config: GeneratorConfig) -> None:
     f"guidance.maximum={guidance.maximum} > 1 needs unconditional reals, but "
     "batch.unconditional=0: set it, or guidance.maximum=1",
   )
+
+
+def _check_features(config: GeneratorConfig) -> None:
   require(
     config.features.sample
     or any(encoder.in_loss for encoder in config.encoders.values()),
     "features.sample=False with no encoder in the loss leaves no features to "
     "drift in: set features.sample=True or encoders.NAME.in_loss=True",
   )
-  check_at_least("features.every_k_block", config.features.every_k_block, 1)
-  for name in ("patch_mean_size", "patch_std_size"):
-    sizes = getattr(config.features, name)
-    require(
-      all(size >= 1 for size in sizes),
-      f"features.{name}={sizes}: sides of patches must be at least 1; () for "
-      "none",
-    )
   for name, encoder in config.encoders.items():
     check_frozen(f"encoders.{name}", encoder)
     require(
@@ -250,16 +253,15 @@ def check_generator(config: GeneratorConfig) -> None:
       "decodes: set it, for a generator of latents; encoders read the samples "
       f"of a generator of pixels as they are, encoders.{name}.decode=False",
     )
-  check_choice("train.kernels", config.train.kernels, ("auto", "pallas", "xla"))
-  check_choice(
-    "train.accum_scalars", config.train.accum_scalars, ("group", "exact")
-  )
-  at_once = config.train.accum_labels
-  check_at_least("train.accum_labels", at_once, 0)
+
+
+def _check_network(config: GeneratorConfig) -> None:
+  model = config.model
   require(
-    not at_once or config.batch.labels % at_once == 0,
-    f"train.accum_labels={at_once} does not divide batch.labels="
-    f"{config.batch.labels}: groups of labels are of one size; 0 for one group",
+    config.vae.path == "" or config.data.source.startswith("latents:"),
+    f"vae.path={config.vae.path!r} with data.source={config.data.source!r}: a "
+    "generator of latents reads a latent cache; make one by python -m "
+    "drift_jax.tools.cache_latents and set data.source=latents:DIR",
   )
   check_choice(
     "model.attention_dtype", model.attention_dtype, ("float32", "bfloat16")
@@ -272,58 +274,57 @@ def check_generator(config: GeneratorConfig) -> None:
     f"model.in_channels={model.in_channels} and model.out_channels="
     f"{model.out_channels} differ: noise and samples have one shape",
   )
-  for alpha in evaluation.alphas:
+
+
+def _check_evaluation(config: GeneratorConfig) -> None:
+  chosen, guidance = config.eval, config.guidance
+  require(
+    len(chosen.alphas) > 0, "eval.alphas is empty: give at least one alpha"
+  )
+  check_distinct("eval.alphas", chosen.alphas)
+  for alpha in chosen.alphas:
     require(
       guidance.minimum <= alpha <= guidance.maximum,
-      f"eval.alphas={evaluation.alphas}: {alpha} was never trained, alpha is "
+      f"eval.alphas={chosen.alphas}: {alpha} was never trained, alpha is "
       f"drawn from [{guidance.minimum}, {guidance.maximum}] (guidance.*)",
     )
-  require(
-    len(evaluation.alphas) > 0, "eval.alphas is empty: give at least one alpha"
-  )
-  check_distinct("eval.alphas", evaluation.alphas)
-  for name in evaluation.metrics:
+  for name in chosen.metrics:
     check_choice("eval.metrics", name, EVAL_METRICS)
-  check_distinct("eval.metrics", evaluation.metrics)
+  check_distinct("eval.metrics", chosen.metrics)
   require(
-    "fd_encoder" not in evaluation.metrics or len(config.encoders) > 0,
+    "fd_encoder" not in chosen.metrics or len(config.encoders) > 0,
     "eval.metrics holds 'fd_encoder' but there are no encoders: remove it or "
     "add an encoder",
   )
   check_judges(
-    evaluation.metrics,
-    {"inception": evaluation.inception, "dinov2": evaluation.dinov2},
-  )
-  check_at_least("eval.num_samples", evaluation.num_samples, 0)
-  require(
-    evaluation.num_samples != 1, "eval.num_samples=1: figures need at least 2"
+    chosen.metrics, {"inception": chosen.inception, "dinov2": chosen.dinov2}
   )
   require(
-    evaluation.labels != ""
-    or model.num_classes == 0
-    or evaluation.num_samples % model.num_classes == 0,
-    f"eval.num_samples={evaluation.num_samples} can't be balanced over "
-    f"model.num_classes={model.num_classes}: use a multiple, a list of labels "
+    chosen.num_samples != 1, "eval.num_samples=1: figures need at least 2"
+  )
+  classes = config.model.num_classes
+  require(
+    chosen.labels != "" or classes == 0 or chosen.num_samples % classes == 0,
+    f"eval.num_samples={chosen.num_samples} can't be balanced over "
+    f"model.num_classes={classes}: use a multiple, a list of labels "
     "(eval.labels), or 0 for as many as are held out",
   )
-  check_at_least("eval.coverage_k", evaluation.coverage_k, 1)
-  check_at_least("eval.grid_classes", evaluation.grid_classes, 1)
-  check_at_least("eval.grid_per_class", evaluation.grid_per_class, 1)
-  best = config.checkpoint.best_metric
+  best, saved = config.checkpoint.best_metric, config.checkpoint.every
+  if not best:
+    return
   require(
-    best == "" or best in evaluation.metrics,
+    best in chosen.metrics,
     f"checkpoint.best_metric={best!r} is not computed: eval.metrics="
-    f"{evaluation.metrics}; use one of them or ''",
+    f"{chosen.metrics}; use one of them or ''",
   )
   require(
-    best == "" or best in RANKING_METRICS,
+    best in RANKING_METRICS,
     f"checkpoint.best_metric={best!r}: the best is the smallest, so it must "
     f"be a distance {RANKING_METRICS} or ''",
   )
-  saved = config.checkpoint.every
   require(
-    best == "" or (evaluation.every > 0 and evaluation.every % saved == 0),
-    f"checkpoint.best_metric={best!r} with eval.every={evaluation.every} and "
+    chosen.every > 0 and chosen.every % saved == 0,
+    f"checkpoint.best_metric={best!r} with eval.every={chosen.every} and "
     f"checkpoint.every={saved}: only an evaluation of a step that is saved "
     "can be ranked; make eval.every a multiple of checkpoint.every, or "
     "checkpoint.best_metric=''",
@@ -355,29 +356,28 @@ def check_judges(names: Sequence[str], judges: Mapping[str, Judge]) -> None:
 
 def _check_queue(config: GeneratorConfig) -> None:
   batch, queue = config.batch, config.queue
-  check_at_least("queue.push_per_step", queue.push_per_step, 1)
+  if queue.with_replacement:
+    return
   for size, drawn in (
     ("class_size", "positives"),
     ("unconditional_size", "unconditional"),
   ):
     have, want = getattr(queue, size), getattr(batch, drawn)
-    check_at_least(f"queue.{size}", have, 1)
     require(
-      have >= want or queue.with_replacement,
+      have >= want,
       f"queue.{size}={have} can't give batch.{drawn}={want} without "
       "replacement: raise it or set queue.with_replacement=True",
     )
-  check_at_least("queue.prefill", queue.prefill, 0)
-  drawn = "positives"
-  if batch.unconditional > batch.positives:
-    drawn = "unconditional"
-  want = getattr(batch, drawn)
+  drawn = max(
+    ("positives", "unconditional"), key=lambda name: getattr(batch, name)
+  )
   # Prefilling pushes whole batches.
   pushes = math.ceil(queue.prefill / queue.push_per_step) + 1
   require(
-    queue.with_replacement or pushes * queue.push_per_step >= want,
+    pushes * queue.push_per_step >= getattr(batch, drawn),
     f"queue.prefill={queue.prefill} and queue.push_per_step="
     f"{queue.push_per_step} leave {pushes * queue.push_per_step} samples in "
-    f"the queue at the first step, fewer than batch.{drawn}={want}: raise "
-    "queue.prefill or set queue.with_replacement=True",
+    f"the queue at the first step, fewer than batch.{drawn}="
+    f"{getattr(batch, drawn)}: raise queue.prefill or set "
+    "queue.with_replacement=True",
   )

@@ -47,7 +47,7 @@ from drift_jax.tasks.generator.memorisation import (
   check_searchable,
   feature_space,
 )
-from drift_jax.tasks.generator.restore import load_exported, load_generator
+from drift_jax.tasks.generator.restore import open_artifact, open_run
 from drift_jax.tasks.generator.samplers import make_sampler
 from drift_jax.tasks.generator.setup import (
   decoded_encoders,
@@ -139,9 +139,10 @@ def report_on_run(
     ArtifactError: a network that can't be loaded.
   """
   mesh = sharding.make_mesh()
-  run = load_generator(
+  run = open_run(
     workdir, mesh, step=step, ema_decay=ema_decay, paths=request.paths
   )
+  assert run.config is not None
   config = _requested_config(run.config, request, ema_decay)
   chosen = config.eval
   wants_encoder = "fd_encoder" in chosen.metrics or (
@@ -266,7 +267,7 @@ def report_on_weights(
     ArtifactError: weights that can't be loaded.
   """
   mesh = sharding.make_mesh()
-  generator = load_exported(weights, vae, mesh)
+  generator = open_artifact(weights, vae, mesh)
   alphas = (1.0,) if request.alphas is None else tuple(request.alphas)
   for alpha in alphas:
     if not alpha >= 1:
@@ -292,10 +293,7 @@ def report_on_weights(
   seed = request.seed or 0
   sample_fn = make_sampler(generator.task, mesh, seed)
   report = {
-    "weights": weights,
-    "sha256": generator.artifact.sha256,
-    "step": generator.artifact.metadata.get("step"),
-    "ema_decay": generator.artifact.metadata.get("ema_decay"),
+    **generator.provenance,
     "seed": seed,
   }
   report |= _score(

@@ -38,25 +38,28 @@ from drift_jax.training.workdir import (
   make_checkpointer,
 )
 
-# What a published generator was trained for (A.7); its metadata don't say.
+# The range that a published generator was trained for (A.7); its metadata don't
+# say it.
 PUBLISHED_ALPHAS = (1.0, 4.0)
+_LISTED = 3
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OpenedGenerator:
   """A generator, ready to sample, and what is known of it.
 
   Attributes:
     task: the static part.
     params: one average of its parameters, on the mesh.
-    vae: the autoencoder behind its latents, or None.
-    model_config: under the published names.
+    vae: the autoencoder of its latents, or None.
+    model_config: its arguments, under the published names.
     num_classes: labels lie in [0, num_classes).
-    class_names: one for each label, or () where nobody recorded them.
+    class_names: one for each label, or () if nobody recorded them.
     alpha_range: guidance scales that it was trained for.
-    step: training steps behind it, if known.
+    step: training steps that made it, if known.
     ema_decay: of the average, if known.
     provenance: where it comes from, fit for JSON.
+    config: of its run; None for an artifact.
   """
 
   task: GeneratorTask
@@ -69,6 +72,7 @@ class OpenedGenerator:
   step: int | None
   ema_decay: float | None
   provenance: Mapping[str, Any]
+  config: GeneratorConfig | None = None
 
 
 def open_generator(
@@ -79,16 +83,15 @@ def open_generator(
   step: int | None = None,
   ema_decay: float | None = None,
 ) -> OpenedGenerator:
-  """A generator from wherever it is.
+  """Opens a generator, wherever it is.
 
   Args:
     source: a run's workdir, an export, an artifact's folder, or hf://NAME of
       the authors' release, hf://OWNER/NAME[@REVISION][/FOLDER].
     mesh: where the parameters go.
-    vae: folder of the autoencoder behind the latents of an artifact; a run and
-      an export know theirs, a run's may be given where it is not found.
-    step: of a run: checkpoint; None for the best, else the newest.
-    ema_decay: of a run: which average; None for the evaluated one.
+    vae: folder of the autoencoder of an artifact's latents; a run and an export
+      know theirs, a run's may be given if it is not found.
+    step, ema_decay: which parameters of a run; see open_run.
 
   Raises:
     ArtifactError, CheckpointError: weights that can't be loaded.
@@ -96,14 +99,15 @@ def open_generator(
     StorageError: a bucket that can't be read.
   """
   if _is_run(source):
-    return _from_run(source, mesh, vae, step, ema_decay)
+    paths = {"vae.path": vae} if vae else {}
+    return open_run(source, mesh, step=step, ema_decay=ema_decay, paths=paths)
   for name, value in (("step", step), ("ema_decay", ema_decay)):
     if value is not None:
       raise config_lib.ConfigError(
         f"{name}={value!r} chooses among a run's checkpoints, but {source} is "
         "none: leave it out"
       )
-  return _from_artifact(source, mesh, vae)
+  return open_artifact(source, vae, mesh)
 
 
 def _is_run(source: str) -> bool:
@@ -114,57 +118,194 @@ def _is_run(source: str) -> bool:
   return file.exists() and "task" in read_facts(file, dict)
 
 
-def _from_run(
-  workdir: str, mesh: Mesh, vae: str, step: int | None, ema_decay: float | None
+def open_run(
+  workdir: str,
+  mesh: Mesh,
+  *,
+  step: int | None = None,
+  ema_decay: float | None = None,
+  paths: Mapping[str, str] | None = None,
 ) -> OpenedGenerator:
-  paths = {"vae.path": vae} if vae else {}
-  run = load_generator(
-    workdir, mesh, step=step, ema_decay=ema_decay, paths=paths
+  """Restores one EMA of a run, without optimiser, queue or encoders.
+
+  Args:
+    workdir: of the run.
+    mesh: where the parameters go.
+    step: checkpoint; None takes the best one if the run ranks them, else the
+      newest.
+    ema_decay: which average; None takes the one that the run evaluates.
+    paths: {dotted key of the config: where it is now}, of what is not found;
+      see `places.of_run`.
+
+  Raises:
+    ConfigError: no run there, not a generator's, an unknown decay, or an
+      autoencoder that is not there or not the one that the run began with.
+    ArtifactError: an autoencoder that can't be loaded.
+    CheckpointError: no such checkpoint, a damaged one, or parameters that are
+      not finite.
+    StorageError: a bucket that can't be read.
+  """
+  numerics.require()
+  # 1. The config, and the autoencoder that it names.
+  config = _read_config(workdir, paths or {})
+  decay = config.eval.ema_decay if ema_decay is None else ema_decay
+  if decay not in config.ema.decays:
+    raise config_lib.ConfigError(
+      f"ema_decay={decay} was not kept: valid options are {config.ema.decays}"
+    )
+  places.check_there(config, workdir, ["vae.path"])
+  vae = load_vae(config.vae, mesh)
+  check_frozen(epath.Path(workdir), frozen_sums({}, vae))
+  # 2. The network on these devices, and its parameters.
+  arguments = dataclasses.asdict(config.model)
+  with naming("model"):
+    module = build_generator(**arguments)
+  task = sampling_task(
+    _computed_on(module, mesh, kernels_there(config.train.kernels, mesh))
   )
-  guidance = run.config.guidance
-  decay = run.config.eval.ema_decay if ema_decay is None else ema_decay
+  step, params = _restore(workdir, config, task, mesh, step, decay)
+  # 3. What is known of it.
   file = epath.Path(workdir) / CLASSES_FILE
-  names = tuple(read_facts(file, list)) if file.exists() else ()
+  names = read_facts(file, list) if file.exists() else []
+  published = artifacts.abstract("gen", arguments).metadata["model_config"]
   return OpenedGenerator(
-    task=run.task,
-    params=run.params,
-    vae=run.vae,
-    model_config=artifacts.abstract(
-      "gen", dataclasses.asdict(run.config.model)
-    ).metadata["model_config"],
-    num_classes=run.config.model.num_classes,
+    task=task,
+    params=params,
+    vae=vae,
+    model_config=published,
+    num_classes=config.model.num_classes,
     class_names=readable_classes(names),
-    alpha_range=(guidance.minimum, guidance.maximum),
-    step=run.step,
+    alpha_range=(config.guidance.minimum, config.guidance.maximum),
+    step=step,
     ema_decay=decay,
-    provenance={"workdir": workdir, "step": run.step, "ema_decay": decay},
+    provenance={"workdir": workdir, "step": step, "ema_decay": decay},
+    config=config,
   )
 
 
-def _from_artifact(source: str, mesh: Mesh, vae: str) -> OpenedGenerator:
-  loaded = load_exported(source, vae, mesh)
-  metadata = loaded.artifact.metadata
+def _read_config(workdir: str, paths: Mapping[str, str]) -> GeneratorConfig:
+  storage.check(workdir)
+  file = epath.Path(workdir) / CONFIG_FILE
+  if not file.exists():
+    raise config_lib.ConfigError(f"no run in {workdir}: {file} is missing")
+  config = parse(places.of_run(read_facts(file, dict), workdir, paths))
+  if not isinstance(config, GeneratorConfig):
+    raise config_lib.ConfigError(
+      f"{workdir} holds a run of task {config.task!r}, want 'generator'"
+    )
+  return config
+
+
+def _restore(
+  workdir: str,
+  config: GeneratorConfig,
+  task: GeneratorTask,
+  mesh: Mesh,
+  step: int | None,
+  decay: float,
+) -> tuple[int, Any]:
+  """(step, one average of the parameters)."""
+  shapes = jax.eval_shape(init_generator(task), jax.random.key(0))
+  abstract = sharding.abstract(shapes, sharding.infer_sharding(shapes, mesh))
+  checkpointer = make_checkpointer(
+    config.checkpoint, epath.Path(workdir), read_only=True
+  )
+  try:
+    if step is None:
+      step = processes.from_first(checkpointer.best_step)
+    step, restored = checkpointer.restore_subtree(
+      {"ema": {str(decay): abstract}}, step
+    )
+  finally:
+    checkpointer.close()
+  params = restored["ema"][str(decay)]
+  bad = [
+    sharding.path_name(path)
+    for path, fine in jax.tree.leaves_with_path(jax.device_get(_finite(params)))
+    if not fine
+  ]
+  if bad:
+    raise checkpoint.CheckpointError(
+      f"step {step} of {workdir}, ema/{decay}: {', '.join(bad[:_LISTED])} "
+      f"({len(bad)} arrays in all) are not finite: take another step"
+    )
+  return step, params
+
+
+@jax.jit
+def _finite(params: Any) -> Any:
+  return jax.tree.map(lambda x: jnp.isfinite(x).all(), params)
+
+
+def open_artifact(source: str, vae: str, mesh: Mesh) -> OpenedGenerator:
+  """Opens a generator of ours or of the release, from its folder.
+
+  Args:
+    source: folder of kind 'gen', or what else artifacts.load reads.
+    vae: folder of the autoencoder of its latents; '' takes that of an export,
+      and means pixels if there is none.
+    mesh: where the parameters go.
+
+  Raises:
+    ArtifactError: weights that can't be loaded or are no generator's.
+  """
+  numerics.require()
+  artifact = artifacts.load(source)
+  if artifact.kind != "gen":
+    raise artifacts.ArtifactError(
+      f"{source} holds a model of kind {artifact.kind!r}, want 'gen'"
+    )
+  module: Any = artifact.module
+  metadata = artifact.metadata
   alphas = metadata.get("alpha_range", PUBLISHED_ALPHAS)
   names = metadata.get("class_names")
-  _check_facts(source, loaded.num_classes, alphas, names)
-  if names is None and loaded.num_classes == len(imagenet_classes()):
+  _check_facts(source, module.num_classes, alphas, names)
+  if names is None and module.num_classes == len(imagenet_classes()):
     names = list(imagenet_classes())
+  dtype = "float32"
+  if not vae and not source.startswith(hub.SCHEME):
+    exported = epath.Path(source) / artifacts.EXPORTED_VAE
+    # In the precision in which it decodes the export's images.
+    vae, dtype = (str(exported), "") if exported.exists() else ("", dtype)
+  section = config_lib.Vae(
+    path=vae, dtype=dtype, sharding="fsdp", remat=False, model={}
+  )
+  known = {name: metadata.get(name) for name in ("step", "ema_decay")}
   return OpenedGenerator(
-    task=loaded.task,
-    params=loaded.params,
-    vae=loaded.vae,
+    task=sampling_task(_computed_on(module, mesh, "auto")),
+    params=jax.device_put(
+      artifact.params, sharding.infer_sharding(artifact.params, mesh)
+    ),
+    vae=load_vae(section, mesh),
     model_config=metadata["model_config"],
-    num_classes=loaded.num_classes,
+    num_classes=module.num_classes,
     class_names=readable_classes(names or ()),
     alpha_range=tuple(alphas),
-    step=metadata.get("step"),
-    ema_decay=metadata.get("ema_decay"),
-    provenance={
-      "weights": source,
-      "sha256": loaded.artifact.sha256,
-      "step": metadata.get("step"),
-      "ema_decay": metadata.get("ema_decay"),
-    },
+    provenance={"weights": source, "sha256": artifact.sha256, **known},
+    **known,
+  )
+
+
+def _computed_on(module: Any, mesh: Mesh, kernels: str) -> Any:
+  """A generator as it is computed on the devices of a mesh."""
+  return module.clone(
+    attention_kernel=attention_kernel_for(kernels, mesh),
+    unroll=unroll_for(module.depth, mesh),
+  )
+
+
+def sampling_task(module: Any) -> GeneratorTask:
+  """The static part of a generator that is sampled and not trained."""
+  return GeneratorTask(
+    generator=module,
+    features=FeatureSpace(encoders={}, options={}, sample=True),
+    sample_shape=(module.input_size, module.input_size, module.out_channels),
+    noise_shape=(module.input_size, module.input_size, module.in_channels),
+    style_tokens=module.style_tokens,
+    style_vocab=module.style_vocab,
+    num_generated=1,
+    drift={},
+    guidance={},
   )
 
 
@@ -252,190 +393,6 @@ def read_style(values: int | Sequence[int], task: GeneratorTask) -> np.ndarray:
 
 
 _LISTED = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class ExportedGenerator:
-  """A generator's exported weights, ready to sample.
-
-  Attributes:
-    task: the static part.
-    params: on the mesh.
-    num_classes: labels lie in [0, num_classes).
-    vae: the autoencoder behind its latents, or None.
-    artifact: where they come from.
-  """
-
-  task: GeneratorTask
-  params: Any
-  num_classes: int
-  vae: artifacts.Artifact | None
-  artifact: artifacts.Artifact
-
-
-@jax.jit
-def _finite(params: Any) -> Any:
-  return jax.tree.map(lambda x: jnp.isfinite(x).all(), params)
-
-
-def not_finite(params: Any) -> list[str]:
-  """Names of the arrays that hold NaN or infinity."""
-  return [
-    sharding.path_name(path)
-    for path, fine in jax.tree.leaves_with_path(jax.device_get(_finite(params)))
-    if not fine
-  ]
-
-
-def sampled_on(module: Any, mesh: Mesh, kernels: str) -> Any:
-  """A generator as it is computed on the devices of a mesh."""
-  return module.clone(
-    attention_kernel=attention_kernel_for(kernels, mesh),
-    unroll=unroll_for(module.depth, mesh),
-  )
-
-
-def sampling_task(module: Any) -> GeneratorTask:
-  """The static part of a generator that is sampled and not trained."""
-  return GeneratorTask(
-    generator=module,
-    features=FeatureSpace(encoders={}, options={}, sample=True),
-    sample_shape=(module.input_size, module.input_size, module.out_channels),
-    noise_shape=(module.input_size, module.input_size, module.in_channels),
-    style_tokens=module.style_tokens,
-    style_vocab=module.style_vocab,
-    num_generated=1,
-    drift={},
-    guidance={},
-  )
-
-
-def load_exported(weights: str, vae: str, mesh: Mesh) -> ExportedGenerator:
-  """A generator of ours or of the release, from its folder.
-
-  Args:
-    weights: folder of kind 'gen', or what else artifacts.load reads.
-    vae: of the autoencoder behind its latents; '' takes that of an export, and
-      means pixels where there is none.
-    mesh: where the parameters go.
-
-  Raises:
-    ArtifactError: weights that can't be loaded or are no generator's.
-  """
-  numerics.require()
-  artifact = artifacts.load(weights)
-  if artifact.kind != "gen":
-    raise artifacts.ArtifactError(
-      f"{weights} holds a model of kind {artifact.kind!r}, want 'gen'"
-    )
-  module: Any = artifact.module
-  task = sampling_task(sampled_on(module, mesh, "auto"))
-  params = jax.device_put(
-    artifact.params, sharding.infer_sharding(artifact.params, mesh)
-  )
-  dtype = "float32"
-  if not vae and not weights.startswith(hub.SCHEME):
-    own = epath.Path(weights) / artifacts.EXPORTED_VAE
-    # In the precision in which it decodes the export's images.
-    vae, dtype = (str(own), "") if own.exists() else ("", dtype)
-  section = config_lib.Vae(
-    path=vae, dtype=dtype, sharding="fsdp", remat=False, model={}
-  )
-  return ExportedGenerator(
-    task, params, module.num_classes, load_vae(section, mesh), artifact
-  )
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainedGenerator:
-  """A generator restored from a workdir, ready to sample.
-
-  Attributes:
-    config: of its run.
-    task: the static part.
-    params: one EMA of the parameters, on the mesh.
-    step: training steps behind them.
-    vae: the autoencoder behind its latents, or None.
-  """
-
-  config: GeneratorConfig
-  task: GeneratorTask
-  params: Any
-  step: int
-  vae: artifacts.Artifact | None
-
-
-def load_generator(
-  workdir: str,
-  mesh: Mesh,
-  *,
-  step: int | None,
-  ema_decay: float | None,
-  paths: Mapping[str, str] | None = None,
-) -> TrainedGenerator:
-  """Restores one EMA of a run, without optimiser, queue or encoders.
-
-  Args:
-    workdir: of the run.
-    mesh: where the parameters go.
-    step: checkpoint; None takes the best one if the run ranks them, else the
-      newest.
-    ema_decay: which average; None takes the one that the run evaluates.
-    paths: {dotted key of the config: where it is now}, of what is not found;
-      see `places.of_run`.
-
-  Raises:
-    ConfigError: no run there, not a generator's, an unknown decay, or an
-      autoencoder that is not there or not the one that the run began with.
-    ArtifactError: an autoencoder that can't be loaded.
-    CheckpointError: no such checkpoint, a damaged one, or parameters that are
-      not finite.
-    StorageError: a bucket that can't be read.
-  """
-  numerics.require()
-  storage.check(workdir)
-  file = epath.Path(workdir) / CONFIG_FILE
-  if not file.exists():
-    raise config_lib.ConfigError(f"no run in {workdir}: {file} is missing")
-  config = parse(places.of_run(read_facts(file, dict), workdir, paths or {}))
-  if not isinstance(config, GeneratorConfig):
-    raise config_lib.ConfigError(
-      f"{workdir} holds a run of task {config.task!r}, want 'generator'"
-    )
-  decay = config.eval.ema_decay if ema_decay is None else ema_decay
-  if decay not in config.ema.decays:
-    raise config_lib.ConfigError(
-      f"ema_decay={decay} was not kept: valid options are {config.ema.decays}"
-    )
-  places.check_there(config, workdir, ["vae.path"])
-  vae = load_vae(config.vae, mesh)
-  check_frozen(epath.Path(workdir), frozen_sums({}, vae))
-  with naming("model"):
-    module = build_generator(**dataclasses.asdict(config.model))
-  task = sampling_task(
-    sampled_on(module, mesh, kernels_there(config.train.kernels, mesh))
-  )
-  shapes = jax.eval_shape(init_generator(task), jax.random.key(0))
-  abstract = sharding.abstract(shapes, sharding.infer_sharding(shapes, mesh))
-  checkpointer = make_checkpointer(
-    config.checkpoint, epath.Path(workdir), read_only=True
-  )
-  try:
-    if step is None:
-      step = processes.from_first(checkpointer.best_step)
-    step, restored = checkpointer.restore_subtree(
-      {"ema": {str(decay): abstract}}, step
-    )
-  finally:
-    checkpointer.close()
-  params = restored["ema"][str(decay)]
-  bad = not_finite(params)
-  if bad:
-    raise checkpoint.CheckpointError(
-      f"step {step} of {workdir}, ema/{decay}: {', '.join(bad[:_LISTED])} "
-      f"({len(bad)} arrays in all) are not finite: take another step"
-    )
-  return TrainedGenerator(config, task, params, step, vae)
 
 
 def check_alpha(alpha: float, trained: tuple[float, float]) -> None:

@@ -1,7 +1,6 @@
 """Config of task 'mae', and what may go together in it."""
 
 from drift_jax.config.checks import (
-  check_at_least,
   check_choice,
   check_images,
   require,
@@ -10,6 +9,7 @@ from drift_jax.config.sections import (
   ImageConfig,
   ImageModel,
   Section,
+  Size,
 )
 
 
@@ -28,10 +28,10 @@ class MaeModel(ImageModel):
 class MaeLoss(Section):
   """Masked reconstruction and the classification fine-tune (A.3)."""
 
-  batch_size: int
+  batch_size: Size
   mask_ratio: float
   classification_steps: int
-  classification_ramp: int
+  classification_ramp: Size
   classification_weight: float
 
 
@@ -47,9 +47,9 @@ class MaeConfig(ImageConfig):
 
 
 def check_mae(config: MaeConfig) -> None:
+  """Raises ConfigError for what a run of an encoder does not allow."""
   check_images(config)
   mae = config.mae
-  check_at_least("mae.batch_size", mae.batch_size, 1)
   require(
     0 < mae.mask_ratio < 1,
     f"mae.mask_ratio={mae.mask_ratio} must lie strictly between 0 and 1",
@@ -59,7 +59,6 @@ def check_mae(config: MaeConfig) -> None:
     f"mae.classification_steps={mae.classification_steps} must lie in "
     f"[0, train.num_steps={config.train.num_steps}]",
   )
-  check_at_least("mae.classification_ramp", mae.classification_ramp, 1)
   require(
     0 <= mae.classification_weight <= 1,
     f"mae.classification_weight={mae.classification_weight} must lie in [0, 1]",

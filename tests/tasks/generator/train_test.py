@@ -29,7 +29,7 @@ from drift_jax.tasks.generator import evaluation as evaluation_lib
 from drift_jax.tasks.generator import train
 from drift_jax.tasks.generator.config import GeneratorConfig
 from drift_jax.tasks.generator.evaluation import Evaluation
-from drift_jax.tasks.generator.restore import load_generator
+from drift_jax.tasks.generator.restore import open_run
 from drift_jax.tasks.generator.setup import generator_task
 from drift_jax.tasks.mae import setup as mae_setup
 from drift_jax.tasks.mae import train as train_mae
@@ -362,7 +362,7 @@ def test_a_checkpoint_or_an_average_that_is_not_there(eight):
   def load(**changes):
     arguments = {"step": None, "ema_decay": None} | changes
     mesh = open_mesh(config_lib.Mesh(data=-1, fsdp=1))
-    return load_generator(str(eight), mesh, **arguments)
+    return open_run(str(eight), mesh, **arguments)
 
   with pytest.raises(checkpoint.CheckpointError, match="no checkpoint of step"):
     load(step=3)
