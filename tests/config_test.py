@@ -117,7 +117,6 @@ def test_wrong_types(key, value, message):
     ),
     ("seed", -1, r"seed=-1 must lie in \[0, 2\*\*32\)"),
     ("seed", 2**32, r"seed=4294967296 must lie in \[0, 2\*\*32\)"),
-    ("optim.schedule", "cosin", r"'cosin': valid .*did you mean 'cosine'"),
     ("optim.learning_rate", 0.0, "learning_rate=0.0 must be positive"),
     ("optim.b2", 1.0, r"b2=1\.0 must lie in"),
     ("optim.b2", 1 - 1e-9, r"b2=0.999999999 must lie in"),  # 1 in float32
@@ -128,7 +127,6 @@ def test_wrong_types(key, value, message):
     ("eval.ema_decay", 0.5, r"ema_decay=0\.5 is not one of"),
     ("mesh.fsdp", 0, "mesh.fsdp=0"),
     ("mesh.fsdp", -1, "mesh.data=-1 and mesh.fsdp=-1: only one may"),
-    ("checkpoint.on_corrupt", "ignore", r"'error', 'previous'"),
     ("checkpoint.best_metric", "fid", "best_metric='fid' is not computed"),
     (
       "checkpoint.best_metric",
@@ -138,26 +136,14 @@ def test_wrong_types(key, value, message):
     ("checkpoint.every", 100, r"eval.every=250 and checkpoint.every=100: only"),
     ("checkpoint.every", 500, r"eval.every=250 and checkpoint.every=500: only"),
     ("eval.every", 0, r"'fd_pixel' with eval.every=0 and checkpoint.every=250"),
-    ("batch.labels", 0, "batch.labels=0 must be at least 1"),
-    ("train.accum_labels", -1, "accum_labels=-1 must be at least 0"),
     ("train.accum_labels", 5, "labels=5 does not divide batch.labels=16"),
-    ("train.accum_scalars", "each", r"'each'.*\['group', 'exact'\]"),
     ("model.remat", "some", r"remat='some'.*'none', 'attention'"),
-    ("batch.reals", "loader", r"'loader': .*\['queue', 'class_grouped'\]"),
-    ("queue.push_per_step", 0, "push_per_step=0 must be at least 1"),
     ("data.source", "folders:x", r"'folders:x'.*'latents:DIR'.*mean 'folder:D"),
     ("data.source", "tar:", r"source='tar:': valid options"),
     ("data.source", "digits:x", r"source='digits:x': valid options"),
     ("data.crop", "centre", r"'centre': .*'random'.*did you mean 'center'"),
-    ("data.wire", "int8", r"wire='int8': .*did you mean 'uint8'"),
-    ("data.decoder", "turbo", r"decoder='turbo'.*'pillow'"),
-    ("data.class_order", "x", "class_order='x'.*imagenet"),
-    ("data.channels", 4, "data.channels=4: valid options are"),
     ("data.crop_scale", (0.5, 0.2), r"crop_scale=\(0\.5, 0\.2\)"),
     ("data.crop_scale", (0.5,), r"crop_scale=\(0\.5,\)"),
-    ("data.image_size", 0, "image_size=0 must be at least 1"),
-    ("data.num_workers", -1, "num_workers=-1 must be at least 0"),
-    ("data.max_corrupt", -1, "max_corrupt=-1 must be at least 0"),
     ("data.train_split", "", "train_split is empty"),
     ("data.test_split", "train", "are both 'train'.*not be trained on"),
     ("data.source", "latents:x", r"'latents:x' needs vae\.path.*convert_weig"),
@@ -167,15 +153,10 @@ def test_wrong_types(key, value, message):
     ("drift.temperatures", (), "at least one positive"),
     ("drift.temperatures", (0.1, -0.1), "at least one positive"),
     ("drift.temperatures", (0.1, 0.1), "twice"),
-    ("drift.affinity_floor", -1e-6, "affinity_floor=-1e-06"),
-    ("drift.normalization", "x", r"\['xy', 'y', 'none'\]"),
     ("guidance.minimum", 0.5, "want 1 <= minimum <= maximum"),
     ("guidance.no_cfg_frac", 1.5, r"no_cfg_frac=1\.5"),
     ("batch.unconditional", 0, "maximum=4.0 > 1 needs unconditional reals"),
     ("features.sample", False, "no features to drift in"),
-    ("features.every_k_block", 0, "every_k_block=0 must be at least 1"),
-    ("features.patch_mean_size", (2, 0), r"patch_mean_size=\(2, 0\): sides"),
-    ("features.patch_std_size", (-1,), r"patch_std_size=\(-1,\): sides"),
     ("eval.alphas", (9.0,), r"9\.0 was never trained"),
     ("eval.alphas", (), "empty"),
     (
@@ -185,7 +166,6 @@ def test_wrong_types(key, value, message):
     ),
     ("eval.metrics", ("fd_pixel", "fd_pixel"), "eval.metrics=.* twice"),
     ("eval.num_samples", 1, "num_samples=1: figures need at least 2"),
-    ("eval.grid_classes", 0, "grid_classes=0 must be at least 1"),
     ("eval.metrics", ("fdi",), "'fdi': valid options are"),
     ("eval.metrics", ("fid",), r"\['fid'\], which need eval\.inception\.path"),
     (
@@ -195,9 +175,7 @@ def test_wrong_types(key, value, message):
     ),
     ("eval.metrics", ("fd_encoder", "fd_pixel"), "there are no encoders"),
     ("eval.num_samples", 55, "num_samples=55 can't be balanced"),
-    ("model.num_classes", -1, "model.num_classes=-1 must be at least 0"),
     ("model.out_channels", 3, "in_channels=1 and model.out_channels=3"),
-    ("model.dtype", "float16", r"\['float32', 'bfloat16'\]"),
   ],
 )
 def test_contradictions(key, value, message):
@@ -209,7 +187,6 @@ def test_contradictions(key, value, message):
   [
     ("mae.mask_ratio", 1.0, r"mask_ratio=1\.0"),
     ("mae.classification_steps", 10**6, "classification_steps=1000000"),
-    ("model.num_classes", -1, "model.num_classes=-1 must be at least 0"),
     ("mae.mask_ratio", float("nan"), "mask_ratio=nan must be a finite number"),
     ("model.layers", (1, 1), r"layers=\(1, 1\)"),
     ("checkpoint.best_metric", "fd_pixel", "valid options"),
@@ -218,6 +195,42 @@ def test_contradictions(key, value, message):
 )
 def test_encoder_configs(key, value, message):
   check_rejected(mae(), key, value, message)
+
+
+def bounded(section, path=""):
+  """(dotted key, type of the value) of all fields with bounds or choices."""
+  hints = typing.get_type_hints(type(section), include_extras=True)
+  for name, hint in hints.items():
+    value = getattr(section, name)
+    if dataclasses.is_dataclass(value):
+      yield from bounded(value, f"{path}{name}.")
+    elif typing.get_origin(hint) is tuple:
+      yield path + name, typing.get_args(hint)[0], True
+    else:
+      yield path + name, hint, False
+
+
+@pytest.mark.parametrize("config", [generator(), mae()], ids=["gen", "mae"])
+def test_every_bound_and_every_choice_is_kept(config):
+  """What lies outside of a field's type is refused, naming the key."""
+  count = 0
+  for key, hint, is_tuple in bounded(parse(config)):
+    for bad in out_of(hint):
+      count += 1
+      message = rf"{re.escape(key)}={bad!r}( must be at least|: valid options)"
+      check_rejected(config, key, (bad,) if is_tuple else bad, message)
+  assert count > 15
+
+
+def out_of(hint):
+  """Values of the right type that a field of this type can't hold."""
+  origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+  if origin is typing.Literal:
+    yield 4 if isinstance(arguments[0], int) else "other"
+  elif origin is typing.Annotated:
+    for mark in arguments[1:]:
+      if hasattr(mark, "least"):
+        yield arguments[0](mark.least - 1)
 
 
 def check_rejected(config, key, value, message):
@@ -522,7 +535,6 @@ def test_resumed_runs_may_change_what_is_harmless():
   ("key", "before", "after"),
   [
     ("optim.learning_rate", 1e-3, 5e-4),
-    ("train.accum_scalars", "exact", "group"),
     ("train.accum_labels", 2, 4),
     ("data.held_out", 0, 1),
   ],
