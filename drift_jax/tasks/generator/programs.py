@@ -1,6 +1,7 @@
 """What a run compiles, with abstract arguments: no data, weights or devices."""
 
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,11 @@ from drift_jax.tasks.generator.setup import (
   generator_task,
   init_generator,
 )
-from drift_jax.tasks.generator.step import GeneratorBatch, train_step
+from drift_jax.tasks.generator.step import (
+  GeneratorBatch,
+  GeneratorTask,
+  train_step,
+)
 from drift_jax.training import artifacts
 from drift_jax.training.drifting import init_drift
 from drift_jax.training.frozen import abstract_vae, decoding
@@ -57,55 +62,49 @@ def programs(config: GeneratorConfig, mesh: Mesh) -> list[Program]:
     for count in (sizes.positives, sizes.unconditional)
   )
   labels = abstract_batch(mesh, sizes.labels, dtype=jnp.int32)
+  train = {
+    "state": training.abstract,
+    "batch": GeneratorBatch(labels, *reals),
+    "frozen": frozen,
+  }
   count = pad_to_mesh(config.eval.batch_size, mesh)
-  samples = abstract_batch(mesh, count, *task.sample_shape)
   indices = abstract_batch(mesh, count, dtype=jnp.int32)
-  found = [
-    Program(
-      "train",
-      training.step,
-      {
-        "state": training.abstract,
-        "batch": GeneratorBatch(labels, *reals),
-        "frozen": frozen,
-      },
-    ),
-    Program(
-      "sample",
-      jit_sampler(task, mesh),
-      {
-        "params": training.abstract.params,
-        "seed": jax.ShapeDtypeStruct((), jnp.uint32),
-        "style": jax.ShapeDtypeStruct((task.style_tokens,), jnp.int32),
-        "labels": indices,
-        "alpha": abstract_batch(mesh, count),
-        "index": indices,
-      },
-    ),
+  sample = {
+    "params": training.abstract.params,
+    "seed": jax.ShapeDtypeStruct((), jnp.uint32),
+    "style": jax.ShapeDtypeStruct((task.style_tokens,), jnp.int32),
+    "labels": indices,
+    "alpha": abstract_batch(mesh, count),
+    "index": indices,
+  }
+  return [
+    Program("train", training.step, train),
+    Program("sample", jit_sampler(task, mesh), sample),
+    *_evaluation_programs(config.eval, task, vae, mesh, count),
   ]
+
+
+def _evaluation_programs(
+  chosen: GeneratorEval,
+  task: GeneratorTask,
+  vae: artifacts.Artifact | None,
+  mesh: Mesh,
+  count: int,
+) -> Iterator[Program]:
+  """Frozen networks that evaluations run on `count` samples at a time."""
   if vae is not None:
-    found.append(
-      Program(
-        "decode",
-        jit_network(decoding(vae), vae.params, mesh),
-        {"params": vae.params, "samples": samples},
-      )
-    )
+    samples = abstract_batch(mesh, count, *task.sample_shape)
+    decode = jit_network(decoding(vae), vae.params, mesh)
+    yield Program("decode", decode, {"params": vae.params, "samples": samples})
   side = image_size(task.sample_shape, vae)
   pixels = abstract_batch(mesh, count, side, side, 3, dtype=jnp.uint8)
-  for name, artifact in _judges(config.eval).items():
+  for name, artifact in _judges(chosen).items():
     params = sharding.abstract(
       artifact.params,
       jax.tree.map(lambda _: sharding.replicated(mesh), artifact.params),
     )
-    found.append(
-      Program(
-        f"judge {name}",
-        jit_network(judging(artifact), params, mesh),
-        {"params": params, "pixels": pixels},
-      )
-    )
-  return found
+    judge = jit_network(judging(artifact), params, mesh)
+    yield Program(f"judge {name}", judge, {"params": params, "pixels": pixels})
 
 
 def _judges(

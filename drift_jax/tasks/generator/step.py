@@ -206,44 +206,35 @@ def generator_loss(
     label l.
   """
   num_labels, num_positives = batch.positives.shape[:2]
-  repeats = task.num_generated
   generator = task.generator
   if layout is not None:
     generator, params = _gathering(generator, params, layout)
 
   def generated_from(noise: jax.Array, style: jax.Array) -> jax.Array:
-    labels = jnp.repeat(batch.labels, repeats)
-    alpha = jnp.repeat(draws.alpha, repeats)
+    labels = jnp.repeat(batch.labels, task.num_generated)
+    alpha = jnp.repeat(draws.alpha, task.num_generated)
     return apply(generator, params, labels, alpha, noise=noise, style=style)
 
+  # 1. Samples x = f(noise, label, alpha), and the reals that move them.
   samples = generated_from(draws.noise, draws.style)
   reals = jnp.concatenate([batch.positives, batch.unconditional], axis=1)
   num_reals = reals.shape[1]
   reals = from_wire(reals.reshape(-1, *reals.shape[2:]))
   if draws.repelling is not None:
-    # Behind each label's reals: no gradient flows through either.
+    # After each label's reals: no gradient flows through either.
     repelling = jax.lax.stop_gradient(generated_from(*draws.repelling))
     parts = [
       x.reshape(num_labels, count, *x.shape[1:])
-      for x, count in ((reals, num_reals), (repelling, repeats))
+      for x, count in ((reals, num_reals), (repelling, task.num_generated))
     ]
     reals = jnp.concatenate(parts, axis=1)
     reals = reals.reshape(-1, *reals.shape[2:])
 
-  def features(
-    frozen: Any, samples: jax.Array, reals: jax.Array
-  ) -> tuple[FeatureDict, FeatureDict]:
-    if layout is not None:
-      frozen = sharding.gather(frozen, layout.frozen)
-    real_features = jax.lax.stop_gradient(task.features(frozen, reals))
-    return task.features(frozen, samples), real_features
-
-  # Regathering would keep what recomputed blocks are to recompute: its policy
-  # reaches into them. The weights are kept instead, until the losses are done.
-  if layout is not None and not task.features.recomputes:
-    features = sharding.regather(features, layout.frozen)
+  # 2. Features of both, by the frozen encoders (A.5).
+  features = _features_of(task, layout)
   generated, real_features = features(frozen, samples, reals)
 
+  # 3. The drifting loss of each feature (eq. 13), and their sum (eq. 14).
   weight = _unconditional_weight(batch, draws, task)
   losses, report = drift.drift_losses(
     by_label(generated, num_labels),
@@ -259,11 +250,27 @@ def generator_loss(
     temperature_scale=temperature_scale,
   )
   total = jnp.mean(losses) if task.average else jnp.sum(losses)
-  return total, {
-    "samples": samples,
-    "losses": losses,
-    "report": report,
-  }
+  return total, {"samples": samples, "losses": losses, "report": report}
+
+
+def _features_of(
+  task: GeneratorTask, layout: sharding.Layout | None
+) -> Callable[..., tuple[FeatureDict, FeatureDict]]:
+  """(frozen, samples, reals) -> features of samples, and of reals."""
+
+  def features(
+    frozen: Any, samples: jax.Array, reals: jax.Array
+  ) -> tuple[FeatureDict, FeatureDict]:
+    if layout is not None:
+      frozen = sharding.gather(frozen, layout.frozen)
+    real_features = jax.lax.stop_gradient(task.features(frozen, reals))
+    return task.features(frozen, samples), real_features
+
+  # Regathering would keep what recomputed blocks are to recompute: its policy
+  # reaches into them. The weights are kept instead, until the losses are done.
+  if layout is not None and not task.features.recomputes:
+    return sharding.regather(features, layout.frozen)
+  return features
 
 
 def _gathering(

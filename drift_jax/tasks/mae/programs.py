@@ -57,31 +57,22 @@ def programs(config: MaeConfig, mesh: Mesh) -> list[Program]:
       abstract_batch(mesh, size, dtype=jnp.int32),
     )
 
-  found = [
-    Program(
-      "train",
-      training.step,
-      {
-        "state": training.abstract,
-        "batch": batch(config.mae.batch_size),
-        "frozen": vae_params,
-      },
-    )
-  ]
+  train = {
+    "state": training.abstract,
+    "batch": batch(config.mae.batch_size),
+    "frozen": vae_params,
+  }
+  found = [Program("train", training.step, train)]
   if config.eval.every:
     count = pad_to_mesh(config.eval.batch_size, mesh)
-    found.append(
-      Program(
-        "evaluate",
-        jit_mae_evaluation(task, mesh, vae_params),
-        {
-          "params": training.abstract.params,
-          "batch": batch(count),
-          "valid": abstract_batch(mesh, count, dtype=jnp.bool_),
-          "key": jax.eval_shape(lambda: stream(config.seed, "mask")),
-          "number": jax.ShapeDtypeStruct((), jnp.int32),
-          "frozen": vae_params,
-        },
-      )
-    )
+    evaluation = {
+      "params": training.abstract.params,
+      "batch": batch(count),
+      "valid": abstract_batch(mesh, count, dtype=jnp.bool_),
+      "key": jax.eval_shape(lambda: stream(config.seed, "mask")),
+      "number": jax.ShapeDtypeStruct((), jnp.int32),
+      "frozen": vae_params,
+    }
+    evaluate = jit_mae_evaluation(task, mesh, vae_params)
+    found.append(Program("evaluate", evaluate, evaluation))
   return found
