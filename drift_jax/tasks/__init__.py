@@ -10,7 +10,7 @@ Each has `config` (its section classes and what may go together), `step` (pure),
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ml_collections
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
   from drift_jax.training.programs import Program
 
+_Config = TypeVar("_Config", bound=RunConfig)
 # Tasks whose programs compile_check compiles.
 _COMPILED = ("generator", "mae")
 # The class of each task's config, in its module `config`.
@@ -50,6 +51,19 @@ def parse(config: Any) -> RunConfig:
     raise ConfigError(f"task={task!r}: valid options are {sorted(TASKS)}")
   parsed = build(config_class(task), values)
   parsed.check()
+  return parsed
+
+
+def parse_as(config: Any, cls: type[_Config]) -> _Config:
+  """`parse` of a config that must be one task's.
+
+  Raises:
+    ConfigError: as `parse`, or a config of another task.
+  """
+  parsed = parse(config)
+  if not isinstance(parsed, cls):
+    (want,) = (task for task, name in TASKS.items() if name == cls.__name__)
+    raise ConfigError(f"task={parsed.task!r}, want {want!r}")
   return parsed
 
 

@@ -138,6 +138,7 @@ def report_on_run(
     CheckpointError: no usable checkpoint.
     ArtifactError: a network that can't be loaded.
   """
+  # 1. The run, with the evaluation that is asked for.
   mesh = sharding.make_mesh()
   run = open_run(
     workdir, mesh, step=step, ema_decay=ema_decay, paths=request.paths
@@ -145,6 +146,7 @@ def report_on_run(
   assert run.config is not None
   config = _requested_config(run.config, request, ema_decay)
   chosen = config.eval
+  # 2. What it reads: encoders and real images, if a figure needs them.
   wants_encoder = "fd_encoder" in chosen.metrics or (
     request.neighbours > 0 and request.neighbour_space == "encoder"
   )
@@ -157,6 +159,7 @@ def report_on_run(
   if wants_reals:
     readers = open_readers(config, run.vae)
     check_data(epath.Path(workdir), readers.train.class_names, readers.facts)
+  # 3. The evaluators; a mistake shows before anything is generated.
   with naming("eval"):
     labels = evaluation_labels(chosen, config.model.num_classes, readers)
     evaluators, facts = run_evaluators(
@@ -166,49 +169,47 @@ def report_on_run(
     assert readers is not None
     with naming("neighbours"):
       check_searchable(readers, request.neighbours)
+  # 4. Figures.
   seed = config.seed + 1 if request.seed is None else request.seed
   sample_fn = make_sampler(run.task, mesh, seed)(run.params)
   batch_size = pad_to_mesh(chosen.batch_size, mesh)
   decode = make_decoder(run.vae, mesh)
   to_pixels = make_pixels(decode)
   report = {
-    "workdir": workdir,
-    "step": run.step,
-    "ema_decay": chosen.ema_decay,
+    **run.provenance,
     "seed": seed,
+    **_score(
+      evaluators,
+      sample_fn,
+      labels,
+      request,
+      alphas=chosen.alphas,
+      batch_size=batch_size,
+      to_pixels=to_pixels,
+    ),
+    "judges": facts,
+    "baseline": baselines(evaluators),
   }
-  report |= _score(
-    evaluators,
-    sample_fn,
-    labels,
-    request,
-    alphas=chosen.alphas,
-    batch_size=batch_size,
-    to_pixels=to_pixels,
-  )
-  report |= {"judges": facts, "baseline": baselines(evaluators)}
+  # 5. Nearest training images.
   if request.neighbours:
     assert readers is not None
+    decoded = decoded_encoders(config.encoders)
     with naming("neighbours"):
-      found = check_memorisation(
+      space = feature_space(
+        request.neighbour_space, encoders, run.vae, to_pixels, mesh, decoded
+      )
+      memorisation = check_memorisation(
         sample_fn,
         _at_least(request.neighbour_samples, config.model.num_classes),
         chosen.alphas[0],
         readers,
-        feature_space(
-          request.neighbour_space,
-          encoders,
-          run.vae,
-          to_pixels,
-          mesh,
-          decoded_encoders(config.encoders),
-        ),
+        space,
         k=request.neighbours,
         batch_size=batch_size,
         decode=decode,
         mesh=mesh,
       )
-    report["neighbours"] = _save_neighbours(found, request)
+    report["neighbours"] = _save_neighbours(memorisation, request)
   return report
 
 

@@ -3,9 +3,8 @@
 import functools
 from typing import Any
 
-from drift_jax import config as config_lib
 from drift_jax.system import sharding
-from drift_jax.tasks import parse
+from drift_jax.tasks import parse_as
 from drift_jax.tasks.generator.config import GeneratorConfig
 from drift_jax.tasks.generator.evaluation import Evaluation
 from drift_jax.tasks.generator.setup import (
@@ -58,9 +57,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     PeerError: any of these, in the first of several processes.
     Preempted: by SIGTERM, with the step saved.
   """
-  config = parse(config)
-  if not isinstance(config, GeneratorConfig):
-    raise config_lib.ConfigError(f"task={config.task!r}, want 'generator'")
+  config = parse_as(config, GeneratorConfig)
   drift_arguments(config.drift)  # a mistake there, before data
   mesh = open_mesh(config.mesh)
   check_labels(config, mesh)

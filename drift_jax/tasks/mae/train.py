@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from etils import epath
 
-from drift_jax import config as config_lib
 from drift_jax.metrics.batches import local_batches
 from drift_jax.metrics.plots import plot_mae
 from drift_jax.metrics.writers import MetricWriter, read_jsonl
@@ -17,7 +16,7 @@ from drift_jax.models import release
 from drift_jax.system import processes, sharding
 from drift_jax.system.console import logger
 from drift_jax.system.streams import stream
-from drift_jax.tasks import parse
+from drift_jax.tasks import parse_as
 from drift_jax.tasks.mae.config import MaeConfig
 from drift_jax.tasks.mae.setup import (
   init_mae,
@@ -70,9 +69,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     PeerError: any of these, in the first of several processes.
     Preempted: by SIGTERM, with the step saved.
   """
-  config = parse(config)
-  if not isinstance(config, MaeConfig):
-    raise config_lib.ConfigError(f"task={config.task!r}, want 'mae'")
+  config = parse_as(config, MaeConfig)
   mesh = open_mesh(config.mesh)
   check_divides("mae.batch_size", config.mae.batch_size, mesh)
   config = of_resumed(config, workdir)
