@@ -184,7 +184,7 @@ def _check_source(source: str) -> None:
 def check_new(config: RunConfig) -> None:
   """Raises ConfigError for what no run may begin with.
 
-  Earlier runs may have it: they can be continued and sampled.
+  Earlier runs may have it: these can be continued and sampled.
   """
   drift: Drift | None = getattr(config, "drift", None)
   if drift is None or drift.temperature_scale.kind != "annealed":

@@ -49,7 +49,7 @@ def _expanded(argument: str) -> str:
 
 
 def define_process_flags(*, waits: bool = False) -> None:
-  """The flags by which a program's process finds the others.
+  """Defines the flags by which a process finds the others.
 
   Args:
     waits: whether a flag says for how long; else its config does.
@@ -72,13 +72,13 @@ def define_process_flags(*, waits: bool = False) -> None:
 
 
 def process_flags() -> tuple[str, int | None, int | None]:
-  """Their values: coordinator, number of processes, number of this one."""
+  """Returns their values: coordinator, number of processes, own number."""
   values = flags.FLAGS
   return values.coordinator, values.num_processes, values.process_id
 
 
 def define_source_flags() -> None:
-  """The flags that name a generator to draw with."""
+  """Defines the flags that name a generator to draw with."""
   paths.define_flag(
     "from",
     None,
@@ -103,7 +103,7 @@ def define_source_flags() -> None:
 
 
 def source() -> str:
-  """The one place that --from and --workdir name.
+  """Returns the one place that --from and --workdir name.
 
   Raises:
     ConfigError: both or neither is given.
@@ -124,7 +124,7 @@ def source() -> str:
 def config_arguments(
   argv: Sequence[str],
 ) -> tuple[str | None, dict[str, str]]:
-  """(value of --config or None, {KEY: VALUE} of every --config.KEY=VALUE).
+  """Returns (value of --config or None, {KEY: VALUE} of --config.KEY=VALUE).
 
   Raises:
     PathError: see `paths.expand`, for --config=~USER/FILE.
@@ -141,7 +141,7 @@ def config_arguments(
 
 
 def load_config(argument: str) -> dict[str, Any]:
-  """The values of the config that 'FILE' or 'FILE:VARIANT' names.
+  """Loads the values of the config that 'FILE' or 'FILE:VARIANT' names.
 
   Raises:
     ConfigError: no such file, a file that defines no config, or a variant
@@ -172,7 +172,7 @@ def load_config(argument: str) -> dict[str, Any]:
 
 
 def _configs(file: pathlib.Path) -> str:
-  """Which configs there are beside a file, or else in configs/."""
+  """Lists the configs beside a file, or else in configs/."""
   for folder in (file.parent, pathlib.Path("configs")):
     found = [
       str(path)
@@ -187,7 +187,7 @@ def _configs(file: pathlib.Path) -> str:
 def _explain(
   message: str, config: Mapping[str, Any], overrides: Mapping[str, str]
 ) -> str:
-  """absl's message about a flag, with what an overridden key may hold."""
+  """Adds to absl's message about a flag what an overridden key may hold."""
   for key, value in overrides.items():
     if not message.startswith(f"flag --config.{key}="):
       continue

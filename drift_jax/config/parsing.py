@@ -13,7 +13,7 @@ from drift_jax.system.errors import ConfigError
 
 
 def unknown_key(key: str, value: Any, valid: Iterable[str]) -> str:
-  """The message about a dotted key whose last name is not a valid one."""
+  """Writes the message about a dotted key whose last name is unknown."""
   valid = sorted(valid)
   close = difflib.get_close_matches(
     key.rpartition(".")[2], valid, n=3, cutoff=0.5
@@ -30,7 +30,7 @@ def unknown_key(key: str, value: Any, valid: Iterable[str]) -> str:
 def check_override(
   config: Mapping[str, Any], key: str, value: str | None
 ) -> None:
-  """Raises ConfigError where a dotted key is not one of a config's keys.
+  """Raises ConfigError if a dotted key is not one of a config's keys.
 
   Args:
     config: a plain dict, with every key that may be overridden.

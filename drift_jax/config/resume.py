@@ -1,4 +1,4 @@
-"""What a resumed run may change."""
+"""Rules of what a resumed run may change."""
 
 import contextlib
 import dataclasses
@@ -47,12 +47,12 @@ RANKING = (
 
 
 def to_json(config: RunConfig) -> str:
-  """The resolved config as JSON with sorted keys."""
+  """Writes the resolved config as JSON with sorted keys."""
   return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Nested dict -> {'section.key': value}."""
+  """Flattens a nested dict to {'section.key': value}."""
   flat: dict[str, Any] = {}
   for key, value in values.items():
     if isinstance(value, Mapping) and value:
@@ -63,7 +63,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def flat_values(text: str) -> dict[str, Any]:
-  """{'section.key': value} of a config's JSON.
+  """Flattens a config's JSON to {'section.key': value}.
 
   `~` is expanded: earlier versions wrote it as it came.
   """
@@ -78,7 +78,7 @@ def flat_values(text: str) -> dict[str, Any]:
 
 
 def check_resumable(old: str, new: str) -> None:
-  """Raises ConfigError where two configs (JSON) are not the same experiment.
+  """Raises ConfigError if two configs (JSON) are not the same experiment.
 
   Keys under RESUMABLE may differ, with three exceptions: train.num_steps where
   the course of the training depends on its end, train.accum_labels where each
@@ -123,7 +123,7 @@ def check_resumable(old: str, new: str) -> None:
 
 
 def _check_new_end(change: str, config: Mapping[str, Any]) -> None:
-  """Raises ConfigError where training depends on train.num_steps."""
+  """Raises ConfigError if training depends on train.num_steps."""
   schedule = config["optim.schedule"]
   reasons = []
   if schedule != "constant":

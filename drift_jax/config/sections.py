@@ -19,7 +19,7 @@ class AtLeast:
   least: float
 
 
-# How many there are: none is a number, or is not.
+# A number of things, which may be 0, or must not.
 Count = Annotated[int, AtLeast(0)]
 Size = Annotated[int, AtLeast(1)]
 # Strings whose `~` parsing expands: a path or URL, and KIND:PATH.
@@ -105,7 +105,7 @@ class Encoder(Frozen):
 
 
 class TemperatureScale(Section):
-  """How the drift's temperatures change: what multiplies all of them.
+  """How the drift's temperatures change, by a factor of all of them.
 
   `kind` is 'fixed'; 'annealed', by exp(-rate * step), which must not fall below
   LEAST_TEMPERATURE_SCALE; 'learned', by what makes each label's positives
@@ -176,7 +176,7 @@ class Eval(Section):
 
 
 class Checkpoint(Section):
-  """What is saved, what is kept, what happens when it can't be read."""
+  """What is saved and kept, and what happens if it can't be read."""
 
   every: Size
   keep_latest: Size
@@ -193,10 +193,10 @@ class Mesh(Section):
 
 
 class Processes(Section):
-  """How several processes look after each other."""
+  """Timeouts by which several processes notice a lost one."""
 
   heartbeat_timeout: Annotated[int, AtLeast(10)]
-  join_timeout: Size = 600  # which runs of before have none of
+  join_timeout: Size = 600  # earlier runs have none
 
 
 class RunConfig(Section):

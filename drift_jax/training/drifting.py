@@ -1,4 +1,4 @@
-"""What the steps with a drifting loss share: temperatures, metrics, update."""
+"""Temperatures, metrics and update of all steps with a drifting loss."""
 
 import dataclasses
 from typing import Any, Literal, NamedTuple
@@ -35,18 +35,18 @@ class Temperature(NamedTuple):
 
   @property
   def optimizer(self) -> optax.GradientTransformation:
-    """Of the learned scale's logarithm."""
+    """Optimiser of the learned scale's logarithm."""
     return optax.adam(self.rate)
 
   def init(self) -> dict[str, Any]:
-    """What TrainState.drift holds at the start."""
+    """Returns TrainState.drift at the start."""
     if self.kind == "annealed":
       return {}
     log_scale = jnp.zeros((), jnp.float32)
     return {"log_scale": log_scale, "opt": self.optimizer.init(log_scale)}
 
   def scale(self, state: state_lib.TrainState) -> Float[Array, ""]:
-    """Of the step that is next."""
+    """Returns the scale of the next step."""
     if self.kind == "annealed":
       scale = jnp.exp(-self.rate * state.step.astype(jnp.float32))
       return jnp.maximum(scale, self.least)
@@ -55,7 +55,7 @@ class Temperature(NamedTuple):
   def update(
     self, held: dict[str, Any], report: drift.DriftReport
   ) -> dict[str, Any]:
-    """TrainState.drift after a step."""
+    """Returns TrainState.drift after a step."""
     if self.kind == "annealed":
       return held
     gradients = report.info["extra"]["temperature_gradient"].values()
@@ -67,7 +67,7 @@ class Temperature(NamedTuple):
 
 
 def drift_metrics(report: drift.DriftReport) -> Metrics:
-  """What a user watches: raw drift RMS, scale, neighbours.
+  """Returns the metrics that a user watches: raw drift RMS, scale, neighbours.
 
   The loss is constant by construction, so these are the run's real signals.
   Overall and per group of keys (a group is a key's part before the first
@@ -113,18 +113,18 @@ def drift_update(
   optimizer: optax.GradientTransformation,
   schedule: optax.Schedule,
 ) -> tuple[state_lib.TrainState, Metrics]:
-  """The state behind a step, its temperature's too, and the step's metrics.
+  """Returns the state after a step, and the step's metrics.
 
   Metrics: 'loss' (constant by construction), update's, drift_metrics', and
-  'temperature_scale' where there is one.
+  'temperature_scale' if there is one.
 
   Args:
-    state: before the step.
-    loss, report, grads: of the step.
-    temperature: of the task.
-    scale: what it gave for the step.
-    optimizer: of the parameters.
-    schedule: of the learning rate.
+    state: state before the step.
+    loss, report, grads: results of the step.
+    temperature: schedule of the temperatures, or None.
+    scale: its scale in the step.
+    optimizer: updates the parameters.
+    schedule: learning rate by step.
   """
   state, metrics = update(state, grads, optimizer, schedule)
   metrics |= {"loss": loss, **drift_metrics(report)}
@@ -156,7 +156,7 @@ _OF_VARIANT = (
 
 
 def drift_arguments(config: config_lib.Drift) -> dict[str, Any]:
-  """What a GeneratorTask has of the drifting field.
+  """Returns the fields of a task that describe its drifting field.
 
   Raises:
     ConfigError: an unknown field or option, or what does not go together.
@@ -189,5 +189,5 @@ def drift_arguments(config: config_lib.Drift) -> dict[str, Any]:
 
 
 def init_drift(temperature: Temperature | None) -> dict[str, Any]:
-  """What the field learns, at the start: TrainState.drift."""
+  """Returns TrainState.drift at the start: what the field learns."""
   return {} if temperature is None else temperature.init()

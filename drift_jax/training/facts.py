@@ -1,7 +1,7 @@
-"""What a run has to know its data by: recorded at its start, compared later.
+"""Facts that identify a run's data: recorded at its start, compared later.
 
-Where a run goes on, its data position, its queue and its class embeddings mean
-the images that it began with, in their order, by their labels.
+In a run that is resumed, data position, queue and class embeddings refer to the
+images that it began with, in their order, by their labels.
 """
 
 import json
@@ -19,10 +19,10 @@ from drift_jax.data.sources import Source, names_sha256
 
 CLASSES_FILE = "classes.json"
 DATA_FILE = "data.json"
-# JSON by name; none of it says where the data lie, so that they can be moved.
+# JSON by name. No fact says where the data lie, so that they can be moved.
 Facts = Mapping[str, Any]
 _COUNTS = "images_of_class"
-# What a changed checksum says, where nothing that can be counted has changed.
+# Meaning of a changed checksum if nothing that can be counted has changed.
 _CHECKSUMS = {
   "labels_sha256": "their labels come in another order",
   "names_sha256": "their files have other names or another order",
@@ -33,11 +33,11 @@ _Facts = TypeVar("_Facts", dict[str, Any], list[Any])
 
 
 def image_facts(kind: str, source: Source | LatentReader) -> Facts:
-  """Facts of labelled images.
+  """Returns the facts of labelled images.
 
   Args:
-    kind: of the source, e.g. 'folder'.
-    source: the training images; none of them is read.
+    kind: kind of the source, e.g. 'folder'.
+    source: training images; none is read.
 
   Raises:
     ValueError: a label without a class name.
@@ -54,7 +54,7 @@ def image_facts(kind: str, source: Source | LatentReader) -> Facts:
 
 
 def recorded(path: epath.Path) -> tuple[list[str], Facts]:
-  """Class names and facts in a workdir; empty where a run has none yet.
+  """Reads class names and facts of a workdir; empty if it has none yet.
 
   Raises:
     ConfigError: a damaged file.
@@ -67,7 +67,7 @@ def recorded(path: epath.Path) -> tuple[list[str], Facts]:
 
 
 def read_facts(file: epath.Path, kind: type[_Facts]) -> _Facts:
-  """A JSON file of a workdir, a dict or a list.
+  """Reads a JSON file of a workdir, a dict or a list.
 
   Raises:
     ConfigError: it is damaged.
@@ -90,12 +90,11 @@ def differences(
   class_names: Sequence[str],
   facts: Facts,
 ) -> list[str]:
-  """How data differ from others; what is not known of both is not compared.
+  """Tells how data differ from earlier ones; unknown facts are not compared.
 
   Args:
-    names_before: names of the classes by label, of the others.
-    before: facts of the others.
-    class_names, facts: of the data.
+    names_before, before: class names by label and facts of the earlier data.
+    class_names, facts: those of the data.
   """
   found: list[str] = []
   if class_names and names_before:
@@ -119,7 +118,7 @@ def is_same_data(
   class_names: Sequence[str],
   facts: Facts,
 ) -> bool:
-  """Whether data are known to be the others, wherever they lie.
+  """Returns whether data are known to be the earlier ones, wherever they lie.
 
   Latents have no names; a run's are those of its autoencoder.
   """
@@ -135,7 +134,7 @@ def is_same_data(
 def check_data(
   path: epath.Path, class_names: Sequence[str], facts: Facts
 ) -> None:
-  """Raises ConfigError where data are not those that the run began with."""
+  """Raises ConfigError if data are not those that the run began with."""
   found = differences(*recorded(path), class_names, facts)
   if found:
     raise config_lib.ConfigError(
@@ -163,7 +162,7 @@ def check_same_data(paths: Sequence[epath.Path]) -> None:
 
 
 def renamed(before: Sequence[str], now: Sequence[str]) -> list[str]:
-  """How class names differ, by label."""
+  """Tells how class names differ, by label."""
   if len(before) == len(now):
     return _listed(
       f"class {label} was {old!r}, now {new!r}"
@@ -192,7 +191,7 @@ def _recounted(
 
 
 def _listed(texts: Any) -> list[str]:
-  """The first few, and how many there are beside them."""
+  """Keeps the first few, and says how many more there are."""
   texts = list(texts)
   more = len(texts) - _LISTED
   return texts[:_LISTED] + [f"{more} more like that"] * (more > 0)

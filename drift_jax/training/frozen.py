@@ -17,12 +17,12 @@ from drift_jax.training import artifacts
 from drift_jax.training.facts import renamed
 from drift_jax.training.step import apply
 
-# What an artifact records of how its model was run, not of what it is.
+# Arguments of an artifact that say how its model was run, not which it is.
 _PRECISION = ("use_bf16", "use_remat", "attn_fp32")
 
 
 def load_vae(config: config_lib.Vae, mesh: Mesh) -> artifacts.Artifact | None:
-  """The autoencoder behind latents, on the mesh; None where there is none.
+  """Loads the autoencoder of latents, on the mesh; None if there is none.
 
   A dtype of '' is its own, as it is stored.
 
@@ -37,7 +37,7 @@ def load_vae(config: config_lib.Vae, mesh: Mesh) -> artifacts.Artifact | None:
 def abstract_vae(
   config: config_lib.Vae, mesh: Mesh
 ) -> artifacts.Artifact | None:
-  """`load_vae` with shapes for parameters; see abstract_encoders."""
+  """As `load_vae`, with shapes for parameters; see abstract_encoders."""
   if not config.path:
     return None
   return abstract("vae", config, ("vae",), mesh)
@@ -68,7 +68,7 @@ def _check_kind(what: str, kind: str, kinds: Sequence[str]) -> None:
 def _described(
   key: str, section: config_lib.Frozen, kinds: Sequence[str]
 ) -> artifacts.Artifact:
-  """What KEY.model describes."""
+  """Makes the model that KEY.model describes, with shapes for parameters."""
   arguments = dict(section.model)
   kind = arguments.pop("kind")
   _check_kind(f"{key}.model is", kind, kinds)
@@ -83,7 +83,7 @@ def _check_model(
   section: config_lib.Frozen,
   artifact: artifacts.Artifact,
 ) -> None:
-  """Raises ArtifactError where the weights are not of KEY.model."""
+  """Raises ArtifactError if the weights are not of KEY.model."""
   _check_same(
     f"{key}.path={section.path!r}",
     artifact,
@@ -99,7 +99,7 @@ def _check_same(
   want: artifacts.Artifact,
   remedy: str,
 ) -> None:
-  """Raises ArtifactError where an artifact is of another model than wanted."""
+  """Raises ArtifactError if an artifact holds another model than wanted."""
   have, wanted = (x.metadata["model_config"] for x in (artifact, want))
   different = [
     f"{name}: {have[name]!r}, want {wanted[name]!r}"
@@ -156,7 +156,7 @@ def abstract(
 def _as_frozen(
   artifact: artifacts.Artifact, section: config_lib.Frozen
 ) -> artifacts.Artifact:
-  """What a step needs of it: of a 'mae' only the encoder gives features."""
+  """Keeps what a step needs: of a 'mae' only the encoder."""
   params, module = artifact.params, artifact.module
   if artifact.kind == "mae":
     params = {"encoder": params["encoder"]}
@@ -188,7 +188,7 @@ def place(
 def frozen_sums(
   encoders: Mapping[str, artifacts.Artifact], vae: artifacts.Artifact | None
 ) -> dict[str, str]:
-  """SHA-256 of all frozen weights, by the config's section."""
+  """Returns the SHA-256 of all frozen weights, by the config's section."""
   sums = {f"encoders.{name}": a.sha256 for name, a in encoders.items()}
   return sums if vae is None else sums | {"vae": vae.sha256}
 
@@ -202,14 +202,14 @@ def start_params(
   config: config_lib.ImageConfig,
   class_names: Sequence[str],
 ) -> Callable[[], Any] | None:
-  """What loads the parameters that config.init_from names; None for none.
+  """Returns a function that loads the parameters of config.init_from.
 
-  They are checked against config.model, and raise ArtifactError where they are
-  of another one. Where they know their classes by other names, it says so.
+  None if it names none. The function raises ArtifactError if they are not of
+  config.model, and warns if they know their classes by other names.
 
   Args:
-    config: of the run.
-    class_names: one for each label, of the run's data.
+    config: config of the run.
+    class_names: names of the data's classes, by label.
   """
   if not config.init_from:
     return None

@@ -32,12 +32,12 @@ HELD_OUT_SEED = 0
 
 @dataclasses.dataclass(frozen=True)
 class Readers:
-  """The training images, how to open the held-out ones, and what to know.
+  """Training images, how to open the held-out ones, and facts.
 
   Attributes:
     train: the training images.
     test: opens the held-out ones.
-    facts: of the training images (see data_facts).
+    facts: facts of the training images (see facts.py).
   """
 
   train: Reader
@@ -48,14 +48,14 @@ class Readers:
 def open_readers(
   config: ImageConfig, vae: artifacts.Artifact | None
 ) -> Readers:
-  """Readers of the data that config.data names.
+  """Opens the data that config.data names.
 
-  Where the data have no split called config.data.test_split,
-  config.data.held_out images of each class are taken from the training split.
+  If the data have no split called config.data.test_split, config.data.held_out
+  images of each class are taken from the training split.
 
   Args:
-    config: of the run.
-    vae: what the latents of a cache must have been made with.
+    config: config of the run.
+    vae: autoencoder that must have made the latents of a cache.
 
   Raises:
     ConfigError: data that are not there, are damaged, or do not fit the
@@ -91,7 +91,7 @@ def open_readers(
 def _open_latents(
   settings: config_lib.Data, split: str, vae: artifacts.Artifact
 ) -> LatentReader:
-  """A split of a latent cache.
+  """Opens a split of a latent cache.
 
   Raises:
     StorageError: a URL.
@@ -122,7 +122,7 @@ def _open_latents(
 
 
 class _Sources:
-  """The splits of the data, none of their images read."""
+  """Splits of the data; none of their images is read."""
 
   def __init__(self, settings: config_lib.Data):
     self._settings = settings
@@ -156,7 +156,7 @@ class _Sources:
 
   @functools.cached_property
   def _divided(self) -> tuple[Source, Source]:
-    """The training split without and with nothing but its held-out images."""
+    """The training split without its held-out images, and these."""
     per_class = self._settings.held_out
     logger.info(
       "data: no split %r, %d images of each class are held out of %r.",
@@ -171,13 +171,13 @@ class _Sources:
     )
 
   def train(self) -> Source:
-    """The training images; all of the split where nothing need be held out."""
+    """Returns the training images: the whole split if nothing is held out."""
     if not self._settings.held_out or self._own_test is not None:
       return self._open(self._settings.train_split)
     return self._divided[0]
 
   def test(self) -> Source:
-    """The held-out images.
+    """Returns the held-out images.
 
     Raises:
       ValueError: there are none.
@@ -215,7 +215,7 @@ def _reader(source: Source, settings: config_lib.Data) -> Reader:
 
 
 def with_num_classes(config: _Config, reader: Reader) -> _Config:
-  """The config with the data's class count where it leaves that open.
+  """Returns the config with the number of the data's classes.
 
   Raises:
     ConfigError: another count than the data's, or one that does not go with
@@ -235,7 +235,7 @@ def with_num_classes(config: _Config, reader: Reader) -> _Config:
 
 
 def check_shape(reader: Reader, shape: tuple[int, ...], what: str) -> None:
-  """Raises ConfigError where the data do not fit the model."""
+  """Raises ConfigError if the data do not fit the model."""
   if reader.sample_shape != shape:
     raise config_lib.ConfigError(
       f"the data have images of shape {reader.sample_shape}, {what} {shape}: "
@@ -244,7 +244,7 @@ def check_shape(reader: Reader, shape: tuple[int, ...], what: str) -> None:
 
 
 def make_loader(config: ImageConfig, reader: Reader, batch_size: int) -> Loader:
-  """Endless shuffled batches of the training images."""
+  """Makes endless shuffled batches of the training images."""
   return Loader(
     reader,
     batch_size=batch_size,

@@ -1,8 +1,8 @@
-"""Finding what a run's config names, after the run was moved or copied.
+"""Finds the files that a run's config names, after the run was moved or copied.
 
-A config names files as its author did: relative to the folder in which training
-was started. Its workdir records that folder, and where it was itself, so that
-what was moved together with it is found.
+A config names files relative to the folder in which training was started. The
+workdir records that folder and its own place, so that files that were moved
+together with it are found.
 """
 
 import copy
@@ -39,14 +39,14 @@ _Config = TypeVar("_Config", bound=RunConfig)
 
 
 class Started(NamedTuple):
-  """Where a run's config was written: the current folder, and the workdir's."""
+  """Current folder and place of the workdir when the config was written."""
 
   folder: str
   workdir: str
 
 
 def here(workdir: str) -> Started:
-  """That of a run which is started now."""
+  """Returns the places of a run that starts now."""
   if not storage.is_remote(workdir):
     workdir = os.path.abspath(workdir)
   return Started(os.getcwd(), workdir)
@@ -63,7 +63,7 @@ def write_started(workdir: epath.Path) -> None:
 
 
 def read_started(workdir: epath.Path) -> Started | None:
-  """What a workdir records; None in one of a version that recorded nothing.
+  """Reads the places of a workdir; None if an old version recorded none.
 
   Raises:
     ConfigError: the file is damaged.
@@ -83,16 +83,16 @@ def read_started(workdir: epath.Path) -> Started | None:
 def of_run(
   values: Mapping[str, Any], workdir: str, given: Mapping[str, str]
 ) -> dict[str, Any]:
-  """The values of a run's config, its paths where the files are now.
+  """Returns the values of a run's config with paths to where files are now.
 
-  The place that has the same relation to the workdir comes first, then the one
-  that was meant at the start, then the current folder. Absolute paths are left
-  if there is something. Where nothing is found, a path stays as it is.
+  The place with the same relation to the workdir comes first, then the place at
+  the start of training, then the current folder. An absolute path stays if
+  something is there. A path stays as it is if nothing is found.
 
   Args:
-    values: of the run's config.json.
+    values: content of the run's config.json.
     workdir: where the run is now.
-    given: {dotted key: path} to take in place of the config's.
+    given: {dotted key: path} in place of the config's.
 
   Raises:
     ConfigError: a key that the config does not have, or weights that the run
@@ -118,10 +118,9 @@ def of_run(
 
 
 def of_resumed(config: _Config, workdir: str) -> _Config:
-  """A config whose training may go on elsewhere: the same, with paths found.
+  """Returns the config of a resumed run with paths to where files are now.
 
-  Paths that are there as given are left; others are looked for as `of_run`
-  does.
+  A path stays if something is there; others are looked for as `of_run` does.
   """
   started = read_started(epath.Path(workdir))
   if started is None:
@@ -139,7 +138,7 @@ def of_resumed(config: _Config, workdir: str) -> _Config:
 
 
 def absolute(values: Mapping[str, Any]) -> dict[str, Any]:
-  """The values of a config whose paths do not depend on the current folder."""
+  """Returns the values of a config with absolute paths."""
   return _with_paths(values, os.path.abspath)
 
 
@@ -147,9 +146,9 @@ def check_there(config: RunConfig, workdir: str, keys: Sequence[str]) -> None:
   """Raises ConfigError for a path among these keys that leads nowhere.
 
   Args:
-    config: of a run, from `of_run`.
-    workdir: of the run.
-    keys: dotted; fnmatch patterns of those whose files are about to be read.
+    config: config of a run, from `of_run`.
+    workdir: folder of the run.
+    keys: fnmatch patterns of dotted keys whose files are about to be read.
   """
   values = json.loads(config_lib.to_json(config))
   started = read_started(epath.Path(workdir))
@@ -171,9 +170,9 @@ def check_there(config: RunConfig, workdir: str, keys: Sequence[str]) -> None:
 
 
 def _paths(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-  """(dotted key, path) of all local paths of a config, and of those on a hub.
+  """Yields (dotted key, path) of all paths of a config, those on a hub too.
 
-  The DIR of data.source is one unless it starts at data.data_dir.
+  The DIR of data.source is a path unless it starts at data.data_dir.
   """
   flat = config_lib.flatten(values)
   for key, value in flat.items():
@@ -193,7 +192,7 @@ def _paths(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _with_paths(
   values: Mapping[str, Any], change: Callable[[str], str]
 ) -> dict[str, Any]:
-  """A copy of a config's values with each local path changed."""
+  """Copies a config's values with each local path changed."""
   changed = copy.deepcopy(dict(values))
   for key, path in _paths(values):
     if not _is_elsewhere(path):
@@ -202,7 +201,7 @@ def _with_paths(
 
 
 def _put(values: dict[str, Any], key: str, path: str) -> None:
-  """Sets a dotted key; of data.source to KIND:PATH or, of PATH, its PATH."""
+  """Sets a dotted key to a path; data.source keeps its KIND without a new one."""
   *sections, last = key.split(".")
   for section in sections:
     values = values[section]
@@ -213,7 +212,7 @@ def _put(values: dict[str, Any], key: str, path: str) -> None:
 
 
 def _places(path: str, started: Started | None, workdir: str) -> list[str]:
-  """Where a path of a config may lead to, but for the current folder."""
+  """Returns the places that a path may mean, but for the current folder."""
   if started is None:
     return []
   meant = os.path.normpath(os.path.join(started.folder, path))
@@ -229,11 +228,11 @@ def _places(path: str, started: Started | None, workdir: str) -> list[str]:
 
 
 def _first(places: Sequence[str], path: str) -> str:
-  """The first place where there is something; the path itself if none."""
+  """Returns the first place that exists; the path itself if none does."""
   found = next(filter(os.path.exists, places), path)
   return path if found == os.path.abspath(path) else found
 
 
 def _is_elsewhere(path: str) -> bool:
-  """Whether a path means no file of this machine."""
+  """Returns whether a path is not on this machine."""
   return storage.is_remote(path) or path.startswith(hub.SCHEME)

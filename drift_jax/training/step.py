@@ -1,4 +1,4 @@
-"""What the steps of all tasks share."""
+"""Parts that the steps of all tasks share: apply, gradients, update."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,25 +21,25 @@ SPLIT = PartitionSpec(sharding.BATCH_AXES)
 
 
 def apply(module: nn.Module, params: Any, *args: Any, **kwargs: Any) -> Any:
-  """module.apply on bare parameters, without mutable collections."""
+  """Applies a module to bare parameters, without mutable collections."""
   return module.apply({"params": params}, *args, **kwargs)
 
 
 def from_wire(images: Shaped[Array, "..."]) -> Float[Array, "..."]:
-  """Images as they travel -> float32: uint8 p becomes p / 127.5 - 1."""
+  """Converts images to float32: uint8 p becomes p / 127.5 - 1."""
   if images.dtype == jnp.uint8:
     return images.astype(jnp.float32) / 127.5 - 1.0
   return images.astype(jnp.float32)
 
 
 def early_dtype(module: Any) -> Callable[[str, jnp.dtype], jnp.dtype]:
-  """(path, dtype) -> the dtype in which the module uses the parameter.
+  """Returns (path, dtype) -> dtype in which the module uses a parameter.
 
   A module without a `dtype` uses all as they are.
   """
   if getattr(module, "dtype", jnp.float32) == jnp.float32:
     return lambda name, dtype: dtype
-  # Asked only where something is gathered: it takes a trace, once.
+  # Called only if something is gathered: it takes a trace, once.
   return lambda name, dtype: used_dtypes(module)[name]
 
 
@@ -50,7 +50,7 @@ def gradients_over(
   whole: tuple[Any, ...],
   layout: sharding.Layout | None,
 ) -> tuple[Float[Array, ""], Any, Any]:
-  """(loss, report, gradients), on a mesh if there is a layout.
+  """Computes (loss, report, gradients), on a mesh if there is a layout.
 
   Args:
     loss_of: (params, mesh axes, *split, *whole) -> (mean loss of what it is
@@ -96,9 +96,10 @@ def update(
   optimizer: optax.GradientTransformation,
   schedule: optax.Schedule,
 ) -> tuple[state_lib.TrainState, Metrics]:
-  """The next state, and metrics of the way there.
+  """Returns the next state, and metrics of the update.
 
-  'grad_norm' before clipping, 'learning_rate', 'param_norm' after the update.
+  Metrics: 'grad_norm' before clipping, 'learning_rate', and 'param_norm' after
+  the update.
   """
   metrics = {
     "grad_norm": optax.tree.norm(grads),

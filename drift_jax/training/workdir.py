@@ -32,9 +32,9 @@ CHECKPOINTS = "checkpoints"
 
 
 def check_workdir(workdir: str) -> None:
-  """Tells at the start whether the workdir can be written; makes nothing.
+  """Checks at the start that the workdir can be written; makes nothing.
 
-  The first process tries, and all end where it can't.
+  The first process tries; all end if it can't.
 
   Raises:
     ConfigError: it can't, or it is a file.
@@ -71,17 +71,17 @@ def open_workdir(
 ) -> epath.Path:
   """Creates the workdir; writes config, classes, data's facts, weights' sums.
 
-  With them goes where the config's paths start. Where the workdir holds a
+  It also records where the config's paths start. If the workdir holds a
   checkpoint already, the config, the data and the frozen weights must be those
-  of that run. The first process does it for all; the others see that they have
+  of that run. The first process writes for all; the others check that they have
   its data.
 
   Args:
-    workdir: of the run.
-    config: resolved.
+    workdir: folder of the run.
+    config: resolved config.
     frozen: {'encoders.NAME' or 'vae': SHA-256 of its weights}.
     class_names: one for each label, if there are labels.
-    facts: of the data, if there are any; see data_facts.
+    facts: facts of the data, if there are any; see facts.py.
 
   Raises:
     ConfigError: if the workdir holds a run of another experiment or of other
@@ -184,13 +184,13 @@ def _check_resumable(
 
 
 def _frozen_before(path: epath.Path) -> dict[str, str]:
-  """Checksums of the weights that a run began with; none if it has none."""
+  """Reads the checksums of the weights that a run began with."""
   file = path / WEIGHTS_FILE
   return read_facts(file, dict) if file.exists() else {}
 
 
 def check_frozen(path: epath.Path, frozen: Mapping[str, str]) -> None:
-  """Raises ConfigError where weights are not those that the run began with."""
+  """Raises ConfigError if weights are not those that the run began with."""
   before = _frozen_before(path)
   if not before:
     return
@@ -206,7 +206,7 @@ def check_frozen(path: epath.Path, frozen: Mapping[str, str]) -> None:
 def make_checkpointer(
   config: config_lib.Checkpoint, path: epath.Path, *, read_only: bool = False
 ) -> checkpoint.Checkpointer:
-  """The checkpoints of a workdir; a run that is going on may be read."""
+  """Opens the checkpoints of a workdir; read_only while its run goes on."""
   return checkpoint.Checkpointer(
     path / CHECKPOINTS,
     keep_latest=config.keep_latest,

@@ -46,7 +46,7 @@ class GeneratorModel(ImageModel):
 
 
 class Features(Section):
-  """Which feature vectors of A.5 enter the loss."""
+  """Feature vectors that enter the loss (A.5)."""
 
   sample: bool
   every_k_block: Size
@@ -68,8 +68,8 @@ class Guidance(Section):
 class Batch(Section):
   """Sizes of one step: N_c labels, each with N, N_pos and N_unc samples.
 
-  `reals` says how positives and unconditional reals are found: through the
-  sample queue, or by index, class by class.
+  `reals` says how positives and unconditional reals are drawn: from the sample
+  queue, or by index, class by class.
   """
 
   reals: Literal["queue", "class_grouped"]
@@ -332,11 +332,11 @@ def _check_evaluation(config: GeneratorConfig) -> None:
 
 
 def check_judges(names: Sequence[str], judges: Mapping[str, Judge]) -> None:
-  """Raises ConfigError where figures lack their network or real images.
+  """Raises ConfigError if figures lack their network or real images.
 
   Args:
-    names: figures.
-    judges: {'inception' or 'dinov2': what there is}.
+    names: figures that are asked for.
+    judges: {'inception' or 'dinov2': its section}.
   """
   for judge, figures in JUDGED_METRICS.items():
     wanted = [name for name in names if name in figures]

@@ -44,12 +44,12 @@ _KINDS = ("inception", "vit")
 def on_mesh(
   apply: Callable[[Any, jax.Array], Any], params: Any, mesh: Mesh
 ) -> Callable[[Images], Any]:
-  """A frozen network, jitted: its batches and outputs are split over the mesh.
+  """Jits a frozen network; its batches and outputs are split over the mesh.
 
   Args:
     apply: (params, inputs [B, ...]) -> arrays [B, ...].
-    params: on the mesh.
-    mesh: of the batch.
+    params: its parameters, on the mesh.
+    mesh: over which the batch is split.
 
   Returns:
     Inputs [B, ...] on the mesh, or this process' part of them on the host ->
@@ -87,7 +87,7 @@ def make_pixels(decode: Callable[[Images], Images]) -> PixelsFn:
 
 
 def load_judge(path: str, mesh: Mesh) -> artifacts.Artifact:
-  """A network that looks at 8-bit RGB images, its parameters on every device.
+  """Loads a network that judges 8-bit RGB images, a copy on every device.
 
   Raises:
     ArtifactError: for anything that can't be loaded.
@@ -103,13 +103,13 @@ def load_judge(path: str, mesh: Mesh) -> artifacts.Artifact:
 
 
 def is_published(artifact: artifacts.Artifact) -> bool:
-  """Whether these are the weights of FID."""
+  """Returns whether these are the published weights of FID."""
   source = artifact.metadata.get("source") or {}
   return artifact.kind == "inception" and source.get("published") is True
 
 
 def name_of(artifact: artifacts.Artifact) -> str:
-  """A network in words, as reports and statistics record it."""
+  """Names a network as reports and statistics record it."""
   if artifact.kind == "inception":
     weights = "published" if is_published(artifact) else "other"
     return f"inception-v3 pool3, {weights} weights"
@@ -142,7 +142,7 @@ def judging(
 
 
 class Judged(NamedTuple):
-  """An evaluator of a network, and what it is made of, fit for JSON."""
+  """An evaluator in a network's features, and facts on it, fit for JSON."""
 
   evaluator: Evaluator
   facts: dict[str, Any]
@@ -158,15 +158,15 @@ def network_evaluators(
   crop: str | None,
   mesh: Mesh,
 ) -> dict[str, Judged]:
-  """The evaluators that need no real images but reference statistics.
+  """Makes the evaluators that compare with reference statistics.
 
   Args:
-    names: figures; those of these networks are looked at.
+    names: figures that are asked for; those of other evaluators are left out.
     judges: {'inception' or 'dinov2': where it and its statistics are}.
-    count: images that will come.
+    count: number of images that will be judged.
     seed: see NetworkEvaluator.
-    resolution, crop: of the images; the statistics must be of the same. None
-      for a crop that nobody knows.
+    resolution, crop: how the images are cut; the statistics must have the same.
+      None for an unknown crop.
     mesh: where the networks run.
 
   Returns:
@@ -225,7 +225,7 @@ def network_evaluators(
 def _judge(
   name: str, judge: Judge, wanted: Sequence[str], mesh: Mesh
 ) -> artifacts.Artifact:
-  """The network of eval.NAME, if it is what its figures mean."""
+  """Loads the network of eval.NAME, and checks that its figures mean it."""
   try:
     artifact = load_judge(judge.path, mesh)
   except artifacts.ArtifactError as error:
@@ -247,7 +247,7 @@ def _judge(
 
 
 def _reference(path: str, **of: Any) -> ReferenceStats:
-  """Statistics of real images that are `of` what they are asked to be."""
+  """Loads statistics of real images; `of` says what they must be of."""
   storage.check_local("reference statistics", path)
   try:
     return load_reference(path, **of)
@@ -260,7 +260,7 @@ def _reference(path: str, **of: Any) -> ReferenceStats:
 
 
 def needs_reals(chosen: GeneratorEval) -> bool:
-  """Whether an evaluation reads real images."""
+  """Returns whether an evaluation reads real images."""
   judged = [n for names in JUDGED_METRICS.values() for n in names]
   return any(name not in judged for name in chosen.metrics) or (
     chosen.num_samples == 0 and not chosen.labels
@@ -272,8 +272,8 @@ def evaluation_labels(
 ) -> np.ndarray:
   """Labels of the images that an evaluation generates.
 
-  Those of eval.labels; else balanced, or those of the held-out images where
-  eval.num_samples is 0.
+  They are those of eval.labels; else balanced, or those of the held-out images
+  if eval.num_samples is 0.
 
   Raises:
     ValueError: a list of labels that does not fit.
@@ -289,7 +289,7 @@ def evaluation_labels(
 
 
 def reference_crop(settings: config_lib.Data) -> str:
-  """How held-out images are cut, as reference statistics record it."""
+  """Names the crop of held-out images as reference statistics record it."""
   if settings.source.startswith(LATENTS) or settings.crop == "random":
     return "center"
   return settings.crop
@@ -298,7 +298,7 @@ def reference_crop(settings: config_lib.Data) -> str:
 def image_size(
   sample_shape: tuple[int, ...], vae: artifacts.Artifact | None
 ) -> int:
-  """Side in pixels of the images that samples of a shape become."""
+  """Returns the side in pixels of the images that samples become."""
   if vae is None:
     return sample_shape[0]
   module: Any = vae.module
@@ -313,15 +313,15 @@ def run_evaluators(
   vae: artifacts.Artifact | None,
   mesh: Mesh,
 ) -> tuple[list[Evaluator], dict[str, Any]]:
-  """The evaluators that config.eval.metrics names, and facts on the networks.
+  """Makes the evaluators of config.eval.metrics, and facts on their networks.
 
   Args:
     config: of the run.
     encoders: of 'fd_encoder'.
-    readers: of real images; held-out ones are opened where a figure needs
-      them. None where none does (`needs_reals`).
-    labels: of the samples that will be generated.
-    vae: the autoencoder behind the samples, or None.
+    readers: of real images; held-out ones are opened if a figure needs them.
+      None if none does (`needs_reals`).
+    labels: class index of each sample that will be generated.
+    vae: decodes the samples, or None.
     mesh: where the networks run.
 
   Raises:
@@ -351,7 +351,7 @@ def _by_reals(
   vae: artifacts.Artifact | None,
   mesh: Mesh,
 ) -> list[Evaluator]:
-  """The evaluators that compare with held-out samples."""
+  """Makes the evaluators that compare with held-out images."""
   chosen = config.eval
   settings = {"labels": labels, "seed": config.seed}
 

@@ -7,7 +7,7 @@ from drift_jax import drift
 
 
 def attention_kernel_for(kernels: str, mesh: Mesh) -> str:
-  """What computes attention on the mesh's devices: see layers.Attention.
+  """Names the kernel of attention on the mesh's devices; see layers.Attention.
 
   cuDNN's needs NVIDIA's Ampere or newer; AMD's devices are 'gpu' as well, but
   their capability is no number.
@@ -20,17 +20,17 @@ def attention_kernel_for(kernels: str, mesh: Mesh) -> str:
 
 
 def kernels_there(kernels: str, mesh: Mesh) -> str:
-  """train.kernels of a run whose weights are used on other devices.
+  """Adapts train.kernels of a run to the devices that sample from it.
 
-  Kernels are how a network is computed, not what it is: 'pallas' becomes
-  'auto' where there are no TPUs.
+  A kernel changes how a network is computed, not its numbers: 'pallas' becomes
+  'auto' if there are no TPUs.
   """
   on_tpu = mesh.devices.flat[0].platform == "tpu"
   return "auto" if kernels == "pallas" and not on_tpu else kernels
 
 
 def kernel_for(kernels: str, mesh: Mesh) -> drift.Kernel:
-  """What computes the drifting losses on the mesh's devices.
+  """Names the kernel of the drifting losses on the mesh's devices.
 
   Raises:
     ConfigError: kernels that these devices don't run.
@@ -47,7 +47,7 @@ def kernel_for(kernels: str, mesh: Mesh) -> drift.Kernel:
 
 
 def unroll_for(depth: int, mesh: Mesh) -> int:
-  """Blocks in a round of the loop over the generator's depth.
+  """Returns how many blocks a round of the loop over the depth holds.
 
   A loop copies what it keeps for the backward pass into stacks. CPUs feel it:
   on two cores the digits generator's step takes 1.6 times as long. But unrolled

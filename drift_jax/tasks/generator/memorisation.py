@@ -33,10 +33,10 @@ _BLOCK_ENTRIES = 2**23
 
 
 class Space(NamedTuple):
-  """Where distances are taken.
+  """A feature space in which distances are taken.
 
   Attributes:
-    name: for axes and reports.
+    name: label of axes and reports.
     of_samples: samples on the mesh -> features [B, D] on the mesh.
     of_reals: this process' part of a batch of reals, on the host -> the same.
   """
@@ -54,7 +54,7 @@ def feature_space(
   mesh: Mesh,
   decoded: Collection[str] = (),
 ) -> Space:
-  """The space that --neighbour_space names.
+  """Makes the space that --neighbour_space names.
 
   Args:
     name: 'encoder': pooled features of the run's autoencoder; 'pixel': the
@@ -62,7 +62,7 @@ def feature_space(
       whose features are scaled to unit length (cosine similarity) unless it is
       an Inception.
     encoders: of the run.
-    vae: the autoencoder behind the samples, or None.
+    vae: decodes the samples, or None.
     to_pixels: samples -> 8-bit RGB images.
     mesh: where the network runs.
     decoded: names of the encoders that read decoded samples.
@@ -106,11 +106,11 @@ def _unit(features: jax.Array) -> jax.Array:
 
 
 class Memorisation(NamedTuple):
-  """What a search among the training images found.
+  """The result of a search among the training images.
 
   Attributes:
-    neighbours: of the generated samples, then of the held-out images.
-    generated: how many of them are generated.
+    neighbours: those of the generated samples, then of the held-out images.
+    generated: number of generated samples.
     summary: see metrics.distance_summary.
     picture: uint8 [H, W, 3]: samples, each beside its neighbours.
     shown: numbers of the samples in the picture, from top to bottom.
@@ -126,13 +126,13 @@ class Memorisation(NamedTuple):
 
   @property
   def nearest(self) -> tuple[np.ndarray, np.ndarray]:
-    """Distances to the nearest: of generated samples, of held-out images."""
+    """Distance to the nearest, of generated samples and of held-out images."""
     nearest = self.neighbours.distance[:, 0]
     return nearest[: self.generated], nearest[self.generated :]
 
 
 def check_searchable(readers: Readers, k: int) -> None:
-  """Tells before anything is generated whether neighbours can be found.
+  """Checks before anything is generated that neighbours can be found.
 
   Raises:
     ConfigError: there are no held-out images.
@@ -160,14 +160,14 @@ def check_memorisation(
 ) -> Memorisation:
   """Searches the whole training set for neighbours of generated samples.
 
-  The search is exact. Held-out images are searched for as well: they say how
-  near an image is that was not trained on.
+  The search is exact. It covers held-out images too: they show how near an
+  image lies that was not trained on.
 
   Args:
-    sample_fn, labels, alpha: what is generated; see metrics.generate.
+    sample_fn, labels, alpha: see metrics.generation.generate.
     readers: training and held-out images.
     space: where distances are taken.
-    k: neighbours of each.
+    k: number of neighbours of each image.
     batch_size: of all processes; a multiple of the mesh's devices.
     decode: samples -> images.
     mesh: where all runs.
@@ -184,7 +184,7 @@ def check_memorisation(
       for batch in generate(sample_fn, labels, alpha, batch_size=batch_size)
     ]
   )
-  # They are kept, and joined, while training images pass by.
+  # These stay in memory, twice while they are joined.
   count, width = len(generated) + len(test), generated.shape[1]
   check_fits(
     8 * count * width,
@@ -226,7 +226,7 @@ def check_memorisation(
 def _collect(
   make: Callable[[np.ndarray], Images], numbers: np.ndarray, batch_size: int
 ) -> np.ndarray:
-  """What is made of numbers [N], this process' part at a time: all, float32."""
+  """Makes images of numbers [N], each process its part; returns all, float32."""
   parts = []
   for rows, valid in local_batches(len(numbers), batch_size):
     own = sharding.local_rows(make(numbers[rows]))[:valid].astype(np.float32)
@@ -235,11 +235,11 @@ def _collect(
 
 
 def _shown(distance: np.ndarray) -> np.ndarray:
-  """The samples nearest to the training set, then others evenly spaced."""
+  """Chooses the samples nearest to the training set, then others in turn."""
   nearest = np.argsort(distance, kind="stable")[:NEAREST_ROWS]
   others = np.setdiff1d(np.arange(len(distance)), nearest)
   rows = np.arange(min(OTHER_ROWS, len(others)))
-  # Labels come in turn: one more each time shows other classes.
+  # Labels come in turn: steps that grow by one show other classes.
   spaced = np.minimum(
     rows * len(others) // max(len(rows), 1) + rows, len(others) - 1
   )
@@ -249,7 +249,7 @@ def _shown(distance: np.ndarray) -> np.ndarray:
 def _features(
   space: Space, reader: Reader, batch_size: int
 ) -> Iterator[np.ndarray]:
-  """Features of all of a reader's images, batch by batch, on every host."""
+  """Yields features of all of a reader's images, by batch, on every host."""
   for own in features_of(
     space.of_reals, reader.fixed, np.arange(len(reader)), batch_size=batch_size
   ):
@@ -257,7 +257,7 @@ def _features(
 
 
 def _blocks(batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-  """The same rows in larger blocks: larger products of matrices."""
+  """Joins batches into larger blocks, for larger products of matrices."""
   waiting: list[np.ndarray] = []
   for batch in batches:
     waiting.append(batch)

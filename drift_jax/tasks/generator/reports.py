@@ -63,16 +63,16 @@ from drift_jax.training.workdir import check_frozen
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-  """What to compute; None: as the run's config has it, or the flag's default.
+  """What a report computes; None takes the run's config, or the flag's default.
 
   Attributes:
     alphas: guidance scales.
     metrics: figures, see config.EVAL_METRICS.
-    num_samples: for each alpha; 0 for as many as are held out or listed.
+    num_samples: number for each alpha; 0 for as many as are held out or listed.
     labels: file of class indices; None for balanced ones.
-    batch_size: samples at a time, on all devices.
-    seed: of noise and style; a run's default is config.seed + 1, noise that
-      its own evaluations (which chose the best checkpoint) did not use.
+    batch_size: samples of a batch, over all devices.
+    seed: seeds noise and style; a run's default is config.seed + 1, which its
+      own evaluations (they chose the best checkpoint) did not use.
     paths: {dotted key of a run's config: where it is now}, see places.of_run.
     judges: {('inception' or 'dinov2', 'path' or 'reference'): where}.
     neighbours: nearest training images of each sample; 0 for none.
@@ -99,7 +99,7 @@ class Request:
   out: str = "evaluation.json"
 
   def judge(self, name: str, default: Judge | None = None) -> Judge:
-    """The network that the request names, or else the default's."""
+    """Returns the network that the request names, or else the default's."""
     path, reference = (
       self.judges.get((name, key), getattr(default, key) if default else "")
       for key in ("path", "reference")
@@ -107,7 +107,7 @@ class Request:
     return Judge(path=path, reference=reference)
 
   def beside(self, suffix: str) -> epath.Path:
-    """The path of a picture: out without .json, then the suffix."""
+    """Returns the path of a picture: out without .json, then the suffix."""
     path = epath.Path(self.out)
     return path.with_name(path.stem + suffix)
 
@@ -119,10 +119,10 @@ def report_on_run(
   step: int | None = None,
   ema_decay: float | None = None,
 ) -> dict[str, Any]:
-  """Figures of a run's checkpoint, beside the same figures of real images.
+  """Computes figures of a run's checkpoint, and of real images beside them.
 
   Args:
-    workdir: of the run.
+    workdir: folder of the run.
     request: what to compute.
     step: checkpoint; None for the best, else the newest.
     ema_decay: which average; None for the evaluated one.
@@ -214,7 +214,7 @@ def report_on_run(
 
 
 def _judged(names: Sequence[str]) -> list[str]:
-  """Patterns of the config's keys that say where figures' files are."""
+  """Returns patterns of the config's keys that name files of figures."""
   return ["eval.labels"] + [
     f"eval.{judge}.*"
     for judge, figures in JUDGED_METRICS.items()
@@ -225,7 +225,7 @@ def _judged(names: Sequence[str]) -> list[str]:
 def _requested_config(
   config: GeneratorConfig, request: Request, ema_decay: float | None
 ) -> GeneratorConfig:
-  """The run's config with what was asked for in its place, checked."""
+  """Returns the run's config with the requested values, checked."""
   given = {
     "alphas": None if request.alphas is None else tuple(request.alphas),
     "metrics": None if request.metrics is None else tuple(request.metrics),
@@ -253,12 +253,12 @@ def _requested_config(
 def report_on_weights(
   weights: str, request: Request, *, vae: str = ""
 ) -> dict[str, Any]:
-  """Figures of a generator's exported weights, ours or the release's.
+  """Computes figures of a generator's weights, ours or the release's.
 
   Args:
     weights: their folder.
     request: what to compute; figures against reference statistics only.
-    vae: folder of the autoencoder behind its latents; '' for pixels.
+    vae: folder of the autoencoder of its latents; '' for pixels.
 
   Returns:
     The report, as `report_on_run` has it.
@@ -310,7 +310,7 @@ def report_on_weights(
 
 
 def report_on_images(path: str, request: Request) -> dict[str, Any]:
-  """Figures of images that were made elsewhere.
+  """Computes figures of images that were made elsewhere.
 
   Args:
     path: a folder, or an .npz in ADM's format; see metrics.open_images.
@@ -355,7 +355,7 @@ def report_on_images(path: str, request: Request) -> dict[str, Any]:
 def _by_files(
   request: Request, *, count: int, resolution: int, mesh: Mesh
 ) -> tuple[list[Evaluator], dict[str, Any]]:
-  """Evaluators against reference statistics, where there is no config."""
+  """Makes evaluators against reference statistics, without a config."""
   names = options.METRICS if request.metrics is None else tuple(request.metrics)
   valid = [n for group in JUDGED_METRICS.values() for n in group]
   for name in names:
@@ -379,7 +379,7 @@ def _by_files(
 
 
 def _at_least(count: int, num_classes: int) -> np.ndarray:
-  """Balanced labels, as few as possible of at least so many."""
+  """Returns the fewest balanced labels that are at least `count`."""
   return balanced_labels(-(-count // num_classes) * num_classes, num_classes)
 
 
@@ -393,7 +393,7 @@ def _score(
   batch_size: int,
   to_pixels: PixelsFn,
 ) -> dict[str, Any]:
-  """What all reports hold; writes the samples and the plot over alpha."""
+  """Scores the samples; writes them and the plot over alpha if asked."""
   if request.samples_out:
     path = epath.Path(request.samples_out)
     paths = [path]
@@ -417,7 +417,7 @@ def _score(
 
 
 def _save_neighbours(found: Memorisation, request: Request) -> dict[str, Any]:
-  """Writes the pictures; returns what the report says."""
+  """Writes the pictures; returns the report's entry."""
   pictures = [
     request.beside("_neighbours.png"),
     request.beside("_nearest_distances.png"),

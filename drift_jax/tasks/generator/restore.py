@@ -204,7 +204,7 @@ def _restore(
   step: int | None,
   decay: float,
 ) -> tuple[int, Any]:
-  """(step, one average of the parameters)."""
+  """Restores one average of the parameters; returns (step, parameters)."""
   shapes = jax.eval_shape(init_generator(task), jax.random.key(0))
   abstract = sharding.abstract(shapes, sharding.infer_sharding(shapes, mesh))
   checkpointer = make_checkpointer(
@@ -287,7 +287,7 @@ def open_artifact(source: str, vae: str, mesh: Mesh) -> OpenedGenerator:
 
 
 def _computed_on(module: Any, mesh: Mesh, kernels: str) -> Any:
-  """A generator as it is computed on the devices of a mesh."""
+  """Returns the generator with the kernels of a mesh's devices."""
   return module.clone(
     attention_kernel=attention_kernel_for(kernels, mesh),
     unroll=unroll_for(module.depth, mesh),
@@ -312,7 +312,7 @@ def sampling_task(module: Any) -> GeneratorTask:
 def _check_facts(
   source: str, num_classes: int, alphas: Any, names: Any
 ) -> None:
-  """Raises ArtifactError for facts beside the weights that say nothing."""
+  """Raises ArtifactError for damaged facts beside the weights."""
   numbers = isinstance(alphas, (list, tuple)) and all(
     isinstance(alpha, (int, float)) for alpha in alphas
   )
@@ -331,10 +331,10 @@ def _check_facts(
 
 
 def identity(opened: OpenedGenerator) -> dict[str, Any]:
-  """What decides a generator's images beside labels, alpha, seed and style.
+  """Identifies a generator: what decides its images beside the request.
 
-  Weights are told by their numbers, wherever they lie and however they are
-  split over devices. Fit for JSON.
+  Weights are identified by their numbers, wherever they lie and however they
+  are split over devices. The result is fit for JSON.
   """
   generator: Any = opened.task.generator
   found = {
@@ -363,7 +363,7 @@ def _fingerprint(params: Any) -> str:
 
 
 def read_style(values: int | Sequence[int], task: GeneratorTask) -> np.ndarray:
-  """Style indices [S] int32: one for all tokens, or a list of one for each.
+  """Reads style indices [S] int32: one for all tokens, or one for each.
 
   -1 leaves an index to chance.
 

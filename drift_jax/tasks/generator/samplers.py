@@ -25,8 +25,8 @@ from drift_jax.tasks.generator.step import (
 def jit_sampler(task: GeneratorTask, mesh: Mesh) -> Any:
   """Jitted (params, seed, style, labels, alpha, index) -> samples.
 
-  Samples and what there is one of for each are split over the mesh; of seed
-  and style, see steps.sample_step, all have the same.
+  Samples, labels, alpha and index are split over the mesh; all samples share
+  seed and style, see step.sample_step.
   """
 
   def sample(
@@ -43,8 +43,8 @@ def jit_sampler(task: GeneratorTask, mesh: Mesh) -> Any:
 def jit_interpolator(task: GeneratorTask, mesh: Mesh) -> Any:
   """Jitted (params, seed, style, angle, labels, alpha, index, other) -> images.
 
-  Of noise cos(angle) a + sin(angle) b, where a is that of the number `index`
-  and b that of `other`; the style is a's. A standard normal's for any angle.
+  The noise is cos(angle) a + sin(angle) b, a the noise of the number `index`
+  and b that of `other`: a standard normal for any angle. The style is a's.
   """
 
   def sample(
@@ -84,14 +84,14 @@ def bind_sampler(
   seed: int,
   style: Sequence[int] | np.ndarray | None = None,
 ) -> SampleFn:
-  """sample_fn(labels, alpha, index) of a step that `jit_sampler` made.
+  """Binds a step of `jit_sampler`: sample_fn(labels, alpha, index).
 
   Args:
     step: compiled for all seeds and styles.
-    params: on the mesh.
-    task: of the step.
+    params: its parameters, on the mesh.
+    task: static part of the step.
     mesh: where it runs.
-    seed: of noise and style.
+    seed: seeds noise and style.
     style: indices that all samples share; -1 leaves one to chance. None: all.
   """
   shared = (
@@ -119,14 +119,14 @@ def sample_grid(
   alpha: float,
   batch_size: int,
 ) -> np.ndarray:
-  """One row of samples for each of some classes: uint8 [H, W, 3].
+  """Draws a row of samples for each of some classes: uint8 [H, W, 3].
 
   Args:
     sample_fn: see metrics.generate.
     decode: samples -> images.
-    num_classes: of the model.
-    classes: rows; these classes are evenly spaced among all.
-    per_class: images in a row.
+    num_classes: number of classes of the model.
+    classes: number of rows; their classes are evenly spaced among all.
+    per_class: number of images in a row.
     alpha: guidance scale.
     batch_size: samples per call of sample_fn.
   """
@@ -145,12 +145,12 @@ def sample_grid(
 
 
 def gathered(batch: Batch, values: Images) -> np.ndarray:
-  """The rows of a batch that count, of all processes, in order: float32."""
+  """Gathers the valid rows of a batch from all processes, in order: float32."""
   own = batch.rows(values).astype(np.float32)
   return np.concatenate(processes.gather(own))
 
 
 def grid_image(images: np.ndarray, columns: int) -> np.ndarray:
-  """A grid that is legible on a screen: small images are magnified."""
+  """Makes a grid for a screen: small images are magnified."""
   scale = max(1, 48 // images.shape[1])
   return image_grid(images, columns=columns, padding=2, scale=scale)

@@ -37,7 +37,7 @@ _RESIDUAL = ("mae", "resnet")
 def load_encoders(
   encoders: Mapping[str, config_lib.Encoder], mesh: Mesh
 ) -> dict[str, artifacts.Artifact]:
-  """The frozen encoders, their parameters on the mesh.
+  """Loads the frozen encoders, their parameters on the mesh.
 
   Raises:
     ArtifactError: naming the encoder, for anything that can't be loaded.
@@ -53,7 +53,7 @@ def load_encoders(
 def abstract_encoders(
   encoders: Mapping[str, config_lib.Encoder], mesh: Mesh
 ) -> dict[str, artifacts.Artifact]:
-  """`load_encoders` with shapes for parameters: no weights need be there.
+  """As `load_encoders`, with shapes for parameters: no weights need be there.
 
   Raises:
     ArtifactError: neither weights nor a model that says what they will be.
@@ -67,7 +67,7 @@ def abstract_encoders(
 def decoded_encoders(
   encoders: Mapping[str, config_lib.Encoder],
 ) -> frozenset[str]:
-  """Names of those that read what the autoencoder makes of samples."""
+  """Names the encoders that read decoded samples."""
   return frozenset(name for name, e in encoders.items() if e.decode)
 
 
@@ -76,7 +76,7 @@ def frozen_params(
   encoders: Mapping[str, artifacts.Artifact],
   vae: artifacts.Artifact | None,
 ) -> dict[str, Any]:
-  """The frozen parameters of the generator's step; see FeatureSpace."""
+  """Collects the frozen parameters of the step; see FeatureSpace."""
   params = {name: encoders[name].params for name in task.features.encoders}
   if task.features.vae is not None:
     assert vae is not None  # feature_space has its module from it
@@ -119,7 +119,7 @@ def feature_space(
   encoders: Mapping[str, artifacts.Artifact],
   vae: artifacts.Artifact | None,
 ) -> FeatureSpace:
-  """Which feature vectors of which encoders enter the loss (A.5)."""
+  """Describes the feature vectors that enter the loss (A.5)."""
   features = dataclasses.asdict(config.features)
   sample = features.pop("sample")
   in_loss = {n: a for n, a in encoders.items() if config.encoders[n].in_loss}
@@ -146,12 +146,12 @@ def generator_task(
   mesh: Mesh,
   vae: artifacts.Artifact | None = None,
 ) -> GeneratorTask:
-  """The static part of the generator's step, for the mesh's devices.
+  """Makes the static part of the step, for the mesh's devices.
 
   Args:
-    config: of the run.
-    encoders: of the run; none where only samples are drawn.
-    mesh: of the run.
+    config: config of the run.
+    encoders: its encoders; none if only samples are drawn.
+    mesh: where it runs.
     vae: decodes samples for encoders that ask for it.
 
   Raises:
@@ -206,7 +206,7 @@ def init_generator(task: GeneratorTask) -> Callable[[jax.Array], Any]:
 def generator_feed(
   config: GeneratorConfig, reader: Reader
 ) -> QueueFeed | GroupedFeed:
-  """Positives and unconditional reals, the way that config.batch.reals says.
+  """Makes the feed of reals that config.batch.reals names.
 
   Raises:
     ConfigError: too few images of a class, or labels that the processes
@@ -235,6 +235,6 @@ def generator_feed(
 
 
 def check_labels(config: GeneratorConfig, mesh: Mesh) -> None:
-  """Raises ConfigError where labels can't be split over the mesh."""
+  """Raises ConfigError if labels can't be split over the mesh."""
   check_divides("batch.labels", config.batch.labels, mesh)
   check_divides("train.accum_labels", config.train.accum_labels, mesh)

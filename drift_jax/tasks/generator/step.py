@@ -39,14 +39,14 @@ class Draws(NamedTuple):
   alpha: Float[Array, " L"]
   noise: Float[Array, "LN H W C"]
   style: Int[Array, "LN S"]
-  # Of the independent samples that repel, where the drift's variant has them.
+  # Those of the independent samples that repel, if the variant has them.
   repelling: tuple[Float[Array, "LN H W C"], Int[Array, "LN S"]] | None = None
 
 
 class GeneratorBatch(NamedTuple):
   """One step's reals: positives of each label and unconditional ones.
 
-  As they travel: see from_wire.
+  Images are as they travel: see from_wire.
   """
 
   labels: Int[Array, " L"]
@@ -67,7 +67,7 @@ class FeatureSpace:
     options: {name: keyword arguments of that encoder's `features`}.
     sample: whether the flattened sample itself is one more feature.
     decoded: names of the encoders that read decoded samples.
-    vae: decodes them; None where none does.
+    vae: decodes samples for them; None if none reads decoded ones.
   """
 
   encoders: Mapping[str, nn.Module]
@@ -92,7 +92,7 @@ class FeatureSpace:
     Args:
       frozen: {name: parameters} of the encoders and, as VAE_KEY, of the
         autoencoder.
-      images: samples or reals; latents where there is an autoencoder.
+      images: samples or reals; latents if there is an autoencoder.
     """
     pixels = images
     if self.vae is not None:
@@ -126,14 +126,14 @@ class GeneratorTask:
     num_generated: N, samples of a label.
     drift: keyword arguments of drift.drift_losses.
     guidance: keyword arguments of drift.sample_alpha.
-    variant: of drift.drift_losses.
+    variant: departure from the paper's loss; see drift.Variant.
     average: whether the step's loss is the mean over features, not their sum.
     temperature: how the temperatures change in time.
-    kernel: of drift.drift_losses.
-    groups: how many parts of the labels follow each other, with the gradients
-      added up: memory for one of them. 1: all at once.
-    exact: whether the field's scalars are those of all groups, from two
-      passes without gradients ahead, or each group's own.
+    kernel: how drift.drift_losses computes.
+    groups: number of parts of the labels that are computed one after the other,
+      their gradients added up, in memory for one. 1: all at once.
+    exact: whether the field's scalars are those of all groups, by two passes
+      ahead without gradients, or each group's own.
   """
 
   generator: nn.Module
@@ -154,9 +154,9 @@ class GeneratorTask:
 
 
 def draw(key: PRNGKeyArray, task: GeneratorTask, num_labels: int) -> Draws:
-  """Alpha per label, noise and style indices per generated sample.
+  """Draws alpha per label, noise and style indices per generated sample.
 
-  Three streams, one for each use.
+  Each use has a stream of its own.
   """
   alpha_key, noise_key, style_key = jax.random.split(key, 3)
   count = num_labels * task.num_generated
@@ -276,7 +276,10 @@ def _features_of(
 def _gathering(
   generator: Any, params: Any, layout: sharding.Layout
 ) -> tuple[Any, Any]:
-  """(the generator on parts of its blocks, all else gathered)."""
+  """Returns a generator that gathers its blocks one by one, and the rest.
+
+  The parameters outside of the blocks are gathered here.
+  """
   stack = "blocks"
   dtype_of = early_dtype(generator)
   if stack not in layout.params:
@@ -326,13 +329,13 @@ def _scalars(
   task: GeneratorTask,
   axes: tuple[str, ...],
 ) -> drift.Scalars:
-  """Of all groups together, in two passes over them.
+  """Computes the field's scalars over all groups, in two passes.
 
   Args:
     report_of: (part, scalars) -> report.
-    parts: all, one behind the other.
-    task: of the step.
-    axes: of the mesh, over which parts are split.
+    parts: all groups, along the first axis.
+    task: static part of the step.
+    axes: mesh axes over which each part is split.
   """
 
   def scale_of(part: _Part) -> tuple[jax.Array, jax.Array]:
@@ -370,7 +373,7 @@ def _gradients(
   layout: sharding.Layout | None = None,
   temperature_scale: Float[Array, ""] | None = None,
 ) -> tuple[Any, tuple[Float[Array, ""], drift.DriftReport]]:
-  """(gradients, (loss, report)), of the labels here; all are means of groups.
+  """Returns (gradients, (loss, report)) of the labels here, means over groups.
 
   With a layout the gradients are this device's shares of their sum.
   """
@@ -423,7 +426,7 @@ def generator_gradients(
   layout: sharding.Layout | None = None,
   temperature_scale: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], drift.DriftReport, Any]:
-  """(loss, drift.DriftReport, gradients), on a mesh if there is a layout."""
+  """Returns (loss, drift.DriftReport, gradients), on a mesh with a layout."""
   if layout is None:
     grads, (loss, report) = _gradients(
       params, batch, draws, frozen, task, None, temperature_scale
@@ -488,12 +491,12 @@ def sample_inputs(
   task: GeneratorTask,
   style: Int[Array, " S"] | None = None,
 ) -> tuple[Float[Array, "n H W C"], Int[Array, "n S"]]:
-  """Noise and style indices of samples, of each from (seed, index[i]) alone.
+  """Draws noise and style of samples, each from (seed, index[i]) alone.
 
   Args:
-    index: numbers of the samples.
-    seed: in [0, 2**32); may be traced.
-    task: whose shapes they have.
+    index: number of each sample.
+    seed: integer in [0, 2**32); may be traced.
+    task: gives their shapes.
     style: indices that all samples share; -1 leaves one to chance. None: all.
   """
   root = streams.stream(seed, "sample")
@@ -520,7 +523,7 @@ def generate(
   task: GeneratorTask,
   layout: sharding.Layout | None = None,
 ) -> Float[Array, "n H W F"]:
-  """Samples by one forward pass, on a mesh if there is a layout."""
+  """Generates samples by one forward pass, on a mesh with a layout."""
 
   def local(params: Any, *inputs: jax.Array) -> jax.Array:
     generator = task.generator
@@ -547,9 +550,10 @@ def sample_step(
   style: Int[Array, " S"] | None = None,
   layout: sharding.Layout | None = None,
 ) -> Float[Array, "n H W F"]:
-  """Samples in [-1, 1] (or latents) of numbered noise, see sample_inputs.
+  """Generates samples in [-1, 1] (or latents) from numbered noise.
 
-  Any batch size, order and number of devices gives the same ones.
+  See sample_inputs. Any batch size, order and number of devices gives the same
+  samples.
   """
   noise, style = sample_inputs(index, seed=seed, task=task, style=style)
   return generate(params, labels, alpha, noise, style, task=task, layout=layout)

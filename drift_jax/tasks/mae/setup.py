@@ -24,12 +24,11 @@ from drift_jax.training.step import Metrics
 
 
 def mae_task(config: MaeConfig, vae: artifacts.Artifact | None) -> MaeTask:
-  """The static part of the encoder's step.
+  """Makes the static part of the encoder's step.
 
   Args:
-    config: of the run.
-    vae: encodes the images first; None where they come as the encoder takes
-      them.
+    config: config of the run.
+    vae: encodes the images first; None if the encoder takes them as they come.
   """
   vae_module = None
   if vae is not None:
@@ -71,7 +70,7 @@ def mae_input_shape(
   sample_shape: tuple[int, ...],
   in_channels: int,
 ) -> tuple[int, ...]:
-  """(H, W, C) of what an encoder of in_channels takes of images of a shape.
+  """Returns the shape (H, W, C) of the encoder's inputs.
 
   Raises:
     ConfigError: images that the autoencoder or the encoder can't take.
@@ -94,13 +93,13 @@ def mae_input_shape(
 
 
 def mae_feed(config: MaeConfig, reader: Reader) -> ImageFeed:
-  """Batches of training images."""
+  """Makes the feed of training images."""
   with naming("data"):
     return ImageFeed(make_loader(config, reader, config.mae.batch_size))
 
 
 def jit_mae_evaluation(task: MaeTask, mesh: Mesh, vae_params: Any) -> Any:
-  """Jitted steps.mae_eval_step; its sums are on every device."""
+  """Jits step.mae_eval_step; its sums are on every device."""
   frozen = sharding.specs(vae_params)
 
   def evaluate(params: Any, *others: Any) -> Metrics:

@@ -26,7 +26,7 @@ from drift_jax.training.step import (
 
 
 class MaeBatch(NamedTuple):
-  """Images and their labels, as they travel: see from_wire."""
+  """Images and their labels; images are as they travel, see from_wire."""
 
   images: Shaped[Array, "B H W C"]
   labels: Int[Array, " B"]
@@ -67,10 +67,10 @@ def mae_inputs(
   noise: Float[Array, "B h w c"] | None,
   task: MaeTask,
 ) -> Float[Array, "B h w c"]:
-  """What the encoder takes: the images, or their latents under task.vae.
+  """Returns the encoder's inputs: images, or their latents under task.vae.
 
-  With noise latents are drawn from their distribution, without it they are
-  its means.
+  With noise, latents are drawn from their distribution; without, they are its
+  means.
   """
   images = from_wire(images)
   if task.vae is None:
@@ -85,7 +85,7 @@ def mae_inputs(
 def _latent_shape(
   images: Shaped[Array, "B H W C"], task: MaeTask
 ) -> tuple[int, ...]:
-  """Shape of what the encoder takes of the images."""
+  """Returns the shape of the encoder's inputs."""
   if task.vae is None:
     return images.shape
   batch, height, width, _ = images.shape
@@ -97,7 +97,7 @@ def _latent_shape(
 def _draw_mask(
   key: PRNGKeyArray, images: Shaped[Array, "B H W C"], task: MaeTask
 ) -> Float[Array, "B h w 1"]:
-  """The masks of a whole batch."""
+  """Draws the masks of a whole batch."""
   mask: Any = task.mae.apply(
     {},
     jnp.zeros(_latent_shape(images, task)),
@@ -109,7 +109,7 @@ def _draw_mask(
 
 
 class _MaeRest(NamedTuple):
-  """What goes with an encoder's images: labels, masks, noise of latents."""
+  """Labels, masks and noise of latents that go with a batch of images."""
 
   labels: Int[Array, " B"]
   mask: Float[Array, "B h w 1"]
@@ -124,7 +124,7 @@ def _mae_parts(
   lam: Any,
   task: MaeTask,
 ) -> dict[str, Float[Array, " B"]]:
-  """Losses of each image."""
+  """Returns the parts of the loss of each image."""
   inputs = mae_inputs(images, vae_params, rest.noise, task)
   output = apply(task.mae, params, inputs, mask=rest.mask)
   return mae_lib.mae_loss(output, rest.labels, lam)
@@ -170,7 +170,7 @@ def mae_eval_step(
 def _on_whole(
   function: Callable[..., Any], layout: sharding.Layout, task: MaeTask
 ) -> Callable[..., Any]:
-  """The function of (params, vae_params, ...), of parts of them."""
+  """Makes a function of whole parameters one of parts of them."""
 
   def on_parts(params: Any, vae_params: Any, *others: Any) -> Any:
     return function(
@@ -191,7 +191,7 @@ def mae_gradients(
   task: MaeTask,
   layout: sharding.Layout | None = None,
 ) -> tuple[Metrics, Any]:
-  """(means over the batch of the losses' parts, gradients of 'loss').
+  """Returns (means over the batch of the loss' parts, gradients of 'loss').
 
   The loss is lam * CE + (1 - lam) * reconstruction (A.3).
   """

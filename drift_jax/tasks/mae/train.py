@@ -42,8 +42,8 @@ from drift_jax.training.run import (
 from drift_jax.training.state import TrainState
 from drift_jax.training.workdir import open_workdir
 
-# Where the trained encoder lies in the workdir: what encoders.NAME.path of a
-# generator's config points at.
+# Folder of the trained encoder in the workdir: encoders.NAME.path of a
+# generator's config points at it.
 EXPORT = "encoder"
 
 
@@ -144,7 +144,7 @@ def held_out_evaluation(
   vae_params: Any,
   mesh: jax.sharding.Mesh,
 ) -> Evaluate:
-  """Reconstruction and accuracy on the held-out images.
+  """Makes the evaluation: reconstruction and accuracy on held-out images.
 
   The mask is the same at every evaluation, so that figures are comparable.
   """
