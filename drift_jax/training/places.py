@@ -201,7 +201,7 @@ def _with_paths(
 
 
 def _put(values: dict[str, Any], key: str, path: str) -> None:
-  """Sets a dotted key to a path; data.source keeps its KIND without a new one."""
+  """Sets a dotted key to a path; data.source keeps its KIND."""
   *sections, last = key.split(".")
   for section in sections:
     values = values[section]

@@ -226,7 +226,7 @@ def check_memorisation(
 def _collect(
   make: Callable[[np.ndarray], Images], numbers: np.ndarray, batch_size: int
 ) -> np.ndarray:
-  """Makes images of numbers [N], each process its part; returns all, float32."""
+  """Makes images of numbers [N], each process its part; float32 of all."""
   parts = []
   for rows, valid in local_batches(len(numbers), batch_size):
     own = sharding.local_rows(make(numbers[rows]))[:valid].astype(np.float32)
