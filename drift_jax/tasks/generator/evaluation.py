@@ -16,12 +16,11 @@ from drift_jax.system import processes
 from drift_jax.system.console import logger
 from drift_jax.system.errors import naming
 from drift_jax.tasks.generator.config import GeneratorConfig
-from drift_jax.tasks.generator.judges import (
+from drift_jax.tasks.generator.evaluators import (
   evaluation_labels,
-  make_decoder,
-  make_pixels,
   run_evaluators,
 )
+from drift_jax.tasks.generator.judges import make_decoder, make_pixels
 from drift_jax.tasks.generator.samplers import make_sampler, sample_grid
 from drift_jax.tasks.generator.step import GeneratorTask
 from drift_jax.training import artifacts

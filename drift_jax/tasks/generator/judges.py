@@ -1,9 +1,9 @@
-"""Networks that judge images, and the evaluators that a config asks for."""
+"""Frozen networks on a mesh: decoders, and networks that judge images."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,32 +11,12 @@ from jax.sharding import Mesh
 
 from drift_jax import config as config_lib
 from drift_jax.metrics.batches import PixelsFn
-from drift_jax.metrics.errors import EvaluationError
-from drift_jax.metrics.evaluators import Evaluator, FeatureFn, FrechetEvaluator
-from drift_jax.metrics.frechet import check_frechet_width
-from drift_jax.metrics.generation import balanced_labels, read_labels
+from drift_jax.metrics.evaluators import FeatureFn
 from drift_jax.metrics.images import Images, to_rgb
-from drift_jax.metrics.network import NetworkEvaluator
-from drift_jax.metrics.reference import ReferenceStats, load_reference
-from drift_jax.metrics.small_sets import (
-  CoverageEvaluator,
-  DuplicatesEvaluator,
-  LabelAccuracyEvaluator,
-)
-from drift_jax.system import sharding, storage
-from drift_jax.system.errors import naming
-from drift_jax.tasks.generator.config import (
-  JUDGED_METRICS,
-  GeneratorConfig,
-  GeneratorEval,
-  Judge,
-)
-from drift_jax.tasks.generator.setup import decoded_encoders
+from drift_jax.system import sharding
 from drift_jax.training import artifacts
 from drift_jax.training import step as step_lib
 from drift_jax.training.frozen import decoding
-from drift_jax.training.inputs import LATENTS, Readers
-from drift_jax.training.run import pad_to_mesh
 
 _KINDS = ("inception", "vit")
 
@@ -84,6 +64,16 @@ def make_decoder(
 def make_pixels(decode: Callable[[Images], Images]) -> PixelsFn:
   """Samples -> 8-bit RGB images, on the mesh; decode is `make_decoder`'s."""
   return lambda samples: to_rgb(decode(samples))
+
+
+def image_size(
+  sample_shape: tuple[int, ...], vae: artifacts.Artifact | None
+) -> int:
+  """Returns the side in pixels of the images that samples become."""
+  if vae is None:
+    return sample_shape[0]
+  module: Any = vae.module
+  return sample_shape[0] * module.downsampling
 
 
 def load_judge(path: str, mesh: Mesh) -> artifacts.Artifact:
@@ -139,273 +129,6 @@ def judging(
     return (out,)
 
   return apply
-
-
-class Judged(NamedTuple):
-  """An evaluator in a network's features, and facts on it, fit for JSON."""
-
-  evaluator: Evaluator
-  facts: dict[str, Any]
-
-
-def network_evaluators(
-  names: Sequence[str],
-  judges: Mapping[str, Judge],
-  *,
-  count: int,
-  seed: int,
-  resolution: int,
-  crop: str | None,
-  mesh: Mesh,
-) -> dict[str, Judged]:
-  """Makes the evaluators that compare with reference statistics.
-
-  Args:
-    names: figures that are asked for; those of other evaluators are left out.
-    judges: {'inception' or 'dinov2': where it and its statistics are}.
-    count: number of images that will be judged.
-    seed: see NetworkEvaluator.
-    resolution, crop: how the images are cut; the statistics must have the same.
-      None for an unknown crop.
-    mesh: where the networks run.
-
-  Returns:
-    {'inception' or 'dinov2': its evaluator}, where a figure needs it.
-
-  Raises:
-    ArtifactError: a network that can't be loaded.
-    ConfigError: statistics that can't be used, or figures that these weights
-      have no right to.
-  """
-  made = {}
-  for name, figures in JUDGED_METRICS.items():
-    wanted = [metric for metric in names if metric in figures]
-    if not wanted:
-      continue
-    judge = judges[name]
-    artifact = _judge(name, judge, wanted, mesh)
-    facts: dict[str, Any] = {
-      "path": judge.path,
-      "sha256": artifact.sha256,
-      "source": artifact.metadata.get("source"),
-    }
-    network = network_fn(artifact, mesh)
-    pixels = (mesh.size, resolution, resolution, 3)
-    features, *_ = jax.eval_shape(
-      network, jax.ShapeDtypeStruct(pixels, np.uint8)
-    )
-    with naming(f"eval.{name}"):
-      reference = None
-      if judge.reference:
-        reference = _reference(
-          judge.reference,
-          dimensions=features.shape[1],
-          resolution=resolution,
-          crop=crop,
-          network_sha256=artifact.sha256,
-        )
-        facts["reference"] = {
-          "path": judge.reference,
-          "count": reference.count,
-          "provenance": reference.provenance
-          and dataclasses.asdict(reference.provenance),
-        }
-      evaluator = NetworkEvaluator(
-        name,
-        network,
-        wanted,
-        reference,
-        count=count,
-        seed=seed,
-      )
-    made[name] = Judged(evaluator, facts)
-  return made
-
-
-def _judge(
-  name: str, judge: Judge, wanted: Sequence[str], mesh: Mesh
-) -> artifacts.Artifact:
-  """Loads the network of eval.NAME, and checks that its figures mean it."""
-  try:
-    artifact = load_judge(judge.path, mesh)
-  except artifacts.ArtifactError as error:
-    raise artifacts.ArtifactError(f"eval.{name}: {error}") from error
-  source = artifact.metadata.get("source") or {}
-  found = source.get("family", artifact.kind)
-  if found != name:
-    raise artifacts.ArtifactError(
-      f"eval.{name}.path={judge.path!r} holds a model {found!r}, want {name!r}"
-    )
-  named = [figure for figure in wanted if not figure.startswith("fd_")]
-  if named and not is_published(artifact):
-    raise config_lib.ConfigError(
-      f"eval.metrics holds {named}, but eval.inception.path={judge.path!r} are "
-      "not the published weights, whose figures alone have these names: "
-      "convert those, or ask for 'fd_inception'"
-    )
-  return artifact
-
-
-def _reference(path: str, **of: Any) -> ReferenceStats:
-  """Loads statistics of real images; `of` says what they must be of."""
-  storage.check_local("reference statistics", path)
-  try:
-    return load_reference(path, **of)
-  except FileNotFoundError as error:
-    raise config_lib.ConfigError(
-      f"there are no reference statistics {path}: python -m "
-      "drift_jax.tools.reference_stats makes them, and public .npz files for "
-      "ImageNet at 256 px are read too (docs/evaluation.md)"
-    ) from error
-
-
-def needs_reals(chosen: GeneratorEval) -> bool:
-  """Returns whether an evaluation reads real images."""
-  judged = [n for names in JUDGED_METRICS.values() for n in names]
-  return any(name not in judged for name in chosen.metrics) or (
-    chosen.num_samples == 0 and not chosen.labels
-  )
-
-
-def evaluation_labels(
-  chosen: GeneratorEval, num_classes: int, readers: Readers | None
-) -> np.ndarray:
-  """Labels of the images that an evaluation generates.
-
-  They are those of eval.labels; else balanced, or those of the held-out images
-  if eval.num_samples is 0.
-
-  Raises:
-    ValueError: a list of labels that does not fit.
-  """
-  if chosen.labels:
-    return read_labels(
-      chosen.labels, num_classes=num_classes, count=chosen.num_samples or None
-    )
-  if chosen.num_samples == 0:
-    assert readers is not None
-    return np.asarray(readers.test().labels, np.int32)
-  return balanced_labels(chosen.num_samples, num_classes)
-
-
-def reference_crop(settings: config_lib.Data) -> str:
-  """Names the crop of held-out images as reference statistics record it."""
-  if settings.source.startswith(LATENTS) or settings.crop == "random":
-    return "center"
-  return settings.crop
-
-
-def image_size(
-  sample_shape: tuple[int, ...], vae: artifacts.Artifact | None
-) -> int:
-  """Returns the side in pixels of the images that samples become."""
-  if vae is None:
-    return sample_shape[0]
-  module: Any = vae.module
-  return sample_shape[0] * module.downsampling
-
-
-def run_evaluators(
-  config: GeneratorConfig,
-  encoders: Mapping[str, artifacts.Artifact],
-  readers: Readers | None,
-  labels: np.ndarray,
-  vae: artifacts.Artifact | None,
-  mesh: Mesh,
-) -> tuple[list[Evaluator], dict[str, Any]]:
-  """Makes the evaluators of config.eval.metrics, and facts on their networks.
-
-  Args:
-    config: of the run.
-    encoders: of 'fd_encoder'.
-    readers: of real images; held-out ones are opened if a figure needs them.
-      None if none does (`needs_reals`).
-    labels: class index of each sample that will be generated.
-    vae: decodes the samples, or None.
-    mesh: where the networks run.
-
-  Raises:
-    ArtifactError, ConfigError: see `network_evaluators`.
-    ValueError: figures that the data don't allow.
-  """
-  judged = network_evaluators(
-    config.eval.metrics,
-    {"inception": config.eval.inception, "dinov2": config.eval.dinov2},
-    count=len(labels),
-    seed=config.seed,
-    resolution=image_size((config.model.input_size,), vae),
-    crop=reference_crop(config.data),
-    mesh=mesh,
-  )
-  return [
-    *(entry.evaluator for entry in judged.values()),
-    *_by_reals(config, encoders, readers, labels, vae, mesh),
-  ], {name: entry.facts for name, entry in judged.items()}
-
-
-def _by_reals(
-  config: GeneratorConfig,
-  encoders: Mapping[str, artifacts.Artifact],
-  readers: Readers | None,
-  labels: np.ndarray,
-  vae: artifacts.Artifact | None,
-  mesh: Mesh,
-) -> list[Evaluator]:
-  """Makes the evaluators that compare with held-out images."""
-  chosen = config.eval
-  settings = {"labels": labels, "seed": config.seed}
-
-  def frechet(
-    name: str, features: FeatureFn, train: Any, test: Any
-  ) -> Evaluator:
-    samples = (mesh.size, *train.sample_shape)
-    width = jax.eval_shape(
-      features, jax.ShapeDtypeStruct(samples, np.float32)
-    ).shape[1]
-    try:
-      check_frechet_width(width, name)
-    except EvaluationError as error:
-      raise config_lib.ConfigError(
-        f"eval.metrics holds {name!r}: {error}; ask for a distance in a "
-        "network's features: 'fid' or 'fd_inception' (eval.inception), "
-        "'fd_dinov2' (eval.dinov2)"
-      ) from error
-    return FrechetEvaluator(
-      name,
-      features,
-      train,
-      test,
-      batch_size=pad_to_mesh(chosen.batch_size, mesh),
-      **settings,
-    )
-
-  def duplicates(train: Any, test: Any) -> Evaluator:
-    if train.grid is None:
-      raise config_lib.ConfigError(
-        "eval.metrics holds 'duplicates', which compares pixels, but the data "
-        f"are latents (data.source={config.data.source!r}): remove it"
-      )
-    return DuplicatesEvaluator(train, test, grid=train.grid)
-
-  def fd_encoder(train: Any, test: Any) -> Evaluator:
-    decoded = decoded_encoders(config.encoders)
-    features = encoder_fn(encoders, decoded, vae, mesh)
-    return frechet("fd_encoder", features, train, test)
-
-  factories: dict[str, Callable[[Any, Any], Evaluator]] = {
-    "fd_encoder": fd_encoder,
-    "fd_pixel": functools.partial(frechet, "fd_pixel", flatten_fn(mesh)),
-    "coverage": functools.partial(
-      CoverageEvaluator, k=chosen.coverage_k, **settings
-    ),
-    "label_accuracy": LabelAccuracyEvaluator,
-    "duplicates": duplicates,
-  }
-  wanted = [name for name in chosen.metrics if name in factories]
-  if not wanted:
-    return []
-  assert readers is not None
-  return [factories[n](readers.train, readers.test()) for n in wanted]
 
 
 def encoder_fn(

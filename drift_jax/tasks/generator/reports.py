@@ -32,14 +32,16 @@ from drift_jax.tasks.generator.config import (
   Judge,
   check_judges,
 )
-from drift_jax.tasks.generator.judges import (
+from drift_jax.tasks.generator.evaluators import (
   evaluation_labels,
-  image_size,
-  make_decoder,
-  make_pixels,
   needs_reals,
   network_evaluators,
   run_evaluators,
+)
+from drift_jax.tasks.generator.judges import (
+  image_size,
+  make_decoder,
+  make_pixels,
 )
 from drift_jax.tasks.generator.memorisation import (
   Memorisation,

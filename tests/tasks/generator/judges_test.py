@@ -8,7 +8,7 @@ from drift_jax import config as config_lib
 from drift_jax.metrics import memory
 from drift_jax.system import sharding
 from drift_jax.tasks import parse
-from drift_jax.tasks.generator.judges import run_evaluators
+from drift_jax.tasks.generator.evaluators import run_evaluators
 from drift_jax.training.inputs import open_readers
 
 

@@ -1,0 +1,330 @@
+"""The evaluators that a config's eval.metrics names.
+
+To add a figure of generated and held-out images: write its evaluator in
+drift_jax.metrics, name it in config.EVAL_METRICS, and add a function to
+BY_REALS here.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from drift_jax import config as config_lib
+from drift_jax.metrics.errors import EvaluationError
+from drift_jax.metrics.evaluators import Evaluator, FeatureFn, FrechetEvaluator
+from drift_jax.metrics.frechet import check_frechet_width
+from drift_jax.metrics.generation import balanced_labels, read_labels
+from drift_jax.metrics.network import NetworkEvaluator
+from drift_jax.metrics.reference import ReferenceStats, load_reference
+from drift_jax.metrics.small_sets import (
+  CoverageEvaluator,
+  DuplicatesEvaluator,
+  LabelAccuracyEvaluator,
+)
+from drift_jax.system import storage
+from drift_jax.system.errors import naming
+from drift_jax.tasks.generator.config import (
+  JUDGED_METRICS,
+  GeneratorConfig,
+  GeneratorEval,
+  Judge,
+)
+from drift_jax.tasks.generator.judges import (
+  encoder_fn,
+  flatten_fn,
+  image_size,
+  is_published,
+  load_judge,
+  network_fn,
+)
+from drift_jax.tasks.generator.setup import decoded_encoders
+from drift_jax.training import artifacts
+from drift_jax.training.inputs import LATENTS, Readers
+from drift_jax.training.run import pad_to_mesh
+
+
+class Judged(NamedTuple):
+  """An evaluator in a network's features, and facts on it, fit for JSON."""
+
+  evaluator: Evaluator
+  facts: dict[str, Any]
+
+
+def network_evaluators(
+  names: Sequence[str],
+  judges: Mapping[str, Judge],
+  *,
+  count: int,
+  seed: int,
+  resolution: int,
+  crop: str | None,
+  mesh: Mesh,
+) -> dict[str, Judged]:
+  """Makes the evaluators that compare with reference statistics.
+
+  Args:
+    names: figures that are asked for; those of other evaluators are left out.
+    judges: {'inception' or 'dinov2': where it and its statistics are}.
+    count: number of images that will be judged.
+    seed: see NetworkEvaluator.
+    resolution, crop: how the images are cut; the statistics must have the same.
+      None for an unknown crop.
+    mesh: where the networks run.
+
+  Returns:
+    {'inception' or 'dinov2': its evaluator}, where a figure needs it.
+
+  Raises:
+    ArtifactError: a network that can't be loaded.
+    ConfigError: statistics that can't be used, or figures that these weights
+      have no right to.
+  """
+  made = {}
+  for name, figures in JUDGED_METRICS.items():
+    wanted = [metric for metric in names if metric in figures]
+    if not wanted:
+      continue
+    judge = judges[name]
+    artifact = _judge(name, judge, wanted, mesh)
+    facts: dict[str, Any] = {
+      "path": judge.path,
+      "sha256": artifact.sha256,
+      "source": artifact.metadata.get("source"),
+    }
+    network = network_fn(artifact, mesh)
+    pixels = (mesh.size, resolution, resolution, 3)
+    features, *_ = jax.eval_shape(
+      network, jax.ShapeDtypeStruct(pixels, np.uint8)
+    )
+    with naming(f"eval.{name}"):
+      reference = None
+      if judge.reference:
+        reference = _reference(
+          judge.reference,
+          dimensions=features.shape[1],
+          resolution=resolution,
+          crop=crop,
+          network_sha256=artifact.sha256,
+        )
+        facts["reference"] = {
+          "path": judge.reference,
+          "count": reference.count,
+          "provenance": reference.provenance
+          and dataclasses.asdict(reference.provenance),
+        }
+      evaluator = NetworkEvaluator(
+        name,
+        network,
+        wanted,
+        reference,
+        count=count,
+        seed=seed,
+      )
+    made[name] = Judged(evaluator, facts)
+  return made
+
+
+def _judge(
+  name: str, judge: Judge, wanted: Sequence[str], mesh: Mesh
+) -> artifacts.Artifact:
+  """Loads the network of eval.NAME, and checks that its figures mean it."""
+  try:
+    artifact = load_judge(judge.path, mesh)
+  except artifacts.ArtifactError as error:
+    raise artifacts.ArtifactError(f"eval.{name}: {error}") from error
+  source = artifact.metadata.get("source") or {}
+  found = source.get("family", artifact.kind)
+  if found != name:
+    raise artifacts.ArtifactError(
+      f"eval.{name}.path={judge.path!r} holds a model {found!r}, want {name!r}"
+    )
+  named = [figure for figure in wanted if not figure.startswith("fd_")]
+  if named and not is_published(artifact):
+    raise config_lib.ConfigError(
+      f"eval.metrics holds {named}, but eval.inception.path={judge.path!r} are "
+      "not the published weights, whose figures alone have these names: "
+      "convert those, or ask for 'fd_inception'"
+    )
+  return artifact
+
+
+def _reference(path: str, **of: Any) -> ReferenceStats:
+  """Loads statistics of real images; `of` says what they must be of."""
+  storage.check_local("reference statistics", path)
+  try:
+    return load_reference(path, **of)
+  except FileNotFoundError as error:
+    raise config_lib.ConfigError(
+      f"there are no reference statistics {path}: python -m "
+      "drift_jax.tools.reference_stats makes them, and public .npz files for "
+      "ImageNet at 256 px are read too (docs/evaluation.md)"
+    ) from error
+
+
+def needs_reals(chosen: GeneratorEval) -> bool:
+  """Returns whether an evaluation reads real images."""
+  judged = [n for names in JUDGED_METRICS.values() for n in names]
+  return any(name not in judged for name in chosen.metrics) or (
+    chosen.num_samples == 0 and not chosen.labels
+  )
+
+
+def evaluation_labels(
+  chosen: GeneratorEval, num_classes: int, readers: Readers | None
+) -> np.ndarray:
+  """Labels of the images that an evaluation generates.
+
+  They are those of eval.labels; else balanced, or those of the held-out images
+  if eval.num_samples is 0.
+
+  Raises:
+    ValueError: a list of labels that does not fit.
+  """
+  if chosen.labels:
+    return read_labels(
+      chosen.labels, num_classes=num_classes, count=chosen.num_samples or None
+    )
+  if chosen.num_samples == 0:
+    assert readers is not None
+    return np.asarray(readers.test().labels, np.int32)
+  return balanced_labels(chosen.num_samples, num_classes)
+
+
+def reference_crop(settings: config_lib.Data) -> str:
+  """Names the crop of held-out images as reference statistics record it."""
+  if settings.source.startswith(LATENTS) or settings.crop == "random":
+    return "center"
+  return settings.crop
+
+
+def run_evaluators(
+  config: GeneratorConfig,
+  encoders: Mapping[str, artifacts.Artifact],
+  readers: Readers | None,
+  labels: np.ndarray,
+  vae: artifacts.Artifact | None,
+  mesh: Mesh,
+) -> tuple[list[Evaluator], dict[str, Any]]:
+  """Makes the evaluators of config.eval.metrics, and facts on their networks.
+
+  Args:
+    config: of the run.
+    encoders: of 'fd_encoder'.
+    readers: of real images; held-out ones are opened if a figure needs them.
+      None if none does (`needs_reals`).
+    labels: class index of each sample that will be generated.
+    vae: decodes the samples, or None.
+    mesh: where the networks run.
+
+  Raises:
+    ArtifactError, ConfigError: see `network_evaluators`.
+    ValueError: figures that the data don't allow.
+  """
+  judged = network_evaluators(
+    config.eval.metrics,
+    {"inception": config.eval.inception, "dinov2": config.eval.dinov2},
+    count=len(labels),
+    seed=config.seed,
+    resolution=image_size((config.model.input_size,), vae),
+    crop=reference_crop(config.data),
+    mesh=mesh,
+  )
+  evaluators = [entry.evaluator for entry in judged.values()]
+  compared = [name for name in config.eval.metrics if name in BY_REALS]
+  if compared:
+    assert readers is not None
+    context = _Context(
+      config=config,
+      encoders=encoders,
+      train=readers.train,
+      test=readers.test(),
+      labels=labels,
+      vae=vae,
+      mesh=mesh,
+    )
+    evaluators += [BY_REALS[name](context) for name in compared]
+  return evaluators, {name: entry.facts for name, entry in judged.items()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Context:
+  """What evaluators that compare with held-out images are made of."""
+
+  config: GeneratorConfig
+  encoders: Mapping[str, artifacts.Artifact]
+  train: Any
+  test: Any
+  labels: np.ndarray
+  vae: artifacts.Artifact | None
+  mesh: Mesh
+
+
+def _frechet(name: str, features: FeatureFn, of: _Context) -> Evaluator:
+  samples = (of.mesh.size, *of.train.sample_shape)
+  width = jax.eval_shape(
+    features, jax.ShapeDtypeStruct(samples, np.float32)
+  ).shape[1]
+  try:
+    check_frechet_width(width, name)
+  except EvaluationError as error:
+    raise config_lib.ConfigError(
+      f"eval.metrics holds {name!r}: {error}; ask for a distance in a "
+      "network's features: 'fid' or 'fd_inception' (eval.inception), "
+      "'fd_dinov2' (eval.dinov2)"
+    ) from error
+  return FrechetEvaluator(
+    name,
+    features,
+    of.train,
+    of.test,
+    batch_size=pad_to_mesh(of.config.eval.batch_size, of.mesh),
+    labels=of.labels,
+    seed=of.config.seed,
+  )
+
+
+def _fd_encoder(of: _Context) -> Evaluator:
+  decoded = decoded_encoders(of.config.encoders)
+  features = encoder_fn(of.encoders, decoded, of.vae, of.mesh)
+  return _frechet("fd_encoder", features, of)
+
+
+def _fd_pixel(of: _Context) -> Evaluator:
+  return _frechet("fd_pixel", flatten_fn(of.mesh), of)
+
+
+def _coverage(of: _Context) -> Evaluator:
+  return CoverageEvaluator(
+    of.train,
+    of.test,
+    k=of.config.eval.coverage_k,
+    labels=of.labels,
+    seed=of.config.seed,
+  )
+
+
+def _label_accuracy(of: _Context) -> Evaluator:
+  return LabelAccuracyEvaluator(of.train, of.test)
+
+
+def _duplicates(of: _Context) -> Evaluator:
+  if of.train.grid is None:
+    raise config_lib.ConfigError(
+      "eval.metrics holds 'duplicates', which compares pixels, but the data "
+      f"are latents (data.source={of.config.data.source!r}): remove it"
+    )
+  return DuplicatesEvaluator(of.train, of.test, grid=of.train.grid)
+
+
+# Figures of generated and held-out images.
+BY_REALS: Mapping[str, Callable[[_Context], Evaluator]] = {
+  "fd_encoder": _fd_encoder,
+  "fd_pixel": _fd_pixel,
+  "coverage": _coverage,
+  "label_accuracy": _label_accuracy,
+  "duplicates": _duplicates,
+}
