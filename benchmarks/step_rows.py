@@ -18,7 +18,7 @@ from drift_jax.tasks import parse, programs
 from drift_jax.tasks.generator import setup as networks
 from drift_jax.tasks.generator.kernels import kernel_for
 from drift_jax.tools import hlo
-from drift_jax.training.frozen import abstract_vae
+from drift_jax.training.frozen import load_encoders, load_vae
 from drift_jax.training.run import adamw
 
 # Of dense products in bfloat16, per second.
@@ -75,8 +75,8 @@ def rows(report: timing.Report, name: str, overrides: Sequence[str]) -> None:
   program = programs(config, mesh)[0]
   state, batch, frozen = (_random(tree) for tree in program.arguments.values())
   batch = batch._replace(labels=batch.labels % config.model.num_classes)
-  encoders = networks.abstract_encoders(config.encoders, mesh)
-  vae = abstract_vae(config.vae, mesh)
+  encoders = load_encoders(config.encoders, mesh, weights=False)
+  vae = load_vae(config.vae, mesh, weights=False)
   task = networks.generator_task(config, encoders, mesh, vae)
   optimizer, _ = adamw(config.optim, config.train.num_steps)
   plain = jax.jit(

@@ -326,12 +326,12 @@ def _inputs(config: Any, mesh: Any) -> tuple[Any, Any, Any, Any, Any]:
   from drift_jax.tasks import programs
   from drift_jax.tasks.generator import setup as networks
   from drift_jax.tasks.generator.step import draw
-  from drift_jax.training.frozen import abstract_vae
+  from drift_jax.training.frozen import load_encoders, load_vae
 
   program = programs(config, mesh)[0]
   state, batch, frozen = program.arguments.values()
-  encoders = networks.abstract_encoders(config.encoders, mesh)
-  vae = abstract_vae(config.vae, mesh)
+  encoders = load_encoders(config.encoders, mesh, weights=False)
+  vae = load_vae(config.vae, mesh, weights=False)
   task = networks.generator_task(config, encoders, mesh, vae)
   draws = jax.eval_shape(
     lambda key: draw(key, task, config.batch.labels), jax.random.key(0)

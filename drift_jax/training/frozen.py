@@ -21,29 +21,83 @@ from drift_jax.training.step import apply
 _PRECISION = ("use_bf16", "use_remat", "attn_fp32")
 
 
-def load_vae(config: config_lib.Vae, mesh: Mesh) -> artifacts.Artifact | None:
+# Kinds of models whose features a generator may drift in.
+ENCODERS = ("mae", "convnext", "resnet")
+
+
+def load_vae(
+  section: config_lib.Vae, mesh: Mesh, *, weights: bool = True
+) -> artifacts.Artifact | None:
   """Loads the autoencoder of latents, on the mesh; None if there is none.
 
-  A dtype of '' is its own, as it is stored.
+  A dtype of '' is its own, as it is stored. For `weights`, see load_encoders.
 
   Raises:
     ArtifactError: for anything that can't be loaded.
   """
-  if not config.path:
+  if not section.path:
     return None
-  return place(load_frozen("vae", config, ("vae",)), config, mesh)
+  return _open("vae", section, ("vae",), mesh, weights)
 
 
-def abstract_vae(
-  config: config_lib.Vae, mesh: Mesh
-) -> artifacts.Artifact | None:
-  """As `load_vae`, with shapes for parameters; see abstract_encoders."""
-  if not config.path:
-    return None
-  return abstract("vae", config, ("vae",), mesh)
+def load_encoders(
+  sections: Mapping[str, config_lib.Encoder],
+  mesh: Mesh,
+  *,
+  weights: bool = True,
+) -> dict[str, artifacts.Artifact]:
+  """Loads the frozen encoders, their parameters on the mesh.
+
+  Args:
+    sections: {name: section} of the config.
+    mesh: where the parameters go.
+    weights: False gives shapes for parameters; no weights need be there if
+      `model` describes the encoder.
+
+  Raises:
+    ArtifactError: naming the encoder, for anything that can't be loaded.
+  """
+  return {
+    name: _open(f"encoders.{name}", section, ENCODERS, mesh, weights)
+    for name, section in sections.items()
+  }
 
 
-def load_frozen(
+def _open(
+  key: str,
+  section: config_lib.Frozen,
+  kinds: Sequence[str],
+  mesh: Mesh,
+  weights: bool,
+) -> artifacts.Artifact:
+  # 1. The model: its description, if that is enough, or its weights.
+  if section.model and not weights:
+    artifact = _described(key, section, kinds)
+  elif weights or artifacts.exists(section.path):
+    artifact = _load(key, section, kinds)
+  else:
+    raise artifacts.ArtifactError(
+      f"{key}.path={section.path!r} is not there and {key}.model is empty: "
+      "nothing says which model it will be. Train or convert it first, or "
+      f"describe it in {key}.model, as configs/imagenet_latent.py does"
+    )
+  # 2. What a step needs: of a 'mae' only the encoder.
+  params = artifact.params
+  if artifact.kind == "mae":
+    params = {"encoder": params["encoder"]}
+  module = artifact.module.clone(remat=section.remat)
+  # 3. On the mesh.
+  if section.sharding == "fsdp":
+    shardings = sharding.infer_sharding(params, mesh)
+  else:
+    shardings = jax.tree.map(lambda _: sharding.replicated(mesh), params)
+  place = jax.device_put if weights else sharding.abstract
+  return dataclasses.replace(
+    artifact, module=module, params=place(params, shardings)
+  )
+
+
+def _load(
   key: str, section: config_lib.Frozen, kinds: Sequence[str]
 ) -> artifacts.Artifact:
   try:
@@ -52,8 +106,14 @@ def load_frozen(
     raise artifacts.ArtifactError(f"{key}: {error}") from error
   _check_kind(f"{key}.path={section.path!r} holds", artifact.kind, kinds)
   if section.model:
-    _check_model(key, section, artifact)
-  return _as_frozen(artifact, section)
+    _check_same(
+      f"{key}.path={section.path!r}",
+      artifact,
+      _described(key, section, (artifact.kind,)),
+      f"give the path of that model, or describe this one in {key}.model ({{}} "
+      "takes any)",
+    )
+  return artifact
 
 
 def _check_kind(what: str, kind: str, kinds: Sequence[str]) -> None:
@@ -76,21 +136,6 @@ def _described(
     return artifacts.abstract(kind, arguments, dtype=section.dtype)
   except artifacts.ArtifactError as error:
     raise artifacts.ArtifactError(f"{key}.model: {error}") from error
-
-
-def _check_model(
-  key: str,
-  section: config_lib.Frozen,
-  artifact: artifacts.Artifact,
-) -> None:
-  """Raises ArtifactError if the weights are not of KEY.model."""
-  _check_same(
-    f"{key}.path={section.path!r}",
-    artifact,
-    _described(key, section, (artifact.kind,)),
-    f"give the path of that model, or describe this one in {key}.model ({{}} "
-    "takes any)",
-  )
 
 
 def _check_same(
@@ -129,60 +174,6 @@ def _check_same(
       f"{what} has parameters of other shapes than the config describes: "
       f"{'; '.join(different[:5])}; {remedy}"
     )
-
-
-def abstract(
-  key: str,
-  section: config_lib.Frozen,
-  kinds: Sequence[str],
-  mesh: Mesh,
-) -> artifacts.Artifact:
-  if section.model:
-    artifact = _as_frozen(_described(key, section, kinds), section)
-  elif artifacts.exists(section.path):
-    artifact = load_frozen(key, section, kinds)
-  else:
-    raise artifacts.ArtifactError(
-      f"{key}.path={section.path!r} is not there and {key}.model is empty: "
-      "nothing says which model it will be. Train or convert it first, or "
-      f"describe it in {key}.model, as configs/imagenet_latent.py does"
-    )
-  params = sharding.abstract(
-    artifact.params, _frozen_sharding(artifact, section, mesh)
-  )
-  return dataclasses.replace(artifact, params=params)
-
-
-def _as_frozen(
-  artifact: artifacts.Artifact, section: config_lib.Frozen
-) -> artifacts.Artifact:
-  """Keeps what a step needs: of a 'mae' only the encoder."""
-  params, module = artifact.params, artifact.module
-  if artifact.kind == "mae":
-    params = {"encoder": params["encoder"]}
-  module = module.clone(remat=section.remat)
-  return dataclasses.replace(artifact, module=module, params=params)
-
-
-def _frozen_sharding(
-  artifact: artifacts.Artifact,
-  section: config_lib.Frozen,
-  mesh: Mesh,
-) -> Any:
-  if section.sharding == "fsdp":
-    return sharding.infer_sharding(artifact.params, mesh)
-  return jax.tree.map(lambda _: sharding.replicated(mesh), artifact.params)
-
-
-def place(
-  artifact: artifacts.Artifact,
-  section: config_lib.Frozen,
-  mesh: Mesh,
-) -> artifacts.Artifact:
-  placed = jax.device_put(
-    artifact.params, _frozen_sharding(artifact, section, mesh)
-  )
-  return dataclasses.replace(artifact, params=placed)
 
 
 def frozen_sums(

@@ -17,7 +17,6 @@ from drift_jax.tasks.generator.config import (
 from drift_jax.tasks.generator.judges import image_size, jit_network, judging
 from drift_jax.tasks.generator.samplers import jit_sampler
 from drift_jax.tasks.generator.setup import (
-  abstract_encoders,
   check_encoders,
   check_labels,
   frozen_params,
@@ -31,7 +30,7 @@ from drift_jax.tasks.generator.step import (
 )
 from drift_jax.training import artifacts
 from drift_jax.training.drifting import init_drift
-from drift_jax.training.frozen import abstract_vae, decoding
+from drift_jax.training.frozen import decoding, load_encoders, load_vae
 from drift_jax.training.programs import Program, abstract_batch
 from drift_jax.training.run import make_training, pad_to_mesh
 
@@ -43,8 +42,8 @@ def programs(config: GeneratorConfig, mesh: Mesh) -> list[Program]:
   """Training step, sampler and evaluation steps; see tasks.programs."""
   sizes = config.batch
   check_labels(config, mesh)
-  vae = abstract_vae(config.vae, mesh)
-  encoders = abstract_encoders(config.encoders, mesh)
+  vae = load_vae(config.vae, mesh, weights=False)
+  encoders = load_encoders(config.encoders, mesh, weights=False)
   task = generator_task(config, encoders, mesh, vae)
   check_encoders(config, task, encoders, vae)
   frozen = frozen_params(task, encoders, vae)

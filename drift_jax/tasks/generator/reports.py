@@ -53,11 +53,10 @@ from drift_jax.tasks.generator.restore import open_artifact, open_run
 from drift_jax.tasks.generator.samplers import make_sampler
 from drift_jax.tasks.generator.setup import (
   decoded_encoders,
-  load_encoders,
 )
 from drift_jax.training import places
 from drift_jax.training.facts import check_data
-from drift_jax.training.frozen import frozen_sums
+from drift_jax.training.frozen import frozen_sums, load_encoders
 from drift_jax.training.inputs import open_readers
 from drift_jax.training.run import pad_to_mesh
 from drift_jax.training.workdir import check_frozen

@@ -24,44 +24,13 @@ from drift_jax.tasks.generator.kernels import (
 from drift_jax.tasks.generator.step import VAE_KEY, FeatureSpace, GeneratorTask
 from drift_jax.training import artifacts
 from drift_jax.training.drifting import drift_arguments
-from drift_jax.training.frozen import abstract, decoding, load_frozen, place
+from drift_jax.training.frozen import decoding
 from drift_jax.training.inputs import make_loader
 from drift_jax.training.run import check_divides
 from drift_jax.training.step import apply
 
-_ENCODERS = ("mae", "convnext", "resnet")
 # Those whose `features` has the options of the config's section `features`.
 _RESIDUAL = ("mae", "resnet")
-
-
-def load_encoders(
-  encoders: Mapping[str, config_lib.Encoder], mesh: Mesh
-) -> dict[str, artifacts.Artifact]:
-  """Loads the frozen encoders, their parameters on the mesh.
-
-  Raises:
-    ArtifactError: naming the encoder, for anything that can't be loaded.
-  """
-  return {
-    name: place(
-      load_frozen(f"encoders.{name}", encoder, _ENCODERS), encoder, mesh
-    )
-    for name, encoder in encoders.items()
-  }
-
-
-def abstract_encoders(
-  encoders: Mapping[str, config_lib.Encoder], mesh: Mesh
-) -> dict[str, artifacts.Artifact]:
-  """As `load_encoders`, with shapes for parameters: no weights need be there.
-
-  Raises:
-    ArtifactError: neither weights nor a model that says what they will be.
-  """
-  return {
-    name: abstract(f"encoders.{name}", encoder, _ENCODERS, mesh)
-    for name, encoder in encoders.items()
-  }
 
 
 def decoded_encoders(

@@ -14,7 +14,6 @@ from drift_jax.tasks.generator.setup import (
   generator_feed,
   generator_task,
   init_generator,
-  load_encoders,
 )
 from drift_jax.tasks.generator.step import (
   GeneratorBatch,
@@ -22,7 +21,12 @@ from drift_jax.tasks.generator.step import (
 )
 from drift_jax.training.alone import alone
 from drift_jax.training.drifting import drift_arguments, init_drift
-from drift_jax.training.frozen import frozen_sums, load_vae, start_params
+from drift_jax.training.frozen import (
+  frozen_sums,
+  load_encoders,
+  load_vae,
+  start_params,
+)
 from drift_jax.training.inputs import (
   check_shape,
   open_readers,

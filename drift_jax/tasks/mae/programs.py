@@ -16,7 +16,7 @@ from drift_jax.tasks.mae.setup import (
   mae_task,
 )
 from drift_jax.tasks.mae.step import MaeBatch, mae_step
-from drift_jax.training.frozen import abstract_vae
+from drift_jax.training.frozen import load_vae
 from drift_jax.training.inputs import LATENTS
 from drift_jax.training.programs import Program, abstract_batch
 from drift_jax.training.run import check_divides, make_training, pad_to_mesh
@@ -25,7 +25,7 @@ from drift_jax.training.run import check_divides, make_training, pad_to_mesh
 def programs(config: MaeConfig, mesh: Mesh) -> list[Program]:
   """Training and evaluation step of an encoder; see tasks.programs."""
   check_divides("mae.batch_size", config.mae.batch_size, mesh)
-  vae = abstract_vae(config.vae, mesh)
+  vae = load_vae(config.vae, mesh, weights=False)
   side, channels = config.data.image_size, config.data.channels
   sample_shape = (side, side, channels)
   if config.data.source.startswith(LATENTS):

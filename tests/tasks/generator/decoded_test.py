@@ -20,7 +20,6 @@ from drift_jax.tasks import parse, programs
 from drift_jax.tasks.generator.judges import make_decoder
 from drift_jax.tasks.generator.memorisation import feature_space
 from drift_jax.tasks.generator.setup import (
-  abstract_encoders,
   check_encoders,
   frozen_params,
   generator_task,
@@ -33,7 +32,7 @@ from drift_jax.tasks.generator.step import (
 )
 from drift_jax.tools import compile_check
 from drift_jax.training import artifacts
-from drift_jax.training.frozen import frozen_sums, load_vae
+from drift_jax.training.frozen import frozen_sums, load_encoders, load_vae
 from drift_jax.training.step import apply
 from tests.autoencoders import ARGUMENTS, save_vae
 from tests.conftest import assert_close
@@ -206,7 +205,7 @@ def open_networks(config):
   config = parse(config)
   mesh = sharding.make_mesh(2, 4)
   vae = load_vae(config.vae, mesh)
-  encoders = abstract_encoders(config.encoders, mesh)
+  encoders = load_encoders(config.encoders, mesh, weights=False)
   task = generator_task(config, encoders, mesh, vae)
   return config, task, encoders, vae, mesh
 

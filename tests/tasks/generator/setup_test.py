@@ -16,13 +16,12 @@ from drift_jax.tasks import parse, programs
 from drift_jax.tasks.generator import setup as networks
 from drift_jax.tasks.generator.kernels import attention_kernel_for, kernel_for
 from drift_jax.tasks.generator.setup import (
-  abstract_encoders,
   generator_task,
   init_generator,
-  load_encoders,
 )
 from drift_jax.tasks.generator.step import GeneratorBatch, draw, generator_loss
 from drift_jax.training import artifacts
+from drift_jax.training.frozen import load_encoders
 
 MODEL = {**digits.get_config("encoder").model, "base_channels": 8}
 
@@ -61,7 +60,7 @@ def test_weights_lie_as_the_config_says(section, way):
   parts = 4 if way == "fsdp" else 1
   assert kernel.addressable_shards[0].data.size * parts == kernel.size
   # compile_check compiles for the very same arrays.
-  abstract = abstract_encoders({"mae": section}, mesh)["mae"]
+  abstract = load_encoders({"mae": section}, mesh, weights=False)["mae"]
   assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), params) == (
     jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), abstract.params)
   )
@@ -71,8 +70,9 @@ def test_encoders_recompute_if_the_config_says_so(section):
   mesh = sharding.make_mesh(8, 1)
   for remat in (False, True):
     changed = {"mae": dataclasses.replace(section, remat=remat)}
-    for make in (load_encoders, abstract_encoders):
-      assert make(changed, mesh)["mae"].module.remat == remat
+    for weights in (True, False):
+      encoders = load_encoders(changed, mesh, weights=weights)
+      assert encoders["mae"].module.remat == remat
 
 
 @pytest.mark.slow
@@ -155,8 +155,10 @@ def test_descriptions_that_say_nothing(section):
     ({"kind": "mae"}, r"encoders\.mae\.model: arguments of 'mae' lack"),
   ):
     with pytest.raises(artifacts.ArtifactError, match=message):
-      abstract_encoders(
-        {"mae": dataclasses.replace(section, model=model)}, mesh
+      load_encoders(
+        {"mae": dataclasses.replace(section, model=model)},
+        mesh,
+        weights=False,
       )
 
 
