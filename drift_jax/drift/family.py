@@ -15,6 +15,7 @@ To add one: write the function, and name it in FIELDS.
 
 import functools
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, get_args, get_origin
@@ -26,12 +27,14 @@ from jaxtyping import Array, Float
 from drift_jax.drift.field import (
   TINY_SQUARED_DISTANCE,
   Normalization,
-  Temperature,
+  Tau,
   affinities,
+  check_choice,
+  mean_shift,
   product_coefficients,
 )
 
-Kernel = Literal["laplace", "gaussian"]
+KernelShape = Literal["laplace", "gaussian"]
 Cost = Literal["l2", "quadratic"]
 
 
@@ -92,7 +95,7 @@ class Problem(NamedTuple):
   targets: Float[Array, "B T C"]
   squared: Float[Array, "B N T"]
   weight: Float[Array, "B T"]
-  unit: Float[Array, ""]
+  unit: float | Float[Array, ""]
   num_generated: int
   num_negatives: int
   apart: bool
@@ -111,21 +114,34 @@ class Problem(NamedTuple):
     stops = [self.num_negatives, self.squared.shape[-1]]
     if self.apart and self.num_generated < self.num_negatives:
       stops.insert(0, self.num_generated)
-    found, start = [], 0
-    for stop in stops:
-      at = slice(start, stop)
-      found.append(pull(Targets(self.squared[..., at], self.weight[:, at])))
-      start = stop
-    *negatives, positives = found
+    *negatives, positives = (
+      pull(Targets(self.squared[..., start:stop], self.weight[:, start:stop]))
+      for start, stop in itertools.pairwise([0, *stops])
+    )
     return Coefficients(positives, jnp.concatenate(negatives, axis=-1))
 
 
 Field = Callable[..., Coefficients | Velocities]
 
 
+def displacement(
+  problem: Problem,
+  pulls: Coefficients | Velocities,
+  attraction: float = 1.0,
+  repulsion: float = 1.0,
+) -> Float[Array, "B N C"]:
+  """V = a V+ - b V- of what a field gives for a problem."""
+  if isinstance(pulls, Velocities):
+    return attraction * pulls.pos - repulsion * pulls.neg
+  signed = jnp.concatenate(
+    [-repulsion * pulls.neg, attraction * pulls.pos], axis=-1
+  )
+  return mean_shift(problem.x, problem.targets, signed)
+
+
 def softmax(
   problem: Problem,
-  temperature: Temperature,
+  temperature: Tau,
   *,
   normalization: Normalization = "xy",
   affinity_floor: float = 0.0,
@@ -158,7 +174,7 @@ def softmax(
 
 
 def mmd(
-  problem: Problem, temperature: Temperature, *, kernel: Kernel = "laplace"
+  problem: Problem, temperature: Tau, *, kernel: KernelShape = "laplace"
 ) -> Coefficients:
   """Unnormalised kernels (C.2 of arXiv:2602.04770).
 
@@ -179,7 +195,7 @@ def mmd(
 
 
 def kl(
-  problem: Problem, temperature: Temperature, *, kernel: Kernel = "laplace"
+  problem: Problem, temperature: Tau, *, kernel: KernelShape = "laplace"
 ) -> Coefficients:
   """Mean shifts, each normalised over its own set.
 
@@ -193,7 +209,7 @@ def kl(
   )
 
 
-def gaussian(problem: Problem, temperature: Temperature) -> Coefficients:
+def gaussian(problem: Problem, temperature: Tau) -> Coefficients:
   """Difference of smoothed scores (arXiv:2603.09936).
 
     V = sigma^2 grad log(p_sigma / q_sigma),  p_sigma = p * N(0, sigma^2)
@@ -205,7 +221,7 @@ def gaussian(problem: Problem, temperature: Temperature) -> Coefficients:
 
 
 def sharp(
-  problem: Problem, temperature: Temperature, *, kernel: Kernel = "laplace"
+  problem: Problem, temperature: Tau, *, kernel: KernelShape = "laplace"
 ) -> Coefficients:
   """Conservative for any kernel: normalised by k's potential k# (2604.06333).
 
@@ -230,7 +246,7 @@ def sharp(
 
 def sinkhorn(
   problem: Problem,
-  temperature: Temperature,
+  temperature: Tau,
   *,
   cost: Cost = "l2",
   iterations: int | float = 20,
@@ -308,7 +324,7 @@ def transport(
 
 
 def _exponent(
-  squared: Float[Array, "B N M"], temperature: Temperature, kernel: Kernel
+  squared: Float[Array, "B N M"], temperature: Tau, kernel: KernelShape
 ) -> Float[Array, "B N M"]:
   """e of the kernel exp(-e)."""
   if kernel == "gaussian":
@@ -329,16 +345,13 @@ FIELDS: dict[str, Field] = {
   "sharp": sharp,
   "sinkhorn": sinkhorn,
 }
-# Those that look at one set at a time, as velocity guidance wants it.
+# Fields that look at all targets together: velocity guidance cannot split them.
 JOINT_FIELDS = ("softmax",)
 
 
 def check_field(name: str, options: Mapping[str, Any]) -> None:
   """Raises a ValueError for an unknown field, option or value of one."""
-  if name not in FIELDS:
-    raise ValueError(
-      f"field={name!r} is unknown; valid options: {', '.join(FIELDS)}"
-    )
+  check_choice("field", name, FIELDS)
   parameters = inspect.signature(FIELDS[name]).parameters
   known = [p for p in parameters if parameters[p].kind.name == "KEYWORD_ONLY"]
   for option, value in options.items():
@@ -348,12 +361,8 @@ def check_field(name: str, options: Mapping[str, Any]) -> None:
         f"{', '.join(known) or 'no options'}"
       )
     kind = parameters[option].annotation
-    choices = get_args(kind) if get_origin(kind) is Literal else ()
-    if choices and value not in choices:
-      raise ValueError(
-        f"options.{option}={value!r} of the field {name!r}: valid options: "
-        f"{', '.join(choices)}"
-      )
+    if get_origin(kind) is Literal:
+      check_choice(f"options.{option}", value, get_args(kind))
   iterations = options.get("iterations", 0)
   if name == "sinkhorn" and not (
     iterations == 0.5 or (iterations >= 0 and iterations == int(iterations))
@@ -362,11 +371,3 @@ def check_field(name: str, options: Mapping[str, Any]) -> None:
       f"options.iterations={iterations} of the field 'sinkhorn': want 0, 0.5 "
       "or a whole number of iterations"
     )
-
-
-def scale_power(name: str, options: Mapping[str, Any]) -> int:
-  """p of the scale S = (mean of w d^p / mean of w)^(1/p).
-
-  2 for the quadratic cost, whose regularisation is in squared distances.
-  """
-  return 2 if name == "sinkhorn" and options.get("cost") == "quadratic" else 1
