@@ -57,29 +57,20 @@ def pooled_features(
           f"patch_{label}_size contains {size}: patch sides must be >= 1"
         )
   batch, height, width, channels = feature_map.shape
-  fitting = [
-    size
-    for size in sorted({*patch_mean_size, *patch_std_size})
-    if height % size == 0 and width % size == 0
-  ]
-  moments: Any = _moments(feature_map, tuple(fitting))
+  sizes = sorted({*patch_mean_size, *patch_std_size})
+  fitting = tuple(s for s in sizes if height % s == 0 and width % s == 0)
+  moments: Any = _moments(feature_map, fitting)
 
+  wanted = [("mean", _WHOLE)] * use_mean + [("std", _WHOLE)] * use_std
+  wanted += [("mean", size) for size in patch_mean_size]
+  wanted += [("std", size) for size in patch_std_size]
   features = {name: feature_map.reshape(batch, height * width, channels)}
-
-  def add(key: str, value: Float[Array, "B h w C"]) -> None:
-    features[key] = value.reshape(batch, -1, channels)
-
-  if use_mean:
-    add(f"{name}_mean", moments[_WHOLE].mean.astype(feature_map.dtype))
-  if use_std:
-    add(f"{name}_std", moments[_WHOLE].std)
-  for size in patch_mean_size:
+  for kind, size in wanted:
     if size in moments:
-      value = moments[size].mean.astype(feature_map.dtype)
-      add(f"{name}_mean_{size}", value)
-  for size in patch_std_size:
-    if size in moments:
-      add(f"{name}_std_{size}", moments[size].std)
+      is_std, found = kind == "std", moments[size]
+      value = found.std if is_std else found.mean.astype(feature_map.dtype)
+      key = f"{name}_{kind}" if size == _WHOLE else f"{name}_{kind}_{size}"
+      features[key] = value.reshape(batch, -1, channels)
   return features
 
 
@@ -106,14 +97,14 @@ def _moments(
 
   Each from the finest that it is made of, so that the map is read once.
   """
-  found: dict[int, _Moments] = {}
+  moments: dict[int, _Moments] = {}
+  finest = (feature_map, None)
   for size in sizes:
     finer = _finer(size, sizes)
-    mean, variance = found.get(finer, (feature_map, None))
-    found[size] = _coarser(mean, variance, size // finer)
-  mean, variance = found[sizes[-1]] if sizes else (feature_map, None)
-  found[_WHOLE] = _over_all(mean, variance)
-  return found
+    moments[size] = _coarser(*moments.get(finer, finest), size // finer)
+  coarsest = moments[sizes[-1]] if sizes else finest
+  moments[_WHOLE] = _over_all(*coarsest)
+  return moments
 
 
 def _finer(size: int, sizes: Sequence[int]) -> int:
