@@ -27,6 +27,7 @@ the paper in 40 lines; then `loss.drift_loss`, which is used.
                  classifier-free guidance at training time (A.7)
 """
 
+from drift_jax.drift.diagnostics import DriftInfo, Scalars
 from drift_jax.drift.family import (
   FIELDS,
   Coefficients,
@@ -49,7 +50,7 @@ from drift_jax.drift.guidance import (
   sample_alpha,
   unconditional_weight,
 )
-from drift_jax.drift.loss import DriftInfo, Scalars, drift_loss
+from drift_jax.drift.loss import drift_loss
 from drift_jax.drift.many import Backend as Kernel
 from drift_jax.drift.many import DriftReport, drift_losses
 from drift_jax.drift.points import coefficients, compute_field, compute_v

@@ -1,13 +1,118 @@
-"""Figures of a drift that a user watches; none has a gradient."""
+"""What a user watches of a drift: figures without gradient."""
 
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from drift_jax.drift import family
-from drift_jax.drift.field import mean_shift
+from drift_jax.drift.field import Axes, Tau, batch_mean, mean_shift, over_axes
+from drift_jax.drift.variant import Variant
+
+
+class DriftInfo(TypedDict):
+  """What to watch while training; the loss itself is constant by design.
+
+  Attributes:
+    scale: S, the weighted mean distance, in the units of the features.
+    drift_ms: {temperature: mean square of the raw drift F, before the drift
+      normalisation, in normalised coordinates, over labels, samples and
+      channels}.
+    effective_positives: {temperature: effective number of positives that a
+      sample sees, in [1, P]: 1 / sum p^2 of the softmax p over its positives,
+      averaged over labels and samples; weights do not enter}.
+    floor_fraction: {temperature: fraction, in [0, 1], of the affinities that
+      are at the floor, self-pairs left out}; of the softmax field only.
+    extra: of variants that ask for it, {name: {temperature: value}}, means over
+      labels and samples:
+      with `diagnostics`
+        alignment: cosine of V+ and V-, in [-1, 1];
+        self_mass: share of a sample's repulsion that is its own, in [0, 1],
+          where it is among its negatives;
+        marginal_error: total variation, in [0, 1], between the share of all
+          attraction that each positive has and its weight's;
+      with `neighbours`
+        temperature_scale: what the temperature was multiplied by;
+      with `learned`
+        temperature_gradient: of the mean over problems of the smallest over
+          samples of -log(sum over positives of softmax(-d / tau)), with
+          respect to log tau.
+  """
+
+  scale: Float[Array, ""]
+  drift_ms: dict[float, Float[Array, ""]]
+  effective_positives: dict[float, Float[Array, ""]]
+  floor_fraction: dict[float, Float[Array, ""]]
+  extra: dict[str, dict[float, Float[Array, ""]]]
+
+
+class Scalars(NamedTuple):
+  """What couples all problems of a feature, of a batch that these are part of.
+
+  Attributes:
+    scale: S, as in DriftInfo.
+    drift_ms: as in DriftInfo; None where it is not known yet.
+  """
+
+  scale: Float[Array, "*F"]
+  drift_ms: dict[float, Float[Array, "*F"]] | None
+
+
+def figures(
+  problem: family.Problem,
+  tau: Tau,
+  pulls: family.Coefficients | family.Velocities,
+  drift: Float[Array, "B N C"],
+  masked: Bool[Array, "N T"] | None,
+  stretch: Float[Array, "B 1 1"] | None,
+  variant: Variant,
+) -> dict[str, Any]:
+  """DriftInfo's figures of one temperature, means over these problems.
+
+  Args:
+    problem: what is pulled.
+    tau: the temperature.
+    pulls, drift: what the field gives, and the drift made of it.
+    masked: self-pairs that take no part.
+    stretch: factor of adaptive temperatures.
+    variant: says which figures are wanted.
+  """
+  extra = _balance(problem, pulls) if variant.diagnostics else {}
+  if stretch is not None:
+    extra["temperature_scale"] = jnp.mean(stretch)
+  if variant.learned:
+    extra["temperature_gradient"] = _temperature_gradient(problem, tau)
+  mean_square = batch_mean(drift**2)
+  distance = jnp.sqrt(problem.squared[..., problem.num_negatives :])
+  neighbours = jnp.mean(effective_numbers(-distance / tau))
+  floor_fraction: Any = {}
+  if isinstance(pulls, family.Coefficients) and pulls.floored is not None:
+    kept = None if masked is None else ~masked
+    floor_fraction = jnp.mean(pulls.floored, where=kept)
+  return {
+    "drift_ms": mean_square,
+    "effective_positives": neighbours,
+    "floor_fraction": floor_fraction,
+    "extra": extra,
+  }
+
+
+def report(
+  temperatures: tuple[float, ...],
+  scale: Float[Array, ""],
+  figures: list[dict[str, Any]],
+  axis_name: Axes,
+  scalars: Scalars | None,
+) -> DriftInfo:
+  """Each figure by temperature, means over all parts of B, or the known."""
+  by_temperature = jax.tree.map(
+    lambda *values: dict(zip(temperatures, values, strict=True)), *figures
+  )
+  info: DriftInfo = {"scale": scale, **over_axes(by_temperature, axis_name)}
+  if scalars is not None and scalars.drift_ms is not None:
+    info["drift_ms"] = {t: scalars.drift_ms[t] for t in temperatures}
+  return info
 
 
 def effective_numbers(logits: Float[Array, "B N P"]) -> Float[Array, "B N"]:
@@ -16,10 +121,10 @@ def effective_numbers(logits: Float[Array, "B N P"]) -> Float[Array, "B N"]:
   return 1.0 / jnp.sum(p**2, axis=-1)
 
 
-def balance(
+def _balance(
   problem: family.Problem, pulls: family.Coefficients | family.Velocities
 ) -> dict[str, Float[Array, ""]]:
-  """alignment, marginal_error and self_mass, see loss.DriftInfo."""
+  """alignment, marginal_error and self_mass, see DriftInfo."""
   if isinstance(pulls, family.Velocities):
     return {"alignment": _mean_cosine(pulls.pos, pulls.neg)}
   at = problem.num_negatives
@@ -39,10 +144,10 @@ def balance(
   return figures
 
 
-def temperature_gradient(
+def _temperature_gradient(
   problem: family.Problem, temperature: Any
 ) -> Float[Array, ""]:
-  """Gradient of the best candidates' misfit by log tau, see loss.DriftInfo."""
+  """Gradient of the best candidates' misfit by log tau, see DriftInfo."""
   distance = jnp.sqrt(problem.squared)
 
   def misfit(log_scale: Array) -> Array:

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 Normalization = Literal["xy", "y", "none"]
+# Names of mapped axes.
+Axes = str | tuple[str, ...]
 # A temperature: one for all problems, or one for each.
 Tau = float | Float[Array, ""] | Float[Array, "*B 1 1"]
 
@@ -253,3 +255,13 @@ def check_affinities(affinity_floor: float, normalization: str) -> None:
   if not affinity_floor >= 0:
     raise ValueError(f"affinity_floor={affinity_floor} must be >= 0")
   check_choice("normalization", normalization, get_args(Normalization))
+
+
+def batch_mean(values: Float[Array, "B ..."]) -> Float[Array, ""]:
+  """Mean of everything; per row first, so that long sums stay accurate."""
+  return jnp.mean(jnp.mean(values, axis=tuple(range(1, values.ndim))))
+
+
+def over_axes(means: Any, axis_name: Axes) -> Any:
+  """Means over all parts of B: one collective for the whole tree."""
+  return jax.lax.pmean(means, axis_name) if axis_name else means

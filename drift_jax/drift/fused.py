@@ -29,14 +29,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from drift_jax.drift import kernels
-from drift_jax.drift.field import MAX_DIRECT_CHANNELS
+from drift_jax.drift.diagnostics import DriftInfo, Scalars
+from drift_jax.drift.field import MAX_DIRECT_CHANNELS, over_axes
 from drift_jax.drift.kernels import LANES, Plan
-from drift_jax.drift.loss import (
-  MIN_DRIFT_MEAN_SQUARE,
-  MIN_SCALE,
-  DriftInfo,
-  Scalars,
-)
+from drift_jax.drift.loss import MIN_DRIFT_MEAN_SQUARE, MIN_SCALE
 
 # Figures of a problem.
 _ROW = (1, LANES)
@@ -109,8 +105,7 @@ def _forward(
     return jnp.matmul(share, values, precision=jax.lax.Precision.HIGHEST)
 
   def means_of_all(values: Float[Array, "B V"]) -> Float[Array, "F V"]:
-    part = means(values)
-    return jax.lax.pmean(part, plan.axis_name) if plan.axis_name else part
+    return over_axes(means(values), plan.axis_name)
 
   # 1. Distances and the shared scale.
   xx, xy, sums = _call(

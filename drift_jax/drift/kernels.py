@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from drift_jax.drift.field import Normalization
-from drift_jax.drift.loss import MIN_DISTANCE, SELF_DISTANCE, Axes
+from drift_jax.drift.field import Axes, Normalization
+from drift_jax.drift.loss import MIN_DISTANCE, SELF_DISTANCE
 
 # Registers are [8, 128].
 SUBLANES, LANES = 8, 128

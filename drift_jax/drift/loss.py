@@ -5,19 +5,23 @@ Read `reference.paper_loss` first: it is the same without options.
 
 import functools
 import math
-from typing import Any, NamedTuple, TypedDict
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from drift_jax.drift import diagnostics, family
+from drift_jax.drift.diagnostics import DriftInfo, Scalars, report
 from drift_jax.drift.field import (
   TINY_SQUARED_DISTANCE,
+  Axes,
   Normalization,
   Tau,
+  batch_mean,
   check_axes,
   mask_pairs,
+  over_axes,
   squared_distances,
   weights_or_ones,
   wide_dtype,
@@ -39,62 +43,11 @@ MIN_SCALE = 1e-3
 # In units of the coordinates' scale S / sqrt(C).
 MIN_DRIFT_MEAN_SQUARE = 1e-8
 
-# Names of mapped axes.
-Axes = str | tuple[str, ...]
-
 # Least divisor, for a numerator that is 0 there too.
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 # Range and halvings of the search for an adaptive temperature's scale.
 _SCALES = (1e-3, 1e3)
 _BISECTIONS = 24
-
-
-class DriftInfo(TypedDict):
-  """What to watch while training; the loss itself is constant by design.
-
-  Attributes:
-    scale: S, the weighted mean distance, in the units of the features.
-    drift_ms: {temperature: mean square of the raw drift F, before the drift
-      normalisation, in normalised coordinates, over labels, samples and
-      channels}.
-    effective_positives: {temperature: effective number of positives that a
-      sample sees, in [1, P]: 1 / sum p^2 of the softmax p over its positives,
-      averaged over labels and samples; weights do not enter}.
-    floor_fraction: {temperature: fraction, in [0, 1], of the affinities that
-      are at the floor, self-pairs left out}; of the softmax field only.
-    extra: of variants that ask for it, {name: {temperature: value}}, means over
-      labels and samples:
-      with `diagnostics`
-        alignment: cosine of V+ and V-, in [-1, 1];
-        self_mass: share of a sample's repulsion that is its own, in [0, 1],
-          where it is among its negatives;
-        marginal_error: total variation, in [0, 1], between the share of all
-          attraction that each positive has and its weight's;
-      with `neighbours`
-        temperature_scale: what the temperature was multiplied by;
-      with `learned`
-        temperature_gradient: of the mean over problems of the smallest over
-          samples of -log(sum over positives of softmax(-d / tau)), with
-          respect to log tau.
-  """
-
-  scale: Float[Array, ""]
-  drift_ms: dict[float, Float[Array, ""]]
-  effective_positives: dict[float, Float[Array, ""]]
-  floor_fraction: dict[float, Float[Array, ""]]
-  extra: dict[str, dict[float, Float[Array, ""]]]
-
-
-class Scalars(NamedTuple):
-  """What couples all problems of a feature, of a batch that these are part of.
-
-  Attributes:
-    scale: S, as in DriftInfo.
-    drift_ms: as in DriftInfo; None where it is not known yet.
-  """
-
-  scale: Float[Array, "*F"]
-  drift_ms: dict[float, Float[Array, "*F"]] | None
 
 
 def drift_loss(
@@ -122,53 +75,44 @@ def drift_loss(
     V = sum over temperatures of F / sqrt(max(mean F^2, 1e-8))
     F_i = a sum_j W_pos[i, j] (y_pos_j - x_i) / s - b (same with W_neg)
   with W as in Alg. 2 from the distances divided by max(S, 1e-3), and
-  s = max(S / sqrt(C), 1e-3). The scalars S (mean of weight * distance over
-  mean weight, self-pairs included) and mean F^2 are shared by ALL of B: a
-  feature key is passed whole, all labels and locations of the global batch,
-  or split evenly over mapped axes that are named.
-
+  s = max(S / sqrt(C), 1e-3). S (mean of weight * distance over mean weight,
+  self-pairs included) and mean F^2 are shared by ALL of B: pass a feature key
+  whole, all labels and locations of the global batch, or split it evenly over
+  mapped axes that are named.
   Row b is one drift problem (a label at a location). Its negatives are its
-  own N generated samples, each masked for itself, and `neg`. The gradient
-  with respect to gen is -2 V / (N C s), and zero with respect to everything
-  else; the loss of a temperature alone averages to 1 over B, that of K
-  temperatures to at most K^2.
+  own N generated samples, each masked for itself, and `neg`. The gradient by
+  gen is -2 V / (N C s), by all else 0; the loss of a temperature averages to 1
+  over B, that of K temperatures to at most K^2.
 
   Args:
-    gen: generated features, any float dtype; the arithmetic is float32, or
-      float64 where some features are (jax_enable_x64).
+    gen: generated features of any float dtype; float64 keeps its own (x64).
     pos: features of the positives, P real samples.
     neg: features of unconditional real samples, or None for M = 0.
     weight_gen: weight of each generated sample as a negative; None means 1.
     weight_pos: weight of each positive; None means 1.
     weight_neg: weight of each unconditional negative, see
-      `guidance.unconditional_weight`; None means 1. Weights multiply the
-      affinities after the softmaxes, so zero-weight targets still take part
-      in those.
+      `guidance.unconditional_weight`; None means 1. Weights multiply after the
+      softmaxes, in which zero-weight targets still take part.
     temperatures: distinct taus > 0, or one, in units of the mean distance S.
-    affinity_floor: lower bound of the squared affinities. 1e-6 in the
-      published configurations; 0 keeps distributions from collapsing onto
-      their means where the temperatures reach no neighbours.
-    normalization: "xy" (softmax over both axes), "y" or "none" (Table 11).
+    affinity_floor: lower bound of the squared affinities of the softmax field:
+      1e-6 as published; 0 keeps distributions from collapsing onto their means
+      where the temperatures reach no neighbours.
+    normalization: its softmaxes: "xy" (both axes), "y" or "none" (Table 11).
     attraction: a, scale of V+ (Table 1).
     repulsion: b, scale of V-.
-    axis_name: of the mapped axes (jax.shard_map) that B is split over.
-    scalars: of a larger batch, where B is a part of it that is computed on its
-      own; what it holds is used and returned in place of B's.
-    variant: another field of the family, other negatives, guidance or
-      normalisation than the above. affinity_floor and normalization are the
-      softmax field's.
-    independent: features of I samples that repel in place of gen's, where the
-      variant says so.
+    axis_name: names of the mapped axes (jax.shard_map) that B is split over.
+    scalars: those of a larger batch, used and returned in place of B's.
+    variant: another field, other negatives, guidance or normalisation.
+    independent: samples that repel in place of gen; of variants with them.
     temperature_scale: > 0, multiplies all temperatures.
 
   Returns:
-    loss: one value per row of B, in the dtype of the arithmetic.
+    loss: one value per row of B, float32, or float64 if some features are.
     info: diagnostics of all of B, without gradient.
 
   Raises:
-    ValueError: no temperature, repeated or non-positive ones, an unknown
-      normalization, a negative floor, independent samples that the variant
-      does not ask for or lacks, or shapes that disagree.
+    ValueError: bad temperatures, floor or normalization, shapes that disagree,
+      independent samples that the variant does not ask for or lacks.
   """
   temperatures = check_temperatures(temperatures)
   # 1. Problems: samples, their targets, the distances between them.
@@ -179,14 +123,11 @@ def drift_loss(
   problem, self_pairs = _problem(gen, targets, weights, variant)
   # 2. The scale S that all problems share, and the units that it gives.
   problem, scale_weight, strength = _split_guidance(problem)
-  scale = _scale(problem.squared, scale_weight, variant.scale_power, axis_name)
-  if scalars is not None:
-    scale = scalars.scale
+  scale = _scale(problem.squared, scale_weight, variant, axis_name, scalars)
   distance_unit, unit, least = _units(scale, gen.shape[-1], variant)
   # 3. Temperatures in the unit of the distances; self-pairs out of their reach.
   stretch = _stretch(problem, scale, variant)
-  factors = (jax.lax.stop_gradient(temperature_scale), stretch)
-  taus = _taus(temperatures, distance_unit, factors)
+  taus = _taus(temperatures, distance_unit, temperature_scale, stretch)
   masked = self_pairs if variant.negatives == "own" else None
   is_soft = variant.has_soft_mask and temperature_scale is None
   problem = _mask(problem, masked, taus, distance_unit if is_soft else None)
@@ -197,18 +138,14 @@ def drift_loss(
   for tau in taus:
     pulls = _guide(problem, field(problem, tau), strength)
     drift = family.displacement(problem, pulls, attraction, repulsion)
-    extra = _extra_figures(problem, tau, pulls, stretch, variant)
     drifts.append(drift)
-    figures.append(_figures(problem, tau, pulls, drift, masked, extra))
-  info = _info(temperatures, scale, figures, axis_name)
-  if scalars is not None and scalars.drift_ms is not None:
-    info["drift_ms"] = {t: scalars.drift_ms[t] for t in temperatures}
-  # 5. The sum of the normalised drifts, and the loss.
-  total = jnp.zeros_like(problem.x)
-  for temperature, drift in zip(temperatures, drifts, strict=True):
-    if variant.normalize_drift:
-      drift /= jnp.sqrt(jnp.maximum(info["drift_ms"][temperature], least))
-    total += drift
+    figures.append(
+      diagnostics.figures(problem, tau, pulls, drift, masked, stretch, variant)
+    )
+  # 5. The report, the sum of the normalised drifts, the loss.
+  info = report(temperatures, scale, figures, axis_name, scalars)
+  mean_squares = [info["drift_ms"][t] for t in temperatures]
+  total = _total(drifts, mean_squares, least, variant)
   # gen - sg(gen) is exactly zero: the value is mean V^2 without the
   # cancellation in x/s - (x/s + V), and the gradient is the same.
   residual = (gen - jax.lax.stop_gradient(gen)) / unit - total
@@ -308,13 +245,17 @@ def _split_guidance(
 def _scale(
   squared: Float[Array, "B N T"],
   weight: Float[Array, "B T"],
-  power: int,
+  variant: Variant,
   axis_name: Axes,
+  scalars: Scalars | None,
 ) -> Float[Array, ""]:
-  """S = (mean of w d^p / mean of w)^(1/p), self-pairs included."""
+  """S = (mean of w d^p / mean of w)^(1/p), self-pairs included, or as known."""
+  power = variant.scale_power
+  if scalars is not None:
+    return scalars.scale
   powered = jnp.sqrt(squared) if power == 1 else squared
-  mean_power, mean_weight = _over_axes(
-    (_batch_mean(powered * weight[:, None, :]), _batch_mean(weight)), axis_name
+  mean_power, mean_weight = over_axes(
+    (batch_mean(powered * weight[:, None, :]), batch_mean(weight)), axis_name
   )
   scale = mean_power / mean_weight
   return scale if power == 1 else jnp.sqrt(scale)
@@ -374,11 +315,11 @@ def _stretch(
 
 
 def _taus(
-  temperatures: tuple[float, ...], unit: Array, factors: tuple[Any, ...]
+  temperatures: tuple[float, ...], unit: Array, *factors: Array | None
 ) -> list[Tau]:
   """Temperatures in the unit of the distances, times the factors there are."""
   taus: list[Any] = [temperature * unit for temperature in temperatures]
-  for factor in factors:
+  for factor in jax.lax.stop_gradient(factors):
     if factor is not None:
       taus = [tau * factor for tau in taus]
   return taus
@@ -442,65 +383,16 @@ def _guide(
   )
 
 
-def _figures(
-  problem: family.Problem,
-  tau: Tau,
-  pulls: family.Coefficients | family.Velocities,
-  drift: Float[Array, "B N C"],
-  masked: Bool[Array, "N T"] | None,
-  extra: dict[str, Array],
-) -> dict[str, Any]:
-  """The figures of DriftInfo of a temperature, means over these problems."""
-  mean_square = _batch_mean(drift**2)
-  distance = jnp.sqrt(problem.squared[..., problem.num_negatives :])
-  neighbours = jnp.mean(diagnostics.effective_numbers(-distance / tau))
-  floor_fraction: Any = {}
-  if isinstance(pulls, family.Coefficients) and pulls.floored is not None:
-    kept = None if masked is None else ~masked
-    floor_fraction = jnp.mean(pulls.floored, where=kept)
-  return {
-    "drift_ms": mean_square,
-    "effective_positives": neighbours,
-    "floor_fraction": floor_fraction,
-    "extra": extra,
-  }
-
-
-def _extra_figures(
-  problem: family.Problem,
-  tau: Tau,
-  pulls: family.Coefficients | family.Velocities,
-  stretch: Float[Array, "B 1 1"] | None,
+def _total(
+  drifts: list[Float[Array, "B N C"]],
+  mean_squares: list[Float[Array, ""]],
+  least: float | Float[Array, ""],
   variant: Variant,
-) -> dict[str, Float[Array, ""]]:
-  """DriftInfo's figures of variants that ask for them."""
-  extra = diagnostics.balance(problem, pulls) if variant.diagnostics else {}
-  if stretch is not None:
-    extra["temperature_scale"] = jnp.mean(stretch)
-  if variant.learned:
-    gradient = diagnostics.temperature_gradient(problem, tau)
-    extra["temperature_gradient"] = gradient
-  return extra
-
-
-def _info(
-  temperatures: tuple[float, ...],
-  scale: Float[Array, ""],
-  figures: list[dict[str, Any]],
-  axis_name: Axes,
-) -> DriftInfo:
-  """Each figure by temperature, means over all parts of B."""
-  by_temperature = jax.tree.map(
-    lambda *values: dict(zip(temperatures, values, strict=True)), *figures
-  )
-  return {"scale": scale, **_over_axes(by_temperature, axis_name)}
-
-
-def _batch_mean(values: Float[Array, "B ..."]) -> Float[Array, ""]:
-  """Mean of everything; per row first, so that long sums stay accurate."""
-  return jnp.mean(jnp.mean(values, axis=tuple(range(1, values.ndim))))
-
-
-def _over_axes(means: Any, axis_name: Axes) -> Any:
-  """Means over all parts of B: one collective for the whole tree."""
-  return jax.lax.pmean(means, axis_name) if axis_name else means
+) -> Float[Array, "B N C"]:
+  """V = sum over temperatures of F / sqrt(max(mean F^2, least))."""
+  total = jnp.zeros_like(drifts[0])
+  for drift, mean_square in zip(drifts, mean_squares, strict=True):
+    if variant.normalize_drift:
+      drift /= jnp.sqrt(jnp.maximum(mean_square, least))
+    total += drift
+  return total

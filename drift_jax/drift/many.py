@@ -11,14 +11,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from drift_jax.drift import fused, kernels
+from drift_jax.drift.diagnostics import DriftInfo, Scalars
 from drift_jax.drift.field import (
+  Axes,
   Normalization,
   check_affinities,
   check_axes,
   check_choice,
   wide_dtype,
 )
-from drift_jax.drift.loss import Axes, DriftInfo, Scalars, drift_loss
+from drift_jax.drift.loss import drift_loss
 from drift_jax.drift.variant import (
   PAPER,
   Temperatures,
