@@ -109,7 +109,7 @@ def report(
   by_temperature = jax.tree.map(
     lambda *values: dict(zip(temperatures, values, strict=True)), *figures
   )
-  info: DriftInfo = {"scale": scale, **over_axes(by_temperature, axis_name)}
+  info = DriftInfo(scale=scale, **over_axes(by_temperature, axis_name))
   if scalars is not None and scalars.drift_ms is not None:
     info["drift_ms"] = {t: scalars.drift_ms[t] for t in temperatures}
   return info
