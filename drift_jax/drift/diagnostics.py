@@ -1,4 +1,4 @@
-"""What a user watches of a drift: figures without gradient."""
+"""Figures of a drift for the user to watch, without gradient."""
 
 from typing import Any, NamedTuple, TypedDict
 
@@ -12,7 +12,7 @@ from drift_jax.drift.variant import Variant
 
 
 class DriftInfo(TypedDict):
-  """What to watch while training; the loss itself is constant by design.
+  """Figures to watch while training; the loss itself is constant by design.
 
   Attributes:
     scale: S, the weighted mean distance, in the units of the features.
@@ -24,20 +24,20 @@ class DriftInfo(TypedDict):
       averaged over labels and samples; weights do not enter}.
     floor_fraction: {temperature: fraction, in [0, 1], of the affinities that
       are at the floor, self-pairs left out}; of the softmax field only.
-    extra: of variants that ask for it, {name: {temperature: value}}, means over
+    extra: {name: {temperature: value}} for variants that ask for it, means over
       labels and samples:
       with `diagnostics`
         alignment: cosine of V+ and V-, in [-1, 1];
-        self_mass: share of a sample's repulsion that is its own, in [0, 1],
-          where it is among its negatives;
+        self_mass: share of a sample's repulsion by itself, in [0, 1], if it
+          is among its negatives;
         marginal_error: total variation, in [0, 1], between the share of all
           attraction that each positive has and its weight's;
       with `neighbours`
-        temperature_scale: what the temperature was multiplied by;
+        temperature_scale: factor of the temperature;
       with `learned`
-        temperature_gradient: of the mean over problems of the smallest over
-          samples of -log(sum over positives of softmax(-d / tau)), with
-          respect to log tau.
+        temperature_gradient: derivative by log tau of the mean over problems
+          of the least misfit of a sample, -log(sum over positives of
+          softmax(-d / tau)).
   """
 
   scale: Float[Array, ""]
@@ -48,11 +48,11 @@ class DriftInfo(TypedDict):
 
 
 class Scalars(NamedTuple):
-  """What couples all problems of a feature, of a batch that these are part of.
+  """Scalars shared by all problems of a feature, over the larger batch.
 
   Attributes:
     scale: S, as in DriftInfo.
-    drift_ms: as in DriftInfo; None where it is not known yet.
+    drift_ms: as in DriftInfo; None if it is not known yet.
   """
 
   scale: Float[Array, "*F"]
@@ -71,12 +71,12 @@ def figures(
   """DriftInfo's figures of one temperature, means over these problems.
 
   Args:
-    problem: what is pulled.
-    tau: the temperature.
-    pulls, drift: what the field gives, and the drift made of it.
+    problem: samples and targets.
+    tau: temperature.
+    pulls, drift: the field's result, and the drift made of it.
     masked: self-pairs that take no part.
     stretch: factor of adaptive temperatures.
-    variant: says which figures are wanted.
+    variant: asks for the extra figures.
   """
   extra = _balance(problem, pulls) if variant.diagnostics else {}
   if stretch is not None:

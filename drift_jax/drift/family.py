@@ -39,11 +39,11 @@ Cost = Literal["l2", "quadratic"]
 
 
 class Targets(NamedTuple):
-  """A set that acts on the samples by itself: a distribution's draws.
+  """Draws of one distribution, which acts on the samples by itself.
 
   Attributes:
-    squared: squared distances of samples to it.
-    weight: of each of its members, >= 0; they need not sum to 1.
+    squared: squared distances from samples to members of the set.
+    weight: weight of each member, >= 0; they need not sum to 1.
   """
 
   squared: Float[Array, "B N M"]
@@ -51,12 +51,13 @@ class Targets(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-  """What a field gives; all >= 0.
+  """Coefficients of a field; all >= 0.
 
   Attributes:
     pos: W of the positives.
     neg: W of the negatives: generated ones, then unconditional reals.
-    floored: affinities at the softmax field's floor; None for other fields.
+    floored: whether an affinity of the softmax field is at its floor; None for
+      other fields.
   """
 
   pos: Float[Array, "B N P"]
@@ -65,7 +66,7 @@ class Coefficients(NamedTuple):
 
 
 class Velocities(NamedTuple):
-  """What a field gives that has no coefficients."""
+  """V+ and V- of a field that has no coefficients."""
 
   pos: Float[Array, "B N C"]
   neg: Float[Array, "B N C"]
@@ -80,12 +81,12 @@ class Problem(NamedTuple):
   Attributes:
     x: samples, normalised and centred.
     targets: in the same coordinates.
-    squared: ||x_i - y_j||^2 > 0 in the units of the features; where a sample
-      is no negative of its own, so large that all kernels are 0.
-    weight: of each target.
-    unit: of distances: the mean distance S, or 1 where features are not
+    squared: ||x_i - y_j||^2 > 0 in the units of the features; so large that
+      all kernels are 0 for a sample that is no negative of its own.
+    weight: weight of each target.
+    unit: unit of distances: the mean distance S, or 1 if features are not
       normalised. A temperature tau of a config is tau * unit in these units.
-    num_generated, num_negatives: generated targets, and all negatives.
+    num_generated, num_negatives: counts of generated targets, of all negatives.
     apart: whether the unconditional reals are a set of their own (velocity
       guidance), or negatives as the generated ones are.
     with_self: whether generated target i is sample i.
@@ -109,7 +110,7 @@ class Problem(NamedTuple):
     V = A(p) - A(q), where A follows from a set and the samples alone.
 
     Args:
-      pull: gives the coefficients of a set's members.
+      pull: function from a set to the coefficients of its members.
     """
     stops = [self.num_negatives, self.squared.shape[-1]]
     if self.apart and self.num_generated < self.num_negatives:
@@ -130,7 +131,7 @@ def displacement(
   attraction: float = 1.0,
   repulsion: float = 1.0,
 ) -> Float[Array, "B N C"]:
-  """V = a V+ - b V- of what a field gives for a problem."""
+  """V = a V+ - b V- from the result of a field for a problem."""
   if isinstance(pulls, Velocities):
     return attraction * pulls.pos - repulsion * pulls.neg
   signed = jnp.concatenate(
@@ -154,7 +155,7 @@ def softmax(
   round. V = 0 where q = p by anti-symmetry; the converse does not hold.
 
   Args:
-    problem: of samples and targets.
+    problem: samples and targets.
     temperature: tau of exp(-||x - y|| / tau).
     normalization: "xy" (above), "y" (softmax over targets), "none" (Table 11).
     affinity_floor: lower bound of A^2 before the weights.
@@ -184,7 +185,7 @@ def mmd(
   all data it vanishes with k. Zero Sinkhorn iterations.
 
   Args:
-    problem: of samples and targets.
+    problem: samples and targets.
     temperature: tau of k = exp(-||x - y|| / tau), or sigma of the Gaussian
       exp(-||x - y||^2 / (2 sigma^2)).
     kernel: 'laplace' or 'gaussian'.
@@ -200,7 +201,7 @@ def kl(
   """Mean shifts, each normalised over its own set.
 
     V = E_p[k (y - x)] / E_p[k] - E_q[k (y - x)] / E_q[k]
-  Half a Sinkhorn iteration. V = 0 where q = p. Arguments as of `mmd`.
+  Half a Sinkhorn iteration. V = 0 where q = p. Arguments are those of `mmd`.
   """
   return problem.each(
     lambda y: transport(
@@ -229,7 +230,7 @@ def sharp(
     k#(r) = tau (r + tau) exp(-r / tau) of Laplace's kernel
   (for the Gaussian k# = sigma^2 k: the field `gaussian`). V = 0 everywhere
   only if q = p. The factor tau^2 makes V a displacement, as other fields'
-  are. Arguments as of `mmd`.
+  are. Arguments are those of `mmd`.
   """
 
   def pull(y: Targets) -> Float[Array, "B N _"]:
@@ -261,7 +262,7 @@ def sinkhorn(
   no self mask. V = 0 everywhere only if q = p.
 
   Args:
-    problem: of samples and targets.
+    problem: samples and targets.
     temperature: R, in units of distance.
     cost: 'l2' or 'quadratic'.
     iterations: of the log-domain updates of both marginals; 10 to 20. 0 gives
@@ -326,14 +327,14 @@ def transport(
 def _exponent(
   squared: Float[Array, "B N M"], temperature: Tau, kernel: KernelShape
 ) -> Float[Array, "B N M"]:
-  """e of the kernel exp(-e)."""
+  """Exponent e of the kernel exp(-e)."""
   if kernel == "gaussian":
     return squared / (2.0 * temperature**2)
   return jnp.sqrt(jnp.maximum(squared, TINY_SQUARED_DISTANCE)) / temperature
 
 
 def divisor(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
-  """x >= 0 to divide by: 1 where it is 0, as what it divides is."""
+  """Safe divisor: zeros become 1, because the numerator is 0 there too."""
   return jnp.where(x > 0, x, 1.0)
 
 

@@ -67,8 +67,8 @@ def pooled_features(
   features = {name: feature_map.reshape(batch, height * width, channels)}
   for kind, size in wanted:
     if size in moments:
-      is_std, found = kind == "std", moments[size]
-      value = found.std if is_std else found.mean.astype(feature_map.dtype)
+      is_std, patches = kind == "std", moments[size]
+      value = patches.std if is_std else patches.mean.astype(feature_map.dtype)
       key = f"{name}_{kind}" if size == _WHOLE else f"{name}_{kind}_{size}"
       features[key] = value.reshape(batch, -1, channels)
   return features
@@ -93,9 +93,9 @@ _WHOLE = 0
 def _moments(
   feature_map: Float[Array, "B H W C"], sizes: tuple[int, ...]
 ) -> dict[int, _Moments]:
-  """Of patches of each size, ascending, and of the whole map; float32.
+  """Moments of patches of each size, ascending, and of the whole map; float32.
 
-  Each from the finest that it is made of, so that the map is read once.
+  Each comes from the coarsest finer patches, so that the map is read once.
   """
   moments: dict[int, _Moments] = {}
   finest = (feature_map, None)
@@ -108,16 +108,16 @@ def _moments(
 
 
 def _finer(size: int, sizes: Sequence[int]) -> int:
-  """The largest smaller one whose patches make up those of a size; or 1."""
+  """The largest smaller size whose patches make up those of this; or 1."""
   return max((s for s in sizes if s < size and size % s == 0), default=1)
 
 
 def _moments_forward(
   feature_map: Float[Array, "B H W C"], sizes: tuple[int, ...]
 ) -> tuple[dict[int, _Moments], Any]:
-  found: Any = _moments(feature_map, sizes)
-  means = {size: moments.mean for size, moments in found.items()}
-  return found, (feature_map, means)
+  moments: Any = _moments(feature_map, sizes)
+  means = {size: patches.mean for size, patches in moments.items()}
+  return moments, (feature_map, means)
 
 
 def _moments_backward(
@@ -142,16 +142,16 @@ def _moments_backward(
   height, width = feature_map.shape[1:3]
   shift, slope = terms(_WHOLE, height * width)
   gradient = shift + (x - centers[_WHOLE]) * slope
-  found = {size: terms(size, size**2) for size in sizes}
+  lines = {size: terms(size, size**2) for size in sizes}
   for size in reversed(sizes):
     finer = _finer(size, sizes)
-    shift, slope = (_upsample(term, size // finer) for term in found[size])
+    shift, slope = (_upsample(term, size // finer) for term in lines[size])
     center = centers[size]
     if exact:
       center = _upsample(center, size // finer)
-    if finer < size and finer in found:
-      shift += found[finer][0] + (centers[finer] - center) * slope
-      found[finer] = (shift, found[finer][1] + slope)
+    if finer < size and finer in lines:
+      shift += lines[finer][0] + (centers[finer] - center) * slope
+      lines[finer] = (shift, lines[finer][1] + slope)
     else:
       gradient += shift + (x - center) * slope
   return (gradient.astype(feature_map.dtype),)
@@ -171,7 +171,7 @@ def _coarser(
   variance: Float[Array, "B H W C"] | None,
   factor: int,
 ) -> _Moments:
-  """Of patches of factor x factor patches; None for those of single values.
+  """Moments of patches of factor x factor parts; variance None: single values.
 
   The variance of a patch is the mean of its parts' plus that of their means:
   no squares are subtracted, so that features far from 0 keep their digits.
@@ -197,7 +197,7 @@ def _coarser(
 def _over_all(
   mean: Float[Array, "B H W C"], variance: Float[Array, "B H W C"] | None
 ) -> _Moments:
-  """Of the whole map."""
+  """Moments of the whole map."""
   mean = mean.astype(wide_dtype(mean))
   together = jnp.mean(mean, axis=(1, 2), keepdims=True)
   total = jnp.mean(jnp.square(mean - together), axis=(1, 2), keepdims=True)

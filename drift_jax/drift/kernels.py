@@ -28,11 +28,11 @@ _MAX_PART = 512
 
 
 class Plan(NamedTuple):
-  """What is computed, and how; static.
+  """Static description of the loss and of how it is computed.
 
   Attributes:
     temperatures, affinity_floor, normalization, attraction, repulsion,
-      axis_name: see loss.drift_loss.
+      axis_name: arguments of loss.drift_loss.
     num_positives: P.
     interpret: whether to do without a TPU.
   """

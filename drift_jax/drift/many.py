@@ -38,10 +38,10 @@ Backend = Literal["xla", "pallas", "interpret"]
 )
 @dataclasses.dataclass(frozen=True)
 class DriftReport:
-  """What to watch of all features.
+  """DriftInfo of all features.
 
   Attributes:
-    keys: of the features, in the order of the arrays.
+    keys: names of the features, in the order of the arrays.
     info: DriftInfo whose entries are arrays [F].
   """
 
@@ -49,7 +49,7 @@ class DriftReport:
   info: DriftInfo
 
   def of(self, key: str) -> DriftInfo:
-    """One feature's."""
+    """DriftInfo of one feature."""
     at = self.keys.index(key)
     return jax.tree.map(lambda x: x[at], self.info)
 
@@ -72,7 +72,7 @@ def drift_losses(
   num_unconditional: int | None = None,
   temperature_scale: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, " F"], DriftReport]:
-  """Mean `drift_loss` of each feature key, and what to watch of it.
+  """Mean `drift_loss` of each feature key, and the figures to watch.
 
   The same numbers for every kernel, up to rounding: below 1e-5 of a key's
   loss, diagnostics and (float32) gradient.
@@ -84,7 +84,7 @@ def drift_losses(
     real: those of the reals, {key: [L, R, T, C]}: positives first, then
       unconditional ones, then the independent samples of a variant that has
       them.
-    weight_unconditional: of each label's unconditional reals as negatives.
+    weight_unconditional: weight of a label's unconditional reals as negatives.
     num_positives: P.
     temperatures, affinity_floor, normalization, attraction, repulsion,
       axis_name: see `drift_loss`.
@@ -116,7 +116,7 @@ def drift_losses(
       scalars,
     )
   )
-  # 2. What computes them.
+  # 2. Two ways to compute a group of features.
   static = {
     "temperatures": temperatures,
     "affinity_floor": affinity_floor,

@@ -117,15 +117,15 @@ def compute_field(
   """V of any field of the family at given points, on raw distances.
 
   Args:
-    x: where; any points.
+    x: points at which the field is evaluated.
     y_pos: positives, which attract.
     y_neg: negatives, which repel.
     temperature: tau, in units of distance.
     field: one of family.FIELDS.
-    weight_pos: of each positive; None means 1.
-    weight_neg: of each negative; None means 1.
+    weight_pos: weight of each positive; None means 1.
+    weight_neg: weight of each negative; None means 1.
     mask_self: whether y_neg is x itself, and (x_i, y_neg_i) no pair.
-    **options: of the field.
+    **options: options of the field.
 
   Returns:
     V = V+ - V-, float32 (float64 of points that are), without gradient;
@@ -133,8 +133,7 @@ def compute_field(
 
   Raises:
     ValueError: other axes than these, an unknown field or option, a temperature
-      that is not positive, as many negatives as samples are wanted but not
-      given.
+      that is not positive, mask_self with N != M.
   """
   _check_points(x, y_pos, y_neg, temperature, mask_self)
   family.check_field(field, options)

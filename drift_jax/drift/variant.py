@@ -1,4 +1,4 @@
-"""What may be asked of a drifting loss: static arguments, checked."""
+"""Variants of the drifting loss: static arguments, checked."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -23,18 +23,19 @@ class Variant:
   Attributes:
     field: one of family.FIELDS.
     options: keyword arguments of the field, but for those of `drift_loss`.
-    negatives: what repels beside unconditional reals: the samples themselves
+    negatives: samples that repel beside unconditional reals: the generated ones
       without self-pairs ('own'), with them ('own_with_self'), or an
-      'independent' batch of samples, given as such.
+      'independent' batch, given as such.
     guidance: unconditional reals are weighted 'negatives' (A.7), or
       V += (alpha - 1) (T_{q->p} - T_{q->unc}), the 'velocity' form of W-Flow:
       weight_neg is (alpha - 1) / M then; they are left out of the scale S.
     normalize_features: whether coordinates and distances are in units of S.
     normalize_drift: whether each temperature's drift is divided by its RMS.
-    neighbours: where > 0, each problem's temperatures are multiplied by what
-      gives a sample so many effective positives at temperature 1, on average.
-    learned: whether `temperature_gradient` is wanted.
-    diagnostics: whether DriftInfo has what costs time.
+    neighbours: if > 0, each problem's temperatures are multiplied by a factor
+      with which a sample has so many effective positives at temperature 1, on
+      average.
+    learned: whether DriftInfo has `temperature_gradient`.
+    diagnostics: whether DriftInfo has the figures that cost time.
 
   Raises:
     ValueError: for an unknown field, option or value.
