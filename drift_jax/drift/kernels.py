@@ -132,13 +132,13 @@ def statistics(
     root = root - jnp.min(root, axis=1, keepdims=True)
     neighbours, floored = [], []
     targets = xx_ref.shape[2] + xy_ref.shape[2] - 1
-    for tau, (own, real) in zip(temperatures, affinities, strict=True):
+    for tau, (generated, real) in zip(temperatures, affinities, strict=True):
       # (sum k)^2 / sum k^2 is 1 / sum p^2 of the softmax p of the positives.
       kernel = jnp.exp(-root / (tau * distance_unit))
       once = jnp.sum(kernel, axis=1, keepdims=True)
       twice = jnp.sum(kernel * kernel, axis=1, keepdims=True)
       neighbours.append(_total(once * once / twice) / n)
-      count = _total(jnp.where(self_pair | (own > floor), 0.0, 1.0))
+      count = _total(jnp.where(self_pair | (generated > floor), 0.0, 1.0))
       count += _total(jnp.where(real > floor, 0.0, 1.0))
       floored.append(count / (n * targets))
     out_ref[i] = _row([*products, *neighbours, *floored])
@@ -157,14 +157,16 @@ def force(
     scalars = scalars_ref[i]
     _, affinities = _affinities(xx_ref[i], xy_ref[i], scalars[:, 0:1], plan)
     # Drifts are linear in the coefficients: one product for all temperatures.
-    own, real = 0.0, 0.0
-    for k, pair in enumerate(affinities):
-      factor = scalars[:, 1 + k : 2 + k]
-      signed = _signed(pair, (wx_ref[i], wy_ref[i]), plan)
-      own, real = own + factor * signed[0], real + factor * signed[1]
+    weights = (wx_ref[i], wy_ref[i])
+    signed = [_signed(pair, weights, plan) for pair in affinities]
+    factors = [scalars[:, 1 + k : 2 + k] for k in range(len(signed))]
+    generated, real = (
+      sum(f * pair[side] for f, pair in zip(factors, signed, strict=True))
+      for side in (0, 1)
+    )
 
     def write(at, x, y, _):
-      out_ref[i, :, at] = _shift(x, y, (own, real)).astype(out_ref.dtype)
+      out_ref[i, :, at] = _shift(x, y, (generated, real)).astype(out_ref.dtype)
 
     _over_channels(x_ref, y_ref, i, write, None)
 
@@ -259,26 +261,26 @@ def _signed(pair: Any, weights: Any, plan: Plan) -> tuple[Any, Any]:
   Positives are the first lanes of the real targets. Lanes are chosen by masks:
   slices that don't end at a multiple of 128 would move data between lanes.
   """
-  own, real = (k * w for k, w in zip(pair, weights, strict=True))
+  generated, real = (k * w for k, w in zip(pair, weights, strict=True))
   lane = jax.lax.broadcasted_iota(jnp.int32, real.shape, 1)
   is_positive = lane < plan.num_positives
   positive = jnp.where(is_positive, real, 0.0)
   positives = jnp.sum(positive, axis=1, keepdims=True)
-  negatives = jnp.sum(own, axis=1, keepdims=True) + jnp.sum(
+  negatives = jnp.sum(generated, axis=1, keepdims=True) + jnp.sum(
     real - positive, axis=1, keepdims=True
   )
   away = -plan.repulsion * positives
   towards = plan.attraction * negatives
-  return own * away, real * jnp.where(is_positive, towards, away)
+  return generated * away, real * jnp.where(is_positive, towards, away)
 
 
 def _shift(x: Any, y: Any, signed: tuple[Any, Any]) -> Any:
   """Sum over targets of w_ij (y_j - x_i); see field.mean_shift."""
-  own, real = signed
-  total = jnp.sum(own, axis=1, keepdims=True) + jnp.sum(
+  generated, real = signed
+  total = jnp.sum(generated, axis=1, keepdims=True) + jnp.sum(
     real, axis=1, keepdims=True
   )
-  return _dot(own, x, (1, 0)) + _dot(real, y, (1, 0)) - total * x
+  return _dot(generated, x, (1, 0)) + _dot(real, y, (1, 0)) - total * x
 
 
 def _dot(a: Any, b: Any, contract: tuple[int, int]) -> Any:
