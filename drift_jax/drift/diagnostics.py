@@ -62,7 +62,7 @@ class Scalars(NamedTuple):
 def figures(
   problem: family.Problem,
   tau: Tau,
-  pulls: family.Coefficients | family.Velocities,
+  pulls: family.Pulls,
   drift: Float[Array, "B N C"],
   masked: Bool[Array, "N T"] | None,
   stretch: Float[Array, "B 1 1"] | None,
@@ -122,7 +122,7 @@ def effective_numbers(logits: Float[Array, "B N P"]) -> Float[Array, "B N"]:
 
 
 def _balance(
-  problem: family.Problem, pulls: family.Coefficients | family.Velocities
+  problem: family.Problem, pulls: family.Pulls
 ) -> dict[str, Float[Array, ""]]:
   """alignment, marginal_error and self_mass, see DriftInfo."""
   if isinstance(pulls, family.Velocities):

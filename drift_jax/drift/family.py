@@ -122,12 +122,13 @@ class Problem(NamedTuple):
     return Coefficients(positives, jnp.concatenate(negatives, axis=-1))
 
 
-Field = Callable[..., Coefficients | Velocities]
+Pulls = Coefficients | Velocities
+Field = Callable[..., Pulls]
 
 
 def displacement(
   problem: Problem,
-  pulls: Coefficients | Velocities,
+  pulls: Pulls,
   attraction: float = 1.0,
   repulsion: float = 1.0,
 ) -> Float[Array, "B N C"]:

@@ -367,9 +367,9 @@ def _field(
 
 def _guide(
   problem: family.Problem,
-  pulls: family.Coefficients | family.Velocities,
+  pulls: family.Pulls,
   strength: Float[Array, "B 1 1"] | None,
-) -> family.Coefficients | family.Velocities:
+) -> family.Pulls:
   """V+ and V- with velocity guidance, where there is a strength.
 
   V = (1 + strength) V+ - V-(generated) - strength V-(unconditional)
