@@ -1,12 +1,12 @@
 """The drifting loss and the step, written plainly: a paper read into code."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from drift_jax.drift import paper_loss
 from drift_jax.tasks.generator.step import (
   GeneratorBatch,
   GeneratorTask,
@@ -15,57 +15,6 @@ from drift_jax.tasks.generator.step import (
 )
 from drift_jax.training import state as state_lib
 from drift_jax.training.step import apply, from_wire
-
-
-def drift_loss(
-  x: jax.Array,
-  positives: jax.Array,
-  unconditional: jax.Array,
-  weight: jax.Array,
-  temperatures: Sequence[float],
-  floor: float,
-) -> jax.Array:
-  """Alg. 2 and A.6 of one feature: [B, N, C], [B, P, C], [B, U, C], [B, U]."""
-  x, positives, unconditional = (
-    a.astype(jnp.float32) for a in (x, positives, unconditional)
-  )
-  samples = jax.lax.stop_gradient(x)
-  n, channels = x.shape[1:]
-  negatives = jnp.concatenate([samples, unconditional], axis=1)
-  targets = jnp.concatenate([negatives, positives], axis=1)
-  count = negatives.shape[1]
-  weights = jnp.concatenate(
-    [
-      jnp.ones(samples.shape[:2]),
-      weight,
-      jnp.ones(positives.shape[:2]),
-    ],
-    axis=1,
-  )[:, None, :]
-  squares = (
-    jnp.sum(samples**2, -1)[:, :, None]
-    + jnp.sum(targets**2, -1)[:, None, :]
-    - 2 * jnp.einsum("bnc,btc->bnt", samples, targets)
-  )
-  distance = jnp.sqrt(jnp.maximum(squares, 1e-8))
-  scale = jnp.mean(distance * weights) / jnp.mean(weights)
-  unit = jnp.maximum(scale / math.sqrt(channels), 1e-3)
-  distance /= jnp.maximum(scale, 1e-3)
-  distance += 100.0 * jnp.eye(n, targets.shape[1])
-  x, samples, targets = x / unit, samples / unit, targets / unit
-  total = jnp.zeros_like(samples)
-  for temperature in temperatures:
-    logits = -distance / temperature
-    product = jax.nn.softmax(logits, -1) * jax.nn.softmax(logits, -2)
-    affinity = jnp.sqrt(jnp.maximum(product, floor)) * weights
-    a_neg, a_pos = affinity[..., :count], affinity[..., count:]
-    w_neg = a_neg * a_pos.sum(-1, keepdims=True)
-    w_pos = a_pos * a_neg.sum(-1, keepdims=True)
-    rows = jnp.concatenate([-w_neg, w_pos], -1)
-    drift = jnp.einsum("bnt,btc->bnc", rows, targets)
-    drift -= rows.sum(-1, keepdims=True) * samples
-    total += drift / jnp.sqrt(jnp.maximum(jnp.mean(drift**2), 1e-8))
-  return jnp.mean((x - jax.lax.stop_gradient(samples + total)) ** 2)
 
 
 def drift_losses(
@@ -85,12 +34,9 @@ def drift_losses(
   total = jnp.zeros(())
   for key, x in generated.items():
     reals = problems(jax.lax.stop_gradient(real[key]))
-    positives, unconditional = (
-      reals[:, :num_positives],
-      reals[:, num_positives:],
-    )
+    positives, unconditional = jnp.split(reals, [num_positives], axis=1)
     rows = jnp.repeat(weight, x.shape[2])[:, None]
-    total += drift_loss(
+    losses = paper_loss(
       problems(x),
       positives,
       unconditional,
@@ -98,6 +44,7 @@ def drift_losses(
       temperatures,
       affinity_floor,
     )
+    total += losses.mean()
   return total
 
 

@@ -15,6 +15,7 @@ To add one: write the function, and name it in FIELDS.
 
 import functools
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, get_args, get_origin
@@ -26,21 +27,23 @@ from jaxtyping import Array, Float
 from drift_jax.drift.field import (
   TINY_SQUARED_DISTANCE,
   Normalization,
-  Temperature,
+  Tau,
   affinities,
+  check_choice,
+  mean_shift,
   product_coefficients,
 )
 
-Kernel = Literal["laplace", "gaussian"]
+KernelShape = Literal["laplace", "gaussian"]
 Cost = Literal["l2", "quadratic"]
 
 
 class Targets(NamedTuple):
-  """A set that acts on the samples by itself: a distribution's draws.
+  """Draws of one distribution, which acts on the samples by itself.
 
   Attributes:
-    squared: squared distances of samples to it.
-    weight: of each of its members, >= 0; they need not sum to 1.
+    squared: squared distances from samples to members of the set.
+    weight: weight of each member, >= 0; they need not sum to 1.
   """
 
   squared: Float[Array, "B N M"]
@@ -48,12 +51,13 @@ class Targets(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-  """What a field gives; all >= 0.
+  """Coefficients of a field; all >= 0.
 
   Attributes:
     pos: W of the positives.
     neg: W of the negatives: generated ones, then unconditional reals.
-    floored: affinities at the softmax field's floor; None for other fields.
+    floored: whether an affinity of the softmax field is at its floor; None for
+      other fields.
   """
 
   pos: Float[Array, "B N P"]
@@ -62,7 +66,7 @@ class Coefficients(NamedTuple):
 
 
 class Velocities(NamedTuple):
-  """What a field gives that has no coefficients."""
+  """V+ and V- of a field that has no coefficients."""
 
   pos: Float[Array, "B N C"]
   neg: Float[Array, "B N C"]
@@ -77,12 +81,12 @@ class Problem(NamedTuple):
   Attributes:
     x: samples, normalised and centred.
     targets: in the same coordinates.
-    squared: ||x_i - y_j||^2 > 0 in the units of the features; where a sample
-      is no negative of its own, so large that all kernels are 0.
-    weight: of each target.
-    unit: of distances: the mean distance S, or 1 where features are not
+    squared: ||x_i - y_j||^2 > 0 in the units of the features; so large that
+      all kernels are 0 for a sample that is no negative of its own.
+    weight: weight of each target.
+    unit: unit of distances: the mean distance S, or 1 if features are not
       normalised. A temperature tau of a config is tau * unit in these units.
-    num_generated, num_negatives: generated targets, and all negatives.
+    num_generated, num_negatives: counts of generated targets, of all negatives.
     apart: whether the unconditional reals are a set of their own (velocity
       guidance), or negatives as the generated ones are.
     with_self: whether generated target i is sample i.
@@ -92,7 +96,7 @@ class Problem(NamedTuple):
   targets: Float[Array, "B T C"]
   squared: Float[Array, "B N T"]
   weight: Float[Array, "B T"]
-  unit: Float[Array, ""]
+  unit: float | Float[Array, ""]
   num_generated: int
   num_negatives: int
   apart: bool
@@ -106,26 +110,40 @@ class Problem(NamedTuple):
     V = A(p) - A(q), where A follows from a set and the samples alone.
 
     Args:
-      pull: gives the coefficients of a set's members.
+      pull: function from a set to the coefficients of its members.
     """
     stops = [self.num_negatives, self.squared.shape[-1]]
     if self.apart and self.num_generated < self.num_negatives:
       stops.insert(0, self.num_generated)
-    found, start = [], 0
-    for stop in stops:
-      at = slice(start, stop)
-      found.append(pull(Targets(self.squared[..., at], self.weight[:, at])))
-      start = stop
-    *negatives, positives = found
+    *negatives, positives = (
+      pull(Targets(self.squared[..., start:stop], self.weight[:, start:stop]))
+      for start, stop in itertools.pairwise([0, *stops])
+    )
     return Coefficients(positives, jnp.concatenate(negatives, axis=-1))
 
 
-Field = Callable[..., Coefficients | Velocities]
+Pulls = Coefficients | Velocities
+Field = Callable[..., Pulls]
+
+
+def displacement(
+  problem: Problem,
+  pulls: Pulls,
+  attraction: float = 1.0,
+  repulsion: float = 1.0,
+) -> Float[Array, "B N C"]:
+  """V = a V+ - b V- from the result of a field for a problem."""
+  if isinstance(pulls, Velocities):
+    return attraction * pulls.pos - repulsion * pulls.neg
+  signed = jnp.concatenate(
+    [-repulsion * pulls.neg, attraction * pulls.pos], axis=-1
+  )
+  return mean_shift(problem.x, problem.targets, signed)
 
 
 def softmax(
   problem: Problem,
-  temperature: Temperature,
+  temperature: Tau,
   *,
   normalization: Normalization = "xy",
   affinity_floor: float = 0.0,
@@ -138,7 +156,7 @@ def softmax(
   round. V = 0 where q = p by anti-symmetry; the converse does not hold.
 
   Args:
-    problem: of samples and targets.
+    problem: samples and targets.
     temperature: tau of exp(-||x - y|| / tau).
     normalization: "xy" (above), "y" (softmax over targets), "none" (Table 11).
     affinity_floor: lower bound of A^2 before the weights.
@@ -158,7 +176,7 @@ def softmax(
 
 
 def mmd(
-  problem: Problem, temperature: Temperature, *, kernel: Kernel = "laplace"
+  problem: Problem, temperature: Tau, *, kernel: KernelShape = "laplace"
 ) -> Coefficients:
   """Unnormalised kernels (C.2 of arXiv:2602.04770).
 
@@ -168,7 +186,7 @@ def mmd(
   all data it vanishes with k. Zero Sinkhorn iterations.
 
   Args:
-    problem: of samples and targets.
+    problem: samples and targets.
     temperature: tau of k = exp(-||x - y|| / tau), or sigma of the Gaussian
       exp(-||x - y||^2 / (2 sigma^2)).
     kernel: 'laplace' or 'gaussian'.
@@ -179,12 +197,12 @@ def mmd(
 
 
 def kl(
-  problem: Problem, temperature: Temperature, *, kernel: Kernel = "laplace"
+  problem: Problem, temperature: Tau, *, kernel: KernelShape = "laplace"
 ) -> Coefficients:
   """Mean shifts, each normalised over its own set.
 
     V = E_p[k (y - x)] / E_p[k] - E_q[k (y - x)] / E_q[k]
-  Half a Sinkhorn iteration. V = 0 where q = p. Arguments as of `mmd`.
+  Half a Sinkhorn iteration. V = 0 where q = p. Arguments are those of `mmd`.
   """
   return problem.each(
     lambda y: transport(
@@ -193,7 +211,7 @@ def kl(
   )
 
 
-def gaussian(problem: Problem, temperature: Temperature) -> Coefficients:
+def gaussian(problem: Problem, temperature: Tau) -> Coefficients:
   """Difference of smoothed scores (arXiv:2603.09936).
 
     V = sigma^2 grad log(p_sigma / q_sigma),  p_sigma = p * N(0, sigma^2)
@@ -205,7 +223,7 @@ def gaussian(problem: Problem, temperature: Temperature) -> Coefficients:
 
 
 def sharp(
-  problem: Problem, temperature: Temperature, *, kernel: Kernel = "laplace"
+  problem: Problem, temperature: Tau, *, kernel: KernelShape = "laplace"
 ) -> Coefficients:
   """Conservative for any kernel: normalised by k's potential k# (2604.06333).
 
@@ -213,7 +231,7 @@ def sharp(
     k#(r) = tau (r + tau) exp(-r / tau) of Laplace's kernel
   (for the Gaussian k# = sigma^2 k: the field `gaussian`). V = 0 everywhere
   only if q = p. The factor tau^2 makes V a displacement, as other fields'
-  are. Arguments as of `mmd`.
+  are. Arguments are those of `mmd`.
   """
 
   def pull(y: Targets) -> Float[Array, "B N _"]:
@@ -230,7 +248,7 @@ def sharp(
 
 def sinkhorn(
   problem: Problem,
-  temperature: Temperature,
+  temperature: Tau,
   *,
   cost: Cost = "l2",
   iterations: int | float = 20,
@@ -245,7 +263,7 @@ def sinkhorn(
   no self mask. V = 0 everywhere only if q = p.
 
   Args:
-    problem: of samples and targets.
+    problem: samples and targets.
     temperature: R, in units of distance.
     cost: 'l2' or 'quadratic'.
     iterations: of the log-domain updates of both marginals; 10 to 20. 0 gives
@@ -308,16 +326,16 @@ def transport(
 
 
 def _exponent(
-  squared: Float[Array, "B N M"], temperature: Temperature, kernel: Kernel
+  squared: Float[Array, "B N M"], temperature: Tau, kernel: KernelShape
 ) -> Float[Array, "B N M"]:
-  """e of the kernel exp(-e)."""
+  """Exponent e of the kernel exp(-e)."""
   if kernel == "gaussian":
     return squared / (2.0 * temperature**2)
   return jnp.sqrt(jnp.maximum(squared, TINY_SQUARED_DISTANCE)) / temperature
 
 
 def divisor(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
-  """x >= 0 to divide by: 1 where it is 0, as what it divides is."""
+  """Safe divisor: zeros become 1, because the numerator is 0 there too."""
   return jnp.where(x > 0, x, 1.0)
 
 
@@ -329,16 +347,13 @@ FIELDS: dict[str, Field] = {
   "sharp": sharp,
   "sinkhorn": sinkhorn,
 }
-# Those that look at one set at a time, as velocity guidance wants it.
+# Fields that look at all targets together: velocity guidance cannot split them.
 JOINT_FIELDS = ("softmax",)
 
 
 def check_field(name: str, options: Mapping[str, Any]) -> None:
   """Raises a ValueError for an unknown field, option or value of one."""
-  if name not in FIELDS:
-    raise ValueError(
-      f"field={name!r} is unknown; valid options: {', '.join(FIELDS)}"
-    )
+  check_choice("field", name, FIELDS)
   parameters = inspect.signature(FIELDS[name]).parameters
   known = [p for p in parameters if parameters[p].kind.name == "KEYWORD_ONLY"]
   for option, value in options.items():
@@ -348,12 +363,8 @@ def check_field(name: str, options: Mapping[str, Any]) -> None:
         f"{', '.join(known) or 'no options'}"
       )
     kind = parameters[option].annotation
-    choices = get_args(kind) if get_origin(kind) is Literal else ()
-    if choices and value not in choices:
-      raise ValueError(
-        f"options.{option}={value!r} of the field {name!r}: valid options: "
-        f"{', '.join(choices)}"
-      )
+    if get_origin(kind) is Literal:
+      check_choice(f"options.{option}", value, get_args(kind))
   iterations = options.get("iterations", 0)
   if name == "sinkhorn" and not (
     iterations == 0.5 or (iterations >= 0 and iterations == int(iterations))
@@ -362,11 +373,3 @@ def check_field(name: str, options: Mapping[str, Any]) -> None:
       f"options.iterations={iterations} of the field 'sinkhorn': want 0, 0.5 "
       "or a whole number of iterations"
     )
-
-
-def scale_power(name: str, options: Mapping[str, Any]) -> int:
-  """p of the scale S = (mean of w d^p / mean of w)^(1/p).
-
-  2 for the quadratic cost, whose regularisation is in squared distances.
-  """
-  return 2 if name == "sinkhorn" and options.get("cost") == "quadratic" else 1

@@ -57,29 +57,20 @@ def pooled_features(
           f"patch_{label}_size contains {size}: patch sides must be >= 1"
         )
   batch, height, width, channels = feature_map.shape
-  fitting = [
-    size
-    for size in sorted({*patch_mean_size, *patch_std_size})
-    if height % size == 0 and width % size == 0
-  ]
-  moments: Any = _moments(feature_map, tuple(fitting))
+  sizes = sorted({*patch_mean_size, *patch_std_size})
+  fitting = tuple(s for s in sizes if height % s == 0 and width % s == 0)
+  moments: Any = _moments(feature_map, fitting)
 
+  wanted = [("mean", _WHOLE)] * use_mean + [("std", _WHOLE)] * use_std
+  wanted += [("mean", size) for size in patch_mean_size]
+  wanted += [("std", size) for size in patch_std_size]
   features = {name: feature_map.reshape(batch, height * width, channels)}
-
-  def add(key: str, value: Float[Array, "B h w C"]) -> None:
-    features[key] = value.reshape(batch, -1, channels)
-
-  if use_mean:
-    add(f"{name}_mean", moments[_WHOLE].mean.astype(feature_map.dtype))
-  if use_std:
-    add(f"{name}_std", moments[_WHOLE].std)
-  for size in patch_mean_size:
+  for kind, size in wanted:
     if size in moments:
-      value = moments[size].mean.astype(feature_map.dtype)
-      add(f"{name}_mean_{size}", value)
-  for size in patch_std_size:
-    if size in moments:
-      add(f"{name}_std_{size}", moments[size].std)
+      is_std, patches = kind == "std", moments[size]
+      value = patches.std if is_std else patches.mean.astype(feature_map.dtype)
+      key = f"{name}_{kind}" if size == _WHOLE else f"{name}_{kind}_{size}"
+      features[key] = value.reshape(batch, -1, channels)
   return features
 
 
@@ -102,31 +93,31 @@ _WHOLE = 0
 def _moments(
   feature_map: Float[Array, "B H W C"], sizes: tuple[int, ...]
 ) -> dict[int, _Moments]:
-  """Of patches of each size, ascending, and of the whole map; float32.
+  """Moments of patches of each size, ascending, and of the whole map; float32.
 
-  Each from the finest that it is made of, so that the map is read once.
+  Each comes from the coarsest finer patches, so that the map is read once.
   """
-  found: dict[int, _Moments] = {}
+  moments: dict[int, _Moments] = {}
+  finest = (feature_map, None)
   for size in sizes:
     finer = _finer(size, sizes)
-    mean, variance = found.get(finer, (feature_map, None))
-    found[size] = _coarser(mean, variance, size // finer)
-  mean, variance = found[sizes[-1]] if sizes else (feature_map, None)
-  found[_WHOLE] = _over_all(mean, variance)
-  return found
+    moments[size] = _coarser(*moments.get(finer, finest), size // finer)
+  coarsest = moments[sizes[-1]] if sizes else finest
+  moments[_WHOLE] = _over_all(*coarsest)
+  return moments
 
 
 def _finer(size: int, sizes: Sequence[int]) -> int:
-  """The largest smaller one whose patches make up those of a size; or 1."""
+  """The largest smaller size whose patches make up those of this; or 1."""
   return max((s for s in sizes if s < size and size % s == 0), default=1)
 
 
 def _moments_forward(
   feature_map: Float[Array, "B H W C"], sizes: tuple[int, ...]
 ) -> tuple[dict[int, _Moments], Any]:
-  found: Any = _moments(feature_map, sizes)
-  means = {size: moments.mean for size, moments in found.items()}
-  return found, (feature_map, means)
+  moments: Any = _moments(feature_map, sizes)
+  means = {size: patches.mean for size, patches in moments.items()}
+  return moments, (feature_map, means)
 
 
 def _moments_backward(
@@ -151,16 +142,16 @@ def _moments_backward(
   height, width = feature_map.shape[1:3]
   shift, slope = terms(_WHOLE, height * width)
   gradient = shift + (x - centers[_WHOLE]) * slope
-  found = {size: terms(size, size**2) for size in sizes}
+  lines = {size: terms(size, size**2) for size in sizes}
   for size in reversed(sizes):
     finer = _finer(size, sizes)
-    shift, slope = (_upsample(term, size // finer) for term in found[size])
+    shift, slope = (_upsample(term, size // finer) for term in lines[size])
     center = centers[size]
     if exact:
       center = _upsample(center, size // finer)
-    if finer < size and finer in found:
-      shift += found[finer][0] + (centers[finer] - center) * slope
-      found[finer] = (shift, found[finer][1] + slope)
+    if finer < size and finer in lines:
+      shift += lines[finer][0] + (centers[finer] - center) * slope
+      lines[finer] = (shift, lines[finer][1] + slope)
     else:
       gradient += shift + (x - center) * slope
   return (gradient.astype(feature_map.dtype),)
@@ -180,7 +171,7 @@ def _coarser(
   variance: Float[Array, "B H W C"] | None,
   factor: int,
 ) -> _Moments:
-  """Of patches of factor x factor patches; None for those of single values.
+  """Moments of patches of factor x factor parts; variance None: single values.
 
   The variance of a patch is the mean of its parts' plus that of their means:
   no squares are subtracted, so that features far from 0 keep their digits.
@@ -206,7 +197,7 @@ def _coarser(
 def _over_all(
   mean: Float[Array, "B H W C"], variance: Float[Array, "B H W C"] | None
 ) -> _Moments:
-  """Of the whole map."""
+  """Moments of the whole map."""
   mean = mean.astype(wide_dtype(mean))
   together = jnp.mean(mean, axis=(1, 2), keepdims=True)
   total = jnp.mean(jnp.square(mean - together), axis=(1, 2), keepdims=True)

@@ -1,10 +1,11 @@
-"""The drifting field of Alg. 2: distances, affinities, coefficients, drift.
+"""The steps of Alg. 2: distances, affinities, coefficients, drift.
 
 Every function works on the last two axes and accepts leading batch axes. The
 targets of a sample are its positives (data, which attract) and its negatives
 (generated samples and unconditional data, which repel).
 """
 
+from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import jax
@@ -12,8 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 Normalization = Literal["xy", "y", "none"]
-# Of all problems, or of each.
-Temperature = float | Float[Array, ""] | Float[Array, "*B 1 1"]
+# Names of mapped axes.
+Axes = str | tuple[str, ...]
+# A temperature: one for all problems, or one for each.
+Tau = float | Float[Array, ""] | Float[Array, "*B 1 1"]
 
 # Up to this many channels a matmul has little to save on any accelerator, and
 # subtraction is far more accurate for close pairs.
@@ -62,6 +65,24 @@ def wide_dtype(*arrays: Array) -> jnp.dtype:
   return jax.dtypes.canonicalize_dtype(wide)  # without x64 there is no float64
 
 
+def weights_or_ones(
+  name: str, weight: Array | None, shape: tuple[int, ...], dtype: jnp.dtype
+) -> Float[Array, "..."]:
+  """Weights in a dtype and without gradient; None stands for ones.
+
+  Raises:
+    ValueError: weights of another shape.
+  """
+  if weight is None:
+    return jnp.ones(shape, dtype)
+  if weight.shape != shape:
+    raise ValueError(
+      f"{name} has shape {weight.shape}; it must be {shape}, one weight per "
+      "row of its features"
+    )
+  return jax.lax.stop_gradient(weight.astype(dtype))
+
+
 def squared_distances(
   x: Float[Array, "*B N C"], y: Float[Array, "*B T C"]
 ) -> Float[Array, "*B N T"]:
@@ -89,10 +110,10 @@ def squared_distances(
   return jnp.maximum(norm_x + norm_y - 2.0 * gram, 0.0)
 
 
-def masked(
+def mask_pairs(
   squared: Float[Array, "*B N T"],
   pairs: Bool[Array, "N T"],
-  temperature: Temperature,
+  temperature: Tau,
 ) -> Float[Array, "*B N T"]:
   """Squared distances with some pairs beyond the reach of every kernel.
 
@@ -109,7 +130,7 @@ def masked(
 
 def affinities(
   squared_distance: Float[Array, "*B N T"],
-  temperature: Temperature,
+  temperature: Tau,
   *,
   normalization: Normalization = "xy",
   affinity_floor: float = 0.0,
@@ -155,7 +176,7 @@ def affinities(
 
 def _sqrt_softmax(
   squared: Float[Array, "*B N T"],
-  temperature: Temperature,
+  temperature: Tau,
   axis: int,
 ) -> Float[Array, "*B N T"]:
   """sqrt(softmax(-d / temperature)) of the distances d = sqrt(squared).
@@ -215,100 +236,12 @@ def mean_shift(
   return shift - w.sum(axis=-1, keepdims=True) * x
 
 
-def coefficients(
-  x: Float[Array, "N D"],
-  y_pos: Float[Array, "P D"],
-  y_neg: Float[Array, "M D"],
-  temperature: float,
-  *,
-  mask_self: bool,
-  normalization: Normalization = "xy",
-) -> tuple[Float[Array, "N P"], Float[Array, "N M"], Float[Array, "N P+M"]]:
-  """Coefficients (W_pos, W_neg) and affinities A of Alg. 2, float32 or 64.
-
-  A has the positives first. Arguments and errors are those of `compute_v`.
-  """
-  check_points(x, y_pos, y_neg)
-  n, p, m = x.shape[0], y_pos.shape[0], y_neg.shape[0]
-  check_temperature(temperature)
-  if mask_self and n != m:
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+  """Raises a ValueError unless value is one of the choices."""
+  if value not in choices:
     raise ValueError(
-      "mask_self=True masks the pair (x_i, y_neg_i), so x and y_neg need as "
-      f"many rows; got {n} and {m}"
+      f"{name}={value!r} is unknown; valid options: {', '.join(choices)}"
     )
-  dtype = wide_dtype(x, y_pos, y_neg)
-  x, y_pos, y_neg = (a.astype(dtype) for a in (x, y_pos, y_neg))
-  squared = squared_distances(x, jnp.concatenate([y_pos, y_neg]))
-  if mask_self:
-    self_pair = jnp.eye(n, p + m, k=p, dtype=bool)
-    squared = masked(squared, self_pair, temperature)
-  affinity = affinities(squared, temperature, normalization=normalization)
-  w_pos, w_neg = product_coefficients(affinity[:, :p], affinity[:, p:])
-  return w_pos, w_neg, affinity
-
-
-def compute_v(
-  x: Float[Array, "N D"],
-  y_pos: Float[Array, "P D"],
-  y_neg: Float[Array, "M D"],
-  temperature: float,
-  *,
-  mask_self: bool,
-  normalization: Normalization = "xy",
-  attraction: float = 1.0,
-  repulsion: float = 1.0,
-) -> Float[Array, "N D"]:
-  """The drifting field V = a V+ - b V- at x, on raw distances (Alg. 2).
-
-    V+(x_i) = sum_j W_pos[i, j] (y_pos[j] - x_i),  V- likewise (eq. 7-12,
-  arXiv:2602.04770; W of `product_coefficients`). With a = b = 1 the x_i
-  cancel: V = W_pos y_pos - W_neg y_neg. Sums, not means, over the targets.
-
-  Args:
-    x: samples at which the field is evaluated.
-    y_pos: positives, samples of the data distribution p.
-    y_neg: negatives, samples of the generated distribution q.
-    temperature: tau > 0, in the units of the coordinates.
-    mask_self: True when y_neg are the samples x themselves; the pair
-      (x_i, y_neg_i) then takes no part. False gives the population form,
-      which is anti-symmetric: exchanging y_pos and y_neg flips V.
-    normalization: "xy" (softmax over both axes), "y" or "none" (Table 11).
-    attraction: a; any (a, b) != (1, 1) breaks the anti-symmetry (Table 1).
-    repulsion: b.
-
-  Returns:
-    V in the units of the coordinates, float32 (float64 of points that are),
-    without any normalisation.
-
-  Raises:
-    ValueError: temperature <= 0, unknown normalization, mask_self with
-      N != M, or other axes than these.
-  """
-  dtype = wide_dtype(x, y_pos, y_neg)
-  x, y_pos, y_neg = (a.astype(dtype) for a in (x, y_pos, y_neg))
-  w_pos, w_neg, _ = coefficients(
-    x,
-    y_pos,
-    y_neg,
-    temperature,
-    mask_self=mask_self,
-    normalization=normalization,
-  )
-  center = jnp.mean(x, axis=0)
-  x, y_pos, y_neg = x - center, y_pos - center, y_neg - center
-  v_pos = mean_shift(x, y_pos, w_pos)
-  v_neg = mean_shift(x, y_neg, w_neg)
-  return attraction * v_pos - repulsion * v_neg
-
-
-def check_points(x: Array, y_pos: Array, y_neg: Array) -> None:
-  """Raises a ValueError unless they are the points of one problem."""
-  check_axes(
-    "it is one problem; jax.vmap takes several",
-    x=("N D", x),
-    y_pos=("P D", y_pos),
-    y_neg=("M D", y_neg),
-  )
 
 
 def check_temperature(temperature: float) -> None:
@@ -321,8 +254,14 @@ def check_affinities(affinity_floor: float, normalization: str) -> None:
   """Raises a ValueError for what `affinities` can't take."""
   if not affinity_floor >= 0:
     raise ValueError(f"affinity_floor={affinity_floor} must be >= 0")
-  if normalization not in get_args(Normalization):
-    raise ValueError(
-      f"normalization={normalization!r} is unknown; valid options: "
-      f"{', '.join(get_args(Normalization))}"
-    )
+  check_choice("normalization", normalization, get_args(Normalization))
+
+
+def batch_mean(values: Float[Array, "B ..."]) -> Float[Array, ""]:
+  """Mean of everything; per row first, so that long sums stay accurate."""
+  return jnp.mean(jnp.mean(values, axis=tuple(range(1, values.ndim))))
+
+
+def over_axes(means: Any, axis_name: Axes) -> Any:
+  """Means over all parts of B: one collective for the whole tree."""
+  return jax.lax.pmean(means, axis_name) if axis_name else means

@@ -1,35 +1,37 @@
-"""The drifting loss with feature and drift normalisation (A.6)."""
+"""The drifting loss with feature and drift normalisation (A.6).
 
-import dataclasses
+Read `reference.paper_loss` first: it is the same without options.
+"""
+
+import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from drift_jax.drift import family
+from drift_jax.drift import diagnostics, family
+from drift_jax.drift.diagnostics import DriftInfo, Scalars, report
 from drift_jax.drift.field import (
   TINY_SQUARED_DISTANCE,
+  Axes,
   Normalization,
+  Tau,
+  batch_mean,
   check_axes,
-  check_points,
-  check_temperature,
-  masked,
-  mean_shift,
+  mask_pairs,
+  over_axes,
   squared_distances,
+  weights_or_ones,
   wide_dtype,
 )
-
-Negatives = Literal["own", "own_with_self", "independent"]
-GuidanceForm = Literal["negatives", "velocity"]
-
-# One, or several.
-Temperatures = float | np.number | np.ndarray | Sequence[float]
-
-_Means = TypeVar("_Means")
+from drift_jax.drift.variant import (
+  PAPER,
+  Temperatures,
+  Variant,
+  check_temperatures,
+)
 
 # The paper's loss has a sample as its own negative only through the affinity
 # floor: this is added to its normalised distance to itself. Other losses leave
@@ -41,142 +43,11 @@ MIN_SCALE = 1e-3
 # In units of the coordinates' scale S / sqrt(C).
 MIN_DRIFT_MEAN_SQUARE = 1e-8
 
-
-# To divide by, where what is divided is 0.
+# Least divisor, for a numerator that is 0 there too.
 _TINY = float(jnp.finfo(jnp.float32).tiny)
-# Where an adaptive temperature's scale is looked for, and how often halved.
+# Range and halvings of the search for an adaptive temperature's scale.
 _SCALES = (1e-3, 1e3)
 _BISECTIONS = 24
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-  """How a drifting loss departs from the paper's; as it stands, nowhere.
-
-  Attributes:
-    field: one of family.FIELDS.
-    options: keyword arguments of the field, but for those of `drift_loss`.
-    negatives: what repels beside unconditional reals: the samples themselves
-      without self-pairs ('own'), with them ('own_with_self'), or an
-      'independent' batch of samples, given as such.
-    guidance: unconditional reals are weighted 'negatives' (A.7), or
-      V += (alpha - 1) (T_{q->p} - T_{q->unc}), the 'velocity' form of W-Flow:
-      weight_neg is (alpha - 1) / M then; they are left out of the scale S.
-    normalize_features: whether coordinates and distances are in units of S.
-    normalize_drift: whether each temperature's drift is divided by its RMS.
-    neighbours: where > 0, each problem's temperatures are multiplied by what
-      gives a sample so many effective positives at temperature 1, on average.
-    learned: whether `temperature_gradient` is wanted.
-    diagnostics: whether DriftInfo has what costs time.
-
-  Raises:
-    ValueError: for an unknown field, option or value.
-  """
-
-  field: str = "softmax"
-  options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
-  negatives: Negatives = "own"
-  guidance: GuidanceForm = "negatives"
-  normalize_features: bool = True
-  normalize_drift: bool = True
-  neighbours: float = 0.0
-  learned: bool = False
-  diagnostics: bool = False
-
-  def __post_init__(self) -> None:
-    # A tuple can be hashed: variants are static arguments of jitted functions.
-    options = tuple(sorted(dict(self.options).items()))
-    object.__setattr__(self, "options", options)
-    family.check_field(self.field, dict(options))
-    if self.field == "softmax" and options:
-      raise ValueError(
-        f"options={dict(options)}: those of the field 'softmax' are the loss' "
-        "own arguments, normalization and affinity_floor"
-      )
-    for name, options in (
-      ("negatives", get_args(Negatives)),
-      ("guidance", get_args(GuidanceForm)),
-    ):
-      if getattr(self, name) not in options:
-        raise ValueError(
-          f"{name}={getattr(self, name)!r} is unknown; valid options: "
-          f"{', '.join(options)}"
-        )
-    if self.guidance == "velocity" and self.field in family.JOINT_FIELDS:
-      raise ValueError(
-        f"guidance='velocity' needs a field that looks at one set at a time; "
-        f"{self.field!r} does not, use guidance='negatives' or one of "
-        f"{', '.join(f for f in family.FIELDS if f not in family.JOINT_FIELDS)}"
-      )
-    if self.neighbours and not self.neighbours > 1:
-      raise ValueError(
-        f"neighbours={self.neighbours} must be above 1 (0 switches it off)"
-      )
-
-  @property
-  def has_soft_mask(self) -> bool:
-    """Whether self-pairs are SELF_DISTANCE apart, as the paper's are."""
-    return (
-      self.field == "softmax"
-      and self.normalize_features
-      and not self.neighbours
-    )
-
-  @property
-  def scale_power(self) -> int:
-    """p of S = (mean of w d^p / mean of w)^(1/p)."""
-    return family.scale_power(self.field, dict(self.options))
-
-
-PAPER = Variant()
-
-
-class DriftInfo(TypedDict):
-  """What to watch while training; the loss itself is constant by design.
-
-  Attributes:
-    scale: S, the weighted mean distance, in the units of the features.
-    drift_ms: {temperature: mean square of the raw drift F, before the drift
-      normalisation, in normalised coordinates, over labels, samples and
-      channels}.
-    effective_positives: {temperature: effective number of positives that a
-      sample sees, in [1, P]: 1 / sum p^2 of the softmax p over its positives,
-      averaged over labels and samples; weights do not enter}.
-    floor_fraction: {temperature: fraction, in [0, 1], of the affinities that
-      are at the floor, self-pairs left out}; of the softmax field only.
-    extra: of variants that ask for it, {name: {temperature: value}}, means over
-      labels and samples:
-      with `diagnostics`
-        alignment: cosine of V+ and V-, in [-1, 1];
-        self_mass: share of a sample's repulsion that is its own, in [0, 1],
-          where it is among its negatives;
-        marginal_error: total variation, in [0, 1], between the share of all
-          attraction that each positive has and its weight's;
-      with `neighbours`
-        temperature_scale: what the temperature was multiplied by;
-      with `learned`
-        temperature_gradient: of the mean over problems of the smallest over
-          samples of -log(sum over positives of softmax(-d / tau)), with
-          respect to log tau.
-  """
-
-  scale: Float[Array, ""]
-  drift_ms: dict[float, Float[Array, ""]]
-  effective_positives: dict[float, Float[Array, ""]]
-  floor_fraction: dict[float, Float[Array, ""]]
-  extra: dict[str, dict[float, Float[Array, ""]]]
-
-
-class Scalars(NamedTuple):
-  """What couples all problems of a feature, of a batch that these are part of.
-
-  Attributes:
-    scale: S, as in DriftInfo.
-    drift_ms: as in DriftInfo; None where it is not known yet.
-  """
-
-  scale: Float[Array, "*F"]
-  drift_ms: dict[float, Float[Array, "*F"]] | None
 
 
 def drift_loss(
@@ -192,7 +63,7 @@ def drift_loss(
   normalization: Normalization = "xy",
   attraction: float = 1.0,
   repulsion: float = 1.0,
-  axis_name: str | tuple[str, ...] = (),
+  axis_name: Axes = (),
   scalars: Scalars | None = None,
   variant: Variant = PAPER,
   independent: Float[Array, "B I C"] | None = None,
@@ -204,462 +75,324 @@ def drift_loss(
     V = sum over temperatures of F / sqrt(max(mean F^2, 1e-8))
     F_i = a sum_j W_pos[i, j] (y_pos_j - x_i) / s - b (same with W_neg)
   with W as in Alg. 2 from the distances divided by max(S, 1e-3), and
-  s = max(S / sqrt(C), 1e-3). The scalars S (mean of weight * distance over
-  mean weight, self-pairs included) and mean F^2 are shared by ALL of B: a
-  feature key is passed whole, all labels and locations of the global batch,
-  or split evenly over mapped axes that are named.
-
+  s = max(S / sqrt(C), 1e-3). S (mean of weight * distance over mean weight,
+  self-pairs included) and mean F^2 are shared by ALL of B: pass a feature key
+  whole, all labels and locations of the global batch, or split it evenly over
+  mapped axes that are named.
   Row b is one drift problem (a label at a location). Its negatives are its
-  own N generated samples, each masked for itself, and `neg`. The gradient
-  with respect to gen is -2 V / (N C s), and zero with respect to everything
-  else; the loss of a temperature alone averages to 1 over B, that of K
-  temperatures to at most K^2.
+  own N generated samples, each masked for itself, and `neg`. The gradient by
+  gen is -2 V / (N C s), by all else 0; the loss of a temperature averages to 1
+  over B, that of K temperatures to at most K^2.
 
   Args:
-    gen: generated features, any float dtype; the arithmetic is float32, or
-      float64 where some features are (jax_enable_x64).
+    gen: generated features of any float dtype; float64 keeps its own (x64).
     pos: features of the positives, P real samples.
     neg: features of unconditional real samples, or None for M = 0.
     weight_gen: weight of each generated sample as a negative; None means 1.
     weight_pos: weight of each positive; None means 1.
     weight_neg: weight of each unconditional negative, see
-      `guidance.unconditional_weight`; None means 1. Weights multiply the
-      affinities after the softmaxes, so zero-weight targets still take part
-      in those.
+      `guidance.unconditional_weight`; None means 1. Weights multiply after the
+      softmaxes, in which zero-weight targets still take part.
     temperatures: distinct taus > 0, or one, in units of the mean distance S.
-    affinity_floor: lower bound of the squared affinities. 1e-6 in the
-      published configurations; 0 keeps distributions from collapsing onto
-      their means where the temperatures reach no neighbours.
-    normalization: "xy" (softmax over both axes), "y" or "none" (Table 11).
+    affinity_floor: lower bound of the squared affinities of the softmax field:
+      1e-6 as published; 0 keeps distributions from collapsing onto their means
+      where the temperatures reach no neighbours.
+    normalization: its softmaxes: "xy" (both axes), "y" or "none" (Table 11).
     attraction: a, scale of V+ (Table 1).
     repulsion: b, scale of V-.
-    axis_name: of the mapped axes (jax.shard_map) that B is split over.
-    scalars: of a larger batch, where B is a part of it that is computed on its
-      own; what it holds is used and returned in place of B's.
-    variant: another field of the family, other negatives, guidance or
-      normalisation than the above. affinity_floor and normalization are the
-      softmax field's.
-    independent: features of I samples that repel in place of gen's, where the
-      variant says so.
+    axis_name: names of the mapped axes (jax.shard_map) that B is split over.
+    scalars: those of a larger batch, used and returned in place of B's.
+    variant: another field, other negatives, guidance or normalisation.
+    independent: samples that repel in place of gen; of variants with them.
     temperature_scale: > 0, multiplies all temperatures.
 
   Returns:
-    loss: one value per row of B, in the dtype of the arithmetic.
+    loss: one value per row of B, float32, or float64 if some features are.
     info: diagnostics of all of B, without gradient.
 
   Raises:
-    ValueError: no temperature, repeated or non-positive ones, an unknown
-      normalization, a negative floor, independent samples that the variant
-      does not ask for or lacks, or shapes that disagree.
+    ValueError: bad temperatures, floor or normalization, shapes that disagree,
+      independent samples that the variant does not ask for or lacks.
   """
   temperatures = check_temperatures(temperatures)
-  if neg is None:
-    neg = jnp.zeros((*gen.shape[:1], 0, *gen.shape[2:]), pos.dtype)
-    if weight_neg is not None:
-      raise ValueError("weight_neg is given but neg is None")
-  if (variant.negatives == "independent") != (independent is not None):
-    raise ValueError(
-      f"variant.negatives={variant.negatives!r}, but independent samples are "
-      f"{'not ' if independent is None else ''}given"
-    )
-  arrays = {"gen": ("B N C", gen), "pos": ("B P C", pos), "neg": ("B M C", neg)}
-  if independent is not None:
-    arrays["independent"] = ("B I C", independent)
-  check_axes("of a single problem [N, C], give gen[None] and so on", **arrays)
-  dtype = wide_dtype(gen, pos, neg)
-  gen = gen.astype(dtype)
-  repelling = gen if independent is None else independent
-  frozen = [
-    jax.lax.stop_gradient(a.astype(dtype)) for a in (repelling, neg, pos)
-  ]
-  weight = jnp.concatenate(
-    [
-      _weights("weight_gen", weight_gen, repelling, dtype),
-      _weights("weight_neg", weight_neg, neg, dtype),
-      _weights("weight_pos", weight_pos, pos, dtype),
-    ],
-    axis=1,
-  )
-  n, channels = gen.shape[1:]
-  n_gen = repelling.shape[1]
-  n_neg = n_gen + neg.shape[1]
-
-  x = frozen[0] if independent is None else jax.lax.stop_gradient(gen)
-  targets = jnp.concatenate(frozen, axis=1)
-  squared = squared_distances(x, targets)
-  self_pair = jnp.eye(n, targets.shape[1], dtype=bool)
-  if independent is None:
-    squared = jnp.where(self_pair, 0.0, squared)
-  # On raw distances no absolute length means anything.
-  squared = jnp.maximum(
-    squared,
-    MIN_DISTANCE**2 if variant.normalize_features else TINY_SQUARED_DISTANCE,
-  )
-  distance = jnp.sqrt(squared)
-
-  # Velocity guidance: unconditional reals are a set of their own, uniform, and
-  # left out of the scale; what their weights add up to is its strength.
-  strength = None
-  scale_weight = weight
-  if variant.guidance == "velocity":
-    is_neg = (jnp.arange(weight.shape[1]) >= n_gen) & (
-      jnp.arange(weight.shape[1]) < n_neg
-    )
-    strength = jnp.sum(weight, axis=1, where=is_neg)[:, None, None]
-    scale_weight = jnp.where(is_neg, 0.0, weight)
-    weight = jnp.where(is_neg, 1.0, weight)
-
-  # The shared scale, and what it turns into: a unit of the coordinates and
-  # one of the distances that the kernels see.
-  power = variant.scale_power
-  powered = distance if power == 1 else squared
-  mean_distance, mean_weight = _over_axes(
-    (
-      _batch_mean(powered * scale_weight[:, None, :]),
-      _batch_mean(scale_weight),
-    ),
-    axis_name,
-  )
-  if scalars is not None:
-    scale = scalars.scale
-  else:
-    scale = mean_distance / mean_weight
-    scale = scale if power == 1 else jnp.sqrt(scale)
-  if variant.normalize_features:
-    distance_unit = jnp.maximum(scale, MIN_SCALE)
-    unit = jnp.maximum(scale / math.sqrt(channels), MIN_SCALE)
-  else:
-    distance_unit = unit = jnp.ones_like(scale)
-
-  # Temperatures in the units of the distances, and self-pairs out of their
-  # reach.
-  adapted: Any = None
-  if variant.neighbours:
-    around = jnp.maximum(scale, _TINY)
-    if variant.normalize_features:
-      around = distance_unit
-    adapted = _adapted(distance[..., n_neg:] / around, variant.neighbours)
-    adapted *= around / distance_unit
-  bandwidths: list[Any] = [tau * distance_unit for tau in temperatures]
-  for factor in (jax.lax.stop_gradient(temperature_scale), adapted):
-    if factor is not None:
-      bandwidths = [bandwidth * factor for bandwidth in bandwidths]
-  if variant.negatives == "own":
-    if variant.has_soft_mask and temperature_scale is None:
-      self_distance = MIN_DISTANCE + SELF_DISTANCE * distance_unit
-      squared = jnp.where(self_pair, self_distance**2, squared)
-    else:
-      squared = masked(squared, self_pair, sum(bandwidths))
-  center = jnp.mean(x, axis=1, keepdims=True)
-  x, targets = (x - center) / unit, (targets - center) / unit
-  problem = family.Problem(
-    x,
-    targets,
-    squared,
-    weight,
-    distance_unit,
-    num_generated=n_gen,
-    num_negatives=n_neg,
-    apart=variant.guidance == "velocity",
-    with_self=independent is None,
-  )
-  options = dict(variant.options)
-  if variant.field == "softmax":
-    options |= {
-      "normalization": normalization,
-      "affinity_floor": affinity_floor,
-    }
-  field = family.FIELDS[variant.field]
-
-  drifts, mean_squares, neighbours, floored = [], [], [], []
-  extra: dict[str, list[Array]] = {}
-
-  def note(name: str, value: Array) -> None:
-    extra.setdefault(name, []).append(value)
-
-  for bandwidth in bandwidths:
-    if adapted is not None:
-      note("temperature_scale", jnp.mean(adapted))
-    found = field(problem, bandwidth, **options)
-    drift, of_coefficients = _drift(
-      problem, found, attraction, repulsion, strength, variant.diagnostics
-    )
+  # 1. Problems: samples, their targets, the distances between them.
+  neg = _check_features(gen, pos, neg, weight_neg, independent, variant)
+  gen = gen.astype(wide_dtype(gen, pos, neg))
+  targets = (gen if independent is None else independent, neg, pos)
+  weights = (weight_gen, weight_neg, weight_pos)
+  problem, self_pairs = _problem(gen, targets, weights, variant)
+  # 2. The scale S that all problems share, and the units that it gives.
+  problem, scale_weight, strength = _split_guidance(problem)
+  scale = _scale(problem.squared, scale_weight, variant, axis_name, scalars)
+  distance_unit, unit, least = _units(scale, gen.shape[-1], variant)
+  # 3. Temperatures in the unit of the distances; self-pairs out of their reach.
+  stretch = _stretch(problem, scale, variant)
+  taus = _taus(temperatures, distance_unit, temperature_scale, stretch)
+  masked = self_pairs if variant.negatives == "own" else None
+  is_soft = variant.has_soft_mask and temperature_scale is None
+  problem = _mask(problem, masked, taus, distance_unit if is_soft else None)
+  problem = _normalise(problem, distance_unit, unit)
+  # 4. The drift of each temperature, and what to watch of it.
+  field = _field(variant, affinity_floor, normalization)
+  drifts, figures = [], []
+  for tau in taus:
+    pulls = _guide(problem, field(problem, tau), strength)
+    drift = family.displacement(problem, pulls, attraction, repulsion)
     drifts.append(drift)
-    mean_squares.append(_batch_mean(drifts[-1] ** 2))
-    neighbours.append(
-      _effective_number(-jnp.sqrt(squared[..., n_neg:]) / bandwidth)
+    figures.append(
+      diagnostics.figures(problem, tau, pulls, drift, masked, stretch, variant)
     )
-    if isinstance(found, family.Coefficients) and found.floored is not None:
-      outside = ~self_pair if variant.negatives == "own" else None
-      floored.append(jnp.mean(found.floored, where=outside))
-    for name, value in of_coefficients.items():
-      note(name, value)
-    if variant.learned:
-      note("temperature_gradient", _temperature_gradient(problem, bandwidth))
-  mean_squares, neighbours, floored, extra = _over_axes(
-    (mean_squares, neighbours, floored, extra), axis_name
-  )
-  if scalars is not None and scalars.drift_ms is not None:
-    mean_squares = [scalars.drift_ms[t] for t in temperatures]
-  least: Any = MIN_DRIFT_MEAN_SQUARE
-  if not variant.normalize_features:
-    least = jnp.maximum(least * scale**2 / channels, _TINY)
-  total = jnp.zeros_like(x)
-  for drift, mean_square in zip(drifts, mean_squares, strict=True):
-    if variant.normalize_drift:
-      drift /= jnp.sqrt(jnp.maximum(mean_square, least))
-    total += drift
-
-  def by_temperature(values: list[Array]) -> dict[float, Array]:
-    return dict(zip(temperatures, values, strict=True)) if values else {}
-
-  info: DriftInfo = {
-    "scale": scale,
-    "drift_ms": by_temperature(mean_squares),
-    "effective_positives": by_temperature(neighbours),
-    "floor_fraction": by_temperature(floored),
-    "extra": {name: by_temperature(values) for name, values in extra.items()},
-  }
-
+  # 5. The report, the sum of the normalised drifts, the loss.
+  info = report(temperatures, scale, figures, axis_name, scalars)
+  mean_squares = [info["drift_ms"][t] for t in temperatures]
+  total = _total(drifts, mean_squares, least, variant)
   # gen - sg(gen) is exactly zero: the value is mean V^2 without the
   # cancellation in x/s - (x/s + V), and the gradient is the same.
   residual = (gen - jax.lax.stop_gradient(gen)) / unit - total
   return jnp.mean(residual**2, axis=(1, 2)), info
 
 
-def _drift(
-  problem: family.Problem,
-  found: family.Coefficients | family.Velocities,
-  attraction: float,
-  repulsion: float,
-  strength: Float[Array, "B 1 1"] | None,
-  diagnostics: bool,
-) -> tuple[Float[Array, "B N C"], dict[str, Float[Array, ""]]]:
-  """(F = a V+ - b V-, diagnostics), guided where there is a strength."""
-  if isinstance(found, family.Velocities):
-    drift = attraction * found.pos - repulsion * found.neg
-    if not diagnostics:
-      return drift, {}
-    return drift, {"alignment": _cosine(found.pos, found.neg)}
-  w_pos, w_neg = found.pos, found.neg
-  if strength is not None:
-    w_pos = (1.0 + strength) * w_pos
-    w_neg = jnp.concatenate(
-      [
-        w_neg[..., : problem.num_generated],
-        strength * w_neg[..., problem.num_generated :],
-      ],
-      axis=-1,
-    )
-  signed = jnp.concatenate([-repulsion * w_neg, attraction * w_pos], axis=-1)
-  drift = mean_shift(problem.x, problem.targets, signed)
-  if not diagnostics:
-    return drift, {}
-  at = problem.num_negatives
-  pull = mean_shift(problem.x, problem.targets[:, at:], w_pos)
-  push = mean_shift(problem.x, problem.targets[:, :at], w_neg)
-  shares = _shares(jnp.sum(w_pos, axis=-2)) - _shares(problem.weight[:, at:])
-  report = {
-    "alignment": _cosine(pull, push),
-    "marginal_error": 0.5 * jnp.mean(jnp.sum(jnp.abs(shares), axis=-1)),
-  }
-  if problem.with_self:
-    own = jnp.diagonal(w_neg, axis1=-2, axis2=-1)
-    report["self_mass"] = jnp.mean(
-      own / family.divisor(jnp.sum(w_neg, axis=-1))
-    )
-  return drift, report
-
-
-def _shares(x: Float[Array, "B T"]) -> Float[Array, "B T"]:
-  """Rows divided by their sums."""
-  return x / family.divisor(jnp.sum(x, axis=-1, keepdims=True))
-
-
-def _cosine(a: Float[Array, "B N C"], b: Float[Array, "B N C"]) -> Array:
-  """Mean cosine; 0 where one of them is 0."""
-  norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
-  return jnp.mean(jnp.sum(a * b, axis=-1) / family.divisor(norms))
-
-
-def _adapted(
-  distance: Float[Array, "B N P"], neighbours: float
-) -> Float[Array, "B 1 1"]:
-  """What gives samples so many effective positives on average, by bisection.
-
-  In the unit of the distances, within 1e-3 to 1e3; the nearest end where none
-  does.
-  """
-  if not neighbours < distance.shape[-1]:
+def _check_features(
+  gen: Array,
+  pos: Array,
+  neg: Array | None,
+  weight_neg: Array | None,
+  independent: Array | None,
+  variant: Variant,
+) -> Float[Array, "B M C"]:
+  """Raises a ValueError unless they go together; returns neg, M = 0 if None."""
+  if neg is None and weight_neg is not None:
+    raise ValueError("weight_neg is given but neg is None")
+  if (variant.negatives == "independent") != (independent is not None):
     raise ValueError(
-      f"neighbours={neighbours} must be below the number of positives, "
-      f"{distance.shape[-1]}"
+      f"variant.negatives={variant.negatives!r}, but independent samples are "
+      f"{'not ' if independent is None else ''}given"
     )
-  low, high = (
-    jnp.full((distance.shape[0], 1, 1), math.log(end), distance.dtype)
-    for end in _SCALES
+  if neg is None:
+    neg = jnp.zeros((*gen.shape[:1], 0, *gen.shape[2:]), pos.dtype)
+  arrays = {"gen": ("B N C", gen), "pos": ("B P C", pos), "neg": ("B M C", neg)}
+  if independent is not None:
+    arrays["independent"] = ("B I C", independent)
+  check_axes("of a single problem [N, C], give gen[None] and so on", **arrays)
+  return neg
+
+
+def _problem(
+  gen: Float[Array, "B N C"],
+  targets: tuple[Array, Array, Array],
+  weights: tuple[Array | None, ...],
+  variant: Variant,
+) -> tuple[family.Problem, Bool[Array, "N T"]]:
+  """(problems without gradient in the units of the features, self-pairs).
+
+  Targets and weights are those that repel, unconditional reals, positives.
+  """
+  dtype = gen.dtype
+  frozen = [jax.lax.stop_gradient(array.astype(dtype)) for array in targets]
+  names = ("weight_gen", "weight_neg", "weight_pos")
+  weight = [
+    weights_or_ones(name, given, array.shape[:2], dtype)
+    for name, given, array in zip(names, weights, frozen, strict=True)
+  ]
+  weight = jnp.concatenate(weight, axis=1)
+  x, y = jax.lax.stop_gradient(gen), jnp.concatenate(frozen, axis=1)
+  squared = squared_distances(x, y)
+  self_pairs = jnp.eye(*squared.shape[1:], dtype=bool)
+  with_self = variant.negatives != "independent"
+  if with_self:
+    squared = jnp.where(self_pairs, 0.0, squared)
+  # On raw distances no absolute length means anything.
+  least = (
+    MIN_DISTANCE**2 if variant.normalize_features else TINY_SQUARED_DISTANCE
   )
+  num_generated, num_unconditional, _ = (array.shape[1] for array in frozen)
+  problem = family.Problem(
+    x,
+    y,
+    jnp.maximum(squared, least),
+    weight,
+    unit=1.0,
+    num_generated=num_generated,
+    num_negatives=num_generated + num_unconditional,
+    apart=variant.guidance == "velocity",
+    with_self=with_self,
+  )
+  return problem, self_pairs
+
+
+def _split_guidance(
+  problem: family.Problem,
+) -> tuple[family.Problem, Float[Array, "B T"], Float[Array, "B 1 1"] | None]:
+  """(problem, weights of the scale, strength alpha - 1 of velocity guidance).
+
+  Unconditional reals are weighted negatives (A.7), or a set of their own
+  (W-Flow): uniform, left out of the scale, and their weights' sum is the
+  strength.
+  """
+  weight = problem.weight
+  if not problem.apart:
+    return problem, weight, None
+  target = jnp.arange(weight.shape[1])
+  is_unconditional = (target >= problem.num_generated) & (
+    target < problem.num_negatives
+  )
+  strength = jnp.sum(weight, axis=1, where=is_unconditional)[:, None, None]
+  scale_weight = jnp.where(is_unconditional, 0.0, weight)
+  weight = jnp.where(is_unconditional, 1.0, weight)
+  return problem._replace(weight=weight), scale_weight, strength
+
+
+def _scale(
+  squared: Float[Array, "B N T"],
+  weight: Float[Array, "B T"],
+  variant: Variant,
+  axis_name: Axes,
+  scalars: Scalars | None,
+) -> Float[Array, ""]:
+  """S = (mean of w d^p / mean of w)^(1/p), self-pairs included, or as known."""
+  power = variant.scale_power
+  if scalars is not None:
+    return scalars.scale
+  powered = jnp.sqrt(squared) if power == 1 else squared
+  mean_power, mean_weight = over_axes(
+    (batch_mean(powered * weight[:, None, :]), batch_mean(weight)), axis_name
+  )
+  scale = mean_power / mean_weight
+  return scale if power == 1 else jnp.sqrt(scale)
+
+
+def _units(
+  scale: Float[Array, ""], channels: int, variant: Variant
+) -> tuple[Array, Array, float | Array]:
+  """(unit of distances, of coordinates, least mean square of a drift) (A.6).
+
+  In these coordinates the mean distance is sqrt(C). Units are 1 if features are
+  not normalised.
+  """
+  if variant.normalize_features:
+    distance_unit = jnp.maximum(scale, MIN_SCALE)
+    unit = jnp.maximum(scale / math.sqrt(channels), MIN_SCALE)
+    return distance_unit, unit, MIN_DRIFT_MEAN_SQUARE
+  one = jnp.ones_like(scale)
+  least = jnp.maximum(MIN_DRIFT_MEAN_SQUARE * scale**2 / channels, _TINY)
+  return one, one, least
+
+
+def _stretch(
+  problem: family.Problem, scale: Float[Array, ""], variant: Variant
+) -> Float[Array, "B 1 1"] | None:
+  """Each problem's factor of the temperatures that `neighbours` asks for.
+
+  With it, samples have so many effective positives on average at temperature 1.
+  By bisection within 1e-3 to 1e3 of the scale; the nearest end if none does.
+  """
+  if not variant.neighbours:
+    return None
+  squared = problem.squared[..., problem.num_negatives :]
+  if not variant.neighbours < squared.shape[-1]:
+    raise ValueError(
+      f"neighbours={variant.neighbours} must be below the number of positives, "
+      f"{squared.shape[-1]}"
+    )
+  scale = jnp.maximum(scale, MIN_SCALE if variant.normalize_features else _TINY)
+  distance = jnp.sqrt(squared) / scale
 
   def halve(_: Any, ends: tuple[Array, Array]) -> tuple[Array, Array]:
     low, high = ends
     middle = (low + high) / 2.0
-    count = _effective_numbers(-distance / jnp.exp(middle))
-    few = jnp.mean(count, axis=-1)[:, None, None] < neighbours
+    count = diagnostics.effective_numbers(-distance / jnp.exp(middle))
+    few = jnp.mean(count, axis=-1)[:, None, None] < variant.neighbours
     return jnp.where(few, middle, low), jnp.where(few, high, middle)
 
+  low, high = (
+    jnp.full((len(distance), 1, 1), math.log(end), distance.dtype)
+    for end in _SCALES
+  )
   low, high = jax.lax.fori_loop(0, _BISECTIONS, halve, (low, high))
-  return jnp.exp((low + high) / 2.0)
+  stretch = jnp.exp((low + high) / 2.0)
+  # Temperatures of normalised features are multiplied by S already.
+  return stretch if variant.normalize_features else stretch * scale
 
 
-def _temperature_gradient(
-  problem: family.Problem, bandwidth: Any
-) -> Float[Array, ""]:
-  """See DriftInfo: learned from which candidate fits its positives best."""
-  distance = jnp.sqrt(problem.squared)
+def _taus(
+  temperatures: tuple[float, ...], unit: Array, *factors: Array | None
+) -> list[Tau]:
+  """Temperatures in the unit of the distances, times the factors there are."""
+  taus: list[Any] = [temperature * unit for temperature in temperatures]
+  for factor in jax.lax.stop_gradient(factors):
+    if factor is not None:
+      taus = [tau * factor for tau in taus]
+  return taus
 
-  def objective(log_scale: Array) -> Array:
-    logits = -distance / (bandwidth * jnp.exp(log_scale))
-    positives = logits[..., problem.num_negatives :]
-    misfit = jax.nn.logsumexp(logits, axis=-1) - jax.nn.logsumexp(
-      positives, axis=-1
+
+def _mask(
+  problem: family.Problem,
+  pairs: Bool[Array, "N T"] | None,
+  taus: list[Tau],
+  soft_unit: Float[Array, ""] | None,
+) -> family.Problem:
+  """Pairs far apart: as far as the paper has them, or beyond every kernel."""
+  if pairs is None:
+    return problem
+  if soft_unit is None:
+    return problem._replace(
+      squared=mask_pairs(problem.squared, pairs, sum(taus))
     )
-    return jnp.mean(jnp.min(misfit, axis=-1))
+  far = MIN_DISTANCE + SELF_DISTANCE * soft_unit
+  return problem._replace(squared=jnp.where(pairs, far**2, problem.squared))
 
-  return jax.grad(objective)(jnp.zeros((), distance.dtype))
+
+def _normalise(
+  problem: family.Problem, distance_unit: Array, unit: Array
+) -> family.Problem:
+  """Coordinates in their unit, about the mean of a problem's samples."""
+  center = jnp.mean(problem.x, axis=1, keepdims=True)
+  return problem._replace(
+    x=(problem.x - center) / unit,
+    targets=(problem.targets - center) / unit,
+    unit=distance_unit,
+  )
 
 
-def compute_field(
-  x: Float[Array, "N D"],
-  y_pos: Float[Array, "P D"],
-  y_neg: Float[Array, "M D"],
-  temperature: float,
-  *,
-  field: str,
-  weight_pos: Float[Array, " P"] | None = None,
-  weight_neg: Float[Array, " M"] | None = None,
-  mask_self: bool = False,
-  **options: Any,
-) -> Float[Array, "N D"]:
-  """V of any field of the family at given points, on raw distances.
+def _field(
+  variant: Variant, affinity_floor: float, normalization: Normalization
+) -> family.Field:
+  """The variant's field with its options; two of them are the loss' own."""
+  options = dict(variant.options)
+  if variant.field == "softmax":
+    options["affinity_floor"] = affinity_floor
+    options["normalization"] = normalization
+  return functools.partial(family.FIELDS[variant.field], **options)
 
-  Args:
-    x: where; any points.
-    y_pos: positives, which attract.
-    y_neg: negatives, which repel.
-    temperature: tau, in units of distance.
-    field: one of family.FIELDS.
-    weight_pos: of each positive; None means 1.
-    weight_neg: of each negative; None means 1.
-    mask_self: whether y_neg is x itself, and (x_i, y_neg_i) no pair.
-    **options: of the field.
 
-  Returns:
-    V = V+ - V-, float32 (float64 of points that are), without gradient;
-    nothing is normalised but what the field itself does.
+def _guide(
+  problem: family.Problem,
+  pulls: family.Pulls,
+  strength: Float[Array, "B 1 1"] | None,
+) -> family.Pulls:
+  """V+ and V- with velocity guidance, where there is a strength.
 
-  Raises:
-    ValueError: other axes than these, an unknown field or option, a temperature
-      that is not positive, as many negatives as samples are wanted but not
-      given.
+  V = (1 + strength) V+ - V-(generated) - strength V-(unconditional)
   """
-  check_points(x, y_pos, y_neg)
-  check_temperature(temperature)
-  family.check_field(field, options)
-  if mask_self and len(x) != len(y_neg):
-    raise ValueError(
-      "mask_self=True masks the pair (x_i, y_neg_i), so x and y_neg need as "
-      f"many rows; got {len(x)} and {len(y_neg)}"
-    )
-  dtype = wide_dtype(x, y_pos, y_neg)
-  x, targets = (
-    jax.lax.stop_gradient(a.astype(dtype))[None]
-    for a in (x, jnp.concatenate([y_neg, y_pos]))
+  if strength is None or isinstance(pulls, family.Velocities):
+    return pulls
+  at = problem.num_generated
+  neg = [pulls.neg[..., :at], strength * pulls.neg[..., at:]]
+  return pulls._replace(
+    pos=(1.0 + strength) * pulls.pos, neg=jnp.concatenate(neg, axis=-1)
   )
-  at = len(y_neg)
-  squared = jnp.maximum(squared_distances(x, targets), TINY_SQUARED_DISTANCE)
-  if mask_self:
-    self_pair = jnp.eye(*squared.shape[1:], dtype=bool)
-    squared = masked(squared, self_pair, temperature)
-  weight = jnp.concatenate(
-    [
-      _weights(
-        "weight_neg",
-        None if weight_neg is None else weight_neg[None],
-        targets[:, :at],
-        dtype,
-      ),
-      _weights(
-        "weight_pos",
-        None if weight_pos is None else weight_pos[None],
-        targets[:, at:],
-        dtype,
-      ),
-    ],
-    axis=1,
-  )
-  center = jnp.mean(x, axis=1, keepdims=True)
-  problem = family.Problem(
-    x - center,
-    targets - center,
-    squared,
-    weight,
-    jnp.ones((), dtype),
-    num_generated=at,
-    num_negatives=at,
-    apart=False,
-    with_self=mask_self,
-  )
-  found = family.FIELDS[field](problem, temperature, **options)
-  return _drift(problem, found, 1.0, 1.0, None, False)[0][0]
 
 
-def _batch_mean(values: Float[Array, "B ..."]) -> Float[Array, ""]:
-  """Mean of everything; per row first, so that long sums stay accurate."""
-  return jnp.mean(jnp.mean(values, axis=tuple(range(1, values.ndim))))
-
-
-def _over_axes(means: _Means, axis_name: str | tuple[str, ...]) -> _Means:
-  """Means over all parts of B: one collective for the whole tree."""
-  return jax.lax.pmean(means, axis_name) if axis_name else means
-
-
-def _effective_number(logits: Float[Array, "B N P"]) -> Float[Array, ""]:
-  """Participation ratio 1 / sum p^2 of p = softmax(logits), averaged."""
-  return jnp.mean(_effective_numbers(logits))
-
-
-def _effective_numbers(logits: Float[Array, "B N P"]) -> Float[Array, "B N"]:
-  p = jax.nn.softmax(logits, axis=-1)
-  return 1.0 / jnp.sum(p**2, axis=-1)
-
-
-def check_temperatures(
-  temperatures: Temperatures,
-) -> tuple[float, ...]:
-  """As floats; raises a ValueError for what drift_loss can't take."""
-  several: Any = temperatures if np.ndim(temperatures) else (temperatures,)
-  values = tuple(float(temperature) for temperature in several)
-  for value in values:
-    check_temperature(value)
-  if not values or len(set(values)) < len(values):
-    raise ValueError(
-      f"temperatures={values} must hold at least one value and none twice"
-    )
-  return values
-
-
-def _weights(
-  name: str,
-  weight: Array | None,
-  features: Float[Array, "B T C"],
-  dtype: jnp.dtype,
-) -> Float[Array, "B T"]:
-  """Weights without gradient, or ones."""
-  if weight is None:
-    return jnp.ones(features.shape[:2], dtype)
-  if weight.shape != features.shape[:2]:
-    raise ValueError(
-      f"{name} has shape {weight.shape}; it must be {features.shape[:2]}, one "
-      "weight per row of its features"
-    )
-  return jax.lax.stop_gradient(weight.astype(dtype))
+def _total(
+  drifts: list[Float[Array, "B N C"]],
+  mean_squares: list[Float[Array, ""]],
+  least: float | Float[Array, ""],
+  variant: Variant,
+) -> Float[Array, "B N C"]:
+  """V = sum over temperatures of F / sqrt(max(mean F^2, least))."""
+  total = jnp.zeros_like(drifts[0])
+  for drift, mean_square in zip(drifts, mean_squares, strict=True):
+    if variant.normalize_drift:
+      drift /= jnp.sqrt(jnp.maximum(mean_square, least))
+    total += drift
+  return total

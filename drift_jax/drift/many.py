@@ -3,37 +3,32 @@
 import dataclasses
 import functools
 import operator
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from drift_jax.drift import fused
+from drift_jax.drift import fused, kernels
+from drift_jax.drift.diagnostics import DriftInfo, Scalars
 from drift_jax.drift.field import (
-  MAX_DIRECT_CHANNELS,
+  Axes,
   Normalization,
   check_affinities,
   check_axes,
+  check_choice,
   wide_dtype,
 )
-from drift_jax.drift.loss import (
+from drift_jax.drift.loss import drift_loss
+from drift_jax.drift.variant import (
   PAPER,
-  DriftInfo,
-  Scalars,
   Temperatures,
   Variant,
   check_temperatures,
-  drift_loss,
 )
 
-Kernel = Literal["xla", "pallas", "interpret"]
-
-# Narrower features have their distances by subtraction, as in
-# field.squared_distances; wider ones don't fit on chip.
-_WIDTHS = range(MAX_DIRECT_CHANNELS + 1, 8193)
-_MAX_TEMPERATURES = 12
+Backend = Literal["xla", "pallas", "interpret"]
 
 
 @functools.partial(
@@ -43,10 +38,10 @@ _MAX_TEMPERATURES = 12
 )
 @dataclasses.dataclass(frozen=True)
 class DriftReport:
-  """What to watch of all features.
+  """DriftInfo of all features.
 
   Attributes:
-    keys: of the features, in the order of the arrays.
+    keys: names of the features, in the order of the arrays.
     info: DriftInfo whose entries are arrays [F].
   """
 
@@ -54,7 +49,7 @@ class DriftReport:
   info: DriftInfo
 
   def of(self, key: str) -> DriftInfo:
-    """One feature's."""
+    """DriftInfo of one feature."""
     at = self.keys.index(key)
     return jax.tree.map(lambda x: x[at], self.info)
 
@@ -70,14 +65,14 @@ def drift_losses(
   normalization: Normalization = "xy",
   attraction: float = 1.0,
   repulsion: float = 1.0,
-  axis_name: str | tuple[str, ...] = (),
-  kernel: Kernel = "xla",
+  axis_name: Axes = (),
+  kernel: Backend = "xla",
   scalars: Scalars | None = None,
   variant: Variant = PAPER,
   num_unconditional: int | None = None,
   temperature_scale: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, " F"], DriftReport]:
-  """Mean `drift_loss` of each feature key, and what to watch of it.
+  """Mean `drift_loss` of each feature key, and the figures to watch.
 
   The same numbers for every kernel, up to rounding: below 1e-5 of a key's
   loss, diagnostics and (float32) gradient.
@@ -89,7 +84,7 @@ def drift_losses(
     real: those of the reals, {key: [L, R, T, C]}: positives first, then
       unconditional ones, then the independent samples of a variant that has
       them.
-    weight_unconditional: of each label's unconditional reals as negatives.
+    weight_unconditional: weight of a label's unconditional reals as negatives.
     num_positives: P.
     temperatures, affinity_floor, normalization, attraction, repulsion,
       axis_name: see `drift_loss`.
@@ -109,66 +104,56 @@ def drift_losses(
     ValueError: an unknown kernel, features or shapes that don't go together;
       as `drift_loss`.
   """
-  if kernel not in get_args(Kernel):
-    raise ValueError(
-      f"kernel={kernel!r} is unknown; valid options: {get_args(Kernel)}"
-    )
+  # 1. Checked arguments; reals and weights without gradient.
+  check_choice("kernel", kernel, get_args(Backend))
   _check_features(generated, real, weight_unconditional, num_positives)
-  temperatures = check_temperatures(temperatures)
   check_affinities(affinity_floor, normalization)
-  field = fused.Field(
-    temperatures,
-    affinity_floor,
-    normalization,
-    attraction,
-    repulsion,
-    num_positives,
-  )
-  plain = _Plain(
-    field, axis_name, variant, num_unconditional, temperature_scale
-  )
-
-  values = {
-    key: (x, jax.lax.stop_gradient(real[key])) for key, x in generated.items()
-  }
-
-  weight = jax.lax.stop_gradient(
-    weight_unconditional.astype(wide_dtype(weight_unconditional))
-  )
-  scalars = jax.lax.stop_gradient(scalars)
-
-  def is_fused(key: str) -> bool:
-    width, is_double = (
-      generated[key].shape[3],
-      generated[key].dtype == "float64",
+  temperatures = check_temperatures(temperatures)
+  real, weight, scalars = jax.lax.stop_gradient(
+    (
+      {key: real[key] for key in generated},
+      weight_unconditional.astype(wide_dtype(weight_unconditional)),
+      scalars,
     )
-    few = len(temperatures) <= _MAX_TEMPERATURES
-    is_paper = variant == PAPER and temperature_scale is None
-    fits = few and width in _WIDTHS and not is_double
-    return kernel != "xla" and is_paper and fits
-
-  # Compiled once for each group: of equal shapes, or of equal width.
-  groups: dict[Any, list[str]] = {}
-  for key, (x, y) in values.items():
-    alike = x.shape[3] if is_fused(key) else x.shape
-    groups.setdefault((alike, x.dtype, y.dtype), []).append(key)
-  found, start = [], 0
-  for keys in groups.values():
-    chosen = [values[key] for key in keys]
-    at = slice(start, start + len(keys))
-    start = at.stop
-    own = jax.tree.map(operator.itemgetter(at), scalars)
-    if is_fused(keys[0]):
-      interpret = kernel == "interpret"
-      result = _fused(chosen, weight, field, axis_name, interpret, own)
-    else:
-      result = _by_xla(chosen, weight, plain, own)
-    found.append((keys, result))
-  losses, info = jax.tree.map(
-    lambda *parts: jnp.concatenate(parts), *(result for _, result in found)
   )
-  keys = tuple(key for keys, _ in found for key in keys)
-  return losses, DriftReport(keys, jax.lax.stop_gradient(info))
+  # 2. Two ways to compute a group of features.
+  static = {
+    "temperatures": temperatures,
+    "affinity_floor": affinity_floor,
+    "normalization": normalization,
+    "attraction": attraction,
+    "repulsion": repulsion,
+    "axis_name": axis_name,
+  }
+  interpret = kernel == "interpret"
+  plan = kernels.Plan(
+    **static, num_positives=num_positives, interpret=interpret
+  )
+  on_chip = functools.partial(_on_chip, plan=plan)
+  loss = functools.partial(
+    drift_loss, **static, variant=variant, temperature_scale=temperature_scale
+  )
+  stops = [num_positives]
+  if variant.negatives == "independent":
+    stops.append(num_positives + (num_unconditional or 0))
+  by_xla = functools.partial(_by_xla, loss=loss, stops=stops)
+  may_fuse = kernel != "xla" and variant == PAPER and temperature_scale is None
+  # 3. Groups of features, each compiled once: of equal width, or shape.
+  groups: dict[Any, list[str]] = {}
+  for key, x in generated.items():
+    fits = may_fuse and fused.fits(x, temperatures)
+    alike = x.shape[3] if fits else x.shape
+    group = (fits, alike, x.dtype, real[key].dtype)
+    groups.setdefault(group, []).append(key)
+  keys, results = [], []
+  for (fits, *_), members in groups.items():
+    values = [(generated[key], real[key]) for key in members]
+    at = slice(len(keys), len(keys) + len(members))
+    shared = jax.tree.map(operator.itemgetter(at), scalars)
+    results.append((on_chip if fits else by_xla)(values, weight, shared))
+    keys += members
+  losses, info = jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
+  return losses, DriftReport(tuple(keys), jax.lax.stop_gradient(info))
 
 
 def _check_features(
@@ -201,16 +186,6 @@ def _check_features(
 _Value = tuple[Array, Array]
 
 
-class _Plain(NamedTuple):
-  """What features share that `drift_loss` computes."""
-
-  field: fused.Field
-  axis_name: str | tuple[str, ...]
-  variant: Variant
-  num_unconditional: int | None
-  temperature_scale: Float[Array, ""] | None
-
-
 def _problems(features: Float[Array, "L n T C"]) -> Float[Array, "LT n C"]:
   """One problem for each label and location."""
   problems = features.swapaxes(1, 2)
@@ -220,58 +195,52 @@ def _problems(features: Float[Array, "L n T C"]) -> Float[Array, "LT n C"]:
 def _by_xla(
   values: Sequence[_Value],
   weight: Float[Array, " L"],
-  plain: _Plain,
   scalars: Scalars | None,
+  *,
+  stops: Sequence[int],
+  loss: Callable[..., tuple[Array, DriftInfo]],
 ) -> tuple[Float[Array, " F"], DriftInfo]:
-  """drift_loss of features of equal shapes: compiled once for all of them."""
-  field, variant = plain.field, plain.variant
+  """Losses of features of equal shapes, one after the other.
 
-  def of_one(args: tuple[_Value, Scalars | None]) -> tuple[Array, DriftInfo]:
-    value, scalars = args
-    locations = value[0].shape[2]
-    x, y = (_problems(features) for features in value)
-    positives, unconditional = jnp.split(y, [field.num_positives], axis=1)
-    independent = None
-    if variant.negatives == "independent":
-      unconditional, independent = jnp.split(
-        unconditional, [plain.num_unconditional or 0], axis=1
-      )
-    losses, info = drift_loss(
+  Args:
+    values: generated and real features.
+    weight: weight of each label's unconditional reals.
+    scalars: of a larger batch.
+    stops: where reals are split: positives, unconditional, independent.
+    loss: drift_loss with its options.
+  """
+
+  def loss_of(args: tuple[_Value, Scalars | None]) -> tuple[Array, DriftInfo]:
+    (x, y), scalars = args
+    locations = x.shape[2]
+    x, y = _problems(x), _problems(y)
+    positives, unconditional, *independent = jnp.split(y, stops, axis=1)
+    weights = jnp.repeat(weight, locations)[:, None]
+    losses, info = loss(
       x,
       positives,
       unconditional,
-      weight_neg=jnp.broadcast_to(
-        jnp.repeat(weight, locations)[:, None], unconditional.shape[:2]
-      ),
-      temperatures=field.temperatures,
-      affinity_floor=field.affinity_floor,
-      normalization=field.normalization,
-      attraction=field.attraction,
-      repulsion=field.repulsion,
-      axis_name=plain.axis_name,
+      weight_neg=jnp.broadcast_to(weights, unconditional.shape[:2]),
       scalars=scalars,
-      variant=variant,
-      independent=independent,
-      temperature_scale=plain.temperature_scale,
+      independent=independent[0] if independent else None,
     )
     return losses.mean(), info
 
   if len(values) == 1:
-    own = jax.tree.map(lambda x: x[0], scalars)
-    return jax.tree.map(lambda x: x[None], of_one((values[0], own)))
+    shared = jax.tree.map(lambda x: x[0], scalars)
+    return jax.tree.map(lambda x: x[None], loss_of((values[0], shared)))
   stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *values)
-  return jax.lax.map(of_one, (stacked, scalars))
+  return jax.lax.map(loss_of, (stacked, scalars))
 
 
-def _fused(
+def _on_chip(
   values: Sequence[_Value],
   weight: Float[Array, " L"],
-  field: fused.Field,
-  axis_name: str | tuple[str, ...],
-  interpret: bool,
   scalars: Scalars | None,
+  *,
+  plan: kernels.Plan,
 ) -> tuple[Float[Array, " F"], DriftInfo]:
-  """The same of features of equal width, in few passes."""
+  """Losses of features of equal width together; see drift.fused."""
   locations = tuple(x.shape[2] for x, _ in values)
   # Joined first, so that they are transposed once.
   x, y = (
@@ -279,30 +248,10 @@ def _fused(
     for arrays in zip(*values, strict=True)
   )
   weight_y = jnp.where(
-    jnp.arange(y.shape[1]) < field.num_positives,
+    jnp.arange(y.shape[1]) < plan.num_positives,
     1.0,
     jnp.repeat(weight.astype(jnp.float32), sum(locations))[:, None, None],
   )
   ones = jnp.ones((len(x), 1, x.shape[1]), jnp.float32)
-  problems = fused.Problems(x, y, ones, weight_y)
-  shared: Any = None
-  if scalars is not None:
-    rows = scalars.drift_ms
-    if rows is not None:
-      rows = jnp.stack([rows[t] for t in field.temperatures], axis=1)
-    shared = (scalars.scale, rows)
-  result: Any = fused.losses(
-    problems, shared, locations, field, axis_name, interpret
-  )
-  losses, info = result
-
-  def by_temperature(rows: Float[Array, "F K"]) -> dict[float, Array]:
-    return dict(zip(field.temperatures, rows.T, strict=True))
-
-  return losses, {
-    "scale": info["scale"],
-    "drift_ms": by_temperature(info["drift_ms"]),
-    "effective_positives": by_temperature(info["effective_positives"]),
-    "floor_fraction": by_temperature(info["floor_fraction"]),
-    "extra": {},
-  }
+  features = fused.Features(x, y, ones, weight_y)
+  return fused.losses(features, scalars, locations, plan)

@@ -105,12 +105,6 @@ def test_constant_map_has_std_of_the_epsilon_and_a_finite_gradient():
   assert np.isfinite(jax.jit(jax.grad(total))(x)).all()
 
 
-def test_patch_size_below_one_is_an_error():
-  x = jnp.asarray(_map(4, 4))
-  with pytest.raises(ValueError, match="patch_std_size contains 0"):
-    pooled_features(x, "f", **(ALL | {"patch_std_size": (0,)}))
-
-
 def test_root_mean_square_equals_a_float64_oracle():
   x = _map(5, 3)
   expected = np.sqrt((x.astype(np.float64) ** 2).mean((1, 2)) + 1e-6)

@@ -1,7 +1,7 @@
 """The default field trains as it did before it was one of a family, to the bit.
 
 Any change that moves a digit of published settings on any machine shows here:
-either it was not meant, or `paper_loss` changes with it, in a commit that says
+either it was not meant, or `former_loss` changes with it, in a commit that says
 so.
 """
 
@@ -38,7 +38,7 @@ from tests.tasks.generator.step_test import (
 pytestmark = pytest.mark.slow
 
 
-def paper_loss(
+def former_loss(
   gen,
   pos,
   neg,
@@ -158,7 +158,7 @@ def trajectory(groups, floor):
 )
 def test_the_default_field_is_unchanged_to_the_bit(groups, floor, monkeypatch):
   now = trajectory(groups, floor)
-  monkeypatch.setattr(many, "drift_loss", paper_loss)
+  monkeypatch.setattr(many, "drift_loss", former_loss)
   before = trajectory(groups, floor)
   jax.tree.map(np.testing.assert_array_equal, now, before)
   assert all(np.isfinite(metrics["loss"]) for metrics in now[1])

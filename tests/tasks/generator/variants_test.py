@@ -93,15 +93,9 @@ def test_an_annealed_scale_ends_above_zero():
       "drift.options.kl: options.kernel='box'.*laplace, gaussian",
     ),
     (
-      {"options": {"sinkhorn": {"iterations": 2.5}}},
-      "drift.options.sinkhorn: .*iterations=2.5",
-    ),
-    (
       {"field": "kl", "normalization": "y"},
       "normalization='y' is of the field 'softmax', but field='kl'",
     ),
-    ({"guidance": "velocity"}, "drift: guidance='velocity' .*'softmax'"),
-    ({"negatives": "other"}, "drift: negatives='other'.*independent"),
     ({"reduction": "max"}, "drift.reduction='max'.*sum"),
     (
       {"temperature_scale": {"kind": "learnt"}},
