@@ -13,7 +13,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from drift_jax import config as config_lib
-from drift_jax.metrics.files import replacing, report_text, write_report
+from drift_jax.metrics.files import report_text, write_report
 from drift_jax.metrics.plots import plot_policy
 from drift_jax.metrics.writers import MetricWriter, read_jsonl
 from drift_jax.system import paths, processes, sharding
@@ -22,24 +22,19 @@ from drift_jax.system.errors import naming
 from drift_jax.tasks import parse
 from drift_jax.tasks.policy import diffusion, robots
 from drift_jax.tasks.policy.config import PolicyConfig
-from drift_jax.tasks.policy.setup import (
-  SHAPES_FILE,
-  init_policy,
-  policy_task,
-)
+from drift_jax.tasks.policy.setup import init_policy, policy_task
 from drift_jax.tasks.policy.step import PolicyTask, act_step
 from drift_jax.tasks.policy.windows import Normalizer
 from drift_jax.training.facts import read_facts
 from drift_jax.training.state import TrainState
 from drift_jax.training.workdir import CONFIG_FILE, make_checkpointer
 
+# Of a workdir: what `load_policy` needs beside config and checkpoint.
+SHAPES_FILE = "shapes.json"
 # The sampler of policies that need one evaluation.
 ONE_STEP = "one_step"
-
-
 # Calls whose median is the latency of an action chunk, and those before them.
 _TIMED_CALLS, _UNTIMED_CALLS = 50, 3
-
 
 Act = Callable[[Any, Mapping[str, np.ndarray], np.ndarray, int], np.ndarray]
 
@@ -90,15 +85,11 @@ def make_act(
     episodes: np.ndarray,
     call: int,
   ) -> np.ndarray:
-    normalized = {
-      name: normalizer.normalize(name, values)
-      if values.dtype != np.uint8
-      else values
-      for name, values in observations.items()
+    seen = {
+      name: x if x.dtype == np.uint8 else normalizer.normalize(name, x)
+      for name, x in observations.items()
     }
-    chunks = jitted(
-      params, normalized, episodes.astype(np.int32), np.int32(call)
-    )
+    chunks = jitted(params, seen, episodes.astype(np.int32), np.int32(call))
     return normalizer.unnormalize("actions", jax.device_get(chunks))
 
   return act
@@ -111,21 +102,17 @@ def here(params: Any, mesh: Mesh) -> Any:
 
 
 @contextlib.contextmanager
-def environments(
-  config: PolicyConfig,
-) -> Iterator[list[robots.Environment]]:
+def environments(config: PolicyConfig) -> Iterator[list[robots.Environment]]:
   """Opens as many of the run's environments as its evaluation needs.
 
   Raises:
     RobotError: one that can't be opened.
   """
-  section = config.eval
+  section, seen = config.eval, config.data.observations
   with contextlib.ExitStack() as stack:
     opened = []
     for _ in range(min(section.parallel, section.episodes)):
-      opened.append(
-        robots.make(config.environment, observations=config.data.observations)
-      )
+      opened.append(robots.make(config.environment, observations=seen))
       stack.callback(opened[-1].close)
     yield opened
 
@@ -158,9 +145,7 @@ def run_episodes(
 
 
 def chunk_latency(
-  config: PolicyConfig,
-  environment: robots.Environment,
-  act: robots.Act,
+  config: PolicyConfig, environment: robots.Environment, act: robots.Act
 ) -> float:
   """Median seconds from one observation history to its action chunk."""
   seen = environment.reset(config.eval.seed)
@@ -234,7 +219,7 @@ def load_policy(
   return TrainedPolicy(
     config,
     task,
-    Normalizer.from_tree(feed["normalizer"]),
+    Normalizer(feed["normalizer"]),
     here(restored["ema"][decay], mesh),
     step,
   )
@@ -248,7 +233,7 @@ class Evaluation:
     config: PolicyConfig,
     acts: dict[str, Act],
     environments: Sequence[robots.Environment],
-    mesh: jax.sharding.Mesh,
+    mesh: Mesh,
     path: epath.Path,
   ):
     self._config = config
@@ -268,44 +253,31 @@ class Evaluation:
     check: Callable[[], None],
     writer: MetricWriter,
   ) -> dict[str, float]:
-    """Scalars under eval/SAMPLER/, of the first process."""
+    """Scalars under eval/SAMPLER/, of the first process.
+
+    Before each call of the policy, all processes ask `check` whether to go on.
+    """
     del writer  # the loop writes the scalars
     params = self._params(state)
+    scalars = {}
     if not processes.is_first():
-      # As often as the first one does, which alone knows how often.
+      # The first process alone knows how often.
       while processes.from_first(bool):
         check()
-      return {}
-    scalars = self._roll_out(step, params, check)
-    processes.from_first(lambda: False)
-    return scalars
-
-  def _roll_out(
-    self, step: int, params: Any, check: Callable[[], None]
-  ) -> dict[str, float]:
-    """Figures of all samplers; asks before each of their calls."""
-    scalars = {}
+      return scalars
     for name, act in self._acts.items():
 
-      def asking(
-        observations: Mapping[str, np.ndarray],
-        episodes: np.ndarray,
-        call: int,
-        act: Act = act,
-      ) -> np.ndarray:
+      def asking(*arguments: Any, act: Act = act) -> np.ndarray:
         processes.from_first(lambda: True)
         check()
-        return act(params, observations, episodes, call)
+        return act(params, *arguments)
 
       episodes = run_episodes(self._config, self._environments, asking)
       figures = robots.summarize(episodes)
-      logger.info(
-        "eval step %d, %s: %s",
-        step,
-        name,
-        ", ".join(f"{key} {value:.4g}" for key, value in figures.items()),
-      )
+      text = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
+      logger.info("eval step %d, %s: %s", step, name, text)
       scalars |= {f"eval/{name}/{k}": value for k, value in figures.items()}
+    processes.from_first(lambda: False)
     return scalars
 
   def finish(self, state: TrainState) -> None:
@@ -313,20 +285,24 @@ class Evaluation:
     params = self._params(state)
     if not processes.is_first():
       return
-    step = int(state.step)
-    report: dict[str, Any] = {"step": step}
+    config, opened = self._config, self._environments
+    count = config.eval.videos
+    report: dict[str, Any] = {"step": int(state.step)}
     for name, act in self._acts.items():
-      report[name] = self.means(name)
       bound = functools.partial(act, params)
-      latency = chunk_latency(self._config, self._environments[0], bound)
-      report[name]["milliseconds_per_chunk"] = 1e3 * latency
-      if self._config.eval.videos:
-        self._film(name, bound)
+      latency = chunk_latency(config, opened[0], bound)
+      report[name] = self.means(name) | {
+        "milliseconds_per_chunk": 1e3 * latency
+      }
+      if count:
+        episodes = run_episodes(config, opened, bound, record=count)
+        file = self._path / "videos" / f"{name.replace(':', '_')}.gif"
+        robots.save_video(file, episodes[:count])
     write_report(self._path / "figures.json", report)
     logger.info("Final figures: %s", report_text(report))
 
   def means(self, name: str) -> dict[str, Any]:
-    """Of the last evaluations, each step's newest."""
+    """Of a sampler's last evaluations, each step's newest."""
     prefix = f"eval/{name}/"
     by_step = {
       record["step"]: {
@@ -344,13 +320,6 @@ class Evaluation:
       for key in sorted(keys)
     }
     return {**means, "evaluations": last}
-
-  def _film(self, name: str, act: Any) -> None:
-    count = self._config.eval.videos
-    episodes = run_episodes(self._config, self._environments, act, record=count)
-    file = self._path / "videos" / f"{name.replace(':', '_')}.gif"
-    with replacing(file) as temporary:
-      robots.save_video(temporary, episodes[:count], ending=file.suffix)
 
   def _records(self) -> list[dict[str, Any]]:
     file = self._path / "metrics.jsonl"

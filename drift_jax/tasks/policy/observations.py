@@ -27,11 +27,7 @@ def crop_offsets(
     count: of crops.
     size: side of the images.
     crop: side of the crops; any place inside of an image is as likely.
-
-  Raises:
-    ValueError: crops larger than the images.
   """
-  _require_crop(size, crop)
   return jax.random.randint(key, (count, 2), 0, size - crop + 1, jnp.int32)
 
 
@@ -149,66 +145,34 @@ class ObservationEncoder(nn.Module):
         steps and images of an observation; None: the centre.
 
     Raises:
-      ValueError: missing names, shapes that don't fit, crops larger than an
-        image, offsets without a crop.
+      ValueError: missing names, images that are no square ones of uint8.
     """
-    names = (*self.vectors, *self.images)
-    missing = [name for name in names if name not in observations]
-    if missing or not names:
+    missing = {*self.vectors, *self.images} - set(observations)
+    if missing:
       raise ValueError(
-        f"observations {missing} are missing: there are {sorted(observations)}"
-        if missing
-        else "vectors=() and images=(): a policy observes something"
+        f"observations {sorted(missing)} are missing: there are "
+        f"{sorted(observations)}"
       )
-    if offsets is not None and not (self.crop and self.images):
-      raise ValueError(
-        f"offsets are of crops, but crop={self.crop} and images={self.images}"
-      )
-    parts = []
-    for name in self.vectors:
-      values = jnp.asarray(observations[name], jnp.float32)
-      if values.ndim != 3:
-        raise ValueError(
-          f"observation {name!r} has shape {values.shape}, want vectors "
-          "[B, To, D]"
-        )
-      parts.append(values)
-    sides = {}
+    parts = [
+      jnp.asarray(observations[name], jnp.float32) for name in self.vectors
+    ]
     for name in self.images:
       pixels = jnp.asarray(observations[name])
-      sides[name] = _side(name, pixels)
+      batch, steps, height, width, channels = pixels.shape
+      if height != width or channels != 3 or pixels.dtype != jnp.uint8:
+        raise ValueError(
+          f"observation {name!r} is {pixels.dtype} {pixels.shape}, want square "
+          "uint8 images [B, To, H, H, 3]"
+        )
       if self.crop:
         pixels = _cropped(pixels, self.crop, offsets)
-      batch, steps, *shape = pixels.shape
       encoder = ImageEncoder(
         self.keypoints, self.image_features, self.dtype, name=f"image_{name}"
       )
-      features = encoder(
-        pixels.reshape(-1, *shape).astype(jnp.float32) / 127.5 - 1.0
-      )
+      flat = pixels.reshape(-1, *pixels.shape[2:])
+      features = encoder(flat.astype(jnp.float32) / 127.5 - 1.0)
       parts.append(features.reshape(batch, steps, -1))
-    if offsets is not None and len(set(sides.values())) > 1:
-      raise ValueError(f"one crop for images of several sides: {sides}")
-    together = jnp.concatenate(parts, axis=-1)
-    return together.reshape(len(together), -1)
-
-
-def _side(name: str, pixels: Shaped[Array, "..."]) -> int:
-  is_square = pixels.ndim == 5 and pixels.shape[2] == pixels.shape[3]
-  if not is_square or pixels.shape[-1] != 3 or pixels.dtype != jnp.uint8:
-    raise ValueError(
-      f"observation {name!r} is {pixels.dtype} {pixels.shape}, want square "
-      "uint8 images [B, To, H, H, 3]"
-    )
-  return pixels.shape[2]
-
-
-def _require_crop(size: int, crop: int) -> None:
-  if not 1 <= crop <= size:
-    raise ValueError(
-      f"crop={crop}: a part of images of {size} x {size} has a side of 1 to "
-      f"{size}"
-    )
+    return jnp.concatenate(parts, axis=-1).reshape(len(parts[0]), -1)
 
 
 def _cropped(
@@ -216,10 +180,8 @@ def _cropped(
   crop: int,
   offsets: Int[ArrayLike, "B 2"] | None,
 ) -> Shaped[Array, "B T h h 3"]:
-  size = pixels.shape[2]
-  _require_crop(size, crop)
   if offsets is None:
-    start = (size - crop) // 2
+    start = (pixels.shape[2] - crop) // 2
     return pixels[:, :, start : start + crop, start : start + crop]
 
   def cut(

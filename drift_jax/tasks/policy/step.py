@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -19,9 +19,6 @@ from drift_jax.tasks.policy.observations import crop_offsets
 from drift_jax.training import state as state_lib
 from drift_jax.training.drifting import Temperature, drift_update
 from drift_jax.training.step import Metrics, apply, gradients_over, update
-
-Method = Literal["drifting", "diffusion", "regression"]
-Problem = Literal["step", "chunk", "batch"]
 
 # The one key of the drifting loss.
 ACTIONS_KEY = "actions"
@@ -79,8 +76,8 @@ class PolicyTask:
   """
 
   policy: nn.Module
-  method: Method
-  problem: Problem
+  method: str
+  problem: str
   num_generated: int
   diffusion_steps: int
   action_shape: tuple[int, int]
@@ -115,11 +112,12 @@ def draw_policy(
 
 def policy_loss(
   params: Any,
+  axis_name: tuple[str, ...],
   batch: PolicyBatch,
   draws: PolicyDraws,
-  task: PolicyTask,
-  axis_name: tuple[str, ...] = (),
   temperature_scale: Float[Array, ""] | None = None,
+  *,
+  task: PolicyTask,
 ) -> tuple[Float[Array, ""], drift.DriftReport | None]:
   """The loss of a batch, or of its part on a device.
 
@@ -152,12 +150,16 @@ def policy_loss(
     )
     eps = act(x, repeated, time=draws.time)
     return jnp.mean((eps - draws.noise) ** 2), None
+
+  def by_observation(chunks: Float[Array, "n T A"]) -> Float[Array, "B G T A"]:
+    return chunks.reshape(-1, task.num_generated, *chunks.shape[1:])
+
   real = batch.actions[:, None]
   if draws.repelling is not None:
     repelling = act(draws.repelling, jax.lax.stop_gradient(repeated))
     repelling = jax.lax.stop_gradient(repelling)
-    real = jnp.concatenate([real, _by_observation(repelling, task)], axis=1)
-  generated = _by_observation(act(draws.noise, repeated), task)
+    real = jnp.concatenate([real, by_observation(repelling)], axis=1)
+  generated = by_observation(act(draws.noise, repeated))
   if task.problem == "chunk":
     generated, real = (
       x.reshape(*x.shape[:2], 1, -1) for x in (generated, real)
@@ -182,59 +184,31 @@ def policy_loss(
   return jnp.mean(losses) if task.average else jnp.sum(losses), report
 
 
-def _by_observation(
-  chunks: Float[Array, "n T A"], task: PolicyTask
-) -> Float[Array, "B G T A"]:
-  return chunks.reshape(-1, task.num_generated, *chunks.shape[1:])
-
-
-def policy_gradients(
-  params: Any,
-  batch: PolicyBatch,
-  draws: PolicyDraws,
-  task: PolicyTask,
-  layout: sharding.Layout | None = None,
-  temperature_scale: Float[Array, ""] | None = None,
-) -> tuple[Float[Array, ""], drift.DriftReport | None, Any]:
-  """(loss, report or None, gradients), on a mesh if there is a layout."""
-
-  def loss_of(
-    params: Any,
-    axes: tuple[str, ...],
-    batch: PolicyBatch,
-    draws: PolicyDraws,
-    scale: Any,
-  ) -> tuple[jax.Array, Any]:
-    return policy_loss(params, batch, draws, task, axes, scale)
-
-  return gradients_over(
-    loss_of, params, (batch, draws), (temperature_scale,), layout
-  )
-
-
 def policy_step(
   state: state_lib.TrainState,
   batch: PolicyBatch,
-  frozen: Any = None,
-  draws: PolicyDraws | None = None,
+  frozen: Any,
   *,
   task: PolicyTask,
   optimizer: optax.GradientTransformation,
   schedule: optax.Schedule,
   layout: sharding.Layout | None = None,
 ) -> tuple[state_lib.TrainState, Metrics]:
-  """One step of the policy; draws are made from state.key() if not given.
+  """One step of the policy, drawn from state.key().
 
   Metrics: see drift_update; of a baseline 'loss' and update's. There is nothing
   frozen.
   """
   del frozen
-  if draws is None:
-    draws = draw_policy(state.key(), task, len(batch.actions))
+  draws = draw_policy(state.key(), task, len(batch.actions))
   temperature = task.temperature
   scale = None if temperature is None else temperature.scale(state)
-  loss, report, grads = policy_gradients(
-    state.params, batch, draws, task, layout, scale
+  loss, report, grads = gradients_over(
+    functools.partial(policy_loss, task=task),
+    state.params,
+    (batch, draws),
+    (scale,),
+    layout,
   )
   if report is None:
     state, metrics = update(state, grads, optimizer, schedule)

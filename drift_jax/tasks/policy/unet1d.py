@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from drift_jax.models.arguments import require_int, require_multiple
+from drift_jax.models.arguments import require_multiple
 from drift_jax.models.layers import GroupNorm, sinusoidal_embedding
 
 # Uniform in +-1 / sqrt(fan-in), as in the published code: FiLM's scales are
@@ -71,6 +71,15 @@ def convolve(
   return y.reshape(-1, outputs, features)
 
 
+def _kernel_and_bias(
+  module: nn.Module, size: int, channels: int, features: int
+) -> tuple[Array, Array]:
+  shape = (size, channels, features)
+  kernel = module.param("kernel", _kernel_init, shape)
+  bias = module.param("bias", _uniform(size * channels), shape[-1:])
+  return kernel.astype(module.dtype), bias.astype(module.dtype)
+
+
 class Conv1d(nn.Module):
   """A convolution over time with a bias; see `convolve`."""
 
@@ -81,17 +90,9 @@ class Conv1d(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B t D"]:
-    channels = x.shape[-1]
-    shape = (self.size, channels, self.features)
-    kernel = self.param("kernel", _kernel_init, shape)
-    bias = self.param("bias", _uniform(self.size * channels), shape[-1:])
-    y = convolve(
-      x.astype(self.dtype),
-      kernel.astype(self.dtype),
-      stride=self.stride,
-      padding=(self.size - 1) // 2,
-    )
-    return y + bias.astype(self.dtype)
+    kernel, bias = _kernel_and_bias(self, self.size, x.shape[-1], self.features)
+    x, padding = x.astype(self.dtype), (self.size - 1) // 2
+    return convolve(x, kernel, stride=self.stride, padding=padding) + bias
 
 
 class Upsample(nn.Module):
@@ -108,17 +109,13 @@ class Upsample(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B 2*T D"]:
     batch, steps, channels = x.shape
-    shape = (4, channels, self.features)
-    kernel = self.param("kernel", _kernel_init, shape)
-    bias = self.param("bias", _uniform(4 * channels), shape[-1:])
+    kernel, bias = _kernel_and_bias(self, 4, channels, self.features)
     pairs = kernel[::-1].reshape(2, 2, channels, self.features)
     pairs = pairs.transpose(0, 2, 1, 3).reshape(2, channels, -1)
-    y = convolve(
-      x.astype(self.dtype), pairs.astype(self.dtype), stride=1, padding=1
-    )
+    y = convolve(x.astype(self.dtype), pairs, stride=1, padding=1)
     even, odd = y[:, :-1, : self.features], y[:, 1:, self.features :]
     y = jnp.stack([even, odd], axis=2).reshape(batch, 2 * steps, self.features)
-    return y + bias.astype(self.dtype)
+    return y + bias
 
 
 class _ConvBlock(nn.Module):
@@ -202,33 +199,37 @@ class ConditionalUnet1d(nn.Module):
       time: a denoising step's number, for networks which have one.
 
     Raises:
-      ValueError: attributes, shapes or a time that don't fit.
+      ValueError: attributes or a number of steps that don't fit.
     """
-    self._check(x.shape, time is not None)
+    self._check(x.shape[1])
     if time is not None:
       condition = jnp.concatenate([self._embed(time), condition], axis=-1)
     condition = condition.astype(self.dtype)
 
-    def block(name: str, width: int, x: Float[Array, "B T C"]) -> Array:
-      return _ResidualBlock(
-        width, self.kernel_size, self.groups, self.dtype, name=name
-      )(x, condition)
+    def two_blocks(name: str, width: int, x: Float[Array, "B T C"]) -> Array:
+      for i in (1, 2):
+        block = _ResidualBlock(
+          width,
+          self.kernel_size,
+          self.groups,
+          self.dtype,
+          name=f"{name}_block{i}",
+        )
+        x = block(x, condition)
+      return x
 
     hidden = x.astype(self.dtype)
     skips = []
     for level, width in enumerate(self.widths):
-      for i in (1, 2):
-        hidden = block(f"down{level}_block{i}", width, hidden)
+      hidden = two_blocks(f"down{level}", width, hidden)
       skips.append(hidden)
       if level < len(self.widths) - 1:
         hidden = Conv1d(width, 3, self.dtype, 2, name=f"down{level}")(hidden)
-    for i in (1, 2):
-      hidden = block(f"middle_block{i}", self.widths[-1], hidden)
+    hidden = two_blocks("middle", self.widths[-1], hidden)
     for level in range(len(self.widths) - 1, 0, -1):
       hidden = jnp.concatenate([hidden, skips[level]], axis=-1)
       width = self.widths[level - 1]
-      for i in (1, 2):
-        hidden = block(f"up{level}_block{i}", width, hidden)
+      hidden = two_blocks(f"up{level}", width, hidden)
       hidden = Upsample(width, self.dtype, name=f"up{level}")(hidden)
     hidden = _ConvBlock(
       self.widths[0], self.kernel_size, self.groups, self.dtype, name="final"
@@ -242,34 +243,21 @@ class ConditionalUnet1d(nn.Module):
     x = _dense(mish(x), self.time_size, self.dtype, "time_out")
     return x.astype(jnp.float32)
 
-  def _check(self, shape: tuple[int, ...], has_time: bool) -> None:
-    if not self.widths:
-      raise ValueError("widths=(): a U-Net has at least one level")
-    for level, width in enumerate(self.widths):
-      name = f"widths (level {level})"
-      require_int(name, width, 1)
-      require_multiple(name, width, "groups", self.groups)
+  def _check(self, steps: int) -> None:
+    levels = len(self.widths)
+    for name, value, divisor_name, divisor in (
+      *(
+        (f"widths (level {i})", x, "groups", self.groups)
+        for i, x in enumerate(self.widths)
+      ),
+      ("time_size", self.time_size, "sine and cosine", 2),
+      ("x's steps", steps, f"2^({levels} levels - 1)", 2 ** (levels - 1)),
+    ):
+      require_multiple(name, value, divisor_name, divisor)
     if self.kernel_size % 2 == 0:
       raise ValueError(
         f"kernel_size={self.kernel_size}: must be odd, or a convolution would "
         "change the number of steps"
-      )
-    require_int("time_size", self.time_size, 0)
-    require_multiple("time_size", self.time_size, "sine and cosine", 2)
-    require_multiple(
-      "x's steps",
-      shape[1],
-      f"2^({len(self.widths)} levels - 1)",
-      2 ** (len(self.widths) - 1),
-    )
-    if shape[2] != self.action_size:
-      raise ValueError(
-        f"x has {shape[2]} channels, the actions action_size={self.action_size}"
-      )
-    if has_time != (self.time_size > 0):
-      raise ValueError(
-        f"time_size={self.time_size}: "
-        + ("this network has no time" if has_time else "it needs a time")
       )
 
 

@@ -13,18 +13,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 from drift_jax.drift import Variant
 from drift_jax.system import sharding
 from drift_jax.tasks.policy import diffusion
-from drift_jax.tasks.policy import step as step_lib
 from drift_jax.tasks.policy.step import (
   PolicyBatch,
   PolicyTask,
   act_step,
   draw_policy,
-  policy_gradients,
+  policy_loss,
   policy_step,
 )
 from drift_jax.training import optim
 from drift_jax.training import state as state_lib
 from drift_jax.training.drifting import Temperature
+from drift_jax.training.step import gradients_over
 from tests.conftest import assert_close, precise_jit
 
 B, G, T, A = 8, 4, 4, 3
@@ -168,8 +168,10 @@ def test_loss_and_gradient_follow_the_field(problem):
     params, np.float32(upstream)
   )
   loss, report, gradients = precise_jit(
-    functools.partial(policy_gradients, task=task)
-  )(params, batch, draws)
+    lambda *args: gradients_over(
+      functools.partial(policy_loss, task=task), params, args, (), None
+    )
+  )(batch, draws)
   assert_close(loss, want_loss, 2e-5)
   assert report.keys == ("actions",)
   for found, wanted in zip(
@@ -191,7 +193,7 @@ def test_one_positive_of_each_observation():
     def loss(shift):
       moved = PolicyBatch(batch.observations, actions)
       shifted = draws._replace(noise=draws.noise.at[:G].add(shift))
-      return step_lib.policy_loss(params, moved, shifted, task)[0]
+      return policy_loss(params, (), moved, shifted, task=task)[0]
 
     return jax.grad(loss)(jnp.zeros((G, T, A)))
 
@@ -269,11 +271,10 @@ def test_one_device_is_eight(changes):
     assert_close(found, wanted, 2e-4)
 
 
-def policy_loss(params, batch, draws, *, task):
-  loss, _ = jax.jit(functools.partial(step_lib.policy_loss, task=task))(
-    params, batch, draws
-  )
-  return loss
+def loss_of(params, batch, draws, *, task):
+  return jax.jit(
+    lambda *args: policy_loss(args[0], (), *args[1:], task=task)[0]
+  )(params, batch, draws)
 
 
 def test_baselines_are_their_formulas():
@@ -281,7 +282,7 @@ def test_baselines_are_their_formulas():
   batch, params = make_batch(), make_params(regression)
   draws = draw_policy(jax.random.key(0), regression, B)
   assert not np.any(draws.noise)
-  found = policy_loss(params, batch, draws, task=regression)
+  found = loss_of(params, batch, draws, task=regression)
   chunks = jax.jit(regression.policy.apply)(
     {"params": params}, batch.observations, draws.noise
   )
@@ -291,7 +292,7 @@ def test_baselines_are_their_formulas():
   params = make_params(task)
   draws = make_draws(task)
   assert len(set(draws.time.tolist())) > 1 and draws.time.max() < 10
-  found = policy_loss(params, batch, draws, task=task)
+  found = loss_of(params, batch, draws, task=task)
   bars = diffusion.alpha_bars(10)[np.asarray(draws.time)][:, None, None]
   clean, observations = jax.tree.map(
     lambda x: np.repeat(x, G, axis=0), (batch.actions, batch.observations)

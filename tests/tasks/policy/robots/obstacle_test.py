@@ -78,14 +78,6 @@ def test_touching_is_the_end():
   assert np.linalg.norm(start) > 0.4 and touches(start, start + [0.2, 0.0])
 
 
-def test_time_is_up():
-  environment = robots.make("obstacle")
-  environment.reset(0)
-  steps = [environment.step(np.zeros(2)) for _ in range(40)]
-  assert [step.done for step in steps] == [False] * 39 + [True]
-  assert not any(step.success for step in steps)
-
-
 def test_success_may_be_no_end():
   _, step = go(*around(1), (0.2, 0), stop_at_success=False)
   assert step.success and not step.done and step.reward == 0
