@@ -2,26 +2,11 @@
 
 import operator
 
-from drift_jax.config.checks import (
-  check_at_least,
-  check_choice,
-  check_distinct,
-  check_drift,
-  check_run,
-  require,
-)
-from drift_jax.config.sections import (
-  Drift,
-  Eval,
-  RunConfig,
-  RunData,
-  Section,
-  Source,
-)
+from drift_jax.config import checks, sections
 from drift_jax.tasks.policy.robots.environments import ENVIRONMENTS
 
 
-class PolicyData(RunData):
+class PolicyData(sections.RunData):
   """Demonstrations, and how windows are cut from them.
 
   `source` is 'expert' (the environment's scripted one, `episodes` of them by
@@ -29,7 +14,7 @@ class PolicyData(RunData):
   `observations` may cut columns: 'state[:2]'.
   """
 
-  source: Source
+  source: sections.Source
   episodes: int
   seed: int
   observations: tuple[str, ...]
@@ -38,7 +23,7 @@ class PolicyData(RunData):
   executed: int
 
 
-class PolicyModel(Section):
+class PolicyModel(sections.Section):
   """Arguments of drift_jax.models.Policy's two networks.
 
   `crop` is the side that images are cut to, 0 for whole ones; `time_size` of
@@ -55,7 +40,7 @@ class PolicyModel(Section):
   dtype: str
 
 
-class PolicyLoss(Section):
+class PolicyLoss(sections.Section):
   """What trains the policy: 'drifting', or a baseline of the same network.
 
   `problem` is the drifting loss': 'step', 'chunk' or 'batch';
@@ -67,14 +52,14 @@ class PolicyLoss(Section):
   diffusion_steps: int
 
 
-class PolicyBatch(Section):
+class PolicyBatch(sections.Section):
   """Sizes of one step: observations, and G generated (noisy) chunks of each."""
 
   size: int
   generated: int
 
 
-class PolicyEval(Eval):
+class PolicyEval(sections.Eval):
   """Rollouts in the loop, of the episodes seed, seed + 1, ...
 
   `samplers` are those of a diffusion policy, 'ddpm:N' or 'ddim:N'; every one
@@ -107,61 +92,61 @@ _AT_LEAST = {
 }
 
 
-class PolicyConfig(RunConfig):
+class PolicyConfig(sections.RunConfig):
   """A run that trains a policy of robot control: config.task = 'policy'."""
 
   environment: str
   data: PolicyData
   model: PolicyModel
   loss: PolicyLoss
-  drift: Drift
+  drift: sections.Drift
   batch: PolicyBatch
   eval: PolicyEval
 
   def check(self) -> None:
     """Raises ConfigError if values are out of range or contradict."""
-    check_run(self)
+    checks.check_run(self)
     data, evaluation = self.data, self.eval
     # 1. Choices and ranges.
-    check_choice("environment", self.environment, _ENVIRONMENTS)
-    check_choice("loss.method", self.loss.method, _METHODS)
-    check_choice("loss.problem", self.loss.problem, _PROBLEMS)
-    check_choice("checkpoint.best_metric", self.checkpoint.best_metric, ("",))
+    checks.check_choice("environment", self.environment, _ENVIRONMENTS)
+    checks.check_choice("loss.method", self.loss.method, _METHODS)
+    checks.check_choice("loss.problem", self.loss.problem, _PROBLEMS)
+    checks.check_choice(
+      "checkpoint.best_metric", self.checkpoint.best_metric, ("",)
+    )
     for least, names in _AT_LEAST.items():
       for name in names:
-        check_at_least(name, operator.attrgetter(name)(self), least)
+        checks.check_at_least(name, operator.attrgetter(name)(self), least)
     for width in self.model.widths:
-      check_at_least("model.widths", width, 1)
+      checks.check_at_least("model.widths", width, 1)
     for name in ("data.observations", "model.widths"):
       values = operator.attrgetter(name)(self)
-      require(len(values) > 0, f"{name}=() must name at least one")
-    check_distinct("data.observations", data.observations)
-    require(
+      checks.require(len(values) > 0, f"{name}=() must name at least one")
+    checks.check_distinct("data.observations", data.observations)
+    checks.require(
       0 <= evaluation.videos <= evaluation.episodes,
       f"eval.videos={evaluation.videos} must lie in [0, eval.episodes = "
       f"{evaluation.episodes}]",
     )
     # 2. Demonstrations and their windows.
     kind, _, path = data.source.partition(":")
-    require(
+    checks.require(
       kind == "expert" and not path or kind in ("zarr", "hdf5") and path != "",
       f"data.source={data.source!r}: valid options are {_SOURCES}",
     )
-    require(
+    checks.require(
       kind != "expert" or (self.environment != "" and data.episodes >= 1),
-      f"data.source='expert' with environment={self.environment!r}, "
-      f"data.episodes={data.episodes}: the expert is the environment's, and "
-      "makes at least one episode",
+      f"data.source='expert' with environment={self.environment!r} and data."
+      f"episodes={data.episodes}: it needs one, and makes at least one episode",
     )
-    require(
+    checks.require(
       data.observation_horizon - 1 + data.executed <= data.prediction_horizon,
-      f"data.executed={data.executed}: of data.prediction_horizon="
-      f"{data.prediction_horizon} actions, which begin with the first of data."
-      f"observation_horizon={data.observation_horizon} observations, at most "
-      f"{data.prediction_horizon - data.observation_horizon + 1} are left",
+      f"data.executed={data.executed}: at most data.prediction_horizon - data."
+      "observation_horizon + 1 = "
+      f"{data.prediction_horizon - data.observation_horizon + 1}",
     )
     # 3. What goes together.
-    require(
+    checks.require(
       evaluation.every == 0 or self.environment != "",
       f"eval.every={evaluation.every} with environment='': there is nothing to "
       "roll out in; set eval.every=0",
@@ -172,14 +157,16 @@ class PolicyConfig(RunConfig):
 def _check_method(config: PolicyConfig) -> None:
   loss, batch, method = config.loss, config.batch, config.loss.method
   if method == "drifting":
-    check_drift(config.drift, batch.size if loss.problem == "batch" else 1)
-    require(
+    checks.check_drift(
+      config.drift, batch.size if loss.problem == "batch" else 1
+    )
+    checks.require(
       batch.generated >= 2 or config.drift.negatives != "own",
       f"batch.generated={batch.generated}: a single sample of an observation "
       "has no negative but itself, which is masked, so nothing repels it and "
       "the policy becomes a regression; use at least 2 (8 as published)",
     )
-  require(
+  checks.require(
     batch.generated == 1 or method != "regression",
     f"batch.generated={batch.generated} with loss.method='regression': want "
     "1, it has one prediction of an observation",
@@ -190,7 +177,7 @@ def _check_method(config: PolicyConfig) -> None:
     ("eval.samplers", len(config.eval.samplers)),
   ):
     diffuses = method == "diffusion"
-    require(
+    checks.require(
       value >= 1 if diffuses else value == 0,
       f"{name}: loss.method={method!r} wants "
       + ("at least 1" if diffuses else "none; only 'diffusion' reads it")

@@ -38,20 +38,15 @@ class Demonstrations:
           "[S, D]; observations may be uint8 images [S, H, W, 3]"
         )
       if len(values) != steps:
-        raise DataError(
-          f"{name!r} has {len(values)} steps, the actions {steps}"
-        )
+        raise DataError(f"{name!r} has {len(values)} steps, want {steps}")
       if is_vector and not np.isfinite(values).all():
-        step, column = np.argwhere(~np.isfinite(values))[0]
-        raise DataError(
-          f"{name!r}: step {step} has {values[step, column]} in column {column}"
-        )
+        step, column = place = tuple(np.argwhere(~np.isfinite(values))[0])
+        value = f"{values[place]} in column {column}"
+        raise DataError(f"{name!r}: step {step} has {value}")
     ends = self.ends
     if not len(ends) or np.any(np.diff(ends, prepend=0) < 1):
-      raise DataError(
-        f"episode ends {ends.tolist()} must grow: an episode has at least one "
-        "step"
-      )
+      text = "must grow: an episode has at least one step"
+      raise DataError(f"episode ends {ends.tolist()} {text}")
     if ends[-1] != steps:
       raise DataError(
         f"an unfinished episode: the last one ends at step {ends[-1]}, but "

@@ -1,6 +1,7 @@
 """Evaluation of a policy: rollouts, latency, figures."""
 
 import contextlib
+import dataclasses
 import functools
 import statistics
 import time
@@ -225,26 +226,18 @@ def load_policy(
   )
 
 
+@dataclasses.dataclass
 class Evaluation:
   """Rollouts by the first process; figures, curves and videos of them."""
 
-  def __init__(
-    self,
-    config: PolicyConfig,
-    acts: dict[str, Act],
-    environments: Sequence[robots.Environment],
-    mesh: Mesh,
-    path: epath.Path,
-  ):
-    self._config = config
-    self._acts = acts
-    self._environments = environments
-    self._mesh = mesh
-    self._path = path
+  config: PolicyConfig
+  acts: dict[str, Act]
+  environments: Sequence[robots.Environment]
+  mesh: Mesh
+  path: epath.Path
 
   def _params(self, state: TrainState) -> Any:
-    average = state.ema[str(self._config.eval.ema_decay)]
-    return here(average, self._mesh)
+    return here(state.ema[str(self.config.eval.ema_decay)], self.mesh)
 
   def __call__(
     self,
@@ -265,14 +258,14 @@ class Evaluation:
       while processes.from_first(bool):
         check()
       return scalars
-    for name, act in self._acts.items():
+    for name, act in self.acts.items():
 
       def asking(*arguments: Any, act: Act = act) -> np.ndarray:
         processes.from_first(lambda: True)
         check()
         return act(params, *arguments)
 
-      episodes = run_episodes(self._config, self._environments, asking)
+      episodes = run_episodes(self.config, self.environments, asking)
       figures = robots.summarize(episodes)
       text = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
       logger.info("eval step %d, %s: %s", step, name, text)
@@ -285,20 +278,19 @@ class Evaluation:
     params = self._params(state)
     if not processes.is_first():
       return
-    config, opened = self._config, self._environments
+    config, opened = self.config, self.environments
     count = config.eval.videos
     report: dict[str, Any] = {"step": int(state.step)}
-    for name, act in self._acts.items():
+    for name, act in self.acts.items():
       bound = functools.partial(act, params)
       latency = chunk_latency(config, opened[0], bound)
-      report[name] = self.means(name) | {
-        "milliseconds_per_chunk": 1e3 * latency
-      }
+      report[name] = self.means(name)
+      report[name]["milliseconds_per_chunk"] = 1e3 * latency
       if count:
         episodes = run_episodes(config, opened, bound, record=count)
-        file = self._path / "videos" / f"{name.replace(':', '_')}.gif"
+        file = self.path / "videos" / f"{name.replace(':', '_')}.gif"
         robots.save_video(file, episodes[:count])
-    write_report(self._path / "figures.json", report)
+    write_report(self.path / "figures.json", report)
     logger.info("Final figures: %s", report_text(report))
 
   def means(self, name: str) -> dict[str, Any]:
@@ -313,7 +305,7 @@ class Evaluation:
       for record in self._records()
       if f"{prefix}success_rate" in record
     }
-    last = sorted(by_step)[-self._config.eval.checkpoints :]
+    last = sorted(by_step)[-self.config.eval.checkpoints :]
     keys = {key for step in last for key in by_step[step]}
     means = {
       key: statistics.fmean(by_step[step].get(key, 0.0) for step in last)
@@ -322,11 +314,11 @@ class Evaluation:
     return {**means, "evaluations": last}
 
   def _records(self) -> list[dict[str, Any]]:
-    file = self._path / "metrics.jsonl"
+    file = self.path / "metrics.jsonl"
     return list(read_jsonl(file)) if file.exists() else []
 
   def plot_curves(self) -> None:
     """Draws the curves from what metrics.jsonl holds so far, if anything."""
     records = self._records() if processes.is_first() else []
     if any("loss" in record for record in records):
-      plot_policy(records, self._path / "plots" / "curves.png")
+      plot_policy(records, self.path / "plots" / "curves.png")

@@ -149,10 +149,8 @@ class ObservationEncoder(nn.Module):
     """
     missing = {*self.vectors, *self.images} - set(observations)
     if missing:
-      raise ValueError(
-        f"observations {sorted(missing)} are missing: there are "
-        f"{sorted(observations)}"
-      )
+      there = sorted(observations)
+      raise ValueError(f"{sorted(missing)} are missing: there are {there}")
     parts = [
       jnp.asarray(observations[name], jnp.float32) for name in self.vectors
     ]

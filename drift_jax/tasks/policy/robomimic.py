@@ -5,7 +5,6 @@
 at the last step; some files, MimicGen's (arXiv:2310.17596), leave these out.
 """
 
-import math
 import os
 import pathlib
 import re
@@ -42,13 +41,12 @@ def read_robomimic(
   try:
     import h5py
   except ImportError as error:
-    raise DataError(
-      f"{path}: HDF5 files need h5py: pip install -r requirements-robots.txt"
-    ) from error
+    remedy = "pip install -r requirements-robots.txt"
+    raise DataError(f"{path}: HDF5 files need h5py: {remedy}") from error
   path = pathlib.Path(paths.expand(path))
   with reading(path), h5py.File(path, "r") as file:
     group: Any = file.get("data")
-    names = group if _is_group(group) else ()
+    names: Any = group if _is_group(group) else ()
     numbers = {re.fullmatch(r"demo_(\d+)", name): name for name in names}
     episodes = sorted((int(m[1]), name) for m, name in numbers.items() if m)
     if not episodes:
@@ -67,9 +65,9 @@ def read_robomimic(
 
 
 def _episode(demo: Any, observations: Sequence[str]) -> Demonstrations:
-  seen = demo.get("obs") if _is_group(demo) else None
-  if not _is_group(seen):
+  if not _is_group(demo) or not _is_group(demo.get("obs")):
     raise DataError("want a group with actions and a group obs")
+  seen = demo["obs"]
   values = select(observations, list(seen), lambda name: _stored(seen[name]))
   actions = select(["actions"], list(demo), lambda name: _stored(demo[name]))
   actions = actions["actions"]
@@ -78,7 +76,7 @@ def _episode(demo: Any, observations: Sequence[str]) -> Demonstrations:
   dones = _stored(demo["dones"]) if "dones" in demo else np.ones(length)
   if dones.shape != (length,) or dones[-1] != 1:
     raise DataError(
-      f"an unfinished episode: dones is not 1 at the last of its {length} steps"
+      f"an unfinished episode: dones is not 1 at the last of {length} steps"
     )
   return episode
 
@@ -96,24 +94,13 @@ def _stored(dataset: Any) -> Any:
   Raises:
     DataError: some are not.
   """
+  import h5py
+
   if _is_group(dataset):
     raise DataError("it is a group, want an array")
-  if not dataset.size:
-    return dataset
-  if dataset.is_virtual or dataset.external:
+  stored = dataset.id.get_space_status() == h5py.h5d.SPACE_STATUS_ALLOCATED
+  if dataset.size and (dataset.is_virtual or dataset.external or not stored):
     raise DataError(
-      "it lies in other files, whose loss would read as zeros: write all into "
-      "one file"
-    )
-  if dataset.chunks is None:
-    stored, needed = dataset.id.get_storage_size(), dataset.nbytes
-  else:
-    stored = dataset.id.get_num_chunks()
-    chunks = zip(dataset.shape, dataset.chunks, strict=True)
-    needed = math.prod(-(-size // chunk) for size, chunk in chunks)
-  if stored < needed:
-    raise DataError(
-      f"{stored} of its {needed} {'chunks' if dataset.chunks else 'bytes'} are "
-      "in the file, the others would read as zeros: copy or make it anew"
+      "some of it is not in the file and would read as zeros: copy it anew"
     )
   return dataset

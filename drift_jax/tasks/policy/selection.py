@@ -13,6 +13,7 @@ from drift_jax.data.errors import DataError
 
 # Steps whose images are converted at once.
 _BLOCK = 512
+_IMAGES = "want images of integers in [0, 255]"
 
 
 def parse(name: str) -> tuple[str, int | None]:
@@ -62,10 +63,8 @@ def select(
   """
   missing = sorted({parse(name)[0] for name in observations} - set(present))
   if missing:
-    raise DataError(
-      f"observations {missing} are missing; there are {sorted(present)}, and "
-      "NAME[:K] of the first K columns of one"
-    )
+    there = f"there are {sorted(present)}, and NAME[:K] of each"
+    raise DataError(f"observations {missing} are missing; {there}")
   selected = {}
   for name in observations:
     source, count = parse(name)
@@ -109,14 +108,9 @@ def _pixels(values: Any) -> np.ndarray:
     wrong = np.argwhere(converted != block)
     if len(wrong):
       step, *_ = place = tuple(wrong[0])
-      raise DataError(
-        f"step {start + step} has the value {block[place]}: want images of "
-        "integers in [0, 255]"
-      )
+      raise DataError(f"step {start + step} has {block[place]}: {_IMAGES}")
     highest = max(highest, converted.max(initial=0))
     pixels[start:stop] = converted
   if highest <= 1:
-    raise DataError(
-      f"no value is above {highest}: want images of integers in [0, 255]"
-    )
+    raise DataError(f"no value is above {highest}: {_IMAGES}")
   return pixels

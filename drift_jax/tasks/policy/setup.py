@@ -63,8 +63,7 @@ def policy_task(config: PolicyConfig, shapes: Shapes) -> PolicyTask:
   if section.crop and (len(sides) != 1 or section.crop > side):
     raise config_lib.ConfigError(
       f"model.crop={section.crop}: data.observations={names} has images of "
-      f"{sorted(sides)} pixels; want square ones of one size, and a crop that "
-      "fits"
+      f"{sorted(sides)} pixels, want one square size that it fits in"
     )
   (action_size,) = shapes["actions"]
   with naming("model"):

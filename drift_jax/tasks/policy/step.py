@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -104,10 +104,19 @@ def draw_policy(
   time = jnp.zeros(len(noise), jnp.int32)
   if task.method == "diffusion":
     time = jax.random.randint(time_key, time.shape, 0, task.diffusion_steps)
-  offsets = None
-  if task.crop is not None:
-    offsets = crop_offsets(crop_key, batch_size, *task.crop)
+  offsets = task.crop and crop_offsets(crop_key, batch_size, *task.crop)
   return PolicyDraws(noise, repelling, time, offsets)
+
+
+def _methods(
+  task: PolicyTask, params: Any
+) -> tuple[Callable[..., Array], Callable[..., Array]]:
+  """encode and act of the policy, see network.Policy."""
+  bound = functools.partial(apply, task.policy, params)
+  return (
+    functools.partial(bound, method="encode"),
+    functools.partial(bound, method="act"),
+  )
 
 
 def policy_loss(
@@ -130,14 +139,8 @@ def policy_loss(
   Returns:
     (loss, report of the drift or None).
   """
-  condition = apply(
-    task.policy,
-    params,
-    batch.observations,
-    offsets=draws.offsets,
-    method="encode",
-  )
-  act = functools.partial(apply, task.policy, params, method="act")
+  encode, act = _methods(task, params)
+  condition = encode(batch.observations, offsets=draws.offsets)
   if task.method == "regression":
     return jnp.mean((act(draws.noise, condition) - batch.actions) ** 2), None
   repeated = jnp.repeat(condition, task.num_generated, axis=0)
@@ -161,15 +164,12 @@ def policy_loss(
     real = jnp.concatenate([real, by_observation(repelling)], axis=1)
   generated = by_observation(act(draws.noise, repeated))
   if task.problem == "chunk":
-    generated, real = (
-      x.reshape(*x.shape[:2], 1, -1) for x in (generated, real)
-    )
+    generated = generated.reshape(*generated.shape[:2], 1, -1)
+    real = real.reshape(*real.shape[:2], 1, -1)
   elif task.problem == "batch":
     # Positives of all observations first, as drift_losses wants them.
-    real = real.swapaxes(0, 1)
-    generated, real = (
-      x.reshape(1, -1, *x.shape[2:]) for x in (generated, real)
-    )
+    generated = generated.reshape(1, -1, *task.action_shape)
+    real = real.swapaxes(0, 1).reshape(1, -1, *task.action_shape)
   losses, report = drift.drift_losses(
     {ACTIONS_KEY: generated},
     {ACTIONS_KEY: real},
@@ -251,14 +251,13 @@ def act_step(
   def normal(number: Any) -> jax.Array:
     def of(episode: jax.Array) -> jax.Array:
       key = jax.random.fold_in(jax.random.fold_in(root, episode), call)
-      return jax.random.normal(
-        jax.random.fold_in(key, number), task.action_shape
-      )
+      key = jax.random.fold_in(key, number)
+      return jax.random.normal(key, task.action_shape)
 
     return jax.vmap(of)(episodes)
 
-  condition = apply(task.policy, params, observations, method="encode")
-  act = functools.partial(apply, task.policy, params, method="act")
+  encode, act = _methods(task, params)
+  condition = encode(observations)
   start = normal(0)
   if task.method == "regression":
     start = jnp.zeros_like(start)

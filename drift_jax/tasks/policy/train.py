@@ -68,12 +68,8 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   # 1. Demonstrations, and the networks that fit them.
   demonstrations = setup.load_demonstrations(config)
   lengths = np.diff(demonstrations.ends, prepend=0)
-  logger.info(
-    "%d demonstrations, %d to %d steps",
-    len(demonstrations),
-    lengths.min(),
-    lengths.max(),
-  )
+  counts = len(lengths), lengths.min(), lengths.max()
+  logger.info("%d demonstrations, %d to %d steps", *counts)
   shapes = demonstrations.shapes
   task = setup.policy_task(config, shapes)
   with naming("data"):

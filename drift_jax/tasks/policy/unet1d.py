@@ -37,7 +37,6 @@ def mish(x: Float[Array, "..."]) -> Float[Array, "..."]:
 def convolve(
   x: Float[Array, "B T C"],
   kernel: Float[Array, "K C D"],
-  *,
   stride: int,
   padding: int,
 ) -> Float[Array, "B t D"]:
@@ -50,18 +49,15 @@ def convolve(
   size, channels, features = kernel.shape
   steps = x.shape[1]
   if steps > size:
+    axes = ("NWC", "WIO", "NWC")
+    around = ((padding, padding),)
     return jax.lax.conv_general_dilated(
-      x,
-      kernel,
-      window_strides=(stride,),
-      padding=((padding, padding),),
-      dimension_numbers=("NWC", "WIO", "NWC"),
+      x, kernel, (stride,), around, dimension_numbers=axes
     )
   outputs = (steps + 2 * padding - size) // stride + 1
   lead = stride * (outputs - 1)
-  padded = jnp.pad(
-    kernel, ((lead, max(0, steps + padding - size)), (0, 0), (0, 0))
-  )
+  behind = max(0, steps + padding - size)
+  padded = jnp.pad(kernel, ((lead, behind), (0, 0), (0, 0)))
   starts = [lead + padding - stride * o for o in range(outputs)]
   pairs = jnp.stack([padded[s : s + steps] for s in starts], axis=2)
   y = jnp.dot(
@@ -72,9 +68,9 @@ def convolve(
 
 
 def _kernel_and_bias(
-  module: nn.Module, size: int, channels: int, features: int
+  module: "Conv1d | Upsample", size: int, channels: int
 ) -> tuple[Array, Array]:
-  shape = (size, channels, features)
+  shape = (size, channels, module.features)
   kernel = module.param("kernel", _kernel_init, shape)
   bias = module.param("bias", _uniform(size * channels), shape[-1:])
   return kernel.astype(module.dtype), bias.astype(module.dtype)
@@ -90,9 +86,9 @@ class Conv1d(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B t D"]:
-    kernel, bias = _kernel_and_bias(self, self.size, x.shape[-1], self.features)
+    kernel, bias = _kernel_and_bias(self, self.size, x.shape[-1])
     x, padding = x.astype(self.dtype), (self.size - 1) // 2
-    return convolve(x, kernel, stride=self.stride, padding=padding) + bias
+    return convolve(x, kernel, self.stride, padding) + bias
 
 
 class Upsample(nn.Module):
@@ -109,10 +105,10 @@ class Upsample(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B 2*T D"]:
     batch, steps, channels = x.shape
-    kernel, bias = _kernel_and_bias(self, 4, channels, self.features)
+    kernel, bias = _kernel_and_bias(self, 4, channels)
     pairs = kernel[::-1].reshape(2, 2, channels, self.features)
     pairs = pairs.transpose(0, 2, 1, 3).reshape(2, channels, -1)
-    y = convolve(x.astype(self.dtype), pairs, stride=1, padding=1)
+    y = convolve(x.astype(self.dtype), pairs, 1, 1)
     even, odd = y[:, :-1, : self.features], y[:, 1:, self.features :]
     y = jnp.stack([even, odd], axis=2).reshape(batch, 2 * steps, self.features)
     return y + bias
@@ -206,16 +202,11 @@ class ConditionalUnet1d(nn.Module):
       condition = jnp.concatenate([self._embed(time), condition], axis=-1)
     condition = condition.astype(self.dtype)
 
+    sizes = (self.kernel_size, self.groups, self.dtype)
+
     def two_blocks(name: str, width: int, x: Float[Array, "B T C"]) -> Array:
       for i in (1, 2):
-        block = _ResidualBlock(
-          width,
-          self.kernel_size,
-          self.groups,
-          self.dtype,
-          name=f"{name}_block{i}",
-        )
-        x = block(x, condition)
+        x = _ResidualBlock(width, *sizes, name=f"{name}_block{i}")(x, condition)
       return x
 
     hidden = x.astype(self.dtype)
@@ -231,9 +222,7 @@ class ConditionalUnet1d(nn.Module):
       width = self.widths[level - 1]
       hidden = two_blocks(f"up{level}", width, hidden)
       hidden = Upsample(width, self.dtype, name=f"up{level}")(hidden)
-    hidden = _ConvBlock(
-      self.widths[0], self.kernel_size, self.groups, self.dtype, name="final"
-    )(hidden)
+    hidden = _ConvBlock(self.widths[0], *sizes, name="final")(hidden)
     # The output and what follows are float32.
     return _dense(hidden, self.action_size, jnp.dtype(jnp.float32), "output")
 
@@ -256,8 +245,7 @@ class ConditionalUnet1d(nn.Module):
       require_multiple(name, value, divisor_name, divisor)
     if self.kernel_size % 2 == 0:
       raise ValueError(
-        f"kernel_size={self.kernel_size}: must be odd, or a convolution would "
-        "change the number of steps"
+        f"kernel_size={self.kernel_size}: must be odd, or steps would be lost"
       )
 
 
@@ -277,9 +265,7 @@ def _uniform(fan_in: int) -> nn.initializers.Initializer:
   """As the kernels are."""
   bound = fan_in**-0.5
 
-  def init(
-    key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32
-  ) -> Array:
+  def init(key: Array, shape: Any, dtype: Any = jnp.float32) -> Array:
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
   return init

@@ -63,14 +63,11 @@ class Normalizer:
     self, name: str, values: np.ndarray
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Centre, half of the range (1 if still), whether a dimension is still."""
-    pair = self.ranges[name]
-    minimum, maximum = (
-      pair[key].astype(np.float64) for key in ("minimum", "maximum")
-    )
+    minimum = self.ranges[name]["minimum"].astype(np.float64)
+    maximum = self.ranges[name]["maximum"].astype(np.float64)
     if values.shape[-1] != len(minimum):
       raise DataError(
-        f"{name!r} has shape {values.shape}, want {len(minimum)} dimensions on "
-        "the last axis"
+        f"{name!r} has shape {values.shape}, want {len(minimum)} dimensions"
       )
     still = maximum - minimum < _STILL
     half = np.where(still, 1.0, (maximum - minimum) / 2)
@@ -114,13 +111,13 @@ def window_steps(
   windows = np.concatenate(windows)
   if not len(windows):
     raise DataError(
-      f"no episode of {len(demonstrations)} is as long as a window: "
-      f"prediction_horizon={prediction_horizon}, of which {outside} steps may "
-      "lie outside"
+      f"no episode of {len(demonstrations)} is as long as a window: at least "
+      f"prediction_horizon={prediction_horizon} - {outside} steps"
     )
   return windows
 
 
+@dataclasses.dataclass
 class PolicyFeed:
   """Batches of windows, each window once an epoch, in a new order each time.
 
@@ -131,51 +128,41 @@ class PolicyFeed:
   a batch.
 
   Attributes:
+    demonstrations: of the task; not kept.
+    observation_horizon, prediction_horizon, executed: see window_steps.
+    batch_size: windows of a step, of all processes.
+    seed: of the orders.
+    process_index, process_count: whose part to draw.
     normalizer: of the vectors.
     windows: [W, T], see window_steps.
+
+  Raises:
+    DataError: see window_steps.
+    ValueError: a batch that the processes can't share.
   """
 
-  def __init__(
-    self,
-    demonstrations: Demonstrations,
-    *,
-    observation_horizon: int,
-    prediction_horizon: int,
-    executed: int,
-    batch_size: int,
-    seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
-  ):
-    """Draws nothing yet.
+  demonstrations: dataclasses.InitVar[Demonstrations]
+  observation_horizon: int
+  prediction_horizon: int
+  executed: int
+  batch_size: int
+  seed: int
+  process_index: int = 0
+  process_count: int = 1
 
-    Args:
-      demonstrations: of the task.
-      observation_horizon, prediction_horizon, executed: see window_steps.
-      batch_size: windows of a step, of all processes.
-      seed: of the orders.
-      process_index, process_count: whose part to draw.
-
-    Raises:
-      DataError: see window_steps.
-      ValueError: a batch that the processes can't share.
-    """
-    rows = share("batch_size", batch_size, process_index, process_count)
+  def __post_init__(self, demonstrations: Demonstrations) -> None:
+    rows = share(
+      "batch_size", self.batch_size, self.process_index, self.process_count
+    )
     self._rows = np.arange(rows.start, rows.stop)
     self.normalizer = Normalizer.fit(demonstrations)
     # Normalised once, instead of once a window.
     self._arrays = {
-      name: values
-      if values.ndim > 2
-      else self.normalizer.normalize(name, values)
-      for name, values in demonstrations.arrays.items()
+      name: x if x.ndim > 2 else self.normalizer.normalize(name, x)
+      for name, x in demonstrations.arrays.items()
     }
-    self.windows = window_steps(
-      demonstrations, observation_horizon, prediction_horizon, executed
-    )
-    self._horizon = observation_horizon
-    self._batch_size = batch_size
-    self._seed = seed
+    horizons = self.observation_horizon, self.prediction_horizon, self.executed
+    self.windows = window_steps(demonstrations, *horizons)
     self._position = 0
     self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
 
@@ -184,21 +171,21 @@ class PolicyFeed:
 
   def __next__(self) -> dict[str, Any]:
     step, self._position = self._position, self._position + 1
-    numbers = step * self._batch_size + self._rows
+    numbers = step * self.batch_size + self._rows
     epochs, places = np.divmod(numbers, len(self.windows))
     indices = np.empty(len(numbers), np.int64)
     for epoch in np.unique(epochs):
       rows = epochs == epoch
       indices[rows] = self._permutation(int(epoch))[places[rows]]
     steps = self.windows[indices]
-    observed = steps[:, : self._horizon]
+    observed = steps[:, : self.observation_horizon]
     batch = {name: values[observed] for name, values in self._arrays.items()}
     del batch["actions"]
     return {"observations": batch, "actions": self._arrays["actions"][steps]}
 
   def _permutation(self, epoch: int) -> np.ndarray:
     if self._order[0] != epoch:
-      rng = generator(self._seed, "windows", epoch)
+      rng = generator(self.seed, "windows", epoch)
       self._order = (epoch, rng.permutation(len(self.windows)))
     return self._order[1]
 

@@ -113,7 +113,7 @@ def changed_image(place, value):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    (changed_image((7, 2, 3, 1), 3.5), "'img': step 7 has the value 3.5"),
+    (changed_image((7, 2, 3, 1), 3.5), "'img': step 7 has 3.5"),
     (changed_image((7, 2, 3, 1), 256), "'img': step 7 .* 256"),
     (changed_image((7, 2, 3, 1), -1), "'img': step 7 .* -1"),
     (changed_image((7, 2, 3, 1), np.nan), "'img': step 7 .* nan"),

@@ -133,7 +133,7 @@ def empty(data):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    (replace("dones", np.zeros(5)), "an unfinished episode: .* last of its 5"),
+    (replace("dones", np.zeros(5)), "an unfinished episode: .* last of 5"),
     (replace("dones", np.ones(4)), "an unfinished episode"),
     (replace("obs/object", np.zeros((4, 10))), "'object' has 4 steps, .* 5"),
     (miscounted, "ends at step 6, but there are 5 steps"),
@@ -142,9 +142,9 @@ def empty(data):
     (replace("obs", np.zeros((5, 10))), "want a group"),
     (replace("obs/object"), r"\['object'\] are missing; there"),
     (replace("actions"), r"\['actions'\] are missing"),
-    (unwritten("actions", None), "'actions': 0 of its 280 bytes"),
-    (unwritten("obs/object", True), "'object': 2 of its 6 chunks"),
-    (elsewhere, "'object': it lies in other files"),
+    (unwritten("actions", None), "'actions': .* not in the file"),
+    (unwritten("obs/object", True), "'object': .* not in the file"),
+    (elsewhere, "'object': .* not in the file"),
   ],
 )
 def test_damage_is_named(robomimic, change, message):

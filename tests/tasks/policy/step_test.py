@@ -180,32 +180,6 @@ def test_loss_and_gradient_follow_the_field(problem):
     assert_close(found, wanted, 1e-4)
 
 
-def test_one_positive_of_each_observation():
-  # Another observation's demonstration moves nothing here but through the
-  # scalars that all problems share.
-  task = make_task(drift={"temperatures": (0.5,)})
-  variant = Variant(normalize_features=False, normalize_drift=False)
-  task = make_task(drift=task.drift, variant=variant)
-  batch, params = make_batch(), make_params(task)
-  draws = make_draws(task)
-
-  def drift_of_first(actions):
-    def loss(shift):
-      moved = PolicyBatch(batch.observations, actions)
-      shifted = draws._replace(noise=draws.noise.at[:G].add(shift))
-      return policy_loss(params, (), moved, shifted, task=task)[0]
-
-    return jax.grad(loss)(jnp.zeros((G, T, A)))
-
-  drift_of_first = jax.jit(drift_of_first)
-  moved = batch.actions + np.float32(0.3)
-  first = drift_of_first(batch.actions)
-  others = drift_of_first(np.concatenate([batch.actions[:1], moved[1:]]))
-  own = drift_of_first(np.concatenate([moved[:1], batch.actions[1:]]))
-  np.testing.assert_array_equal(first, others)
-  assert np.abs(np.asarray(first - own)).max() > 1e-3 * np.abs(first).max()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
   "changes",

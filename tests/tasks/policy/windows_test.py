@@ -55,13 +55,6 @@ def test_windows_are_pieces_of_padded_episodes(horizons):
   )
 
 
-def test_every_observation_is_acted_upon():
-  """Each step is the last observed one of one window, if 8 + 4 - 1 long."""
-  last = window_steps(demonstrations(lengths=(30,)), 2, 8, 4)[:, 1]
-  # After them, fewer than T - To + 1 - (executed - 1) actions are left.
-  np.testing.assert_array_equal(last, np.arange(30 - (8 - 2 + 1 - 3) + 1))
-
-
 def test_horizons_that_fit_nothing():
   with pytest.raises(DataError, match="no episode of 3 .*_horizon=40"):
     window_steps(demonstrations(), 1, 40, 1)

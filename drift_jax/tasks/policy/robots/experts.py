@@ -321,8 +321,8 @@ def collect(
         kept.append(shown)
       elif tries - successes > max(episodes, _MIN_FAILURES):
         raise RobotError(
-          f"{name}: the expert succeeds in {successes} of {tries} tries, which "
-          "is too seldom; keep='all' keeps failures too"
+          f"{name}: the expert succeeds in {successes} of {tries} tries only; "
+          "keep='all' keeps failures too"
         )
   finally:
     environment.close()

@@ -127,15 +127,6 @@ def test_failures_are_left_out_or_kept(
   assert set(np.diff(data.ends, prepend=0)) <= set(lengths)
 
 
-def test_pictures_of_a_crude_expert():
-  data, rate = robots.collect(
-    "pusht", episodes=1, seed=0, observations=["img", "state[:2]"], keep="all"
-  )
-  assert data.observations["img"].shape == (len(data.actions), 96, 96, 3)
-  assert data.observations["state[:2]"].shape == (len(data.actions), 2)
-  assert rate in (0, 1)
-
-
 @pytest.mark.parametrize(
   ("name", "options", "message"),
   [

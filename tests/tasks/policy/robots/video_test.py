@@ -62,25 +62,6 @@ def test_a_grid(tmp_path, monkeypatch):
   assert list(tmp_path.iterdir()) == [path]
 
 
-def test_recorded_episodes(tmp_path):
-  path = tmp_path / "video.gif"
-  episodes = robots.rollouts(
-    [robots.make("obstacle"), robots.make("obstacle")],
-    lambda observations, *_: np.full((2, 4, 2), 0.1),
-    seeds=[0, 1],
-    observation_horizon=1,
-    executed=4,
-    threads=1,
-    record=2,
-  )
-  robots.save_video(path, episodes)
-  frames, _ = read(path)
-  # No more columns than episodes.
-  assert frames.shape[1:] == (128, 256, 3)
-  drawn = episodes[0].frames[0].astype(int)
-  assert np.abs(frames[0, :, :128] - drawn).mean() < 4
-
-
 def test_mp4(tmp_path, monkeypatch):
   path = tmp_path / "video.mp4"
   sent = []
