@@ -296,20 +296,19 @@ class Evaluation:
   def means(self, name: str) -> dict[str, Any]:
     """Of a sampler's last evaluations, each step's newest."""
     prefix = f"eval/{name}/"
-    by_step = {
-      record["step"]: {
-        key.removeprefix(prefix): value
-        for key, value in record.items()
-        if key.startswith(prefix)
-      }
+    newest = {
+      record["step"]: record
       for record in self._records()
       if f"{prefix}success_rate" in record
     }
-    last = sorted(by_step)[-self.config.eval.checkpoints :]
-    keys = {key for step in last for key in by_step[step]}
+    last = sorted(newest)[-self.config.eval.checkpoints :]
+    keys = {key for step in last for key in newest[step]}
     means = {
-      key: statistics.fmean(by_step[step].get(key, 0.0) for step in last)
+      key.removeprefix(prefix): statistics.fmean(
+        newest[step].get(key, 0.0) for step in last
+      )
       for key in sorted(keys)
+      if key.startswith(prefix)
     }
     return {**means, "evaluations": last}
 

@@ -182,11 +182,8 @@ def _cropped(
     start = (pixels.shape[2] - crop) // 2
     return pixels[:, :, start : start + crop, start : start + crop]
 
-  def cut(
-    image: Shaped[Array, "T H H 3"], corner: Int[Array, " 2"]
-  ) -> Shaped[Array, "T h h 3"]:
-    return jax.lax.dynamic_slice(
-      image, (0, corner[0], corner[1], 0), (len(image), crop, crop, 3)
-    )
+  def cut(image: Array, corner: Array) -> Array:
+    start, size = (0, *corner, 0), (len(image), crop, crop, 3)
+    return jax.lax.dynamic_slice(image, start, size)
 
   return jax.vmap(cut)(pixels, jnp.asarray(offsets))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,9 +19,6 @@ from drift_jax.tasks.policy.observations import crop_offsets
 from drift_jax.training import state as state_lib
 from drift_jax.training.drifting import Temperature, drift_update
 from drift_jax.training.step import Metrics, apply, gradients_over, update
-
-# The one key of the drifting loss.
-ACTIONS_KEY = "actions"
 
 
 class PolicyBatch(NamedTuple):
@@ -108,17 +105,6 @@ def draw_policy(
   return PolicyDraws(noise, repelling, time, offsets)
 
 
-def _methods(
-  task: PolicyTask, params: Any
-) -> tuple[Callable[..., Array], Callable[..., Array]]:
-  """encode and act of the policy, see network.Policy."""
-  bound = functools.partial(apply, task.policy, params)
-  return (
-    functools.partial(bound, method="encode"),
-    functools.partial(bound, method="act"),
-  )
-
-
 def policy_loss(
   params: Any,
   axis_name: tuple[str, ...],
@@ -139,8 +125,10 @@ def policy_loss(
   Returns:
     (loss, report of the drift or None).
   """
-  encode, act = _methods(task, params)
-  condition = encode(batch.observations, offsets=draws.offsets)
+  bound = functools.partial(apply, task.policy, params)
+  act = functools.partial(bound, method="act")
+  seen, offsets = batch.observations, draws.offsets
+  condition = bound(seen, offsets=offsets, method="encode")
   if task.method == "regression":
     return jnp.mean((act(draws.noise, condition) - batch.actions) ** 2), None
   repeated = jnp.repeat(condition, task.num_generated, axis=0)
@@ -171,8 +159,8 @@ def policy_loss(
     generated = generated.reshape(1, -1, *task.action_shape)
     real = real.swapaxes(0, 1).reshape(1, -1, *task.action_shape)
   losses, report = drift.drift_losses(
-    {ACTIONS_KEY: generated},
-    {ACTIONS_KEY: real},
+    {"actions": generated},
+    {"actions": real},
     jnp.ones(len(generated)),
     num_positives=len(batch.actions) if task.problem == "batch" else 1,
     num_unconditional=0,
@@ -256,8 +244,8 @@ def act_step(
 
     return jax.vmap(of)(episodes)
 
-  encode, act = _methods(task, params)
-  condition = encode(observations)
+  condition = apply(task.policy, params, observations, method="encode")
+  act = functools.partial(apply, task.policy, params, method="act")
   start = normal(0)
   if task.method == "regression":
     start = jnp.zeros_like(start)

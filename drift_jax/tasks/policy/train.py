@@ -58,8 +58,8 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   check_divides("batch.size", config.batch.size, mesh)
   if config.loss.problem == "batch" and mesh.size > 1:
     raise config_lib.ConfigError(
-      f"loss.problem='batch' is one problem of the whole batch, which the "
-      f"{mesh.size} devices can't share: use one device"
+      f"loss.problem='batch' is one problem, which {mesh.size} devices can't "
+      "share: use one"
     )
   config = of_resumed(config, workdir)
   samplers = evaluation_lib.policy_samplers(config)

@@ -234,19 +234,13 @@ class ConditionalUnet1d(nn.Module):
 
   def _check(self, steps: int) -> None:
     levels = len(self.widths)
-    for name, value, divisor_name, divisor in (
-      *(
-        (f"widths (level {i})", x, "groups", self.groups)
-        for i, x in enumerate(self.widths)
-      ),
-      ("time_size", self.time_size, "sine and cosine", 2),
-      ("x's steps", steps, f"2^({levels} levels - 1)", 2 ** (levels - 1)),
-    ):
-      require_multiple(name, value, divisor_name, divisor)
+    factor = f"2^({levels} levels - 1)"
+    require_multiple("x's steps", steps, factor, 2 ** (levels - 1))
+    require_multiple("time_size", self.time_size, "sine and cosine", 2)
+    for level, width in enumerate(self.widths):
+      require_multiple(f"widths (level {level})", width, "groups", self.groups)
     if self.kernel_size % 2 == 0:
-      raise ValueError(
-        f"kernel_size={self.kernel_size}: must be odd, or steps would be lost"
-      )
+      raise ValueError(f"kernel_size={self.kernel_size}: must be odd")
 
 
 def _dense(

@@ -151,9 +151,8 @@ class PolicyFeed:
   process_count: int = 1
 
   def __post_init__(self, demonstrations: Demonstrations) -> None:
-    rows = share(
-      "batch_size", self.batch_size, self.process_index, self.process_count
-    )
+    processes = self.process_index, self.process_count
+    rows = share("batch_size", self.batch_size, *processes)
     self._rows = np.arange(rows.start, rows.stop)
     self.normalizer = Normalizer.fit(demonstrations)
     # Normalised once, instead of once a window.

@@ -152,9 +152,8 @@ def test_a_policy_encodes_once_and_acts_often():
   )
   rng = np.random.default_rng(0)
   seen = {"state": np.float32(rng.normal(size=(3, 2, 5)))}
-  noise = np.float32(rng.normal(size=(3, 4, 2)))
-  time = jnp.array([0, 1, 2])
-  shapes = jax.eval_shape(policy.init, jax.random.key(0), seen, noise, time)
+  inputs = np.float32(rng.normal(size=(3, 4, 2))), jnp.array([0, 1, 2])
+  shapes = jax.eval_shape(policy.init, jax.random.key(0), seen, *inputs)
   variables = jax.tree.map(
     lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.3, x.dtype), shapes
   )
@@ -162,13 +161,10 @@ def test_a_policy_encodes_once_and_acts_often():
   apply = jax.jit(policy.apply, static_argnames="method")
   condition = apply(variables, seen, method="encode")
   assert condition.shape == (3, 10)
-  twice = apply(
-    variables,
-    jnp.repeat(noise, 2, axis=0),
-    jnp.repeat(condition, 2, axis=0),
-    jnp.repeat(time, 2),
-    method="act",
+  noise, time, repeated = (
+    jnp.repeat(x, 2, axis=0) for x in (*inputs, condition)
   )
-  once = apply(variables, seen, noise, time)
+  twice = apply(variables, noise, repeated, time, method="act")
+  once = apply(variables, seen, *inputs)
   assert once.shape == (3, 4, 2)
   assert_close(twice, jnp.repeat(once, 2, axis=0), 1e-5)

@@ -1,5 +1,6 @@
 """The policy's step: loss against float64, meshes, baselines, acting."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -53,18 +54,17 @@ class Tiny(nn.Module):
     return self.act(noise, self.encode(observations), time)
 
 
-def make_task(**changes):
-  arguments = {
-    "policy": Tiny(),
-    "method": "drifting",
-    "problem": "step",
-    "num_generated": G,
-    "diffusion_steps": 0,
-    "action_shape": (T, A),
-    "crop": None,
-    "drift": {"temperatures": TEMPERATURES, "affinity_floor": 1e-6},
-  }
-  return PolicyTask(**arguments | changes)
+TASK = PolicyTask(
+  policy=Tiny(),
+  method="drifting",
+  problem="step",
+  num_generated=G,
+  diffusion_steps=0,
+  action_shape=(T, A),
+  crop=None,
+  drift={"temperatures": TEMPERATURES, "affinity_floor": 1e-6},
+)
+make_task = functools.partial(dataclasses.replace, TASK)
 
 
 def make_batch(seed=0, size=B):
@@ -75,18 +75,14 @@ def make_batch(seed=0, size=B):
   )
 
 
-def shapes(task):
-  batch = make_batch()
+def make_params(task):
   time = np.zeros(B, np.int32) if task.method == "diffusion" else None
   noise = np.zeros((B, T, A), np.float32)
   init = functools.partial(task.policy.init, jax.random.key(3))
-  return jax.eval_shape(init, batch.observations, noise, time=time)["params"]
-
-
-def make_params(task):
+  shapes = jax.eval_shape(init, make_batch().observations, noise, time=time)
   rng = np.random.default_rng(3)
   return jax.tree.map(
-    lambda x: rng.normal(0, 0.3, x.shape).astype(x.dtype), shapes(task)
+    lambda x: rng.normal(0, 0.3, x.shape).astype(x.dtype), shapes["params"]
   )
 
 

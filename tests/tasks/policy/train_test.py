@@ -354,7 +354,7 @@ def test_robomimic_trains_and_is_not_rolled_out(tmp_path):
     ("", {"model__crop": 8}, "model.crop=8: .* images"),
     ("", {"model__widths": (10,)}, "multiple of groups"),
     ("", {"model__widths": (8, 8, 8, 8, 8, 8)}, "x's steps=16"),
-    ("batch_marginal", {}, "which the 8 devices can't share"),
+    ("batch_marginal", {}, "which 8 devices can't share"),
     ("", {"batch__size": 12}, "can't be split over the 8 devices"),
     ("", {"data__observations": ("state[:3]",)}, "state"),
     ("", {"data__observations": ("velocity",)}, "velocity"),

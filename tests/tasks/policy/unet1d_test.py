@@ -25,18 +25,13 @@ def make(seed, shape):
   return jnp.asarray(rng.normal(size=shape) / fan_in**0.5, jnp.float32)
 
 
-def prepare(steps=8, time=None, condition=5, batch=2, **changes):
-  """(module, params, inputs)."""
+def call(steps=8, time=None, **changes):
+  """(params, inputs, output)."""
   module = ConditionalUnet1d(**SMALL | changes)
-  inputs = (random(0, batch, steps, 3), random(1, batch, condition), time)
+  inputs = (random(0, 2, steps, 3), random(1, 2, 5), time)
   shapes = jax.eval_shape(module.init, jax.random.key(2), *inputs)["params"]
   leaves, tree = jax.tree.flatten(shapes)
   params = tree.unflatten(make(i, x.shape) for i, x in enumerate(leaves))
-  return module, params, inputs
-
-
-def call(**arguments):
-  module, params, inputs = prepare(**arguments)
   return params, inputs, precise_jit(module.apply)({"params": params}, *inputs)
 
 

@@ -5,6 +5,7 @@ action [A]. It has several ways to its goal and takes one by chance: the
 demonstrations have more than one mode, on purpose.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -304,15 +305,12 @@ def collect(
       f"keep={keep!r}, episodes={episodes}, seed={seed}: want 'successes' or "
       "'all', at least 1, and at least 0"
     )
-  environment = make(
-    name,
-    # The expert looks at all of the state, whatever is recorded.
-    observations=tuple(dict.fromkeys(("state", *observations))),
-    stop_at_success=False,
-  )
+  # The expert looks at all of the state, whatever is recorded.
+  seen = tuple(dict.fromkeys(("state", *observations)))
   kept: list[Demonstrations] = []
   tries = successes = 0
-  try:
+  environment = make(name, observations=seen, stop_at_success=False)
+  with contextlib.closing(environment):
     while len(kept) < episodes:
       shown, success = _record(environment, (seed, tries), observations)
       tries += 1
@@ -324,8 +322,6 @@ def collect(
           f"{name}: the expert succeeds in {successes} of {tries} tries only; "
           "keep='all' keeps failures too"
         )
-  finally:
-    environment.close()
   return Demonstrations.joined(kept), successes / tries
 
 

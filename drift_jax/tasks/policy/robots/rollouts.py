@@ -68,7 +68,7 @@ class _Row:
   def run(self, actions: np.ndarray) -> None:
     """Takes actions [executed, A], until the episode is done."""
     episode = self.episode
-    for action in actions:
+    for action in () if self.done else actions:
       step = self.environment.step(action)
       self._history.append(step.observations)
       episode.length += 1
@@ -136,17 +136,15 @@ def rollouts(
   with ThreadPoolExecutor(threads) as pool:
     for start in range(0, len(seeds), parallel):
       # 1. The next group; its last row stands in for those that are missing.
+      group = zip(environments, seeds[start:], strict=False)
       rows = [
         _Row(environment, int(seed), observation_horizon, number < record)
-        for number, (environment, seed) in enumerate(
-          zip(environments, seeds[start:], strict=False), start
-        )
+        for number, (environment, seed) in enumerate(group, start)
       ]
       episodes += [row.episode for row in rows]
       chosen = np.minimum(np.arange(parallel), len(rows) - 1)
       for call in itertools.count():
-        going = [(i, row) for i, row in enumerate(rows) if not row.done]
-        if not going:
+        if all(row.done for row in rows):
           break
         # 2. A chunk for each row, whether it goes on or not.
         seen = [rows[i].observations() for i in chosen]
@@ -158,15 +156,15 @@ def rollouts(
             f"{environments[0].name}: action chunks of shape {chunks.shape}, "
             f"want ({parallel}, at least {used.stop}, {size})"
           )
-        # 3. Recorded rows in this thread, the others meanwhile.
-        waiting = [
-          pool.submit(row.run, chunks[i, used])
-          for i, row in going
-          if not row.recorded
-        ]
-        for i, row in going:
+        # 3. Recorded rows in this thread; they are the first ones, so that the
+        # others are sent to the pool before.
+        waiting = []
+        actions = zip(rows, chunks[:, used], strict=False)
+        for row, taken in reversed(list(actions)):
           if row.recorded:
-            row.run(chunks[i, used])
+            row.run(taken)
+          else:
+            waiting.append(pool.submit(row.run, taken))
         for future in waiting:
           future.result()
   return episodes

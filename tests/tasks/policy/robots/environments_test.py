@@ -67,14 +67,11 @@ def test_episodes_have_an_end(name, environment):
   still = (environment.action_low + environment.action_high) / 2
   if name == "pusht":
     still = environment.reset(0)["state"][:2]
-  steps = 0
-  done = False
-  while not done:
-    step = environment.step(still)
-    done = step.done
-    steps += 1
-    assert not step.success and 0 <= step.reward < 1
-  assert steps == environment.max_steps
+  steps = []
+  while not steps or not steps[-1].done:
+    steps.append(environment.step(still))
+    assert not steps[-1].success and 0 <= steps[-1].reward < 1
+  assert len(steps) == environment.max_steps
   with pytest.raises(robots.RobotError, match=f"{name} is done: reset"):
     environment.step(still)
 
