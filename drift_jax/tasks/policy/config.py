@@ -41,9 +41,9 @@ class PolicyModel(sections.Section):
 
 
 class PolicyLoss(sections.Section):
-  """What trains the policy: 'drifting', or a baseline of the same network.
+  """Loss of the policy: 'drifting', or a baseline of the same network.
 
-  `problem` is the drifting loss': 'step', 'chunk' or 'batch';
+  `problem` of the drifting loss is 'step', 'chunk' or 'batch';
   `diffusion_steps` are the noise levels of 'diffusion'.
   """
 
@@ -62,9 +62,8 @@ class PolicyBatch(sections.Section):
 class PolicyEval(sections.Eval):
   """Rollouts in the loop, of the episodes seed, seed + 1, ...
 
-  `samplers` are those of a diffusion policy, 'ddpm:N' or 'ddim:N'; every one
-  is rolled out. figures.json has means over the last `checkpoints`
-  evaluations.
+  A diffusion policy has `samplers`, 'ddpm:N' or 'ddim:N'; each is rolled out.
+  figures.json has means over the last `checkpoints` evaluations.
   """
 
   episodes: int
@@ -76,7 +75,7 @@ class PolicyEval(sections.Eval):
   videos: int
 
 
-# Simulators, and '': nothing to roll out in, where none is at hand.
+# Simulators; '': none, so that nothing is rolled out.
 _ENVIRONMENTS = (*ENVIRONMENTS, "")
 _SOURCES = ("expert", "zarr:DIR", "hdf5:FILE")
 _METHODS = ("drifting", "diffusion", "regression")

@@ -22,7 +22,7 @@ Noise = Callable[[Int[Array, ""]], jax.Array]
 
 
 class Sampler(NamedTuple):
-  """How samples are made of a denoiser.
+  """A way to draw samples with a denoiser.
 
   Attributes:
     kind: 'ddpm', or 'ddim' without noise (eta = 0).

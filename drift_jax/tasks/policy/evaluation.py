@@ -30,11 +30,11 @@ from drift_jax.training.facts import read_facts
 from drift_jax.training.state import TrainState
 from drift_jax.training.workdir import CONFIG_FILE, make_checkpointer
 
-# Of a workdir: what `load_policy` needs beside config and checkpoint.
+# File of a workdir that `load_policy` needs beside config and checkpoint.
 SHAPES_FILE = "shapes.json"
 # The sampler of policies that need one evaluation.
 ONE_STEP = "one_step"
-# Calls whose median is the latency of an action chunk, and those before them.
+# Calls whose median is the latency of an action chunk, and untimed ones before.
 _TIMED_CALLS, _UNTIMED_CALLS = 50, 3
 
 Act = Callable[[Any, Mapping[str, np.ndarray], np.ndarray, int], np.ndarray]
@@ -43,7 +43,7 @@ Act = Callable[[Any, Mapping[str, np.ndarray], np.ndarray, int], np.ndarray]
 def policy_samplers(
   config: PolicyConfig,
 ) -> dict[str, diffusion.Sampler | None]:
-  """How actions are made, by name; one way unless the policy diffuses.
+  """The samplers of actions by name; one unless the policy diffuses.
 
   Raises:
     ConfigError: an unknown sampler.
@@ -73,8 +73,8 @@ def make_act(
     seed: of the noise.
 
   Returns:
-    act. Observations are histories [n, To, ...] in the task's units; of chunks
-    [n, T, A], those within the demonstrations' range: what is beyond is cut.
+    act. Observations are histories [n, To, ...] in the task's units; chunks
+    [n, T, A] are clipped to the range of the demonstrations.
   """
   jitted = jax.jit(
     functools.partial(act_step, task=task, sampler=sampler, seed=seed)
@@ -294,7 +294,7 @@ class Evaluation:
     logger.info("Final figures: %s", report_text(report))
 
   def means(self, name: str) -> dict[str, Any]:
-    """Of a sampler's last evaluations, each step's newest."""
+    """Means of a sampler over its last evaluations, each step's newest."""
     prefix = f"eval/{name}/"
     newest = {
       record["step"]: record
@@ -317,7 +317,7 @@ class Evaluation:
     return list(read_jsonl(file)) if file.exists() else []
 
   def plot_curves(self) -> None:
-    """Draws the curves from what metrics.jsonl holds so far, if anything."""
+    """Draws the curves of metrics.jsonl as far as it goes, if it has a loss."""
     records = self._records() if processes.is_first() else []
     if any("loss" in record for record in records):
       plot_policy(records, self.path / "plots" / "curves.png")

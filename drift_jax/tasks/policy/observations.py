@@ -1,4 +1,4 @@
-"""What a policy observes, as one vector: states as they are, images encoded."""
+"""Observations as one vector: states as they are, images encoded."""
 
 from collections.abc import Mapping
 
@@ -12,8 +12,8 @@ from drift_jax.models.layers import GroupNorm, conv
 # ResNet-18: basic blocks of these channels, two of each.
 _STAGES = (64, 128, 256, 512)
 _BLOCKS = 2
-# Of each group norm, in place of batch norm: its statistics would mix the
-# observations of a batch, and differ between training and acting.
+# Channels of a group norm. Batch norm would mix the observations of a batch and
+# differ between training and acting.
 _GROUP_CHANNELS = 16
 
 
@@ -35,7 +35,7 @@ def spatial_softmax(maps: Float[Array, "B H W K"]) -> Float[Array, "B 2*K"]:
   """Expected column and row of each map's softmax, in [-1, 1], float32.
 
   [x_1, y_1, x_2, ...]: the centres of the first and last column are at -1 and
-  1, as are those of the rows.
+  1, and so are those of the first and last row.
   """
   batch, rows, columns, channels = maps.shape
   logits = maps.astype(jnp.float32).reshape(batch, -1, channels)
@@ -72,8 +72,8 @@ class _BasicBlock(nn.Module):
 class ImageEncoder(nn.Module):
   """ResNet-18's keypoints, as vectors.
 
-  The network ends in maps of 1/32 of the side; their spatial softmax says
-  where things are, not what is on average.
+  The network ends in maps of 1/32 of the side; their spatial softmax gives the
+  places of things.
 
   Attributes:
     keypoints: maps whose expected coordinates are taken.
@@ -116,8 +116,8 @@ class ObservationEncoder(nn.Module):
 
   Attributes:
     vectors: names of observations that are vectors, in this order.
-    images: names of those that are images.
-    crop: side of the part of an image that is looked at; 0: all of it.
+    images: names of observations that are images.
+    crop: side of the part of an image that is used; 0: all of it.
     keypoints: see ImageEncoder.
     image_features: of each image.
     dtype: of the images' networks.
@@ -140,7 +140,7 @@ class ObservationEncoder(nn.Module):
 
     Args:
       observations: by name: normalised vectors [B, To, D] or square uint8
-        images [B, To, H, W, 3]; others than those named are left out.
+        images [B, To, H, W, 3]; other names are ignored.
       offsets: rows and columns of the crops, see crop_offsets, alike for all
         steps and images of an observation; None: the centre.
 

@@ -37,11 +37,10 @@ class PolicyDraws(NamedTuple):
   """The random numbers of one policy step.
 
   Attributes:
-    noise: of each chunk; G of an observation follow each other.
-    repelling: of the independent chunks that repel, where the drift's variant
-      has them.
-    time: of each noise's diffusion; 0 elsewhere.
-    offsets: of each observation's crop; None where nothing is cropped.
+    noise: one for each chunk; the G of an observation follow each other.
+    repelling: noise of independent chunks that repel, if the variant has them.
+    time: step of each noise's diffusion; 0 for other methods.
+    offsets: corner of each observation's crop; None if nothing is cropped.
   """
 
   noise: Float[Array, "n T A"]
@@ -58,12 +57,12 @@ class PolicyTask:
     policy: a models.Policy.
     method: 'drifting', or a baseline of the same network: 'diffusion' (noise
       prediction) or 'regression' (mean squared error).
-    problem: of the drifting loss: each observation's actions of a time 'step',
-      of the whole 'chunk' as one vector, or, without the condition, those of a
-      time step of all the 'batch'.
-    num_generated: G, chunks of an observation: generated ones, or of
-      'diffusion' noisy ones; 1 of 'regression'.
-    diffusion_steps: of 'diffusion'; 0 elsewhere.
+    problem: points of one drift problem: the actions of an observation at a
+      time 'step', its whole 'chunk' as a vector, or the actions at a time step
+      of all the 'batch', blind to the observations.
+    num_generated: G, chunks of an observation: generated ones, or noisy ones of
+      'diffusion'; 1 for 'regression'.
+    diffusion_steps: noise levels of 'diffusion'; 0 for other methods.
     action_shape: (T, A).
     crop: (side of the images, side of their random crops); None: no crop.
     drift: keyword arguments of drift.drift_losses.
@@ -182,7 +181,7 @@ def policy_step(
   schedule: optax.Schedule,
   layout: sharding.Layout | None = None,
 ) -> tuple[state_lib.TrainState, Metrics]:
-  """One step of the policy, drawn from state.key().
+  """One training step, whose random numbers follow from state.key().
 
   Metrics: see drift_update; of a baseline 'loss' and update's. There is nothing
   frozen.

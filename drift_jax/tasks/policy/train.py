@@ -35,8 +35,8 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   Args:
     config: ConfigDict of task 'policy'.
     workdir: gets config.json, shapes.json, checkpoints/ (with the normaliser),
-      metrics.jsonl, TensorBoard events, plots/curves.png and, where the policy
-      is rolled out, figures.json and videos/SAMPLER.gif.
+      metrics.jsonl, TensorBoard events, plots/curves.png and, if the policy is
+      rolled out, figures.json and videos/SAMPLER.gif.
 
   Returns:
     The final state.

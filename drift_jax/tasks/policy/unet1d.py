@@ -18,7 +18,7 @@ from drift_jax.models.layers import GroupNorm, sinusoidal_embedding
 # then small at first, and what a block adds as well.
 _kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
-# exp overflows in float32 far behind the place where mish(x) is x.
+# Above it mish(x) is x in float32, long before exp overflows.
 _MISH_IS_LINEAR = 20.0
 
 
@@ -42,9 +42,9 @@ def convolve(
 ) -> Float[Array, "B t D"]:
   """y_o = sum_i x_i kernel_(i - stride o + padding), over the i there are.
 
-  Where the kernel spans the whole sequence it is one product with a matrix of
-  all pairs (i, o): XLA's CPU convolution takes 20 times as long there, and no
-  product is with padding.
+  If the kernel spans the whole sequence, it is one product with a matrix of all
+  pairs (i, o): XLA's CPU convolution would take 20 times as long, and multiply
+  with padding.
   """
   size, channels, features = kernel.shape
   steps = x.shape[1]
@@ -256,7 +256,7 @@ def _dense(
 
 
 def _uniform(fan_in: int) -> nn.initializers.Initializer:
-  """As the kernels are."""
+  """Uniform in +-1 / sqrt(fan-in), like the kernels."""
   bound = fan_in**-0.5
 
   def init(key: Array, shape: Any, dtype: Any = jnp.float32) -> Array:

@@ -12,8 +12,8 @@ from drift_jax.data.loader import share
 from drift_jax.data.order import generator
 from drift_jax.tasks.policy.demonstrations import Demonstrations
 
-# A dimension that moves by less stands still: dividing by its range would
-# make signal of noise.
+# A dimension that moves by less stands still: divided by its range, noise would
+# become signal.
 _STILL = 1e-4
 
 
@@ -122,8 +122,8 @@ class PolicyFeed:
   """Batches of windows, each window once an epoch, in a new order each time.
 
   Batches are {'observations': {name: [b, To, D] normalised float32 or [b, To,
-  H, W, 3] uint8}, 'actions': [b, T, A] normalised float32}: those of step s
-  follow from (seed, s) alone, whatever the number of processes, and go on
+  H, W, 3] uint8}, 'actions': [b, T, A] normalised float32}. A step's batch
+  follows from (seed, step) alone, for any number of processes; batches go on
   across the ends of epochs. Process p of P holds the p-th of P equal parts of
   a batch.
 
@@ -199,11 +199,11 @@ class PolicyFeed:
     }
 
   def abstract(self, saved: Any) -> dict[str, Any]:
-    """Arrays like those that were saved, to restore into."""
+    """Arrays of the saved shapes, to restore into."""
     return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), saved)
 
   def restore(self, state: dict[str, Any]) -> None:
-    """Continues where `state` was taken, by however many processes.
+    """Continues from a `state`, with any number of processes.
 
     Raises:
       DataError: the run began with demonstrations of other ranges.

@@ -184,7 +184,7 @@ def _round(offset: Array, target: Array, radius: float, side: float) -> Array:
 
   Args:
     offset: [2], place of the pusher, from the centre.
-    target: [2], the direction of where it should be; of length 1.
+    target: [2], the direction of its goal from the centre; of length 1.
     radius: of the circle on which it goes.
     side: 1 or -1, which way round if both will do.
   """
@@ -199,7 +199,7 @@ def _round(offset: Array, target: Array, radius: float, side: float) -> Array:
   return radius * np.array([np.cos(angle), np.sin(angle)])
 
 
-# PushT: the centre of mass in the block's frame, and where the block has to be.
+# PushT: the centre of mass in the block's frame, and the block's goal.
 _CENTRE = np.array([0.0, 45.0])
 _PLACE = np.array([256.0, 256.0])
 _ANGLE = np.pi / 4
@@ -289,7 +289,7 @@ def collect(
     name: of the environment.
     episodes: so many are kept.
     seed: of the starts and of the expert.
-    observations: those to record, see make.
+    observations: names to record, see make.
     keep: 'successes', or 'all' episodes.
 
   Returns:

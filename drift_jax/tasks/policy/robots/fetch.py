@@ -31,8 +31,8 @@ _BACKENDS = ("egl", "osmesa", "glfw")
 class Fetch(Environment):
   """FetchReach-v4, FetchPush-v4 or FetchPickAndPlace-v4.
 
-  Observations: 'state', gymnasium-robotics' observation and behind it the goal;
-  metres. The gripper's position is in front.
+  Observations: 'state', gymnasium-robotics' observation and then the goal, in
+  metres. The gripper's position comes first.
 
     fetch_reach           [13]: gripper 3, fingers 2, velocities 5, goal 3
     others                [28]: gripper 3, object 3, object - gripper 3,
@@ -95,14 +95,14 @@ class Fetch(Environment):
     Raises:
       RobotError: OpenGL can't be used on this machine.
     """
-    # Read when the first scene is drawn. Only EGL does without a screen and is
-    # common.
+    # MuJoCo reads it when the first scene is drawn. EGL is common and needs no
+    # screen.
     backend = os.environ.setdefault("MUJOCO_GL", "egl")
     renderer = self._simulator.mujoco_renderer
     try:
       if renderer.viewer is None:
-        # Where this fails, gymnasium would leave a viewer behind that is half
-        # made, and can't be deleted without a complaint.
+        # If this failed inside gymnasium, a half-made viewer would stay that
+        # complains when it is deleted.
         module = importlib.import_module(f"mujoco.{backend}")
         module.GLContext(_SIZE, _SIZE).free()
       else:

@@ -1,4 +1,4 @@
-"""What an environment is: the part that all of them share, and their errors."""
+"""The part that all environments share, and their errors."""
 
 import abc
 import contextlib

@@ -42,7 +42,7 @@ class Obstacle(Environment):
 
   Observations: 'state' [2], the position. Actions: [2], a displacement within
   [-0.2, 0.2]. Touching the disc, on the way of a step too, is the end. The mode
-  is 'above' or 'below', by the sign of y where x = 0 is crossed first.
+  is 'above' or 'below', the sign of y at the first crossing of x = 0.
   """
 
   name = "obstacle"
@@ -70,7 +70,7 @@ class Obstacle(Environment):
     return Step(seen, float(success), success, failed, self._mode)
 
   def render(self) -> np.ndarray:
-    """The disc, the goal, the point and where it was; uint8 [128, 128, 3]."""
+    """The disc, the goal, the point and its trail; uint8 [128, 128, 3]."""
     # Drawn larger: Pillow's circles have hard edges.
     scale = 4 * _SIZE / (2 * _EXTENT)
     image = Image.new("RGB", (4 * _SIZE, 4 * _SIZE), "white")

@@ -21,7 +21,7 @@ class PushT(Environment):
 
   Observations: 'state' [5]: x and y of the pusher, x and y of the block,
   within [0, 512], the block's angle within [0, 2 pi); 'img' uint8 [96, 96, 3],
-  the same in a picture. Actions: [2] within [0, 512], where the pusher goes.
+  a picture of it. Actions: [2] within [0, 512], the pusher's next place.
   The reward is clip(coverage / 0.95, 0, 1) of the block's coverage of its
   place; beyond 0.95 the task is solved.
   """

@@ -135,7 +135,7 @@ def rollouts(
   episodes: list[Episode] = []
   with ThreadPoolExecutor(threads) as pool:
     for start in range(0, len(seeds), parallel):
-      # 1. The next group; its last row stands in for those that are missing.
+      # 1. The next group; its last row stands in for missing ones.
       group = zip(environments, seeds[start:], strict=False)
       rows = [
         _Row(environment, int(seed), observation_horizon, number < record)
