@@ -37,7 +37,9 @@ ONE_STEP = "one_step"
 # Calls whose median is the latency of an action chunk, and untimed ones before.
 _TIMED_CALLS, _UNTIMED_CALLS = 50, 3
 
-Act = Callable[[Any, Mapping[str, np.ndarray], np.ndarray, int], np.ndarray]
+Seen = Mapping[str, np.ndarray]
+Act = Callable[[Any, Seen, np.ndarray, int], np.ndarray]
+Check = Callable[[], None]
 
 
 def policy_samplers(
@@ -80,17 +82,12 @@ def make_act(
     functools.partial(act_step, task=task, sampler=sampler, seed=seed)
   )
 
-  def act(
-    params: Any,
-    observations: Mapping[str, np.ndarray],
-    episodes: np.ndarray,
-    call: int,
-  ) -> np.ndarray:
-    seen = {
+  def act(params: Any, seen: Seen, episodes: np.ndarray, call: int) -> Any:
+    normal = {
       name: x if x.dtype == np.uint8 else normalizer.normalize(name, x)
-      for name, x in observations.items()
+      for name, x in seen.items()
     }
-    chunks = jitted(params, seen, episodes.astype(np.int32), np.int32(call))
+    chunks = jitted(params, normal, episodes.astype(np.int32), np.int32(call))
     return normalizer.unnormalize("actions", jax.device_get(chunks))
 
   return act
@@ -240,11 +237,7 @@ class Evaluation:
     return here(state.ema[str(self.config.eval.ema_decay)], self.mesh)
 
   def __call__(
-    self,
-    step: int,
-    state: TrainState,
-    check: Callable[[], None],
-    writer: MetricWriter,
+    self, step: int, state: TrainState, check: Check, writer: MetricWriter
   ) -> dict[str, float]:
     """Scalars under eval/SAMPLER/, of the first process.
 

@@ -66,23 +66,21 @@ def policy_task(config: PolicyConfig, shapes: Shapes) -> PolicyTask:
       f"{sorted(sides)} pixels, want one square size that it fits in"
     )
   (action_size,) = shapes["actions"]
+
+  def arguments(*names: str) -> dict[str, Any]:
+    chosen = {name: getattr(section, name) for name in names}
+    return {**chosen, "dtype": jnp.dtype(section.dtype)}
+
   with naming("model"):
     policy = Policy(
       encoder=ObservationEncoder(
         vectors=tuple(name for name in names if name not in images),
         images=images,
-        crop=section.crop,
-        keypoints=section.keypoints,
-        image_features=section.image_features,
-        dtype=jnp.dtype(section.dtype),
+        **arguments("crop", "keypoints", "image_features"),
       ),
       unet=ConditionalUnet1d(
-        action_size=action_size,
-        widths=section.widths,
-        kernel_size=section.kernel_size,
-        groups=section.groups,
-        time_size=section.time_size,
-        dtype=jnp.dtype(section.dtype),
+        action_size,
+        **arguments("widths", "kernel_size", "groups", "time_size"),
       ),
     )
   task = PolicyTask(

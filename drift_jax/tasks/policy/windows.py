@@ -208,12 +208,12 @@ class PolicyFeed:
     Raises:
       DataError: the run began with demonstrations of other ranges.
     """
-    before, now = state["normalizer"], self.normalizer.ranges
+    before, now = (
+      jax.tree.map(lambda x: x.tolist(), ranges)
+      for ranges in (state["normalizer"], self.normalizer.ranges)
+    )
     for name in sorted({*before, *now}):
-      old, new = (
-        {key: x.tolist() for key, x in ranges.get(name, {}).items()}
-        for ranges in (before, now)
-      )
+      old, new = before.get(name), now.get(name)
       if old != new:
         raise DataError(
           f"the run began with other demonstrations: {name!r} was in {old}, "

@@ -9,11 +9,7 @@ from drift_jax.tasks.policy.demonstrations import Demonstrations
 from drift_jax.tasks.policy.windows import Normalizer, PolicyFeed, window_steps
 
 LENGTHS = (9, 3, 12)
-HORIZONS = {
-  "observation_horizon": 2,
-  "prediction_horizon": 8,
-  "executed": 4,
-}
+HORIZONS = {"observation_horizon": 2, "prediction_horizon": 8, "executed": 4}
 
 
 def demonstrations(lengths=LENGTHS):

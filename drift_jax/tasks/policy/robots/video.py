@@ -116,10 +116,8 @@ def _write_mp4(path: pathlib.Path, frames: np.ndarray) -> None:
   )
   writer.send(None)
   try:
-    for frame in [
-      *frames,
-      *[frames[-1]] * round(_STEPS_A_SECOND * _HOLD_SECONDS),
-    ]:
+    held = [frames[-1]] * round(_STEPS_A_SECOND * _HOLD_SECONDS)
+    for frame in [*frames, *held]:
       writer.send(frame)
   finally:
     writer.close()
