@@ -207,20 +207,13 @@ def load_policy(
   abstract = sharding.abstract(found, sharding.infer_sharding(found, mesh))
   decay = str(config.eval.ema_decay)
   checkpointer = make_checkpointer(config.checkpoint, path, read_only=True)
-  try:
-    step, restored = checkpointer.restore_subtree(
-      {"ema": {decay: abstract}}, step
-    )
+  with contextlib.closing(checkpointer):
+    average = {"ema": {decay: abstract}}
+    step, restored = checkpointer.restore_subtree(average, step)
     _, feed = checkpointer.restore_feed(step)
-  finally:
-    checkpointer.close()
-  return TrainedPolicy(
-    config,
-    task,
-    Normalizer(feed["normalizer"]),
-    here(restored["ema"][decay], mesh),
-    step,
-  )
+  params = here(restored["ema"][decay], mesh)
+  normalizer = Normalizer(feed["normalizer"])
+  return TrainedPolicy(config, task, normalizer, params, step)
 
 
 @dataclasses.dataclass

@@ -8,8 +8,7 @@ are read through TensorStore, which knows their compression.
 import json
 import os
 import pathlib
-import secrets
-import shutil
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,20 +83,17 @@ def write_replay(
   folder = pathlib.Path(paths.expand(path))
   if folder.exists():
     raise DataError(f"{folder} is there: remove it, or write elsewhere")
-  partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
-  arrays = {
-    f"data/{_ACTION}": demonstrations.actions,
-    _ENDS: np.asarray(demonstrations.ends, np.int64),
-    **{f"data/{n}": x for n, x in demonstrations.observations.items()},
-  }
-  try:
+  arrays = {_ACTION: demonstrations.actions, **demonstrations.observations}
+  hidden = f".{folder.name}."
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(prefix=hidden, dir=folder.parent) as partial:
+    whole = pathlib.Path(partial) / "whole"
+    _write(whole / _ENDS, np.asarray(demonstrations.ends, np.int64))
     for name, values in arrays.items():
-      _write(partial / name, values)
-    for group in (partial, partial / "data", partial / "meta"):
+      _write(whole / "data" / name, values)
+    for group in (whole, whole / "data", whole / "meta"):
       (group / ".zgroup").write_text(json.dumps({"zarr_format": 2}))
-    partial.rename(folder)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
+    whole.rename(folder)
 
 
 def _write(folder: pathlib.Path, values: np.ndarray) -> None:
@@ -108,13 +104,8 @@ def _write(folder: pathlib.Path, values: np.ndarray) -> None:
     "compressor": {"id": "blosc", "cname": "zstd", "clevel": 5, "shuffle": 2},
   }
   # Chunks of zeros as well: one that is not there counts as lost.
-  _open(
-    folder,
-    metadata=metadata,
-    store_data_equal_to_fill_value=True,
-    create=True,
-    open=False,
-  ).write(values).result()
+  stored = {"metadata": metadata, "store_data_equal_to_fill_value": True}
+  _open(folder, create=True, open=False, **stored).write(values).result()
 
 
 def _open(folder: pathlib.Path, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Conditions of observations, and the policy that uses them."""
+"""Conditions of observations."""
 
 import jax
 import jax.numpy as jnp
@@ -6,13 +6,11 @@ import numpy as np
 import pytest
 
 from drift_jax.tasks.policy import observations as observations_lib
-from drift_jax.tasks.policy.network import Policy
 from drift_jax.tasks.policy.observations import (
   ObservationEncoder,
   crop_offsets,
   spatial_softmax,
 )
-from drift_jax.tasks.policy.unet1d import ConditionalUnet1d
 from tests.conftest import assert_close, precise_jit
 
 
@@ -143,28 +141,3 @@ def test_observations_that_do_not_fit(names, front, message):
   seen = {"state": np.zeros((2, 2, 2), np.float32), "front": front}
   with pytest.raises(ValueError, match=message):
     jax.eval_shape(module.init, jax.random.key(0), seen)
-
-
-def test_a_policy_encodes_once_and_acts_often():
-  policy = Policy(
-    encoder=ObservationEncoder(vectors=("state",)),
-    unet=ConditionalUnet1d(action_size=2, widths=(8,), time_size=4),
-  )
-  rng = np.random.default_rng(0)
-  seen = {"state": np.float32(rng.normal(size=(3, 2, 5)))}
-  inputs = np.float32(rng.normal(size=(3, 4, 2))), jnp.array([0, 1, 2])
-  shapes = jax.eval_shape(policy.init, jax.random.key(0), seen, *inputs)
-  variables = jax.tree.map(
-    lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.3, x.dtype), shapes
-  )
-  assert set(variables["params"]) == {"unet"}
-  apply = jax.jit(policy.apply, static_argnames="method")
-  condition = apply(variables, seen, method="encode")
-  assert condition.shape == (3, 10)
-  noise, time, repeated = (
-    jnp.repeat(x, 2, axis=0) for x in (*inputs, condition)
-  )
-  twice = apply(variables, noise, repeated, time, method="act")
-  once = apply(variables, seen, *inputs)
-  assert once.shape == (3, 4, 2)
-  assert_close(twice, jnp.repeat(once, 2, axis=0), 1e-5)

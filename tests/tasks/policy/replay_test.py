@@ -90,11 +90,8 @@ def test_reads_what_is_asked_for(replay, episodes):
       0,
       r"\['goal', 'states'\] are missing; .*'img'",
     ),
-    (["action"], 0, r"\['action'\] are missing"),
     (["state[:6]"], 0, r"'state\[:6\]': it has 5 columns"),
-    (["img[:3]"], 0, "an image has no first columns"),
     (["state[2:]"], 0, r"'state\[2:\]'.*NAME\[:K\]"),
-    (["state[:0]"], 0, r"'state\[:0\]'.*NAME\[:K\]"),
     (["state"], 4, "max_episodes=4, .* are 3"),
     (["state"], -1, "max_episodes=-1, .* are 3"),
   ],
@@ -114,8 +111,6 @@ def changed_image(place, value):
   ("changes", "message"),
   [
     (changed_image((7, 2, 3, 1), 3.5), "'img': step 7 has 3.5"),
-    (changed_image((7, 2, 3, 1), 256), "'img': step 7 .* 256"),
-    (changed_image((7, 2, 3, 1), -1), "'img': step 7 .* -1"),
     (changed_image((7, 2, 3, 1), np.nan), "'img': step 7 .* nan"),
     (changed_image(..., 1.0), "'img': no value is above 1"),
     ({"state": np.zeros((10, 5), np.float32)}, "'state' has 10 steps"),
@@ -123,7 +118,6 @@ def changed_image(place, value):
     ({"action": None}, r"\['action'\] are missing; .*'img', 'keypoint'"),
     ({"episode_ends": None}, "meta/episode_ends"),
     ({"episode_ends": np.array([4, 9])}, "an unfinished episode: .* 9"),
-    ({"episode_ends": np.array([4, 15])}, "an unfinished episode: .* 15"),
   ],
 )
 def test_damage_is_named(replay, changes, message):

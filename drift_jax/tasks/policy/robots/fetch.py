@@ -24,8 +24,6 @@ _CAMERA = {
   "elevation": -20.0,
   "lookat": np.array([1.3, 0.75, 0.5]),
 }
-# MuJoCo's modules that make an OpenGL context, and values of MUJOCO_GL.
-_BACKENDS = ("egl", "osmesa", "glfw")
 
 
 class Fetch(Environment):
@@ -114,8 +112,8 @@ class Fetch(Environment):
       raise RobotError(
         f"{self.name} can't be drawn with MUJOCO_GL={backend}: "
         f"{type(error).__name__}: {error}. Install its library (libegl1, "
-        f"libosmesa6 or libglfw3), set MUJOCO_GL to another of "
-        f"{list(_BACKENDS)}, or record no episodes (eval.videos=0)"
+        "libosmesa6 or libglfw3), set MUJOCO_GL to another of 'egl', 'osmesa' "
+        "and 'glfw', or record no episodes (eval.videos=0)"
       ) from error
     return np.ascontiguousarray(image)
 

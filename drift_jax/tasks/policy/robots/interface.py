@@ -112,8 +112,6 @@ class Environment(abc.ABC):
         f"{list(self.sources)}, and NAME[:K] for the first K values of one"
       )
     self._stop_at_success = stop_at_success
-    self._steps = 0
-    self._success = False
     self._done: bool | None = None
 
   def reset(self, seed: int) -> Observations:

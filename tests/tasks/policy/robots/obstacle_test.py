@@ -59,11 +59,6 @@ def test_touching_is_the_end():
   assert np.linalg.norm(start) > 0.4 and touches(start, start + [0.2, 0.0])
 
 
-def test_success_may_be_no_end():
-  _, step = go(*around(1), (0.2, 0), stop_at_success=False)
-  assert step.success and not step.done and step.reward == 0
-
-
 def test_starts_are_the_seeds():
   starts = np.stack([go(seed=seed)[0] for seed in range(200)])
   assert starts.dtype == np.float32
@@ -77,11 +72,8 @@ def test_it_is_drawn():
   environment.reset(0)
   before = environment.render()
   assert before.shape == (128, 128, 3) and before.dtype == np.uint8
-  # White in a corner, the disc in the middle, green at the goal.
-  assert (before[0, 0] == 255).all()
-  assert np.ptp(before[64, 64]) < 20 and before[64, 64].max() < 200
-  red, green, blue = before[64, 113]
-  assert green > red + 20 and green > blue + 20
+  # White in a corner, the disc in the middle.
+  assert (before[0, 0] == 255).all() and before[64, 64].max() < 200
   environment.step(np.array([0, 0.2]))
   changed = (before != environment.render()).any(axis=-1)
   rows, columns = np.nonzero(changed)

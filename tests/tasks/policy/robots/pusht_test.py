@@ -24,6 +24,8 @@ def test_observations(environment):
   column, row = (state[:2] * 96 / 512).astype(int)
   red, _, blue = picture[row, column].astype(int)
   assert blue > red + 50
+  drawn = environment.render()
+  assert drawn.shape == (192, 192, 3) and drawn.dtype == np.uint8
 
 
 def test_angles_are_those_of_one_turn(environment):
@@ -62,9 +64,3 @@ def test_pictures_are_drawn_only_where_wanted(monkeypatch):
   assert list(environment.reset(0)) == ["state"]
   environment.step(np.array([10, 10]))
   environment.close()
-
-
-def test_it_is_drawn(environment):
-  environment.reset(0)
-  picture = environment.render()
-  assert picture.shape == (192, 192, 3) and picture.dtype == np.uint8

@@ -110,9 +110,8 @@ def test_rows_are_always_as_many():
 
 def test_what_an_episode_says():
   (odd, even), _ = roll(Policy(), [3, 6])
-  assert (odd.success, odd.score, odd.length, odd.mode) == (False, 0.5, 6, "")
-  assert (even.success, even.score, even.length) == (True, 0.5, 5)
-  assert even.mode == "even" and odd.frames == even.frames == []
+  assert odd == robots.Episode(3, False, 0.5, 6, "")
+  assert even == robots.Episode(6, True, 0.5, 5, "even")
 
 
 def test_the_first_episodes_are_recorded():
