@@ -128,6 +128,7 @@ def policy_loss(
   act = functools.partial(bound, method="act")
   seen, offsets = batch.observations, draws.offsets
   condition = bound(seen, offsets=offsets, method="encode")
+  # 1. Baselines.
   if task.method == "regression":
     return jnp.mean((act(draws.noise, condition) - batch.actions) ** 2), None
   repeated = jnp.repeat(condition, task.num_generated, axis=0)
@@ -144,12 +145,14 @@ def policy_loss(
   def by_observation(chunks: Float[Array, "n T A"]) -> Float[Array, "B G T A"]:
     return chunks.reshape(-1, task.num_generated, *chunks.shape[1:])
 
+  # 2. Generated chunks, the demonstrated ones, and those that repel.
   real = batch.actions[:, None]
   if draws.repelling is not None:
     repelling = act(draws.repelling, jax.lax.stop_gradient(repeated))
     repelling = jax.lax.stop_gradient(repelling)
     real = jnp.concatenate([real, by_observation(repelling)], axis=1)
   generated = by_observation(act(draws.noise, repeated))
+  # 3. The axes of the drift problems: labels, points, locations, channels.
   if task.problem == "chunk":
     generated = generated.reshape(*generated.shape[:2], 1, -1)
     real = real.reshape(*real.shape[:2], 1, -1)

@@ -68,7 +68,9 @@ class _Row:
   def run(self, actions: np.ndarray) -> None:
     """Takes actions [executed, A], until the episode is done."""
     episode = self.episode
-    for action in () if self.done else actions:
+    for action in actions:
+      if self.done:
+        return
       step = self.environment.step(action)
       self._history.append(step.observations)
       episode.length += 1
@@ -77,8 +79,6 @@ class _Row:
       episode.mode = step.mode
       self._draw()
       self.done = step.done
-      if step.done:
-        return
 
 
 def rollouts(
