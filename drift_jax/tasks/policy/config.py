@@ -1,24 +1,12 @@
 """Config of task 'policy', and what may go together in it."""
 
-from drift_jax.config.checks import (
-  check_at_least,
-  check_choice,
-  check_distinct,
-  check_drift,
-  check_run,
-  require,
-)
-from drift_jax.config.sections import (
-  Drift,
-  Eval,
-  RunConfig,
-  RunData,
-  Section,
-  Source,
-)
+import operator
+
+from drift_jax.config import checks, sections
+from drift_jax.tasks.policy.robots.environments import ENVIRONMENTS
 
 
-class PolicyData(RunData):
+class PolicyData(sections.RunData):
   """Demonstrations, and how windows are cut from them.
 
   `source` is 'expert' (the environment's scripted one, `episodes` of them by
@@ -26,7 +14,7 @@ class PolicyData(RunData):
   `observations` may cut columns: 'state[:2]'.
   """
 
-  source: Source
+  source: sections.Source
   episodes: int
   seed: int
   observations: tuple[str, ...]
@@ -35,7 +23,7 @@ class PolicyData(RunData):
   executed: int
 
 
-class PolicyModel(Section):
+class PolicyModel(sections.Section):
   """Arguments of drift_jax.models.Policy's two networks.
 
   `crop` is the side that images are cut to, 0 for whole ones; `time_size` of
@@ -52,10 +40,10 @@ class PolicyModel(Section):
   dtype: str
 
 
-class PolicyLoss(Section):
-  """What trains the policy: 'drifting', or a baseline of the same network.
+class PolicyLoss(sections.Section):
+  """Loss of the policy: 'drifting', or a baseline of the same network.
 
-  `problem` is the drifting loss': 'step', 'chunk' or 'batch';
+  `problem` of the drifting loss is 'step', 'chunk' or 'batch';
   `diffusion_steps` are the noise levels of 'diffusion'.
   """
 
@@ -64,19 +52,18 @@ class PolicyLoss(Section):
   diffusion_steps: int
 
 
-class PolicyBatch(Section):
+class PolicyBatch(sections.Section):
   """Sizes of one step: observations, and G generated (noisy) chunks of each."""
 
   size: int
   generated: int
 
 
-class PolicyEval(Eval):
+class PolicyEval(sections.Eval):
   """Rollouts in the loop, of the episodes seed, seed + 1, ...
 
-  `samplers` are those of a diffusion policy, 'ddpm:N' or 'ddim:N'; every one
-  is rolled out. figures.json has means over the last `checkpoints`
-  evaluations.
+  A diffusion policy has `samplers`, 'ddpm:N' or 'ddim:N'; each is rolled out.
+  figures.json has means over the last `checkpoints` evaluations.
   """
 
   episodes: int
@@ -88,129 +75,110 @@ class PolicyEval(Eval):
   videos: int
 
 
-class PolicyConfig(RunConfig):
+# Simulators; '': none, so that nothing is rolled out.
+_ENVIRONMENTS = (*ENVIRONMENTS, "")
+_SOURCES = ("expert", "zarr:DIR", "hdf5:FILE")
+_METHODS = ("drifting", "diffusion", "regression")
+_PROBLEMS = ("step", "chunk", "batch")
+_AT_LEAST = {
+  0: ("data.episodes", "data.seed", "model.crop", "eval.seed"),
+  1: (
+    *("data.observation_horizon", "data.prediction_horizon", "data.executed"),
+    *("model.kernel_size", "model.groups", "model.keypoints"),
+    *("model.image_features", "batch.size", "batch.generated"),
+    *("eval.episodes", "eval.parallel", "eval.threads", "eval.checkpoints"),
+  ),
+}
+
+
+class PolicyConfig(sections.RunConfig):
   """A run that trains a policy of robot control: config.task = 'policy'."""
 
   environment: str
   data: PolicyData
   model: PolicyModel
   loss: PolicyLoss
-  drift: Drift
+  drift: sections.Drift
   batch: PolicyBatch
   eval: PolicyEval
 
   def check(self) -> None:
     """Raises ConfigError if values are out of range or contradict."""
-    check_policy(self)
-
-
-# What a policy is rolled out in; '': nothing, where no simulator is at hand.
-ENVIRONMENTS = (
-  "obstacle",
-  "fetch_reach",
-  "fetch_push",
-  "fetch_pick_and_place",
-  "pusht",
-  "",
-)
-
-
-DEMONSTRATIONS = ("expert", "zarr:DIR", "hdf5:FILE")
-
-
-POLICY_METHODS = ("drifting", "diffusion", "regression")
-
-
-POLICY_PROBLEMS = ("step", "chunk", "batch")
-
-
-def check_policy(config: PolicyConfig) -> None:
-  check_run(config)
-  data, evaluation = config.data, config.eval
-  check_choice("environment", config.environment, ENVIRONMENTS)
-  kind, _, path = data.source.partition(":")
-  require(
-    kind == "expert" and not path or kind in ("zarr", "hdf5") and path != "",
-    f"data.source={data.source!r}: valid options are {DEMONSTRATIONS}",
-  )
-  check_at_least("data.episodes", data.episodes, 0)
-  check_at_least("data.seed", data.seed, 0)
-  if kind == "expert":
-    require(
-      config.environment != "" and data.episodes >= 1,
-      f"data.source='expert' with environment={config.environment!r}, "
-      f"data.episodes={data.episodes}: the expert is the environment's, and "
-      "makes at least one episode",
+    checks.check_run(self)
+    data, evaluation = self.data, self.eval
+    # 1. Choices and ranges.
+    checks.check_choice("environment", self.environment, _ENVIRONMENTS)
+    checks.check_choice("loss.method", self.loss.method, _METHODS)
+    checks.check_choice("loss.problem", self.loss.problem, _PROBLEMS)
+    checks.check_choice(
+      "checkpoint.best_metric", self.checkpoint.best_metric, ("",)
     )
-  require(
-    len(data.observations) > 0, "data.observations=() must name at least one"
-  )
-  check_distinct("data.observations", data.observations)
-  for name in ("observation_horizon", "prediction_horizon", "executed"):
-    check_at_least(f"data.{name}", getattr(data, name), 1)
-  require(
-    data.observation_horizon - 1 + data.executed <= data.prediction_horizon,
-    f"data.executed={data.executed}: a chunk of data.prediction_horizon="
-    f"{data.prediction_horizon} actions begins with the first of "
-    f"data.observation_horizon={data.observation_horizon} observations, so at "
-    f"most {data.prediction_horizon - data.observation_horizon + 1} are left",
-  )
-  _check_policy_loss(config)
-  require(
-    len(config.model.widths) > 0, "model.widths=() must name at least one"
-  )
-  for width in config.model.widths:
-    check_at_least("model.widths", width, 1)
-  for name in ("kernel_size", "groups", "keypoints", "image_features"):
-    check_at_least(f"model.{name}", getattr(config.model, name), 1)
-  check_at_least("model.crop", config.model.crop, 0)
-  require(
-    evaluation.every == 0 or config.environment != "",
-    f"eval.every={evaluation.every} with environment='': there is nothing to "
-    "roll out in; set eval.every=0",
-  )
-  check_at_least("eval.seed", evaluation.seed, 0)
-  for name in ("episodes", "parallel", "threads", "checkpoints"):
-    check_at_least(f"eval.{name}", getattr(evaluation, name), 1)
-  require(
-    0 <= evaluation.videos <= evaluation.episodes,
-    f"eval.videos={evaluation.videos} must lie in [0, eval.episodes = "
-    f"{evaluation.episodes}]",
-  )
-  check_choice("checkpoint.best_metric", config.checkpoint.best_metric, ("",))
+    for least, names in _AT_LEAST.items():
+      for name in names:
+        checks.check_at_least(name, operator.attrgetter(name)(self), least)
+    for width in self.model.widths:
+      checks.check_at_least("model.widths", width, 1)
+    for name in ("data.observations", "model.widths"):
+      values = operator.attrgetter(name)(self)
+      checks.require(len(values) > 0, f"{name}=() must name at least one")
+    checks.check_distinct("data.observations", data.observations)
+    checks.require(
+      0 <= evaluation.videos <= evaluation.episodes,
+      f"eval.videos={evaluation.videos} must lie in [0, eval.episodes = "
+      f"{evaluation.episodes}]",
+    )
+    # 2. Demonstrations and their windows.
+    kind, _, path = data.source.partition(":")
+    checks.require(
+      kind == "expert" and not path or kind in ("zarr", "hdf5") and path != "",
+      f"data.source={data.source!r}: valid options are {_SOURCES}",
+    )
+    checks.require(
+      kind != "expert" or (self.environment != "" and data.episodes >= 1),
+      f"data.source='expert' with environment={self.environment!r} and data."
+      f"episodes={data.episodes}: it needs one, and makes at least one episode",
+    )
+    checks.require(
+      data.observation_horizon - 1 + data.executed <= data.prediction_horizon,
+      f"data.executed={data.executed}: at most data.prediction_horizon - data."
+      "observation_horizon + 1 = "
+      f"{data.prediction_horizon - data.observation_horizon + 1}",
+    )
+    # 3. What goes together.
+    checks.require(
+      evaluation.every == 0 or self.environment != "",
+      f"eval.every={evaluation.every} with environment='': there is nothing to "
+      "roll out in; set eval.every=0",
+    )
+    _check_method(self)
 
 
-def _check_policy_loss(config: PolicyConfig) -> None:
-  loss, batch, samplers = config.loss, config.batch, config.eval.samplers
-  check_choice("loss.method", loss.method, POLICY_METHODS)
-  check_choice("loss.problem", loss.problem, POLICY_PROBLEMS)
-  check_at_least("batch.size", batch.size, 1)
-  if loss.method == "drifting":
-    positives = batch.size if loss.problem == "batch" else 1
-    check_drift(config.drift, positives)
-    require(
+def _check_method(config: PolicyConfig) -> None:
+  loss, batch, method = config.loss, config.batch, config.loss.method
+  if method == "drifting":
+    checks.check_drift(
+      config.drift, batch.size if loss.problem == "batch" else 1
+    )
+    checks.require(
       batch.generated >= 2 or config.drift.negatives != "own",
       f"batch.generated={batch.generated}: a single sample of an observation "
       "has no negative but itself, which is masked, so nothing repels it and "
       "the policy becomes a regression; use at least 2 (8 as published)",
     )
-  elif loss.method == "regression":
-    require(
-      batch.generated == 1,
-      f"batch.generated={batch.generated} with loss.method='regression': want "
-      "1, it has one prediction of an observation",
-    )
-  else:
-    check_at_least("batch.generated", batch.generated, 1)
-  diffuses = loss.method == "diffusion"
+  checks.require(
+    batch.generated == 1 or method != "regression",
+    f"batch.generated={batch.generated} with loss.method='regression': want "
+    "1, it has one prediction of an observation",
+  )
   for name, value in (
     ("loss.diffusion_steps", loss.diffusion_steps),
     ("model.time_size", config.model.time_size),
-    ("eval.samplers", len(samplers)),
+    ("eval.samplers", len(config.eval.samplers)),
   ):
-    require(
+    diffuses = method == "diffusion"
+    checks.require(
       value >= 1 if diffuses else value == 0,
-      f"{name}: loss.method={loss.method!r} wants "
+      f"{name}: loss.method={method!r} wants "
       + ("at least 1" if diffuses else "none; only 'diffusion' reads it")
       + f", got {value}",
     )

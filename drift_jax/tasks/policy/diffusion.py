@@ -7,7 +7,7 @@ Diffusion Policy (arXiv:2303.04137) does.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ Noise = Callable[[Int[Array, ""]], jax.Array]
 
 
 class Sampler(NamedTuple):
-  """How samples are made of a denoiser.
+  """A way to draw samples with a denoiser.
 
   Attributes:
     kind: 'ddpm', or 'ddim' without noise (eta = 0).
@@ -118,11 +118,8 @@ def sample(
     of_eps = np.sqrt(1 - before)
   rows = np.stack([now, of_clean, of_x, of_eps, of_noise], axis=1)
 
-  def step(
-    x: jax.Array, at: tuple[jax.Array, jax.Array, jax.Array]
-  ) -> tuple[jax.Array, None]:
-    time, number, row = at
-    bar, of_clean, of_x, of_eps, of_noise = row
+  def step(x: jax.Array, at: Any) -> tuple[jax.Array, None]:
+    time, number, (bar, of_clean, of_x, of_eps, of_noise) = at
     eps = denoise(x, time)
     clean = (x - jnp.sqrt(1.0 - bar) * eps) / jnp.sqrt(bar)
     clean = jnp.clip(clean, -1.0, 1.0)

@@ -1,6 +1,7 @@
 """Evaluation of a policy: rollouts, latency, figures."""
 
 import contextlib
+import dataclasses
 import functools
 import statistics
 import time
@@ -13,7 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from drift_jax import config as config_lib
-from drift_jax.metrics.files import replacing, report_text, write_report
+from drift_jax.metrics.files import report_text, write_report
 from drift_jax.metrics.plots import plot_policy
 from drift_jax.metrics.writers import MetricWriter, read_jsonl
 from drift_jax.system import paths, processes, sharding
@@ -22,32 +23,29 @@ from drift_jax.system.errors import naming
 from drift_jax.tasks import parse
 from drift_jax.tasks.policy import diffusion, robots
 from drift_jax.tasks.policy.config import PolicyConfig
-from drift_jax.tasks.policy.setup import (
-  SHAPES_FILE,
-  init_policy,
-  policy_task,
-)
+from drift_jax.tasks.policy.setup import init_policy, policy_task
 from drift_jax.tasks.policy.step import PolicyTask, act_step
 from drift_jax.tasks.policy.windows import Normalizer
 from drift_jax.training.facts import read_facts
 from drift_jax.training.state import TrainState
 from drift_jax.training.workdir import CONFIG_FILE, make_checkpointer
 
+# File of a workdir that `load_policy` needs beside config and checkpoint.
+SHAPES_FILE = "shapes.json"
 # The sampler of policies that need one evaluation.
 ONE_STEP = "one_step"
-
-
-# Calls whose median is the latency of an action chunk, and those before them.
+# Calls whose median is the latency of an action chunk, and untimed ones before.
 _TIMED_CALLS, _UNTIMED_CALLS = 50, 3
 
-
-Act = Callable[[Any, Mapping[str, np.ndarray], np.ndarray, int], np.ndarray]
+Seen = Mapping[str, np.ndarray]
+Act = Callable[[Any, Seen, np.ndarray, int], np.ndarray]
+Check = Callable[[], None]
 
 
 def policy_samplers(
   config: PolicyConfig,
 ) -> dict[str, diffusion.Sampler | None]:
-  """How actions are made, by name; one way unless the policy diffuses.
+  """The samplers of actions by name; one unless the policy diffuses.
 
   Raises:
     ConfigError: an unknown sampler.
@@ -77,28 +75,19 @@ def make_act(
     seed: of the noise.
 
   Returns:
-    act. Observations are histories [n, To, ...] in the task's units; of chunks
-    [n, T, A], those within the demonstrations' range: what is beyond is cut.
+    act. Observations are histories [n, To, ...] in the task's units; chunks
+    [n, T, A] are clipped to the range of the demonstrations.
   """
   jitted = jax.jit(
     functools.partial(act_step, task=task, sampler=sampler, seed=seed)
   )
 
-  def act(
-    params: Any,
-    observations: Mapping[str, np.ndarray],
-    episodes: np.ndarray,
-    call: int,
-  ) -> np.ndarray:
-    normalized = {
-      name: normalizer.normalize(name, values)
-      if values.dtype != np.uint8
-      else values
-      for name, values in observations.items()
+  def act(params: Any, seen: Seen, episodes: np.ndarray, call: int) -> Any:
+    normal = {
+      name: x if x.dtype == np.uint8 else normalizer.normalize(name, x)
+      for name, x in seen.items()
     }
-    chunks = jitted(
-      params, normalized, episodes.astype(np.int32), np.int32(call)
-    )
+    chunks = jitted(params, normal, episodes.astype(np.int32), np.int32(call))
     return normalizer.unnormalize("actions", jax.device_get(chunks))
 
   return act
@@ -111,21 +100,17 @@ def here(params: Any, mesh: Mesh) -> Any:
 
 
 @contextlib.contextmanager
-def environments(
-  config: PolicyConfig,
-) -> Iterator[list[robots.Environment]]:
+def environments(config: PolicyConfig) -> Iterator[list[robots.Environment]]:
   """Opens as many of the run's environments as its evaluation needs.
 
   Raises:
     RobotError: one that can't be opened.
   """
-  section = config.eval
+  section, seen = config.eval, config.data.observations
   with contextlib.ExitStack() as stack:
     opened = []
     for _ in range(min(section.parallel, section.episodes)):
-      opened.append(
-        robots.make(config.environment, observations=config.data.observations)
-      )
+      opened.append(robots.make(config.environment, observations=seen))
       stack.callback(opened[-1].close)
     yield opened
 
@@ -158,9 +143,7 @@ def run_episodes(
 
 
 def chunk_latency(
-  config: PolicyConfig,
-  environment: robots.Environment,
-  act: robots.Act,
+  config: PolicyConfig, environment: robots.Environment, act: robots.Act
 ) -> float:
   """Median seconds from one observation history to its action chunk."""
   seen = environment.reset(config.eval.seed)
@@ -224,88 +207,56 @@ def load_policy(
   abstract = sharding.abstract(found, sharding.infer_sharding(found, mesh))
   decay = str(config.eval.ema_decay)
   checkpointer = make_checkpointer(config.checkpoint, path, read_only=True)
-  try:
-    step, restored = checkpointer.restore_subtree(
-      {"ema": {decay: abstract}}, step
-    )
+  with contextlib.closing(checkpointer):
+    average = {"ema": {decay: abstract}}
+    step, restored = checkpointer.restore_subtree(average, step)
     _, feed = checkpointer.restore_feed(step)
-  finally:
-    checkpointer.close()
-  return TrainedPolicy(
-    config,
-    task,
-    Normalizer.from_tree(feed["normalizer"]),
-    here(restored["ema"][decay], mesh),
-    step,
-  )
+  params = here(restored["ema"][decay], mesh)
+  normalizer = Normalizer(feed["normalizer"])
+  return TrainedPolicy(config, task, normalizer, params, step)
 
 
+@dataclasses.dataclass
 class Evaluation:
   """Rollouts by the first process; figures, curves and videos of them."""
 
-  def __init__(
-    self,
-    config: PolicyConfig,
-    acts: dict[str, Act],
-    environments: Sequence[robots.Environment],
-    mesh: jax.sharding.Mesh,
-    path: epath.Path,
-  ):
-    self._config = config
-    self._acts = acts
-    self._environments = environments
-    self._mesh = mesh
-    self._path = path
+  config: PolicyConfig
+  acts: dict[str, Act]
+  environments: Sequence[robots.Environment]
+  mesh: Mesh
+  path: epath.Path
 
   def _params(self, state: TrainState) -> Any:
-    average = state.ema[str(self._config.eval.ema_decay)]
-    return here(average, self._mesh)
+    return here(state.ema[str(self.config.eval.ema_decay)], self.mesh)
 
   def __call__(
-    self,
-    step: int,
-    state: TrainState,
-    check: Callable[[], None],
-    writer: MetricWriter,
+    self, step: int, state: TrainState, check: Check, writer: MetricWriter
   ) -> dict[str, float]:
-    """Scalars under eval/SAMPLER/, of the first process."""
+    """Scalars under eval/SAMPLER/, of the first process.
+
+    Before each call of the policy, all processes ask `check` whether to go on.
+    """
     del writer  # the loop writes the scalars
     params = self._params(state)
+    scalars = {}
     if not processes.is_first():
-      # As often as the first one does, which alone knows how often.
+      # The first process alone knows how often.
       while processes.from_first(bool):
         check()
-      return {}
-    scalars = self._roll_out(step, params, check)
-    processes.from_first(lambda: False)
-    return scalars
+      return scalars
+    for name, act in self.acts.items():
 
-  def _roll_out(
-    self, step: int, params: Any, check: Callable[[], None]
-  ) -> dict[str, float]:
-    """Figures of all samplers; asks before each of their calls."""
-    scalars = {}
-    for name, act in self._acts.items():
-
-      def asking(
-        observations: Mapping[str, np.ndarray],
-        episodes: np.ndarray,
-        call: int,
-        act: Act = act,
-      ) -> np.ndarray:
+      def asking(*arguments: Any, act: Act = act) -> np.ndarray:
         processes.from_first(lambda: True)
         check()
-        return act(params, observations, episodes, call)
+        return act(params, *arguments)
 
-      episodes = run_episodes(self._config, self._environments, asking)
+      episodes = run_episodes(self.config, self.environments, asking)
       figures = robots.summarize(episodes)
-      logger.info(
-        "eval step %d, %s: %s",
-        step,
-        name,
-        ", ".join(f"{key} {value:.4g}" for key, value in figures.items()),
-      )
+      text = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
+      logger.info("eval step %d, %s: %s", step, name, text)
       scalars |= {f"eval/{name}/{k}": value for k, value in figures.items()}
+    processes.from_first(lambda: False)
     return scalars
 
   def finish(self, state: TrainState) -> None:
@@ -313,51 +264,46 @@ class Evaluation:
     params = self._params(state)
     if not processes.is_first():
       return
-    step = int(state.step)
-    report: dict[str, Any] = {"step": step}
-    for name, act in self._acts.items():
-      report[name] = self.means(name)
+    config, opened = self.config, self.environments
+    count = config.eval.videos
+    report: dict[str, Any] = {"step": int(state.step)}
+    for name, act in self.acts.items():
       bound = functools.partial(act, params)
-      latency = chunk_latency(self._config, self._environments[0], bound)
+      latency = chunk_latency(config, opened[0], bound)
+      report[name] = self.means(name)
       report[name]["milliseconds_per_chunk"] = 1e3 * latency
-      if self._config.eval.videos:
-        self._film(name, bound)
-    write_report(self._path / "figures.json", report)
+      if count:
+        episodes = run_episodes(config, opened, bound, record=count)
+        file = self.path / "videos" / f"{name.replace(':', '_')}.gif"
+        robots.save_video(file, episodes[:count])
+    write_report(self.path / "figures.json", report)
     logger.info("Final figures: %s", report_text(report))
 
   def means(self, name: str) -> dict[str, Any]:
-    """Of the last evaluations, each step's newest."""
+    """Means of a sampler over its last evaluations, each step's newest."""
     prefix = f"eval/{name}/"
-    by_step = {
-      record["step"]: {
-        key.removeprefix(prefix): value
-        for key, value in record.items()
-        if key.startswith(prefix)
-      }
+    newest = {
+      record["step"]: record
       for record in self._records()
       if f"{prefix}success_rate" in record
     }
-    last = sorted(by_step)[-self._config.eval.checkpoints :]
-    keys = {key for step in last for key in by_step[step]}
+    last = sorted(newest)[-self.config.eval.checkpoints :]
+    keys = {key for step in last for key in newest[step]}
     means = {
-      key: statistics.fmean(by_step[step].get(key, 0.0) for step in last)
+      key.removeprefix(prefix): statistics.fmean(
+        newest[step].get(key, 0.0) for step in last
+      )
       for key in sorted(keys)
+      if key.startswith(prefix)
     }
     return {**means, "evaluations": last}
 
-  def _film(self, name: str, act: Any) -> None:
-    count = self._config.eval.videos
-    episodes = run_episodes(self._config, self._environments, act, record=count)
-    file = self._path / "videos" / f"{name.replace(':', '_')}.gif"
-    with replacing(file) as temporary:
-      robots.save_video(temporary, episodes[:count], ending=file.suffix)
-
   def _records(self) -> list[dict[str, Any]]:
-    file = self._path / "metrics.jsonl"
+    file = self.path / "metrics.jsonl"
     return list(read_jsonl(file)) if file.exists() else []
 
   def plot_curves(self) -> None:
-    """Draws the curves from what metrics.jsonl holds so far, if anything."""
+    """Draws the curves of metrics.jsonl as far as it goes, if it has a loss."""
     records = self._records() if processes.is_first() else []
     if any("loss" in record for record in records):
-      plot_policy(records, self._path / "plots" / "curves.png")
+      plot_policy(records, self.path / "plots" / "curves.png")

@@ -8,6 +8,12 @@ from jaxtyping import Array, ArrayLike, Float, Int, Shaped
 from drift_jax.tasks.policy.observations import ObservationEncoder
 from drift_jax.tasks.policy.unet1d import ConditionalUnet1d
 
+Observations = Mapping[str, Shaped[ArrayLike, "B To ..."]]
+Offsets = Int[ArrayLike, "B 2"] | None
+Condition = Float[Array, "B C"]
+Actions = Float[Array, "B T A"]
+Time = Int[Array, " B"] | None
+
 
 class Policy(nn.Module):
   """actions = unet(noise, encoder(observations)).
@@ -18,29 +24,18 @@ class Policy(nn.Module):
   encoder: ObservationEncoder
   unet: ConditionalUnet1d
 
-  def encode(
-    self,
-    observations: Mapping[str, Shaped[ArrayLike, "B To ..."]],
-    offsets: Int[ArrayLike, "B 2"] | None = None,
-  ) -> Float[Array, "B C"]:
+  def encode(self, seen: Observations, offsets: Offsets = None) -> Condition:
     """The condition; see ObservationEncoder."""
-    return self.encoder(observations, offsets)
+    return self.encoder(seen, offsets)
 
   def act(
-    self,
-    noise: Float[Array, "N T A"],
-    condition: Float[Array, "N C"],
-    time: Int[Array, " N"] | None = None,
-  ) -> Float[Array, "N T A"]:
+    self, noise: Actions, condition: Condition, time: Time = None
+  ) -> Actions:
     """Normalised actions; see ConditionalUnet1d."""
     return self.unet(noise, condition, time)
 
   def __call__(
-    self,
-    observations: Mapping[str, Shaped[ArrayLike, "B To ..."]],
-    noise: Float[Array, "B T A"],
-    time: Int[Array, " B"] | None = None,
-    offsets: Int[ArrayLike, "B 2"] | None = None,
-  ) -> Float[Array, "B T A"]:
+    self, seen: Observations, noise: Actions, time: Time = None
+  ) -> Actions:
     """One sequence of actions of each observation."""
-    return self.act(noise, self.encode(observations, offsets), time)
+    return self.act(noise, self.encode(seen), time)

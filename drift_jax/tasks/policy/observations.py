@@ -1,4 +1,4 @@
-"""What a policy observes, as one vector: states as they are, images encoded."""
+"""Observations as one vector: states as they are, images encoded."""
 
 from collections.abc import Mapping
 
@@ -12,8 +12,8 @@ from drift_jax.models.layers import GroupNorm, conv
 # ResNet-18: basic blocks of these channels, two of each.
 _STAGES = (64, 128, 256, 512)
 _BLOCKS = 2
-# Of each group norm, in place of batch norm: its statistics would mix the
-# observations of a batch, and differ between training and acting.
+# Channels of a group norm. Batch norm would mix the observations of a batch and
+# differ between training and acting.
 _GROUP_CHANNELS = 16
 
 
@@ -27,11 +27,7 @@ def crop_offsets(
     count: of crops.
     size: side of the images.
     crop: side of the crops; any place inside of an image is as likely.
-
-  Raises:
-    ValueError: crops larger than the images.
   """
-  _require_crop(size, crop)
   return jax.random.randint(key, (count, 2), 0, size - crop + 1, jnp.int32)
 
 
@@ -39,7 +35,7 @@ def spatial_softmax(maps: Float[Array, "B H W K"]) -> Float[Array, "B 2*K"]:
   """Expected column and row of each map's softmax, in [-1, 1], float32.
 
   [x_1, y_1, x_2, ...]: the centres of the first and last column are at -1 and
-  1, as are those of the rows.
+  1, and so are those of the first and last row.
   """
   batch, rows, columns, channels = maps.shape
   logits = maps.astype(jnp.float32).reshape(batch, -1, channels)
@@ -76,8 +72,8 @@ class _BasicBlock(nn.Module):
 class ImageEncoder(nn.Module):
   """ResNet-18's keypoints, as vectors.
 
-  The network ends in maps of 1/32 of the side; their spatial softmax says
-  where things are, not what is on average.
+  The network ends in maps of 1/32 of the side; their spatial softmax gives the
+  places of things.
 
   Attributes:
     keypoints: maps whose expected coordinates are taken.
@@ -120,8 +116,8 @@ class ObservationEncoder(nn.Module):
 
   Attributes:
     vectors: names of observations that are vectors, in this order.
-    images: names of those that are images.
-    crop: side of the part of an image that is looked at; 0: all of it.
+    images: names of observations that are images.
+    crop: side of the part of an image that is used; 0: all of it.
     keypoints: see ImageEncoder.
     image_features: of each image.
     dtype: of the images' networks.
@@ -144,71 +140,37 @@ class ObservationEncoder(nn.Module):
 
     Args:
       observations: by name: normalised vectors [B, To, D] or square uint8
-        images [B, To, H, W, 3]; others than those named are left out.
+        images [B, To, H, W, 3]; other names are ignored.
       offsets: rows and columns of the crops, see crop_offsets, alike for all
         steps and images of an observation; None: the centre.
 
     Raises:
-      ValueError: missing names, shapes that don't fit, crops larger than an
-        image, offsets without a crop.
+      ValueError: missing names, images that are no square ones of uint8.
     """
-    names = (*self.vectors, *self.images)
-    missing = [name for name in names if name not in observations]
-    if missing or not names:
-      raise ValueError(
-        f"observations {missing} are missing: there are {sorted(observations)}"
-        if missing
-        else "vectors=() and images=(): a policy observes something"
-      )
-    if offsets is not None and not (self.crop and self.images):
-      raise ValueError(
-        f"offsets are of crops, but crop={self.crop} and images={self.images}"
-      )
-    parts = []
-    for name in self.vectors:
-      values = jnp.asarray(observations[name], jnp.float32)
-      if values.ndim != 3:
-        raise ValueError(
-          f"observation {name!r} has shape {values.shape}, want vectors "
-          "[B, To, D]"
-        )
-      parts.append(values)
-    sides = {}
+    missing = {*self.vectors, *self.images} - set(observations)
+    if missing:
+      there = sorted(observations)
+      raise ValueError(f"{sorted(missing)} are missing: there are {there}")
+    parts = [
+      jnp.asarray(observations[name], jnp.float32) for name in self.vectors
+    ]
     for name in self.images:
       pixels = jnp.asarray(observations[name])
-      sides[name] = _side(name, pixels)
+      batch, steps, height, width, channels = pixels.shape
+      if height != width or channels != 3 or pixels.dtype != jnp.uint8:
+        raise ValueError(
+          f"observation {name!r} is {pixels.dtype} {pixels.shape}, want square "
+          "uint8 images [B, To, H, H, 3]"
+        )
       if self.crop:
         pixels = _cropped(pixels, self.crop, offsets)
-      batch, steps, *shape = pixels.shape
       encoder = ImageEncoder(
         self.keypoints, self.image_features, self.dtype, name=f"image_{name}"
       )
-      features = encoder(
-        pixels.reshape(-1, *shape).astype(jnp.float32) / 127.5 - 1.0
-      )
+      flat = pixels.reshape(-1, *pixels.shape[2:])
+      features = encoder(flat.astype(jnp.float32) / 127.5 - 1.0)
       parts.append(features.reshape(batch, steps, -1))
-    if offsets is not None and len(set(sides.values())) > 1:
-      raise ValueError(f"one crop for images of several sides: {sides}")
-    together = jnp.concatenate(parts, axis=-1)
-    return together.reshape(len(together), -1)
-
-
-def _side(name: str, pixels: Shaped[Array, "..."]) -> int:
-  is_square = pixels.ndim == 5 and pixels.shape[2] == pixels.shape[3]
-  if not is_square or pixels.shape[-1] != 3 or pixels.dtype != jnp.uint8:
-    raise ValueError(
-      f"observation {name!r} is {pixels.dtype} {pixels.shape}, want square "
-      "uint8 images [B, To, H, H, 3]"
-    )
-  return pixels.shape[2]
-
-
-def _require_crop(size: int, crop: int) -> None:
-  if not 1 <= crop <= size:
-    raise ValueError(
-      f"crop={crop}: a part of images of {size} x {size} has a side of 1 to "
-      f"{size}"
-    )
+    return jnp.concatenate(parts, axis=-1).reshape(len(parts[0]), -1)
 
 
 def _cropped(
@@ -216,17 +178,12 @@ def _cropped(
   crop: int,
   offsets: Int[ArrayLike, "B 2"] | None,
 ) -> Shaped[Array, "B T h h 3"]:
-  size = pixels.shape[2]
-  _require_crop(size, crop)
   if offsets is None:
-    start = (size - crop) // 2
+    start = (pixels.shape[2] - crop) // 2
     return pixels[:, :, start : start + crop, start : start + crop]
 
-  def cut(
-    image: Shaped[Array, "T H H 3"], corner: Int[Array, " 2"]
-  ) -> Shaped[Array, "T h h 3"]:
-    return jax.lax.dynamic_slice(
-      image, (0, corner[0], corner[1], 0), (len(image), crop, crop, 3)
-    )
+  def cut(image: Array, corner: Array) -> Array:
+    start, size = (0, *corner, 0), (len(image), crop, crop, 3)
+    return jax.lax.dynamic_slice(image, start, size)
 
   return jax.vmap(cut)(pixels, jnp.asarray(offsets))

@@ -1,8 +1,10 @@
-"""Which observations of a file are read: 'NAME', or 'NAME[:K]'."""
+"""Which observations of a file are read, and as which type."""
 
+import contextlib
 import math
+import os
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,61 +13,64 @@ from drift_jax.data.errors import DataError
 
 # Steps whose images are converted at once.
 _BLOCK = 512
-_PATTERN = re.compile(r"(?P<key>[^\[\]]+)(\[:(?P<count>[1-9]\d*)\])?")
+_IMAGES = "want images of integers in [0, 255]"
+
+
+def parse(name: str) -> tuple[str, int | None]:
+  """('state', 2) of 'state[:2]', its first two values; ('state', None) else."""
+  match = re.fullmatch(r"(.+)\[:([1-9]\d*)\]", name)
+  return (match[1], int(match[2])) if match else (name, None)
+
+
+@contextlib.contextmanager
+def reading(where: str | os.PathLike[str]) -> Iterator[None]:
+  """Turns errors of what reads files into a DataError that names the place."""
+  try:
+    yield
+  except (ValueError, IndexError, OSError) as error:
+    raise DataError(f"{where}: {error}") from error
+
+
+def first(episodes: Any, count: int) -> Any:
+  """The first `count` of a sequence; all of it if count is 0.
+
+  Raises:
+    DataError: there are not as many.
+  """
+  if not 0 <= count <= len(episodes):
+    raise DataError(f"max_episodes={count}, there are {len(episodes)}")
+  return episodes[: count or None]
 
 
 def select(
   observations: Sequence[str],
   present: Collection[str],
   open_array: Callable[[str], Any],
-  where: str,
 ) -> dict[str, np.ndarray]:
-  """The observations that are asked for, {as asked for: [S, ...]}.
+  """Reads observations, {name as asked for: [S, ...]}.
 
   Args:
     observations: names; 'NAME[:K]' are the first K columns of NAME.
     present: names that there are.
     open_array: gives one as anything with a shape whose slices are arrays.
-    where: what messages call the file.
 
   Returns:
-    Vectors are float32, what has more axes being flattened; images uint8.
+    Vectors are float32, further axes flattened; images uint8.
 
   Raises:
-    DataError: no or malformed names, missing ones, fewer than K columns,
-      images whose values are no integers in [0, 255], or unreadable ones.
+    DataError: missing names, fewer than K columns, images whose values are no
+      integers in [0, 255], or unreadable ones.
   """
-  if not observations:
-    raise DataError(f"{where}: no observations are asked for")
-  keys = {name: _parsed(name) for name in observations}
-  missing = sorted({key for key, _ in keys.values()} - set(present))
+  missing = sorted({parse(name)[0] for name in observations} - set(present))
   if missing:
-    raise DataError(
-      f"{where}: observations {missing} are missing; there are "
-      f"{sorted(present)}"
-    )
-  chosen = {}
-  for name, (key, count) in keys.items():
-    try:
-      chosen[name] = _converted(open_array(key), count)
-    except (ValueError, IndexError, OSError) as error:
-      raise DataError(f"{where}: {name!r}: {error}") from error
-  return chosen
-
-
-def is_selection(name: str) -> bool:
-  """Whether a name means a part of the columns of another."""
-  return _parsed(name)[1] is not None
-
-
-def _parsed(name: str) -> tuple[str, int | None]:
-  match = _PATTERN.fullmatch(name)
-  if match is None:
-    raise DataError(
-      f"observation {name!r}: want 'NAME', or 'NAME[:K]' of its first K columns"
-    )
-  count = match["count"]
-  return match["key"], None if count is None else int(count)
+    there = f"there are {sorted(present)}, and NAME[:K] of each"
+    raise DataError(f"observations {missing} are missing; {there}")
+  selected = {}
+  for name in observations:
+    source, count = parse(name)
+    with reading(repr(name)):
+      selected[name] = _converted(open_array(source), count)
+  return selected
 
 
 def _converted(values: Any, count: int | None) -> np.ndarray:
@@ -103,14 +108,9 @@ def _pixels(values: Any) -> np.ndarray:
     wrong = np.argwhere(converted != block)
     if len(wrong):
       step, *_ = place = tuple(wrong[0])
-      raise DataError(
-        f"step {start + step} has the value {block[place]}: want images of "
-        "integers in [0, 255]"
-      )
+      raise DataError(f"step {start + step} has {block[place]}: {_IMAGES}")
     highest = max(highest, converted.max(initial=0))
     pixels[start:stop] = converted
   if highest <= 1:
-    raise DataError(
-      f"no value is above {highest}: want images of integers in [0, 255]"
-    )
+    raise DataError(f"no value is above {highest}: {_IMAGES}")
   return pixels

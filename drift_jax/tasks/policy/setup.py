@@ -1,17 +1,14 @@
 """Policies of robot control (5.3): demonstrations, networks, rollouts."""
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
 from drift_jax import config as config_lib
-from drift_jax.metrics.files import replacing
 from drift_jax.system import storage
 from drift_jax.system.errors import naming
 from drift_jax.tasks.policy import robots
@@ -23,19 +20,14 @@ from drift_jax.tasks.policy.replay import read_replay
 from drift_jax.tasks.policy.robomimic import read_robomimic
 from drift_jax.tasks.policy.step import PolicyTask
 from drift_jax.tasks.policy.unet1d import ConditionalUnet1d
-from drift_jax.tasks.policy.windows import Normalizer, PolicyFeed
 from drift_jax.training.drifting import drift_arguments
 from drift_jax.training.facts import Facts
-
-SHAPES_FILE = "shapes.json"
 
 # {name: shape of a step's} observations, and of 'actions'.
 Shapes = Mapping[str, Sequence[int]]
 
 
-def load_demonstrations(
-  config: PolicyConfig,
-) -> Demonstrations:
+def load_demonstrations(config: PolicyConfig) -> Demonstrations:
   """Reads, or has the environment's expert make, what the config names.
 
   Raises:
@@ -58,12 +50,6 @@ def load_demonstrations(
   return read(path, section.observations, max_episodes=section.episodes)
 
 
-def shapes_of(demonstrations: Demonstrations) -> dict[str, list[int]]:
-  """What `policy_task` is told of demonstrations."""
-  arrays = {**demonstrations.observations, "actions": demonstrations.actions}
-  return {name: list(values.shape[1:]) for name, values in arrays.items()}
-
-
 def policy_task(config: PolicyConfig, shapes: Shapes) -> PolicyTask:
   """The static part of the policy's step.
 
@@ -72,49 +58,39 @@ def policy_task(config: PolicyConfig, shapes: Shapes) -> PolicyTask:
   """
   section, names = config.model, config.data.observations
   images = tuple(name for name in names if len(shapes[name]) == 3)
-  vectors = tuple(name for name in names if name not in images)
-  if section.crop and not images:
-    raise config_lib.ConfigError(
-      f"model.crop={section.crop}, but data.observations={names} has no images"
-    )
   sides = {tuple(shapes[name][:2]) for name in images}
-  crop = None
-  if section.crop:
-    side = min(min(pair) for pair in sides)
-    if len(sides) > 1 or section.crop > side:
-      raise config_lib.ConfigError(
-        f"model.crop={section.crop}: images of {sorted(sides)} pixels; want "
-        "square ones of one size, and a crop that fits"
-      )
-    crop = (side, section.crop)
+  side = min((min(pair) for pair in sides), default=0)
+  if section.crop and (len(sides) != 1 or section.crop > side):
+    raise config_lib.ConfigError(
+      f"model.crop={section.crop}: data.observations={names} has images of "
+      f"{sorted(sides)} pixels, want one square size that it fits in"
+    )
   (action_size,) = shapes["actions"]
+
+  def arguments(*names: str) -> dict[str, Any]:
+    chosen = {name: getattr(section, name) for name in names}
+    return {**chosen, "dtype": jnp.dtype(section.dtype)}
+
   with naming("model"):
     policy = Policy(
       encoder=ObservationEncoder(
-        vectors=vectors,
+        vectors=tuple(name for name in names if name not in images),
         images=images,
-        crop=section.crop,
-        keypoints=section.keypoints,
-        image_features=section.image_features,
-        dtype=jnp.dtype(section.dtype),
+        **arguments("crop", "keypoints", "image_features"),
       ),
       unet=ConditionalUnet1d(
-        action_size=action_size,
-        widths=section.widths,
-        kernel_size=section.kernel_size,
-        groups=section.groups,
-        time_size=section.time_size,
-        dtype=jnp.dtype(section.dtype),
+        action_size,
+        **arguments("widths", "kernel_size", "groups", "time_size"),
       ),
     )
   task = PolicyTask(
     policy=policy,
-    method=config.loss.method,  # pyright: ignore[reportArgumentType]
-    problem=config.loss.problem,  # pyright: ignore[reportArgumentType]
+    method=config.loss.method,
+    problem=config.loss.problem,
     num_generated=config.batch.generated,
     diffusion_steps=config.loss.diffusion_steps,
     action_shape=(config.data.prediction_horizon, action_size),
-    crop=crop,
+    crop=(side, section.crop) if section.crop else None,
     **drift_arguments(config.drift),
   )
   with naming("model"):
@@ -143,30 +119,6 @@ def init_policy(
   return init
 
 
-def policy_feed(
-  config: PolicyConfig, demonstrations: Demonstrations
-) -> PolicyFeed:
-  """Windows of the demonstrations, normalised, in an order of their own."""
-  with naming("data"):
-    return PolicyFeed(
-      demonstrations,
-      Normalizer.fit(demonstrations),
-      observation_horizon=config.data.observation_horizon,
-      prediction_horizon=config.data.prediction_horizon,
-      executed=config.data.executed,
-      batch_size=config.batch.size,
-      seed=config.seed,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )
-
-
-def write_shapes(path: epath.Path, shapes: Shapes) -> None:
-  """Keeps in a workdir what `load_policy` needs beside the checkpoint."""
-  with replacing(path / SHAPES_FILE) as file:
-    file.write_text(json.dumps(shapes, indent=1))
-
-
 def demonstration_facts(kind: str, demonstrations: Demonstrations) -> Facts:
   """Facts of demonstrations.
 
@@ -177,16 +129,15 @@ def demonstration_facts(kind: str, demonstrations: Demonstrations) -> Facts:
     kind: of the source, e.g. 'zarr'.
     demonstrations: of the run.
   """
-  arrays = {**demonstrations.observations, "actions": demonstrations.actions}
   facts = {
     "kind": kind,
     "episodes": len(demonstrations),
     "steps": len(demonstrations.actions),
-    "shapes": {name: list(x.shape[1:]) for name, x in arrays.items()},
+    "shapes": demonstrations.shapes,
   }
   if kind != "expert":
     checksum = hashlib.sha256(demonstrations.ends.tobytes())
-    for name in sorted(arrays):
-      checksum.update(np.ascontiguousarray(arrays[name]).data)
+    for _, values in sorted(demonstrations.arrays.items()):
+      checksum.update(np.ascontiguousarray(values).data)
     facts["values_sha256"] = checksum.hexdigest()
   return facts

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -19,12 +19,6 @@ from drift_jax.tasks.policy.observations import crop_offsets
 from drift_jax.training import state as state_lib
 from drift_jax.training.drifting import Temperature, drift_update
 from drift_jax.training.step import Metrics, apply, gradients_over, update
-
-Method = Literal["drifting", "diffusion", "regression"]
-Problem = Literal["step", "chunk", "batch"]
-
-# The one key of the drifting loss.
-ACTIONS_KEY = "actions"
 
 
 class PolicyBatch(NamedTuple):
@@ -43,11 +37,10 @@ class PolicyDraws(NamedTuple):
   """The random numbers of one policy step.
 
   Attributes:
-    noise: of each chunk; G of an observation follow each other.
-    repelling: of the independent chunks that repel, where the drift's variant
-      has them.
-    time: of each noise's diffusion; 0 elsewhere.
-    offsets: of each observation's crop; None where nothing is cropped.
+    noise: one for each chunk; the G of an observation follow each other.
+    repelling: noise of independent chunks that repel, if the variant has them.
+    time: step of each noise's diffusion; 0 for other methods.
+    offsets: corner of each observation's crop; None if nothing is cropped.
   """
 
   noise: Float[Array, "n T A"]
@@ -64,12 +57,12 @@ class PolicyTask:
     policy: a models.Policy.
     method: 'drifting', or a baseline of the same network: 'diffusion' (noise
       prediction) or 'regression' (mean squared error).
-    problem: of the drifting loss: each observation's actions of a time 'step',
-      of the whole 'chunk' as one vector, or, without the condition, those of a
-      time step of all the 'batch'.
-    num_generated: G, chunks of an observation: generated ones, or of
-      'diffusion' noisy ones; 1 of 'regression'.
-    diffusion_steps: of 'diffusion'; 0 elsewhere.
+    problem: points of one drift problem: the actions of an observation at a
+      time 'step', its whole 'chunk' as a vector, or the actions at a time step
+      of all the 'batch', blind to the observations.
+    num_generated: G, chunks of an observation: generated ones, or noisy ones of
+      'diffusion'; 1 for 'regression'.
+    diffusion_steps: noise levels of 'diffusion'; 0 for other methods.
     action_shape: (T, A).
     crop: (side of the images, side of their random crops); None: no crop.
     drift: keyword arguments of drift.drift_losses.
@@ -79,8 +72,8 @@ class PolicyTask:
   """
 
   policy: nn.Module
-  method: Method
-  problem: Problem
+  method: str
+  problem: str
   num_generated: int
   diffusion_steps: int
   action_shape: tuple[int, int]
@@ -107,19 +100,18 @@ def draw_policy(
   time = jnp.zeros(len(noise), jnp.int32)
   if task.method == "diffusion":
     time = jax.random.randint(time_key, time.shape, 0, task.diffusion_steps)
-  offsets = None
-  if task.crop is not None:
-    offsets = crop_offsets(crop_key, batch_size, *task.crop)
+  offsets = task.crop and crop_offsets(crop_key, batch_size, *task.crop)
   return PolicyDraws(noise, repelling, time, offsets)
 
 
 def policy_loss(
   params: Any,
+  axis_name: tuple[str, ...],
   batch: PolicyBatch,
   draws: PolicyDraws,
-  task: PolicyTask,
-  axis_name: tuple[str, ...] = (),
   temperature_scale: Float[Array, ""] | None = None,
+  *,
+  task: PolicyTask,
 ) -> tuple[Float[Array, ""], drift.DriftReport | None]:
   """The loss of a batch, or of its part on a device.
 
@@ -132,14 +124,11 @@ def policy_loss(
   Returns:
     (loss, report of the drift or None).
   """
-  condition = apply(
-    task.policy,
-    params,
-    batch.observations,
-    offsets=draws.offsets,
-    method="encode",
-  )
-  act = functools.partial(apply, task.policy, params, method="act")
+  bound = functools.partial(apply, task.policy, params)
+  act = functools.partial(bound, method="act")
+  seen, offsets = batch.observations, draws.offsets
+  condition = bound(seen, offsets=offsets, method="encode")
+  # 1. Baselines.
   if task.method == "regression":
     return jnp.mean((act(draws.noise, condition) - batch.actions) ** 2), None
   repeated = jnp.repeat(condition, task.num_generated, axis=0)
@@ -152,25 +141,28 @@ def policy_loss(
     )
     eps = act(x, repeated, time=draws.time)
     return jnp.mean((eps - draws.noise) ** 2), None
+
+  def by_observation(chunks: Float[Array, "n T A"]) -> Float[Array, "B G T A"]:
+    return chunks.reshape(-1, task.num_generated, *chunks.shape[1:])
+
+  # 2. Generated chunks, the demonstrated ones, and those that repel.
   real = batch.actions[:, None]
   if draws.repelling is not None:
     repelling = act(draws.repelling, jax.lax.stop_gradient(repeated))
     repelling = jax.lax.stop_gradient(repelling)
-    real = jnp.concatenate([real, _by_observation(repelling, task)], axis=1)
-  generated = _by_observation(act(draws.noise, repeated), task)
+    real = jnp.concatenate([real, by_observation(repelling)], axis=1)
+  generated = by_observation(act(draws.noise, repeated))
+  # 3. The axes of the drift problems: labels, points, locations, channels.
   if task.problem == "chunk":
-    generated, real = (
-      x.reshape(*x.shape[:2], 1, -1) for x in (generated, real)
-    )
+    generated = generated.reshape(*generated.shape[:2], 1, -1)
+    real = real.reshape(*real.shape[:2], 1, -1)
   elif task.problem == "batch":
     # Positives of all observations first, as drift_losses wants them.
-    real = real.swapaxes(0, 1)
-    generated, real = (
-      x.reshape(1, -1, *x.shape[2:]) for x in (generated, real)
-    )
+    generated = generated.reshape(1, -1, *task.action_shape)
+    real = real.swapaxes(0, 1).reshape(1, -1, *task.action_shape)
   losses, report = drift.drift_losses(
-    {ACTIONS_KEY: generated},
-    {ACTIONS_KEY: real},
+    {"actions": generated},
+    {"actions": real},
     jnp.ones(len(generated)),
     num_positives=len(batch.actions) if task.problem == "batch" else 1,
     num_unconditional=0,
@@ -182,59 +174,31 @@ def policy_loss(
   return jnp.mean(losses) if task.average else jnp.sum(losses), report
 
 
-def _by_observation(
-  chunks: Float[Array, "n T A"], task: PolicyTask
-) -> Float[Array, "B G T A"]:
-  return chunks.reshape(-1, task.num_generated, *chunks.shape[1:])
-
-
-def policy_gradients(
-  params: Any,
-  batch: PolicyBatch,
-  draws: PolicyDraws,
-  task: PolicyTask,
-  layout: sharding.Layout | None = None,
-  temperature_scale: Float[Array, ""] | None = None,
-) -> tuple[Float[Array, ""], drift.DriftReport | None, Any]:
-  """(loss, report or None, gradients), on a mesh if there is a layout."""
-
-  def loss_of(
-    params: Any,
-    axes: tuple[str, ...],
-    batch: PolicyBatch,
-    draws: PolicyDraws,
-    scale: Any,
-  ) -> tuple[jax.Array, Any]:
-    return policy_loss(params, batch, draws, task, axes, scale)
-
-  return gradients_over(
-    loss_of, params, (batch, draws), (temperature_scale,), layout
-  )
-
-
 def policy_step(
   state: state_lib.TrainState,
   batch: PolicyBatch,
-  frozen: Any = None,
-  draws: PolicyDraws | None = None,
+  frozen: Any,
   *,
   task: PolicyTask,
   optimizer: optax.GradientTransformation,
   schedule: optax.Schedule,
   layout: sharding.Layout | None = None,
 ) -> tuple[state_lib.TrainState, Metrics]:
-  """One step of the policy; draws are made from state.key() if not given.
+  """One training step, whose random numbers follow from state.key().
 
   Metrics: see drift_update; of a baseline 'loss' and update's. There is nothing
   frozen.
   """
   del frozen
-  if draws is None:
-    draws = draw_policy(state.key(), task, len(batch.actions))
+  draws = draw_policy(state.key(), task, len(batch.actions))
   temperature = task.temperature
   scale = None if temperature is None else temperature.scale(state)
-  loss, report, grads = policy_gradients(
-    state.params, batch, draws, task, layout, scale
+  loss, report, grads = gradients_over(
+    functools.partial(policy_loss, task=task),
+    state.params,
+    (batch, draws),
+    (scale,),
+    layout,
   )
   if report is None:
     state, metrics = update(state, grads, optimizer, schedule)
@@ -277,9 +241,8 @@ def act_step(
   def normal(number: Any) -> jax.Array:
     def of(episode: jax.Array) -> jax.Array:
       key = jax.random.fold_in(jax.random.fold_in(root, episode), call)
-      return jax.random.normal(
-        jax.random.fold_in(key, number), task.action_shape
-      )
+      key = jax.random.fold_in(key, number)
+      return jax.random.normal(key, task.action_shape)
 
     return jax.vmap(of)(episodes)
 

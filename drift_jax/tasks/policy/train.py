@@ -4,30 +4,20 @@ import contextlib
 import functools
 from typing import Any
 
+import jax
 import numpy as np
 
 from drift_jax import config as config_lib
+from drift_jax.metrics.files import write_report
 from drift_jax.system import processes, sharding
 from drift_jax.system.console import logger
+from drift_jax.system.errors import naming
 from drift_jax.tasks import parse
 from drift_jax.tasks.policy import evaluation as evaluation_lib
-from drift_jax.tasks.policy import robots
+from drift_jax.tasks.policy import robots, setup
 from drift_jax.tasks.policy.config import PolicyConfig
-from drift_jax.tasks.policy.evaluation import (
-  Evaluation,
-  make_act,
-  policy_samplers,
-)
-from drift_jax.tasks.policy.setup import (
-  demonstration_facts,
-  init_policy,
-  load_demonstrations,
-  policy_feed,
-  policy_task,
-  shapes_of,
-  write_shapes,
-)
 from drift_jax.tasks.policy.step import PolicyBatch, policy_step
+from drift_jax.tasks.policy.windows import PolicyFeed
 from drift_jax.training.alone import alone
 from drift_jax.training.drifting import init_drift
 from drift_jax.training.places import of_resumed
@@ -45,8 +35,8 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   Args:
     config: ConfigDict of task 'policy'.
     workdir: gets config.json, shapes.json, checkpoints/ (with the normaliser),
-      metrics.jsonl, TensorBoard events, plots/curves.png and, where the policy
-      is rolled out, figures.json and videos/SAMPLER.gif.
+      metrics.jsonl, TensorBoard events, plots/curves.png and, if the policy is
+      rolled out, figures.json and videos/SAMPLER.gif.
 
   Returns:
     The final state.
@@ -68,54 +58,63 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   check_divides("batch.size", config.batch.size, mesh)
   if config.loss.problem == "batch" and mesh.size > 1:
     raise config_lib.ConfigError(
-      f"loss.problem='batch' is one problem of the whole batch, which the "
-      f"{mesh.size} devices can't share: use one device"
+      f"loss.problem='batch' is one problem, which {mesh.size} devices can't "
+      "share: use one"
     )
   config = of_resumed(config, workdir)
-  samplers = policy_samplers(config)
+  samplers = evaluation_lib.policy_samplers(config)
   if config.eval.every:
     _check_environment(config)
-  demonstrations = load_demonstrations(config)
+  # 1. Demonstrations, and the networks that fit them.
+  demonstrations = setup.load_demonstrations(config)
   lengths = np.diff(demonstrations.ends, prepend=0)
-  logger.info(
-    "%d demonstrations, %d to %d steps",
-    len(demonstrations),
-    lengths.min(),
-    lengths.max(),
-  )
-  shapes = shapes_of(demonstrations)
-  task = policy_task(config, shapes)
-  feed = policy_feed(config, demonstrations)
+  counts = len(lengths), lengths.min(), lengths.max()
+  logger.info("%d demonstrations, %d to %d steps", *counts)
+  shapes = demonstrations.shapes
+  task = setup.policy_task(config, shapes)
+  with naming("data"):
+    feed = PolicyFeed(
+      demonstrations,
+      observation_horizon=config.data.observation_horizon,
+      prediction_horizon=config.data.prediction_horizon,
+      executed=config.data.executed,
+      batch_size=config.batch.size,
+      seed=config.seed,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+  # 2. The workdir.
   kind = config.data.source.partition(":")[0]
-  facts = demonstration_facts(kind, demonstrations)
+  facts = setup.demonstration_facts(kind, demonstrations)
   path = open_workdir(workdir, config, {}, (), facts)
-  processes.from_first(functools.partial(write_shapes, path, shapes))
+  processes.from_first(
+    lambda: write_report(path / evaluation_lib.SHAPES_FILE, shapes)
+  )
+  # 3. Training, with rollouts by the first process.
   acts = {
-    name: make_act(task, feed.normalizer, sampler, seed=config.seed)
+    name: evaluation_lib.make_act(
+      task, feed.normalizer, sampler, seed=config.seed
+    )
     for name, sampler in samplers.items()
   }
-
-  def put(batch: Any) -> PolicyBatch:
-    return PolicyBatch(**sharding.put_batch(batch, mesh))
-
   with contextlib.ExitStack() as stack:
     opened = []
     if config.eval.every and processes.is_first():
       opened = stack.enter_context(evaluation_lib.environments(config))
-    evaluation = Evaluation(config, acts, opened, mesh, path)
+    evaluation = evaluation_lib.Evaluation(config, acts, opened, mesh, path)
     stack.enter_context(at_end(evaluation.plot_curves))
     state = run(
       config,
       path,
       mesh,
       name=config.loss.method,
-      init_params=init_policy(config, task, shapes),
+      init_params=setup.init_policy(config, task, shapes),
       init_drift=functools.partial(init_drift, task.temperature),
       start_params=None,
       step=functools.partial(policy_step, task=task),
       frozen={},
       feed=feed,
-      put=put,
+      put=lambda batch: PolicyBatch(**sharding.put_batch(batch, mesh)),
       evaluate=evaluation,
       best_metric=lambda scalars: None,
     )
@@ -125,19 +124,11 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
 
 
 def _check_environment(config: PolicyConfig) -> None:
-  """Raises RobotError before training for what would fail behind it."""
+  """Raises RobotError before training for what would fail after it."""
   environment = robots.make(
     config.environment, observations=config.data.observations
   )
-  try:
+  with contextlib.closing(environment):
     environment.reset(config.eval.seed)
     if config.eval.videos and processes.is_first():
-      try:
-        environment.render()
-      except robots.RobotError as error:
-        raise robots.RobotError(
-          f"{error}; without pictures: eval.videos=0, it is "
-          f"{config.eval.videos}"
-        ) from error
-  finally:
-    environment.close()
+      environment.render()

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from drift_jax.models.arguments import require_int, require_multiple
+from drift_jax.models.arguments import require_multiple
 from drift_jax.models.layers import GroupNorm, sinusoidal_embedding
 
 # Uniform in +-1 / sqrt(fan-in), as in the published code: FiLM's scales are
 # then small at first, and what a block adds as well.
 _kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
-# exp overflows in float32 far behind the place where mish(x) is x.
+# Above it mish(x) is x in float32, long before exp overflows.
 _MISH_IS_LINEAR = 20.0
 
 
@@ -37,31 +37,27 @@ def mish(x: Float[Array, "..."]) -> Float[Array, "..."]:
 def convolve(
   x: Float[Array, "B T C"],
   kernel: Float[Array, "K C D"],
-  *,
   stride: int,
   padding: int,
 ) -> Float[Array, "B t D"]:
   """y_o = sum_i x_i kernel_(i - stride o + padding), over the i there are.
 
-  Where the kernel spans the whole sequence it is one product with a matrix of
-  all pairs (i, o): XLA's CPU convolution takes 20 times as long there, and no
-  product is with padding.
+  If the kernel spans the whole sequence, it is one product with a matrix of all
+  pairs (i, o): XLA's CPU convolution would take 20 times as long, and multiply
+  with padding.
   """
   size, channels, features = kernel.shape
   steps = x.shape[1]
   if steps > size:
+    axes = ("NWC", "WIO", "NWC")
+    around = ((padding, padding),)
     return jax.lax.conv_general_dilated(
-      x,
-      kernel,
-      window_strides=(stride,),
-      padding=((padding, padding),),
-      dimension_numbers=("NWC", "WIO", "NWC"),
+      x, kernel, (stride,), around, dimension_numbers=axes
     )
   outputs = (steps + 2 * padding - size) // stride + 1
   lead = stride * (outputs - 1)
-  padded = jnp.pad(
-    kernel, ((lead, max(0, steps + padding - size)), (0, 0), (0, 0))
-  )
+  behind = max(0, steps + padding - size)
+  padded = jnp.pad(kernel, ((lead, behind), (0, 0), (0, 0)))
   starts = [lead + padding - stride * o for o in range(outputs)]
   pairs = jnp.stack([padded[s : s + steps] for s in starts], axis=2)
   y = jnp.dot(
@@ -69,6 +65,15 @@ def convolve(
     pairs.reshape(steps * channels, outputs * features),
   )
   return y.reshape(-1, outputs, features)
+
+
+def _kernel_and_bias(
+  module: "Conv1d | Upsample", size: int, channels: int
+) -> tuple[Array, Array]:
+  shape = (size, channels, module.features)
+  kernel = module.param("kernel", _kernel_init, shape)
+  bias = module.param("bias", _uniform(size * channels), shape[-1:])
+  return kernel.astype(module.dtype), bias.astype(module.dtype)
 
 
 class Conv1d(nn.Module):
@@ -81,17 +86,9 @@ class Conv1d(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B t D"]:
-    channels = x.shape[-1]
-    shape = (self.size, channels, self.features)
-    kernel = self.param("kernel", _kernel_init, shape)
-    bias = self.param("bias", _uniform(self.size * channels), shape[-1:])
-    y = convolve(
-      x.astype(self.dtype),
-      kernel.astype(self.dtype),
-      stride=self.stride,
-      padding=(self.size - 1) // 2,
-    )
-    return y + bias.astype(self.dtype)
+    kernel, bias = _kernel_and_bias(self, self.size, x.shape[-1])
+    x, padding = x.astype(self.dtype), (self.size - 1) // 2
+    return convolve(x, kernel, self.stride, padding) + bias
 
 
 class Upsample(nn.Module):
@@ -108,17 +105,13 @@ class Upsample(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B 2*T D"]:
     batch, steps, channels = x.shape
-    shape = (4, channels, self.features)
-    kernel = self.param("kernel", _kernel_init, shape)
-    bias = self.param("bias", _uniform(4 * channels), shape[-1:])
+    kernel, bias = _kernel_and_bias(self, 4, channels)
     pairs = kernel[::-1].reshape(2, 2, channels, self.features)
     pairs = pairs.transpose(0, 2, 1, 3).reshape(2, channels, -1)
-    y = convolve(
-      x.astype(self.dtype), pairs.astype(self.dtype), stride=1, padding=1
-    )
+    y = convolve(x.astype(self.dtype), pairs, 1, 1)
     even, odd = y[:, :-1, : self.features], y[:, 1:, self.features :]
     y = jnp.stack([even, odd], axis=2).reshape(batch, 2 * steps, self.features)
-    return y + bias.astype(self.dtype)
+    return y + bias
 
 
 class _ConvBlock(nn.Module):
@@ -202,37 +195,34 @@ class ConditionalUnet1d(nn.Module):
       time: a denoising step's number, for networks which have one.
 
     Raises:
-      ValueError: attributes, shapes or a time that don't fit.
+      ValueError: attributes or a number of steps that don't fit.
     """
-    self._check(x.shape, time is not None)
+    self._check(x.shape[1])
     if time is not None:
       condition = jnp.concatenate([self._embed(time), condition], axis=-1)
     condition = condition.astype(self.dtype)
 
-    def block(name: str, width: int, x: Float[Array, "B T C"]) -> Array:
-      return _ResidualBlock(
-        width, self.kernel_size, self.groups, self.dtype, name=name
-      )(x, condition)
+    sizes = (self.kernel_size, self.groups, self.dtype)
+
+    def two_blocks(name: str, width: int, x: Float[Array, "B T C"]) -> Array:
+      for i in (1, 2):
+        x = _ResidualBlock(width, *sizes, name=f"{name}_block{i}")(x, condition)
+      return x
 
     hidden = x.astype(self.dtype)
     skips = []
     for level, width in enumerate(self.widths):
-      for i in (1, 2):
-        hidden = block(f"down{level}_block{i}", width, hidden)
+      hidden = two_blocks(f"down{level}", width, hidden)
       skips.append(hidden)
       if level < len(self.widths) - 1:
         hidden = Conv1d(width, 3, self.dtype, 2, name=f"down{level}")(hidden)
-    for i in (1, 2):
-      hidden = block(f"middle_block{i}", self.widths[-1], hidden)
+    hidden = two_blocks("middle", self.widths[-1], hidden)
     for level in range(len(self.widths) - 1, 0, -1):
       hidden = jnp.concatenate([hidden, skips[level]], axis=-1)
       width = self.widths[level - 1]
-      for i in (1, 2):
-        hidden = block(f"up{level}_block{i}", width, hidden)
+      hidden = two_blocks(f"up{level}", width, hidden)
       hidden = Upsample(width, self.dtype, name=f"up{level}")(hidden)
-    hidden = _ConvBlock(
-      self.widths[0], self.kernel_size, self.groups, self.dtype, name="final"
-    )(hidden)
+    hidden = _ConvBlock(self.widths[0], *sizes, name="final")(hidden)
     # The output and what follows are float32.
     return _dense(hidden, self.action_size, jnp.dtype(jnp.float32), "output")
 
@@ -242,35 +232,15 @@ class ConditionalUnet1d(nn.Module):
     x = _dense(mish(x), self.time_size, self.dtype, "time_out")
     return x.astype(jnp.float32)
 
-  def _check(self, shape: tuple[int, ...], has_time: bool) -> None:
-    if not self.widths:
-      raise ValueError("widths=(): a U-Net has at least one level")
-    for level, width in enumerate(self.widths):
-      name = f"widths (level {level})"
-      require_int(name, width, 1)
-      require_multiple(name, width, "groups", self.groups)
-    if self.kernel_size % 2 == 0:
-      raise ValueError(
-        f"kernel_size={self.kernel_size}: must be odd, or a convolution would "
-        "change the number of steps"
-      )
-    require_int("time_size", self.time_size, 0)
+  def _check(self, steps: int) -> None:
+    levels = len(self.widths)
+    factor = f"2^({levels} levels - 1)"
+    require_multiple("x's steps", steps, factor, 2 ** (levels - 1))
     require_multiple("time_size", self.time_size, "sine and cosine", 2)
-    require_multiple(
-      "x's steps",
-      shape[1],
-      f"2^({len(self.widths)} levels - 1)",
-      2 ** (len(self.widths) - 1),
-    )
-    if shape[2] != self.action_size:
-      raise ValueError(
-        f"x has {shape[2]} channels, the actions action_size={self.action_size}"
-      )
-    if has_time != (self.time_size > 0):
-      raise ValueError(
-        f"time_size={self.time_size}: "
-        + ("this network has no time" if has_time else "it needs a time")
-      )
+    for level, width in enumerate(self.widths):
+      require_multiple(f"widths (level {level})", width, "groups", self.groups)
+    if self.kernel_size % 2 == 0:
+      raise ValueError(f"kernel_size={self.kernel_size}: must be odd")
 
 
 def _dense(
@@ -286,12 +256,10 @@ def _dense(
 
 
 def _uniform(fan_in: int) -> nn.initializers.Initializer:
-  """As the kernels are."""
+  """Uniform in +-1 / sqrt(fan-in), like the kernels."""
   bound = fan_in**-0.5
 
-  def init(
-    key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32
-  ) -> Array:
+  def init(key: Array, shape: Any, dtype: Any = jnp.float32) -> Array:
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
   return init

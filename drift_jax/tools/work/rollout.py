@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from absl import flags
 
 from drift_jax import config as config_lib
-from drift_jax.metrics.files import replacing
 from drift_jax.tasks.policy import diffusion, robots
 from drift_jax.tasks.policy.evaluation import (
   TrainedPolicy,
@@ -80,7 +79,5 @@ def _one(
   figures = robots.summarize(episodes)
   latency = chunk_latency(config, opened[0], act)
   if video:
-    shown = episodes[:count]
-    with replacing(video) as temporary:
-      robots.save_video(temporary, shown, ending=robots.video_ending(video))
+    robots.save_video(video, episodes[:count])
   return {**figures, "milliseconds_per_chunk": 1e3 * latency}

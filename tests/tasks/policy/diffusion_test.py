@@ -39,16 +39,6 @@ def test_schedule(steps):
   assert bars[0] < 1 and bars[-1] > 0
 
 
-def test_noise_is_added():
-  rng = np.random.default_rng(0)
-  clean, noise = rng.normal(size=(2, 3, 4, 2)).astype(np.float32)
-  time = np.array([0, 50, 99])
-  noisy = diffusion.add_noise(clean, noise, jnp.asarray(time), num_steps=STEPS)
-  bars = np.array(cosine_bars(STEPS))[time][:, None, None]
-  want = np.sqrt(bars) * clean + np.sqrt(1 - bars) * noise
-  assert_close(noisy, want, 1e-6)
-
-
 def ddpm(x, z, bars):
   """Eq. 7 of arXiv:2006.11239, with x_0 clipped."""
   for t in reversed(range(len(bars))):

@@ -1,5 +1,6 @@
 """The policy's step: loss against float64, meshes, baselines, acting."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -13,18 +14,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 from drift_jax.drift import Variant
 from drift_jax.system import sharding
 from drift_jax.tasks.policy import diffusion
-from drift_jax.tasks.policy import step as step_lib
 from drift_jax.tasks.policy.step import (
   PolicyBatch,
   PolicyTask,
   act_step,
   draw_policy,
-  policy_gradients,
+  policy_loss,
   policy_step,
 )
 from drift_jax.training import optim
 from drift_jax.training import state as state_lib
 from drift_jax.training.drifting import Temperature
+from drift_jax.training.step import gradients_over
 from tests.conftest import assert_close, precise_jit
 
 B, G, T, A = 8, 4, 4, 3
@@ -53,18 +54,17 @@ class Tiny(nn.Module):
     return self.act(noise, self.encode(observations), time)
 
 
-def make_task(**changes):
-  arguments = {
-    "policy": Tiny(),
-    "method": "drifting",
-    "problem": "step",
-    "num_generated": G,
-    "diffusion_steps": 0,
-    "action_shape": (T, A),
-    "crop": None,
-    "drift": {"temperatures": TEMPERATURES, "affinity_floor": 1e-6},
-  }
-  return PolicyTask(**arguments | changes)
+TASK = PolicyTask(
+  policy=Tiny(),
+  method="drifting",
+  problem="step",
+  num_generated=G,
+  diffusion_steps=0,
+  action_shape=(T, A),
+  crop=None,
+  drift={"temperatures": TEMPERATURES, "affinity_floor": 1e-6},
+)
+make_task = functools.partial(dataclasses.replace, TASK)
 
 
 def make_batch(seed=0, size=B):
@@ -75,18 +75,14 @@ def make_batch(seed=0, size=B):
   )
 
 
-def shapes(task):
-  batch = make_batch()
+def make_params(task):
   time = np.zeros(B, np.int32) if task.method == "diffusion" else None
   noise = np.zeros((B, T, A), np.float32)
   init = functools.partial(task.policy.init, jax.random.key(3))
-  return jax.eval_shape(init, batch.observations, noise, time=time)["params"]
-
-
-def make_params(task):
+  shapes = jax.eval_shape(init, make_batch().observations, noise, time=time)
   rng = np.random.default_rng(3)
   return jax.tree.map(
-    lambda x: rng.normal(0, 0.3, x.shape).astype(x.dtype), shapes(task)
+    lambda x: rng.normal(0, 0.3, x.shape).astype(x.dtype), shapes["params"]
   )
 
 
@@ -168,40 +164,16 @@ def test_loss_and_gradient_follow_the_field(problem):
     params, np.float32(upstream)
   )
   loss, report, gradients = precise_jit(
-    functools.partial(policy_gradients, task=task)
-  )(params, batch, draws)
+    lambda *args: gradients_over(
+      functools.partial(policy_loss, task=task), params, args, (), None
+    )
+  )(batch, draws)
   assert_close(loss, want_loss, 2e-5)
   assert report.keys == ("actions",)
   for found, wanted in zip(
     jax.tree.leaves(gradients), jax.tree.leaves(want), strict=True
   ):
     assert_close(found, wanted, 1e-4)
-
-
-def test_one_positive_of_each_observation():
-  # Another observation's demonstration moves nothing here but through the
-  # scalars that all problems share.
-  task = make_task(drift={"temperatures": (0.5,)})
-  variant = Variant(normalize_features=False, normalize_drift=False)
-  task = make_task(drift=task.drift, variant=variant)
-  batch, params = make_batch(), make_params(task)
-  draws = make_draws(task)
-
-  def drift_of_first(actions):
-    def loss(shift):
-      moved = PolicyBatch(batch.observations, actions)
-      shifted = draws._replace(noise=draws.noise.at[:G].add(shift))
-      return step_lib.policy_loss(params, moved, shifted, task)[0]
-
-    return jax.grad(loss)(jnp.zeros((G, T, A)))
-
-  drift_of_first = jax.jit(drift_of_first)
-  moved = batch.actions + np.float32(0.3)
-  first = drift_of_first(batch.actions)
-  others = drift_of_first(np.concatenate([batch.actions[:1], moved[1:]]))
-  own = drift_of_first(np.concatenate([moved[:1], batch.actions[1:]]))
-  np.testing.assert_array_equal(first, others)
-  assert np.abs(np.asarray(first - own)).max() > 1e-3 * np.abs(first).max()
 
 
 @pytest.mark.slow
@@ -269,11 +241,10 @@ def test_one_device_is_eight(changes):
     assert_close(found, wanted, 2e-4)
 
 
-def policy_loss(params, batch, draws, *, task):
-  loss, _ = jax.jit(functools.partial(step_lib.policy_loss, task=task))(
-    params, batch, draws
-  )
-  return loss
+def loss_of(params, batch, draws, *, task):
+  return jax.jit(
+    lambda *args: policy_loss(args[0], (), *args[1:], task=task)[0]
+  )(params, batch, draws)
 
 
 def test_baselines_are_their_formulas():
@@ -281,7 +252,7 @@ def test_baselines_are_their_formulas():
   batch, params = make_batch(), make_params(regression)
   draws = draw_policy(jax.random.key(0), regression, B)
   assert not np.any(draws.noise)
-  found = policy_loss(params, batch, draws, task=regression)
+  found = loss_of(params, batch, draws, task=regression)
   chunks = jax.jit(regression.policy.apply)(
     {"params": params}, batch.observations, draws.noise
   )
@@ -291,7 +262,7 @@ def test_baselines_are_their_formulas():
   params = make_params(task)
   draws = make_draws(task)
   assert len(set(draws.time.tolist())) > 1 and draws.time.max() < 10
-  found = policy_loss(params, batch, draws, task=task)
+  found = loss_of(params, batch, draws, task=task)
   bars = diffusion.alpha_bars(10)[np.asarray(draws.time)][:, None, None]
   clean, observations = jax.tree.map(
     lambda x: np.repeat(x, G, axis=0), (batch.actions, batch.observations)

@@ -25,18 +25,13 @@ def make(seed, shape):
   return jnp.asarray(rng.normal(size=shape) / fan_in**0.5, jnp.float32)
 
 
-def prepare(steps=8, time=None, condition=5, batch=2, **changes):
-  """(module, params, inputs)."""
+def call(steps=8, time=None, **changes):
+  """(params, inputs, output)."""
   module = ConditionalUnet1d(**SMALL | changes)
-  inputs = (random(0, batch, steps, 3), random(1, batch, condition), time)
+  inputs = (random(0, 2, steps, 3), random(1, 2, 5), time)
   shapes = jax.eval_shape(module.init, jax.random.key(2), *inputs)["params"]
   leaves, tree = jax.tree.flatten(shapes)
   params = tree.unflatten(make(i, x.shape) for i, x in enumerate(leaves))
-  return module, params, inputs
-
-
-def call(**arguments):
-  module, params, inputs = prepare(**arguments)
   return params, inputs, precise_jit(module.apply)({"params": params}, *inputs)
 
 
@@ -162,46 +157,8 @@ def test_published_size():
     jnp.zeros((1, 40)),
     jnp.zeros(1, jnp.int32),
   )
-  condition = 256 + 40
-
-  def block(before, after):
-    convolutions = 5 * before * after + 5 * after * after + 2 * after
-    norms = 2 * 2 * after
-    film = (condition + 1) * 2 * after
-    residual = (before + 1) * after if before != after else 0
-    return convolutions + norms + film + residual
-
-  expected = (
-    (256 + 1) * 1024 + (1024 + 1) * 256  # time
-    + block(2, 256) + block(256, 256) + 3 * 256 * 256 + 256
-    + block(256, 512) + block(512, 512) + 3 * 512 * 512 + 512
-    + block(512, 1024) + block(1024, 1024)
-    + block(1024, 1024) * 2  # middle
-    + block(2048, 512) + block(512, 512) + 4 * 512 * 512 + 512
-    + block(1024, 256) + block(256, 256) + 4 * 256 * 256 + 256
-    + 5 * 256 * 256 + 256 + 2 * 256  # final block
-    + (256 + 1) * 2
-  )  # fmt: skip
   count = sum(x.size for x in jax.tree.leaves(shapes))
-  assert count == expected
-
-
-def test_conditions_and_times_matter_and_batches_do_not_mix():
-  time = jnp.array([0, 50, 3, 0])
-  changes = {"time_size": 4, "widths": (4,), "batch": 4}
-  module, params, (x, condition, _) = prepare(time=time, **changes)
-  apply = jax.jit(module.apply)
-  variables = {"params": params}
-  y = apply(variables, x, condition, time)
-  order = jnp.array([2, 0, 3, 1])
-  permuted = apply(variables, x[order], condition[order], time[order])
-  assert_close(permuted, y[order], 1e-5)
-  for moved_inputs in (
-    (x, condition.at[1].add(1.0), time),
-    (x, condition, time.at[1].add(1)),
-  ):
-    moved = np.abs(apply(variables, *moved_inputs) - y).max(axis=(1, 2))
-    assert moved[1] > 1e-3 and (np.delete(moved, 1) < 1e-5).all()
+  assert count == 65_783_298
 
 
 def test_first_parameters():
@@ -218,36 +175,6 @@ def test_first_parameters():
       np.testing.assert_allclose(values.mean() * fan_in**0.5, 0, atol=0.2)
 
 
-@pytest.mark.parametrize(
-  ("size", "steps", "stride"), [(5, 7, 1), (5, 4, 1), (3, 3, 2), (3, 2, 2)]
-)
-def test_both_ways_to_convolve(size, steps, stride):
-  """Their gradients also: each is linear, so its transpose is the check."""
-  x, kernel = random(0, 2, steps, 3), random(1, size, 3, 4)
-  padding = (size - 1) // 2
-
-  def mine(x, kernel):
-    return unet1d.convolve(x, kernel, stride=stride, padding=padding)
-
-  def library(x, kernel):
-    return jax.lax.conv_general_dilated(
-      x,
-      kernel,
-      (stride,),
-      ((padding, padding),),
-      dimension_numbers=("NWC", "WIO", "NWC"),
-    )
-
-  @jax.jit
-  def both(x, kernel):
-    y, pull = jax.vjp(mine, x, kernel)
-    expected, pull_expected = jax.vjp(library, x, kernel)
-    return (y, *pull(y)), (expected, *pull_expected(y))
-
-  for a, b in zip(*both(x, kernel), strict=True):
-    assert_close(a, b, 1e-5)
-
-
 def test_mish_far_from_zero():
   x = jnp.array([-70.0, -20.0, -1.0, 0.0, 1.0, 19.0, 30.0, 1e4])
   wide = np.asarray(x, np.float64)
@@ -257,19 +184,6 @@ def test_mish_far_from_zero():
   slope = jax.vmap(jax.grad(unet1d.mish))(x)
   assert np.isfinite(slope).all()
   np.testing.assert_allclose(slope[-2:], 1, rtol=1e-6)
-
-
-@pytest.mark.slow
-def test_gradients_reach_everything():
-  module, params, inputs = prepare(steps=4)
-
-  def loss(params):
-    return jnp.mean(jnp.square(module.apply({"params": params}, *inputs)))
-
-  gradients = jax.jit(jax.grad(loss))(params)
-  for path, gradient in jax.tree.leaves_with_path(gradients):
-    assert np.isfinite(gradient).all(), path
-    assert np.abs(gradient).max() > 1e-6, path
 
 
 def test_bfloat16_is_near():
@@ -287,12 +201,7 @@ def test_bfloat16_is_near():
   [
     ({"steps": 7}, r"x's steps=7 must be a multiple of 2\^\(2 levels - 1\)=2"),
     ({"groups": 3}, r"widths \(level 0\)=4 must be a multiple of groups=3"),
-    ({"widths": ()}, r"widths=\(\)"),
-    ({"widths": (4, 0)}, r"widths \(level 1\)=0: must be an integer >= 1"),
     ({"kernel_size": 4}, "kernel_size=4: must be odd"),
-    ({"action_size": 2}, "x has 3 channels, the actions action_size=2"),
-    ({"time": jnp.zeros(2, jnp.int32)}, "time_size=0: this network has no"),
-    ({"time_size": 4}, "time_size=4: it needs a time"),
     ({"time_size": 5}, "time_size=5 must be a multiple of"),
   ],
 )

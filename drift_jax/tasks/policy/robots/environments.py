@@ -3,13 +3,12 @@
 import functools
 from collections.abc import Callable, Mapping, Sequence
 
-from drift_jax.tasks.policy.robots.errors import RobotError
 from drift_jax.tasks.policy.robots.fetch import Fetch
-from drift_jax.tasks.policy.robots.interface import Environment
+from drift_jax.tasks.policy.robots.interface import Environment, RobotError
 from drift_jax.tasks.policy.robots.obstacle import Obstacle
 from drift_jax.tasks.policy.robots.pusht import PushT
 
-ENVIRONMENTS: Mapping[str, Callable[..., Environment]] = {
+ENVIRONMENTS: Mapping[str, Callable[[Sequence[str], bool], Environment]] = {
   "obstacle": Obstacle,
   "fetch_reach": functools.partial(Fetch, "fetch_reach"),
   "fetch_push": functools.partial(Fetch, "fetch_push"),
@@ -28,8 +27,8 @@ def make(
 
   Args:
     name: one of ENVIRONMENTS.
-    observations: those wanted: 'state', with 'pusht' 'img' too; NAME[:K] for
-      the first K values of one.
+    observations: 'state', with 'pusht' 'img' too; NAME[:K] for the first K
+      values of one.
     stop_at_success: whether success ends an episode.
 
   Raises:
@@ -40,4 +39,4 @@ def make(
     raise RobotError(
       f"environment {name!r}: valid options are {list(ENVIRONMENTS)}"
     )
-  return ENVIRONMENTS[name](observations, stop_at_success=stop_at_success)
+  return ENVIRONMENTS[name](observations, stop_at_success)

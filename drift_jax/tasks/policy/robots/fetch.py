@@ -8,8 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from drift_jax.tasks.policy.robots.errors import RobotError, import_extras
-from drift_jax.tasks.policy.robots.interface import Outcome, Simulation
+from drift_jax.tasks.policy.robots.interface import (
+  Environment,
+  Observations,
+  RobotError,
+  Step,
+  import_extras,
+)
 
 _SIZE = 192
 # Nearer than gymnasium-robotics' own: pictures are small. Metres and degrees.
@@ -19,23 +24,13 @@ _CAMERA = {
   "elevation": -20.0,
   "lookat": np.array([1.3, 0.75, 0.5]),
 }
-# MuJoCo's modules that make an OpenGL context, and values of MUJOCO_GL.
-_BACKENDS = ("egl", "osmesa", "glfw")
-_FOLDER = "gymnasium_robotics.envs.fetch"
-# Of each name: module and class. They are made directly: gymnasium.make would
-# wrap them into checks that are ours too.
-_CLASSES = {
-  "fetch_reach": ("reach", "MujocoFetchReachEnv"),
-  "fetch_push": ("push", "MujocoFetchPushEnv"),
-  "fetch_pick_and_place": ("pick_and_place", "MujocoFetchPickAndPlaceEnv"),
-}
 
 
-class Fetch(Simulation):
+class Fetch(Environment):
   """FetchReach-v4, FetchPush-v4 or FetchPickAndPlace-v4.
 
-  Observations: 'state', gymnasium-robotics' observation and behind it the goal;
-  metres. The gripper's position is in front.
+  Observations: 'state', gymnasium-robotics' observation and then the goal, in
+  metres. The gripper's position comes first.
 
     fetch_reach           [13]: gripper 3, fingers 2, velocities 5, goal 3
     others                [28]: gripper 3, object 3, object - gripper 3,
@@ -51,53 +46,46 @@ class Fetch(Simulation):
   max_steps = 50
 
   def __init__(
-    self,
-    name: str,
-    observations: Sequence[str] = ("state",),
-    *,
-    stop_at_success: bool = True,
+    self, name: str, observations: Sequence[str], stop_at_success: bool
   ):
-    """
+    """See Environment.
+
     Args:
       name: 'fetch_reach', 'fetch_push' or 'fetch_pick_and_place'.
-      observations: see Simulation.
-      stop_at_success: see Simulation.
+      observations, stop_at_success: see Environment.
 
     Raises:
-      RobotError: unknown observations.
       ExtraError: a missing package.
     """
     self.name = name
-    super().__init__(observations, stop_at_success=stop_at_success)
-    module, kind = _CLASSES[name]
+    super().__init__(observations, stop_at_success)
     # gymnasium-robotics is imported without mujoco too, and fails later.
-    import_extras(name, "gymnasium", "mujoco", f"{_FOLDER}.{module}")
-    maker = getattr(importlib.import_module(f"{_FOLDER}.{module}"), kind)
-    self._simulator: Any = maker(
+    module = import_extras(
+      name,
+      "gymnasium",
+      "mujoco",
+      f"gymnasium_robotics.envs.fetch.{name.removeprefix('fetch_')}",
+    )
+    # Not by gymnasium.make, which would wrap it into checks that are ours too.
+    make = getattr(module, f"Mujoco{name.title().replace('_', '')}Env")
+    self._simulator: Any = make(
       render_mode="rgb_array",
       width=_SIZE,
       height=_SIZE,
       default_camera_config=_CAMERA,
     )
-    self._state = np.zeros(0, np.float32)
 
-  def _keep(self, values: dict[str, np.ndarray]) -> None:
-    """Notes the observation of a moment."""
-    self._state = np.concatenate(
-      [values["observation"], values["desired_goal"]]
-    ).astype(np.float32)
+  def _observe(self, values: dict[str, np.ndarray]) -> Observations:
+    state = np.concatenate([values["observation"], values["desired_goal"]])
+    return {"state": state.astype(np.float32)}
 
-  def _start(self, seed: int) -> None:
-    self._keep(self._simulator.reset(seed=seed)[0])
+  def _start(self, seed: int) -> Observations:
+    return self._observe(self._simulator.reset(seed=seed)[0])
 
-  def _advance(self, action: np.ndarray) -> Outcome:
+  def _advance(self, action: np.ndarray) -> Step:
     values, _, _, _, info = self._simulator.step(action)
-    self._keep(values)
     success = bool(info["is_success"])
-    return Outcome(float(success), success)
-
-  def _observe(self, source: str) -> np.ndarray:
-    return self._state.copy()
+    return Step(self._observe(values), float(success), success, False)
 
   def render(self) -> np.ndarray:
     """The scene, uint8 [192, 192, 3]; always call it from the same thread.
@@ -105,19 +93,14 @@ class Fetch(Simulation):
     Raises:
       RobotError: OpenGL can't be used on this machine.
     """
-    # Read when the first scene is drawn. Only EGL does without a screen and is
-    # common.
+    # MuJoCo reads it when the first scene is drawn. EGL is common and needs no
+    # screen.
     backend = os.environ.setdefault("MUJOCO_GL", "egl")
-    if backend not in _BACKENDS:
-      raise RobotError(
-        f"{self.name} can't be drawn with MUJOCO_GL={backend}: valid options "
-        f"are {list(_BACKENDS)}"
-      )
     renderer = self._simulator.mujoco_renderer
     try:
       if renderer.viewer is None:
-        # Where this fails, gymnasium would leave a viewer behind that is half
-        # made, and can't be deleted without a complaint.
+        # If this failed inside gymnasium, a half-made viewer would stay that
+        # complains when it is deleted.
         module = importlib.import_module(f"mujoco.{backend}")
         module.GLContext(_SIZE, _SIZE).free()
       else:
@@ -129,8 +112,8 @@ class Fetch(Simulation):
       raise RobotError(
         f"{self.name} can't be drawn with MUJOCO_GL={backend}: "
         f"{type(error).__name__}: {error}. Install its library (libegl1, "
-        f"libosmesa6 or libglfw3), set MUJOCO_GL to another of "
-        f"{list(_BACKENDS)}, or record no episodes: nothing else draws"
+        "libosmesa6 or libglfw3), set MUJOCO_GL to another of 'egl', 'osmesa' "
+        "and 'glfw', or record no episodes (eval.videos=0)"
       ) from error
     return np.ascontiguousarray(image)
 

@@ -4,12 +4,14 @@ Nothing but NumPy and Pillow. The mean of both ways leads into the disc, so a
 policy that averages fails.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 from PIL import Image, ImageDraw
 
-from drift_jax.tasks.policy.robots.interface import Outcome, Simulation
+from drift_jax.tasks.policy.robots.interface import (
+  Environment,
+  Observations,
+  Step,
+)
 
 START = np.array([-1.0, 0.0])
 GOAL = np.array([1.0, 0.0])
@@ -34,13 +36,13 @@ def touches(start: np.ndarray, end: np.ndarray) -> bool:
   return bool(np.linalg.norm(start + t * move) <= RADIUS)
 
 
-class Obstacle(Simulation):
+class Obstacle(Environment):
   """From about (-1, 0) to within 0.1 of (1, 0) without touching the disc of
   radius 0.4 at the origin.
 
   Observations: 'state' [2], the position. Actions: [2], a displacement within
   [-0.2, 0.2]. Touching the disc, on the way of a step too, is the end. The mode
-  is 'above' or 'below', by the sign of y where x = 0 is crossed first.
+  is 'above' or 'below', the sign of y at the first crossing of x = 0.
   """
 
   name = "obstacle"
@@ -48,22 +50,13 @@ class Obstacle(Simulation):
   action_high = np.full(2, 0.2, np.float32)
   max_steps = 40
 
-  def __init__(
-    self,
-    observations: Sequence[str] = ("state",),
-    *,
-    stop_at_success: bool = True,
-  ):
-    super().__init__(observations, stop_at_success=stop_at_success)
-    self._trail = [START]
-    self._mode = ""
-
-  def _start(self, seed: int) -> None:
+  def _start(self, seed: int) -> Observations:
     noise = np.random.default_rng(seed).normal(0, _SPREAD, 2)
     self._trail = [START + noise]
     self._mode = ""
+    return {"state": self._trail[-1].astype(np.float32)}
 
-  def _advance(self, action: np.ndarray) -> Outcome:
+  def _advance(self, action: np.ndarray) -> Step:
     start = self._trail[-1]
     end = start + action
     self._trail.append(end)
@@ -71,16 +64,13 @@ class Obstacle(Simulation):
       t = -start[0] / (end[0] - start[0])
       y = start[1] + t * (end[1] - start[1])
       self._mode = "above" if y > 0 else "below"
-    if touches(start, end):
-      return Outcome(0.0, False, True, self._mode)
-    success = bool(np.linalg.norm(end - GOAL) <= REACHED)
-    return Outcome(float(success), success, False, self._mode)
-
-  def _observe(self, source: str) -> np.ndarray:
-    return self._trail[-1].astype(np.float32)
+    failed = touches(start, end)
+    success = not failed and bool(np.linalg.norm(end - GOAL) <= REACHED)
+    seen = {"state": end.astype(np.float32)}
+    return Step(seen, float(success), success, failed, self._mode)
 
   def render(self) -> np.ndarray:
-    """The disc, the goal, the point and where it was; uint8 [128, 128, 3]."""
+    """The disc, the goal, the point and its trail; uint8 [128, 128, 3]."""
     # Drawn larger: Pillow's circles have hard edges.
     scale = 4 * _SIZE / (2 * _EXTENT)
     image = Image.new("RGB", (4 * _SIZE, 4 * _SIZE), "white")

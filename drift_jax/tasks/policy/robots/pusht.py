@@ -1,24 +1,27 @@
 """PushT: a T-shaped block that a round pusher moves onto its place."""
 
-import importlib
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from drift_jax.tasks.policy.robots.errors import import_extras
-from drift_jax.tasks.policy.robots.interface import Outcome, Simulation
+from drift_jax.tasks.policy.robots.interface import (
+  Environment,
+  Observations,
+  Step,
+  import_extras,
+)
 
 _SIZE = 192
 
 
-class PushT(Simulation):
+class PushT(Environment):
   """gym_pusht/PushT-v0.
 
   Observations: 'state' [5]: x and y of the pusher, x and y of the block,
   within [0, 512], the block's angle within [0, 2 pi); 'img' uint8 [96, 96, 3],
-  the same in a picture. Actions: [2] within [0, 512], where the pusher goes.
+  a picture of it. Actions: [2] within [0, 512], the pusher's next place.
   The reward is clip(coverage / 0.95, 0, 1) of the block's coverage of its
   place; beyond 0.95 the task is solved.
   """
@@ -29,52 +32,40 @@ class PushT(Simulation):
   max_steps = 300
   sources = ("state", "img")
 
-  def __init__(
-    self,
-    observations: Sequence[str] = ("state",),
-    *,
-    stop_at_success: bool = True,
-  ):
-    """
-    Args:
-      observations: see Simulation; pictures are drawn only where 'img' is one.
-      stop_at_success: see Simulation.
+  def __init__(self, observations: Sequence[str], stop_at_success: bool):
+    """See Environment; pictures are drawn only if 'img' is observed.
 
     Raises:
-      RobotError: unknown observations.
       ExtraError: a missing package.
     """
-    super().__init__(observations, stop_at_success=stop_at_success)
+    super().__init__(observations, stop_at_success)
     # Pygame draws into memory, but wants a screen without these; and it greets.
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
-    import_extras(self.name, "gymnasium", "gym_pusht.envs")
+    module = import_extras(self.name, "gymnasium", "gym_pusht.envs")
     pictures = "img" in self._wanted
-    self._simulator: Any = importlib.import_module("gym_pusht.envs").PushTEnv(
+    self._simulator: Any = module.PushTEnv(
       obs_type="pixels_agent_pos" if pictures else "state",
       render_mode="rgb_array",
       visualization_width=_SIZE,
       visualization_height=_SIZE,
     )
-    self._values: dict[str, np.ndarray] = {}
 
-  def _keep(self, values: Any, info: dict[str, Any]) -> None:
+  def _observe(self, values: Any, info: dict[str, Any]) -> Observations:
     x, y, angle = info["block_pose"]
     state = [*info["pos_agent"], x, y, angle % (2 * np.pi)]
-    self._values = {"state": np.array(state, np.float32)}
+    observations = {"state": np.array(state, np.float32)}
     if "img" in self._wanted:
-      self._values["img"] = values["pixels"]
+      observations["img"] = values["pixels"].copy()
+    return observations
 
-  def _start(self, seed: int) -> None:
-    self._keep(*self._simulator.reset(seed=seed))
+  def _start(self, seed: int) -> Observations:
+    return self._observe(*self._simulator.reset(seed=seed))
 
-  def _advance(self, action: np.ndarray) -> Outcome:
+  def _advance(self, action: np.ndarray) -> Step:
     values, reward, _, _, info = self._simulator.step(action)
-    self._keep(values, info)
-    return Outcome(float(reward), bool(info["is_success"]))
-
-  def _observe(self, source: str) -> np.ndarray:
-    return self._values[source].copy()
+    seen = self._observe(values, info)
+    return Step(seen, float(reward), bool(info["is_success"]), False)
 
   def render(self) -> np.ndarray:
     """The scene, uint8 [192, 192, 3]."""

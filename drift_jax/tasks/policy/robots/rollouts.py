@@ -2,13 +2,17 @@
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from drift_jax.tasks.policy.robots.errors import RobotError
-from drift_jax.tasks.policy.robots.interface import Environment, Observations
+from drift_jax.tasks.policy.robots.interface import (
+  Environment,
+  Observations,
+  RobotError,
+)
 
 # (observations {name: [n, To, ...]}, episodes [n] int64, call) -> [n, T, A]
 Act = Callable[[Mapping[str, np.ndarray], np.ndarray, int], np.ndarray]
@@ -16,16 +20,16 @@ Act = Callable[[Mapping[str, np.ndarray], np.ndarray, int], np.ndarray]
 
 @dataclasses.dataclass
 class Episode:
-  """How an episode went.
+  """An episode of a policy.
 
   Attributes:
     seed: of its start.
     success: whether the task was solved.
     score: the largest reward, in [0, 1].
     length: steps.
-    mode: which way was taken; "" where there is one only, or none was.
+    mode: the way that was taken; "" if there is one only, or none was.
     frames: uint8 images [H, W, 3], the first one before the first step; empty
-      where none were recorded.
+      if none were recorded.
   """
 
   seed: int
@@ -46,8 +50,8 @@ class _Row:
     self.episode = Episode(seed)
     self.recorded = recorded
     self.done = False
-    first = environment.reset(seed)
-    self._history = collections.deque([first] * horizon, maxlen=horizon)
+    start = environment.reset(seed)
+    self._history = collections.deque([start] * horizon, maxlen=horizon)
     self._draw()
 
   def _draw(self) -> None:
@@ -65,6 +69,8 @@ class _Row:
     """Takes actions [executed, A], until the episode is done."""
     episode = self.episode
     for action in actions:
+      if self.done:
+        return
       step = self.environment.step(action)
       self._history.append(step.observations)
       episode.length += 1
@@ -72,9 +78,7 @@ class _Row:
       episode.success = step.success
       episode.mode = step.mode
       self._draw()
-      if step.done:
-        self.done = True
-        return
+      self.done = step.done
 
 
 def rollouts(
@@ -95,8 +99,8 @@ def rollouts(
   start the first observation stands To times.
 
   The episodes are worked on in groups of as many as there are environments, all
-  of a group in step. Where act's rows do not depend on each other, neither
-  their number nor `threads` changes an episode.
+  of a group in step. If act's rows do not depend on each other, neither their
+  number nor `threads` changes an episode.
 
   Args:
     environments: of one kind; they stay open.
@@ -120,100 +124,50 @@ def rollouts(
     RobotError: sizes below 1, chunks of another shape or too short, actions
       out of bounds.
   """
-  parallel = len(environments)
-  sizes = {
-    "environments": parallel,
-    "seeds": len(seeds),
-    "observation_horizon": observation_horizon,
-    "executed": executed,
-    "threads": threads,
-  }
-  for name, size in sizes.items():
-    if size < 1:
-      raise RobotError(f"rollouts: {name} is {size}, must be at least 1")
-  if record < 0:
-    raise RobotError(f"rollouts: record is {record}, must be at least 0")
+  sizes = len(environments), len(seeds), observation_horizon, executed, threads
+  if min(sizes) < 1:
+    raise RobotError(
+      "rollouts: environments, seeds, observation_horizon, executed, threads "
+      f"are {sizes}, must each be at least 1"
+    )
+  parallel, size = len(environments), len(environments[0].action_low)
+  used = slice(observation_horizon - 1, observation_horizon - 1 + executed)
   episodes: list[Episode] = []
   with ThreadPoolExecutor(threads) as pool:
     for start in range(0, len(seeds), parallel):
+      # 1. The next group; its last row stands in for missing ones.
+      group = zip(environments, seeds[start:], strict=False)
       rows = [
         _Row(environment, int(seed), observation_horizon, number < record)
-        for number, (environment, seed) in enumerate(
-          zip(environments, seeds[start : start + parallel], strict=False),
-          start,
-        )
+        for number, (environment, seed) in enumerate(group, start)
       ]
-      _run(rows, act, start, parallel, observation_horizon, executed, pool)
       episodes += [row.episode for row in rows]
+      chosen = np.minimum(np.arange(parallel), len(rows) - 1)
+      for call in itertools.count():
+        if all(row.done for row in rows):
+          break
+        # 2. A chunk for each row, whether it goes on or not.
+        seen = [rows[i].observations() for i in chosen]
+        batch = {name: np.stack([x[name] for x in seen]) for name in seen[0]}
+        chunks = np.asarray(act(batch, start + chosen, call))
+        fits = chunks.ndim == 3 and chunks.shape[::2] == (parallel, size)
+        if not fits or chunks.shape[1] < used.stop:
+          raise RobotError(
+            f"{environments[0].name}: action chunks of shape {chunks.shape}, "
+            f"want ({parallel}, at least {used.stop}, {size})"
+          )
+        # 3. Recorded rows in this thread; they are the first ones, so that the
+        # others are sent to the pool before.
+        waiting = []
+        actions = zip(rows, chunks[:, used], strict=False)
+        for row, taken in reversed(list(actions)):
+          if row.recorded:
+            row.run(taken)
+          else:
+            waiting.append(pool.submit(row.run, taken))
+        for future in waiting:
+          future.result()
   return episodes
-
-
-def _run(
-  rows: list[_Row],
-  act: Act,
-  start: int,
-  parallel: int,
-  horizon: int,
-  executed: int,
-  pool: ThreadPoolExecutor,
-) -> None:
-  """Runs the episodes of a group until all are done.
-
-  Args:
-    rows: at most `parallel`.
-    act, executed: see rollouts.
-    start: the number of the first episode.
-    parallel: how many observations act is given.
-    horizon: To.
-    pool: the threads.
-  """
-  # The last row stands in for those that are missing.
-  chosen = np.minimum(np.arange(parallel), len(rows) - 1)
-  call = 0
-  while not all(row.done for row in rows):
-    seen = [row.observations() for row in rows]
-    batch = {
-      name: np.stack([seen[row][name] for row in chosen]) for name in seen[0]
-    }
-    chunks = np.asarray(act(batch, start + chosen, call))
-    _check_chunks(chunks, rows[0].environment, parallel, horizon, executed)
-    actions = chunks[:, horizon - 1 : horizon - 1 + executed]
-    going = [
-      (row, taken)
-      for row, taken in zip(rows, actions, strict=False)
-      if not row.done
-    ]
-    waiting = [
-      pool.submit(row.run, taken) for row, taken in going if not row.recorded
-    ]
-    for row, taken in going:
-      if row.recorded:
-        row.run(taken)
-    for future in waiting:
-      future.result()
-    call += 1
-
-
-def _check_chunks(
-  chunks: np.ndarray,
-  environment: Environment,
-  parallel: int,
-  horizon: int,
-  executed: int,
-) -> None:
-  size = len(environment.action_low)
-  wanted = horizon - 1 + executed
-  if chunks.ndim != 3 or chunks.shape[::2] != (parallel, size):
-    raise RobotError(
-      f"{environment.name}: action chunks of shape {chunks.shape}, want "
-      f"({parallel}, at least {wanted}, {size})"
-    )
-  if chunks.shape[1] < wanted:
-    raise RobotError(
-      f"{environment.name}: chunks of {chunks.shape[1]} actions are too short: "
-      f"with {horizon} observations and {executed} executed actions they need "
-      f"{wanted}"
-    )
 
 
 def summarize(episodes: Sequence[Episode]) -> dict[str, float]:
@@ -222,12 +176,7 @@ def summarize(episodes: Sequence[Episode]) -> dict[str, float]:
   Returns:
     success_rate; score, of the largest rewards; mean_length, in steps; and
     mode/NAME for each mode seen, as a fraction of all episodes.
-
-  Raises:
-    RobotError: there are none.
   """
-  if not episodes:
-    raise RobotError("no episodes to summarize")
   modes = collections.Counter(episode.mode for episode in episodes)
   return {
     "success_rate": float(np.mean([each.success for each in episodes])),

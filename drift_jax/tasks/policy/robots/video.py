@@ -8,16 +8,18 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from drift_jax.system import paths
-from drift_jax.tasks.policy.robots.errors import RobotError
+from drift_jax.metrics.files import replacing
+from drift_jax.tasks.policy.robots.interface import RobotError
 from drift_jax.tasks.policy.robots.rollouts import Episode
 
+_STEPS_A_SECOND = 10
+_COLUMNS = 4
 _BORDER = 3
 _SUCCESS = (46, 160, 67)
 _FAILURE = (207, 34, 46)
 # For how long the last picture, with all the borders, is shown.
 _HOLD_SECONDS = 1.0
-# From which a GIF's colours are chosen, and the last one.
+# Pictures from which a GIF's colours are chosen, besides the last one.
 _PALETTE_FRAMES = 8
 
 
@@ -36,95 +38,61 @@ def video_ending(path: str | os.PathLike[str]) -> str:
 
 
 def save_video(
-  path: str | os.PathLike[str],
-  episodes: Sequence[Episode],
-  *,
-  fps: float = 10.0,
-  columns: int = 4,
-  ending: str | None = None,
+  path: str | os.PathLike[str], episodes: Sequence[Episode]
 ) -> None:
   """Writes episodes side by side, as GIF or MP4; whole or not at all.
 
-  An episode that is over shows its last frame, in green where it succeeded, in
-  red where it failed.
+  An episode that is over shows its last frame: with a green border if it
+  succeeded, with a red one if it failed.
 
   Args:
-    path: .gif, or .mp4 where imageio-ffmpeg is installed.
+    path: .gif, or .mp4 if imageio-ffmpeg is installed.
     episodes: with frames, all of the same size.
-    fps: steps per second.
-    columns: episodes in a row, at most.
-    ending: '.gif' or '.mp4', in place of the path's own.
 
   Raises:
-    RobotError: another ending, a missing package, no episodes, no frames,
-      frames of different sizes, or sizes below 1.
+    RobotError: another ending, a missing package, no frames.
   """
-  path = pathlib.Path(paths.expand(path))
-  ending = video_ending(path) if ending is None else ending
-  if columns < 1 or not fps > 0:
-    raise RobotError(
-      f"{path}: {columns} columns at {fps:g} frames a second: want at least 1, "
-      "and more than 0"
-    )
-  frames = _grid(episodes, columns)
-  # Beside it, so that it can be moved there; hidden, with the ending that tells
-  # the format.
-  partial = path.with_name(f".{path.stem}.{os.getpid()}{ending}")
-  try:
-    _WRITERS[ending](partial, frames, fps)
-    os.replace(partial, path)
-  finally:
-    partial.unlink(missing_ok=True)
-
-
-def _grid(episodes: Sequence[Episode], columns: int) -> list[np.ndarray]:
-  """Pictures [rows H, columns W, 3], one for each step of the longest."""
-  shapes = {frame.shape for each in episodes for frame in each.frames}
+  write = _WRITERS[video_ending(path)]
   if not episodes or not all(each.frames for each in episodes):
     raise RobotError(
       "a video needs recorded episodes: rollouts(record=N) records the first N"
     )
-  if len(shapes) > 1:
-    raise RobotError(f"frames of different sizes: {sorted(shapes)}")
-  height, width, _ = shapes.pop()
-  columns = min(columns, len(episodes))
+  with replacing(path) as partial:
+    write(partial, _grid(episodes))
+
+
+def _grid(episodes: Sequence[Episode]) -> np.ndarray:
+  """Pictures [N, rows H, columns W, 3], one for each step of the longest."""
+  length = max(len(each.frames) for each in episodes)
+  columns = min(_COLUMNS, len(episodes))
   rows = -(-len(episodes) // columns)
-  pictures = []
-  for number in range(max(len(each.frames) for each in episodes)):
-    picture = np.full((rows, height, columns, width, 3), 255, np.uint8)
-    for place, episode in enumerate(episodes):
-      frame = _frame(episode, number)
-      picture[place // columns, :, place % columns] = frame
-    pictures.append(picture.reshape(rows * height, columns * width, 3))
-  return pictures
+  size = episodes[0].frames[0].shape
+  grid = np.full((rows * columns, length, *size), 255, np.uint8)
+  for place, episode in enumerate(episodes):
+    *frames, last = episode.frames
+    framed = np.empty_like(last)
+    framed[:] = _SUCCESS if episode.success else _FAILURE
+    inner = slice(_BORDER, -_BORDER)
+    framed[inner, inner] = last[inner, inner]
+    grid[place] = frames + [framed] * (length - len(frames))
+  height, width, _ = size
+  grid = grid.reshape(rows, columns, length, *size).transpose(2, 0, 3, 1, 4, 5)
+  return grid.reshape(length, rows * height, columns * width, 3)
 
 
-def _frame(episode: Episode, number: int) -> np.ndarray:
-  """The frame of a step; the last one, and those behind it, have a border."""
-  last = len(episode.frames) - 1
-  if number < last:
-    return episode.frames[number]
-  inner = episode.frames[last][_BORDER:-_BORDER, _BORDER:-_BORDER]
-  framed = np.empty_like(episode.frames[last])
-  framed[:] = _SUCCESS if episode.success else _FAILURE
-  framed[_BORDER:-_BORDER, _BORDER:-_BORDER] = inner
-  return framed
-
-
-def _write_gif(
-  path: pathlib.Path, frames: list[np.ndarray], fps: float
-) -> None:
+def _write_gif(path: pathlib.Path, frames: np.ndarray) -> None:
   # One palette for all, or colours would flicker.
   every = -(-len(frames) // _PALETTE_FRAMES)
   tall = np.concatenate([*frames[::every], frames[-1]])
   palette = Image.fromarray(tall).quantize(256)
-  step = 1000 / fps
+  step = 1000 / _STEPS_A_SECOND
   images = [
     Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE)
     for frame in frames
   ]
   images[0].save(
     path,
+    "GIF",
     save_all=True,
     append_images=images[1:],
     duration=[*[step] * (len(frames) - 1), step + 1000 * _HOLD_SECONDS],
@@ -132,22 +100,25 @@ def _write_gif(
   )
 
 
-def _write_mp4(
-  path: pathlib.Path, frames: list[np.ndarray], fps: float
-) -> None:
+def _write_mp4(path: pathlib.Path, frames: np.ndarray) -> None:
   try:
     ffmpeg = importlib.import_module("imageio_ffmpeg")
   except ImportError as error:
     raise RobotError(
-      f"{path.suffix} needs the package imageio-ffmpeg (pip install "
-      "imageio-ffmpeg); .gif needs nothing"
+      ".mp4 needs the package imageio-ffmpeg (pip install imageio-ffmpeg); "
+      ".gif needs nothing"
     ) from error
-  height, width, _ = frames[0].shape
-  writer = ffmpeg.write_frames(str(path), (width, height), fps=fps)
+  writer = ffmpeg.write_frames(
+    str(path),
+    frames.shape[2:0:-1],
+    fps=_STEPS_A_SECOND,
+    output_params=["-f", "mp4"],
+  )
   writer.send(None)
   try:
-    for frame in frames + frames[-1:] * round(fps * _HOLD_SECONDS):
-      writer.send(np.ascontiguousarray(frame))
+    held = [frames[-1]] * round(_STEPS_A_SECOND * _HOLD_SECONDS)
+    for frame in [*frames, *held]:
+      writer.send(frame)
   finally:
     writer.close()
 

