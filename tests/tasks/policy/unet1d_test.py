@@ -175,6 +175,36 @@ def test_first_parameters():
       np.testing.assert_allclose(values.mean() * fan_in**0.5, 0, atol=0.2)
 
 
+@pytest.mark.parametrize(
+  ("size", "steps", "stride"), [(5, 7, 1), (5, 4, 1), (3, 3, 2), (3, 2, 2)]
+)
+def test_both_ways_to_convolve(size, steps, stride):
+  """Their gradients also: each is linear, so its transpose is the check."""
+  x, kernel = random(0, 2, steps, 3), random(1, size, 3, 4)
+  padding = (size - 1) // 2
+
+  def mine(x, kernel):
+    return unet1d.convolve(x, kernel, stride=stride, padding=padding)
+
+  def library(x, kernel):
+    return jax.lax.conv_general_dilated(
+      x,
+      kernel,
+      (stride,),
+      ((padding, padding),),
+      dimension_numbers=("NWC", "WIO", "NWC"),
+    )
+
+  @jax.jit
+  def both(x, kernel):
+    y, pull = jax.vjp(mine, x, kernel)
+    expected, pull_expected = jax.vjp(library, x, kernel)
+    return (y, *pull(y)), (expected, *pull_expected(y))
+
+  for a, b in zip(*both(x, kernel), strict=True):
+    assert_close(a, b, 1e-5)
+
+
 def test_mish_far_from_zero():
   x = jnp.array([-70.0, -20.0, -1.0, 0.0, 1.0, 19.0, 30.0, 1e4])
   wide = np.asarray(x, np.float64)
