@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from drift_jax.metrics.writers import read_jsonl
+from configs import ablations
 from drift_jax.system import exits
-from drift_jax.tools import ablation_table
+from drift_jax.tools.work import ablation_table, rows
 from tests import process
 
 BASE = "--config=configs/digits.py:smoke"
@@ -38,21 +39,18 @@ SMALL = {
 ROWS = "--rows=antisymmetric,attraction_only"
 
 
-def heading(**changes):
-  return ablation_table.Heading(
-    **{
-      "title": "A table",
-      "varies": "What varies.",
-      "source": "a paper",
-      "base": "digits",
-      "steps": 4,
-      "seeds": [0, 1],
-      "figure": "fd_pixel",
-      "alpha": None,
-      "command": "python -m x",
-    }
-    | changes
-  )
+def table(*rows, **changes):
+  """A table of rows compared by fd_pixel."""
+  values = {
+    "about": ablations.Table("A table", "What varies.", dict, "a paper"),
+    "base": "digits",
+    "steps": 4,
+    "seeds": [0, 1],
+    "figure": "fd_pixel",
+    "alpha": None,
+    "command": "python -m x",
+  }
+  return ablation_table.Table(rows, **values | changes)
 
 
 def row(name, values, paper=None, figure="fd_pixel"):
@@ -62,7 +60,7 @@ def row(name, values, paper=None, figure="fd_pixel"):
     f"row {name}",
     "",
     paper,
-    runs={seed: {figure: {1.0: v}} for seed, v in enumerate(values)},
+    figures={seed: {f"{figure}/alpha_1": v} for seed, v in enumerate(values)},
     workdirs={seed: f"{name}/{seed}" for seed in range(len(values))},
   )
 
@@ -71,29 +69,34 @@ def read_csv(path):
   return list(csv.DictReader(path.read_text().splitlines()))
 
 
-def test_mean_and_sample_deviation():
-  value = ablation_table.summarise([1.0, 2.0, 6.0])
-  assert value.mean == pytest.approx(3.0)
-  assert value.spread == pytest.approx(math.sqrt((4 + 1 + 9) / 2))
-  assert str(value) == "3 ± 2.6"
-  assert str(ablation_table.summarise([0.123456])) == "0.1235"
+@pytest.mark.parametrize(
+  ("values", "text"),
+  [
+    ([1.0, 2.0, 6.0], f"3 ± {math.sqrt((4 + 1 + 9) / 2):.2g}"),
+    ([0.123456], "0.1235"),
+    ([], ""),
+  ],
+)
+def test_mean_and_sample_deviation(values, text):
+  assert rows.spread(np.array(values)) == text
 
 
 def test_the_best_alpha_is_that_of_the_mean():
   """Seed 1's best is another one's, but its mean is worse."""
-  runs = {
-    0: {"fd_pixel": {1.0: 5.0, 2.0: 3.0}, "coverage": {1.0: 0.1, 2.0: 0.9}},
-    1: {"fd_pixel": {1.0: 4.0, 2.0: 5.0}, "coverage": {1.0: 0.2, 2.0: 0.3}},
-  }
-  entry = ablation_table.Row("a", "a", "", None, runs=runs)
-  assert ablation_table.chosen_alpha(entry, "fd_pixel", None) == 2.0
-  assert ablation_table.headline(entry, heading()).mean == 4.0
-  assert ablation_table.headline(entry, heading(alpha=1.0)).mean == 4.5
+
+  def best(figure, values, alpha=None):
+    entry = row("a", [])
+    for seed, found in enumerate(values):
+      names = (f"{figure}/alpha_1", f"{figure}/alpha_2")
+      entry.figures[seed] = dict(zip(names, found, strict=True))
+    whole = table(entry, figure=figure, alpha=alpha)
+    return whole.alpha_of(entry), whole.values(entry).mean()
+
+  assert best("fd_pixel", [(5.0, 3.0), (4.0, 5.0)]) == (2, 4.0)
+  assert best("fd_pixel", [(5.0, 3.0), (4.0, 5.0)], alpha=1) == (1, 4.5)
   # More coverage is better: the other way round.
-  assert ablation_table.chosen_alpha(entry, "coverage", None) == 2.0
-  diverged = {0: {"fd_pixel": {1.0: math.nan, 2.0: 7.0}}}
-  entry = ablation_table.Row("a", "a", "", None, runs=diverged)
-  assert ablation_table.chosen_alpha(entry, "fd_pixel", None) == 2.0
+  assert best("coverage", [(0.1, 0.9), (0.2, 0.3)]) == (2, 0.6)
+  assert best("fd_pixel", [(math.nan, 7.0)]) == (2, 7.0)  # one diverged
 
 
 def test_figures_of_the_last_step():
@@ -102,84 +105,103 @@ def test_figures_of_the_last_step():
     {"step": 4, "loss": 1.0},
     {"step": 4, "eval/fd_pixel/alpha_1.0": 3.0, "eval/fd_pixel/baseline": 1.0},
   ]
-  assert ablation_table.last_figures(records, 4) == (
-    {"fd_pixel": {1.0: 3.0}},
-    {"fd_pixel": 1.0},
+  figures = {"fd_pixel/alpha_1": 3.0}
+  assert rows.last_figures(records, 4) == (figures, {"fd_pixel": 1.0})
+  assert rows.last_figures(records, 3) == ({}, {})
+
+
+NAN = math.nan
+SEEDS = " than the seeds scatter; in the paper "
+
+
+@pytest.mark.parametrize(
+  ("entries", "first", "swapped"),
+  [
+    # b and c are within one range: the paper does not order them here.
+    (
+      [
+        ("a", [1.0, 1.2], 8.46),
+        ("b", [2.0, 2.2], (41.0, 177.0)),
+        ("c", [3.0, 3.2], (41.0, 177.0)),
+        ("d", [0.1, 0.2]),
+      ],
+      "holds in 2 of 2 pairs that it orders (Kendall's tau 1.00).",
+      [],
+    ),
+    # Of ab, ac and bc all are swapped, ab by less than the seeds scatter.
+    (
+      [
+        ("a", [2.0, 2.2], 8.0),
+        ("b", [1.9, 2.1], 9.0),
+        ("c", [1.0, 1.02], 10.0),
+      ],
+      "holds in 0 of 3 pairs that it orders (Kendall's tau -1.00).",
+      [
+        "row b (2 ± 0.14) is better here than row a (2.1 ± 0.14), closer"
+        f"{SEEDS}9.00 against 8.00.",
+        "row c (1.01 ± 0.014) is better here than row a (2.1 ± 0.14), farther "
+        f"apart{SEEDS}10.00 against 8.00.",
+        "row c (1.01 ± 0.014) is better here than row b (2 ± 0.14), farther "
+        f"apart{SEEDS}10.00 against 9.00.",
+      ],
+    ),
+    # ab holds, ac and bc do not: (1 - 2) / 3.
+    (
+      [("a", [2.0], 8.0), ("b", [3.0], 9.0), ("c", [1.0], 10.0)],
+      "holds in 1 of 3 pairs that it orders (Kendall's tau -0.33).",
+      [
+        "row c (1) is better here than row a (2); in the paper 10.00 against "
+        "8.00.",
+        "row c (1) is better here than row b (3); in the paper 10.00 against "
+        "9.00.",
+      ],
+    ),
+    (
+      [("a", [0.9], 8.0, "coverage"), ("b", [0.8], 9.0, "coverage")],
+      "holds in 1 of 1 pairs that it orders (Kendall's tau 1.00).",
+      [],
+    ),
+    # What diverged is the worst.
+    (
+      [("a", [1.0], 8.0), ("b", [NAN], 9.0)],
+      "holds in 1 of 1 pairs that it orders (Kendall's tau 1.00).",
+      [],
+    ),
+    (
+      [("a", [NAN], 8.0), ("b", [1.0], 9.0)],
+      "holds in 0 of 1 pairs that it orders (Kendall's tau -1.00).",
+      ["row b (1) is better here than row a (nan); in the paper 9.00 against "
+       "8.00."],
+    ),
+    (
+      [("a", [NAN], 8.0), ("b", [NAN], 9.0)],
+      "holds in 0 of 1 pairs that it orders (Kendall's tau 0.00). 1 tied.",
+      [],
+    ),
+    (
+      [("a", [1.0], 8.0), ("b", [1.0]), ("c", [], 9.0)],
+      "can't be compared: it orders no two rows that have runs here.",
+      [],
+    ),
+  ],
+)  # fmt: skip
+def test_the_papers_order(entries, first, swapped):
+  figure = entries[0][3] if len(entries[0]) > 3 else "fd_pixel"
+  text = ablation_table.ordering(
+    table(*(row(*entry) for entry in entries), figure=figure)
   )
-  assert ablation_table.last_figures(records, 3) == ({}, {})
-
-
-def test_an_order_that_holds():
-  rows = [
-    row("a", [1.0, 1.2], 8.46),
-    row("b", [2.0, 2.2], (41.0, 177.0)),
-    row("c", [3.0, 3.2], (41.0, 177.0)),
-    row("d", [0.1, 0.2]),
-  ]
-  # b and c are within one range: the paper does not order them here.
-  assert ablation_table.ordering(rows, heading()) == (
-    "The paper's order holds in 2 of 2 pairs that it orders (Kendall's tau "
-    "1.00)."
-  )
-
-
-def test_an_order_that_is_swapped():
-  rows = [
-    row("a", [2.0, 2.2], 8.0),
-    row("b", [1.9, 2.1], 9.0),
-    row("c", [1.0, 1.02], 10.0),
-  ]
-  # Of ab, ac and bc all are swapped, ab by less than the seeds scatter.
-  text = ablation_table.ordering(rows, heading()).split("\n")
-  assert text == [
-    "The paper's order holds in 0 of 3 pairs that it orders (Kendall's tau "
-    "-1.00).",
-    "- Swapped: row b (2 ± 0.14) is better here than row a (2.1 ± 0.14), "
-    "closer than the seeds scatter; in the paper 9.00 against 8.00.",
-    "- Swapped: row c (1.01 ± 0.014) is better here than row a (2.1 ± 0.14), "
-    "farther apart than the seeds scatter; in the paper 10.00 against 8.00.",
-    "- Swapped: row c (1.01 ± 0.014) is better here than row b (2 ± 0.14), "
-    "farther apart than the seeds scatter; in the paper 10.00 against 9.00.",
-  ]
-  swapped_one = [rows[0], row("b", [3.0, 3.0], 9.0), rows[2]]
-  # ab holds, ac and bc do not: (1 - 2) / 3.
-  text = ablation_table.ordering(swapped_one, heading())
-  assert text.startswith("The paper's order holds in 1 of 3 pairs")
-  assert "tau -0.33" in text and text.count("Swapped") == 2
-
-
-def test_an_order_of_a_figure_of_which_more_is_better():
-  rows = [
-    row("a", [0.9], 8.0, "coverage"),
-    row("b", [0.8], 9.0, "coverage"),
-  ]
-  holds = "The paper's order holds in the one pair that it orders."
-  assert ablation_table.ordering(rows, heading(figure="coverage")) == holds
-
-
-def test_what_diverged_is_the_worst():
-  rows = [row("a", [1.0], 8.0), row("b", [math.nan], 9.0)]
-  holds = "The paper's order holds in the one pair that it orders."
-  assert ablation_table.ordering(rows, heading()) == holds
-  rows = [row("a", [math.nan], 8.0), row("b", [1.0], 9.0)]
-  text = ablation_table.ordering(rows, heading())
-  assert "row b (1) is better here than row a (nan); in" in text
-
-
-def test_an_order_of_nothing():
-  rows = [row("a", [1.0], 8.0), row("b", [1.0]), row("c", [], 9.0)]
-  text = ablation_table.ordering(rows, heading())
-  assert "orders no two rows that have runs" in text
+  lines = [f"The paper's order {first}", *(f"- Swapped: {s}" for s in swapped)]
+  assert text.split("\n") == lines
 
 
 def test_files(tmp_path):
-  rows = [
+  entries = [
     row("a", [1.0, 3.0], 8.46),
-    row("b", [30.0, math.nan], (41.0, 177.0)),
+    row("b", [30.0, NAN], (41.0, 177.0)),
     row("c", []),
   ]
-  rows[2].failed[0] = "Error: no such thing"
-  written = ablation_table.write(rows, heading(), tmp_path, "table")
+  entries[2].failed[0] = "Error: no such thing"
+  written = ablation_table.write(table(*entries), tmp_path, "table")
   text = (tmp_path / "table.md").read_text()
   assert "| row a |  | 2 | **2 ± 1.4** | 1 | 8.46 |" in text
   assert "| row b |  | 2 | nan ± nan | 1 | 41 to 177 |" in text
@@ -257,9 +279,8 @@ def test_runs_that_are_killed_and_continued(killed):
     ("attraction_only", "0"),
   ]
   for line in lines:
-    records = read_jsonl(f"{line['workdir']}/metrics.jsonl")
-    figures, _ = ablation_table.last_figures(records, 4)
-    assert float(line["fd_pixel/alpha_2"]) == figures["fd_pixel"][2.0]
+    figures = rows.read(line["workdir"]).figures
+    assert float(line["fd_pixel/alpha_2"]) == figures["fd_pixel/alpha_2"]
   values = {line["workdir"]: line["fd_pixel/alpha_1"] for line in lines}
   assert len(set(values.values())) == 2  # rows differ
   text = (workdir / "table1.md").read_text()
@@ -282,8 +303,8 @@ def test_a_shared_row_is_trained_once_and_a_failed_one_stops_none(killed):
   assert lines[0]["fd_pixel/alpha_2"] == ""
   assert (workdir / "fig5.png").exists()
 
-  rows = "--rows=xy,y"
-  done = call(workdir, "table11", rows, "--seeds=0,1", "--commands")
+  two = "--rows=xy,y"
+  done = call(workdir, "table11", two, "--seeds=0,1", "--commands")
   line, *seeds = done.stdout.splitlines()
   assert "--config.seed=0" in line and len(seeds) == 2
   assert all("--config.seed=1" in other for other in seeds)
@@ -292,7 +313,7 @@ def test_a_shared_row_is_trained_once_and_a_failed_one_stops_none(killed):
   os.makedirs(os.path.dirname(path))
   with open(path, "w"):
     pass  # a file in the place of the run
-  done = call(workdir, "table11", rows, "--seeds=0")
+  done = call(workdir, "table11", two, "--seeds=0")
   assert done.returncode == 1
   assert done.stderr.endswith("Error: 1 of 2 runs failed: y, seed 0\n")
   text = (workdir / "table11.md").read_text()
@@ -303,8 +324,8 @@ def test_a_shared_row_is_trained_once_and_a_failed_one_stops_none(killed):
 MISTAKES = (
   (("table4",), "table 'table4': valid options are ['table1', 'table2'"),
   (("table1", "--rows=x"), "there is no 'x' in table1 of digits:smoke, valid"),
-  (("table1", "--seeds=0,1,0"), "--seeds=0,1,0 holds 0 twice"),
-  (("table1", "--seeds=0,-1"), "'-1' is no number from 0 on"),
+  (("table1", "--seeds=0,1,0"), "--seeds=0,1,0: it must hold at least one"),
+  (("table1", "--seeds=0,-1"), "seed=-1 must lie in [0, 2**32)"),
   (
     ("table1", "--config.drift.attraction=2"),
     "--config.drift.attraction=2: drift.attraction is what the rows of table1",

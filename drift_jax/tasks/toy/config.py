@@ -77,6 +77,13 @@ class ToyConfig(RunConfig):
     """Whether there is no network."""
     return self.model.kind == "particles"
 
+  @property
+  def num_samples(self) -> int:
+    """How many points are judged: all particles, or eval.num_samples."""
+    if self.has_particles:
+      return self.batch.generated
+    return self.eval.num_samples
+
 
 # Distributions of the plane (data.distribution of a toy), and what fits them.
 DISTRIBUTIONS = (
