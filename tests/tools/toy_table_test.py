@@ -112,7 +112,7 @@ def test_a_table_of_toys_and_fields(tmp_path):
     ("toy.py:moon", {}, "variant 'moon': valid options are .*moons"),
     ("toy.py:moons", {"drift.field": "kll"}, "'kll' is unknown.*softmax, mmd"),
     ("toy.py:moons", {"drift.negatives": "x"}, "'x'"),
-    ("toy.py:moons", {"drift.x": 1}, r"unknown key drift\.x=1"),
+    ("toy.py:moons", {"drift.x": 1}, r"unknown key drift\.x='1'"),
     ("digits.py:encoder,smoke", {}, "want 'toy'"),
   ],
 )

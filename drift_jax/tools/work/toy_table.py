@@ -109,6 +109,10 @@ def make_config(
     ConfigError: no such toy or variant, or values that can't be run.
   """
   values = config_lib.load_config(name)
+  if values.get("task") != "toy":
+    raise config_lib.ConfigError(
+      f"--config={name}: task={values.get('task')!r}, want 'toy'"
+    )
   rows.set_values(values, changes)
   if values["drift"]["field"] == "sinkhorn":
     values["drift"]["negatives"] = "independent"
@@ -118,10 +122,7 @@ def make_config(
     except json.JSONDecodeError:
       rows.set_values(values, {key: text})
   config = parse(values)
-  if not isinstance(config, ToyConfig):
-    raise config_lib.ConfigError(
-      f"--config={name}: task={config.task!r}, want 'toy': configs/toy.py"
-    )
+  assert isinstance(config, ToyConfig)
   drift_arguments(config.drift)
   return values
 
