@@ -69,34 +69,31 @@ def read_csv(path):
   return list(csv.DictReader(path.read_text().splitlines()))
 
 
+def test_mean_and_sample_deviation():
+  deviation = math.sqrt((4 + 1 + 9) / 2)
+  assert rows.spread(np.array([1.0, 2.0, 6.0])) == f"3 ± {deviation:.2g}"
+  assert rows.spread(np.array([0.123456])) == "0.1235"
+
+
 @pytest.mark.parametrize(
-  ("values", "text"),
+  ("figure", "seeds", "alpha", "best", "mean"),
   [
-    ([1.0, 2.0, 6.0], f"3 ± {math.sqrt((4 + 1 + 9) / 2):.2g}"),
-    ([0.123456], "0.1235"),
-    ([], ""),
+    # Seed 1's best is another one's, but its mean is worse.
+    ("fd_pixel", [(5.0, 3.0), (4.0, 5.0)], None, 2, 4.0),
+    ("fd_pixel", [(5.0, 3.0), (4.0, 5.0)], 1, 1, 4.5),
+    # More coverage is better: the other way round.
+    ("coverage", [(0.1, 0.9), (0.2, 0.3)], None, 2, 0.6),
+    ("fd_pixel", [(math.nan, 7.0)], None, 2, 7.0),  # one diverged
   ],
 )
-def test_mean_and_sample_deviation(values, text):
-  assert rows.spread(np.array(values)) == text
-
-
-def test_the_best_alpha_is_that_of_the_mean():
-  """Seed 1's best is another one's, but its mean is worse."""
-
-  def best(figure, values, alpha=None):
-    entry = row("a", [])
-    for seed, found in enumerate(values):
-      names = (f"{figure}/alpha_1", f"{figure}/alpha_2")
-      entry.figures[seed] = dict(zip(names, found, strict=True))
-    whole = table(entry, figure=figure, alpha=alpha)
-    return whole.alpha_of(entry), whole.values(entry).mean()
-
-  assert best("fd_pixel", [(5.0, 3.0), (4.0, 5.0)]) == (2, 4.0)
-  assert best("fd_pixel", [(5.0, 3.0), (4.0, 5.0)], alpha=1) == (1, 4.5)
-  # More coverage is better: the other way round.
-  assert best("coverage", [(0.1, 0.9), (0.2, 0.3)]) == (2, 0.6)
-  assert best("fd_pixel", [(math.nan, 7.0)]) == (2, 7.0)  # one diverged
+def test_the_best_alpha_is_that_of_the_mean(figure, seeds, alpha, best, mean):
+  entry = row("a", [])
+  for seed, values in enumerate(seeds):
+    names = (f"{figure}/alpha_1", f"{figure}/alpha_2")
+    entry.figures[seed] = dict(zip(names, values, strict=True))
+  whole = table(entry, figure=figure, alpha=alpha)
+  assert whole.alpha_of(entry) == best
+  assert whole.values(entry).mean() == mean
 
 
 def test_figures_of_the_last_step():
@@ -111,85 +108,64 @@ def test_figures_of_the_last_step():
 
 
 NAN = math.nan
-SEEDS = " than the seeds scatter; in the paper "
+RANGE = (41.0, 177.0)
 
 
 @pytest.mark.parametrize(
-  ("entries", "first", "swapped"),
+  ("values", "papers", "figure", "first", "swapped"),
   [
-    # b and c are within one range: the paper does not order them here.
+    # The second and third are within one range: not ordered by the paper.
     (
-      [
-        ("a", [1.0, 1.2], 8.46),
-        ("b", [2.0, 2.2], (41.0, 177.0)),
-        ("c", [3.0, 3.2], (41.0, 177.0)),
-        ("d", [0.1, 0.2]),
-      ],
+      ([1.0, 1.2], [2.0, 2.2], [3.0, 3.2], [0.1, 0.2]),
+      (8.46, RANGE, RANGE, None),
+      "fd_pixel",
       "holds in 2 of 2 pairs that it orders (Kendall's tau 1.00).",
-      [],
-    ),
-    # Of ab, ac and bc all are swapped, ab by less than the seeds scatter.
-    (
-      [
-        ("a", [2.0, 2.2], 8.0),
-        ("b", [1.9, 2.1], 9.0),
-        ("c", [1.0, 1.02], 10.0),
-      ],
-      "holds in 0 of 3 pairs that it orders (Kendall's tau -1.00).",
-      [
-        "row b (2 ± 0.14) is better here than row a (2.1 ± 0.14), closer"
-        f"{SEEDS}9.00 against 8.00.",
-        "row c (1.01 ± 0.014) is better here than row a (2.1 ± 0.14), farther "
-        f"apart{SEEDS}10.00 against 8.00.",
-        "row c (1.01 ± 0.014) is better here than row b (2 ± 0.14), farther "
-        f"apart{SEEDS}10.00 against 9.00.",
-      ],
+      (),
     ),
     # ab holds, ac and bc do not: (1 - 2) / 3.
     (
-      [("a", [2.0], 8.0), ("b", [3.0], 9.0), ("c", [1.0], 10.0)],
+      ([2.0, 2.2], [3.0, 3.0], [1.9, 2.1]),
+      (8.0, 9.0, 10.0),
+      "fd_pixel",
       "holds in 1 of 3 pairs that it orders (Kendall's tau -0.33).",
-      [
-        "row c (1) is better here than row a (2); in the paper 10.00 against "
-        "8.00.",
-        "row c (1) is better here than row b (3); in the paper 10.00 against "
-        "9.00.",
-      ],
+      (
+        "row c (2 ± 0.14) is better here than row a (2.1 ± 0.14), closer than "
+        "the seeds scatter; in the paper 10.00 against 8.00.",
+        "row c (2 ± 0.14) is better here than row b (3 ± 0), farther apart "
+        "than the seeds scatter; in the paper 10.00 against 9.00.",
+      ),
     ),
+    # Of coverage more is better.
     (
-      [("a", [0.9], 8.0, "coverage"), ("b", [0.8], 9.0, "coverage")],
+      ([0.9], [0.8]),
+      (8.0, 9.0),
+      "coverage",
       "holds in 1 of 1 pairs that it orders (Kendall's tau 1.00).",
-      [],
+      (),
     ),
     # What diverged is the worst.
     (
-      [("a", [1.0], 8.0), ("b", [NAN], 9.0)],
-      "holds in 1 of 1 pairs that it orders (Kendall's tau 1.00).",
-      [],
+      ([NAN], [1.0], [NAN]),
+      (8.0, 9.0, 10.0),
+      "fd_pixel",
+      "holds in 1 of 3 pairs that it orders (Kendall's tau 0.00). 1 tied.",
+      (
+        "row b (1) is better here than row a (nan); in the paper 9.00 against "
+        "8.00.",
+      ),
     ),
     (
-      [("a", [NAN], 8.0), ("b", [1.0], 9.0)],
-      "holds in 0 of 1 pairs that it orders (Kendall's tau -1.00).",
-      ["row b (1) is better here than row a (nan); in the paper 9.00 against "
-       "8.00."],
-    ),
-    (
-      [("a", [NAN], 8.0), ("b", [NAN], 9.0)],
-      "holds in 0 of 1 pairs that it orders (Kendall's tau 0.00). 1 tied.",
-      [],
-    ),
-    (
-      [("a", [1.0], 8.0), ("b", [1.0]), ("c", [], 9.0)],
+      ([1.0], [1.0], []),
+      (8.0, None, 9.0),
+      "fd_pixel",
       "can't be compared: it orders no two rows that have runs here.",
-      [],
+      (),
     ),
   ],
-)  # fmt: skip
-def test_the_papers_order(entries, first, swapped):
-  figure = entries[0][3] if len(entries[0]) > 3 else "fd_pixel"
-  text = ablation_table.ordering(
-    table(*(row(*entry) for entry in entries), figure=figure)
-  )
+)
+def test_the_papers_order(values, papers, figure, first, swapped):
+  entries = map(row, "abcd", values, papers, [figure] * 4)
+  text = ablation_table.ordering(table(*entries, figure=figure))
   lines = [f"The paper's order {first}", *(f"- Swapped: {s}" for s in swapped)]
   assert text.split("\n") == lines
 

@@ -101,7 +101,6 @@ def test_a_table_of_toys_and_fields(tmp_path):
   lines = list(csv.DictReader(text.splitlines()))
   assert len(lines) == 8
   assert lines[3]["energy_distance_ratio"] == "3"
-  assert lines[3]["worst_mode_error"] == ""
   with Image.open(tmp_path / "toys_0.05.png") as image:
     assert image.size[0] > 500
 

@@ -60,6 +60,19 @@ def _plane(panels: int, limit: float) -> tuple[Any, list[Any]]:
   return figure, axes
 
 
+def _dots(axis: Any, points: np.ndarray, colour: str, label: str) -> Any:
+  """Points as small dots, by way of the axis' scatter."""
+  return axis.scatter(
+    *np.asarray(points).T,
+    s=5,
+    linewidths=0,
+    color=colour,
+    alpha=0.65,
+    label=label,
+    rasterized=True,
+  )
+
+
 def save_evolution(
   frames: Frames, data: Points, path: files.PathLike, *, title: str
 ) -> None:
@@ -75,11 +88,8 @@ def save_evolution(
   """
   # 1. The parts that stand still
   figure, (axis,) = _plane(1, plane_limit(data, frames))
-  dots = {"s": 5, "linewidths": 0, "rasterized": True}
-  axis.scatter(*data.T, color=_DATA_COLOUR, label="data", alpha=0.6, **dots)
-  moving = axis.scatter(
-    [], [], color=_SAMPLE_COLOUR, label="generated", alpha=0.75, **dots
-  )
+  _dots(axis, data, _DATA_COLOUR, "data")
+  moving = _dots(axis, frames[0][1], _SAMPLE_COLOUR, "generated")
   axis.legend(
     loc="upper right", fontsize=8, markerscale=2.5, framealpha=0.9, ncols=2
   )
@@ -116,16 +126,6 @@ def save_evolution(
     )
 
 
-def _density(points: np.ndarray, limit: float) -> np.ndarray:
-  """[y, x] of a smoothed histogram over the square; its maximum is 1."""
-  from scipy import ndimage
-
-  bins = np.linspace(-limit, limit, 81)
-  counts, _, _ = np.histogram2d(points[:, 1], points[:, 0], bins=(bins, bins))
-  smooth = ndimage.gaussian_filter(counts, 1.5)
-  return smooth / max(smooth.max(), 1e-12)
-
-
 def plot_field(
   panels: Sequence[tuple[int, np.ndarray, np.ndarray]],
   grid: Float[np.ndarray, "Q 2"],
@@ -134,7 +134,7 @@ def plot_field(
   *,
   limit: float,
 ) -> None:
-  """The field at the points of a grid, over the densities, at some steps.
+  """The field at the points of a grid, over data and samples, at some steps.
 
   All arrows have one length: their direction is the field's, their colour its
   length, on one logarithmic scale for all panels. There are none where the
@@ -143,7 +143,7 @@ def plot_field(
   Args:
     panels: (step, samples [N, 2], field [Q, 2] at the grid) each.
     grid: where the field is given.
-    data: [M, 2], grey; the samples are drawn as contours.
+    data: [M, 2], grey.
     path: PNG file to write.
     limit: half the side of the square that is shown.
   """
@@ -154,28 +154,11 @@ def plot_field(
   top = max(float(lengths.max()), 1e-12)
   norm = LogNorm(top / 1e4, top)
   figure, axes = _plane(len(panels), limit)
-  extent = (-limit, limit, -limit, limit)
   spacing = 2 * limit / len(grid) ** 0.5
-  centres = np.linspace(-limit, limit, 81)
-  centres = (centres[1:] + centres[:-1]) / 2
   for axis, panel, length in zip(axes, panels, lengths, strict=True):
     step, samples, field = panel
-    axis.imshow(
-      _density(data, limit),
-      extent=extent,
-      origin="lower",
-      cmap="Greys",
-      vmax=1.8,  # grey at most, for the arrows to be seen
-      interpolation="bilinear",
-    )
-    axis.contour(
-      centres,
-      centres,
-      _density(samples, limit),
-      levels=(0.15, 0.5),
-      colors=_SAMPLE_COLOUR,
-      linewidths=1.0,
-    )
+    _dots(axis, data, _DATA_COLOUR, "data")
+    _dots(axis, samples, _SAMPLE_COLOUR, "generated")
     shown = length >= top / 1e4
     direction = 0.8 * spacing * field[shown] / length[shown, None]
     axis.quiver(
@@ -194,8 +177,7 @@ def plot_field(
   lengths_of = ScalarMappable(norm, "viridis_r")
   figure.colorbar(lengths_of, ax=axes, label="|V|", shrink=0.85, pad=0.02)
   figure.suptitle(
-    "drifting field V: arrows its direction, colour its length; data grey, "
-    "samples as contours",
+    "drifting field V: arrows its direction, colour its length; data grey",
     size=9,
     wrap=True,
   )

@@ -20,6 +20,7 @@ from typing import Any
 
 from absl import flags
 from etils import epath
+from tqdm import tqdm
 
 from drift_jax import config as config_lib
 from drift_jax.metrics.files import replacing
@@ -454,8 +455,8 @@ def _execute(table: Table, name: str, runs: Sequence[Run]) -> None:
     logger.info(
       "%s: %s; about %s left.",
       where,
-      _duration(now - start),
-      _duration((now - begin) / number * (len(left) - number)),
+      tqdm.format_interval(now - start),
+      tqdm.format_interval((now - begin) / number * (len(left) - number)),
     )
     ablation_table.write(table, FLAGS.workdir, name)
   paths = ablation_table.write(table, FLAGS.workdir, name)
@@ -471,11 +472,3 @@ def _log_progress(where: str, log: pathlib.Path) -> None:
   """Says where a child is, by the last of its own lines on a step."""
   lines = re.findall(r"step \d+/\d+ .*", log.read_text(errors="replace"))
   logger.info("%s: %s", where, lines[-1] if lines else "starting")
-
-
-def _duration(seconds: float) -> str:
-  if seconds < 90:
-    return f"{seconds:.0f} s"
-  if seconds < 5400:
-    return f"{seconds / 60:.0f} min"
-  return f"{seconds / 3600:.1f} h"

@@ -247,9 +247,8 @@ def write(table: Table, folder: PathLike, name: str) -> list[str]:
       paper_fid="" if row.paper is None else row.paper_text(),
     )
   ]
-  columns = ("row", "overrides", "seed", "workdir", "paper_fid")
-  text = rows.csv_text(columns, lines)
-  written = rows.write(folder, name, md=markdown(table), csv=text)
+  texts = {"md": markdown(table), "csv": rows.csv_text(lines)}
+  written = rows.write(folder, name, **texts)
   picture = f"{folder}/{name}.png"
   drawn = [row for row in table.rows if row.figures]
   if table.curve and len(drawn) > 1:

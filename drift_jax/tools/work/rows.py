@@ -105,9 +105,9 @@ def markdown(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
   return "\n".join([texts[0], "|---" * len(header) + "|", *texts[1:]])
 
 
-def csv_text(columns: Sequence[str], lines: Sequence[Mapping[str, Any]]) -> str:
-  """CSV with a header: `columns`, and what else the lines have."""
-  names = dict.fromkeys([*columns, *(name for line in lines for name in line)])
+def csv_text(lines: Sequence[Mapping[str, Any]]) -> str:
+  """CSV with a header of all that the lines have."""
+  names = dict.fromkeys(name for line in lines for name in line)
   text = io.StringIO()
   writer = csv.DictWriter(text, list(names), lineterminator="\n")
   writer.writeheader()

@@ -175,5 +175,5 @@ def _write(
   lines = [
     line for label, row in found.items() for line in row.lines(row=label)
   ]
-  rows.write(out, name, md=table + "\n", csv=rows.csv_text((), lines))
+  rows.write(out, name, md=table + "\n", csv=rows.csv_text(lines))
   return table + "\n"

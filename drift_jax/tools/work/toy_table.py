@@ -25,8 +25,6 @@ from drift_jax.training.drifting import drift_arguments
 # data; beside it, if there are modes, how far the worst one's mass is off.
 FIGURE = "energy_distance_ratio"
 MODES = "worst_mode_error"
-_COLUMNS = ("toy", "field", "seed", FIGURE, "sliced_wasserstein_ratio", MODES)
-_COLUMNS += ("loss_ema", "step")
 
 # {(toy, field): runs}.
 Table = dict[tuple[str, str], rows.Runs]
@@ -184,8 +182,8 @@ def write(
     for line in cell.lines(toy=toy, field=field)
   ]
   name = f"toys_{temperature}"
-  text = rows.csv_text(_COLUMNS, lines)
-  rows.write(workdir, name, md="\n\n".join(parts) + "\n", csv=text)
+  markdown = "\n\n".join(parts) + "\n"
+  rows.write(workdir, name, md=markdown, csv=rows.csv_text(lines))
   plot_toy_table(
     {
       toy: {field: table[toy, field].values(FIGURE) for field in fields}
