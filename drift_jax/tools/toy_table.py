@@ -20,11 +20,6 @@ from drift_jax import config as config_lib
 from drift_jax.system import paths
 from drift_jax.tools.table import Values
 
-_TOYS = (
-  "bimodal_between,bimodal_far,bimodal_collapsed,checkerboard,swiss_roll,"
-  "eight_gaussians,moons,spiral"
-)
-
 
 def define_flags() -> None:
   """Defines the flags: not on import, as other programs have the same names."""
@@ -33,8 +28,8 @@ def define_flags() -> None:
     "workdir", None, "Folder of the runs and the table.", required=True
   )
   for name, kind, default, text in (
-    ("toys", str, _TOYS, "Variants of the config, rows."),
-    ("fields", str, None, "Columns of the table; all if not given."),
+    ("toys", str, None, "Rows, variants of the config; all if not given."),
+    ("fields", str, None, "Columns; all if not given."),
     ("temperatures", float, "0.05", "A table of each."),
     ("seeds", int, "0,1,2,3,4", "A run each."),
   ):

@@ -177,7 +177,8 @@ def plot_field(
   lengths_of = ScalarMappable(norm, "viridis_r")
   figure.colorbar(lengths_of, ax=axes, label="|V|", shrink=0.85, pad=0.02)
   figure.suptitle(
-    "drifting field V: arrows its direction, colour its length; data grey",
+    "drifting field V: arrows its direction, colour its length; data grey, "
+    "samples orange",
     size=9,
     wrap=True,
   )

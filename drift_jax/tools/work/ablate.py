@@ -23,7 +23,6 @@ from etils import epath
 from tqdm import tqdm
 
 from drift_jax import config as config_lib
-from drift_jax.metrics.files import replacing
 from drift_jax.metrics.writers import read_jsonl
 from drift_jax.system import console, exits
 from drift_jax.system.console import logger
@@ -41,9 +40,6 @@ from drift_jax.tools.work.rows import (
 from drift_jax.training import facts as data_facts
 
 FLAGS = flags.FLAGS
-
-# Where it is written what a workdir's runs have in common.
-FACTS = "ablations.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,8 +162,6 @@ def run(arguments: Sequence[str]) -> None:
     return
   for each in runs:
     each.path.parent.mkdir(parents=True, exist_ok=True)
-  with replacing(pathlib.Path(FLAGS.workdir) / FACTS) as temporary:
-    temporary.write_text(json.dumps(_facts(), indent=2))
   _execute(table, name, runs)
 
 
@@ -316,16 +310,6 @@ def _folder(changed: Mapping[str, Any]) -> str:
 
 def check_workdir(runs: Sequence[Run]) -> None:
   """Raises ConfigError where the workdir's runs are of other configs."""
-  file = pathlib.Path(FLAGS.workdir) / FACTS
-  if file.exists():
-    before, now = json.loads(file.read_text()), _facts()
-    if before != now:
-      raise config_lib.ConfigError(
-        f"--workdir={FLAGS.workdir} holds runs of --config={before['base']} "
-        f"with {before['overrides'] or 'no overrides'}, this is "
-        f"--config={now['base']} with {now['overrides'] or 'no overrides'}: "
-        "give it those again or use another workdir"
-      )
   for run in runs:
     file = run.path / "config.json"
     if not file.exists():
@@ -345,13 +329,6 @@ def check_workdir(runs: Sequence[Run]) -> None:
         f"the old values. Changed: {'; '.join(changed)}"
       )
   data_facts.check_same_data([epath.Path(run.path) for run in runs])
-
-
-def _facts() -> dict[str, Any]:
-  """What all runs of a workdir have in common."""
-  argument, given = config_lib.config_arguments(sys.argv)
-  overrides = {k: v for k, v in given.items() if not k.startswith(MACHINE)}
-  return {"base": argument, "overrides": overrides}
 
 
 class _Children:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import pathlib
+import runpy
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -40,7 +41,8 @@ def run(values: flags.FlagValues, overrides: Mapping[str, str]) -> list[str]:
   # 1. All configs are checked before the first is trained; seed by seed, so
   # that a whole table comes first.
   workdir = pathlib.Path(values.workdir)
-  fields = list(drift.FIELDS) if values.fields is None else values.fields
+  fields = values.fields or list(drift.FIELDS)
+  toys = values.toys or runpy.run_path(values.config)["EXPERIMENTS"]
   configs = {
     (temperature, toy, field, seed): make_config(
       f"{values.config}:{toy},{values.variant}",
@@ -53,7 +55,7 @@ def run(values: flags.FlagValues, overrides: Mapping[str, str]) -> list[str]:
     )
     for seed in values.seeds
     for temperature, toy, field in itertools.product(
-      values.temperatures, values.toys, fields
+      values.temperatures, toys, fields
     )
   }
   changed = [f"--config.{key}={value}" for key, value in overrides.items()]
@@ -61,9 +63,7 @@ def run(values: flags.FlagValues, overrides: Mapping[str, str]) -> list[str]:
     f"Variant `{values.variant}`{', ' * bool(changed)}{' '.join(changed)}."
   )
   tables: dict[float, Table] = {
-    temperature: {
-      cell: rows.Runs() for cell in itertools.product(values.toys, fields)
-    }
+    temperature: {cell: rows.Runs() for cell in itertools.product(toys, fields)}
     for temperature in values.temperatures
   }
   # 2. The runs
