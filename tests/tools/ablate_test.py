@@ -3,6 +3,7 @@
 import csv
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -20,22 +21,12 @@ from tests import process
 
 BASE = "--config=configs/digits.py:smoke"
 # As small as a generator can be: processes take most of the time.
-SMALL = {
-  "model.depth": 1,
-  "model.hidden_size": 16,
-  "model.cond_dim": 16,
-  "model.num_heads": 2,
-  "drift.temperatures": "(0.1,)",
-  "batch.labels": 4,
-  "batch.generated": 4,
-  "batch.positives": 4,
-  "train.num_steps": 4,
-  "optim.warmup_steps": 1,
-  "checkpoint.every": 2,
-  "eval.every": 0,
-  "eval.num_samples": 20,
-  "eval.metrics": "('fd_pixel',)",
-}
+SMALL = """
+  model.depth=1 model.hidden_size=16 model.cond_dim=16 model.num_heads=2
+  drift.temperatures=(0.1,) batch.labels=4 batch.generated=4 batch.positives=4
+  train.num_steps=4 optim.warmup_steps=1 checkpoint.every=2 eval.every=0
+  eval.num_samples=20 eval.metrics=('fd_pixel',)
+""".split()
 ROWS = "--rows=antisymmetric,attraction_only"
 
 
@@ -75,25 +66,22 @@ def test_mean_and_sample_deviation():
   assert rows.spread(np.array([0.123456])) == "0.1235"
 
 
-@pytest.mark.parametrize(
-  ("figure", "seeds", "alpha", "best", "mean"),
-  [
-    # Seed 1's best is another one's, but its mean is worse.
-    ("fd_pixel", [(5.0, 3.0), (4.0, 5.0)], None, 2, 4.0),
-    ("fd_pixel", [(5.0, 3.0), (4.0, 5.0)], 1, 1, 4.5),
+def test_the_best_alpha_is_that_of_the_mean():
+  """Seed 1's best is another one's, but its mean is worse."""
+  scattered = [(5.0, 3.0), (4.0, 5.0)]
+  for figure, seeds, alpha, best, mean in (
+    ("fd_pixel", scattered, None, 2, 4.0),
+    ("fd_pixel", scattered, 1, 1, 4.5),
     # More coverage is better: the other way round.
     ("coverage", [(0.1, 0.9), (0.2, 0.3)], None, 2, 0.6),
     ("fd_pixel", [(math.nan, 7.0)], None, 2, 7.0),  # one diverged
-  ],
-)
-def test_the_best_alpha_is_that_of_the_mean(figure, seeds, alpha, best, mean):
-  entry = row("a", [])
-  for seed, values in enumerate(seeds):
-    names = (f"{figure}/alpha_1", f"{figure}/alpha_2")
-    entry.figures[seed] = dict(zip(names, values, strict=True))
-  whole = table(entry, figure=figure, alpha=alpha)
-  assert whole.alpha_of(entry) == best
-  assert whole.values(entry).mean() == mean
+  ):
+    entry = row("a", [])
+    for seed, values in enumerate(seeds):
+      names = (f"{figure}/alpha_1", f"{figure}/alpha_2")
+      entry.figures[seed] = dict(zip(names, values, strict=True))
+    whole = table(entry, figure=figure, alpha=alpha)
+    assert (whole.alpha_of(entry), whole.values(entry).mean()) == (best, mean)
 
 
 def test_figures_of_the_last_step():
@@ -115,59 +103,31 @@ RANGE = (41.0, 177.0)
   ("values", "papers", "figure", "first", "swapped"),
   [
     # The second and third are within one range: not ordered by the paper.
-    (
-      ([1.0, 1.2], [2.0, 2.2], [3.0, 3.2], [0.1, 0.2]),
-      (8.46, RANGE, RANGE, None),
-      "fd_pixel",
-      "holds in 2 of 2 pairs that it orders (Kendall's tau 1.00).",
-      (),
-    ),
+    (([1.0, 1.2], [2.0, 2.2], [3.0, 3.2], [0.1, 0.2]),
+     (8.46, RANGE, RANGE, None), "fd_pixel", "2 of 2 pairs .*tau 1.00", ()),
     # ab holds, ac and bc do not: (1 - 2) / 3.
-    (
-      ([2.0, 2.2], [3.0, 3.0], [1.9, 2.1]),
-      (8.0, 9.0, 10.0),
-      "fd_pixel",
-      "holds in 1 of 3 pairs that it orders (Kendall's tau -0.33).",
-      (
-        "row c (2 ± 0.14) is better here than row a (2.1 ± 0.14), closer than "
-        "the seeds scatter; in the paper 10.00 against 8.00.",
-        "row c (2 ± 0.14) is better here than row b (3 ± 0), farther apart "
-        "than the seeds scatter; in the paper 10.00 against 9.00.",
-      ),
-    ),
+    (([2.0, 2.2], [3.0, 3.0], [1.9, 2.1]), (8.0, 9.0, 10.0), "fd_pixel",
+     "1 of 3 pairs .*tau -0.33",
+     ("row c (2 ± 0.14) is better here than row a (2.1 ± 0.14), closer than "
+      "the seeds scatter; in the paper 10.00 against 8.00.",
+      "row c (2 ± 0.14) is better here than row b (3 ± 0), farther apart "
+      "than the seeds scatter; in the paper 10.00 against 9.00.")),
     # Of coverage more is better.
-    (
-      ([0.9], [0.8]),
-      (8.0, 9.0),
-      "coverage",
-      "holds in 1 of 1 pairs that it orders (Kendall's tau 1.00).",
-      (),
-    ),
+    (([0.9], [0.8]), (8.0, 9.0), "coverage", "1 of 1 pairs .*tau 1.00", ()),
     # What diverged is the worst.
-    (
-      ([NAN], [1.0], [NAN]),
-      (8.0, 9.0, 10.0),
-      "fd_pixel",
-      "holds in 1 of 3 pairs that it orders (Kendall's tau 0.00). 1 tied.",
-      (
-        "row b (1) is better here than row a (nan); in the paper 9.00 against "
-        "8.00.",
-      ),
-    ),
-    (
-      ([1.0], [1.0], []),
-      (8.0, None, 9.0),
-      "fd_pixel",
-      "can't be compared: it orders no two rows that have runs here.",
-      (),
-    ),
+    (([NAN], [1.0], [NAN]), (8.0, 9.0, 10.0), "fd_pixel",
+     "1 of 3 pairs .*tau 0.00.* 1 tied",
+     ("row b (1) is better here than row a (nan); in the paper 9.00 against "
+      "8.00.",)),
+    (([1.0], [1.0], []), (8.0, None, 9.0), "fd_pixel", "can't be compared", ()),
   ],
-)
+)  # fmt: skip
 def test_the_papers_order(values, papers, figure, first, swapped):
   entries = map(row, "abcd", values, papers, [figure] * 4)
   text = ablation_table.ordering(table(*entries, figure=figure))
-  lines = [f"The paper's order {first}", *(f"- Swapped: {s}" for s in swapped)]
-  assert text.split("\n") == lines
+  line, *lines = text.split("\n")
+  assert re.search(first, line)
+  assert lines == [f"- Swapped: {pair}" for pair in swapped]
 
 
 def test_files(tmp_path):
@@ -193,24 +153,14 @@ def test_files(tmp_path):
   assert written == [f"{tmp_path}/table.{s}" for s in ("md", "csv", "png")]
 
 
-def command(workdir, table, *arguments, **overrides):
-  return [
-    *("-m", "drift_jax.tools.ablate", table, BASE),
-    f"--workdir={workdir}",
-    *(f"--config.{key}={value}" for key, value in (SMALL | overrides).items()),
-    *arguments,
-  ]
+def command(workdir, table, *arguments):
+  small = [f"--config.{value}" for value in SMALL]
+  program = ("-m", "drift_jax.tools.ablate", table, BASE)
+  return [*program, f"--workdir={workdir}", *small, *arguments]
 
 
-def call(*arguments, **overrides):
-  return process.call(*command(*arguments, **overrides))
-
-
-def wait_for(condition, running):
-  for _ in range(1200):
-    if condition() or running.poll() is not None:
-      return
-    time.sleep(0.1)
+def call(*arguments):
+  return process.call(*command(*arguments))
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +174,10 @@ def killed(tmp_path_factory):
     stderr=subprocess.PIPE,
     text=True,
   )
-  wait_for(lambda: [*workdir.glob("*repulsion=0.0-*/seed_0.log")], running)
+  for _ in range(1200):
+    if [*workdir.glob("*repulsion=0.0-*/seed_0.log")]:
+      break
+    time.sleep(0.1)
   running.send_signal(signal.SIGTERM)
   try:
     _, words = running.communicate(timeout=60)
@@ -241,24 +194,18 @@ def test_runs_that_are_killed_and_continued(killed):
   first = workdir / "base" / "seed_0" / "metrics.jsonl"
   before = first.read_bytes(), first.stat().st_mtime_ns
   lines = read_csv(workdir / "table1.csv")
-  assert [(line["row"], line["seed"]) for line in lines] == [
-    ("antisymmetric", "0")
-  ]
+  assert [line["row"] for line in lines] == ["antisymmetric"]
 
   done = call(workdir, "table1", ROWS, "--seeds=0")
   assert done.returncode == 0, done.stderr
   assert "2 runs, 1 of them finished" in done.stderr
   assert (first.read_bytes(), first.stat().st_mtime_ns) == before
   lines = read_csv(workdir / "table1.csv")
-  assert [(line["row"], line["seed"]) for line in lines] == [
-    ("antisymmetric", "0"),
-    ("attraction_only", "0"),
-  ]
+  assert [line["row"] for line in lines] == ROWS[7:].split(",")
   for line in lines:
     figures = rows.read(line["workdir"]).figures
     assert float(line["fd_pixel/alpha_2"]) == figures["fd_pixel/alpha_2"]
-  values = {line["workdir"]: line["fd_pixel/alpha_1"] for line in lines}
-  assert len(set(values.values())) == 2  # rows differ
+  assert lines[0]["fd_pixel/alpha_1"] != lines[1]["fd_pixel/alpha_1"]
   text = (workdir / "table1.md").read_text()
   assert text in done.stdout and "41 to 177" in text
   assert "The paper's order" in text
