@@ -2,7 +2,6 @@
 
 import dataclasses
 import fcntl
-import functools
 import hashlib
 import json
 import os
@@ -14,9 +13,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import FrameType
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, Any
 
 from absl import flags
 from etils import epath
@@ -331,82 +329,10 @@ def check_workdir(runs: Sequence[Run]) -> None:
   data_facts.check_same_data([epath.Path(run.path) for run in runs])
 
 
-class _Children:
-  """Runs processes one at a time, and passes signals on to them."""
-
-  def __init__(self) -> None:
-    self._child: subprocess.Popen[bytes] | None = None
-    self._stopped: int | None = None
-    for number in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(number, self._stop)
-
-  def _stop(self, number: int, frame: FrameType | None) -> None:
-    del frame
-    # A training saves at SIGTERM; who asks twice does not want to wait.
-    passed = signal.SIGTERM if self._stopped is None else signal.SIGKILL
-    self._stopped = number
-    if self._child is not None:
-      self._child.send_signal(passed)
-
-  def run(self, run: Run, watch: Callable[[], None]) -> str:
-    """Runs what a run lacks; returns why it failed, '' if it did not.
-
-    Args:
-      run: its log is locked while a process of it lives, also where this one is
-        killed.
-      watch: called now and then meanwhile.
-
-    Raises:
-      SystemExit: this process was told to stop, and the child has ended.
-      ConfigError: a process that an earlier call left is still at work.
-    """
-    for command in run.left():
-      with open(run.log, "ab") as log:
-        try:
-          fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-          raise config_lib.ConfigError(
-            f"another process is at work on {run.path}: wait for it or end it"
-          ) from error
-        code = self._call(command, log.fileno(), watch)
-      if self._stopped is not None:
-        logger.info("%s: stopped; %s.", run.name, exits.AGAIN)
-        interrupted = self._stopped == signal.SIGINT
-        sys.exit(exits.INTERRUPTED if interrupted else exits.RESTART)
-      if code:
-        lines = run.log.read_text(errors="replace").split("\n")
-        last = next((line for line in reversed(lines) if line.strip()), "")
-        return last.strip() or f"exit code {code}"
-    return "" if not any(run.left()) else "it has no figures of its last step"
-
-  def _call(
-    self, command: Sequence[str], output: int, watch: Callable[[], None]
-  ) -> int | None:
-    """The exit code of a child; None if it was not started."""
-    if self._stopped is not None:
-      return None
-    # Seeds of a row run the same programs: they are compiled once.
-    cache = pathlib.Path(FLAGS.workdir).absolute() / "compiled"
-    child = self._child = subprocess.Popen(
-      command,
-      stdin=subprocess.DEVNULL,
-      stdout=output,
-      stderr=subprocess.STDOUT,
-      env={"JAX_COMPILATION_CACHE_DIR": str(cache)} | os.environ,
-      # In a session of its own: Ctrl-C comes through this process alone.
-      start_new_session=True,
-    )
-    if self._stopped is not None:  # while it was started
-      child.send_signal(signal.SIGTERM)
-    while True:
-      try:
-        return child.wait(timeout=console.LOG_SECONDS)
-      except subprocess.TimeoutExpired:
-        watch()
-
-
 def _execute(table: Table, name: str, runs: Sequence[Run]) -> None:
   """Runs what is left, and writes the table after each run."""
+  # SIGTERM ends this process as Ctrl-C does, by way of _call.
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(exits.RESTART))
   left = [run for run in runs if any(run.left())]
   for run in runs:
     if run not in left:
@@ -415,13 +341,12 @@ def _execute(table: Table, name: str, runs: Sequence[Run]) -> None:
   logger.info(
     "%s of %s: %d runs, %d of them finished.", name, table.base, len(runs), done
   )
-  children, failed = _Children(), []
+  failed = []
   begin = time.monotonic()
   for number, run in enumerate(left, 1):
     where, start = f"{number}/{len(left)} {run.name}", time.monotonic()
     logger.info("%s: started.", where)
-    why = children.run(run, functools.partial(_log_progress, where, run.log))
-    if why:
+    if why := _complete(run, where):
       failed.append(run.name)
       for row in run.rows:
         row.failed[run.seed] = why
@@ -443,6 +368,58 @@ def _execute(table: Table, name: str, runs: Sequence[Run]) -> None:
     sys.exit(
       f"Error: {len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}"
     )
+
+
+def _complete(run: Run, where: str) -> str:
+  """Runs what a run lacks; returns why it failed, '' if it did not.
+
+  Its log is locked while a process of it lives, also if this one is killed.
+
+  Raises:
+    ConfigError: a process that an earlier call left is still at work.
+  """
+  for command in run.left():
+    with open(run.log, "ab") as log:
+      try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError as error:
+        raise config_lib.ConfigError(
+          f"another process is at work on {run.path}: wait for it or end it"
+        ) from error
+      code = _call(command, run, log, where)
+    if code:
+      lines = run.log.read_text(errors="replace").split("\n")
+      last = next((line for line in reversed(lines) if line.strip()), "")
+      return last.strip() or f"exit code {code}"
+  return "it has no figures of its last step" if any(run.left()) else ""
+
+
+def _call(command: Sequence[str], run: Run, log: IO[bytes], where: str) -> int:
+  """The exit code of a child, which is stopped with this process."""
+  # Seeds of a row run the same programs: they are compiled once.
+  cache = pathlib.Path(FLAGS.workdir).absolute() / "compiled"
+  child = subprocess.Popen(
+    command,
+    stdin=subprocess.DEVNULL,
+    stdout=log,
+    stderr=subprocess.STDOUT,
+    env={"JAX_COMPILATION_CACHE_DIR": str(cache)} | os.environ,
+    # In a session of its own: Ctrl-C comes through this process alone.
+    start_new_session=True,
+  )
+  try:
+    while True:
+      try:
+        return child.wait(timeout=console.LOG_SECONDS)
+      except subprocess.TimeoutExpired:
+        _log_progress(where, run.log)
+  except (KeyboardInterrupt, SystemExit):
+    child.terminate()  # a training saves at SIGTERM
+    child.wait()
+    logger.info("%s: stopped; %s.", run.name, exits.AGAIN)
+    raise
+  finally:
+    child.kill()  # who asks twice does not want to wait
 
 
 def _log_progress(where: str, log: pathlib.Path) -> None:
