@@ -31,15 +31,17 @@ def define_flags() -> None:
   paths.define_flag(
     "workdir", None, "Folder of the runs and the tables.", required=True
   )
-  flags.DEFINE(Values(int), "seeds", "0,1,2", "One run of a row each.")
+  flags.DEFINE(Values(int), "seeds", "0,1,2", "Seeds of each row.")
   flags.DEFINE_list("rows", None, "Only these; all if not given.")
   flags.DEFINE_string(
     "figure",
     None,
-    "That rows are compared by; the first Frechet distance if not given.",
+    "Figure that rows are compared by; the first Frechet distance if not given.",
   )
   flags.DEFINE_float(
-    "alpha", None, "Guidance scale of it; each row's best if not given."
+    "alpha",
+    None,
+    "Guidance scale of that figure; each row's best if not given.",
   )
   flags.DEFINE_bool(
     "commands",

@@ -3,8 +3,8 @@
   python -m drift_jax.tools.rollout --workdir=runs/push --episodes=100 \
     --video=push.gif
 
-Prints success rate and the time that an action chunk takes, as JSON; the
-demonstrations are not needed, the checkpoint has their normaliser.
+Prints the success rate and the latency of an action chunk as JSON. The
+demonstrations are not needed: the checkpoint has their normaliser.
 """
 
 import sys
@@ -21,17 +21,27 @@ def define_flags() -> None:
   paths.define_flag("workdir", None, "Folder of the run.", required=True)
   flags.DEFINE_integer("step", None, "Checkpoint; the newest if not given.")
   flags.DEFINE_integer(
-    "episodes", None, "How many; the config's if not given.", lower_bound=1
+    "episodes",
+    None,
+    "Number of episodes; the config's if not given.",
+    lower_bound=1,
   )
   flags.DEFINE_integer(
-    "seed", None, "Of the first episode; the config's.", lower_bound=0
+    "seed",
+    None,
+    "Seed of the first episode; the config's if not given.",
+    lower_bound=0,
   )
   flags.DEFINE_list(
-    "samplers", None, "Of a diffusion policy, e.g. ddim:20; the config's."
+    "samplers",
+    None,
+    "Samplers of a diffusion policy, e.g. ddim:20; the config's if not given.",
   )
   paths.define_flag("video", "", "GIF or MP4 of the first episodes.")
-  flags.DEFINE_integer("videos", 4, "How many of them.", lower_bound=1)
-  paths.define_flag("json", "", "File for what is printed.")
+  flags.DEFINE_integer(
+    "videos", 4, "Number of episodes in the video.", lower_bound=1
+  )
+  paths.define_flag("json", "", "File for the printed report.")
 
 
 def main(argv: Sequence[str]) -> None:

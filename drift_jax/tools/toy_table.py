@@ -4,11 +4,11 @@
       [--toys=moons,spiral] [--fields=softmax,kl] [--temperatures=0.05,0.01]
       [--seeds=0,1,2,3,4] [--variant=quick] [--config.KEY=VALUE ...]
 
-Each run is that of configs/toy.py:TOY,VARIANT with drift.field changed; with
-'sinkhorn' a second batch repels, as that field wants it. All are trained in
-this process, one compilation for those that share it; pictures are drawn of the
-first seed. After each run toys_TEMPERATURE.md, .csv and .png are written. The
-same command goes on after an interruption; finished runs are left alone.
+Each run is configs/toy.py:TOY,VARIANT with another drift.field; with 'sinkhorn'
+a second batch repels, as that field needs. All runs are trained in this process
+and share compilations; only runs of the first seed draw pictures. After each
+run toys_TEMPERATURE.md, .csv and .png are written. The same command goes on
+after an interruption; finished runs are left alone.
 """
 
 import sys
@@ -23,18 +23,18 @@ from drift_jax.tools.table import Values
 
 def define_flags() -> None:
   """Defines the flags: not on import, as other programs have the same names."""
-  paths.define_flag("config", "configs/toy.py", "Where toys are.")
+  paths.define_flag("config", "configs/toy.py", "File of the toys.")
   paths.define_flag(
     "workdir", None, "Folder of the runs and the table.", required=True
   )
   for name, kind, default, text in (
-    ("toys", str, None, "Rows, variants of the config; all if not given."),
-    ("fields", str, None, "Columns; all if not given."),
-    ("temperatures", float, "0.05", "A table of each."),
-    ("seeds", int, "0,1,2,3,4", "A run each."),
+    ("toys", str, None, "Rows: variants of the config; all if not given."),
+    ("fields", str, None, "Columns: fields; all if not given."),
+    ("temperatures", float, "0.05", "One table each."),
+    ("seeds", int, "0,1,2,3,4", "Seeds of each cell."),
   ):
     flags.DEFINE(Values(kind), name, default, text)
-  flags.DEFINE_string("variant", "quick", "Of all runs.")
+  flags.DEFINE_string("variant", "quick", "Variant of all runs.")
 
 
 def main(argv: Sequence[str]) -> None:

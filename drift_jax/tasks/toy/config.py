@@ -1,4 +1,4 @@
-"""Config of task 'toy', and what may go together in it."""
+"""Config of task 'toy' and its checks."""
 
 from drift_jax.config.checks import (
   check_at_least,
@@ -15,7 +15,7 @@ from drift_jax.config.sections import (
   Section,
 )
 
-# Distributions of the plane (data.distribution), and what fits them.
+# Choices of data.distribution, in the order of data.DISTRIBUTIONS.
 DISTRIBUTIONS = ("bimodal", "checkerboard", "swiss_roll", "eight_gaussians")
 DISTRIBUTIONS += ("moons", "spiral")
 TOY_MODELS = ("mlp", "particles")
@@ -32,7 +32,7 @@ class ToyData(RunData):
 
 
 class ToyModel(Section):
-  """What fits the points: `kind` is one of TOY_MODELS.
+  """Model of the points: `kind` is one of TOY_MODELS.
 
   The others are arguments of tasks.toy.model.Mlp; particles have its location
   and spread, and batch.generated is their number.
@@ -55,7 +55,7 @@ class ToyBatch(Section):
 
 
 class ToyEval(Eval):
-  """Evaluation against fresh data, and what the pictures show."""
+  """Evaluation against as many fresh data."""
 
   num_samples: int
 
@@ -63,8 +63,8 @@ class ToyEval(Eval):
 class ToyConfig(RunConfig):
   """A run that fits points of the plane (5.1): config.task = 'toy'.
 
-  Where model.kind is 'particles' there is no network: a step is x <- x + eta V,
-  eta = optim.learning_rate, and of `optim` nothing but its schedule counts.
+  With model.kind='particles' there is no network: a step is x <- x + eta V with
+  eta = optim.learning_rate, and only the schedule of `optim` counts.
   """
 
   data: ToyData

@@ -18,7 +18,7 @@ _HALF_CELL = 0.25
 
 
 class Modes(NamedTuple):
-  """Where a distribution has its mass.
+  """Modes of a distribution.
 
   Attributes:
     centres: [K, 2].
@@ -37,7 +37,7 @@ class _Distribution:
 
   Attributes:
     draw: (random generator, n) -> [n, 2], about within [-1, 1]^2.
-    centres: [K, 2] of modes of equal mass; None where there are none.
+    centres: [K, 2] of modes of equal mass; None if there are none.
     extent: how far a mode reaches from its centre without the noise.
   """
 
@@ -47,7 +47,7 @@ class _Distribution:
 
 
 def _around(centres: np.ndarray, half: float = 0.0) -> _Distribution:
-  """One of the centres each, uniform in the square of half side `half`."""
+  """Points uniform in a square of half side `half` about a random centre."""
 
   def draw(rng: np.random.Generator, count: int) -> np.ndarray:
     chosen = centres[rng.integers(len(centres), size=count)]
@@ -115,16 +115,16 @@ def draw_points(
       'swiss_roll': t = pi / 2 + 4 pi u, scaled into [-1, 1]^2;
       'eight_gaussians': on a circle of radius 0.8; 'moons': two half circles;
       'spiral': two arms.
-    count: of points.
+    count: number of points.
     noise: standard deviation of the Gaussian noise that is added.
-    rng: of the draws.
+    rng: source of the draws.
   """
   points = DISTRIBUTIONS[name].draw(rng, count)
   return (points + noise * rng.normal(size=(count, 2))).astype(np.float32)
 
 
 def fixed_points(config: ToyConfig, count: int, number: int) -> np.ndarray:
-  """Points [count, 2] to judge by, set `number` of a run: not its feed's."""
+  """Set `number` of points [count, 2] to judge by, apart from the run's feed."""
   rng = generator(config.seed, "toy evaluation", number)
   return draw_points(config.data.distribution, count, config.data.noise, rng)
 
@@ -156,8 +156,8 @@ class ToyFeed:
     """Draws nothing yet.
 
     Args:
-      config: of the run.
-      process_index, process_count: whose part to draw.
+      config: the run's config.
+      process_index, process_count: the process whose part is drawn.
 
     Raises:
       ValueError: labels that the processes can't share.
@@ -198,7 +198,7 @@ class ToyFeed:
     return self.state()
 
   def restore(self, state: dict[str, Any]) -> None:
-    """Continues where `state` was taken, by however many processes."""
+    """Continues from `state`, whatever the number of processes that took it."""
     self._position = int(state["position"])
 
   def close(self) -> None:

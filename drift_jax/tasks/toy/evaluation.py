@@ -27,15 +27,15 @@ from drift_jax.tasks.toy.setup import make_field, toy_sampler
 from drift_jax.tasks.toy.step import ToyTask
 from drift_jax.training.state import TrainState
 
-# Of the loss, each step: about the last 50 steps count.
+# Decay of the loss average per step: about the last 50 steps count.
 _LOSS_DECAY = 0.98
 # Points of a side of the grid on which the field is drawn, and of each set
 # that it is computed from, at most.
 _GRID = 17
 _FIELD_POINTS = 256
-# Sets of data whose figures against each other are the baselines.
+# Number of data sets that are compared with each other for the baselines.
 _BASELINE_SETS = 6
-# Figures of two sets; of the error beside them the ratio says nothing.
+# Figures of two sets, each reported with its ratio to the baseline.
 _DISTANCES = {
   "energy_distance": toy_figures.energy_distance,
   "sliced_wasserstein": toy_figures.sliced_wasserstein,
@@ -137,8 +137,8 @@ class Evaluation:
     """Writes figures.json of the final state, and the pictures.
 
     Args:
-      state: the final one.
-      seconds: this process has taken so far.
+      state: final state.
+      seconds: time that this process has taken so far.
     """
     step = int(state.step)
     figures, masses = self._judge(self._take(step, state))
@@ -174,7 +174,7 @@ class Evaluation:
     return read_jsonl(file) if file.exists() else []
 
   def _loss_ema(self) -> float | None:
-    """Of the losses in metrics.jsonl: one logged k steps on weighs 1 - d^k."""
+    """Average of the logged losses; a loss k steps later weighs 1 - d^k."""
     average, last = None, 0
     for step, loss in self._series("loss"):
       if step <= last:
@@ -185,7 +185,7 @@ class Evaluation:
     return average
 
   def plot_curves(self) -> None:
-    """Draws the curves from what metrics.jsonl holds so far, if anything."""
+    """Draws the curves that metrics.jsonl has data for."""
     records = self._records() if self._drawn else []
     keys = {key for record in records for key in record}
     if "loss" in keys:
@@ -215,7 +215,7 @@ class Evaluation:
     scales = self._series("temperature_scale")
     panels = []
     for step, points in _three(frames):
-      # Of annealed and learned temperatures, at the last logged step by then.
+      # An annealed or learned temperature is logged; take the newest by then.
       scale = ([1.0] + [v for logged, v in scales if logged <= step])[-1]
       v = field(points[:count], positives, grid, scale)
       panels.append((step, points, np.asarray(v)))

@@ -16,12 +16,12 @@ Points = Float[np.ndarray, "N D"]
 
 # Rows of a distance matrix that are held at once.
 _CHUNK = 256
-# A mode counts as reached from this share of its mass on.
+# Share of a mode's true mass from which on it counts as reached.
 _REACHED = 0.1
 
 
 class Coverage(NamedTuple):
-  """What mode_coverage finds.
+  """Result of mode_coverage.
 
   Attributes:
     masses: [K], shares of the points in each mode.
@@ -73,7 +73,7 @@ def sliced_wasserstein(
   Args:
     x, y: [N, D].
     projections: number of directions, uniform on the sphere.
-    seed: of the directions.
+    seed: seed of the directions.
   """
   directions = np.random.default_rng(seed).normal(
     size=(projections, x.shape[1])

@@ -37,7 +37,7 @@ def plane_limit(data: np.ndarray, frames: Frames) -> float:
 def _panels(
   rows: int, columns: int, size: tuple[float, float], **options: Any
 ) -> tuple[Any, list[Any]]:
-  """(figure, its axes in the order of reading)."""
+  """(figure, axes row by row)."""
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
@@ -61,7 +61,7 @@ def _plane(panels: int, limit: float) -> tuple[Any, list[Any]]:
 
 
 def _dots(axis: Any, points: np.ndarray, colour: str, label: str) -> Any:
-  """Points as small dots, by way of the axis' scatter."""
+  """Draws points as small dots; returns them."""
   return axis.scatter(
     *np.asarray(points).T,
     s=5,
@@ -84,7 +84,7 @@ def save_evolution(
     frames: in the order of steps, at least one.
     data: [N, 2], drawn under every frame.
     path: GIF file to write.
-    title: of what is shown.
+    title: name of the distribution.
   """
   # 1. The parts that stand still
   figure, (axis,) = _plane(1, plane_limit(data, frames))
@@ -142,7 +142,7 @@ def plot_field(
 
   Args:
     panels: (step, samples [N, 2], field [Q, 2] at the grid) each.
-    grid: where the field is given.
+    grid: points at which the field is given.
     data: [M, 2], grey.
     path: PNG file to write.
     limit: half the side of the square that is shown.
@@ -197,7 +197,7 @@ def plot_toy_table(
     figures: {toy: {field: energy distance to fresh data over that of data to
       data, one for each seed}}.
     path: PNG file to write.
-    title: of the whole.
+    title: title of the figure.
   """
   columns = min(len(figures), 4)
   rows = -(-len(figures) // columns)

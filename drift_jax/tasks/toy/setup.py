@@ -1,4 +1,4 @@
-"""From a config to what a toy run needs: task, feed, sampler, field."""
+"""Objects of a toy run, from its config: task, feed, sampler, field."""
 
 import dataclasses
 import functools
@@ -129,7 +129,7 @@ def make_field(task: ToyTask) -> Callable[..., jax.Array]:
 
       x = jnp.concatenate([samples, query[None]])
       gradient, mean_distance = jax.grad(loss, has_aux=True)(x)
-      # It is -2 V / (N C s), of V in units of s = S / sqrt(C).
+      # The gradient is -2 V / (N C s), with V in units of s = S / sqrt(C).
       v = gradient[-1] * (-x.size / 2)
       return v * mean_distance**2 / 2 if normalized else v
 

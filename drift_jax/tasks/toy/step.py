@@ -32,8 +32,9 @@ class ToyDraws(NamedTuple):
   """The random numbers of one step.
 
   Attributes:
-    noise: of the generated samples.
-    repelling: of the independent samples that repel, if the variant has them.
+    noise: noise of the generated samples.
+    repelling: noise of the independent samples that repel, if the variant has
+      them.
   """
 
   noise: Float[Array, "LN Z"]
@@ -49,7 +50,7 @@ class ToyTask:
     noise_size: Z.
     num_generated: N, samples of a problem.
     drift: keyword arguments of drift.drift_losses.
-    variant: of drift.drift_losses.
+    variant: variant of drift.drift_losses.
     average: whether the loss is the mean over features; a toy has one.
     temperature: how the temperatures change in time.
   """

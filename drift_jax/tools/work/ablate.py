@@ -46,12 +46,13 @@ class Run:
 
   Attributes:
     name: for messages.
-    rows: that its figures are of.
-    seed: its seed.
-    path: its workdir.
-    config: resolved.
-    command: that trains it.
-    alphas: evaluated afterwards; [] where the training's own evaluation is it.
+    rows: rows that it fills.
+    seed: seed of the training.
+    path: workdir.
+    config: resolved config.
+    command: command that trains it.
+    alphas: guidance scales evaluated after the training, one for each row; []
+      if the training's own evaluation counts.
   """
 
   name: str
@@ -64,22 +65,22 @@ class Run:
 
   @property
   def report(self) -> pathlib.Path:
-    """Of the evaluation over alpha."""
+    """Report of the evaluation over alpha."""
     return self.path / "alphas.json"
 
   @property
   def log(self) -> pathlib.Path:
-    """What the processes say; not in the workdir, which main makes."""
+    """Output of the processes, beside the workdir, which main makes."""
     return self.path.with_suffix(".log")
 
   def figures(self) -> tuple[dict[str, float], dict[str, float]]:
-    """Its evaluation at the end of the training: see last_figures."""
+    """Figures of the training's last evaluation: see last_figures."""
     file = self.path / "metrics.jsonl"
     records = read_jsonl(file) if file.exists() else []
     return last_figures(records, self.config.train.num_steps)
 
   def over_alpha(self) -> tuple[dict[str, float], dict[str, float]]:
-    """The same of the evaluation over alpha; empty if an alpha is missing."""
+    """Figures of the evaluation over alpha; empty if an alpha is missing."""
     report = json.loads(self.report.read_text()) if self.report.exists() else {}
     figures = {
       at_alpha(name, float(alpha)): value
@@ -93,7 +94,7 @@ class Run:
     return figures, report["baseline"]
 
   def left(self) -> Iterator[list[str]]:
-    """Commands that are left to run, one after the other."""
+    """Yields the commands that are left to run, in their order."""
     step = self.config.train.num_steps
     saved = (self.path / "checkpoints" / str(step)).is_dir()
     if not saved or not self.figures()[0]:
@@ -107,7 +108,7 @@ class Run:
       ]
 
   def fill_in(self) -> None:
-    """Puts its figures into its rows: all, or those of the row's own alpha."""
+    """Puts the figures into the rows: all, or those of the row's own alpha."""
     figures, real = self.over_alpha() if self.alphas else self.figures()
     for number, row in enumerate(self.rows):
       end = at_alpha("", self.alphas[number]) if self.alphas else ""
@@ -213,11 +214,11 @@ def _runs(
 
   Args:
     module: configs/ablations.py.
-    table, base: of the rows.
+    table, base: names of the table and the base.
     found: {name: row of the module}.
   """
-  # 1. What is asked for of all rows, with the end's evaluation in place of the
-  # base's: only its figures are read.
+  # 1. Overrides of all rows; they are evaluated at their end alone, unless told
+  # otherwise, because no other figures are read.
   asked = config_lib.flatten(FLAGS.config.to_dict())
   _, overrides = config_lib.config_arguments(sys.argv)
   common = {key: asked[key] for key in overrides}
@@ -291,13 +292,13 @@ def _choose_figure(runs: Sequence[Run]) -> str:
 
 
 def _describe(values: Mapping[str, Any]) -> str:
-  """Values of keys in one line; of a section that is gone: none."""
+  """Keys and values in one line; a section that is gone is {}."""
   texts = [f"{k}={'{}' if v is None else v}" for k, v in values.items()]
   return "; ".join(texts)
 
 
 def _folder(changed: Mapping[str, Any]) -> str:
-  """A folder's name that says what the row changes, as far as it is short."""
+  """Name of a row's folder: its changes, cut off if long, and their hash."""
   if not changed:
     return "base"
   text = _describe(changed)
@@ -307,7 +308,7 @@ def _folder(changed: Mapping[str, Any]) -> str:
 
 
 def check_workdir(runs: Sequence[Run]) -> None:
-  """Raises ConfigError where the workdir's runs are of other configs."""
+  """Raises ConfigError if the workdir's runs have other configs or data."""
   for run in runs:
     file = run.path / "config.json"
     if not file.exists():
@@ -395,8 +396,8 @@ def _complete(run: Run, where: str) -> str:
 
 
 def _call(command: Sequence[str], run: Run, log: IO[bytes], where: str) -> int:
-  """The exit code of a child, which is stopped with this process."""
-  # Seeds of a row run the same programs: they are compiled once.
+  """Runs a child, which is stopped with this process; returns its exit code."""
+  # Seeds of a row run the same programs; the cache compiles them once.
   cache = pathlib.Path(FLAGS.workdir).absolute() / "compiled"
   child = subprocess.Popen(
     command,
@@ -404,7 +405,7 @@ def _call(command: Sequence[str], run: Run, log: IO[bytes], where: str) -> int:
     stdout=log,
     stderr=subprocess.STDOUT,
     env={"JAX_COMPILATION_CACHE_DIR": str(cache)} | os.environ,
-    # In a session of its own: Ctrl-C comes through this process alone.
+    # In its own session: Ctrl-C reaches it only through this process.
     start_new_session=True,
   )
   try:
@@ -419,10 +420,10 @@ def _call(command: Sequence[str], run: Run, log: IO[bytes], where: str) -> int:
     logger.info("%s: stopped; %s.", run.name, exits.AGAIN)
     raise
   finally:
-    child.kill()  # who asks twice does not want to wait
+    child.kill()  # a second signal means: do not wait
 
 
 def _log_progress(where: str, log: pathlib.Path) -> None:
-  """Says where a child is, by the last of its own lines on a step."""
+  """Logs the newest line that a child has written about a step."""
   lines = re.findall(r"step \d+/\d+ .*", log.read_text(errors="replace"))
   logger.info("%s: %s", where, lines[-1] if lines else "starting")

@@ -16,10 +16,10 @@ from drift_jax.tools.work.rows import at_alpha, spread
 # FID, the range of several rows' FID, or nothing known.
 Paper = float | tuple[float, float] | None
 
-# Figures of which more is better; of all others less is.
+# Figures that are better if higher; all others are better if lower.
 _HIGHER = ("inception_score", "precision", "recall", "density", "coverage")
 _HIGHER += ("label_accuracy",)
-# What eval.metrics computes under other names than its own.
+# Entries of eval.metrics whose figures have other names.
 _FIGURES = {
   "precision_recall": ("precision", "recall"),
   "coverage": ("coverage", "density"),
@@ -33,8 +33,8 @@ class Row(rows.Runs):
   """A row and the runs that it has so far.
 
   Attributes:
-    name, label: of the row.
-    overrides: what it changes, as a reader sees it.
+    name, label: name in commands, label for readers.
+    overrides: changes to the base, in words.
     paper: FID in the paper.
     real: {figure: value of real images}.
   """
@@ -67,18 +67,18 @@ class Row(rows.Runs):
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """Rows, and what is said of them as a whole.
+  """A table: its rows, and the facts that all of them share.
 
   Attributes:
     rows: filled in as runs end.
-    about: its title, what it varies and the paper: see configs/ablations.py.
+    about: title, varies and source, see Table of configs/ablations.py.
     base: e.g. 'digits'.
-    steps: of each run.
-    seeds: asked for.
-    figure: that rows are compared by.
-    alpha: at which; None: at each row's best.
-    command: that wrote the table.
-    curve: whether rows are alphas of the same runs, and drawn as curves.
+    steps: training steps of each run.
+    seeds: seeds of each row.
+    figure: figure that rows are compared by.
+    alpha: guidance scale of the comparison; None for each row's best.
+    command: command that wrote the table.
+    curve: whether rows are alphas of the same runs, drawn as curves.
   """
 
   rows: Sequence[Row]
@@ -94,7 +94,7 @@ class Table:
   def alpha_of(self, row: Row) -> float | None:
     """The given alpha, or else that of the row's best mean; None without runs.
 
-    The same for all seeds: a best one of each would reward those that scatter.
+    All seeds share it: each seed's own best would reward rows that scatter.
     """
     if self.alpha is not None or not row.figures:
       return self.alpha
@@ -115,7 +115,7 @@ class Table:
     return row.values(at_alpha(figure or self.figure, alpha))
 
   def badness(self, values: np.ndarray) -> float:
-    """Less is better, whatever the figure; what diverged is the worst."""
+    """A number that is lower for better values, and infinite for NaN."""
     mean = float(values.mean()) if len(values) else math.nan
     if math.isnan(mean):
       return math.inf
@@ -133,12 +133,12 @@ def figures_of(names: Sequence[str]) -> list[str]:
 
 
 def higher_is_better(figure: str) -> bool:
-  """Whether more of it is better."""
+  """Whether a higher value is better."""
   return figure.removesuffix("_inception") in _HIGHER
 
 
 def ordering(table: Table) -> str:
-  """Whether the paper's order of the rows holds, and where not, in words.
+  """Says whether the paper's order of the rows holds, and which pairs differ.
 
   A pair is compared if the paper's values say which is better. Kendall's tau
   is (pairs in the paper's order - swapped pairs) / pairs.
@@ -169,7 +169,7 @@ def ordering(table: Table) -> str:
 
 
 def _describe(table: Table, better: Row, worse: Row, apart: float) -> str:
-  """A pair that is the other way round here than in the paper."""
+  """Describes a pair that is swapped here."""
   ours = [table.values(row) for row in (better, worse)]
   note = ""
   if all(len(values) > 1 for values in ours) and math.isfinite(apart):
@@ -184,7 +184,7 @@ def _describe(table: Table, better: Row, worse: Row, apart: float) -> str:
 
 
 def markdown(table: Table) -> str:
-  """The table, what it is of, and whether the paper's order holds."""
+  """The table in Markdown, with its conditions and the paper's order."""
   # 1. A line for each row, the best in bold
   others = [
     name

@@ -20,10 +20,10 @@ from drift_jax.training.run import open_mesh
 
 
 def run(values: flags.FlagValues) -> dict[str, dict[str, float]]:
-  """{sampler: figures}; writes what the flags ask for.
+  """Rolls out the policy; returns {sampler: figures}.
 
   Raises:
-    ConfigError: no policy's run, or a flag that does not fit it.
+    ConfigError: the run is no policy, or a flag does not fit it.
     RobotError: an environment that can't be opened or drawn.
     CheckpointError: a checkpoint that can't be read.
   """

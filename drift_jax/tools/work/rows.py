@@ -1,4 +1,4 @@
-"""Finished runs, and what all tables of them share: figures over seeds."""
+"""Finished runs and the parts that all their tables share."""
 
 import csv
 import dataclasses
@@ -30,10 +30,10 @@ class FinishedRun(NamedTuple):
   """A run on disk.
 
   Attributes:
-    path: its workdir.
-    config: its config.
+    path: workdir.
+    config: parsed config.
     values: {dotted key: value} of the config.
-    figures: {figure: number} of its end; dotted names for nested ones.
+    figures: {figure: number} at the end; nested figures have dotted names.
   """
 
   path: pathlib.Path
@@ -61,7 +61,7 @@ class Runs:
   failed: dict[int, str] = dataclasses.field(default_factory=dict)
 
   def add(self, run: FinishedRun, name: str, prefix: str = "") -> None:
-    """Adds a run, or of its figures those whose names begin with a prefix.
+    """Adds a run: its figures that begin with a prefix, without it.
 
     Raises:
       ConfigError: a run of this seed is there already, under the row's name.
@@ -84,7 +84,7 @@ class Runs:
     return np.asarray([run[figure] for run in runs if figure in run], float)
 
   def lines(self, **lead: str) -> list[dict[str, Any]]:
-    """A line of CSV for each finished run: `lead`, then all about the run."""
+    """A line of CSV for each finished run, begun by `lead`."""
     return [
       {**lead, "seed": seed, "workdir": self.workdirs[seed], **figures}
       for seed, figures in sorted(self.figures.items())
@@ -106,7 +106,7 @@ def markdown(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
 
 
 def csv_text(lines: Sequence[Mapping[str, Any]]) -> str:
-  """CSV with a header of all that the lines have."""
+  """CSV whose header has the keys of all lines."""
   names = dict.fromkeys(name for line in lines for name in line)
   text = io.StringIO()
   writer = csv.DictWriter(text, list(names), lineterminator="\n")
@@ -125,7 +125,7 @@ def write(folder: PathLike, name: str, **texts: str) -> list[str]:
 
 
 def at_alpha(figure: str, alpha: float) -> str:
-  """The name of a generator's figure at a guidance scale."""
+  """Name of a generator's figure at a guidance scale."""
   return f"{figure}/alpha_{alpha:g}"
 
 
@@ -135,8 +135,8 @@ def last_figures(
   """({figure: value}, {figure: value of real images}) of a step's evaluation.
 
   Args:
-    records: of metrics.jsonl.
-    step: whose evaluation is meant; both are empty if there was none.
+    records: lines of metrics.jsonl.
+    step: step of the evaluation; without one both results are empty.
   """
   figures, real = {}, {}
   for record in records:
@@ -192,11 +192,11 @@ def changes(
   after: Mapping[str, Any],
   free: tuple[str, ...] = (),
 ) -> dict[str, tuple[Any, Any]]:
-  """{key: (value before, value after)} of what differs in two flat configs.
+  """{key: (value before, value after)} of keys that differ.
 
   Args:
     before, after: {dotted key: value}.
-    free: keys that begin so may differ.
+    free: beginnings of keys that are left out.
   """
   return {
     key: (before.get(key), after.get(key))

@@ -14,12 +14,12 @@ from drift_jax.tasks.policy.evaluation import ONE_STEP, policy_samplers
 from drift_jax.tools.work import rows
 from drift_jax.training.facts import check_same_data
 
-# What may differ between runs of a row: the seed and how a run is computed.
+# Keys that may differ between runs of a row: the seed, how a run is computed.
 SEED = (
   *("seed", "train.log_every", "eval.parallel", "eval.threads", "eval.videos"),
   *rows.MACHINE,
 )
-# What may differ besides between two methods of an environment.
+# Further keys that may differ between two methods of an environment.
 METHOD = (
   *("loss.", "drift.", "batch.generated", "model.time_size", "eval.samplers"),
 )
@@ -57,7 +57,7 @@ def runs_by_config(
 ) -> dict[str, rows.Runs]:
   """{label: runs that differ in their seeds alone}.
 
-  A label has the values that are not the same in all runs.
+  A label lists the values that differ between runs.
   """
   configs = [
     {key: v for key, v in run.values.items() if not key.startswith(SEED)}
@@ -81,9 +81,9 @@ class _PolicyRow(rows.Runs):
   """Runs of a method, evaluated in one way.
 
   Attributes:
-    environment: of the runs.
+    environment: environment of the runs.
     label: 'drifting', or 'diffusion, ddpm:100'.
-    evaluations: of the network, for one chunk.
+    evaluations: evaluations of the network for one chunk.
     curves: for each seed, records with the sampler's "success_rate".
   """
 
@@ -136,7 +136,7 @@ def policy_rows(runs: Sequence[rows.FinishedRun]) -> dict[str, _PolicyRow]:
 
 
 def _method(config: PolicyConfig) -> str:
-  """Its name, and what else of the drifting loss is not the default."""
+  """The method's name and its options that are not the default."""
   parts = [config.loss.method]
   if config.loss.method == "drifting":
     kind = config.drift.temperature_scale.kind

@@ -32,10 +32,10 @@ Table = dict[tuple[str, str], rows.Runs]
 
 
 def run(values: flags.FlagValues, overrides: Mapping[str, str]) -> list[str]:
-  """Trains what is not there yet; returns what failed.
+  """Trains the runs that are missing; returns the failures.
 
   Args:
-    values: of the tool's flags.
+    values: flags of the tool.
     overrides: {key of the config: value}.
   """
   # 1. All configs are checked before the first is trained; seed by seed, so
@@ -139,7 +139,7 @@ def train(config: Any, path: pathlib.Path, draw: bool) -> None:
       )
     return
   level = logger.level
-  logger.setLevel("WARNING")  # a table says what its runs would
+  logger.setLevel("WARNING")  # the table reports in their place
   try:
     train_toy.train_and_evaluate(config, str(path), draw=draw)
   finally:
