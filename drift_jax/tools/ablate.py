@@ -34,14 +34,10 @@ def define_flags() -> None:
   flags.DEFINE(Values(int), "seeds", "0,1,2", "Seeds of each row.")
   flags.DEFINE_list("rows", None, "Only these; all if not given.")
   flags.DEFINE_string(
-    "figure",
-    None,
-    "Figure that rows are compared by; the first Frechet distance if not given.",
+    "figure", None, "Compares rows; the first Frechet distance if not given."
   )
   flags.DEFINE_float(
-    "alpha",
-    None,
-    "Guidance scale of that figure; each row's best if not given.",
+    "alpha", None, "Its guidance scale; each row's best if not given."
   )
   flags.DEFINE_bool(
     "commands",

@@ -19,28 +19,17 @@ from drift_jax.system import paths
 def define_flags() -> None:
   """Defines the flags: not on import, as other programs have the same names."""
   paths.define_flag("workdir", None, "Folder of the run.", required=True)
-  flags.DEFINE_integer("step", None, "Checkpoint; the newest if not given.")
-  flags.DEFINE_integer(
-    "episodes",
-    None,
-    "Number of episodes; the config's if not given.",
-    lower_bound=1,
-  )
-  flags.DEFINE_integer(
-    "seed",
-    None,
-    "Seed of the first episode; the config's if not given.",
-    lower_bound=0,
-  )
+  for name, default, least, text in (
+    ("step", None, None, "Checkpoint; the newest if not given."),
+    ("episodes", None, 1, "Number of episodes; the config's if not given."),
+    ("seed", None, 0, "Seed of the first; the config's if not given."),
+    ("videos", 4, 1, "Number of episodes in the video."),
+  ):
+    flags.DEFINE_integer(name, default, text, lower_bound=least)
   flags.DEFINE_list(
-    "samplers",
-    None,
-    "Samplers of a diffusion policy, e.g. ddim:20; the config's if not given.",
+    "samplers", None, "Of a diffusion policy, e.g. ddim:20; the config's."
   )
   paths.define_flag("video", "", "GIF or MP4 of the first episodes.")
-  flags.DEFINE_integer(
-    "videos", 4, "Number of episodes in the video.", lower_bound=1
-  )
   paths.define_flag("json", "", "File for the printed report.")
 
 

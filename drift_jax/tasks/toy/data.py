@@ -124,7 +124,7 @@ def draw_points(
 
 
 def fixed_points(config: ToyConfig, count: int, number: int) -> np.ndarray:
-  """Set `number` of points [count, 2] to judge by, apart from the run's feed."""
+  """Set `number` of points [count, 2] to judge by, apart from the feed's."""
   rng = generator(config.seed, "toy evaluation", number)
   return draw_points(config.data.distribution, count, config.data.noise, rng)
 
