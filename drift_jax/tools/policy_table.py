@@ -1,8 +1,10 @@
-"""Policies side by side: drift_jax.tools.table by its earlier name.
+"""Policies side by side: drift_jax.tools.table for runs of task 'policy' alone.
 
   python -m drift_jax.tools.policy_table --out=runs/table \\
       --workdirs=runs/push-0,runs/push-1,runs/diffusion-0,runs/diffusion-1
 """
+
+import functools
 
 from absl import app, flags
 
@@ -12,4 +14,7 @@ from drift_jax.tools import table
 if __name__ == "__main__":
   table.define_flags()
   flags.adopt_module_key_flags(table)
-  app.run(table.main, flags_parser=config_lib.parse_flags)
+  app.run(
+    functools.partial(table.main, task="policy"),
+    flags_parser=config_lib.parse_flags,
+  )

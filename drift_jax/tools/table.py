@@ -40,8 +40,8 @@ def define_flags() -> None:
   paths.define_flag("out", None, "Folder of the table.", required=True)
 
 
-def main(argv: Sequence[str]) -> None:
-  """Writes and prints the table."""
+def main(argv: Sequence[str], task: str | None = None) -> None:
+  """Writes and prints the table; with a task, runs of others are refused."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {list(argv[1:])}")
   from drift_jax.system import console, exits, numerics
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
 
   def program() -> None:
     workdirs = [paths.expand(workdir) for workdir in flags.FLAGS.workdirs]
-    sys.stdout.write(table.run(workdirs, flags.FLAGS.out))
+    sys.stdout.write(table.run(workdirs, flags.FLAGS.out, task))
 
   exits.run(program)
 

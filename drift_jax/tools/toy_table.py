@@ -27,8 +27,10 @@ def define_flags() -> None:
   paths.define_flag(
     "workdir", None, "Folder of the runs and the table.", required=True
   )
+  toys = "bimodal_between,bimodal_far,bimodal_collapsed,checkerboard,swiss_roll"
+  toys += ",eight_gaussians,moons,spiral"
   for name, kind, default, text in (
-    ("toys", str, None, "Rows: variants of the config; all if not given."),
+    ("toys", str, toys, "Rows: variants of the config."),
     ("fields", str, None, "Columns: fields; all if not given."),
     ("temperatures", float, "0.05", "One table each."),
     ("seeds", int, "0,1,2,3,4", "Seeds of each cell."),

@@ -1,6 +1,7 @@
 """Tables of ablations: the numbers, the words, and runs that are killed."""
 
 import csv
+import json
 import math
 import os
 import re
@@ -9,14 +10,16 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from configs import ablations
-from drift_jax.system import exits
-from drift_jax.tools.work import ablation_table, rows
+from drift_jax import config as config_lib
+from drift_jax.system import console, exits
+from drift_jax.tools.work import ablate, ablation_table, rows
 from tests import process
 
 BASE = "--config=configs/digits.py:smoke"
@@ -90,8 +93,14 @@ def test_figures_of_the_last_step():
     {"step": 4, "loss": 1.0},
     {"step": 4, "eval/fd_pixel/alpha_1.0": 3.0, "eval/fd_pixel/baseline": 1.0},
   ]
-  figures = {"fd_pixel/alpha_1": 3.0}
-  assert rows.last_figures(records, 4) == (figures, {"fd_pixel": 1.0})
+  records[2] |= {"eval/fid/alpha_1.0": 4.0, "eval/fd_pixel/alpha_2.0": 5.0}
+  figures, real = rows.last_figures(records, 4)
+  assert list(figures.items()) == [
+    ("fd_pixel/alpha_1", 3.0),
+    ("fd_pixel/alpha_2", 5.0),
+    ("fid/alpha_1", 4.0),
+  ]
+  assert real == {"fd_pixel": 1.0}
   assert rows.last_figures(records, 3) == ({}, {})
 
 
@@ -113,7 +122,10 @@ RANGE = (41.0, 177.0)
       "row c (2 ± 0.14) is better here than row b (3 ± 0), farther apart "
       "than the seeds scatter; in the paper 10.00 against 9.00.")),
     # Of coverage more is better.
-    (([0.9], [0.8]), (8.0, 9.0), "coverage", "1 of 1 pairs .*tau 1.00", ()),
+    (([0.9], [0.8]), (8.0, 9.0), "coverage", "holds in the one pair", ()),
+    (([2.0], [1.0]), (8.0, 9.0), "fd_pixel", "is swapped in the one pair",
+     ("row b (1) is better here than row a (2); in the paper 9.00 against "
+      "8.00.",)),
     # What diverged is the worst.
     (([NAN], [1.0], [NAN]), (8.0, 9.0, 10.0), "fd_pixel",
      "1 of 3 pairs .*tau 0.00.* 1 tied",
@@ -148,9 +160,69 @@ def test_files(tmp_path):
     *("1.0", "3.0", "30.0", "nan"),
   ]
   assert lines[2]["paper_fid"] == "41 to 177"
+  columns = ["row", "overrides", "seed", "workdir", "paper_fid"]
+  assert list(lines[0]) == [*columns, "fd_pixel/alpha_1"]
   with Image.open(tmp_path / "table.png") as picture:
     assert picture.size[0] == 1300
   assert written == [f"{tmp_path}/table.{s}" for s in ("md", "csv", "png")]
+
+
+def test_a_workdir_is_for_one_base_and_its_overrides(tmp_path, monkeypatch):
+  monkeypatch.setattr(ablate, "FLAGS", types.SimpleNamespace(workdir=tmp_path))
+  steps = "--config.train.num_steps=4"
+  monkeypatch.setattr(sys, "argv", ["ablate", BASE, steps])
+  ablate.check_workdir([])
+  ablate.write_facts()
+  facts = json.loads((tmp_path / "ablations.json").read_text())
+  assert facts == {"base": BASE[9:], "overrides": {"train.num_steps": "4"}}
+  # Another machine.
+  monkeypatch.setattr(
+    sys, "argv", ["ablate", BASE, steps, "--config.mesh.fsdp=2"]
+  )
+  ablate.check_workdir([])
+  monkeypatch.setattr(sys, "argv", ["ablate", "--config=configs/mnist.py"])
+  message = (
+    f"holds runs of {BASE} with .*'4'.*, this is --config=configs/mnist.py"
+  )
+  with pytest.raises(config_lib.ConfigError, match=message):
+    ablate.check_workdir([])
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("when", ["start", "twice"])
+def test_a_signal_leaves_no_child(tmp_path, monkeypatch, when):
+  """While it is started; and twice, if it does not end by the first."""
+  children = []
+
+  class Child(subprocess.Popen):
+    def __init__(self, *arguments, **options):
+      super().__init__(*arguments, **options)
+      children.append(self)
+      if when == "start":
+        signal.raise_signal(signal.SIGTERM)
+
+  def send_two(where, path):
+    if path.read_text():
+      signal.raise_signal(signal.SIGTERM)
+      signal.raise_signal(signal.SIGINT)
+
+  monkeypatch.setattr(ablate, "FLAGS", types.SimpleNamespace(workdir=tmp_path))
+  monkeypatch.setattr(subprocess, "Popen", Child)
+  monkeypatch.setattr(console, "LOG_SECONDS", 0.1)
+  monkeypatch.setattr(ablate, "_log_progress", send_two)
+  handler = signal.getsignal(signal.SIGTERM)
+  script, run = "trap '' TERM; echo ready; exec sleep 60", tmp_path / "run.log"
+  if when == "start":
+    script = "exec sleep 60"
+  with open(run, "wb") as log, pytest.raises(SystemExit) as ended:
+    ablate._call(
+      ["sh", "-c", script], types.SimpleNamespace(name="a", log=run), log, ""
+    )
+  code = {"start": exits.RESTART, "twice": exits.INTERRUPTED}
+  assert ended.value.code == code[when]
+  number = {"start": signal.SIGTERM, "twice": signal.SIGKILL}
+  assert [child.poll() for child in children] == [-number[when]]
+  assert signal.getsignal(signal.SIGTERM) == handler
 
 
 def command(workdir, table, *arguments):

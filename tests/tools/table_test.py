@@ -124,6 +124,8 @@ def test_a_table_of_any_task(tmp_path):
   assert "| generator | 1 | 3 |" in text and "fd_pixel/alpha_1 |" in text
   with pytest.raises(config_lib.ConfigError, match=r"'generator', 'toy'\] can"):
     table.run([images, *runs], str(tmp_path / "both"))
+  with pytest.raises(config_lib.ConfigError, match="'toy', want 'policy'"):
+    table.run(runs, str(tmp_path / "policies"), "policy")
 
 
 def test_what_is_no_finished_run(tmp_path):

@@ -100,6 +100,11 @@ Failed:
   lines = list(csv.DictReader(text.splitlines()))
   ratios = [line["energy_distance_ratio"] for line in lines]
   assert ratios == ["1.0", "3.0", "2.0", "4.0", "3.0"]
+  assert text.splitlines()[:2] == [
+    "toy,field,seed,energy_distance_ratio,sliced_wasserstein_ratio,"
+    "worst_mode_error,loss_ema,step",
+    "moons,softmax,0,1.0,,,,2",
+  ]
   with Image.open(tmp_path / "toys_0.05.png") as image:
     assert image.size[0] > 500
 

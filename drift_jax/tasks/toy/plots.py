@@ -22,6 +22,8 @@ _DATA_COLOUR, _SAMPLE_COLOUR = "0.62", "#d1632a"
 _FRAME_MS, _FIRST_MS, _LAST_MS = 120, 800, 2500
 # A colour for each shade that matters: the files stay small.
 _PALETTE = 48
+# Cells of a side of the histogram that a density is drawn from.
+_BINS = 80
 
 
 def plane_limit(data: np.ndarray, frames: Frames) -> float:
@@ -126,6 +128,16 @@ def save_evolution(
     )
 
 
+def _density(points: np.ndarray, limit: float) -> np.ndarray:
+  """[y, x] of a smoothed histogram over the square; its maximum is 1."""
+  from scipy import ndimage
+
+  bins = np.linspace(-limit, limit, _BINS + 1)
+  counts, _, _ = np.histogram2d(points[:, 1], points[:, 0], bins=(bins, bins))
+  smooth = ndimage.gaussian_filter(counts, 1.5)
+  return smooth / max(smooth.max(), 1e-12)
+
+
 def plot_field(
   panels: Sequence[tuple[int, np.ndarray, np.ndarray]],
   grid: Float[np.ndarray, "Q 2"],
@@ -134,7 +146,7 @@ def plot_field(
   *,
   limit: float,
 ) -> None:
-  """The field at the points of a grid, over data and samples, at some steps.
+  """The field at the points of a grid, over the densities, at some steps.
 
   All arrows have one length: their direction is the field's, their colour its
   length, on one logarithmic scale for all panels. There are none where the
@@ -143,7 +155,7 @@ def plot_field(
   Args:
     panels: (step, samples [N, 2], field [Q, 2] at the grid) each.
     grid: points at which the field is given.
-    data: [M, 2], grey.
+    data: [M, 2], grey; the samples are drawn as contours.
     path: PNG file to write.
     limit: half the side of the square that is shown.
   """
@@ -155,10 +167,26 @@ def plot_field(
   norm = LogNorm(top / 1e4, top)
   figure, axes = _plane(len(panels), limit)
   spacing = 2 * limit / len(grid) ** 0.5
+  edge = limit * (1 - 1 / _BINS)
+  centres = np.linspace(-edge, edge, _BINS)
   for axis, panel, length in zip(axes, panels, lengths, strict=True):
     step, samples, field = panel
-    _dots(axis, data, _DATA_COLOUR, "data")
-    _dots(axis, samples, _SAMPLE_COLOUR, "generated")
+    axis.imshow(
+      _density(data, limit),
+      extent=(-limit, limit, -limit, limit),
+      origin="lower",
+      cmap="Greys",
+      vmax=1.8,  # grey at most, for the arrows to be seen
+      interpolation="bilinear",
+    )
+    axis.contour(
+      centres,
+      centres,
+      _density(samples, limit),
+      levels=(0.15, 0.5),
+      colors=_SAMPLE_COLOUR,
+      linewidths=1.0,
+    )
     shown = length >= top / 1e4
     direction = 0.8 * spacing * field[shown] / length[shown, None]
     axis.quiver(
@@ -178,7 +206,7 @@ def plot_field(
   figure.colorbar(lengths_of, ax=axes, label="|V|", shrink=0.85, pad=0.02)
   figure.suptitle(
     "drifting field V: arrows its direction, colour its length; data grey, "
-    "samples orange",
+    "samples as contours",
     size=9,
     wrap=True,
   )

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
 from typing import IO, Any
 
 from absl import flags
@@ -21,6 +22,7 @@ from etils import epath
 from tqdm import tqdm
 
 from drift_jax import config as config_lib
+from drift_jax.metrics.files import replacing
 from drift_jax.metrics.writers import read_jsonl
 from drift_jax.system import console, exits
 from drift_jax.system.console import logger
@@ -38,6 +40,9 @@ from drift_jax.tools.work.rows import (
 from drift_jax.training import facts as data_facts
 
 FLAGS = flags.FLAGS
+
+# File of the facts that all runs of a workdir share.
+FACTS = "ablations.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +166,7 @@ def run(arguments: Sequence[str]) -> None:
     return
   for each in runs:
     each.path.parent.mkdir(parents=True, exist_ok=True)
+  write_facts()
   _execute(table, name, runs)
 
 
@@ -307,8 +313,31 @@ def _folder(changed: Mapping[str, Any]) -> str:
   return f"{short[:80].strip('_.')}-{digest}"
 
 
+def _facts() -> dict[str, Any]:
+  """The base and the overrides of all runs, but for those of the machine."""
+  base, overrides = config_lib.config_arguments(sys.argv)
+  shared = {k: v for k, v in overrides.items() if not k.startswith(MACHINE)}
+  return {"base": base, "overrides": shared}
+
+
+def write_facts() -> None:
+  """Records the base and the overrides, for check_workdir."""
+  with replacing(pathlib.Path(FLAGS.workdir) / FACTS) as file:
+    file.write_text(json.dumps(_facts(), indent=2))
+
+
 def check_workdir(runs: Sequence[Run]) -> None:
   """Raises ConfigError if the workdir's runs have other configs or data."""
+  file = pathlib.Path(FLAGS.workdir) / FACTS
+  if file.exists():
+    before, now = json.loads(file.read_text()), _facts()
+    if before != now:
+      raise config_lib.ConfigError(
+        f"--workdir={FLAGS.workdir} holds runs of --config={before['base']} "
+        f"with {before['overrides'] or 'no overrides'}, this is "
+        f"--config={now['base']} with {now['overrides'] or 'no overrides'}: "
+        "give it those again or use another workdir"
+      )
   for run in runs:
     file = run.path / "config.json"
     if not file.exists():
@@ -332,7 +361,7 @@ def check_workdir(runs: Sequence[Run]) -> None:
 
 def _execute(table: Table, name: str, runs: Sequence[Run]) -> None:
   """Runs what is left, and writes the table after each run."""
-  # SIGTERM ends this process as Ctrl-C does, by way of _call.
+  # Without a child: see _call.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(exits.RESTART))
   left = [run for run in runs if any(run.left())]
   for run in runs:
@@ -396,7 +425,23 @@ def _complete(run: Run, where: str) -> str:
 
 
 def _call(command: Sequence[str], run: Run, log: IO[bytes], where: str) -> int:
-  """Runs a child, which is stopped with this process; returns its exit code."""
+  """Runs a child; returns its exit code, or exits if a signal has come.
+
+  SIGTERM and Ctrl-C end the child first. The handler raises nothing, so that
+  none of them can come between the child's start and the variable that has it.
+  """
+  told: list[int] = []
+  child: subprocess.Popen[bytes] | None = None
+
+  def stop(number: int, frame: FrameType | None) -> None:
+    del frame
+    told.append(number)
+    if child is not None:
+      # A training saves at SIGTERM; a second signal means: do not wait.
+      child.send_signal(signal.SIGTERM if len(told) == 1 else signal.SIGKILL)
+
+  numbers = (signal.SIGTERM, signal.SIGINT)
+  before = {number: signal.signal(number, stop) for number in numbers}
   # Seeds of a row run the same programs; the cache compiles them once.
   cache = pathlib.Path(FLAGS.workdir).absolute() / "compiled"
   child = subprocess.Popen(
@@ -409,18 +454,22 @@ def _call(command: Sequence[str], run: Run, log: IO[bytes], where: str) -> int:
     start_new_session=True,
   )
   try:
-    while True:
+    if told:  # while it was started
+      child.terminate()
+    while child.returncode is None:
       try:
-        return child.wait(timeout=console.LOG_SECONDS)
+        child.wait(timeout=console.LOG_SECONDS)
       except subprocess.TimeoutExpired:
         _log_progress(where, run.log)
-  except (KeyboardInterrupt, SystemExit):
-    child.terminate()  # a training saves at SIGTERM
-    child.wait()
-    logger.info("%s: stopped; %s.", run.name, exits.AGAIN)
-    raise
   finally:
-    child.kill()  # a second signal means: do not wait
+    child.kill()
+    for number, handler in before.items():
+      signal.signal(number, handler)
+  if told:
+    logger.info("%s: stopped; %s.", run.name, exits.AGAIN)
+    interrupted = told[-1] == signal.SIGINT
+    sys.exit(exits.INTERRUPTED if interrupted else exits.RESTART)
+  return child.returncode
 
 
 def _log_progress(where: str, log: pathlib.Path) -> None:

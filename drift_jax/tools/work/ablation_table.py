@@ -161,6 +161,10 @@ def ordering(table: Table) -> str:
       "The paper's order can't be compared: it orders no two rows that have "
       "runs here."
     )
+  if pairs == 1:
+    how = "holds in" if held else "is tied in" if tied else "is swapped in"
+    text = f"The paper's order {how} the one pair that it orders."
+    return "\n- Swapped: ".join([text, *swapped])
   text = (
     f"The paper's order holds in {held} of {pairs} pairs that it orders "
     f"(Kendall's tau {(held - len(swapped)) / pairs:.2f})."
@@ -247,7 +251,8 @@ def write(table: Table, folder: PathLike, name: str) -> list[str]:
       paper_fid="" if row.paper is None else row.paper_text(),
     )
   ]
-  texts = {"md": markdown(table), "csv": rows.csv_text(lines)}
+  first = ("row", "overrides", "seed", "workdir", "paper_fid")
+  texts = {"md": markdown(table), "csv": rows.csv_text(lines, first)}
   written = rows.write(folder, name, **texts)
   picture = f"{folder}/{name}.png"
   drawn = [row for row in table.rows if row.figures]

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import functools
 import io
+import itertools
 import operator
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -105,9 +106,11 @@ def markdown(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
   return "\n".join([texts[0], "|---" * len(header) + "|", *texts[1:]])
 
 
-def csv_text(lines: Sequence[Mapping[str, Any]]) -> str:
-  """CSV whose header has the keys of all lines."""
-  names = dict.fromkeys(name for line in lines for name in line)
+def csv_text(
+  lines: Sequence[Mapping[str, Any]], first: Sequence[str] = ()
+) -> str:
+  """CSV whose header has the names in `first`, then other keys of lines."""
+  names = dict.fromkeys((*first, *itertools.chain(*lines)))
   text = io.StringIO()
   writer = csv.DictWriter(text, list(names), lineterminator="\n")
   writer.writeheader()
@@ -134,11 +137,14 @@ def last_figures(
 ) -> tuple[dict[str, float], dict[str, float]]:
   """({figure: value}, {figure: value of real images}) of a step's evaluation.
 
+  Values of one figure at several guidance scales follow each other.
+
   Args:
     records: lines of metrics.jsonl.
     step: step of the evaluation; without one both results are empty.
   """
-  figures, real = {}, {}
+  figures: dict[str, dict[str, float]] = {}
+  real = {}
   for record in records:
     if record["step"] != step:
       continue
@@ -152,8 +158,8 @@ def last_figures(
       if name.endswith("/baseline"):
         real[name.removesuffix("/baseline")] = value
       else:
-        figures[name] = value
-  return figures, real
+        figures.setdefault(figure, {})[name] = value
+  return {k: v for each in figures.values() for k, v in each.items()}, real
 
 
 def read(workdir: PathLike) -> FinishedRun:

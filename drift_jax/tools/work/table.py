@@ -25,8 +25,13 @@ METHOD = (
 )
 
 
-def run(workdirs: Sequence[str], out: str) -> str:
+def run(workdirs: Sequence[str], out: str, task: str | None = None) -> str:
   """Writes the table of finished runs; returns its Markdown.
+
+  Args:
+    workdirs: workdirs of the runs.
+    out: folder of the table.
+    task: the only task that is allowed; None for any.
 
   Raises:
     ConfigError: a folder without a finished run, runs of several tasks or of
@@ -34,6 +39,11 @@ def run(workdirs: Sequence[str], out: str) -> str:
       that differ in more than method and seed.
   """
   runs = [rows.read(workdir) for workdir in workdirs]
+  for run in runs:
+    if task not in (None, run.config.task):
+      raise config_lib.ConfigError(
+        f"{run.path} holds a run of task {run.config.task!r}, want {task!r}"
+      )
   tasks = sorted({run.config.task for run in runs})
   if len(tasks) > 1:
     raise config_lib.ConfigError(f"runs of {tasks} can't stand in one table")

@@ -3,7 +3,6 @@
 import itertools
 import json
 import pathlib
-import runpy
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -26,6 +25,8 @@ from drift_jax.training.drifting import drift_arguments
 # data; beside it, if there are modes, how far the worst one's mass is off.
 FIGURE = "energy_distance_ratio"
 MODES = "worst_mode_error"
+# Figures of the CSV file.
+_COLUMNS = (FIGURE, "sliced_wasserstein_ratio", MODES, "loss_ema", "step")
 
 # {(toy, field): runs}.
 Table = dict[tuple[str, str], rows.Runs]
@@ -42,7 +43,7 @@ def run(values: flags.FlagValues, overrides: Mapping[str, str]) -> list[str]:
   # that a whole table comes first.
   workdir = pathlib.Path(values.workdir)
   fields = values.fields or list(drift.FIELDS)
-  toys = values.toys or runpy.run_path(values.config)["EXPERIMENTS"]
+  toys = values.toys
   configs = {
     (temperature, toy, field, seed): make_config(
       f"{values.config}:{toy},{values.variant}",
@@ -177,13 +178,15 @@ def write(
   if failed := _failures(table):
     parts.append("\n- ".join(["Failed:", *failed]))
   lines = [
-    line
+    {"toy": toy, "field": field, "seed": seed}
+    | {name: figures.get(name, "") for name in _COLUMNS}
     for (toy, field), cell in table.items()
-    for line in cell.lines(toy=toy, field=field)
+    for seed, figures in cell.figures.items()
   ]
   name = f"toys_{temperature}"
   markdown = "\n\n".join(parts) + "\n"
-  rows.write(workdir, name, md=markdown, csv=rows.csv_text(lines))
+  table_csv = rows.csv_text(lines, ("toy", "field", "seed", *_COLUMNS))
+  rows.write(workdir, name, md=markdown, csv=table_csv)
   plot_toy_table(
     {
       toy: {field: table[toy, field].values(FIGURE) for field in fields}

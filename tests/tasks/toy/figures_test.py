@@ -63,7 +63,15 @@ def test_sliced_wasserstein_is_exact():
   expected = [stats.wasserstein_distance(x @ u, y @ u) for u in directions]
   got = sliced_wasserstein(x, y, projections=7, seed=5)
   np.testing.assert_allclose(got, np.mean(expected), rtol=1e-12)
+  assert got == sliced_wasserstein(x, y, projections=7, seed=5)
+  assert got != sliced_wasserstein(x, y, projections=7, seed=6)
   assert sliced_wasserstein(X, X[::-1]) == 0
+
+
+def test_sliced_wasserstein_of_a_shift():
+  """E |u . (a, 0)| = 2 a / pi in the plane."""
+  got = sliced_wasserstein(X, X + [0.5, 0.0], projections=5_000)
+  assert got == pytest.approx(0.5 * 2 / np.pi, rel=0.03)
 
 
 def test_mode_coverage():

@@ -29,6 +29,7 @@ from drift_jax.tasks.toy.setup import (
 from drift_jax.tasks.toy.step import ToyBatch, toy_step
 from drift_jax.training.drifting import init_drift
 from drift_jax.training.run import make_training, open_mesh
+from tests import process
 from tests.conftest import assert_close
 
 DEVICES = 8
@@ -210,6 +211,17 @@ def test_a_run_and_one_that_is_resumed(tmp_path):
     assert points.shape == (64, 2)
     np.testing.assert_array_equal(points, np.load(whole / name))
   assert (parts / "plots" / "curves.png").exists()
+
+
+@pytest.mark.system
+def test_the_command_line(tmp_path):
+  done = process.call(
+    *("-m", "drift_jax.main", "--config=configs/toy.py:smoke"),
+    f"--workdir={tmp_path / 'run'}",
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  figures = json.loads((tmp_path / "run" / "figures.json").read_text())
+  assert figures["step"] == 4
 
 
 def test_what_can_not_be():
