@@ -49,7 +49,7 @@ MISTAKES = {
   "drift_jax.serve": (("--from=x", "--batch_sizes=0"), "--batch_sizes=0: "),
   "drift_jax.tools.ablate": (
     ("table1", CONFIG, "--workdir=x", "--seeds=a"),
-    "--seeds=a: 'a' is no number",
+    "--seeds=a: invalid literal for int() with base 10: 'a'",
   ),
   "drift_jax.tools.cache_latents": (
     ("--out=x", "--source=digits"),
@@ -71,9 +71,10 @@ MISTAKES = {
   ),
   "drift_jax.tools.rollout": (("--workdir=x", "--episodes=0"), "--episodes=0"),
   "drift_jax.tools.run_export": (("--count=two",), "--count: invalid int"),
+  "drift_jax.tools.table": (("--workdirs=x",), "--out must have"),
   "drift_jax.tools.toy_table": (
     ("--workdir=x", "--seeds=1,1"),
-    "--seeds=[1, 1] must hold at least one value and none twice",
+    "--seeds=1,1: it must hold at least one value and none twice",
   ),
 }
 

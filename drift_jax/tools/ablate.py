@@ -12,8 +12,7 @@ each, TABLE.md, TABLE.csv and TABLE.png are written. The same command goes on
 after an interruption: what is finished stays, what was interrupted continues.
 """
 
-import re
-import sys
+import functools
 from collections.abc import Sequence
 
 from absl import app, flags
@@ -21,6 +20,7 @@ from ml_collections import config_flags
 
 from drift_jax import config as config_lib
 from drift_jax.system import paths
+from drift_jax.tools.table import Values
 
 
 def define_flags() -> None:
@@ -31,15 +31,13 @@ def define_flags() -> None:
   paths.define_flag(
     "workdir", None, "Folder of the runs and the tables.", required=True
   )
-  flags.DEFINE_list("seeds", ["0", "1", "2"], "One run of a row each.")
+  flags.DEFINE(Values(int), "seeds", "0,1,2", "Seeds of each row.")
   flags.DEFINE_list("rows", None, "Only these; all if not given.")
   flags.DEFINE_string(
-    "figure",
-    None,
-    "That rows are compared by; the first Frechet distance if not given.",
+    "figure", None, "Compares rows; the first Frechet distance if not given."
   )
   flags.DEFINE_float(
-    "alpha", None, "Guidance scale of it; each row's best if not given."
+    "alpha", None, "Its guidance scale; each row's best if not given."
   )
   flags.DEFINE_bool(
     "commands",
@@ -50,36 +48,17 @@ def define_flags() -> None:
   flags.mark_flag_as_required("config")
 
 
-def parse_seeds(texts: Sequence[str]) -> list[int]:
-  """Of the flag; ConfigError names the entry that is none."""
-  for text in texts:
-    if not re.fullmatch(r"\d+", text, re.ASCII):
-      raise config_lib.ConfigError(
-        f"--seeds={','.join(texts)}: {text!r} is no number from 0 on"
-      )
-  seeds = [int(text) for text in texts]
-  twice = [seed for seed in seeds if seeds.count(seed) > 1]
-  if twice or not seeds:
-    what = f"holds {twice[0]} twice" if twice else "is empty"
-    raise config_lib.ConfigError(f"--seeds={','.join(texts)} {what}")
-  return seeds
-
-
 def main(argv: Sequence[str]) -> None:
   """Runs what is left of the table; a mistake is one line."""
-  try:
-    seeds = parse_seeds(flags.FLAGS.seeds)
-  except config_lib.ConfigError as error:
-    sys.exit(f"Error: {error}")
-  from drift_jax.system import console, numerics
+  from drift_jax.system import console, errors, exits, numerics
   from drift_jax.tools.work import ablate
 
   console.setup()
   numerics.pin()
-  try:
-    ablate.run(argv[1:], seeds)
-  except (config_lib.ConfigError, OSError, ValueError) as error:
-    sys.exit(f"Error: {error}")
+  exits.run(
+    functools.partial(ablate.run, argv[1:]),
+    errors=(*errors.ERRORS, ValueError),
+  )
 
 
 if __name__ == "__main__":

@@ -1,45 +1,20 @@
-"""Methods of robot control side by side, as Table 7 has them.
+"""Policies side by side: drift_jax.tools.table for runs of task 'policy' alone.
 
   python -m drift_jax.tools.policy_table --out=runs/table \\
       --workdirs=runs/push-0,runs/push-1,runs/diffusion-0,runs/diffusion-1
-
-Reads finished runs of task 'policy' and writes policies.md, a row for each
-environment, method and sampler with its success over seeds, and policies.png,
-the curves. Runs of one environment must differ in method and seed alone.
 """
 
-import sys
-from collections.abc import Sequence
+import functools
 
 from absl import app, flags
 
 from drift_jax import config as config_lib
-from drift_jax.system import paths
-
-
-def define_flags() -> None:
-  """Defines the flags: not on import, as other programs have the same names."""
-  flags.DEFINE_list("workdirs", None, "Finished runs.", required=True)
-  paths.define_flag("out", None, "Folder of the table.", required=True)
-
-
-def main(argv: Sequence[str]) -> None:
-  """Writes and prints the table."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments {list(argv[1:])}")
-  from drift_jax.system import console, exits, numerics
-  from drift_jax.tools.work import policy_table
-
-  console.setup()
-  numerics.pin()
-
-  def program() -> None:
-    workdirs = [paths.expand(workdir) for workdir in flags.FLAGS.workdirs]
-    sys.stdout.write(policy_table.run(workdirs, flags.FLAGS.out))
-
-  exits.run(program)
-
+from drift_jax.tools import table
 
 if __name__ == "__main__":
-  define_flags()
-  app.run(main, flags_parser=config_lib.parse_flags)
+  table.define_flags()
+  flags.adopt_module_key_flags(table)
+  app.run(
+    functools.partial(table.main, task="policy"),
+    flags_parser=config_lib.parse_flags,
+  )

@@ -3,8 +3,8 @@
   python -m drift_jax.tools.rollout --workdir=runs/push --episodes=100 \
     --video=push.gif
 
-Prints success rate and the time that an action chunk takes, as JSON; the
-demonstrations are not needed, the checkpoint has their normaliser.
+Prints the success rate and the latency of an action chunk as JSON. The
+demonstrations are not needed: the checkpoint has their normaliser.
 """
 
 import sys
@@ -19,19 +19,18 @@ from drift_jax.system import paths
 def define_flags() -> None:
   """Defines the flags: not on import, as other programs have the same names."""
   paths.define_flag("workdir", None, "Folder of the run.", required=True)
-  flags.DEFINE_integer("step", None, "Checkpoint; the newest if not given.")
-  flags.DEFINE_integer(
-    "episodes", None, "How many; the config's if not given.", lower_bound=1
-  )
-  flags.DEFINE_integer(
-    "seed", None, "Of the first episode; the config's.", lower_bound=0
-  )
+  for name, default, least, text in (
+    ("step", None, None, "Checkpoint; the newest if not given."),
+    ("episodes", None, 1, "Number of episodes; the config's if not given."),
+    ("seed", None, 0, "Seed of the first; the config's if not given."),
+    ("videos", 4, 1, "Number of episodes in the video."),
+  ):
+    flags.DEFINE_integer(name, default, text, lower_bound=least)
   flags.DEFINE_list(
     "samplers", None, "Of a diffusion policy, e.g. ddim:20; the config's."
   )
   paths.define_flag("video", "", "GIF or MP4 of the first episodes.")
-  flags.DEFINE_integer("videos", 4, "How many of them.", lower_bound=1)
-  paths.define_flag("json", "", "File for what is printed.")
+  paths.define_flag("json", "", "File for the printed report.")
 
 
 def main(argv: Sequence[str]) -> None:

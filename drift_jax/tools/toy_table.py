@@ -4,106 +4,56 @@
       [--toys=moons,spiral] [--fields=softmax,kl] [--temperatures=0.05,0.01]
       [--seeds=0,1,2,3,4] [--variant=quick] [--config.KEY=VALUE ...]
 
-Each run is that of configs/toy.py:TOY,VARIANT with drift.field changed; with
-'sinkhorn' a second batch repels, as that field wants it. All are trained in
-this process, one compilation for those that share it; pictures are drawn of the
-first seed. After each run toys.md, toys.csv and toys.png are written. The same
-command goes on after an interruption; finished runs are left alone.
+Each run is configs/toy.py:TOY,VARIANT with another drift.field; with 'sinkhorn'
+a second batch repels, as that field needs. All runs are trained in this process
+and share compilations; only runs of the first seed draw pictures. After each
+run toys_TEMPERATURE.md, .csv and .png are written. The same command goes on
+after an interruption; finished runs are left alone.
 """
 
-import pathlib
 import sys
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 from absl import app, flags
 
 from drift_jax import config as config_lib
 from drift_jax.system import paths
-
-_Number = TypeVar("_Number", int, float)
+from drift_jax.tools.table import Values
 
 
 def define_flags() -> None:
   """Defines the flags: not on import, as other programs have the same names."""
-  paths.define_flag("config", "configs/toy.py", "Where toys are.")
+  paths.define_flag("config", "configs/toy.py", "File of the toys.")
   paths.define_flag(
     "workdir", None, "Folder of the runs and the table.", required=True
   )
-  toys = [
-    "bimodal_between",
-    "bimodal_far",
-    "bimodal_collapsed",
-    "checkerboard",
-    "swiss_roll",
-    "eight_gaussians",
-    "moons",
-    "spiral",
-  ]
-  flags.DEFINE_list("toys", toys, "Variants of the config, columns.")
-  flags.DEFINE_list("fields", None, "Rows of the table; all if not given.")
-  flags.DEFINE_list("temperatures", ["0.05"], "A table of each.")
-  flags.DEFINE_list("seeds", ["0", "1", "2", "3", "4"], "A run each.")
-  flags.DEFINE_string("variant", "quick", "Of all runs.")
-
-
-def _numbers(
-  flag: str, texts: Sequence[str], kind: Callable[[str], _Number]
-) -> list[_Number]:
-  """Of a list flag; ConfigError names the entry that is none."""
-  numbers = []
-  for text in texts:
-    try:
-      numbers.append(kind(text))
-    except ValueError:
-      what = "integer" if kind is int else "number"
-      raise config_lib.ConfigError(f"--{flag}: {text!r} is no {what}") from None
-  return numbers
+  toys = "bimodal_between,bimodal_far,bimodal_collapsed,checkerboard,swiss_roll"
+  toys += ",eight_gaussians,moons,spiral"
+  for name, kind, default, text in (
+    ("toys", str, toys, "Rows: variants of the config."),
+    ("fields", str, None, "Columns: fields; all if not given."),
+    ("temperatures", float, "0.05", "One table each."),
+    ("seeds", int, "0,1,2,3,4", "Seeds of each cell."),
+  ):
+    flags.DEFINE(Values(kind), name, default, text)
+  flags.DEFINE_string("variant", "quick", "Variant of all runs.")
 
 
 def main(argv: Sequence[str]) -> None:
   """Runs the table of the command line."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {list(argv[1:])}")
-  values = flags.FLAGS
-  try:
-    temperatures = _numbers("temperatures", values.temperatures, float)
-    seeds = _numbers("seeds", values.seeds, int)
-    for name, found in (
-      ("toys", values.toys),
-      ("fields", values.fields),
-      ("temperatures", temperatures),
-      ("seeds", seeds),
-    ):
-      if found is not None and (not found or len(set(found)) < len(found)):
-        raise config_lib.ConfigError(
-          f"--{name}={found} must hold at least one value and none twice"
-        )
-  except config_lib.ConfigError as error:
-    sys.exit(f"Error: {error}")
   from drift_jax.system import console, exits, numerics
   from drift_jax.tools.work import toy_table
 
   console.setup()
   numerics.pin()
   _, overrides = config_lib.config_arguments(sys.argv[1:])
-  changed = " ".join(f"--config.{k}={v}" for k, v in overrides.items())
 
   def program() -> None:
     exits.stop_on_sigterm()
-    failed = toy_table.run(
-      pathlib.Path(values.workdir),
-      config=values.config,
-      variant=values.variant,
-      toys=values.toys,
-      fields=values.fields,
-      temperatures=temperatures,
-      seeds=seeds,
-      overrides=overrides,
-      about=f"Variant `{values.variant}`{', ' * bool(changed)}{changed}.",
-    )
-    if failed:
-      sys.exit("Failed:\n" + "\n".join(failed))
+    if failed := toy_table.run(flags.FLAGS, overrides):
+      sys.exit("\n- ".join(["Failed:", *failed]))
 
   exits.run(program)
 

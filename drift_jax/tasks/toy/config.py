@@ -1,4 +1,4 @@
-"""Config of task 'toy', and what may go together in it."""
+"""Config of task 'toy' and its checks."""
 
 from drift_jax.config.checks import (
   check_at_least,
@@ -15,6 +15,11 @@ from drift_jax.config.sections import (
   Section,
 )
 
+# Choices of data.distribution, in the order of data.DISTRIBUTIONS.
+DISTRIBUTIONS = ("bimodal", "checkerboard", "swiss_roll", "eight_gaussians")
+DISTRIBUTIONS += ("moons", "spiral")
+TOY_MODELS = ("mlp", "particles")
+
 
 class ToyData(RunData):
   """Points of the plane: a distribution, and the noise on it.
@@ -27,7 +32,7 @@ class ToyData(RunData):
 
 
 class ToyModel(Section):
-  """What fits the points: `kind` is one of TOY_MODELS.
+  """Model of the points: `kind` is one of TOY_MODELS.
 
   The others are arguments of tasks.toy.model.Mlp; particles have its location
   and spread, and batch.generated is their number.
@@ -50,7 +55,7 @@ class ToyBatch(Section):
 
 
 class ToyEval(Eval):
-  """Evaluation against fresh data, and what the pictures show."""
+  """Evaluation against as many fresh data."""
 
   num_samples: int
 
@@ -58,8 +63,8 @@ class ToyEval(Eval):
 class ToyConfig(RunConfig):
   """A run that fits points of the plane (5.1): config.task = 'toy'.
 
-  Where model.kind is 'particles' there is no network: a step is x <- x + eta V,
-  eta = optim.learning_rate, and of `optim` nothing but its schedule counts.
+  With model.kind='particles' there is no network: a step is x <- x + eta V with
+  eta = optim.learning_rate, and only the schedule of `optim` counts.
   """
 
   data: ToyData
@@ -70,66 +75,55 @@ class ToyConfig(RunConfig):
 
   def check(self) -> None:
     """Raises ConfigError if values are out of range or contradict."""
-    check_toy(self)
+    check_run(self)
+    model, batch, drift = self.model, self.batch, self.drift
+    check_drift(drift, batch.positives)
+    check_choice("data.distribution", self.data.distribution, DISTRIBUTIONS)
+    check_at_least("data.noise", self.data.noise, 0)
+    check_choice("model.kind", model.kind, TOY_MODELS)
+    for name in ("noise_size", "width", "depth"):
+      check_at_least(f"model.{name}", getattr(model, name), 1)
+    require(
+      len(model.location) == 2,
+      f"model.location={model.location} must be the two coordinates of a point",
+    )
+    require(
+      model.spread > 0,
+      f"model.spread={model.spread} must be positive: samples that start as "
+      "one point can't be told apart",
+    )
+    for name in ("labels", "positives"):
+      check_at_least(f"batch.{name}", getattr(batch, name), 1)
+    require(
+      batch.generated >= 2 or drift.negatives != "own",
+      f"batch.generated={batch.generated}: a single sample has no negative but "
+      "itself, which is masked, so nothing repels it; use at least 2",
+    )
+    if self.has_particles:
+      require(
+        not drift.normalize_features,
+        "drift.normalize_features=True with model.kind='particles': their step "
+        "is x <- x + eta V on raw distances; set it to False",
+      )
+      require(
+        drift.negatives != "independent",
+        "drift.negatives='independent' with model.kind='particles': there is "
+        "no noise to draw a second batch from; use 'own' or 'own_with_self'",
+      )
+    require(
+      self.eval.num_samples >= 2,
+      f"eval.num_samples={self.eval.num_samples}: figures need at least 2",
+    )
+    check_choice("checkpoint.best_metric", self.checkpoint.best_metric, ("",))
 
   @property
   def has_particles(self) -> bool:
     """Whether there is no network."""
     return self.model.kind == "particles"
 
-
-# Distributions of the plane (data.distribution of a toy), and what fits them.
-DISTRIBUTIONS = (
-  "bimodal",
-  "checkerboard",
-  "swiss_roll",
-  "eight_gaussians",
-  "moons",
-  "spiral",
-)
-
-
-TOY_MODELS = ("mlp", "particles")
-
-
-def check_toy(config: ToyConfig) -> None:
-  check_run(config)
-  model, batch, drift = config.model, config.batch, config.drift
-  check_drift(drift, batch.positives)
-  check_choice("data.distribution", config.data.distribution, DISTRIBUTIONS)
-  check_at_least("data.noise", config.data.noise, 0)
-  check_choice("model.kind", model.kind, TOY_MODELS)
-  for name in ("noise_size", "width", "depth"):
-    check_at_least(f"model.{name}", getattr(model, name), 1)
-  require(
-    len(model.location) == 2,
-    f"model.location={model.location} must be the two coordinates of a point",
-  )
-  require(
-    model.spread > 0,
-    f"model.spread={model.spread} must be positive: samples that start as one "
-    "point can't be told apart",
-  )
-  for name in ("labels", "positives"):
-    check_at_least(f"batch.{name}", getattr(batch, name), 1)
-  require(
-    batch.generated >= 2 or drift.negatives != "own",
-    f"batch.generated={batch.generated}: a single sample has no negative but "
-    "itself, which is masked, so nothing repels it; use at least 2",
-  )
-  if config.has_particles:
-    require(
-      not drift.normalize_features,
-      "drift.normalize_features=True with model.kind='particles': their step "
-      "is x <- x + eta V on raw distances; set it to False",
-    )
-    require(
-      drift.negatives != "independent",
-      "drift.negatives='independent' with model.kind='particles': there is no "
-      "noise to draw a second batch from; use 'own' or 'own_with_self'",
-    )
-  require(
-    config.eval.num_samples >= 2,
-    f"eval.num_samples={config.eval.num_samples}: figures need at least 2",
-  )
-  check_choice("checkpoint.best_metric", config.checkpoint.best_metric, ("",))
+  @property
+  def num_samples(self) -> int:
+    """How many points are judged: all particles, or eval.num_samples."""
+    if self.has_particles:
+      return self.batch.generated
+    return self.eval.num_samples

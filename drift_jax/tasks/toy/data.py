@@ -11,13 +11,14 @@ import numpy as np
 
 from drift_jax.data.loader import Batch, share
 from drift_jax.data.order import generator
+from drift_jax.tasks.toy.config import ToyConfig
 
 # Half of a checkerboard's cell: 4 x 4 of them cover [-1, 1]^2.
 _HALF_CELL = 0.25
 
 
 class Modes(NamedTuple):
-  """Where a distribution has its mass.
+  """Modes of a distribution.
 
   Attributes:
     centres: [K, 2].
@@ -36,7 +37,7 @@ class _Distribution:
 
   Attributes:
     draw: (random generator, n) -> [n, 2], about within [-1, 1]^2.
-    centres: [K, 2] of modes of equal mass; None where there are none.
+    centres: [K, 2] of modes of equal mass; None if there are none.
     extent: how far a mode reaches from its centre without the noise.
   """
 
@@ -46,7 +47,7 @@ class _Distribution:
 
 
 def _around(centres: np.ndarray, half: float = 0.0) -> _Distribution:
-  """One of the centres each, uniform in the square of half side `half`."""
+  """Points uniform in a square of half side `half` about a random centre."""
 
   def draw(rng: np.random.Generator, count: int) -> np.ndarray:
     chosen = centres[rng.integers(len(centres), size=count)]
@@ -92,7 +93,8 @@ def _spiral(rng: np.random.Generator, count: int) -> np.ndarray:
   return _roll(3 * np.pi * t + side, 0.95 * t)
 
 
-_DISTRIBUTIONS = {
+# Those of config.DISTRIBUTIONS.
+DISTRIBUTIONS = {
   "bimodal": _around(np.array([[-0.5, 0.0], [0.5, 0.0]])),
   "checkerboard": _around(_cells(), _HALF_CELL),
   "swiss_roll": _Distribution(_swiss_roll),
@@ -100,15 +102,6 @@ _DISTRIBUTIONS = {
   "moons": _Distribution(_moons),
   "spiral": _Distribution(_spiral),
 }
-TOYS = tuple(_DISTRIBUTIONS)
-
-
-def _find(name: str) -> _Distribution:
-  if name not in _DISTRIBUTIONS:
-    raise ValueError(
-      f"distribution {name!r}: valid options are {list(_DISTRIBUTIONS)}"
-    )
-  return _DISTRIBUTIONS[name]
 
 
 def draw_points(
@@ -117,42 +110,31 @@ def draw_points(
   """Points [count, 2] float32 of a distribution.
 
   Args:
-    name: one of TOYS. 'bimodal': modes at (-0.5, 0) and (0.5, 0);
+    name: one of DISTRIBUTIONS. 'bimodal': modes at (-0.5, 0) and (0.5, 0);
       'checkerboard': the 8 even cells of a 4 x 4 board on [-1, 1]^2;
       'swiss_roll': t = pi / 2 + 4 pi u, scaled into [-1, 1]^2;
       'eight_gaussians': on a circle of radius 0.8; 'moons': two half circles;
       'spiral': two arms.
-    count: of points.
+    count: number of points.
     noise: standard deviation of the Gaussian noise that is added.
-    rng: of the draws.
-
-  Raises:
-    ValueError: an unknown name.
+    rng: source of the draws.
   """
-  points = _find(name).draw(rng, count)
+  points = DISTRIBUTIONS[name].draw(rng, count)
   return (points + noise * rng.normal(size=(count, 2))).astype(np.float32)
 
 
-def fixed_points(
-  name: str, count: int, noise: float, *, seed: int, number: int
-) -> np.ndarray:
-  """Points [count, 2] to judge by: set `number` of a run's, none of its feed's.
-
-  Arguments and errors are those of draw_points.
-  """
-  rng = generator(seed, "toy evaluation", number)
-  return draw_points(name, count, noise, rng)
+def fixed_points(config: ToyConfig, count: int, number: int) -> np.ndarray:
+  """Set `number` of points [count, 2] to judge by, apart from the feed's."""
+  rng = generator(config.seed, "toy evaluation", number)
+  return draw_points(config.data.distribution, count, config.data.noise, rng)
 
 
 def modes_of(name: str, noise: float) -> Modes | None:
-  """Modes of a distribution; None where it has none.
+  """Modes of a distribution; None if it has none.
 
   Their radius takes in all but 3e-4 of a Gaussian of the noise.
-
-  Raises:
-    ValueError: an unknown name.
   """
-  distribution = _find(name)
+  distribution = DISTRIBUTIONS[name]
   centres = distribution.centres
   if centres is None:
     return None
@@ -169,49 +151,35 @@ class ToyFeed:
   """
 
   def __init__(
-    self,
-    distribution: str,
-    *,
-    noise: float,
-    seed: int,
-    num_labels: int,
-    num_positives: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    self, config: ToyConfig, process_index: int = 0, process_count: int = 1
   ):
     """Draws nothing yet.
 
     Args:
-      distribution: one of TOYS.
-      noise: see draw_points.
-      seed: of the draws.
-      num_labels: N_c, drift problems of a step over all processes.
-      num_positives: N_pos of each.
-      process_index, process_count: whose part to draw.
+      config: the run's config.
+      process_index, process_count: the process whose part is drawn.
 
     Raises:
-      ValueError: an unknown distribution, or labels that the processes can't
-        share.
+      ValueError: labels that the processes can't share.
     """
-    _find(distribution)
-    self._rows = share("batch.labels", num_labels, process_index, process_count)
-    self._distribution = distribution
-    self._noise = noise
-    self._seed = seed
-    self._count = num_positives
+    self._config = config
+    self._rows = share(
+      "batch.labels", config.batch.labels, process_index, process_count
+    )
     self._position = 0
 
   def __iter__(self) -> Iterator[Batch]:
     return self
 
   def __next__(self) -> Batch:
-    step, self._position = self._position, self._position + 1
+    config, step = self._config, self._position
+    self._position += 1
     points = [
       draw_points(
-        self._distribution,
-        self._count,
-        self._noise,
-        generator(self._seed, "toy", step, label),
+        config.data.distribution,
+        config.batch.positives,
+        config.data.noise,
+        generator(config.seed, "toy", step, label),
       )
       for label in self._rows
     ]
@@ -230,7 +198,7 @@ class ToyFeed:
     return self.state()
 
   def restore(self, state: dict[str, Any]) -> None:
-    """Continues where `state` was taken, by however many processes."""
+    """Continues from `state`, whatever the number of processes that took it."""
     self._position = int(state["position"])
 
   def close(self) -> None:

@@ -14,33 +14,33 @@ from drift_jax.metrics.writers import MetricWriter, read_jsonl
 from drift_jax.system import processes, sharding, storage, streams
 from drift_jax.system.console import logger
 from drift_jax.system.errors import naming
+from drift_jax.tasks.toy import figures as toy_figures
 from drift_jax.tasks.toy.config import ToyConfig
 from drift_jax.tasks.toy.data import fixed_points, modes_of
-from drift_jax.tasks.toy.figures import (
-  baseline,
-  energy_distance,
-  mode_coverage,
-  sliced_wasserstein,
+from drift_jax.tasks.toy.plots import (
+  Frames,
+  plane_limit,
+  plot_field,
+  save_evolution,
 )
-from drift_jax.tasks.toy.plots import plane_limit, plot_field, save_evolution
 from drift_jax.tasks.toy.setup import make_field, toy_sampler
 from drift_jax.tasks.toy.step import ToyTask
 from drift_jax.training.state import TrainState
 
-# Of the loss, each step: about the last 50 steps count.
+# Decay of the loss average per step: about the last 50 steps count.
 _LOSS_DECAY = 0.98
-
-
 # Points of a side of the grid on which the field is drawn, and of each set
 # that it is computed from, at most.
 _GRID = 17
-
-
 _FIELD_POINTS = 256
-
-
-# Sets of data whose figures against each other are the baselines.
+# Number of data sets that are compared with each other for the baselines.
 _BASELINE_SETS = 6
+# Figures of two sets, each reported with its ratio to the baseline.
+_DISTANCES = {
+  "energy_distance": toy_figures.energy_distance,
+  "sliced_wasserstein": toy_figures.sliced_wasserstein,
+}
+_MODE_ERROR = "worst_mode_error"
 
 
 class Evaluation:
@@ -54,35 +54,26 @@ class Evaluation:
     path: epath.Path,
     draw: bool,
   ):
-    self._drawn = draw
+    self._drawn = draw and processes.is_first()
     self._config = config
     self._task = task
     self._mesh = mesh
     self._path = path
     self._sample = toy_sampler(config, task, mesh)
-    section = config.data
-    count = config.eval.num_samples
-    if config.has_particles:
-      count = config.batch.generated
-    self._data, *others = [
-      fixed_points(
-        section.distribution,
-        count,
-        section.noise,
-        seed=config.seed,
-        number=number,
-      )
+    sets = [
+      fixed_points(config, config.num_samples, number)
       for number in range(_BASELINE_SETS)
     ]
-    self._modes = modes_of(section.distribution, section.noise)
-    sets = [self._data, *others]
+    self._data = sets[0]
     self._baselines = {
-      "energy_distance": baseline(energy_distance, sets),
-      "sliced_wasserstein": baseline(sliced_wasserstein, sets),
+      name: toy_figures.baseline(distance, sets)
+      for name, distance in _DISTANCES.items()
     }
+    self._modes = modes_of(config.data.distribution, config.data.noise)
     if self._modes is not None:
-      errors = [mode_coverage(s, *self._modes).worst_error for s in sets]
-      self._baselines["worst_mode_error"] = float(np.mean(errors))
+      covered = [toy_figures.mode_coverage(s, *self._modes) for s in sets]
+      errors = [coverage.worst_error for coverage in covered]
+      self._baselines[_MODE_ERROR] = float(np.mean(errors))
 
   def __call__(
     self,
@@ -96,22 +87,17 @@ class Evaluation:
     points = self._take(step, state)
     check()
     figures, masses = self._judge(points)
-    logger.info(
-      "eval step %d: %s",
-      step,
-      ", ".join(
-        f"{name} {value:.4g}"
-        + (f" (data {base:.4g})" if (base := self._baselines.get(name)) else "")
-        for name, value in figures.items()
-      ),
+    described = (
+      f"{name} {value:.4g}"
+      + (f" (data {base:.4g})" if (base := self._baselines.get(name)) else "")
+      for name, value in figures.items()
     )
-    scalars = {f"eval/{name}": value for name, value in figures.items()}
-    for name, value in self._baselines.items():
-      scalars[f"eval/{name}/baseline"] = value
+    logger.info("eval step %d: %s", step, ", ".join(described))
+    scalars = figures | {f"{k}/baseline": v for k, v in self._baselines.items()}
     if self._modes is not None:
       for mode, ratio in enumerate(masses / self._modes.masses):
-        scalars[f"eval/mode_ratio/{mode}"] = float(ratio)
-    return scalars
+        scalars[f"mode_ratio/{mode}"] = float(ratio)
+    return {f"eval/{name}": value for name, value in scalars.items()}
 
   def _take(self, step: int, state: TrainState) -> np.ndarray:
     points = self._sample(state.ema[str(self._config.eval.ema_decay)])
@@ -129,31 +115,30 @@ class Evaluation:
     if not (self._path / "samples" / "step_0000000.npy").exists():
       params = jax.jit(init)(streams.stream(self._config.seed, "params"))
       shardings = sharding.infer_sharding(params, self._mesh)
-      params = jax.device_put(params, shardings)
-      self._save(0, self._sample(params))
+      self._save(0, self._sample(jax.device_put(params, shardings)))
 
   def _judge(self, points: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
     """Figures by name, and the mass of each mode."""
     figures = {
-      "energy_distance": energy_distance(points, self._data),
-      "sliced_wasserstein": sliced_wasserstein(points, self._data),
+      name: distance(points, self._data)
+      for name, distance in _DISTANCES.items()
     }
     if self._modes is None:
       return figures, np.zeros(0)
-    found = mode_coverage(points, *self._modes)
+    coverage = toy_figures.mode_coverage(points, *self._modes)
     figures |= {
-      "modes_reached": float(found.reached),
-      "worst_mode_error": found.worst_error,
-      "outside_modes": found.outside,
+      "modes_reached": float(coverage.reached),
+      _MODE_ERROR: coverage.worst_error,
+      "outside_modes": coverage.outside,
     }
-    return figures, found.masses
+    return figures, coverage.masses
 
   def finish(self, state: TrainState, seconds: float) -> None:
-    """Writes figures.json of the final state.
+    """Writes figures.json of the final state, and the pictures.
 
     Args:
-      state: the final one.
-      seconds: this process has taken so far.
+      state: final state.
+      seconds: time that this process has taken so far.
     """
     step = int(state.step)
     figures, masses = self._judge(self._take(step, state))
@@ -164,10 +149,9 @@ class Evaluation:
     for name, value in figures.items():
       report[name] = value
       if name in self._baselines:
-        base = self._baselines[name]
-        report[f"{name}_baseline"] = base
-        if name != "worst_mode_error":
-          report[f"{name}_ratio"] = value / base
+        report[f"{name}_baseline"] = self._baselines[name]
+      if name in _DISTANCES:
+        report[f"{name}_ratio"] = value / self._baselines[name]
     if self._modes is not None:
       report["mode_masses"] = masses.tolist()
       report["true_mode_masses"] = self._modes.masses.tolist()
@@ -176,54 +160,49 @@ class Evaluation:
     if processes.is_first():
       write_report(self._path / "figures.json", report)
       logger.info("Final figures: %s", report_text(report))
-      if self._drawn:
-        self._draw()
+    if self._drawn:
+      self._draw()
+
+  def _series(self, key: str) -> list[tuple[int, float]]:
+    """(step, value) of the lines of metrics.jsonl that have a key."""
+    return [
+      (int(r["step"]), float(r[key])) for r in self._records() if key in r
+    ]
 
   def _records(self) -> list[dict[str, Any]]:
     file = self._path / "metrics.jsonl"
-    return list(read_jsonl(file)) if file.exists() else []
+    return read_jsonl(file) if file.exists() else []
 
   def _loss_ema(self) -> float | None:
-    """Of the losses in metrics.jsonl: one logged k steps on weighs 1 - d^k."""
+    """Average of the logged losses; a loss k steps later weighs 1 - d^k."""
     average, last = None, 0
-    for record in self._records():
-      if "loss" not in record or record["step"] <= last:
+    for step, loss in self._series("loss"):
+      if step <= last:
         continue
-      kept = _LOSS_DECAY ** (record["step"] - last)
-      loss, last = float(record["loss"]), int(record["step"])
+      kept = _LOSS_DECAY ** (step - last)
       average = loss if average is None else kept * average + (1 - kept) * loss
+      last = step
     return average
 
-  def _temperature_scale(self, step: int) -> float:
-    """Of annealed and learned temperatures, at the last logged step by then."""
-    scales = [
-      float(record["temperature_scale"])
-      for record in self._records()
-      if "temperature_scale" in record and record["step"] <= step
-    ]
-    return scales[-1] if scales else 1.0
-
   def plot_curves(self) -> None:
-    """Draws the curves from what metrics.jsonl holds so far, if anything."""
-    drawn = self._drawn and processes.is_first()
-    records = self._records() if drawn else []
-    if any("loss" in record for record in records):
+    """Draws the curves that metrics.jsonl has data for."""
+    records = self._records() if self._drawn else []
+    keys = {key for record in records for key in record}
+    if "loss" in keys:
       plot_toy(records, self._path / "plots" / "curves.png")
-    if any(key.startswith("alignment/") for r in records for key in r):
-      plot_diagnostics(records, self._path / "plots/diagnostics.png")
+    if any(key.startswith("alignment/") for key in keys):
+      plot_diagnostics(records, self._path / "plots" / "diagnostics.png")
 
   def _draw(self) -> None:
     """Draws the animation and the field from the samples that were kept."""
-    plots = self._path / "plots"
+    plots, config = self._path / "plots", self._config
     files = storage.entries(self._path / "samples", ".npy")
     with naming("samples"):
       frames = [
         (int(file.stem.removeprefix("step_")), read_npy(file)) for file in files
       ]
-    section = self._config.data
-    save_evolution(
-      frames, self._data, plots / "evolution.gif", title=section.distribution
-    )
+    title = config.data.distribution
+    save_evolution(frames, self._data, plots / "evolution.gif", title=title)
     limit = plane_limit(self._data, frames)
     # Cell centres.
     side = (
@@ -231,25 +210,19 @@ class Evaluation:
     ) / _GRID * 2 * limit - limit
     grid = np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2)
     count = min(_FIELD_POINTS, len(self._data))
-    positives = fixed_points(
-      section.distribution,
-      count,
-      section.noise,
-      seed=self._config.seed,
-      number=_BASELINE_SETS,
-    )
+    positives = fixed_points(config, count, _BASELINE_SETS)
     field = make_field(self._task)
+    scales = self._series("temperature_scale")
     panels = []
     for step, points in _three(frames):
-      scale = self._temperature_scale(step)
+      # An annealed or learned temperature is logged; take the newest by then.
+      scale = ([1.0] + [v for logged, v in scales if logged <= step])[-1]
       v = field(points[:count], positives, grid, scale)
       panels.append((step, points, np.asarray(v)))
     plot_field(panels, grid, self._data, plots / "field.png", limit=limit)
 
 
-def _three(
-  frames: list[tuple[int, np.ndarray]],
-) -> list[tuple[int, np.ndarray]]:
+def _three(frames: Frames) -> Frames:
   """The first frame, one at a tenth of the steps or so, and the last."""
   first, *others, last = frames
   between = sorted(others, key=lambda frame: abs(frame[0] - last[0] / 10))

@@ -3,6 +3,7 @@
 Everything is computed in float64.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -15,12 +16,12 @@ Points = Float[np.ndarray, "N D"]
 
 # Rows of a distance matrix that are held at once.
 _CHUNK = 256
-# A mode counts as reached from this share of its mass on.
+# Share of a mode's true mass from which on it counts as reached.
 _REACHED = 0.1
 
 
 class Coverage(NamedTuple):
-  """What mode_coverage finds.
+  """Result of mode_coverage.
 
   Attributes:
     masses: [K], shares of the points in each mode.
@@ -39,11 +40,11 @@ def mean_distance(x: Points, y: Float[np.ndarray, "M D"]) -> float:
   """E ||X - Y||: the mean over all N M pairs, a few rows of them at a time.
 
   Raises:
-    ValueError: an empty set, or spaces of different dimension.
+    EvaluationError: points that are not finite; so do all figures here.
   """
   from scipy.spatial import distance
 
-  x, y = _checked(x, y)
+  x, y = _finite(x), _finite(y)
   rows = (x[i : i + _CHUNK] for i in range(0, len(x), _CHUNK))
   total = sum(float(distance.cdist(part, y).sum()) for part in rows)
   return total / (len(x) * len(y))
@@ -56,24 +57,13 @@ def energy_distance(x: Points, y: Float[np.ndarray, "M D"]) -> float:
   negative, and of two sets of one distribution it is (1/N + 1/M) E ||X - X'||
   on average: judge it beside such a pair. (Its square root is also called
   energy distance.)
-
-  Args:
-    x: [N, D].
-    y: [M, D].
-
-  Raises:
-    ValueError: an empty set, or spaces of different dimension.
   """
   across = 2 * mean_distance(x, y)
   return max(across - mean_distance(x, x) - mean_distance(y, y), 0.0)
 
 
 def sliced_wasserstein(
-  x: Points,
-  y: Float[np.ndarray, "M D"],
-  *,
-  projections: int = 64,
-  seed: int = 0,
+  x: Points, y: Points, *, projections: int = 64, seed: int = 0
 ) -> float:
   """E over directions u of W1(u x, u y), in the points' unit.
 
@@ -83,23 +73,14 @@ def sliced_wasserstein(
   Args:
     x, y: [N, D].
     projections: number of directions, uniform on the sphere.
-    seed: of the directions.
-
-  Raises:
-    ValueError: sets of different shapes, or an empty one.
+    seed: seed of the directions.
   """
-  x, y = _checked(x, y)
-  if len(x) != len(y):
-    raise ValueError(
-      f"sets of {len(x)} and {len(y)} points: sliced Wasserstein pairs them in "
-      "order, give as many of each"
-    )
   directions = np.random.default_rng(seed).normal(
     size=(projections, x.shape[1])
   )
   directions /= np.linalg.norm(directions, axis=1, keepdims=True)
   along_x, along_y = (
-    np.sort(points @ directions.T, axis=0) for points in (x, y)
+    np.sort(_finite(points) @ directions.T, axis=0) for points in (x, y)
   )
   return float(np.mean(np.abs(along_x - along_y)))
 
@@ -119,14 +100,10 @@ def mode_coverage(
     centres: [K, D] of the modes.
     masses: [K], true shares.
     radius: in the points' unit.
-
-  Raises:
-    ValueError: no points, or spaces of different dimension.
   """
   from scipy.spatial import distance
 
-  points, centres = _checked(points, centres)
-  distances = distance.cdist(points, centres)
+  distances = distance.cdist(_finite(points), centres)
   inside = distances.min(axis=1) <= radius
   nearest = distances.argmin(axis=1)[inside]
   found = np.bincount(nearest, minlength=len(centres)) / len(points)
@@ -143,24 +120,17 @@ def baseline(
   sets: Sequence[np.ndarray],
 ) -> float:
   """A figure of data against data: its mean over successive pairs of sets."""
-  pairs = zip(sets[:-1], sets[1:], strict=True)
-  return float(np.mean([figure(x, y) for x, y in pairs]))
+  return float(np.mean([figure(x, y) for x, y in itertools.pairwise(sets)]))
 
 
-def _checked(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Both in float64; a ValueError for what has no distance."""
-  x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-  if not len(x) or not len(y) or x.shape[1] != y.shape[1]:
-    raise ValueError(
-      f"point sets of shapes {x.shape} and {y.shape}: want [N, D] and [M, D], "
-      "neither empty"
+def _finite(points: np.ndarray) -> np.ndarray:
+  """Points in float64; an EvaluationError for those that are no numbers."""
+  points = np.asarray(points, np.float64)
+  finite = np.isfinite(points).all(axis=1)
+  if not finite.all():
+    first = int(np.argmin(finite))
+    raise EvaluationError(
+      f"{np.count_nonzero(~finite)} of {len(points)} points are not finite, "
+      f"the first is number {first}: {points[first].tolist()}"
     )
-  for points in (x, y):
-    finite = np.isfinite(points).all(axis=1)
-    if not finite.all():
-      raise EvaluationError(
-        f"{np.count_nonzero(~finite)} of {len(points)} points are not finite, "
-        f"the first is number {np.argmin(finite)}: "
-        f"{points[np.argmin(finite)].tolist()}"
-      )
-  return x, y
+  return points

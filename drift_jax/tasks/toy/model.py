@@ -61,12 +61,7 @@ class Particles(nn.Module):
       ) + self.spread * jax.random.normal(key, shape)
 
     positions = self.param("positions", start)
-    if len(noise) % self.count:
-      raise ValueError(
-        f"{len(noise)} samples of {self.count} particles: want a multiple"
-      )
-    times = len(noise) // self.count
-    return jnp.tile(positions, (times, 1))
+    return jnp.tile(positions, (len(noise) // self.count, 1))
 
 
 def _normal(gain: float) -> nn.initializers.Initializer:

@@ -1,4 +1,4 @@
-"""From a config to what a toy run needs: task, feed, sampler, field."""
+"""Objects of a toy run, from its config: task, feed, sampler, field."""
 
 import dataclasses
 import functools
@@ -11,14 +11,13 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from drift_jax import drift
 from drift_jax.system import sharding
 from drift_jax.system.errors import naming
 from drift_jax.system.streams import stream
 from drift_jax.tasks.toy.config import ToyConfig
 from drift_jax.tasks.toy.data import ToyFeed
 from drift_jax.tasks.toy.model import Mlp, Particles
-from drift_jax.tasks.toy.step import POINTS_KEY, ToyTask
+from drift_jax.tasks.toy.step import ToyTask, plane_loss
 from drift_jax.training import optim
 from drift_jax.training.drifting import drift_arguments
 from drift_jax.training.step import apply
@@ -30,12 +29,12 @@ def toy_task(config: ToyConfig) -> ToyTask:
   Raises:
     ConfigError: a drifting field that can't be.
   """
-  arguments = dataclasses.asdict(config.model)
-  kind = arguments.pop("kind")
-  if kind == "particles":
-    start = {name: arguments[name] for name in ("location", "spread")}
-    model = Particles(count=config.batch.generated, **start)
+  section = config.model
+  if config.has_particles:
+    model = Particles(config.batch.generated, section.location, section.spread)
   else:
+    arguments = dataclasses.asdict(section)
+    del arguments["kind"]
     model = Mlp(**arguments)
   return ToyTask(
     model=model,
@@ -76,27 +75,16 @@ def toy_feed(config: ToyConfig) -> ToyFeed:
     ConfigError: labels that the processes can't share.
   """
   with naming("data"):
-    return ToyFeed(
-      config.data.distribution,
-      noise=config.data.noise,
-      seed=config.seed,
-      num_labels=config.batch.labels,
-      num_positives=config.batch.positives,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )
+    return ToyFeed(config, jax.process_index(), jax.process_count())
 
 
 def toy_sampler(
   config: ToyConfig, task: ToyTask, mesh: Mesh
 ) -> Callable[[Any], np.ndarray]:
-  """params -> points [n, 2]: eval.num_samples of them, or all particles.
+  """params -> points [config.num_samples, 2].
 
   An MLP's noise is the same at each call.
   """
-  count = config.eval.num_samples
-  if config.has_particles:
-    count = config.batch.generated
   root = stream(config.seed, "sample")
 
   def noise_of(number: jax.Array) -> jax.Array:
@@ -105,7 +93,9 @@ def toy_sampler(
 
   @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
   def sample(params: Any) -> jax.Array:
-    return apply(task.model, params, jax.vmap(noise_of)(jnp.arange(count)))
+    return apply(
+      task.model, params, jax.vmap(noise_of)(jnp.arange(config.num_samples))
+    )
 
   return lambda params: np.asarray(sample(params))
 
@@ -118,33 +108,28 @@ def make_field(task: ToyTask) -> Callable[..., jax.Array]:
   for the field. The temperature scale is that of drift.drift_losses.
   """
   normalized = task.variant.normalize_features
+  independent = task.variant.negatives == "independent"
 
   @jax.jit
   def field(
     samples: jax.Array, positives: jax.Array, queries: jax.Array, scale: float
   ) -> jax.Array:
-    real = [positives]
-    if task.variant.negatives == "independent":
-      real.append(samples)
-    problem = {POINTS_KEY: jnp.concatenate(real)[None, :, None]}
+    repelling = samples[None, :, None] if independent else None
 
     def of_one(query: jax.Array) -> jax.Array:
       def loss(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        losses, report = drift.drift_losses(
-          {POINTS_KEY: x[None, :, None]},
-          problem,
-          jnp.ones(1),
-          num_positives=len(positives),
-          num_unconditional=0,
-          **task.drift,
-          variant=task.variant,
+        value, report = plane_loss(
+          task,
+          x[None, :, None],
+          positives[None],
+          repelling,
           temperature_scale=jnp.asarray(scale, jnp.float32),
         )
-        return losses.sum(), report.info["scale"][0]
+        return value, report.info["scale"][0]
 
       x = jnp.concatenate([samples, query[None]])
       gradient, mean_distance = jax.grad(loss, has_aux=True)(x)
-      # It is -2 V / (N C s), of V in units of s = S / sqrt(C).
+      # The gradient is -2 V / (N C s), with V in units of s = S / sqrt(C).
       v = gradient[-1] * (-x.size / 2)
       return v * mean_distance**2 / 2 if normalized else v
 

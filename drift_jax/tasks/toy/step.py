@@ -1,6 +1,7 @@
 """A toy's training step: pure, the drifting loss in the plane itself."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -31,8 +32,9 @@ class ToyDraws(NamedTuple):
   """The random numbers of one step.
 
   Attributes:
-    noise: of the generated samples.
-    repelling: of the independent samples that repel, if the variant has them.
+    noise: noise of the generated samples.
+    repelling: noise of the independent samples that repel, if the variant has
+      them.
   """
 
   noise: Float[Array, "LN Z"]
@@ -48,7 +50,7 @@ class ToyTask:
     noise_size: Z.
     num_generated: N, samples of a problem.
     drift: keyword arguments of drift.drift_losses.
-    variant: of drift.drift_losses.
+    variant: variant of drift.drift_losses.
     average: whether the loss is the mean over features; a toy has one.
     temperature: how the temperatures change in time.
   """
@@ -73,37 +75,32 @@ def draw_toy(key: PRNGKeyArray, task: ToyTask, num_labels: int) -> ToyDraws:
   return ToyDraws(noise, repelling)
 
 
-def toy_loss(
-  params: Any,
-  batch: ToyBatch,
-  draws: ToyDraws,
+def plane_loss(
   task: ToyTask,
+  points: Float[Array, "L N 1 2"],
+  positives: Float[Array, "L P 2"],
+  repelling: Float[Array, "L N 1 2"] | None = None,
   axis_name: tuple[str, ...] = (),
   temperature_scale: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], drift.DriftReport]:
-  """The mean drifting loss of the problems of a batch (eq. 6), and its report.
+  """The mean drifting loss of L problems (eq. 6), and its report.
 
   Args:
-    params: of the model.
-    batch, draws: all of them, or this device's part.
     task: static.
-    axis_name: mesh axes over which the batch is split.
+    points: generated samples.
+    positives: data.
+    repelling: independent samples that repel, if the variant has them.
+    axis_name: mesh axes over which the problems are split.
     temperature_scale: multiplies the temperatures; None for 1.
   """
-  num_labels, num_positives = batch.positives.shape[:2]
-
-  def points(noise: Float[Array, "n Z"]) -> Float[Array, "L N 1 2"]:
-    return apply(task.model, params, noise).reshape(num_labels, -1, 1, 2)
-
-  real = batch.positives[:, :, None]
-  if draws.repelling is not None:
-    repelling = jax.lax.stop_gradient(points(draws.repelling))
+  real = positives[:, :, None]
+  if repelling is not None:
     real = jnp.concatenate([real, repelling], axis=1)
   losses, report = drift.drift_losses(
-    {POINTS_KEY: points(draws.noise)},
+    {POINTS_KEY: points},
     {POINTS_KEY: real},
-    jnp.ones(num_labels),
-    num_positives=num_positives,
+    jnp.ones(len(positives)),
+    num_positives=positives.shape[1],
     num_unconditional=0,
     **task.drift,
     axis_name=axis_name,
@@ -113,39 +110,59 @@ def toy_loss(
   return jnp.sum(losses), report
 
 
+def toy_loss(
+  params: Any,
+  axis_name: tuple[str, ...],
+  batch: ToyBatch,
+  draws: ToyDraws,
+  temperature_scale: Float[Array, ""] | None,
+  *,
+  task: ToyTask,
+) -> tuple[Float[Array, ""], drift.DriftReport]:
+  """plane_loss of the model's samples, as gradients_over calls it."""
+
+  def points(noise: Float[Array, "n Z"]) -> Float[Array, "L N 1 2"]:
+    shape = (len(batch.positives), -1, 1, 2)
+    return apply(task.model, params, noise).reshape(shape)
+
+  repelling = None
+  if draws.repelling is not None:
+    repelling = jax.lax.stop_gradient(points(draws.repelling))
+  return plane_loss(
+    task,
+    points(draws.noise),
+    batch.positives,
+    repelling,
+    axis_name,
+    temperature_scale,
+  )
+
+
 def toy_step(
   state: TrainState,
   batch: ToyBatch,
   frozen: Any = None,
-  draws: ToyDraws | None = None,
   *,
   task: ToyTask,
   optimizer: optax.GradientTransformation,
   schedule: optax.Schedule,
   layout: sharding.Layout | None = None,
 ) -> tuple[TrainState, Metrics]:
-  """One step of a toy; draws are made from state.key() if not given.
+  """One step of a toy, with draws from state.key(); nothing is frozen.
 
-  Metrics: see drift_update. There is nothing frozen.
+  Metrics: see drift_update.
   """
   del frozen
-  if draws is None:
-    draws = draw_toy(state.key(), task, len(batch.positives))
+  draws = draw_toy(state.key(), task, len(batch.positives))
   scale = None
   if task.temperature is not None:
     scale = task.temperature.scale(state)
-
-  def loss_of(
-    params: Any,
-    axes: tuple[str, ...],
-    batch: ToyBatch,
-    draws: ToyDraws,
-    scale: Any,
-  ) -> tuple[jax.Array, drift.DriftReport]:
-    return toy_loss(params, batch, draws, task, axes, scale)
-
   loss, report, grads = gradients_over(
-    loss_of, state.params, (batch, draws), (scale,), layout
+    functools.partial(toy_loss, task=task),
+    state.params,
+    (batch, draws),
+    (scale,),
+    layout,
   )
   return drift_update(
     state,

@@ -2,14 +2,12 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 
 from absl import flags
 
 from drift_jax import config as config_lib
-from drift_jax.tasks.policy import diffusion, robots
+from drift_jax.tasks.policy import robots
 from drift_jax.tasks.policy.evaluation import (
-  TrainedPolicy,
   chunk_latency,
   environments,
   load_policy,
@@ -21,27 +19,29 @@ from drift_jax.training.run import open_mesh
 
 
 def run(values: flags.FlagValues) -> dict[str, dict[str, float]]:
-  """{sampler: figures}; writes what the flags ask for.
+  """Rolls out the policy; returns {sampler: figures}.
 
   Raises:
-    ConfigError: no policy's run, or a flag that does not fit it.
+    ConfigError: the run is no policy, or a flag does not fit it.
     RobotError: an environment that can't be opened or drawn.
     CheckpointError: a checkpoint that can't be read.
   """
-  if values.video:
-    robots.video_ending(values.video)  # A mistake there, before it is drawn.
-  mesh = open_mesh(config_lib.Mesh(data=-1, fsdp=1))
-  policy = load_policy(values.workdir, mesh, step=values.step)
-  config, changes = policy.config, {}
-  for name in ("episodes", "seed"):
-    if getattr(values, name) is not None:
-      changes[name] = getattr(values, name)
-  if values.samplers is not None:
-    changes["samplers"] = tuple(values.samplers)
-  evaluation = dataclasses.replace(config.eval, **changes)
-  videos = min(values.videos, evaluation.episodes) if values.video else 0
+  # 1. The policy, with the flags in place of its config's values
+  if values.video:  # A mistake there, before it is drawn.
+    robots.video_ending(values.video)
+  policy = load_policy(
+    values.workdir,
+    open_mesh(config_lib.Mesh(data=-1, fsdp=1)),
+    step=values.step,
+  )
+  changes = {
+    name: tuple(value) if isinstance(value, list) else value
+    for name in ("episodes", "seed", "samplers")
+    if (value := getattr(values, name)) is not None
+  }
   config = dataclasses.replace(
-    config, eval=dataclasses.replace(evaluation, videos=videos)
+    policy.config,
+    eval=dataclasses.replace(policy.config.eval, **changes, videos=0),
   )
   config.check()
   if not config.environment:
@@ -55,29 +55,19 @@ def run(values: flags.FlagValues) -> dict[str, dict[str, float]]:
       f"--video is of one sampler, the run has {list(samplers)}: choose one by "
       "--samplers"
     )
-  report = {}
-  policy = policy._replace(config=config)
+  # 2. Its episodes
+  report: dict[str, dict[str, float]] = {"step": {"checkpoint": policy.step}}
+  videos = min(values.videos, config.eval.episodes) if values.video else 0
   with environments(config) as opened:
     for name, sampler in samplers.items():
-      report[name] = _one(policy, opened, sampler, values.video)
-  return {"step": {"checkpoint": policy.step}, **report}
-
-
-def _one(
-  policy: TrainedPolicy,
-  opened: Sequence[robots.Environment],
-  sampler: diffusion.Sampler | None,
-  video: str,
-) -> dict[str, float]:
-  config = policy.config
-  act = functools.partial(
-    make_act(policy.task, policy.normalizer, sampler, seed=config.seed),
-    policy.params,
-  )
-  count = config.eval.videos
-  episodes = run_episodes(config, opened, act, record=count)
-  figures = robots.summarize(episodes)
-  latency = chunk_latency(config, opened[0], act)
-  if video:
-    robots.save_video(video, episodes[:count])
-  return {**figures, "milliseconds_per_chunk": 1e3 * latency}
+      act = functools.partial(
+        make_act(policy.task, policy.normalizer, sampler, seed=config.seed),
+        policy.params,
+      )
+      episodes = run_episodes(config, opened, act, record=videos)
+      figures = robots.summarize(episodes)
+      latency = chunk_latency(config, opened[0], act)
+      if values.video:
+        robots.save_video(values.video, episodes[:videos])
+      report[name] = {**figures, "milliseconds_per_chunk": 1e3 * latency}
+  return report

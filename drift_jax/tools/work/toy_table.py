@@ -1,140 +1,161 @@
 """Trains toys for a table: see drift_jax.tools.toy_table."""
 
-import csv
-import io
 import itertools
 import json
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
-import numpy as np
-from etils import epath
+from absl import flags
 
 from drift_jax import config as config_lib
 from drift_jax import drift
-from drift_jax.metrics.files import replacing
 from drift_jax.system.console import logger
 from drift_jax.system.errors import ERRORS
 from drift_jax.tasks import parse
 from drift_jax.tasks.toy import train as train_toy
 from drift_jax.tasks.toy.config import ToyConfig
 from drift_jax.tasks.toy.plots import plot_toy_table
+from drift_jax.tools.work import rows
 from drift_jax.training.drifting import drift_arguments
-from drift_jax.training.facts import read_facts
 
 # The figure of the table: energy distance to fresh data over that of data to
-# data; beside it, where there are modes, how far the worst one's mass is off.
+# data; beside it, if there are modes, how far the worst one's mass is off.
 FIGURE = "energy_distance_ratio"
 MODES = "worst_mode_error"
+# Figures of the CSV file.
+_COLUMNS = (FIGURE, "sliced_wasserstein_ratio", MODES, "loss_ema", "step")
+
+# {(toy, field): runs}.
+Table = dict[tuple[str, str], rows.Runs]
 
 
-class Cell(NamedTuple):
-  """Runs of a field on a toy.
+def run(values: flags.FlagValues, overrides: Mapping[str, str]) -> list[str]:
+  """Trains the runs that are missing; returns the failures.
 
-  Attributes:
-    figures: figures.json of each finished run, by seed.
-    failed: what the others say.
+  Args:
+    values: flags of the tool.
+    overrides: {key of the config: value}.
   """
-
-  figures: dict[int, dict[str, Any]]
-  failed: list[str]
-
-  def values(self, figure: str) -> np.ndarray:
-    """Of the finished runs, those that have it."""
-    found = [f[figure] for f in self.figures.values() if figure in f]
-    return np.asarray(found, np.float64)
-
-  def text(self) -> str:
-    """Mean and deviation over seeds; the worst mode's error in brackets."""
-    ratios, errors = self.values(FIGURE), self.values(MODES)
-    if not len(ratios):
-      return "failed" if self.failed else ""
-    text = spread(ratios)
-    if len(errors):
-      text += f" ({spread(100 * errors)} %)"
-    return text + f", {len(self.failed)} failed" * bool(self.failed)
-
-
-Table = dict[tuple[str, str], Cell]
-
-
-def spread(values: np.ndarray) -> str:
-  """'mean ± sample standard deviation', of one value just it."""
-  text = f"{values.mean():.3g}"
-  return text if len(values) == 1 else f"{text} ± {values.std(ddof=1):.2g}"
+  # 1. All configs are checked before the first is trained; seed by seed, so
+  # that a whole table comes first.
+  workdir = pathlib.Path(values.workdir)
+  fields = values.fields or list(drift.FIELDS)
+  toys = values.toys
+  configs = {
+    (temperature, toy, field, seed): make_config(
+      f"{values.config}:{toy},{values.variant}",
+      {
+        "drift.field": field,
+        "drift.temperatures": (temperature,),
+        "seed": seed,
+      },
+      overrides,
+    )
+    for seed in values.seeds
+    for temperature, toy, field in itertools.product(
+      values.temperatures, toys, fields
+    )
+  }
+  changed = [f"--config.{key}={value}" for key, value in overrides.items()]
+  about = (
+    f"Variant `{values.variant}`{', ' * bool(changed)}{' '.join(changed)}."
+  )
+  tables: dict[float, Table] = {
+    temperature: {cell: rows.Runs() for cell in itertools.product(toys, fields)}
+    for temperature in values.temperatures
+  }
+  # 2. The runs
+  jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  start, trained = time.monotonic(), 0
+  for number, (key, config) in enumerate(configs.items(), 1):
+    temperature, toy, field, seed = key
+    path = workdir / f"{toy}-{field}-{temperature:g}" / f"seed_{seed}"
+    done = (path / "figures.json").exists()
+    cell = tables[temperature][toy, field]
+    try:
+      train(config, path, draw=seed == values.seeds[0])
+      cell.add(rows.read(path), f"{toy}, {field}")
+    except ERRORS as error:
+      cell.failed[seed] = str(error)
+    trained += not done
+    if done and number < len(configs):
+      continue
+    left = (time.monotonic() - start) / max(trained, 1)
+    logger.info(
+      "%d/%d %s, %s, temperature %g, seed %d: %s; about %.0f min left",
+      *(number, len(configs), toy, field, temperature, seed, cell_text(cell)),
+      left * (len(configs) - number) / 60,
+    )
+    write(tables[temperature], workdir, f"{temperature:g}", about)
+  return [line for table in tables.values() for line in _failures(table)]
 
 
 def make_config(
-  file: str, toy: str, variant: str, changes: Mapping[str, Any]
+  name: str, changes: Mapping[str, Any], overrides: Mapping[str, str]
 ) -> dict[str, Any]:
   """The values of a run's config, checked.
+
+  Args:
+    name: the config, FILE:VARIANT.
+    changes: {dotted key: value} of the run.
+    overrides: {dotted key: JSON, or text} of all runs.
 
   Raises:
     ConfigError: no such toy or variant, or values that can't be run.
   """
-  values = config_lib.load_config(f"{file}:{toy},{variant}")
-  for key, value in changes.items():
-    *sections, name = key.split(".")
-    section: Any = values
-    for part in sections:
-      section = section[part]
-    section[name] = value
-  config = parse(values)
-  if not isinstance(config, ToyConfig):
+  values = config_lib.load_config(name)
+  if values.get("task") != "toy":
     raise config_lib.ConfigError(
-      f"--config={file}: task={config.task!r}, want 'toy': configs/toy.py"
+      f"--config={name}: task={values.get('task')!r}, want 'toy'"
     )
+  rows.set_values(values, changes)
+  if values["drift"]["field"] == "sinkhorn":
+    values["drift"]["negatives"] = "independent"
+  for key, text in overrides.items():
+    try:
+      rows.set_values(values, {key: json.loads(text)})
+    except json.JSONDecodeError:
+      rows.set_values(values, {key: text})
+  config = parse(values)
+  assert isinstance(config, ToyConfig)
   drift_arguments(config.drift)
   return values
 
 
-def changes_of(
-  field: str, temperature: float, seed: int, overrides: Mapping[str, str]
-) -> dict[str, Any]:
-  """{key: value} of a run."""
-  changes: dict[str, Any] = {
-    "drift.field": field,
-    "drift.temperatures": (temperature,),
-    "seed": seed,
-  }
-  if field == "sinkhorn":
-    changes["drift.negatives"] = "independent"
-  for key, text in overrides.items():
-    try:
-      changes[key] = json.loads(text)
-    except json.JSONDecodeError:
-      changes[key] = text
-  return changes
+def train(config: Any, path: pathlib.Path, draw: bool) -> None:
+  """Trains a run, unless it is finished.
 
-
-def train(
-  config: Any, path: pathlib.Path, draw: bool
-) -> tuple[dict[str, Any] | None, str]:
-  """(figures.json of a run, or None, and what is wrong then)."""
-  file = path / "figures.json"
-  if file.exists():
-    # A finished run is taken as it is only where it is the one asked for.
+  Raises:
+    ConfigError: a finished run of another config; and what training raises.
+  """
+  if (path / "figures.json").exists():
     if (path / "config.json").read_text() != config_lib.to_json(parse(config)):
-      return None, (
+      raise config_lib.ConfigError(
         f"{path} holds a finished run of another config: use a new --workdir, "
         "or the flags that it was made with"
       )
-  else:
-    level = logger.level
-    logger.setLevel("WARNING")  # a table says what its runs would
-    try:
-      train_toy.train_and_evaluate(config, str(path), draw=draw)
-    except ERRORS as error:
-      return None, str(error)
-    finally:
-      logger.setLevel(level)
+    return
+  level = logger.level
+  logger.setLevel("WARNING")  # the table reports in their place
   try:
-    return read_facts(epath.Path(file), dict), ""
-  except config_lib.ConfigError as error:
-    return None, str(error)
+    train_toy.train_and_evaluate(config, str(path), draw=draw)
+  finally:
+    logger.setLevel(level)
+
+
+def cell_text(cell: rows.Runs) -> str:
+  """Mean and deviation over seeds; the worst mode's error in brackets."""
+  ratios, errors = cell.values(FIGURE), cell.values(MODES)
+  if not len(ratios):
+    return "failed" if cell.failed else ""
+  text = rows.spread(ratios, 3)
+  if len(errors):
+    text += f" ({rows.spread(100 * errors, 3)} %)"
+  return text + f", {len(cell.failed)} failed" * bool(cell.failed)
 
 
 def write(
@@ -143,42 +164,29 @@ def write(
   """Markdown, CSV and PNG of one temperature."""
   toys = list(dict.fromkeys(toy for toy, _ in table))
   fields = list(dict.fromkeys(field for _, field in table))
-  lines = [
+  parts = [
     f"# Fields on toys, temperature {temperature}",
-    "",
     "Energy distance of samples to fresh data, over that of data to data (1 is "
-    "perfect), mean ± sample standard deviation over seeds; in brackets, where "
+    "perfect), mean ± sample standard deviation over seeds; in brackets, if "
     "there are modes, how far the worst one's mass is off its own.",
-    "",
     about,
-    "",
-    "| | " + " | ".join(fields) + " |",
-    "|---" * (1 + len(fields)) + "|",
+    rows.markdown(
+      ["", *fields],
+      ([toy, *(cell_text(table[toy, f]) for f in fields)] for toy in toys),
+    ),
   ]
-  for toy in toys:
-    cells = [table[toy, field].text() for field in fields]
-    lines.append("| " + " | ".join([toy, *cells]) + " |")
-  failed = [
-    f"- {toy}, {field}: {text}"
+  if failed := _failures(table):
+    parts.append("\n- ".join(["Failed:", *failed]))
+  lines = [
+    {"toy": toy, "field": field, "seed": seed}
+    | {name: figures.get(name, "") for name in _COLUMNS}
     for (toy, field), cell in table.items()
-    for text in cell.failed
+    for seed, figures in cell.figures.items()
   ]
-  lines += ["", "Failed:", *failed] if failed else []
-  rows = io.StringIO()
-  names = ("toy", "field", "seed", FIGURE, "sliced_wasserstein_ratio", MODES)
-  writer = csv.writer(rows, lineterminator="\n")
-  writer.writerow((*names, "loss_ema", "step"))
-  for (toy, field), cell in table.items():
-    for seed, figures in cell.figures.items():
-      found = [figures.get(n, "") for n in (*names[3:], "loss_ema", "step")]
-      writer.writerow([toy, field, seed, *found])
   name = f"toys_{temperature}"
-  for suffix, text in (
-    (".md", "\n".join(lines) + "\n"),
-    (".csv", rows.getvalue()),
-  ):
-    with replacing(workdir / f"{name}{suffix}") as file:
-      file.write_text(text)
+  markdown = "\n\n".join(parts) + "\n"
+  table_csv = rows.csv_text(lines, ("toy", "field", "seed", *_COLUMNS))
+  rows.write(workdir, name, md=markdown, csv=table_csv)
   plot_toy_table(
     {
       toy: {field: table[toy, field].values(FIGURE) for field in fields}
@@ -189,86 +197,9 @@ def write(
   )
 
 
-def run(
-  workdir: pathlib.Path,
-  *,
-  config: str,
-  variant: str,
-  toys: Sequence[str],
-  fields: Sequence[str] | None,
-  temperatures: Sequence[float],
-  seeds: Sequence[int],
-  overrides: Mapping[str, str],
-  about: str,
-) -> list[str]:
-  """Trains what is not there yet; returns what failed.
-
-  Args:
-    workdir: of the runs and the tables.
-    config: file of the toys.
-    variant: of it, of all runs.
-    toys: columns, variants of the config.
-    fields: rows; None for all.
-    temperatures: a table of each.
-    seeds: of each run.
-    overrides: {key of the config: value}.
-    about: a line that the tables have.
-  """
-  if fields is None:
-    fields = list(drift.FIELDS)
-  chosen = itertools.product(temperatures, toys, fields)
-  # All are checked before the first is trained.
-  configs = {
-    (temperature, toy, field, seed): make_config(
-      config,
-      toy,
-      variant,
-      changes_of(field, temperature, seed, overrides),
-    )
-    for temperature, toy, field in chosen
-    for seed in seeds
-  }
-  jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-  tables: dict[float, Table] = {
-    temperature: {
-      (toy, field): Cell({}, []) for toy in toys for field in fields
-    }
-    for temperature in temperatures
-  }
-  start, trained = time.monotonic(), 0
-  # Seed by seed, so that a whole table comes first.
-  order = sorted(configs, key=lambda run: seeds.index(run[3]))
-  for number, (temperature, toy, field, seed) in enumerate(order, 1):
-    path = workdir / f"{toy}-{field}-{temperature:g}" / f"seed_{seed}"
-    done = (path / "figures.json").exists()
-    figures, error = train(
-      configs[temperature, toy, field, seed], path, draw=seed == seeds[0]
-    )
-    cell = tables[temperature][toy, field]
-    if figures is None:
-      cell.failed.append(f"seed {seed}: {error}")
-    else:
-      cell.figures[seed] = figures
-    if not done:
-      trained += 1
-    left = (time.monotonic() - start) / max(trained, 1) * (len(order) - number)
-    if not done or number == len(order):
-      logger.info(
-        "%d/%d %s, %s, temperature %g, seed %d: %s; about %.0f min left",
-        number,
-        len(order),
-        toy,
-        field,
-        temperature,
-        seed,
-        cell.text(),
-        left / 60,
-      )
-      write(tables[temperature], workdir, f"{temperature:g}", about)
+def _failures(table: Table) -> list[str]:
   return [
-    f"{toy}, {field}: {text}"
-    for table in tables.values()
+    f"{toy}, {field}: seed {seed}: {text}"
     for (toy, field), cell in table.items()
-    for text in cell.failed
+    for seed, text in cell.failed.items()
   ]

@@ -27,7 +27,7 @@ from drift_jax.tasks.policy.evaluation import Evaluation, load_policy, make_act
 from drift_jax.tasks.policy.replay import write_replay
 from drift_jax.tasks.policy.setup import load_demonstrations
 from drift_jax.tasks.policy.windows import Normalizer
-from drift_jax.tools.work import policy_table, rollout
+from drift_jax.tools.work import rollout
 from drift_jax.training.run import open_mesh
 from tests import process
 
@@ -214,66 +214,6 @@ def test_the_rollout_tool(trained, tmp_path):
   ):
     with pytest.raises(config_lib.ConfigError, match=text):
       rollout.run(types.SimpleNamespace(**flags | changes))
-
-
-def copy_of(workdir, path, config, **figures):
-  """A finished run like another, with other values."""
-  shutil.copytree(workdir, path, ignore=shutil.ignore_patterns("checkpoints"))
-  for name, changes in (("config", config), ("figures", figures)):
-    values = json.loads((workdir / f"{name}.json").read_text())
-    for key, value in changes.items():
-      section, _, last = key.rpartition(".")
-      (values[section] if section else values)[last] = value
-    (path / f"{name}.json").write_text(json.dumps(values))
-  return str(path)
-
-
-@pytest.mark.slow
-def test_methods_side_by_side(trained, tmp_path):
-  drifting, diffusion = (trained[name][1] for name in ("drifting", "diffusion"))
-  figures = {"one_step.milliseconds_per_chunk": 2.0}
-  workdirs = [str(diffusion)]
-  for seed, rate in ((1, 0.75), (0, 0.5)):
-    figures["one_step.success_rate"] = rate
-    # What may differ.
-    config = {"seed": seed, "eval.threads": 1 + seed}
-    workdirs.append(copy_of(drifting, tmp_path / str(seed), config, **figures))
-  out = tmp_path / "table"
-  text = policy_table.run(workdirs, str(out))
-  ddpm, ddim, line = text.splitlines()[2:]
-  assert line == (
-    "| obstacle, drifting, learned temperature | 1 | 0.625 | "
-    "0, 1: 0.500, 0.750 | 2 |"
-  )
-  assert ddpm.startswith("| obstacle, diffusion, ddpm:10 | 10 |")
-  assert ddim.startswith("| obstacle, diffusion, ddim:5 | 5 |")
-  assert (out / "policies.md").read_text() == text
-  with Image.open(out / "policies.png") as picture:
-    assert picture.width > 500
-
-
-@pytest.mark.slow
-def test_only_like_runs_stand_side_by_side(trained, tmp_path):
-  _, workdir = trained["drifting"]
-  for key, value, message in (
-    ("seed", 0, "drifting, learned temperature, seed 0 is there twice"),
-    ("data.seed", 5, r"can't be compared: data\.seed is 0 and 5"),
-    ("model.widths", (16,), r"model\.widths is \[8\] and \[16\]"),
-    ("batch.generated", 4, r"batch\.generated is 8 and 4"),
-  ):
-    other = copy_of(workdir, tmp_path / key, {key: value})
-    with pytest.raises(config_lib.ConfigError, match=message):
-      policy_table.read([str(workdir), other])
-  # Another loss is another method.
-  other = copy_of(workdir, tmp_path / "chunk", {"loss.problem": "chunk"})
-  rows = policy_table.read([str(workdir), other])
-  assert [row.label for row in rows] == [
-    "drifting, learned temperature",
-    "drifting, problem chunk, learned temperature",
-  ]
-  (tmp_path / "chunk" / "figures.json").unlink()
-  with pytest.raises(config_lib.ConfigError, match="figures.json is missing"):
-    policy_table.read([other])
 
 
 @pytest.fixture(scope="module")

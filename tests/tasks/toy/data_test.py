@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
-from drift_jax.tasks.toy.config import DISTRIBUTIONS
+from configs import toy
+from drift_jax.tasks import parse
+from drift_jax.tasks.toy import config as toy_config
 from drift_jax.tasks.toy.data import (
-  TOYS,
+  DISTRIBUTIONS,
   ToyFeed,
   draw_points,
   fixed_points,
@@ -17,11 +19,7 @@ def draw(name, count=4_000, noise=0.0, seed=0):
   return draw_points(name, count, noise, np.random.default_rng(seed))
 
 
-def test_the_config_knows_all_of_them():
-  assert DISTRIBUTIONS == TOYS
-
-
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("name", toy_config.DISTRIBUTIONS)
 def test_points_fill_the_square(name):
   points = draw(name)
   assert points.shape == (4_000, 2) and points.dtype == np.float32
@@ -31,6 +29,7 @@ def test_points_fill_the_square(name):
   difference = draw(name, noise=0.1) - points
   np.testing.assert_allclose(difference.std(axis=0), 0.1, rtol=0.05)
   np.testing.assert_allclose(difference.mean(axis=0), 0, atol=0.01)
+  assert tuple(DISTRIBUTIONS) == toy_config.DISTRIBUTIONS
 
 
 def test_the_checkerboard_has_eight_cells():
@@ -68,68 +67,49 @@ def test_modes_are_where_the_mass_is(name):
   assert (np.abs(counts - expected) < 6 * np.sqrt(expected)).all()
 
 
-def test_what_has_no_modes():
-  assert modes_of("spiral", 0.05) is None
+def small(**changes):
+  config = toy.get_config("moons,smoke")
+  config.seed = 3
+  config.batch.update(labels=4, positives=5)
+  config.update(changes)
+  return parse(config)
 
 
-def test_unknown_distributions():
-  for call in (
-    lambda: draw("spirals"),
-    lambda: modes_of("spirals", 0.1),
-    lambda: feed(distribution="spirals"),
-  ):
-    with pytest.raises(ValueError, match="'spirals': valid options .*'spiral'"):
-      call()
-
-
-def feed(distribution="moons", **changes):
-  sizes = {"noise": 0.1, "seed": 3, "num_labels": 4, "num_positives": 5}
-  return ToyFeed(distribution, **sizes | changes)
-
-
-def same(a, b):
-  assert a.keys() == b.keys()
-  for key in a:
-    np.testing.assert_array_equal(a[key], b[key])
-
-
-def test_batches_are_points():
-  batch = next(feed())
+def test_batches_are_independent_points():
+  batch = next(ToyFeed(small()))
   assert {k: v.shape for k, v in batch.items()} == {"positives": (4, 5, 2)}
   # Labels are independent problems, and so are steps and seeds.
   points = batch["positives"].reshape(4, -1)
   assert len(np.unique(points, axis=0)) == 4
-  again = feed()
+  again = ToyFeed(small())
   next(again)
-  assert (next(again)["positives"] != batch["positives"]).all()
-  assert (next(feed(seed=4))["positives"] != batch["positives"]).all()
+  others = (next(again), next(ToyFeed(small(seed=4))))
+  assert all((b["positives"] != batch["positives"]).all() for b in others)
 
 
 def test_a_restored_feed_goes_on():
-  running = feed()
+  running, restored = ToyFeed(small()), ToyFeed(small())
   for _ in range(3):
     next(running)
   state = running.state()
-  restored = feed()
   assert restored.abstract(state)["position"].dtype == np.int64
   restored.restore(state)
   for _ in range(2):
-    same(next(restored), next(running))
+    got, wanted = next(restored), next(running)
+    np.testing.assert_array_equal(got["positives"], wanted["positives"])
 
 
 def test_any_number_of_processes_draw_the_same():
-  whole = next(feed())
-  parts = [next(feed(process_index=p, process_count=2)) for p in range(2)]
-  same({k: np.concatenate([part[k] for part in parts]) for k in whole}, whole)
+  whole = next(ToyFeed(small()))["positives"]
+  parts = [next(ToyFeed(small(), p, 2))["positives"] for p in range(2)]
+  np.testing.assert_array_equal(np.concatenate(parts), whole)
   with pytest.raises(ValueError, match="batch.labels=4 .*3 processes"):
-    feed(process_count=3)
+    ToyFeed(small(), process_count=3)
 
 
 def test_what_judges_is_not_what_trains():
-  fixed = [fixed_points("moons", 5, 0.1, seed=3, number=n) for n in (0, 1)]
+  fixed = [fixed_points(small(), 5, number) for number in (0, 1, 0)]
   assert (fixed[0] != fixed[1]).all()
-  np.testing.assert_array_equal(
-    fixed[0], fixed_points("moons", 5, 0.1, seed=3, number=0)
-  )
-  trained = next(feed())["positives"].reshape(-1, 2)
+  np.testing.assert_array_equal(fixed[0], fixed[2])
+  trained = next(ToyFeed(small()))["positives"].reshape(-1, 2)
   assert not np.isin(np.concatenate(fixed), trained).any()

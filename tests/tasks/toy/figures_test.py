@@ -22,21 +22,15 @@ def brute_force(x, y):
   return np.sqrt(((x[:, None] - y) ** 2).sum(-1)).mean()
 
 
-def test_mean_distance_is_exact():
+def test_distances_are_exact():
   """300 rows are more than one chunk."""
-  got = mean_distance(X, Y)
-  np.testing.assert_allclose(got, brute_force(X, Y), rtol=1e-13)
-  assert mean_distance(Y, X) == pytest.approx(got, rel=1e-13)
-
-
-def test_energy_distance_is_exact():
+  np.testing.assert_allclose(mean_distance(X, Y), brute_force(X, Y), rtol=1e-13)
   expected = 2 * brute_force(X, Y) - brute_force(X, X) - brute_force(Y, Y)
   np.testing.assert_allclose(energy_distance(X, Y), expected, rtol=1e-11)
   # On a line it is the square of SciPy's.
-  line_x, line_y = X[:, :1], Y[:, :1]
   np.testing.assert_allclose(
-    energy_distance(line_x, line_y),
-    stats.energy_distance(line_x[:, 0], line_y[:, 0]) ** 2,
+    energy_distance(X[:, :1], Y[:, :1]),
+    stats.energy_distance(X[:, 0], Y[:, 0]) ** 2,
     rtol=1e-10,
   )
 
@@ -71,13 +65,13 @@ def test_sliced_wasserstein_is_exact():
   np.testing.assert_allclose(got, np.mean(expected), rtol=1e-12)
   assert got == sliced_wasserstein(x, y, projections=7, seed=5)
   assert got != sliced_wasserstein(x, y, projections=7, seed=6)
+  assert sliced_wasserstein(X, X[::-1]) == 0
 
 
 def test_sliced_wasserstein_of_a_shift():
   """E |u . (a, 0)| = 2 a / pi in the plane."""
   got = sliced_wasserstein(X, X + [0.5, 0.0], projections=5_000)
   assert got == pytest.approx(0.5 * 2 / np.pi, rel=0.03)
-  assert sliced_wasserstein(X, X[::-1]) == 0
 
 
 def test_mode_coverage():
@@ -94,17 +88,10 @@ def test_mode_coverage():
   assert found.worst_error == pytest.approx(0.25)
 
 
-def test_errors_name_both_shapes():
-  with pytest.raises(ValueError, match=r"\(300, 2\) and \(0, 2\)"):
-    energy_distance(X, Y[:0])
-  with pytest.raises(ValueError, match="sets of 300 and 290 points"):
-    sliced_wasserstein(X, Y)
-
-
 def test_points_that_are_no_numbers_have_no_figure():
   broken = X.copy()
   broken[7, 1] = np.nan
-  for figure in (energy_distance, mean_distance):
-    for pair in ((broken, Y), (Y, broken)):
+  for figure in (energy_distance, sliced_wasserstein):
+    for pair in ((broken, X), (X, broken)):
       with pytest.raises(EvaluationError, match="1 of 300 .*number 7:"):
         figure(*pair)
