@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
-from drift_jax.models.arguments import reject_unknown, require_int, require_rgb
+from drift_jax.models.arguments import build, require_rgb
 
 IMAGE_SIZE = 299
 # Accelerators round float32 factors unless told not to; FID is of float32.
@@ -167,6 +167,15 @@ def _conv(
   return lambda x: nn.relu(conv(x))
 
 
+def _chain(
+  x: Array, name: str, *layers: tuple[int, int | tuple[int, int]]
+) -> Array:
+  """Convolutions NAME_1, NAME_2, ... of (channels, size) each."""
+  for i, (channels, size) in enumerate(layers, start=1):
+    x = _conv(f"{name}_{i}", channels, size)(x)
+  return x
+
+
 def _concatenate(*branches: Array) -> Array:
   return jnp.concatenate(branches, axis=-1)
 
@@ -180,14 +189,12 @@ class BlockA(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
     w = self.width
-    one = _conv("branch1x1", 4 * w, 1)(x)
-    five = _conv("branch5x5_1", 3 * w, 1)(x)
-    five = _conv("branch5x5_2", 4 * w, 5)(five)
-    double = _conv("branch3x3dbl_1", 4 * w, 1)(x)
-    double = _conv("branch3x3dbl_2", 6 * w, 3)(double)
-    double = _conv("branch3x3dbl_3", 6 * w, 3)(double)
-    pool = _conv("branch_pool", self.pool_channels, 1)(average_pool(x))
-    return _concatenate(one, five, double, pool)
+    return _concatenate(
+      _conv("branch1x1", 4 * w, 1)(x),
+      _chain(x, "branch5x5", (3 * w, 1), (4 * w, 5)),
+      _chain(x, "branch3x3dbl", (4 * w, 1), (6 * w, 3), (6 * w, 3)),
+      _conv("branch_pool", self.pool_channels, 1)(average_pool(x)),
+    )
 
 
 class BlockB(nn.Module):
@@ -199,8 +206,7 @@ class BlockB(nn.Module):
   def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
     w = self.width
     three = _conv("branch3x3", 24 * w, 3, 2, "VALID")(x)
-    double = _conv("branch3x3dbl_1", 4 * w, 1)(x)
-    double = _conv("branch3x3dbl_2", 6 * w, 3)(double)
+    double = _chain(x, "branch3x3dbl", (4 * w, 1), (6 * w, 3))
     double = _conv("branch3x3dbl_3", 6 * w, 3, 2, "VALID")(double)
     return _concatenate(three, double, max_pool(x, 2))
 
@@ -213,18 +219,15 @@ class BlockC(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
-    w, c = self.width, self.inner_channels
-    one = _conv("branch1x1", 12 * w, 1)(x)
-    seven = _conv("branch7x7_1", c, 1)(x)
-    seven = _conv("branch7x7_2", c, (1, 7))(seven)
-    seven = _conv("branch7x7_3", 12 * w, (7, 1))(seven)
-    double = _conv("branch7x7dbl_1", c, 1)(x)
-    double = _conv("branch7x7dbl_2", c, (7, 1))(double)
-    double = _conv("branch7x7dbl_3", c, (1, 7))(double)
-    double = _conv("branch7x7dbl_4", c, (7, 1))(double)
-    double = _conv("branch7x7dbl_5", 12 * w, (1, 7))(double)
-    pool = _conv("branch_pool", 12 * w, 1)(average_pool(x))
-    return _concatenate(one, seven, double, pool)
+    c, last = self.inner_channels, 12 * self.width
+    row, column = (1, 7), (7, 1)
+    double = ((c, 1), (c, column), (c, row), (c, column), (last, row))
+    return _concatenate(
+      _conv("branch1x1", last, 1)(x),
+      _chain(x, "branch7x7", (c, 1), (c, row), (last, column)),
+      _chain(x, "branch7x7dbl", *double),
+      _conv("branch_pool", last, 1)(average_pool(x)),
+    )
 
 
 class BlockD(nn.Module):
@@ -234,13 +237,11 @@ class BlockD(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
-    w = self.width
-    three = _conv("branch3x3_1", 12 * w, 1)(x)
-    three = _conv("branch3x3_2", 20 * w, 3, 2, "VALID")(three)
-    seven = _conv("branch7x7x3_1", 12 * w, 1)(x)
-    seven = _conv("branch7x7x3_2", 12 * w, (1, 7))(seven)
-    seven = _conv("branch7x7x3_3", 12 * w, (7, 1))(seven)
-    seven = _conv("branch7x7x3_4", 12 * w, 3, 2, "VALID")(seven)
+    w = 12 * self.width
+    three = _conv("branch3x3_1", w, 1)(x)
+    three = _conv("branch3x3_2", 20 * self.width, 3, 2, "VALID")(three)
+    seven = _chain(x, "branch7x7x3", (w, 1), (w, (1, 7)), (w, (7, 1)))
+    seven = _conv("branch7x7x3_4", w, 3, 2, "VALID")(seven)
     return _concatenate(three, seven, max_pool(x, 2))
 
 
@@ -255,8 +256,7 @@ class BlockE(nn.Module):
     w = self.width
     one = _conv("branch1x1", 20 * w, 1)(x)
     three = _conv("branch3x3_1", 24 * w, 1)(x)
-    double = _conv("branch3x3dbl_1", 28 * w, 1)(x)
-    double = _conv("branch3x3dbl_2", 24 * w, 3)(double)
+    double = _chain(x, "branch3x3dbl", (28 * w, 1), (24 * w, 3))
     return _concatenate(
       one,
       _conv("branch3x3_2a", 24 * w, (1, 3))(three),
@@ -284,7 +284,15 @@ class Classifier(nn.Module):
 
 
 class Inception(nn.Module):
-  """Inception-v3; build it with `build_inception`, which explains it."""
+  """The network of FID and the Inception score; always float32.
+
+  Build it with `build_inception`, which checks the arguments.
+
+  Attributes:
+    width: all numbers of channels are multiples of it, that of pool3 is 128
+      width. 16 in the published network; less for tests.
+    num_classes: logits; 1008 in the published network.
+  """
 
   width: int
   num_classes: int
@@ -313,14 +321,11 @@ class Inception(nn.Module):
     x = _conv("Conv2d_3b_1x1", 5 * w, 1)(x)
     x = _conv("Conv2d_4a_3x3", 12 * w, 3, 1, "VALID")(x)
     x = max_pool(x, 2)
-    x = BlockA(w, 2 * w, name="Mixed_5b")(x)
-    x = BlockA(w, 4 * w, name="Mixed_5c")(x)
-    x = BlockA(w, 4 * w, name="Mixed_5d")(x)
+    for name, pool_channels in (("5b", 2), ("5c", 4), ("5d", 4)):
+      x = BlockA(w, pool_channels * w, name=f"Mixed_{name}")(x)
     x = BlockB(w, name="Mixed_6a")(x)
-    x = BlockC(w, 8 * w, name="Mixed_6b")(x)
-    x = BlockC(w, 10 * w, name="Mixed_6c")(x)
-    x = BlockC(w, 10 * w, name="Mixed_6d")(x)
-    x = BlockC(w, 12 * w, name="Mixed_6e")(x)
+    for name, inner_channels in (("6b", 8), ("6c", 10), ("6d", 10), ("6e", 12)):
+      x = BlockC(w, inner_channels * w, name=f"Mixed_{name}")(x)
     x = BlockD(w, name="Mixed_7a")(x)
     x = BlockE(w, average_pool, name="Mixed_7b")(x)
     x = BlockE(w, functools.partial(max_pool, stride=1), name="Mixed_7c")(x)
@@ -330,20 +335,10 @@ class Inception(nn.Module):
     )
 
 
-def build_inception(
-  *, width: int, num_classes: int, **unknown: object
-) -> Inception:
-  """The network of FID and the Inception score; always float32.
-
-  Args:
-    width: all numbers of channels are multiples of it, that of pool3 is 128
-      width. 16 in the published network; less for tests.
-    num_classes: logits; 1008 in the published network.
+def build_inception(**arguments: Any) -> Inception:
+  """Builds the network from its attributes; always float32.
 
   Raises:
-    ValueError: an unknown argument, or a value out of range.
+    ValueError: an unknown or missing argument, or a value out of range.
   """
-  reject_unknown(build_inception, unknown)
-  require_int("width", width, 1)
-  require_int("num_classes", num_classes, 1)
-  return Inception(width=width, num_classes=num_classes)
+  return build(Inception, arguments)

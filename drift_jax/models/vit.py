@@ -7,8 +7,8 @@ in learned scales of the branches, and in what follows the class token.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,10 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from drift_jax.models.arguments import (
-  reject_unknown,
-  require_choice,
-  require_colors,
-  require_int,
+  build,
   require_multiple,
   require_rgb,
 )
@@ -155,7 +152,30 @@ class Block(nn.Module):
 
 
 class Vit(nn.Module):
-  """A Vision Transformer; build it with `build_vit`, which explains it."""
+  """An image encoder whose features are its class token's; always float32.
+
+  Build it with `build_vit`, which checks the arguments.
+
+  Attributes:
+    image_size: pixels of the side that images are resized to; a multiple of
+      patch_size.
+    patch_size: pixels of a patch's side.
+    hidden_size: channels of a token; a multiple of num_heads.
+    depth: blocks.
+    num_heads: of every attention.
+    mlp_size: channels inside every MLP.
+    activation: of the MLPs, 'gelu' (the exact one) or 'quick_gelu'.
+    pre_norm: a LayerNorm before the blocks, as CLIP has it.
+    layer_scale: a learned number for each channel of a branch's result, as
+      DINOv2 has it.
+    patch_bias: of the patches' embedding; DINOv2 has it, CLIP does not.
+    projection_dim: features of a last linear layer without bias, as CLIP has
+      it; 0: none, the features are the hidden_size channels of the last
+      LayerNorm.
+    epsilon: of every LayerNorm.
+    image_mean: red, green and blue, of pixels in [0, 1].
+    image_std: as image_mean; pixels less their mean are divided by it.
+  """
 
   image_size: int
   patch_size: int
@@ -243,79 +263,18 @@ class Vit(nn.Module):
     )(features)
 
 
-def build_vit(
-  *,
-  image_size: int,
-  patch_size: int,
-  hidden_size: int,
-  depth: int,
-  num_heads: int,
-  mlp_size: int,
-  activation: str,
-  pre_norm: bool,
-  layer_scale: bool,
-  patch_bias: bool,
-  projection_dim: int,
-  epsilon: float,
-  image_mean: Sequence[float],
-  image_std: Sequence[float],
-  **unknown: object,
-) -> Vit:
-  """An image encoder whose features are its class token's; always float32.
-
-  Args:
-    image_size: pixels of the side that images are resized to; a multiple of
-      patch_size.
-    patch_size: pixels of a patch's side.
-    hidden_size: channels of a token; a multiple of num_heads.
-    depth: blocks.
-    num_heads: of every attention.
-    mlp_size: channels inside every MLP.
-    activation: of the MLPs, 'gelu' (the exact one) or 'quick_gelu'.
-    pre_norm: a LayerNorm before the blocks, as CLIP has it.
-    layer_scale: a learned number for each channel of a branch's result, as
-      DINOv2 has it.
-    patch_bias: of the patches' embedding; DINOv2 has it, CLIP does not.
-    projection_dim: features of a last linear layer without bias, as CLIP has
-      it; 0: none, the features are the hidden_size channels of the last
-      LayerNorm.
-    epsilon: of every LayerNorm.
-    image_mean: red, green and blue, of pixels in [0, 1].
-    image_std: as image_mean; pixels less their mean are divided by it.
+def build_vit(**arguments: Any) -> Vit:
+  """Builds an image encoder from its attributes; always float32.
 
   Raises:
-    ValueError: an unknown argument, or a value out of range.
+    ValueError: an unknown or missing argument, or a value out of range.
   """
-  reject_unknown(build_vit, unknown)
-  for name, value, minimum in (
-    ("image_size", image_size, 1),
-    ("patch_size", patch_size, 1),
-    ("hidden_size", hidden_size, 1),
-    ("depth", depth, 1),
-    ("num_heads", num_heads, 1),
-    ("mlp_size", mlp_size, 1),
-    ("projection_dim", projection_dim, 0),
-  ):
-    require_int(name, value, minimum)
-  require_multiple("image_size", image_size, "patch_size", patch_size)
-  require_multiple("hidden_size", hidden_size, "num_heads", num_heads)
-  require_choice("activation", activation, tuple(ACTIVATIONS))
-  if not 0 < epsilon < math.inf:
-    raise ValueError(f"epsilon={epsilon!r}: must be positive and finite")
-  require_colors(image_mean, image_std)
-  return Vit(
-    image_size=image_size,
-    patch_size=patch_size,
-    hidden_size=hidden_size,
-    depth=depth,
-    num_heads=num_heads,
-    mlp_size=mlp_size,
-    activation=activation,
-    pre_norm=pre_norm,
-    layer_scale=layer_scale,
-    patch_bias=patch_bias,
-    projection_dim=projection_dim,
-    epsilon=float(epsilon),
-    image_mean=tuple(float(x) for x in image_mean),
-    image_std=tuple(float(x) for x in image_std),
+  vit = build(
+    Vit,
+    arguments,
+    minima={"projection_dim": 0},
+    choices={"activation": tuple(ACTIVATIONS)},
   )
+  require_multiple("image_size", vit.image_size, "patch_size", vit.patch_size)
+  require_multiple("hidden_size", vit.hidden_size, "num_heads", vit.num_heads)
+  return vit

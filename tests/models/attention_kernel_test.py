@@ -12,7 +12,8 @@ from jax._src.cudnn import fused_attention_stablehlo
 from drift_jax.models import attention_kernel, layers
 from drift_jax.models.generator import build_generator
 from tests.conftest import assert_close, kernel_costs
-from tests.models.generator_test import LABELS, SMALL
+from tests.models.small import GENERATOR as SMALL
+from tests.models.small import LABELS
 
 
 @functools.partial(jax.jit, static_argnames=("heads", "dtype", "kernel"))
