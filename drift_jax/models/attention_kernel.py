@@ -9,7 +9,7 @@ added here, as the gradient of that is a pass over all of them elsewhere. No
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,17 +69,9 @@ def _part(
 
 
 def _forward_kernel(
-  qkv_ref,
-  bias_ref,
-  scales_ref,
-  cos_ref,
-  sin_ref,
-  out_ref,
-  *,
-  heads,
-  dtype,
-  epsilon,
+  qkv_ref, bias_ref, scales_ref, cos_ref, sin_ref, out_ref, *, options
 ):
+  heads, dtype, epsilon, _ = options
   width = qkv_ref.shape[-1] // 3
   head_dim = width // heads
   cos, sin = cos_ref[...], sin_ref[...]
@@ -112,21 +104,11 @@ def _weights(q, k, scales, cos, sin, dtype, epsilon):
   return weights, q, k, nq, nk, rq, rk
 
 
-def _backward_kernel(
-  qkv_ref,
-  bias_ref,
-  scales_ref,
-  cos_ref,
-  sin_ref,
-  dout_ref,
-  dqkv_ref,
-  dbias_ref,
-  dscales_ref,
-  *,
-  heads,
-  dtype,
-  epsilon,
-):
+def _backward_kernel(*refs, options):
+  heads, dtype, epsilon, _ = options
+  qkv_ref, bias_ref, scales_ref, cos_ref, sin_ref, dout_ref = refs[:6]
+  dqkv_ref, dbias_ref, dscales_ref = refs[6:]
+
   @pl.when(pl.program_id(0) == 0)
   def _():
     dbias_ref[...] = jnp.zeros_like(dbias_ref)
@@ -175,16 +157,29 @@ def _backward_kernel(
   _over_heads(heads, head_dim, body)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+class Options(NamedTuple):
+  """How attention is computed.
+
+  Attributes:
+    heads: number of heads.
+    dtype: of the products' operands.
+    epsilon: of the norms.
+    interpret: without a TPU.
+  """
+
+  heads: int
+  dtype: jnp.dtype
+  epsilon: float
+  interpret: bool = False
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def fused_attention(
   qkv: Float[Array, "B T C3"],
   bias: Float[Array, "1 C3"],
   scales: Float[Array, "2 D"],
   tables: tuple[Float[Array, "T D"], Float[Array, "T D"]],
-  heads: int,
-  dtype: jnp.dtype,
-  epsilon: float,
-  interpret: bool = False,
+  options: Options,
 ) -> Float[Array, "B T C"]:
   """Attention of all heads, from the joint projection [3, heads, D].
 
@@ -193,13 +188,9 @@ def fused_attention(
     bias: of the projection, float32.
     scales: of the RMS norms of queries and keys.
     tables: cosines and sines [T, D] of the positions' angles.
-    heads: number of heads.
-    dtype: of the products' operands; the result's is that of qkv.
-    epsilon: of the norms.
-    interpret: without a TPU.
+    options: the result's dtype is that of qkv, whatever that of the products.
   """
-  residuals = (qkv, bias, scales, tables)
-  return _forward(*residuals, heads, dtype, epsilon, interpret)[0]
+  return _forward(qkv, bias, scales, tables, options)[0]
 
 
 def _call(
@@ -207,8 +198,7 @@ def _call(
   operands: Sequence[Any],
   results: Sequence[Any],
   products: int,
-  heads: int,
-  interpret: bool,
+  options: Options,
 ) -> Any:
   """The kernel over samples; products of [T, T] by [T, D] for each head."""
   batch, tokens, width = operands[0].shape
@@ -218,9 +208,9 @@ def _call(
       return pl.BlockSpec((1, *array.shape[1:]), lambda b: (b, 0, 0))
     return pl.BlockSpec(array.shape, lambda b: (0, 0))
 
-  matrices = batch * heads * tokens**2
+  matrices = batch * options.heads * tokens**2
   return pl.pallas_call(
-    kernel,
+    functools.partial(kernel, options=options),
     grid=(batch,),
     in_specs=[spec(operand) for operand in operands],
     out_specs=[spec(result) for result in results],
@@ -229,60 +219,31 @@ def _call(
       dimension_semantics=("arbitrary",), vmem_limit_bytes=_VMEM_LIMIT
     ),
     cost_estimate=pl.CostEstimate(
-      flops=2 * matrices * (width // (3 * heads)) * products,
+      flops=2 * matrices * (width // (3 * options.heads)) * products,
       bytes_accessed=sum(
         array.size * array.dtype.itemsize for array in (*operands, *results)
       ),
       transcendentals=matrices,
     ),
-    interpret=interpret,
+    interpret=options.interpret,
   )(*operands)
 
 
 def _forward(
-  qkv: Any,
-  bias: Any,
-  scales: Any,
-  tables: Any,
-  heads: int,
-  dtype: jnp.dtype,
-  epsilon: float,
-  interpret: bool,
+  qkv: Any, bias: Any, scales: Any, tables: Any, options: Options
 ) -> tuple[Any, Any]:
-  batch, tokens, width = qkv.shape
-  (out,) = _call(
-    functools.partial(
-      _forward_kernel, heads=heads, dtype=dtype, epsilon=epsilon
-    ),
-    (qkv, bias, scales, *tables),
-    [jax.ShapeDtypeStruct((batch, tokens, width // 3), qkv.dtype)],
-    2,
-    heads,
-    interpret,
-  )
-  return out, (qkv, bias, scales, tables)
+  out = jax.ShapeDtypeStruct((*qkv.shape[:2], qkv.shape[2] // 3), qkv.dtype)
+  operands = (qkv, bias, scales, *tables)
+  (result,) = _call(_forward_kernel, operands, [out], 2, options)
+  return result, operands
 
 
 def _backward(
-  heads: int,
-  dtype: jnp.dtype,
-  epsilon: float,
-  interpret: bool,
-  residuals: Any,
-  cotangent: Any,
+  options: Options, operands: Any, cotangent: Any
 ) -> tuple[Any, Any, Any, None]:
-  qkv, bias, scales, tables = residuals
-  grads = _call(
-    functools.partial(
-      _backward_kernel, heads=heads, dtype=dtype, epsilon=epsilon
-    ),
-    (qkv, bias, scales, *tables, cotangent),
-    [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (qkv, bias, scales)],
-    5,
-    heads,
-    interpret,
-  )
-  return (*grads, None)
+  results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[:3]]
+  inputs = (*operands, cotangent)
+  return (*_call(_backward_kernel, inputs, results, 5, options), None)
 
 
 fused_attention.defvjp(_forward, _backward)

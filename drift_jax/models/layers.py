@@ -86,12 +86,11 @@ def conv(
 
   The padding is the same on both sides, as PyTorch has it.
   """
-  padding = size // 2
   return nn.Conv(
     channels,
     (size, size),
     strides=(stride, stride),
-    padding=((padding, padding), (padding, padding)),
+    padding=size // 2,
     use_bias=use_bias,
     kernel_init=nn.initializers.he_normal(),
     dtype=dtype,
@@ -121,12 +120,8 @@ class GroupNorm(nn.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _group_norm(
-  x: Float[Array, "B H W C"],
-  scale: Float[Array, " C"],
-  bias: Float[Array, " C"],
-  groups: int,
-  dtype: jnp.dtype,
-) -> Float[Array, "B H W C"]:
+  x: Array, scale: Array, bias: Array, groups: int, dtype: jnp.dtype
+) -> Array:
   return _group_norm_forward(x, scale, bias, groups, dtype)[0]
 
 
@@ -141,12 +136,8 @@ def _of_groups(
 
 
 def _group_norm_forward(
-  x: Float[Array, "B H W C"],
-  scale: Float[Array, " C"],
-  bias: Float[Array, " C"],
-  groups: int,
-  dtype: jnp.dtype,
-) -> tuple[Float[Array, "B H W C"], Any]:
+  x: Array, scale: Array, bias: Array, groups: int, dtype: jnp.dtype
+) -> tuple[Array, Any]:
   wide = x.astype(jnp.float32)
   # Moments of each channel, then of its group: the channels of a map taken
   # apart would be another layout, and a copy.
@@ -161,11 +152,8 @@ def _group_norm_forward(
 
 
 def _group_norm_backward(
-  groups: int,
-  dtype: jnp.dtype,
-  residuals: Any,
-  cotangent: Float[Array, "B H W C"],
-) -> tuple[Float[Array, "B H W C"], Float[Array, " C"], Float[Array, " C"]]:
+  groups: int, dtype: jnp.dtype, residuals: Any, cotangent: Array
+) -> tuple[Array, Array, Array]:
   """One pass for two sums of each channel, one for the gradient.
 
   What autodiff would keep and read are float32 maps; this takes x as it is.
@@ -204,25 +192,15 @@ class LayerNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
-    return _scale_and_shift(self, _standardize(x, (-1,))).astype(self.dtype)
-
-
-def _standardize(
-  x: Float[Array, "..."], axes: tuple[int, ...]
-) -> Float[Array, "..."]:
-  x = x.astype(jnp.float32)
-  mean = jnp.mean(x, axis=axes, keepdims=True)
-  variance = jnp.var(x, axis=axes, keepdims=True)
-  return (x - mean) * jax.lax.rsqrt(variance + NORM_EPSILON)
-
-
-def _scale_and_shift(
-  module: nn.Module, x: Float[Array, "*B C"]
-) -> Float[Array, "*B C"]:
-  shape = (x.shape[-1],)
-  scale = module.param("scale", nn.initializers.ones, shape)
-  bias = module.param("bias", nn.initializers.zeros, shape)
-  return x * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+    x = x.astype(jnp.float32)
+    mean = jnp.mean(x, axis=-1, keepdims=True)
+    variance = jnp.var(x, axis=-1, keepdims=True)
+    x = (x - mean) * jax.lax.rsqrt(variance + NORM_EPSILON)
+    shape = (x.shape[-1],)
+    scale = self.param("scale", nn.initializers.ones, shape)
+    bias = self.param("bias", nn.initializers.zeros, shape)
+    x = x * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+    return x.astype(self.dtype)
 
 
 def rotary_angles(tokens: int, head_dim: int) -> np.ndarray:
@@ -326,10 +304,12 @@ class Attention(nn.Module):
         jnp.asarray(np.cos(angles), jnp.float32),
         jnp.asarray(np.sin(angles), jnp.float32),
       ),
-      self.num_heads,
-      self.attention_dtype,
-      NORM_EPSILON,
-      self.kernel == "interpret",
+      attention_kernel.Options(
+        self.num_heads,
+        self.attention_dtype,
+        NORM_EPSILON,
+        self.kernel == "interpret",
+      ),
     )
 
 

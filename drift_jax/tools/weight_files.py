@@ -42,7 +42,8 @@ def locate(source: str, names: Sequence[str], sha256: str | None) -> Located:
   """Finds the weights and the config.json beside them.
 
   A file on the hub is downloaded into its cache (HF_HOME, HF_ENDPOINT and
-  HF_HUB_OFFLINE are respected), one elsewhere into ours, see `download`.
+  HF_HUB_OFFLINE are respected), one elsewhere into XDG_CACHE_HOME/drift_jax,
+  by default ~/.cache/drift_jax; see `download`.
 
   Args:
     source: a file, a folder, hf://OWNER/NAME[@REVISION][/FILE], or a URL.
@@ -58,15 +59,16 @@ def locate(source: str, names: Sequence[str], sha256: str | None) -> Located:
         f"{source}: only weights whose SHA-256 is known here are downloaded"
         " from a URL; download the file and give its path"
       )
-    return Located(download(source, sha256, cache_folder()), None, None)
+    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    cache = pathlib.Path(paths.expand(root), "drift_jax")
+    return Located(download(source, sha256, cache), None, None)
   if source.startswith(hub.SCHEME):
     return _locate_on_hub(source, names)
   path = pathlib.Path(source)
   if path.is_dir():
-    found = [path / name for name in names if (path / name).is_file()]
-    if not found:
+    path = next((path / x for x in names if (path / x).is_file()), None)
+    if path is None:
       raise WeightsError(f"{source} holds none of {list(names)}")
-    path = found[0]
   if not path.is_file():
     raise WeightsError(f"there is no file or folder {source}")
   config = path.parent / CONFIG_FILE
@@ -80,30 +82,17 @@ def _locate_on_hub(source: str, names: Sequence[str]) -> Located:
       f"--source={source}: want hf://OWNER/NAME, hf://OWNER/NAME/FILE or"
       " hf://OWNER/NAME@REVISION/FILE"
     )
-  names = [address.path] if address.path else names
   try:
-    for name in names:
+    for name in [address.path] if address.path else names:
       weights = hub.fetch(address._replace(path=name))
-      if weights is None:
-        continue
-      commit = hub.commit_of(weights, name)
-      config = hub.fetch(
-        hub.Address(
-          address.repository,
-          commit,
-          str(pathlib.PurePosixPath(name).with_name(CONFIG_FILE)),
-        )
-      )
-      return Located(weights, config, commit)
+      if weights is not None:
+        commit = hub.commit_of(weights, name)
+        config = str(pathlib.PurePosixPath(name).with_name(CONFIG_FILE))
+        pinned = address._replace(revision=commit, path=config)
+        return Located(weights, hub.fetch(pinned), commit)
   except hub.HubError as error:
     raise WeightsError(f"{source}: {error}") from error
   raise WeightsError(f"{source}: the repository holds none of {list(names)}")
-
-
-def cache_folder() -> pathlib.Path:
-  """XDG_CACHE_HOME/drift_jax, by default ~/.cache/drift_jax."""
-  root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-  return pathlib.Path(paths.expand(root)) / "drift_jax"
 
 
 def sha256_of(path: pathlib.Path) -> str:
@@ -132,17 +121,14 @@ def download(url: str, sha256: str, folder: pathlib.Path) -> pathlib.Path:
         temporary.open("wb") as file,
       ):
         shutil.copyfileobj(response, file)
-      size, length = (
-        temporary.stat().st_size,
-        response.headers["Content-Length"],
-      )
+        length = response.headers["Content-Length"]
+      size = temporary.stat().st_size
       if length is not None and size != int(length):
         raise WeightsError(
           f"{url}: the connection ended after {size} of {length} bytes; try"
           " again"
         )
-      digest = sha256_of(temporary)
-      if digest != sha256:
+      if (digest := sha256_of(temporary)) != sha256:
         raise WeightsError(
           f"{url} has {size} bytes with SHA-256 {digest}, not the published"
           f" file's {sha256}"
@@ -205,12 +191,12 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
     isinstance(tensor, torch.Tensor) for tensor in tensors.values()
   ):
     raise WeightsError(f"{path} holds no arrays by name: it is no state dict")
-  return {
-    str(name): (
-      tensor.float() if tensor.dtype == torch.bfloat16 else tensor
-    ).numpy()
-    for name, tensor in tensors.items()
-  }
+  arrays = {}
+  for name, tensor in tensors.items():
+    if tensor.dtype == torch.bfloat16:  # which NumPy lacks
+      tensor = tensor.float()
+    arrays[str(name)] = tensor.numpy()
+  return arrays
 
 
 def read_config(path: pathlib.Path) -> dict[str, Any]:

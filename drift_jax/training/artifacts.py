@@ -45,7 +45,6 @@ METADATA_FILE = "metadata.json"
 TENSORS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 _TENSOR_DTYPES = {"F32": jnp.dtype("float32"), "BF16": jnp.dtype("bfloat16")}
-KINDS = ("gen", "mae", "convnext", "resnet", "vae", "inception", "vit")
 # An export (tools/export.py) is a folder of such folders.
 MANIFEST_FILE = "manifest.json"
 EXPORTED, EXPORTED_VAE = "generator", "vae"
@@ -70,6 +69,13 @@ _LAYOUTS: dict[Format, _Layout] = {
   "release": _Layout(SUBDIRECTORY, PARAMS_FILE, METADATA_FILE, "flax.msgpack"),
   "safetensors": _Layout("", TENSORS_FILE, CONFIG_FILE, "safetensors"),
 }
+# Where to look, in this order: a folder may be given with or without
+# `subdirectory`.
+_PLACES = [
+  (layout, folder)
+  for layout in _LAYOUTS.values()
+  for folder in dict.fromkeys((layout.subdirectory, ""))
+]
 
 
 class ArtifactError(UserError, ValueError):
@@ -81,7 +87,7 @@ class Artifact:
   """A model with its parameters.
 
   Attributes:
-    kind: one of KINDS.
+    kind: one of release.KINDS.
     module: the linen module.
     params: its parameters under this package's names.
     metadata: what metadata.json says.
@@ -113,7 +119,7 @@ def save(
 
   Args:
     directory: gets the files, those of 'release' in a folder params_ema.
-    kind: one of KINDS.
+    kind: one of release.KINDS.
     model_config: the release's own names (release.published_config).
     params: this package's names; float32, in 'safetensors' bfloat16 as well.
     step: training steps behind the parameters; None if not trained here.
@@ -137,9 +143,7 @@ def save(
     data = flax.serialization.msgpack_serialize(tree)
   else:
     flat = traverse_util.flatten_dict(params, sep="/")
-    data = safetensors.numpy.save(
-      {name: np.ascontiguousarray(array) for name, array in flat.items()}
-    )
+    data = safetensors.numpy.save(jax.tree.map(np.ascontiguousarray, flat))
   metadata = {
     "format": layout.name,
     "kind": kind,
@@ -196,10 +200,6 @@ def load(
     kind, model_config = metadata["kind"], dict(metadata["model_config"])
   except (ValueError, KeyError, TypeError) as error:
     raise ArtifactError(f"{metadata_path} can't be read: {error!r}") from error
-  if kind not in KINDS:
-    raise ArtifactError(
-      f"{metadata_path}: kind={kind!r}, valid options are {list(KINDS)}"
-    )
   if not params_path.exists():
     raise ArtifactError(
       f"{params_path} is missing beside its {layout.metadata}: copy the whole "
@@ -212,13 +212,13 @@ def load(
       f"{params_path} ({len(data)} bytes) is damaged: its SHA-256 is "
       f"not the one in {layout.metadata}; export it again"
     )
-  read = _read_release if layout.params == PARAMS_FILE else _read_safetensors
   what = f"{params_path} ({len(data)} bytes, beginning with {data[:8]!r})"
-  tree = read(data, what)
+  published = layout.params == PARAMS_FILE
+  tree = (_read_release if published else _read_safetensors)(data, what)
   del data
   try:
     module, params = _fitted(
-      kind, _in_dtype(model_config, dtype), tree, layout.params == PARAMS_FILE
+      kind, _in_dtype(model_config, dtype), tree, published
     )
   except ValueError as error:
     raise ArtifactError(f"{folder}: {error}") from error
@@ -267,23 +267,16 @@ def _fitted(
     raise ValueError(f"it holds {type(tree).__name__}, want arrays by name")
   flat = traverse_util.flatten_dict(dict(tree), sep="/")
   for name, leaf in flat.items():
-    dtype = leaf.dtype if isinstance(leaf, np.ndarray) else None
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-      raise ValueError(
-        f"{name} is {type(leaf).__name__} of {dtype}, want floating-point"
-        " arrays only"
-      )
+    dtype = getattr(leaf, "dtype", np.dtype(object))
+    if not jnp.issubdtype(dtype, jnp.floating):
+      raise ValueError(f"{name} is of {dtype}, want floating-point arrays only")
     if not np.isfinite(np.asarray(leaf)).all():
       raise ValueError(f"{name} holds numbers that are not finite")
   if published:
     return release.from_release(kind, model_config, tree)
-  module, _ = release.describe(kind, model_config)
-  release.require_parameters(
-    f"{kind!r} parameters do not fit model_config",
-    flat,
-    release.parameter_shapes(kind, model_config),
-  )
-  return module, tree
+  # Fits, or it is an error.
+  release.to_release(kind, model_config, tree)
+  return release.describe(kind, model_config)[0], tree
 
 
 def exists(directory: os.PathLike[str] | str) -> bool:
@@ -309,12 +302,12 @@ def _find(source: str) -> tuple[epath.Path, _Layout]:
   given = epath.Path(source)
   if (given / MANIFEST_FILE).exists():
     given = given / EXPORTED
-  for layout in _LAYOUTS.values():
-    for folder in (given / layout.subdirectory, given):
-      if (folder / layout.metadata).exists() and (
-        layout.metadata != CONFIG_FILE or (folder / layout.params).exists()
-      ):
-        return folder, layout
+  for layout, subdirectory in _PLACES:
+    folder = given / subdirectory
+    # Other programs have a config.json too.
+    needed = {layout.metadata, layout.params} - {PARAMS_FILE}
+    if all((folder / name).exists() for name in needed):
+      return folder, layout
   raise ArtifactError(
     f"no exported model in {source}: "
     f"{given / SUBDIRECTORY / METADATA_FILE} is missing, and "
@@ -328,11 +321,10 @@ def _find(source: str) -> tuple[epath.Path, _Layout]:
 def _from_hub(source: str) -> tuple[epath.Path, _Layout]:
   """Downloads an artifact's two files, if the cache lacks them."""
   address = hub.parse(source)
-  name = source.removeprefix("hf://")
+  name, _, revision = source.removeprefix("hf://").partition("@")
   if address is not None:
     candidates = [address]
-  elif name and "/" not in name and ":" not in name:
-    name, _, revision = name.partition("@")
+  elif name and not set("/:") & set(f"{name}{revision}"):
     candidates = [
       hub.Address(RELEASED_REPOSITORY, revision or None, f"{folder}/{name}")
       for folder in RELEASED_FOLDERS
@@ -344,10 +336,18 @@ def _from_hub(source: str) -> tuple[epath.Path, _Layout]:
     )
   try:
     for candidate in candidates:
-      for layout in _LAYOUTS.values():
-        found = _fetch(candidate, layout)
-        if found is not None:
-          return found, layout
+      for layout, subdirectory in _PLACES:
+        place = pathlib.PurePosixPath(candidate.path, subdirectory)
+        name = str(place / layout.metadata)
+        metadata = hub.fetch(candidate._replace(path=name))
+        if metadata is None:
+          continue
+        params = candidate._replace(
+          revision=hub.commit_of(metadata, name),
+          path=str(place / layout.params),
+        )
+        if hub.fetch(params) is not None:
+          return epath.Path(metadata.parent), layout
     has = {
       folder.removesuffix(f"/{SUBDIRECTORY}")
       for folder in hub.folders(candidates[0])
@@ -360,31 +360,13 @@ def _from_hub(source: str) -> tuple[epath.Path, _Layout]:
   )
 
 
-def _fetch(address: hub.Address, layout: _Layout) -> epath.Path | None:
-  """The folder of both files in the hub's cache; None if they aren't there."""
-  folders = {layout.subdirectory, ""}
-  for folder in sorted(folders, reverse=True):
-    prefix = pathlib.PurePosixPath(address.path, folder)
-    name = str(prefix / layout.metadata)
-    metadata = hub.fetch(address._replace(path=name))
-    if metadata is None:
-      continue
-    commit = hub.commit_of(metadata, name)
-    params = hub.fetch(
-      address._replace(revision=commit, path=str(prefix / layout.params))
-    )
-    if params is not None:
-      return epath.Path(metadata.parent)
-  return None
-
-
 def abstract(
   kind: str, arguments: Mapping[str, Any], *, dtype: str | None = None
 ) -> Artifact:
   """What `load` would give of a model, with the shapes of its parameters.
 
   Args:
-    kind: one of KINDS.
+    kind: one of release.KINDS.
     arguments: of the function that builds this kind.
     dtype: see `load`.
 

@@ -1,7 +1,6 @@
 """Converts published weights: see drift_jax.tools.convert_weights."""
 
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 from drift_jax.system.console import logger
@@ -14,20 +13,13 @@ from drift_jax.tools.conversions import (
   vae,
   vit,
 )
-from drift_jax.tools.conversions.layouts import (
-  CONFIG_FILE,
-  Config,
-  Converted,
-  Weights,
-  WeightsError,
-)
+from drift_jax.tools.conversions.layouts import CONFIG_FILE, WeightsError
 from drift_jax.training import artifacts
 
 # Of the file's checksum, in the names of published files.
 _NAMED_DIGITS = 8
-# {model: (weights by name, config.json or None if there is none) -> Converted},
-# which raise WeightsError.
-_CONVERT: dict[str, Callable[[Weights, Config | None], Converted]] = {
+# {model: (weights by name, config.json or None if there is none) -> Converted}.
+_CONVERT = {
   "vae": vae.convert_vae,
   "inception": inception.convert_inception,
   "convnext": convnext.convert_convnext,
