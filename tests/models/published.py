@@ -5,6 +5,29 @@ from collections.abc import Iterable
 
 import numpy as np
 
+# config.json of narrow Vision Transformers.
+DINOV2 = {
+  "model_type": "dinov2",
+  "hidden_size": 24,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 3,
+  "mlp_ratio": 4,
+  "image_size": 518,
+  "patch_size": 14,
+  "layer_norm_eps": 1e-6,
+}
+CLIP = {
+  "model_type": "clip_vision_model",
+  "hidden_size": 24,
+  "intermediate_size": 80,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 3,
+  "image_size": 48,
+  "patch_size": 16,
+  "projection_dim": 20,
+  "hidden_act": "quick_gelu",
+  "layer_norm_eps": 1e-5,
+}
 _AS_DRAWN = (".grn.", "position_emb", "class_emb", "cls_token", "mask_token")
 
 

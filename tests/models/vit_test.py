@@ -17,35 +17,13 @@ from drift_jax.tools.conversions.vit import (
   resize_positions,
 )
 from tests.conftest import assert_close, relative_error
-from tests.models.published import draw, draw_all
+from tests.models.published import CLIP, DINOV2, draw, draw_all
 from tests.models.small import VIT, random_variables
 
-DINOV2 = {
-  "model_type": "dinov2",
-  "hidden_size": 24,
-  "num_hidden_layers": 2,
-  "num_attention_heads": 3,
-  "mlp_ratio": 4,
-  "image_size": 518,
-  "patch_size": 14,
-  "layer_norm_eps": 1e-6,
-}
 DINOV2_SMALL = DINOV2 | {
   "hidden_size": 384,
   "num_hidden_layers": 12,
   "num_attention_heads": 6,
-}
-CLIP = {
-  "model_type": "clip_vision_model",
-  "hidden_size": 24,
-  "intermediate_size": 80,
-  "num_hidden_layers": 2,
-  "num_attention_heads": 3,
-  "image_size": 48,
-  "patch_size": 16,
-  "projection_dim": 20,
-  "hidden_act": "quick_gelu",
-  "layer_norm_eps": 1e-5,
 }
 # Golden name -> its parameters' name, converter, config.json, pixels.
 GOLDEN = {
