@@ -128,10 +128,8 @@ class ConvNext(nn.Module):
   dtype: jnp.dtype
   remat: bool = False
 
-  @property
-  def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Of a call, just large enough: an image."""
-    return (jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32),)
+  # Of a call, just large enough: an image.
+  example_inputs = (jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32),)
 
   @nn.compact
   def __call__(

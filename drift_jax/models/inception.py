@@ -297,10 +297,8 @@ class Inception(nn.Module):
   width: int
   num_classes: int
 
-  @property
-  def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Of a call, just large enough: an image."""
-    return (jax.ShapeDtypeStruct((1, 1, 1, 3), jnp.uint8),)
+  # Of a call, just large enough: an image.
+  example_inputs = (jax.ShapeDtypeStruct((1, 1, 1, 3), jnp.uint8),)
 
   def __call__(self, images: Shaped[ArrayLike, "..."]) -> InceptionOutput:
     """Features and logits of uint8 [B, H, W, 3] RGB; see `preprocess`.

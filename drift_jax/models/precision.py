@@ -11,20 +11,10 @@ from flax import traverse_util
 from jax.extend import core
 
 # They move numbers and change none: rounding before or after is the same.
-_MOVES = frozenset(
-  (
-    "broadcast_in_dim",
-    "concatenate",
-    "copy",
-    "dynamic_slice",
-    "gather",
-    "reshape",
-    "rev",
-    "slice",
-    "squeeze",
-    "transpose",
-  )
-)
+_MOVES = (
+  "broadcast_in_dim concatenate copy dynamic_slice gather reshape rev slice"
+  " squeeze transpose"
+).split()
 _Numbers = frozenset[int]
 
 

@@ -192,10 +192,8 @@ class Vit(nn.Module):
   image_mean: tuple[float, ...]
   image_std: tuple[float, ...]
 
-  @property
-  def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Of a call, just large enough: an image."""
-    return (jax.ShapeDtypeStruct((1, 1, 1, 3), jnp.uint8),)
+  # Of a call, just large enough: an image.
+  example_inputs = (jax.ShapeDtypeStruct((1, 1, 1, 3), jnp.uint8),)
 
   def __call__(self, images: Shaped[ArrayLike, "..."]) -> Float[Array, "B D"]:
     """Features of uint8 [B, H, W, 3] RGB, float32; see `preprocess`.

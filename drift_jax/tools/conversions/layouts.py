@@ -17,7 +17,13 @@ IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 
 _BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
-_COUNTER = ".num_batches_tracked"  # of training; some files hold it
+# Ends of names that belong to no network, though some files have them: counters
+# of training, what replaces hidden patches in training, numbers of positions.
+_UNUSED = (
+  ".num_batches_tracked",
+  "embeddings.mask_token",
+  "embeddings.position_ids",
+)
 
 Weights = Mapping[str, np.ndarray]
 Config = Mapping[str, Any]
@@ -71,7 +77,7 @@ def convert(
     entries = entries_of(shapes)
     naming.require_parameters(
       "these are not the weights",
-      {k: v for k, v in weights.items() if not k.endswith(_COUNTER)},
+      {k: v for k, v in weights.items() if not k.endswith(_UNUSED)},
       published_shapes(entries, shapes, special),
     )
   except ValueError as error:

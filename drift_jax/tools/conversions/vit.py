@@ -13,7 +13,6 @@ from drift_jax.tools.conversions.layouts import (
   LEAVES,
   Config,
   Converted,
-  Special,
   Weights,
   WeightsError,
   check_fixed,
@@ -105,9 +104,6 @@ CLIP_NAMES = Naming(
   LEAVES,
   ".",
 )
-# Neither belongs to the network: one replaces hidden patches in training, the
-# other counts positions.
-_UNUSED = ("embeddings.mask_token", f"{_IMAGE_HALF}embeddings.position_ids")
 
 
 def convert_dinov2(weights: Weights, config: Config | None) -> Converted:
@@ -127,14 +123,15 @@ def convert_dinov2(weights: Weights, config: Config | None) -> Converted:
   config = _required(config, ("dinov2",))
   model_config = dinov2_config(config)
   width, patch = model_config["hidden_size"], model_config["patch_size"]
-  positions = (_integer(config, "image_size") // patch) ** 2
+  positions = (_number(config, "image_size") // patch) ** 2
   side = DINOV2_IMAGE_SIZE // patch
-  return _convert(
-    "the DINOv2",
-    weights,
+  return convert(
+    f"the DINOv2 of {CONFIG_FILE}",
+    "vit",
     model_config,
-    DINOV2_NAMES,
-    {
+    DINOV2_NAMES.entries,
+    weights,
+    special={
       "class_token": ((1, 1, width), np.ravel),
       "position_embedding": (
         (1, 1 + positions, width),
@@ -153,10 +150,10 @@ def dinov2_config(config: Config) -> dict[str, Any]:
       " here; take facebook/dinov2-small, -base or -large"
     )
   check_fixed(config, _DINOV2_FIXED)
-  width = _integer(config, "hidden_size")
+  width = _number(config, "hidden_size")
   return {
     "image_size": DINOV2_IMAGE_SIZE,
-    "mlp_size": int(width * _positive(config, "mlp_ratio")),
+    "mlp_size": int(width * _number(config, "mlp_ratio", float)),
     "activation": "gelu",
     "pre_norm": False,
     "layer_scale": True,
@@ -195,12 +192,13 @@ def convert_clip(weights: Weights, config: Config | None) -> Converted:
       model_config["projection_dim"] = 0
   width = model_config["hidden_size"]
   positions = (model_config["image_size"] // model_config["patch_size"]) ** 2
-  return _convert(
-    "the image encoder of CLIP",
-    weights,
+  return convert(
+    f"the image encoder of CLIP of {CONFIG_FILE}",
+    "vit",
     model_config,
-    CLIP_NAMES,
-    {
+    CLIP_NAMES.entries,
+    weights,
+    special={
       "class_token": ((width,), np.ravel),
       "position_embedding": ((1 + positions, width), lambda rows: rows),
     },
@@ -220,13 +218,13 @@ def clip_config(config: Config) -> dict[str, Any]:
   config = _CLIP_DEFAULTS | dict(config)
   check_fixed(config, _CLIP_FIXED)
   return {
-    "image_size": _integer(config, "image_size"),
-    "mlp_size": _integer(config, "intermediate_size"),
+    "image_size": _number(config, "image_size"),
+    "mlp_size": _number(config, "intermediate_size"),
     "activation": config["hidden_act"],
     "pre_norm": True,
     "layer_scale": False,
     "patch_bias": False,
-    "projection_dim": _integer(config, "projection_dim"),
+    "projection_dim": _number(config, "projection_dim"),
     "image_mean": OPENAI_MEAN,
     "image_std": OPENAI_STD,
     **_sizes(config),
@@ -236,11 +234,11 @@ def clip_config(config: Config) -> dict[str, Any]:
 def _sizes(config: Config) -> dict[str, Any]:
   """What both call alike."""
   return {
-    "patch_size": _integer(config, "patch_size"),
-    "hidden_size": _integer(config, "hidden_size"),
-    "depth": _integer(config, "num_hidden_layers"),
-    "num_heads": _integer(config, "num_attention_heads"),
-    "epsilon": _positive(config, "layer_norm_eps"),
+    "patch_size": _number(config, "patch_size"),
+    "hidden_size": _number(config, "hidden_size"),
+    "depth": _number(config, "num_hidden_layers"),
+    "num_heads": _number(config, "num_attention_heads"),
+    "epsilon": _number(config, "layer_norm_eps", float),
   }
 
 
@@ -277,23 +275,6 @@ def _cubic_matrix(length: int, size: int) -> np.ndarray:
   return matrix
 
 
-def _convert(
-  what: str,
-  weights: Weights,
-  model_config: dict[str, Any],
-  names: Naming,
-  special: Special,
-) -> Converted:
-  return convert(
-    f"{what} of {CONFIG_FILE}",
-    "vit",
-    model_config,
-    names.entries,
-    {k: v for k, v in weights.items() if k not in _UNUSED},
-    special=special,
-  )
-
-
 def _required(
   config: Config | None, model_types: tuple[str, ...]
 ) -> dict[str, Any]:
@@ -313,19 +294,16 @@ def _required(
   return dict(config)
 
 
-def _integer(config: Config, key: str) -> int:
-  value = _positive(config, key)
-  if not isinstance(value, int):
-    raise WeightsError(f"{CONFIG_FILE} has {key}={value!r}, want an integer")
-  return value
-
-
-def _positive(config: Config, key: str) -> int | float:
+def _number(
+  config: Config, key: str, kind: type[int] | type[float] = int
+) -> Any:
   value = config.get(key)
-  if isinstance(value, (int, float)) and value > 0 and value is not True:
+  if isinstance(value, (int, kind)) and value is not True and value > 0:
     return value
   found = f"{key}={value!r}" if key in config else f"no {key}"
-  raise WeightsError(f"{CONFIG_FILE} has {found}, want a positive number")
+  raise WeightsError(
+    f"{CONFIG_FILE} has {found}, want a positive {kind.__name__}"
+  )
 
 
 def _part(config: Config, key: str) -> Config:
