@@ -143,23 +143,6 @@ def _digits() -> jax.Array:
   return jnp.asarray(random.uniform(-1, 1, (3, 8, 8, 1)), jnp.float32)
 
 
-def test_a_stage_of_one_cell_works(small: Small):
-  rngs = {"mask": jax.random.key(1)}
-  output = small.apply(small.variables, _digits(), rngs=rngs)
-  assert output.recon.shape == output.target.shape == (3, 8, 8, 1)
-  assert output.logits.shape == (3, 10)
-  features = jax.eval_shape(
-    functools.partial(small.mae.apply, method="features"),
-    small.variables,
-    _digits(),
-  )
-  sides = {f"layer{i + 1}": 8 // 2**i for i in range(4)}
-  for name, side in sides.items():
-    assert features[name].shape == (3, side**2, 8 * 8 // side)
-    patches = {k for k in (2, 4) if f"{name}_mean_{k}" in features}
-    assert patches == {k for k in (2, 4) if side % k == 0}
-
-
 def test_initialisation_follows_the_fan_in(small: Small):
   shapes = jax.tree.leaves(small.variables)
   assert {x.dtype for x in shapes} == {jnp.dtype("float32")}
@@ -333,39 +316,19 @@ def test_loss_equals_a_float64_oracle_for_traced_lam():
 
 
 def test_bad_inputs_are_explained(small: Small):
-  def apply(*arguments, **options):
-    function = functools.partial(small.mae.apply, small.variables, **options)
-    return jax.eval_shape(function, *arguments)
-
   x = _digits()
-  with pytest.raises(ValueError, match="pass mask=, or rngs="):
-    apply(x)
-  with pytest.raises(ValueError, match=r"the folded input needs \(3, 8, 8, 1"):
-    apply(x, jnp.zeros((3, 4, 4, 1)))
-  with pytest.raises(ValueError, match="needs in_channels=1"):
-    apply(jnp.zeros((3, 8, 8, 3)), method="features")
-  with pytest.raises(ValueError, match="7 x 8: its sides must be multiples"):
-    apply(x[:, :7], rngs={"mask": jax.random.key(0)})
-  with pytest.raises(ValueError, match="every_k_block=0: must be >= 1"):
-    apply(x, method="features", every_k_block=0)
+  mask = {"rngs": {"mask": jax.random.key(0)}}
+  features = {"method": "features"}
+  for inputs, options, message in (
+    ((x,), {}, "pass mask=, or rngs="),
+    ((x, jnp.zeros((3, 4, 4, 1))), {}, r"folded input needs \(3, 8, 8, 1"),
+    ((jnp.zeros((3, 8, 8, 3)),), features, "needs in_channels=1"),
+    ((x[:, :7],), mask, "7 x 8: its sides must be multiples"),
+    ((x,), features | {"every_k_block": 0}, "every_k_block=0: must be >= 1"),
+  ):
+    apply = functools.partial(small.mae.apply, **options)
+    with pytest.raises(ValueError, match=message):
+      jax.eval_shape(apply, small.variables, *inputs)
   folded = build_mae(**(ARGUMENTS | {"input_patch_size": 3}))
   with pytest.raises(ValueError, match="multiples of input_patch_size=3"):
-    folded.init(jax.random.key(0), x)
-
-
-def test_fewer_groups_keep_the_means_of_narrow_maps():
-  """One channel a group centres every channel: its mean is then constant."""
-  x = np.random.RandomState(0).randn(4, 8, 8, 1).astype(np.float32)
-  spread = {}
-  for groups in (2, 32):
-    mae = build_mae(**(ARGUMENTS | {"norm_groups": groups}))
-    init = functools.partial(mae.init, method="features")
-    shapes = jax.eval_shape(init, jax.random.key(0), x)
-    variables = random_like(shapes, 0.25, seed=1)
-
-    @jax.jit
-    def mean(variables, mae=mae):
-      return mae.apply(variables, x, method="features")["layer1_mean"]
-
-    spread[groups] = float(np.std(mean(variables), axis=0).max())
-  assert spread[32] < 1e-6 < 1e-3 < spread[2]
+    folded.apply({}, x)

@@ -26,7 +26,6 @@ KINDS = {
   "mae": (presets.MAES, build_mae),
   "convnext": (presets.CONVNEXTS, build_convnext),
 }
-slow = pytest.mark.slow
 # Of many layers, which take long to trace, and like others but for numbers.
 LARGE = (
   "mae_640_latent",
@@ -191,16 +190,13 @@ def test_preset_is_the_published_configuration(kind, name, golden_json):
   ("key", "mae", "convnext_dtype"),
   [
     ("latent_mae256", "mae_256_latent", None),
-    pytest.param("latent_mae640", "mae_640_latent", None, marks=slow),
-    pytest.param("pixel_mae640_only", "mae_640_pixel", None, marks=slow),
-    pytest.param(
-      "pixel_mae640_convnext", "mae_640_pixel", "float32", marks=slow
-    ),
-    pytest.param(
-      "pixel_mae640_convnext_bf16", "mae_640_pixel", "bfloat16", marks=slow
-    ),
+    ("latent_mae640", "mae_640_latent", None),
+    ("pixel_mae640_only", "mae_640_pixel", None),
+    ("pixel_mae640_convnext", "mae_640_pixel", "float32"),
+    ("pixel_mae640_convnext_bf16", "mae_640_pixel", "bfloat16"),
   ],
 )
+@pytest.mark.slow
 def test_presets_give_the_published_features(
   key, mae, convnext_dtype, golden_json
 ):
