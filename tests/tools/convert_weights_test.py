@@ -22,12 +22,11 @@ from drift_jax.tools.weight_files import read_weights
 from drift_jax.tools.work.convert_weights import convert
 from drift_jax.training import artifacts
 from tests.fake_hub import COMMIT, hub, serving
-from tests.models.published import CLIP, DINOV2
+from tests.models.published import CLIP, DINOV2, draw_all
 from tests.process import call
-from tests.tools.published import as_tensors, check_folded, fake_torch
+from tests.tools.published import as_tensors, fake_torch
 
 FILE = "diffusion_pytorch_model.safetensors"
-LAYER = "Mixed_6e.branch7x7_2"  # of Inception-v3
 MODEL_CONFIG = {
   "in_channels": 3,
   "latent_channels": 2,
@@ -47,17 +46,16 @@ CONFIG = MODEL_CONFIG | {
 }
 
 
-def draw(kind, model_config, entries_of, special=None, low=-99, high=99):
+def draw(kind, model_config, entries_of):
   """Weights under the published names, in torch's layout.
 
   Whole numbers: float16 holds them exactly.
   """
   random = np.random.RandomState(0)
   shapes = release.parameter_shapes(kind, model_config)
-  published_there = published_shapes(entries_of(shapes), shapes, special)
   return {
-    name: random.randint(low, high, shape).astype(np.float32)
-    for name, shape in published_there.items()
+    name: random.randint(1, 99, shape).astype(np.float32)
+    for name, shape in published_shapes(entries_of(shapes), shapes).items()
   }
 
 
@@ -229,6 +227,14 @@ def test_unreadable_config(folder, tmp_path):
       convert("vae", str(folder), str(tmp_path / "out"))
 
 
+def test_published_name_with_other_contents_is_damaged(tmp_path):
+  path = tmp_path / "pt_inception-2015-12-05-6726825d.pth"
+  path.write_bytes(b"half of it")
+  damaged = r"\(10 bytes\) has SHA-256 .* begins with 6726825d"
+  with pytest.raises(WeightsError, match=damaged):
+    convert("inception", str(path), str(tmp_path / "out"))
+
+
 def test_nothing_there(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "torch", None)
   (tmp_path / "empty").mkdir()
@@ -265,18 +271,6 @@ def test_torch_file_loads_arrays_only(tmp_path, monkeypatch, weights):
     fake_torch(monkeypatch, read)
     with pytest.raises(WeightsError, match=message):
       read_weights(path)
-
-
-@contextlib.contextmanager
-def site(answer):
-  """A web site on this machine; answer(handler) replies to each GET."""
-  handler = type(
-    "Handler",
-    (http.server.BaseHTTPRequestHandler,),
-    {"do_GET": answer, "log_message": lambda *_: None},
-  )
-  with serving(handler) as address:
-    yield address
 
 
 TRY_EACH = """
@@ -382,26 +376,10 @@ def test_mistakes_on_the_command_line_are_one_line(
 
 @pytest.fixture
 def inception_weights(monkeypatch):
-  """A narrow Inception-v3 under pytorch-fid's names, in torch's layout.
-
-  inception_test converts the whole one.
-  """
+  """A narrow Inception-v3; inception_test converts the whole one."""
   model_config = {"width": 1, "num_classes": 4}
   monkeypatch.setattr(inception, "MODEL_CONFIG", model_config)
-  weights = draw("inception", model_config, inception.entries, low=5, high=20)
-  return {name: array / 10 for name, array in weights.items()}
-
-
-def test_inception_folds_batch_norm_into_convolutions(inception_weights):
-  counters = {f"{LAYER}.bn.num_batches_tracked": np.zeros((), np.int64)}
-  config, params = inception.convert_inception(
-    inception_weights | counters, None
-  )
-  assert config == inception.MODEL_CONFIG
-  layer = params["Mixed_6e"]["branch7x7_2"]
-  check_folded(
-    layer, inception_weights, f"{LAYER}.conv", f"{LAYER}.bn", 1e-3, 1e-7
-  )
+  return draw("inception", model_config, inception.entries)
 
 
 def test_inception_that_is_not_the_published_file_says_so(
@@ -425,65 +403,9 @@ def test_inception_that_is_not_the_published_file_says_so(
     artifacts.load(tmp_path / "out", dtype="bfloat16")
 
 
-def test_published_inception_is_told_by_its_checksum(
-  inception_weights, tmp_path, monkeypatch
-):
-  """Downloaded without a source, read with torch: both are stand-ins."""
-  body = b"zip of arrays"
-  requests = []
-
-  def answer(handler):
-    requests.append(handler.path)
-    handler.send_response(200)
-    handler.send_header("Content-Length", str(len(body)))
-    handler.end_headers()
-    handler.wfile.write(body)
-
-  def read(path):
-    assert path.read_bytes() == body
-    return as_tensors(inception_weights)
-
-  fake_torch(monkeypatch, read)
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-  monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-  monkeypatch.setattr(convert_weights.console, "setup", lambda: None)
-  digest = hashlib.sha256(body).hexdigest()
-  with site(answer) as address:
-    url = f"{address}/releases/pt_inception-2015-12-05-{digest[:8]}.pth"
-    model = published.MODELS["inception"]
-    assert model.url.endswith(f"-{model.sha256[:8]}.pth")
-    monkeypatch.setitem(
-      published.MODELS,
-      "inception",
-      model._replace(url=url, sha256=digest),
-    )
-    convert_weights.main(["inception", f"--out={tmp_path / 'out'}"])
-  artifact = artifacts.load(tmp_path / "out")
-  assert artifact.metadata["source"] == {
-    "location": url,
-    "file": f"pt_inception-2015-12-05-{digest[:8]}.pth",
-    "revision": None,
-    "sha256": digest,
-    "published": True,
-  }
-  assert requests == [f"/releases/pt_inception-2015-12-05-{digest[:8]}.pth"]
-
-
-def test_published_name_with_other_contents_is_damaged(tmp_path):
-  path = tmp_path / "pt_inception-2015-12-05-6726825d.pth"
-  path.write_bytes(b"half of it")
-  with pytest.raises(
-    WeightsError, match=r"\(10 bytes\) has SHA-256 .* begins with 6726825d"
-  ):
-    convert("inception", str(path), str(tmp_path / "out"))
-  assert not (tmp_path / "out").exists()
-
-
-def test_download_keeps_only_what_has_the_checksum(tmp_path, monkeypatch):
-  monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-  good = b"good" * 1000
-  digest = hashlib.sha256(good).hexdigest()
-  replies = [(404, b"", 0), (200, good, 4001), (200, b"bad", 3), (200, good, 0)]
+@contextlib.contextmanager
+def site(replies):
+  """A web site on this machine: (status, body, its length if not 0) each."""
 
   def answer(handler):
     status, body, length = replies.pop(0)
@@ -493,8 +415,52 @@ def test_download_keeps_only_what_has_the_checksum(tmp_path, monkeypatch):
     handler.end_headers()
     handler.wfile.write(body)
 
+  handler = type(
+    "Handler",
+    (http.server.BaseHTTPRequestHandler,),
+    {"do_GET": answer, "log_message": lambda *_: None},
+  )
+  with serving(handler) as address:
+    yield address
+
+
+def test_published_inception_is_told_by_its_checksum(
+  inception_weights, tmp_path, monkeypatch
+):
+  """Downloaded without a source, read with torch: both are stand-ins."""
+  body = b"zip of arrays"
+  digest = hashlib.sha256(body).hexdigest()
+  name = f"pt_inception-2015-12-05-{digest[:8]}.pth"
+  fake_torch(monkeypatch, lambda _: as_tensors(inception_weights))
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+  monkeypatch.setattr(convert_weights.console, "setup", lambda: None)
+  model = published.MODELS["inception"]
+  assert model.url.endswith(f"-{model.sha256[:8]}.pth")
+  with site([(200, body, len(body))]) as address:
+    url = f"{address}/releases/{name}"
+    model = model._replace(url=url, sha256=digest)
+    monkeypatch.setitem(published.MODELS, "inception", model)
+    convert_weights.main(["inception", f"--out={tmp_path / 'out'}"])
+  assert (tmp_path / "cache" / "drift_jax" / name).read_bytes() == body
+  artifact = artifacts.load(tmp_path / "out")
+  assert artifact.metadata["source"] == {
+    "location": url,
+    "file": name,
+    "revision": None,
+    "sha256": digest,
+    "published": True,
+  }
+
+
+def test_download_keeps_only_what_has_the_checksum(tmp_path, monkeypatch):
+  monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+  good = b"good" * 1000
+  digest = hashlib.sha256(good).hexdigest()
+  replies = [(404, b"", 0), (200, good, 4001), (200, b"bad", 3), (200, good, 0)]
+
   cache = tmp_path / "cache"
-  with site(answer) as address:
+  with site(replies) as address:
     url = f"{address}/a/w.pth?raw=true"
     for message in (
       "404",
@@ -517,54 +483,25 @@ def test_download_keeps_only_what_has_the_checksum(tmp_path, monkeypatch):
     weight_files.download(url, digest, cache)
 
 
-DINOV2_CONFIG = DINOV2 | {
-  "hidden_act": "gelu",
-  "hidden_size": 8,
-  "image_size": 448,
-  "num_attention_heads": 2,
-  "num_channels": 3,
-  "patch_size": 112,
-  "qkv_bias": True,
-  "use_swiglu_ffn": False,
-}
-CLIP_VISION = CLIP | {
-  "hidden_size": 8,
-  "image_size": 64,
-  "intermediate_size": 12,
-  "num_attention_heads": 2,
-  "num_channels": 3,
-  "patch_size": 32,
-  "projection_dim": 5,
-}
 CLIP_CONFIG = {
   "model_type": "clip",
-  "projection_dim": 5,
+  "projection_dim": 20,
   "text_config": {"hidden_size": 16},
-  "vision_config": CLIP_VISION | {"projection_dim": 512},
+  "vision_config": CLIP | {"projection_dim": 512},
 }
-QUERY = "vision_model.encoder.layers.1.self_attn.q_proj.weight"
-DINOV2_MODEL_CONFIG = vit.dinov2_config(DINOV2_CONFIG)
 CLIP_MODEL_CONFIG = vit.clip_config(CLIP_CONFIG)
+QUERY = "vision_model.encoder.layers.1.self_attn.q_proj.weight"
 
 
-@pytest.fixture(scope="module")
-def dinov2_weights():
-  """A narrow DINOv2 under the hub's names; vit_test has transformers' own."""
-  special = {
-    "class_token": ((1, 1, 8), None),
-    "position_embedding": ((1, 17, 8), None),
-  }
-  names = vit.DINOV2_NAMES
-  weights = draw("vit", DINOV2_MODEL_CONFIG, names.entries, special)
-  return weights | {"embeddings.mask_token": np.zeros((1, 8), np.float32)}
+@pytest.fixture
+def dinov2_weights(golden):
+  return draw_all(golden("vit")["parameters_dinov2"])
 
 
-@pytest.fixture(scope="module")
-def clip_weights():
-  """A narrow CLIP under the hub's names, with the ends of its text half."""
-  special = {"class_token": ((8,), None), "position_embedding": ((5, 8), None)}
-  names = vit.CLIP_NAMES
-  return draw("vit", CLIP_MODEL_CONFIG, names.entries, special) | {
+@pytest.fixture
+def clip_weights(golden):
+  """With the ends of the text half."""
+  return draw_all(golden("vit")["parameters_clip"]) | {
     "logit_scale": np.ones((), np.float32),
     "text_model.embeddings.position_ids": np.arange(77)[None],
     "text_projection.weight": np.zeros((5, 16), np.float32),
@@ -577,11 +514,11 @@ def test_dinov2_from_its_folder(dinov2_weights, tmp_path, caplog):
   safetensors.numpy.save_file(dinov2_weights, source)
   with pytest.raises(WeightsError, match=r"there is no config\.json beside"):
     convert("dinov2", str(tmp_path), str(tmp_path / "out"))
-  (tmp_path / "config.json").write_text(json.dumps(DINOV2_CONFIG))
+  (tmp_path / "config.json").write_text(json.dumps(DINOV2))
   artifact = convert("dinov2", str(tmp_path), str(tmp_path / "out"))
   assert not caplog.records
   assert artifact.kind == "vit"
-  assert artifact.metadata["model_config"] == DINOV2_MODEL_CONFIG
+  assert artifact.metadata["model_config"] == vit.dinov2_config(DINOV2)
   assert artifact.metadata["source"] == {
     "location": str(tmp_path),
     "file": "model.safetensors",
@@ -600,7 +537,7 @@ def test_dinov2_from_its_folder(dinov2_weights, tmp_path, caplog):
   assert params["patch_embed"]["kernel"][3, 5, 2, 7] == theirs[7, 2, 3, 5]
   positions = dinov2_weights["embeddings.position_embeddings"][0]
   np.testing.assert_array_equal(
-    params["position_embedding"], vit.resize_positions(positions, 2)
+    params["position_embedding"], vit.resize_positions(positions, 16)
   )
 
 
@@ -625,16 +562,16 @@ def test_clips_image_half_comes_in_other_forms(clip_weights):
   whole = vit.convert_clip(clip_weights, CLIP_CONFIG)
   early = CLIP_CONFIG | {
     "vision_config": None,
-    "vision_config_dict": CLIP_VISION,
+    "vision_config_dict": CLIP,
   }
   half = {k: v for k, v in clip_weights.items() if k.startswith("vis")}
   bare = {k: v for k, v in half.items() if not k.startswith("visual")}
   unprefixed = {k.removeprefix("vision_model."): v for k, v in bare.items()}
   for weights, config, projection_dim in (
-    (clip_weights, early, 5),
-    (half, CLIP_VISION, 5),
-    (bare, CLIP_VISION, 0),
-    (unprefixed, CLIP_VISION, 0),
+    (clip_weights, early, 20),
+    (half, CLIP, 20),
+    (bare, CLIP, 0),
+    (unprefixed, CLIP, 0),
   ):
     converted = vit.convert_clip(weights, config)
     assert converted.model_config == CLIP_MODEL_CONFIG | {
@@ -674,7 +611,7 @@ def test_clips_image_half_comes_in_other_forms(clip_weights):
     ("clip", {"projection_dim": None}, "projection_dim=None, want a positive"),
     (
       "clip",
-      {"vision_config": CLIP_VISION | {"hidden_act": "relu"}},
+      {"vision_config": CLIP | {"hidden_act": "relu"}},
       "activation='relu': must be one of 'gelu', 'quick_gelu'",
     ),
   ],
@@ -683,7 +620,7 @@ def test_other_vit_architectures_are_refused(
   dinov2_weights, clip_weights, model, change, message
 ):
   function, weights, config = {
-    "dinov2": (vit.convert_dinov2, dinov2_weights, DINOV2_CONFIG),
+    "dinov2": (vit.convert_dinov2, dinov2_weights, DINOV2),
     "clip": (vit.convert_clip, clip_weights, CLIP_CONFIG),
   }[model]
   config = {k: v for k, v in (config | change).items() if v is not ...}
@@ -699,16 +636,16 @@ def test_other_vit_weights_are_listed(dinov2_weights):
       r"DINOv2 of config.json: .*unexpected \(1\): embeddings.register_tokens",
     ),
     (
-      {positions: np.zeros((1, 5, 8))},
-      rf"{positions} has shape \(1, 5, 8\), not \(1, 17, 8\)",
+      {positions: np.zeros((1, 5, 24))},
+      rf"{positions} has shape \(1, 5, 24\), not \(1, 1370, 24\)",
     ),
     (
-      {positions: np.full((1, 17, 8), np.nan)},
+      {positions: np.full((1, 1370, 24), np.nan)},
       f"{positions} holds values that are not finite",
     ),
   ):
     with pytest.raises(WeightsError, match=message):
-      vit.convert_dinov2(dinov2_weights | change, DINOV2_CONFIG)
+      vit.convert_dinov2(dinov2_weights | change, DINOV2)
 
 
 def test_what_takes_defaults_says_so(tmp_path, monkeypatch, weights, caplog):
