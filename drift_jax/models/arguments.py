@@ -54,6 +54,7 @@ def build(
     ValueError: an argument is unknown (with its closest valid name), missing
       or out of range.
   """
+  # 1. Names
   types = argument_types(module)
   unknown = []
   for name in arguments.keys() - types.keys():
@@ -66,6 +67,7 @@ def build(
       f"{module.__name__}: unknown arguments: {', '.join(unknown) or 'none'};"
       f" missing: {', '.join(missing) or 'none'}; valid: {', '.join(types)}"
     )
+  # 2. Values, by type
   minima, choices, lengths = minima or {}, choices or {}, lengths or {}
   values = {}
   for name, kind in types.items():

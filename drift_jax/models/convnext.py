@@ -41,7 +41,7 @@ def require_pixels(x: Float[ArrayLike, "..."]) -> Float[Array, "B H W 3"]:
 
 
 def resize_input(x: Float[Array, "B H W C"]) -> Float[Array, "B S S C"]:
-  """Bilinear resize to 224 x 224, antialiased where that shrinks x."""
+  """Bilinear resize to 224 x 224, antialiased if that shrinks x."""
   shape = (x.shape[0], INPUT_SIZE, INPUT_SIZE, x.shape[3])
   return jax.image.resize(x, shape, "bilinear", antialias=True)
 
@@ -128,7 +128,7 @@ class ConvNext(nn.Module):
   dtype: jnp.dtype
   remat: bool = False
 
-  # Of a call, just large enough: an image.
+  # Smallest input of a call: an image.
   example_inputs = (jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32),)
 
   @nn.compact
@@ -186,13 +186,13 @@ class ConvNext(nn.Module):
   def features(
     self, x: Float[ArrayLike, "B H W C"], *, input_scale: bool = False
   ) -> dict[str, Float[Array, "B _ _"]]:
-    """Feature vectors for the drifting loss, beside those of an MAE.
+    """Feature vectors for the drifting loss, to be joined with an MAE's.
 
     Each stage's map is normalised over its channels, (x - mean) / (std +
     1e-3). Stage 0 gives its spatial mean and std, the others the map too, as
     `convenxt_stage_I`, `..._mean` and `..._std` (the published spelling).
-    `global_mean` is the LayerNorm of the pooled last stage, and `global_std`
-    repeats that stage's std, which thereby counts twice in the loss.
+    `global_mean` is the LayerNorm of the pooled last stage. `global_std` is
+    that stage's std again, which thus counts twice in the loss.
 
     Args:
       x: RGB pixels in [-1, 1], NHWC.

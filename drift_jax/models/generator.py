@@ -13,8 +13,8 @@ from drift_jax.models.arguments import build, require_multiple
 
 # Weight of the guidance scale's embedding in the conditioning vector.
 ALPHA_EMBEDDING_WEIGHT = 0.02
-# What a block keeps for its backward pass, beside its input; the rest is
-# computed again, and parameters that are gathered are gathered again.
+# What a block keeps for its backward pass besides its input. The rest is
+# computed again, and gathered parameters are gathered again.
 _saved = jax.checkpoint_policies.save_only_these_names
 _REMAT_POLICIES = {
   "none": None,
@@ -91,13 +91,14 @@ class Generator(nn.Module):
 
   @property
   def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Of a call, just large enough: labels and alpha."""
+    """Smallest inputs of a call: labels and alpha."""
     return (
       jax.ShapeDtypeStruct((1,), jnp.int32),
       jax.ShapeDtypeStruct((), jnp.float32),
     )
 
   def setup(self) -> None:
+    # 1. Embeddings of class, style and guidance scale
     side = self.input_size // self.patch_size
     self.class_embed = nn.Embed(
       self.num_classes,
@@ -112,6 +113,7 @@ class Generator(nn.Module):
         (self.style_tokens, self.style_vocab, self.cond_dim),
       )
     self.alpha_embed = layers.ScalarEmbedding(self.cond_dim)
+    # 2. Tokens: patches with positions, and context
     self.patch_embed = nn.Dense(
       self.hidden_size,
       dtype=self.dtype,
@@ -133,6 +135,7 @@ class Generator(nn.Module):
         layers.embedding_init,
         (1, self.context_tokens, self.hidden_size),
       )
+    # 3. Blocks, as a loop over depth
     block = layers.Block
     if self.gather is not None:
       block = nn.map_variables(block, "params", trans_in_fn=self.gather)
@@ -191,11 +194,11 @@ class Generator(nn.Module):
   ) -> Float[Array, "B D"]:
     """Conditioning vector, float32.
 
-    class embedding + sum over the style tokens of each one's embedding
+    class embedding + sum of the style tokens' embeddings
     + 0.02 RMSNorm(MLP(sinusoidal(alpha))).
 
     Args:
-      labels: class indices in [0, num_classes); beyond it the result is NaN.
+      labels: class indices in [0, num_classes); others give NaN.
       alpha: guidance scale >= 1, one for all samples or one each.
       style: index in [0, style_vocab) into each style token's own table.
     """
@@ -280,7 +283,7 @@ class Generator(nn.Module):
 def build_generator(**arguments: Any) -> Generator:
   """Builds the generator from its attributes, dtypes by name.
 
-  The optional attributes are what `clone` changes, e.g. for other devices.
+  Attributes that have a default are not arguments: `clone` sets them.
 
   Raises:
     ValueError: an unknown or missing argument, or values that contradict each

@@ -1,8 +1,8 @@
-"""Inception-v3 as FID means it: TensorFlow's graph of 2015-12-05.
+"""The Inception-v3 of FID: TensorFlow's graph of 2015-12-05.
 
-Its modules and parameters have the names of the published weights. It differs
-from other Inception-v3 in its pools: the average ones do not count padding, and
-the last block has a maximum in place of an average.
+Modules and parameters have the names of the published weights. The pools differ
+from other versions of Inception-v3: averages do not count padding, and the last
+block has a maximum in place of an average.
 """
 
 import functools
@@ -18,12 +18,12 @@ from jaxtyping import Array, ArrayLike, Float, Shaped
 from drift_jax.models.arguments import build, require_rgb
 
 IMAGE_SIZE = 299
-# Accelerators round float32 factors unless told not to; FID is of float32.
+# Accelerators round float32 factors by default; FID is of float32.
 _PRECISION = jax.lax.Precision.HIGHEST
 
 
 class InceptionOutput(NamedTuple):
-  """What Inception-v3 gives for B images, float32.
+  """Outputs of Inception-v3 for B images, float32.
 
   Attributes:
     pool3: means over the last block's 8 x 8 locations, >= 0; the features of
@@ -42,9 +42,9 @@ def resize_bilinear(
 ) -> Float[Array, "B size size C"]:
   """TensorFlow 1's bilinear resize, without corner or centre alignment.
 
-  Pixel i of the result is taken at position i H / size of the input, so pixel 0
-  is pixel 0, and what lies beyond the last pixel is the last pixel. There is no
-  low-pass filter when the image shrinks.
+  Pixel i of the result is taken at position i H / size of the input: pixel 0 is
+  pixel 0, and beyond the last pixel the last one counts. Shrinking applies no
+  low-pass filter.
   """
   for axis in (2, 1):
     length = images.shape[axis]
@@ -77,12 +77,12 @@ def preprocess(
   return (pixels - 128) / 128
 
 
-# Pools are sums and maxima of slices: XLA's windowed reductions take longer on
-# CPUs, and these fuse with what follows.
+# Pools are sums and maxima of slices: on CPUs they are faster than XLA's
+# windowed reductions, and fuse with the next layer.
 
 
 def _shifted(x: Array, axis: int, stride: int) -> list[Array]:
-  """The three slices along an axis that windows of three consist of."""
+  """Three slices along an axis: element 0, 1 and 2 of each window of three."""
   last = (x.shape[axis] - 3) // stride * stride
   return [
     jax.lax.slice_in_dim(x, i, i + last + 1, stride, axis) for i in range(3)
@@ -97,9 +97,9 @@ def _pad_locations(x: Array, value: float) -> Array:
 def max_pool(
   x: Float[Array, "B H W C"], stride: int
 ) -> Float[Array, "B h w C"]:
-  """Maxima of 3 x 3 locations, only of those that lie inside.
+  """Maxima of 3 x 3 locations; padding never wins.
 
-  Of stride 1 it keeps the size; of stride 2 windows lie wholly inside.
+  Stride 1 keeps the size; with stride 2 all windows lie inside.
   """
   if stride == 1:
     x = _pad_locations(x, -jnp.inf)
@@ -109,7 +109,7 @@ def max_pool(
 
 
 def average_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-  """Means of 3 x 3 locations, only of those that lie inside: 4, 6 or 9."""
+  """Means of the 4, 6 or 9 of 3 x 3 locations that lie inside."""
   inverse_counts = []
   for length in x.shape[1:3]:
     i = np.arange(length)
@@ -129,10 +129,11 @@ def _convolve(
   padding: str | Sequence[tuple[int, int]],
   **arguments: Any,
 ) -> Float[Array, "B h w D"]:
-  """jax.lax.conv_general_dilated, on CPUs in forms that XLA is faster at.
+  """jax.lax.conv_general_dilated, on CPUs in forms that XLA runs faster.
 
-  There a 1 x 1 kernel takes 1.5 to 2 times as long as the matrix product that
-  it is, and no padding 2 to 3 times as long as a row of zeros at the end.
+  There a 1 x 1 kernel takes 1.5 to 2 times as long as the same matrix product,
+  and a convolution without padding 2 to 3 times as long as one with a row of
+  zeros at the end.
   """
   convolve = functools.partial(
     jax.lax.conv_general_dilated, x, kernel, strides, **arguments
@@ -297,7 +298,7 @@ class Inception(nn.Module):
   width: int
   num_classes: int
 
-  # Of a call, just large enough: an image.
+  # Smallest input of a call: an image.
   example_inputs = (jax.ShapeDtypeStruct((1, 1, 1, 3), jnp.uint8),)
 
   def __call__(self, images: Shaped[ArrayLike, "..."]) -> InceptionOutput:
@@ -310,7 +311,7 @@ class Inception(nn.Module):
 
   @nn.compact
   def network(self, x: Float[Array, "B 299 299 3"]) -> InceptionOutput:
-    """The same of what `preprocess` gives."""
+    """Features and logits of preprocessed pixels, see `preprocess`."""
     w = self.width
     x = _conv("Conv2d_1a_3x3", 2 * w, 3, 2, "VALID")(x)
     x = _conv("Conv2d_2a_3x3", 2 * w, 3, 1, "VALID")(x)

@@ -23,8 +23,8 @@ embedding_init = nn.initializers.normal(stddev=0.02)
 linear_init = nn.initializers.xavier_uniform()
 
 
-# Names for jax.checkpoint policies: of what attention's last layer takes, of
-# the MLP's two wide products, and of the MLP's result.
+# Names for jax.checkpoint policies: the input of attention's last layer, the
+# MLP's two wide products, and the MLP's result.
 ATTENTION = "attention"
 WIDE = "wide"
 MLP = "mlp"
@@ -61,7 +61,7 @@ class RMSNorm(nn.Module):
   """x / sqrt(mean_c(x^2) + 1e-6) * scale, in float32.
 
   The mean is over the last axis. The result is float32 whatever the input's
-  dtype; the caller casts it where it needs less.
+  dtype; the caller casts it if it needs less.
   """
 
   @nn.compact
@@ -101,8 +101,8 @@ def conv(
 class GroupNorm(nn.Module):
   """(x - mean) / sqrt(var + 1e-6) * scale + bias in float32, then `dtype`.
 
-  Mean and variance are over all locations and the channels of a group. There
-  are as many groups as divide the channels, at most max_groups.
+  Mean and variance are over all locations and the channels of a group. The
+  number of groups is the largest up to max_groups that divides the channels.
   """
 
   dtype: jnp.dtype
@@ -128,7 +128,7 @@ def _group_norm(
 def _of_groups(
   reduce: Any, x: Float[Array, "B C"], groups: int
 ) -> Float[Array, "B C"]:
-  """Of the channels of each group, for each of them."""
+  """Reduces over the channels of each group; one value for each channel."""
   rows = x.reshape(x.shape[0], groups, -1)
   return jnp.broadcast_to(
     reduce(rows, axis=-1, keepdims=True), rows.shape
@@ -139,8 +139,8 @@ def _group_norm_forward(
   x: Array, scale: Array, bias: Array, groups: int, dtype: jnp.dtype
 ) -> tuple[Array, Any]:
   wide = x.astype(jnp.float32)
-  # Moments of each channel, then of its group: the channels of a map taken
-  # apart would be another layout, and a copy.
+  # Moments of each channel, then of its group: splitting the channels of a map
+  # into groups would change its layout, and copy it.
   means, variances = (f(wide, axis=(1, 2)) for f in (jnp.mean, jnp.var))
   mean = _of_groups(jnp.mean, means, groups)
   variance = _of_groups(jnp.mean, variances, groups) + _of_groups(
@@ -154,9 +154,9 @@ def _group_norm_forward(
 def _group_norm_backward(
   groups: int, dtype: jnp.dtype, residuals: Any, cotangent: Array
 ) -> tuple[Array, Array, Array]:
-  """One pass for two sums of each channel, one for the gradient.
+  """Gradients in two passes over the map: sums of each channel, then x's.
 
-  What autodiff would keep and read are float32 maps; this takes x as it is.
+  Autodiff would keep float32 maps; this keeps x in its own dtype.
   """
   del dtype
   x, scale, mean, inverse = residuals
@@ -255,11 +255,11 @@ class Attention(nn.Module):
   """Multi-head self-attention with QK-norm, then rotary positions.
 
   Attributes:
-    kernel: 'xla', or 'pallas' for TPUs: all of it on chip, see
-      attention_kernel; 'interpret' is that without a TPU. Sequences that don't
-      fit on chip are computed by XLA. 'cudnn' for NVIDIA GPUs: the fused
-      softmax and products of cuDNN, where attention_dtype is bfloat16; it has
-      none in float32, which XLA computes.
+    kernel: who computes it. 'xla' runs everywhere. 'pallas' runs on TPUs and
+      keeps everything on chip, see attention_kernel; XLA computes sequences
+      that don't fit. 'interpret' is the same without a TPU. 'cudnn' is the
+      fused attention of NVIDIA GPUs; it has no float32, so XLA computes
+      attention_dtype float32.
   """
 
   num_heads: int

@@ -19,7 +19,7 @@ from drift_jax.models.stages import (
 
 
 class MAEOutput(NamedTuple):
-  """What one masked forward pass gives; h x w is the folded input's grid.
+  """Result of a masked forward pass; h x w is the folded input's grid.
 
   Attributes:
     recon: reconstruction of the folded input, float32.
@@ -179,9 +179,9 @@ class MAE(nn.Module):
       the stem; 1 for none.
     mask_patch_size: side of the patches hidden together, in folded cells.
     num_classes: labels are in [0, num_classes).
-    norm_groups: groups of each GroupNorm, or fewer where they do not divide
-      its channels; 32 in every published model. With one channel a group the
-      means over a map are constants: keep it below base_channels.
+    norm_groups: groups of each GroupNorm, or fewer if they do not divide its
+      channels; 32 in every published model. With one channel a group the means
+      over a map are constants: keep it below base_channels.
     dtype: of activations and products, 'float32' or 'bfloat16'; parameters
       are float32.
     remat: recompute each residual block in the backward pass.
@@ -199,7 +199,7 @@ class MAE(nn.Module):
 
   @property
   def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Of a call, just large enough: an image."""
+    """Smallest input of a call: an image."""
     side = self.input_patch_size * self.mask_patch_size
     shape = (1, side, side, self.in_channels)
     return (jax.ShapeDtypeStruct(shape, jnp.float32),)
@@ -259,7 +259,7 @@ class MAE(nn.Module):
     x: Float[ArrayLike, "B H W C"],
     mask_ratio: Float[ArrayLike, ""] | float = 0.5,
   ) -> Float[Array, "B h w 1"]:
-    """The mask that a call without one draws of the same key.
+    """The mask that a call without one draws from the same key.
 
     Raises:
       ValueError: as a call.
@@ -346,10 +346,10 @@ def mae_loss(
   """lam * cross-entropy + (1 - lam) * reconstruction error, per sample.
 
   The reconstruction error is the squared error summed over channels, averaged
-  over the hidden positions of the sample (0 where nothing is hidden).
+  over the hidden positions of the sample (0 if nothing is hidden).
 
   Args:
-    output: of the masked forward pass.
+    output: result of the masked forward pass.
     labels: class indices in [0, num_classes).
     lam: weight of the classification in [0, 1]; may be traced.
 

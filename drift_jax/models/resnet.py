@@ -26,7 +26,7 @@ from drift_jax.models.stages import (
 EXPANSION = 4  # a block's output channels, in those of its 3x3 convolution
 
 
-# With the BatchNorm folded into it; see tools.conversions.
+# With bias: the BatchNorm is folded into it, see tools.conversions.
 _conv = functools.partial(conv, use_bias=True)
 
 
@@ -84,14 +84,15 @@ class ResNet(nn.Module):
   dtype: jnp.dtype
   remat: bool = False
 
-  # Of a call, just large enough: an image.
+  # Smallest input of a call: an image.
   example_inputs = (jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32),)
 
   @nn.compact
   def __call__(self, x: Float[ArrayLike, "B H W C"]) -> tuple[Maps, list[Maps]]:
     """Returns ([stem, stage 1, ..., stage 4], blocks of each stage).
 
-    The stem is what enters stage 1: convolution, ReLU and max pooling, 56 x 56.
+    The stem is the input of stage 1: convolution, ReLU and max pooling,
+    56 x 56.
 
     Args:
       x: RGB pixels in [-1, 1], NHWC, of any size; resized to 224 x 224 by
@@ -107,7 +108,7 @@ class ResNet(nn.Module):
     hidden = nn.relu(
       _conv(self.base_channels, 7, self.dtype, "stem", 2)(hidden)
     )
-    # Nothing is below 0: padding with it changes no maximum.
+    # Nothing is below 0, so padding with 0 changes no maximum.
     hidden = jnp.pad(hidden, ((0, 0), (1, 1), (1, 1), (0, 0)))
     hidden = nn.max_pool(hidden, (3, 3), (2, 2))
     outputs, blocks = [hidden], []

@@ -28,10 +28,10 @@ def sample_latents(
     moments: mean and logvar along the last axis, as `Vae.encode` gives them;
       D = 2 C.
     noise: standard normal.
-    scaling_factor: of the autoencoder; brings latents to about unit variance.
+    scaling_factor: of the autoencoder; gives latents about unit variance.
 
   Returns:
-    Latents as the generator sees them and `Vae.decode` takes them.
+    Latents as the generator and `Vae.decode` take them.
   """
   mean, log_variance = jnp.split(
     jnp.asarray(moments).astype(jnp.float32), 2, axis=-1
@@ -56,7 +56,7 @@ def _conv(
   *,
   stride: int = 1,
 ) -> nn.Conv:
-  """Of stride 1 it keeps the size; of stride 2 it pads at the end only."""
+  """A convolution; stride 1 keeps the size, stride 2 pads at the end only."""
   padding = {1: (0, 0), 3: (1, 1)}[size] if stride == 1 else (0, 1)
   return nn.Conv(
     channels,
@@ -128,7 +128,7 @@ class Head(nn.Module):
 
 
 class Half(nn.Module):
-  """Encoder or decoder: levels of residual blocks, with attention between.
+  """Encoder or decoder: levels of residual blocks, and a middle.
 
   The encoder goes down the levels and then through the middle (two blocks
   around one attention), the decoder through the middle and then up.
@@ -190,8 +190,8 @@ class Vae(nn.Module):
     scaling_factor: latents are multiplied with it.
     dtype: of activations and products, 'float32' or 'bfloat16'; parameters,
       statistics, softmax and results are float32.
-    remat: recompute each block in the backward pass instead of storing what
-      lies inside it. XLA undoes that on CPUs.
+    remat: recompute each block in the backward pass instead of storing its
+      activations. XLA undoes that on CPUs.
   """
 
   in_channels: int
@@ -205,7 +205,7 @@ class Vae(nn.Module):
 
   @property
   def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Of a call, just large enough: an image."""
+    """Smallest input of a call: an image."""
     side = self.downsampling
     shape = (1, side, side, self.in_channels)
     return (jax.ShapeDtypeStruct(shape, jnp.float32),)

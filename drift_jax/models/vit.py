@@ -21,13 +21,13 @@ from drift_jax.models.arguments import (
   require_rgb,
 )
 
-# Accelerators round float32 factors unless told not to; the published figures
-# are of float32.
+# Accelerators round float32 factors by default; the published figures are of
+# float32.
 _PRECISION = jax.lax.Precision.HIGHEST
 
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-  """x sigmoid(1.702 x): OpenAI's CLIP has it in place of GELU."""
+  """x sigmoid(1.702 x), which OpenAI's CLIP has in place of GELU."""
   return x * nn.sigmoid(1.702 * x)
 
 
@@ -42,10 +42,9 @@ def resize_bicubic(
 ) -> Float[Array, "B size size C"]:
   """Cubic convolution with a = -0.5, widened by the factor of shrinking.
 
-  Pixel centres are aligned and weights beyond the border are dropped, the rest
-  scaled to a sum of 1: Pillow's BICUBIC. The result is neither rounded nor
-  clipped, as Pillow's is in its mode 'F'; the two sides are resized each by
-  its own factor.
+  Pixel centres are aligned; weights beyond the border are dropped and the rest
+  scaled to a sum of 1, as Pillow's BICUBIC does. The result is neither rounded
+  nor clipped, as in Pillow's mode 'F'. Each side has its own factor.
   """
   batch, _, _, channels = images.shape
   shape = (batch, size, size, channels)
@@ -59,15 +58,15 @@ def preprocess(
   image_mean: Sequence[float],
   image_std: Sequence[float],
 ) -> Float[Array, "B {image_size} {image_size} C"]:
-  """(resized / 255 - mean) / std, float32; resized is of whole grey levels.
+  """(resized / 255 - mean) / std, float32.
 
-  That is resize_bicubic(images, image_size), rounded and clipped to [0, 255]
-  as 8-bit images are, which the published figures were computed of. (Pillow
-  rounds rows and columns each: a grey level more or less at a few pixels.)
+  resized is resize_bicubic(images, image_size), rounded and clipped to
+  [0, 255]: the published figures were computed from 8-bit images. (Pillow
+  rounds after the rows too: a few pixels differ by a grey level.)
 
   Args:
-    images: uint8 [B, H, W, 3] RGB; of another size than square they are
-      squeezed, not cropped.
+    images: uint8 [B, H, W, 3] RGB; if not square they are squeezed, not
+      cropped.
     image_size: pixels of the result's side.
     image_mean: of each channel, of pixels in [0, 1].
     image_std: of each channel, of pixels in [0, 1].
@@ -192,7 +191,7 @@ class Vit(nn.Module):
   image_mean: tuple[float, ...]
   image_std: tuple[float, ...]
 
-  # Of a call, just large enough: an image.
+  # Smallest input of a call: an image.
   example_inputs = (jax.ShapeDtypeStruct((1, 1, 1, 3), jnp.uint8),)
 
   def __call__(self, images: Shaped[ArrayLike, "..."]) -> Float[Array, "B D"]:
@@ -217,7 +216,7 @@ class Vit(nn.Module):
   def network(
     self, x: Float[Array, "B {self.image_size} {self.image_size} 3"]
   ) -> Float[Array, "B D"]:
-    """The same of what `preprocess` gives."""
+    """Features of preprocessed pixels, see `preprocess`."""
     width, patch = self.hidden_size, self.patch_size
     x = nn.Conv(
       width,

@@ -1,4 +1,4 @@
-"""Files of published weights: where they are, and what is in them."""
+"""Files of published weights: finds, downloads and reads them."""
 
 import hashlib
 import http.client
@@ -23,7 +23,7 @@ from drift_jax.system.console import logger
 from drift_jax.tools.conversions.layouts import CONFIG_FILE, WeightsError
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".tar")  # MoCo: .pth.tar
-# Under which a checkpoint holds its weights beside other things.
+# Keys under which a checkpoint holds its weights.
 _STATE_DICTS = ("state_dict", "model")
 
 _URL = re.compile(r"https?://")
@@ -47,7 +47,7 @@ def locate(source: str, names: Sequence[str], sha256: str | None) -> Located:
 
   Args:
     source: a file, a folder, hf://OWNER/NAME[@REVISION][/FILE], or a URL.
-    names: what to look for in a folder or repository, in this order.
+    names: files to look for in a folder or repository, in this order.
     sha256: of the published file, in hexadecimal; None refuses URLs.
 
   Raises:
@@ -102,9 +102,9 @@ def sha256_of(path: pathlib.Path) -> str:
 
 
 def download(url: str, sha256: str, folder: pathlib.Path) -> pathlib.Path:
-  """The file at a URL, from the folder if it is there already.
+  """Downloads a file into a folder, unless it is there already.
 
-  It appears there whole and with the right checksum, or not at all.
+  It appears whole and with the right checksum, or not at all.
 
   Raises:
     WeightsError: not reached, cut off, or another file.
@@ -176,8 +176,8 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
     ) from error
   try:
     tensors = torch.load(path, map_location="cpu", weights_only=True)
-  # What torch.load raises on a bad file is an open list (KeyError is on it),
-  # and its messages advise to load the file unsafely: they are not repeated.
+  # A bad file raises errors of many kinds, KeyError too. Their messages advise
+  # to load the file unsafely, so they are not repeated.
   except Exception as error:
     raise WeightsError(
       f"{path} ({path.stat().st_size} bytes) can't be read as a torch file of"

@@ -8,8 +8,9 @@
   DIR/model.safetensors               the parameters, names of this package
   DIR/config.json                     the same facts
 
-Ours carry the file's SHA-256 in the JSON as well; it is checked on loading.
-Loading executes nothing: both kinds of file hold arrays and names only.
+The JSON of our own artifacts also has the SHA-256 of the parameters' file;
+loading checks it. Loading executes nothing: both kinds of file hold arrays and
+names only.
 
 A folder may be on the hub: hf://OWNER/NAME[@REVISION][/FOLDER], or hf://NAME
 for an artifact of the release.
@@ -113,37 +114,39 @@ def save(
   facts: Mapping[str, Any] | None = None,
   format: Format = "release",
 ) -> epath.Path:
-  """Writes an artifact; the metadata comes last, so a torn one has none.
+  """Writes an artifact, its metadata last: an incomplete one has none.
 
-  One that was there before stays whole until the new one is on the disk.
+  An artifact that was there stays whole until the new one is on the disk.
 
   Args:
     directory: gets the files, those of 'release' in a folder params_ema.
     kind: one of release.KINDS.
     model_config: the release's own names (release.published_config).
     params: this package's names; float32, in 'safetensors' bfloat16 as well.
-    step: training steps behind the parameters; None if not trained here.
-    ema_decay: of the average that these are; None if not trained here.
+    step: training steps of the parameters; None if not trained here.
+    ema_decay: of the parameters' average; None if not trained here.
     source: where converted parameters came from; plain values.
-    facts: more of the metadata, plain values: a generator's 'alpha_range' and
+    facts: more metadata, plain values: a generator's 'alpha_range' and
       'class_names'.
     format: 'release' or 'safetensors'.
 
   Returns:
     The directory.
   """
+  # 1. Parameters
   layout = _LAYOUTS[format]
   directory = paths.expand(directory)
   folder = epath.Path(directory) / layout.subdirectory
   folder.mkdir(parents=True, exist_ok=True)
   params = jax.tree.map(np.asarray, jax.device_get(params))
-  # The same names and shapes, or it is an error, in both formats.
+  # In both formats: it checks names and shapes.
   tree = release.to_release(kind, model_config, params)
   if format == "release":
     data = flax.serialization.msgpack_serialize(tree)
   else:
     flat = traverse_util.flatten_dict(params, sep="/")
     data = safetensors.numpy.save(jax.tree.map(np.ascontiguousarray, flat))
+  # 2. Metadata
   metadata = {
     "format": layout.name,
     "kind": kind,
@@ -157,6 +160,7 @@ def save(
   if source is not None:
     metadata["source"] = dict(source)
   metadata |= facts or {}
+  # 3. Both files under temporary names, then in place
   contents = {
     layout.params: data,
     layout.metadata: json.dumps(metadata, indent=2).encode(),
@@ -230,7 +234,7 @@ def load(
 def _read_release(data: bytes, what: str) -> Any:
   try:
     return flax.serialization.msgpack_restore(data)
-  # What it raises of bytes that are no msgpack is an open list.
+  # Bytes that are no msgpack raise errors of many kinds.
   except Exception as error:
     raise ArtifactError(f"{what} is no complete msgpack: {error!r}") from error
 
@@ -257,7 +261,12 @@ def _read_safetensors(data: bytes, what: str) -> Any:
 def _fitted(
   kind: str, model_config: Mapping[str, Any], tree: Any, published: bool
 ) -> tuple[nn.Module, Any]:
-  """The module and its parameters, of a tree under either kind of names.
+  """The module and its parameters.
+
+  Args:
+    kind, model_config: of the model.
+    tree: parameters as they are stored.
+    published: whether they have the release's names, or ours.
 
   Raises:
     ValueError: parameters that don't fit, or are no floating-point arrays of
@@ -274,14 +283,13 @@ def _fitted(
       raise ValueError(f"{name} holds numbers that are not finite")
   if published:
     return release.from_release(kind, model_config, tree)
-  # Fits, or it is an error.
+  # Checks names and shapes.
   release.to_release(kind, model_config, tree)
   return release.describe(kind, model_config)[0], tree
 
 
 def exists(directory: os.PathLike[str] | str) -> bool:
-  """Whether there is an artifact to load; of one on the hub, whether it can
-  be had."""
+  """Whether there is an artifact to load, here or on the hub."""
   try:
     _find(os.fspath(directory))
   except ArtifactError:
@@ -290,7 +298,7 @@ def exists(directory: os.PathLike[str] | str) -> bool:
 
 
 def _find(source: str) -> tuple[epath.Path, _Layout]:
-  """The folder that holds an artifact's files, and which they are.
+  """The folder of an artifact's files, and their layout.
 
   Raises:
     ArtifactError: there is none; the message says where it looked.
@@ -363,7 +371,7 @@ def _from_hub(source: str) -> tuple[epath.Path, _Layout]:
 def abstract(
   kind: str, arguments: Mapping[str, Any], *, dtype: str | None = None
 ) -> Artifact:
-  """What `load` would give of a model, with the shapes of its parameters.
+  """The Artifact of a model without weights: shapes in place of parameters.
 
   Args:
     kind: one of release.KINDS.

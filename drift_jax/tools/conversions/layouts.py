@@ -126,7 +126,7 @@ def as_linear(array: np.ndarray) -> np.ndarray:
 
 
 def count_blocks(weights: Weights, prefix: str) -> int:
-  """The first N >= 1 such that no name begins with PREFIX N."""
+  """The first N >= 1 that follows the prefix in no name."""
   numbers = {
     name.removeprefix(prefix).partition(".")[0]
     for name in weights

@@ -19,8 +19,8 @@ from drift_jax.tools.conversions.layouts import (
   convert,
 )
 
-# Pixels of the images that features are computed of, and their statistics as
-# the publishers prescribe them.
+# Side of the images, in pixels, and statistics of pixels in [0, 1], as the
+# publishers prescribe them.
 DINOV2_IMAGE_SIZE = 224
 OPENAI_MEAN = [0.48145466, 0.4578275, 0.40821073]
 OPENAI_STD = [0.26862954, 0.26130258, 0.27577711]
@@ -232,7 +232,7 @@ def clip_config(config: Config) -> dict[str, Any]:
 
 
 def _sizes(config: Config) -> dict[str, Any]:
-  """What both call alike."""
+  """Arguments whose keys are the same in both."""
   return {
     "patch_size": _number(config, "patch_size"),
     "hidden_size": _number(config, "hidden_size"),
@@ -247,9 +247,9 @@ def resize_positions(positions: np.ndarray, side: int) -> np.ndarray:
 
   Cubic convolution with a = -0.75 at (i + 1/2) n / side - 1/2 along either
   axis, repeating the border and without a low-pass filter, computed in
-  float64: torch's bicubic interpolation, of which transformers makes use. The
-  first row, of the class token, stays as it is. (The publishers' own code
-  takes positions of a scale n / (side + 0.1).)
+  float64: torch's bicubic interpolation, which transformers uses. The first
+  row, of the class token, stays as it is. (The publishers' own code has the
+  scale n / (side + 0.1).)
   """
   length = math.isqrt(len(positions) - 1)
   if side == length:
