@@ -1,5 +1,6 @@
 """The one-step generator: a DiT from noise to samples (appendix A.2)."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -114,22 +115,17 @@ class Generator(nn.Module):
       )
     self.alpha_embed = layers.ScalarEmbedding(self.cond_dim)
     # 2. Tokens: patches with positions, and context
-    self.patch_embed = nn.Dense(
-      self.hidden_size,
-      dtype=self.dtype,
-      kernel_init=layers.linear_init,
+    project = functools.partial(
+      nn.Dense, dtype=self.dtype, kernel_init=layers.linear_init
     )
+    self.patch_embed = project(self.hidden_size)
     self.pos_embed = self.param(
       "pos_embed",
       layers.sincos_position_init(side),
       (1, side * side, self.hidden_size),
     )
     if self.context_tokens:
-      self.context_proj = nn.Dense(
-        self.hidden_size,
-        dtype=self.dtype,
-        kernel_init=layers.linear_init,
-      )
+      self.context_proj = project(self.hidden_size)
       self.context_embed = self.param(
         "context_embed",
         layers.embedding_init,

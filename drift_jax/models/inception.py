@@ -177,95 +177,71 @@ def _chain(
   return x
 
 
-def _concatenate(*branches: Array) -> Array:
-  return jnp.concatenate(branches, axis=-1)
+class Block(nn.Module):
+  """Branches side by side along the channels."""
+
+  branches: Callable[[Array], Sequence[Array]]
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+    return jnp.concatenate(self.branches(x), axis=-1)
 
 
-class BlockA(nn.Module):
+def _block_a(x: Array, *, w: int, pool: int) -> Sequence[Array]:
   """Mixed_5*: 1x1, 5x5, twice 3x3 and average pool, 35 x 35 locations."""
-
-  width: int
-  pool_channels: int
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
-    w = self.width
-    return _concatenate(
-      _conv("branch1x1", 4 * w, 1)(x),
-      _chain(x, "branch5x5", (3 * w, 1), (4 * w, 5)),
-      _chain(x, "branch3x3dbl", (4 * w, 1), (6 * w, 3), (6 * w, 3)),
-      _conv("branch_pool", self.pool_channels, 1)(average_pool(x)),
-    )
+  return [
+    _conv("branch1x1", 4 * w, 1)(x),
+    _chain(x, "branch5x5", (3 * w, 1), (4 * w, 5)),
+    _chain(x, "branch3x3dbl", (4 * w, 1), (6 * w, 3), (6 * w, 3)),
+    _conv("branch_pool", pool * w, 1)(average_pool(x)),
+  ]
 
 
-class BlockB(nn.Module):
+def _block_b(x: Array, *, w: int) -> Sequence[Array]:
   """Mixed_6a: 3x3, twice 3x3 and maximum pool, down to 17 x 17 locations."""
-
-  width: int
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
-    w = self.width
-    three = _conv("branch3x3", 24 * w, 3, 2, "VALID")(x)
-    double = _chain(x, "branch3x3dbl", (4 * w, 1), (6 * w, 3))
-    double = _conv("branch3x3dbl_3", 6 * w, 3, 2, "VALID")(double)
-    return _concatenate(three, double, max_pool(x, 2))
+  three = _conv("branch3x3", 24 * w, 3, 2, "VALID")(x)
+  double = _chain(x, "branch3x3dbl", (4 * w, 1), (6 * w, 3))
+  double = _conv("branch3x3dbl_3", 6 * w, 3, 2, "VALID")(double)
+  return [three, double, max_pool(x, 2)]
 
 
-class BlockC(nn.Module):
+def _block_c(x: Array, *, w: int, inner: int) -> Sequence[Array]:
   """Mixed_6b to e: 1x1, 7x7, twice 7x7 and average pool; 7x7 is 1x7, 7x1."""
-
-  width: int
-  inner_channels: int
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
-    c, last = self.inner_channels, 12 * self.width
-    row, column = (1, 7), (7, 1)
-    double = ((c, 1), (c, column), (c, row), (c, column), (last, row))
-    return _concatenate(
-      _conv("branch1x1", last, 1)(x),
-      _chain(x, "branch7x7", (c, 1), (c, row), (last, column)),
-      _chain(x, "branch7x7dbl", *double),
-      _conv("branch_pool", last, 1)(average_pool(x)),
-    )
+  c, last = inner * w, 12 * w
+  row, column = (1, 7), (7, 1)
+  double = ((c, 1), (c, column), (c, row), (c, column), (last, row))
+  return [
+    _conv("branch1x1", last, 1)(x),
+    _chain(x, "branch7x7", (c, 1), (c, row), (last, column)),
+    _chain(x, "branch7x7dbl", *double),
+    _conv("branch_pool", last, 1)(average_pool(x)),
+  ]
 
 
-class BlockD(nn.Module):
+def _block_d(x: Array, *, w: int) -> Sequence[Array]:
   """Mixed_7a: 3x3, 7x7 then 3x3, maximum pool, down to 8 x 8 locations."""
-
-  width: int
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
-    w = 12 * self.width
-    three = _conv("branch3x3_1", w, 1)(x)
-    three = _conv("branch3x3_2", 20 * self.width, 3, 2, "VALID")(three)
-    seven = _chain(x, "branch7x7x3", (w, 1), (w, (1, 7)), (w, (7, 1)))
-    seven = _conv("branch7x7x3_4", w, 3, 2, "VALID")(seven)
-    return _concatenate(three, seven, max_pool(x, 2))
+  c = 12 * w
+  three = _chain(x, "branch3x3", (c, 1))
+  three = _conv("branch3x3_2", 20 * w, 3, 2, "VALID")(three)
+  seven = _chain(x, "branch7x7x3", (c, 1), (c, (1, 7)), (c, (7, 1)))
+  seven = _conv("branch7x7x3_4", c, 3, 2, "VALID")(seven)
+  return [three, seven, max_pool(x, 2)]
 
 
-class BlockE(nn.Module):
+def _block_e(
+  x: Array, *, w: int, pool: Callable[[Array], Array]
+) -> Sequence[Array]:
   """Mixed_7b, 7c: 1x1, 1x3 and 3x1, the same after 3x3, and a pool."""
-
-  width: int
-  pool: Callable[[Array], Array]
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
-    w = self.width
-    one = _conv("branch1x1", 20 * w, 1)(x)
-    three = _conv("branch3x3_1", 24 * w, 1)(x)
-    double = _chain(x, "branch3x3dbl", (28 * w, 1), (24 * w, 3))
-    return _concatenate(
-      one,
-      _conv("branch3x3_2a", 24 * w, (1, 3))(three),
-      _conv("branch3x3_2b", 24 * w, (3, 1))(three),
-      _conv("branch3x3dbl_3a", 24 * w, (1, 3))(double),
-      _conv("branch3x3dbl_3b", 24 * w, (3, 1))(double),
-      _conv("branch_pool", 12 * w, 1)(self.pool(x)),
-    )
+  three = _chain(x, "branch3x3", (24 * w, 1))
+  double = _chain(x, "branch3x3dbl", (28 * w, 1), (24 * w, 3))
+  return [
+    _conv("branch1x1", 20 * w, 1)(x),
+    _conv("branch3x3_2a", 24 * w, (1, 3))(three),
+    _conv("branch3x3_2b", 24 * w, (3, 1))(three),
+    _conv("branch3x3dbl_3a", 24 * w, (1, 3))(double),
+    _conv("branch3x3dbl_3b", 24 * w, (3, 1))(double),
+    _conv("branch_pool", 12 * w, 1)(pool(x)),
+  ]
 
 
 class Classifier(nn.Module):
@@ -320,14 +296,22 @@ class Inception(nn.Module):
     x = _conv("Conv2d_3b_1x1", 5 * w, 1)(x)
     x = _conv("Conv2d_4a_3x3", 12 * w, 3, 1, "VALID")(x)
     x = max_pool(x, 2)
-    for name, pool_channels in (("5b", 2), ("5c", 4), ("5d", 4)):
-      x = BlockA(w, pool_channels * w, name=f"Mixed_{name}")(x)
-    x = BlockB(w, name="Mixed_6a")(x)
-    for name, inner_channels in (("6b", 8), ("6c", 10), ("6d", 10), ("6e", 12)):
-      x = BlockC(w, inner_channels * w, name=f"Mixed_{name}")(x)
-    x = BlockD(w, name="Mixed_7a")(x)
-    x = BlockE(w, average_pool, name="Mixed_7b")(x)
-    x = BlockE(w, functools.partial(max_pool, stride=1), name="Mixed_7c")(x)
+    last_pool = functools.partial(max_pool, stride=1)
+    for name, block, arguments in (
+      ("5b", _block_a, {"pool": 2}),
+      ("5c", _block_a, {"pool": 4}),
+      ("5d", _block_a, {"pool": 4}),
+      ("6a", _block_b, {}),
+      ("6b", _block_c, {"inner": 8}),
+      ("6c", _block_c, {"inner": 10}),
+      ("6d", _block_c, {"inner": 10}),
+      ("6e", _block_c, {"inner": 12}),
+      ("7a", _block_d, {}),
+      ("7b", _block_e, {"pool": average_pool}),
+      ("7c", _block_e, {"pool": last_pool}),
+    ):
+      branches = functools.partial(block, w=w, **arguments)
+      x = Block(branches, name=f"Mixed_{name}")(x)
     pool3 = jnp.mean(x, axis=(1, 2))
     return InceptionOutput(
       pool3, *Classifier(self.num_classes, name="fc")(pool3)
