@@ -193,8 +193,9 @@ class LayerNorm(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
     x = x.astype(jnp.float32)
-    mean = jnp.mean(x, axis=-1, keepdims=True)
-    variance = jnp.var(x, axis=-1, keepdims=True)
+    mean, variance = (
+      f(x, axis=(-1,), keepdims=True) for f in (jnp.mean, jnp.var)
+    )
     x = (x - mean) * jax.lax.rsqrt(variance + NORM_EPSILON)
     shape = (x.shape[-1],)
     scale = self.param("scale", nn.initializers.ones, shape)
