@@ -17,6 +17,7 @@ from benchmarks.timing import Case, Report
 from drift_jax.models import release
 from drift_jax.models.inception import IMAGE_SIZE, build_inception, preprocess
 from drift_jax.tools.conversions import inception as published
+from drift_jax.tools.conversions.layouts import published_shapes
 
 # Of float32 without tensor cores, which the network asks for.
 PEAK_FLOPS = {"H100": 67e12, "H200": 67e12, "A100": 19.5e12, "L4": 30.3e12}
@@ -63,7 +64,8 @@ def state_dict(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   """
   weights = {}
   shapes = {path: value.shape for path, value in params.items()}
-  for name, shape in published.published_shapes(shapes).items():
+  entries = published.entries(shapes)
+  for name, shape in published_shapes(entries, shapes).items():
     module, _, leaf = name.replace(".", "/").rpartition("/")
     if leaf == "weight" and len(shape) > 1:
       kernel = params[f"{module.removesuffix('/conv')}/kernel"]

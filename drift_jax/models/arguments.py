@@ -1,45 +1,116 @@
-"""Checks of model arguments whose messages say what would be valid."""
+"""Builds linen modules from plain arguments: names, types and ranges checked.
 
+A module's fields without a default are its arguments.
+"""
+
+import dataclasses
 import difflib
-import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
+import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Shaped
 
 DTYPES = ("float32", "bfloat16")
 
+Module = TypeVar("Module", bound=nn.Module)
 
-def reject_unknown(
-  builder: Callable[..., object], unknown: Mapping[str, object]
-) -> None:
-  """Raises ValueError when arguments were given that the builder lacks.
+
+def argument_types(module: type[nn.Module]) -> dict[str, Any]:
+  """{argument: its type}: the module's fields that have no default."""
+  return {
+    field.name: field.type
+    for field in dataclasses.fields(module)
+    if field.default is dataclasses.MISSING
+  }
+
+
+def build(
+  module: type[Module],
+  arguments: Mapping[str, Any],
+  *,
+  minima: Mapping[str, int] | None = None,
+  choices: Mapping[str, Sequence[str]] | None = None,
+  lengths: Mapping[str, int] | None = None,
+) -> Module:
+  """Builds a linen module from plain values for its fields.
+
+  Each value is checked by its field's type: an int is at least 1, a float
+  positive and finite, a dtype one of DTYPES by name, a str one of its choices;
+  tuple[int, ...] holds ints of at least 1, tuple[float, ...] a finite number
+  for each of red, green and blue (of a std: a positive one).
 
   Args:
-    builder: function whose keyword-only parameters are the valid names.
-    unknown: the arguments it collected in its `**unknown`.
+    module: the class; its fields without default are the arguments.
+    arguments: {argument: value}.
+    minima: {argument: its least value}, where that is not 1.
+    choices: {argument: its valid values}, for every str.
+    lengths: {argument: how many numbers}, of a tuple[int, ...]; by default at
+      least one.
 
   Raises:
-    ValueError: names each unknown argument, its closest valid name and all
-      the valid ones.
+    ValueError: an argument is unknown (with its closest valid name), missing
+      or out of range.
   """
-  if not unknown:
-    return
-  valid = [
-    name
-    for name, parameter in inspect.signature(builder).parameters.items()
-    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-  ]
-  complaints = []
-  for name in unknown:
-    close = difflib.get_close_matches(name, valid, n=1)
+  # 1. Names
+  types = argument_types(module)
+  unknown = []
+  for name in arguments.keys() - types.keys():
+    close = difflib.get_close_matches(name, types, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    complaints.append(f"{name!r}{hint}")
-  raise ValueError(
-    f"{getattr(builder, '__name__', builder)} does not know"
-    f" {', '.join(complaints)}; valid arguments: {', '.join(valid)}"
-  )
+    unknown.append(f"{name!r}{hint}")
+  missing = [name for name in types if name not in arguments]
+  if unknown or missing:
+    raise ValueError(
+      f"{module.__name__}: unknown arguments: {', '.join(unknown) or 'none'};"
+      f" missing: {', '.join(missing) or 'none'}; valid: {', '.join(types)}"
+    )
+  # 2. Values, by type
+  minima, choices, lengths = minima or {}, choices or {}, lengths or {}
+  values = {}
+  for name, kind in types.items():
+    value = arguments[name]
+    if kind is int:
+      require_int(name, value, minima.get(name, 1))
+    elif kind is float:
+      if not 0 < value < math.inf:
+        raise ValueError(f"{name}={value!r}: must be positive and finite")
+      value = float(value)
+    elif kind is str:
+      require_choice(name, value, choices[name])
+    elif kind is jnp.dtype:
+      require_choice(name, value, DTYPES)
+      value = jnp.dtype(value)
+    elif kind == tuple[int, ...]:
+      value = _counts(name, value, lengths.get(name))
+    elif kind == tuple[float, ...]:
+      value = _colors(name, value)
+    values[name] = value
+  return module(**values)
+
+
+def _counts(
+  name: str, values: Sequence[int], length: int | None
+) -> tuple[int, ...]:
+  fits = len(values) == length if length else len(values) > 0
+  if not fits:
+    raise ValueError(
+      f"{name}={tuple(values)}: must hold {length or 'some'} numbers"
+    )
+  for i, value in enumerate(values):
+    require_int(f"{name}[{i}]", value, 1)
+  return tuple(values)
+
+
+def _colors(name: str, values: Sequence[float]) -> tuple[float, ...]:
+  least = 0 if name.endswith("std") else -math.inf
+  if len(values) != 3 or not all(least < x < math.inf for x in values):
+    raise ValueError(
+      f"{name}={tuple(values)}: must be three finite numbers > {least}"
+    )
+  return tuple(map(float, values))
 
 
 def require_int(name: str, value: int, minimum: int) -> None:
@@ -65,18 +136,6 @@ def require_multiple(
       f"{name}={value} must be a multiple of {divisor_name}={divisor}, but"
       f" {value} % {divisor} = {value % divisor}"
     )
-
-
-def require_colors(mean: Sequence[float], std: Sequence[float]) -> None:
-  """Raises ValueError unless they are statistics of red, green and blue."""
-  for name, values, minimum in (
-    ("image_mean", mean, -math.inf),
-    ("image_std", std, 0),
-  ):
-    if len(values) != 3 or not all(minimum < x < math.inf for x in values):
-      raise ValueError(
-        f"{name}={tuple(values)}: must be three finite numbers > {minimum}"
-      )
 
 
 def require_rgb(

@@ -1,15 +1,24 @@
 """Self-attention with QK-norm and rotary positions on chip (Pallas, TPU).
 
-The same numbers as `layers.Attention`'s plain form, up to rounding. All heads
-of a sample are read once, straight from the projection's product; its bias is
-added here, as the gradient of that is a pass over all of them elsewhere. No
-[T, T] matrix is stored, for the backward pass neither: it computes them again.
+The same numbers as the plain form of `layers.Attention`, up to rounding. For
+each head, with R the rotation by position and n(x) = x / rms(x):
+
+  q' = R(n(q) * scale_q),  k' = R(n(k) * scale_k)
+  w = softmax(q' k'^T / sqrt(D)),  out = w v
+
+Norm, rotation and softmax are float32; the operands of all products have the
+dtype of the options, and products are summed in float32.
+
+A program of the grid is one sample. It reads all heads once, straight from the
+projection's product, and adds the projection's bias: elsewhere the bias'
+gradient would be another pass over all heads. No [T, T] matrix leaves the chip:
+the backward pass computes the weights again from q and k.
 """
 
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +26,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-# More tokens' matrices don't fit on chip.
+# The [T, T] matrices of more tokens don't fit on chip.
 MAX_TOKENS = 1024
 _LANES = 128
 _VMEM_LIMIT = 64 * 2**20
 
 
 def _rotate(x: Any, cos: Any, sin: Any) -> Any:
+  """Rotates the channel pairs (i, i + D/2); with -sin, back again."""
   half = x.shape[-1] // 2
   turned = jnp.concatenate([-x[..., half:], x[..., :half]], axis=-1)
   return x * cos + turned * sin
@@ -35,6 +45,7 @@ def _inverse_rms(x: Any, epsilon: float) -> Any:
 
 
 def _dot(a: Any, b: Any, contract: tuple[int, int]) -> Any:
+  """Sums over axis contract[0] of a and contract[1] of b, in float32."""
   return jax.lax.dot_general(
     a,
     b,
@@ -44,7 +55,12 @@ def _dot(a: Any, b: Any, contract: tuple[int, int]) -> Any:
 
 
 def _over_heads(heads: int, head_dim: int, body: Any) -> None:
-  """body(start, head's place in it) for groups of heads that fill lanes."""
+  """Calls body(first channel, number of heads) for groups of heads.
+
+  A read at a multiple of 128 channels, the lanes of a register, is one load:
+  a group is the fewest heads whose channels fill whole registers. If there are
+  no whole groups, each head is read on its own.
+  """
   together = math.lcm(head_dim, _LANES) // head_dim
   if heads % together:
     for head in range(heads):
@@ -61,6 +77,7 @@ def _over_heads(heads: int, head_dim: int, body: Any) -> None:
 def _part(
   ref: Any, start: Any, heads: int, head_dim: int, bias_ref: Any = None
 ) -> list[Any]:
+  """Reads the [T, D] matrices of a group of heads, with their bias."""
   at = pl.ds(start, heads * head_dim)
   block = ref[0, :, at]
   if bias_ref is not None:
@@ -69,17 +86,9 @@ def _part(
 
 
 def _forward_kernel(
-  qkv_ref,
-  bias_ref,
-  scales_ref,
-  cos_ref,
-  sin_ref,
-  out_ref,
-  *,
-  heads,
-  dtype,
-  epsilon,
+  qkv_ref, bias_ref, scales_ref, cos_ref, sin_ref, out_ref, *, options
 ):
+  heads, dtype, epsilon, _ = options
   width = qkv_ref.shape[-1] // 3
   head_dim = width // heads
   cos, sin = cos_ref[...], sin_ref[...]
@@ -100,7 +109,7 @@ def _forward_kernel(
 
 
 def _weights(q, k, scales, cos, sin, dtype, epsilon):
-  """(weights, rotated q and k, normalised ones, their inverse RMS)."""
+  """(w, q', k', n(q), n(k), 1 / rms(q), 1 / rms(k)), see the module."""
   q, k = q.astype(jnp.float32), k.astype(jnp.float32)
   rq, rk = _inverse_rms(q, epsilon), _inverse_rms(k, epsilon)
   nq, nk = q * rq, k * rk
@@ -112,21 +121,12 @@ def _weights(q, k, scales, cos, sin, dtype, epsilon):
   return weights, q, k, nq, nk, rq, rk
 
 
-def _backward_kernel(
-  qkv_ref,
-  bias_ref,
-  scales_ref,
-  cos_ref,
-  sin_ref,
-  dout_ref,
-  dqkv_ref,
-  dbias_ref,
-  dscales_ref,
-  *,
-  heads,
-  dtype,
-  epsilon,
-):
+def _backward_kernel(*refs, options):
+  heads, dtype, epsilon, _ = options
+  qkv_ref, bias_ref, scales_ref, cos_ref, sin_ref, dout_ref = refs[:6]
+  dqkv_ref, dbias_ref, dscales_ref = refs[6:]
+
+  # Programs run in turn, and all add to the same sums of bias and scales.
   @pl.when(pl.program_id(0) == 0)
   def _():
     dbias_ref[...] = jnp.zeros_like(dbias_ref)
@@ -147,12 +147,16 @@ def _backward_kernel(
       weights, q, k, nq, nk, rq, rk = _weights(
         q, k, scales, cos, sin, dtype, epsilon
       )
+      # 1. dv = w^T dout, and dw = dout v^T
       dout = dout.astype(dtype)
       grads[2].append(_dot(weights.astype(dtype), dout, (0, 0)))
       dweights = _dot(dout, v.astype(dtype), (1, 1))
+      # 2. Softmax: dlogits = w (dw - sum(w dw)), then the 1 / sqrt(D)
       dlogits = weights * dweights
       dlogits -= weights * jnp.sum(dlogits, axis=-1, keepdims=True)
       dlogits = (dlogits * head_dim**-0.5).astype(dtype)
+      # 3. From q' and k' back through rotation, scale and norm:
+      # d x / d n(x) is 1 / rms(x) (d - n(x) mean(d n(x)))
       for part, (d, normal, inverse) in enumerate(
         (
           (_dot(dlogits, k, (1, 0)), nq, rq),
@@ -175,16 +179,29 @@ def _backward_kernel(
   _over_heads(heads, head_dim, body)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+class Options(NamedTuple):
+  """How attention is computed.
+
+  Attributes:
+    heads: number of heads.
+    dtype: of the products' operands.
+    epsilon: of the norms.
+    interpret: without a TPU.
+  """
+
+  heads: int
+  dtype: jnp.dtype
+  epsilon: float
+  interpret: bool = False
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def fused_attention(
   qkv: Float[Array, "B T C3"],
   bias: Float[Array, "1 C3"],
   scales: Float[Array, "2 D"],
   tables: tuple[Float[Array, "T D"], Float[Array, "T D"]],
-  heads: int,
-  dtype: jnp.dtype,
-  epsilon: float,
-  interpret: bool = False,
+  options: Options,
 ) -> Float[Array, "B T C"]:
   """Attention of all heads, from the joint projection [3, heads, D].
 
@@ -193,13 +210,9 @@ def fused_attention(
     bias: of the projection, float32.
     scales: of the RMS norms of queries and keys.
     tables: cosines and sines [T, D] of the positions' angles.
-    heads: number of heads.
-    dtype: of the products' operands; the result's is that of qkv.
-    epsilon: of the norms.
-    interpret: without a TPU.
+    options: the result's dtype is that of qkv, whatever that of the products.
   """
-  residuals = (qkv, bias, scales, tables)
-  return _forward(*residuals, heads, dtype, epsilon, interpret)[0]
+  return _forward(qkv, bias, scales, tables, options)[0]
 
 
 def _call(
@@ -207,10 +220,17 @@ def _call(
   operands: Sequence[Any],
   results: Sequence[Any],
   products: int,
-  heads: int,
-  interpret: bool,
+  options: Options,
 ) -> Any:
-  """The kernel over samples; products of [T, T] by [T, D] for each head."""
+  """Runs the kernel for each sample.
+
+  Args:
+    kernel: takes references to operands and results.
+    operands: arrays with a leading axis of samples, or shared by all.
+    results: their shapes and dtypes, likewise.
+    products: of [T, T] by [T, D] for each head; XLA schedules by their cost.
+    options: of attention.
+  """
   batch, tokens, width = operands[0].shape
 
   def spec(array: Any) -> pl.BlockSpec:
@@ -218,9 +238,9 @@ def _call(
       return pl.BlockSpec((1, *array.shape[1:]), lambda b: (b, 0, 0))
     return pl.BlockSpec(array.shape, lambda b: (0, 0))
 
-  matrices = batch * heads * tokens**2
+  matrices = batch * options.heads * tokens**2
   return pl.pallas_call(
-    kernel,
+    functools.partial(kernel, options=options),
     grid=(batch,),
     in_specs=[spec(operand) for operand in operands],
     out_specs=[spec(result) for result in results],
@@ -229,60 +249,31 @@ def _call(
       dimension_semantics=("arbitrary",), vmem_limit_bytes=_VMEM_LIMIT
     ),
     cost_estimate=pl.CostEstimate(
-      flops=2 * matrices * (width // (3 * heads)) * products,
+      flops=2 * matrices * (width // (3 * options.heads)) * products,
       bytes_accessed=sum(
         array.size * array.dtype.itemsize for array in (*operands, *results)
       ),
       transcendentals=matrices,
     ),
-    interpret=interpret,
+    interpret=options.interpret,
   )(*operands)
 
 
 def _forward(
-  qkv: Any,
-  bias: Any,
-  scales: Any,
-  tables: Any,
-  heads: int,
-  dtype: jnp.dtype,
-  epsilon: float,
-  interpret: bool,
+  qkv: Any, bias: Any, scales: Any, tables: Any, options: Options
 ) -> tuple[Any, Any]:
-  batch, tokens, width = qkv.shape
-  (out,) = _call(
-    functools.partial(
-      _forward_kernel, heads=heads, dtype=dtype, epsilon=epsilon
-    ),
-    (qkv, bias, scales, *tables),
-    [jax.ShapeDtypeStruct((batch, tokens, width // 3), qkv.dtype)],
-    2,
-    heads,
-    interpret,
-  )
-  return out, (qkv, bias, scales, tables)
+  out = jax.ShapeDtypeStruct((*qkv.shape[:2], qkv.shape[2] // 3), qkv.dtype)
+  operands = (qkv, bias, scales, *tables)
+  (result,) = _call(_forward_kernel, operands, [out], 2, options)
+  return result, operands
 
 
 def _backward(
-  heads: int,
-  dtype: jnp.dtype,
-  epsilon: float,
-  interpret: bool,
-  residuals: Any,
-  cotangent: Any,
+  options: Options, operands: Any, cotangent: Any
 ) -> tuple[Any, Any, Any, None]:
-  qkv, bias, scales, tables = residuals
-  grads = _call(
-    functools.partial(
-      _backward_kernel, heads=heads, dtype=dtype, epsilon=epsilon
-    ),
-    (qkv, bias, scales, *tables, cotangent),
-    [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (qkv, bias, scales)],
-    5,
-    heads,
-    interpret,
-  )
-  return (*grads, None)
+  results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[:3]]
+  inputs = (*operands, cotangent)
+  return (*_call(_backward_kernel, inputs, results, 5, options), None)
 
 
 fused_attention.defvjp(_forward, _backward)

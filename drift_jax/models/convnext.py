@@ -1,6 +1,7 @@
 """ConvNeXt-V2 as a feature extractor on pixels (appendix A.5)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -8,12 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from drift_jax.drift.features import pooled_features, root_mean_square
-from drift_jax.models.arguments import (
-  DTYPES,
-  reject_unknown,
-  require_choice,
-  require_int,
-)
+from drift_jax.models.arguments import build
 from drift_jax.models.layers import NORM_EPSILON, LayerNorm
 
 INPUT_SIZE = 224
@@ -45,7 +41,7 @@ def require_pixels(x: Float[ArrayLike, "..."]) -> Float[Array, "B H W 3"]:
 
 
 def resize_input(x: Float[Array, "B H W C"]) -> Float[Array, "B S S C"]:
-  """Bilinear resize to 224 x 224, antialiased where that shrinks x."""
+  """Bilinear resize to 224 x 224, antialiased if that shrinks x."""
   shape = (x.shape[0], INPUT_SIZE, INPUT_SIZE, x.shape[3])
   return jax.image.resize(x, shape, "bilinear", antialias=True)
 
@@ -113,11 +109,16 @@ class ConvNextBlock(nn.Module):
 
 
 class ConvNext(nn.Module):
-  """ConvNeXt-V2 without its head; build it with `build_convnext`.
+  """The ConvNeXt-V2 encoder of arXiv:2602.04770, appendix A.5; without head.
 
-  A stage's blocks are one scan with stacked parameters.
+  A stage's blocks are one scan with stacked parameters. Build it with
+  `build_convnext`, which checks the arguments.
 
   Attributes:
+    depths: number of blocks in each of the four stages.
+    widths: channels of each stage.
+    dtype: of activations and products, 'float32' or 'bfloat16'; parameters
+      are float32.
     remat: recompute each block in the backward pass instead of storing what it
       computed.
   """
@@ -127,10 +128,8 @@ class ConvNext(nn.Module):
   dtype: jnp.dtype
   remat: bool = False
 
-  @property
-  def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Of a call, just large enough: an image."""
-    return (jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32),)
+  # Smallest input of a call: an image.
+  example_inputs = (jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32),)
 
   @nn.compact
   def __call__(
@@ -187,13 +186,13 @@ class ConvNext(nn.Module):
   def features(
     self, x: Float[ArrayLike, "B H W C"], *, input_scale: bool = False
   ) -> dict[str, Float[Array, "B _ _"]]:
-    """Feature vectors for the drifting loss, beside those of an MAE.
+    """Feature vectors for the drifting loss, to be joined with an MAE's.
 
     Each stage's map is normalised over its channels, (x - mean) / (std +
     1e-3). Stage 0 gives its spatial mean and std, the others the map too, as
     `convenxt_stage_I`, `..._mean` and `..._std` (the published spelling).
-    `global_mean` is the LayerNorm of the pooled last stage, and `global_std`
-    repeats that stage's std, which thereby counts twice in the loss.
+    `global_mean` is the LayerNorm of the pooled last stage. `global_std` is
+    that stage's std again, which thus counts twice in the loss.
 
     Args:
       x: RGB pixels in [-1, 1], NHWC.
@@ -225,33 +224,10 @@ class ConvNext(nn.Module):
     return features
 
 
-def build_convnext(
-  *,
-  depths: Sequence[int],
-  widths: Sequence[int],
-  dtype: str,
-  **unknown: object,
-) -> ConvNext:
-  """The ConvNeXt-V2 encoder of arXiv:2602.04770, appendix A.5.
-
-  Args:
-    depths: number of blocks in each of the four stages.
-    widths: channels of each stage.
-    dtype: of activations and products, 'float32' or 'bfloat16'; parameters
-      are float32.
+def build_convnext(**arguments: Any) -> ConvNext:
+  """Builds a ConvNeXt-V2 encoder from its attributes, the dtype by name.
 
   Raises:
-    ValueError: an unknown argument, or a value out of range.
+    ValueError: an unknown or missing argument, or a value out of range.
   """
-  reject_unknown(build_convnext, unknown)
-  for name, values in (("depths", depths), ("widths", widths)):
-    if len(values) != 4:
-      raise ValueError(
-        f"{name}={tuple(values)}: must be 4 numbers, one for each stage"
-      )
-    for stage, value in enumerate(values, start=1):
-      require_int(f"{name} (stage {stage})", value, 1)
-  require_choice("dtype", dtype, DTYPES)
-  return ConvNext(
-    depths=tuple(depths), widths=tuple(widths), dtype=jnp.dtype(dtype)
-  )
+  return build(ConvNext, arguments, lengths={"depths": 4, "widths": 4})

@@ -1,5 +1,6 @@
 """The one-step generator: a DiT from noise to samples (appendix A.2)."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,18 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from drift_jax.models import layers
-from drift_jax.models.arguments import (
-  DTYPES,
-  reject_unknown,
-  require_choice,
-  require_int,
-  require_multiple,
-)
+from drift_jax.models.arguments import build, require_multiple
 
 # Weight of the guidance scale's embedding in the conditioning vector.
 ALPHA_EMBEDDING_WEIGHT = 0.02
-# What a block keeps for its backward pass, beside its input; the rest is
-# computed again, and parameters that are gathered are gathered again.
+# What a block keeps for its backward pass besides its input. The rest is
+# computed again, and gathered parameters are gathered again.
 _saved = jax.checkpoint_policies.save_only_these_names
 _REMAT_POLICIES = {
   "none": None,
@@ -32,22 +27,45 @@ REMATS = tuple(_REMAT_POLICIES)
 
 
 class Generator(nn.Module):
-  """x = f(noise; class, style, alpha): one forward pass, no iteration.
+  """The DiT generator of arXiv:2602.04770, appendix A.2.
 
-  Build it with `build_generator`, which checks the arguments and describes
-  them. Calls:
+  x = f(noise; class, style, alpha) in one forward pass, without iteration: a
+  transformer with SwiGLU, RMSNorm, QK-norm, rotary positions and adaLN-zero on
+  patches of noise, which follow in-context conditioning tokens. Parameters are
+  float32; those of the blocks are stacked, [depth, ...].
+
+  Build it with `build_generator`, which checks the arguments. Calls:
 
     samples = generator.apply({'params': p}, labels, alpha,
                               noise=noise, style=style)
     samples = generator.apply({'params': p}, labels, alpha,
                               rngs={'noise': key})
 
-  The second draws what is not given: the same numbers that method='draw'
-  returns for the batch size and the same key.
+  The second draws noise and style: the same numbers that method='draw' returns
+  for the batch size and the same key.
 
   Attributes:
-    gather: what each block does with its parameters before it uses them, e.g.
-      puts them together from the parts of several devices.
+    input_size: height and width of noise and samples, in pixels.
+    in_channels: channels of the noise.
+    out_channels: channels of the samples.
+    patch_size: side of a patch, in pixels; divides input_size.
+    hidden_size: width of a token; a multiple of 4 and of 2 * num_heads.
+    depth: number of blocks.
+    num_heads: attention heads.
+    mlp_ratio: SwiGLU's width is 2/3 of it times hidden_size, rounded up to 32.
+    num_classes: labels are in [0, num_classes).
+    cond_dim: width of the conditioning vector.
+    context_tokens: in-context tokens before the patches; 0 for none.
+    style_vocab: size of each style token's table.
+    style_tokens: number of random style indices; 0 for no style embedding.
+    dtype: of activations and matrix products, 'float32' or 'bfloat16'.
+    attention_dtype: of the attention products; its softmax is float32.
+    remat: what a block keeps for its backward pass; the rest is recomputed.
+      'none': everything is kept; 'attention': the results of attention and
+      MLP, and the MLP's wide products; 'branches': without these products;
+      'full': only the block's input. The numbers are the same for all.
+    gather: applied by each block to its parameters before it uses them, e.g.
+      to gather them from several devices.
     attention_kernel: see layers.Attention.
     unroll: how many blocks are one round of the loop over depth.
   """
@@ -74,13 +92,14 @@ class Generator(nn.Module):
 
   @property
   def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Of a call, just large enough: labels and alpha."""
+    """Smallest inputs of a call: labels and alpha."""
     return (
       jax.ShapeDtypeStruct((1,), jnp.int32),
       jax.ShapeDtypeStruct((), jnp.float32),
     )
 
   def setup(self) -> None:
+    # 1. Embeddings of class, style and guidance scale
     side = self.input_size // self.patch_size
     self.class_embed = nn.Embed(
       self.num_classes,
@@ -95,27 +114,24 @@ class Generator(nn.Module):
         (self.style_tokens, self.style_vocab, self.cond_dim),
       )
     self.alpha_embed = layers.ScalarEmbedding(self.cond_dim)
-    self.patch_embed = nn.Dense(
-      self.hidden_size,
-      dtype=self.dtype,
-      kernel_init=layers.linear_init,
+    # 2. Tokens: patches with positions, and context
+    project = functools.partial(
+      nn.Dense, dtype=self.dtype, kernel_init=layers.linear_init
     )
+    self.patch_embed = project(self.hidden_size)
     self.pos_embed = self.param(
       "pos_embed",
       layers.sincos_position_init(side),
       (1, side * side, self.hidden_size),
     )
     if self.context_tokens:
-      self.context_proj = nn.Dense(
-        self.hidden_size,
-        dtype=self.dtype,
-        kernel_init=layers.linear_init,
-      )
+      self.context_proj = project(self.hidden_size)
       self.context_embed = self.param(
         "context_embed",
         layers.embedding_init,
         (1, self.context_tokens, self.hidden_size),
       )
+    # 3. Blocks, as a loop over depth
     block = layers.Block
     if self.gather is not None:
       block = nn.map_variables(block, "params", trans_in_fn=self.gather)
@@ -174,11 +190,11 @@ class Generator(nn.Module):
   ) -> Float[Array, "B D"]:
     """Conditioning vector, float32.
 
-    class embedding + sum over the style tokens of each one's embedding
+    class embedding + sum of the style tokens' embeddings
     + 0.02 RMSNorm(MLP(sinusoidal(alpha))).
 
     Args:
-      labels: class indices in [0, num_classes); beyond it the result is NaN.
+      labels: class indices in [0, num_classes); others give NaN.
       alpha: guidance scale >= 1, one for all samples or one each.
       style: index in [0, style_vocab) into each style token's own table.
     """
@@ -248,121 +264,49 @@ class Generator(nn.Module):
     alpha: tuple[Any, ...],
   ) -> None:
     size = self.input_size
-    expected = (batch, size, size, self.in_channels)
-    if noise != expected:
-      raise ValueError(
-        f"noise has shape {noise}, but {batch} labels and this model need"
-        f" {expected}"
-      )
-    if style != (batch, self.style_tokens):
-      raise ValueError(
-        f"style has shape {style}, but {batch} labels and"
-        f" style_tokens={self.style_tokens} need"
-        f" {(batch, self.style_tokens)}"
-      )
-    if alpha not in ((), (batch,)):
-      raise ValueError(
-        f"alpha has shape {alpha}: must be a scalar or one value for each of"
-        f" the {batch} labels"
-      )
+    for name, shape, valid in (
+      ("noise", noise, [(batch, size, size, self.in_channels)]),
+      ("style", style, [(batch, self.style_tokens)]),
+      ("alpha", alpha, [(), (batch,)]),
+    ):
+      if shape not in valid:
+        raise ValueError(
+          f"{name} has shape {shape}, but {batch} labels and this model need"
+          f" {' or '.join(map(str, valid))}"
+        )
 
 
-def build_generator(
-  *,
-  input_size: int,
-  in_channels: int,
-  out_channels: int,
-  patch_size: int,
-  hidden_size: int,
-  depth: int,
-  num_heads: int,
-  mlp_ratio: float,
-  num_classes: int,
-  cond_dim: int,
-  context_tokens: int,
-  style_vocab: int,
-  style_tokens: int,
-  dtype: str,
-  attention_dtype: str,
-  remat: str,
-  **unknown: object,
-) -> Generator:
-  """The DiT generator of arXiv:2602.04770, appendix A.2.
+def build_generator(**arguments: Any) -> Generator:
+  """Builds the generator from its attributes, dtypes by name.
 
-  Transformer of SwiGLU, RMSNorm, QK-norm, rotary positions and adaLN-zero on
-  patches of noise, behind in-context conditioning tokens. Parameters are
-  float32; those of the blocks are stacked, [depth, ...].
-
-  Args:
-    input_size: height and width of noise and samples, in pixels.
-    in_channels: channels of the noise.
-    out_channels: channels of the samples.
-    patch_size: side of a patch, in pixels; divides input_size.
-    hidden_size: width of a token; a multiple of 4 and of 2 * num_heads.
-    depth: number of blocks.
-    num_heads: attention heads.
-    mlp_ratio: SwiGLU's width is 2/3 of it times hidden_size, rounded up to 32.
-    num_classes: labels are in [0, num_classes).
-    cond_dim: width of the conditioning vector.
-    context_tokens: in-context tokens before the patches; 0 for none.
-    style_vocab: size of each style token's table.
-    style_tokens: number of random style indices; 0 for no style embedding.
-    dtype: of activations and matrix products, 'float32' or 'bfloat16'.
-    attention_dtype: of the attention products; its softmax is float32.
-    remat: what a block keeps for its backward pass; the rest is recomputed.
-      'none': everything is kept; 'attention': what attention and MLP give, and
-      the MLP's wide products; 'branches': without these products; 'full':
-      nothing but the block's input. The numbers are the same for all.
+  Attributes that have a default are not arguments: `clone` sets them.
 
   Raises:
-    ValueError: an unknown argument, or values that contradict each other.
+    ValueError: an unknown or missing argument, or values that contradict each
+      other.
   """
-  reject_unknown(build_generator, unknown)
-  for name, value, minimum in (
-    ("input_size", input_size, 1),
-    ("in_channels", in_channels, 1),
-    ("out_channels", out_channels, 1),
-    ("patch_size", patch_size, 1),
-    ("hidden_size", hidden_size, 1),
-    ("depth", depth, 1),
-    ("num_heads", num_heads, 1),
-    ("num_classes", num_classes, 1),
-    ("cond_dim", cond_dim, 1),
-    ("context_tokens", context_tokens, 0),
-    ("style_tokens", style_tokens, 0),
-    ("style_vocab", style_vocab, 1 if style_tokens else 0),
-  ):
-    require_int(name, value, minimum)
-  require_multiple("input_size", input_size, "patch_size", patch_size)
+  style_tokens = arguments.get("style_tokens", 0)
+  generator = build(
+    Generator,
+    arguments,
+    minima={
+      "context_tokens": 0,
+      "style_tokens": 0,
+      "style_vocab": 1 if style_tokens else 0,
+    },
+    choices={"remat": REMATS},
+  )
+  width, heads = generator.hidden_size, generator.num_heads
+  require_multiple(
+    "input_size", generator.input_size, "patch_size", generator.patch_size
+  )
   # Rotary positions turn pairs of channels of a head; the position table has
   # sine and cosine for row and column.
-  require_multiple("hidden_size", hidden_size, "2 * num_heads", 2 * num_heads)
-  require_multiple("hidden_size", hidden_size, "4 (sin-cos positions)", 4)
-  if mlp_ratio <= 0:
-    raise ValueError(f"mlp_ratio={mlp_ratio}: must be > 0")
-  require_choice("dtype", dtype, DTYPES)
-  require_choice("attention_dtype", attention_dtype, DTYPES)
-  require_choice("remat", remat, REMATS)
-  if dtype == "float32" and attention_dtype == "bfloat16":
+  require_multiple("hidden_size", width, "2 * num_heads", 2 * heads)
+  require_multiple("hidden_size", width, "4 (sin-cos positions)", 4)
+  if generator.dtype == jnp.float32 != generator.attention_dtype:
     raise ValueError(
       "attention_dtype='bfloat16' with dtype='float32' would round a float32"
       " model's attention: set attention_dtype='float32' or dtype='bfloat16'"
     )
-  return Generator(
-    input_size=input_size,
-    in_channels=in_channels,
-    out_channels=out_channels,
-    patch_size=patch_size,
-    hidden_size=hidden_size,
-    depth=depth,
-    num_heads=num_heads,
-    mlp_ratio=mlp_ratio,
-    num_classes=num_classes,
-    cond_dim=cond_dim,
-    context_tokens=context_tokens,
-    style_vocab=style_vocab,
-    style_tokens=style_tokens,
-    dtype=jnp.dtype(dtype),
-    attention_dtype=jnp.dtype(attention_dtype),
-    remat=remat,
-  )
+  return generator

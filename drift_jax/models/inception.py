@@ -1,8 +1,8 @@
-"""Inception-v3 as FID means it: TensorFlow's graph of 2015-12-05.
+"""The Inception-v3 of FID: TensorFlow's graph of 2015-12-05.
 
-Its modules and parameters have the names of the published weights. It differs
-from other Inception-v3 in its pools: the average ones do not count padding, and
-the last block has a maximum in place of an average.
+Modules and parameters have the names of the published weights. The pools differ
+from other versions of Inception-v3: averages do not count padding, and the last
+block has a maximum in place of an average.
 """
 
 import functools
@@ -15,15 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
-from drift_jax.models.arguments import reject_unknown, require_int, require_rgb
+from drift_jax.models.arguments import build, require_rgb
 
 IMAGE_SIZE = 299
-# Accelerators round float32 factors unless told not to; FID is of float32.
+# Accelerators round float32 factors by default; FID is of float32.
 _PRECISION = jax.lax.Precision.HIGHEST
 
 
 class InceptionOutput(NamedTuple):
-  """What Inception-v3 gives for B images, float32.
+  """Outputs of Inception-v3 for B images, float32.
 
   Attributes:
     pool3: means over the last block's 8 x 8 locations, >= 0; the features of
@@ -42,9 +42,9 @@ def resize_bilinear(
 ) -> Float[Array, "B size size C"]:
   """TensorFlow 1's bilinear resize, without corner or centre alignment.
 
-  Pixel i of the result is taken at position i H / size of the input, so pixel 0
-  is pixel 0, and what lies beyond the last pixel is the last pixel. There is no
-  low-pass filter when the image shrinks.
+  Pixel i of the result is taken at position i H / size of the input: pixel 0 is
+  pixel 0, and beyond the last pixel the last one counts. Shrinking applies no
+  low-pass filter.
   """
   for axis in (2, 1):
     length = images.shape[axis]
@@ -77,12 +77,12 @@ def preprocess(
   return (pixels - 128) / 128
 
 
-# Pools are sums and maxima of slices: XLA's windowed reductions take longer on
-# CPUs, and these fuse with what follows.
+# Pools are sums and maxima of slices: on CPUs they are faster than XLA's
+# windowed reductions, and fuse with the next layer.
 
 
 def _shifted(x: Array, axis: int, stride: int) -> list[Array]:
-  """The three slices along an axis that windows of three consist of."""
+  """Three slices along an axis: element 0, 1 and 2 of each window of three."""
   last = (x.shape[axis] - 3) // stride * stride
   return [
     jax.lax.slice_in_dim(x, i, i + last + 1, stride, axis) for i in range(3)
@@ -97,9 +97,9 @@ def _pad_locations(x: Array, value: float) -> Array:
 def max_pool(
   x: Float[Array, "B H W C"], stride: int
 ) -> Float[Array, "B h w C"]:
-  """Maxima of 3 x 3 locations, only of those that lie inside.
+  """Maxima of 3 x 3 locations; padding never wins.
 
-  Of stride 1 it keeps the size; of stride 2 windows lie wholly inside.
+  Stride 1 keeps the size; with stride 2 all windows lie inside.
   """
   if stride == 1:
     x = _pad_locations(x, -jnp.inf)
@@ -109,7 +109,7 @@ def max_pool(
 
 
 def average_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-  """Means of 3 x 3 locations, only of those that lie inside: 4, 6 or 9."""
+  """Means of the 4, 6 or 9 of 3 x 3 locations that lie inside."""
   inverse_counts = []
   for length in x.shape[1:3]:
     i = np.arange(length)
@@ -129,10 +129,11 @@ def _convolve(
   padding: str | Sequence[tuple[int, int]],
   **arguments: Any,
 ) -> Float[Array, "B h w D"]:
-  """jax.lax.conv_general_dilated, on CPUs in forms that XLA is faster at.
+  """jax.lax.conv_general_dilated, on CPUs in forms that XLA runs faster.
 
-  There a 1 x 1 kernel takes 1.5 to 2 times as long as the matrix product that
-  it is, and no padding 2 to 3 times as long as a row of zeros at the end.
+  There a 1 x 1 kernel takes 1.5 to 2 times as long as the same matrix product,
+  and a convolution without padding 2 to 3 times as long as one with a row of
+  zeros at the end.
   """
   convolve = functools.partial(
     jax.lax.conv_general_dilated, x, kernel, strides, **arguments
@@ -167,104 +168,80 @@ def _conv(
   return lambda x: nn.relu(conv(x))
 
 
-def _concatenate(*branches: Array) -> Array:
-  return jnp.concatenate(branches, axis=-1)
+def _chain(
+  x: Array, name: str, *layers: tuple[int, int | tuple[int, int]]
+) -> Array:
+  """Convolutions NAME_1, NAME_2, ... of (channels, size) each."""
+  for i, (channels, size) in enumerate(layers, start=1):
+    x = _conv(f"{name}_{i}", channels, size)(x)
+  return x
 
 
-class BlockA(nn.Module):
+class Block(nn.Module):
+  """Branches side by side along the channels."""
+
+  branches: Callable[[Array], Sequence[Array]]
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+    return jnp.concatenate(self.branches(x), axis=-1)
+
+
+def _block_a(x: Array, *, w: int, pool: int) -> Sequence[Array]:
   """Mixed_5*: 1x1, 5x5, twice 3x3 and average pool, 35 x 35 locations."""
-
-  width: int
-  pool_channels: int
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
-    w = self.width
-    one = _conv("branch1x1", 4 * w, 1)(x)
-    five = _conv("branch5x5_1", 3 * w, 1)(x)
-    five = _conv("branch5x5_2", 4 * w, 5)(five)
-    double = _conv("branch3x3dbl_1", 4 * w, 1)(x)
-    double = _conv("branch3x3dbl_2", 6 * w, 3)(double)
-    double = _conv("branch3x3dbl_3", 6 * w, 3)(double)
-    pool = _conv("branch_pool", self.pool_channels, 1)(average_pool(x))
-    return _concatenate(one, five, double, pool)
+  return [
+    _conv("branch1x1", 4 * w, 1)(x),
+    _chain(x, "branch5x5", (3 * w, 1), (4 * w, 5)),
+    _chain(x, "branch3x3dbl", (4 * w, 1), (6 * w, 3), (6 * w, 3)),
+    _conv("branch_pool", pool * w, 1)(average_pool(x)),
+  ]
 
 
-class BlockB(nn.Module):
+def _block_b(x: Array, *, w: int) -> Sequence[Array]:
   """Mixed_6a: 3x3, twice 3x3 and maximum pool, down to 17 x 17 locations."""
-
-  width: int
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
-    w = self.width
-    three = _conv("branch3x3", 24 * w, 3, 2, "VALID")(x)
-    double = _conv("branch3x3dbl_1", 4 * w, 1)(x)
-    double = _conv("branch3x3dbl_2", 6 * w, 3)(double)
-    double = _conv("branch3x3dbl_3", 6 * w, 3, 2, "VALID")(double)
-    return _concatenate(three, double, max_pool(x, 2))
+  three = _conv("branch3x3", 24 * w, 3, 2, "VALID")(x)
+  double = _chain(x, "branch3x3dbl", (4 * w, 1), (6 * w, 3))
+  double = _conv("branch3x3dbl_3", 6 * w, 3, 2, "VALID")(double)
+  return [three, double, max_pool(x, 2)]
 
 
-class BlockC(nn.Module):
+def _block_c(x: Array, *, w: int, inner: int) -> Sequence[Array]:
   """Mixed_6b to e: 1x1, 7x7, twice 7x7 and average pool; 7x7 is 1x7, 7x1."""
-
-  width: int
-  inner_channels: int
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
-    w, c = self.width, self.inner_channels
-    one = _conv("branch1x1", 12 * w, 1)(x)
-    seven = _conv("branch7x7_1", c, 1)(x)
-    seven = _conv("branch7x7_2", c, (1, 7))(seven)
-    seven = _conv("branch7x7_3", 12 * w, (7, 1))(seven)
-    double = _conv("branch7x7dbl_1", c, 1)(x)
-    double = _conv("branch7x7dbl_2", c, (7, 1))(double)
-    double = _conv("branch7x7dbl_3", c, (1, 7))(double)
-    double = _conv("branch7x7dbl_4", c, (7, 1))(double)
-    double = _conv("branch7x7dbl_5", 12 * w, (1, 7))(double)
-    pool = _conv("branch_pool", 12 * w, 1)(average_pool(x))
-    return _concatenate(one, seven, double, pool)
+  c, last = inner * w, 12 * w
+  row, column = (1, 7), (7, 1)
+  double = ((c, 1), (c, column), (c, row), (c, column), (last, row))
+  return [
+    _conv("branch1x1", last, 1)(x),
+    _chain(x, "branch7x7", (c, 1), (c, row), (last, column)),
+    _chain(x, "branch7x7dbl", *double),
+    _conv("branch_pool", last, 1)(average_pool(x)),
+  ]
 
 
-class BlockD(nn.Module):
+def _block_d(x: Array, *, w: int) -> Sequence[Array]:
   """Mixed_7a: 3x3, 7x7 then 3x3, maximum pool, down to 8 x 8 locations."""
-
-  width: int
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
-    w = self.width
-    three = _conv("branch3x3_1", 12 * w, 1)(x)
-    three = _conv("branch3x3_2", 20 * w, 3, 2, "VALID")(three)
-    seven = _conv("branch7x7x3_1", 12 * w, 1)(x)
-    seven = _conv("branch7x7x3_2", 12 * w, (1, 7))(seven)
-    seven = _conv("branch7x7x3_3", 12 * w, (7, 1))(seven)
-    seven = _conv("branch7x7x3_4", 12 * w, 3, 2, "VALID")(seven)
-    return _concatenate(three, seven, max_pool(x, 2))
+  c = 12 * w
+  three = _chain(x, "branch3x3", (c, 1))
+  three = _conv("branch3x3_2", 20 * w, 3, 2, "VALID")(three)
+  seven = _chain(x, "branch7x7x3", (c, 1), (c, (1, 7)), (c, (7, 1)))
+  seven = _conv("branch7x7x3_4", c, 3, 2, "VALID")(seven)
+  return [three, seven, max_pool(x, 2)]
 
 
-class BlockE(nn.Module):
+def _block_e(
+  x: Array, *, w: int, pool: Callable[[Array], Array]
+) -> Sequence[Array]:
   """Mixed_7b, 7c: 1x1, 1x3 and 3x1, the same after 3x3, and a pool."""
-
-  width: int
-  pool: Callable[[Array], Array]
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
-    w = self.width
-    one = _conv("branch1x1", 20 * w, 1)(x)
-    three = _conv("branch3x3_1", 24 * w, 1)(x)
-    double = _conv("branch3x3dbl_1", 28 * w, 1)(x)
-    double = _conv("branch3x3dbl_2", 24 * w, 3)(double)
-    return _concatenate(
-      one,
-      _conv("branch3x3_2a", 24 * w, (1, 3))(three),
-      _conv("branch3x3_2b", 24 * w, (3, 1))(three),
-      _conv("branch3x3dbl_3a", 24 * w, (1, 3))(double),
-      _conv("branch3x3dbl_3b", 24 * w, (3, 1))(double),
-      _conv("branch_pool", 12 * w, 1)(self.pool(x)),
-    )
+  three = _chain(x, "branch3x3", (24 * w, 1))
+  double = _chain(x, "branch3x3dbl", (28 * w, 1), (24 * w, 3))
+  return [
+    _conv("branch1x1", 20 * w, 1)(x),
+    _conv("branch3x3_2a", 24 * w, (1, 3))(three),
+    _conv("branch3x3_2b", 24 * w, (3, 1))(three),
+    _conv("branch3x3dbl_3a", 24 * w, (1, 3))(double),
+    _conv("branch3x3dbl_3b", 24 * w, (3, 1))(double),
+    _conv("branch_pool", 12 * w, 1)(pool(x)),
+  ]
 
 
 class Classifier(nn.Module):
@@ -284,15 +261,21 @@ class Classifier(nn.Module):
 
 
 class Inception(nn.Module):
-  """Inception-v3; build it with `build_inception`, which explains it."""
+  """The network of FID and the Inception score; always float32.
+
+  Build it with `build_inception`, which checks the arguments.
+
+  Attributes:
+    width: all numbers of channels are multiples of it, that of pool3 is 128
+      width. 16 in the published network; less for tests.
+    num_classes: logits; 1008 in the published network.
+  """
 
   width: int
   num_classes: int
 
-  @property
-  def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Of a call, just large enough: an image."""
-    return (jax.ShapeDtypeStruct((1, 1, 1, 3), jnp.uint8),)
+  # Smallest input of a call: an image.
+  example_inputs = (jax.ShapeDtypeStruct((1, 1, 1, 3), jnp.uint8),)
 
   def __call__(self, images: Shaped[ArrayLike, "..."]) -> InceptionOutput:
     """Features and logits of uint8 [B, H, W, 3] RGB; see `preprocess`.
@@ -304,7 +287,7 @@ class Inception(nn.Module):
 
   @nn.compact
   def network(self, x: Float[Array, "B 299 299 3"]) -> InceptionOutput:
-    """The same of what `preprocess` gives."""
+    """Features and logits of preprocessed pixels, see `preprocess`."""
     w = self.width
     x = _conv("Conv2d_1a_3x3", 2 * w, 3, 2, "VALID")(x)
     x = _conv("Conv2d_2a_3x3", 2 * w, 3, 1, "VALID")(x)
@@ -313,37 +296,32 @@ class Inception(nn.Module):
     x = _conv("Conv2d_3b_1x1", 5 * w, 1)(x)
     x = _conv("Conv2d_4a_3x3", 12 * w, 3, 1, "VALID")(x)
     x = max_pool(x, 2)
-    x = BlockA(w, 2 * w, name="Mixed_5b")(x)
-    x = BlockA(w, 4 * w, name="Mixed_5c")(x)
-    x = BlockA(w, 4 * w, name="Mixed_5d")(x)
-    x = BlockB(w, name="Mixed_6a")(x)
-    x = BlockC(w, 8 * w, name="Mixed_6b")(x)
-    x = BlockC(w, 10 * w, name="Mixed_6c")(x)
-    x = BlockC(w, 10 * w, name="Mixed_6d")(x)
-    x = BlockC(w, 12 * w, name="Mixed_6e")(x)
-    x = BlockD(w, name="Mixed_7a")(x)
-    x = BlockE(w, average_pool, name="Mixed_7b")(x)
-    x = BlockE(w, functools.partial(max_pool, stride=1), name="Mixed_7c")(x)
+    last_pool = functools.partial(max_pool, stride=1)
+    for name, block, arguments in (
+      ("5b", _block_a, {"pool": 2}),
+      ("5c", _block_a, {"pool": 4}),
+      ("5d", _block_a, {"pool": 4}),
+      ("6a", _block_b, {}),
+      ("6b", _block_c, {"inner": 8}),
+      ("6c", _block_c, {"inner": 10}),
+      ("6d", _block_c, {"inner": 10}),
+      ("6e", _block_c, {"inner": 12}),
+      ("7a", _block_d, {}),
+      ("7b", _block_e, {"pool": average_pool}),
+      ("7c", _block_e, {"pool": last_pool}),
+    ):
+      branches = functools.partial(block, w=w, **arguments)
+      x = Block(branches, name=f"Mixed_{name}")(x)
     pool3 = jnp.mean(x, axis=(1, 2))
     return InceptionOutput(
       pool3, *Classifier(self.num_classes, name="fc")(pool3)
     )
 
 
-def build_inception(
-  *, width: int, num_classes: int, **unknown: object
-) -> Inception:
-  """The network of FID and the Inception score; always float32.
-
-  Args:
-    width: all numbers of channels are multiples of it, that of pool3 is 128
-      width. 16 in the published network; less for tests.
-    num_classes: logits; 1008 in the published network.
+def build_inception(**arguments: Any) -> Inception:
+  """Builds the network from its attributes; always float32.
 
   Raises:
-    ValueError: an unknown argument, or a value out of range.
+    ValueError: an unknown or missing argument, or a value out of range.
   """
-  reject_unknown(build_inception, unknown)
-  require_int("width", width, 1)
-  require_int("num_classes", num_classes, 1)
-  return Inception(width=width, num_classes=num_classes)
+  return build(Inception, arguments)

@@ -23,8 +23,8 @@ embedding_init = nn.initializers.normal(stddev=0.02)
 linear_init = nn.initializers.xavier_uniform()
 
 
-# Names for jax.checkpoint policies: of what attention's last layer takes, of
-# the MLP's two wide products, and of the MLP's result.
+# Names for jax.checkpoint policies: the input of attention's last layer, the
+# MLP's two wide products, and the MLP's result.
 ATTENTION = "attention"
 WIDE = "wide"
 MLP = "mlp"
@@ -61,7 +61,7 @@ class RMSNorm(nn.Module):
   """x / sqrt(mean_c(x^2) + 1e-6) * scale, in float32.
 
   The mean is over the last axis. The result is float32 whatever the input's
-  dtype; the caller casts it where it needs less.
+  dtype; the caller casts it if it needs less.
   """
 
   @nn.compact
@@ -86,12 +86,11 @@ def conv(
 
   The padding is the same on both sides, as PyTorch has it.
   """
-  padding = size // 2
   return nn.Conv(
     channels,
     (size, size),
     strides=(stride, stride),
-    padding=((padding, padding), (padding, padding)),
+    padding=size // 2,
     use_bias=use_bias,
     kernel_init=nn.initializers.he_normal(),
     dtype=dtype,
@@ -102,8 +101,8 @@ def conv(
 class GroupNorm(nn.Module):
   """(x - mean) / sqrt(var + 1e-6) * scale + bias in float32, then `dtype`.
 
-  Mean and variance are over all locations and the channels of a group. There
-  are as many groups as divide the channels, at most max_groups.
+  Mean and variance are over all locations and the channels of a group. The
+  number of groups is the largest up to max_groups that divides the channels.
   """
 
   dtype: jnp.dtype
@@ -121,19 +120,15 @@ class GroupNorm(nn.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _group_norm(
-  x: Float[Array, "B H W C"],
-  scale: Float[Array, " C"],
-  bias: Float[Array, " C"],
-  groups: int,
-  dtype: jnp.dtype,
-) -> Float[Array, "B H W C"]:
+  x: Array, scale: Array, bias: Array, groups: int, dtype: jnp.dtype
+) -> Array:
   return _group_norm_forward(x, scale, bias, groups, dtype)[0]
 
 
 def _of_groups(
   reduce: Any, x: Float[Array, "B C"], groups: int
 ) -> Float[Array, "B C"]:
-  """Of the channels of each group, for each of them."""
+  """Reduces over the channels of each group; one value for each channel."""
   rows = x.reshape(x.shape[0], groups, -1)
   return jnp.broadcast_to(
     reduce(rows, axis=-1, keepdims=True), rows.shape
@@ -141,15 +136,11 @@ def _of_groups(
 
 
 def _group_norm_forward(
-  x: Float[Array, "B H W C"],
-  scale: Float[Array, " C"],
-  bias: Float[Array, " C"],
-  groups: int,
-  dtype: jnp.dtype,
-) -> tuple[Float[Array, "B H W C"], Any]:
+  x: Array, scale: Array, bias: Array, groups: int, dtype: jnp.dtype
+) -> tuple[Array, Any]:
   wide = x.astype(jnp.float32)
-  # Moments of each channel, then of its group: the channels of a map taken
-  # apart would be another layout, and a copy.
+  # Moments of each channel, then of its group: splitting the channels of a map
+  # into groups would change its layout, and copy it.
   means, variances = (f(wide, axis=(1, 2)) for f in (jnp.mean, jnp.var))
   mean = _of_groups(jnp.mean, means, groups)
   variance = _of_groups(jnp.mean, variances, groups) + _of_groups(
@@ -161,14 +152,11 @@ def _group_norm_forward(
 
 
 def _group_norm_backward(
-  groups: int,
-  dtype: jnp.dtype,
-  residuals: Any,
-  cotangent: Float[Array, "B H W C"],
-) -> tuple[Float[Array, "B H W C"], Float[Array, " C"], Float[Array, " C"]]:
-  """One pass for two sums of each channel, one for the gradient.
+  groups: int, dtype: jnp.dtype, residuals: Any, cotangent: Array
+) -> tuple[Array, Array, Array]:
+  """Gradients in two passes over the map: sums of each channel, then x's.
 
-  What autodiff would keep and read are float32 maps; this takes x as it is.
+  Autodiff would keep float32 maps; this keeps x in its own dtype.
   """
   del dtype
   x, scale, mean, inverse = residuals
@@ -204,25 +192,16 @@ class LayerNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
-    return _scale_and_shift(self, _standardize(x, (-1,))).astype(self.dtype)
-
-
-def _standardize(
-  x: Float[Array, "..."], axes: tuple[int, ...]
-) -> Float[Array, "..."]:
-  x = x.astype(jnp.float32)
-  mean = jnp.mean(x, axis=axes, keepdims=True)
-  variance = jnp.var(x, axis=axes, keepdims=True)
-  return (x - mean) * jax.lax.rsqrt(variance + NORM_EPSILON)
-
-
-def _scale_and_shift(
-  module: nn.Module, x: Float[Array, "*B C"]
-) -> Float[Array, "*B C"]:
-  shape = (x.shape[-1],)
-  scale = module.param("scale", nn.initializers.ones, shape)
-  bias = module.param("bias", nn.initializers.zeros, shape)
-  return x * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+    x = x.astype(jnp.float32)
+    mean, variance = (
+      f(x, axis=(-1,), keepdims=True) for f in (jnp.mean, jnp.var)
+    )
+    x = (x - mean) * jax.lax.rsqrt(variance + NORM_EPSILON)
+    shape = (x.shape[-1],)
+    scale = self.param("scale", nn.initializers.ones, shape)
+    bias = self.param("bias", nn.initializers.zeros, shape)
+    x = x * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+    return x.astype(self.dtype)
 
 
 def rotary_angles(tokens: int, head_dim: int) -> np.ndarray:
@@ -277,11 +256,11 @@ class Attention(nn.Module):
   """Multi-head self-attention with QK-norm, then rotary positions.
 
   Attributes:
-    kernel: 'xla', or 'pallas' for TPUs: all of it on chip, see
-      attention_kernel; 'interpret' is that without a TPU. Sequences that don't
-      fit on chip are computed by XLA. 'cudnn' for NVIDIA GPUs: the fused
-      softmax and products of cuDNN, where attention_dtype is bfloat16; it has
-      none in float32, which XLA computes.
+    kernel: who computes it. 'xla' runs everywhere. 'pallas' runs on TPUs and
+      keeps everything on chip, see attention_kernel; XLA computes sequences
+      that don't fit. 'interpret' is the same without a TPU. 'cudnn' is the
+      fused attention of NVIDIA GPUs; it has no float32, so XLA computes
+      attention_dtype float32.
   """
 
   num_heads: int
@@ -326,10 +305,12 @@ class Attention(nn.Module):
         jnp.asarray(np.cos(angles), jnp.float32),
         jnp.asarray(np.sin(angles), jnp.float32),
       ),
-      self.num_heads,
-      self.attention_dtype,
-      NORM_EPSILON,
-      self.kernel == "interpret",
+      attention_kernel.Options(
+        self.num_heads,
+        self.attention_dtype,
+        NORM_EPSILON,
+        self.kernel == "interpret",
+      ),
     )
 
 

@@ -1,28 +1,25 @@
 """The residual masked autoencoder whose encoder gives the features (A.3)."""
 
-import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from drift_jax.drift.features import pooled_features, root_mean_square
-from drift_jax.models.arguments import (
-  DTYPES,
-  reject_unknown,
-  require_choice,
-  require_int,
-)
+from drift_jax.drift.features import root_mean_square
+from drift_jax.models.arguments import build
 from drift_jax.models.layers import GroupNorm, conv, patchify
-
-Maps = list[Float[Array, "B _ _ _"]]
+from drift_jax.models.stages import (
+  Maps,
+  run_stage,
+  single_blocks,
+  stage_features,
+)
 
 
 class MAEOutput(NamedTuple):
-  """What one masked forward pass gives; h x w is the folded input's grid.
+  """Result of a masked forward pass; h x w is the folded input's grid.
 
   Attributes:
     recon: reconstruction of the folded input, float32.
@@ -77,27 +74,13 @@ class ResidualBlock(nn.Module):
     return x, x
 
 
-def single_blocks(stage: int, count: int) -> int:
-  """How many of a stage's blocks stand alone; all others are one scan.
-
-  A TPU's compiler takes some ten seconds for each convolution, equal ones too.
-  But a scan copies each block's output into a stack: where there are few equal
-  blocks, that is, where maps are large, it costs more than it saves.
-
-  Args:
-    stage: 0 to 3; from 1 on the first block differs from the others.
-    count: of the stage's blocks.
-  """
-  different = min(stage, 1)
-  return different if count - different >= 4 else count
-
-
 class Encoder(nn.Module):
   """Stem and four stages of residual blocks, widths C, 2C, 4C, 8C.
 
   Stages 2 to 4 halve the resolution in their first block. Each stage ends in
   a GroupNorm whose output is the stage's feature and the next one's input.
-  Many equal blocks are one scan with stacked parameters; see single_blocks.
+  Many equal blocks are one scan with stacked parameters, see
+  stages.single_blocks.
   """
 
   base_channels: int
@@ -109,83 +92,27 @@ class Encoder(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "B H W C"]) -> tuple[Maps, list[Maps]]:
     """Returns ([stem, stage 1, ..., stage 4], blocks of each stage)."""
-    block = scanned = ResidualBlock
-    if self.remat:
-      block = nn.remat(ResidualBlock)
-      # The loop keeps XLA from merging what is recomputed and what was stored.
-      scanned = nn.remat(ResidualBlock, prevent_cse=False)
     x = x.astype(self.dtype)
     x = conv(self.base_channels, 3, self.dtype, "stem_conv")(x)
     x = nn.relu(GroupNorm(self.dtype, self.norm_groups, name="stem_norm")(x))
     outputs, blocks = [x], []
-    for stage, count in enumerate(self.layers):
-      channels = self.base_channels * 2**stage
-      rest = (self.dtype, self.norm_groups)
-      blocks.append([])
-      single = single_blocks(stage, count)
-      for i in range(single):
-        stride = 2 if stage > 0 and i == 0 else 1
-        name = f"stage{stage + 1}_block{i + 1}"
-        x, _ = block(channels, stride, *rest, name=name)(x)
-        blocks[-1].append(x)
-      if count > single:
-        x, stacked = nn.scan(
-          scanned,
-          variable_axes={"params": 0},
-          split_rngs={"params": True},
-          length=count - single,
-        )(channels, 1, *rest, name=f"stage{stage + 1}_blocks")(x)
-        blocks[-1] += list(stacked)
-      x = GroupNorm(
-        self.dtype, self.norm_groups, name=f"stage{stage + 1}_norm"
-      )(x)
+    for stage, count in enumerate(self.layers, start=1):
+      x, stage_blocks = run_stage(
+        ResidualBlock,
+        x,
+        stage,
+        single=single_blocks(min(stage - 1, 1), count),
+        count=count,
+        remat=self.remat,
+        channels=self.base_channels * 2 ** (stage - 1),
+        dtype=self.dtype,
+        norm_groups=self.norm_groups,
+      )
+      blocks.append(stage_blocks)
+      norm = f"stage{stage}_norm"
+      x = GroupNorm(self.dtype, self.norm_groups, name=norm)(x)
       outputs.append(x)
     return outputs, blocks
-
-
-def stage_features(
-  outputs: Maps,
-  blocks: Sequence[Maps],
-  *,
-  every_k_block: int | float,
-  patch_mean_size: Sequence[int],
-  patch_std_size: Sequence[int],
-  use_mean: bool,
-  use_std: bool,
-) -> dict[str, Float[Array, "B _ _"]]:
-  """Feature vectors of the stem, of every k-th block and of each stage.
-
-  Args:
-    outputs: stem, stage 1, ..., stage 4.
-    blocks: of each stage.
-    every_k_block: k; math.inf for no block outputs.
-    patch_mean_size, patch_std_size, use_mean, use_std: see `pooled_features`.
-
-  Raises:
-    ValueError: every_k_block is below 1; a patch size below 1.
-  """
-  if every_k_block < 1:
-    raise ValueError(
-      f"every_k_block={every_k_block}: must be >= 1, or math.inf for no"
-      " block outputs"
-    )
-  maps = {"conv1": outputs[0]}
-  for stage, stage_blocks in enumerate(blocks, start=1):
-    for i, block in enumerate(stage_blocks, start=1):
-      if not math.isinf(every_k_block) and i % every_k_block == 0:
-        maps[f"layer{stage}_blk{i}"] = block
-    maps[f"layer{stage}"] = outputs[stage]
-  features = {}
-  for name, feature_map in maps.items():
-    features |= pooled_features(
-      feature_map,
-      name,
-      patch_mean_size=patch_mean_size,
-      patch_std_size=patch_std_size,
-      use_mean=use_mean,
-      use_std=use_std,
-    )
-  return features
 
 
 class UpBlock(nn.Module):
@@ -235,10 +162,29 @@ class Decoder(nn.Module):
 
 
 class MAE(nn.Module):
-  """Masked autoencoder; build it with `build_mae`, which explains it.
+  """The residual masked autoencoder of arXiv:2602.04770, appendix A.3.
+
+  A ResNet with GroupNorm encodes the folded and masked input; a decoder with
+  skips reconstructs it, and a linear head classifies the pooled code. Build it
+  with `build_mae`, which checks the arguments.
 
   `mae.apply(variables, x, ...)` reconstructs and classifies a masked input;
   with method='features' or 'pooled' it encodes an unmasked one.
+
+  Attributes:
+    in_channels: channels of the input.
+    base_channels: width C of stem and first stage; the others have 2C, 4C, 8C.
+    layers: number of residual blocks in each of the four stages.
+    input_patch_size: side of the pixel patches folded into channels before
+      the stem; 1 for none.
+    mask_patch_size: side of the patches hidden together, in folded cells.
+    num_classes: labels are in [0, num_classes).
+    norm_groups: groups of each GroupNorm, or fewer if they do not divide its
+      channels; 32 in every published model. With one channel a group the means
+      over a map are constants: keep it below base_channels.
+    dtype: of activations and products, 'float32' or 'bfloat16'; parameters
+      are float32.
+    remat: recompute each residual block in the backward pass.
   """
 
   in_channels: int
@@ -253,7 +199,7 @@ class MAE(nn.Module):
 
   @property
   def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Of a call, just large enough: an image."""
+    """Smallest input of a call: an image."""
     side = self.input_patch_size * self.mask_patch_size
     shape = (1, side, side, self.in_channels)
     return (jax.ShapeDtypeStruct(shape, jnp.float32),)
@@ -313,7 +259,7 @@ class MAE(nn.Module):
     x: Float[ArrayLike, "B H W C"],
     mask_ratio: Float[ArrayLike, ""] | float = 0.5,
   ) -> Float[Array, "B h w 1"]:
-    """The mask that a call without one draws of the same key.
+    """The mask that a call without one draws from the same key.
 
     Raises:
       ValueError: as a call.
@@ -321,28 +267,18 @@ class MAE(nn.Module):
     return self._draw_mask(self._fold(jnp.asarray(x)).shape[:3], mask_ratio)
 
   def features(
-    self,
-    x: Float[ArrayLike, "B H W C"],
-    *,
-    every_k_block: int | float = 2,
-    patch_mean_size: Sequence[int] = (2, 4),
-    patch_std_size: Sequence[int] = (2, 4),
-    use_mean: bool = True,
-    use_std: bool = True,
+    self, x: Float[ArrayLike, "B H W C"], **options: Any
   ) -> dict[str, Float[Array, "B _ _"]]:
     """Feature vectors of the unmasked input for the drifting loss.
 
-    Maps: `conv1` (the stem), `layerI_blkJ` (the output of every k-th block of
-    stage I) and `layerI` (the stage's normalised output), each with the
-    statistics of `drift.features.pooled_features`. Besides, `norm_x` is the
-    root mean square per channel of the folded input, and `global` the sample
-    itself as one vector, float32.
+    Those of `stage_features`; a stage's output is its normalised one. Besides,
+    `norm_x` is the root mean square per channel of the folded input, and
+    `global` the sample itself as one vector, float32.
 
     Args:
       x: latents, or pixels in [-1, 1]; NHWC.
-      every_k_block: k; math.inf for no block outputs.
-      patch_mean_size, patch_std_size, use_mean, use_std: see
-        `pooled_features`.
+      **options: every_k_block, patch_mean_size, patch_std_size, use_mean and
+        use_std, see `stage_features`.
 
     Returns:
       Key -> [B, T, D] with T vectors of D channels. Maps, their means and
@@ -354,19 +290,11 @@ class MAE(nn.Module):
     x = jnp.asarray(x)
     folded = self._fold(x)
     outputs, blocks = self.encoder(folded)
-    features = {
+    return {
       "global": x.astype(jnp.float32).reshape(x.shape[0], 1, -1),
       "norm_x": root_mean_square(folded).astype(self.dtype),
+      **stage_features(outputs, blocks, **options),
     }
-    return features | stage_features(
-      outputs,
-      blocks,
-      every_k_block=every_k_block,
-      patch_mean_size=patch_mean_size,
-      patch_std_size=patch_std_size,
-      use_mean=use_mean,
-      use_std=use_std,
-    )
 
   def pooled(self, x: Float[ArrayLike, "B H W C"]) -> Float[Array, "B D"]:
     """Spatial mean of the last stage's output, [B, 8 base_channels], float32.
@@ -418,10 +346,10 @@ def mae_loss(
   """lam * cross-entropy + (1 - lam) * reconstruction error, per sample.
 
   The reconstruction error is the squared error summed over channels, averaged
-  over the hidden positions of the sample (0 where nothing is hidden).
+  over the hidden positions of the sample (0 if nothing is hidden).
 
   Args:
-    output: of the masked forward pass.
+    output: result of the masked forward pass.
     labels: class indices in [0, num_classes).
     lam: weight of the classification in [0, 1]; may be traced.
 
@@ -447,67 +375,10 @@ def mae_loss(
   }
 
 
-def build_mae(
-  *,
-  in_channels: int,
-  base_channels: int,
-  layers: Sequence[int],
-  input_patch_size: int,
-  mask_patch_size: int,
-  num_classes: int,
-  norm_groups: int,
-  dtype: str,
-  remat: bool,
-  **unknown: object,
-) -> MAE:
-  """The residual masked autoencoder of arXiv:2602.04770, appendix A.3.
-
-  A ResNet with GroupNorm encodes the folded and masked input; a decoder with
-  skips reconstructs it, and a linear head classifies the pooled code.
-
-  Args:
-    in_channels: channels of the input.
-    base_channels: width C of stem and first stage; the others have 2C, 4C, 8C.
-    layers: number of residual blocks in each of the four stages.
-    input_patch_size: side of the pixel patches folded into channels before
-      the stem; 1 for none.
-    mask_patch_size: side of the patches hidden together, in folded cells.
-    num_classes: labels are in [0, num_classes).
-    norm_groups: groups of each GroupNorm, or fewer where they do not divide
-      its channels; 32 in every published model. With one channel a group the
-      means over a map are constants: keep it below base_channels.
-    dtype: of activations and products, 'float32' or 'bfloat16'; parameters
-      are float32.
-    remat: recompute each residual block in the backward pass.
+def build_mae(**arguments: Any) -> MAE:
+  """Builds the autoencoder from its attributes, the dtype by name.
 
   Raises:
-    ValueError: an unknown argument, or a value out of range.
+    ValueError: an unknown or missing argument, or a value out of range.
   """
-  reject_unknown(build_mae, unknown)
-  for name, value in (
-    ("in_channels", in_channels),
-    ("base_channels", base_channels),
-    ("input_patch_size", input_patch_size),
-    ("mask_patch_size", mask_patch_size),
-    ("num_classes", num_classes),
-    ("norm_groups", norm_groups),
-  ):
-    require_int(name, value, 1)
-  if len(layers) != 4:
-    raise ValueError(
-      f"layers={tuple(layers)}: must be 4 block counts, one for each stage"
-    )
-  for stage, count in enumerate(layers, start=1):
-    require_int(f"layers (stage {stage})", count, 1)
-  require_choice("dtype", dtype, DTYPES)
-  return MAE(
-    in_channels=in_channels,
-    base_channels=base_channels,
-    layers=tuple(layers),
-    input_patch_size=input_patch_size,
-    mask_patch_size=mask_patch_size,
-    num_classes=num_classes,
-    norm_groups=norm_groups,
-    dtype=jnp.dtype(dtype),
-    remat=remat,
-  )
+  return build(MAE, arguments, lengths={"layers": 4})

@@ -1,4 +1,4 @@
-"""In which dtype a network uses each of its parameters."""
+"""The dtype in which a network uses each of its parameters."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -10,21 +10,11 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax.extend import core
 
-# They move numbers and change none: rounding before or after is the same.
-_MOVES = frozenset(
-  (
-    "broadcast_in_dim",
-    "concatenate",
-    "copy",
-    "dynamic_slice",
-    "gather",
-    "reshape",
-    "rev",
-    "slice",
-    "squeeze",
-    "transpose",
-  )
-)
+# Primitives that move numbers and change none: rounding commutes with them.
+_MOVES = (
+  "broadcast_in_dim concatenate copy dynamic_slice gather reshape rev slice"
+  " squeeze transpose"
+).split()
 _Numbers = frozenset[int]
 
 
@@ -32,9 +22,9 @@ _Numbers = frozenset[int]
 def used_dtypes(module: nn.Module) -> Mapping[str, jnp.dtype]:
   """{path of a parameter: the dtype in which the module uses it}.
 
-  It is the module's own dtype if all that the module does with the parameter
-  is to round it to that, and float32 otherwise: norms, and biases that are
-  added to float32 sums. Found by tracing a call, not by names.
+  That is the module's own dtype if the module only rounds the parameter to it,
+  and float32 otherwise: of norms, and of biases that are added to float32
+  sums. A trace of a call tells, not the names.
 
   Args:
     module: has a `dtype` of 16 bits, and `example_inputs` for a call.
@@ -74,8 +64,8 @@ def _keys() -> dict[str, jax.Array]:
 def rounded(module: nn.Module, params: Any) -> Any:
   """Parameters in the dtypes in which the module uses them.
 
-  It computes the same numbers with them, bit for bit. A module without a
-  `dtype` uses float32.
+  The module computes the same numbers with them, bit for bit. A module without
+  a `dtype` uses float32.
   """
   model: Any = module
   if getattr(model, "dtype", jnp.float32) == jnp.float32:
@@ -92,12 +82,15 @@ def _follow(
   arguments: Sequence[_Numbers],
   uses: list[tuple[_Numbers, jnp.dtype]],
 ) -> list[_Numbers]:
-  """Follows parameters through a program; returns which its outputs are.
+  """Follows parameters through a program to where it uses them.
 
   Args:
     jaxpr: the program.
     arguments: numbers of the parameters that each argument holds unchanged.
-    uses: gets (parameters, dtype) of each use.
+    uses: (parameters, dtype) of each use are appended here.
+
+  Returns:
+    Numbers of the parameters that each output holds unchanged.
   """
   held = dict(zip(jaxpr.invars, arguments, strict=True))
 
@@ -129,7 +122,7 @@ def _follow(
 
 
 def _body(equation: core.JaxprEqn) -> core.Jaxpr | None:
-  """The program that an equation calls with just its own arguments."""
+  """The program that an equation calls with its own arguments, or None."""
   bodies = list(core.jaxprs_in_params(equation.params))
   if len(bodies) != 1:
     return None  # a loop with a condition, or a choice of programs

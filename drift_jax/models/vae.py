@@ -1,20 +1,13 @@
 """The Stable Diffusion autoencoder (AutoencoderKL): images <-> latents."""
 
-import math
-from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from drift_jax.models.arguments import (
-  DTYPES,
-  reject_unknown,
-  require_choice,
-  require_int,
-  require_multiple,
-)
+from drift_jax.models.arguments import build, require_multiple
 from drift_jax.models.layers import GroupNorm, attention
 
 SCALING_FACTOR = 0.18215
@@ -35,10 +28,10 @@ def sample_latents(
     moments: mean and logvar along the last axis, as `Vae.encode` gives them;
       D = 2 C.
     noise: standard normal.
-    scaling_factor: of the autoencoder; brings latents to about unit variance.
+    scaling_factor: of the autoencoder; gives latents about unit variance.
 
   Returns:
-    Latents as the generator sees them and `Vae.decode` takes them.
+    Latents as the generator and `Vae.decode` take them.
   """
   mean, log_variance = jnp.split(
     jnp.asarray(moments).astype(jnp.float32), 2, axis=-1
@@ -63,7 +56,7 @@ def _conv(
   *,
   stride: int = 1,
 ) -> nn.Conv:
-  """Of stride 1 it keeps the size; of stride 2 it pads at the end only."""
+  """A convolution; stride 1 keeps the size, stride 2 pads at the end only."""
   padding = {1: (0, 0), 3: (1, 1)}[size] if stride == 1 else (0, 1)
   return nn.Conv(
     channels,
@@ -135,7 +128,7 @@ class Head(nn.Module):
 
 
 class Half(nn.Module):
-  """Encoder or decoder: levels of residual blocks, with attention between.
+  """Encoder or decoder: levels of residual blocks, and a middle.
 
   The encoder goes down the levels and then through the middle (two blocks
   around one attention), the decoder through the middle and then up.
@@ -180,10 +173,25 @@ class Half(nn.Module):
 
 
 class Vae(nn.Module):
-  """AutoencoderKL; build it with `build_vae`, which explains its attributes.
+  """The autoencoder whose latents the latent generators draw (A.2).
 
   Both halves are differentiable. `vae.clone(remat=True)` is the same model
-  with less memory in its gradient.
+  with less memory in its gradient. Build it with `build_vae`, which checks the
+  arguments.
+
+  Attributes:
+    in_channels: of images.
+    latent_channels: of latents.
+    widths: channels of the encoder's levels, the finest first; each level
+      but the last halves the resolution. The decoder mirrors it.
+    blocks_per_level: residual blocks of an encoder's level; the decoder has
+      one more.
+    norm_groups: of every GroupNorm; divides the widths.
+    scaling_factor: latents are multiplied with it.
+    dtype: of activations and products, 'float32' or 'bfloat16'; parameters,
+      statistics, softmax and results are float32.
+    remat: recompute each block in the backward pass instead of storing its
+      activations. XLA undoes that on CPUs.
   """
 
   in_channels: int
@@ -197,7 +205,7 @@ class Vae(nn.Module):
 
   @property
   def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Of a call, just large enough: an image."""
+    """Smallest input of a call: an image."""
     side = self.downsampling
     shape = (1, side, side, self.in_channels)
     return (jax.ShapeDtypeStruct(shape, jnp.float32),)
@@ -290,64 +298,13 @@ def _require_channels(what: str, channels: int, expected: int) -> None:
     )
 
 
-def build_vae(
-  *,
-  in_channels: int,
-  latent_channels: int,
-  widths: Sequence[int],
-  blocks_per_level: int,
-  norm_groups: int,
-  scaling_factor: float,
-  dtype: str,
-  remat: bool,
-  **unknown: object,
-) -> Vae:
-  """The autoencoder whose latents the latent generators draw (A.2).
-
-  Args:
-    in_channels: of images.
-    latent_channels: of latents.
-    widths: channels of the encoder's levels, the finest first; each level
-      but the last halves the resolution. The decoder mirrors it.
-    blocks_per_level: residual blocks of an encoder's level; the decoder has
-      one more.
-    norm_groups: of every GroupNorm; divides the widths.
-    scaling_factor: latents are multiplied with it.
-    dtype: of activations and products, 'float32' or 'bfloat16'; parameters,
-      statistics, softmax and results are float32.
-    remat: recompute each block in the backward pass instead of storing what
-      lies inside it. XLA undoes that on CPUs.
+def build_vae(**arguments: Any) -> Vae:
+  """Builds the autoencoder from its attributes, the dtype by name.
 
   Raises:
-    ValueError: an unknown argument, or a value out of range.
+    ValueError: an unknown or missing argument, or a value out of range.
   """
-  reject_unknown(build_vae, unknown)
-  for name, value in (
-    ("in_channels", in_channels),
-    ("latent_channels", latent_channels),
-    ("blocks_per_level", blocks_per_level),
-    ("norm_groups", norm_groups),
-  ):
-    require_int(name, value, 1)
-  if not widths:
-    raise ValueError("widths=(): must be one number for each level")
-  for level, width in enumerate(widths, start=1):
-    require_int(f"widths (level {level})", width, 1)
-    require_multiple(
-      f"widths (level {level})", width, "norm_groups", norm_groups
-    )
-  if not 0 < scaling_factor < math.inf:
-    raise ValueError(
-      f"scaling_factor={scaling_factor!r}: must be positive and finite"
-    )
-  require_choice("dtype", dtype, DTYPES)
-  return Vae(
-    in_channels=in_channels,
-    latent_channels=latent_channels,
-    widths=tuple(widths),
-    blocks_per_level=blocks_per_level,
-    norm_groups=norm_groups,
-    scaling_factor=float(scaling_factor),
-    dtype=jnp.dtype(dtype),
-    remat=remat,
-  )
+  vae = build(Vae, arguments)
+  for i, width in enumerate(vae.widths):
+    require_multiple(f"widths[{i}]", width, "norm_groups", vae.norm_groups)
+  return vae

@@ -7,8 +7,8 @@ in learned scales of the branches, and in what follows the class token.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,21 +16,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from drift_jax.models.arguments import (
-  reject_unknown,
-  require_choice,
-  require_colors,
-  require_int,
+  build,
   require_multiple,
   require_rgb,
 )
 
-# Accelerators round float32 factors unless told not to; the published figures
-# are of float32.
+# Accelerators round float32 factors by default; the published figures are of
+# float32.
 _PRECISION = jax.lax.Precision.HIGHEST
 
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-  """x sigmoid(1.702 x): OpenAI's CLIP has it in place of GELU."""
+  """x sigmoid(1.702 x), which OpenAI's CLIP has in place of GELU."""
   return x * nn.sigmoid(1.702 * x)
 
 
@@ -45,10 +42,9 @@ def resize_bicubic(
 ) -> Float[Array, "B size size C"]:
   """Cubic convolution with a = -0.5, widened by the factor of shrinking.
 
-  Pixel centres are aligned and weights beyond the border are dropped, the rest
-  scaled to a sum of 1: Pillow's BICUBIC. The result is neither rounded nor
-  clipped, as Pillow's is in its mode 'F'; the two sides are resized each by
-  its own factor.
+  Pixel centres are aligned; weights beyond the border are dropped and the rest
+  scaled to a sum of 1, as Pillow's BICUBIC does. The result is neither rounded
+  nor clipped, as in Pillow's mode 'F'. Each side has its own factor.
   """
   batch, _, _, channels = images.shape
   shape = (batch, size, size, channels)
@@ -62,15 +58,15 @@ def preprocess(
   image_mean: Sequence[float],
   image_std: Sequence[float],
 ) -> Float[Array, "B {image_size} {image_size} C"]:
-  """(resized / 255 - mean) / std, float32; resized is of whole grey levels.
+  """(resized / 255 - mean) / std, float32.
 
-  That is resize_bicubic(images, image_size), rounded and clipped to [0, 255]
-  as 8-bit images are, which the published figures were computed of. (Pillow
-  rounds rows and columns each: a grey level more or less at a few pixels.)
+  resized is resize_bicubic(images, image_size), rounded and clipped to
+  [0, 255]: the published figures were computed from 8-bit images. (Pillow
+  rounds after the rows too: a few pixels differ by a grey level.)
 
   Args:
-    images: uint8 [B, H, W, 3] RGB; of another size than square they are
-      squeezed, not cropped.
+    images: uint8 [B, H, W, 3] RGB; if not square they are squeezed, not
+      cropped.
     image_size: pixels of the result's side.
     image_mean: of each channel, of pixels in [0, 1].
     image_std: of each channel, of pixels in [0, 1].
@@ -155,7 +151,30 @@ class Block(nn.Module):
 
 
 class Vit(nn.Module):
-  """A Vision Transformer; build it with `build_vit`, which explains it."""
+  """An image encoder whose features are its class token's; always float32.
+
+  Build it with `build_vit`, which checks the arguments.
+
+  Attributes:
+    image_size: pixels of the side that images are resized to; a multiple of
+      patch_size.
+    patch_size: pixels of a patch's side.
+    hidden_size: channels of a token; a multiple of num_heads.
+    depth: blocks.
+    num_heads: of every attention.
+    mlp_size: channels inside every MLP.
+    activation: of the MLPs, 'gelu' (the exact one) or 'quick_gelu'.
+    pre_norm: a LayerNorm before the blocks, as CLIP has it.
+    layer_scale: a learned number for each channel of a branch's result, as
+      DINOv2 has it.
+    patch_bias: of the patches' embedding; DINOv2 has it, CLIP does not.
+    projection_dim: features of a last linear layer without bias, as CLIP has
+      it; 0: none, the features are the hidden_size channels of the last
+      LayerNorm.
+    epsilon: of every LayerNorm.
+    image_mean: red, green and blue, of pixels in [0, 1].
+    image_std: as image_mean; pixels less their mean are divided by it.
+  """
 
   image_size: int
   patch_size: int
@@ -172,10 +191,8 @@ class Vit(nn.Module):
   image_mean: tuple[float, ...]
   image_std: tuple[float, ...]
 
-  @property
-  def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Of a call, just large enough: an image."""
-    return (jax.ShapeDtypeStruct((1, 1, 1, 3), jnp.uint8),)
+  # Smallest input of a call: an image.
+  example_inputs = (jax.ShapeDtypeStruct((1, 1, 1, 3), jnp.uint8),)
 
   def __call__(self, images: Shaped[ArrayLike, "..."]) -> Float[Array, "B D"]:
     """Features of uint8 [B, H, W, 3] RGB, float32; see `preprocess`.
@@ -199,7 +216,7 @@ class Vit(nn.Module):
   def network(
     self, x: Float[Array, "B {self.image_size} {self.image_size} 3"]
   ) -> Float[Array, "B D"]:
-    """The same of what `preprocess` gives."""
+    """Features of preprocessed pixels, see `preprocess`."""
     width, patch = self.hidden_size, self.patch_size
     x = nn.Conv(
       width,
@@ -243,79 +260,18 @@ class Vit(nn.Module):
     )(features)
 
 
-def build_vit(
-  *,
-  image_size: int,
-  patch_size: int,
-  hidden_size: int,
-  depth: int,
-  num_heads: int,
-  mlp_size: int,
-  activation: str,
-  pre_norm: bool,
-  layer_scale: bool,
-  patch_bias: bool,
-  projection_dim: int,
-  epsilon: float,
-  image_mean: Sequence[float],
-  image_std: Sequence[float],
-  **unknown: object,
-) -> Vit:
-  """An image encoder whose features are its class token's; always float32.
-
-  Args:
-    image_size: pixels of the side that images are resized to; a multiple of
-      patch_size.
-    patch_size: pixels of a patch's side.
-    hidden_size: channels of a token; a multiple of num_heads.
-    depth: blocks.
-    num_heads: of every attention.
-    mlp_size: channels inside every MLP.
-    activation: of the MLPs, 'gelu' (the exact one) or 'quick_gelu'.
-    pre_norm: a LayerNorm before the blocks, as CLIP has it.
-    layer_scale: a learned number for each channel of a branch's result, as
-      DINOv2 has it.
-    patch_bias: of the patches' embedding; DINOv2 has it, CLIP does not.
-    projection_dim: features of a last linear layer without bias, as CLIP has
-      it; 0: none, the features are the hidden_size channels of the last
-      LayerNorm.
-    epsilon: of every LayerNorm.
-    image_mean: red, green and blue, of pixels in [0, 1].
-    image_std: as image_mean; pixels less their mean are divided by it.
+def build_vit(**arguments: Any) -> Vit:
+  """Builds an image encoder from its attributes; always float32.
 
   Raises:
-    ValueError: an unknown argument, or a value out of range.
+    ValueError: an unknown or missing argument, or a value out of range.
   """
-  reject_unknown(build_vit, unknown)
-  for name, value, minimum in (
-    ("image_size", image_size, 1),
-    ("patch_size", patch_size, 1),
-    ("hidden_size", hidden_size, 1),
-    ("depth", depth, 1),
-    ("num_heads", num_heads, 1),
-    ("mlp_size", mlp_size, 1),
-    ("projection_dim", projection_dim, 0),
-  ):
-    require_int(name, value, minimum)
-  require_multiple("image_size", image_size, "patch_size", patch_size)
-  require_multiple("hidden_size", hidden_size, "num_heads", num_heads)
-  require_choice("activation", activation, tuple(ACTIVATIONS))
-  if not 0 < epsilon < math.inf:
-    raise ValueError(f"epsilon={epsilon!r}: must be positive and finite")
-  require_colors(image_mean, image_std)
-  return Vit(
-    image_size=image_size,
-    patch_size=patch_size,
-    hidden_size=hidden_size,
-    depth=depth,
-    num_heads=num_heads,
-    mlp_size=mlp_size,
-    activation=activation,
-    pre_norm=pre_norm,
-    layer_scale=layer_scale,
-    patch_bias=patch_bias,
-    projection_dim=projection_dim,
-    epsilon=float(epsilon),
-    image_mean=tuple(float(x) for x in image_mean),
-    image_std=tuple(float(x) for x in image_std),
+  vit = build(
+    Vit,
+    arguments,
+    minima={"projection_dim": 0},
+    choices={"activation": tuple(ACTIVATIONS)},
   )
+  require_multiple("image_size", vit.image_size, "patch_size", vit.patch_size)
+  require_multiple("hidden_size", vit.hidden_size, "num_heads", vit.num_heads)
+  return vit

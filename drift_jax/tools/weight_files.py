@@ -1,4 +1,4 @@
-"""Files of published weights: where they are, and what is in them."""
+"""Files of published weights: finds, downloads and reads them."""
 
 import hashlib
 import http.client
@@ -23,7 +23,7 @@ from drift_jax.system.console import logger
 from drift_jax.tools.conversions.layouts import CONFIG_FILE, WeightsError
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".tar")  # MoCo: .pth.tar
-# Under which a checkpoint holds its weights beside other things.
+# Keys under which a checkpoint holds its weights.
 _STATE_DICTS = ("state_dict", "model")
 
 _URL = re.compile(r"https?://")
@@ -42,11 +42,12 @@ def locate(source: str, names: Sequence[str], sha256: str | None) -> Located:
   """Finds the weights and the config.json beside them.
 
   A file on the hub is downloaded into its cache (HF_HOME, HF_ENDPOINT and
-  HF_HUB_OFFLINE are respected), one elsewhere into ours, see `download`.
+  HF_HUB_OFFLINE are respected), one elsewhere into XDG_CACHE_HOME/drift_jax,
+  by default ~/.cache/drift_jax; see `download`.
 
   Args:
     source: a file, a folder, hf://OWNER/NAME[@REVISION][/FILE], or a URL.
-    names: what to look for in a folder or repository, in this order.
+    names: files to look for in a folder or repository, in this order.
     sha256: of the published file, in hexadecimal; None refuses URLs.
 
   Raises:
@@ -58,15 +59,16 @@ def locate(source: str, names: Sequence[str], sha256: str | None) -> Located:
         f"{source}: only weights whose SHA-256 is known here are downloaded"
         " from a URL; download the file and give its path"
       )
-    return Located(download(source, sha256, cache_folder()), None, None)
+    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    cache = pathlib.Path(paths.expand(root), "drift_jax")
+    return Located(download(source, sha256, cache), None, None)
   if source.startswith(hub.SCHEME):
     return _locate_on_hub(source, names)
   path = pathlib.Path(source)
   if path.is_dir():
-    found = [path / name for name in names if (path / name).is_file()]
-    if not found:
+    path = next((path / x for x in names if (path / x).is_file()), None)
+    if path is None:
       raise WeightsError(f"{source} holds none of {list(names)}")
-    path = found[0]
   if not path.is_file():
     raise WeightsError(f"there is no file or folder {source}")
   config = path.parent / CONFIG_FILE
@@ -80,30 +82,17 @@ def _locate_on_hub(source: str, names: Sequence[str]) -> Located:
       f"--source={source}: want hf://OWNER/NAME, hf://OWNER/NAME/FILE or"
       " hf://OWNER/NAME@REVISION/FILE"
     )
-  names = [address.path] if address.path else names
   try:
-    for name in names:
+    for name in [address.path] if address.path else names:
       weights = hub.fetch(address._replace(path=name))
-      if weights is None:
-        continue
-      commit = hub.commit_of(weights, name)
-      config = hub.fetch(
-        hub.Address(
-          address.repository,
-          commit,
-          str(pathlib.PurePosixPath(name).with_name(CONFIG_FILE)),
-        )
-      )
-      return Located(weights, config, commit)
+      if weights is not None:
+        commit = hub.commit_of(weights, name)
+        config = str(pathlib.PurePosixPath(name).with_name(CONFIG_FILE))
+        pinned = address._replace(revision=commit, path=config)
+        return Located(weights, hub.fetch(pinned), commit)
   except hub.HubError as error:
     raise WeightsError(f"{source}: {error}") from error
   raise WeightsError(f"{source}: the repository holds none of {list(names)}")
-
-
-def cache_folder() -> pathlib.Path:
-  """XDG_CACHE_HOME/drift_jax, by default ~/.cache/drift_jax."""
-  root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-  return pathlib.Path(paths.expand(root)) / "drift_jax"
 
 
 def sha256_of(path: pathlib.Path) -> str:
@@ -113,9 +102,9 @@ def sha256_of(path: pathlib.Path) -> str:
 
 
 def download(url: str, sha256: str, folder: pathlib.Path) -> pathlib.Path:
-  """The file at a URL, from the folder if it is there already.
+  """Downloads a file into a folder, unless it is there already.
 
-  It appears there whole and with the right checksum, or not at all.
+  It appears whole and with the right checksum, or not at all.
 
   Raises:
     WeightsError: not reached, cut off, or another file.
@@ -132,17 +121,14 @@ def download(url: str, sha256: str, folder: pathlib.Path) -> pathlib.Path:
         temporary.open("wb") as file,
       ):
         shutil.copyfileobj(response, file)
-      size, length = (
-        temporary.stat().st_size,
-        response.headers["Content-Length"],
-      )
+        length = response.headers["Content-Length"]
+      size = temporary.stat().st_size
       if length is not None and size != int(length):
         raise WeightsError(
           f"{url}: the connection ended after {size} of {length} bytes; try"
           " again"
         )
-      digest = sha256_of(temporary)
-      if digest != sha256:
+      if (digest := sha256_of(temporary)) != sha256:
         raise WeightsError(
           f"{url} has {size} bytes with SHA-256 {digest}, not the published"
           f" file's {sha256}"
@@ -190,8 +176,8 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
     ) from error
   try:
     tensors = torch.load(path, map_location="cpu", weights_only=True)
-  # What torch.load raises on a bad file is an open list (KeyError is on it),
-  # and its messages advise to load the file unsafely: they are not repeated.
+  # A bad file raises errors of many kinds, KeyError too. Their messages advise
+  # to load the file unsafely, so they are not repeated.
   except Exception as error:
     raise WeightsError(
       f"{path} ({path.stat().st_size} bytes) can't be read as a torch file of"
@@ -205,12 +191,12 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
     isinstance(tensor, torch.Tensor) for tensor in tensors.values()
   ):
     raise WeightsError(f"{path} holds no arrays by name: it is no state dict")
-  return {
-    str(name): (
-      tensor.float() if tensor.dtype == torch.bfloat16 else tensor
-    ).numpy()
-    for name, tensor in tensors.items()
-  }
+  arrays = {}
+  for name, tensor in tensors.items():
+    if tensor.dtype == torch.bfloat16:  # which NumPy lacks
+      tensor = tensor.float()
+    arrays[str(name)] = tensor.numpy()
+  return arrays
 
 
 def read_config(path: pathlib.Path) -> dict[str, Any]:

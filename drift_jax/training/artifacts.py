@@ -8,8 +8,9 @@
   DIR/model.safetensors               the parameters, names of this package
   DIR/config.json                     the same facts
 
-Ours carry the file's SHA-256 in the JSON as well; it is checked on loading.
-Loading executes nothing: both kinds of file hold arrays and names only.
+The JSON of our own artifacts also has the SHA-256 of the parameters' file;
+loading checks it. Loading executes nothing: both kinds of file hold arrays and
+names only.
 
 A folder may be on the hub: hf://OWNER/NAME[@REVISION][/FOLDER], or hf://NAME
 for an artifact of the release.
@@ -45,7 +46,6 @@ METADATA_FILE = "metadata.json"
 TENSORS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 _TENSOR_DTYPES = {"F32": jnp.dtype("float32"), "BF16": jnp.dtype("bfloat16")}
-KINDS = ("gen", "mae", "convnext", "resnet", "vae", "inception", "vit")
 # An export (tools/export.py) is a folder of such folders.
 MANIFEST_FILE = "manifest.json"
 EXPORTED, EXPORTED_VAE = "generator", "vae"
@@ -70,6 +70,13 @@ _LAYOUTS: dict[Format, _Layout] = {
   "release": _Layout(SUBDIRECTORY, PARAMS_FILE, METADATA_FILE, "flax.msgpack"),
   "safetensors": _Layout("", TENSORS_FILE, CONFIG_FILE, "safetensors"),
 }
+# Where to look, in this order: a folder may be given with or without
+# `subdirectory`.
+_PLACES = [
+  (layout, folder)
+  for layout in _LAYOUTS.values()
+  for folder in dict.fromkeys((layout.subdirectory, ""))
+]
 
 
 class ArtifactError(UserError, ValueError):
@@ -81,7 +88,7 @@ class Artifact:
   """A model with its parameters.
 
   Attributes:
-    kind: one of KINDS.
+    kind: one of release.KINDS.
     module: the linen module.
     params: its parameters under this package's names.
     metadata: what metadata.json says.
@@ -107,39 +114,39 @@ def save(
   facts: Mapping[str, Any] | None = None,
   format: Format = "release",
 ) -> epath.Path:
-  """Writes an artifact; the metadata comes last, so a torn one has none.
+  """Writes an artifact, its metadata last: an incomplete one has none.
 
-  One that was there before stays whole until the new one is on the disk.
+  An artifact that was there stays whole until the new one is on the disk.
 
   Args:
     directory: gets the files, those of 'release' in a folder params_ema.
-    kind: one of KINDS.
+    kind: one of release.KINDS.
     model_config: the release's own names (release.published_config).
     params: this package's names; float32, in 'safetensors' bfloat16 as well.
-    step: training steps behind the parameters; None if not trained here.
-    ema_decay: of the average that these are; None if not trained here.
+    step: training steps of the parameters; None if not trained here.
+    ema_decay: of the parameters' average; None if not trained here.
     source: where converted parameters came from; plain values.
-    facts: more of the metadata, plain values: a generator's 'alpha_range' and
+    facts: more metadata, plain values: a generator's 'alpha_range' and
       'class_names'.
     format: 'release' or 'safetensors'.
 
   Returns:
     The directory.
   """
+  # 1. Parameters
   layout = _LAYOUTS[format]
   directory = paths.expand(directory)
   folder = epath.Path(directory) / layout.subdirectory
   folder.mkdir(parents=True, exist_ok=True)
   params = jax.tree.map(np.asarray, jax.device_get(params))
-  # The same names and shapes, or it is an error, in both formats.
+  # In both formats: it checks names and shapes.
   tree = release.to_release(kind, model_config, params)
   if format == "release":
     data = flax.serialization.msgpack_serialize(tree)
   else:
     flat = traverse_util.flatten_dict(params, sep="/")
-    data = safetensors.numpy.save(
-      {name: np.ascontiguousarray(array) for name, array in flat.items()}
-    )
+    data = safetensors.numpy.save(jax.tree.map(np.ascontiguousarray, flat))
+  # 2. Metadata
   metadata = {
     "format": layout.name,
     "kind": kind,
@@ -153,6 +160,7 @@ def save(
   if source is not None:
     metadata["source"] = dict(source)
   metadata |= facts or {}
+  # 3. Both files under temporary names, then in place
   contents = {
     layout.params: data,
     layout.metadata: json.dumps(metadata, indent=2).encode(),
@@ -196,10 +204,6 @@ def load(
     kind, model_config = metadata["kind"], dict(metadata["model_config"])
   except (ValueError, KeyError, TypeError) as error:
     raise ArtifactError(f"{metadata_path} can't be read: {error!r}") from error
-  if kind not in KINDS:
-    raise ArtifactError(
-      f"{metadata_path}: kind={kind!r}, valid options are {list(KINDS)}"
-    )
   if not params_path.exists():
     raise ArtifactError(
       f"{params_path} is missing beside its {layout.metadata}: copy the whole "
@@ -212,13 +216,13 @@ def load(
       f"{params_path} ({len(data)} bytes) is damaged: its SHA-256 is "
       f"not the one in {layout.metadata}; export it again"
     )
-  read = _read_release if layout.params == PARAMS_FILE else _read_safetensors
   what = f"{params_path} ({len(data)} bytes, beginning with {data[:8]!r})"
-  tree = read(data, what)
+  published = layout.params == PARAMS_FILE
+  tree = (_read_release if published else _read_safetensors)(data, what)
   del data
   try:
     module, params = _fitted(
-      kind, _in_dtype(model_config, dtype), tree, layout.params == PARAMS_FILE
+      kind, _in_dtype(model_config, dtype), tree, published
     )
   except ValueError as error:
     raise ArtifactError(f"{folder}: {error}") from error
@@ -230,7 +234,7 @@ def load(
 def _read_release(data: bytes, what: str) -> Any:
   try:
     return flax.serialization.msgpack_restore(data)
-  # What it raises of bytes that are no msgpack is an open list.
+  # Bytes that are no msgpack raise errors of many kinds.
   except Exception as error:
     raise ArtifactError(f"{what} is no complete msgpack: {error!r}") from error
 
@@ -257,7 +261,12 @@ def _read_safetensors(data: bytes, what: str) -> Any:
 def _fitted(
   kind: str, model_config: Mapping[str, Any], tree: Any, published: bool
 ) -> tuple[nn.Module, Any]:
-  """The module and its parameters, of a tree under either kind of names.
+  """The module and its parameters.
+
+  Args:
+    kind, model_config: of the model.
+    tree: parameters as they are stored.
+    published: whether they have the release's names, or ours.
 
   Raises:
     ValueError: parameters that don't fit, or are no floating-point arrays of
@@ -267,28 +276,20 @@ def _fitted(
     raise ValueError(f"it holds {type(tree).__name__}, want arrays by name")
   flat = traverse_util.flatten_dict(dict(tree), sep="/")
   for name, leaf in flat.items():
-    dtype = leaf.dtype if isinstance(leaf, np.ndarray) else None
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-      raise ValueError(
-        f"{name} is {type(leaf).__name__} of {dtype}, want floating-point"
-        " arrays only"
-      )
+    dtype = getattr(leaf, "dtype", np.dtype(object))
+    if not jnp.issubdtype(dtype, jnp.floating):
+      raise ValueError(f"{name} is of {dtype}, want floating-point arrays only")
     if not np.isfinite(np.asarray(leaf)).all():
       raise ValueError(f"{name} holds numbers that are not finite")
   if published:
     return release.from_release(kind, model_config, tree)
-  module, _ = release.describe(kind, model_config)
-  release.require_parameters(
-    f"{kind!r} parameters do not fit model_config",
-    flat,
-    release.parameter_shapes(kind, model_config),
-  )
-  return module, tree
+  # Checks names and shapes.
+  release.to_release(kind, model_config, tree)
+  return release.describe(kind, model_config)[0], tree
 
 
 def exists(directory: os.PathLike[str] | str) -> bool:
-  """Whether there is an artifact to load; of one on the hub, whether it can
-  be had."""
+  """Whether there is an artifact to load, here or on the hub."""
   try:
     _find(os.fspath(directory))
   except ArtifactError:
@@ -297,7 +298,7 @@ def exists(directory: os.PathLike[str] | str) -> bool:
 
 
 def _find(source: str) -> tuple[epath.Path, _Layout]:
-  """The folder that holds an artifact's files, and which they are.
+  """The folder of an artifact's files, and their layout.
 
   Raises:
     ArtifactError: there is none; the message says where it looked.
@@ -309,12 +310,12 @@ def _find(source: str) -> tuple[epath.Path, _Layout]:
   given = epath.Path(source)
   if (given / MANIFEST_FILE).exists():
     given = given / EXPORTED
-  for layout in _LAYOUTS.values():
-    for folder in (given / layout.subdirectory, given):
-      if (folder / layout.metadata).exists() and (
-        layout.metadata != CONFIG_FILE or (folder / layout.params).exists()
-      ):
-        return folder, layout
+  for layout, subdirectory in _PLACES:
+    folder = given / subdirectory
+    # Other programs have a config.json too.
+    needed = {layout.metadata, layout.params} - {PARAMS_FILE}
+    if all((folder / name).exists() for name in needed):
+      return folder, layout
   raise ArtifactError(
     f"no exported model in {source}: "
     f"{given / SUBDIRECTORY / METADATA_FILE} is missing, and "
@@ -328,11 +329,10 @@ def _find(source: str) -> tuple[epath.Path, _Layout]:
 def _from_hub(source: str) -> tuple[epath.Path, _Layout]:
   """Downloads an artifact's two files, if the cache lacks them."""
   address = hub.parse(source)
-  name = source.removeprefix("hf://")
+  name, _, revision = source.removeprefix("hf://").partition("@")
   if address is not None:
     candidates = [address]
-  elif name and "/" not in name and ":" not in name:
-    name, _, revision = name.partition("@")
+  elif name and not set("/:") & set(f"{name}{revision}"):
     candidates = [
       hub.Address(RELEASED_REPOSITORY, revision or None, f"{folder}/{name}")
       for folder in RELEASED_FOLDERS
@@ -344,10 +344,18 @@ def _from_hub(source: str) -> tuple[epath.Path, _Layout]:
     )
   try:
     for candidate in candidates:
-      for layout in _LAYOUTS.values():
-        found = _fetch(candidate, layout)
-        if found is not None:
-          return found, layout
+      for layout, subdirectory in _PLACES:
+        place = pathlib.PurePosixPath(candidate.path, subdirectory)
+        name = str(place / layout.metadata)
+        metadata = hub.fetch(candidate._replace(path=name))
+        if metadata is None:
+          continue
+        params = candidate._replace(
+          revision=hub.commit_of(metadata, name),
+          path=str(place / layout.params),
+        )
+        if hub.fetch(params) is not None:
+          return epath.Path(metadata.parent), layout
     has = {
       folder.removesuffix(f"/{SUBDIRECTORY}")
       for folder in hub.folders(candidates[0])
@@ -360,31 +368,13 @@ def _from_hub(source: str) -> tuple[epath.Path, _Layout]:
   )
 
 
-def _fetch(address: hub.Address, layout: _Layout) -> epath.Path | None:
-  """The folder of both files in the hub's cache; None if they aren't there."""
-  folders = {layout.subdirectory, ""}
-  for folder in sorted(folders, reverse=True):
-    prefix = pathlib.PurePosixPath(address.path, folder)
-    name = str(prefix / layout.metadata)
-    metadata = hub.fetch(address._replace(path=name))
-    if metadata is None:
-      continue
-    commit = hub.commit_of(metadata, name)
-    params = hub.fetch(
-      address._replace(revision=commit, path=str(prefix / layout.params))
-    )
-    if params is not None:
-      return epath.Path(metadata.parent)
-  return None
-
-
 def abstract(
   kind: str, arguments: Mapping[str, Any], *, dtype: str | None = None
 ) -> Artifact:
-  """What `load` would give of a model, with the shapes of its parameters.
+  """The Artifact of a model without weights: shapes in place of parameters.
 
   Args:
-    kind: one of KINDS.
+    kind: one of release.KINDS.
     arguments: of the function that builds this kind.
     dtype: see `load`.
 

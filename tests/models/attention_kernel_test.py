@@ -12,7 +12,8 @@ from jax._src.cudnn import fused_attention_stablehlo
 from drift_jax.models import attention_kernel, layers
 from drift_jax.models.generator import build_generator
 from tests.conftest import assert_close, kernel_costs
-from tests.models.generator_test import LABELS, SMALL
+from tests.models.small import GENERATOR as SMALL
+from tests.models.small import LABELS
 
 
 @functools.partial(jax.jit, static_argnames=("heads", "dtype", "kernel"))
@@ -43,44 +44,33 @@ def inputs(tokens, channels, heads, dtype):
   return like(shapes), x, jnp.asarray(rng.normal(size=x.shape), jnp.float32)
 
 
-# Heads that fill the lanes two by two, one by one, and not at all.
+# Heads that fill the lanes two by two, one by one, and not at all. Tolerances
+# of the result and of its gradients.
 @pytest.mark.parametrize(
-  ("tokens", "channels", "heads"),
+  ("tokens", "channels", "heads", "dtype", "tolerances"),
   [
-    pytest.param(20, 256, 4, marks=pytest.mark.slow),
-    pytest.param(9, 256, 2, marks=pytest.mark.slow),
-    (17, 96, 3),
+    pytest.param(20, 256, 4, "float32", (2e-6, 1e-5), marks=pytest.mark.slow),
+    pytest.param(9, 256, 2, "float32", (2e-6, 1e-5), marks=pytest.mark.slow),
+    (17, 96, 3, "float32", (2e-6, 1e-5)),
+    pytest.param(
+      20, 256, 4, "bfloat16", (2**-8, 2**-7), marks=pytest.mark.slow
+    ),
   ],
 )
-def test_same_numbers_as_the_plain_form(tokens, channels, heads):
-  arguments = inputs(tokens, channels, heads, jnp.float32)
+def test_same_numbers_as_the_plain_form(
+  tokens, channels, heads, dtype, tolerances
+):
+  arguments = inputs(tokens, channels, heads, jnp.dtype(dtype))
   plain, fused = (
-    run(*arguments, heads=heads, dtype="float32", kernel=kernel)
+    run(*arguments, heads=heads, dtype=dtype, kernel=kernel)
     for kernel in ("xla", "interpret")
   )
-  assert_close(fused[0], plain[0], 2e-6)
-  leaves = jax.tree_util.tree_leaves_with_path(plain[1])
-  for (path, a), b in zip(leaves, jax.tree.leaves(fused[1]), strict=True):
-    assert_close(b, a, 1e-5, jax.tree_util.keystr(path))
-
-
-@pytest.mark.slow
-def test_bfloat16():
-  arguments = inputs(20, 256, 4, jnp.bfloat16)
-  plain, fused = (
-    run(*arguments, heads=4, dtype="bfloat16", kernel=kernel)
-    for kernel in ("xla", "interpret")
-  )
-  assert fused[0].dtype == jnp.bfloat16
-  error = 2**-8
-  assert_close(
-    fused[0].astype(jnp.float32), plain[0].astype(jnp.float32), error
-  )
-  for a, b in zip(
-    jax.tree.leaves(plain[1]), jax.tree.leaves(fused[1]), strict=True
-  ):
-    assert a.dtype == b.dtype
-    assert_close(b.astype(jnp.float32), a.astype(jnp.float32), 2 * error)
+  for form, other, rtol in zip(plain, fused, tolerances, strict=True):
+    leaves = jax.tree_util.tree_leaves_with_path(form)
+    for (path, a), b in zip(leaves, jax.tree.leaves(other), strict=True):
+      assert a.dtype == b.dtype
+      a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+      assert_close(b, a, rtol, jax.tree_util.keystr(path))
 
 
 def test_no_matrix_of_tokens_is_kept_for_the_backward_pass():

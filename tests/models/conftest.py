@@ -6,6 +6,7 @@ import pytest
 from flax import traverse_util
 
 from tests.conftest import GOLDEN
+from tests.models.published import under
 
 
 @pytest.fixture(scope="session")
@@ -23,11 +24,7 @@ def release_params(golden):
   """The `params/...` arrays of tests/golden/NAME.npz as a nested dict."""
 
   def load(name: str):
-    flat = {
-      key.removeprefix("params/"): value
-      for key, value in golden(name).items()
-      if key.startswith("params/")
-    }
+    flat = under("params/", golden(name))
     return traverse_util.unflatten_dict(flat, sep="/")
 
   return load

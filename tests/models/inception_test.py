@@ -1,21 +1,15 @@
 """Inception-v3: torch-fidelity's numbers at full size, then its properties."""
 
-import zlib
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
-from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import models as presets
 from drift_jax.models import release
 from drift_jax.models.inception import (
-  Inception,
-  InceptionOutput,
   average_pool,
   build_inception,
   max_pool,
@@ -24,23 +18,10 @@ from drift_jax.models.inception import (
 )
 from drift_jax.tools.conversions.inception import convert_inception
 from tests.conftest import assert_close, relative_error
+from tests.models.published import draw_all
 
 SIZES = (32, 64, 256)
 RESIZED = ((5, 7), (48, 36), (299, 299), (310, 400))
-SMALL = {"width": 1, "num_classes": 5}
-
-
-def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
-  """The golden arrays' weights, see tests/golden/README.md."""
-  random = np.random.RandomState(zlib.crc32(name.encode()))
-  uniform = 2 * random.random_sample(shape) - 1
-  if name.endswith((".bias", ".running_mean")):
-    uniform *= 0.2
-  elif len(shape) == 1:
-    uniform = 1 + 0.2 * uniform
-  else:
-    uniform *= np.sqrt(6 / np.prod(shape[1:]))
-  return uniform.astype(np.float32)
 
 
 def draw_images() -> dict[Any, np.ndarray]:
@@ -58,45 +39,33 @@ def draw_images() -> dict[Any, np.ndarray]:
   return images
 
 
-class Full(NamedTuple):
-  arrays: dict[str, np.ndarray]
-  images: dict[Any, np.ndarray]
-  inception: Inception
-  variables: Any
-  network: Callable[[jax.Array], InceptionOutput]
-
-
 @pytest.fixture(scope="module")
 def full(golden):
   """The golden arrays, their images and the full-size network, compiled."""
   arrays = golden("inception")
-  weights = {}
-  for line in arrays["parameters"]:
-    name, shape = str(line).split()
-    weights[name] = draw(name, tuple(map(int, shape.split(","))))
+  weights = draw_all(arrays["parameters"], gain=6, variance=0.2)
   model_config, params = convert_inception(weights, None)
   arguments = presets.inception_fid().to_dict()
   assert release.published_config("inception", arguments) == model_config
   inception = build_inception(**arguments)
   variables = {"params": jax.device_put(params)}
   network = jax.jit(lambda x: inception.apply(variables, x, method="network"))
-  return Full(arrays, draw_images(), inception, variables, network)
+  return arrays, draw_images(), network
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
-def test_golden_features(full: Full, size):
-  if f"images{size}" in full.arrays:
-    np.testing.assert_array_equal(
-      full.images[size], full.arrays[f"images{size}"]
-    )
-  output = full.network(jax.jit(preprocess)(full.images[size]))
+def test_golden_features(full, size):
+  arrays, images, network = full
+  if f"images{size}" in arrays:
+    np.testing.assert_array_equal(images[size], arrays[f"images{size}"])
+  output = network(jax.jit(preprocess)(images[size]))
   assert output.pool3.shape == (2, 2048)
   assert {leaf.dtype for leaf in output} == {np.dtype(np.float32)}
   for name in ("pool3", "logits_unbiased", "logits_biased"):
     key = f"{name}_{size}"
-    if key in full.arrays:
-      assert_close(getattr(output, name), full.arrays[key], 2e-6, key)
+    if key in arrays:
+      assert_close(getattr(output, name), arrays[key], 2e-6, key)
   # What the numbers above can tell apart.
   assert relative_error(output.logits_biased, output.logits_unbiased) > 0.01
   assert relative_error(output.pool3[0], output.pool3[1]) > 0.01
@@ -123,21 +92,6 @@ def test_preprocess_takes_pixels_to_minus_one_and_below_one():
     np.testing.assert_array_equal(result[..., channel], np.float32(value))
 
 
-@pytest.mark.parametrize(
-  ("images", "message"),
-  [
-    (np.zeros((1, 4, 4, 3), np.float32), "dtype float32, want uint8.*to_uint8"),
-    (np.zeros((1, 4, 4, 3), np.int32), "dtype int32, want uint8"),
-    (np.zeros((4, 4, 3), np.uint8), r"shape \(4, 4, 3\), want.*\[B, H, W, 3\]"),
-    (np.zeros((1, 3, 4, 4), np.uint8), r"shape \(1, 3, 4, 4\), want"),
-    (np.zeros((0, 4, 4, 3), np.uint8), r"shape \(0, 4, 4, 3\), want non-empty"),
-  ],
-)
-def test_other_images_are_refused(images, message):
-  with pytest.raises(ValueError, match=message):
-    build_inception(**SMALL).apply({}, images)
-
-
 def _windows(x: jax.Array, stride: int, pad: int) -> np.ndarray:
   """[B, h, w, C, 9] in float64, NaN where a window leaves the input."""
   widths = ((0, 0), (pad, pad), (pad, pad), (0, 0))
@@ -155,55 +109,3 @@ def test_pools_see_only_what_is_inside():
   assert_close(average_pool(x), np.nanmean(inside, -1), 3e-7)
   np.testing.assert_array_equal(max_pool(x, 1), np.nanmax(inside, -1))
   np.testing.assert_array_equal(max_pool(x, 2), _windows(x, 2, 0).max(-1))
-
-
-def test_products_are_of_full_float32_on_every_device():
-  """Accelerators take fewer bits by default; a CPU would not show it."""
-  inception = build_inception(**SMALL)
-  images = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.uint8)
-  jaxpr = jax.make_jaxpr(inception.init_with_output)(jax.random.key(0), images)
-  products = [
-    equation.params["precision"]
-    for equation in _equations(jaxpr.jaxpr)
-    if equation.primitive.name in ("conv_general_dilated", "dot_general")
-  ]
-  assert len(products) == 95
-  highest = jax.lax.Precision.HIGHEST
-  assert set(products) == {(highest, highest)}
-
-
-def _equations(jaxpr):
-  for equation in jaxpr.eqns:
-    yield equation
-    for inner in jaxprs_in_params(equation.params):
-      yield from _equations(inner)
-
-
-@pytest.mark.slow
-def test_whole_over_a_mesh(full: Full):
-  """Each device has one image of two, and all parameters."""
-  axis_types = (jax.sharding.AxisType.Auto,)
-  mesh = jax.make_mesh(
-    (2,), ("data",), axis_types=axis_types, devices=jax.devices()[:2]
-  )
-  shard = NamedSharding(mesh, PartitionSpec("data"))
-  output = jax.jit(full.inception.apply)(
-    jax.device_put(full.variables, NamedSharding(mesh, PartitionSpec())),
-    jax.device_put(full.images[32], shard),
-  )
-  assert output.pool3.sharding.is_equivalent_to(shard, 2)
-  assert_close(output.pool3, full.arrays["pool3_32"], 2e-6)
-  assert_close(output.logits_biased, full.arrays["logits_biased_32"], 2e-6)
-
-
-@pytest.mark.parametrize(
-  ("change", "message"),
-  [
-    ({"width": 0}, "width=0: must be an integer >= 1"),
-    ({"num_classes": True}, "num_classes=True: must be an integer >= 1"),
-    ({"dtype": "bfloat16"}, "does not know 'dtype'.*: width, num_classes"),
-  ],
-)
-def test_other_networks_are_refused(change, message):
-  with pytest.raises(ValueError, match=message):
-    build_inception(**SMALL | change)

@@ -11,19 +11,10 @@ from flax import traverse_util
 from drift_jax.models import release
 from drift_jax.models.mae import MAEOutput, ResidualBlock, build_mae, mae_loss
 from tests.conftest import assert_close, relative_error
+from tests.models.published import under
+from tests.models.small import MAE as ARGUMENTS
+from tests.models.small import random_like
 
-# The 8x8 digits: the four stages see 8x8, 4x4, 2x2 and 1x1 maps.
-SMALL = {
-  "in_channels": 1,
-  "base_channels": 8,
-  "layers": (1, 1, 1, 1),
-  "input_patch_size": 1,
-  "mask_patch_size": 2,
-  "num_classes": 10,
-  "norm_groups": 32,
-  "dtype": "float32",
-  "remat": False,
-}
 KEY_LISTS = {
   "default_every_k_2": {},
   "every_k_1": {"every_k_block": 1},
@@ -72,11 +63,7 @@ def test_golden_features(run: Run):
     run.variables, x
   )
   np.testing.assert_array_equal(features.pop("global"), x.reshape(2, 1, -1))
-  expected = {
-    key.removeprefix("act/"): value
-    for key, value in run.arrays.items()
-    if key.startswith("act/")
-  }
+  expected = under("act/", run.arrays)
   assert features.keys() == expected.keys()
   for key, value in features.items():
     assert_close(value, expected[key], 1e-5, key)
@@ -101,26 +88,16 @@ def test_golden_reconstruction_logits_and_losses(run: Run):
     mask = run.arrays[f"loss/{name}/mask"]
     output = run.apply(run.variables, run.arrays["x"], mask)
     np.testing.assert_array_equal(output.mask, mask)
+    folded = run.arrays.get("patched_x", run.arrays["x"])
+    np.testing.assert_array_equal(output.target, folded)
     assert_close(output.recon, run.arrays[f"loss/{name}/recon"], 5e-5, name)
     assert_close(output.logits, run.arrays[f"loss/{name}/logits"], 1e-5, name)
     for lam in (0.0, 0.1):
       losses = mae_loss(output, run.arrays["loss/labels"], lam)
-      prefix = f"loss/{name}/lambda{lam}/"
-      assert {prefix + key for key in losses} == {
-        key
-        for key in run.arrays
-        if key.startswith(prefix) and "grad_norm" not in key
-      }
+      expected = under(f"loss/{name}/lambda{lam}/", run.arrays)
+      assert losses.keys() == {x for x in expected if "grad_norm" not in x}
       for key, value in losses.items():
-        assert_close(value, run.arrays[prefix + key], 1e-5, prefix + key)
-
-
-def test_golden_target_is_the_folded_input(run: Run):
-  expected = run.arrays.get("patched_x", run.arrays["x"])
-  output = run.apply(
-    run.variables, run.arrays["x"], run.arrays["loss/mask_random/mask"]
-  )
-  np.testing.assert_array_equal(output.target, expected)
+        assert_close(value, expected[key], 1e-5, key)
 
 
 def test_golden_gradient_norms(run: Run):
@@ -141,14 +118,11 @@ def test_golden_gradient_norms(run: Run):
       gradient(run.variables["params"], lam),
     )
     leaves = traverse_util.flatten_dict(tree, sep="/")
-    prefix = f"loss/mask_random/lambda{lam}/grad_norm/"
-    assert {prefix + name for name in leaves} == {
-      key for key in run.arrays if key.startswith(prefix)
-    }
+    expected = under(f"loss/mask_random/lambda{lam}/grad_norm/", run.arrays)
+    assert leaves.keys() == expected.keys()
     for name, leaf in leaves.items():
-      expected = run.arrays[prefix + name]
       norm = np.linalg.norm(leaf)
-      assert norm == pytest.approx(expected, rel=2e-5, abs=1e-12), name
+      assert norm == pytest.approx(expected[name], rel=2e-5, abs=1e-12), name
 
 
 class Small(NamedTuple):
@@ -159,35 +133,14 @@ class Small(NamedTuple):
 
 @pytest.fixture(scope="module")
 def small() -> Small:
-  mae = build_mae(**SMALL)
+  mae = build_mae(**ARGUMENTS)
   shapes = jax.eval_shape(mae.init, jax.random.key(0), _digits())
-  random = np.random.RandomState(0)
-  variables = jax.tree.map(
-    lambda x: jnp.asarray(0.3 * random.randn(*x.shape), x.dtype), shapes
-  )
-  return Small(mae, variables, jax.jit(mae.apply))
+  return Small(mae, random_like(shapes), jax.jit(mae.apply))
 
 
 def _digits() -> jax.Array:
   random = np.random.RandomState(0)
   return jnp.asarray(random.uniform(-1, 1, (3, 8, 8, 1)), jnp.float32)
-
-
-def test_a_stage_of_one_cell_works(small: Small):
-  rngs = {"mask": jax.random.key(1)}
-  output = small.apply(small.variables, _digits(), rngs=rngs)
-  assert output.recon.shape == output.target.shape == (3, 8, 8, 1)
-  assert output.logits.shape == (3, 10)
-  features = jax.eval_shape(
-    functools.partial(small.mae.apply, method="features"),
-    small.variables,
-    _digits(),
-  )
-  sides = {f"layer{i + 1}": 8 // 2**i for i in range(4)}
-  for name, side in sides.items():
-    assert features[name].shape == (3, side**2, 8 * 8 // side)
-    patches = {k for k in (2, 4) if f"{name}_mean_{k}" in features}
-    assert patches == {k for k in (2, 4) if side % k == 0}
 
 
 def test_initialisation_follows_the_fan_in(small: Small):
@@ -208,7 +161,7 @@ def test_initialisation_follows_the_fan_in(small: Small):
 
 
 def test_drawn_mask_hides_whole_patches_with_the_given_probability():
-  mae = build_mae(**(SMALL | {"mask_patch_size": 4}))
+  mae = build_mae(**(ARGUMENTS | {"mask_patch_size": 4}))
   draw = jax.jit(
     lambda key, ratio: mae.apply(
       {"params": {}},
@@ -261,29 +214,18 @@ def test_hidden_cells_do_not_reach_the_reconstruction(small: Small):
   np.testing.assert_array_equal(hidden.target, x + 5 * mask)
 
 
-def test_pooled_is_the_spatial_mean_of_the_last_stage(run: Run):
-  pooled = jax.jit(functools.partial(run.mae.apply, method="pooled"))(
-    run.variables, run.arrays["x"]
-  )
-  assert pooled.shape == (2, 8 * 32) and pooled.dtype == jnp.float32
-  assert_close(pooled, run.arrays["act/layer4_mean"][:, 0], 1e-5)
-
-
 @pytest.mark.parametrize(
   "remat", [False, pytest.param(True, marks=pytest.mark.slow)]
 )
 def test_equal_blocks_in_one_scan_are_those_blocks_in_turn(remat):
   """Stage 3 of six blocks: the first alone, five as one scan."""
   change = {"layers": (3, 1, 6, 1), "remat": remat, "norm_groups": 2}
-  mae = build_mae(**(SMALL | change))
+  mae = build_mae(**(ARGUMENTS | change))
   x = _digits()
   shapes = jax.eval_shape(
     functools.partial(mae.init, method="features"), jax.random.key(0), x
   )
-  rng = np.random.RandomState(0)
-  variables = jax.tree.map(
-    lambda s: jnp.asarray(rng.randn(*s.shape) / 4, jnp.float32), shapes
-  )
+  variables = random_like(shapes, 0.25)
 
   @jax.jit
   def maps(variables, x):
@@ -304,7 +246,7 @@ def test_equal_blocks_in_one_scan_are_those_blocks_in_turn(remat):
 @pytest.mark.slow
 def test_remat_changes_neither_features_nor_gradients(small: Small):
   def objective(remat, x):
-    mae = build_mae(**(SMALL | {"remat": remat}))
+    mae = build_mae(**(ARGUMENTS | {"remat": remat}))
     return jnp.sum(jnp.sin(mae.apply(small.variables, x, method="pooled")))
 
   gradients, convolutions = [], []
@@ -319,22 +261,22 @@ def test_remat_changes_neither_features_nor_gradients(small: Small):
 
 
 @pytest.mark.slow
-def test_bfloat16_computes_near_float32_from_the_same_parameters(run: Run):
-  config = run.golden_config["model_config"] | {"use_bf16": True}
-  mae, _ = release.from_release(
-    "mae",
-    config,
-    release.to_release(
-      "mae", run.golden_config["model_config"], run.variables["params"]
-    ),
-  )
-  pooled = jax.jit(functools.partial(mae.apply, method="pooled"))
+def test_pooled_is_the_spatial_mean_of_the_last_stage(run: Run):
+  """In bfloat16 nearly the same, also of parameters stored so."""
+
+  def pooled(mae, variables):
+    apply = jax.jit(functools.partial(mae.apply, method="pooled"))
+    return apply(variables, run.arrays["x"])
+
   expected = run.arrays["act/layer4_mean"][:, 0]
-  error = relative_error(pooled(run.variables, run.arrays["x"]), expected)
+  exact = pooled(run.mae, run.variables)
+  assert exact.shape == (2, 8 * 32) and exact.dtype == jnp.float32
+  assert_close(exact, expected, 1e-5)
+  rough = run.mae.clone(dtype=jnp.dtype("bfloat16"))
+  error = relative_error(pooled(rough, run.variables), expected)
   assert 1e-4 < error < 4e-2
   rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), run.variables)
-  error = relative_error(pooled(rounded, run.arrays["x"]), expected)
-  assert error < 4e-2
+  assert relative_error(pooled(rough, rounded), expected) < 4e-2
 
 
 def _output(seed: int) -> MAEOutput:
@@ -373,59 +315,20 @@ def test_loss_equals_a_float64_oracle_for_traced_lam():
   assert losses["accuracy"][3] == 1
 
 
-@pytest.mark.parametrize(
-  ("change", "message"),
-  [
-    ({"patch_size": 2}, r"'patch_size' \(did you mean '.*patch_size'\?\)"),
-    ({"layers": (3, 4, 6)}, r"layers=\(3, 4, 6\): must be 4 block counts"),
-    ({"layers": (1, 1, 0, 1)}, r"layers \(stage 3\)=0: must be an integer"),
-    ({"base_channels": 0}, "base_channels=0: must be an integer >= 1"),
-    ({"dtype": "float64"}, "dtype='float64': must be one of 'float32'"),
-  ],
-)
-def test_bad_arguments_are_explained(change, message):
-  with pytest.raises(ValueError, match=message):
-    build_mae(**(SMALL | change))
-
-
 def test_bad_inputs_are_explained(small: Small):
-  def apply(*arguments, **options):
-    function = functools.partial(small.mae.apply, small.variables, **options)
-    return jax.eval_shape(function, *arguments)
-
   x = _digits()
-  with pytest.raises(ValueError, match="pass mask=, or rngs="):
-    apply(x)
-  with pytest.raises(ValueError, match=r"the folded input needs \(3, 8, 8, 1"):
-    apply(x, jnp.zeros((3, 4, 4, 1)))
-  with pytest.raises(ValueError, match="needs in_channels=1"):
-    apply(jnp.zeros((3, 8, 8, 3)), method="features")
-  with pytest.raises(ValueError, match="7 x 8: its sides must be multiples"):
-    apply(x[:, :7], rngs={"mask": jax.random.key(0)})
-  with pytest.raises(ValueError, match="every_k_block=0: must be >= 1"):
-    apply(x, method="features", every_k_block=0)
-  folded = build_mae(**(SMALL | {"input_patch_size": 3}))
+  mask = {"rngs": {"mask": jax.random.key(0)}}
+  features = {"method": "features"}
+  for inputs, options, message in (
+    ((x,), {}, "pass mask=, or rngs="),
+    ((x, jnp.zeros((3, 4, 4, 1))), {}, r"folded input needs \(3, 8, 8, 1"),
+    ((jnp.zeros((3, 8, 8, 3)),), features, "needs in_channels=1"),
+    ((x[:, :7],), mask, "7 x 8: its sides must be multiples"),
+    ((x,), features | {"every_k_block": 0}, "every_k_block=0: must be >= 1"),
+  ):
+    apply = functools.partial(small.mae.apply, **options)
+    with pytest.raises(ValueError, match=message):
+      jax.eval_shape(apply, small.variables, *inputs)
+  folded = build_mae(**(ARGUMENTS | {"input_patch_size": 3}))
   with pytest.raises(ValueError, match="multiples of input_patch_size=3"):
-    folded.init(jax.random.key(0), x)
-
-
-def test_fewer_groups_keep_the_means_of_narrow_maps():
-  """One channel a group centres every channel: its mean is then constant."""
-  x = np.random.RandomState(0).randn(4, 8, 8, 1).astype(np.float32)
-  spread = {}
-  for groups in (2, 32):
-    mae = build_mae(**(SMALL | {"norm_groups": groups}))
-    init = functools.partial(mae.init, method="features")
-    shapes = jax.eval_shape(init, jax.random.key(0), x)
-    random = np.random.RandomState(1)
-    variables = jax.tree.map(
-      lambda s, random=random: random.randn(*s.shape).astype(np.float32) / 4,
-      shapes,
-    )
-
-    @jax.jit
-    def mean(variables, mae=mae):
-      return mae.apply(variables, x, method="features")["layer1_mean"]
-
-    spread[groups] = float(np.std(mean(variables), axis=0).max())
-  assert spread[32] < 1e-6 < 1e-3 < spread[2]
+    folded.apply({}, x)

@@ -1,7 +1,6 @@
 """The autoencoder: diffusers' numbers at full size, then its properties."""
 
 import functools
-import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,64 +15,40 @@ from drift_jax.models.vae import (
   Vae,
   build_vae,
   latent_mean,
-  repeat_pixels,
   sample_latents,
 )
 from drift_jax.tools.conversions.vae import convert_vae
 from tests.conftest import assert_close, relative_error
-
-SMALL = {
-  "in_channels": 3,
-  "latent_channels": 4,
-  "widths": (8, 16),
-  "blocks_per_level": 1,
-  "norm_groups": 4,
-  "scaling_factor": 0.5,
-  "dtype": "float32",
-  "remat": False,
-}
-
-
-def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
-  """The golden arrays' weights, see tests/golden/README.md."""
-  random = np.random.RandomState(zlib.crc32(name.encode()))
-  uniform = 2 * random.random_sample(shape) - 1
-  if name.endswith(".bias"):
-    uniform *= 0.2
-  elif len(shape) == 1:
-    uniform = 1 + 0.2 * uniform
-  else:
-    uniform *= np.sqrt(3 / np.prod(shape[1:]))
-  return uniform.astype(np.float32)
+from tests.models.published import draw_all
+from tests.models.small import VAE, random_variables
 
 
 @pytest.fixture(scope="module")
 def full(golden):
   """The golden arrays, the full-size model and its parameters."""
   arrays = golden("vae")
-  weights = {}
-  for line in arrays["parameters"]:
-    name, shape = str(line).split()
-    weights[name] = draw(name, tuple(map(int, shape.split(","))))
-  model_config, params = convert_vae(weights, None)
+  model_config, params = convert_vae(draw_all(arrays["parameters"]), None)
   published = release.published_config("vae", presets.sd_vae().to_dict())
   assert published == model_config | {"use_bf16": False}
   vae = build_vae(**presets.sd_vae())
   return arrays, vae, {"params": params}
 
 
+def _gradient(vae, method):
+  """(gradient of the result's sum of sines, result)."""
+
+  def objective(x, variables):
+    result = vae.apply(variables, x, method=method)
+    return jnp.sum(jnp.sin(result)), result
+
+  return jax.jit(jax.grad(objective, has_aux=True))
+
+
 @pytest.mark.slow
 def test_golden_moments(full):
   arrays, vae, variables = full
   images = arrays["pixels"].astype(np.float32) / np.float32(127.5) - 1
-
-  def objective(images, variables):
-    moments = vae.apply(variables, images, method="encode")
-    return jnp.sum(jnp.sin(moments)), moments
-
-  gradient, moments = jax.jit(jax.grad(objective, has_aux=True))(
-    images, variables
-  )
+  gradient, moments = _gradient(vae, "encode")(images, variables)
   assert moments.dtype == jnp.float32
   assert_close(moments, arrays["moments"], 1e-5)
   norm = np.linalg.norm(np.asarray(gradient, np.float64))
@@ -83,29 +58,11 @@ def test_golden_moments(full):
 @pytest.mark.slow
 def test_golden_images(full):
   arrays, vae, variables = full
-
-  def objective(latents, variables):
-    images = vae.apply(variables, latents, method="decode")
-    return jnp.sum(jnp.sin(images)), images
-
-  gradient, images = jax.jit(jax.grad(objective, has_aux=True))(
-    arrays["latents"], variables
-  )
+  gradient, images = _gradient(vae, "decode")(arrays["latents"], variables)
   assert images.dtype == jnp.float32
   assert np.abs(images).max() > 2  # beyond the range of pixels: not clipped
   assert_close(images, arrays["images"], 1e-5)
   assert_close(gradient, arrays["images_gradient"], 1e-5)
-
-
-def _random_variables(vae):
-  """Random parameters, the biases too."""
-  shapes = jax.eval_shape(
-    vae.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
-  )
-  random = np.random.RandomState(0)
-  return jax.tree.map(
-    lambda leaf: (0.3 * random.randn(*leaf.shape)).astype(np.float32), shapes
-  )
 
 
 class Small(NamedTuple):
@@ -118,12 +75,12 @@ class Small(NamedTuple):
 @pytest.fixture(scope="module")
 def small():
   """A small autoencoder of two levels, compiled, and random variables."""
-  vae = build_vae(**SMALL)
+  vae = build_vae(**VAE)
   encode, decode = (
     jax.jit(functools.partial(vae.apply, method=method))
     for method in ("encode", "decode")
   )
-  return Small(vae, _random_variables(vae), encode, decode)
+  return Small(vae, random_variables(vae), encode, decode)
 
 
 def _images(batch: int = 2, height: int = 8, width: int = 12) -> np.ndarray:
@@ -179,20 +136,14 @@ def test_samples_of_the_posterior(dtype):
   assert_close(twice, 2 * expected, 1e-6)
 
 
-def test_enlargement_repeats_each_pixel():
-  x = np.random.RandomState(4).randn(2, 3, 5, 2).astype(np.float32)
-  expected = np.repeat(np.repeat(x, 2, axis=1), 2, axis=2)
-  np.testing.assert_array_equal(repeat_pixels(jnp.asarray(x)), expected)
-
-
 @pytest.mark.slow
 def test_remat_saves_memory_and_changes_no_gradient():
   """Through both halves; the gradient is of the images."""
   images = _images(1, 64, 64)
   gradients, memory = [], []
   for remat in (False, True):
-    vae = build_vae(**(SMALL | {"widths": (8, 8, 8), "remat": remat}))
-    variables = _random_variables(vae)
+    vae = build_vae(**(VAE | {"widths": (8, 8, 8), "remat": remat}))
+    variables = random_variables(vae)
     gradient = jax.jit(
       jax.grad(lambda x, v, vae=vae: jnp.sum(jnp.sin(vae.apply(v, x)))),
       # On CPUs this pass removes what makes the recomputation wait.
@@ -235,19 +186,3 @@ def test_inputs_of_a_wrong_shape_are_explained(
 ):
   with pytest.raises(ValueError, match=message):
     small.vae.apply(small.variables, np.zeros(shape, np.float32), method=method)
-
-
-@pytest.mark.parametrize(
-  ("change", "message"),
-  [
-    ({"width": (8,)}, r"does not know 'width' \(did you mean 'widths'\?\)"),
-    ({"widths": ()}, r"widths=\(\): must be one number for each level"),
-    ({"widths": (8, 18)}, r"widths \(level 2\)=18 must be a multiple of norm"),
-    ({"latent_channels": 0}, "latent_channels=0: must be an integer >= 1"),
-    ({"scaling_factor": 0.0}, "scaling_factor=0.0: must be positive and fin"),
-    ({"dtype": "half"}, "dtype='half': must be one of 'float32', 'bfloat16'"),
-  ],
-)
-def test_bad_arguments_are_explained(change, message):
-  with pytest.raises(ValueError, match=message):
-    build_vae(**(SMALL | change))

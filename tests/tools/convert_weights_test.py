@@ -6,7 +6,6 @@ import http.server
 import json
 import pathlib
 import sys
-import types
 
 import jax
 import ml_dtypes
@@ -17,60 +16,57 @@ import safetensors.numpy
 from drift_jax.models import release
 from drift_jax.tools import convert_weights, weight_files
 from drift_jax.tools.conversions import inception, published, vae, vit
-from drift_jax.tools.conversions.layouts import WeightsError, torch_shape
-from drift_jax.tools.conversions.vae import convert_vae, vae_name
+from drift_jax.tools.conversions.layouts import WeightsError, published_shapes
+from drift_jax.tools.conversions.vae import convert_vae
 from drift_jax.tools.weight_files import read_weights
 from drift_jax.tools.work.convert_weights import convert
 from drift_jax.training import artifacts
-from tests.conftest import assert_close
 from tests.fake_hub import COMMIT, hub, serving
+from tests.models.published import CLIP, DINOV2, draw_all
 from tests.process import call
+from tests.tools.published import as_tensors, fake_torch
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
 FILE = "diffusion_pytorch_model.safetensors"
-LAYER = "Mixed_6e.branch7x7_2"  # of Inception-v3
-CONFIG = {
+MODEL_CONFIG = {
+  "in_channels": 3,
+  "latent_channels": 2,
+  "block_out_channels": [4, 8],
+  "layers_per_block": 1,
+  "norm_num_groups": 2,
+  "scaling_factor": 0.13025,
+}
+CONFIG = MODEL_CONFIG | {
   "_class_name": "AutoencoderKL",
   "_diffusers_version": "0.42.1",
   "act_fn": "silu",
-  "block_out_channels": [4, 8],
   "down_block_types": ["DownEncoderBlock2D"] * 2,
-  "in_channels": 3,
-  "latent_channels": 2,
-  "layers_per_block": 1,
-  "norm_num_groups": 2,
   "out_channels": 3,
   "sample_size": 8,
-  "scaling_factor": 0.13025,
   "up_block_types": ["UpDecoderBlock2D"] * 2,
 }
-MODEL_CONFIG = {
-  key: CONFIG[key]
-  for key in (
-    "in_channels",
-    "latent_channels",
-    "block_out_channels",
-    "layers_per_block",
-    "norm_num_groups",
-    "scaling_factor",
-  )
-}
+
+
+def draw(kind, model_config, entries_of):
+  """Weights under the published names, in torch's layout.
+
+  Whole numbers: float16 holds them exactly.
+  """
+  random = np.random.RandomState(0)
+  shapes = release.parameter_shapes(kind, model_config)
+  return {
+    name: random.randint(1, 99, shape).astype(np.float32)
+    for name, shape in published_shapes(entries_of(shapes), shapes).items()
+  }
+
+
+def sha256(path):
+  return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.fixture(scope="module")
 def weights():
-  """A small AutoencoderKL under diffusers' names, in torch's layout.
-
-  float16 holds the values exactly, so that it loses none of them.
-  """
-  random = np.random.RandomState(0)
-  shapes = release.parameter_shapes("vae", MODEL_CONFIG)
-  return {
-    vae_name(path): random.randint(-99, 99, torch_shape(shape)).astype(
-      np.float32
-    )
-    for path, shape in shapes.items()
-  }
+  """A small AutoencoderKL under diffusers' names."""
+  return draw("vae", MODEL_CONFIG, vae.NAMES.entries)
 
 
 @pytest.fixture
@@ -83,7 +79,9 @@ def folder(tmp_path, weights):
   return path
 
 
-def test_folder_and_file_give_the_same_autoencoder(folder, tmp_path, weights):
+def test_folder_file_and_pipeline_give_the_same_autoencoder(
+  folder, tmp_path, weights
+):
   artifact = convert("vae", str(folder), str(tmp_path / "a"))
   assert artifact.kind == "vae"
   assert artifact.metadata["model_config"] == MODEL_CONFIG
@@ -92,7 +90,7 @@ def test_folder_and_file_give_the_same_autoencoder(folder, tmp_path, weights):
     "location": str(folder),
     "file": FILE,
     "revision": None,
-    "sha256": hashlib.sha256((folder / FILE).read_bytes()).hexdigest(),
+    "sha256": sha256(folder / FILE),
   }
   encoder = artifact.params["encoder"]
   kernel = encoder["level1_resample"]["kernel"]
@@ -104,26 +102,19 @@ def test_folder_and_file_give_the_same_autoencoder(folder, tmp_path, weights):
   )
   again = convert("vae", str(folder / FILE), str(tmp_path / "b"))
   assert again.sha256 == artifact.sha256
-
-
-def test_pipeline_folder_has_it_in_vae(folder, tmp_path):
+  # A pipeline's folder has it in vae.
   (tmp_path / "pipeline").mkdir()
   folder.rename(tmp_path / "pipeline" / "vae")
-  artifact = convert("vae", str(tmp_path / "pipeline"), str(tmp_path / "a"))
-  assert artifact.metadata["model_config"] == MODEL_CONFIG
+  again = convert("vae", str(tmp_path / "pipeline"), str(tmp_path / "c"))
+  assert again.sha256 == artifact.sha256
 
 
 def older(weights):
   """The layout of before diffusers 0.17: other names, 1x1 convolutions."""
-  names = {
-    "to_q": "query",
-    "to_k": "key",
-    "to_v": "value",
-    "to_out.0": "proj_attn",
-  }
+  names = {"to_q": "query", "to_k": "key", "to_v": "value"}
   result = {}
   for name, array in weights.items():
-    for new, old in names.items():
+    for new, old in (names | {"to_out.0": "proj_attn"}).items():
       if f".{new}." in name:
         name = name.replace(f".{new}.", f".{old}.")
         array = array[:, :, None, None] if array.ndim == 2 else array
@@ -143,11 +134,7 @@ def test_other_layouts_and_precisions_give_the_same_parameters(
   weights, tmp_path, change
 ):
   expected = convert_vae(weights, CONFIG).params
-  changed = change(weights)
-  assert {k: (v.shape, v.dtype) for k, v in changed.items()} != {
-    k: (v.shape, v.dtype) for k, v in weights.items()
-  }
-  safetensors.numpy.save_file(changed, tmp_path / FILE)
+  safetensors.numpy.save_file(change(weights), tmp_path / FILE)
   read = read_weights(tmp_path / FILE)
   params = convert_vae(read, CONFIG).params
   jax.tree.map(np.testing.assert_array_equal, params, expected)
@@ -176,31 +163,20 @@ def test_other_weights_are_listed_and_nothing_is_written(
   assert not (tmp_path / "out").exists()
 
 
-def test_without_config_json_it_is_stable_diffusions(weights):
-  with pytest.raises(
-    WeightsError, match=r"there is no config\.json\).*not \(512,\)"
-  ):
-    convert_vae(weights, None)
-
-
-@pytest.mark.parametrize(
-  ("values", "message"),
-  [
+def test_values_that_are_no_weights(weights):
+  name = "encoder.conv_in.bias"
+  for values, message in (
     (np.zeros(4, np.int32), "has dtype int32, want floating point"),
     (np.full(4, np.nan, np.float32), "holds values that are not finite"),
-  ],
-)
-def test_values_that_are_no_weights(weights, values, message):
-  name = "encoder.conv_in.bias"
-  with pytest.raises(WeightsError, match=f"{name} {message}"):
-    convert_vae(weights | {name: values}, CONFIG)
+  ):
+    with pytest.raises(WeightsError, match=f"{name} {message}"):
+      convert_vae(weights | {name: values}, CONFIG)
 
 
 @pytest.mark.parametrize(
   ("change", "message"),
   [
     ({"_class_name": "VQModel"}, "_class_name='VQModel', but only 'AutoenCo"),
-    ({"use_quant_conv": False}, "use_quant_conv=False, but only True can be"),
     ({"shift_factor": 0.06}, "shift_factor=0.06, but only None can be conv"),
     ({"out_channels": 4}, "out_channels=4, but only 3 can be converted"),
     ({"up_block_types": ["Attn"]}, "up_block_types=.'Attn'., but only .'UpDe"),
@@ -236,101 +212,65 @@ def test_pickle_under_another_name_is_not_executed(tmp_path):
   assert not (tmp_path / "sprung").exists()
 
 
-@pytest.mark.parametrize("kept", [0, 5, 100, -1])
-def test_truncated_weights(folder, tmp_path, kept):
+def test_truncated_weights(folder, tmp_path):
   data = (folder / FILE).read_bytes()
-  (folder / FILE).write_bytes(data[:kept])
-  with pytest.raises(WeightsError, match=r"\d+ bytes, .*no complete safetens"):
-    convert("vae", str(folder), str(tmp_path / "out"))
+  for kept in (0, 5, 100, -1):
+    (folder / FILE).write_bytes(data[:kept])
+    with pytest.raises(WeightsError, match=r"\d+ bytes, .*no complete safete"):
+      read_weights(folder / FILE)
 
 
-@pytest.mark.parametrize(
-  ("content", "message"), [(b"{", "is no JSON"), (b"[1]", "want a dict")]
-)
-def test_unreadable_config(folder, tmp_path, content, message):
-  (folder / "config.json").write_bytes(content)
-  with pytest.raises(WeightsError, match=rf"config\.json.*{message}"):
-    convert("vae", str(folder), str(tmp_path / "out"))
+def test_unreadable_config(folder, tmp_path):
+  for content, message in ((b"{", "is no JSON"), (b"[1]", "want a dict")):
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(WeightsError, match=rf"config\.json.*{message}"):
+      convert("vae", str(folder), str(tmp_path / "out"))
 
 
-def test_nothing_there(tmp_path):
+def test_published_name_with_other_contents_is_damaged(tmp_path):
+  path = tmp_path / "pt_inception-2015-12-05-6726825d.pth"
+  path.write_bytes(b"half of it")
+  damaged = r"\(10 bytes\) has SHA-256 .* begins with 6726825d"
+  with pytest.raises(WeightsError, match=damaged):
+    convert("inception", str(path), str(tmp_path / "out"))
+
+
+def test_nothing_there(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "torch", None)
   (tmp_path / "empty").mkdir()
-  (tmp_path / "weights.npz").touch()
+  for name in ("weights.npz", "vae.bin"):
+    (tmp_path / name).touch()
   for source, message in (
     ("nowhere", "there is no file or folder nowhere"),
     (str(tmp_path / "empty"), f"holds none of .'{FILE}', .*'vae/{FILE}'"),
     (str(tmp_path / "weights.npz"), "unknown suffix '.npz', valid options"),
+    (str(tmp_path / "vae.bin"), "needs torch, .* not installed; take"),
     ("hf://owner", "want hf://OWNER/NAME"),
+    ("https://127.0.0.1/a.safetensors", "only weights whose SHA-256 is known"),
   ):
     with pytest.raises(WeightsError, match=message):
       convert("vae", source, str(tmp_path / "out"))
 
 
-def test_torch_file_without_torch(tmp_path, monkeypatch):
-  monkeypatch.setitem(sys.modules, "torch", None)
-  (tmp_path / "vae.bin").touch()
-  with pytest.raises(WeightsError, match="needs torch, .* not installed; take"):
-    convert("vae", str(tmp_path / "vae.bin"), str(tmp_path / "out"))
-
-
-class Tensor:
-  """As much of torch.Tensor as is read."""
-
-  def __init__(self, array: np.ndarray):
-    self.array = array
-    self.dtype = array.dtype.name
-
-  def float(self) -> "Tensor":
-    return Tensor(self.array.astype(np.float32))
-
-  def numpy(self) -> np.ndarray:
-    assert self.dtype != "bfloat16", "torch refuses it too"
-    return self.array
-
-
 def test_torch_file_loads_arrays_only(tmp_path, monkeypatch, weights):
   """The library is a stand-in; its arguments are what matters."""
-  tensors = {
-    k: Tensor(v.astype(ml_dtypes.bfloat16)) for k, v in weights.items()
-  }
-  loaded = [
-    tensors,
-    {"state_dict": tensors},
-    [tensors],
-    RuntimeError("no\nzip"),
-  ]
+  path = tmp_path / "vae.pt"
+  path.touch()
+  tensors = as_tensors(cast(ml_dtypes.bfloat16)(weights))
+  for content in (tensors, {"state_dict": tensors}):
+    fake_torch(monkeypatch, lambda _, content=content: content)
+    jax.tree.map(np.testing.assert_array_equal, read_weights(path), weights)
 
-  def load(path, *, map_location, weights_only):
-    assert (path.name, map_location, weights_only) == ("vae.pt", "cpu", True)
-    result = loaded.pop(0)
-    if isinstance(result, Exception):
-      raise result
-    return result
+  def fail(path):
+    raise RuntimeError("no\nzip")
 
-  torch = types.SimpleNamespace(load=load, Tensor=Tensor, bfloat16="bfloat16")
-  monkeypatch.setitem(sys.modules, "torch", torch)
-  (tmp_path / "vae.pt").touch()
-  for _ in range(2):
-    read = read_weights(tmp_path / "vae.pt")
-    assert read.keys() == weights.keys()
-    for name, array in read.items():
-      np.testing.assert_array_equal(array, weights[name])
-  with pytest.raises(WeightsError, match="no state dict"):
-    read_weights(tmp_path / "vae.pt")
-  with pytest.raises(WeightsError, match=r"arrays only \(RuntimeError\): it"):
-    read_weights(tmp_path / "vae.pt")
-
-
-@contextlib.contextmanager
-def site(answer):
-  """A web site on this machine; answer(handler) replies to each GET."""
-  handler = type(
-    "Handler",
-    (http.server.BaseHTTPRequestHandler,),
-    {"do_GET": answer, "log_message": lambda *_: None},
-  )
-  with serving(handler) as address:
-    yield address
+  for read, message in (
+    (lambda _: [tensors], "no state dict"),
+    (fail, r"arrays only \(RuntimeError\): it"),
+  ):
+    fake_torch(monkeypatch, read)
+    with pytest.raises(WeightsError, match=message):
+      read_weights(path)
 
 
 TRY_EACH = """
@@ -355,29 +295,30 @@ def test_hub_online_then_offline(folder, tmp_path):
     "owner/text": {"README.md": b""},
   }
   cache = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
-  with hub(repositories) as address:
-    online = call(
-      "-c",
-      TRY_EACH,
-      tmp_path / "online",
-      "hf://owner/vae",
-      f"hf://owner/pipeline@{COMMIT}/vae/{FILE}",
-      "hf://owner/bare",
-      "hf://owner/text",
-      "hf://owner/nothing",
-      "hf://owner/vae@v2",
-      HF_ENDPOINT=address,
-      **cache,
-    )
-  assert online.returncode == 0, online.stderr
-  lines = online.stdout.splitlines()
-  assert lines[:2] == ["converted", "converted"]
+  pinned = f"hf://owner/pipeline@{COMMIT}/vae/{FILE}"
+
+  def check(place, expected, **environment):
+    run = call("-c", TRY_EACH, place, *expected, **environment, **cache)
+    lines = run.stdout.splitlines()
+    assert len(lines) == len(expected), run.stderr
+    for line, words in zip(lines, expected.values(), strict=True):
+      assert all(word in line for word in words), line
+
   # No config.json there: taken for Stable Diffusion's, which it isn't.
-  assert "hf://owner/bare: these are not the weights" in lines[2]
-  assert f"hf://owner/text: the repository holds none of ['{FILE}'" in lines[3]
-  assert "hf://owner/nothing" in lines[4] and "404" in lines[4]
-  assert "hf://owner/vae@v2" in lines[5] and "404" in lines[5]
-  assert len(lines) == 6
+  bare = {"hf://owner/bare": ("hf://owner/bare: ", "not the weights")}
+  with hub(repositories) as address:
+    check(
+      tmp_path / "online",
+      {
+        "hf://owner/vae": ["converted"],
+        pinned: ["converted"],
+        **bare,
+        "hf://owner/text": [f"the repository holds none of ['{FILE}'"],
+        "hf://owner/nothing": ["hf://owner/nothing", "404"],
+        "hf://owner/vae@v2": ["hf://owner/vae@v2", "404"],
+      },
+      HF_ENDPOINT=address,
+    )
   first, second = (artifacts.load(tmp_path / "online" / str(i)) for i in (0, 1))
   assert first.sha256 == second.sha256
   assert first.metadata["source"] == {
@@ -388,22 +329,15 @@ def test_hub_online_then_offline(folder, tmp_path):
   }
   assert second.metadata["source"]["revision"] == COMMIT
   assert first.metadata["model_config"] == MODEL_CONFIG
-
-  offline = call(
-    "-c",
-    TRY_EACH,
+  check(
     tmp_path / "offline",
-    "hf://owner/vae",
-    "hf://owner/bare",
-    "hf://owner/unseen",
+    {
+      "hf://owner/vae": ["converted"],
+      **bare,
+      "hf://owner/unseen": [f"hf://owner/unseen: {FILE}: "],
+    },
     HF_HUB_OFFLINE="1",
-    **cache,
   )
-  lines = offline.stdout.splitlines()
-  assert lines[0] == "converted", offline.stderr
-  assert lines[1].startswith("hf://owner/bare: these are not the weights")
-  assert lines[2].startswith(f"hf://owner/unseen: {FILE}: ")
-  assert len(lines) == 3
 
 
 @pytest.mark.system
@@ -418,104 +352,34 @@ def test_command_line(folder, tmp_path):
   assert "'scaling_factor': 0.13025" in done.stderr
 
 
-def test_an_output_that_is_a_file(folder, tmp_path, monkeypatch):
-  monkeypatch.setattr(convert_weights.console, "setup", lambda: None)
-  (tmp_path / "file").touch()
-  with pytest.raises(SystemExit) as ended:
-    convert_weights.main(
-      ["vae", f"--source={folder}", f"--out={tmp_path / 'file'}"]
-    )
-  text = str(ended.value)
-  assert text.startswith("Error: ") and "\n" not in text
-  assert str(tmp_path / "file") in text
-
-
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
     (["vea"], "invalid choice: 'vea' (choose from"),
     (["vae", "--source=x"], "the following arguments are required: --out"),
-    (["vae", "--source=x", "--out=y", "--sauce=z"], "--sauce=z"),
-    ([], "required: MODEL"),
     (["vae", "--source=nowhere", "--out=y"], "no file or folder nowhere"),
+    (["vae", "--source={folder}", "--out={file}"], "{file}"),
   ],
 )
 def test_mistakes_on_the_command_line_are_one_line(
-  arguments, message, monkeypatch
+  folder, tmp_path, arguments, message, monkeypatch
 ):
   monkeypatch.setattr(convert_weights.console, "setup", lambda: None)
+  places = {"folder": folder, "file": tmp_path / "file"}
+  places["file"].touch()
   with pytest.raises(SystemExit) as exit_info:
-    convert_weights.main(arguments)
+    convert_weights.main([x.format(**places) for x in arguments])
   text = exit_info.value.code
   assert isinstance(text, str) and text.startswith("Error: ")
-  assert message in text and "\n" not in text
+  assert message.format(**places) in text and "\n" not in text
 
 
 @pytest.fixture
 def inception_weights(monkeypatch):
-  """A narrow Inception-v3 under pytorch-fid's names, in torch's layout.
-
-  inception_test converts the whole one.
-  """
+  """A narrow Inception-v3; inception_test converts the whole one."""
   model_config = {"width": 1, "num_classes": 4}
   monkeypatch.setattr(inception, "MODEL_CONFIG", model_config)
-  random = np.random.RandomState(5)
-  shapes = inception.published_shapes(
-    release.parameter_shapes("inception", model_config)
-  )
-  return {
-    name: random.uniform(0.5, 2, shape).astype(np.float32)
-    for name, shape in shapes.items()
-  }
-
-
-def test_inception_folds_batch_norm_into_convolutions(inception_weights):
-  counters = {f"{LAYER}.bn.num_batches_tracked": np.zeros((), np.int64)}
-  config, params = inception.convert_inception(
-    inception_weights | counters, None
-  )
-  assert config == inception.MODEL_CONFIG
-  kernel, gamma, beta, mean, variance = (
-    inception_weights[f"{LAYER}.{name}"].astype(np.float64)
-    for name in (
-      "conv.weight",
-      "bn.weight",
-      "bn.bias",
-      "bn.running_mean",
-      "bn.running_var",
-    )
-  )
-  x = np.random.RandomState(6).randn(12, 1, 7)
-  y = np.einsum("oihw,ihw->o", kernel, x)
-  y = (y - mean) / np.sqrt(variance + 1e-3) * gamma + beta
-  layer = params["Mixed_6e"]["branch7x7_2"]
-  assert {leaf.dtype for leaf in layer.values()} == {np.dtype(np.float32)}
-  ours = np.einsum("hwio,ihw->o", layer["kernel"].astype(np.float64), x)
-  assert_close(ours + layer["bias"], y, 1e-7)
-
-
-def test_other_inception_weights_are_listed(inception_weights):
-  for change, message in (
-    (
-      {"fc.weight": np.zeros((5, 128), np.float32)},
-      r"not the weights of FID's Inception-v3: wrong shapes \(1\): fc.weight"
-      r" has shape \(5, 128\), not \(4, 128\)",
-    ),
-    (
-      {"AuxLogits.fc.bias": np.zeros(1, np.float32)},
-      r"unexpected \(1\): AuxLogits.fc.bias",
-    ),
-    (
-      {f"{LAYER}.bn.running_var": np.full(12, -1, np.float32)},
-      f"{LAYER}.bn.running_var holds -1.0, want >= 0",
-    ),
-    (
-      {f"{LAYER}.bn.running_mean": np.full(12, np.nan, np.float32)},
-      f"{LAYER}.bn.running_mean holds values that are not finite",
-    ),
-  ):
-    with pytest.raises(WeightsError, match=message):
-      inception.convert_inception(inception_weights | change, None)
+  return draw("inception", model_config, inception.entries)
 
 
 def test_inception_that_is_not_the_published_file_says_so(
@@ -530,75 +394,18 @@ def test_inception_that_is_not_the_published_file_says_so(
     "location": str(tmp_path),
     "file": name,
     "revision": None,
-    "sha256": hashlib.sha256((tmp_path / name).read_bytes()).hexdigest(),
+    "sha256": sha256(tmp_path / name),
     "published": False,
   }
   (record,) = caplog.records
   assert "is not the published file" in record.getMessage()
-  with pytest.raises(artifacts.ArtifactError, match="use_bf16=True: Inception"):
+  with pytest.raises(artifacts.ArtifactError, match="use_bf16=True, but only"):
     artifacts.load(tmp_path / "out", dtype="bfloat16")
 
 
-def test_published_inception_is_told_by_its_checksum(
-  inception_weights, tmp_path, monkeypatch
-):
-  """Downloaded without a source, read with torch: both are stand-ins."""
-  body = b"zip of arrays"
-  requests = []
-
-  def answer(handler):
-    requests.append(handler.path)
-    handler.send_response(200)
-    handler.send_header("Content-Length", str(len(body)))
-    handler.end_headers()
-    handler.wfile.write(body)
-
-  def load(path, *, map_location, weights_only):
-    assert path.read_bytes() == body and weights_only
-    return {k: Tensor(v) for k, v in inception_weights.items()}
-
-  torch = types.SimpleNamespace(load=load, Tensor=Tensor, bfloat16="bfloat16")
-  monkeypatch.setitem(sys.modules, "torch", torch)
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-  monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-  monkeypatch.setattr(convert_weights.console, "setup", lambda: None)
-  digest = hashlib.sha256(body).hexdigest()
-  with site(answer) as address:
-    url = f"{address}/releases/pt_inception-2015-12-05-{digest[:8]}.pth"
-    model = published.MODELS["inception"]
-    assert model.url.endswith(f"-{model.sha256[:8]}.pth")
-    monkeypatch.setitem(
-      published.MODELS,
-      "inception",
-      model._replace(url=url, sha256=digest),
-    )
-    convert_weights.main(["inception", f"--out={tmp_path / 'out'}"])
-  artifact = artifacts.load(tmp_path / "out")
-  assert artifact.metadata["source"] == {
-    "location": url,
-    "file": f"pt_inception-2015-12-05-{digest[:8]}.pth",
-    "revision": None,
-    "sha256": digest,
-    "published": True,
-  }
-  assert requests == [f"/releases/pt_inception-2015-12-05-{digest[:8]}.pth"]
-
-
-def test_published_name_with_other_contents_is_damaged(tmp_path):
-  path = tmp_path / "pt_inception-2015-12-05-6726825d.pth"
-  path.write_bytes(b"half of it")
-  with pytest.raises(
-    WeightsError, match=r"\(10 bytes\) has SHA-256 .* begins with 6726825d"
-  ):
-    convert("inception", str(path), str(tmp_path / "out"))
-  assert not (tmp_path / "out").exists()
-
-
-def test_download_keeps_only_what_has_the_checksum(tmp_path, monkeypatch):
-  monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-  good = b"good" * 1000
-  digest = hashlib.sha256(good).hexdigest()
-  replies = [(404, b"", 0), (200, good, 4001), (200, b"bad", 3), (200, good, 0)]
+@contextlib.contextmanager
+def site(replies):
+  """A web site on this machine: (status, body, its length if not 0) each."""
 
   def answer(handler):
     status, body, length = replies.pop(0)
@@ -608,8 +415,52 @@ def test_download_keeps_only_what_has_the_checksum(tmp_path, monkeypatch):
     handler.end_headers()
     handler.wfile.write(body)
 
+  handler = type(
+    "Handler",
+    (http.server.BaseHTTPRequestHandler,),
+    {"do_GET": answer, "log_message": lambda *_: None},
+  )
+  with serving(handler) as address:
+    yield address
+
+
+def test_published_inception_is_told_by_its_checksum(
+  inception_weights, tmp_path, monkeypatch
+):
+  """Downloaded without a source, read with torch: both are stand-ins."""
+  body = b"zip of arrays"
+  digest = hashlib.sha256(body).hexdigest()
+  name = f"pt_inception-2015-12-05-{digest[:8]}.pth"
+  fake_torch(monkeypatch, lambda _: as_tensors(inception_weights))
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+  monkeypatch.setattr(convert_weights.console, "setup", lambda: None)
+  model = published.MODELS["inception"]
+  assert model.url.endswith(f"-{model.sha256[:8]}.pth")
+  with site([(200, body, len(body))]) as address:
+    url = f"{address}/releases/{name}"
+    model = model._replace(url=url, sha256=digest)
+    monkeypatch.setitem(published.MODELS, "inception", model)
+    convert_weights.main(["inception", f"--out={tmp_path / 'out'}"])
+  assert (tmp_path / "cache" / "drift_jax" / name).read_bytes() == body
+  artifact = artifacts.load(tmp_path / "out")
+  assert artifact.metadata["source"] == {
+    "location": url,
+    "file": name,
+    "revision": None,
+    "sha256": digest,
+    "published": True,
+  }
+
+
+def test_download_keeps_only_what_has_the_checksum(tmp_path, monkeypatch):
+  monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+  good = b"good" * 1000
+  digest = hashlib.sha256(good).hexdigest()
+  replies = [(404, b"", 0), (200, good, 4001), (200, b"bad", 3), (200, good, 0)]
+
   cache = tmp_path / "cache"
-  with site(answer) as address:
+  with site(replies) as address:
     url = f"{address}/a/w.pth?raw=true"
     for message in (
       "404",
@@ -632,109 +483,25 @@ def test_download_keeps_only_what_has_the_checksum(tmp_path, monkeypatch):
     weight_files.download(url, digest, cache)
 
 
-def test_url_of_weights_without_a_known_checksum_is_refused(tmp_path):
-  with pytest.raises(WeightsError, match="only weights whose SHA-256 is known"):
-    convert("vae", "https://127.0.0.1/a.safetensors", str(tmp_path))
-
-
-DINOV2_CONFIG = {
-  "apply_layernorm": True,
-  "attention_probs_dropout_prob": 0.0,
-  "drop_path_rate": 0.0,
-  "hidden_act": "gelu",
-  "hidden_size": 8,
-  "image_size": 448,
-  "layer_norm_eps": 1e-06,
-  "layerscale_value": 1.0,
-  "mlp_ratio": 4,
-  "model_type": "dinov2",
-  "num_attention_heads": 2,
-  "num_channels": 3,
-  "num_hidden_layers": 2,
-  "patch_size": 112,
-  "qkv_bias": True,
-  "use_swiglu_ffn": False,
-}
-CLIP_VISION = {
-  "hidden_act": "quick_gelu",
-  "hidden_size": 8,
-  "image_size": 64,
-  "intermediate_size": 12,
-  "layer_norm_eps": 1e-05,
-  "model_type": "clip_vision_model",
-  "num_attention_heads": 2,
-  "num_channels": 3,
-  "num_hidden_layers": 2,
-  "patch_size": 32,
-  "projection_dim": 5,
-}
 CLIP_CONFIG = {
   "model_type": "clip",
-  "projection_dim": 5,
+  "projection_dim": 20,
   "text_config": {"hidden_size": 16},
-  "vision_config": CLIP_VISION | {"projection_dim": 512},
+  "vision_config": CLIP | {"projection_dim": 512},
 }
+CLIP_MODEL_CONFIG = vit.clip_config(CLIP_CONFIG)
 QUERY = "vision_model.encoder.layers.1.self_attn.q_proj.weight"
 
 
-def vit_model_config(**change):
-  return {
-    "image_size": 224,
-    "patch_size": 112,
-    "hidden_size": 8,
-    "depth": 2,
-    "num_heads": 2,
-    "mlp_size": 32,
-    "activation": "gelu",
-    "pre_norm": False,
-    "layer_scale": True,
-    "patch_bias": True,
-    "projection_dim": 0,
-    "epsilon": 1e-6,
-    "image_mean": [0.485, 0.456, 0.406],
-    "image_std": [0.229, 0.224, 0.225],
-  } | change
+@pytest.fixture
+def dinov2_weights(golden):
+  return draw_all(golden("vit")["parameters_dinov2"])
 
 
-CLIP_MODEL_CONFIG = vit_model_config(
-  image_size=64,
-  patch_size=32,
-  mlp_size=12,
-  activation="quick_gelu",
-  pre_norm=True,
-  layer_scale=False,
-  patch_bias=False,
-  projection_dim=5,
-  epsilon=1e-5,
-  image_mean=[0.48145466, 0.4578275, 0.40821073],
-  image_std=[0.26862954, 0.26130258, 0.27577711],
-)
-
-
-def vit_weights(names, model_config, special):
-  random = np.random.RandomState(7)
-  shapes = vit.published_shapes(
-    names, release.parameter_shapes("vit", model_config), special
-  )
-  return {
-    name: random.uniform(-1, 1, shape).astype(np.float32)
-    for name, shape in shapes.items()
-  }
-
-
-@pytest.fixture(scope="module")
-def dinov2_weights():
-  """A narrow DINOv2 under the hub's names; vit_test has transformers' own."""
-  special = {"class_token": (1, 1, 8), "position_embedding": (1, 17, 8)}
-  weights = vit_weights(vit.DINOV2_NAMES, vit_model_config(), special)
-  return weights | {"embeddings.mask_token": np.zeros((1, 8), np.float32)}
-
-
-@pytest.fixture(scope="module")
-def clip_weights():
-  """A narrow CLIP under the hub's names, with the ends of its text half."""
-  special = {"class_token": (8,), "position_embedding": (5, 8)}
-  return vit_weights(vit.CLIP_NAMES, CLIP_MODEL_CONFIG, special) | {
+@pytest.fixture
+def clip_weights(golden):
+  """With the ends of the text half."""
+  return draw_all(golden("vit")["parameters_clip"]) | {
     "logit_scale": np.ones((), np.float32),
     "text_model.embeddings.position_ids": np.arange(77)[None],
     "text_projection.weight": np.zeros((5, 16), np.float32),
@@ -747,16 +514,16 @@ def test_dinov2_from_its_folder(dinov2_weights, tmp_path, caplog):
   safetensors.numpy.save_file(dinov2_weights, source)
   with pytest.raises(WeightsError, match=r"there is no config\.json beside"):
     convert("dinov2", str(tmp_path), str(tmp_path / "out"))
-  (tmp_path / "config.json").write_text(json.dumps(DINOV2_CONFIG))
+  (tmp_path / "config.json").write_text(json.dumps(DINOV2))
   artifact = convert("dinov2", str(tmp_path), str(tmp_path / "out"))
   assert not caplog.records
   assert artifact.kind == "vit"
-  assert artifact.metadata["model_config"] == vit_model_config()
+  assert artifact.metadata["model_config"] == vit.dinov2_config(DINOV2)
   assert artifact.metadata["source"] == {
     "location": str(tmp_path),
     "file": "model.safetensors",
     "revision": None,
-    "sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
+    "sha256": sha256(source),
     "family": "dinov2",
   }
   params = artifact.params
@@ -770,10 +537,8 @@ def test_dinov2_from_its_folder(dinov2_weights, tmp_path, caplog):
   assert params["patch_embed"]["kernel"][3, 5, 2, 7] == theirs[7, 2, 3, 5]
   positions = dinov2_weights["embeddings.position_embeddings"][0]
   np.testing.assert_array_equal(
-    params["position_embedding"], vit.resize_positions(positions, 2)
+    params["position_embedding"], vit.resize_positions(positions, 16)
   )
-  with pytest.raises(artifacts.ArtifactError, match="Vision Transformer feat"):
-    artifacts.load(tmp_path / "out", dtype="bfloat16")
 
 
 def test_clip_from_its_folder(clip_weights, tmp_path):
@@ -791,27 +556,22 @@ def test_clip_from_its_folder(clip_weights, tmp_path):
   ):
     theirs = clip_weights[f"vision_model.embeddings.{theirs}"]
     np.testing.assert_array_equal(ours, theirs)
-  images = jax.ShapeDtypeStruct((2, 9, 9, 3), np.uint8)
-  features = jax.eval_shape(
-    artifact.module.apply, {"params": artifact.params}, images
-  )
-  assert features.shape == (2, 5)
 
 
 def test_clips_image_half_comes_in_other_forms(clip_weights):
   whole = vit.convert_clip(clip_weights, CLIP_CONFIG)
   early = CLIP_CONFIG | {
     "vision_config": None,
-    "vision_config_dict": CLIP_VISION,
+    "vision_config_dict": CLIP,
   }
   half = {k: v for k, v in clip_weights.items() if k.startswith("vis")}
   bare = {k: v for k, v in half.items() if not k.startswith("visual")}
   unprefixed = {k.removeprefix("vision_model."): v for k, v in bare.items()}
   for weights, config, projection_dim in (
-    (clip_weights, early, 5),
-    (half, CLIP_VISION, 5),
-    (bare, CLIP_VISION, 0),
-    (unprefixed, CLIP_VISION, 0),
+    (clip_weights, early, 20),
+    (half, CLIP, 20),
+    (bare, CLIP, 0),
+    (unprefixed, CLIP, 0),
   ):
     converted = vit.convert_clip(weights, config)
     assert converted.model_config == CLIP_MODEL_CONFIG | {
@@ -824,82 +584,66 @@ def test_clips_image_half_comes_in_other_forms(clip_weights):
 
 
 @pytest.mark.parametrize(
-  ("change", "message"),
+  ("model", "change", "message"),
   [
-    ({"use_swiglu_ffn": True}, "use_swiglu_ffn=True: .*giant.*-large"),
-    ({"model_type": "dinov2_with_registers"}, "only 'dinov2' can.*registers"),
-    ({"model_type": "vit"}, "model_type='vit', but only 'dinov2' can be"),
-    ({"hidden_act": "relu"}, "hidden_act='relu', but only 'gelu' can be"),
-    ({"qkv_bias": False}, "qkv_bias=False, but only True can be converted"),
-    ({"patch_size": None}, "patch_size=None, want a positive number"),
-    ({"num_hidden_layers": 1.5}, "num_hidden_layers=1.5, want an integer"),
-    ({"layer_norm_eps": "1e-6"}, "layer_norm_eps='1e-6', want a positive"),
-    ({"patch_size": 100}, "=224 must be a multiple of patch_size=100"),
-    ({"num_attention_heads": 3}, "=8 must be a multiple of num_heads=3"),
-  ],
-)
-def test_other_dinov2_architectures_are_refused(
-  dinov2_weights, change, message
-):
-  with pytest.raises(WeightsError, match=f"config.json.*{message}"):
-    vit.convert_dinov2(dinov2_weights, DINOV2_CONFIG | change)
-
-
-@pytest.mark.parametrize(
-  ("change", "message"),
-  [
-    ({"model_type": "siglip"}, "only 'clip' or 'clip_vision_model' can"),
-    ({"vision_config": [1]}, r"vision_config=\[1\], want a dict"),
-    ({"projection_dim": None}, "projection_dim=None, want a positive"),
+    ("dinov2", {"use_swiglu_ffn": True}, "use_swiglu_ffn=True: .*giant.*-lar"),
     (
-      {"vision_config": CLIP_VISION | {"hidden_act": "relu"}},
+      "dinov2",
+      {"model_type": "dinov2_with_registers"},
+      "only 'dinov2' can.*re",
+    ),
+    ("dinov2", {"qkv_bias": False}, "qkv_bias=False, but only True can be co"),
+    ("dinov2", {"patch_size": None}, "patch_size=None, want a positive int"),
+    (
+      "dinov2",
+      {"patch_size": 100},
+      "=224 must be a multiple of patch_size=100",
+    ),
+    ("dinov2", {"hidden_size": ...}, "has no hidden_size, want"),
+    (
+      "clip",
+      {"model_type": "siglip"},
+      "only 'clip' or 'clip_vision_model' can",
+    ),
+    ("clip", {"vision_config": [1]}, r"vision_config=\[1\], want a dict"),
+    ("clip", {"projection_dim": None}, "projection_dim=None, want a positive"),
+    (
+      "clip",
+      {"vision_config": CLIP | {"hidden_act": "relu"}},
       "activation='relu': must be one of 'gelu', 'quick_gelu'",
     ),
-    (
-      {"vision_config": CLIP_VISION | {"num_channels": 1}},
-      "num_channels=1, but only 3 can be converted",
-    ),
   ],
 )
-def test_other_clip_architectures_are_refused(clip_weights, change, message):
+def test_other_vit_architectures_are_refused(
+  dinov2_weights, clip_weights, model, change, message
+):
+  function, weights, config = {
+    "dinov2": (vit.convert_dinov2, dinov2_weights, DINOV2),
+    "clip": (vit.convert_clip, clip_weights, CLIP_CONFIG),
+  }[model]
+  config = {k: v for k, v in (config | change).items() if v is not ...}
   with pytest.raises(WeightsError, match=f"config.json.*{message}"):
-    vit.convert_clip(clip_weights, CLIP_CONFIG | change)
+    function(weights, config)
 
 
-def test_config_json_must_say_the_sizes(dinov2_weights):
-  config = dict(DINOV2_CONFIG)
-  del config["num_attention_heads"]
-  with pytest.raises(WeightsError, match="has no num_attention_heads, want"):
-    vit.convert_dinov2(dinov2_weights, config)
-
-
-def test_other_vit_weights_are_listed(dinov2_weights, clip_weights):
-  missing = dict(dinov2_weights)
-  del missing["encoder.layer.1.norm2.bias"]
+def test_other_vit_weights_are_listed(dinov2_weights):
   positions = "embeddings.position_embeddings"
-  for weights, message in (
-    (missing, r"of the DINOv2 of config.json: missing \(1\): encoder.layer.1."),
+  for change, message in (
     (
-      dinov2_weights | {"embeddings.register_tokens": np.zeros((1, 4, 8))},
-      r"unexpected \(1\): embeddings.register_tokens",
+      {"embeddings.register_tokens": np.zeros((1, 4, 8))},
+      r"DINOv2 of config.json: .*unexpected \(1\): embeddings.register_tokens",
     ),
     (
-      dinov2_weights | {positions: np.zeros((1, 5, 8))},
-      rf"{positions} has shape \(1, 5, 8\), not \(1, 17, 8\)",
+      {positions: np.zeros((1, 5, 24))},
+      rf"{positions} has shape \(1, 5, 24\), not \(1, 1370, 24\)",
     ),
     (
-      dinov2_weights | {positions: np.full((1, 17, 8), np.nan)},
+      {positions: np.full((1, 1370, 24), np.nan)},
       f"{positions} holds values that are not finite",
     ),
   ):
     with pytest.raises(WeightsError, match=message):
-      vit.convert_dinov2(weights, DINOV2_CONFIG)
-  missing = dict(clip_weights)
-  del missing["visual_projection.weight"]
-  with pytest.raises(
-    WeightsError, match=r"CLIP's image .*missing \(1\): visual_projection.wei"
-  ):
-    vit.convert_clip(missing, CLIP_CONFIG)
+      vit.convert_dinov2(dinov2_weights | change, DINOV2)
 
 
 def test_what_takes_defaults_says_so(tmp_path, monkeypatch, weights, caplog):

@@ -1,134 +1,97 @@
 """ConvNeXt-V2 under timm's, its authors' and transformers' names."""
 
-import re
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-from flax import traverse_util
-
-from drift_jax.models import release
+from drift_jax.models.naming import Naming, inside
 from drift_jax.tools.conversions.layouts import (
+  LEAVES,
   Config,
   Converted,
   Weights,
   WeightsError,
+  as_linear,
+  convert,
   count_blocks,
-  jax_layout,
-  torch_shape,
 )
 
 _STAGES = 4
-_RESPONSE = "/response_norm/"
-_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
 
-class Naming(NamedTuple):
-  """Published names of what is here.
+class Published(NamedTuple):
+  """How somebody's weights are named.
 
   Attributes:
     whose: them.
-    stem: the two modules before stage 1, convolution and norm.
-    down: the two before another stage, norm and convolution.
+    stem: the module before stage 1, of a convolution and a norm.
+    down: that before another stage, of a norm and a convolution.
     blocks: prefix of a stage's blocks; both count from 0.
-    parts: modules of a block.
-    gamma, beta: of a GlobalResponseNorm.
-    flat: whether these two are vectors, or [1, 1, 1, C].
+    parts: modules of a block: depthwise convolution, norm, the two linear
+      layers and the response norm between them.
     norm: the last one.
     head: the module that is left out.
+    leaves: of parameters.
   """
 
   whose: str
   stem: tuple[str, str]
-  down: tuple[str, str]
+  down: str
   blocks: str
-  parts: Mapping[str, str]
-  gamma: str
-  beta: str
-  flat: bool
+  parts: tuple[str, str, str, str, str]
   norm: str
   head: str
+  leaves: dict[str, str] = LEAVES | {"gamma": "weight", "beta": "bias"}
 
-  def of(self, path: str, depths: list[int]) -> list[str]:
-    """A parameter's name, or one for each block; e.g. of norm/scale."""
-    module, _, leaf = path.rpartition("/")
-    if module == "norm":
-      return [f"{self.norm}.{_LEAVES[leaf]}"]
-    match = re.fullmatch(
-      r"stage(\d)_(down_norm|down_conv|blocks/(\w+))", module
+  @property
+  def names(self) -> Naming:
+    ours = ("depthwise", "norm", "expand", "response_norm", "project")
+    return Naming(
+      {
+        "norm": self.norm,
+        "stage1_down_conv": self.stem[0],
+        "stage1_down_norm": self.stem[1],
+        "stage{stage}_down_norm": f"{self.down}.0",
+        "stage{stage}_down_conv": f"{self.down}.1",
+        **inside(
+          "stage{stage}_blocks/",
+          f"{self.blocks}{{i}}.",
+          dict(zip(ours, self.parts, strict=True)),
+        ),
+      },
+      self.leaves,
+      ".",
     )
-    assert match, path
-    stage = int(match[1]) - 1
-    if part := match[3]:
-      response = {"gamma": self.gamma, "beta": self.beta}
-      name = f"{self.parts[part]}.{(_LEAVES | response)[leaf]}"
-      return [
-        f"{self.blocks.format(stage=stage)}{i}.{name}"
-        for i in range(depths[stage])
-      ]
-    conv, norm = self.stem if stage == 0 else self.down[::-1]
-    name = (norm if match[2] == "down_norm" else conv).format(stage=stage)
-    return [f"{name}.{_LEAVES[leaf]}"]
 
 
-FACEBOOK = Naming(
-  whose="facebookresearch/ConvNeXt-V2",
-  stem=("downsample_layers.0.0", "downsample_layers.0.1"),
-  down=("downsample_layers.{stage}.0", "downsample_layers.{stage}.1"),
-  blocks="stages.{stage}.",
-  parts={
-    "depthwise": "dwconv",
-    "norm": "norm",
-    "expand": "pwconv1",
-    "response_norm": "grn",
-    "project": "pwconv2",
-  },
-  gamma="gamma",
-  beta="beta",
-  flat=False,
-  norm="norm",
-  head="head",
-)
-TIMM = Naming(
-  whose="timm",
-  stem=("stem.0", "stem.1"),
-  down=("stages.{stage}.downsample.0", "stages.{stage}.downsample.1"),
-  blocks="stages.{stage}.blocks.",
-  parts={
-    "depthwise": "conv_dw",
-    "norm": "norm",
-    "expand": "mlp.fc1",
-    "response_norm": "mlp.grn",
-    "project": "mlp.fc2",
-  },
-  gamma="weight",
-  beta="bias",
-  flat=True,
-  norm="head.norm",
-  head="head.fc",
-)
-TRANSFORMERS = Naming(
-  whose="transformers",
-  stem=("embeddings.patch_embeddings", "embeddings.layernorm"),
-  down=(
-    "encoder.stages.{stage}.downsampling_layer.0",
-    "encoder.stages.{stage}.downsampling_layer.1",
+PUBLISHED = {
+  "facebook": Published(
+    whose="facebookresearch/ConvNeXt-V2",
+    stem=("downsample_layers.0.0", "downsample_layers.0.1"),
+    down="downsample_layers.{stage0}",
+    blocks="stages.{stage0}.",
+    parts=("dwconv", "norm", "pwconv1", "grn", "pwconv2"),
+    norm="norm",
+    head="head",
+    leaves=LEAVES,
   ),
-  blocks="encoder.stages.{stage}.layers.",
-  parts={
-    "depthwise": "dwconv",
-    "norm": "layernorm",
-    "expand": "pwconv1",
-    "response_norm": "grn",
-    "project": "pwconv2",
-  },
-  gamma="weight",
-  beta="bias",
-  flat=False,
-  norm="layernorm",
-  head="classifier",
-)
-NAMINGS = (FACEBOOK, TIMM, TRANSFORMERS)
+  "timm": Published(
+    whose="timm",
+    stem=("stem.0", "stem.1"),
+    down="stages.{stage0}.downsample",
+    blocks="stages.{stage0}.blocks.",
+    parts=("conv_dw", "norm", "mlp.fc1", "mlp.grn", "mlp.fc2"),
+    norm="head.norm",
+    head="head.fc",
+  ),
+  "transformers": Published(
+    whose="transformers",
+    stem=("embeddings.patch_embeddings", "embeddings.layernorm"),
+    down="encoder.stages.{stage0}.downsampling_layer",
+    blocks="encoder.stages.{stage0}.layers.",
+    parts=("dwconv", "layernorm", "pwconv1", "grn", "pwconv2"),
+    norm="layernorm",
+    head="classifier",
+  ),
+}
 _CLASSIFIERS = "convnextv2."  # before the encoder's names in one
 
 
@@ -145,75 +108,38 @@ def convert_convnext(weights: Weights, config: Config | None) -> Converted:
     WeightsError: names, shapes or values that do not fit.
   """
   del config
-  prefix = (
-    _CLASSIFIERS if any(k.startswith(_CLASSIFIERS) for k in weights) else ""
-  )
-  found = [n for n in NAMINGS if f"{prefix}{n.stem[0]}.weight" in weights]
-  if not found:
-    stems = [f"{naming.stem[0]}.weight ({naming.whose})" for naming in NAMINGS]
+  # 1. Whose names they are
+  weights = {k.removeprefix(_CLASSIFIERS): v for k, v in weights.items()}
+  stems = {f"{x.stem[0]}.weight": x for x in PUBLISHED.values()}
+  published = next((stems[name] for name in stems if name in weights), None)
+  if published is None:
     raise WeightsError(
-      "these are not the weights of a ConvNeXt-V2: it has one of"
-      f" {', '.join(stems)}, but there are {sorted(weights)[:5]}"
+      f"these are not the weights of a ConvNeXt-V2: none of {list(stems)},"
+      f" but there are {sorted(weights)[:5]}"
     )
-  naming = found[0]
-  what = f"these are not the weights of a ConvNeXt-V2 as {naming.whose} has it"
+  # 2. Layouts: linear layers that are convolutions, and the response norms'
+  # vectors, which are [1, 1, 1, C] here: as if of a convolution.
+  head = (f"{published.head}.weight", f"{published.head}.bias")
   weights = {
-    k.removeprefix(prefix): _as_linear(v)
-    for k, v in weights.items()
-    if k not in (f"{naming.head}.weight", f"{naming.head}.bias")
+    name: array.reshape(-1, 1, 1, 1) if ".grn." in name else as_linear(array)
+    for name, array in weights.items()
+    if name not in head
   }
+  # 3. Depths and widths
   depths = [
-    max(1, count_blocks(weights, naming.blocks.format(stage=stage)))
+    count_blocks(weights, published.blocks.format(stage0=stage))
     for stage in range(_STAGES)
   ]
-  convs = [
-    naming.of(f"stage{stage}_down_conv/kernel", depths)[0]
-    for stage in range(1, _STAGES + 1)
-  ]
+  down = [f"{published.down.format(stage0=i)}.1" for i in range(1, _STAGES)]
+  convs = [f"{name}.weight" for name in (published.stem[0], *down)]
+  what = f"a ConvNeXt-V2 as {published.whose} has it, of {depths} blocks"
   missing = [k for k in convs if k not in weights or weights[k].ndim != 4]
   if missing:
     raise WeightsError(f"{what}: missing convolutions: {', '.join(missing)}")
-  model_config: dict[str, Any] = {
-    "depths": depths,
-    "dims": [len(weights[name]) for name in convs],
-  }
-  try:
-    shapes = release.parameter_shapes("convnext", model_config)
-    release.require_parameters(
-      f"{what} (of {depths} blocks)",
-      weights,
-      published_shapes(naming, shapes, depths),
-    )
-  except ValueError as error:
-    raise WeightsError(str(error)) from error
-  params = {}
-  for path, shape in shapes.items():
-    leaves = [
-      # Of 1 x 1 x 1 x C numbers: there is nothing to transpose.
-      jax_layout(name, weights[name].reshape(-1))
-      if _RESPONSE in path
-      else jax_layout(name, weights[name])
-      for name in naming.of(path, depths)
-    ]
-    params[path] = np.stack(leaves).reshape(shape)
-  return Converted(model_config, traverse_util.unflatten_dict(params, sep="/"))
-
-
-def _as_linear(array: np.ndarray) -> np.ndarray:
-  """[O, I] of a layer that timm's small models have as a 1x1 convolution."""
-  return array[:, :, 0, 0] if array.shape[2:] == (1, 1) else array
-
-
-def published_shapes(
-  naming: Naming, shapes: Mapping[str, tuple[int, ...]], depths: list[int]
-) -> dict[str, tuple[int, ...]]:
-  """Names and shapes in a published state dict of those here."""
-  published = {}
-  for path, shape in shapes.items():
-    one = shape[1:] if "_blocks/" in path else shape
-    if _RESPONSE not in path:
-      one = torch_shape(one)
-    elif naming.flat:
-      one = one[-1:]
-    published |= dict.fromkeys(naming.of(path, depths), one)
-  return published
+  return convert(
+    what,
+    "convnext",
+    {"depths": depths, "dims": [len(weights[name]) for name in convs]},
+    published.names.entries,
+    weights,
+  )

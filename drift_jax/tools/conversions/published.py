@@ -1,4 +1,4 @@
-"""Which models are published, and where: nothing heavy is imported here."""
+"""Models that are published, and where; imports nothing heavy."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,11 +16,11 @@ _INCEPTION_URL = (
 
 
 class Model(NamedTuple):
-  """What can be converted.
+  """A model that can be converted.
 
   Attributes:
-    kind: of the artifact, see artifacts.KINDS. One that is not called like the
-      model says in its metadata, as `family`, which model it is.
+    kind: of the artifact, see release.KINDS. If it is not the model's name, the
+      artifact's metadata have that as `family`.
     summary: one line for --help.
     files: where the weights are in a folder or repository, best first.
     has_config: whether a config.json belongs to them.

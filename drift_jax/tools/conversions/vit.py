@@ -1,29 +1,27 @@
 """Hugging Face's DINOv2 and CLIP: their image encoders as kind 'vit'."""
 
-import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from flax import traverse_util
 
-from drift_jax.models import release
+from drift_jax.models.naming import Naming, inside
 from drift_jax.tools.conversions.layouts import (
   CONFIG_FILE,
+  IMAGENET_MEAN,
+  IMAGENET_STD,
+  LEAVES,
   Config,
   Converted,
   Weights,
   WeightsError,
-  jax_layout,
-  torch_shape,
+  check_fixed,
+  convert,
 )
 
-# Pixels of the images that features are computed of, and their statistics as
-# the publishers prescribe them.
+# Side of the images, in pixels, and statistics of pixels in [0, 1], as the
+# publishers prescribe them.
 DINOV2_IMAGE_SIZE = 224
-IMAGENET_MEAN = [0.485, 0.456, 0.406]
-IMAGENET_STD = [0.229, 0.224, 0.225]
 OPENAI_MEAN = [0.48145466, 0.4578275, 0.40821073]
 OPENAI_STD = [0.26862954, 0.26130258, 0.27577711]
 
@@ -47,82 +45,65 @@ _CLIP_FIXED = {"num_channels": 3}
 
 _IMAGE_HALF = "vision_model."
 _PROJECTION = "visual_projection.weight"
-_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
-
-class Names(NamedTuple):
-  """Published names of what is here.
-
-  Attributes:
-    outer: of modules, or of parameters whose names hold no '/'.
-    block: of the same inside a block.
-    layer: prefix of block `{}`.
-  """
-
-  outer: Mapping[str, str]
-  block: Mapping[str, str]
-  layer: str
-
-  def of(self, path: str, depth: int) -> tuple[str, ...]:
-    """The parameter's name, or one for each block; e.g. of norm/scale."""
-    if not path.startswith("blocks/"):
-      return (self._name(self.outer, path),)
-    name = self._name(self.block, path.removeprefix("blocks/"))
-    return tuple(self.layer.format(i) + name for i in range(depth))
-
-  @staticmethod
-  def _name(table: Mapping[str, str], path: str) -> str:
-    if path in table:
-      return table[path]
-    module, _, leaf = path.rpartition("/")
-    return f"{table[module]}.{_LEAVES[leaf]}"
-
-
-DINOV2_NAMES = Names(
+DINOV2_NAMES = Naming(
   {
     "class_token": "embeddings.cls_token",
     "position_embedding": "embeddings.position_embeddings",
     "patch_embed": "embeddings.patch_embeddings.projection",
     "norm": "layernorm",
+    **inside(
+      "blocks/",
+      "encoder.layer.{i}.",
+      {
+        "attention_norm": "norm1",
+        "attention/query": "attention.attention.query",
+        "attention/key": "attention.attention.key",
+        "attention/value": "attention.attention.value",
+        "attention/out": "attention.output.dense",
+        "attention_scale": "layer_scale1.lambda1",
+        "mlp_norm": "norm2",
+        "mlp/expand": "mlp.fc1",
+        "mlp/project": "mlp.fc2",
+        "mlp_scale": "layer_scale2.lambda1",
+      },
+    ),
   },
-  {
-    "attention_norm": "norm1",
-    "attention/query": "attention.attention.query",
-    "attention/key": "attention.attention.key",
-    "attention/value": "attention.attention.value",
-    "attention/out": "attention.output.dense",
-    "attention_scale": "layer_scale1.lambda1",
-    "mlp_norm": "norm2",
-    "mlp/expand": "mlp.fc1",
-    "mlp/project": "mlp.fc2",
-    "mlp_scale": "layer_scale2.lambda1",
-  },
-  "encoder.layer.{}.",
+  LEAVES,
+  ".",
 )
-CLIP_NAMES = Names(
+CLIP_NAMES = Naming(
   {
-    "class_token": f"{_IMAGE_HALF}embeddings.class_embedding",
-    "position_embedding": f"{_IMAGE_HALF}embeddings.position_embedding.weight",
-    "patch_embed": f"{_IMAGE_HALF}embeddings.patch_embedding",
-    "pre_norm": f"{_IMAGE_HALF}pre_layrnorm",
-    "norm": f"{_IMAGE_HALF}post_layernorm",
-    "projection": _PROJECTION.removesuffix(".weight"),
+    **inside(
+      "",
+      _IMAGE_HALF,
+      {
+        "class_token": "embeddings.class_embedding",
+        "position_embedding": "embeddings.position_embedding.weight",
+        "patch_embed": "embeddings.patch_embedding",
+        "pre_norm": "pre_layrnorm",
+        "norm": "post_layernorm",
+      },
+    ),
+    "projection": "visual_projection",
+    **inside(
+      "blocks/",
+      f"{_IMAGE_HALF}encoder.layers.{{i}}.",
+      {
+        "attention_norm": "layer_norm1",
+        "attention/query": "self_attn.q_proj",
+        "attention/key": "self_attn.k_proj",
+        "attention/value": "self_attn.v_proj",
+        "attention/out": "self_attn.out_proj",
+        "mlp_norm": "layer_norm2",
+        "mlp/expand": "mlp.fc1",
+        "mlp/project": "mlp.fc2",
+      },
+    ),
   },
-  {
-    "attention_norm": "layer_norm1",
-    "attention/query": "self_attn.q_proj",
-    "attention/key": "self_attn.k_proj",
-    "attention/value": "self_attn.v_proj",
-    "attention/out": "self_attn.out_proj",
-    "mlp_norm": "layer_norm2",
-    "mlp/expand": "mlp.fc1",
-    "mlp/project": "mlp.fc2",
-  },
-  f"{_IMAGE_HALF}encoder.layers.{{}}.",
+  LEAVES,
+  ".",
 )
-# Neither belongs to the network: one replaces hidden patches in training, the
-# other counts positions.
-_UNUSED = ("embeddings.mask_token", f"{_IMAGE_HALF}embeddings.position_ids")
 
 
 def convert_dinov2(weights: Weights, config: Config | None) -> Converted:
@@ -139,47 +120,49 @@ def convert_dinov2(weights: Weights, config: Config | None) -> Converted:
     WeightsError: no config.json or that of another architecture (giant, with
       registers), or weights whose names, shapes or values do not fit.
   """
-  config = _DINOV2_DEFAULTS | dict(_required(config))
-  _check_model_type(config, ("dinov2",))
+  config = _required(config, ("dinov2",))
+  model_config = dinov2_config(config)
+  width, patch = model_config["hidden_size"], model_config["patch_size"]
+  positions = (_number(config, "image_size") // patch) ** 2
+  side = DINOV2_IMAGE_SIZE // patch
+  return convert(
+    f"the DINOv2 of {CONFIG_FILE}",
+    "vit",
+    model_config,
+    DINOV2_NAMES.entries,
+    weights,
+    special={
+      "class_token": ((1, 1, width), np.ravel),
+      "position_embedding": (
+        (1, 1 + positions, width),
+        lambda rows: resize_positions(rows[0], side),
+      ),
+    },
+  )
+
+
+def dinov2_config(config: Config) -> dict[str, Any]:
+  """model_config of a DINOv2's config.json; WeightsError for another one."""
+  config = _DINOV2_DEFAULTS | dict(config)
   if config.get("use_swiglu_ffn"):
     raise WeightsError(
       f"{CONFIG_FILE} has use_swiglu_ffn=True: DINOv2 giant's SwiGLU is not"
       " here; take facebook/dinov2-small, -base or -large"
     )
-  _check_fixed(config, _DINOV2_FIXED)
-  width, patch = (
-    _integer(config, key) for key in ("hidden_size", "patch_size")
-  )
-  side = _integer(config, "image_size") // patch
-  model_config = {
+  check_fixed(config, _DINOV2_FIXED)
+  width = _number(config, "hidden_size")
+  return {
     "image_size": DINOV2_IMAGE_SIZE,
-    "patch_size": patch,
-    "hidden_size": width,
-    "depth": _integer(config, "num_hidden_layers"),
-    "num_heads": _integer(config, "num_attention_heads"),
-    "mlp_size": int(width * _positive(config, "mlp_ratio")),
+    "mlp_size": int(width * _number(config, "mlp_ratio", float)),
     "activation": "gelu",
     "pre_norm": False,
     "layer_scale": True,
     "patch_bias": True,
     "projection_dim": 0,
-    "epsilon": _positive(config, "layer_norm_eps"),
     "image_mean": IMAGENET_MEAN,
     "image_std": IMAGENET_STD,
+    **_sizes(config),
   }
-  return _convert(
-    "DINOv2",
-    weights,
-    model_config,
-    DINOV2_NAMES,
-    special={
-      "class_token": (1, 1, width),
-      "position_embedding": (1, 1 + side**2, width),
-    },
-    positions=functools.partial(
-      resize_positions, side=DINOV2_IMAGE_SIZE // patch
-    ),
-  )
 
 
 def convert_clip(weights: Weights, config: Config | None) -> Converted:
@@ -196,56 +179,67 @@ def convert_clip(weights: Weights, config: Config | None) -> Converted:
     WeightsError: no config.json or that of another architecture, or weights
       whose names, shapes or values do not fit.
   """
-  config = _required(config)
-  _check_model_type(config, ("clip", "clip_vision_model"))
-  whole = config["model_type"] == "clip"
-  if whole:
-    # Early files hold the second as well; transformers lets it prevail.
-    image = {
-      **_part(config, "vision_config"),
-      **_part(config, "vision_config_dict"),
-      "projection_dim": config.get(
-        "projection_dim", _CLIP_DEFAULTS["projection_dim"]
-      ),
-    }
+  config = _required(config, ("clip", "clip_vision_model"))
+  model_config = clip_config(config)
+  if config["model_type"] == "clip":
     names = (_IMAGE_HALF, _PROJECTION)
     weights = {k: v for k, v in weights.items() if k.startswith(names)}
   else:
-    image = dict(config)
     if not any(name.startswith(_IMAGE_HALF) for name in weights):
       # transformers 5 writes the bare CLIPVisionModel so.
       weights = {_IMAGE_HALF + k: v for k, v in weights.items()}
-  image = _CLIP_DEFAULTS | image
-  _check_fixed(image, _CLIP_FIXED)
-  width, patch = (_integer(image, key) for key in ("hidden_size", "patch_size"))
-  projected = whole or _PROJECTION in weights
-  model_config = {
-    "image_size": _integer(image, "image_size"),
-    "patch_size": patch,
-    "hidden_size": width,
-    "depth": _integer(image, "num_hidden_layers"),
-    "num_heads": _integer(image, "num_attention_heads"),
-    "mlp_size": _integer(image, "intermediate_size"),
-    "activation": image["hidden_act"],
+    if _PROJECTION not in weights:
+      model_config["projection_dim"] = 0
+  width = model_config["hidden_size"]
+  positions = (model_config["image_size"] // model_config["patch_size"]) ** 2
+  return convert(
+    f"the image encoder of CLIP of {CONFIG_FILE}",
+    "vit",
+    model_config,
+    CLIP_NAMES.entries,
+    weights,
+    special={
+      "class_token": ((width,), np.ravel),
+      "position_embedding": ((1 + positions, width), lambda rows: rows),
+    },
+  )
+
+
+def clip_config(config: Config) -> dict[str, Any]:
+  """model_config of a CLIP's config.json; WeightsError for another one."""
+  if config["model_type"] == "clip":
+    default = _CLIP_DEFAULTS["projection_dim"]
+    # Early files hold the second as well; transformers lets it prevail.
+    config = {
+      **_part(config, "vision_config"),
+      **_part(config, "vision_config_dict"),
+      "projection_dim": config.get("projection_dim", default),
+    }
+  config = _CLIP_DEFAULTS | dict(config)
+  check_fixed(config, _CLIP_FIXED)
+  return {
+    "image_size": _number(config, "image_size"),
+    "mlp_size": _number(config, "intermediate_size"),
+    "activation": config["hidden_act"],
     "pre_norm": True,
     "layer_scale": False,
     "patch_bias": False,
-    "projection_dim": _integer(image, "projection_dim") if projected else 0,
-    "epsilon": _positive(image, "layer_norm_eps"),
+    "projection_dim": _number(config, "projection_dim"),
     "image_mean": OPENAI_MEAN,
     "image_std": OPENAI_STD,
+    **_sizes(config),
   }
-  side = model_config["image_size"] // patch
-  return _convert(
-    "CLIP's image encoder",
-    weights,
-    model_config,
-    CLIP_NAMES,
-    special={
-      "class_token": (width,),
-      "position_embedding": (1 + side**2, width),
-    },
-  )
+
+
+def _sizes(config: Config) -> dict[str, Any]:
+  """Arguments whose keys are the same in both."""
+  return {
+    "patch_size": _number(config, "patch_size"),
+    "hidden_size": _number(config, "hidden_size"),
+    "depth": _number(config, "num_hidden_layers"),
+    "num_heads": _number(config, "num_attention_heads"),
+    "epsilon": _number(config, "layer_norm_eps", float),
+  }
 
 
 def resize_positions(positions: np.ndarray, side: int) -> np.ndarray:
@@ -253,9 +247,9 @@ def resize_positions(positions: np.ndarray, side: int) -> np.ndarray:
 
   Cubic convolution with a = -0.75 at (i + 1/2) n / side - 1/2 along either
   axis, repeating the border and without a low-pass filter, computed in
-  float64: torch's bicubic interpolation, of which transformers makes use. The
-  first row, of the class token, stays as it is. (The publishers' own code
-  takes positions of a scale n / (side + 0.1).)
+  float64: torch's bicubic interpolation, which transformers uses. The first
+  row, of the class token, stays as it is. (The publishers' own code has the
+  scale n / (side + 0.1).)
   """
   length = math.isqrt(len(positions) - 1)
   if side == length:
@@ -281,111 +275,35 @@ def _cubic_matrix(length: int, size: int) -> np.ndarray:
   return matrix
 
 
-def published_shapes(
-  names: Names,
-  shapes: Mapping[str, tuple[int, ...]],
-  special: Mapping[str, tuple[int, ...]],
-) -> dict[str, tuple[int, ...]]:
-  """Names and shapes in transformers' state dict of those here.
-
-  Args:
-    names: of the family.
-    shapes: here, by names joined with '/'; those of blocks are stacked.
-    special: shapes there of what is no module's, by its name here.
-  """
-  published = {}
-  for path, shape in shapes.items():
-    stacked = path.startswith("blocks/")
-    theirs = torch_shape(shape[1:] if stacked else shape)
-    for name in names.of(path, shape[0]):
-      published[name] = special.get(path, theirs)
-  return published
-
-
-def _convert(
-  what: str,
-  weights: Weights,
-  model_config: dict[str, Any],
-  names: Names,
-  *,
-  special: Mapping[str, tuple[int, ...]],
-  positions: Callable[[np.ndarray], np.ndarray] = lambda x: x,
-) -> Converted:
-  """Checks the weights against model_config, then renames and stacks them."""
-  try:
-    shapes = release.parameter_shapes("vit", model_config)
-  except ValueError as error:
-    raise WeightsError(f"{CONFIG_FILE}: {error}") from error
-  try:
-    release.require_parameters(
-      f"these are not the weights of the {what} of {CONFIG_FILE}",
-      {k: v for k, v in weights.items() if k not in _UNUSED},
-      published_shapes(names, shapes, special),
-    )
-  except ValueError as error:
-    raise WeightsError(str(error)) from error
-  params = {}
-  for path, shape in shapes.items():
-    theirs = names.of(path, shape[0])
-    if path in special:  # not a matrix: nothing to transpose
-      (name,) = theirs
-      flat = jax_layout(name, weights[name].reshape(-1))
-      rows = flat.reshape(-1, shape[-1])
-      rows = positions(rows) if path == "position_embedding" else rows
-      params[path] = rows.reshape(shape)
-    else:
-      leaves = [jax_layout(name, weights[name]) for name in theirs]
-      params[path] = (
-        np.stack(leaves) if len(shape) > leaves[0].ndim else leaves[0]
-      )
-  return Converted(model_config, traverse_util.unflatten_dict(params, sep="/"))
-
-
-def _required(config: Config | None) -> Config:
+def _required(
+  config: Config | None, model_types: tuple[str, ...]
+) -> dict[str, Any]:
+  """The config.json; WeightsError if there is none or one of another model."""
   if config is None:
     raise WeightsError(
       f"there is no {CONFIG_FILE} beside the weights, which do not say their"
       " number of heads; take it from the same repository"
     )
-  return config
-
-
-def _check_model_type(config: Config, valid: tuple[str, ...]) -> None:
   model_type = config.get("model_type")
-  if model_type not in valid:
-    registers = (
-      "; those with registers are not here"
-      if str(model_type).endswith("_with_registers")
-      else ""
-    )
+  if model_type not in model_types:
     raise WeightsError(
       f"{CONFIG_FILE} has model_type={model_type!r}, but only"
-      f" {' or '.join(map(repr, valid))} can be converted{registers}"
+      f" {' or '.join(map(repr, model_types))} can be converted: nothing with"
+      " registers, for instance"
     )
+  return dict(config)
 
 
-def _check_fixed(config: Config, fixed: Mapping[str, Any]) -> None:
-  for key, value in fixed.items():
-    if config.get(key, value) != value:
-      raise WeightsError(
-        f"{CONFIG_FILE} has {key}={config[key]!r}, but only {value!r} can be"
-        " converted"
-      )
-
-
-def _integer(config: Config, key: str) -> int:
-  value = _positive(config, key)
-  if not isinstance(value, int):
-    raise WeightsError(f"{CONFIG_FILE} has {key}={value!r}, want an integer")
-  return value
-
-
-def _positive(config: Config, key: str) -> int | float:
+def _number(
+  config: Config, key: str, kind: type[int] | type[float] = int
+) -> Any:
   value = config.get(key)
-  if isinstance(value, (int, float)) and value > 0 and value is not True:
+  if isinstance(value, (int, kind)) and value is not True and value > 0:
     return value
   found = f"{key}={value!r}" if key in config else f"no {key}"
-  raise WeightsError(f"{CONFIG_FILE} has {found}, want a positive number")
+  raise WeightsError(
+    f"{CONFIG_FILE} has {found}, want a positive {kind.__name__}"
+  )
 
 
 def _part(config: Config, key: str) -> Config:

@@ -1,7 +1,6 @@
 """Converts published weights: see drift_jax.tools.convert_weights."""
 
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 from drift_jax.system.console import logger
@@ -14,20 +13,13 @@ from drift_jax.tools.conversions import (
   vae,
   vit,
 )
-from drift_jax.tools.conversions.layouts import (
-  CONFIG_FILE,
-  Config,
-  Converted,
-  Weights,
-  WeightsError,
-)
+from drift_jax.tools.conversions.layouts import CONFIG_FILE, WeightsError
 from drift_jax.training import artifacts
 
 # Of the file's checksum, in the names of published files.
 _NAMED_DIGITS = 8
-# {model: (weights by name, config.json or None if there is none) -> Converted},
-# which raise WeightsError.
-_CONVERT: dict[str, Callable[[Weights, Config | None], Converted]] = {
+# {model: (weights by name, config.json or None if there is none) -> Converted}.
+_CONVERT = {
   "vae": vae.convert_vae,
   "inception": inception.convert_inception,
   "convnext": convnext.convert_convnext,
@@ -41,9 +33,9 @@ _CONVERT: dict[str, Callable[[Weights, Config | None], Converted]] = {
 def convert(name: str, source: str, out: str) -> artifacts.Artifact:
   """Converts a model's published weights and writes them as an artifact.
 
-  The metadata says where they came from. Of a model with one published file
-  it also says, as `published`, whether this was that file by its SHA-256; of a
-  model whose kind has another name it says, as `family`, the model's.
+  The metadata says where they came from. If the model has one published file,
+  `published` says whether this was it, by its SHA-256. If the kind has another
+  name than the model, `family` is the model's.
 
   Args:
     name: of published.MODELS.
@@ -59,6 +51,7 @@ def convert(name: str, source: str, out: str) -> artifacts.Artifact:
       of the model (the first differences are listed).
     OSError: `out` can't be written.
   """
+  # 1. Read
   model = published.MODELS[name]
   located = weight_files.locate(source, model.files, model.sha256)
   digest = weight_files.sha256_of(located.weights)
@@ -68,12 +61,14 @@ def convert(name: str, source: str, out: str) -> artifacts.Artifact:
   config = None
   if model.has_config and located.config is not None:
     config = weight_files.read_config(located.config)
+  # 2. Convert
   try:
     converted = _CONVERT[name](weights, config)
   except WeightsError as error:
     raise WeightsError(f"{source}: {error}") from error
   if model.has_config and config is None:
     logger.warning("%s: no %s, took its defaults.", source, CONFIG_FILE)
+  # 3. Write, with where they came from
   provenance: dict[str, Any] = {
     "location": source,
     "file": located.weights.name,
