@@ -81,25 +81,26 @@ class NetworkEvaluator:
     self._figures = tuple(figures)
     self._count = count
     self._seed = seed
+    self._reference = reference
     needs = [f for f in figures if f != "inception_score"]
     if needs and reference is None:
       raise ValueError(f"{name}: {needs} need statistics of real images")
-    self._reference = reference
     single = [f for f in figures if f in FROM_FEATURES]
-    real = None if reference is None else reference.features
-    if single and real is None:
-      raise ValueError(
-        f"{name}: {single} compare with features of single real images, which"
-        " the reference statistics do not hold: make them by python -m"
-        " drift_jax.tools.reference_stats with --num_features=10000"
-      )
-    for figure in figures:
-      least, least_real = LEAST.get(figure, (2, 0))
-      reals = 0 if real is None else len(real)
-      if count < least or reals < least_real:
+    self._real = np.empty((0, 0))
+    if single and reference is not None:
+      if reference.features is None:
         raise ValueError(
-          f"{name}: {figure!r} needs at least {least} samples and {least_real}"
-          f" single real images, got {count} and {reals}"
+          f"{name}: {single} compare with features of single real images, which"
+          " the reference statistics do not hold: make them by python -m"
+          " drift_jax.tools.reference_stats with --num_features=10000"
+        )
+      self._real = reference.features
+    for figure in figures:
+      least, reals = LEAST.get(figure, (2, 0))
+      if count < least or len(self._real) < reals:
+        raise ValueError(
+          f"{name}: {figure!r} needs at least {least} samples and {reals}"
+          f" single real images, got {count} and {len(self._real)}"
         )
     self._keeps = bool(single)
     self.reset()
@@ -121,12 +122,9 @@ class NetworkEvaluator:
     if self._keeps:
       self._features.append(features)
     if "inception_score" in self._figures:
-      self._scores(logits[0].shape[1]).update(logits[0], batch.index)
-
-  def _scores(self, classes: int) -> InceptionScore:
-    if self._score is None:
-      self._score = InceptionScore(self._count, classes, SPLITS)
-    return self._score
+      if self._score is None:
+        self._score = InceptionScore(self._count, logits[0].shape[1], SPLITS)
+      self._score.update(logits[0], batch.index)
 
   def result(self) -> dict[str, float]:
     """The figures asked for.
@@ -141,29 +139,27 @@ class NetworkEvaluator:
         f"{self.name}: {len(index)} samples came, {len(np.unique(index))} of"
         f" them different; expected are 0 to {self._count - 1}, each once"
       )
-    fake = np.empty((0, 0), np.float32)
     if self._keeps:
       gathered = processes.gather(np.concatenate(self._features))
-      fake = np.concatenate(gathered)[np.argsort(index)]
+      self._features = [np.concatenate(gathered)[np.argsort(index)]]
     results: dict[str, float] = {}
     for figure in self._figures:
-      results |= self._figure(figure, fake)
+      results |= self._figure(figure)
     return results
 
   def baseline(self) -> dict[str, float]:
     """None: reference files stand for more images than a run should read."""
     return {}
 
-  def _figure(self, figure: str, fake: np.ndarray) -> dict[str, float]:
+  def _figure(self, figure: str) -> dict[str, float]:
     if figure == "inception_score":
       assert self._score is not None
       mean, spread = self._score.result()
       return {figure: mean, "inception_score_std": spread}
-    assert self._reference is not None
     if figure not in FROM_FEATURES:
+      assert self._reference is not None
       return {figure: frechet_distance(self._stats.result(), self._reference)}
-    real = self._reference.features
-    assert real is not None
+    real, (fake,) = self._real, self._features
     if figure == "precision_recall":
       precision, recall = precision_recall(real, fake, NEIGHBOURS)
       return {"precision": precision, "recall": recall}
@@ -172,11 +168,8 @@ class NetworkEvaluator:
       return {"density_inception": density, figure: coverage}
     if min(len(real), len(fake)) < KID_SUBSET_SIZE:
       return {figure: kernel_distance(real, fake)}
+    size = KID_SUBSET_SIZE
     mean, spread = kernel_distance_subsets(
-      real,
-      fake,
-      subsets=KID_SUBSETS,
-      subset_size=KID_SUBSET_SIZE,
-      seed=self._seed,
+      real, fake, subsets=KID_SUBSETS, subset_size=size, seed=self._seed
     )
     return {figure: mean, "kid_std": spread}

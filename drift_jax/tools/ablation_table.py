@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from drift_jax.metrics.files import PathLike, replacing
-from drift_jax.metrics.plots import PlottedRow, plot_alphas, plot_rows
+from drift_jax.metrics.plots import plot_alphas
+from drift_jax.metrics.row_plots import PlottedRow, plot_rows
 
 # {figure: {alpha: value}} of one run.
 Figures = Mapping[str, Mapping[float, float]]

@@ -5,7 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 from sklearn import datasets
+from sklearn.neighbors import NearestNeighbors
 
+from drift_jax.metrics import distances
 from drift_jax.metrics.batches import Batch
 from drift_jax.metrics.images import to_rgb
 
@@ -68,3 +70,20 @@ def batch_of(images, labels, start=0, padding=0):
 def feed(evaluator, images, labels, start=0):
   """Hands an evaluator one batch."""
   evaluator.update(batch_of(images, labels, start))
+
+
+def points(seed: int, count: int, dimensions: int = 5) -> np.ndarray:
+  return np.random.default_rng(seed).normal(size=(count, dimensions))
+
+
+def radii_of(points: np.ndarray, k: int) -> np.ndarray:
+  """Distances [N] to the k-th other point, by scikit-learn's tree search."""
+  search = NearestNeighbors(algorithm="kd_tree").fit(points)
+  # With no query, a point is not its own neighbour, but its copies are.
+  return search.kneighbors(n_neighbors=k)[0][:, -1]
+
+
+@pytest.fixture
+def block(request, monkeypatch) -> None:
+  """Sets the numbers in a block of distances."""
+  monkeypatch.setattr(distances, "BLOCK_ENTRIES", request.param)

@@ -7,48 +7,36 @@ from drift_jax.metrics.coverage import (
   duplicates,
   nearest_distances,
 )
-from tests.metrics.conftest import GRID
-
-
-def points(seed: int, count: int, dimensions: int = 5) -> np.ndarray:
-  return np.random.default_rng(seed).normal(size=(count, dimensions))
+from tests.metrics.conftest import GRID, points, radii_of
 
 
 def oracle(real, fake, k):
-  """Density and coverage from scikit-learn's tree search."""
-  search = NearestNeighbors(algorithm="kd_tree").fit(real)
-  # With no query, a point is not its own neighbour.
-  radii = search.kneighbors(n_neighbors=k)[0][:, -1]
-  inside = np.linalg.norm(real[:, None] - fake[None], axis=-1) < radii[:, None]
+  radii = radii_of(real, k)[:, None]
+  inside = np.linalg.norm(real[:, None] - fake[None], axis=-1) < radii
   return inside.sum() / (k * len(fake)), inside.any(axis=1).mean()
 
 
-@pytest.mark.parametrize("k", [1, 3, 5, 39])
+@pytest.mark.parametrize("k", [1, 3, 39])
 @pytest.mark.parametrize("shift", [0.0, 1.0, 1e4])
 def test_density_coverage_oracle(k, shift):
   real, fake = points(0, 40) + shift, 0.8 * points(1, 55) + shift
   assert density_coverage(real, fake, k) == oracle(real, fake, k)
 
 
-@pytest.mark.parametrize("block", [1, 7, 100, 2**22])
+@pytest.mark.parametrize("block", [1, 7, 100], indirect=True)
 def test_blocks_do_not_change_the_result(block):
   real, fake = points(2, 31), points(3, 23)
-  expected = oracle(real, fake, 3)
+  assert density_coverage(real, fake, 3) == oracle(real, fake, 3)
   nearest = np.linalg.norm(fake[:, None] - real[None], axis=-1)
-  assert density_coverage(real, fake, 3, block_entries=block) == expected
-  distance, index = nearest_distances(fake, real, block_entries=block)
+  distance, index = nearest_distances(fake, real)
   np.testing.assert_allclose(distance, nearest.min(axis=1), rtol=1e-15)
   assert np.array_equal(index, nearest.argmin(axis=1))
 
 
-@pytest.mark.parametrize("k", [1, 4])
-def test_reals_themselves_score_one(k):
+def test_ties_lie_outside_the_open_balls(digits):
   real = points(6, 60)
   order = np.random.default_rng(6).permutation(60)
-  assert density_coverage(real, real[order], k) == (1.0, 1.0)
-
-
-def test_ties_lie_outside_the_open_balls(digits):
+  assert density_coverage(real, real[order], 4) == (1.0, 1.0)
   real = digits.test_images.reshape(540, 64).astype(np.float64)
   # Distances of digits are roots of integers: exact, and full of ties.
   density, covered = density_coverage(real, real, 4)
@@ -76,9 +64,9 @@ def test_nearest_distances_oracle(digits):
   train = digits.train_images.reshape(-1, 64)
   test = digits.test_images.reshape(-1, 64)
   distance, index = nearest_distances(test, train)
-  expected = NearestNeighbors(n_neighbors=1, algorithm="kd_tree").fit(train)
-  expected_distance = expected.kneighbors(test)[0][:, 0]
-  np.testing.assert_allclose(distance, expected_distance, rtol=1e-14)
+  search = NearestNeighbors(n_neighbors=1, algorithm="kd_tree").fit(train)
+  expected = search.kneighbors(test)[0][:, 0]
+  np.testing.assert_allclose(distance, expected, rtol=1e-14)
   direct = np.linalg.norm(test.astype(np.float64) - train[index], axis=1)
   np.testing.assert_allclose(distance, direct, rtol=1e-14)
 
@@ -108,52 +96,29 @@ def test_duplicates_counts_planted_copies(digits):
   fake = np.concatenate([train[:3], train[3:5] + jitter, nudged, noise])
   counts = duplicates(fake, train, heldout, grid=GRID)
   distance, _ = nearest_distances(heldout, train)
+  threshold = float(np.quantile(distance, 0.01))
   assert counts == {
-    "exact": 5,
-    "near": 9,
-    "count": 14,
-    "heldout_exact": 0,
-    "heldout_near": 6,
-    "heldout_count": 540,
-    "threshold": float(np.quantile(distance, 0.01)),
+    "exact_duplicates": 5,
+    "near_duplicates": 9,
+    "near_duplicate_rate": 9 / 14,
+    "near_threshold": threshold,
   }
-  swapped = duplicates(heldout, train, train[:7], grid=GRID)
-  assert (swapped["exact"], swapped["heldout_exact"]) == (0, 7)
+  assert duplicates(heldout, train, heldout, grid=GRID) == {
+    "exact_duplicates": 0,
+    "near_duplicates": 6,
+    "near_duplicate_rate": 6 / 540,
+    "near_threshold": threshold,
+  }
 
 
 def test_threshold_is_strict():
   train = np.zeros((1, 1))
   counts = duplicates([[0.5], [0.51]], train, [[0.5]], grid=[0.0, 1.0])
-  assert counts["threshold"] == 0.5
-  assert (counts["near"], counts["heldout_near"]) == (0, 0)
-  assert counts["exact"] == 1
+  assert counts["near_threshold"] == 0.5
+  assert (counts["near_duplicates"], counts["exact_duplicates"]) == (0, 1)
 
 
-@pytest.mark.parametrize("k", [0, -1, 40, 41])
-def test_bad_k(k):
-  with pytest.raises(ValueError, match=f"k = {k} .*40 real.*1 to 39"):
-    density_coverage(points(0, 40), points(1, 50), k)
-
-
-def test_bad_points():
-  good, other, empty = points(0, 9), points(0, 9, 4), np.zeros((0, 5))
-  broken = good.copy()
-  broken[4, 2] = np.nan
-  for call in (
-    lambda x: density_coverage(x, good, 3),
-    lambda x: density_coverage(good, x, 3),
-    lambda x: nearest_distances(x, good),
-    lambda x: nearest_distances(good, x),
-    lambda x: duplicates(x, good, good, grid=GRID),
-    lambda x: duplicates(good, x, good, grid=GRID),
-    lambda x: duplicates(good, good, x, grid=GRID),
-  ):
-    with pytest.raises(ValueError, match=r"differ in dimension.*\(9, "):
-      call(other)
-    with pytest.raises(ValueError, match="non-empty"):
-      call(empty)
-    with pytest.raises(ValueError, match="the first is row 4"):
-      call(broken)
-  for grid in ([], [0.0], [0.0, 0.0], [1.0, 0.0], [[0.0, 1.0]]):
-    with pytest.raises(ValueError, match="ascending"):
-      duplicates(good, good, good, grid=grid)
+@pytest.mark.parametrize("grid", [[0.0], [0.0, 0.0], [1.0, 0.0], [[0.0, 1.0]]])
+def test_bad_grid(grid):
+  with pytest.raises(ValueError, match="ascending"):
+    duplicates(points(0, 9), points(0, 9), points(0, 9), grid=grid)

@@ -14,8 +14,9 @@ from PIL import Image
 from drift_jax.metrics.evaluators import Evaluator
 from drift_jax.metrics.generation import evaluate
 from drift_jax.metrics.images import to_uint8
-from drift_jax.metrics.sample_files import SampleWriter, open_images
+from drift_jax.metrics.sample_files import open_images
 from drift_jax.metrics.sample_folder import SampleFolder
+from drift_jax.metrics.sample_writer import SampleWriter
 from drift_jax.system import processes
 from tests import process
 from tests.data.pictures import cut, write
@@ -454,7 +455,7 @@ import numpy as np
 from absl import flags
 from drift_jax.metrics.batches import Batch
 from drift_jax.metrics.images import to_rgb
-from drift_jax.metrics.sample_files import SampleWriter
+from drift_jax.metrics.sample_writer import SampleWriter
 flags.FLAGS.mark_as_parsed()
 writer = SampleWriter([sys.argv[1]], np.zeros(9, int))
 writer.reset()
