@@ -8,14 +8,11 @@ from drift_jax.system import lazy
 _NAMES = {
   "frechet": ("FeatureStats", "FeatureStream", "frechet_distance"),
   "reference": ("load_reference", "save_reference"),
-  "inception_score": ("InceptionScore", "inception_score"),
-  "precision_recall": ("precision_recall",),
-  "coverage": ("density_coverage",),
+  "inception": ("InceptionScore", "inception_score"),
+  "coverage": ("density_coverage", "precision_recall"),
   "kid": ("kernel_distance",),
   "neighbours": ("nearest_neighbours",),
   "errors": ("EvaluationError",),
 }
-__getattr__ = lazy.names(
-  __name__,
-  {name: f"{__name__}.{home}" for home in _NAMES for name in _NAMES[home]},
-)
+HOMES = {name: f"{__name__}.{home}" for home in _NAMES for name in _NAMES[home]}
+__getattr__ = lazy.names(__name__, HOMES)

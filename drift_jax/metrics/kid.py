@@ -78,12 +78,7 @@ def kernel_distance(real: ArrayLike, fake: ArrayLike) -> float:
 
 
 def kernel_distance_subsets(
-  real: ArrayLike,
-  fake: ArrayLike,
-  *,
-  subsets: int,
-  subset_size: int,
-  seed: int,
+  real: ArrayLike, fake: ArrayLike, *, subsets: int, subset_size: int, seed: int
 ) -> tuple[float, float]:
   """Mean and spread of the unbiased estimate over random subsets.
 

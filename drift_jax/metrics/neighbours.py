@@ -145,11 +145,7 @@ def distance_summary(
 
 
 def plot_nearest_distances(
-  generated: ArrayLike,
-  heldout: ArrayLike,
-  path: files.PathLike,
-  *,
-  space: str,
+  generated: ArrayLike, heldout: ArrayLike, path: files.PathLike, *, space: str
 ) -> None:
   """Histogram and cumulative distribution of nearest distances as a PNG file.
 

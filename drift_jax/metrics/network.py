@@ -10,11 +10,10 @@ import jax
 import numpy as np
 
 from drift_jax.metrics.batches import Batch, OneLate
-from drift_jax.metrics.coverage import density_coverage
+from drift_jax.metrics.coverage import density_coverage, precision_recall
 from drift_jax.metrics.frechet import FeatureStream, frechet_distance
-from drift_jax.metrics.inception_score import InceptionScore
+from drift_jax.metrics.inception import InceptionScore
 from drift_jax.metrics.kid import kernel_distance, kernel_distance_subsets
-from drift_jax.metrics.precision_recall import precision_recall
 from drift_jax.metrics.reference import ReferenceStats
 from drift_jax.system import processes
 

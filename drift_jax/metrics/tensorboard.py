@@ -73,10 +73,7 @@ class SummaryWriter:
       self._write(step=step, summary=image)
 
   def _refuse(self, *values: Any, **options: Any) -> None:
-    raise ValueError(
-      "drift_jax writes scalars and images to TensorBoard, nothing else; got"
-      f" {values}"
-    )
+    raise ValueError("only scalars and images are written to TensorBoard")
 
   write_texts = write_histograms = write_hparams = _refuse
   write_summaries = write_videos = write_audios = _refuse

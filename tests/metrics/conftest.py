@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from sklearn import datasets
 from sklearn.neighbors import NearestNeighbors
 
@@ -87,3 +88,17 @@ def radii_of(points: np.ndarray, k: int) -> np.ndarray:
 def block(request, monkeypatch) -> None:
   """Sets the numbers in a block of distances."""
   monkeypatch.setattr(distances, "BLOCK_ENTRIES", request.param)
+
+
+@pytest.fixture
+def figures(monkeypatch):
+  """Figures that were saved, in order."""
+  saved = []
+  save = Figure.savefig
+
+  def keep(figure, *args, **kwargs):
+    saved.append(figure)
+    save(figure, *args, **kwargs)
+
+  monkeypatch.setattr(Figure, "savefig", keep)
+  return saved

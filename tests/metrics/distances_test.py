@@ -5,10 +5,13 @@ import pytest
 from scipy.spatial import distance
 
 from drift_jax.metrics import distances
-from drift_jax.metrics.coverage import density_coverage, duplicates
+from drift_jax.metrics.coverage import (
+  density_coverage,
+  duplicates,
+  precision_recall,
+)
 from drift_jax.metrics.kid import kernel_distance, kernel_distance_subsets
 from drift_jax.metrics.neighbours import nearest_neighbours
-from drift_jax.metrics.precision_recall import precision_recall
 from tests.metrics.conftest import GRID, points, radii_of
 
 BLOCKS = pytest.mark.parametrize("block", [1, 50, 700, 2**22], indirect=True)

@@ -116,79 +116,38 @@ def test_class_subset():
   assert np.array_equal(chosen, class_subset(labels, wanted, seed=0))
   draws = {tuple(class_subset(labels, wanted, seed=i)) for i in range(20)}
   assert len(draws) > 3
-  with pytest.raises(ValueError, match="class 5 has 2.*fewer than.* 3 "):
-    class_subset(labels, np.array([5, 5, 5]), seed=0)
-  with pytest.raises(ValueError, match="class 7 has 0"):
-    class_subset(labels, np.array([7]), seed=0)
-  with pytest.raises(ValueError, match="for 0 labels"):
-    class_subset(labels, wanted[:0], seed=0)
-  with pytest.raises(ValueError, match="from 0"):
-    class_subset(labels[:0], wanted, seed=0)
+  for label, count in ((5, 2), (7, 0)):
+    with pytest.raises(
+      ValueError, match=f"{label} has {count}.*fewer than.* 3"
+    ):
+      class_subset(labels, np.array([label] * 3), seed=0)
 
 
-@pytest.mark.parametrize("name", ["fid", "FID", "fd_fid", "fid_encoder", "x"])
+@pytest.mark.parametrize("name", ["fid", "FID", "fd_fid", "x"])
 def test_reserved_names(digits, name):
   with pytest.raises(ValueError, match=f"'{name}'.*'fd_'.*Inception"):
     build(digits, name=name)
 
 
-def test_baselines_are_joined_and_must_not_collide(digits):
+def test_baselines_are_joined(digits):
   one, two = build(digits), build(digits, pixels, name="fd_pixel")
   assert baselines([one, two]) == one.baseline() | two.baseline()
-  with pytest.raises(ValueError, match="both report 'fd_test'"):
-    baselines([one, build(digits)])
   with pytest.raises(EvaluationError, match="evaluator 'a' finds kid = nan"):
     merge_figures([("a", {"fid": 1.0, "kid": float("nan")})])
 
 
-def test_wrong_counts(digits):
+def test_bad_images(digits):
+  images, labels = digits.train_images[:4].copy(), digits.train_labels[:4]
   evaluator = build(digits)
-  with pytest.raises(ValueError, match="fd_test: no samples"):
+  with pytest.raises(ValueError, match="no features"):
     evaluator.result()
-  chosen = class_indices(digits.train_labels, 20)
-  images, labels = digits.train_images[chosen], digits.train_labels[chosen]
-  feed(evaluator, images[:-1], labels[:-1])
-  with pytest.raises(ValueError, match="19 .*class 9.* for 20"):
-    evaluator.result()
-  evaluator.reset()
-  feed(evaluator, images[20:], labels[20:])
-  with pytest.raises(ValueError, match="0 generated images of class 0"):
-    evaluator.result()
-  feed(evaluator, images[:20], labels[:20])
-  feed(evaluator, images[:1], np.array([11], np.int32))
-  with pytest.raises(ValueError, match="1 generated images of class 11.* 0"):
-    evaluator.result()
-  with pytest.raises(ValueError, match="class 0 has .*fewer than.* 200 "):
-    build(digits, labels=labels_of(200))
-  with pytest.raises(ValueError, match="batch_size"):
-    build(digits, batch_size=0)
-
-
-def test_bad_images_and_features(digits):
-  images, labels = digits.train_images[:4], digits.train_labels[:4]
-  evaluator = build(digits)
-  train, test = digits.reals
-  empty = ImageSet(test.images[:0], test.labels[:0])
-  for reals in ((train, empty), (empty, test)):
-    with pytest.raises(ValueError, match="fd_test: there are no"):
-      FrechetEvaluator(
-        "fd_test",
-        features,
-        *reals,
-        labels=labels_of(1),
-        batch_size=4,
-        seed=0,
-      )
-  broken = images.copy()
-  broken[2, 0, 0, 0] = np.nan
-  feed(evaluator, broken, labels)
+  images[2, 0, 0, 0] = np.nan
+  feed(evaluator, images, labels)
   with pytest.raises(ValueError, match="features: 1 of 4.*row 2"):
     evaluator.result()
-  with pytest.raises(ValueError, match=r"feature_fn must return \[B, D\]"):
-    feed(build(digits, lambda x: x), images, labels)
-  narrow = build(digits, lambda x: pixels(x)[:, :6])
-  feed(narrow, images, labels)
-  narrow._feature_fn = pixels
-  feed(narrow, images, labels)
-  with pytest.raises(ValueError, match="of 64 dimensions after ones of 6"):
-    narrow.result()
+  train, test = digits.reals
+  empty = ImageSet(test.images[:0], test.labels[:0])
+  settings = {"labels": labels, "batch_size": 4, "seed": 0}
+  for reals in ((train, empty), (empty, test)):
+    with pytest.raises(ValueError, match="fd_test: there are no"):
+      FrechetEvaluator("fd_test", features, *reals, **settings)

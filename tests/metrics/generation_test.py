@@ -32,9 +32,8 @@ def encode(labels, alpha, index):
 class Recorder:
   """An evaluator that reports how many images it saw, and keeps them."""
 
-  def __init__(self, name: str, figure: str = ""):
+  def __init__(self, name: str):
     self.name = name
-    self.figure = figure or name
     self.resets = 0
     self.all: list[np.ndarray] = []
     self.reset()
@@ -50,10 +49,10 @@ class Recorder:
     self.all.append(batch.images)
 
   def result(self):
-    return {self.figure: float(sum(map(len, self.images)))}
+    return {self.name: float(sum(map(len, self.images)))}
 
   def baseline(self):
-    return {self.figure: 0.0}
+    return {self.name: 0.0}
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 12, 13, 50])
@@ -99,12 +98,9 @@ def test_balanced_labels():
   labels = balanced_labels(12, 4)
   assert labels.dtype == np.int32
   assert labels.tolist() == [0, 1, 2, 3] * 3
-  for count, valid in ((10, "8 and 12$"), (3, "are 4$")):
+  for count, valid in ((10, "8 and 12$"), (3, "are 4$"), (0, "are 4$")):
     with pytest.raises(ValueError, match=f"num_samples={count}.*{valid}"):
       balanced_labels(count, 4)
-  for count, classes in ((0, 4), (4, 0), (-4, 4)):
-    with pytest.raises(ValueError, match="at least one"):
-      balanced_labels(count, classes)
 
 
 def test_labels_from_a_file(tmp_path):
@@ -122,31 +118,18 @@ def test_labels_from_a_file(tmp_path):
   (tmp_path / "one.txt").write_text("2")
   labels = read_labels(tmp_path / "one.txt", num_classes=4, count=1)
   assert labels.tolist() == [2]
+  whole = (tmp_path / "a.npy").read_bytes()
   (tmp_path / "words.txt").write_text("cat\n")
+  (tmp_path / "empty.txt").touch()
   np.save(tmp_path / "floats.npy", wanted / 2)
   np.save(tmp_path / "square.npy", wanted.reshape(2, 2))
   np.save(tmp_path / "object.npy", np.asarray([{}]), allow_pickle=True)
-  (tmp_path / "empty.npy").touch()
-  (tmp_path / "empty.txt").touch()
-  (tmp_path / "text.npy").write_text("1\n2\n")
-  np.savez(tmp_path / "archive.npz", wanted)
-  (tmp_path / "archive.npz").rename(tmp_path / "archive.npy")
-  whole = (tmp_path / "a.npy").read_bytes()
+  np.save(tmp_path / "bools.npy", wanted > 0)
   (tmp_path / "cut.npy").write_bytes(whole[:-3])
   (tmp_path / "header.npy").write_bytes(whole.replace(b"{'de", b"((((", 1))
-  np.save(tmp_path / "bools.npy", wanted > 0)
   for name in (
-    "words.txt",
-    "floats.npy",
-    "square.npy",
-    "object.npy",
-    "bools.npy",
-    "empty.txt",
-    "empty.npy",
-    "text.npy",
-    "archive.npy",
-    "cut.npy",
-    "header.npy",
+    *("words.txt", "empty.txt", "floats.npy", "square.npy", "object.npy"),
+    *("bools.npy", "cut.npy", "header.npy"),
   ):
     with pytest.raises(ValueError, match=name):
       read_labels(tmp_path / name, num_classes=4, count=None)
@@ -193,25 +176,10 @@ def test_non_finite_image_names_alpha_and_index(value):
 
 def test_bad_arguments():
   labels = balanced_labels(4, 2)
-  two = [Recorder("one", "same"), Recorder("two", "same")]
-  with pytest.raises(ValueError, match="'one' and 'two' both report 'same'"):
-    evaluate(two, encode, labels, [1.0], 4)
-  with pytest.raises(ValueError, match="'one' and 'one' both report 'one'"):
-    evaluate([Recorder("one")] * 2, encode, labels, [1.0], 4)
-  for evaluators, alphas in (([], [1.0]), (two[:1], []), (two, [1.0, 1.0])):
-    with pytest.raises(ValueError, match="distinct alphas"):
-      evaluate(evaluators, encode, labels, alphas, 4)
-  for bad in (labels[:0], labels[None], labels.astype(np.float32)):
-    with pytest.raises(ValueError, match="integer array"):
-      list(generate(encode, bad, 1.0, batch_size=2))
+  with pytest.raises(ValueError, match="alphas repeat"):
+    evaluate([Recorder("one")], encode, labels, [1.0, 1.0], 4)
   with pytest.raises(ValueError, match="batch_size"):
     list(generate(encode, labels, 1.0, batch_size=0))
-  for sample_fn in (
-    lambda *call: encode(*call)[:1],
-    lambda *call: encode(*call)[..., 0],
-  ):
-    with pytest.raises(ValueError, match=r"sample_fn must return \[2, H"):
-      list(generate(sample_fn, labels, 1.0, batch_size=2))
 
 
 def test_evaluation_scalars():

@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 
@@ -108,20 +107,6 @@ def test_closer_is_strict():
   assert summary["threshold"] == 0.5
   assert summary["generated_closer"] == 0.5
   assert summary["heldout_closer"] == 0.0
-
-
-@pytest.fixture
-def figures(monkeypatch):
-  """Figures that were saved, in order."""
-  saved = []
-  save = Figure.savefig
-
-  def keep(figure, *args, **kwargs):
-    saved.append(figure)
-    save(figure, *args, **kwargs)
-
-  monkeypatch.setattr(Figure, "savefig", keep)
-  return saved
 
 
 def test_plot_shows_the_distances(tmp_path, figures):

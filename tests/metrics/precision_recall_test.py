@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from drift_jax.metrics import distances
-from drift_jax.metrics.precision_recall import precision_recall
+from drift_jax.metrics.coverage import precision_recall
 from tests.conftest import assert_close
 from tests.metrics.conftest import points, radii_of
 

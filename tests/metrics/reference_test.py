@@ -109,7 +109,7 @@ def test_public_files_are_believed_with_a_warning(path, caplog):
     ({"crop": "resize"}, "crop found 'adm', expected 'resize'"),
     ({"network_sha256": "0" * 64}, f"found '{DIGEST}', expected '0000"),
     ({"resolution": 64, "crop": "x"}, "resolution found.*crop found"),
-    ({"dimensions": 2048}, "6 dimensions, expected 2048"),
+    ({"dimensions": 2048}, "dimensions found 6, expected 2048"),
   ],
 )
 def test_statistics_of_something_else_are_refused(path, asked, message):
@@ -118,16 +118,11 @@ def test_statistics_of_something_else_are_refused(path, asked, message):
     load_reference(path, **asked)
 
 
-def no_covariance(kind: str) -> np.ndarray:
+def identity(*entries) -> np.ndarray:
+  """[6, 6] but for (row, column, value) each."""
   sigma = np.eye(6)
-  if kind == "variance":
-    sigma[2, 2] = -1.0
-  elif kind == "correlation":
-    sigma[1, 2] = sigma[2, 1] = 1.5
-  elif kind == "mirror":
-    sigma[1, 2] = 1e-3
-  elif kind == "nan":
-    sigma[0, 3] = np.nan
+  for row, column, value in entries:
+    sigma[row, column] = value
   return sigma
 
 
@@ -135,23 +130,21 @@ def no_covariance(kind: str) -> np.ndarray:
   "arrays, message",
   [
     ({"sigma": np.eye(5)}, r"expected mu \[D\].*\(6,\) and \(5, 5\)"),
-    ({"sigma": np.ones(6)}, r"\(6,\) and \(6,\)"),
     ({"mu": np.zeros((1, 6))}, r"\(1, 6\) and \(6, 6\)"),
     ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, r"\(0,\) and"),
     ({"mu": np.full(6, np.inf)}, "6 of 6 numbers in mu are not finite"),
-    ({"sigma": no_covariance("nan")}, "1 of 36 numbers in sigma"),
-    ({"sigma": no_covariance("mirror")}, "up to 0.001, expected at most 1e-05"),
-    ({"sigma": no_covariance("variance")}, "smallest variance is -1"),
-    ({"sigma": no_covariance("correlation")}, "an entry exceeds"),
+    ({"sigma": identity((0, 3, np.nan))}, "1 of 36 numbers in sigma"),
+    ({"sigma": identity((1, 2, 1e-3))}, "up to 0.001, expected at most 1e-05"),
+    ({"sigma": identity((2, 2, -1.0))}, "smallest variance is -1"),
+    ({"sigma": identity((1, 2, 1.5), (2, 1, 1.5))}, "an entry exceeds"),
     ({"mu": np.zeros(6, np.int64)}, "mu must be float32.*found int64"),
-    ({"mu": np.zeros(6, np.float16)}, "mu must be float32.*found float16"),
     ({"sigma": np.array([{}], object)}, "sigma cannot be read.*allow_pickle"),
     ({"ref_mu": np.zeros(6), "ref_sigma": np.eye(6)}, "either mu.*or ref_mu"),
     ({"count": np.float64(7.0)}, "count must be an integer.*float64 7.0"),
     ({"count": np.int64(1)}, "count must be an integer >= 2.*1"),
-    ({"provenance": np.str_("{")}, "provenance is no JSON"),
-    ({"provenance": np.str_("{}")}, r"provenance must be.*found \[\]"),
-    ({"provenance": np.zeros(3)}, "provenance must be.*found None"),
+    ({"provenance": np.str_("{")}, "provenance is no record"),
+    ({"provenance": np.str_("{}")}, "provenance is no record"),
+    ({"provenance": np.zeros(3)}, "provenance is no record"),
   ],
 )
 def test_broken_arrays(path, arrays, message):
@@ -171,25 +164,20 @@ def test_rounding_of_float32_sums_is_no_asymmetry(path):
 
 def test_other_files_are_refused(path):
   np.savez(path, mu=np.zeros(3), arr_0=np.zeros(2))
-  with pytest.raises(ValueError, match=r"it holds \['arr_0', 'mu'\]"):
-    load_reference(path)
-  with open(path, "wb") as file:
-    pickle.dump({"mu": np.zeros(3)}, file)
-  with pytest.raises(ValueError, match="no .npz file"):
-    load_reference(path)
-  with open(path, "wb") as file:
-    np.save(file, np.zeros(3))
-  with pytest.raises(ValueError, match="no .npz file"):
+  with pytest.raises(ValueError, match=r"the file holds \['arr_0', 'mu'\]"):
     load_reference(path)
   whole = public(path).read_bytes()
-  path.write_bytes(whole[: len(whole) // 2])
-  with pytest.raises(ValueError, match="cut short"):
-    load_reference(path)
   flipped = bytearray(whole)
   flipped[200] ^= 1
-  path.write_bytes(bytes(flipped))
-  with pytest.raises(ValueError, match="is damaged: Bad CRC"):
-    load_reference(path)
+  for data, message in (
+    (pickle.dumps({"mu": np.zeros(3)}), "no .npz file"),
+    (whole[: len(whole) // 2], "cut short"),
+    (bytes(flipped), "is damaged: Bad CRC"),
+    (2 * whole, "several files in one"),
+  ):
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=f"stats.npz.*{message}"):
+      load_reference(path)
   with pytest.raises(FileNotFoundError):
     load_reference(path.parent / "none.npz")
 
@@ -199,7 +187,7 @@ def test_what_would_not_load_is_not_saved(path):
   for change, message in (
     ({"provenance": None}, "with their provenance"),
     ({"count": 1}, "count must be an integer >= 2"),
-    ({"sigma": no_covariance("mirror")}, "not symmetric"),
+    ({"sigma": identity((1, 2, 1e-3))}, "not symmetric"),
     ({"mean": np.full(6, np.nan)}, "mu are not finite"),
   ):
     with pytest.raises(ValueError, match=message):
@@ -212,18 +200,19 @@ def test_what_would_not_load_is_not_saved(path):
 
 
 @pytest.mark.parametrize(
-  "field, value, message",
+  "field, value",
   [
-    ("source", "", "source is empty"),
-    ("crop", 3, "crop must be of type str, found 3"),
-    ("resolution", 0, "resolution must be positive, got 0"),
-    ("resolution", 256.0, "resolution must be of type int, found 256.0"),
-    ("network_sha256", "ab", "64 lower-case hexadecimal digits, got 'ab'"),
-    ("network_sha256", "Z" * 64, "64 lower-case"),
+    ("source", ""),
+    ("crop", 3),
+    ("resolution", 0),
+    ("resolution", -1),
+    ("resolution", 256.0),
+    ("network_sha256", "ab"),
+    ("network_sha256", "Z" * 64),
   ],
 )
-def test_bad_provenance(path, field, value, message):
+def test_bad_provenance(path, field, value):
   record = dataclasses.asdict(PROVENANCE) | {field: value}
   public(path, provenance=np.str_(json.dumps(record)))
-  with pytest.raises(ValueError, match=f"stats.npz.*{message}"):
+  with pytest.raises(ValueError, match=rf"stats.npz.*provenance[\s\S]*{field}"):
     load_reference(path)
