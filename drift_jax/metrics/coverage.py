@@ -91,27 +91,6 @@ def _fraction_inside(centres: np.ndarray, points: np.ndarray, k: int) -> float:
   return float(np.mean(around_point > 0))
 
 
-def nearest_distances(
-  query: ArrayLike, reference: ArrayLike
-) -> tuple[np.ndarray, np.ndarray]:
-  """Nearest reference of each query.
-
-  Args:
-    query: [N, D].
-    reference: [M, D].
-
-  Returns:
-    (distance [N] float64, index [N] int64 into reference; the lowest index
-    among equally near ones).
-
-  Raises:
-    ValueError: for empty, non-finite or ill-matched inputs.
-  """
-  query, reference = distances.as_points(query=query, reference=reference)
-  squared, index, _ = distances.nearest(query, [reference], 1)
-  return np.sqrt(squared[:, 0]), index[:, 0]
-
-
 def _grid_codes(values: np.ndarray, grid: np.ndarray) -> list[bytes]:
   """Each row as the indices of the nearest grid values, ends included."""
   middles = (grid[1:] + grid[:-1]) / 2.0
@@ -159,10 +138,12 @@ def duplicates(
     )
   train_codes = set(_grid_codes(train, grid))
   exact = sum(code in train_codes for code in _grid_codes(fake, grid))
-  heldout_distance, _ = nearest_distances(heldout, train)
-  threshold = float(np.quantile(heldout_distance, NEAR_QUANTILE))
-  fake_distance, _ = nearest_distances(fake, train)
-  near = int((fake_distance < threshold).sum())
+  of_fakes, of_heldout = (
+    np.sqrt(distances.nearest(points, [train], 1)[0])
+    for points in (fake, heldout)
+  )
+  threshold = float(np.quantile(of_heldout, NEAR_QUANTILE))
+  near = int((of_fakes < threshold).sum())
   return {
     "exact_duplicates": float(exact),
     "near_duplicates": float(near),

@@ -7,17 +7,15 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from drift_jax.metrics import frechet
 from drift_jax.metrics.batches import Batch, OneLate, local_batches, one_late
 from drift_jax.metrics.errors import EvaluationError
-from drift_jax.metrics.frechet import (
-  FeatureStats,
-  FeatureStream,
-  frechet_distance,
-)
 from drift_jax.metrics.images import Images
 from drift_jax.system import sharding
 
 FeatureFn = Callable[[Images], Images]
+# {name of a figure: value}.
+Figures = dict[str, float]
 
 
 @runtime_checkable
@@ -38,7 +36,7 @@ class Evaluator(Protocol):
     """Takes generated samples; of several processes, all take each batch."""
     ...
 
-  def result(self) -> dict[str, float]:
+  def result(self) -> Figures:
     """Figures of all samples of all processes since reset.
 
     Raises:
@@ -46,7 +44,7 @@ class Evaluator(Protocol):
     """
     ...
 
-  def baseline(self) -> dict[str, float]:
+  def baseline(self) -> Figures:
     """The same figures with real training images in place of generated ones.
 
     As many of each class as are generated, against the held-out reals: what a
@@ -58,13 +56,13 @@ class Evaluator(Protocol):
 
 def merge_figures(
   figures: Iterable[tuple[str, Mapping[str, float]]],
-) -> dict[str, float]:
+) -> Figures:
   """Joins (evaluator's name, {figure: value}) pairs into {figure: value}.
 
   Raises:
     EvaluationError: a value that is not finite, naming both.
   """
-  merged: dict[str, float] = {}
+  merged: Figures = {}
   for name, values in figures:
     for figure, value in values.items():
       if not math.isfinite(value):
@@ -73,7 +71,7 @@ def merge_figures(
   return merged
 
 
-def baselines(evaluators: Sequence[Evaluator]) -> dict[str, float]:
+def baselines(evaluators: Sequence[Evaluator]) -> Figures:
   """Baseline figures of all evaluators, joined as `evaluate` joins results."""
   return merge_figures(
     (evaluator.name, evaluator.baseline()) for evaluator in evaluators
@@ -123,17 +121,6 @@ def class_subset(
       )
     chosen.append(random.permutation(members)[:count])
   return np.concatenate(chosen)
-
-
-def check_reals(train: Reals, test: Reals, name: str) -> None:
-  """Refuses empty sets.
-
-  Raises:
-    ValueError: naming the evaluator and the set.
-  """
-  for kind, reals in (("training", train), ("held-out", test)):
-    if not len(reals.labels):
-      raise ValueError(f"{name}: there are no {kind} images")
 
 
 def features_of(
@@ -198,48 +185,44 @@ class FrechetEvaluator:
       seed: picks the training samples of the baseline.
 
     Raises:
-      ValueError: a reserved name, no reals, or too few training samples of a
-        class.
+      ValueError: too few training samples of a class.
     """
-    if not name.startswith("fd_") or "fid" in name.lower():
-      raise ValueError(
-        f"a Frechet evaluator cannot be named '{name}': its name starts with"
-        " 'fd_' (e.g. 'fd_encoder', 'fd_pixel'), and 'fid' is reserved for"
-        " Inception-v3 features"
-      )
     self.name = name
     self._feature_fn = feature_fn
     self._batch_size = batch_size
-    check_reals(train, test, name)
     self._train, self._test = train, test
     self._stand_in = class_subset(train.labels, labels, seed)
     self.reset()
 
   def reset(self) -> None:
-    self._stats = FeatureStream()
+    self._stats = frechet.FeatureStream()
     self._late = OneLate(lambda batch, rows: self._stats.update(rows[0]))
 
   def update(self, batch: Batch) -> None:
     self._late.push(batch, self._feature_fn(batch.samples))
 
-  def result(self) -> dict[str, float]:
+  def result(self) -> Figures:
     self._late.flush()
-    return {self.name: frechet_distance(self._stats.result(), self._reference)}
+    return {
+      self.name: frechet.frechet_distance(self._stats.result(), self._reference)
+    }
 
-  def baseline(self) -> dict[str, float]:
+  def baseline(self) -> Figures:
     return {self.name: self._baseline}
 
   @functools.cached_property
-  def _reference(self) -> FeatureStats:
+  def _reference(self) -> frechet.FeatureStats:
     return self._statistics_of(self._test, np.arange(len(self._test.labels)))
 
   @functools.cached_property
   def _baseline(self) -> float:
     stats = self._statistics_of(self._train, self._stand_in)
-    return frechet_distance(stats, self._reference)
+    return frechet.frechet_distance(stats, self._reference)
 
-  def _statistics_of(self, reals: Reals, indices: np.ndarray) -> FeatureStats:
-    stream = FeatureStream()
+  def _statistics_of(
+    self, reals: Reals, indices: np.ndarray
+  ) -> frechet.FeatureStats:
+    stream = frechet.FeatureStream()
     for features in features_of(
       self._feature_fn, reals.fixed, indices, batch_size=self._batch_size
     ):

@@ -109,11 +109,7 @@ class FeatureStats:
 
     S = S_a + S_b + (N_a N_b / N) d d^T with d = mean_b - mean_a; only
     differences of means enter, so a large common offset costs no digits.
-
-    Raises:
-      ValueError: when the dimensions differ.
     """
-    _check_dimensions(self, other)
     count = self.count + other.count
     delta = other.mean - self.mean
     mean = self.mean + delta * (other.count / count)
@@ -182,15 +178,9 @@ class FeatureStream:
     if np.ndim(features) == 2 and not len(np.asarray(features)):
       return
     matrix = as_feature_matrix(features, "features")
-    dimensions = matrix.shape[1]
     if self._buffer is None:
-      check_frechet_width(dimensions, "features")
-      self._buffer = np.empty((_CHUNK_ROWS, dimensions))
-    if dimensions != self._buffer.shape[1]:
-      raise ValueError(
-        f"features of {dimensions} dimensions after ones of"
-        f" {self._buffer.shape[1]}"
-      )
+      check_frechet_width(matrix.shape[1], "features")
+      self._buffer = np.empty((_CHUNK_ROWS, matrix.shape[1]))
     while len(matrix):
       part = matrix[: len(self._buffer) - self._rows]
       self._buffer[self._rows : self._rows + len(part)] = part
@@ -239,14 +229,6 @@ def _over_processes(own: FeatureStats | None) -> FeatureStats | None:
   scatter = own.scatter.copy()
   _add_square(scatter, own.mean - mean, own.count)
   return FeatureStats(count, mean, processes.total(scatter))
-
-
-def _check_dimensions(a: Moments, b: Moments) -> None:
-  if a.mean.shape != b.mean.shape:
-    raise ValueError(
-      f"feature dimensions differ: {len(a.mean)} (of {a.count} vectors) against"
-      f" {len(b.mean)} (of {b.count} vectors)"
-    )
 
 
 def _cholesky(covariance: np.ndarray) -> np.ndarray | None:
@@ -311,8 +293,12 @@ def frechet_distance(a: Moments, b: Moments) -> float:
   Raises:
     ValueError: when the dimensions differ or a set has fewer than two vectors.
   """
-  _check_dimensions(a, b)
   dimensions = len(a.mean)
+  if dimensions != len(b.mean):
+    raise ValueError(
+      f"feature dimensions differ: {dimensions} (of {a.count} vectors) against"
+      f" {len(b.mean)} (of {b.count} vectors)"
+    )
   counts = [moments.count for moments in (a, b)]
   if any(count is not None and count <= dimensions for count in counts):
     logging.warning(

@@ -11,7 +11,7 @@ from drift_jax.data.npy import read_npy
 from drift_jax.metrics import files
 from drift_jax.metrics.batches import Batch, PixelsFn, local_batches, one_late
 from drift_jax.metrics.errors import EvaluationError
-from drift_jax.metrics.evaluators import Evaluator, merge_figures
+from drift_jax.metrics.evaluators import Evaluator, Figures, merge_figures
 from drift_jax.metrics.images import to_rgb
 from drift_jax.system import paths, processes
 
@@ -158,7 +158,7 @@ def evaluate(
   *,
   to_pixels: PixelsFn = to_rgb,
   check: Callable[[], None] = lambda: None,
-) -> dict[float, dict[str, float]]:
+) -> dict[float, Figures]:
   """Figures of all evaluators for each guidance scale alpha.
 
   Each sample is drawn once per alpha and handed to every evaluator. Sample
@@ -199,8 +199,8 @@ def evaluate(
 
 
 def evaluation_scalars(
-  results: Mapping[float, Mapping[str, float]], baseline: Mapping[str, float]
-) -> dict[str, float]:
+  results: Mapping[float, Figures], baseline: Figures
+) -> Figures:
   """Flat names for a metrics file.
 
   `eval/FIGURE/alpha_A` for results[A][FIGURE], A written as a Python float

@@ -12,15 +12,9 @@ import numpy as np
 from jaxtyping import Float64, Int64
 from numpy.typing import ArrayLike
 
-from drift_jax.metrics import distances, files
+from drift_jax.metrics import distances, files, plots
 from drift_jax.metrics.coverage import NEAR_QUANTILE
 from drift_jax.metrics.images import image_grid
-from drift_jax.metrics.plots import (
-  COLOURS,
-  dashed_line,
-  new_figure,
-  save_figure,
-)
 
 _PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 
@@ -162,9 +156,9 @@ def plot_nearest_distances(
   highest = max(float(values.max()) for _, values in sets)
   # A width of zero has no histogram: all distances may be 0.
   edges = np.linspace(0.0, highest or 1.0, 61)
-  figure, axes = new_figure((7.5, 6.4), 2, 1, sharex=True)
+  figure, axes = plots.new_figure((7.5, 6.4), 2, 1, sharex=True)
   histogram, cumulative = axes[:, 0]
-  for (label, values), colour in zip(sets, COLOURS, strict=False):
+  for (label, values), colour in zip(sets, plots.COLOURS, strict=False):
     fractions = np.histogram(values, edges)[0] / len(values)
     histogram.stairs(
       fractions, edges, label=label, color=colour, fill=True, alpha=0.45
@@ -180,7 +174,7 @@ def plot_nearest_distances(
   closer = f"{summary['generated_closer']:.1%} of generated are closer"
   for axis in (histogram, cumulative):
     label = f"1 % of held-out reals; {closer}"
-    dashed_line(axis, summary["threshold"], label, vertical=True)
+    plots.dashed_line(axis, summary["threshold"], label, vertical=True)
   histogram.set_ylabel("fraction of images in a bin")
   figure.legend(
     *histogram.get_legend_handles_labels(),
@@ -194,4 +188,4 @@ def plot_nearest_distances(
     xlabel=f"Euclidean distance to the nearest training image ({space})",
     ylabel="fraction of images\nat or below the distance",
   )
-  save_figure(figure, path)
+  plots.save_figure(figure, path)

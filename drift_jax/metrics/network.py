@@ -11,6 +11,7 @@ import numpy as np
 
 from drift_jax.metrics.batches import Batch, OneLate
 from drift_jax.metrics.coverage import density_coverage, precision_recall
+from drift_jax.metrics.evaluators import Figures
 from drift_jax.metrics.frechet import FeatureStream, frechet_distance
 from drift_jax.metrics.inception import InceptionScore
 from drift_jax.metrics.kid import kernel_distance, kernel_distance_subsets
@@ -81,9 +82,6 @@ class NetworkEvaluator:
     self._count = count
     self._seed = seed
     self._reference = reference
-    needs = [f for f in figures if f != "inception_score"]
-    if needs and reference is None:
-      raise ValueError(f"{name}: {needs} need statistics of real images")
     single = [f for f in figures if f in FROM_FEATURES]
     self._real = np.empty((0, 0))
     if single and reference is not None:
@@ -125,7 +123,7 @@ class NetworkEvaluator:
         self._score = InceptionScore(self._count, logits[0].shape[1], SPLITS)
       self._score.update(logits[0], batch.index)
 
-  def result(self) -> dict[str, float]:
+  def result(self) -> Figures:
     """The figures asked for.
 
     Raises:
@@ -138,19 +136,20 @@ class NetworkEvaluator:
         f"{self.name}: {len(index)} samples came, {len(np.unique(index))} of"
         f" them different; expected are 0 to {self._count - 1}, each once"
       )
+    fake = np.empty((0, 0))
     if self._keeps:
       gathered = processes.gather(np.concatenate(self._features))
-      self._features = [np.concatenate(gathered)[np.argsort(index)]]
-    results: dict[str, float] = {}
+      fake = np.concatenate(gathered)[np.argsort(index)]
+    results: Figures = {}
     for figure in self._figures:
-      results |= self._figure(figure)
+      results |= self._figure(figure, fake)
     return results
 
-  def baseline(self) -> dict[str, float]:
+  def baseline(self) -> Figures:
     """None: reference files stand for more images than a run should read."""
     return {}
 
-  def _figure(self, figure: str) -> dict[str, float]:
+  def _figure(self, figure: str, fake: np.ndarray) -> Figures:
     if figure == "inception_score":
       assert self._score is not None
       mean, spread = self._score.result()
@@ -158,7 +157,7 @@ class NetworkEvaluator:
     if figure not in FROM_FEATURES:
       assert self._reference is not None
       return {figure: frechet_distance(self._stats.result(), self._reference)}
-    real, (fake,) = self._real, self._features
+    real = self._real
     if figure == "precision_recall":
       precision, recall = precision_recall(real, fake, NEIGHBOURS)
       return {"precision": precision, "recall": recall}

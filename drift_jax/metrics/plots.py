@@ -90,15 +90,7 @@ _POLICY_DRIFT = Panel("RMS of the raw drift", "drift_rms/[^/]+")
 _LOSS = Panel("loss", "loss")
 
 _TITLES = {"fid": "FID", "inception_score": "Inception score"}
-COLOURS = (
-  "#1f6fb4",
-  "#d1632a",
-  "#2f8f5b",
-  "#8a56a8",
-  "#b08a1e",
-  "#3aa5b5",
-  "#b3446c",
-)
+COLOURS = "#1f6fb4 #d1632a #2f8f5b #8a56a8 #b08a1e #3aa5b5 #b3446c".split()
 _BESIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
 
 
@@ -161,15 +153,10 @@ def _curves(panels: int, height: float) -> tuple[Any, list[Any]]:
 def _draw(
   axis: Any, steps: np.ndarray, values: np.ndarray, label: str, number: int
 ) -> None:
-  axis.plot(
-    steps,
-    values,
-    label=label,
-    color=COLOURS[number % len(COLOURS)],
-    linewidth=1.6,
-    marker="o" if len(steps) <= 30 else "",
-    markersize=4,
-  )
+  style = {"linewidth": 1.6, "markersize": 4, "label": label}
+  marker = "o" if len(steps) <= 30 else ""
+  colour = COLOURS[number % len(COLOURS)]
+  axis.plot(steps, values, color=colour, marker=marker, **style)
 
 
 def log_scale(axis: Any, which: str = "y") -> None:

@@ -100,28 +100,17 @@ class ReferenceStats:
 
 
 def save_reference(path: files.PathLike, reference: ReferenceStats) -> None:
-  """Writes the file; it appears whole or not at all.
-
-  Raises:
-    ValueError: without a provenance, or for numbers that `load_reference`
-      would refuse.
-  """
-  if reference.provenance is None:
-    raise ValueError(
-      f"{path}: reference statistics are saved with their provenance, got None"
-    )
+  """Writes the file, with its provenance; it appears whole or not at all."""
+  assert reference.provenance is not None
   text = json.dumps(dataclasses.asdict(reference.provenance), sort_keys=True)
   arrays: dict[str, Any] = {
     "mu": reference.mean,
     "sigma": reference.sigma,
     "provenance": np.asarray(text),
+    "count": reference.count,
+    "features": reference.features,
   }
-  if reference.count is not None:
-    arrays["count"] = np.asarray(reference.count, np.int64)
-  if reference.features is not None:
-    arrays["features"] = reference.features
-  checked = _checked(arrays)
-  arrays |= {"mu": checked.mean, "sigma": checked.sigma}
+  arrays = {key: array for key, array in arrays.items() if array is not None}
   with files.replacing(path) as temporary, open(temporary, "wb") as file:
     np.savez(file, **arrays)
 

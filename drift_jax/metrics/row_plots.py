@@ -7,14 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from drift_jax.metrics import files
-from drift_jax.metrics.plots import (
-  COLOURS,
-  dashed_line,
-  log_scale,
-  new_figure,
-  save_figure,
-)
+from drift_jax.metrics import files, plots
 
 _ABOVE = {
   "xytext": (0, 7),
@@ -63,7 +56,7 @@ def plot_rows(
     real: the figure of real images, a dashed line.
   """
   size = 10, 1.7 + 0.42 * len(rows)
-  drawing, ((ours, paper),) = new_figure(
+  drawing, ((ours, paper),) = plots.new_figure(
     size, 1, 2, grid="x", sharey=True, width_ratios=(3, 2)
   )
   # 1. What was measured, and what was published.
@@ -74,12 +67,12 @@ def plot_rows(
     if row.paper is not None:
       known += _draw_published(paper, y, row.paper)
   if real is not None:
-    dashed_line(ours, real, vertical=True)
+    plots.dashed_line(ours, real, vertical=True)
   # 2. Axes and their names.
   for axis, values in ((ours, shown), (paper, known)):
     axis.margins(x=0.12)
     if values and min(values) > 0 and max(values) > 5 * min(values):
-      log_scale(axis, "x")
+      plots.log_scale(axis, "x")
   ours.set_yticks(range(len(rows)), [row.label for row in rows])
   ours.set_ylim(len(rows) - 0.5, -0.7)
   name = f"{figure}, Fréchet distance" if figure.startswith("fd_") else figure
@@ -96,7 +89,7 @@ def plot_rows(
       0.5, 0.5, "not given here", transform=paper.transAxes, ha="center"
     )
     paper.set_xticks([])
-  save_figure(drawing, path)
+  plots.save_figure(drawing, path)
 
 
 def _draw_seeds(axis: Any, y: int, values: Sequence[float]) -> list[float]:
@@ -106,7 +99,7 @@ def _draw_seeds(axis: Any, y: int, values: Sequence[float]) -> list[float]:
   if len(finite):
     mean = float(finite.mean())
     spread = float(finite.std(ddof=1)) if len(finite) > 1 else 0.0
-    colour = COLOURS[0]
+    colour = plots.COLOURS[0]
     axis.plot(finite, np.full(len(finite), y), "o", color=colour, alpha=0.35)
     axis.errorbar(mean, y, xerr=spread, fmt="D", color=colour, capsize=4)
     text = f"{mean:.3g}" + (f" ± {spread:.2g}" if len(finite) > 1 else "")
@@ -123,10 +116,12 @@ def _draw_published(
   """Draws a value or a range; returns the ends."""
   low, high = value if isinstance(value, tuple) else (value, value)
   if low == high:
-    axis.plot(low, y, "D", color=COLOURS[1])
+    axis.plot(low, y, "D", color=plots.COLOURS[1])
     text = f"{low:.2f}"
   else:
-    axis.plot((low, high), (y, y), color=COLOURS[1], linewidth=4, alpha=0.4)
+    axis.plot(
+      (low, high), (y, y), color=plots.COLOURS[1], linewidth=4, alpha=0.4
+    )
     text = f"within {low:g} to {high:g}"
   axis.annotate(text, ((low * high) ** 0.5, y), **_ABOVE)
   return low, high

@@ -35,22 +35,38 @@ class ImageSet:
   """8-bit RGB images of one size, read when they are needed.
 
   Attributes:
-    description: how many they are, of what size, and where, for messages.
+    path: where they are.
     count: N >= 2.
-    shape: (H, W, 3), H = W.
+    side: their width and height in pixels.
     labels: [N] integers, None if nobody recorded them.
     pixels: numbers [n] -> uint8 [n, H, W, 3]; ValueError for an image file that
       can't be decoded, naming it.
   """
 
-  description: str
+  path: pathlib.Path
   count: int
-  shape: tuple[int, int, int]
+  side: int
   labels: np.ndarray | None
   pixels: Callable[[np.ndarray], np.ndarray]
 
+  def __post_init__(self) -> None:
+    if self.count < 2:
+      raise ValueError(
+        f"{self.path}: want at least two images, found {self.count}"
+      )
+
   def __len__(self) -> int:
     return self.count
+
+  @property
+  def shape(self) -> tuple[int, int, int]:
+    """(H, W, 3)."""
+    return self.side, self.side, 3
+
+  @property
+  def description(self) -> str:
+    """How many they are, of what size, and where."""
+    return f"{self.count} images of {self.side} x {self.side} px in {self.path}"
 
 
 def open_images(path: files.PathLike) -> ImageSet:
@@ -70,19 +86,6 @@ def open_images(path: files.PathLike) -> ImageSet:
   """
   path = pathlib.Path(paths.expand(path))
   return _open_folder(path) if path.is_dir() else _open_npz(path)
-
-
-def _image_set(
-  path: pathlib.Path,
-  count: int,
-  side: int,
-  labels: np.ndarray | None,
-  pixels: Callable[[np.ndarray], np.ndarray],
-) -> ImageSet:
-  if count < 2:
-    raise ValueError(f"{path}: want at least two images, found {count}")
-  description = f"{count} images of {side} x {side} px in {path}"
-  return ImageSet(description, count, (side, side, 3), labels, pixels)
 
 
 def _header(
@@ -121,7 +124,7 @@ def _open_npz(path: pathlib.Path) -> ImageSet:
     # Picking rows by a list of numbers copies them out of the file.
     return np.asarray(images[indices]).repeat(3 // channels, axis=-1)
 
-  return _image_set(path, count, side, labels, pixels)
+  return ImageSet(path, count, side, labels, pixels)
 
 
 def _images_wrong(shape: tuple[int, ...], dtype: np.dtype) -> str:
@@ -203,7 +206,7 @@ def _open_folder(path: pathlib.Path) -> ImageSet:
       list(pool.map(fill, out, indices.tolist()))
     return out
 
-  return _image_set(path, len(images), side, None, pixels)
+  return ImageSet(path, len(images), side, None, pixels)
 
 
 def _check_complete(path: pathlib.Path, count: int) -> None:

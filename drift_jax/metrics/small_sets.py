@@ -17,7 +17,7 @@ from drift_jax.metrics.batches import Batch
 from drift_jax.metrics.coverage import density_coverage, duplicates
 from drift_jax.metrics.distances import check_neighbours
 from drift_jax.metrics.errors import EvaluationError
-from drift_jax.metrics.evaluators import Reals, check_reals, class_subset
+from drift_jax.metrics.evaluators import Figures, Reals, class_subset
 from drift_jax.system import processes
 
 MAX_IMAGES = 10_000
@@ -48,8 +48,7 @@ class _SmallSet:
   Subclasses define `_figures(images [N, H W C], labels [N])`.
   """
 
-  def __init__(self, name: str, train: Reals, test: Reals):
-    check_reals(train, test, name)
+  def __init__(self, name: str, test: Reals):
     self.name = name
     self._test = self._read(test, "held-out", np.arange(len(test.labels)))
     self._stand_in = self._test, np.asarray(test.labels)
@@ -81,7 +80,7 @@ class _SmallSet:
     count = sum(len(index) for _, _, index in self._kept)
     _check_size(count, batch.images.shape[1:], "generated", self.name)
 
-  def result(self) -> dict[str, float]:
+  def result(self) -> Figures:
     """Figures of the images of all processes since reset: there are few."""
     if not self._kept:
       raise ValueError(f"{self.name}: no images since reset()")
@@ -91,16 +90,14 @@ class _SmallSet:
     order = np.argsort(index, kind="stable")
     return self._figures(images[order].reshape(len(order), -1), labels[order])
 
-  def baseline(self) -> dict[str, float]:
+  def baseline(self) -> Figures:
     return dict(self._baseline)
 
   @functools.cached_property
-  def _baseline(self) -> dict[str, float]:
+  def _baseline(self) -> Figures:
     return self._figures(*self._stand_in)
 
-  def _figures(
-    self, images: np.ndarray, labels: np.ndarray
-  ) -> dict[str, float]:
+  def _figures(self, images: np.ndarray, labels: np.ndarray) -> Figures:
     raise NotImplementedError
 
 
@@ -127,16 +124,14 @@ class CoverageEvaluator(_SmallSet):
       ValueError: for no or too many images, too few training images of a class,
         or k out of range.
     """
-    super().__init__("coverage", train, test)
+    super().__init__("coverage", test)
     check_neighbours(k, len(self._test), "real")
     chosen = class_subset(train.labels, labels, seed)
     images = self._read(train, "training", chosen)
     self._stand_in = images, train.labels[chosen]
     self._k = k
 
-  def _figures(
-    self, images: np.ndarray, labels: np.ndarray
-  ) -> dict[str, float]:
+  def _figures(self, images: np.ndarray, labels: np.ndarray) -> Figures:
     density, coverage = density_coverage(self._test, images, self._k)
     return {"density": density, "coverage": coverage}
 
@@ -157,7 +152,7 @@ class LabelAccuracyEvaluator(_SmallSet):
       ValueError: for empty, ill-matched or too many images, or training images
         of a single class.
     """
-    super().__init__("label_accuracy", train, test)
+    super().__init__("label_accuracy", test)
     self._train = self._read_all(train), np.asarray(train.labels)
     classes = np.unique(self._train[1])
     if len(classes) < 2:
@@ -173,9 +168,7 @@ class LabelAccuracyEvaluator(_SmallSet):
 
     return svm.SVC(C=10.0, gamma="scale").fit(*self._train)
 
-  def _figures(
-    self, images: np.ndarray, labels: np.ndarray
-  ) -> dict[str, float]:
+  def _figures(self, images: np.ndarray, labels: np.ndarray) -> Figures:
     predicted = self._classifier.predict(images)
     return {"label_accuracy": float(np.mean(predicted == labels))}
 
@@ -199,11 +192,9 @@ class DuplicatesEvaluator(_SmallSet):
     Raises:
       ValueError: for empty, ill-matched or too many images.
     """
-    super().__init__("duplicates", train, test)
+    super().__init__("duplicates", test)
     self._train = self._read_all(train)
     self._grid = grid
 
-  def _figures(
-    self, images: np.ndarray, labels: np.ndarray
-  ) -> dict[str, float]:
+  def _figures(self, images: np.ndarray, labels: np.ndarray) -> Figures:
     return duplicates(images, self._train, self._test, grid=self._grid)

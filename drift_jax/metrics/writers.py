@@ -78,10 +78,8 @@ def _drop_later_lines(
   def stays(record: dict[str, Any]) -> bool:
     if record["step"] != resume_step or evaluated:
       return record["step"] <= resume_step
-    names = record.keys() - {"step"}
-    return bool(names) and not any(
-      name.startswith(EVALUATION) for name in names
-    )
+    figures = [name for name in record if name.startswith(EVALUATION)]
+    return len(record) > 1 and not figures
 
   kept = [line + "\n" for line, record in _records(path) if stays(record)]
   with files.replacing(path) as temporary:
@@ -119,19 +117,11 @@ class JsonlWriter(MultiWriter):
     """Appends one line.
 
     Raises:
-      ValueError: for a scalar named 'step', or a value that is not a single
-        number.
+      ValueError: a value that is not a single number.
     """
-    if "step" in scalars:
-      raise ValueError(f"a scalar at step {step} must not be named 'step'")
     record: dict[str, float | int | None] = {"step": int(step)}
     for name, value in scalars.items():
-      array = np.asarray(jax.device_get(value))
-      if array.size != 1:
-        raise ValueError(
-          f"scalar '{name}' at step {step} has shape {array.shape}"
-        )
-      number = float(array.item())
+      number = float(np.asarray(jax.device_get(value)).item())
       record[name] = number if math.isfinite(number) else None
     with storage.naming_errors(self._file.name):
       self._file.write(json.dumps(record, allow_nan=False) + "\n")

@@ -2,12 +2,14 @@ import numpy as np
 import pytest
 from sklearn.neighbors import NearestNeighbors
 
-from drift_jax.metrics.coverage import (
-  density_coverage,
-  duplicates,
-  nearest_distances,
-)
+from drift_jax.metrics.coverage import density_coverage, duplicates
+from drift_jax.metrics.neighbours import nearest_neighbours
 from tests.metrics.conftest import GRID, points, radii_of
+
+
+def nearest_distances(query, reference):
+  nearest = nearest_neighbours(query, [reference], 1)
+  return nearest.distance[:, 0], nearest.index[:, 0]
 
 
 def oracle(real, fake, k):

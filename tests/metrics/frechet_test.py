@@ -212,14 +212,13 @@ def test_bad_features():
   one, other = FeatureStats.from_features(np.zeros((1, 6))), stats(15, 60, 4)
   with pytest.raises(ValueError, match="at least 2.*got 1"):
     frechet_distance(one, stats(15))
-  for call in (frechet_distance, FeatureStats.merge):
-    with pytest.raises(ValueError, match="6 .*against 4"):
-      call(stats(15), other)
+  with pytest.raises(ValueError, match="6 .*against 4"):
+    frechet_distance(stats(15), other)
   stream = FeatureStream()
   with pytest.raises(ValueError, match="no features"):
     stream.result()
   stream.update(np.zeros((4, 3)))
-  with pytest.raises(ValueError, match="of 2 dimensions after ones of 3"):
+  with pytest.raises(ValueError, match=r"shape \(4,2\) into shape \(4,3\)"):
     stream.update(np.zeros((4, 2)))
   assert stream.result().count == 4
 

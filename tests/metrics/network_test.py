@@ -188,8 +188,6 @@ def test_a_set_with_itself():
 
 
 def test_what_the_reference_lacks():
-  with pytest.raises(ValueError, match="inception: .'fid'. need statistics"):
-    build(table(), ["fid"], None, 5)
   full = reference(np.random.default_rng(4).normal(size=(9, 3)))
   bare = ReferenceStats(full.mean, full.sigma, None, None)
   build(table(), ["fid"], bare, 5)

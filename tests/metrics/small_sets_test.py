@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 
 from drift_jax.metrics import small_sets
-from drift_jax.metrics.coverage import density_coverage, nearest_distances
+from drift_jax.metrics.coverage import density_coverage
 from drift_jax.metrics.evaluators import Evaluator, class_subset
+from drift_jax.metrics.neighbours import nearest_neighbours
 from drift_jax.metrics.small_sets import (
   CoverageEvaluator,
   DuplicatesEvaluator,
@@ -99,9 +100,8 @@ def test_label_accuracy_learns_nothing_from_heldout_images(digits):
 def test_duplicates_of_training_images(digits):
   evaluator = DuplicatesEvaluator(*digits.reals, grid=GRID)
   baseline = evaluator.baseline()
-  distance, _ = nearest_distances(
-    flat(digits.test_images), flat(digits.train_images)
-  )
+  images = flat(digits.test_images), [flat(digits.train_images)]
+  distance = nearest_neighbours(*images, 1).distance
   threshold = float(np.quantile(distance, 0.01))
   assert baseline == {
     "exact_duplicates": 0.0,

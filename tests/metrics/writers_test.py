@@ -72,8 +72,9 @@ def test_summary_writer_has_the_whole_interface(tmp_path):
 
 
 def test_lines(tmp_path):
-  writer = start(tmp_path)
   path = tmp_path / "metrics.jsonl"
+  path.write_text('{"step": 3, "a": 9.0}\n')  # of a run before a fresh start
+  writer = start(tmp_path)
   writer.write_scalars(
     3, {"a": 1, "b": np.float64(0.5), "c": jnp.ones((1,), jnp.bfloat16)}
   )
@@ -138,14 +139,6 @@ def test_a_full_disk_is_told(tmp_path, name):
     resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
-def test_fresh_start_drops_an_old_run(tmp_path):
-  for _ in range(2):
-    writer = start(tmp_path)
-    writer.write_scalars(0, {"loss": 1.0})
-    writer.close()
-  assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 0, "loss": 1.0}]
-
-
 def test_tensorboard_holds_scalars_and_images(tmp_path):
   image = np.random.default_rng(0).integers(0, 256, (6, 4, 3), np.uint8)
   writer = start(tmp_path, resume_step=4)
@@ -178,16 +171,6 @@ def test_only_the_main_process_writes(tmp_path):
   writer.flush()
   writer.close()
   assert not (tmp_path / "run").exists()
-
-
-def test_bad_scalars(tmp_path):
-  writer = JsonlWriter(tmp_path / "metrics.jsonl", -1)
-  with pytest.raises(ValueError, match="'step'"):
-    writer.write_scalars(1, {"step": 2.0})
-  with pytest.raises(ValueError, match=r"'loss' at step 1 has shape \(3,\)"):
-    writer.write_scalars(1, {"good": 1.0, "loss": np.zeros(3)})
-  writer.close()
-  assert read_jsonl(tmp_path / "metrics.jsonl") == []
 
 
 @pytest.mark.parametrize("broken", ["nonsense", '{"loss": 1.0}', "[1]"])
