@@ -91,11 +91,11 @@ class InceptionScore:
     from scipy import special
 
     seen = processes.total(self._seen)
-    wrong = np.flatnonzero(seen != 1)
-    if len(wrong):
+    if (seen > 1).any():
+      raise ValueError(f"sample number {np.argmax(seen > 1)} came twice")
+    if not seen.all():
       raise ValueError(
-        f"of {len(seen)} samples, each once, number {wrong[0]} came"
-        f" {seen[wrong[0]]} times"
+        f"an Inception score of {len(seen)} samples got only {seen.sum()}"
       )
     marginal = processes.total(self._probability) / self._part_size
     divergence = processes.total(self._negentropy) / self._part_size

@@ -157,8 +157,8 @@ def _read(archive: np.lib.npyio.NpzFile) -> dict[str, np.ndarray]:
   complete = [form for form in _FORMS if set(form) <= set(archive.files)]
   if len(complete) != 1:
     raise ValueError(
-      "want either mu and sigma or ref_mu and ref_sigma, the file holds"
-      f" {sorted(archive.files)}"
+      "the file must hold either mu and sigma or ref_mu and ref_sigma, it"
+      f" holds {sorted(archive.files)}"
     )
   arrays = {}
   for key in (*complete[0], "count", "provenance", "features"):

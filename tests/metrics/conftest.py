@@ -10,7 +10,9 @@ from sklearn.neighbors import NearestNeighbors
 
 from drift_jax.metrics import distances
 from drift_jax.metrics.batches import Batch
+from drift_jax.metrics.frechet import FeatureStats
 from drift_jax.metrics.images import to_rgb
+from drift_jax.metrics.reference import Provenance
 
 GRID = np.linspace(-1.0, 1.0, 17)
 
@@ -71,6 +73,26 @@ def batch_of(images, labels, start=0, padding=0):
 def feed(evaluator, images, labels, start=0):
   """Hands an evaluator one batch."""
   evaluator.update(batch_of(images, labels, start))
+
+
+PROVENANCE = Provenance(
+  source="imagenet2012",
+  split="train",
+  crop="adm",
+  resolution=256,
+  network="inception-v3-2015 pool3",
+  network_sha256="0123456789abcdef" * 4,
+)
+
+
+def random_features(seed: int, count: int, dimensions: int) -> np.ndarray:
+  random = np.random.default_rng(seed)
+  mixing = random.normal(size=(dimensions, dimensions))
+  return random.normal(size=(count, dimensions)) @ mixing + random.normal()
+
+
+def stats(seed: int, count: int = 60, dimensions: int = 6) -> FeatureStats:
+  return FeatureStats.from_features(random_features(seed, count, dimensions))
 
 
 def points(seed: int, count: int, dimensions: int = 5) -> np.ndarray:

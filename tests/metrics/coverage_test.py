@@ -1,88 +1,97 @@
 import numpy as np
 import pytest
-from sklearn.neighbors import NearestNeighbors
 
-from drift_jax.metrics.coverage import density_coverage, duplicates
+from drift_jax.metrics import distances
+from drift_jax.metrics.coverage import (
+  density_coverage,
+  duplicates,
+  precision_recall,
+)
 from drift_jax.metrics.neighbours import nearest_neighbours
+from tests.conftest import assert_close
 from tests.metrics.conftest import GRID, points, radii_of
 
 
-def nearest_distances(query, reference):
-  nearest = nearest_neighbours(query, [reference], 1)
-  return nearest.distance[:, 0], nearest.index[:, 0]
-
-
-def oracle(real, fake, k):
+def open_balls(real, fake, k):
+  """Density and coverage by whole matrices of distances."""
   radii = radii_of(real, k)[:, None]
   inside = np.linalg.norm(real[:, None] - fake[None], axis=-1) < radii
   return inside.sum() / (k * len(fake)), inside.any(axis=1).mean()
 
 
+def closed_balls(real, fake, k):
+  """Precision and recall likewise."""
+
+  def inside(centres, others):
+    gaps = np.linalg.norm(centres[:, None] - others[None], axis=-1)
+    return float((gaps <= radii_of(centres, k)[:, None]).any(axis=0).mean())
+
+  return inside(real, fake), inside(fake, real)
+
+
+@pytest.mark.parametrize("case", ["k3", "k5", "k3_collapsed_fake", "k3_dup"])
+def test_golden_precision_recall(golden, case):
+  arrays = golden("metrics")
+  k = int(arrays[f"pr/{case}/k"])
+  sets = {x: arrays[f"pr/{case}/features_{x}"] for x in ("real", "fake")}
+  for side, features in sets.items():
+    radii = distances.neighbour_radii(features, k)
+    assert_close(radii, arrays[f"pr/{case}/x64/radii_sq_{side}"], 1e-15)
+  precision, recall = precision_recall(**sets, k=k)
+  assert precision == arrays[f"pr/{case}/precision"]
+  assert recall == arrays[f"pr/{case}/recall"]
+
+
 @pytest.mark.parametrize("k", [1, 3, 39])
-@pytest.mark.parametrize("shift", [0.0, 1.0, 1e4])
-def test_density_coverage_oracle(k, shift):
-  real, fake = points(0, 40) + shift, 0.8 * points(1, 55) + shift
-  assert density_coverage(real, fake, k) == oracle(real, fake, k)
+@pytest.mark.parametrize("shift", [0.0, 1e4])
+@pytest.mark.parametrize("block", [1, 20, 200, 2**22], indirect=True)
+def test_oracle_for_any_block(k, shift, block):
+  real, fake = points(0, 40) + shift, 0.8 * points(1, 55) + 0.5 + shift
+  expected = closed_balls(real, fake, k)
+  assert precision_recall(real, fake, k) == expected
+  assert precision_recall(fake, real, k) == expected[::-1]
+  assert density_coverage(real, fake, k) == open_balls(real, fake, k)
 
 
-@pytest.mark.parametrize("block", [1, 7, 100], indirect=True)
-def test_blocks_do_not_change_the_result(block):
-  real, fake = points(2, 31), points(3, 23)
-  assert density_coverage(real, fake, 3) == oracle(real, fake, 3)
-  nearest = np.linalg.norm(fake[:, None] - real[None], axis=-1)
-  distance, index = nearest_distances(fake, real)
-  np.testing.assert_allclose(distance, nearest.min(axis=1), rtol=1e-15)
-  assert np.array_equal(index, nearest.argmin(axis=1))
+def test_precision_recall_is_invariant_to_translation():
+  real, fake = points(2, 60), points(3, 60) + 1.0
+  # Multiples of 2^-20, so that the shift is exact.
+  real, fake = np.round(real * 2**20), np.round(fake * 2**20)
+  expected = precision_recall(real, fake, 3)
+  assert 0.0 < min(expected) < 1.0
+  assert precision_recall(real + 2.0**40, fake + 2.0**40, 3) == expected
 
 
-def test_ties_lie_outside_the_open_balls(digits):
-  real = points(6, 60)
-  order = np.random.default_rng(6).permutation(60)
-  assert density_coverage(real, real[order], 4) == (1.0, 1.0)
-  real = digits.test_images.reshape(540, 64).astype(np.float64)
-  # Distances of digits are roots of integers: exact, and full of ties.
-  density, covered = density_coverage(real, real, 4)
-  assert (density, covered) == oracle(real, real, 4)
-  assert 0.99 < density < 1.0 and covered == 1.0
-
-
-def test_repeated_reals_are_each_others_neighbours():
-  real = np.repeat(points(7, 5), 3, axis=0)
-  assert density_coverage(real, real, 2) == (0.0, 0.0)
-  density, covered = density_coverage(real, real, 3)
-  assert (density, covered) == oracle(real, real, 3)
-  assert covered == 1.0
-
-
-def test_far_and_collapsed_samples():
-  real = points(8, 50)
-  assert density_coverage(real, real + 1e3, 5) == (0.0, 0.0)
+def test_a_set_covers_itself_and_nothing_far():
+  real = points(4, 50)
+  for function in (precision_recall, density_coverage):
+    assert function(real, real[::-1], 3) == (1.0, 1.0)
+    assert function(real, real + 1e3, 3) == (0.0, 0.0)
+  memorised = np.repeat(real[:5], 10, axis=0)
+  assert precision_recall(real, memorised, 3) == (1.0, 5 / 50)
   collapsed = np.repeat(real.mean(axis=0, keepdims=True), 50, axis=0)
   density, covered = density_coverage(real, collapsed, 5)
   assert density > 1.5 and covered < 0.6
 
 
-def test_nearest_distances_oracle(digits):
-  train = digits.train_images.reshape(-1, 64)
-  test = digits.test_images.reshape(-1, 64)
-  distance, index = nearest_distances(test, train)
-  search = NearestNeighbors(n_neighbors=1, algorithm="kd_tree").fit(train)
-  expected = search.kneighbors(test)[0][:, 0]
-  np.testing.assert_allclose(distance, expected, rtol=1e-14)
-  direct = np.linalg.norm(test.astype(np.float64) - train[index], axis=1)
-  np.testing.assert_allclose(distance, direct, rtol=1e-14)
+def test_closed_balls_hold_their_surface_and_exclude_the_point():
+  real, fake = np.array([[0.0], [4.0]]), np.array([[8.0], [15.0]])
+  # Radius 4 around reals: 8 is on a surface; 7 around fakes: 0 is outside.
+  assert precision_recall(real, fake, 1) == (0.5, 0.5)
 
 
-@pytest.mark.parametrize("step", [0.0, 1e-4])
-def test_near_points_far_from_the_origin_keep_their_distances(step):
-  # Sums of squares are 5e12 here: their rounding is 1e-3, the step's square 0
-  # or 5e-8.
-  reference = points(9, 20) + 1e6
-  query = reference[::-1] + step
-  distance, index = nearest_distances(query, reference)
-  expected = np.linalg.norm(query - reference[::-1], axis=1)
-  np.testing.assert_allclose(distance, expected, rtol=1e-14, atol=0.0)
-  assert np.array_equal(index, np.arange(20)[::-1])
+def test_open_balls_do_not_hold_their_surface(digits):
+  real = digits.test_images.reshape(540, 64).astype(np.float64)
+  # Distances of digits are roots of integers: exact, and full of ties.
+  density, covered = density_coverage(real, real, 4)
+  assert (density, covered) == open_balls(real, real, 4)
+  assert 0.99 < density < 1.0 and covered == 1.0
+  # Copies are each other's neighbours.
+  real = np.repeat(points(7, 5), 3, axis=0)
+  assert density_coverage(real, real, 2) == (0.0, 0.0)
+  density, covered = density_coverage(real, real, 3)
+  assert (density, covered) == open_balls(real, real, 3)
+  assert covered == 1.0
 
 
 def test_duplicates_counts_planted_copies(digits):
@@ -97,7 +106,7 @@ def test_duplicates_counts_planted_copies(digits):
   noise = random.uniform(-1, 1, (5, 64))
   fake = np.concatenate([train[:3], train[3:5] + jitter, nudged, noise])
   counts = duplicates(fake, train, heldout, grid=GRID)
-  distance, _ = nearest_distances(heldout, train)
+  distance = nearest_neighbours(heldout, [train], 1).distance
   threshold = float(np.quantile(distance, 0.01))
   assert counts == {
     "exact_duplicates": 5,

@@ -1,9 +1,9 @@
+import functools
 import tracemalloc
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.linalg
 
 from drift_jax.metrics import frechet
 from drift_jax.metrics.frechet import (
@@ -12,18 +12,9 @@ from drift_jax.metrics.frechet import (
   frechet_distance,
 )
 from tests.conftest import assert_close
+from tests.metrics.conftest import random_features, stats
 
 CASES = ["shifted", "same", "rank_deficient", "relu_like"]
-
-
-def random_features(seed: int, count: int, dimensions: int) -> np.ndarray:
-  random = np.random.default_rng(seed)
-  mixing = random.normal(size=(dimensions, dimensions))
-  return random.normal(size=(count, dimensions)) @ mixing + random.normal()
-
-
-def stats(seed: int, count: int = 60, dimensions: int = 6) -> FeatureStats:
-  return FeatureStats.from_features(random_features(seed, count, dimensions))
 
 
 def distance_from_features(x: np.ndarray, y: np.ndarray) -> float:
@@ -58,23 +49,6 @@ def test_golden_statistics_and_distance(golden, case):
   # algorithms 1.5e-8 away from the exact value.
   tolerance = 3e-8 if case == "rank_deficient" else 1e-12
   assert abs(distance - expected) <= tolerance * max(expected, 1.0)
-
-
-@pytest.mark.parametrize("counts", [(60, 90), (7, 60), (60, 7)])
-def test_matches_the_matrix_square_root(counts):
-  a, b = stats(1, counts[0], 12), stats(2, counts[1], 12)
-  covariances = a.covariance(), b.covariance()
-  offset = np.eye(12) * 1e-12  # the oracle cannot take singular matrices
-  root = scipy.linalg.sqrtm(
-    (covariances[0] + offset) @ (covariances[1] + offset)
-  )
-  expected = (
-    np.sum((a.mean - b.mean) ** 2)
-    + np.trace(covariances[0] + covariances[1])
-    - 2.0 * np.trace(root).real
-  )
-  tolerance = 1e-10 if min(counts) > 12 else 1e-5
-  assert abs(frechet_distance(a, b) / expected - 1.0) < tolerance
 
 
 def test_closed_form_for_gaussians_with_common_axes():
@@ -113,22 +87,18 @@ def test_properties_of_a_distance(count):
   assert frechet_distance(*swapped) == pytest.approx(distance, rel=1e-12)
 
 
-@pytest.mark.parametrize("splits", [[1], [49], [1, 2, 3], [10, 20, 40]])
+@pytest.mark.parametrize("splits", [[1], [49], [1, 2, 3]])
 @pytest.mark.parametrize("offset", [0.0, 1e6])
 def test_streaming_merge_equals_one_shot(splits, offset):
   features = random_features(10, 50, 6) + offset
   whole = FeatureStats.from_features(features)
-  parts = [
-    FeatureStats.from_features(part) for part in np.split(features, splits)
-  ]
+  parts = [FeatureStats.from_features(x) for x in np.split(features, splits)]
   for ordered in (parts, parts[::-1]):
-    merged = ordered[0]
-    for part in ordered[1:]:
-      merged = merged.merge(part)
+    merged = functools.reduce(FeatureStats.merge, ordered)
     assert merged.count == 50
     assert_close(merged.mean, whole.mean, 1e-14)
     # One rounding of an offset of 1e6 is 1e-10 of these features.
-    assert_close(merged.scatter, whole.scatter, 1e-13 if not offset else 1e-9)
+    assert_close(merged.scatter, whole.scatter, 1e-9 if offset else 1e-13)
 
 
 def test_bfloat16_and_float32_features_are_summed_in_float64():

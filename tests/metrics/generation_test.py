@@ -17,16 +17,8 @@ SHAPE = (2, 2, 1)
 
 def encode(labels, alpha, index):
   """Images that say what they were asked for: label, alpha, index, 0."""
-  values = jnp.stack(
-    [
-      labels.astype(jnp.float32),
-      alpha,
-      index.astype(jnp.float32),
-      jnp.zeros_like(alpha),
-    ],
-    axis=1,
-  )
-  return values.reshape(-1, *SHAPE)
+  numbers = labels.astype(np.float32), alpha, index.astype(np.float32)
+  return jnp.stack([*numbers, 0 * alpha], axis=1).reshape(-1, *SHAPE)
 
 
 class Recorder:
@@ -72,9 +64,7 @@ def test_generate_exactly_once_in_full_batches(batch_size):
     assert np.array_equal(labels[call[2]], call[0])
   assert len(calls) == -(-12 // batch_size)
   images = np.concatenate([batch.images for batch in batches])
-  drawn = np.concatenate([batch.labels for batch in batches])
   assert images.shape == (12, *SHAPE) and images.dtype == np.float32
-  assert np.array_equal(drawn, labels) and drawn.dtype == np.int32
   assert np.array_equal(images[:, 0, 0, 0], labels)
   assert np.array_equal(images[:, 1, 0, 0], np.arange(12))
   assert (images[:, 0, 1, 0] == 1.5).all()
@@ -108,9 +98,9 @@ def test_labels_from_a_file(tmp_path):
   (tmp_path / "a.txt").write_text("3\n0\n3\n1\n")
   np.save(tmp_path / "a.npy", wanted)
   for name in ("a.txt", "a.npy"):
-    labels = read_labels(tmp_path / name, num_classes=4, count=None)
-    assert labels.tolist() == wanted.tolist() and labels.dtype == np.int32
-    read_labels(tmp_path / name, num_classes=4, count=4)
+    for count in (None, 4):
+      labels = read_labels(tmp_path / name, num_classes=4, count=count)
+      assert labels.tolist() == wanted.tolist() and labels.dtype == np.int32
     with pytest.raises(ValueError, match="lists 4 labels, but num_samples=5"):
       read_labels(tmp_path / name, num_classes=4, count=5)
     with pytest.raises(ValueError, match=r"entry 0 is 3, labels lie in \[0, 3"):
@@ -118,19 +108,14 @@ def test_labels_from_a_file(tmp_path):
   (tmp_path / "one.txt").write_text("2")
   labels = read_labels(tmp_path / "one.txt", num_classes=4, count=1)
   assert labels.tolist() == [2]
-  whole = (tmp_path / "a.npy").read_bytes()
   (tmp_path / "words.txt").write_text("cat\n")
   (tmp_path / "empty.txt").touch()
   np.save(tmp_path / "floats.npy", wanted / 2)
   np.save(tmp_path / "square.npy", wanted.reshape(2, 2))
-  np.save(tmp_path / "object.npy", np.asarray([{}]), allow_pickle=True)
-  np.save(tmp_path / "bools.npy", wanted > 0)
+  whole = (tmp_path / "a.npy").read_bytes()
   (tmp_path / "cut.npy").write_bytes(whole[:-3])
-  (tmp_path / "header.npy").write_bytes(whole.replace(b"{'de", b"((((", 1))
-  for name in (
-    *("words.txt", "empty.txt", "floats.npy", "square.npy", "object.npy"),
-    *("bools.npy", "cut.npy", "header.npy"),
-  ):
+  names = "words.txt", "empty.txt", "floats.npy", "square.npy", "cut.npy"
+  for name in names:
     with pytest.raises(ValueError, match=name):
       read_labels(tmp_path / name, num_classes=4, count=None)
   with pytest.raises(FileNotFoundError):

@@ -59,14 +59,11 @@ def test_grid_places_every_pixel(channels, padding):
   assert (grid[~covered] == 255).all()
 
 
-def test_images_that_are_not_finite_make_no_grid():
+def test_save_image(tmp_path):
   images = np.zeros((3, 2, 2, 1), np.float32)
   images[1, 0, 0, 0] = np.nan
   with pytest.raises(EvaluationError, match="image 1 is not finite"):
     image_grid(images, columns=3, padding=0, scale=1)
-
-
-def test_save_image(tmp_path):
   image = np.random.default_rng(1).integers(0, 256, (7, 5, 3), np.uint8)
   save_image(image, tmp_path / "folder" / "image.png")
   with Image.open(tmp_path / "folder" / "image.png") as opened:

@@ -47,7 +47,7 @@ def test_batches_and_their_order_do_not_matter(monkeypatch, seed):
   order = random.permutation(103)
   score = InceptionScore(103, 7, 4)
   for part in np.split(order, np.sort(random.integers(1, 103, 6))):
-    with pytest.raises(ValueError, match="of 103 samples.* came 0 times"):
+    with pytest.raises(ValueError, match="103 samples got only"):
       score.result()
     if len(part):
       score.update(values[part], part)
@@ -87,5 +87,5 @@ def test_bad_input():
   score.update(values, np.arange(20))
   assert score.result() == pytest.approx(inception_score(values, 2), rel=1e-13)
   score.update(values[:1], np.array([7]))
-  with pytest.raises(ValueError, match="number 7 came 2 times"):
+  with pytest.raises(ValueError, match="number 7 came twice"):
     score.result()
