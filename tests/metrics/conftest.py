@@ -1,6 +1,8 @@
 """Real images for the tests of metrics: scikit-learn's digits."""
 
+import contextlib
 import dataclasses
+import resource
 
 import numpy as np
 import pytest
@@ -110,6 +112,17 @@ def radii_of(points: np.ndarray, k: int) -> np.ndarray:
 def block(request, monkeypatch) -> None:
   """Sets the numbers in a block of distances."""
   monkeypatch.setattr(distances, "BLOCK_ENTRIES", request.param)
+
+
+@contextlib.contextmanager
+def full_disk(most: int):
+  """A file can have so many bytes."""
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.fixture

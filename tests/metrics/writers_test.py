@@ -2,7 +2,6 @@ import contextlib
 import json
 import math
 import pathlib
-import resource
 import struct
 
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from tensorboardX.proto import event_pb2
 from drift_jax.metrics import tensorboard, writers
 from drift_jax.metrics.writers import JsonlWriter, create_writer, read_jsonl
 from tests import process
+from tests.metrics.conftest import full_disk
 
 
 def read_events(folder: pathlib.Path) -> list[event_pb2.Event]:
@@ -91,30 +91,24 @@ def test_lines(tmp_path):
 
 @pytest.mark.parametrize("tail", ["", '{"step": 9, "lo', '{"step": 4, "loss"'])
 def test_resumed_file_equals_an_uninterrupted_one(tmp_path, tail):
-  write_run(tmp_path / "whole", 1, 9)
-  write_run(tmp_path / "resumed", 1, 7)
-  path = tmp_path / "resumed" / "metrics.jsonl"
-  with open(path, "a") as file:
+  whole, resumed = (
+    tmp_path / x / "metrics.jsonl" for x in ("whole", "resumed")
+  )
+  write_run(whole.parent, 1, 9)
+  write_run(resumed.parent, 1, 7)
+  with open(resumed, "a") as file:
     file.write(tail)
-  write_run(tmp_path / "resumed", 5, 9, resume_step=4)
-  assert path.read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
-  assert not list(path.parent.glob("*.tmp"))
-
-
-def test_figures_that_are_made_again_are_there_once(tmp_path):
-  """As after a kill between their lines and the record of the evaluation."""
-  write_run(tmp_path / "whole", 1, 4)
-  write_run(tmp_path / "resumed", 1, 4)
+  write_run(resumed.parent, 5, 9, resume_step=4)
+  assert resumed.read_bytes() == whole.read_bytes()
+  assert not list(resumed.parent.glob("*.tmp"))
+  # After a kill between an evaluation's lines and the record that it is done.
+  write_run(whole.parent, 1, 4)
   writer = create_writer(
-    tmp_path / "resumed", resume_step=4, is_main=True, evaluated=False
+    resumed.parent, resume_step=4, is_main=True, evaluated=False
   )
   writer.write_scalars(4, {"eval/fd_pixel/alpha_1.0": 8.0})
   writer.close()
-  whole, resumed = (
-    (tmp_path / name / "metrics.jsonl").read_bytes()
-    for name in ("whole", "resumed")
-  )
-  assert resumed == whole
+  assert resumed.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "events.out.tfevents."])
@@ -125,9 +119,7 @@ def test_a_full_disk_is_told(tmp_path, name):
     writer = JsonlWriter(tmp_path / name, -1)
   else:
     writer = tensorboard.SummaryWriter(str(tmp_path))
-  limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limit[1]))
-  try:
+  with full_disk(3000):
     for _ in range(3):
       with pytest.raises(OSError, match="File too large.*" + str(tmp_path)):
         for step in range(1000):
@@ -135,8 +127,6 @@ def test_a_full_disk_is_told(tmp_path, name):
         writer.flush()
     with contextlib.suppress(OSError):
       writer.close()
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
 def test_tensorboard_holds_scalars_and_images(tmp_path):
