@@ -192,7 +192,7 @@ def _candidates(
   k = known.shape[1]
   lower, upper = _bounds(rows, columns, centre)
   if own is not None:
-    itself = np.eye(*lower.shape, own, dtype=bool)
+    itself = np.eye(len(rows), len(columns), own, dtype=bool)
     lower[itself] = np.nan  # is never below a limit
     upper[itself] = np.inf
   limit = known[:, -1].copy()

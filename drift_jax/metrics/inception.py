@@ -120,6 +120,6 @@ def inception_score(logits: ArrayLike, splits: int) -> tuple[float, float]:
   """
   matrix = np.asarray(logits)
   frechet.check_feature_matrix(matrix, "logits")
-  score = InceptionScore(*matrix.shape, splits)
+  score = InceptionScore(len(matrix), matrix.shape[1], splits)
   score.update(matrix, np.arange(len(matrix)))
   return score.result()

@@ -21,6 +21,8 @@ from drift_jax.metrics import files, frechet
 from drift_jax.system import paths
 
 _FORMS = (("mu", "sigma"), ("ref_mu", "ref_sigma"))
+# Regular expressions of Provenance's texts that are more than not empty.
+_TEXTS = {"network_sha256": "[0-9a-f]{64}"}
 # float32 sums leave asymmetries of some 1e-7 of the largest entry.
 _ASYMMETRY = 1e-5
 
@@ -47,22 +49,14 @@ class Provenance:
 
   def __post_init__(self) -> None:
     for field, value in dataclasses.asdict(self).items():
-      expected = int if field == "resolution" else str
-      # bool is an int to isinstance.
-      if type(value) is not expected or not value:
-        raise ValueError(
-          f"provenance: {field} must be a non-empty {expected.__name__}, got"
-          f" {value!r}"
-        )
-    if self.resolution < 1:
-      raise ValueError(
-        f"provenance: resolution must be positive, got {self.resolution}"
-      )
-    if not re.fullmatch("[0-9a-f]{64}", self.network_sha256):
-      raise ValueError(
-        "provenance: network_sha256 must be 64 lower-case hexadecimal digits,"
-        f" got {self.network_sha256!r}"
-      )
+      if field == "resolution":
+        # bool is an int to isinstance.
+        valid, expected = type(value) is int and value > 0, "positive integer"
+      else:
+        expected = _TEXTS.get(field, ".+")
+        valid = isinstance(value, str) and re.fullmatch(expected, value)
+      if not valid:
+        raise ValueError(f"provenance: {field}={value!r}, expected {expected}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

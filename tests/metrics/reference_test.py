@@ -19,12 +19,8 @@ DIGEST = PROVENANCE.network_sha256
 
 def public(path, form=("mu", "sigma"), dtype=np.float64, **others):
   """Writes a file as others publish them."""
-  fitted = stats(0)
-  arrays = {
-    form[0]: fitted.mean.astype(dtype),
-    form[1]: fitted.covariance().astype(dtype),
-  }
-  np.savez(path, **(arrays | others))
+  arrays = stats(0).mean.astype(dtype), stats(0).covariance().astype(dtype)
+  np.savez(path, **(dict(zip(form, arrays, strict=True)) | others))
   return path
 
 
