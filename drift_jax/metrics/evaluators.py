@@ -20,7 +20,7 @@ Figures = dict[str, float]
 
 @runtime_checkable
 class Evaluator(Protocol):
-  """What `evaluate` asks of a plug-in.
+  """Plug-in of `evaluate`: takes generated images, reports figures.
 
   Attributes:
     name: names the plug-in in messages.
@@ -47,9 +47,9 @@ class Evaluator(Protocol):
   def baseline(self) -> Figures:
     """The same figures with real training images in place of generated ones.
 
-    As many of each class as are generated, against the held-out reals: what a
-    perfect generator of this sample count would score. Computed once; empty
-    where it would cost too much.
+    As many of each class as are generated, against the held-out reals: the
+    score of a perfect generator of this sample count. Computed once; empty if
+    it would cost too much.
     """
     ...
 
@@ -100,8 +100,8 @@ def class_subset(
   """Indices of as many samples of each class as `wanted` holds labels of it.
 
   Args:
-    labels: [N] integers, what there is.
-    wanted: [M > 0] integers, what is to be stood in for.
+    labels: [N] integers, class of each sample.
+    wanted: [M > 0] integers, class of each sample to stand in for.
     seed: fixes the draw, which is without replacement.
 
   Returns:

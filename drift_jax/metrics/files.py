@@ -53,7 +53,7 @@ def reading_npz(path: PathLike) -> Iterator[None]:
 def replacing(path: PathLike) -> Iterator[pathlib.Path]:
   """Yields a temporary name in path's folder, renamed to path on success.
 
-  Whoever reads `path` sees the old file or the complete new one, also when the
+  Readers of `path` see the old file or the complete new one, also when the
   process dies in between. The folder is made when it is missing; after an
   exception the temporary file is removed and `path` is untouched.
 
@@ -81,7 +81,7 @@ def replacing(path: PathLike) -> Iterator[pathlib.Path]:
 
 
 def report_text(report: Any) -> str:
-  """A report as JSON, indented; figures that are no numbers are none.
+  """A report as indented JSON, of finite numbers only.
 
   Raises:
     EvaluationError: a number that is not finite, which JSON has not; it names

@@ -31,7 +31,7 @@ _WELL_CONDITIONED = 1e-9
 
 
 def check_feature_matrix(matrix: np.ndarray, name: str) -> None:
-  """Refuses what is no matrix of finite numbers [N, D].
+  """Refuses anything but a matrix of finite numbers [N, D].
 
   Raises:
     ValueError: when it is not two-dimensional, is empty or holds a non-finite
@@ -62,7 +62,7 @@ def as_feature_matrix(features: ArrayLike, name: str) -> np.ndarray:
 
 @runtime_checkable
 class Moments(Protocol):
-  """What a Frechet distance needs of a set of feature vectors."""
+  """Mean and covariance of a set of feature vectors."""
 
   @property
   def count(self) -> int | None:
@@ -209,25 +209,25 @@ class FeatureStream:
     return stats
 
 
-def _over_processes(own: FeatureStats | None) -> FeatureStats | None:
+def _over_processes(local: FeatureStats | None) -> FeatureStats | None:
   """Statistics of all processes' sets together, the same in all.
 
   As `FeatureStats.merge`, with the mean of all as the common centre: only one
   sum of [D, D] matrices goes over the network.
   """
-  size = [0, 0] if own is None else [own.count, len(own.mean)]
+  size = [0, 0] if local is None else [local.count, len(local.mean)]
   counts, dimensions = np.concatenate(
     processes.gather(np.asarray([size], np.int64))
   ).T
   count = int(counts.sum())
   if not count:
     return None
-  if own is None:
+  if local is None:
     empty = np.zeros((dimensions.max(), dimensions.max()))
-    own = FeatureStats(0, empty[0], empty)
-  mean = processes.total(own.mean * (own.count / count))
-  scatter = own.scatter.copy()
-  _add_square(scatter, own.mean - mean, own.count)
+    local = FeatureStats(0, empty[0], empty)
+  mean = processes.total(local.mean * (local.count / count))
+  scatter = local.scatter.copy()
+  _add_square(scatter, local.mean - mean, local.count)
   return FeatureStats(count, mean, processes.total(scatter))
 
 
@@ -236,7 +236,7 @@ def _cholesky(covariance: np.ndarray) -> np.ndarray | None:
 
   The factor takes the place of the covariance, which is lost either way.
   """
-  # Imported where it is used: a quarter of a second.
+  # Imported at use: it takes a quarter of a second.
   from scipy import linalg
 
   # In Fortran's order, which a symmetric matrix has as well, none is copied.

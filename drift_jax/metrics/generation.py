@@ -87,12 +87,12 @@ def _non_finite(samples: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _check_finite(batch: Batch, alpha: float) -> None:
-  """Raises in all processes where a sample of any of them is not finite."""
-  found, bad = _non_finite(batch.samples)
-  if not bool(found):
+  """Raises in all processes if a sample of any of them is not finite."""
+  some, bad = _non_finite(batch.samples)
+  if not bool(some):
     return
-  own = np.stack([batch.index, batch.labels], axis=1)[batch.rows(bad)]
-  all_bad = np.concatenate(processes.gather(own))
+  local = np.stack([batch.index, batch.labels], axis=1)[batch.rows(bad)]
+  all_bad = np.concatenate(processes.gather(local))
   number, label = min(map(tuple, all_bad.tolist()))
   raise EvaluationError(
     f"generated sample {number} (label {label}, alpha {alpha}) is not finite;"
@@ -124,8 +124,8 @@ def generate(
     labels: [N] integers, the same in all processes.
     alpha: guidance scale, the same for all samples.
     batch_size: samples per call of all processes together.
-    to_pixels: samples -> 8-bit RGB images; called where somebody asks for them.
-    numbers: [n] int32, of the samples that are wanted, where not all N are.
+    to_pixels: samples -> 8-bit RGB images; called for `Batch.pixels` only.
+    numbers: [n] int32, the samples to draw; None: all N.
 
   Raises:
     EvaluationError: a sample that is not finite, naming its number, label and

@@ -86,7 +86,7 @@ def require_finite(images: Images, labels: np.ndarray | None = None) -> None:
 
   Args:
     images: floating-point numbers.
-    labels: [N], named in the message where they are known.
+    labels: [N], named in the message; None if unknown.
   """
   flat = np.asarray(jax.device_get(images)).reshape(len(images), -1)
   bad = np.flatnonzero(~np.isfinite(flat.astype(np.float32)).all(axis=1))
@@ -94,7 +94,7 @@ def require_finite(images: Images, labels: np.ndarray | None = None) -> None:
     label = "" if labels is None else f" (label {labels[bad[0]]})"
     raise EvaluationError(
       f"image {bad[0]}{label} is not finite, and {len(bad)} of {len(flat)} are"
-      " not: the weights, or what they are given, are out of range"
+      " not: the weights or their inputs are out of range"
     )
 
 

@@ -69,7 +69,7 @@ class InceptionScore:
     np.add.at(self._seen, indices, 1)
 
   def _add(self, logits: np.ndarray, part: np.ndarray) -> None:
-    # Imported where it is used: a quarter of a second.
+    # Imported at use: it takes a quarter of a second.
     from scipy import special
 
     log_probability = special.log_softmax(logits, axis=1)
@@ -83,7 +83,7 @@ class InceptionScore:
   def result(self) -> tuple[float, float]:
     """(mean, standard deviation) over the parts; the mean is in [1, C].
 
-    Of the samples of all processes together.
+    Counts the samples of all processes.
 
     Raises:
       ValueError: unless all samples came, each once.

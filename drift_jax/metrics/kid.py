@@ -20,7 +20,7 @@ from drift_jax.metrics import distances
 
 def _sum_across(x: np.ndarray, y: np.ndarray) -> float:
   """Sum of k over all pairs of a point of x and one of y, in blocks."""
-  # Imported where it is used: a second.
+  # Imported at use: it takes a second.
   from sklearn.metrics.pairwise import polynomial_kernel
 
   side = distances.block_side(x.shape[1])
@@ -77,7 +77,7 @@ def kernel_distance_subsets(
 ) -> tuple[float, float]:
   """Mean and spread of the unbiased estimate over random subsets.
 
-  What papers report, with 100 subsets of 1000. Each subset is drawn from each
+  Papers report it with 100 subsets of 1000. Each subset is drawn from each
   set without replacement, independently of the others.
 
   Args:

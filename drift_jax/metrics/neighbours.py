@@ -2,7 +2,7 @@
 
 arXiv:2602.04770, B.4. The search is exact and holds the generated images'
 features and one block of the training set's at a time; pictures and figures
-show what it found.
+show the neighbours.
 """
 
 import dataclasses

@@ -41,10 +41,10 @@ KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 
 
 class NetworkEvaluator:
-  """What one network says of the generated images; it sees each image once.
+  """Figures of the generated images in one network's features and logits.
 
-  Statistics are streamed; features are kept, 4 D bytes for each sample on every
-  host, where one of FROM_FEATURES is asked for.
+  The network sees each image once. Statistics are streamed; for a figure of
+  FROM_FEATURES features are kept, 4 D bytes for each sample on every host.
   """
 
   def __init__(
@@ -65,10 +65,10 @@ class NetworkEvaluator:
       figures: 'fid' or 'fd_NAME': the Frechet distance to the reference, under
         that name. 'inception_score': it and its spread over 10 parts, of the
         logits. 'precision_recall': k = 3. 'kid': mean and spread over 100
-        subsets of 1000, or the estimate of all pairs where there are fewer.
+        subsets of 1000, or the estimate of all pairs of fewer samples.
         'coverage_inception': density and coverage, k = 5. The last three
         compare with the reference's features.
-      reference: statistics of real images; None where no figure needs them.
+      reference: statistics of real images; None if no figure needs them.
       count: samples that will come.
       seed: picks KID's subsets.
 

@@ -1,8 +1,7 @@
 """Curves of a run as PNG files, drawn from the records of metrics.jsonl.
 
 Figures are made with Matplotlib's objects and its Agg canvas: no pyplot, no
-global state, no display. It is imported where something is drawn: it takes most
-of a second.
+global state, no display. It is imported at use: it takes most of a second.
 """
 
 import re
@@ -259,10 +258,10 @@ def plot_drift(records: Records, path: files.PathLike) -> None:
 
 
 def plot_diagnostics(records: Records, path: files.PathLike) -> None:
-  """Draws what is known of the field over steps, a panel for each figure.
+  """Draws diagnostics of the field over steps, a panel for each.
 
   Args:
-    records: dicts with "step" and NAME/TEMPERATURE, where NAME is one of
+    records: dicts with "step" and NAME/TEMPERATURE; NAME is one of
       neighbours (effective positives of a sample), alignment (cosine of
       attraction and repulsion), self_mass (share of a sample's repulsion that
       is its own), marginal_error (how unequally positives attract, 0 to 1),
@@ -321,7 +320,7 @@ def plot_toy(records: Records, path: files.PathLike) -> None:
     records: dicts with "step", `loss`, `eval/energy_distance` and
       `eval/sliced_wasserstein` with their `.../baseline` (data against data:
       dashed), and `eval/mode_ratio/K`, the mass of each mode over its true one.
-      What there is is drawn.
+      Those that are there are drawn.
     path: PNG file to write.
 
   Raises:
@@ -331,12 +330,12 @@ def plot_toy(records: Records, path: files.PathLike) -> None:
 
 
 def plot_policy(records: Records, path: files.PathLike) -> None:
-  """Draws success, and what training did, of a policy's run over steps.
+  """Draws success and training of a policy's run over steps.
 
   Args:
     records: dicts with "step", `eval/SAMPLER/success_rate` of each sampler,
       `eval/SAMPLER/mode/NAME`, `drift_rms/TAU` or, if nothing drifts, `loss`.
-      What there is is drawn.
+      Those that are there are drawn.
     path: PNG file to write.
 
   Raises:

@@ -1,7 +1,7 @@
 """Files of reference statistics: ours and the public ones.
 
 Ours is an .npz of `mu` [D], `sigma` [D, D] (float64, ddof 1), `provenance`, a
-JSON text, `count` where it is known, and maybe `features` [n, D] (float32) of
+JSON text, `count` if it is known, and maybe `features` [n, D] (float32) of
 single images. Public files for ImageNet-256 hold `mu` and `sigma`
 (among other arrays in ADM's VIRTUAL_imagenet256_labeled.npz, which are not
 read) or `ref_mu` and `ref_sigma`, and say nothing of where they come from.
@@ -29,7 +29,7 @@ _ASYMMETRY = 1e-5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Provenance:
-  """What statistics were computed from.
+  """Source of statistics: images and network.
 
   Attributes:
     source: data set, e.g. "imagenet2012".
@@ -121,15 +121,15 @@ def load_reference(
 
   Args:
     path: .npz file.
-    dimensions, resolution, crop, network_sha256: what the file must be for;
-      None asks for nothing. A public file does not record the last three: they
+    dimensions, resolution, crop, network_sha256: expected of the file; None
+      expects nothing. A public file does not record the last three: they
       are believed, with a warning.
 
   Raises:
     FileNotFoundError: when there is none.
     ValueError: for a file of another kind, wrong shapes or dtypes, non-finite
       numbers, a matrix that is no covariance, or other dimensions, resolution,
-      crop or network than asked for, naming what was found and expected.
+      crop or network than asked for, naming both.
   """
   path = paths.expand(path)
   with files.reading_npz(path):
@@ -165,7 +165,7 @@ def _read(archive: np.lib.npyio.NpzFile) -> dict[str, np.ndarray]:
 
 
 def _checked(arrays: Mapping[str, np.ndarray]) -> ReferenceStats:
-  """What a file's arrays hold; ValueError for anything that is none."""
+  """Statistics that a file's arrays hold; ValueError for anything else."""
   mean, sigma = _checked_moments(arrays["mu"], arrays["sigma"])
   count = arrays.get("count")
   if count is not None:

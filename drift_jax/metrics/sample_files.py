@@ -25,8 +25,8 @@ from drift_jax.system import options, paths
 
 IMAGES, LABELS = "arr_0", "arr_1"
 _READ_BYTES = 2**24
-# Of a zip file's local header; then come a name and something extra, whose
-# lengths are its last two numbers.
+# A zip file's local header. A name and extra data follow, whose lengths are its
+# last two numbers.
 _LOCAL_HEADER = struct.Struct("<26xHH")
 
 
@@ -65,7 +65,7 @@ class ImageSet:
 
   @property
   def description(self) -> str:
-    """How many they are, of what size, and where."""
+    """Their number, size and place, for messages."""
     return f"{self.count} images of {self.side} x {self.side} px in {self.path}"
 
 
@@ -82,7 +82,7 @@ def open_images(path: files.PathLike) -> ImageSet:
   Raises:
     FileNotFoundError: when there is none.
     ValueError: images that are not square, 8-bit and of one size, fewer than
-      two, or files that can't be read, naming what was found and expected.
+      two, or files that can't be read, naming both.
   """
   path = pathlib.Path(paths.expand(path))
   return _open_folder(path) if path.is_dir() else _open_npz(path)
@@ -146,7 +146,7 @@ def _array(
   key: str,
   wrong: Callable[[tuple[int, ...], np.dtype], str],
 ) -> np.ndarray:
-  """An array of an .npz, left in the file where that is possible.
+  """An array of an .npz, left in the file if that is possible.
 
   Raises:
     ValueError: no such array, one that `wrong` has something against, or bytes

@@ -40,8 +40,8 @@ class SampleFolder:
 
     Args:
       path: of the folder.
-      facts: whatever the images depend on, fit for JSON.
-      labels: of the images, by number.
+      facts: all that the images depend on, fit for JSON.
+      labels: class index of each image, by number.
       about: what else is to be known of them; it may differ.
 
     Raises:

@@ -76,7 +76,7 @@ class _SmallSet:
 
   def update(self, batch: Batch) -> None:
     self._kept.append((batch.images, batch.labels, batch.index))
-    # Of this process: no more are kept than the limit.
+    # This process keeps no more than the limit.
     count = sum(len(index) for _, _, index in self._kept)
     _check_size(count, batch.images.shape[1:], "generated", self.name)
 
@@ -84,8 +84,8 @@ class _SmallSet:
     """Figures of the images of all processes since reset: there are few."""
     if not self._kept:
       raise ValueError(f"{self.name}: no images since reset()")
-    own = [np.concatenate(part) for part in zip(*self._kept, strict=True)]
-    images, labels, index = (np.concatenate(processes.gather(x)) for x in own)
+    local = [np.concatenate(part) for part in zip(*self._kept, strict=True)]
+    images, labels, index = (np.concatenate(processes.gather(x)) for x in local)
     _check_size(len(index), images.shape[1:], "generated", self.name)
     order = np.argsort(index, kind="stable")
     return self._figures(images[order].reshape(len(order), -1), labels[order])
@@ -163,7 +163,7 @@ class LabelAccuracyEvaluator(_SmallSet):
 
   @functools.cached_property
   def _classifier(self) -> Any:
-    # Imported where it is used: a second.
+    # Imported at use: it takes a second.
     from sklearn import svm
 
     return svm.SVC(C=10.0, gamma="scale").fit(*self._train)

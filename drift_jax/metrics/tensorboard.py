@@ -36,7 +36,7 @@ class SummaryWriter:
       purge_step: TensorBoard hides what earlier files hold at this step and
         later; None hides nothing.
     """
-    # Imported where it is used: a third of a second with google-cloud-storage.
+    # Imported at use: it takes a third of a second with google-cloud-storage.
     from tensorboardX import record_writer, summary
     from tensorboardX.proto import event_pb2
 

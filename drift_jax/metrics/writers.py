@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: JSON lines, TensorBoard events, the log."""
+"""Writers of a run's numbers: JSON lines and TensorBoard events."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from clu.metric_writers import MetricWriter, MultiWriter  # noqa: E402
 MetricWriter.register(tensorboard.SummaryWriter)
 
 _FILE = "metrics.jsonl"
-# In front of the names of an evaluation's figures.
+# Prefix of the names of an evaluation's figures.
 EVALUATION = "eval/"
 # A bucket's copy of the numbers is at most so much older than a write.
 _UPLOAD_SECONDS = 60.0
@@ -189,7 +189,7 @@ def create_writer(
       start, which drops all.
     is_main: False for all processes but one: they write nothing and touch no
       file.
-    evaluated: False where resume_step will be evaluated again: figures of it
+    evaluated: False if resume_step will be evaluated again: figures of it
       are dropped from metrics.jsonl too.
 
   Returns:
