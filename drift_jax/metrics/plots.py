@@ -216,10 +216,11 @@ def _plot(
   keys = _keys(records)
   shown = [(panel, lines) for panel in panels if (lines := _lines(panel, keys))]
   if not shown:
+    expected = [repr(panel.keys.replace(_NUMBER, "NUMBER")) for panel in panels]
     dots = " ..." if len(keys) > 20 else ""
     raise ValueError(
-      f"{path}: nothing to draw in {len(records)} records; their keys are"
-      f" {', '.join(keys[:20]) or 'none'}{dots}"
+      f"{path}: no {' or '.join(expected) or 'distance'} in {len(records)}"
+      f" records; their keys are {', '.join(keys[:20]) or 'none'}{dots}"
     )
   figure, axes = _curves(len(shown), height)
   for axis, (panel, lines) in zip(axes, shown, strict=True):
