@@ -1,6 +1,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from drift_jax.metrics import files
@@ -36,3 +37,21 @@ def test_a_report_holds_finite_numbers_only(tmp_path, number):
   ):
     files.write_report(path, report)
   assert path.read_text() == written and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_no_npz_is_named(tmp_path):
+  path = tmp_path / "a.npz"
+  np.savez(path, np.arange(1000))
+  whole = path.read_bytes()
+  for data, message in (
+    (whole, "whatever reading it raises"),
+    (b"text", "this is no .npz file"),
+    (whole[: len(whole) // 2], "or is cut short"),
+    (2 * whole, "several files in one"),
+  ):
+    path.write_bytes(data)
+    with (
+      pytest.raises(ValueError, match=f"a.npz: .*{message}"),
+      files.reading_npz(path),
+    ):
+      raise ValueError("whatever reading it raises")

@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import pickle
 
 import numpy as np
 import pytest
@@ -128,18 +127,11 @@ def test_other_files_are_refused(path):
   np.savez(path, mu=np.zeros(3), arr_0=np.zeros(2))
   with pytest.raises(ValueError, match=r"it holds \['arr_0', 'mu'\]"):
     load_reference(path)
-  whole = public(path).read_bytes()
-  flipped = bytearray(whole)
+  flipped = bytearray(public(path).read_bytes())
   flipped[200] ^= 1
-  for data, message in (
-    (pickle.dumps({"mu": np.zeros(3)}), "no .npz file"),
-    (whole[: len(whole) // 2], "cut short"),
-    (bytes(flipped), "is damaged: Bad CRC"),
-    (2 * whole, "several files in one"),
-  ):
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match=f"stats.npz.*{message}"):
-      load_reference(path)
+  path.write_bytes(bytes(flipped))
+  with pytest.raises(ValueError, match="stats.npz is damaged: Bad CRC"):
+    load_reference(path)
   with pytest.raises(FileNotFoundError):
     load_reference(path.parent / "none.npz")
 

@@ -83,10 +83,7 @@ FEW = pixels(4, 4, 4, 3)
 @pytest.mark.parametrize(
   ("images", "message"),
   [
-    (
-      FEW.astype(np.float32),
-      r"float32 \[4, 4, 4, 3\], want uint8 in",
-    ),
+    (FEW.astype(np.float32), r"float32 \[4, 4, 4, 3\], want uint8 in"),
     (np.array([{}, None], object), "found object .* want uint8"),
     (pixels(4, 3, 4, 4), r"uint8 \[4, 3, 4, 4\], want \[N, H, W, 3"),
     (FEW[0, 0], r"want \[N, H, W, 3\]"),
@@ -115,22 +112,10 @@ def test_other_arrays(path):
 def test_damaged_npz(path, save):
   save(path, pixels(COUNT, SIDE, SIDE, 3))
   whole = path.read_bytes()
-  middle = len(whole) // 2
-  flipped = bytearray(whole)
-  flipped[300] ^= 255
-  damages = [
-    (whole[:middle], "images.npz: this is no .npz file"),
-    # The beginning is lost: the table of contents at the end is not.
-    (whole[middle:], "images.npz is damaged"),
-    (2 * whole, "images.npz: the file begins with .* bytes"),
-    (b"text", "this is no .npz file"),
-  ]
-  if save is np.savez_compressed:
-    damages.append((bytes(flipped), "images.npz is damaged"))
-  for data, message in damages:
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match=message):
-      open_images(path)
+  # The beginning is lost: the table of contents at the end is not.
+  path.write_bytes(whole[len(whole) // 2 :])
+  with pytest.raises(ValueError, match="images.npz is damaged"):
+    open_images(path)
   with pytest.raises(FileNotFoundError, match="none.npz"):
     open_images(path.parent / "none.npz")
 
