@@ -293,6 +293,8 @@ def frechet_distance(a: Moments, b: Moments) -> float:
   Raises:
     ValueError: when the dimensions differ or a set has fewer than two vectors.
   """
+  from scipy import linalg
+
   dimensions = len(a.mean)
   if dimensions != len(b.mean):
     raise ValueError(
@@ -311,15 +313,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     )
   traces = sum(np.trace(moments.covariance()) for moments in (a, b))
   means = np.sum((a.mean - b.mean) ** 2)
-  root = _trace_of_root(_square_root_factor(a), b)
-  return max(float(means + traces - 2.0 * root), 0.0)
-
-
-def _trace_of_root(factor: np.ndarray, other: Moments) -> float:
-  """tr (S_a S_b)^(1/2) of S_a = factor factor^T and the other covariance."""
-  from scipy import linalg
-
-  product = factor.T @ _square_root_factor(other)
+  product = _square_root_factor(a).T @ _square_root_factor(b)
   # Singular values are the transposed matrix's, which is in Fortran's order.
   values = linalg.svdvals(product.T, overwrite_a=True, check_finite=False)
-  return float(np.sum(values))
+  return max(float(means + traces - 2.0 * np.sum(values)), 0.0)

@@ -184,7 +184,10 @@ def _checked(arrays: Mapping[str, np.ndarray]) -> ReferenceStats:
     frechet.check_feature_matrix(features, "features")
   provenance = arrays.get("provenance")
   if provenance is not None:
-    provenance = _parsed(provenance)
+    try:
+      provenance = Provenance(**json.loads(provenance.item()))
+    except (ValueError, TypeError) as error:
+      raise ValueError(f"provenance is no record: {error}") from error
   return ReferenceStats(mean, sigma, count, provenance, features)
 
 
@@ -223,13 +226,6 @@ def _checked_moments(
       f" {variances.min():.3g}"
     )
   return mean, sigma
-
-
-def _parsed(text: np.ndarray) -> Provenance:
-  try:
-    return Provenance(**json.loads(text.item()))
-  except (ValueError, TypeError) as error:
-    raise ValueError(f"provenance is no record: {error}") from error
 
 
 def _check_asked(

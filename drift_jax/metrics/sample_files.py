@@ -199,7 +199,11 @@ def _open_folder(path: pathlib.Path) -> ImageSet:
     out = np.empty((len(indices), side, side, 3), np.uint8)
 
     def fill(row: np.ndarray, index: int) -> None:
-      row[...] = _decoded(images[index], side)
+      path = images[index]
+      with _naming_image(path):
+        image = decode.decode(pathlib.Path(path).read_bytes(), "pillow")
+      _check_size(path, image.shape[1::-1], side)
+      row[...] = image
 
     with futures.ThreadPoolExecutor() as pool:
       # Raises what a thread raised.
@@ -268,11 +272,3 @@ def _check_size(path: str, size: tuple[int, ...], side: int) -> None:
       f"{path} is {size[0]} x {size[1]} px (width x height), want square images"
       f" of one size, {side} x {side}"
     )
-
-
-def _decoded(path: str, side: int) -> np.ndarray:
-  """uint8 [side, side, 3]."""
-  with _naming_image(path):
-    pixels = decode.decode(pathlib.Path(path).read_bytes(), "pillow")
-  _check_size(path, pixels.shape[1::-1], side)
-  return pixels
