@@ -136,13 +136,17 @@ def load_reference(
     with np.load(path) as archive:
       arrays = _read(archive)
     reference = _checked(arrays)
-    asked = {
-      "dimensions": dimensions,
-      "resolution": resolution,
-      "crop": crop,
-      "network_sha256": network_sha256,
-    }
-    _check_asked(reference, asked, path)
+  if dimensions not in (None, len(reference.mean)):
+    raise ValueError(
+      f"{path} holds statistics of {len(reference.mean)} dimensions, expected"
+      f" {dimensions}"
+    )
+  asked = {
+    "resolution": resolution,
+    "crop": crop,
+    "network_sha256": network_sha256,
+  }
+  _check_asked(reference.provenance, asked, path)
   return reference
 
 
@@ -229,27 +233,26 @@ def _checked_moments(
 
 
 def _check_asked(
-  reference: ReferenceStats, asked: Mapping[str, Any], path: str
+  provenance: Provenance | None, asked: Mapping[str, Any], path: str
 ) -> None:
   """Raises ValueError if a file is of something else than was asked for."""
-  recorded: dict[str, Any] = {"dimensions": len(reference.mean)}
-  if reference.provenance is not None:
-    recorded |= dataclasses.asdict(reference.provenance)
-  believed, wrong = [], []
-  for key, value in asked.items():
-    if value is None:
-      continue
-    if key not in recorded:
-      believed.append(f"{key} {value}")
-    elif recorded[key] != value:
-      wrong.append(f"{key} found {recorded[key]!r}, expected {value!r}")
+  asked = {key: value for key, value in asked.items() if value is not None}
+  if provenance is None:
+    if asked:
+      logging.warning(
+        "%s does not record what it was computed from; it is taken to be of %s",
+        path,
+        ", ".join(f"{key} {value}" for key, value in asked.items()),
+      )
+    return
+  recorded = dataclasses.asdict(provenance)
+  wrong = [
+    f"{key} found {recorded[key]!r}, expected {value!r}"
+    for key, value in asked.items()
+    if recorded[key] != value
+  ]
   if wrong:
     raise ValueError(
-      "other images or another network than asked for: " + ", ".join(wrong)
-    )
-  if believed:
-    logging.warning(
-      "%s does not record what it was computed from; it is taken to be of %s",
-      path,
-      ", ".join(believed),
+      f"{path} is for other images or another network than asked for: "
+      + ", ".join(wrong)
     )

@@ -55,7 +55,7 @@ def plot_rows(
     source: whose values `paper` are.
     real: the figure of real images, a dashed line.
   """
-  size = 10, 1.7 + 0.42 * len(rows)
+  size = 10.0, 1.7 + 0.42 * len(rows)
   drawing, ((ours, paper),) = plots.new_figure(
     size, 1, 2, grid="x", sharey=True, width_ratios=(3, 2)
   )

@@ -74,7 +74,7 @@ def test_public_files_are_believed_with_a_warning(path, caplog):
     ({"resolution": 64}, "resolution found 256, expected 64"),
     ({"crop": "resize"}, "crop found 'adm', expected 'resize'"),
     ({"network_sha256": "0" * 64}, f"found '{DIGEST}', expected '0000"),
-    ({"dimensions": 2048}, "dimensions found 6, expected 2048"),
+    ({"dimensions": 2048}, "6 dimensions, expected 2048"),
   ],
 )
 def test_statistics_of_something_else_are_refused(path, asked, message):
