@@ -18,15 +18,15 @@ from scipy import linalg
 
 from benchmarks import plain_figures
 from benchmarks.timing import Case, Peak, Report, Row
+from drift_jax.metrics.coverage import precision_recall
 from drift_jax.metrics.frechet import (
   FeatureStats,
   FeatureStream,
   frechet_distance,
 )
-from drift_jax.metrics.inception_score import InceptionScore
+from drift_jax.metrics.inception import InceptionScore
 from drift_jax.metrics.kid import kernel_distance_subsets
 from drift_jax.metrics.neighbours import nearest_neighbours
-from drift_jax.metrics.precision_recall import precision_recall
 
 
 @dataclasses.dataclass(frozen=True)

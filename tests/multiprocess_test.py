@@ -608,7 +608,7 @@ LOST = """if True:
   import os, sys, time
   import numpy as np
   from absl import flags
-  from drift_jax.metrics.inception_score import InceptionScore
+  from drift_jax.metrics.inception import InceptionScore
   from drift_jax.system import exits, processes, sharding
   from drift_jax.system.errors import naming
   from drift_jax.training import checkpoint

@@ -5,21 +5,14 @@ Public names, see docs/api.md; code inside the package asks their modules.
 
 from drift_jax.system import lazy
 
-_HOMES = {
-  **dict.fromkeys(
-    ["FeatureStats", "FeatureStream", "frechet_distance"],
-    "drift_jax.metrics.frechet",
-  ),
-  **dict.fromkeys(
-    ["load_reference", "save_reference"], "drift_jax.metrics.reference"
-  ),
-  **dict.fromkeys(
-    ["InceptionScore", "inception_score"], "drift_jax.metrics.inception_score"
-  ),
-  **dict.fromkeys(["precision_recall"], "drift_jax.metrics.precision_recall"),
-  **dict.fromkeys(["density_coverage"], "drift_jax.metrics.coverage"),
-  **dict.fromkeys(["kernel_distance"], "drift_jax.metrics.kid"),
-  **dict.fromkeys(["nearest_neighbours"], "drift_jax.metrics.neighbours"),
-  **dict.fromkeys(["EvaluationError"], "drift_jax.metrics.errors"),
+_NAMES = {
+  "frechet": ("FeatureStats", "FeatureStream", "frechet_distance"),
+  "reference": ("load_reference", "save_reference"),
+  "inception": ("InceptionScore", "inception_score"),
+  "coverage": ("density_coverage", "precision_recall"),
+  "kid": ("kernel_distance",),
+  "neighbours": ("nearest_neighbours",),
+  "errors": ("EvaluationError",),
 }
-__getattr__ = lazy.names(__name__, _HOMES)
+HOMES = {name: f"{__name__}.{home}" for home in _NAMES for name in _NAMES[home]}
+__getattr__ = lazy.names(__name__, HOMES)

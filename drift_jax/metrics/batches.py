@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from drift_jax.metrics.images import Images
 from drift_jax.system import sharding
 
+_Item = TypeVar("_Item")
 # Samples [B, H, W, C] -> 8-bit RGB images [B, h, w, 3], both on the mesh.
 PixelsFn = Callable[[Images], jax.Array]
 
@@ -45,6 +47,18 @@ def local_batches(
     numbers = np.arange(start + first, start + first + size, dtype=np.int32)
     valid = min(max(count - start - first, 0), size)
     yield np.minimum(numbers, np.int32(count - 1)), valid
+
+
+def one_late(items: Iterable[_Item]) -> Iterator[_Item]:
+  """Yields each item when the next one is there, or none is left.
+
+  If items are made on the device, it has the next one while the host works.
+  """
+  held: list[_Item] = []
+  for item in items:
+    yield from held
+    held = [item]
+  yield from held
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,20 +108,12 @@ class OneLate:
     self._held: tuple[Batch, tuple[Images, ...]] | None = None
 
   def push(self, batch: Batch, *values: Images) -> None:
-    """Holds arrays [B, ...] on the mesh; takes those of the last batch."""
-    held, self._held = self._held, (batch, values)
-    self._fetch(held)
+    """Takes what is held, and holds arrays [B, ...] on the mesh instead."""
+    self.flush()
+    self._held = batch, values
 
   def flush(self) -> None:
     """Takes what is held."""
-    held, self._held = self._held, None
-    self._fetch(held)
-
-  def drop(self) -> None:
-    """Forgets what is held."""
-    self._held = None
-
-  def _fetch(self, held: tuple[Batch, tuple[Images, ...]] | None) -> None:
-    if held is not None:
-      batch, values = held
+    if self._held is not None:
+      (batch, values), self._held = self._held, None
       self._take(batch, tuple(batch.rows(array) for array in values))

@@ -1,4 +1,4 @@
-"""What an evaluation can't go on with."""
+"""Errors of evaluations."""
 
 from drift_jax.system.errors import UserError
 

@@ -7,22 +7,20 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from drift_jax.metrics.batches import Batch, OneLate, local_batches
+from drift_jax.metrics import frechet
+from drift_jax.metrics.batches import Batch, OneLate, local_batches, one_late
 from drift_jax.metrics.errors import EvaluationError
-from drift_jax.metrics.frechet import (
-  FeatureStats,
-  FeatureStream,
-  frechet_distance,
-)
 from drift_jax.metrics.images import Images
-from drift_jax.system import processes, sharding
+from drift_jax.system import sharding
 
 FeatureFn = Callable[[Images], Images]
+# {name of a figure: value}.
+Figures = dict[str, float]
 
 
 @runtime_checkable
 class Evaluator(Protocol):
-  """What `evaluate` asks of a plug-in.
+  """Plug-in of `evaluate`: takes generated images, reports figures.
 
   Attributes:
     name: names the plug-in in messages.
@@ -38,7 +36,7 @@ class Evaluator(Protocol):
     """Takes generated samples; of several processes, all take each batch."""
     ...
 
-  def result(self) -> dict[str, float]:
+  def result(self) -> Figures:
     """Figures of all samples of all processes since reset.
 
     Raises:
@@ -46,44 +44,34 @@ class Evaluator(Protocol):
     """
     ...
 
-  def baseline(self) -> dict[str, float]:
+  def baseline(self) -> Figures:
     """The same figures with real training images in place of generated ones.
 
-    As many of each class as are generated, against the held-out reals: what a
-    perfect generator of this sample count would score. Computed once; empty
-    where it would cost too much.
+    As many of each class as are generated, against the held-out reals: the
+    score of a perfect generator of this sample count. Computed once; empty if
+    it would cost too much.
     """
     ...
 
 
 def merge_figures(
   figures: Iterable[tuple[str, Mapping[str, float]]],
-) -> dict[str, float]:
+) -> Figures:
   """Joins (evaluator's name, {figure: value}) pairs into {figure: value}.
 
   Raises:
     EvaluationError: a value that is not finite, naming both.
-    ValueError: when two evaluators report the same figure, naming both.
   """
-  merged: dict[str, float] = {}
-  owner: dict[str, str] = {}
+  merged: Figures = {}
   for name, values in figures:
     for figure, value in values.items():
-      if figure in owner:
-        raise ValueError(
-          f"evaluators '{owner[figure]}' and '{name}' both report '{figure}'"
-        )
-      owner[figure] = name
+      if not math.isfinite(value):
+        raise EvaluationError(f"evaluator '{name}' finds {figure} = {value}")
       merged[figure] = float(value)
-      if not math.isfinite(merged[figure]):
-        raise EvaluationError(
-          f"evaluator '{name}' finds {figure} = {merged[figure]}: this is no "
-          "figure"
-        )
   return merged
 
 
-def baselines(evaluators: Sequence[Evaluator]) -> dict[str, float]:
+def baselines(evaluators: Sequence[Evaluator]) -> Figures:
   """Baseline figures of all evaluators, joined as `evaluate` joins results."""
   return merge_figures(
     (evaluator.name, evaluator.baseline()) for evaluator in evaluators
@@ -112,8 +100,8 @@ def class_subset(
   """Indices of as many samples of each class as `wanted` holds labels of it.
 
   Args:
-    labels: [N] integers, what there is.
-    wanted: [M] integers, what is to be stood in for.
+    labels: [N] integers, class of each sample.
+    wanted: [M > 0] integers, class of each sample to stand in for.
     seed: fixes the draw, which is without replacement.
 
   Returns:
@@ -122,11 +110,6 @@ def class_subset(
   Raises:
     ValueError: when a class has fewer samples, naming it and its count.
   """
-  labels, wanted = np.asarray(labels), np.asarray(wanted)
-  if not wanted.size or not labels.size:
-    raise ValueError(
-      f"cannot draw samples for {wanted.size} labels from {labels.size}"
-    )
   random = np.random.default_rng(seed)
   chosen = []
   for label, count in zip(*np.unique(wanted, return_counts=True), strict=True):
@@ -138,36 +121,6 @@ def class_subset(
       )
     chosen.append(random.permutation(members)[:count])
   return np.concatenate(chosen)
-
-
-def check_reals(train: Reals, test: Reals, name: str) -> None:
-  """Refuses empty sets.
-
-  Raises:
-    ValueError: naming the evaluator and the set.
-  """
-  for kind, reals in (("training", train), ("held-out", test)):
-    if not len(reals.labels):
-      raise ValueError(f"{name}: there are no {kind} images")
-
-
-def check_labels(labels: np.ndarray, wanted: np.ndarray, name: str) -> None:
-  """Refuses generated counts that the baseline does not stand for.
-
-  Frechet distance, density and coverage depend on how many images there are, so
-  a baseline of another count would mislead.
-
-  Raises:
-    ValueError: when a class has more or fewer labels than in `wanted`.
-  """
-  for label in np.union1d(labels, wanted):
-    count = np.count_nonzero(labels == label)
-    expected = np.count_nonzero(wanted == label)
-    if count != expected:
-      raise ValueError(
-        f"{name}: {count} generated images of class {label}, but the baseline"
-        f" is for {expected}"
-      )
 
 
 def features_of(
@@ -189,13 +142,12 @@ def features_of(
   Yields:
     [b, D]: those of this process; b may be 0.
   """
-  held: tuple[Images, int] | None = None
-  for numbers, valid in local_batches(len(indices), batch_size):
-    last, held = held, (feature_fn(read(indices[numbers])), valid)
-    if last is not None:
-      yield sharding.local_rows(last[0])[: last[1]]
-  if held is not None:
-    yield sharding.local_rows(held[0])[: held[1]]
+  batches = (
+    (feature_fn(read(indices[numbers])), valid)
+    for numbers, valid in local_batches(len(indices), batch_size)
+  )
+  for features, valid in one_late(batches):
+    yield sharding.local_rows(features)[:valid]
 
 
 class FrechetEvaluator:
@@ -233,69 +185,46 @@ class FrechetEvaluator:
       seed: picks the training samples of the baseline.
 
     Raises:
-      ValueError: for a reserved name, no reals, too few training samples of a
-        class, or a batch_size that the processes can't share.
+      ValueError: too few training samples of a class.
     """
-    if not name.startswith("fd_") or "fid" in name.lower():
-      raise ValueError(
-        f"a Frechet evaluator cannot be named '{name}': its name starts with"
-        " 'fd_' (e.g. 'fd_encoder', 'fd_pixel'), and 'fid' is reserved for"
-        " Inception-v3 features"
-      )
-    next(local_batches(1, batch_size))
     self.name = name
     self._feature_fn = feature_fn
     self._batch_size = batch_size
-    check_reals(train, test, name)
-    self._wanted = np.asarray(labels)
     self._train, self._test = train, test
     self._stand_in = class_subset(train.labels, labels, seed)
     self.reset()
 
   def reset(self) -> None:
-    self._stats = FeatureStream()
+    self._stats = frechet.FeatureStream()
     self._late = OneLate(lambda batch, rows: self._stats.update(rows[0]))
-    self._labels = [np.empty(0, np.int32)]
 
   def update(self, batch: Batch) -> None:
-    self._late.push(batch, self._features(batch.samples))
-    self._labels.append(batch.labels)
+    self._late.push(batch, self._feature_fn(batch.samples))
 
-  def result(self) -> dict[str, float]:
+  def result(self) -> Figures:
     self._late.flush()
-    labels = np.concatenate(processes.gather(np.concatenate(self._labels)))
-    if not len(labels):
-      raise ValueError(f"{self.name}: no samples since reset()")
-    check_labels(labels, self._wanted, self.name)
-    return {self.name: self._distance(self._stats.result())}
+    return {
+      self.name: frechet.frechet_distance(self._stats.result(), self._reference)
+    }
 
-  def baseline(self) -> dict[str, float]:
+  def baseline(self) -> Figures:
     return {self.name: self._baseline}
 
-  def _distance(self, stats: FeatureStats) -> float:
-    return frechet_distance(stats, self._reference)
-
   @functools.cached_property
-  def _reference(self) -> FeatureStats:
+  def _reference(self) -> frechet.FeatureStats:
     return self._statistics_of(self._test, np.arange(len(self._test.labels)))
 
   @functools.cached_property
   def _baseline(self) -> float:
-    return self._distance(self._statistics_of(self._train, self._stand_in))
+    stats = self._statistics_of(self._train, self._stand_in)
+    return frechet.frechet_distance(stats, self._reference)
 
-  def _statistics_of(self, reals: Reals, indices: np.ndarray) -> FeatureStats:
-    stream = FeatureStream()
+  def _statistics_of(
+    self, reals: Reals, indices: np.ndarray
+  ) -> frechet.FeatureStats:
+    stream = frechet.FeatureStream()
     for features in features_of(
-      self._features, reals.fixed, indices, batch_size=self._batch_size
+      self._feature_fn, reals.fixed, indices, batch_size=self._batch_size
     ):
       stream.update(features)
     return stream.result()
-
-  def _features(self, samples: Images) -> Images:
-    features = self._feature_fn(samples)
-    if features.ndim != 2:
-      raise ValueError(
-        f"{self.name}: feature_fn must return [B, D], got shape"
-        f" {features.shape}"
-      )
-    return features

@@ -7,6 +7,7 @@ import os
 import pathlib
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,28 +15,45 @@ from drift_jax.metrics.errors import EvaluationError
 from drift_jax.system import paths, storage
 
 PathLike = storage.PathLike
+# What zipfile raises for bytes that it can't make sense of, or has no means to.
+_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
 
 
-def check_one_zip(path: PathLike) -> None:
-  """Raises ValueError for an .npz after another one, which nothing would read.
+@contextlib.contextmanager
+def reading_npz(path: PathLike) -> Iterator[None]:
+  """Checks that a file is one zip file; names it in what reading it raises.
 
-  A zip file's index is at its end, and is that of the last one.
+  Raises:
+    FileNotFoundError: there is none.
+    ValueError: another kind of file, a damaged one, one after another, which
+      nothing would read; or any ValueError of the context.
   """
-  with zipfile.ZipFile(path) as archive:
-    entries = archive.infolist()
-  start = min((entry.header_offset for entry in entries), default=0)
-  if start > 0:  # less is damage, which reading finds
-    raise ValueError(
-      f"{path} begins with {start} bytes that its index does not list: it is "
-      "several files in one, of which only the last can be read"
-    )
+  # A missing file is no zip file either: opening it says so.
+  with open(path, "rb") as file:
+    is_zip = zipfile.is_zipfile(file)
+  try:
+    if not is_zip:
+      raise ValueError("this is no .npz file, or is cut short")
+    with zipfile.ZipFile(path) as archive:
+      offsets = [entry.header_offset for entry in archive.infolist()]
+    # The index is at the end; less than 0 is damage, which reading finds.
+    if min(offsets, default=0) > 0:
+      raise ValueError(
+        f"the file begins with {min(offsets)} bytes that its index does not"
+        " list: it is several files in one, of which only the last can be read"
+      )
+    yield
+  except _DAMAGED as error:
+    raise ValueError(f"{path} is damaged: {error}") from error
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
 
 
 @contextlib.contextmanager
 def replacing(path: PathLike) -> Iterator[pathlib.Path]:
   """Yields a temporary name in path's folder, renamed to path on success.
 
-  Whoever reads `path` sees the old file or the complete new one, also when the
+  Readers of `path` see the old file or the complete new one, also when the
   process dies in between. The folder is made when it is missing; after an
   exception the temporary file is removed and `path` is untouched.
 
@@ -63,7 +81,7 @@ def replacing(path: PathLike) -> Iterator[pathlib.Path]:
 
 
 def report_text(report: Any) -> str:
-  """A report as JSON, indented; figures that are no numbers are none.
+  """A report as indented JSON, of finite numbers only.
 
   Raises:
     EvaluationError: a number that is not finite, which JSON has not; it names

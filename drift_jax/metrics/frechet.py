@@ -31,7 +31,7 @@ _WELL_CONDITIONED = 1e-9
 
 
 def check_feature_matrix(matrix: np.ndarray, name: str) -> None:
-  """Refuses what is no matrix of finite numbers [N, D].
+  """Refuses anything but a matrix of finite numbers [N, D].
 
   Raises:
     ValueError: when it is not two-dimensional, is empty or holds a non-finite
@@ -62,7 +62,7 @@ def as_feature_matrix(features: ArrayLike, name: str) -> np.ndarray:
 
 @runtime_checkable
 class Moments(Protocol):
-  """What a Frechet distance needs of a set of feature vectors."""
+  """Mean and covariance of a set of feature vectors."""
 
   @property
   def count(self) -> int | None:
@@ -109,18 +109,13 @@ class FeatureStats:
 
     S = S_a + S_b + (N_a N_b / N) d d^T with d = mean_b - mean_a; only
     differences of means enter, so a large common offset costs no digits.
-
-    Raises:
-      ValueError: when the dimensions differ.
     """
-    _check_dimensions(self, other)
     count = self.count + other.count
     delta = other.mean - self.mean
+    mean = self.mean + delta * (other.count / count)
     scatter = self.scatter + other.scatter
     _add_square(scatter, delta, self.count * other.count / count)
-    return FeatureStats(
-      count, self.mean + delta * (other.count / count), scatter
-    )
+    return FeatureStats(count, mean, scatter)
 
   def covariance(self) -> Float64[np.ndarray, "D D"]:
     """Unbiased covariance [D, D] (ddof 1): scatter / (N - 1).
@@ -135,11 +130,7 @@ class FeatureStats:
     return self.scatter / (self.count - 1)
 
 
-def _add_square(
-  matrix: Float64[np.ndarray, "D D"],
-  vector: Float64[np.ndarray, " D"],
-  factor: float,
-) -> None:
+def _add_square(matrix: np.ndarray, vector: np.ndarray, factor: float) -> None:
   """matrix += factor * outer(vector, vector), in place, some rows at a time."""
   rows = max(1, _ENTRIES // len(vector))
   for start in range(0, len(vector), rows):
@@ -173,9 +164,8 @@ class FeatureStream:
 
   def __init__(self) -> None:
     self._stats: FeatureStats | None = None
-    self._waiting: list[np.ndarray] = []
+    self._buffer: np.ndarray | None = None
     self._rows = 0
-    self._dimensions: int | None = None
 
   def update(self, features: ArrayLike) -> None:
     """Takes features [B, D], any float dtype; B may be 0.
@@ -188,39 +178,28 @@ class FeatureStream:
     if np.ndim(features) == 2 and not len(np.asarray(features)):
       return
     matrix = as_feature_matrix(features, "features")
-    if self._dimensions not in (None, matrix.shape[1]):
-      raise ValueError(
-        f"features of {matrix.shape[1]} dimensions after ones of"
-        f" {self._dimensions}"
-      )
-    if self._dimensions is None:
+    if self._buffer is None:
       check_frechet_width(matrix.shape[1], "features")
-    self._dimensions = matrix.shape[1]
-    for start in range(0, len(matrix), _CHUNK_ROWS):
-      self._add(matrix[start : start + _CHUNK_ROWS])
-
-  def _add(self, matrix: np.ndarray) -> None:
-    room = _CHUNK_ROWS - self._rows
-    # A copy: a waiting view would follow what the caller does to its array.
-    self._waiting.append(matrix[:room].copy())
-    self._rows += len(self._waiting[-1])
-    if self._rows == _CHUNK_ROWS:
-      self._stats = self._joined()
-      rest = matrix[room:].copy()
-      self._waiting = [rest] if len(rest) else []
-      self._rows = len(rest)
+      self._buffer = np.empty((_CHUNK_ROWS, matrix.shape[1]))
+    while len(matrix):
+      part = matrix[: len(self._buffer) - self._rows]
+      self._buffer[self._rows : self._rows + len(part)] = part
+      self._rows += len(part)
+      matrix = matrix[len(part) :]
+      if self._rows == len(self._buffer):
+        self._stats, self._rows = self._joined(), 0
 
   def _joined(self) -> FeatureStats | None:
-    if not self._waiting:
+    if self._buffer is None or not self._rows:
       return self._stats
-    stats = FeatureStats.from_features(np.concatenate(self._waiting))
+    stats = FeatureStats.from_features(self._buffer[: self._rows])
     return stats if self._stats is None else self._stats.merge(stats)
 
   def result(self) -> FeatureStats:
     """Statistics of all features so far, of all processes together.
 
     Raises:
-      ValueError: when there are none, or the processes' dimensions differ.
+      ValueError: when there are none.
     """
     stats = self._joined()
     if jax.process_count() > 1:
@@ -230,50 +209,34 @@ class FeatureStream:
     return stats
 
 
-def _over_processes(own: FeatureStats | None) -> FeatureStats | None:
+def _over_processes(local: FeatureStats | None) -> FeatureStats | None:
   """Statistics of all processes' sets together, the same in all.
 
   As `FeatureStats.merge`, with the mean of all as the common centre: only one
   sum of [D, D] matrices goes over the network.
   """
-  size = [0, 0] if own is None else [own.count, len(own.mean)]
+  size = [0, 0] if local is None else [local.count, len(local.mean)]
   counts, dimensions = np.concatenate(
     processes.gather(np.asarray([size], np.int64))
   ).T
-  found = np.unique(dimensions[counts > 0])
-  if not len(found):
-    return None
-  if len(found) > 1:
-    raise ValueError(
-      f"features of {found.tolist()} dimensions in different processes"
-    )
-  if own is None:
-    empty = np.zeros((found[0], found[0]))
-    own = FeatureStats(0, empty[0], empty)
   count = int(counts.sum())
-  mean = processes.total(own.mean * (own.count / count))
-  scatter = own.scatter.copy()
-  _add_square(scatter, own.mean - mean, own.count)
+  if not count:
+    return None
+  if local is None:
+    empty = np.zeros((dimensions.max(), dimensions.max()))
+    local = FeatureStats(0, empty[0], empty)
+  mean = processes.total(local.mean * (local.count / count))
+  scatter = local.scatter.copy()
+  _add_square(scatter, local.mean - mean, local.count)
   return FeatureStats(count, mean, processes.total(scatter))
 
 
-def _check_dimensions(a: Moments, b: Moments) -> None:
-  if a.mean.shape != b.mean.shape:
-    raise ValueError(
-      "feature dimensions differ:"
-      f" {len(a.mean)} (of {a.count} vectors) against"
-      f" {len(b.mean)} (of {b.count} vectors)"
-    )
-
-
-def _cholesky(
-  covariance: Float64[np.ndarray, "D D"],
-) -> Float64[np.ndarray, "D D"] | None:
+def _cholesky(covariance: np.ndarray) -> np.ndarray | None:
   """Lower Cholesky factor, None when the matrix is not safely definite.
 
   The factor takes the place of the covariance, which is lost either way.
   """
-  # Imported where it is used: a quarter of a second.
+  # Imported at use: it takes a quarter of a second.
   from scipy import linalg
 
   # In Fortran's order, which a symmetric matrix has as well, none is copied.
@@ -330,36 +293,27 @@ def frechet_distance(a: Moments, b: Moments) -> float:
   Raises:
     ValueError: when the dimensions differ or a set has fewer than two vectors.
   """
-  _check_dimensions(a, b)
+  from scipy import linalg
+
   dimensions = len(a.mean)
+  if dimensions != len(b.mean):
+    raise ValueError(
+      f"feature dimensions differ: {dimensions} (of {a.count} vectors) against"
+      f" {len(b.mean)} (of {b.count} vectors)"
+    )
   counts = [moments.count for moments in (a, b)]
   if any(count is not None and count <= dimensions for count in counts):
     logging.warning(
-      "Frechet distance from %s and %s feature vectors of dimension %d: at"
-      " least %d of each are needed for covariances of full rank. With fewer it"
-      " is biased upwards; compare equal counts only.",
-      *("?" if count is None else count for count in counts),
+      "Frechet distance from %s feature vectors of dimension %d: at least %d of"
+      " each are needed for covariances of full rank. With fewer it is biased"
+      " upwards; compare equal counts only.",
+      " and ".join("?" if count is None else str(count) for count in counts),
       dimensions,
       dimensions + 1,
     )
   traces = sum(np.trace(moments.covariance()) for moments in (a, b))
-  return max(
-    float(
-      np.sum((a.mean - b.mean) ** 2)
-      + traces
-      - 2.0 * _trace_of_root(_square_root_factor(a), b)
-    ),
-    0.0,
-  )
-
-
-def _trace_of_root(factor: Float64[np.ndarray, "D R"], other: Moments) -> float:
-  """tr (S_a S_b)^(1/2) of S_a = factor factor^T and the other covariance."""
-  from scipy import linalg
-
-  product = factor.T @ _square_root_factor(other)
+  means = np.sum((a.mean - b.mean) ** 2)
+  product = _square_root_factor(a).T @ _square_root_factor(b)
   # Singular values are the transposed matrix's, which is in Fortran's order.
-  values = np.asarray(
-    linalg.svdvals(product.T, overwrite_a=True, check_finite=False)
-  )
-  return float(values.sum())
+  values = linalg.svdvals(product.T, overwrite_a=True, check_finite=False)
+  return max(float(means + traces - 2.0 * np.sum(values)), 0.0)

@@ -9,9 +9,9 @@ import numpy as np
 
 from drift_jax.data.npy import read_npy
 from drift_jax.metrics import files
-from drift_jax.metrics.batches import Batch, PixelsFn, local_batches
+from drift_jax.metrics.batches import Batch, PixelsFn, local_batches, one_late
 from drift_jax.metrics.errors import EvaluationError
-from drift_jax.metrics.evaluators import Evaluator, merge_figures
+from drift_jax.metrics.evaluators import Evaluator, Figures, merge_figures
 from drift_jax.metrics.images import to_rgb
 from drift_jax.system import paths, processes
 
@@ -25,12 +25,7 @@ def balanced_labels(num_samples: int, num_classes: int) -> np.ndarray:
     ValueError: when num_classes does not divide num_samples, naming the nearest
       counts that it divides.
   """
-  if num_classes < 1 or num_samples < 1:
-    raise ValueError(
-      "balanced labels need at least one image and one class, got"
-      f" num_samples={num_samples}, num_classes={num_classes}"
-    )
-  if num_samples % num_classes:
+  if num_samples < 1 or num_samples % num_classes:
     below = num_samples - num_samples % num_classes
     valid = [n for n in (below, below + num_classes) if n]
     raise ValueError(
@@ -92,12 +87,12 @@ def _non_finite(samples: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _check_finite(batch: Batch, alpha: float) -> None:
-  """Raises in all processes where a sample of any of them is not finite."""
-  found, bad = _non_finite(batch.samples)
-  if not bool(found):
+  """Raises in all processes if a sample of any of them is not finite."""
+  some, bad = _non_finite(batch.samples)
+  if not bool(some):
     return
-  own = np.stack([batch.index, batch.labels], axis=1)[batch.rows(bad)]
-  all_bad = np.concatenate(processes.gather(own))
+  local = np.stack([batch.index, batch.labels], axis=1)[batch.rows(bad)]
+  all_bad = np.concatenate(processes.gather(local))
   number, label = min(map(tuple, all_bad.tolist()))
   raise EvaluationError(
     f"generated sample {number} (label {label}, alpha {alpha}) is not finite;"
@@ -129,42 +124,29 @@ def generate(
     labels: [N] integers, the same in all processes.
     alpha: guidance scale, the same for all samples.
     batch_size: samples per call of all processes together.
-    to_pixels: samples -> 8-bit RGB images; called where somebody asks for them.
-    numbers: [n] int32, of the samples that are wanted, where not all N are.
+    to_pixels: samples -> 8-bit RGB images; called for `Batch.pixels` only.
+    numbers: [n] int32, the samples to draw; None: all N.
 
   Raises:
     EvaluationError: a sample that is not finite, naming its number, label and
       alpha: 8-bit images would show it black.
-    ValueError: for empty or ill-shaped labels, a batch_size that the processes
-      can't share, or samples of another shape.
+    ValueError: a batch_size that the processes can't share.
   """
-  labels = np.asarray(labels)
-  if labels.ndim != 1 or not labels.size or labels.dtype.kind not in "iu":
-    raise ValueError(
-      f"labels must be a non-empty [N] integer array, got {labels.dtype}"
-      f" {labels.shape}"
-    )
-  labels = labels.astype(np.int32)
-  last = None
+  labels = np.asarray(labels, np.int32)
   if numbers is None:
     numbers = np.arange(len(labels), dtype=np.int32)
-  for position, valid in local_batches(len(numbers), batch_size):
-    index = numbers[position]
-    wanted = labels[index]
-    samples = sample_fn(wanted, np.full(len(index), alpha, np.float32), index)
-    if samples.ndim != 4 or len(samples) != batch_size:
-      raise ValueError(
-        f"sample_fn must return [{batch_size}, H, W, C] samples, got shape"
-        f" {samples.shape}"
-      )
-    batch = Batch(samples, index[:valid], wanted[:valid], to_pixels)
-    if last is not None:
-      _check_finite(last, alpha)
-      yield last
-    last = batch
-  if last is not None:
-    _check_finite(last, alpha)
-    yield last
+
+  def drawn() -> Iterator[Batch]:
+    for position, valid in local_batches(len(numbers), batch_size):
+      index = numbers[position]
+      alphas = np.full(len(index), alpha, np.float32)
+      samples = sample_fn(labels[index], alphas, index)
+      index = index[:valid]
+      yield Batch(samples, index, labels[index], to_pixels)
+
+  for batch in one_late(drawn()):
+    _check_finite(batch, alpha)
+    yield batch
 
 
 def evaluate(
@@ -176,7 +158,7 @@ def evaluate(
   *,
   to_pixels: PixelsFn = to_rgb,
   check: Callable[[], None] = lambda: None,
-) -> dict[float, dict[str, float]]:
+) -> dict[float, Figures]:
   """Figures of all evaluators for each guidance scale alpha.
 
   Each sample is drawn once per alpha and handed to every evaluator. Sample
@@ -184,7 +166,7 @@ def evaluate(
   processes share the work; each returns the figures of all samples.
 
   Args:
-    evaluators: at least one; they are reset for each alpha.
+    evaluators: they are reset for each alpha.
     sample_fn, labels, batch_size, to_pixels: as in `generate`.
     alphas: guidance scales, each once.
     check: called before each batch is looked at, in all processes as often;
@@ -195,18 +177,13 @@ def evaluate(
 
   Raises:
     EvaluationError: when a generated sample is not finite (naming its alpha,
-      number and label).
-    ValueError: when two evaluators report the same figure, or alphas or
-      evaluators are empty or repeat.
+      number and label), or a figure is not (naming it).
+    ValueError: alphas that repeat.
   """
-  scales = [float(alpha) for alpha in alphas]
-  if not evaluators or not scales or len(set(scales)) < len(scales):
-    raise ValueError(
-      "evaluate needs at least one evaluator and distinct alphas, got"
-      f" {len(evaluators)} evaluators and alphas {scales}"
-    )
+  if len(set(alphas)) < len(alphas):
+    raise ValueError(f"alphas repeat: {list(alphas)}")
   results = {}
-  for alpha in scales:
+  for alpha in map(float, alphas):
     for evaluator in evaluators:
       evaluator.reset()
     for batch in generate(
@@ -222,20 +199,16 @@ def evaluate(
 
 
 def evaluation_scalars(
-  results: Mapping[float, Mapping[str, float]], baseline: Mapping[str, float]
-) -> dict[str, float]:
+  results: Mapping[float, Figures], baseline: Figures
+) -> Figures:
   """Flat names for a metrics file.
 
   `eval/FIGURE/alpha_A` for results[A][FIGURE], A written as a Python float
   (`eval/fd_pixel/alpha_1.0`), and `eval/FIGURE/baseline` for baseline[FIGURE].
   """
-  scalars = {
-    f"eval/{figure}/alpha_{float(alpha)}": float(value)
-    for alpha, figures in results.items()
+  named = {f"alpha_{float(alpha)}": each for alpha, each in results.items()}
+  return {
+    f"eval/{figure}/{name}": float(value)
+    for name, figures in {**named, "baseline": baseline}.items()
     for figure, value in figures.items()
   }
-  scalars |= {
-    f"eval/{figure}/baseline": float(value)
-    for figure, value in baseline.items()
-  }
-  return scalars

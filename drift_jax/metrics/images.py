@@ -1,8 +1,7 @@
 """Generated samples as 8-bit images."""
 
 import os
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,28 +15,15 @@ from drift_jax.system import options, paths
 Images = np.ndarray | jax.Array
 
 
-class _Format(NamedTuple):
-  """How a picture is written: Pillow's name, its options, the longest side."""
-
-  name: str
-  options: Mapping[str, Any]
-  limit: int
-
-
-# JPEG without chroma subsampling: grids have sharp edges.
-_JPEG = _Format("jpeg", {"quality": 95, "subsampling": 0}, 65535)
-_FORMATS: dict[str, _Format] = dict(
-  zip(
-    options.PICTURES,
-    (
-      _Format("png", {}, 2**31 - 1),
-      _JPEG,
-      _JPEG,
-      _Format("webp", {"lossless": True}, 16383),
-    ),
-    strict=True,
-  )
-)
+# Pillow's options of a format, and the most pixels of a side. JPEG without
+# chroma subsampling: grids have sharp edges.
+_JPEG = {"quality": 95, "subsampling": 0}, 65535
+_FORMATS: dict[str, tuple[dict[str, Any], int]] = {
+  ".png": ({}, 2**31 - 1),
+  ".jpg": _JPEG,
+  ".jpeg": _JPEG,
+  ".webp": ({"lossless": True}, 16383),
+}
 
 
 def unit_to_uint8(images: Images) -> np.ndarray:
@@ -100,7 +86,7 @@ def require_finite(images: Images, labels: np.ndarray | None = None) -> None:
 
   Args:
     images: floating-point numbers.
-    labels: [N], named in the message where they are known.
+    labels: [N], named in the message; None if unknown.
   """
   flat = np.asarray(jax.device_get(images)).reshape(len(images), -1)
   bad = np.flatnonzero(~np.isfinite(flat.astype(np.float32)).all(axis=1))
@@ -108,7 +94,7 @@ def require_finite(images: Images, labels: np.ndarray | None = None) -> None:
     label = "" if labels is None else f" (label {labels[bad[0]]})"
     raise EvaluationError(
       f"image {bad[0]}{label} is not finite, and {len(bad)} of {len(flat)} are"
-      " not: the weights, or what they are given, are out of range"
+      " not: the weights or their inputs are out of range"
     )
 
 
@@ -128,36 +114,18 @@ def image_grid(
 
   Raises:
     EvaluationError: images that are not finite.
-    ValueError: for another shape, or numbers out of range.
   """
-  if images.ndim != 4 or 0 in images.shape or images.shape[-1] not in (1, 3):
-    raise ValueError(
-      "images must be non-empty [N, H, W, C] with C = 1 or 3, got shape"
-      f" {images.shape}"
-    )
-  if columns < 1 or padding < 0 or scale < 1:
-    raise ValueError(
-      "an image grid needs columns >= 1, padding >= 0 and scale >= 1, got"
-      f" columns={columns}, padding={padding}, scale={scale}"
-    )
   require_finite(images)
   pixels = to_uint8(images).repeat(scale, axis=1).repeat(scale, axis=2)
   count, height, width, _ = pixels.shape
   rows = -(-count // columns)
-  grid = np.full(
-    (
-      rows * (height + padding) + padding,
-      columns * (width + padding) + padding,
-      3,
-    ),
-    255,
-    np.uint8,
-  )
-  for i, image in enumerate(pixels):
-    top = padding + (i // columns) * (height + padding)
-    left = padding + (i % columns) * (width + padding)
-    grid[top : top + height, left : left + width] = image
-  return grid
+  # Each image with the padding below it and to its right.
+  shape = rows * columns, height + padding, width + padding, 3
+  cells = np.full(shape, 255, np.uint8)
+  cells[:count, :height, :width] = pixels
+  cells = cells.reshape(rows, columns, *shape[1:]).swapaxes(1, 2)
+  grid = cells.reshape(rows * shape[1], columns * shape[2], 3)
+  return np.pad(grid, ((padding, 0), (padding, 0), (0, 0)), constant_values=255)
 
 
 def save_image(image: np.ndarray, path: files.PathLike) -> None:
@@ -168,22 +136,16 @@ def save_image(image: np.ndarray, path: files.PathLike) -> None:
     path: .png, .jpg, .jpeg or .webp.
 
   Raises:
-    ValueError: another suffix, dtype or shape, or more pixels than the format
-      can hold.
+    ValueError: another suffix, or more pixels than the format can hold.
   """
   suffix = paths.check_suffix(path, options.PICTURES)
-  written = _FORMATS[suffix]
-  if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-    raise ValueError(
-      f"a picture needs uint8 [H, W, 3], got {image.dtype} {image.shape}"
-    )
-  if max(image.shape) > written.limit:
+  written, limit = _FORMATS[suffix]
+  if max(image.shape) > limit:
     raise ValueError(
       f"{os.fspath(path)}: {image.shape[1]} x {image.shape[0]} px (width x"
-      f" height) are more than the {written.limit} px a side of a {suffix}:"
-      " write a .png"
+      f" height) are more than the {limit} px a side of a {suffix}: write a"
+      " .png"
     )
+  name = Image.registered_extensions()[suffix]
   with files.replacing(path) as temporary:
-    Image.fromarray(image).save(
-      temporary, format=written.name, **written.options
-    )
+    Image.fromarray(image).save(temporary, format=name, **written)

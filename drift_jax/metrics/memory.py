@@ -1,4 +1,4 @@
-"""What a figure may take of the machine's memory."""
+"""Memory that figures may take."""
 
 import os
 import pathlib
@@ -15,7 +15,7 @@ _LIMITS = (
 
 
 def machine_memory() -> int:
-  """Bytes of this machine, or of the container, where that has fewer."""
+  """Bytes of this machine, or of the container if that has fewer."""
   memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
   for limit in map(pathlib.Path, _LIMITS):
     text = limit.read_text().strip() if limit.is_file() else ""
@@ -25,11 +25,11 @@ def machine_memory() -> int:
 
 
 def check_fits(needed: int, what: str) -> None:
-  """Refuses what the system would kill the process for.
+  """Refuses memory that the system would kill the process for.
 
   Args:
     needed: bytes.
-    what: takes them, with the arithmetic; begins the message.
+    what: begins the message: who takes them, with the arithmetic.
 
   Raises:
     EvaluationError: more than half of the machine's memory.

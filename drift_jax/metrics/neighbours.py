@@ -2,20 +2,19 @@
 
 arXiv:2602.04770, B.4. The search is exact and holds the generated images'
 features and one block of the training set's at a time; pictures and figures
-show what it found.
+show the neighbours.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from jaxtyping import Float64, Int64
 from numpy.typing import ArrayLike
 
-from drift_jax.metrics import distances, files
+from drift_jax.metrics import distances, files, plots
 from drift_jax.metrics.coverage import NEAR_QUANTILE
 from drift_jax.metrics.images import image_grid
-from drift_jax.metrics.plots import save_figure
 
 _PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 
@@ -37,55 +36,45 @@ class Neighbours:
 
 
 def nearest_neighbours(
-  query: ArrayLike,
-  blocks: Iterable[ArrayLike],
-  k: int,
-  *,
-  block_entries: int = distances.BLOCK_ENTRIES,
+  query: ArrayLike, blocks: Iterable[ArrayLike], k: int
 ) -> Neighbours:
-  """Exact k nearest training samples of each query (arXiv:2602.04770, B.4).
+  """Finds the exact k nearest training samples of each query (B.4).
 
   Distances are Euclidean, decided in float64 from differences of coordinates;
   for the order of cosine similarity, pass features of unit length. Equally near
   ones are ordered by number, so the result does not depend on how the training
   set is cut into blocks. Memory: the queries, one block as it came, k
-  neighbours of each query and about 7 block_entries float64 numbers.
+  neighbours of each query and about 7 blocks of 2^22 float64 numbers.
 
   Args:
     query: [N, D] features, e.g. of generated images.
     blocks: features [M_i, D] of the training set, read once, in order.
     k: neighbours, >= 1; 10 in the paper.
-    block_entries: numbers in a block of distances.
 
   Raises:
     ValueError: for empty, non-finite or ill-matched features (naming the
       block), or fewer than k training samples in all.
   """
-  query = distances.as_points(query, "query")
   if k < 1:
     raise ValueError(f"k must be at least 1, got {k}")
-  search = distances.NearestSearch(
-    query, k, exclude_self=False, block_entries=block_entries
-  )
-  for number, block in enumerate(blocks):
-    name = f"block {number} of the training set"
-    points = distances.as_points(block, name)
-    distances.check_same_width(query, "query", points, name)
-    search.add(points)
-  if search.seen < k:
+  (query,) = distances.as_points(query=query)
+
+  def checked() -> Iterator[np.ndarray]:
+    for number, block in enumerate(blocks):
+      name = f"block {number} of the training set"
+      yield distances.as_points(query=query[:1], **{name: block})[1]
+
+  squared, index, count = distances.nearest(query, checked(), k)
+  if count < k:
     raise ValueError(
-      f"k = {k} neighbours among {search.seen} training samples: valid are 1 to"
-      f" {search.seen}"
+      f"k = {k} neighbours among {count} training samples: valid are 1 to"
+      f" {count}"
     )
-  return Neighbours(np.sqrt(search.squared), search.index, search.seen)
+  return Neighbours(np.sqrt(squared), index, count)
 
 
 def neighbour_grid(
-  generated: np.ndarray,
-  neighbours: np.ndarray,
-  *,
-  padding: int,
-  scale: int,
+  generated: np.ndarray, neighbours: np.ndarray, *, padding: int, scale: int
 ) -> np.ndarray:
   """Each generated image beside its nearest training images, row by row.
 
@@ -98,46 +87,14 @@ def neighbour_grid(
 
   Returns:
     uint8 [rows, columns, 3], ready for `save_image`.
-
-  Raises:
-    ValueError: when shapes do not match or numbers are out of range.
   """
-  if (
-    neighbours.ndim != 5
-    or len(neighbours) != len(generated)
-    or neighbours.shape[2:] != generated.shape[1:]
-  ):
-    raise ValueError(
-      f"generated images {generated.shape} need neighbours of shape"
-      f" [{len(generated)}, k, {', '.join(map(str, generated.shape[1:]))}], got"
-      f" {neighbours.shape}"
-    )
   left = image_grid(generated, columns=1, padding=padding, scale=scale)
-  right = image_grid(
-    neighbours.reshape(-1, *neighbours.shape[2:]),
-    columns=neighbours.shape[1],
-    padding=padding,
-    scale=scale,
-  )
+  columns = neighbours.shape[1]
+  flat = neighbours.reshape(-1, *neighbours.shape[2:])
+  right = image_grid(flat, columns=columns, padding=padding, scale=scale)
   gap = max(1, generated.shape[1] * scale // 4)
   white = np.full((len(left), gap, 3), 255, np.uint8)
   return np.concatenate([left, white, right], axis=1)
-
-
-def _check_distances(values: ArrayLike, name: str) -> np.ndarray:
-  array = np.asarray(values, np.float64)
-  if array.ndim != 1 or not array.size:
-    raise ValueError(
-      f"{name} distances must be non-empty [N], got shape {array.shape}"
-    )
-  bad = ~(np.isfinite(array) & (array >= 0))
-  if bad.any():
-    first = int(np.argmax(bad))
-    raise ValueError(
-      f"{name} distances must be finite and >= 0, number {first} is"
-      f" {array[first]}"
-    )
-  return array
 
 
 def distance_summary(
@@ -160,13 +117,10 @@ def distance_summary(
     threshold, about 0.01 for held-out reals by construction;
     generated_identical, heldout_identical: fraction at distance 0;
     generated_count, heldout_count: N and H.
-
-  Raises:
-    ValueError: for empty, negative or non-finite distances.
   """
   sets = {
-    "generated": _check_distances(generated, "generated"),
-    "heldout": _check_distances(heldout, "held-out"),
+    "generated": np.asarray(generated, np.float64),
+    "heldout": np.asarray(heldout, np.float64),
   }
   threshold = float(np.quantile(sets["heldout"], NEAR_QUANTILE))
   summary = {
@@ -176,18 +130,16 @@ def distance_summary(
   }
   summary["threshold"] = threshold
   for name, values in sets.items():
-    summary[f"{name}_closer"] = float(np.mean(values < threshold))
-    summary[f"{name}_identical"] = float(np.mean(values == 0.0))
-    summary[f"{name}_count"] = float(len(values))
+    summary |= {
+      f"{name}_closer": float(np.mean(values < threshold)),
+      f"{name}_identical": float(np.mean(values == 0.0)),
+      f"{name}_count": float(len(values)),
+    }
   return summary
 
 
 def plot_nearest_distances(
-  generated: ArrayLike,
-  heldout: ArrayLike,
-  path: files.PathLike,
-  *,
-  space: str,
+  generated: ArrayLike, heldout: ArrayLike, path: files.PathLike, *, space: str
 ) -> None:
   """Histogram and cumulative distribution of nearest distances as a PNG file.
 
@@ -195,53 +147,34 @@ def plot_nearest_distances(
     generated, heldout: as in `distance_summary`.
     path: PNG file to write.
     space: names the feature space on the axis.
-
-  Raises:
-    ValueError: as `distance_summary`.
   """
   summary = distance_summary(generated, heldout)
   sets = (
-    ("generated", np.asarray(generated, np.float64), "#1f6fb4"),
-    ("held-out real", np.asarray(heldout, np.float64), "#d1632a"),
+    ("generated", np.asarray(generated, np.float64)),
+    ("held-out real", np.asarray(heldout, np.float64)),
   )
-  highest = max(float(values.max()) for _, values, _ in sets)
+  highest = max(float(values.max()) for _, values in sets)
   # A width of zero has no histogram: all distances may be 0.
   edges = np.linspace(0.0, highest or 1.0, 61)
-  # As in plots: imported where something is drawn.
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
-  figure = Figure(figsize=(7.5, 6.4), layout="constrained")
-  FigureCanvasAgg(figure)
-  histogram, cumulative = figure.subplots(2, 1, sharex=True)
-  for label, values, colour in sets:
+  figure, axes = plots.new_figure((7.5, 6.4), 2, 1, sharex=True)
+  histogram, cumulative = axes[:, 0]
+  for (label, values), colour in zip(sets, plots.COLOURS, strict=False):
     fractions = np.histogram(values, edges)[0] / len(values)
     histogram.stairs(
       fractions, edges, label=label, color=colour, fill=True, alpha=0.45
     )
-    ordered = np.sort(values)
     cumulative.step(
-      np.concatenate([[0.0], ordered]),
-      np.arange(len(ordered) + 1) / len(ordered),
+      np.concatenate([[0.0], np.sort(values)]),
+      np.arange(len(values) + 1) / len(values),
       where="post",
       label=label,
       color=colour,
       linewidth=1.6,
     )
+  closer = f"{summary['generated_closer']:.1%} of generated are closer"
   for axis in (histogram, cumulative):
-    axis.axvline(
-      summary["threshold"],
-      color="0.3",
-      linestyle="--",
-      linewidth=1.2,
-      label=(
-        f"1 % of held-out reals; {summary['generated_closer']:.1%} of generated"
-        " are closer"
-      ),
-    )
-    axis.grid(True, color="0.88", linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
+    label = f"1 % of held-out reals; {closer}"
+    plots.dashed_line(axis, summary["threshold"], label, vertical=True)
   histogram.set_ylabel("fraction of images in a bin")
   figure.legend(
     *histogram.get_legend_handles_labels(),
@@ -249,10 +182,10 @@ def plot_nearest_distances(
     ncols=3,
     frameon=False,
   )
-  cumulative.set_ylabel("fraction of images\nat or below the distance")
-  cumulative.set_ylim(0.0, 1.02)
-  cumulative.set_xlim(0.0, None)
-  cumulative.set_xlabel(
-    f"Euclidean distance to the nearest training image ({space})"
+  cumulative.set(
+    xlim=(0.0, None),
+    ylim=(0.0, 1.02),
+    xlabel=f"Euclidean distance to the nearest training image ({space})",
+    ylabel="fraction of images\nat or below the distance",
   )
-  save_figure(figure, path)
+  plots.save_figure(figure, path)

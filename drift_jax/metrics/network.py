@@ -10,11 +10,11 @@ import jax
 import numpy as np
 
 from drift_jax.metrics.batches import Batch, OneLate
-from drift_jax.metrics.coverage import density_coverage
+from drift_jax.metrics.coverage import density_coverage, precision_recall
+from drift_jax.metrics.evaluators import Figures
 from drift_jax.metrics.frechet import FeatureStream, frechet_distance
-from drift_jax.metrics.inception_score import InceptionScore
+from drift_jax.metrics.inception import InceptionScore
 from drift_jax.metrics.kid import kernel_distance, kernel_distance_subsets
-from drift_jax.metrics.precision_recall import precision_recall
 from drift_jax.metrics.reference import ReferenceStats
 from drift_jax.system import processes
 
@@ -41,10 +41,10 @@ KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 
 
 class NetworkEvaluator:
-  """What one network says of the generated images; it sees each image once.
+  """Figures of the generated images in one network's features and logits.
 
-  Statistics are streamed; features are kept, 4 D bytes for each sample on every
-  host, where one of FROM_FEATURES is asked for.
+  The network sees each image once. Statistics are streamed; for a figure of
+  FROM_FEATURES features are kept, 4 D bytes for each sample on every host.
   """
 
   def __init__(
@@ -65,10 +65,10 @@ class NetworkEvaluator:
       figures: 'fid' or 'fd_NAME': the Frechet distance to the reference, under
         that name. 'inception_score': it and its spread over 10 parts, of the
         logits. 'precision_recall': k = 3. 'kid': mean and spread over 100
-        subsets of 1000, or the estimate of all pairs where there are fewer.
+        subsets of 1000, or the estimate of all pairs of fewer samples.
         'coverage_inception': density and coverage, k = 5. The last three
         compare with the reference's features.
-      reference: statistics of real images; None where no figure needs them.
+      reference: statistics of real images; None if no figure needs them.
       count: samples that will come.
       seed: picks KID's subsets.
 
@@ -81,25 +81,23 @@ class NetworkEvaluator:
     self._figures = tuple(figures)
     self._count = count
     self._seed = seed
-    needs = [f for f in figures if f != "inception_score"]
-    if needs and reference is None:
-      raise ValueError(f"{name}: {needs} need statistics of real images")
     self._reference = reference
     single = [f for f in figures if f in FROM_FEATURES]
-    real = None if reference is None else reference.features
-    if single and real is None:
-      raise ValueError(
-        f"{name}: {single} compare with features of single real images, which"
-        " the reference statistics do not hold: make them by python -m"
-        " drift_jax.tools.reference_stats with --num_features=10000"
-      )
-    for figure in figures:
-      least, least_real = LEAST.get(figure, (2, 0))
-      reals = 0 if real is None else len(real)
-      if count < least or reals < least_real:
+    self._real = np.empty((0, 0))
+    if single and reference is not None:
+      if reference.features is None:
         raise ValueError(
-          f"{name}: {figure!r} needs at least {least} samples and {least_real}"
-          f" single real images, got {count} and {reals}"
+          f"{name}: {single} compare with features of single real images, which"
+          " the reference statistics do not hold: make them by python -m"
+          " drift_jax.tools.reference_stats with --num_features=10000"
+        )
+      self._real = reference.features
+    for figure in figures:
+      least, reals = LEAST.get(figure, (2, 0))
+      if count < least or len(self._real) < reals:
+        raise ValueError(
+          f"{name}: {figure!r} needs at least {least} samples and {reals}"
+          f" single real images, got {count} and {len(self._real)}"
         )
     self._keeps = bool(single)
     self.reset()
@@ -121,14 +119,11 @@ class NetworkEvaluator:
     if self._keeps:
       self._features.append(features)
     if "inception_score" in self._figures:
-      self._scores(logits[0].shape[1]).update(logits[0], batch.index)
+      if self._score is None:
+        self._score = InceptionScore(self._count, logits[0].shape[1], SPLITS)
+      self._score.update(logits[0], batch.index)
 
-  def _scores(self, classes: int) -> InceptionScore:
-    if self._score is None:
-      self._score = InceptionScore(self._count, classes, SPLITS)
-    return self._score
-
-  def result(self) -> dict[str, float]:
+  def result(self) -> Figures:
     """The figures asked for.
 
     Raises:
@@ -141,29 +136,28 @@ class NetworkEvaluator:
         f"{self.name}: {len(index)} samples came, {len(np.unique(index))} of"
         f" them different; expected are 0 to {self._count - 1}, each once"
       )
-    fake = np.empty((0, 0), np.float32)
+    fake = np.empty((0, 0))
     if self._keeps:
       gathered = processes.gather(np.concatenate(self._features))
       fake = np.concatenate(gathered)[np.argsort(index)]
-    results: dict[str, float] = {}
+    results: Figures = {}
     for figure in self._figures:
       results |= self._figure(figure, fake)
     return results
 
-  def baseline(self) -> dict[str, float]:
+  def baseline(self) -> Figures:
     """None: reference files stand for more images than a run should read."""
     return {}
 
-  def _figure(self, figure: str, fake: np.ndarray) -> dict[str, float]:
+  def _figure(self, figure: str, fake: np.ndarray) -> Figures:
     if figure == "inception_score":
       assert self._score is not None
       mean, spread = self._score.result()
       return {figure: mean, "inception_score_std": spread}
-    assert self._reference is not None
     if figure not in FROM_FEATURES:
+      assert self._reference is not None
       return {figure: frechet_distance(self._stats.result(), self._reference)}
-    real = self._reference.features
-    assert real is not None
+    real = self._real
     if figure == "precision_recall":
       precision, recall = precision_recall(real, fake, NEIGHBOURS)
       return {"precision": precision, "recall": recall}
@@ -172,11 +166,8 @@ class NetworkEvaluator:
       return {"density_inception": density, figure: coverage}
     if min(len(real), len(fake)) < KID_SUBSET_SIZE:
       return {figure: kernel_distance(real, fake)}
+    size = KID_SUBSET_SIZE
     mean, spread = kernel_distance_subsets(
-      real,
-      fake,
-      subsets=KID_SUBSETS,
-      subset_size=KID_SUBSET_SIZE,
-      seed=self._seed,
+      real, fake, subsets=KID_SUBSETS, subset_size=size, seed=self._seed
     )
     return {figure: mean, "kid_std": spread}

@@ -1,7 +1,7 @@
 """Files of reference statistics: ours and the public ones.
 
 Ours is an .npz of `mu` [D], `sigma` [D, D] (float64, ddof 1), `provenance`, a
-JSON text, `count` where it is known, and maybe `features` [n, D] (float32) of
+JSON text, `count` if it is known, and maybe `features` [n, D] (float32) of
 single images. Public files for ImageNet-256 hold `mu` and `sigma`
 (among other arrays in ADM's VIRTUAL_imagenet256_labeled.npz, which are not
 read) or `ref_mu` and `ref_sigma`, and say nothing of where they come from.
@@ -10,25 +10,26 @@ read) or `ref_mu` and `ref_sigma`, and say nothing of where they come from.
 import dataclasses
 import json
 import re
-import zipfile
-import zlib
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from absl import logging
 from jaxtyping import Float32, Float64
-from numpy.typing import ArrayLike
 
 from drift_jax.metrics import files, frechet
 from drift_jax.system import paths
 
 _FORMS = (("mu", "sigma"), ("ref_mu", "ref_sigma"))
+# Regular expressions of Provenance's texts that are more than not empty.
+_TEXTS = {"network_sha256": "[0-9a-f]{64}"}
 # float32 sums leave asymmetries of some 1e-7 of the largest entry.
 _ASYMMETRY = 1e-5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Provenance:
-  """What statistics were computed from.
+  """Source of statistics: images and network.
 
   Attributes:
     source: data set, e.g. "imagenet2012".
@@ -47,18 +48,15 @@ class Provenance:
   network_sha256: str
 
   def __post_init__(self) -> None:
-    for field in ("source", "split", "crop", "network"):
-      if not getattr(self, field):
-        raise ValueError(f"provenance: {field} is empty")
-    if self.resolution < 1:
-      raise ValueError(
-        f"provenance: resolution must be positive, got {self.resolution}"
-      )
-    if not re.fullmatch("[0-9a-f]{64}", self.network_sha256):
-      raise ValueError(
-        "provenance: network_sha256 must be 64 lower-case hexadecimal digits,"
-        f" got {self.network_sha256!r}"
-      )
+    for field, value in dataclasses.asdict(self).items():
+      if field == "resolution":
+        # bool is an int to isinstance.
+        valid, expected = type(value) is int and value > 0, "positive integer"
+      else:
+        expected = _TEXTS.get(field, ".+")
+        valid = isinstance(value, str) and re.fullmatch(expected, value)
+      if not valid:
+        raise ValueError(f"provenance: {field}={value!r}, expected {expected}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,42 +86,27 @@ class ReferenceStats:
     features: Float32[np.ndarray, "n D"] | None = None,
   ) -> "ReferenceStats":
     """Raises ValueError with fewer than two feature vectors."""
-    return cls(
-      stats.mean, stats.covariance(), stats.count, provenance, features
-    )
+    sigma = stats.covariance()
+    return cls(stats.mean, sigma, stats.count, provenance, features)
 
   def covariance(self) -> Float64[np.ndarray, "D D"]:
     return self.sigma.copy()
 
 
 def save_reference(path: files.PathLike, reference: ReferenceStats) -> None:
-  """Writes the file; it appears whole or not at all.
-
-  Raises:
-    ValueError: without a provenance, or for numbers that `load_reference`
-      would refuse.
-  """
-  if reference.provenance is None:
-    raise ValueError(
-      f"{path}: reference statistics are saved with their provenance, got None"
-    )
-  mean, sigma = _checked_moments(
-    reference.mean, reference.sigma, ("mu", "sigma"), str(path)
-  )
+  """Writes the file, with its provenance; it appears whole or not at all."""
+  assert reference.provenance is not None
   text = json.dumps(dataclasses.asdict(reference.provenance), sort_keys=True)
-  arrays: dict[str, np.ndarray] = {
-    "mu": mean,
-    "sigma": sigma,
+  arrays: dict[str, Any] = {
+    "mu": reference.mean,
+    "sigma": reference.sigma,
     "provenance": np.asarray(text),
+    "count": reference.count,
+    "features": reference.features,
   }
-  if reference.count is not None:
-    arrays["count"] = np.asarray(reference.count, np.int64)
-    _checked_count(arrays["count"], str(path))
-  if reference.features is not None:
-    arrays["features"] = reference.features
-    _checked_features(arrays["features"], len(mean), str(path))
+  arrays = {key: array for key, array in arrays.items() if array is not None}
   with files.replacing(path) as temporary, open(temporary, "wb") as file:
-    np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+    np.savez(file, **arrays)
 
 
 def load_reference(
@@ -138,181 +121,138 @@ def load_reference(
 
   Args:
     path: .npz file.
-    dimensions, resolution, crop, network_sha256: what the file must be for;
-      None asks for nothing. A public file does not record the last three: they
+    dimensions, resolution, crop, network_sha256: expected of the file; None
+      expects nothing. A public file does not record the last three: they
       are believed, with a warning.
 
   Raises:
     FileNotFoundError: when there is none.
     ValueError: for a file of another kind, wrong shapes or dtypes, non-finite
       numbers, a matrix that is no covariance, or other dimensions, resolution,
-      crop or network than asked for, naming what was found and expected.
+      crop or network than asked for, naming both.
   """
-  path = name = paths.expand(path)
-  # A missing file is no zip file either: opening it says so.
-  with open(path, "rb") as file:
-    if not zipfile.is_zipfile(file):
-      raise ValueError(f"{name} is no .npz file, or is cut short")
-  try:
-    files.check_one_zip(path)
+  path = paths.expand(path)
+  with files.reading_npz(path):
     with np.load(path) as archive:
-      arrays = _read(archive, name)
-  except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-    raise ValueError(f"{name} is damaged: {error}") from error
-  keys = next(form for form in _FORMS if form[0] in arrays)
-  mean, sigma = _checked_moments(arrays[keys[0]], arrays[keys[1]], keys, name)
-  reference = ReferenceStats(
-    mean,
-    sigma,
-    _checked_count(arrays["count"], name) if "count" in arrays else None,
-    _parsed(arrays["provenance"], name) if "provenance" in arrays else None,
-    _checked_features(arrays["features"], len(mean), name)
-    if "features" in arrays
-    else None,
-  )
-  if dimensions not in (None, len(mean)):
+      arrays = _read(archive)
+    reference = _checked(arrays)
+  if dimensions not in (None, len(reference.mean)):
     raise ValueError(
-      f"{name} holds statistics of {len(mean)} dimensions, expected"
+      f"{path} holds statistics of {len(reference.mean)} dimensions, expected"
       f" {dimensions}"
     )
-  _check_provenance(
-    reference.provenance,
-    {
-      "resolution": resolution,
-      "crop": crop,
-      "network_sha256": network_sha256,
-    },
-    name,
-  )
+  asked = {
+    "resolution": resolution,
+    "crop": crop,
+    "network_sha256": network_sha256,
+  }
+  _check_asked(reference.provenance, asked, path)
   return reference
 
 
-def _read(archive: np.lib.npyio.NpzFile, name: str) -> dict[str, np.ndarray]:
+def _read(archive: np.lib.npyio.NpzFile) -> dict[str, np.ndarray]:
   """The arrays of one form and what goes with them, not the others."""
   complete = [form for form in _FORMS if set(form) <= set(archive.files)]
   if len(complete) != 1:
     raise ValueError(
-      f"{name} must hold either mu and sigma or ref_mu and ref_sigma, it holds"
-      f" {sorted(archive.files)}"
+      "the file must hold either mu and sigma or ref_mu and ref_sigma, it"
+      f" holds {sorted(archive.files)}"
     )
   arrays = {}
   for key in (*complete[0], "count", "provenance", "features"):
     if key in archive.files:
       try:
-        arrays[key] = archive[key]
+        arrays[key.removeprefix("ref_")] = archive[key]
       except ValueError as error:
-        raise ValueError(f"{name}: {key} cannot be read: {error}") from error
+        raise ValueError(f"{key} cannot be read: {error}") from error
   return arrays
 
 
+def _checked(arrays: Mapping[str, np.ndarray]) -> ReferenceStats:
+  """Statistics that a file's arrays hold; ValueError for anything else."""
+  mean, sigma = _checked_moments(arrays["mu"], arrays["sigma"])
+  count = arrays.get("count")
+  if count is not None:
+    if count.ndim or count.dtype.kind not in "iu" or count < 2:
+      raise ValueError(
+        f"count must be an integer >= 2, found {count.dtype} {count.tolist()}"
+      )
+    count = int(count)
+  features = arrays.get("features")
+  if features is not None:
+    if features.dtype != np.float32 or features.shape[1:] != mean.shape:
+      raise ValueError(
+        f"features must be float32 [n, {len(mean)}], found {features.dtype}"
+        f" {features.shape}"
+      )
+    frechet.check_feature_matrix(features, "features")
+  provenance = arrays.get("provenance")
+  if provenance is not None:
+    try:
+      provenance = Provenance(**json.loads(provenance.item()))
+    except (ValueError, TypeError) as error:
+      raise ValueError(f"provenance is no record: {error}") from error
+  return ReferenceStats(mean, sigma, count, provenance, features)
+
+
 def _checked_moments(
-  mean: ArrayLike, sigma: ArrayLike, keys: tuple[str, str], name: str
+  mean: np.ndarray, sigma: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
   """(mean, sigma) as float64, sigma exactly symmetric."""
-  mean, sigma = np.asarray(mean), np.asarray(sigma)
-  for key, array in zip(keys, (mean, sigma), strict=True):
+  # 1. Dtypes, shapes, finite numbers.
+  for key, array in (("mu", mean), ("sigma", sigma)):
     if array.dtype.kind != "f" or array.dtype.itemsize < 4:
-      raise ValueError(
-        f"{name}: {key} must be float32 or float64, found {array.dtype}"
-      )
-  if mean.ndim != 1 or not mean.size or sigma.shape != 2 * mean.shape:
-    raise ValueError(
-      f"{name}: expected {keys[0]} [D] and {keys[1]} [D, D], found shapes"
-      f" {mean.shape} and {sigma.shape}"
-    )
-  mean, sigma = mean.astype(np.float64), sigma.astype(np.float64)
-  for key, array in zip(keys, (mean, sigma), strict=True):
+      raise ValueError(f"{key} must be float32 or float64, found {array.dtype}")
     bad = np.count_nonzero(~np.isfinite(array))
     if bad:
-      raise ValueError(
-        f"{name}: {bad} of {array.size} numbers in {key} are not finite"
-      )
+      raise ValueError(f"{bad} of {array.size} numbers in {key} are not finite")
+  if mean.ndim != 1 or not mean.size or sigma.shape != 2 * mean.shape:
+    raise ValueError(
+      f"expected mu [D] and sigma [D, D], found shapes {mean.shape} and"
+      f" {sigma.shape}"
+    )
+  # 2. A covariance: symmetric, of possible correlations.
+  mean, sigma = mean.astype(np.float64), sigma.astype(np.float64)
   scale = float(np.abs(sigma).max())
   asymmetry = float(np.abs(sigma - sigma.T).max())
   if asymmetry > _ASYMMETRY * scale:
     raise ValueError(
-      f"{name}: {keys[1]} is not symmetric: entries differ from their mirror"
-      f" images by up to {asymmetry:.3g}, expected at most"
-      f" {_ASYMMETRY * scale:.3g}"
+      "sigma is not symmetric: entries differ from their mirror images by up"
+      f" to {asymmetry:.3g}, expected at most {_ASYMMETRY * scale:.3g}"
     )
   sigma = (sigma + sigma.T) / 2.0
   variances = np.diagonal(sigma)
   bound = np.sqrt(np.outer(np.abs(variances), np.abs(variances)))
   if (variances < 0).any() or (np.abs(sigma) > bound + 1e-5 * scale).any():
     raise ValueError(
-      f"{name}: {keys[1]} is no covariance: a variance is negative or an entry"
-      " exceeds the product of its standard deviations; the smallest variance"
-      f" is {variances.min():.3g}"
+      "sigma is no covariance: a variance is negative or an entry exceeds the"
+      " product of its standard deviations; the smallest variance is"
+      f" {variances.min():.3g}"
     )
   return mean, sigma
 
 
-def _checked_count(array: np.ndarray, name: str) -> int:
-  if array.ndim or array.dtype.kind not in "iu" or array < 2:
-    raise ValueError(
-      f"{name}: count must be an integer >= 2, found {array.dtype}"
-      f" {array.tolist()}"
-    )
-  return int(array)
-
-
-def _checked_features(
-  features: np.ndarray, dimensions: int, name: str
-) -> np.ndarray:
-  if features.dtype != np.float32 or features.shape[1:] != (dimensions,):
-    raise ValueError(
-      f"{name}: features must be float32 [n, {dimensions}], found"
-      f" {features.dtype} {features.shape}"
-    )
-  frechet.check_feature_matrix(features, f"{name}: features")
-  return features
-
-
-def _parsed(text: np.ndarray, name: str) -> Provenance:
-  types = {"resolution": int}
-  expected = [field.name for field in dataclasses.fields(Provenance)]
-  try:
-    record = json.loads(text.item()) if text.dtype.kind == "U" else None
-  except (json.JSONDecodeError, ValueError) as error:
-    raise ValueError(f"{name}: provenance is no JSON: {error}") from error
-  if not isinstance(record, dict) or sorted(record) != sorted(expected):
-    found = sorted(record) if isinstance(record, dict) else record
-    raise ValueError(
-      f"{name}: provenance must be a JSON object of {expected}, found {found}"
-    )
-  for field, value in record.items():
-    # bool is an int to isinstance.
-    if type(value) is not types.get(field, str):
-      raise ValueError(
-        f"{name}: provenance: {field} must be of type"
-        f" {types.get(field, str).__name__}, found {value!r}"
-      )
-  try:
-    return Provenance(**record)
-  except ValueError as error:
-    raise ValueError(f"{name}: {error}") from error
-
-
-def _check_provenance(
-  found: Provenance | None, asked: dict[str, str | int | None], name: str
+def _check_asked(
+  provenance: Provenance | None, asked: Mapping[str, Any], path: str
 ) -> None:
+  """Raises ValueError if a file is of something else than was asked for."""
   asked = {key: value for key, value in asked.items() if value is not None}
-  if found is None:
+  if provenance is None:
     if asked:
       logging.warning(
         "%s does not record what it was computed from; it is taken to be of %s",
-        name,
+        path,
         ", ".join(f"{key} {value}" for key, value in asked.items()),
       )
     return
-  wrong = {
-    key: value for key, value in asked.items() if getattr(found, key) != value
-  }
+  recorded = dataclasses.asdict(provenance)
+  wrong = [
+    f"{key} found {recorded[key]!r}, expected {value!r}"
+    for key, value in asked.items()
+    if recorded[key] != value
+  ]
   if wrong:
     raise ValueError(
-      f"{name} is for other images or another network than asked for: "
-      + ", ".join(
-        f"{key} found {getattr(found, key)!r}, expected {value!r}"
-        for key, value in wrong.items()
-      )
+      f"{path} is for other images or another network than asked for: "
+      + ", ".join(wrong)
     )

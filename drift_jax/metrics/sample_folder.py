@@ -1,6 +1,7 @@
 """A folder of generated images that an interrupted program goes on with."""
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from concurrent import futures
 from typing import Any
@@ -39,8 +40,8 @@ class SampleFolder:
 
     Args:
       path: of the folder.
-      facts: whatever the images depend on, fit for JSON.
-      labels: of the images, by number.
+      facts: all that the images depend on, fit for JSON.
+      labels: class index of each image, by number.
       about: what else is to be known of them; it may differ.
 
     Raises:
@@ -59,34 +60,31 @@ class SampleFolder:
 
   def _claim(self, wanted: dict[str, Any], about: dict[str, Any]) -> None:
     file = self._path / FACTS_FILE
-    if file.exists():
-      try:
-        found = json.loads(file.read_text())
-      except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
-      found.pop(_ABOUT, None)
-      different = [
-        key
-        for key in sorted(wanted.keys() | found.keys())
-        if wanted.get(key) != found.get(key)
-      ]
-      if different:
-        listed = "; ".join(
-          f"{key}: {_short(found.get(key))}, now {_short(wanted.get(key))}"
-          for key in different
-        )
+    if not file.exists():
+      if self._there():
         raise ValueError(
-          f"{self._path} holds images of another request ({listed}): give it "
-          "the same, or another folder"
+          f"{self._path} holds images, but no {FACTS_FILE} that says which:"
+          " give another folder"
         )
+      with files.replacing(file) as temporary:
+        temporary.write_text(json.dumps({_ABOUT: about, **wanted}, indent=1))
       return
-    if self._there():
+    try:
+      there = json.loads(file.read_text())
+    except ValueError as error:
+      raise ValueError(f"{file} is no JSON: {error}") from error
+    there.pop(_ABOUT, None)
+    different = [
+      f"{key}: {reprlib.repr(there.get(key))}, now"
+      f" {reprlib.repr(wanted.get(key))}"
+      for key in sorted(wanted.keys() | there.keys())
+      if wanted.get(key) != there.get(key)
+    ]
+    if different:
       raise ValueError(
-        f"{self._path} holds images, but no {FACTS_FILE} that says which they "
-        "are: give another folder"
+        f"{self._path} holds images of another request"
+        f" ({'; '.join(different)}): give it the same, or another folder"
       )
-    with files.replacing(file) as temporary:
-      temporary.write_text(json.dumps({_ABOUT: about, **wanted}, indent=1))
 
   def missing(self) -> np.ndarray:
     """Numbers [n] int32 of the images that are not there yet."""
@@ -136,8 +134,3 @@ class SampleFolder:
 
   def _name(self, number: int) -> str:
     return f"{number:0{self._digits}d}.png"
-
-
-def _short(value: Any) -> str:
-  text = repr(value)
-  return text if len(text) <= 60 else f"{text[:57]}..."

@@ -14,19 +14,10 @@ from numpy.typing import ArrayLike
 
 from drift_jax.metrics import memory
 from drift_jax.metrics.batches import Batch
-from drift_jax.metrics.coverage import (
-  check_grid,
-  check_neighbours,
-  density_coverage,
-  duplicates,
-)
+from drift_jax.metrics.coverage import density_coverage, duplicates
+from drift_jax.metrics.distances import check_neighbours
 from drift_jax.metrics.errors import EvaluationError
-from drift_jax.metrics.evaluators import (
-  Reals,
-  check_labels,
-  check_reals,
-  class_subset,
-)
+from drift_jax.metrics.evaluators import Figures, Reals, class_subset
 from drift_jax.system import processes
 
 MAX_IMAGES = 10_000
@@ -51,68 +42,66 @@ def _check_size(
   )
 
 
-def _flat(
-  reals: Reals, what: str, name: str, indices: np.ndarray | None = None
-) -> np.ndarray:
-  """Images [N, H, W, C], all or those of the indices, as [N, H W C]."""
-  if indices is None:
-    indices = np.arange(len(reals.labels))
-  shape = np.shape(reals.fixed(indices[:1]))[1:]
-  _check_size(len(indices), shape, what, name)
-  images = np.asarray(reals.fixed(indices), np.float32)
-  return images.reshape(len(images), -1)
+class _SmallSet:
+  """Base of these evaluators: reads reals, keeps what was generated.
 
+  Subclasses define `_figures(images [N, H W C], labels [N])`.
+  """
 
-def _flat_reals(
-  train: Reals, test: Reals, name: str
-) -> tuple[np.ndarray, np.ndarray]:
-  """All training and held-out images as [N, H W C], checked."""
-  check_reals(train, test, name)
-  flat = _flat(train, "training", name), _flat(test, "held-out", name)
-  if flat[0].shape[1:] != flat[1].shape[1:]:
-    raise ValueError(
-      f"{name}: training images have {flat[0].shape[1]} values, held-out ones"
-      f" {flat[1].shape[1]}"
-    )
-  return flat
-
-
-class _KeepsImages:
-  """The part of these evaluators that collects what was generated."""
-
-  name: str
-
-  def __init__(self, name: str):
+  def __init__(self, name: str, test: Reals):
     self.name = name
+    self._test = self._read(test, "held-out", np.arange(len(test.labels)))
+    self._stand_in = self._test, np.asarray(test.labels)
     self.reset()
+
+  def _read(self, reals: Reals, what: str, indices: np.ndarray) -> np.ndarray:
+    """Images [N, H W C] of the indices."""
+    shape = np.shape(reals.fixed(indices[:1]))[1:]
+    _check_size(len(indices), shape, what, self.name)
+    images = np.asarray(reals.fixed(indices), np.float32)
+    return images.reshape(len(images), -1)
+
+  def _read_all(self, train: Reals) -> np.ndarray:
+    """All training images [N, H W C], checked against the held-out ones."""
+    images = self._read(train, "training", np.arange(len(train.labels)))
+    if images.shape[1] != self._test.shape[1]:
+      raise ValueError(
+        f"{self.name}: training images have {images.shape[1]} values, held-out"
+        f" ones {self._test.shape[1]}"
+      )
+    return images
 
   def reset(self) -> None:
     self._kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
   def update(self, batch: Batch) -> None:
     self._kept.append((batch.images, batch.labels, batch.index))
-    # Of this process: no more are kept than the limit.
+    # This process keeps no more than the limit.
     count = sum(len(index) for _, _, index in self._kept)
-    self._check(count, batch.images)
+    _check_size(count, batch.images.shape[1:], "generated", self.name)
 
-  def _check(self, count: int, images: np.ndarray) -> None:
-    _check_size(count, images.shape[1:], "generated", self.name)
-
-  def _generated(self) -> tuple[np.ndarray, np.ndarray]:
-    """(images [N, H W C], labels [N]) of all processes since reset, in order.
-
-    Every process gets them all: there are few.
-    """
+  def result(self) -> Figures:
+    """Figures of the images of all processes since reset: there are few."""
     if not self._kept:
       raise ValueError(f"{self.name}: no images since reset()")
-    own = [np.concatenate(part) for part in zip(*self._kept, strict=True)]
-    images, labels, index = (np.concatenate(processes.gather(x)) for x in own)
-    self._check(len(index), images)
+    local = [np.concatenate(part) for part in zip(*self._kept, strict=True)]
+    images, labels, index = (np.concatenate(processes.gather(x)) for x in local)
+    _check_size(len(index), images.shape[1:], "generated", self.name)
     order = np.argsort(index, kind="stable")
-    return images[order].reshape(len(order), -1), labels[order]
+    return self._figures(images[order].reshape(len(order), -1), labels[order])
+
+  def baseline(self) -> Figures:
+    return dict(self._baseline)
+
+  @functools.cached_property
+  def _baseline(self) -> Figures:
+    return self._figures(*self._stand_in)
+
+  def _figures(self, images: np.ndarray, labels: np.ndarray) -> Figures:
+    raise NotImplementedError
 
 
-class CoverageEvaluator(_KeepsImages):
+class CoverageEvaluator(_SmallSet):
   """`density` and `coverage` (`density_coverage`) against held-out reals.
 
   Raw pixels are the features. For small data sets: keeps all images and takes
@@ -120,13 +109,7 @@ class CoverageEvaluator(_KeepsImages):
   """
 
   def __init__(
-    self,
-    train: Reals,
-    test: Reals,
-    *,
-    k: int,
-    labels: np.ndarray,
-    seed: int,
+    self, train: Reals, test: Reals, *, k: int, labels: np.ndarray, seed: int
   ):
     """Reads the images that it compares.
 
@@ -138,36 +121,22 @@ class CoverageEvaluator(_KeepsImages):
       seed: picks the training images of the baseline.
 
     Raises:
-      ValueError: for empty, ill-matched or too many images, too few training
-        images of a class, or k out of range.
+      ValueError: for no or too many images, too few training images of a class,
+        or k out of range.
     """
-    super().__init__("coverage")
-    check_reals(train, test, self.name)
+    super().__init__("coverage", test)
+    check_neighbours(k, len(self._test), "real")
     chosen = class_subset(train.labels, labels, seed)
-    self._stand_in = _flat(train, "training", self.name, chosen)
-    self._test = _flat(test, "held-out", self.name)
-    check_neighbours(k, len(self._test))
-    self._wanted = np.asarray(labels)
+    images = self._read(train, "training", chosen)
+    self._stand_in = images, train.labels[chosen]
     self._k = k
 
-  def result(self) -> dict[str, float]:
-    images, labels = self._generated()
-    check_labels(labels, self._wanted, self.name)
-    return self._figures(images)
-
-  def baseline(self) -> dict[str, float]:
-    return dict(self._baseline)
-
-  @functools.cached_property
-  def _baseline(self) -> dict[str, float]:
-    return self._figures(self._stand_in)
-
-  def _figures(self, images: np.ndarray) -> dict[str, float]:
+  def _figures(self, images: np.ndarray, labels: np.ndarray) -> Figures:
     density, coverage = density_coverage(self._test, images, self._k)
     return {"density": density, "coverage": coverage}
 
 
-class LabelAccuracyEvaluator(_KeepsImages):
+class LabelAccuracyEvaluator(_SmallSet):
   """`label_accuracy`: how often a classifier sees the label asked for.
 
   The classifier is scikit-learn's SVC (Gaussian kernel, C = 10, deterministic),
@@ -176,68 +145,43 @@ class LabelAccuracyEvaluator(_KeepsImages):
   1: read it beside coverage. For small data sets: takes at most MAX_IMAGES.
   """
 
-  def __init__(
-    self,
-    train: Reals,
-    test: Reals,
-  ):
+  def __init__(self, train: Reals, test: Reals):
     """Reads all images.
 
     Raises:
       ValueError: for empty, ill-matched or too many images, or training images
         of a single class.
     """
-    super().__init__("label_accuracy")
-    self._train, self._test = _flat_reals(train, test, self.name)
-    self._train_labels = np.asarray(train.labels)
-    self._test_labels = np.asarray(test.labels)
-    if len(np.unique(self._train_labels)) < 2:
+    super().__init__("label_accuracy", test)
+    self._train = self._read_all(train), np.asarray(train.labels)
+    classes = np.unique(self._train[1])
+    if len(classes) < 2:
       raise ValueError(
         f"{self.name}: a classifier needs at least 2 classes, the training"
-        f" labels hold only {np.unique(self._train_labels)}"
+        f" labels hold only {classes}"
       )
-
-  def result(self) -> dict[str, float]:
-    return self._figures(*self._generated())
-
-  def baseline(self) -> dict[str, float]:
-    return dict(self._baseline)
 
   @functools.cached_property
   def _classifier(self) -> Any:
-    # Imported where it is used: a second.
+    # Imported at use: it takes a second.
     from sklearn import svm
 
-    return svm.SVC(C=10.0, gamma="scale").fit(self._train, self._train_labels)
+    return svm.SVC(C=10.0, gamma="scale").fit(*self._train)
 
-  @functools.cached_property
-  def _baseline(self) -> dict[str, float]:
-    return self._figures(self._test, self._test_labels)
-
-  def _figures(
-    self, images: np.ndarray, labels: np.ndarray
-  ) -> dict[str, float]:
+  def _figures(self, images: np.ndarray, labels: np.ndarray) -> Figures:
     predicted = self._classifier.predict(images)
     return {"label_accuracy": float(np.mean(predicted == labels))}
 
 
-class DuplicatesEvaluator(_KeepsImages):
-  """Copies of training images among the generated (`duplicates`).
+class DuplicatesEvaluator(_SmallSet):
+  """Copies of training images among the generated: figures of `duplicates`.
 
-  Figures: exact_duplicates and near_duplicates (counts), near_duplicate_rate
-  (near_duplicates over the number of images) and near_threshold (Euclidean
-  distance in pixels of [-1, 1]). The baseline counts the held-out reals: real
-  training images in place of generated ones would all be copies of themselves.
-  For small data sets: takes at most MAX_IMAGES of each kind.
+  The baseline counts the held-out reals: real training images in place of
+  generated ones would all be copies of themselves. Distances are those of
+  pixels in [-1, 1]. For small data sets: takes at most MAX_IMAGES of each kind.
   """
 
-  def __init__(
-    self,
-    train: Reals,
-    test: Reals,
-    *,
-    grid: ArrayLike,
-  ):
+  def __init__(self, train: Reals, test: Reals, *, grid: ArrayLike):
     """Reads all images.
 
     Args:
@@ -246,32 +190,11 @@ class DuplicatesEvaluator(_KeepsImages):
       grid: [G] ascending values that a pixel of the data can take.
 
     Raises:
-      ValueError: for empty, ill-matched or too many images, or a grid that does
-        not ascend.
+      ValueError: for empty, ill-matched or too many images.
     """
-    super().__init__("duplicates")
-    self._train, self._test = _flat_reals(train, test, self.name)
-    self._grid = check_grid(grid)
+    super().__init__("duplicates", test)
+    self._train = self._read_all(train)
+    self._grid = grid
 
-  def result(self) -> dict[str, float]:
-    images, _ = self._generated()
-    counts = duplicates(images, self._train, self._test, grid=self._grid)
-    return {
-      "exact_duplicates": counts["exact"],
-      "near_duplicates": counts["near"],
-      "near_duplicate_rate": counts["near"] / counts["count"],
-      "near_threshold": counts["threshold"],
-    }
-
-  def baseline(self) -> dict[str, float]:
-    return dict(self._baseline)
-
-  @functools.cached_property
-  def _baseline(self) -> dict[str, float]:
-    counts = duplicates(self._test, self._train, self._test, grid=self._grid)
-    return {
-      "exact_duplicates": counts["heldout_exact"],
-      "near_duplicates": counts["heldout_near"],
-      "near_duplicate_rate": counts["heldout_near"] / counts["heldout_count"],
-      "near_threshold": counts["threshold"],
-    }
+  def _figures(self, images: np.ndarray, labels: np.ndarray) -> Figures:
+    return duplicates(images, self._train, self._test, grid=self._grid)

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: JSON lines, TensorBoard events, the log."""
+"""Writers of a run's numbers: JSON lines and TensorBoard events."""
 
 import json
 import math
@@ -6,8 +6,8 @@ import pathlib
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,39 +18,38 @@ from drift_jax.system import storage
 
 tensorboard.register()  # before anything of clu that would want TensorFlow
 
-from clu.metric_writers import (  # noqa: E402
-  MetricWriter,
-  MultiWriter,
-)
+from clu.metric_writers import MetricWriter, MultiWriter  # noqa: E402
 
 MetricWriter.register(tensorboard.SummaryWriter)
 
 _FILE = "metrics.jsonl"
-# In front of the names of an evaluation's figures.
+# Prefix of the names of an evaluation's figures.
 EVALUATION = "eval/"
 # A bucket's copy of the numbers is at most so much older than a write.
 _UPLOAD_SECONDS = 60.0
 
 
-def _parse(path: files.PathLike, number: int, line: str) -> dict[str, Any]:
-  try:
-    record = json.loads(line)
-  except json.JSONDecodeError as error:
-    raise ValueError(
-      f"{path}, line {number} is no JSON record: {line[:80]!r}"
-    ) from error
-  if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-    raise ValueError(
-      f"{path}, line {number} must be an object with an integer 'step', got"
-      f" {line[:80]!r}"
-    )
-  return record
+def _records(path: files.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
+  """(line, what it holds) of lines that end in a newline.
 
+  A last one without was cut off by a kill.
 
-def _complete_lines(path: files.PathLike) -> list[str]:
-  """Lines that end in a newline; a last one without was cut off by a kill."""
+  Raises:
+    ValueError: when a line is no JSON object with a step, naming the line.
+  """
   text = epath.Path(path).read_text(encoding="utf-8")
-  return text[: text.rfind("\n") + 1].splitlines()
+  lines = text[: text.rfind("\n") + 1].splitlines()
+  for number, line in enumerate(lines, 1):
+    try:
+      record = json.loads(line)
+      if not isinstance(record["step"], int):
+        raise TypeError
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+      raise ValueError(
+        f"{path}, line {number} is no JSON object with an integer 'step':"
+        f" {line[:80]!r}"
+      ) from error
+    yield line, record
 
 
 def read_jsonl(path: files.PathLike) -> list[dict[str, float | int]]:
@@ -63,11 +62,8 @@ def read_jsonl(path: files.PathLike) -> list[dict[str, float | int]]:
     ValueError: when a line is no JSON object with a step, naming the line.
   """
   return [
-    {
-      name: math.nan if value is None else value
-      for name, value in _parse(path, number, line).items()
-    }
-    for number, line in enumerate(_complete_lines(path), 1)
+    {k: math.nan if value is None else value for k, value in record.items()}
+    for _, record in _records(path)
   ]
 
 
@@ -85,16 +81,12 @@ def _drop_later_lines(
     figures = [name for name in record if name.startswith(EVALUATION)]
     return len(record) > 1 and not figures
 
-  kept = [
-    line + "\n"
-    for number, line in enumerate(_complete_lines(path), 1)
-    if stays(_parse(path, number, line))
-  ]
+  kept = [line + "\n" for line, record in _records(path) if stays(record)]
   with files.replacing(path) as temporary:
     temporary.write_text("".join(kept), encoding="utf-8")
 
 
-class JsonlWriter(MetricWriter):
+class JsonlWriter(MultiWriter):
   """Scalars as JSON lines; images and everything else are left to others.
 
   Each call of write_scalars makes one line, {"step": step, name: value, ...},
@@ -114,6 +106,7 @@ class JsonlWriter(MetricWriter):
         -1 drops all: a fresh start.
       evaluated: False drops the figures of resume_step as well.
     """
+    super().__init__([])  # ignores all but scalars
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
@@ -124,59 +117,14 @@ class JsonlWriter(MetricWriter):
     """Appends one line.
 
     Raises:
-      ValueError: for a scalar named 'step', or a value that is not a single
-        number.
+      ValueError: a value that is not a single number.
     """
-    if "step" in scalars:
-      raise ValueError(f"a scalar at step {step} must not be named 'step'")
     record: dict[str, float | int | None] = {"step": int(step)}
     for name, value in scalars.items():
-      array = np.asarray(jax.device_get(value))
-      if array.size != 1:
-        raise ValueError(
-          f"scalar '{name}' at step {step} has shape {array.shape}"
-        )
-      number = float(array.item())
+      number = float(np.asarray(jax.device_get(value)).item())
       record[name] = number if math.isfinite(number) else None
     with storage.naming_errors(self._file.name):
       self._file.write(json.dumps(record, allow_nan=False) + "\n")
-      self._file.flush()
-
-  def write_images(self, step: int, images: Mapping[str, Any]) -> None:
-    pass
-
-  def write_summaries(
-    self,
-    step: int,
-    values: Mapping[str, Any],
-    metadata: Mapping[str, Any] | None = None,
-  ) -> None:
-    pass
-
-  def write_videos(self, step: int, videos: Mapping[str, Any]) -> None:
-    pass
-
-  def write_audios(
-    self, step: int, audios: Mapping[str, Any], *, sample_rate: int
-  ) -> None:
-    pass
-
-  def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-    pass
-
-  def write_histograms(
-    self,
-    step: int,
-    arrays: Mapping[str, Any],
-    num_buckets: Mapping[str, int] | None = None,
-  ) -> None:
-    pass
-
-  def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-    pass
-
-  def flush(self) -> None:
-    with storage.naming_errors(self._file.name):
       self._file.flush()
 
   def close(self) -> None:
@@ -192,10 +140,7 @@ class _Uploading(MultiWriter):
   """
 
   def __init__(
-    self,
-    writers: Sequence[MetricWriter],
-    folder: pathlib.Path,
-    workdir: files.PathLike,
+    self, writers: Sequence[Any], folder: pathlib.Path, workdir: files.PathLike
   ):
     super().__init__(writers)
     self._folder = folder
@@ -244,7 +189,7 @@ def create_writer(
       start, which drops all.
     is_main: False for all processes but one: they write nothing and touch no
       file.
-    evaluated: False where resume_step will be evaluated again: figures of it
+    evaluated: False if resume_step will be evaluated again: figures of it
       are dropped from metrics.jsonl too.
 
   Returns:
@@ -259,10 +204,9 @@ def create_writer(
     earlier = epath.Path(workdir) / _FILE
     if earlier.exists():
       (folder / _FILE).write_bytes(earlier.read_bytes())
-  events = tensorboard.SummaryWriter(str(folder), purge_step=resume_step + 1)
-  writers = [
+  writers: list[Any] = [
     JsonlWriter(folder / _FILE, resume_step, evaluated=evaluated),
-    cast(MetricWriter, events),
+    tensorboard.SummaryWriter(str(folder), purge_step=resume_step + 1),
   ]
   if storage.is_remote(workdir):
     return _Uploading(writers, folder, workdir)

@@ -1,98 +1,97 @@
 import numpy as np
 import pytest
-from sklearn.neighbors import NearestNeighbors
 
+from drift_jax.metrics import distances
 from drift_jax.metrics.coverage import (
   density_coverage,
   duplicates,
-  nearest_distances,
+  precision_recall,
 )
-from tests.metrics.conftest import GRID
+from drift_jax.metrics.neighbours import nearest_neighbours
+from tests.conftest import assert_close
+from tests.metrics.conftest import GRID, points, radii_of
 
 
-def points(seed: int, count: int, dimensions: int = 5) -> np.ndarray:
-  return np.random.default_rng(seed).normal(size=(count, dimensions))
-
-
-def oracle(real, fake, k):
-  """Density and coverage from scikit-learn's tree search."""
-  search = NearestNeighbors(algorithm="kd_tree").fit(real)
-  # With no query, a point is not its own neighbour.
-  radii = search.kneighbors(n_neighbors=k)[0][:, -1]
-  inside = np.linalg.norm(real[:, None] - fake[None], axis=-1) < radii[:, None]
+def open_balls(real, fake, k):
+  """Density and coverage by whole matrices of distances."""
+  radii = radii_of(real, k)[:, None]
+  inside = np.linalg.norm(real[:, None] - fake[None], axis=-1) < radii
   return inside.sum() / (k * len(fake)), inside.any(axis=1).mean()
 
 
-@pytest.mark.parametrize("k", [1, 3, 5, 39])
-@pytest.mark.parametrize("shift", [0.0, 1.0, 1e4])
-def test_density_coverage_oracle(k, shift):
-  real, fake = points(0, 40) + shift, 0.8 * points(1, 55) + shift
-  assert density_coverage(real, fake, k) == oracle(real, fake, k)
+def closed_balls(real, fake, k):
+  """Precision and recall likewise."""
+
+  def inside(centres, others):
+    gaps = np.linalg.norm(centres[:, None] - others[None], axis=-1)
+    return float((gaps <= radii_of(centres, k)[:, None]).any(axis=0).mean())
+
+  return inside(real, fake), inside(fake, real)
 
 
-@pytest.mark.parametrize("block", [1, 7, 100, 2**22])
-def test_blocks_do_not_change_the_result(block):
-  real, fake = points(2, 31), points(3, 23)
-  expected = oracle(real, fake, 3)
-  nearest = np.linalg.norm(fake[:, None] - real[None], axis=-1)
-  assert density_coverage(real, fake, 3, block_entries=block) == expected
-  distance, index = nearest_distances(fake, real, block_entries=block)
-  np.testing.assert_allclose(distance, nearest.min(axis=1), rtol=1e-15)
-  assert np.array_equal(index, nearest.argmin(axis=1))
+@pytest.mark.parametrize("case", ["k3", "k5", "k3_collapsed_fake", "k3_dup"])
+def test_golden_precision_recall(golden, case):
+  arrays = golden("metrics")
+  k = int(arrays[f"pr/{case}/k"])
+  sets = {x: arrays[f"pr/{case}/features_{x}"] for x in ("real", "fake")}
+  for side, features in sets.items():
+    radii = distances.neighbour_radii(features, k)
+    assert_close(radii, arrays[f"pr/{case}/x64/radii_sq_{side}"], 1e-15)
+  precision, recall = precision_recall(**sets, k=k)
+  assert precision == arrays[f"pr/{case}/precision"]
+  assert recall == arrays[f"pr/{case}/recall"]
 
 
-@pytest.mark.parametrize("k", [1, 4])
-def test_reals_themselves_score_one(k):
-  real = points(6, 60)
-  order = np.random.default_rng(6).permutation(60)
-  assert density_coverage(real, real[order], k) == (1.0, 1.0)
+@pytest.mark.parametrize("k", [1, 3, 39])
+@pytest.mark.parametrize("shift", [0.0, 1e4])
+@pytest.mark.parametrize("block", [1, 20, 200, 2**22], indirect=True)
+def test_oracle_for_any_block(k, shift, block):
+  real, fake = points(0, 40) + shift, 0.8 * points(1, 55) + 0.5 + shift
+  expected = closed_balls(real, fake, k)
+  assert precision_recall(real, fake, k) == expected
+  assert precision_recall(fake, real, k) == expected[::-1]
+  assert density_coverage(real, fake, k) == open_balls(real, fake, k)
 
 
-def test_ties_lie_outside_the_open_balls(digits):
-  real = digits.test_images.reshape(540, 64).astype(np.float64)
-  # Distances of digits are roots of integers: exact, and full of ties.
-  density, covered = density_coverage(real, real, 4)
-  assert (density, covered) == oracle(real, real, 4)
-  assert 0.99 < density < 1.0 and covered == 1.0
+def test_precision_recall_is_invariant_to_translation():
+  real, fake = points(2, 60), points(3, 60) + 1.0
+  # Multiples of 2^-20, so that the shift is exact.
+  real, fake = np.round(real * 2**20), np.round(fake * 2**20)
+  expected = precision_recall(real, fake, 3)
+  assert 0.0 < min(expected) < 1.0
+  assert precision_recall(real + 2.0**40, fake + 2.0**40, 3) == expected
 
 
-def test_repeated_reals_are_each_others_neighbours():
-  real = np.repeat(points(7, 5), 3, axis=0)
-  assert density_coverage(real, real, 2) == (0.0, 0.0)
-  density, covered = density_coverage(real, real, 3)
-  assert (density, covered) == oracle(real, real, 3)
-  assert covered == 1.0
-
-
-def test_far_and_collapsed_samples():
-  real = points(8, 50)
-  assert density_coverage(real, real + 1e3, 5) == (0.0, 0.0)
+def test_a_set_covers_itself_and_nothing_far():
+  real = points(4, 50)
+  for function in (precision_recall, density_coverage):
+    assert function(real, real[::-1], 3) == (1.0, 1.0)
+    assert function(real, real + 1e3, 3) == (0.0, 0.0)
+  memorised = np.repeat(real[:5], 10, axis=0)
+  assert precision_recall(real, memorised, 3) == (1.0, 5 / 50)
   collapsed = np.repeat(real.mean(axis=0, keepdims=True), 50, axis=0)
   density, covered = density_coverage(real, collapsed, 5)
   assert density > 1.5 and covered < 0.6
 
 
-def test_nearest_distances_oracle(digits):
-  train = digits.train_images.reshape(-1, 64)
-  test = digits.test_images.reshape(-1, 64)
-  distance, index = nearest_distances(test, train)
-  expected = NearestNeighbors(n_neighbors=1, algorithm="kd_tree").fit(train)
-  expected_distance = expected.kneighbors(test)[0][:, 0]
-  np.testing.assert_allclose(distance, expected_distance, rtol=1e-14)
-  direct = np.linalg.norm(test.astype(np.float64) - train[index], axis=1)
-  np.testing.assert_allclose(distance, direct, rtol=1e-14)
+def test_closed_balls_hold_their_surface_and_exclude_the_point():
+  real, fake = np.array([[0.0], [4.0]]), np.array([[8.0], [15.0]])
+  # Radius 4 around reals: 8 is on a surface; 7 around fakes: 0 is outside.
+  assert precision_recall(real, fake, 1) == (0.5, 0.5)
 
 
-@pytest.mark.parametrize("step", [0.0, 1e-4])
-def test_near_points_far_from_the_origin_keep_their_distances(step):
-  # Sums of squares are 5e12 here: their rounding is 1e-3, the step's square 0
-  # or 5e-8.
-  reference = points(9, 20) + 1e6
-  query = reference[::-1] + step
-  distance, index = nearest_distances(query, reference)
-  expected = np.linalg.norm(query - reference[::-1], axis=1)
-  np.testing.assert_allclose(distance, expected, rtol=1e-14, atol=0.0)
-  assert np.array_equal(index, np.arange(20)[::-1])
+def test_open_balls_do_not_hold_their_surface(digits):
+  real = digits.test_images.reshape(540, 64).astype(np.float64)
+  # Distances of digits are roots of integers: exact, and full of ties.
+  density, covered = density_coverage(real, real, 4)
+  assert (density, covered) == open_balls(real, real, 4)
+  assert 0.99 < density < 1.0 and covered == 1.0
+  # Copies are each other's neighbours.
+  real = np.repeat(points(7, 5), 3, axis=0)
+  assert density_coverage(real, real, 2) == (0.0, 0.0)
+  density, covered = density_coverage(real, real, 3)
+  assert (density, covered) == open_balls(real, real, 3)
+  assert covered == 1.0
 
 
 def test_duplicates_counts_planted_copies(digits):
@@ -107,53 +106,30 @@ def test_duplicates_counts_planted_copies(digits):
   noise = random.uniform(-1, 1, (5, 64))
   fake = np.concatenate([train[:3], train[3:5] + jitter, nudged, noise])
   counts = duplicates(fake, train, heldout, grid=GRID)
-  distance, _ = nearest_distances(heldout, train)
+  distance = nearest_neighbours(heldout, [train], 1).distance
+  threshold = float(np.quantile(distance, 0.01))
   assert counts == {
-    "exact": 5,
-    "near": 9,
-    "count": 14,
-    "heldout_exact": 0,
-    "heldout_near": 6,
-    "heldout_count": 540,
-    "threshold": float(np.quantile(distance, 0.01)),
+    "exact_duplicates": 5,
+    "near_duplicates": 9,
+    "near_duplicate_rate": 9 / 14,
+    "near_threshold": threshold,
   }
-  swapped = duplicates(heldout, train, train[:7], grid=GRID)
-  assert (swapped["exact"], swapped["heldout_exact"]) == (0, 7)
+  assert duplicates(heldout, train, heldout, grid=GRID) == {
+    "exact_duplicates": 0,
+    "near_duplicates": 6,
+    "near_duplicate_rate": 6 / 540,
+    "near_threshold": threshold,
+  }
 
 
 def test_threshold_is_strict():
   train = np.zeros((1, 1))
   counts = duplicates([[0.5], [0.51]], train, [[0.5]], grid=[0.0, 1.0])
-  assert counts["threshold"] == 0.5
-  assert (counts["near"], counts["heldout_near"]) == (0, 0)
-  assert counts["exact"] == 1
+  assert counts["near_threshold"] == 0.5
+  assert (counts["near_duplicates"], counts["exact_duplicates"]) == (0, 1)
 
 
-@pytest.mark.parametrize("k", [0, -1, 40, 41])
-def test_bad_k(k):
-  with pytest.raises(ValueError, match=f"k = {k} .*40 real.*1 to 39"):
-    density_coverage(points(0, 40), points(1, 50), k)
-
-
-def test_bad_points():
-  good, other, empty = points(0, 9), points(0, 9, 4), np.zeros((0, 5))
-  broken = good.copy()
-  broken[4, 2] = np.nan
-  for call in (
-    lambda x: density_coverage(x, good, 3),
-    lambda x: density_coverage(good, x, 3),
-    lambda x: nearest_distances(x, good),
-    lambda x: nearest_distances(good, x),
-    lambda x: duplicates(x, good, good, grid=GRID),
-    lambda x: duplicates(good, x, good, grid=GRID),
-    lambda x: duplicates(good, good, x, grid=GRID),
-  ):
-    with pytest.raises(ValueError, match=r"differ in dimension.*\(9, "):
-      call(other)
-    with pytest.raises(ValueError, match="non-empty"):
-      call(empty)
-    with pytest.raises(ValueError, match="the first is row 4"):
-      call(broken)
-  for grid in ([], [0.0], [0.0, 0.0], [1.0, 0.0], [[0.0, 1.0]]):
-    with pytest.raises(ValueError, match="ascending"):
-      duplicates(good, good, good, grid=grid)
+@pytest.mark.parametrize("grid", [[0.0], [0.0, 0.0], [1.0, 0.0], [[0.0, 1.0]]])
+def test_bad_grid(grid):
+  with pytest.raises(ValueError, match="ascending"):
+    duplicates(points(0, 9), points(0, 9), points(0, 9), grid=grid)

@@ -3,30 +3,24 @@ import tracemalloc
 import numpy as np
 import pytest
 from scipy.spatial import distance
-from sklearn.neighbors import NearestNeighbors
 
 from drift_jax.metrics import distances
+from drift_jax.metrics.coverage import (
+  density_coverage,
+  duplicates,
+  precision_recall,
+)
+from drift_jax.metrics.kid import kernel_distance
+from drift_jax.metrics.neighbours import nearest_neighbours
+from tests.metrics.conftest import GRID, points, radii_of
 
-BLOCK = distances.BLOCK_ENTRIES
-
-
-def points(seed: int, count: int, dimensions: int = 6) -> np.ndarray:
-  return np.random.default_rng(seed).normal(size=(count, dimensions))
+BLOCKS = pytest.mark.parametrize("block", [1, 50, 700, 2**22], indirect=True)
 
 
 def lattice(seed: int, count: int) -> np.ndarray:
   """Small integers: exact distances, many of them equal, and many copies."""
   integers = np.random.default_rng(seed).integers(0, 3, (count, 3))
   return integers.astype(np.float32)
-
-
-def search(rows, parts, k, *, exclude_self=False, block=BLOCK):
-  result = distances.NearestSearch(
-    rows, k, exclude_self=exclude_self, block_entries=block
-  )
-  for part in parts:
-    result.add(part)
-  return result.squared, result.index
 
 
 def brute_force(rows, columns, k):
@@ -42,9 +36,9 @@ def summed(monkeypatch):
   counts = []
   original = distances._squared_distances
 
-  def count(rows, columns, pairs, block_entries):
+  def count(rows, columns, pairs):
     counts.append(len(pairs[0]))
-    return original(rows, columns, pairs, block_entries)
+    return original(rows, columns, pairs)
 
   monkeypatch.setattr(distances, "_squared_distances", count)
   return counts
@@ -68,57 +62,47 @@ def test_bounds_enclose_the_distance(dtype, offset, spread):
 
 
 def test_bounds_allow_for_underflow():
-  rows, columns = 1e-161 * points(0, 40), 1e-161 * points(1, 40)
+  rows, columns = 1e-161 * points(0, 40, 6), 1e-161 * points(1, 40, 6)
   lower, upper = distances._bounds(rows, columns, rows.mean(axis=0))
   squared = distance.cdist(rows, columns, "sqeuclidean")
   assert squared.any() and (squared < np.finfo(np.float64).tiny).all()
   assert (lower <= squared).all() and (squared <= upper).all()
 
 
+@BLOCKS
 @pytest.mark.parametrize("k", [1, 4])
-@pytest.mark.parametrize("block", [1, 50, 700, BLOCK])
 @pytest.mark.parametrize("splits", [[], [1], [0, 2, 40], [50, 51]])
 def test_search_breaks_ties_by_number(k, block, splits):
   rows, columns = lattice(2, 30), lattice(3, 80)
   parts = [part for part in np.split(columns, splits) if len(part)]
-  squared, index = search(rows, parts, k, block=block)
+  squared, index, count = distances.nearest(rows, parts, k)
   expected = brute_force(rows, columns, k)
-  assert np.array_equal(squared, expected[0])
+  assert np.array_equal(squared, expected[0]) and count == 80
   assert np.array_equal(index, expected[1])
 
 
-def test_search_among_copies_takes_the_first_ones():
-  rows = np.repeat(points(4, 2), 50, axis=0)
-  squared, index = search(rows, [rows[::-1], rows[::-1]], 5, block=600)
+@pytest.mark.parametrize("block", [600], indirect=True)
+def test_search_among_copies_takes_the_first_ones(block):
+  rows = np.repeat(points(4, 2, 6), 50, axis=0)
+  squared, index, _ = distances.nearest(rows, [rows[::-1], rows[::-1]], 5)
   assert not squared.any()
   assert np.array_equal(index[:50], np.tile(np.arange(50, 55), (50, 1)))
   assert np.array_equal(index[50:], np.tile(np.arange(5), (50, 1)))
 
 
-@pytest.mark.parametrize("block", [30, 500, BLOCK])
+@BLOCKS
 def test_radii_oracle(block):
   for rows in (points(5, 70) + 1e5, np.repeat(points(6, 20), 3, axis=0)):
-    tree = NearestNeighbors(n_neighbors=3, algorithm="kd_tree").fit(rows)
-    radii = distances.neighbour_radii(rows, 3, block)
-    # With no query, a point is not its own neighbour, but its copies are.
-    expected = tree.kneighbors()[0][:, -1]
-    np.testing.assert_allclose(np.sqrt(radii), expected, rtol=1e-14, atol=0)
+    radii = np.sqrt(distances.neighbour_radii(rows, 3))
+    np.testing.assert_allclose(radii, radii_of(rows, 3), rtol=1e-14, atol=0)
 
 
-def test_fewer_columns_than_neighbours_leave_gaps():
-  squared, index = search(points(7, 3), [points(8, 2)], 4)
-  assert np.isinf(squared[:, 2:]).all() and (index[:, 2:] == -1).all()
-  assert np.isfinite(squared[:, :2]).all() and (index[:, :2] >= 0).all()
-
-
+@BLOCKS
 @pytest.mark.parametrize("closed", [True, False])
-@pytest.mark.parametrize("block", [1, 100, BLOCK])
 def test_balls_with_points_on_their_surface(closed, block):
   centres, inner = lattice(9, 40), lattice(10, 60)
   radii = np.arange(40) % 5 + np.where(np.arange(40) % 2, 0.5, 0.0)
-  counts = distances.ball_counts(
-    centres, radii, inner, closed=closed, block_entries=block
-  )
+  counts = distances.ball_counts(centres, radii, inner, closed=closed)
   squared = distance.cdist(centres, inner, "sqeuclidean")
   expected = squared <= radii[:, None] if closed else squared < radii[:, None]
   assert (squared == radii[:, None]).sum() > 100
@@ -126,72 +110,94 @@ def test_balls_with_points_on_their_surface(closed, block):
   assert np.array_equal(counts[1], expected.sum(axis=0))
 
 
-def test_few_pairs_are_summed(summed):
+@pytest.mark.parametrize("block", [2**13], indirect=True)
+def test_few_pairs_are_summed(summed, block):
   rows, columns = points(11, 100, 64), points(12, 2000, 64)
-  squared, index = search(rows, [columns], 3, block=2**16)
-  expected = brute_force(rows[:20], columns, 3)
-  assert np.array_equal(index[:20], expected[1])
+  squared, _, _ = distances.nearest(rows, [columns], 3)
   assert sum(summed) < 25 * len(rows)
   summed.clear()
-  distances.ball_counts(
-    rows, squared[:, -1], columns, closed=True, block_entries=2**16
-  )
+  distances.ball_counts(rows, squared[:, -1], columns, closed=True)
   # Those that lie on the surfaces, which the search found.
   assert sum(summed) == len(rows)
+  summed.clear()
+  collapsed = np.repeat(points(13, 1, 64), 400, axis=0)
+  assert not distances.neighbour_radii(collapsed, 3).any()
+  assert sum(summed) < 0.1 * len(collapsed) ** 2
 
 
-def test_collapsed_samples_do_not_all_have_to_be_summed(summed):
-  rows = np.repeat(points(13, 1, 64), 400, axis=0)
-  assert not distances.neighbour_radii(rows, 3, 2**13).any()
-  assert sum(summed) < 0.1 * len(rows) ** 2
-
-
+@pytest.mark.parametrize("block", [2**14], indirect=True)
 @pytest.mark.parametrize("cluster", [0.0, 1.0])
-def test_memory_is_bounded_by_blocks(cluster):
-  entries = 2**14
+def test_memory_is_bounded_by_blocks(cluster, block):
   # Two tight clusters: no pair within one can be told from another by bounds.
   centres = np.arange(600)[:, None] % 2 * cluster
   scale = 1e-9 if cluster else 1.0
   rows = centres + scale * points(14, 600, 64)
-  assert distances.block_side(64, entries) == 128
+  assert distances.block_side(64) == 128 and distances.block_side(2**20) == 1
   tracemalloc.start()
-  radii = distances.neighbour_radii(rows, 3, entries)
-  distances.ball_counts(rows, radii, rows, closed=True, block_entries=entries)
+  radii = distances.neighbour_radii(rows, 3)
+  distances.ball_counts(rows, radii, rows, closed=True)
   peak = tracemalloc.get_traced_memory()[1]
   tracemalloc.stop()
   # All distances are 22 blocks.
-  assert peak < (14 if cluster else 7) * entries * 8
-
-
-def test_blocks_hold_few_wide_points():
-  assert distances.block_side(2048, BLOCK) == 2048
-  assert distances.block_side(196_608, BLOCK) == 21
-  assert distances.block_side(10**7, BLOCK) == 1
-  with pytest.raises(ValueError, match="block_entries must be >= 1, got 0"):
-    distances.block_side(4, 0)
+  assert peak < (14 if cluster else 7) * 2**14 * 8
 
 
 def test_points_keep_their_precision():
-  for dtype, kept in (
-    (np.float32, np.float32),
-    (np.float64, np.float64),
-    (np.float16, np.float64),
-    (np.uint8, np.float64),
-  ):
+  for dtype in (np.float32, np.float64, np.float16, np.uint8):
     array = np.ones((3, 2), dtype)
-    result = distances.as_points(array, "features")
-    assert result.dtype == kept
-    assert (result is array) == (dtype == kept)
+    (result,) = distances.as_points(features=array)
+    assert result.dtype == (np.float32 if dtype == np.float32 else np.float64)
+    assert (result is array) == (dtype in (np.float32, np.float64))
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_bad_points(dtype):
-  array = np.zeros((4, 3), dtype)
-  for bad in (array[:0], array[:, :0], array[0]):
-    with pytest.raises(ValueError, match="features must be a non-empty"):
-      distances.as_points(bad, "features")
-  array[2, 1] = np.nan
-  with pytest.raises(ValueError, match="features: 1 of 4 rows.*row 2"):
-    distances.as_points(array, "features")
-  with pytest.raises(ValueError, match="features: .*1e[+]200 overflow.*1e[+]1"):
-    distances.as_points(np.full((2, 2), -1e200), "features")
+GOOD = points(0, 9)
+BROKEN = GOOD.copy()
+BROKEN[4, 2] = np.nan
+# (names of points, other arguments).
+FUNCTIONS = {
+  density_coverage: ("real fake", {"k": 3}),
+  precision_recall: ("real fake", {"k": 3}),
+  duplicates: ("fake train heldout", {"grid": GRID}),
+  kernel_distance: ("real fake", {}),
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize(
+  ("bad", "message"),
+  [
+    (points(0, 9, 4), r"differ in dimension.*\(9, "),
+    (GOOD[0], "must be a non-empty"),
+    (BROKEN.astype(np.float32), "1 of 9 rows.*row 4"),
+    (np.full((9, 5), -1e200), "1e[+]200 overflow.*1e[+]1"),
+  ],
+)
+def test_bad_points(function, bad, message):
+  names, others = FUNCTIONS[function]
+  for name in names.split():
+    sets = dict.fromkeys(names.split(), GOOD) | {name: bad}
+    with pytest.raises(ValueError, match=f"{name}.*{message}"):
+      function(**sets, **others)
+
+
+def test_bad_k():
+  for function in (density_coverage, precision_recall):
+    for k in (0, 9):
+      with pytest.raises(ValueError, match=f"k = {k} .*9 real.*1 to 8"):
+        function(GOOD, points(1, 20), k)
+  with pytest.raises(ValueError, match="k = 9 .*among 8 fake.*1 to 7"):
+    precision_recall(points(1, 20), GOOD[:8], 9)
+
+
+def test_bad_blocks():
+  for blocks, k, message in (
+    ([GOOD], 0, "k must be at least 1, got 0"),
+    ([GOOD[:3], GOOD[:1]], 5, "k = 5 .*among 4 training.*1 to 4"),
+    ([], 5, "among 0 training"),
+    ([GOOD, GOOD[:, :4]], 5, r"block 1 of the.*\(9, 4\)"),
+    ([GOOD, BROKEN], 5, "block 1 of the.*row 4"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      nearest_neighbours(GOOD, blocks, k)
+  with pytest.raises(ValueError, match="query.*row 4"):
+    nearest_neighbours(BROKEN, [GOOD], 5)

@@ -12,7 +12,7 @@ from drift_jax.metrics.evaluators import (
   merge_figures,
 )
 from drift_jax.metrics.frechet import FeatureStats, frechet_distance
-from tests.metrics.conftest import ImageSet, batch_of, feed, labels_of
+from tests.metrics.conftest import batch_of, feed, labels_of
 
 FEATURES = np.random.default_rng(0).normal(size=(64, 5)).astype(np.float32)
 
@@ -26,9 +26,8 @@ def pixels(images):
   return images.reshape(len(images), -1)
 
 
-def build(digits, feature_fn=features, name="fd_test", **changes):
-  settings = {"labels": labels_of(20), "batch_size": 32, "seed": 0}
-  settings |= changes
+def build(digits, feature_fn=features, name="fd_test", seed=0, batch_size=32):
+  settings = {"labels": labels_of(20), "batch_size": batch_size, "seed": seed}
   return FrechetEvaluator(name, feature_fn, *digits.reals, **settings)
 
 
@@ -36,43 +35,32 @@ def statistics(images):
   return FeatureStats.from_features(features(images))
 
 
-def class_indices(labels, per_class):
-  return np.concatenate(
-    [np.flatnonzero(labels == label)[:per_class] for label in range(10)]
-  )
-
-
 @pytest.mark.parametrize("split", [200, 32, 7])
 def test_frechet_streams_to_the_exact_distance(digits, split):
-  chosen = class_indices(digits.train_labels, 20)
-  images = -digits.train_images[chosen]
-  labels = digits.train_labels[chosen]
+  images = -digits.train_images[:200]
+  labels = digits.train_labels[:200]
   evaluator = build(digits)
   assert isinstance(evaluator, Evaluator)
-  # Images before a reset must not count.
+  # Images before a reset must not count, nor rows that fill up a batch.
   feed(evaluator, images[:50], labels[:50])
   evaluator.reset()
   for start in range(0, 200, split):
     part = slice(start, start + split)
-    feed(evaluator, jnp.asarray(images[part]), labels[part])
+    evaluator.update(batch_of(images[part], labels[part], start, padding=9))
   expected = frechet_distance(
     statistics(images), statistics(digits.test_images)
   )
-  result = evaluator.result()
-  assert list(result) == ["fd_test"]
-  assert result["fd_test"] == pytest.approx(expected, rel=1e-6)
+  assert evaluator.result() == {"fd_test": pytest.approx(expected, rel=1e-6)}
 
 
 def test_frechet_baseline_is_train_against_heldout_of_the_same_count(digits):
   evaluator = build(digits, seed=3)
   chosen = class_subset(digits.train_labels, labels_of(20), seed=3)
-  expected = frechet_distance(
-    statistics(digits.train_images[chosen]), statistics(digits.test_images)
+  expected, whole = (
+    frechet_distance(statistics(images), statistics(digits.test_images))
+    for images in (digits.train_images[chosen], digits.train_images)
   )
   assert evaluator.baseline()["fd_test"] == pytest.approx(expected, rel=1e-6)
-  whole = frechet_distance(
-    statistics(digits.train_images), statistics(digits.test_images)
-  )
   assert expected > 1.2 * whole
 
 
@@ -88,23 +76,10 @@ def test_feature_fn_sees_one_shape_and_each_image_once(digits):
   assert {batch.shape for batch in batches} == {(48, 8, 8, 1)}
   assert {batch.dtype for batch in batches} == {np.dtype(np.float32)}
   # 540 held-out images in 12 batches, 200 training images in 5; computed once.
-  assert len(batches) == 17
   evaluator.baseline()
   assert len(batches) == 17
   held_out = np.concatenate(batches[5:])[:540]
   assert np.array_equal(held_out, digits.test_images)
-
-
-def test_rows_that_only_fill_up_a_batch_do_not_count(digits):
-  chosen = class_indices(digits.train_labels, 20)
-  images, labels = digits.train_images[chosen], digits.train_labels[chosen]
-  evaluator = build(digits)
-  evaluator.update(batch_of(images, labels))
-  expected = evaluator.result()
-  evaluator.reset()
-  evaluator.update(batch_of(images[:150], labels[:150]))
-  evaluator.update(batch_of(images[150:], labels[150:], 150, padding=100))
-  assert evaluator.result() == expected
 
 
 def test_class_subset():
@@ -116,79 +91,21 @@ def test_class_subset():
   assert np.array_equal(chosen, class_subset(labels, wanted, seed=0))
   draws = {tuple(class_subset(labels, wanted, seed=i)) for i in range(20)}
   assert len(draws) > 3
-  with pytest.raises(ValueError, match="class 5 has 2.*fewer than.* 3 "):
-    class_subset(labels, np.array([5, 5, 5]), seed=0)
-  with pytest.raises(ValueError, match="class 7 has 0"):
-    class_subset(labels, np.array([7]), seed=0)
-  with pytest.raises(ValueError, match="for 0 labels"):
-    class_subset(labels, wanted[:0], seed=0)
-  with pytest.raises(ValueError, match="from 0"):
-    class_subset(labels[:0], wanted, seed=0)
+  for label, count in ((5, 2), (7, 0)):
+    with pytest.raises(
+      ValueError, match=f"{label} has {count}.*fewer than.* 3"
+    ):
+      class_subset(labels, np.array([label] * 3), seed=0)
 
 
-@pytest.mark.parametrize("name", ["fid", "FID", "fd_fid", "fid_encoder", "x"])
-def test_reserved_names(digits, name):
-  with pytest.raises(ValueError, match=f"'{name}'.*'fd_'.*Inception"):
-    build(digits, name=name)
-
-
-def test_baselines_are_joined_and_must_not_collide(digits):
-  one, two = build(digits), build(digits, pixels, name="fd_pixel")
-  assert baselines([one, two]) == one.baseline() | two.baseline()
-  with pytest.raises(ValueError, match="both report 'fd_test'"):
-    baselines([one, build(digits)])
+def test_bad_figures(digits):
+  evaluators = build(digits), build(digits, pixels, name="fd_pixel")
+  one, two = (evaluator.baseline() for evaluator in evaluators)
+  assert baselines(evaluators) == one | two
   with pytest.raises(EvaluationError, match="evaluator 'a' finds kid = nan"):
     merge_figures([("a", {"fid": 1.0, "kid": float("nan")})])
-
-
-def test_wrong_counts(digits):
-  evaluator = build(digits)
-  with pytest.raises(ValueError, match="fd_test: no samples"):
-    evaluator.result()
-  chosen = class_indices(digits.train_labels, 20)
-  images, labels = digits.train_images[chosen], digits.train_labels[chosen]
-  feed(evaluator, images[:-1], labels[:-1])
-  with pytest.raises(ValueError, match="19 .*class 9.* for 20"):
-    evaluator.result()
-  evaluator.reset()
-  feed(evaluator, images[20:], labels[20:])
-  with pytest.raises(ValueError, match="0 generated images of class 0"):
-    evaluator.result()
-  feed(evaluator, images[:20], labels[:20])
-  feed(evaluator, images[:1], np.array([11], np.int32))
-  with pytest.raises(ValueError, match="1 generated images of class 11.* 0"):
-    evaluator.result()
-  with pytest.raises(ValueError, match="class 0 has .*fewer than.* 200 "):
-    build(digits, labels=labels_of(200))
-  with pytest.raises(ValueError, match="batch_size"):
-    build(digits, batch_size=0)
-
-
-def test_bad_images_and_features(digits):
-  images, labels = digits.train_images[:4], digits.train_labels[:4]
-  evaluator = build(digits)
-  train, test = digits.reals
-  empty = ImageSet(test.images[:0], test.labels[:0])
-  for reals in ((train, empty), (empty, test)):
-    with pytest.raises(ValueError, match="fd_test: there are no"):
-      FrechetEvaluator(
-        "fd_test",
-        features,
-        *reals,
-        labels=labels_of(1),
-        batch_size=4,
-        seed=0,
-      )
-  broken = images.copy()
-  broken[2, 0, 0, 0] = np.nan
-  feed(evaluator, broken, labels)
+  images = digits.train_images[:4].copy()
+  images[2, 0, 0, 0] = np.nan
+  feed(evaluators[0], images, digits.train_labels[:4])
   with pytest.raises(ValueError, match="features: 1 of 4.*row 2"):
-    evaluator.result()
-  with pytest.raises(ValueError, match=r"feature_fn must return \[B, D\]"):
-    feed(build(digits, lambda x: x), images, labels)
-  narrow = build(digits, lambda x: pixels(x)[:, :6])
-  feed(narrow, images, labels)
-  narrow._feature_fn = pixels
-  feed(narrow, images, labels)
-  with pytest.raises(ValueError, match="of 64 dimensions after ones of 6"):
-    narrow.result()
+    evaluators[0].result()

@@ -17,43 +17,32 @@ SHAPE = (2, 2, 1)
 
 def encode(labels, alpha, index):
   """Images that say what they were asked for: label, alpha, index, 0."""
-  values = jnp.stack(
-    [
-      labels.astype(jnp.float32),
-      alpha,
-      index.astype(jnp.float32),
-      jnp.zeros_like(alpha),
-    ],
-    axis=1,
-  )
-  return values.reshape(-1, *SHAPE)
+  numbers = labels.astype(np.float32), alpha, index.astype(np.float32)
+  return jnp.stack([*numbers, 0 * alpha], axis=1).reshape(-1, *SHAPE)
 
 
 class Recorder:
-  """An evaluator that reports how many images it saw, and keeps them."""
+  """An evaluator that reports how many images it saw, and keeps all."""
 
-  def __init__(self, name: str, figure: str = ""):
-    self.name = name
-    self.figure = figure or name
-    self.resets = 0
+  name = "count"
+
+  def __init__(self):
     self.all: list[np.ndarray] = []
-    self.reset()
 
   def reset(self):
-    self.resets += 1
-    self.images: list[np.ndarray] = []
+    self.count = 0
 
   def update(self, batch):
     assert np.array_equal(batch.images[:, 0, 0, 0], batch.labels)
     assert np.array_equal(batch.images[:, 1, 0, 0], batch.index)
-    self.images.append(batch.images)
+    self.count += len(batch.images)
     self.all.append(batch.images)
 
   def result(self):
-    return {self.figure: float(sum(map(len, self.images)))}
+    return {self.name: float(self.count)}
 
   def baseline(self):
-    return {self.figure: 0.0}
+    return {self.name: 0.0}
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 12, 13, 50])
@@ -73,38 +62,19 @@ def test_generate_exactly_once_in_full_batches(batch_size):
     assert np.array_equal(labels[call[2]], call[0])
   assert len(calls) == -(-12 // batch_size)
   images = np.concatenate([batch.images for batch in batches])
-  drawn = np.concatenate([batch.labels for batch in batches])
   assert images.shape == (12, *SHAPE) and images.dtype == np.float32
-  assert np.array_equal(drawn, labels) and drawn.dtype == np.int32
   assert np.array_equal(images[:, 0, 0, 0], labels)
   assert np.array_equal(images[:, 1, 0, 0], np.arange(12))
   assert (images[:, 0, 1, 0] == 1.5).all()
-
-
-def test_one_compilation():
-  traces = []
-
-  @jax.jit
-  def sample_fn(labels, alpha, index):
-    traces.append(labels.shape)
-    return encode(labels, alpha, index).astype(jnp.bfloat16)
-
-  for alpha in (1.0, 2.0):
-    for batch in generate(sample_fn, np.arange(10), alpha, batch_size=4):
-      assert batch.images.dtype == np.float32
-  assert traces == [(4,)]
 
 
 def test_balanced_labels():
   labels = balanced_labels(12, 4)
   assert labels.dtype == np.int32
   assert labels.tolist() == [0, 1, 2, 3] * 3
-  for count, valid in ((10, "8 and 12$"), (3, "are 4$")):
+  for count, valid in ((10, "8 and 12$"), (3, "are 4$"), (0, "are 4$")):
     with pytest.raises(ValueError, match=f"num_samples={count}.*{valid}"):
       balanced_labels(count, 4)
-  for count, classes in ((0, 4), (4, 0), (-4, 4)):
-    with pytest.raises(ValueError, match="at least one"):
-      balanced_labels(count, classes)
 
 
 def test_labels_from_a_file(tmp_path):
@@ -112,9 +82,9 @@ def test_labels_from_a_file(tmp_path):
   (tmp_path / "a.txt").write_text("3\n0\n3\n1\n")
   np.save(tmp_path / "a.npy", wanted)
   for name in ("a.txt", "a.npy"):
-    labels = read_labels(tmp_path / name, num_classes=4, count=None)
-    assert labels.tolist() == wanted.tolist() and labels.dtype == np.int32
-    read_labels(tmp_path / name, num_classes=4, count=4)
+    for count in (None, 4):
+      labels = read_labels(tmp_path / name, num_classes=4, count=count)
+      assert labels.tolist() == wanted.tolist() and labels.dtype == np.int32
     with pytest.raises(ValueError, match="lists 4 labels, but num_samples=5"):
       read_labels(tmp_path / name, num_classes=4, count=5)
     with pytest.raises(ValueError, match=r"entry 0 is 3, labels lie in \[0, 3"):
@@ -123,31 +93,13 @@ def test_labels_from_a_file(tmp_path):
   labels = read_labels(tmp_path / "one.txt", num_classes=4, count=1)
   assert labels.tolist() == [2]
   (tmp_path / "words.txt").write_text("cat\n")
+  (tmp_path / "empty.txt").touch()
   np.save(tmp_path / "floats.npy", wanted / 2)
   np.save(tmp_path / "square.npy", wanted.reshape(2, 2))
-  np.save(tmp_path / "object.npy", np.asarray([{}]), allow_pickle=True)
-  (tmp_path / "empty.npy").touch()
-  (tmp_path / "empty.txt").touch()
-  (tmp_path / "text.npy").write_text("1\n2\n")
-  np.savez(tmp_path / "archive.npz", wanted)
-  (tmp_path / "archive.npz").rename(tmp_path / "archive.npy")
   whole = (tmp_path / "a.npy").read_bytes()
   (tmp_path / "cut.npy").write_bytes(whole[:-3])
-  (tmp_path / "header.npy").write_bytes(whole.replace(b"{'de", b"((((", 1))
-  np.save(tmp_path / "bools.npy", wanted > 0)
-  for name in (
-    "words.txt",
-    "floats.npy",
-    "square.npy",
-    "object.npy",
-    "bools.npy",
-    "empty.txt",
-    "empty.npy",
-    "text.npy",
-    "archive.npy",
-    "cut.npy",
-    "header.npy",
-  ):
+  names = "words.txt", "empty.txt", "floats.npy", "square.npy", "cut.npy"
+  for name in names:
     with pytest.raises(ValueError, match=name):
       read_labels(tmp_path / name, num_classes=4, count=None)
   with pytest.raises(FileNotFoundError):
@@ -155,25 +107,21 @@ def test_labels_from_a_file(tmp_path):
 
 
 def test_evaluate_hands_each_image_to_all_once_per_alpha():
-  calls = []
+  traces = []
 
+  @jax.jit
   def sample_fn(labels, alpha, index):
-    calls.append(alpha[0])
-    return encode(labels, alpha, index)
+    traces.append(labels.shape)
+    return encode(labels, alpha, index).astype(jnp.bfloat16)
 
-  recorders = [Recorder("one"), Recorder("two")]
+  recorders = [Recorder(), Recorder()]
   assert isinstance(recorders[0], Evaluator)
-  labels = balanced_labels(9, 3)
-  results = evaluate(recorders, sample_fn, labels, [2.0, 1.0], 4)
-  assert results == {
-    2.0: {"one": 9.0, "two": 9.0},
-    1.0: {"one": 9.0, "two": 9.0},
-  }
-  assert list(results) == [2.0, 1.0]
-  assert calls == [2.0] * 3 + [1.0] * 3
+  results = evaluate(recorders, sample_fn, balanced_labels(9, 3), [2.0, 1.0], 4)
+  assert results == {2.0: {"count": 9.0}, 1.0: {"count": 9.0}}
+  assert list(results) == [2.0, 1.0] and traces == [(4,)]
   for recorder in recorders:
-    assert recorder.resets == 3
     seen = np.concatenate(recorder.all)
+    assert seen.dtype == np.float32
     assert seen[:, 0, 1, 0].tolist() == [2.0] * 9 + [1.0] * 9
     assert seen[:, 1, 0, 0].tolist() == [*range(9)] * 2
 
@@ -186,32 +134,17 @@ def test_non_finite_image_names_alpha_and_index(value):
     return jnp.where(broken[:, None, None, None], value, images)
 
   labels = balanced_labels(9, 3)
-  evaluate([Recorder("one")], sample_fn, labels, [1.0], 4)
+  evaluate([Recorder()], sample_fn, labels, [1.0], 4)
   with pytest.raises(ValueError, match=r"sample 6 \(label 0, alpha 2.0\)"):
-    evaluate([Recorder("one")], sample_fn, labels, [1.0, 2.0], 4)
+    evaluate([Recorder()], sample_fn, labels, [1.0, 2.0], 4)
 
 
 def test_bad_arguments():
   labels = balanced_labels(4, 2)
-  two = [Recorder("one", "same"), Recorder("two", "same")]
-  with pytest.raises(ValueError, match="'one' and 'two' both report 'same'"):
-    evaluate(two, encode, labels, [1.0], 4)
-  with pytest.raises(ValueError, match="'one' and 'one' both report 'one'"):
-    evaluate([Recorder("one")] * 2, encode, labels, [1.0], 4)
-  for evaluators, alphas in (([], [1.0]), (two[:1], []), (two, [1.0, 1.0])):
-    with pytest.raises(ValueError, match="distinct alphas"):
-      evaluate(evaluators, encode, labels, alphas, 4)
-  for bad in (labels[:0], labels[None], labels.astype(np.float32)):
-    with pytest.raises(ValueError, match="integer array"):
-      list(generate(encode, bad, 1.0, batch_size=2))
+  with pytest.raises(ValueError, match="alphas repeat"):
+    evaluate([Recorder()], encode, labels, [1.0, 1.0], 4)
   with pytest.raises(ValueError, match="batch_size"):
     list(generate(encode, labels, 1.0, batch_size=0))
-  for sample_fn in (
-    lambda *call: encode(*call)[:1],
-    lambda *call: encode(*call)[..., 0],
-  ):
-    with pytest.raises(ValueError, match=r"sample_fn must return \[2, H"):
-      list(generate(sample_fn, labels, 1.0, batch_size=2))
 
 
 def test_evaluation_scalars():

@@ -21,11 +21,6 @@ def test_golden_conversion(golden):
   for result in (unit_to_uint8(values), unit_to_uint8(jnp.asarray(values))):
     assert result.dtype == np.uint8
     assert np.array_equal(result, expected)
-
-
-def test_golden_conversion_from_the_symmetric_range(golden):
-  arrays = golden("metrics")
-  values, expected = arrays["to_uint8/in"], arrays["to_uint8/out"]
   symmetric = np.float32(2) * values - np.float32(1)
   # Only inputs that survive the change of range in float32 can be compared.
   back = (symmetric + np.float32(1)) / np.float32(2)
@@ -45,64 +40,31 @@ def test_range_ends_truncation_and_non_finite():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_grid_places_every_pixel(channels):
+@pytest.mark.parametrize("padding", [0, 4])
+def test_grid_places_every_pixel(channels, padding):
   random = np.random.default_rng(0)
   images = random.uniform(-1, 1, (5, 2, 3, channels)).astype(np.float32)
-  grid = image_grid(images, columns=2, padding=4, scale=3)
-  assert grid.shape == (3 * (6 + 4) + 4, 2 * (9 + 4) + 4, 3)
-  assert grid.dtype == np.uint8
-  covered = np.zeros(grid.shape[:2], bool)
-  for i, image in enumerate(to_uint8(images)):
-    for y in range(2):
-      for x in range(3):
-        top = 4 + (i // 2) * 10 + 3 * y
-        left = 4 + (i % 2) * 13 + 3 * x
-        pixel = np.broadcast_to(image[y, x], 3)
-        assert (grid[top : top + 3, left : left + 3] == pixel).all()
-        covered[top : top + 3, left : left + 3] = True
-  assert (grid[~covered] == 255).all()
+  height, width = 6 + padding, 9 + padding
+  shape = 3 * height + padding, 2 * width + padding, 3
+  expected = np.full(shape, 255, np.uint8)
+  for i, image in enumerate(to_uint8(images).repeat(3, axis=1).repeat(3, 2)):
+    top, left = padding + i // 2 * height, padding + i % 2 * width
+    expected[top : top + 6, left : left + 9] = image
+  grid = image_grid(images, columns=2, padding=padding, scale=3)
+  assert grid.dtype == np.uint8 and np.array_equal(grid, expected)
 
 
-def test_grid_without_padding_is_a_reshape():
-  images = np.linspace(-1, 1, 6 * 4).reshape(6, 2, 2, 1).astype(np.float32)
-  grid = image_grid(images, columns=3, padding=0, scale=1)
-  expected = images.reshape(2, 3, 2, 2).transpose(0, 2, 1, 3).reshape(4, 6)
-  assert np.array_equal(grid[..., 0], to_uint8(expected))
-
-
-@pytest.mark.parametrize(
-  "shape", [(0, 2, 2, 1), (2, 2, 1), (2, 2, 2, 2), (1, 0, 2, 3)]
-)
-def test_bad_grid_shape(shape):
-  with pytest.raises(ValueError, match="C = 1 or 3"):
-    image_grid(np.zeros(shape, np.float32), columns=1, padding=0, scale=1)
-
-
-@pytest.mark.parametrize("bad", ["columns", "padding", "scale"])
-def test_bad_grid_numbers(bad):
-  numbers = {"columns": 1, "padding": 0, "scale": 1} | {bad: -1}
-  with pytest.raises(ValueError, match=f"{bad}=-1"):
-    image_grid(np.zeros((1, 2, 2, 1), np.float32), **numbers)
-
-
-def test_images_that_are_not_finite_make_no_grid():
+def test_save_image(tmp_path):
   images = np.zeros((3, 2, 2, 1), np.float32)
   images[1, 0, 0, 0] = np.nan
   with pytest.raises(EvaluationError, match="image 1 is not finite"):
     image_grid(images, columns=3, padding=0, scale=1)
-
-
-def test_save_image(tmp_path):
   image = np.random.default_rng(1).integers(0, 256, (7, 5, 3), np.uint8)
   save_image(image, tmp_path / "folder" / "image.png")
   with Image.open(tmp_path / "folder" / "image.png") as opened:
     assert opened.format == "PNG"
     assert np.array_equal(np.asarray(opened), image)
   assert len(list((tmp_path / "folder").iterdir())) == 1
-  for bad in (image[..., 0], image.astype(np.float32)):
-    with pytest.raises(ValueError, match="uint8"):
-      save_image(bad, tmp_path / "bad.png")
-  assert not (tmp_path / "bad.png").exists()
   with pytest.raises(ValueError, match="16390 x 5 px .*: write a .png"):
     save_image(np.zeros((5, 16390, 3), np.uint8), tmp_path / "wide.webp")
 

@@ -1,10 +1,9 @@
 import numpy as np
 import pytest
 
-from drift_jax.metrics import memory, small_sets
+from drift_jax.metrics import memory
 from drift_jax.metrics.errors import EvaluationError
 from drift_jax.metrics.frechet import FeatureStream, check_frechet_width
-from tests.metrics.conftest import ImageSet, batch_of
 
 
 def test_a_container_has_what_it_is_given(tmp_path, monkeypatch):
@@ -34,37 +33,3 @@ def test_a_stream_says_so_before_it_allocates(monkeypatch):
   stream.update(np.zeros((3, 80)))
   with pytest.raises(EvaluationError, match="100 x 100 .*this machine"):
     FeatureStream().update(np.zeros((3, 100)))
-
-
-class Unread(ImageSet):
-  """Of which one image may be looked at."""
-
-  def fixed(self, indices):
-    assert len(indices) == 1
-    return super().fixed(indices)
-
-
-@pytest.mark.parametrize("name", ["coverage", "label_accuracy", "duplicates"])
-def test_small_sets_of_large_images_are_refused(monkeypatch, name):
-  """Before they are read, and while they are generated."""
-  images = np.zeros((40, 8, 8, 3), np.float32)
-  labels = np.arange(40, dtype=np.int32) % 2
-
-  def build(reals):
-    pair = reals(images, labels), reals(images, labels)
-    if name == "coverage":
-      return small_sets.CoverageEvaluator(*pair, k=1, labels=labels, seed=0)
-    if name == "label_accuracy":
-      return small_sets.LabelAccuracyEvaluator(*pair)
-    return small_sets.DuplicatesEvaluator(*pair, grid=[0.0, 1.0])
-
-  monkeypatch.setattr(memory, "machine_memory", lambda: 2 * 12 * 40 * 192)
-  evaluator = build(ImageSet)
-  evaluator.update(batch_of(images, labels))
-  with pytest.raises(EvaluationError, match=f"{name}: 80 generated"):
-    evaluator.update(batch_of(images, labels, start=40))
-  monkeypatch.setattr(memory, "machine_memory", lambda: 2 * 12 * 40 * 191)
-  with pytest.raises(
-    EvaluationError, match=f"{name}: 40 .* images of 192 values"
-  ):
-    build(Unread)

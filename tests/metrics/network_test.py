@@ -2,24 +2,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drift_jax.metrics import network
+from drift_jax.metrics import network as network_lib
 from drift_jax.metrics.batches import Batch
 from drift_jax.metrics.coverage import density_coverage
 from drift_jax.metrics.evaluators import Evaluator
 from drift_jax.metrics.frechet import FeatureStats, frechet_distance
-from drift_jax.metrics.inception_score import inception_score
+from drift_jax.metrics.inception import inception_score
 from drift_jax.metrics.kid import kernel_distance, kernel_distance_subsets
 from drift_jax.metrics.network import NetworkEvaluator
-from drift_jax.metrics.reference import Provenance, ReferenceStats
-
-PROVENANCE = Provenance(
-  source="here",
-  split="train",
-  crop="center",
-  resolution=1,
-  network="a table",
-  network_sha256="0" * 64,
-)
+from drift_jax.metrics.reference import ReferenceStats
+from tests.metrics.conftest import PROVENANCE
 
 
 def reference(features):
@@ -31,21 +23,13 @@ def reference(features):
 
 
 def table(*rows):
-  """A network that looks up rows by the number that an image encodes."""
+  """A network that looks up rows by the number that is an image's pixel."""
 
   def network(pixels):
-    number = pixels[:, 0, 0, 0].astype(jnp.int32) * 256
-    number += pixels[:, 0, 0, 1].astype(jnp.int32)
+    number = pixels[:, 0, 0, 0].astype(jnp.int32)
     return tuple(jnp.asarray(values)[number] for values in rows)
 
   return network
-
-
-def encode(samples):
-  """Samples [B, 1, 1, 1] that are numbers -> their pixels."""
-  number = jnp.asarray(samples)[..., 0].astype(jnp.int32)
-  pixels = jnp.stack([number // 256, number % 256, 0 * number], axis=-1)
-  return pixels.astype(jnp.uint8)
 
 
 def feed(evaluator, count, size=37):
@@ -54,80 +38,68 @@ def feed(evaluator, count, size=37):
     index = np.arange(start, min(start + size, count), dtype=np.int32)
     number = np.minimum(np.arange(start, start + size), count - 1)
     samples = number.astype(np.float32).reshape(-1, 1, 1, 1)
-    evaluator.update(Batch(samples, index, np.zeros_like(index), encode))
+    evaluator.update(Batch(samples, index, np.zeros_like(index), jnp.asarray))
 
 
-def build(network, figures, real, count, **changes):
+def build(network, figures, real, count):
   return NetworkEvaluator(
-    "inception", network, figures, real, count=count, seed=0, **changes
+    "inception", network, figures, real, count=count, seed=0
   )
 
 
-@pytest.mark.parametrize("case", ["shifted", "same", "relu_like"])
-def test_fid_of_the_release(golden, case):
-  arrays = golden("metrics")
-  real = arrays[f"fid/{case}/features_ref"]
-  fake = arrays[f"fid/{case}/features_gen"]
-  evaluator = build(table(fake), ["fid"], reference(real), len(fake))
-  assert isinstance(evaluator, Evaluator)
-  feed(evaluator, len(fake))
+def judge(network, figures, real, count):
+  """The figures of one evaluation, and again of another after a reset."""
+  evaluator = build(network, figures, real, count)
+  assert isinstance(evaluator, Evaluator) and evaluator.baseline() == {}
+  feed(evaluator, count)
   result = evaluator.result()
-  assert list(result) == ["fid"]
-  assert result["fid"] == pytest.approx(
-    float(arrays[f"fid/{case}/fid"]), rel=1e-6, abs=1e-9
-  )
-  # Again, after what a reset must forget; in batches of another size.
-  feed(evaluator, len(fake) // 2)
+  feed(evaluator, count // 2)
   evaluator.reset()
-  feed(evaluator, len(fake), size=10)
-  assert evaluator.result() == result
-  assert evaluator.baseline() == {}
+  feed(evaluator, count, size=10)
+  assert evaluator.result() == pytest.approx(result, rel=1e-12)
+  return result
 
 
-def test_inception_score_of_the_release(golden):
+def cases(arrays, kind):
+  return sorted({k.split("/")[1] for k in arrays if k.startswith(f"{kind}/")})
+
+
+def test_figures_of_the_release(golden):
   arrays = golden("metrics")
-  names = {key.split("/")[1] for key in arrays if key.startswith("is/")}
-  tens = [n for n in names if int(arrays[f"is/{n}/splits"]) == 10]
-  assert tens
+  for name in ("shifted", "same", "relu_like"):
+    real, fake = (arrays[f"fid/{name}/features_{x}"] for x in ("ref", "gen"))
+    fid = pytest.approx(float(arrays[f"fid/{name}/fid"]), rel=1e-6, abs=1e-9)
+    result = judge(table(fake), ["fid"], reference(real), len(fake))
+    assert result == {"fid": fid}
+  tens = [n for n in cases(arrays, "is") if arrays[f"is/{n}/splits"] == 10]
   for name in tens:
     logits = arrays[f"is/{name}/logits"]
     network = table(logits[:, :2], logits)
-    evaluator = build(network, ["inception_score"], None, len(logits))
-    feed(evaluator, len(logits))
-    assert evaluator.result() == pytest.approx(
-      {
-        "inception_score": float(arrays[f"is/{name}/mean"]),
-        "inception_score_std": float(arrays[f"is/{name}/std"]),
-      },
-      rel=1e-6,
-    )
-
-
-def test_figures_of_single_images(golden):
-  arrays = golden("metrics")
-  names = {key.split("/")[1] for key in arrays if key.startswith("pr/")}
-  threes = [n for n in names if int(arrays[f"pr/{n}/k"]) == 3]
-  assert threes
+    result = judge(network, ["inception_score"], None, len(logits))
+    mean, spread = (float(arrays[f"is/{name}/{x}"]) for x in ("mean", "std"))
+    expected = {"inception_score": mean, "inception_score_std": spread}
+    assert result == pytest.approx(expected, rel=1e-6)
+  threes = [n for n in cases(arrays, "pr") if arrays[f"pr/{n}/k"] == 3]
   for name in threes:
-    real = arrays[f"pr/{name}/features_real"]
-    fake = arrays[f"pr/{name}/features_fake"]
-    figures = ["precision_recall", "coverage_inception", "kid"]
-    evaluator = build(table(fake), figures, reference(real), len(fake))
-    feed(evaluator, len(fake))
+    real, fake = (arrays[f"pr/{name}/features_{x}"] for x in ("real", "fake"))
     density, coverage = density_coverage(real, fake, 5)
-    assert evaluator.result() == {
+    result = judge(
+      table(fake), network_lib.FROM_FEATURES, reference(real), len(fake)
+    )
+    assert result == {
       "precision": pytest.approx(float(arrays[f"pr/{name}/precision"])),
       "recall": pytest.approx(float(arrays[f"pr/{name}/recall"])),
       "density_inception": density,
       "coverage_inception": coverage,
       "kid": pytest.approx(kernel_distance(real, fake), rel=1e-6),
     }
+  assert tens and threes
 
 
 def test_kid_of_many_is_that_of_subsets(monkeypatch):
   """As papers report it, but for their number: a hundred take long."""
-  assert (network.KID_SUBSETS, network.KID_SUBSET_SIZE) == (100, 1000)
-  monkeypatch.setattr(network, "KID_SUBSETS", 5)
+  assert (network_lib.KID_SUBSETS, network_lib.KID_SUBSET_SIZE) == (100, 1000)
+  monkeypatch.setattr(network_lib, "KID_SUBSETS", 5)
   random = np.random.default_rng(0)
   real, fake = random.normal(size=(2, 1200, 4)).astype(np.float32)
   evaluator = build(table(fake), ["kid"], reference(real), 1200)
@@ -176,46 +148,23 @@ def test_a_truncated_or_repeated_count_is_refused():
     evaluator.result()
 
 
-def test_a_set_with_itself():
-  features = np.random.default_rng(3).normal(size=(500, 8)).astype(np.float32)
-  evaluator = build(
-    table(features), ["fid", "precision_recall"], reference(features), 500
-  )
-  feed(evaluator, 500)
-  result = evaluator.result()
-  assert result["fid"] < 1e-6
-  assert (result["precision"], result["recall"]) == (1.0, 1.0)
-
-
-def test_what_the_reference_lacks():
-  with pytest.raises(ValueError, match="inception: .'fid'. need statistics"):
-    build(table(), ["fid"], None, 5)
-  full = reference(np.random.default_rng(4).normal(size=(9, 3)))
+def test_what_a_figure_needs():
+  features = np.random.default_rng(5).normal(size=(50, 3)).astype(np.float32)
+  full = reference(features)
   bare = ReferenceStats(full.mean, full.sigma, None, None)
   build(table(), ["fid"], bare, 5)
-  for figure in ("precision_recall", "kid", "coverage_inception"):
+  for figure in network_lib.FROM_FEATURES:
     with pytest.raises(ValueError, match=f"'{figure}'.*--num_features=10000"):
       build(table(), [figure], bare, 5)
-
-
-@pytest.mark.parametrize(
-  ("figure", "count", "reals"),
-  [
-    ("fid", 1, 50),
-    ("inception_score", 9, 50),
-    ("precision_recall", 3, 50),
-    ("precision_recall", 50, 3),
-    ("coverage_inception", 50, 5),
-    ("kid", 1, 50),
-  ],
-)
-def test_too_few_samples_are_told_before_they_are_drawn(figure, count, reals):
-  features = np.random.default_rng(5).normal(size=(50, 3))
-  with pytest.raises(ValueError, match=rf"'{figure}' needs at least \d+ samp"):
-    build(table(), [figure], reference(features[:reals]), count)
-  logits = features.astype(np.float32)
-  least, least_real = network.LEAST.get(figure, (2, 0))
-  enough = reference(features[: least_real or 50])
-  evaluator = build(table(logits, logits), [figure], enough, least)
-  feed(evaluator, least)
-  assert np.isfinite(list(evaluator.result().values())).all()
+  for figure, (least, reals) in {"fid": (2, 0), **network_lib.LEAST}.items():
+    few = reference(features[: max(reals, 2)])
+    evaluator = build(table(features, features), [figure], few, least)
+    feed(evaluator, least)
+    assert np.isfinite(list(evaluator.result().values())).all()
+    with pytest.raises(
+      ValueError, match=rf"'{figure}' needs at least {least} "
+    ):
+      build(table(), [figure], few, least - 1)
+    if reals > 2:
+      with pytest.raises(ValueError, match=f"and {reals} single real images"):
+        build(table(), [figure], reference(features[: reals - 1]), least)

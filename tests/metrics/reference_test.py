@@ -1,46 +1,25 @@
 import dataclasses
 import json
-import pickle
 
 import numpy as np
 import pytest
 
-from drift_jax.metrics.frechet import FeatureStats, frechet_distance
+from drift_jax.metrics.frechet import frechet_distance
 from drift_jax.metrics.reference import (
-  Provenance,
   ReferenceStats,
   load_reference,
   save_reference,
 )
 from tests.conftest import assert_close
+from tests.metrics.conftest import PROVENANCE, stats
 
-DIGEST = "0123456789abcdef" * 4
-PROVENANCE = Provenance(
-  source="imagenet2012",
-  split="train",
-  crop="adm",
-  resolution=256,
-  network="inception-v3-2015 pool3",
-  network_sha256=DIGEST,
-)
-
-
-def stats(seed: int = 0, count: int = 50, dimensions: int = 6) -> FeatureStats:
-  random = np.random.default_rng(seed)
-  mixing = random.normal(size=(dimensions, dimensions))
-  return FeatureStats.from_features(
-    random.normal(size=(count, dimensions)) @ mixing + seed
-  )
+DIGEST = PROVENANCE.network_sha256
 
 
 def public(path, form=("mu", "sigma"), dtype=np.float64, **others):
   """Writes a file as others publish them."""
-  fitted = stats()
-  arrays = {
-    form[0]: fitted.mean.astype(dtype),
-    form[1]: fitted.covariance().astype(dtype),
-  }
-  np.savez(path, **(arrays | others))
+  arrays = stats(0).mean.astype(dtype), stats(0).covariance().astype(dtype)
+  np.savez(path, **(dict(zip(form, arrays, strict=True)) | others))
   return path
 
 
@@ -50,7 +29,7 @@ def path(tmp_path):
 
 
 def test_saved_statistics_come_back(path):
-  saved = ReferenceStats.from_stats(stats(), PROVENANCE)
+  saved = ReferenceStats.from_stats(stats(0), PROVENANCE)
   save_reference(path, saved)
   assert [file.name for file in path.parent.iterdir()] == ["stats.npz"]
   loaded = load_reference(
@@ -58,40 +37,27 @@ def test_saved_statistics_come_back(path):
   )
   assert np.array_equal(loaded.mean, saved.mean)
   assert np.array_equal(loaded.covariance(), saved.covariance())
-  assert loaded.count == 50
+  assert loaded.count == 60
   assert loaded.provenance == PROVENANCE
-  assert frechet_distance(loaded, stats()) < 1e-12
+  assert frechet_distance(loaded, stats(0)) < 1e-12
   # Other tools read the same file.
   with np.load(path) as archive:
-    assert set(archive.files) == {"mu", "sigma", "count", "provenance"}
+    assert archive.files == ["mu", "sigma", "provenance", "count"]
     record = json.loads(str(archive["provenance"]))
-  assert record["resolution"] == 256 and record["network_sha256"] == DIGEST
+  assert record == dataclasses.asdict(PROVENANCE)
 
 
 @pytest.mark.parametrize("form", [("mu", "sigma"), ("ref_mu", "ref_sigma")])
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_public_files(path, form, dtype):
-  public(path, form, dtype)
+  # The one of ADM holds more; reading it would need a pickle.
+  public(path, form, dtype, mu_s=np.zeros(3), arr_0=np.array([{}], object))
   loaded = load_reference(path, dimensions=6)
   assert loaded.count is None and loaded.provenance is None
   assert loaded.mean.dtype == loaded.sigma.dtype == np.float64
   tolerance = 1e-15 if dtype is np.float64 else 1e-7
-  assert_close(loaded.mean, stats().mean, tolerance)
-  assert_close(loaded.covariance(), stats().covariance(), tolerance)
-  other = stats(1)
-  distance = frechet_distance(loaded, other)
-  assert distance == pytest.approx(frechet_distance(stats(), other), rel=1e-6)
-
-
-def test_the_adm_file_holds_more_that_is_not_read(path):
-  public(
-    path,
-    mu_s=np.zeros(3),
-    sigma_s=np.full((3, 3), np.nan),
-    # Reading it would need a pickle.
-    arr_0=np.array([{"not": "read"}], object),
-  )
-  assert load_reference(path).mean.shape == (6,)
+  assert_close(loaded.mean, stats(0).mean, tolerance)
+  assert_close(loaded.covariance(), stats(0).covariance(), tolerance)
 
 
 def test_public_files_are_believed_with_a_warning(path, caplog):
@@ -108,26 +74,20 @@ def test_public_files_are_believed_with_a_warning(path, caplog):
     ({"resolution": 64}, "resolution found 256, expected 64"),
     ({"crop": "resize"}, "crop found 'adm', expected 'resize'"),
     ({"network_sha256": "0" * 64}, f"found '{DIGEST}', expected '0000"),
-    ({"resolution": 64, "crop": "x"}, "resolution found.*crop found"),
     ({"dimensions": 2048}, "6 dimensions, expected 2048"),
   ],
 )
 def test_statistics_of_something_else_are_refused(path, asked, message):
-  save_reference(path, ReferenceStats.from_stats(stats(), PROVENANCE))
+  save_reference(path, ReferenceStats.from_stats(stats(0), PROVENANCE))
   with pytest.raises(ValueError, match=f"stats.npz.*{message}"):
     load_reference(path, **asked)
 
 
-def no_covariance(kind: str) -> np.ndarray:
+def identity(*entries) -> np.ndarray:
+  """[6, 6] but for (row, column, value) each."""
   sigma = np.eye(6)
-  if kind == "variance":
-    sigma[2, 2] = -1.0
-  elif kind == "correlation":
-    sigma[1, 2] = sigma[2, 1] = 1.5
-  elif kind == "mirror":
-    sigma[1, 2] = 1e-3
-  elif kind == "nan":
-    sigma[0, 3] = np.nan
+  for row, column, value in entries:
+    sigma[row, column] = value
   return sigma
 
 
@@ -135,23 +95,17 @@ def no_covariance(kind: str) -> np.ndarray:
   "arrays, message",
   [
     ({"sigma": np.eye(5)}, r"expected mu \[D\].*\(6,\) and \(5, 5\)"),
-    ({"sigma": np.ones(6)}, r"\(6,\) and \(6,\)"),
-    ({"mu": np.zeros((1, 6))}, r"\(1, 6\) and \(6, 6\)"),
-    ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, r"\(0,\) and"),
     ({"mu": np.full(6, np.inf)}, "6 of 6 numbers in mu are not finite"),
-    ({"sigma": no_covariance("nan")}, "1 of 36 numbers in sigma"),
-    ({"sigma": no_covariance("mirror")}, "up to 0.001, expected at most 1e-05"),
-    ({"sigma": no_covariance("variance")}, "smallest variance is -1"),
-    ({"sigma": no_covariance("correlation")}, "an entry exceeds"),
+    ({"sigma": identity((0, 3, np.nan))}, "1 of 36 numbers in sigma"),
+    ({"sigma": identity((1, 2, 1e-3))}, "up to 0.001, expected at most 1e-05"),
+    ({"sigma": identity((2, 2, -1.0))}, "smallest variance is -1"),
+    ({"sigma": identity((1, 2, 1.5), (2, 1, 1.5))}, "an entry exceeds"),
     ({"mu": np.zeros(6, np.int64)}, "mu must be float32.*found int64"),
-    ({"mu": np.zeros(6, np.float16)}, "mu must be float32.*found float16"),
     ({"sigma": np.array([{}], object)}, "sigma cannot be read.*allow_pickle"),
-    ({"ref_mu": np.zeros(6), "ref_sigma": np.eye(6)}, "either mu.*or ref_mu"),
+    ({"ref_mu": np.zeros(6), "ref_sigma": np.eye(6)}, "must hold either mu"),
     ({"count": np.float64(7.0)}, "count must be an integer.*float64 7.0"),
-    ({"count": np.int64(1)}, "count must be an integer >= 2.*1"),
-    ({"provenance": np.str_("{")}, "provenance is no JSON"),
-    ({"provenance": np.str_("{}")}, r"provenance must be.*found \[\]"),
-    ({"provenance": np.zeros(3)}, "provenance must be.*found None"),
+    ({"provenance": np.str_("{")}, "provenance is no record"),
+    ({"provenance": np.zeros(3)}, "provenance is no record"),
   ],
 )
 def test_broken_arrays(path, arrays, message):
@@ -161,7 +115,7 @@ def test_broken_arrays(path, arrays, message):
 
 
 def test_rounding_of_float32_sums_is_no_asymmetry(path):
-  sigma = stats().covariance()
+  sigma = stats(0).covariance()
   noise = np.random.default_rng(2).normal(size=sigma.shape)
   public(path, sigma=sigma + 1e-7 * np.abs(sigma).max() * noise)
   loaded = load_reference(path)
@@ -173,57 +127,29 @@ def test_other_files_are_refused(path):
   np.savez(path, mu=np.zeros(3), arr_0=np.zeros(2))
   with pytest.raises(ValueError, match=r"it holds \['arr_0', 'mu'\]"):
     load_reference(path)
-  with open(path, "wb") as file:
-    pickle.dump({"mu": np.zeros(3)}, file)
-  with pytest.raises(ValueError, match="no .npz file"):
-    load_reference(path)
-  with open(path, "wb") as file:
-    np.save(file, np.zeros(3))
-  with pytest.raises(ValueError, match="no .npz file"):
-    load_reference(path)
-  whole = public(path).read_bytes()
-  path.write_bytes(whole[: len(whole) // 2])
-  with pytest.raises(ValueError, match="cut short"):
-    load_reference(path)
-  flipped = bytearray(whole)
+  flipped = bytearray(public(path).read_bytes())
   flipped[200] ^= 1
   path.write_bytes(bytes(flipped))
-  with pytest.raises(ValueError, match="is damaged: Bad CRC"):
+  with pytest.raises(ValueError, match="stats.npz is damaged: Bad CRC"):
     load_reference(path)
   with pytest.raises(FileNotFoundError):
     load_reference(path.parent / "none.npz")
 
 
-def test_what_would_not_load_is_not_saved(path):
-  good = ReferenceStats.from_stats(stats(), PROVENANCE)
-  for change, message in (
-    ({"provenance": None}, "with their provenance"),
-    ({"count": 1}, "count must be an integer >= 2"),
-    ({"sigma": no_covariance("mirror")}, "not symmetric"),
-    ({"mean": np.full(6, np.nan)}, "mu are not finite"),
-  ):
-    with pytest.raises(ValueError, match=message):
-      save_reference(path, dataclasses.replace(good, **change))
-  assert not path.exists()
-  with pytest.raises(ValueError, match="at least 2"):
-    ReferenceStats.from_stats(
-      FeatureStats.from_features(np.zeros((1, 3))), PROVENANCE
-    )
-
-
 @pytest.mark.parametrize(
-  "field, value, message",
+  "field, value",
   [
-    ("source", "", "source is empty"),
-    ("crop", 3, "crop must be of type str, found 3"),
-    ("resolution", 0, "resolution must be positive, got 0"),
-    ("resolution", 256.0, "resolution must be of type int, found 256.0"),
-    ("network_sha256", "ab", "64 lower-case hexadecimal digits, got 'ab'"),
-    ("network_sha256", "Z" * 64, "64 lower-case"),
+    ("source", ""),
+    ("crop", 3),
+    ("resolution", 0),
+    ("resolution", -1),
+    ("resolution", 256.0),
+    ("network_sha256", "ab"),
+    ("network_sha256", "Z" * 64),
   ],
 )
-def test_bad_provenance(path, field, value, message):
+def test_bad_provenance(path, field, value):
   record = dataclasses.asdict(PROVENANCE) | {field: value}
   public(path, provenance=np.str_(json.dumps(record)))
-  with pytest.raises(ValueError, match=f"stats.npz.*{message}"):
+  with pytest.raises(ValueError, match=rf"stats.npz.*provenance[\s\S]*{field}"):
     load_reference(path)

@@ -3,7 +3,6 @@
 import io
 import logging
 import os
-import resource
 import tracemalloc
 import zipfile
 
@@ -12,14 +11,14 @@ import pytest
 from PIL import Image
 
 from drift_jax.metrics.evaluators import Evaluator
-from drift_jax.metrics.generation import evaluate
 from drift_jax.metrics.images import to_uint8
-from drift_jax.metrics.sample_files import SampleWriter, open_images
+from drift_jax.metrics.sample_files import open_images
 from drift_jax.metrics.sample_folder import SampleFolder
+from drift_jax.metrics.sample_writer import SampleWriter
 from drift_jax.system import processes
 from tests import process
 from tests.data.pictures import cut, write
-from tests.metrics.conftest import batch_of
+from tests.metrics.conftest import batch_of, full_disk
 
 COUNT, SIDE = 7, 6
 
@@ -54,17 +53,12 @@ def test_npz(path, save, order):
     np.testing.assert_array_equal(got, images[np.array(indices, int)])
 
 
-def test_npz_without_labels(path):
-  np.savez(path, pixels(COUNT, SIDE, SIDE, 3))
-  assert open_images(str(path)).labels is None
-
-
 @pytest.mark.parametrize("shape", [(3, 4, 4), (3, 4, 4, 1)])
-def test_grey_npz(path, shape):
+def test_grey_npz_without_labels(path, shape):
   images = pixels(*shape)
   np.savez(path, images)
-  opened = open_images(path)
-  assert opened.shape == (4, 4, 3)
+  opened = open_images(str(path))
+  assert opened.shape == (4, 4, 3) and opened.labels is None
   want = np.stack([images.reshape(3, 4, 4)] * 3, axis=-1)
   np.testing.assert_array_equal(opened.pixels(np.array([2, 0])), want[[2, 0]])
 
@@ -83,68 +77,47 @@ def test_npz_stays_on_the_disk(path):
   assert peak < images.nbytes / 5
 
 
+FEW = pixels(4, 4, 4, 3)
+
+
 @pytest.mark.parametrize(
-  ("arrays", "message"),
+  ("images", "message"),
   [
-    (
-      {"images": pixels(4, 4, 4, 3)},
-      r"no array 'arr_0', it holds \['images'\]",
-    ),
-    (
-      {"arr_0": np.zeros((4, 4, 4, 3), np.float32)},
-      r"arr_0: found float32 \[4, 4, 4, 3\], want uint8 in \[0, 255\]: \(255",
-    ),
-    ({"arr_0": np.zeros((4, 4, 4, 3), int)}, "found int64 .* want uint8"),
-    ({"arr_0": pixels(4, 3, 4, 4)}, r"uint8 \[4, 3, 4, 4\], want \[N, H, W, 3"),
-    ({"arr_0": pixels(4, 4)}, r"want \[N, H, W, 3\]"),
-    ({"arr_0": pixels(4, 0, 0, 3)}, r"want \[N, H, W, 3\]"),
-    ({"arr_0": pixels(4, 4, 5, 3)}, "want square images"),
-    ({"arr_0": pixels(1, 4, 4, 3)}, "want at least two images"),
-    ({"arr_0": pixels(0, 4, 4, 3)}, "want at least two images"),
-    ({"arr_0": np.array([{}, None], object)}, "found object .* want uint8"),
-    (
-      {"arr_0": pixels(4, 4, 4, 3), "arr_1": np.zeros(3, int)},
-      r"arr_1: found int64 \[3\], want integers \[4\]",
-    ),
-    (
-      {"arr_0": pixels(4, 4, 4, 3), "arr_1": np.zeros(4)},
-      r"arr_1: found float64 \[4\], want integers \[4\]",
-    ),
-    (
-      {"arr_0": pixels(2, 4, 4, 3), "arr_1": np.array([{}, {}], object)},
-      "arr_1: found object",
-    ),
+    (FEW.astype(np.float32), r"float32 \[4, 4, 4, 3\], want uint8 in"),
+    (np.array([{}, None], object), "found object .* want uint8"),
+    (pixels(4, 3, 4, 4), r"uint8 \[4, 3, 4, 4\], want \[N, H, W, 3"),
+    (FEW[0, 0], r"want \[N, H, W, 3\]"),
+    (FEW[:0], r"want \[N, H, W, 3\]"),
+    (FEW[:, :, :3], "want square images"),
+    (FEW[:1], "want at least two images"),
   ],
 )
-def test_other_arrays(path, arrays, message):
-  np.savez(path, **arrays)
+def test_other_images(path, images, message):
+  np.savez(path, images)
   with pytest.raises(ValueError, match=f"images.npz.*{message}"):
     open_images(path)
+
+
+def test_other_arrays(path):
+  np.savez(path, images=FEW)
+  with pytest.raises(ValueError, match=r"no array 'arr_0', but \['images'\]"):
+    open_images(path)
+  for labels in (np.zeros(3, int), np.zeros(4), np.array([{}] * 4)):
+    np.savez(path, FEW, labels)
+    with pytest.raises(ValueError, match=r"arr_1: found .*want integers \[4\]"):
+      open_images(path)
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_damaged_npz(path, save):
   save(path, pixels(COUNT, SIDE, SIDE, 3))
   whole = path.read_bytes()
-  path.write_bytes(whole[: len(whole) // 2])
-  with pytest.raises(ValueError, match="images.npz is no .npz file"):
-    open_images(path)
   # The beginning is lost: the table of contents at the end is not.
   path.write_bytes(whole[len(whole) // 2 :])
   with pytest.raises(ValueError, match="images.npz is damaged"):
     open_images(path)
-  path.write_text("text")
-  with pytest.raises(ValueError, match="is no .npz file"):
-    open_images(path)
   with pytest.raises(FileNotFoundError, match="none.npz"):
     open_images(path.parent / "none.npz")
-
-
-def test_two_npz_in_one_file(path):
-  np.savez(path, arr_0=pixels(COUNT, SIDE, SIDE, 3))
-  path.write_bytes(2 * path.read_bytes())
-  with pytest.raises(ValueError, match="images.npz begins with .* bytes"):
-    open_images(path)
 
 
 def test_holes_in_an_npz(path):
@@ -160,15 +133,6 @@ def test_holes_in_an_npz(path):
     if file.seek(0, os.SEEK_HOLE) == size:
       pytest.skip("the file system keeps no holes")
   with pytest.raises(ValueError, match="images.npz is damaged: Bad CRC"):
-    open_images(path)
-
-
-def test_damage_within_a_compressed_npz(path):
-  np.savez_compressed(path, pixels(COUNT, SIDE, SIDE, 3))
-  data = bytearray(path.read_bytes())
-  data[300] ^= 255
-  path.write_bytes(bytes(data))
-  with pytest.raises(ValueError, match="images.npz is damaged"):
     open_images(path)
 
 
@@ -205,10 +169,8 @@ def folder(tmp_path):
 def test_folder(folder, caplog):
   opened = open_images(folder)
   assert len(opened) == 5 and opened.shape == (SIDE, SIDE, 3)
-  assert opened.labels is None
-  assert opened.description == f"5 images of 6 x 6 px in {folder}"
-  assert not caplog.records
-  for indices in ([3], [4, 2, 2], [], range(5)):
+  assert opened.labels is None and not caplog.records
+  for indices in ([4, 2, 2], [], range(5)):
     got = opened.pixels(np.array(indices, np.int32))
     assert got.shape == (len(indices), SIDE, SIDE, 3) and got.dtype == np.uint8
     for row, index in zip(got, indices, strict=True):
@@ -216,22 +178,18 @@ def test_folder(folder, caplog):
 
 
 def test_folder_of_other_kinds_of_images(tmp_path, caplog):
-  grey = pixels(SIDE, SIDE)
-  Image.fromarray(grey).save(tmp_path / "0.png")
-  rgba = pixels(SIDE, SIDE, 4)
-  Image.fromarray(rgba).save(tmp_path / "1.png")
+  grey, rgba = pixels(SIDE, SIDE), pixels(SIDE, SIDE, 4)
   smooth = np.full((SIDE, SIDE, 3), (200, 100, 30), np.uint8)
-  for name in ("2.jpg", "3.JPEG"):
-    Image.fromarray(smooth).save(tmp_path / name)
+  images = {"0.png": grey, "1.png": rgba, "2.jpg": smooth, "3.JPEG": smooth}
+  for name, image in images.items():
+    Image.fromarray(image).save(tmp_path / name)
   # Neither hidden files nor other ones are images.
   for name in (".hidden.png", ".hidden/4.png", "grid.bmp", "notes.txt"):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("no image")
   with caplog.at_level(logging.WARNING):
     opened = open_images(tmp_path)
-  (record,) = caplog.records
-  assert "2 files do not end in" in record.getMessage()
-  assert "grid.bmp" in record.getMessage()
+  assert "2 files do not end in" in caplog.text and "grid.bmp" in caplog.text
   assert len(opened) == 4
   got = opened.pixels(np.arange(4))
   np.testing.assert_array_equal(got[0], np.stack([grey] * 3, axis=-1))
@@ -239,7 +197,7 @@ def test_folder_of_other_kinds_of_images(tmp_path, caplog):
   assert np.abs(got[2:].astype(int) - smooth).max() <= 3
 
 
-def test_links_are_followed(folder, tmp_path):
+def test_links_are_followed_but_no_folder_is_counted_twice(folder, tmp_path):
   linked = tmp_path / "linked"
   linked.mkdir()
   (linked / "inside").symlink_to(folder / "a")
@@ -248,28 +206,11 @@ def test_links_are_followed(folder, tmp_path):
   np.testing.assert_array_equal(
     opened.pixels(np.arange(4)), open_images(folder).pixels(np.arange(4))
   )
-
-
-def test_no_folder_is_counted_twice(folder):
-  """Links to themselves, and thumbnails that a NAS keeps beside images."""
   count = len(open_images(folder))
   (folder / "again").symlink_to(folder)
+  # Thumbnails that a NAS keeps beside images.
   write(folder / "@eaDir/a.png/thumbnail.png", 0, (SIDE, SIDE))
   assert len(open_images(folder)) == count
-
-
-def test_a_folder_that_cannot_be_read_is_an_error(folder, monkeypatch):
-  write(folder / "private" / "a.png", 0, (SIDE, SIDE))
-  scan = os.scandir
-
-  def refuse(path):
-    if os.fspath(path).endswith("private"):
-      raise PermissionError(13, "Permission denied", os.fspath(path))
-    return scan(path)
-
-  monkeypatch.setattr(os, "scandir", refuse)
-  with pytest.raises(PermissionError, match="private"):
-    open_images(folder)
 
 
 def test_samples_that_are_not_all_there(tmp_path):
@@ -284,29 +225,22 @@ def test_samples_that_are_not_all_there(tmp_path):
 
 
 def test_folders_that_hold_something_else(folder, tmp_path):
-  write(folder / "b2.png", 9, (SIDE, SIDE + 1))
-  write(folder / "c/a.png", 9, (SIDE + 2, SIDE + 2))
-  with pytest.raises(
-    ValueError, match=r"b2.png is 6 x 7 px .*images before it are 6 x 6"
+  for name, size, message in (
+    ("c/a.png", (8, 8), "8 x 8 px .*want square images of one size, 6 x 6"),
+    ("b2.png", (6, 7), "6 x 7 px .*want square images of one size, 6 x 6"),
+    ("a/0.png", (7, 6), "7 x 6 .*want square images"),
   ):
-    open_images(folder)
-  (folder / "b2.png").unlink()
-  with pytest.raises(ValueError, match="c/a.png is 8 x 8 px"):
-    open_images(folder)
-  write(folder / "a/0.png", 9, (SIDE + 1, SIDE))
-  with pytest.raises(ValueError, match="0.png is 7 x 6 .*want square images"):
-    open_images(folder)
+    write(folder / name, 9, size)
+    with pytest.raises(ValueError, match=f"{name} is {message}"):
+      open_images(folder)
   (folder / "a/0.png").write_text("no image")
   with pytest.raises(ValueError, match="0.png can't be read as an image"):
     open_images(folder)
-  for name in ("one", "none"):
-    (tmp_path / name).mkdir()
-  write(tmp_path / "one/1.png", 0)
-  for name, count in (("one", 1), ("none", 0)):
-    with pytest.raises(
-      ValueError, match=rf"want at least two images \(.*\), found {count}"
-    ):
-      open_images(tmp_path / name)
+  (tmp_path / "few").mkdir()
+  for count in range(2):
+    with pytest.raises(ValueError, match=f"at least two images, found {count}"):
+      open_images(tmp_path / "few")
+    write(tmp_path / "few/1.png", 0, (SIDE, SIDE))
 
 
 def test_what_happens_to_files_later(folder):
@@ -314,14 +248,15 @@ def test_what_happens_to_files_later(folder):
   cut(folder / "c/d/e.png")
   opened = open_images(folder)
   assert len(opened.pixels(np.arange(4))) == 4
-  with pytest.raises(ValueError, match="e.png can't be read as an image"):
-    opened.pixels(np.arange(5))
   write(folder / "b.png", 3, (SIDE, SIDE + 1))
-  with pytest.raises(ValueError, match="b.png is 6 x 7 px"):
-    opened.pixels(np.array([3]))
-  (folder / "b.png").unlink()
-  with pytest.raises(ValueError, match="b.png can't be read"):
-    opened.pixels(np.array([3]))
+  (folder / "a/2.webp").unlink()
+  for number, message in (
+    (4, "e.png can't be read as an image"),
+    (3, "b.png is 6 x 7 px"),
+    (2, "2.webp can't be read"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      opened.pixels(np.array([number]))
 
 
 # Writing.
@@ -336,13 +271,12 @@ def samples(seed: int = 0, side: int = SIDE) -> np.ndarray:
 
 def write_samples(writer: SampleWriter, images: np.ndarray, size: int = 3):
   """Batches of `size` images, the last one filled up."""
-  for start in range(0, COUNT, size):
-    part = slice(start, min(start + size, COUNT))
+  for start in range(0, len(images), size):
+    part = slice(start, min(start + size, len(images)))
     padding = size - (part.stop - start)
     labels = LABELS[part].astype(np.int32)
-    writer.update(
-      batch_of(images[part].astype(np.float32), labels, start, padding)
-    )
+    images = images.astype(np.float32)
+    writer.update(batch_of(images[part], labels, start, padding))
 
 
 def names(folder) -> list[str]:
@@ -350,12 +284,11 @@ def names(folder) -> list[str]:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("size", [3, COUNT])
-def test_files_of_samples(tmp_path, channels, size):
-  paths = [tmp_path / "new/0.npz", tmp_path / "new/1.npz"]
+def test_files_of_samples(tmp_path, channels):
+  paths = [tmp_path / f"new/{i}.npz" for i in range(3)]
   writer = SampleWriter(paths, LABELS)
   assert isinstance(writer, Evaluator)
-  for seed, path in enumerate(paths):
+  for path, seed, size in zip(paths, (0, 1, 0), (3, COUNT, 4), strict=True):
     images = samples(seed)[..., :channels]
     writer.reset()
     write_samples(writer, images, size)
@@ -364,85 +297,36 @@ def test_files_of_samples(tmp_path, channels, size):
     want = np.broadcast_to(to_uint8(images), (COUNT, SIDE, SIDE, 3))
     with np.load(path) as archive:
       assert archive.files == ["arr_0", "arr_1"]
-      assert archive["arr_0"].dtype == np.uint8
-      np.testing.assert_array_equal(archive["arr_0"], want)
       assert archive["arr_1"].dtype == np.int64
-      np.testing.assert_array_equal(archive["arr_1"], LABELS)
     # Stored, not compressed: it need not be read whole.
     infos = zipfile.ZipFile(path).infolist()
     assert {info.compress_type for info in infos} == {zipfile.ZIP_STORED}
+    assert {info.date_time[0] for info in infos} == {1980}, "says when"
     opened = open_images(path)
     np.testing.assert_array_equal(opened.pixels(np.arange(COUNT)), want)
     np.testing.assert_array_equal(opened.labels, LABELS)
-  assert names(tmp_path / "new") == ["0.npz", "1.npz"]
-  with pytest.raises(ValueError, match="there are 2 files, and one more"):
-    writer.reset()
+  assert names(tmp_path / "new") == ["0.npz", "1.npz", "2.npz"]
+  # The same samples make the same file.
+  assert paths[0].read_bytes() == paths[2].read_bytes()
 
 
-def test_the_same_samples_make_the_same_file(tmp_path):
-  paths = [tmp_path / "0.npz", tmp_path / "1.npz"]
-  writer = SampleWriter(paths, LABELS)
-  for size in (3, 4):
-    writer.reset()
-    write_samples(writer, samples(), size)
-    writer.result()
-  assert paths[0].read_bytes() == paths[1].read_bytes()
-  infos = zipfile.ZipFile(paths[0]).infolist()
-  assert {info.date_time[0] for info in infos} == {1980}, "says when"
-
-
-def test_with_evaluate(tmp_path):
-  """One file for each alpha, of exactly the samples asked for."""
-  paths = [tmp_path / f"alpha_{alpha}.npz" for alpha in (1.0, 2.0)]
-  writer = SampleWriter(paths, LABELS)
-
-  def draw(labels, alpha, index):
-    value = (labels + 10 * index) / 100 * alpha
-    return np.broadcast_to(value[:, None, None, None], (len(index), 2, 2, 1))
-
-  results = evaluate([writer], draw, LABELS, [1.0, 2.0], 4)
-  assert results == {1.0: {}, 2.0: {}}
-  for alpha, path in zip((1.0, 2.0), paths, strict=True):
-    value = np.float32((LABELS + 10 * np.arange(COUNT)) / 100 * alpha)
-    got = open_images(path)
-    np.testing.assert_array_equal(
-      got.pixels(np.arange(COUNT))[:, 1, 1, 2], to_uint8(value)
-    )
-    np.testing.assert_array_equal(got.labels, LABELS)
-
-
-def test_memory_does_not_grow(tmp_path, monkeypatch):
-  """What came is on the disk already, but for two batches."""
-  writer = SampleWriter([tmp_path / "0.npz"], np.zeros(20, int))
-  writer.reset()
-  images = np.zeros((1, 256, 256, 3), np.float32)
-  for start in range(20):
-    writer.update(batch_of(images, np.zeros(1, np.int32), start))
-    held = sum(path.stat().st_size for path in tmp_path.iterdir())
-    assert held >= 256 * 256 * 3 * (start - 1)
-
-
-def test_a_file_that_is_not_finished(tmp_path):
+@pytest.mark.parametrize("end", ["reset", "close", "del", "result"])
+def test_a_file_that_is_not_finished(tmp_path, end):
   """An older one stays, and no trace of the new one."""
   path = tmp_path / "0.npz"
   path.write_text("older")
-  for end in ("reset", "close", "del", "result"):
-    writer = SampleWriter([path, tmp_path / "1.npz"], LABELS)
-    writer.reset()
-    images = samples().astype(np.float32)
-    for start in range(0, 4, 2):
-      part = slice(start, start + 2)
-      labels = LABELS[part].astype(np.int32)
-      writer.update(batch_of(images[part], labels, start))
-    assert len(names(tmp_path)) == 2, "nothing is being written"
-    if end == "result":
-      with pytest.raises(ValueError, match="4 images came, expected 7"):
-        writer.result()
-    elif end == "del":
-      del writer
-    else:
-      getattr(writer, end)()
-    assert names(tmp_path) == ["0.npz"] and path.read_text() == "older"
+  writer = SampleWriter([path, tmp_path / "1.npz"], LABELS)
+  writer.reset()
+  write_samples(writer, samples()[:4], 2)
+  assert len(names(tmp_path)) == 2, "nothing is being written"
+  if end == "result":
+    with pytest.raises(ValueError, match="4 images came, expected 7"):
+      writer.result()
+  elif end == "del":
+    del writer
+  else:
+    getattr(writer, end)()
+  assert names(tmp_path) == ["0.npz"] and path.read_text() == "older"
 
 
 @pytest.mark.system
@@ -454,7 +338,7 @@ import numpy as np
 from absl import flags
 from drift_jax.metrics.batches import Batch
 from drift_jax.metrics.images import to_rgb
-from drift_jax.metrics.sample_files import SampleWriter
+from drift_jax.metrics.sample_writer import SampleWriter
 flags.FLAGS.mark_as_parsed()
 writer = SampleWriter([sys.argv[1]], np.zeros(9, int))
 writer.reset()
@@ -476,69 +360,34 @@ def test_a_full_disk(tmp_path):
   path.write_text("older")
   writer = SampleWriter([path], LABELS)
   writer.reset()
-  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-  try:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+  with full_disk(100_000):
     with pytest.raises(OSError, match="File too large"):
       write_samples(writer, samples(side=128))
       writer.result()
     writer.close()
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
   assert names(tmp_path) == ["0.npz"] and path.read_text() == "older"
 
 
-@pytest.mark.parametrize(
-  ("start", "count", "message"),
-  [
-    (1, 2, r"after 0 of 7 images come those of the numbers \[1, 2\]"),
-    (0, 8, "after 0 of 7 images come those"),
-    (0, 3, "other labels"),
-  ],
-)
-def test_samples_that_are_not_expected(tmp_path, start, count, message):
+@pytest.mark.parametrize(("start", "count"), [(1, 2), (0, 8)])
+def test_samples_that_are_not_expected(tmp_path, start, count):
   writer = SampleWriter([tmp_path / "0.npz"], LABELS)
-  labels = np.zeros(count, np.int32)
+  writer.reset()
   images = np.zeros((count, 4, 4, 3), np.float32)
-  with pytest.raises(ValueError, match="update.. comes before reset"):
-    writer.update(batch_of(images, labels, start))
-  writer.reset()
-  writer.update(batch_of(images, labels, start))
-  with pytest.raises(ValueError, match=message):
+  writer.update(batch_of(images, np.zeros(count, np.int32), start))
+  with pytest.raises(ValueError, match="after 0 of 7 images come those of the"):
     writer.result()
-  assert names(tmp_path) == []
-
-
-def test_images_of_another_size(tmp_path):
-  writer = SampleWriter([tmp_path / "0.npz"], LABELS)
-  writer.reset()
-  labels = LABELS.astype(np.int32)
-  writer.update(batch_of(np.zeros((1, 4, 4, 3), np.float32), labels[:1]))
-  writer.update(batch_of(np.zeros((1, 5, 5, 3), np.float32), labels[1:2], 1))
-  with pytest.raises(ValueError, match=r"became uint8 \(1, 5, 5, 3\), want ui"):
-    writer.result()
-
-
-def test_arguments(tmp_path):
   with pytest.raises(ValueError, match="files of samples must differ"):
     SampleWriter([tmp_path / "0", str(tmp_path / "0")], LABELS)
-  for labels in (np.zeros(3), np.zeros(0, int), np.zeros((2, 2), int)):
-    with pytest.raises(ValueError, match="labels must be a non-empty"):
-      SampleWriter([tmp_path / "0"], labels)
+  assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("process", [0, 1])
 def test_of_two_processes_the_first_writes_all(tmp_path, monkeypatch, process):
   """Each holds its half of every batch of 4."""
-  images = samples().astype(np.float32)
-  labels = LABELS.astype(np.int32)
-  halves = [
-    [(0, 2), (2, 4)],
-    [(4, 6), (6, 7)],
-  ]
+  images, labels = samples().astype(np.float32), LABELS.astype(np.int32)
   batches = [
-    [batch_of(images[a:b], labels[a:b], a) for a, b in batch]
-    for batch in halves
+    [batch_of(images[a:b], labels[a:b], a) for a, b in halves]
+    for halves in ([(0, 2), (2, 4)], [(4, 6), (6, 7)])
   ]
   gathered = []
   for batch in batches:
@@ -561,6 +410,5 @@ def test_of_two_processes_the_first_writes_all(tmp_path, monkeypatch, process):
   assert not gathered
   assert names(tmp_path) == (["0.npz"] if process == 0 else [])
   if process == 0:
-    np.testing.assert_array_equal(
-      open_images(path).pixels(np.arange(COUNT)), to_uint8(images)
-    )
+    opened = open_images(path).pixels(np.arange(COUNT))
+    np.testing.assert_array_equal(opened, to_uint8(images))

@@ -2,8 +2,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drift_jax.metrics import small_sets
+from drift_jax.metrics import memory, small_sets
 from drift_jax.metrics.coverage import density_coverage, duplicates
+from drift_jax.metrics.errors import EvaluationError
 from drift_jax.metrics.evaluators import Evaluator, class_subset
 from drift_jax.metrics.small_sets import (
   CoverageEvaluator,
@@ -17,18 +18,16 @@ def flat(images):
   return np.asarray(images).reshape(len(images), -1)
 
 
-def coverage_evaluator(digits, **changes):
-  settings = {"k": 5, "labels": labels_of(54), "seed": 1} | changes
-  return CoverageEvaluator(*digits.reals, **settings)
+def coverage(train, test, k=5, labels=None):
+  labels = labels_of(54) if labels is None else labels
+  return CoverageEvaluator(train, test, k=k, labels=labels, seed=1)
 
 
-@pytest.fixture
-def every(digits):
-  return [
-    coverage_evaluator(digits),
-    LabelAccuracyEvaluator(*digits.reals),
-    DuplicatesEvaluator(*digits.reals, grid=GRID),
-  ]
+def near_copies(train, test):
+  return DuplicatesEvaluator(train, test, grid=GRID)
+
+
+EVERY = [coverage, LabelAccuracyEvaluator, near_copies]
 
 
 @pytest.fixture(scope="module")
@@ -38,35 +37,31 @@ def stand_in(digits):
   return digits.train_images[chosen], digits.train_labels[chosen]
 
 
-def test_evaluators_forget_on_reset_and_join_batches(every, stand_in):
+@pytest.mark.parametrize("build", EVERY)
+def test_evaluators_forget_on_reset_and_join_batches(digits, stand_in, build):
   images, labels = stand_in
-  for evaluator in every:
-    assert isinstance(evaluator, Evaluator)
-    feed(evaluator, images, labels)
-    expected = evaluator.result()
-    feed(evaluator, -images, labels)
-    evaluator.reset()
-    with pytest.raises(ValueError, match=f"{evaluator.name}: no images"):
-      evaluator.result()
-    for part in (slice(0, 100), slice(100, 101), slice(101, None)):
-      feed(evaluator, jnp.asarray(images[part]), labels[part], part.start)
-    assert evaluator.result() == expected
-    assert all(type(value) is float for value in expected.values())
-    assert list(evaluator.baseline()) == list(expected)
+  evaluator = build(*digits.reals)
+  assert isinstance(evaluator, Evaluator)
+  feed(evaluator, images, labels)
+  expected = evaluator.result()
+  feed(evaluator, -images, labels)
+  evaluator.reset()
+  with pytest.raises(ValueError, match=f"{evaluator.name}: no images"):
+    evaluator.result()
+  for part in (slice(0, 100), slice(100, 101), slice(101, None)):
+    feed(evaluator, jnp.asarray(images[part]), labels[part], part.start)
+  assert evaluator.result() == expected
+  assert all(type(value) is float for value in expected.values())
+  assert list(evaluator.baseline()) == list(expected)
 
 
 def test_coverage_against_heldout(digits, stand_in):
-  evaluator = coverage_evaluator(digits)
-  density, covered = density_coverage(
-    flat(digits.test_images), flat(stand_in[0]), 5
-  )
+  evaluator = coverage(*digits.reals)
+  images, labels = stand_in
+  density, covered = density_coverage(flat(digits.test_images), flat(images), 5)
   assert evaluator.baseline() == {"density": density, "coverage": covered}
   # 540 real digits against 540 others.
   assert 0.95 < covered <= 1.0 and 0.9 < density < 1.15
-  feed(evaluator, *stand_in)
-  assert evaluator.result() == evaluator.baseline()
-  evaluator.reset()
-  images, labels = stand_in
   means = [images[labels == label].mean(axis=0) for label in labels]
   feed(evaluator, np.stack(means), labels)
   collapsed = evaluator.result()
@@ -74,22 +69,13 @@ def test_coverage_against_heldout(digits, stand_in):
 
 
 def test_label_accuracy_is_that_of_a_classifier_of_reals(digits):
-  evaluator = LabelAccuracyEvaluator(*digits.reals)
-  heldout = evaluator.baseline()["label_accuracy"]
-  assert heldout >= 0.985
-  feed(evaluator, digits.test_images, digits.test_labels)
-  assert evaluator.result() == evaluator.baseline()
-  evaluator.reset()
-  wrong = (digits.test_labels + 1) % 10
-  feed(evaluator, digits.test_images, wrong)
-  assert evaluator.result()["label_accuracy"] < 0.01
-  again = LabelAccuracyEvaluator(*digits.reals)
-  assert again.baseline()["label_accuracy"] == heldout
-
-
-def test_label_accuracy_learns_nothing_from_heldout_images(digits):
   train, test = digits.reals
   wrong = ImageSet(test.images, (test.labels + 1) % 10)
+  evaluator = LabelAccuracyEvaluator(train, test)
+  assert evaluator.baseline()["label_accuracy"] >= 0.985
+  feed(evaluator, test.images, wrong.labels)
+  assert evaluator.result()["label_accuracy"] < 0.01
+  # It learns nothing from held-out images.
   evaluator = LabelAccuracyEvaluator(train, wrong)
   assert evaluator.baseline()["label_accuracy"] < 0.01
   feed(evaluator, train.images, train.labels)
@@ -97,73 +83,58 @@ def test_label_accuracy_learns_nothing_from_heldout_images(digits):
 
 
 def test_duplicates_of_training_images(digits):
-  evaluator = DuplicatesEvaluator(*digits.reals, grid=GRID)
-  baseline = evaluator.baseline()
-  counts = duplicates(
-    flat(digits.test_images),
-    flat(digits.train_images),
-    flat(digits.test_images),
-    grid=GRID,
-  )
-  assert baseline == {
-    "exact_duplicates": 0.0,
-    "near_duplicates": 6.0,
-    "near_duplicate_rate": 6.0 / 540.0,
-    "near_threshold": counts["threshold"],
-  }
-  noise = np.random.default_rng(0).uniform(-1, 1, (5, 8, 8, 1))
-  images = np.concatenate([digits.train_images[:15], noise.astype(np.float32)])
-  feed(evaluator, images, np.zeros(20, np.int32))
-  assert evaluator.result() == {
-    "exact_duplicates": 15.0,
-    "near_duplicates": 15.0,
-    "near_duplicate_rate": 0.75,
-    "near_threshold": counts["threshold"],
-  }
+  evaluator = near_copies(*digits.reals)
+  train, test = flat(digits.train_images), flat(digits.test_images)
+  assert evaluator.baseline() == duplicates(test, train, test, grid=GRID)
+  feed(evaluator, digits.train_images[:15], np.zeros(15, np.int32))
+  result = evaluator.result()
+  assert result == duplicates(train[:15], train, test, grid=GRID)
+  assert result["exact_duplicates"] == result["near_duplicates"] == 15.0
 
 
-def test_too_many_images_are_refused(monkeypatch, digits, every):
-  monkeypatch.setattr(small_sets, "MAX_IMAGES", 1000)
-  for evaluator in every:
-    part = digits.train_images[:600], digits.train_labels[:600]
-    feed(evaluator, *part)
-    with pytest.raises(ValueError, match="1200 generated.*at most 1000"):
-      feed(evaluator, *part)
+@pytest.mark.parametrize("build", EVERY)
+def test_too_many_images_are_refused(monkeypatch, digits, build):
   train, test = digits.reals
-  # Only those that stand in for generated images count, and they are read.
-  coverage_evaluator(digits)
-  with pytest.raises(ValueError, match="coverage: 1010 training.*at most 1000"):
-    coverage_evaluator(digits, labels=labels_of(101))
-  with pytest.raises(ValueError, match="accuracy: 1257 training.*at most 1000"):
-    LabelAccuracyEvaluator(train, test)
-  monkeypatch.setattr(small_sets, "MAX_IMAGES", 1257)
-  more = ImageSet(
-    np.concatenate([train.images, train.images[:1]]),
-    np.concatenate([train.labels, train.labels[:1]]),
-  )
-  with pytest.raises(ValueError, match="accuracy: 1258 held-out.*at most 1257"):
-    LabelAccuracyEvaluator(train, more)
+  evaluator = build(train, test)
+  monkeypatch.setattr(small_sets, "MAX_IMAGES", 1000)
+  feed(evaluator, train.images[:600], train.labels[:600])
+  with pytest.raises(EvaluationError, match="1200 generated.*at most 1000"):
+    feed(evaluator, train.images[:600], train.labels[:600])
+  with pytest.raises(EvaluationError, match="1257 held-out.*at most 1000"):
+    build(test, train)
+  if build is not coverage:
+    with pytest.raises(EvaluationError, match="1257 training.*at most 1000"):
+      build(train, test)
+
+
+class Unread(ImageSet):
+  """Of which one image may be looked at."""
+
+  def fixed(self, indices):
+    assert len(indices) == 1
+    return super().fixed(indices)
+
+
+@pytest.mark.parametrize("build", EVERY)
+def test_too_large_images_are_refused(monkeypatch, digits, build):
+  """Before they are read, and while they are generated."""
+  train, test = digits.reals
+  monkeypatch.setattr(memory, "machine_memory", lambda: 2 * 12 * 1257 * 64)
+  evaluator = build(train, test)
+  feed(evaluator, train.images, train.labels)
+  with pytest.raises(EvaluationError, match="1258 generated images of 64 val"):
+    feed(evaluator, train.images[:1], train.labels[:1])
+  monkeypatch.setattr(memory, "machine_memory", lambda: 2 * 12 * 540 * 64 - 1)
+  with pytest.raises(EvaluationError, match="540 held-out images of 64 values"):
+    build(train, Unread(test.images, test.labels))
 
 
 def test_bad_settings(digits):
-  with pytest.raises(ValueError, match="k = 540 .*1 to 539"):
-    coverage_evaluator(digits, k=540)
-  with pytest.raises(ValueError, match="class 0 has"):
-    coverage_evaluator(digits, labels=labels_of(500))
-  with pytest.raises(ValueError, match="ascending"):
-    DuplicatesEvaluator(*digits.reals, grid=GRID[::-1])
   train, test = digits.reals
+  with pytest.raises(ValueError, match="k = 540 .*1 to 539"):
+    coverage(train, test, k=540)
   with pytest.raises(ValueError, match="have 64 values.*32"):
-    LabelAccuracyEvaluator(train, ImageSet(test.images[:, :4], test.labels))
+    near_copies(train, ImageSet(test.images[:, :4], test.labels))
+  alike = ImageSet(train.images, np.zeros_like(train.labels))
   with pytest.raises(ValueError, match="at least 2 classes"):
-    LabelAccuracyEvaluator(
-      ImageSet(train.images, np.zeros_like(train.labels)), test
-    )
-
-
-def test_wrong_count_per_class(digits, stand_in):
-  evaluator = coverage_evaluator(digits)
-  images, labels = stand_in
-  feed(evaluator, images[1:], labels[1:])
-  with pytest.raises(ValueError, match="53 generated images of class 0"):
-    evaluator.result()
+    LabelAccuracyEvaluator(alike, test)

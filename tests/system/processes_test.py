@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from drift_jax.metrics.frechet import FeatureStats
-from drift_jax.metrics.inception_score import InceptionScore, inception_score
+from drift_jax.metrics.inception import InceptionScore, inception_score
 from drift_jax.system import processes, sharding
 from tests import shared_figures
 from tests.conftest import assert_close
@@ -24,7 +24,7 @@ PROGRAM = """if True:
   processes.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
   from drift_jax.metrics.batches import local_batches
   from drift_jax.metrics.frechet import FeatureStream
-  from drift_jax.metrics.inception_score import InceptionScore
+  from drift_jax.metrics.inception import InceptionScore
   from drift_jax.system import sharding
   from tests import shared_figures
 

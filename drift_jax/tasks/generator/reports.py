@@ -21,7 +21,8 @@ from drift_jax.metrics.generation import (
 from drift_jax.metrics.images import save_image
 from drift_jax.metrics.neighbours import plot_nearest_distances
 from drift_jax.metrics.plots import plot_alphas
-from drift_jax.metrics.sample_files import SampleWriter, open_images
+from drift_jax.metrics.sample_files import open_images
+from drift_jax.metrics.sample_writer import SampleWriter
 from drift_jax.system import options, processes, sharding, storage
 from drift_jax.system.console import logger
 from drift_jax.system.errors import naming

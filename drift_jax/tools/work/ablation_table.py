@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from drift_jax.metrics.files import PathLike
-from drift_jax.metrics.plots import PlottedRow, plot_alphas, plot_rows
+from drift_jax.metrics.plots import plot_alphas
+from drift_jax.metrics.row_plots import PlottedRow, plot_rows
 from drift_jax.tools.work import rows
 from drift_jax.tools.work.rows import at_alpha, spread
 

@@ -10,8 +10,8 @@ from PIL import Image
 from drift_jax import sampling
 from drift_jax.metrics.batches import Batch
 from drift_jax.metrics.files import replacing
-from drift_jax.metrics.sample_files import SampleWriter
 from drift_jax.metrics.sample_folder import SampleFolder
+from drift_jax.metrics.sample_writer import SampleWriter
 from drift_jax.system import console, options, processes
 from drift_jax.system.console import logger
 from drift_jax.system.errors import naming

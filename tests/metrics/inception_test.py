@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from drift_jax.metrics.inception_score import InceptionScore, inception_score
+from drift_jax.metrics import inception
+from drift_jax.metrics.inception import InceptionScore, inception_score
 
 
 def logits(seed: int, count: int, classes: int, peak: float = 3.0):
@@ -38,7 +39,8 @@ def test_oracle():
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_batches_and_their_order_do_not_matter(seed):
+def test_batches_and_their_order_do_not_matter(monkeypatch, seed):
+  monkeypatch.setattr(inception, "_ROWS", 16)
   values = logits(1, 103, 7)
   expected = inception_score(values, 4)
   random = np.random.default_rng(seed)
@@ -62,15 +64,6 @@ def test_ends_of_the_scale():
     assert inception_score(same, 5) == pytest.approx((1.0, 0.0), abs=1e-13)
 
 
-def test_many_samples_take_several_blocks():
-  values = logits(2, 9001, 3)
-  score = InceptionScore(9001, 3, 10)
-  score.update(values, np.arange(9001))
-  whole = inception_score(values, 10)
-  assert score.result() == pytest.approx(whole, rel=1e-13)
-  assert inception_score(values[:9000], 10) != whole
-
-
 def test_bfloat16_logits_are_widened():
   rounded = jnp.asarray(logits(3, 40, 5), jnp.bfloat16)
   wide = np.asarray(rounded).astype(np.float64)
@@ -91,20 +84,8 @@ def test_bad_input():
   with pytest.raises(ValueError, match="the first is row 3"):
     inception_score(broken, 2)
   score = InceptionScore(20, 6, 2)
-  index = np.arange(20)
-  with pytest.raises(ValueError, match="5 classes, the score is for 6"):
-    score.update(values[:, :5], index)
-  with pytest.raises(ValueError, match=r"shape \(20,\), got int64 \(19,\)"):
-    score.update(values, index[:-1])
-  with pytest.raises(ValueError, match="got float64"):
-    score.update(values, index / 1.0)
-  for bad in (20, -1):
-    with pytest.raises(ValueError, match=f"number {bad}: valid are 0 to 19"):
-      score.update(values[:2], np.array([0, bad]))
-  with pytest.raises(ValueError, match="number 5 came twice"):
-    score.update(values[:3], np.array([4, 5, 5]))
-  # Nothing of what was refused counts.
-  score.update(values, index)
+  score.update(values, np.arange(20))
   assert score.result() == pytest.approx(inception_score(values, 2), rel=1e-13)
+  score.update(values[:1], np.array([7]))
   with pytest.raises(ValueError, match="number 7 came twice"):
-    score.update(values[:1], np.array([7]))
+    score.result()
