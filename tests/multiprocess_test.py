@@ -156,15 +156,15 @@ SLOW = """if True:
   from drift_jax import config as config_lib
   from drift_jax import main
   from drift_jax.metrics import generation
-  from drift_jax.training import loop
+  from drift_jax.system import console
 
   check = generation._check_finite
-  advance = loop._Progress.advance
+  update = console.Progress.update
   finalize = ocp.CompositeCheckpointHandler.finalize
 
-  def slow(self, step):
+  def slow(self, count=1):
     time.sleep(0.2)
-    advance(self, step)
+    update(self, count)
 
   def held(self, directory, *args, **kwargs):
     if str(directory.name).startswith(os.environ["HELD"]):
@@ -178,7 +178,7 @@ SLOW = """if True:
 
   if "HELD" in os.environ:
     generation._check_finite = watched
-    loop._Progress.advance = slow
+    console.Progress.update = slow
   if os.environ.get("HELD"):
     ocp.CompositeCheckpointHandler.finalize = held
   main.define_flags()

@@ -15,7 +15,6 @@ import contextlib
 import itertools
 import json
 import logging
-import math
 import os
 import signal
 import sys
@@ -24,14 +23,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import jax
 from jax.experimental import multihost_utils
 
 from drift_jax.system import console, options, processes
 from drift_jax.system.console import logger
-from drift_jax.system.errors import ERRORS, ConfigError
+from drift_jax.system.errors import ERRORS, naming
 
 ERROR = 1
 RESTART = 75  # EX_TEMPFAIL of sysexits.h
@@ -42,7 +41,6 @@ ANEW = "start the same command again"
 
 _END = "drift_jax/end"
 _ALIVE = "drift_jax/alive"
-_DONE = "/done"
 _LEAVE = "drift_jax/leave"
 # How often each process says that it lives, and looks at the others.
 _INTERVAL_SECONDS = 1.0
@@ -58,17 +56,11 @@ class Preempted(Exception):
   """The run was told to stop, and everything is saved; says at which step."""
 
 
-def run(
-  program: Callable[[], None],
-  *,
-  errors: tuple[type[Exception], ...] = ERRORS,
-  again: str = AGAIN,
-) -> None:
+def run(program: Callable[[], None], *, again: str = AGAIN) -> None:
   """Runs a program and ends its process with the code that says how it went.
 
   Args:
     program: joins the other processes, if there are any, by `join`.
-    errors: those whose message says all that there is to say.
     again: what to do where it did not come to its end.
   """
   try:
@@ -77,17 +69,18 @@ def run(
     logger.warning("processes: %s; %s.", error, again)
     _exit_now(RESTART)
   except Preempted as error:
-    _leave(RESTART, f"{error}; {again}.", again)
-    return
+    logger.info("%s; %s.", error, again)
+    _leave(RESTART, again)
   except KeyboardInterrupt:
     _end(INTERRUPTED, f"Interrupted: {again}.")
   except Exception as error:
     if processes.several():
-      _end_for(error, isinstance(error, errors), again)
-    if not isinstance(error, errors):
+      _end_for(error, again)
+    if not isinstance(error, ERRORS):
       raise
     _end(ERROR, f"Error: {error}")
-  _leave(0, "", again)
+  else:
+    _leave(0, again)
 
 
 def join(
@@ -113,7 +106,7 @@ def join(
   """
   if again != AGAIN:
     jax.config.update("jax_enable_preemption_service", False)
-  try:
+  with naming("processes"):
     processes.initialize(
       coordinator,
       num_processes,
@@ -121,66 +114,53 @@ def join(
       heartbeat_timeout=heartbeat_timeout,
       join_timeout=join_timeout,
     )
-  except ValueError as error:
-    raise ConfigError(f"processes: {error}") from error
   console.setup(processes.index())
   if processes.several():
-    _Watch(heartbeat_timeout, again).start()
+    # A little earlier than JAX's own heartbeat, which aborts the process.
+    patience = heartbeat_timeout - min(0.5 * heartbeat_timeout, 10.0)
+    threading.Thread(
+      target=_watch, args=(patience, again), name="watch", daemon=True
+    ).start()
 
 
-class _Watch(threading.Thread):
+def _watch(patience: float, again: str) -> None:
   """Ends this process where another has ended or is lost.
 
-  A collective can wait for a lost process for ever. JAX's own heartbeat aborts
-  the process then; this one is a little earlier and says what to do.
+  A collective can wait for a lost process for ever.
+
+  Args:
+    patience: seconds without a sign of life after which one is lost; the first
+      process looks.
+    again: as `run` has it.
   """
-
-  def __init__(self, heartbeat_timeout: float, again: str):
-    super().__init__(name="watch-processes", daemon=True)
-    self._patience = heartbeat_timeout - min(0.5 * heartbeat_timeout, 10.0)
-    self._again = again
-    # {process: (its last sign of life, when it was new)}, in the first.
+  own = jax.process_index()
+  # {process: (its last sign of life, when it was new)}
+  seen: dict[int, tuple[str, float]] = {}
+  for number in itertools.count():
+    words, signs = None, {}
+    # JAX ends a process that can't reach the service.
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      processes.client().key_value_set(
+        f"{_ALIVE}/{own}", str(number), allow_overwrite=True
+      )
+      words = _last_words()
+      signs = {} if own else _signs()
+    if _ending.locked():
+      return
+    if words is not None and not _failed.is_set():
+      _end_after(words)
     now = time.monotonic()
-    self._seen = {
-      f"{_ALIVE}/{number}": ("", now) for number in range(jax.process_count())
-    }
-
-  def run(self) -> None:
-    client, own = processes.client(), jax.process_index()
-    for number in range(sys.maxsize):
-      try:
-        client.key_value_set(
-          f"{_ALIVE}/{own}", str(number), allow_overwrite=True
-        )
-        ended = _last_words(client)
-        silent = None if own else self._silent(client)
-      except jax.errors.JaxRuntimeError:
-        ended = silent = None  # JAX ends a process that can't reach it.
-      if _ending.locked():
-        return
-      if ended is not None and not _failed.is_set():
-        _end_after(ended)
-      if silent is not None:
+    for process, sign in signs.items():
+      if process not in seen or seen[process][0] != sign:
+        seen[process] = (sign, now)
+      elif now - seen[process][1] > patience:
         _end(
           RESTART,
-          f"Process {silent} was lost: no sign of life for "
-          f"{self._patience:.0f} s; {self._again}.",
+          f"Process {process} was lost: no sign of life for {patience:.0f} s; "
+          f"{again}.",
           lost=1,
         )
-      time.sleep(_INTERVAL_SECONDS)
-
-  def _silent(self, client: Any) -> int | None:
-    """A process that has said nothing new for too long."""
-    now = time.monotonic()
-    for key, sign in client.key_value_dir_get(_ALIVE):
-      if key.endswith(_DONE):  # It waits for the others in `_leave`.
-        self._seen[key.removesuffix(_DONE)] = (sign, math.inf)
-      elif self._seen.get(key, ("", 0.0))[0] != sign:
-        self._seen[key] = (sign, now)
-    for key, (_, since) in self._seen.items():
-      if now - since > self._patience:
-        return int(key.rpartition("/")[2])
-    return None
+    time.sleep(_INTERVAL_SECONDS)
 
 
 # Held for ever by the thread that ends this process.
@@ -197,13 +177,21 @@ class _Words(NamedTuple):
   reason: str
 
 
-def _last_words(client: Any) -> _Words | None:
+def _last_words() -> _Words | None:
   try:
-    return _Words(*json.loads(client.key_value_try_get(_END)))
+    return _Words(*json.loads(processes.client().key_value_try_get(_END)))
   except jax.errors.JaxRuntimeError as error:
     if "NOT_FOUND" in str(error):
       return None
     raise
+
+
+def _signs() -> dict[int, str]:
+  """{process: its newest sign of life, '' before the first one}."""
+  signs = dict.fromkeys(range(jax.process_count()), "")
+  for key, sign in processes.client().key_value_dir_get(_ALIVE):
+    signs[int(key.rpartition("/")[2])] = sign
+  return signs
 
 
 def _end_after(words: _Words) -> NoReturn:
@@ -213,7 +201,7 @@ def _end_after(words: _Words) -> NoReturn:
   _end(words.code, f"{start} {words.process} ended first: {text}")
 
 
-def _end_for(error: Exception, expected: bool, again: str) -> NoReturn:
+def _end_for(error: Exception, again: str) -> NoReturn:
   """Ends one of several processes, by what an error follows from."""
   _failed.set()
   cause = cause_of(error)
@@ -221,10 +209,10 @@ def _end_for(error: Exception, expected: bool, again: str) -> NoReturn:
     _end_after(cause)
   if cause is not None:
     _end(RESTART, f"Another process was lost ({cause}); {again}.", lost=1)
-  if not expected:
-    traceback.print_exception(error)
-  name = "" if expected else f"{type(error).__name__}: "
-  _end(ERROR, f"Error: {name}{error}")
+  if isinstance(error, ERRORS):
+    _end(ERROR, f"Error: {error}")
+  traceback.print_exception(error)
+  _end(ERROR, f"Error: {type(error).__name__}: {error}")
 
 
 def cause_of(error: BaseException) -> _Words | str | None:
@@ -240,50 +228,32 @@ def cause_of(error: BaseException) -> _Words | str | None:
   told = isinstance(error, Preempted) or not isinstance(error, Exception)
   if told or not processes.several():
     return None
-  found = vars(error)
-  if "drift_jax_cause" not in found:
+  known = vars(error)
+  if "drift_jax_cause" not in known:
     try:
-      found["drift_jax_cause"] = _find_cause(error)
+      known["drift_jax_cause"] = _find_cause(error)
     except jax.errors.JaxRuntimeError as gone:  # the first, with the service
-      found["drift_jax_cause"] = _short(gone)
-  return found["drift_jax_cause"]
+      known["drift_jax_cause"] = _short(gone)
+  return known["drift_jax_cause"]
 
 
 def _find_cause(error: BaseException) -> _Words | str | None:
-  client = processes.client()
   lost = processes.is_lost_peer(error)
-  before = _signs(client)
+  before = _signs()
   deadline = time.monotonic() + _DOUBT_SECONDS
   while True:
-    words = _last_words(client)
+    words = _last_words()
     if words is not None and (lost or words.code != ERROR):
       return words
     if lost:
       return _short(error)
-    now = _signs(client)
-    waiting = [n for n in now if now[n] in ("", before[n])]
+    waiting = [n for n, sign in _signs().items() if sign in ("", before[n])]
     if words is not None or not waiting:
       return None
     if time.monotonic() > deadline:
       numbers = ", ".join(map(str, waiting))
       return f"no sign of life of {numbers} after: {_short(error)}"
     time.sleep(0.2)
-
-
-def _signs(client: Any) -> dict[int, str]:
-  """{another process: its newest sign of life}; unique ones of those done."""
-  own = jax.process_index()
-  signs = {n: "" for n in range(jax.process_count()) if n != own}
-  done = []
-  for key, sign in client.key_value_dir_get(_ALIVE):
-    number = int(key.removeprefix(f"{_ALIVE}/").removesuffix(_DONE))
-    if key.endswith(_DONE):
-      done.append(number)
-    elif number != own:
-      signs[number] = sign
-  for number in done:  # They wait for the others, and are well.
-    signs.pop(number, None)
-  return signs
 
 
 def _short(error: BaseException) -> str:
@@ -308,9 +278,8 @@ def _end(code: int, message: str, *, lost: int = 0) -> NoReturn:
   if code == ERROR:
     sys.stderr.write(f"{message}\n")
   else:
-    logger.log(
-      logging.INFO if code == INTERRUPTED else logging.WARNING, message
-    )
+    level = logging.INFO if code == INTERRUPTED else logging.WARNING
+    logger.log(level, message)
   client = processes.client()
   with contextlib.suppress(jax.errors.JaxRuntimeError):
     words = json.dumps([code, jax.process_index(), message])
@@ -324,27 +293,22 @@ def _end(code: int, message: str, *, lost: int = 0) -> NoReturn:
   _exit_now(code)
 
 
-def _leave(code: int, message: str, again: str) -> None:
+def _leave(code: int, again: str) -> None:
   """Ends this process when all the others have come to the same end.
 
   A single process that is done returns.
   """
-  if message:
-    logger.info(message)
-  if not processes.several():
-    if code:
-      sys.exit(code)
-    return
-  client = processes.client()
-  try:
-    client.key_value_set(f"{_ALIVE}/{jax.process_index()}{_DONE}", "")
-    # Not in JAX's shutdown, which hears of no other end.
-    client.wait_at_barrier(_LEAVE, int(1000 * _LEAVE_SECONDS))
-  except jax.errors.JaxRuntimeError as error:
-    _end_for(error, True, again)
-  _only_once()
-  jax.distributed.shutdown()
-  _exit_now(code)
+  if processes.several():
+    try:
+      # Not in JAX's shutdown, which hears of no other end.
+      processes.client().wait_at_barrier(_LEAVE, int(1000 * _LEAVE_SECONDS))
+    except jax.errors.JaxRuntimeError as error:
+      _end_for(error, again)
+    _only_once()
+    jax.distributed.shutdown()
+    _exit_now(code)
+  if code:
+    sys.exit(code)
 
 
 def _only_once() -> None:

@@ -10,7 +10,6 @@ are compared.
 
 import contextlib
 import datetime
-import importlib
 import itertools
 import json
 import os
@@ -20,7 +19,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from drift_jax.system import storage
 from drift_jax.system.console import logger
@@ -35,18 +34,6 @@ _LOOK_SECONDS = 1.0
 _ANSWER_SECONDS = 30.0
 # Linux' flag of a process that is about to end.
 _EXITING = 0x4
-
-
-class _Found(NamedTuple):
-  """A lease as it was read.
-
-  Attributes:
-    owner: facts about it; {} where they can't be read; None: there is none.
-    generation: what a change asks for.
-  """
-
-  owner: dict[str, Any] | None
-  generation: bytes
 
 
 class Lease:
@@ -87,26 +74,26 @@ class Lease:
     self._owner = _facts()
     seen, changes, since = b"", -1, time.monotonic()
     for looks in itertools.count():
-      found = self._read()
-      lives = False if found.owner is None else _lives(found.owner)
-      if found.generation != seen:
-        seen, changes, since = found.generation, changes + 1, time.monotonic()
+      owner, generation = self._read()
+      lives = False if owner is None else _lives(owner)
+      if generation != seen:
+        seen, changes, since = generation, changes + 1, time.monotonic()
       # At the first look it may be about to end, one change under way.
       if (lives and looks) or (lives is None and changes > 1):
         raise ConfigError(
-          f"{self._what} is in use by {_named(found.owner)}: wait for its end, "
+          f"{self._what} is in use by {_named(owner)}: wait for its end, "
           "end it, or use another one"
         )
       silent = time.monotonic() - since
       if lives is False or silent > LEASE_SECONDS:
-        if self._write(found.generation):
+        if self._write(generation):
           break
         continue
       if lives is None and not looks:
         logger.warning(
           "%s was in use by %s: waits up to %.0f s for a sign of life.",
           self._what,
-          _named(found.owner),
+          _named(owner),
           LEASE_SECONDS,
         )
       time.sleep(_LOOK_SECONDS)
@@ -152,35 +139,33 @@ class Lease:
 
     The answer to the last change was lost, or the file was deleted.
     """
-    found = self._read()
-    own = found.owner is None or found.owner.get("id") == self._owner["id"]
-    return own and self._write(found.generation)
+    owner, generation = self._read()
+    own = owner is None or owner.get("id") == self._owner["id"]
+    return own and self._write(generation)
 
-  def _store(self) -> tuple[Any, str]:
-    """What reads and writes, and the name there."""
-    tensorstore = importlib.import_module("tensorstore")
+  def _ask(self, method: str, **arguments: Any) -> Any:
+    """The storage's answer to a method of TensorStore's KvStore."""
     folder, name = os.path.split(self._path)
-    if storage.is_remote(self._path):
-      bucket, _, below = storage.without_scheme(folder).partition("/")
-      spec = {"driver": "gcs", "bucket": bucket}
-      spec["path"] = f"{below}/" if below else ""
-    else:
-      spec = {"driver": "file", "path": f"{os.path.abspath(folder)}/"}
-    return tensorstore.KvStore.open(spec).result(_ANSWER_SECONDS), name
-
-  def _read(self) -> _Found:
     try:
-      store, name = self._store()
-      read = store.read(name).result(_ANSWER_SECONDS)
+      store = storage.open_store(folder).result(_ANSWER_SECONDS)
+      return getattr(store, method)(name, **arguments).result(_ANSWER_SECONDS)
     except (ValueError, TimeoutError) as error:
-      raise _refused(self._path, error) from error
+      text = " ".join(str(error).split()) or "no answer in time"
+      raise storage.StorageError(f"{self._path}: {text}") from error
+
+  def _read(self) -> tuple[dict[str, Any] | None, bytes]:
+    """(facts about the owner, what a change asks for).
+
+    The facts are {} where they can't be read, None where there is no owner.
+    """
+    read = self._ask("read")
     owner: Any = None
     if read.state == "value":
       try:
         owner = json.loads(read.value)
       except ValueError:
         owner = {}
-    return _Found(owner, read.stamp.generation)
+    return owner, read.stamp.generation
 
   def _write(self, generation: bytes, keep: bool = True) -> bool:
     """Whether it was as expected, and is the own one now (or is deleted)."""
@@ -190,20 +175,9 @@ class Lease:
       folder.mkdir(parents=True, exist_ok=True)
       self._made = missing or self._made
     value = json.dumps(self._owner, indent=1).encode() if keep else None
-    try:
-      store, name = self._store()
-      stamp = store.write(name, value, if_equal=generation).result(
-        _ANSWER_SECONDS
-      )
-    except (ValueError, TimeoutError) as error:
-      raise _refused(self._path, error) from error
+    stamp = self._ask("write", value=value, if_equal=generation)
     self._generation = stamp.generation or self._generation
     return bool(stamp.generation)
-
-
-def _refused(path: str, error: Exception) -> storage.StorageError:
-  text = " ".join(str(error).split()) or "no answer in time"
-  return storage.StorageError(f"{path}: {text}")
 
 
 def _facts() -> dict[str, Any]:

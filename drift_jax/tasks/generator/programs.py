@@ -1,7 +1,5 @@
 """What a run compiles, with abstract arguments: no data, weights or devices."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from etils import epath
@@ -20,12 +18,11 @@ from drift_jax.tasks.generator.setup import (
   check_encoders,
   check_labels,
   frozen_params,
+  generator_recipe,
   generator_task,
-  init_generator,
 )
-from drift_jax.tasks.generator.step import GeneratorBatch, train_step
+from drift_jax.tasks.generator.step import GeneratorBatch
 from drift_jax.training import artifacts
-from drift_jax.training.drifting import init_drift
 from drift_jax.training.frozen import abstract_vae, decoding
 from drift_jax.training.programs import Program, abstract_batch
 from drift_jax.training.run import make_training, pad_to_mesh
@@ -43,14 +40,7 @@ def programs(config: GeneratorConfig, mesh: Mesh) -> list[Program]:
   task = generator_task(config, encoders, mesh, vae)
   check_encoders(config, task, encoders, vae)
   frozen = frozen_params(task, encoders, vae)
-  training = make_training(
-    config,
-    mesh,
-    init_params=init_generator(task),
-    init_drift=functools.partial(init_drift, task.temperature),
-    step=functools.partial(train_step, task=task),
-    frozen=frozen,
-  )
+  training = make_training(config, mesh, generator_recipe(task, frozen))
   wire = jnp.dtype(config.data.wire)
   reals = (
     abstract_batch(mesh, sizes.labels, count, *task.sample_shape, dtype=wire)

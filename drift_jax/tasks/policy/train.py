@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from drift_jax import config as config_lib
-from drift_jax.system import processes, sharding
+from drift_jax.system import processes
 from drift_jax.system.console import logger
 from drift_jax.tasks import parse
 from drift_jax.tasks.policy import evaluation as evaluation_lib
@@ -31,7 +31,13 @@ from drift_jax.tasks.policy.step import PolicyBatch, policy_step
 from drift_jax.training.alone import alone
 from drift_jax.training.drifting import init_drift
 from drift_jax.training.places import of_resumed
-from drift_jax.training.run import at_end, check_divides, open_mesh, run
+from drift_jax.training.run import (
+  Recipe,
+  at_end,
+  check_divides,
+  open_mesh,
+  run,
+)
 from drift_jax.training.state import TrainState
 from drift_jax.training.workdir import open_workdir
 
@@ -95,30 +101,21 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     for name, sampler in samplers.items()
   }
 
-  def put(batch: Any) -> PolicyBatch:
-    return PolicyBatch(**sharding.put_batch(batch, mesh))
-
+  recipe = Recipe(
+    name=config.loss.method,
+    init_params=init_policy(config, task, shapes),
+    init_drift=functools.partial(init_drift, task.temperature),
+    step=functools.partial(policy_step, task=task),
+    batch=PolicyBatch,
+    frozen={},
+  )
   with contextlib.ExitStack() as stack:
     opened = []
     if config.eval.every and processes.is_first():
       opened = stack.enter_context(evaluation_lib.environments(config))
     evaluation = Evaluation(config, acts, opened, mesh, path)
     stack.enter_context(at_end(evaluation.plot_curves))
-    state = run(
-      config,
-      path,
-      mesh,
-      name=config.loss.method,
-      init_params=init_policy(config, task, shapes),
-      init_drift=functools.partial(init_drift, task.temperature),
-      start_params=None,
-      step=functools.partial(policy_step, task=task),
-      frozen={},
-      feed=feed,
-      put=put,
-      evaluate=evaluation,
-      best_metric=lambda scalars: None,
-    )
+    state = run(config, path, mesh, recipe, feed=feed, evaluate=evaluation)
     if config.eval.every:
       evaluation.finish(state)
   return state
