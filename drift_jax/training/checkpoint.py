@@ -65,15 +65,6 @@ def _read_json(path: epath.Path) -> dict[str, Any] | None:
     return None
 
 
-def _free_name(path: epath.Path) -> epath.Path:
-  """The path itself, or with the first of _2, _3, ... that is not taken."""
-  free, number = path, 1
-  while free.exists():
-    number += 1
-    free = path.with_name(f"{path.name}_{number}")
-  return free
-
-
 class Checkpointer:
   """Saves and restores (state, feed state) under a directory."""
 
@@ -111,9 +102,9 @@ class Checkpointer:
     self._retention = retention.Retention(keep_latest, keep_every, best_metric)
     self._manager = self._open()
     # What sums the files of the steps whose checksums are still to be written,
-    # and those of them that a thread works on.
+    # and the thread's work on them.
     self._unsummed: dict[int, checksums.Summing] = {}
-    self._running: dict[int, concurrent.futures.Future[bool]] = {}
+    self._summing: concurrent.futures.Future[None] | None = None
     self._stop = threading.Event()
     self._executor = concurrent.futures.ThreadPoolExecutor(1)
 
@@ -152,8 +143,16 @@ class Checkpointer:
       if killed or not checksums.file_names(path):
         path.rmtree()
         continue
-      if lacks := self._lacks(path):
-        raise CheckpointError(lacks)
+      # Its checksums tell; before they are written, by what it should hold.
+      lacks, proven = checksums.compare(path)
+      if not lacks and not proven:
+        lacks = checksums.incomplete(path, _ITEMS)
+      if lacks:
+        raise CheckpointError(
+          f"{path} may be a checkpoint that was copied in part: it has no "
+          f"{checksums.COMMIT}, and {'; '.join(lacks[:3])}. Copy it again as a "
+          "whole, with `gcloud storage rsync -r`, or move it away"
+        )
       (path / checksums.COMMIT).write_text("Nothing else is missing.\n")
       logger.info(
         "Checkpoint %s lacked its %s alone: it counts.", path, checksums.COMMIT
@@ -166,30 +165,13 @@ class Checkpointer:
 
   def _unmarked(self) -> list[epath.Path]:
     """Folders of steps in a bucket that lack the marker of a finished save."""
-    if not storage.is_remote(self._directory) or not self._directory.exists():
-      return []
     return [
       path
-      for path in self._directory.iterdir()
-      if path.name.isdecimal() and not (path / checksums.COMMIT).exists()
+      for path in storage.entries(self._directory)
+      if storage.is_remote(self._directory)
+      and path.name.isdecimal()
+      and not (path / checksums.COMMIT).exists()
     ]
-
-  def _lacks(self, path: epath.Path) -> str:
-    """Names what an unmarked folder lacks as a checkpoint; '' if nothing.
-
-    Its checksums tell; before they are written, by what it should hold.
-    """
-    found = checksums.compare(path)
-    lines = found.damage
-    if not lines and not found.proven:
-      lines = checksums.incomplete(path, _ITEMS)
-    if not lines:
-      return ""
-    return (
-      f"{path} may be a checkpoint that was copied in part: it has no "
-      f"{checksums.COMMIT}, and {'; '.join(lines[:3])}. Copy it again as a "
-      "whole, with `gcloud storage rsync -r`, or move it away"
-    )
 
   def steps(self) -> list[int]:
     """Steps with a complete checkpoint, oldest first."""
@@ -222,28 +204,23 @@ class Checkpointer:
       ValueError: if the step is not newer than every checkpoint there is, or
         the directory was opened read-only.
     """
-    if self._read_only:
-      raise ValueError(
-        f"{self._directory} is open read-only: can't save {step}"
-      )
-    newest = self.latest_step()
-    if newest is not None and step <= newest:
-      raise ValueError(
-        f"step {step} can't be saved in {self._directory}: it already holds "
-        f"step {newest}, and steps must increase. Use a new directory"
-      )
     self._wait_for_save()
     # The save may delete an older checkpoint: nothing may be writing there,
     # and a save in a hurry must not wait until all has been read back.
     self._pause_sums()
     with self._writing():
-      self._manager.save(
+      saving = not self._read_only and self._manager.save(
         step,
         args=ocp.args.Composite(
           state=ocp.args.StandardSave(state),
           feed=ocp.args.StandardSave(feed),
         ),
         custom_metadata=_DUE if evaluation_due else None,
+      )
+    if not saving:
+      raise ValueError(
+        f"step {step} can't be saved in {self._directory}: it is read-only, or "
+        f"steps do not increase from {self.steps()}"
       )
     self._start_sums()
     self._unsummed[step] = checksums.Summing(
@@ -272,12 +249,10 @@ class Checkpointer:
       CheckpointError: the checkpoint could not be written.
     """
     self._wait_for_save()
-    self._retention.set_score(step, {**(figures or {})})
+    figures = dict(figures or {})
+    self._retention.set_score(step, figures)
     if processes.is_first():
-      finite = {
-        name: value if math.isfinite(value) else None
-        for name, value in (figures or {}).items()
-      }
+      finite = {n: v if math.isfinite(v) else None for n, v in figures.items()}
       path = self._directory / str(step) / checksums.FIGURES
       checksums.write_whole(path, json.dumps(finite))
     steps = self.steps()
@@ -300,27 +275,33 @@ class Checkpointer:
       self._start_sums()
 
   def _start_sums(self) -> None:
-    """Sums the checkpoints that are whole, and not being deleted."""
+    """Has a thread sum what is whole and not being deleted."""
+    if self._summing is not None and not self._summing.done():
+      return
+    self._finish_sums()
     kept = self.steps()
     self._unsummed = {s: job for s, job in self._unsummed.items() if s in kept}
-    for step, job in self._unsummed.items():
-      if step not in self._running:
-        self._running[step] = self._executor.submit(job.run, self._stop)
+    self._summing = self._executor.submit(self._sum, [*self._unsummed.items()])
 
-  def _wait_for_sums(self) -> None:
-    running, self._running = self._running, {}
-    for step, future in running.items():
+  def _sum(self, jobs: list[tuple[int, checksums.Summing]]) -> None:
+    for step, job in jobs:
       try:
-        if future.result():
-          self._unsummed.pop(step, None)
+        if not job.run(self._stop):
+          return
       except FileNotFoundError:
         logger.info("Checkpoint %d is gone, no checksums written.", step)
-        self._unsummed.pop(step, None)
+      self._unsummed.pop(step)
+
+  def _finish_sums(self) -> None:
+    """Waits for the thread; raises what it has raised."""
+    summing, self._summing = self._summing, None
+    if summing is not None:
+      summing.result()
 
   def _pause_sums(self) -> None:
     """Stops the thread; what it has summed by now is kept."""
     self._stop.set()
-    self._wait_for_sums()
+    self._finish_sums()
     self._stop.clear()
 
   def _wait_for_save(self) -> None:
@@ -363,8 +344,9 @@ class Checkpointer:
       OSError: whatever kept its checksums from being written.
     """
     self._wait_for_save()
+    self._finish_sums()
     self._start_sums()
-    self._wait_for_sums()
+    self._finish_sums()
 
   def close(self) -> None:
     """Waits, then releases the manager, also where waiting fails.
@@ -426,10 +408,11 @@ class Checkpointer:
           problem = f"{type(error).__name__}: {str(error)[:500]}"
           if processes.several():
             # The others may have read it, or wait for this process.
-            raise CheckpointError(
-              f"checkpoint {self._directory / str(chosen)} is damaged: "
-              f"{problem}. Restore its files, or move it away to go on from "
-              "the one before it"
+            raise self._damage(
+              chosen,
+              problem,
+              "Restore its files, or move it away to go on from the one before "
+              "it",
             ) from error
       self._set_aside(chosen, problem, given=step is not None)
     return None
@@ -456,7 +439,7 @@ class Checkpointer:
     """
     directory = self._directory / str(step)
 
-    def find() -> checksums.Found:
+    def find() -> tuple[list[str], bool]:
       if not directory.exists():
         raise CheckpointError(
           f"no checkpoint of step {step} in {self._directory}: there are "
@@ -477,31 +460,39 @@ class Checkpointer:
     more = f" and {len(lines) - 3} more files" if len(lines) > 3 else ""
     return "; ".join(lines[:3]) + more, False
 
+  def _damage(self, step: int, problem: str, remedy: str) -> CheckpointError:
+    path = self._directory / str(step)
+    return CheckpointError(
+      f"checkpoint {path} is damaged: {problem}. {remedy}."
+    )
+
   def _set_aside(self, step: int, problem: str, given: bool) -> None:
     """Renames a damaged checkpoint if the user asked to go on without it."""
-    directory = self._directory / str(step)
-    before = [s for s in self.steps() if s < step]
-    given = given or self._read_only
-    if given or self._on_corrupt != "previous" or not before:
-      if given:
-        others = [s for s in self.steps() if s != step]
-        remedy = f"Restore the files or ask for another step: {others}"
-      elif before:
-        remedy = (
-          "Pass --config.checkpoint.on_corrupt=previous to go on from step "
-          f"{before[-1]}, or restore the files"
-        )
-      else:
-        remedy = (
-          "There is no other checkpoint to go on from: restore the files or "
-          "use a new workdir"
-        )
-      raise CheckpointError(
-        f"checkpoint {directory} is damaged: {problem}. {remedy}."
+    others = [s for s in self.steps() if s != step]
+    before = [s for s in others if s < step]
+    remedy = ""
+    if given or self._read_only:
+      remedy = f"Restore the files or ask for another step: {others}"
+    elif not before:
+      remedy = (
+        "There is no other checkpoint to go on from: restore the files or use "
+        "a new workdir"
       )
+    elif self._on_corrupt != "previous":
+      remedy = (
+        "Pass --config.checkpoint.on_corrupt=previous to go on from step "
+        f"{before[-1]}, or restore the files"
+      )
+    if remedy:
+      raise self._damage(step, problem, remedy)
 
     def rename() -> None:
-      aside = _free_name(self._directory / f"damaged_{step}")
+      directory = self._directory / str(step)
+      aside = directory.with_name(f"damaged_{step}")
+      number = 1
+      while aside.exists():
+        number += 1
+        aside = directory.with_name(f"damaged_{step}_{number}")
       logger.error(
         "Checkpoint %s is damaged: %s. It is kept as %s; going on from step %d "
         "(checkpoint.on_corrupt=previous).",
@@ -526,15 +517,14 @@ class Checkpointer:
     """
     chosen = self._chosen(step)
     if chosen is None:
-      names = ", ".join(path.name for path in self._unmarked())
-      raise CheckpointError(
-        f"there is no checkpoint in {self._directory}"
-        + (
+      lacking = ""
+      if names := ", ".join(path.name for path in self._unmarked()):
+        lacking = (
           f": {names} lack the {checksums.COMMIT} of a finished save. If they "
           "were copied there, going on with the run adopts what is whole"
-          if names
-          else ""
         )
+      raise CheckpointError(
+        f"there is no checkpoint in {self._directory}{lacking}"
       )
     problem, _ = self._problem(chosen, item, arrays)
     if problem:

@@ -12,13 +12,14 @@ the CRC-32 of a whole file in the place of the list.
 """
 
 import collections
+import itertools
 import json
 import os
 import re
 import threading
 import zlib
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
 
 from etils import epath
 
@@ -43,19 +44,6 @@ FILE_ERRORS = (ValueError, OSError, KeyError, TypeError, RuntimeError)
 
 # Bytes [start, stop) of a file that are read; None for all of it.
 Ranges = list[tuple[int, int]] | None
-
-
-class Found(NamedTuple):
-  """The result of a comparison with checksums.
-
-  Attributes:
-    damage: one line a file; none if nothing differs.
-    proven: whether every file is there and was compared, so that an error in
-      reading them is not of the files.
-  """
-
-  damage: list[str]
-  proven: bool
 
 
 def owner(name: str) -> int:
@@ -122,7 +110,7 @@ class Summing:
           self._sums[name] = None
       elif name not in self._sums:
         size, sums = 0, []
-        for block in _blocks(self._directory / name):
+        for _, block in _blocks(self._directory / name):
           if stop.is_set():
             return False
           size += len(block)
@@ -140,7 +128,7 @@ def compare(
   count: int = 1,
   item: str = "",
   arrays: Collection[str] | None = None,
-) -> Found:
+) -> tuple[list[str], bool]:
   """Compares the files of a checkpoint with their checksums.
 
   Args:
@@ -149,6 +137,10 @@ def compare(
     item: a folder in it that alone will be read; '' for all.
     arrays: names, keys joined by dots, of what will be read of the item; None
       for all.
+
+  Returns:
+    (one line for each damaged file, whether every file is there and was
+    compared, so that an error in reading them is not of the files).
   """
 
   def mine(name: str) -> bool:
@@ -163,18 +155,25 @@ def compare(
   sums, damage = _read_sums(directory, present)
   sums = {name: sums[name] for name in sums if mine(name)}
   proven = not damage and all(sums.get(name) is not None for name in present)
-  reads: dict[str, Ranges] = dict.fromkeys(sums)
-  if item:
-    reads = {name: None for name in sums if _is_description(name)}
-  damage += _compare_files(directory, sums, reads, present)
+
+  def look(reads: Mapping[str, Ranges]) -> None:
+    """Adds to the damage what differs of the files that are read."""
+    for name in sorted(sums.keys() & reads):
+      line = "missing"
+      if name in present:
+        line = sums[name] and _difference(
+          directory / name, *sums[name], reads[name]
+        )
+      if line:
+        damage.append(f"{name}: {line}")
+
+  look({name: None for name in sums if not item or _is_description(name)})
   if item and sums and not damage:
     try:
-      reads = dict(_data_read(directory, item, arrays))
+      look(_data_read(directory, item, arrays))
     except FILE_ERRORS as error:
       damage.append(f"{item}/manifest.ocdbt: {error}")
-    else:
-      damage += _compare_files(directory, sums, reads, present)
-  return Found(damage, proven)
+  return damage, proven
 
 
 def incomplete(directory: epath.Path, items: Collection[str]) -> list[str]:
@@ -213,61 +212,36 @@ def _is_description(name: str) -> bool:
   return "/d/" not in name and not re.search(r"/ocdbt\.process_\d+/", name)
 
 
-def _compare_files(
-  directory: epath.Path,
-  sums: dict[str, Any],
-  reads: dict[str, Ranges],
-  present: Collection[str],
-) -> list[str]:
-  """A line for each file that is read and differs."""
-  lines = []
-  for name in sorted(sums.keys() & reads):
-    if name not in present:
-      lines.append(f"{name}: missing")
-    elif sums[name] is not None:
-      line = _compare_file(directory / name, sums[name], reads[name])
-      lines += [f"{name}: {line}"] if line else []
-  return lines
-
-
-def _compare_file(path: epath.Path, want: list[Any], ranges: Ranges) -> str:
+def _difference(path: epath.Path, size: int, sums: Any, ranges: Ranges) -> str:
   """Tells how a file, or what is read of it, is not as summed; '' if it is."""
-  size, sums = want
   have = path.stat().length
   if have != size:
     return f"{have} bytes, want {size}"
-  if isinstance(sums, int):  # of the whole file
+  if isinstance(sums, int):  # of an earlier checkpoint's whole file
     crc = 0
-    for block in _blocks(path):
+    for _, block in _blocks(path):
       crc = zlib.crc32(block, crc)
-    return "" if crc == sums else "its content changed (CRC-32)"
-  numbers = set(range(len(sums)))
-  if ranges is not None:
-    numbers &= {
-      number
-      for start, stop in ranges
-      for number in range(start // _BLOCK, -(-stop // _BLOCK))
-    }
-  for number, block in zip(
-    sorted(numbers), _blocks(path, sorted(numbers)), strict=True
-  ):
-    if zlib.crc32(block) != sums[number]:
-      return "its content changed (CRC-32)"
-  return ""
+    same = crc == sums
+  else:
+    numbers = range(len(sums))
+    if ranges is not None:
+      parts = (range(a // _BLOCK, -(-b // _BLOCK)) for a, b in ranges)
+      numbers = sorted(set(itertools.chain.from_iterable(parts)))
+    same = all(zlib.crc32(b) == sums[n] for n, b in _blocks(path, numbers))
+  return "" if same else "its content changed (CRC-32)"
 
 
 def _blocks(
-  path: epath.Path, numbers: Sequence[int] | None = None
-) -> Iterator[bytes]:
-  """Blocks of a file in order: all of them, or those of these numbers."""
+  path: epath.Path, numbers: Iterable[int] | None = None
+) -> Iterator[tuple[int, bytes]]:
+  """Numbered blocks of a file in order: all of them, or those asked for."""
   with path.open("rb") as file:
-    if numbers is None:
-      while block := file.read(_BLOCK):
-        yield block
-      return
-    for number in numbers:
+    for number in itertools.count() if numbers is None else numbers:
       file.seek(number * _BLOCK)
-      yield file.read(_BLOCK)
+      block = file.read(_BLOCK)
+      if not block:
+        return
+      yield number, block
 
 
 def _sums_name(process: int) -> str:
@@ -279,20 +253,16 @@ def _read_sums(
 ) -> tuple[dict[str, Any], list[str]]:
   """({path: its entry, or None if there is none}, what can't be read)."""
   damage = []
-
-  def load(process: int) -> dict[str, Any]:
+  sums: dict[str, Any] = {}
+  for process in sorted({0, *map(owner, present)}):
+    # Those of an earlier checkpoint, or of a single process, are complete.
+    if process and sums and None not in sums.values():
+      break
     path = directory / _sums_name(process)
     try:
-      return json.loads(path.read_text()) if path.exists() else {}
+      sums |= json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
       damage.append(f"{path.name}: {error}")
-      return {}
-
-  sums = load(0)
-  # Those of an earlier checkpoint, or of a single process, are complete.
-  if not sums or None in sums.values():
-    for process in sorted({owner(name) for name in present} - {0}):
-      sums |= load(process)
   return sums, damage
 
 
@@ -309,12 +279,7 @@ def _data_read(
   """
   import tensorstore
 
-  folder = f"{storage.without_scheme(directory / item)}/"
-  spec: dict[str, Any] = {"driver": "file", "path": folder}
-  if storage.is_remote(directory):
-    bucket, _, path = folder.partition("/")
-    spec = {"driver": "gcs", "bucket": bucket, "path": path}
-  store: Any = tensorstore.KvStore.open(spec).result()
+  store = storage.open_store(directory / item).result()
   parts = collections.defaultdict(list)
 
   def add(location: str) -> None:
