@@ -120,11 +120,7 @@ def main(argv: list[str]) -> None:
   numerics.pin()
 
   def program() -> None:
-    exits.join(
-      *config_lib.process_flags(),
-      join_timeout=values.join_timeout,
-      again=exits.ANEW,
-    )
+    exits.join(*config_lib.process_flags(), join_timeout=values.join_timeout)
     drawing.draw(
       source,
       values.out,

@@ -112,11 +112,7 @@ def remote(words):
 
 
 def test_shellcheck():
-  files = [
-    *LAUNCH.glob("*.sh"),
-    LAUNCH / "slurm.sbatch",
-    ROOT / ".ci" / "run",
-  ]
+  files = [*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch", ROOT / ".ci" / "run"]
   checker = pathlib.Path(sys.executable).parent / "shellcheck"
   done = subprocess.run(
     [checker, *files], cwd=ROOT, capture_output=True, text=True
@@ -124,18 +120,12 @@ def test_shellcheck():
   assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(
-  "script",
-  [
-    "tpu_pod.sh",
-    "gke.sh",
-    "docker.sh",
-    "slurm.sbatch",
-    "restart.sh",
-    "daemon.sh",
-    "install.sh",
-  ],
+SCRIPTS = (
+  "tpu_pod.sh gke.sh docker.sh slurm.sbatch restart.sh daemon.sh".split()
 )
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "install.sh"])
 def test_help(script):
   done = call(script, "--help")
   assert done.returncode == 0 and done.stderr == ""
@@ -202,9 +192,7 @@ def test_a_tool_fails(stand_in, monkeypatch):
 @pytest.mark.parametrize(
   ("script", "tool", "arguments"),
   [
-    ("tpu_pod.sh", "gcloud", ("stop", *POD)),
     ("gke.sh", "kubectl", JOBSET),
-    ("docker.sh", "docker", ("build",)),
     ("slurm.sbatch", "sbatch", TRAIN),
   ],
 )
@@ -223,11 +211,9 @@ def test_a_tool_that_is_missing(script, tool, arguments):
   ("line", "parts"),
   [
     ("tpu_pod.sh", "command '': valid options are create setup run"),
-    ("tpu_pod.sh crate", "command 'crate': valid options are create"),
     ("tpu_pod.sh stop --zone=us-east5-b", "--name is missing; see"),
     ("tpu_pod.sh stop --name=Pod --zone=a", "--name='Pod': want lower-case"),
     ("tpu_pod.sh stop --name=a --zone=east", "--zone='east': want a zone, e.g"),
-    ("tpu_pod.sh create POD", "--type is missing"),
     ("tpu_pod.sh create POD --type=v6e-127", "sizes of v6e are 1 4 8 16"),
     ("tpu_pod.sh create POD --type=v5p-12", "of v5p are multiples of 8"),
     ("tpu_pod.sh create POD --type=h100-8", "options are v6e-N v5litepod-N"),
@@ -239,55 +225,27 @@ def test_a_tool_that_is_missing(script, tool, arguments):
     ("tpu_pod.sh setup POD --ref=main", "--ref='main' needs --repository=URL"),
     ("tpu_pod.sh logs POD --worker=last", "--worker='last': want a worker's"),
     ("tpu_pod.sh run POD --workdir=gs://b/c", "--config is missing"),
-    ("tpu_pod.sh run POD CONFIG", "--workdir is missing"),
-    (
-      "tpu_pod.sh run POD CONFIG --workdir=runs/a",
-      "runs/a': valid options are",
-    ),
+    ("tpu_pod.sh run POD CONFIG --workdir=runs/a", "'runs/a': valid options"),
     ("tpu_pod.sh run POD CONFIG --workdir=gs://b", "want gs://BUCKET/PATH"),
-    ("tpu_pod.sh run POD CONFIG --workdir=s3://b/c", "gs://BUCKET/PATH and an"),
     ("tpu_pod.sh run POD CONFIG --config.seed", "write --config.seed=VALUE"),
-    (
-      "tpu_pod.sh run POD --config=configs/digit.py --workdir=gs://b/c",
-      "no file 'configs/digit.py' in",
-    ),
-    (
-      "tpu_pod.sh run POD --config=configs/digit.py --workdir=gs://b/c",
-      "options are configs/ablations.py configs/cifar10.py",
-    ),
-    (
-      "tpu_pod.sh run POD CONFIG --workdir=gs://b/c --max-restarts=many",
-      "--max-restarts='many': want a number from 0",
-    ),
+    ("tpu_pod.sh run POD --config=configs/digit.py", "configs/ablations.py c"),
+    ("tpu_pod.sh run RUN --max-restarts=many", "'many': want a number from 0"),
     ("gke.sh apply", "command 'apply': valid options are run status logs stop"),
-    ("gke.sh logs --name=b2 --worker=all", "--worker='all': want a worker's"),
     ("gke.sh JOBSET --accelerator=v9", "options are v4 v5e v5p v6e tpu7x"),
     ("gke.sh JOBSET --topology=4x16", "'4x16': valid options are 1x1 2x2 2x4"),
-    ("gke.sh JOBSET --topology=2x2x1", "'2x2x1': valid options are 1x1 2x2"),
-    ("gke.sh JOBSET --topology=all", "--topology='all': valid options are 1x1"),
     ("gke.sh JOBSET --chips-per-host=8", "--chips-per-host='8': valid options"),
-    (
-      "gke.sh JOBSET --accelerator=v5p --topology=4x4x6",
-      "'4x4x6': want one of 2x2x1 2x2x2 2x2x4 2x4x4, or AxBxC of multiples",
-    ),
-    (
-      "gke.sh JOBSET --accelerator=v5p --topology=8x4x8",
-      "--topology='8x4x8': want A <= B <= C",
-    ),
+    ("gke.sh V5P --topology=4x4x6", "want one of 2x2x1 2x2x2 2x2x4 2x4x4, or"),
+    ("gke.sh V5P --topology=8x4x8", "--topology='8x4x8': want A <= B <= C"),
     ("gke.sh JOBSET --image=a;b", "--image='a;b': want an image"),
     ("gke.sh JOBSET --workdir=runs/a", "absolute path on a volume"),
     ("gke.sh JOBSET --claim=My_Disk", "--claim='My_Disk': want a Kubernetes"),
-    ("docker.sh push", "command 'push': valid options are build run"),
     ("docker.sh build --accelerator=rocm", "options are cpu cuda12 cuda13 tpu"),
     ("docker.sh run CONFIG --workdir=a --data=no/such", "no such folder"),
     ("docker.sh run CONFIG --workdir=a,b", "docker can't mount"),
     ("docker.sh run CONFIG --workdir=~me/a", "--workdir='~me/a': give the who"),
-    ("docker.sh run CONFIG --workdir=a --data=~/no/such", "--data='/"),
-    ("slurm.sbatch CONFIG", "--workdir is missing; see"),
     ("slurm.sbatch CONFIG --workdir=hdfs://a/b", "gs://BUCKET/PATH and a p"),
     ("slurm.sbatch CONFIG --workdir=a --nodes=0", "--nodes='0': want a number"),
     ("slurm.sbatch CONFIG --workdir=a --gpus-per-node=all", "want a number fr"),
-    ("install.sh rocm", "'rocm': valid options are cpu cuda12 cuda13 tpu"),
     ("daemon.sh restart", "'restart': valid options are start status logs"),
     ("daemon.sh start", "start has no command; see"),
     ("restart.sh", "no command; see"),
@@ -296,6 +254,7 @@ def test_a_tool_that_is_missing(script, tool, arguments):
 def test_bad_input(stand_in, line, parts):
   read = stand_in("gcloud", "kubectl", "docker", "sbatch")
   names = {"POD": POD, "CONFIG": TRAIN[:1], "JOBSET": JOBSET}
+  names |= {"RUN": (*POD, *TRAIN), "V5P": (*JOBSET, "--accelerator=v5p")}
   script, *words = line.split()
   done = call(script, *(a for w in words for a in names.get(w, (w,))))
   assert (done.returncode, done.stdout, read()) == (2, "", []), done
@@ -578,10 +537,7 @@ def command_line(pid):
 
 
 def test_daemon(tmp_path):
-  env = os.environ | {
-    "DAEMON_FOLDER": str(tmp_path),
-    "STOP_SECONDS": "20",
-  }
+  env = os.environ | {"DAEMON_FOLDER": str(tmp_path), "STOP_SECONDS": "20"}
 
   def daemon(*arguments):
     done = call("daemon.sh", *arguments, env=env, cwd=tmp_path)

@@ -23,7 +23,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import jax
 from jax.experimental import multihost_utils
@@ -39,6 +39,9 @@ INTERRUPTED = 128 + signal.SIGINT
 AGAIN = "the same command goes on from the newest checkpoint"
 ANEW = "start the same command again"
 
+# What to do again; `run` says it.
+_again = AGAIN
+_LOST = "Another process was lost"
 _END = "drift_jax/end"
 _ALIVE = "drift_jax/alive"
 _LEAVE = "drift_jax/leave"
@@ -61,8 +64,11 @@ def run(program: Callable[[], None], *, again: str = AGAIN) -> None:
 
   Args:
     program: joins the other processes, if there are any, by `join`.
-    again: what to do where it did not come to its end.
+    again: what to do if it did not come to its end. A program without a state,
+      which is to be started anew, is killed by SIGTERM.
   """
+  global _again
+  _again = again
   try:
     program()
   except processes.UnjoinedError as error:
@@ -70,17 +76,17 @@ def run(program: Callable[[], None], *, again: str = AGAIN) -> None:
     _exit_now(RESTART)
   except Preempted as error:
     logger.info("%s; %s.", error, again)
-    _leave(RESTART, again)
+    _leave(RESTART)
   except KeyboardInterrupt:
     _end(INTERRUPTED, f"Interrupted: {again}.")
   except Exception as error:
     if processes.several():
-      _end_for(error, again)
+      _end_for(error)
     if not isinstance(error, ERRORS):
       raise
     _end(ERROR, f"Error: {error}")
   else:
-    _leave(0, again)
+    _leave(0)
 
 
 def join(
@@ -90,21 +96,14 @@ def join(
   *,
   heartbeat_timeout: int = processes.HEARTBEAT_SECONDS,
   join_timeout: int = options.JOIN_SECONDS,
-  again: str = AGAIN,
 ) -> None:
   """`processes.initialize`; then watches whether the others are well.
-
-  Args:
-    coordinator, num_processes, process_id, heartbeat_timeout, join_timeout: see
-      there.
-    again: as `run` has it. A program without a state, which is to be started
-      anew, does not ask for `preemption`: SIGTERM kills it.
 
   Raises:
     ConfigError: values that don't go together or that JAX refuses.
     UnjoinedError: not all came in time.
   """
-  if again != AGAIN:
+  if _again != AGAIN:  # It never asks for `preemption`.
     jax.config.update("jax_enable_preemption_service", False)
   with naming("processes"):
     processes.initialize(
@@ -118,47 +117,42 @@ def join(
   if processes.several():
     # A little earlier than JAX's own heartbeat, which aborts the process.
     patience = heartbeat_timeout - min(0.5 * heartbeat_timeout, 10.0)
-    threading.Thread(
-      target=_watch, args=(patience, again), name="watch", daemon=True
-    ).start()
+    threading.Thread(target=_watch, args=(patience,), daemon=True).start()
 
 
-def _watch(patience: float, again: str) -> None:
-  """Ends this process where another has ended or is lost.
+def _watch(patience: float) -> None:
+  """Ends this process if another has ended or is lost.
 
   A collective can wait for a lost process for ever.
 
   Args:
-    patience: seconds without a sign of life after which one is lost; the first
-      process looks.
-    again: as `run` has it.
+    patience: seconds without a sign of life after which a process is lost; the
+      first process looks.
   """
   own = jax.process_index()
   # {process: (its last sign of life, when it was new)}
   seen: dict[int, tuple[str, float]] = {}
   for number in itertools.count():
-    words, signs = None, {}
+    end, signs = None, {}
     # JAX ends a process that can't reach the service.
     with contextlib.suppress(jax.errors.JaxRuntimeError):
       processes.client().key_value_set(
         f"{_ALIVE}/{own}", str(number), allow_overwrite=True
       )
-      words = _last_words()
+      end = _first_end()
       signs = {} if own else _signs()
     if _ending.locked():
       return
-    if words is not None and not _failed.is_set():
-      _end_after(words)
+    if end is not None and not _failed.is_set():
+      _end(*end)
     now = time.monotonic()
     for process, sign in signs.items():
       if process not in seen or seen[process][0] != sign:
         seen[process] = (sign, now)
       elif now - seen[process][1] > patience:
+        silence = f"no sign of life for {patience:.0f} s"
         _end(
-          RESTART,
-          f"Process {process} was lost: no sign of life for {patience:.0f} s; "
-          f"{again}.",
-          lost=1,
+          RESTART, f"Process {process} was lost: {silence}; {_again}.", lost=1
         )
     time.sleep(_INTERVAL_SECONDS)
 
@@ -169,21 +163,18 @@ _ending = threading.Lock()
 _failed = threading.Event()
 
 
-class _Words(NamedTuple):
-  """What the first process that ended has said."""
-
-  code: int
-  process: int
-  reason: str
-
-
-def _last_words() -> _Words | None:
+def _first_end() -> tuple[int, str] | None:
+  """(exit code, message) of a process that ends because another one has."""
   try:
-    return _Words(*json.loads(processes.client().key_value_try_get(_END)))
+    text = processes.client().key_value_try_get(_END)
   except jax.errors.JaxRuntimeError as error:
     if "NOT_FOUND" in str(error):
       return None
     raise
+  code, process, reason = json.loads(text)
+  start = "Error: process" if code == ERROR else "Process"
+  reason = reason.removeprefix("Error: ")
+  return code, f"{start} {process} ended first: {reason}"
 
 
 def _signs() -> dict[int, str]:
@@ -194,36 +185,27 @@ def _signs() -> dict[int, str]:
   return signs
 
 
-def _end_after(words: _Words) -> NoReturn:
-  """Ends this process because another one has ended."""
-  text = words.reason.removeprefix("Error: ")
-  start = "Error: process" if words.code == ERROR else "Process"
-  _end(words.code, f"{start} {words.process} ended first: {text}")
-
-
-def _end_for(error: Exception, again: str) -> NoReturn:
+def _end_for(error: Exception) -> NoReturn:
   """Ends one of several processes, by what an error follows from."""
   _failed.set()
   cause = cause_of(error)
-  if isinstance(cause, _Words):
-    _end_after(cause)
   if cause is not None:
-    _end(RESTART, f"Another process was lost ({cause}); {again}.", lost=1)
+    _end(*cause, lost=int(cause[1].startswith(_LOST)))
   if isinstance(error, ERRORS):
     _end(ERROR, f"Error: {error}")
   traceback.print_exception(error)
   _end(ERROR, f"Error: {type(error).__name__}: {error}")
 
 
-def cause_of(error: BaseException) -> _Words | str | None:
+def cause_of(error: BaseException) -> tuple[int, str] | None:
   """What happened to another process, if an error follows from that.
 
   JAX's own text may tell. Of any other error, the others tell: as long as all
   of them give signs of life, it is this process' own.
 
   Returns:
-    None for an error of this process; else what another one has said, or what
-    shows that one is gone.
+    None for an error of this process; else the exit code and the message that
+    this process ends with.
   """
   told = isinstance(error, Preempted) or not isinstance(error, Exception)
   if told or not processes.several():
@@ -231,33 +213,35 @@ def cause_of(error: BaseException) -> _Words | str | None:
   known = vars(error)
   if "drift_jax_cause" not in known:
     try:
-      known["drift_jax_cause"] = _find_cause(error)
+      cause = _find_cause(error)
     except jax.errors.JaxRuntimeError as gone:  # the first, with the service
-      known["drift_jax_cause"] = _short(gone)
+      cause = _lost(gone)
+    known["drift_jax_cause"] = cause
   return known["drift_jax_cause"]
 
 
-def _find_cause(error: BaseException) -> _Words | str | None:
+def _find_cause(error: BaseException) -> tuple[int, str] | None:
   lost = processes.is_lost_peer(error)
   before = _signs()
   deadline = time.monotonic() + _DOUBT_SECONDS
   while True:
-    words = _last_words()
-    if words is not None and (lost or words.code != ERROR):
-      return words
+    end = _first_end()
+    if end is not None and (lost or end[0] != ERROR):
+      return end
     if lost:
-      return _short(error)
+      return _lost(error)
     waiting = [n for n, sign in _signs().items() if sign in ("", before[n])]
-    if words is not None or not waiting:
+    if end is not None or not waiting:
       return None
     if time.monotonic() > deadline:
       numbers = ", ".join(map(str, waiting))
-      return f"no sign of life of {numbers} after: {_short(error)}"
+      return _lost(error, f"no sign of life of {numbers} after: ")
     time.sleep(0.2)
 
 
-def _short(error: BaseException) -> str:
-  return " ".join(str(error).split())[:200]
+def _lost(error: BaseException, found: str = "") -> tuple[int, str]:
+  text = " ".join(str(error).split())[:200]
+  return RESTART, f"{_LOST} ({found}{text}); {_again}."
 
 
 def _end(code: int, message: str, *, lost: int = 0) -> NoReturn:
@@ -293,7 +277,7 @@ def _end(code: int, message: str, *, lost: int = 0) -> NoReturn:
   _exit_now(code)
 
 
-def _leave(code: int, again: str) -> None:
+def _leave(code: int) -> None:
   """Ends this process when all the others have come to the same end.
 
   A single process that is done returns.
@@ -303,7 +287,7 @@ def _leave(code: int, again: str) -> None:
       # Not in JAX's shutdown, which hears of no other end.
       processes.client().wait_at_barrier(_LEAVE, int(1000 * _LEAVE_SECONDS))
     except jax.errors.JaxRuntimeError as error:
-      _end_for(error, again)
+      _end_for(error)
     _only_once()
     jax.distributed.shutdown()
     _exit_now(code)

@@ -24,21 +24,6 @@ _SHA1 = re.compile(r"[0-9a-f]{40}")
 _MAX_FAILURE = 300  # characters of another library's message
 
 
-# The library's own classes, which have no base in common and which it names
-# beside that of HTTP; and what Python says of variables that hold no numbers or
-# addresses.
-_RAISED = (
-  *(
-    found
-    for found in vars(errors).values()
-    if isinstance(found, type) and issubclass(found, Exception)
-  ),
-  OSError,
-  ValueError,
-  RuntimeError,
-)
-
-
 class HubError(OSError):
   """A file that can't be had from the hub; the message says why."""
 
@@ -74,7 +59,7 @@ def fetch(address: Address) -> pathlib.Path | None:
     )
   except errors.RemoteEntryNotFoundError:
     return None
-  except _RAISED as error:
+  except Exception as error:  # The library's own classes have no base.
     if _is_known_to_lack(address, error):
       return None
     raise HubError(f"{name}: {one_line(error)}{_variables()}") from error
@@ -126,7 +111,7 @@ def folders(address: Address) -> list[str]:
     names = huggingface_hub.list_repo_files(
       address.repository, revision=address.revision
     )
-  except _RAISED:
+  except Exception:
     return []
   return sorted(
     {str(pathlib.PurePosixPath(name).parent) for name in names} - {"."}

@@ -101,9 +101,8 @@ class Checkpointer:
     self._failed = False  # a save
     self._retention = retention.Retention(keep_latest, keep_every, best_metric)
     self._manager = self._open()
-    # What sums the files of the steps whose checksums are still to be written,
-    # and the thread's work on them.
-    self._unsummed: dict[int, checksums.Summing] = {}
+    # What is summed of the steps that lack checksums, and the thread's work.
+    self._unsummed: dict[int, dict[str, Any]] = {}
     self._summing: concurrent.futures.Future[None] | None = None
     self._stop = threading.Event()
     self._executor = concurrent.futures.ThreadPoolExecutor(1)
@@ -212,8 +211,7 @@ class Checkpointer:
       saving = not self._read_only and self._manager.save(
         step,
         args=ocp.args.Composite(
-          state=ocp.args.StandardSave(state),
-          feed=ocp.args.StandardSave(feed),
+          state=ocp.args.StandardSave(state), feed=ocp.args.StandardSave(feed)
         ),
         custom_metadata=_DUE if evaluation_due else None,
       )
@@ -223,9 +221,7 @@ class Checkpointer:
         f"steps do not increase from {self.steps()}"
       )
     self._start_sums()
-    self._unsummed[step] = checksums.Summing(
-      self._directory / str(step), processes.index()
-    )
+    self._unsummed[step] = {}
 
   def evaluated(self, step: int) -> bool:
     """False for a checkpoint whose evaluation was due and has no figures."""
@@ -280,13 +276,16 @@ class Checkpointer:
       return
     self._finish_sums()
     kept = self.steps()
-    self._unsummed = {s: job for s, job in self._unsummed.items() if s in kept}
+    self._unsummed = {
+      s: sums for s, sums in self._unsummed.items() if s in kept
+    }
     self._summing = self._executor.submit(self._sum, [*self._unsummed.items()])
 
-  def _sum(self, jobs: list[tuple[int, checksums.Summing]]) -> None:
-    for step, job in jobs:
+  def _sum(self, jobs: list[tuple[int, dict[str, Any]]]) -> None:
+    for step, sums in jobs:
+      path = self._directory / str(step)
       try:
-        if not job.run(self._stop):
+        if not checksums.sum_files(path, processes.index(), sums, self._stop):
           return
       except FileNotFoundError:
         logger.info("Checkpoint %d is gone, no checksums written.", step)
@@ -321,16 +320,16 @@ class Checkpointer:
       self._failed = True
       # What the failed save was about to delete is still there.
       self._manager.reload()
-      last = self.latest_step()
-      kept = (
-        "No checkpoint was there before"
-        if last is None
-        else f"The checkpoint of step {last} is untouched, and the same "
-        "command goes on from it"
-      )
       text = " ".join(str(error).split())
       code = re.search(r"os_error_code='(\d+)'", text)
       cause = os.strerror(int(code[1])) if code else text[:300]
+      last = self.latest_step()
+      kept = "No checkpoint was there before"
+      if last is not None:
+        kept = (
+          f"The checkpoint of step {last} is untouched, and the same command "
+          "goes on from it"
+        )
       raise CheckpointError(
         f"a checkpoint in {self._directory} could not be written: {cause}. "
         f"{kept}"
@@ -428,10 +427,7 @@ class Checkpointer:
     return found.item_metadata.tree
 
   def _problem(
-    self,
-    step: int,
-    item: str = "",
-    arrays: Collection[str] | None = None,
+    self, step: int, item: str = "", arrays: Collection[str] | None = None
   ) -> tuple[str | None, bool]:
     """(damage to what will be read, whether all of it was compared).
 

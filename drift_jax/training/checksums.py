@@ -75,50 +75,41 @@ def write_whole(path: epath.Path, text: str) -> None:
     temporary.replace(path)
 
 
-class Summing:
-  """The checksums of one process' files; it can be interrupted and resumed."""
+def sum_files(
+  directory: epath.Path,
+  process: int,
+  sums: dict[str, Any],
+  stop: threading.Event,
+) -> bool:
+  """Sums one process' files, then writes them down; False if it was stopped.
 
-  def __init__(self, directory: epath.Path, process: int):
-    """Reads nothing yet.
+  Args:
+    directory: of a committed checkpoint.
+    process: whose files are summed.
+    sums: what is known of them; gets more. Called again with it, it goes on
+      with the file at which it was stopped.
+    stop: makes it return before the next block.
 
-    Args:
-      directory: of a committed checkpoint.
-      process: whose files are summed.
-    """
-    self._directory = directory
-    self._process = process
-    self._sums: dict[str, Any] = {}
-
-  def run(self, stop: threading.Event) -> bool:
-    """Sums, then writes the file of checksums; False if it was stopped.
-
-    Called again, it goes on with the file at which it was stopped.
-
-    Args:
-      stop: makes it return before the next block.
-
-    Raises:
-      FileNotFoundError: the checkpoint is gone.
-      OSError: a file that can't be read or written.
-    """
-    names = file_names(self._directory)
-    if not names:
-      raise FileNotFoundError(self._directory)
-    for name in names:
-      if owner(name) != self._process:
-        if self._process == 0:
-          self._sums[name] = None
-      elif name not in self._sums:
-        size, sums = 0, []
-        for _, block in _blocks(self._directory / name):
-          if stop.is_set():
-            return False
-          size += len(block)
-          sums.append(zlib.crc32(block))
-        self._sums[name] = [size, sums]
-    path = self._directory / _sums_name(self._process)
-    write_whole(path, json.dumps(self._sums, sort_keys=True))
-    return True
+  Raises:
+    FileNotFoundError: the checkpoint is gone.
+    OSError: a file that can't be read or written.
+  """
+  names = file_names(directory)
+  if not names:
+    raise FileNotFoundError(directory)
+  for name in names:
+    if owner(name) != process:
+      if process == 0:
+        sums[name] = None
+    elif name not in sums:
+      entry = [0, []]
+      for _, block in _blocks(directory / name):
+        if stop.is_set():
+          return False
+        entry = [entry[0] + len(block), [*entry[1], zlib.crc32(block)]]
+      sums[name] = entry
+  write_whole(directory / _sums_name(process), json.dumps(sums, sort_keys=True))
+  return True
 
 
 def compare(
@@ -162,7 +153,7 @@ def compare(
       line = "missing"
       if name in present:
         line = sums[name] and _difference(
-          directory / name, *sums[name], reads[name]
+          directory / name, sums[name], reads[name]
         )
       if line:
         damage.append(f"{name}: {line}")
@@ -212,8 +203,9 @@ def _is_description(name: str) -> bool:
   return "/d/" not in name and not re.search(r"/ocdbt\.process_\d+/", name)
 
 
-def _difference(path: epath.Path, size: int, sums: Any, ranges: Ranges) -> str:
+def _difference(path: epath.Path, entry: list[Any], ranges: Ranges) -> str:
   """Tells how a file, or what is read of it, is not as summed; '' if it is."""
+  size, sums = entry
   have = path.stat().length
   if have != size:
     return f"{have} bytes, want {size}"

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from drift_jax.data.prefetch import Prefetcher
+from drift_jax.data import prefetch
 from drift_jax.system import console, exits
 from drift_jax.system.console import logger
 from drift_jax.system.errors import UserError
@@ -31,14 +31,10 @@ class NonFiniteError(UserError, FloatingPointError):
   """Something watched is not finite; the message names step and values."""
 
 
-class Feed(Protocol):
+class Feed(prefetch.Feed, Protocol):
   """See drift_jax.data.feed."""
 
-  def __next__(self) -> Any: ...
-
   def start(self) -> None: ...
-
-  def state(self) -> dict[str, Any]: ...
 
   def abstract(self, saved: Any) -> dict[str, Any]: ...
 
@@ -159,7 +155,7 @@ class Loop:
     self._progress = console.Progress(
       "step", schedule.num_steps, first=step, unit="steps", lines=False
     )
-    self._batches = Prefetcher(
+    self._batches = prefetch.Prefetcher(
       self.feed,
       self.put,
       first_step=step + 1,

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,26 +15,17 @@ from jax.sharding import Mesh
 
 from drift_jax import config as config_lib
 from drift_jax.config.sections import RunConfig
-from drift_jax.metrics.writers import MetricWriter, create_writer
+from drift_jax.metrics.writers import create_writer
 from drift_jax.system import exits, numerics, processes, sharding
 from drift_jax.system.console import logger
 from drift_jax.system.errors import naming
-from drift_jax.training import checkpoint, loop, optim
+from drift_jax.training import loop, optim
 from drift_jax.training import state as state_lib
 from drift_jax.training.state import TrainState
 from drift_jax.training.workdir import make_checkpointer
 
-
-class Evaluate(Protocol):
-  """A task's evaluation in the loop: see loop.Evaluate."""
-
-  def __call__(
-    self,
-    step: int,
-    state: TrainState,
-    check: Callable[[], None],
-    writer: MetricWriter,
-  ) -> dict[str, float]: ...
+# A task's evaluation in the loop: as loop.Evaluate, with writer=MetricWriter.
+Evaluate = Callable[..., dict[str, float]]
 
 
 def open_mesh(config: config_lib.Mesh) -> Mesh:
@@ -116,7 +107,8 @@ def run(
     # 2. Where it stands.
     stack.callback(feed.close)
     checkpointer = make_checkpointer(config.checkpoint, path)
-    stack.push(functools.partial(_close, checkpointer))
+    # A save would wait for a process that has ended.
+    stack.enter_context(at_end(checkpointer.close))
     state = loop.restore_or_start(checkpointer, abstract, init, feed)
     step = int(state.step)
     if step > config.train.num_steps:
@@ -188,18 +180,6 @@ def at_end(action: Callable[[], None]) -> Iterator[None]:
   action()
 
 
-def _close(
-  checkpointer: checkpoint.Checkpointer,
-  kind: object,
-  error: BaseException | None,
-  trace: object,
-) -> None:
-  """Closes it, but for where a save would wait for a process that has ended."""
-  del kind, trace
-  if error is None or exits.cause_of(error) is None:
-    checkpointer.close()
-
-
 @dataclasses.dataclass(frozen=True)
 class Training:
   """What a run compiles before its first step.
@@ -255,15 +235,9 @@ def adamw(
     warmup_steps=config.warmup_steps,
     total_steps=num_steps,
   )
-  optimizer = optim.make_optimizer(
-    schedule,
-    b1=config.b1,
-    b2=config.b2,
-    eps=config.eps,
-    weight_decay=config.weight_decay,
-    grad_clip=config.grad_clip,
-  )
-  return optimizer, schedule
+  names = ("b1", "b2", "eps", "weight_decay", "grad_clip")
+  settings = {name: getattr(config, name) for name in names}
+  return optim.make_optimizer(schedule, **settings), schedule
 
 
 def check_divides(name: str, size: int, mesh: Mesh) -> None:

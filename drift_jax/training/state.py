@@ -1,5 +1,6 @@
 """Training state: abstract first, then sharded, then initialised by one jit."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -90,11 +91,6 @@ def update(
     decay: optax.incremental_update(params, average, 1.0 - float(decay))
     for decay, average in state.ema.items()
   }
-  return TrainState(
-    step=state.step + 1,
-    rng=state.rng,
-    params=params,
-    opt_state=opt_state,
-    ema=ema,
-    drift=state.drift,
+  return dataclasses.replace(
+    state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema
   )

@@ -67,8 +67,7 @@ def test_every_user_takes_its_own_stream(monkeypatch):
   seen["train"] = tuple(np.asarray(started.rng).tolist())
   assert seen["train"] == bits(stream(5, "train"))
   np.testing.assert_array_equal(
-    started.params["key"],
-    np.float32(jax.random.key_data(stream(5, "params"))),
+    started.params["key"], np.float32(jax.random.key_data(stream(5, "params")))
   )
   assert set(taken) == {"params", "train"}
 

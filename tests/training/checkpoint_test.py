@@ -334,16 +334,17 @@ def test_no_checksums_are_written_where_retention_deletes(
   """A file that appears in a folder being deleted would keep it alive, and a
   save in a hurry does not wait until the one before has been read back."""
   begun, written = threading.Event(), []
-  run = checksums.Summing.run
+  sum_files = checksums.sum_files
 
-  def record(job, stop):
+  def record(path, *arguments):
     begun.set()
     threading.Event().wait(0.3)  # a large checkpoint
-    assert job._directory.exists()
-    if run(job, stop):
-      written.append(int(job._directory.name))
+    assert path.exists()
+    done = sum_files(path, *arguments)
+    written.extend([int(path.name)] if done else [])
+    return done
 
-  monkeypatch.setattr(checksums.Summing, "run", record)
+  monkeypatch.setattr(checksums, "sum_files", record)
   saver = checkpoint.Checkpointer(tmp_path, keep_latest=1)
   saver.save(1, make_state(mesh), make_feed())
   saver.save(2, make_state(mesh), make_feed())  # deletes 1
@@ -498,12 +499,12 @@ def test_each_process_sums_and_compares_its_own(tmp_path, reads):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_bytes(data)
   folder = epath.Path(tmp_path)
-  checksums.Summing(folder, 0).run(threading.Event())
+  checksums.sum_files(folder, 0, {}, threading.Event())
   assert len(reads) == 3 and not any("process_1" in name for name in reads)
   # The other one was killed before: nothing is known to be wrong, or right.
   assert checksums.compare(folder) == ([], False)
   reads.clear()
-  checksums.Summing(folder, 1).run(threading.Event())
+  checksums.sum_files(folder, 1, {}, threading.Event())
   assert len(reads) == 2 and all("process_1" in name for name in reads)
   assert checksums.compare(folder) == ([], True)
   flip_a_bit(tmp_path / "feed/ocdbt.process_1/d/b")

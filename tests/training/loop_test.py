@@ -183,10 +183,7 @@ def test_preemption_is_bit_exact(tmp_path, prefetch, told, stops):
     exits.Preempted, match=f"Told to stop: step {stops} is saved"
   ):
     run(
-      tmp_path / "parts",
-      preempted=at_question(told),
-      writer=writer,
-      **options,
+      tmp_path / "parts", preempted=at_question(told), writer=writer, **options
     )
   saver = checkpoint.Checkpointer(tmp_path / "parts", keep_latest=10)
   assert saver.steps() == sorted({4, stops} & set(range(stops + 1)))
