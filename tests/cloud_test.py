@@ -41,13 +41,6 @@ OPTIONS = (
   "--config.checkpoint.keep_latest=3",
   f"--config.train.num_steps={STEPS}",
 )
-# As where gcsfs is not installed.
-WITHOUT_GCSFS = """
-import runpy, sys
-sys.modules["gcsfs"] = None
-sys.argv = ["drift_jax.main", *sys.argv[1:]]
-runpy.run_module("drift_jax.main", run_name="__main__")
-"""
 # Draws from a run and evaluates it.
 READERS = """if True:
   import runpy
@@ -67,15 +60,11 @@ class Started:
 
   process: subprocess.Popen
 
-  def finish(self, ok: bool = True) -> str:
-    """What it said; where it had to fail, the line that names the error."""
+  def finish(self) -> str:
+    """What it said."""
     stdout, stderr = self.process.communicate(timeout=240)
-    assert self.process.returncode == (0 if ok else 1), stderr[-3000:]
-    if ok:
-      return stdout + stderr
-    assert "Traceback" not in stderr
-    assert stderr.splitlines()[-1].startswith("Error: "), stderr[-3000:]
-    return stderr.splitlines()[-1]
+    assert self.process.returncode == 0, stderr[-3000:]
+    return stdout + stderr
 
 
 @pytest.fixture(scope="module")
@@ -285,14 +274,18 @@ def test_what_can_not_be_written_is_said_in_one_line(bucket):
   assert "\n" not in str(told.value)
 
 
-def test_a_bucket_without_its_package(start):
-  """In the program itself."""
-  line = start(
-    "main", *OPTIONS, "--workdir=gs://runs/run", program=WITHOUT_GCSFS
-  ).finish(ok=False)
-  assert (
-    line == "Error: gs://runs/run: gs:// needs a package: pip install gcsfs"
-  )
+@pytest.mark.parametrize(
+  ("url", "message"),
+  [
+    ("gs://runs/run", "gs:// needs a package: pip install gcsfs"),
+    ("s3://runs/encoder", "runs are kept on local disks and in gs:// buckets"),
+  ],
+)
+def test_what_no_client_can_reach(monkeypatch, url, message):
+  monkeypatch.setattr(storage.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(storage.StorageError, match=f"^{url}: {message}"):
+    artifacts.load(url)
+  storage.check("runs/digits")  # nothing to look at
 
 
 def test_listings_are_not_remembered(bucket):
@@ -303,14 +296,6 @@ def test_listings_are_not_remembered(bucket):
   store = tensorstore.KvStore.open(f"{folder}/").result()
   store.write("b", b"b").result()
   assert len(list(folder.iterdir())) == 2
-
-
-def test_without_a_process():
-  with pytest.raises(storage.StorageError, match="^gs:// names no bucket$"):
-    storage.check("gs://")
-  with pytest.raises(storage.StorageError, match="^s3://runs/encoder: "):
-    artifacts.load("s3://runs/encoder")
-  storage.check("runs/digits")  # nothing to look at
 
 
 def test_a_workdir_in_a_bucket_has_one_run(bucket, monkeypatch):

@@ -31,10 +31,6 @@ def test_no_two_streams_share_a_key():
   assert len({bits(key) for key in keys}) == len(keys)
 
 
-def test_streams_are_reproducible():
-  assert bits(streams.stream(7, "train")) == bits(streams.stream(7, "train"))
-
-
 def test_an_unknown_use_lists_the_valid_ones():
   with pytest.raises(ValueError, match="'sampling'.*'params'.*'sample'"):
     streams.stream(0, "sampling")

@@ -319,13 +319,11 @@ def test_checksums_that_fail_are_not_swallowed(tmp_path, mesh, monkeypatch):
 
 
 def test_every_kept_step_gets_checksums_without_poll_or_wait(tmp_path, mesh):
-  saver = checkpoint.Checkpointer(tmp_path, keep_latest=2)
-  for step in range(1, 5):
-    saver.save(step, make_state(mesh), make_feed())
-  saver.close()
+  with open_(tmp_path, keep_latest=2) as saver:
+    for step in range(1, 5):
+      saver.save(step, make_state(mesh), make_feed())
   for step in (3, 4):
-    sums = json.loads((tmp_path / str(step) / "checksums.json").read_text())
-    assert len(sums) > 4
+    assert checksums.compare(epath.Path(tmp_path) / str(step)) == ([], True)
 
 
 def test_no_checksums_are_written_where_retention_deletes(
@@ -345,13 +343,12 @@ def test_no_checksums_are_written_where_retention_deletes(
     return done
 
   monkeypatch.setattr(checksums, "sum_files", record)
-  saver = checkpoint.Checkpointer(tmp_path, keep_latest=1)
-  saver.save(1, make_state(mesh), make_feed())
-  saver.save(2, make_state(mesh), make_feed())  # deletes 1
-  while not begun.is_set():
-    saver.poll()
-  saver.save(3, make_state(mesh), make_feed())  # deletes 2
-  saver.close()
+  with open_(tmp_path, keep_latest=1) as saver:
+    saver.save(1, make_state(mesh), make_feed())
+    saver.save(2, make_state(mesh), make_feed())  # deletes 1
+    while not begun.is_set():
+      saver.poll()
+    saver.save(3, make_state(mesh), make_feed())  # deletes 2
   assert written == [3]
   assert [path.name for path in tmp_path.iterdir()] == ["3"]
 
@@ -390,24 +387,21 @@ def test_a_full_disk_costs_the_save_alone(tmp_path, mesh, capfd):
 
 
 def test_a_score_goes_with_the_checkpoint_that_is_set_aside(tmp_path, mesh):
-  saver = checkpoint.Checkpointer(
-    tmp_path, keep_latest=2, best_metric="fd", on_corrupt="previous"
-  )
-  for step, figure in ((1, 5.0), (2, 3.0)):
-    saver.save(step, make_state(mesh, step), make_feed())
-    saver.rank(step, {"fd": figure})
-  saver.wait()
-  assert saver.best_step() == 2
-  truncate(largest_file(tmp_path / "2"))
-  assert saver.restore(*targets(mesh)) is not None
-  saver.save(2, make_state(mesh, 2), make_feed())
-  assert saver.best_step() == 1
-  saver.close()
+  options = {"keep_latest": 2, "best_metric": "fd", "on_corrupt": "previous"}
+  with open_(tmp_path, **options) as saver:
+    for step, figure in ((1, 5.0), (2, 3.0)):
+      saver.save(step, make_state(mesh, step), make_feed())
+      saver.rank(step, {"fd": figure})
+    saver.wait()
+    assert saver.best_step() == 2
+    truncate(largest_file(tmp_path / "2"))
+    assert_restores(saver, mesh, 1)
+    saver.save(2, make_state(mesh, 2), make_feed())
+    assert saver.best_step() == 1
 
 
 def test_the_cause_of_a_failed_save_is_said(tmp_path, mesh, monkeypatch):
   """TensorStore's own text may be long, and end with what was to be done."""
-  saver = checkpoint.Checkpointer(tmp_path)
 
   def fail(*args, **kwargs):
     raise ValueError(
@@ -415,12 +409,12 @@ def test_the_cause_of_a_failed_save_is_said(tmp_path, mesh, monkeypatch):
       "[os_error_code='27'] [source locations='b']"
     )
 
-  monkeypatch.setattr(saver._manager, "save", fail)
-  with pytest.raises(
-    checkpoint.CheckpointError, match="written: File too large. No checkpoint"
-  ):
-    saver.save(1, make_state(mesh, 1), make_feed())
-  saver.close()
+  with open_(tmp_path) as saver:
+    monkeypatch.setattr(saver._manager, "save", fail)
+    with pytest.raises(
+      checkpoint.CheckpointError, match="written: File too large. No checkpoint"
+    ):
+      saver.save(1, make_state(mesh, 1), make_feed())
 
 
 def test_awkward_names_of_folders(tmp_path, mesh):
@@ -520,23 +514,17 @@ def test_each_process_sums_and_compares_its_own(tmp_path, reads):
 
 def test_checksums_of_earlier_checkpoints(three_steps, mesh):
   """One file for all processes' files, a CRC-32 of each as a whole."""
-  folder = three_steps / "3"
-  names = checksums.file_names(epath.Path(folder))
-  sums = {
-    name: [len(data), zlib.crc32(data)]
-    for name in names
-    for data in [(folder / name).read_bytes()]
-  }
+  folder = epath.Path(three_steps / "3")
+  files = {n: (folder / n).read_bytes() for n in checksums.file_names(folder)}
+  sums = {name: [len(data), zlib.crc32(data)] for name, data in files.items()}
   sums["commit_success.txt"] = [1, 1]  # they have it, a copy may not
   (folder / "checksums.json").write_text(json.dumps(sums))
-  assert checksums.compare(epath.Path(folder)) == ([], True)
-  saver = checkpoint.Checkpointer(three_steps, keep_latest=3)
-  state = targets(mesh)[0]
-  assert saver.restore_subtree(state)[0] == 3
-  flip_a_bit(largest_file(folder))
-  with pytest.raises(checkpoint.CheckpointError, match="content changed"):
-    saver.restore(*targets(mesh))
-  saver.close()
+  assert checksums.compare(folder) == ([], True)
+  with open_(three_steps, keep_latest=3) as saver:
+    assert saver.restore_subtree(targets(mesh)[0])[0] == 3
+    flip_a_bit(largest_file(three_steps / "3"))
+    with pytest.raises(checkpoint.CheckpointError, match="content changed"):
+      saver.restore(*targets(mesh))
 
 
 def test_a_sum_goes_on_where_a_save_has_stopped_it(tmp_path, mesh, monkeypatch):
@@ -573,16 +561,16 @@ def test_runs_that_gave_their_figures_to_orbax_rank_on(tmp_path, mesh):
     item_names=("state", "feed"),
   ) as manager:
     for step, value in enumerate((2.0, 1.0, 3.0), 1):
-      args = {"state": make_state(mesh, step), "feed": make_feed()}
-      saved = {n: ocp.args.StandardSave(tree) for n, tree in args.items()}
-      composite = ocp.args.Composite(**saved)
-      manager.save(step, args=composite, metrics={"fd": value})
-  saver = checkpoint.Checkpointer(tmp_path, best_metric="fd")
-  assert saver.best_step() == 2 and saver.evaluated(3)
-  saver.save(4, make_state(mesh), make_feed(), evaluation_due=True)
-  saver.wait()
-  assert saver.steps() == [2, 4] and not saver.evaluated(4)
-  saver.rank(4, {"fd": 0.5})
-  assert saver.steps() == [4] and saver.evaluated(4)
-  saver.close()
+      items = ocp.args.Composite(
+        state=ocp.args.StandardSave(make_state(mesh, step)),
+        feed=ocp.args.StandardSave(make_feed()),
+      )
+      manager.save(step, args=items, metrics={"fd": value})
+  with open_(tmp_path, best_metric="fd") as saver:
+    assert saver.best_step() == 2 and saver.evaluated(3)
+    saver.save(4, make_state(mesh), make_feed(), evaluation_due=True)
+    saver.wait()
+    assert saver.steps() == [2, 4] and not saver.evaluated(4)
+    saver.rank(4, {"fd": 0.5})
+    assert saver.steps() == [4] and saver.evaluated(4)
   assert [path.name for path in tmp_path.iterdir()] == ["4"]
