@@ -141,23 +141,15 @@ class Progress:
     done, since = self._mark
     seconds = max(time.perf_counter() - since - self._paused, 1e-9)
     speed = (self._done - done) / seconds or None
-    if not self._bar.disable:
-      self._bar.set_postfix_str(text, refresh=False)
+    rest = ""
+    if speed:
+      seconds_left = (self._total - self._done) / speed
+      rest = f" ({speed:.4g} {self._unit}/s, {seconds_left:.0f} s left)"
+    if self._bar.disable:
+      place = f"{self._what} {self._done}/{self._total}"
+      logger.info("%s %s%s", place, text or self._unit, rest)
     else:
-      left = ""
-      if speed:
-        left = (
-          f" ({speed:.4g} {self._unit}/s, "
-          f"{(self._total - self._done) / speed:.0f} s left)"
-        )
-      logger.info(
-        "%s %d/%d %s%s",
-        self._what,
-        self._done,
-        self._total,
-        text or self._unit,
-        left,
-      )
+      self._bar.set_postfix_str(text, refresh=False)
     if speed:
       self.restart()
       self.seconds = seconds

@@ -28,7 +28,7 @@ from typing import NoReturn
 import jax
 from jax.experimental import multihost_utils
 
-from drift_jax.system import console, options, processes
+from drift_jax.system import console, processes
 from drift_jax.system.console import logger
 from drift_jax.system.errors import ERRORS, naming
 
@@ -93,9 +93,7 @@ def join(
   coordinator: str,
   num_processes: int | None,
   process_id: int | None,
-  *,
-  heartbeat_timeout: int = processes.HEARTBEAT_SECONDS,
-  join_timeout: int = options.JOIN_SECONDS,
+  **timeouts: int,
 ) -> None:
   """`processes.initialize`; then watches whether the others are well.
 
@@ -106,17 +104,12 @@ def join(
   if _again != AGAIN:  # It never asks for `preemption`.
     jax.config.update("jax_enable_preemption_service", False)
   with naming("processes"):
-    processes.initialize(
-      coordinator,
-      num_processes,
-      process_id,
-      heartbeat_timeout=heartbeat_timeout,
-      join_timeout=join_timeout,
-    )
+    processes.initialize(coordinator, num_processes, process_id, **timeouts)
   console.setup(processes.index())
   if processes.several():
     # A little earlier than JAX's own heartbeat, which aborts the process.
-    patience = heartbeat_timeout - min(0.5 * heartbeat_timeout, 10.0)
+    heartbeat = timeouts.get("heartbeat_timeout", processes.HEARTBEAT_SECONDS)
+    patience = heartbeat - min(0.5 * heartbeat, 10.0)
     threading.Thread(target=_watch, args=(patience,), daemon=True).start()
 
 
@@ -159,7 +152,7 @@ def _watch(patience: float) -> None:
 
 # Held for ever by the thread that ends this process.
 _ending = threading.Lock()
-# Set once this process ends by an error, and looks for the cause.
+# Set when this process ends by an error, and looks for the cause.
 _failed = threading.Event()
 
 
@@ -355,16 +348,11 @@ def preemption() -> Iterator[Callable[[], bool]]:
       next(_questions)
     )
     return
-  told = threading.Event()
-
-  def handle(number: int, frame: FrameType | None) -> None:
-    del number, frame
-    told.set()
-
   if threading.current_thread() is not threading.main_thread():
     yield lambda: False  # Only the main thread may handle signals.
     return
-  before = signal.signal(signal.SIGTERM, handle)
+  told = threading.Event()
+  before = signal.signal(signal.SIGTERM, lambda *_: told.set())
   try:
     yield told.is_set
   finally:

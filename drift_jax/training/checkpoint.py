@@ -131,8 +131,6 @@ class Checkpointer:
 
   def _sweep(self) -> None:
     """Removes what killed saves have left; never what may be a checkpoint."""
-    if not self._directory.exists():
-      return
     self._remove_unfinished()
     for path in self._unmarked():
       metadata = _read_json(path / checksums.METADATA)
@@ -158,7 +156,7 @@ class Checkpointer:
       )
 
   def _remove_unfinished(self) -> None:
-    for path in self._directory.iterdir():
+    for path in storage.entries(self._directory):
       if _UNFINISHED.fullmatch(path.name):
         path.rmtree()
 
@@ -537,8 +535,9 @@ class Checkpointer:
       CheckpointError: if there is no such checkpoint or it is damaged.
     """
     chosen = self._readable(step, "feed", None)
-    shapes = self._shapes(chosen)
-    abstract = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    abstract = jax.tree.map(
+      lambda x: np.zeros(x.shape, x.dtype), self._shapes(chosen)
+    )
     return chosen, self._read(chosen, "feed", abstract)
 
   def restore_subtree(
