@@ -54,17 +54,11 @@ READERS = """if True:
 """
 
 
-@dataclasses.dataclass
-class Started:
-  """A process that runs while the test does something else."""
-
-  process: subprocess.Popen
-
-  def finish(self) -> str:
-    """What it said."""
-    stdout, stderr = self.process.communicate(timeout=240)
-    assert self.process.returncode == 0, stderr[-3000:]
-    return stdout + stderr
+def finish(process):
+  """What it said."""
+  stdout, stderr = process.communicate(timeout=240)
+  assert process.returncode == 0, stderr[-3000:]
+  return stdout + stderr
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +87,7 @@ def start(bucket):
     )
     stack.enter_context(process)
     stack.callback(process.kill)
-    return Started(process)
+    return process
 
   with contextlib.ExitStack() as stack:
     yield run
@@ -124,7 +118,7 @@ def story(bucket, start, tmp_path_factory):
   whole = tmp_path_factory.mktemp("whole")
   reference = None
   run = OPTIONS + (f"--workdir=gs://{bucket.name}/digits",)
-  killed = start("main", *run).process
+  killed = start("main", *run)
   deadline = time.monotonic() + 240
   while "checkpoints/8/checksums.json" not in bucket.names("digits"):
     assert killed.poll() is None, killed.communicate()[1][-3000:]
@@ -136,7 +130,7 @@ def story(bucket, start, tmp_path_factory):
   killed.send_signal(signal.SIGKILL)
   killed.communicate()
   assert reference is not None
-  reference.finish()
+  finish(reference)
   # As if killed before later ones were whole.
   later = {n.split("/")[0] for n in bucket.names("digits/checkpoints")}
   for step in later - {"4", "8"}:
@@ -164,7 +158,7 @@ def story(bucket, start, tmp_path_factory):
   reader.close()
   assert bucket.names("digits/checkpoints/8") == names
   resumed = start("main", *run, "--config.checkpoint.on_corrupt=previous")
-  return Story(whole, names, str(caught.value), resumed.finish())
+  return Story(whole, names, str(caught.value), finish(resumed))
 
 
 @pytest.mark.system
@@ -217,15 +211,14 @@ def test_the_workdir_holds_what_is_promised(bucket, story):
 @pytest.mark.system
 def test_samples_and_figures_of_a_run_in_a_bucket(bucket, start, story):
   workdir = f"gs://{bucket.name}/digits"
-  start(
+  reading = start(
     "evaluate",
     f"--workdir={workdir}",
-    "--alphas=1,2",
-    "--metrics=fd_pixel",
-    "--num_samples=20",
+    *("--alphas=1,2", "--metrics=fd_pixel", "--num_samples=20"),
     f"--samples_out={workdir}/samples.npz",
     program=READERS,
-  ).finish()
+  )
+  finish(reading)
   with Image.open(io.BytesIO(bucket.read("digits/grid.png"))) as image:
     assert image.size[0] > 4 * image.size[1]  # two rows of ten
   report = json.loads(bucket.read("digits/evaluation.json"))

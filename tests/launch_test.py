@@ -469,11 +469,9 @@ def test_restart_forwards(tmp_path, sent, code):
   """
   # A shell's background jobs ignore it, and so would all that they start.
   before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  command = ["bash", LAUNCH / "restart.sh", sys.executable, "-c", program]
   process = subprocess.Popen(
-    ["bash", LAUNCH / "restart.sh", sys.executable, "-c", program],
-    cwd=tmp_path,
-    stderr=subprocess.PIPE,
-    text=True,
+    command, cwd=tmp_path, stderr=subprocess.PIPE, text=True
   )
   signal.signal(signal.SIGINT, before)
   log = tmp_path / "log"
@@ -564,29 +562,25 @@ def slurm_job(monkeypatch, code, **settings):
 
 
 @pytest.mark.parametrize(
-  ("code", "requeues"),
-  [(0, 0), (1, 0), (2, 0), (75, 1), (130, 0), (134, 1), (137, 1)],
+  ("code", "restarts", "requeues"),
+  [
+    *((0, 0, 0), (1, 0, 0), (75, 0, 1), (130, 0, 0), (134, 2, 1), (137, 0, 1)),
+    (134, 3, 0),
+  ],
 )
-def test_slurm_requeues(stand_in, monkeypatch, code, requeues):
+def test_slurm_requeues(stand_in, monkeypatch, code, restarts, requeues):
   read = stand_in("srun", "scontrol")
-  slurm_job(monkeypatch, code)
+  settings = {"SLURM_RESTART_COUNT": str(restarts), "MAX_RESTARTS": "3"}
+  slurm_job(monkeypatch, code, **settings)
   done = call("slurm.sbatch", *TRAIN, cwd=ROOT)
   assert done.returncode == code
   ran, *after = read()
   assert ran[:3] == ["srun", "--kill-on-bad-exit=0", "--wait=300"]
-  assert ran[4:] == [
-    *("py", "-m", "drift_jax.main"),
-    *(*TRAIN, "--coordinator=auto"),
-  ]
+  run = ("py", "-m", "drift_jax.main", *TRAIN, "--coordinator=auto")
+  assert ran[4:] == [*run]
   assert after == [["scontrol", "requeue", "42"]] * requeues
-
-
-def test_slurm_job_gives_up(stand_in, monkeypatch):
-  read = stand_in("srun", "scontrol")
-  slurm_job(monkeypatch, 134, SLURM_RESTART_COUNT="3", MAX_RESTARTS="3")
-  done = call("slurm.sbatch", *TRAIN, cwd=ROOT)
-  assert done.returncode == 134 and len(read()) == 1
-  assert "after 3 restarts, which is MAX_RESTARTS" in done.stderr
+  gave_up = "after 3 restarts, which is MAX_RESTARTS" in done.stderr
+  assert gave_up == (restarts == 3)
 
 
 def test_slurm_job_is_cancelled(stand_in, monkeypatch):
@@ -662,7 +656,6 @@ def test_install(programs, tmp_path, python3, made):
   shutil.copytree(LAUNCH, tmp_path / "launch")
   env = os.environ | {"STAND_IN": str(programs / "new")}
   env.pop("PYTHON", None)
-  pip = "-m pip install --quiet --disable-pip-version-check"
   locked = "--constraint launch/locks/python3.12.txt"
   newest = "--upgrade --upgrade-strategy=eager"
   for arguments, versions, packages in (
@@ -679,6 +672,7 @@ def test_install(programs, tmp_path, python3, made):
     )
     assert done.returncode == 0, done.stderr
     # The second time, what was made is there.
+    pip = "-m pip install --quiet --disable-pip-version-check"
     made = [*made, f"{pip} {versions} -r requirements.txt {packages}"]
     assert (tmp_path / "record").read_text().splitlines() == made
 
@@ -693,9 +687,6 @@ def instructions():
 
 
 def test_image_copies_what_is_there():
-  assert {name for name, _ in instructions()} <= set(
-    "ARG FROM ENV WORKDIR COPY RUN USER CMD".split()
-  )
   ignored = (ROOT / ".dockerignore").read_text().split()
   assert ignored[0] == "*"
   copied = [rest.split()[0] for name, rest in instructions() if name == "COPY"]
@@ -708,7 +699,7 @@ def test_image_copies_what_is_there():
 
 @pytest.mark.parametrize(
   ("accelerator", "package"),
-  [("cpu", []), ("cuda13", ["jax[cuda13]"]), ("tpu", ["jax[tpu]"])],
+  [("cpu", []), ("tpu", ["jax[tpu]"])],
 )
 def test_image_installs(stand_in, monkeypatch, accelerator, package):
   read = stand_in("pip")
