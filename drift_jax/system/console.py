@@ -1,4 +1,4 @@
-"""What a run says on the terminal: one line an event, and nothing else."""
+"""Messages of a run on the terminal: one line an event, nothing else."""
 
 import argparse
 import contextlib
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 logger = logging.getLogger("drift_jax")
 
-# Between two lines of progress where there is no terminal to draw a bar on.
+# Between two lines of progress if there is no terminal to draw a bar on.
 LOG_SECONDS = 30.0
 
 
@@ -53,8 +53,8 @@ def setup(process: int = 0) -> None:
   warnings up. Called by entry points, never at import.
 
   Args:
-    process: whose they are; of all but the first only warnings are shown, and
-      its number in front of them.
+    process: number of the process that speaks. All but the first show only
+      warnings, after their number.
   """
   handler = _Handler()
   number = f"process {process}: " if process else ""
@@ -101,10 +101,10 @@ class Progress:
     """Starts the clock.
 
     Args:
-      what: is done, in front of each line.
+      what: the work, named at the start of each line.
       total: at the end.
       first: done before.
-      unit: of what is counted.
+      unit: the things that are counted.
       lines: whether `update` says something now and then; else call `show`.
     """
     self._what, self._unit, self._total = what, unit, total
@@ -134,9 +134,9 @@ class Progress:
       self.show()
 
   def show(self, text: str = "") -> float | None:
-    """Says where it is; returns the speed since the last time, per second.
+    """Shows the progress; returns the speed since the last time, per second.
 
-    None where nothing was done since.
+    None if nothing was done since.
     """
     done, since = self._mark
     seconds = max(time.perf_counter() - since - self._paused, 1e-9)

@@ -1,14 +1,14 @@
-"""How a program ends, in one process or in several: codes and last lines.
+"""Ends of a program, in one process or in several: codes and last lines.
 
   0    done
   1    an error
   75   to be started again: preempted, or another process was lost
   130  Ctrl-C
 
-Where one of several processes ends for a reason of its own, the others would
-wait for it in their next collective: it tells them, and they end as well. An
-error that a process sees may follow from the end of another one: which it is,
-is found before the error is looked at.
+If one of several processes ends for a reason of its own, the others would wait
+for it in their next collective: it tells them, and they end as well. An error
+in one process may follow from the end of another one: its cause is sought
+before it is shown.
 """
 
 import contextlib
@@ -35,23 +35,23 @@ from drift_jax.system.errors import ERRORS, naming
 ERROR = 1
 RESTART = 75  # EX_TEMPFAIL of sysexits.h
 INTERRUPTED = 128 + signal.SIGINT
-# What to do after codes 75 and 130: of a run, of a program without a state.
+# Remedies after codes 75 and 130: for a run, for a program without a state.
 AGAIN = "the same command goes on from the newest checkpoint"
 ANEW = "start the same command again"
 
-# What to do again; `run` says it.
+# The remedy of this program; `run` sets it.
 _again = AGAIN
 _LOST = "Another process was lost"
 _END = "drift_jax/end"
 _ALIVE = "drift_jax/alive"
 _LEAVE = "drift_jax/leave"
-# How often each process says that it lives, and looks at the others.
+# Time between two signs of life of a process, and between its looks at others.
 _INTERVAL_SECONDS = 1.0
-# How long a process that ends waits for the others to have heard of it.
+# A process that ends waits so long until the others have heard of it.
 _FAREWELL_SECONDS = 5.0
-# How long one that failed waits for the others' next signs of life.
+# A process that failed waits so long for the others' next signs of life.
 _DOUBT_SECONDS = 10.0
-# How long those may write files whose work is done.
+# A process that is done waits so long for those that still write files.
 _LEAVE_SECONDS = 3600.0
 
 
@@ -191,10 +191,10 @@ def _end_for(error: Exception) -> NoReturn:
 
 
 def cause_of(error: BaseException) -> tuple[int, str] | None:
-  """What happened to another process, if an error follows from that.
+  """The end of another process, if an error follows from it.
 
-  JAX's own text may tell. Of any other error, the others tell: as long as all
-  of them give signs of life, it is this process' own.
+  The text of an error of JAX may tell. For any other error the other processes
+  do: as long as all of them give signs of life, the error is this process' own.
 
   Returns:
     None for an error of this process; else the exit code and the message that
@@ -241,8 +241,8 @@ def _end(code: int, message: str, *, lost: int = 0) -> NoReturn:
   """Says why this process ends, here and to the others, and ends it.
 
   Args:
-    code, message: of the exit.
-    lost: how many of the others can't be told any more.
+    code, message: exit code and last line.
+    lost: number of processes that can't be told any more.
   """
   if not processes.several():
     if code == ERROR:
@@ -289,7 +289,7 @@ def _leave(code: int) -> None:
 
 
 def _only_once() -> None:
-  """Waits for ever where another thread is ending this process already."""
+  """Waits for ever if another thread is ending this process already."""
   if not _ending.acquire(blocking=False):
     threading.Event().wait()
 
@@ -303,13 +303,13 @@ def give_up(message: str) -> NoReturn:
   _exit_now(ERROR)
 
 
-# What must be done however this process ends, by itself.
+# Actions that must precede the end of this process, however it ends.
 _last: list[Callable[[], None]] = []
 
 
 @contextlib.contextmanager
 def last(action: Callable[[], None]) -> Iterator[None]:
-  """Meanwhile: does it before this process ends in another thread.
+  """Meanwhile: an end in another thread does it first.
 
   It may be called while the program's own thread goes on.
   """
@@ -336,7 +336,7 @@ _questions = itertools.count(1)
 
 @contextlib.contextmanager
 def preemption() -> Iterator[Callable[[], bool]]:
-  """Yields what tells whether to stop now, by SIGTERM.
+  """Yields a function that tells whether to stop now, by SIGTERM.
 
   A SIGTERM to any process makes all of them stop at the same question, if all
   ask equally often: between training steps and the batches of evaluations.
@@ -366,7 +366,7 @@ def stop_on_sigterm() -> None:
   def handle(number: int, frame: FrameType | None) -> NoReturn:
     del number, frame
     logger.info("Told to stop before the first step; %s.", AGAIN)
-    raise SystemExit(RESTART)  # no error, of which others would make their own
+    raise SystemExit(RESTART)  # not an Exception, which others would wrap
 
   if not processes.several():
     signal.signal(signal.SIGTERM, handle)

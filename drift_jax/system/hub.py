@@ -91,7 +91,7 @@ def _check_endpoint() -> None:
 
 
 def _variables() -> str:
-  """Names of the variables that decide where and how the hub is asked."""
+  """Names of the variables that decide how the hub is asked."""
   names = [
     name
     for name in sorted(os.environ)
@@ -106,7 +106,7 @@ def commit_of(path: pathlib.Path, name: str) -> str:
 
 
 def folders(address: Address) -> list[str]:
-  """Folders of a repository, sorted; none where it can't be asked."""
+  """Folders of a repository, sorted; none if it can't be asked."""
   try:
     names = huggingface_hub.list_repo_files(
       address.repository, revision=address.revision
@@ -130,13 +130,13 @@ def _check(path: pathlib.Path) -> None:
   elif _SHA1.fullmatch(blob.name):
     digest = hashlib.sha1(b"blob %d\0" % blob.stat().st_size)
   else:
-    return  # a cache without links, where the file system has none
+    return  # a cache without links, on a file system that has none
   with blob.open("rb") as file:
-    found = hashlib.file_digest(file, lambda: digest).hexdigest()
-  if found != blob.name:
+    checksum = hashlib.file_digest(file, lambda: digest).hexdigest()
+  if checksum != blob.name:
     raise HubError(
       f"{path} ({blob.stat().st_size} bytes) is damaged: its checksum is "
-      f"{found}, not {blob.name}; remove {blob} and try again"
+      f"{checksum}, not {blob.name}; remove {blob} and try again"
     )
 
 

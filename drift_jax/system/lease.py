@@ -4,8 +4,8 @@ The lease is a small file, or an object of a bucket, that names its owner. Each
 change of it is on the condition that it is as it was read: two that want it
 can't both get it. The owner changes it every few seconds. Whoever finds it asks
 the system about the owner's process, if that is one of this machine; otherwise
-it waits whether the file changes, and takes it over if it doesn't. No clocks
-are compared.
+it waits to see whether the file changes, and takes it over if it doesn't. No
+clocks are compared.
 """
 
 import contextlib
@@ -25,11 +25,11 @@ from drift_jax.system import storage
 from drift_jax.system.console import logger
 from drift_jax.system.errors import ConfigError
 
-# How often the owner shows that it lives, and after how long without that it
-# counts as dead.
+# Time between two signs of life of the owner, and without one until it counts
+# as dead.
 INTERVAL_SECONDS = 10.0
 LEASE_SECONDS = 60.0
-# How often who waits looks, and how long an answer of the storage may take.
+# Time between two looks of a process that waits, and for a storage to answer.
 _LOOK_SECONDS = 1.0
 _ANSWER_SECONDS = 30.0
 # Linux' flag of a process that is about to end.
@@ -45,8 +45,8 @@ class Lease:
     """Takes nothing yet.
 
     Args:
-      path: of the lease itself, in a folder that may be missing.
-      what: it is for, in messages.
+      path: file or object of the lease, in a folder that may be missing.
+      what: the thing that it is for, in messages.
       on_lost: called, in another thread, with a message: somebody else has
         taken it, since this process gave no sign of life for too long.
     """
@@ -135,7 +135,7 @@ class Lease:
       )
 
   def _again(self) -> bool:
-    """Writes it where a change was refused though nobody else has it.
+    """Writes it if a change was refused though nobody else has it.
 
     The answer to the last change was lost, or the file was deleted.
     """
@@ -156,7 +156,7 @@ class Lease:
   def _read(self) -> tuple[dict[str, Any] | None, bytes]:
     """(facts about the owner, what a change asks for).
 
-    The facts are {} where they can't be read, None where there is no owner.
+    The facts are {} if they can't be read, None if there is no owner.
     """
     read = self._ask("read")
     owner: Any = None
@@ -168,7 +168,7 @@ class Lease:
     return owner, read.stamp.generation
 
   def _write(self, generation: bytes, keep: bool = True) -> bool:
-    """Whether it was as expected, and is the own one now (or is deleted)."""
+    """Changes it if it is still as expected; returns whether it was."""
     if keep and not storage.is_remote(self._path):
       folder = pathlib.Path(self._path).parent
       missing = [p for p in (folder, *folder.parents) if not p.exists()]
@@ -212,9 +212,9 @@ def _lives(owner: dict[str, Any]) -> bool | None:
 
 
 def _machine() -> str:
-  """Names where a process' number is unique: this boot, this container.
+  """Scope in which a process' number is unique: this boot, this container.
 
-  '' where the system doesn't say.
+  '' if the system doesn't say.
   """
   try:
     boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -229,7 +229,7 @@ def _started(pid: int) -> int | None:
     text = pathlib.Path(f"/proc/{pid}/stat").read_text()
   except OSError:
     return None
-  # Behind the name, which may hold anything.
+  # After the name, which may hold anything.
   state, *fields = text.rpartition(")")[2].split()
   ending = state in "ZX" or int(fields[5]) & _EXITING
   return None if ending else int(fields[18])

@@ -12,17 +12,17 @@ MAX_SEED = 2**32 - 1
 BATCH_SIZE = 256
 # Files of pictures.
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-# What an evaluation without a config computes, of so many samples.
+# Figures of an evaluation without a config, and its number of samples.
 METRICS = ("fid", "inception_score")
 NUM_SAMPLES = 50_000
-# Of the classes of a source; '': its own.
+# Orders of the classes of a source; '': its own.
 CLASS_ORDERS = ("", "imagenet")
-# Of statistics of real images, and how many single features are kept.
+# Crops of real images for statistics, and number of single features kept.
 CROPS = ("center", "pad", "none")
 NUM_FEATURES = 10_000
-# Of a network's computation, and of latents on a disk.
+# Dtypes of a network's computation, and of latents on a disk.
 DTYPES = ("float32", "bfloat16")
 LATENT_DTYPES = ("float16", "bfloat16")
-# Of an export.
+# Formats of an export, and platforms that it runs on.
 FORMATS = ("stablehlo", "release", "onnx")
 PLATFORMS = ("cpu", "cuda", "tpu")

@@ -48,7 +48,7 @@ def expand(path: str | os.PathLike[str]) -> str:
 
 
 def expand_source(source: str) -> str:
-  """The same of KIND:PATH, as data.source has it, or of a path.
+  """`expand` for KIND:PATH, the form of data.source, or for a path.
 
   Raises:
     PathError: see `expand`.

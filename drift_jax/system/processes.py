@@ -20,23 +20,23 @@ from drift_jax.system.errors import UserError
 # Bytes of one process that a collective moves at a time.
 _CHUNK_BYTES = 2**24
 HEARTBEAT_SECONDS = 100
-# Said where the others are not there at once.
+# After so long the log says that this process waits for the others.
 _PATIENCE_SECONDS = 10.0
-# What collectives and the coordination service say where a process is gone;
-# the last two are of NCCL and of Orbax' barriers.
+# Texts of collectives and the coordination service about a lost process; the
+# last two come from NCCL and from Orbax' barriers.
 _LOST = re.compile(
   r"connection (closed|reset|refused)|gloo|socket closed|broken pipe"
   r"|coordination ?service|stopped sending heartbeats|task .* (died|failed)"
   r"|remote process exited|barrier (timed out|failed)",
   re.IGNORECASE,
 )
-# In front of it where JAX raises no class of its own: a collective that fails
+# Start of the text if JAX raises no class of its own: a collective that fails
 # while it is dispatched comes as a ValueError.
 _STATUS = re.compile(r"[A-Z]+(_[A-Z]+)*: ")
 _rounds = itertools.count()
 # Set while JAX connects: it has a client then, of which nothing may be asked.
 _connecting = threading.Event()
-# The package's; console, where it is set up, has this module's rank.
+# The package's logger; console, which sets it up, has this module's rank.
 _logger = logging.getLogger("drift_jax")
 
 
@@ -59,7 +59,7 @@ def initialize(
   """Joins this process to the others; the first thing that a program does.
 
   Args:
-    coordinator: HOST:PORT of process 0; 'auto' where the machine tells all
+    coordinator: HOST:PORT of process 0; 'auto' if the machine tells all
       three (TPU pods, SLURM); '' for a single process, which does nothing.
     num_processes: how many there are; None for 'auto' and ''.
     process_id: 0 to num_processes - 1; None for 'auto' and ''.
@@ -199,7 +199,7 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def index() -> int:
-  """This process' number; does not touch devices where it is alone."""
+  """This process' number; does not touch devices if it is alone."""
   return jax.process_index() if client() is not None else 0
 
 
@@ -209,7 +209,7 @@ def is_first() -> bool:
 
 
 def from_first(function: Callable[[], Any]) -> Any:
-  """What the first process' call returns, in all; the others do not call.
+  """Returns the first process' value in all; the others do not call.
 
   What they do together has the same order in all processes. No device takes
   part, and the others wait for as long as it takes.
@@ -218,13 +218,13 @@ def from_first(function: Callable[[], Any]) -> Any:
     function: gives something that JSON can hold.
 
   Raises:
-    PeerError: in the other processes, where the call raises in the first.
+    PeerError: in the other processes, if the call raises in the first.
   """
   return _tell(function, [0])[0] if several() else function()
 
 
 def from_all(function: Callable[[], Any]) -> list[Any]:
-  """What the call returns in each process, in their order, in all of them.
+  """Returns the values of all processes, in their order, in all of them.
 
   All wait for all, for as long as it takes. No device takes part.
 
@@ -232,7 +232,7 @@ def from_all(function: Callable[[], Any]) -> list[Any]:
     function: gives something that JSON can hold.
 
   Raises:
-    PeerError: where the call raises in another process.
+    PeerError: the call raises in another process.
   """
   if not several():
     return [function()]
@@ -240,7 +240,7 @@ def from_all(function: Callable[[], Any]) -> list[Any]:
 
 
 def _tell(function: Callable[[], Any], tellers: Sequence[int]) -> list[Any]:
-  """What the call returns in some processes, which tell it to all."""
+  """Returns the values of some processes, which tell them to all."""
   key, own = f"drift_jax/told/{next(_rounds)}", index()
   if own in tellers:
     try:

@@ -121,7 +121,7 @@ def over_devices(
 
   Collectives are the function's own business: over BATCH_AXES for the batch,
   `gather` for parameters. Arrays without a value are made anew on each device:
-  the compiler of jaxlib 0.11.2 crashes where one enters on several devices.
+  the compiler of jaxlib 0.11.2 crashes if one enters on several devices.
   """
   mapped = functools.partial(
     jax.shard_map, mesh=mesh, out_specs=out_specs, check_vma=False
@@ -237,7 +237,7 @@ def regather(
 
   Args:
     function: gathers parameters.
-    param_specs: theirs; where none is sharded, nothing is changed.
+    param_specs: PartitionSpecs; if none is sharded, nothing is changed.
   """
   if not is_sharded(param_specs):
     return function
@@ -247,7 +247,7 @@ def regather(
 
 
 def sum_gradients(grads: Any, tree_specs: Any) -> Any:
-  """Sums what `gather`'s backward pass has left to be summed."""
+  """Completes the sums of gradients after `gather`'s backward pass."""
 
   def total(grad: jax.Array, spec: Any) -> jax.Array:
     axes = BATCH_AXES if _gathered_axis(spec) is None else ("data",)
@@ -262,7 +262,8 @@ def over_batch(
   """(params, batch...) -> outputs, each device on its part of the batch.
 
   Args:
-    function: of whole parameters and arrays [b, ...]; its outputs are [b, ...].
+    function: takes whole parameters and arrays [b, ...], gives arrays
+      [b, ...].
     mesh: the batch is split over all its axes.
     param_specs: PartitionSpecs of params.
   """

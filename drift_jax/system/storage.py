@@ -1,4 +1,4 @@
-"""Buckets in the place of folders: gs://BUCKET/PATH.
+"""Buckets used as folders: gs://BUCKET/PATH.
 
 etils.epath reads a bucket as it reads a disk. What differs is here: whether
 the bucket can be used at all, and writing, since an object can't be appended
@@ -19,7 +19,7 @@ PathLike = str | os.PathLike[str]
 
 # A library's attempt to reach a bucket; `check` makes three at most.
 _SECONDS = 15
-# What patterns are made of, and an escape; what else URLs are made of.
+# Characters of patterns, with the escape; further ones of URLs.
 _PATTERN, _URL = "*?[\\", "#%]"
 _HINT = (
   "Credentials come from GOOGLE_APPLICATION_CREDENTIALS, `gcloud auth "
@@ -34,7 +34,7 @@ class StorageError(OSError):
 
 @contextlib.contextmanager
 def naming_errors(path: PathLike) -> Iterator[None]:
-  """Gives OSErrors the path, where a full disk's have none."""
+  """Gives OSErrors the path, which those of a full disk lack."""
   try:
     yield
   except OSError as error:
@@ -55,7 +55,7 @@ def without_scheme(path: PathLike) -> str:
 
 
 def entries(folder: PathLike, ending: str = "") -> list[epath.Path]:
-  """What is in a folder, of names that end so, sorted; [] if it isn't there.
+  """Entries of a folder whose names end so, sorted; [] if it isn't there.
 
   epath's glob would take characters of the folder's own path for a pattern.
   """
@@ -66,7 +66,7 @@ def entries(folder: PathLike, ending: str = "") -> list[epath.Path]:
 
 
 def check_characters(path: PathLike) -> None:
-  """Refuses a path whose characters Orbax and TensorStore take for others.
+  """Refuses a path with characters that Orbax and TensorStore misread.
 
   Orbax gathers the parts of a checkpoint by a pattern that begins with its
   path: none would be found, or those of another run. Locally that is of the
@@ -96,7 +96,7 @@ def check(path: PathLike, *, write: bool = False) -> None:
 
   Args:
     path: local ones are not looked at.
-    write: whether a run will be written there.
+    write: whether a run will be written there; else it is only read.
 
   Raises:
     StorageError: a URL that is not gs://, a missing package, no such bucket, no

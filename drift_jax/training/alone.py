@@ -44,7 +44,7 @@ def alone_with(out: str) -> Iterator[None]:
   storage.check(out)
   path = epath.Path(f"{out}.lock")
   with contextlib.ExitStack() as stack:
-    # It makes no folder, which a program that fails would leave behind.
+    # It makes no folder: a program that fails would leave it.
     if processes.from_first(path.parent.exists):
       stack.enter_context(holding(path, f"--out={out}"))
     yield
@@ -55,8 +55,8 @@ def holding(path: epath.Path, what: str) -> Iterator[None]:
   """Holds a lease meanwhile, the first process for all.
 
   Args:
-    path: of the lease.
-    what: it is for, in messages.
+    path: file or object of the lease.
+    what: the thing that it is for, in messages.
 
   Raises:
     ConfigError: another process holds it.

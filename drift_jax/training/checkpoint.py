@@ -1,7 +1,7 @@
 """Orbax checkpoints of everything that the next step needs.
 
 Several processes write and read one checkpoint together, each its own shards,
-and sum their own files; the first one looks after names.
+and sum their own files; the first one gives and checks names.
 
 A checkpoint holds the training state (parameters, optimiser, EMAs, step and
 random key) and the feed's state (data position and sample queue). Saving is
@@ -31,7 +31,7 @@ from drift_jax.system.console import logger
 from drift_jax.system.errors import UserError
 from drift_jax.training import checksums, retention
 
-# What a checkpoint holds.
+# The parts of a checkpoint.
 _ITEMS = ("state", "feed")
 # A folder that an unfinished save writes to, on a disk.
 _UNFINISHED = re.compile(rf"\d+{re.escape(ocp.utils.TMP_DIR_SUFFIX)}.*")
@@ -316,7 +316,7 @@ class Checkpointer:
       if processes.is_lost_peer(error):
         raise
       self._failed = True
-      # What the failed save was about to delete is still there.
+      # The checkpoint that the failed save was about to delete is still there.
       self._manager.reload()
       text = " ".join(str(error).split())
       code = re.search(r"os_error_code='(\d+)'", text)
@@ -346,10 +346,10 @@ class Checkpointer:
     self._finish_sums()
 
   def close(self) -> None:
-    """Waits, then releases the manager, also where waiting fails.
+    """Waits, then releases the manager, also if waiting fails.
 
-    What a failed save has written would keep a full disk full: it is removed,
-    as far as no thread of the save goes on writing.
+    The files of a failed save would keep a full disk full: they are removed, as
+    far as no thread of the save goes on writing.
     """
     try:
       self.wait()
@@ -419,10 +419,10 @@ class Checkpointer:
     return processes.from_first(self.latest_step) if step is None else step
 
   def _shapes(self, step: int) -> Any:
-    """The tree that was saved of the feed, with shapes."""
+    """Tree of the saved feed's shapes."""
     with ocp.PyTreeCheckpointer() as reader:
-      found = reader.metadata(self._directory / str(step) / "feed")
-    return found.item_metadata.tree
+      metadata = reader.metadata(self._directory / str(step) / "feed")
+    return metadata.item_metadata.tree
 
   def _problem(
     self, step: int, item: str = "", arrays: Collection[str] | None = None
@@ -526,7 +526,7 @@ class Checkpointer:
     return chosen
 
   def restore_feed(self, step: int | None = None) -> tuple[int, Any]:
-    """The newest (or the given) checkpoint's feed state, for one that is small.
+    """The newest (or the given) checkpoint's feed state, which must be small.
 
     Returns:
       (step, tree of NumPy arrays).
@@ -558,7 +558,7 @@ class Checkpointer:
     return chosen, self._read(chosen, "state", abstract)
 
   def _read(self, step: int, item: str, abstract: Any) -> Any:
-    """What a checkpoint's item holds of an abstract tree."""
+    """The arrays of an abstract tree, from an item of a checkpoint."""
     with ocp.PyTreeCheckpointer() as checkpointer:
       return checkpointer.restore(
         self._directory / str(step) / item,

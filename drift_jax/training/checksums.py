@@ -8,7 +8,7 @@ process 0 writes checksums.json, process N checksums.N.json. They hold
 so that a reader of some arrays checks the blocks that hold them. process 0
 lists the files of the others as well, as {path: null}: none can be missing
 without a word. Earlier checkpoints have one checksums.json for all files, with
-the CRC-32 of a whole file in the place of the list.
+the CRC-32 of a whole file instead of the list.
 """
 
 import collections
@@ -26,10 +26,10 @@ from etils import epath
 from drift_jax.system import storage
 
 CHECKSUMS = "checksums.json"
-# What is written into a checkpoint after its commit, or where it is copied.
+# Files that a checkpoint gets after its commit, or when it is adopted.
 FIGURES = "figures.json"
 COMMIT = "commit_success.txt"
-# What Orbax writes of a checkpoint itself.
+# Orbax' own description of a checkpoint.
 METADATA = "_CHECKPOINT_METADATA"
 _BLOCK = 1 << 22
 _UNSUMMED = re.compile(
@@ -37,7 +37,7 @@ _UNSUMMED = re.compile(
 )
 _OWNER = re.compile(r"(?:^|/)(?:ocdbt\.)?process_(\d+)(?:/|$)")
 
-# What Orbax and TensorStore raise on files that can't be read or written. JAX's
+# Errors of Orbax and TensorStore on files that can't be read or written. JAX's
 # own runtime errors (out of memory, ...) are RuntimeErrors too, but say nothing
 # about the files.
 FILE_ERRORS = (ValueError, OSError, KeyError, TypeError, RuntimeError)
@@ -84,10 +84,10 @@ def sum_files(
   """Sums one process' files, then writes them down; False if it was stopped.
 
   Args:
-    directory: of a committed checkpoint.
-    process: whose files are summed.
-    sums: what is known of them; gets more. Called again with it, it goes on
-      with the file at which it was stopped.
+    directory: a committed checkpoint.
+    process: number of the process that wrote the files.
+    sums: entries of files, to which those of the others are added. Called again
+      with it, it goes on with the file at which it was stopped.
     stop: makes it return before the next block.
 
   Raises:
@@ -123,8 +123,8 @@ def compare(
   """Compares the files of a checkpoint with their checksums.
 
   Args:
-    directory: of the checkpoint.
-    process, count: of the processes that share the work, and which this is.
+    directory: the checkpoint.
+    process, count: this process' number, and how many share the work.
     item: a folder in it that alone will be read; '' for all.
     arrays: names, keys joined by dots, of what will be read of the item; None
       for all.
@@ -173,7 +173,7 @@ def incomplete(directory: epath.Path, items: Collection[str]) -> list[str]:
   Their contents are not looked at: it needs no checksums.
 
   Args:
-    directory: of the checkpoint.
+    directory: the checkpoint.
     items: folders in it.
   """
   lines = []
@@ -190,13 +190,13 @@ def incomplete(directory: epath.Path, items: Collection[str]) -> list[str]:
     least = max(stop for _, stop in parts)
     have = (directory / name).stat().length if name in present else 0
     if have < least:
-      found = f"{have} bytes, at least {least} needed" if have else "missing"
-      lines.append(f"{name}: {found}")
+      lack = f"{have} bytes, at least {least} needed" if have else "missing"
+      lines.append(f"{name}: {lack}")
   return lines
 
 
 def _is_description(name: str) -> bool:
-  """Whether a file says what arrays there are, and is not of one process.
+  """Whether a file describes the arrays of all processes.
 
   The merged manifest stands for those of the processes.
   """

@@ -23,7 +23,7 @@ Evaluate = Callable[[int, TrainState, Callable[[], None]], dict[str, float]]
 # the parameters before the step's update: only param_norm tells whether the
 # state that a checkpoint of this step would hold is finite.
 WATCHED = ("loss", "grad_norm", "param_norm")
-# Names in front of what the console line shows, where a task has them.
+# Starts of the names that the console line shows, if a task has them.
 CONSOLE = ("loss", "recon_loss", "accuracy", "drift_rms/", "grad_norm")
 
 
@@ -126,7 +126,7 @@ class Loop:
   preempted: Callable[[], bool] = lambda: False
 
   def fit(self, state: TrainState) -> TrainState:
-    """Runs to schedule.num_steps from wherever the state stands.
+    """Runs to schedule.num_steps from the state's step.
 
     A step that is both saved and evaluated is saved first: the evaluation costs
     nothing if it fails or is cut short, and is made at the next start then.
@@ -215,7 +215,7 @@ class Loop:
   def _advance(
     self, step: int, state: TrainState
   ) -> tuple[TrainState, Metrics]:
-    """Hands the device a step, and looks at the one before.
+    """Hands the device a step, and checks the one before.
 
     The device always has the next step queued while the host looks at the last
     one, so that watching costs no idle time.
@@ -233,7 +233,7 @@ class Loop:
     return state, metrics
 
   def _watch(self, left: int = 0) -> None:
-    """Checks that steps are finite, but for so many of the last ones."""
+    """Checks that all steps but the last `left` ones are finite."""
     while len(self._unwatched) > left:
       step, metrics = self._unwatched.popleft()
       values = {k: float(v) for k, v in jax.device_get(metrics).items()}

@@ -62,7 +62,7 @@ def with_standard_promotion(
 
 
 def _with_standard_promotion(function: Callable[..., Any]) -> Any:
-  """optax mixes dtypes, which this package's own code is checked not to."""
+  """Lets optax mix dtypes, which this package's own code must not."""
 
   def wrapped(*args: Any) -> Any:
     with jax.numpy_dtype_promotion("standard"):

@@ -45,11 +45,11 @@ class Recipe:
   """How a task trains a model.
 
   Attributes:
-    name: of the model, for the log.
+    name: the model's, for the log.
     init_params: key -> parameters.
     step: (state, batch, frozen parameters, *, optimizer, schedule, layout) ->
       (state, metrics).
-    batch: makes a step's batch of a feed's arrays, given by their names.
+    batch: makes a step's batch from a feed's arrays, by their names.
     frozen: parameters on the mesh, or their shapes.
     init_drift: makes TrainState.drift.
     make_optimizer: (schedule) -> optimiser; None: AdamW, as config.optim says.
@@ -82,13 +82,13 @@ def run(
   """Trains to config.train.num_steps, from a checkpoint if there is one.
 
   Args:
-    config: of any task.
+    config: config of any task.
     path: the workdir.
     mesh: where the state lives.
-    recipe: of the task.
+    recipe: the task's.
     feed, best_metric: see loop.Loop.
     evaluate: called with the metric writer as well.
-    start_params: gives those that a new run begins with, on the host; None:
+    start_params: gives the first parameters of a new run, on the host; None:
       recipe.init_params does.
 
   Raises:
@@ -154,7 +154,7 @@ def _start_with(
   params = jax.device_put(start_params(), shardings["params"])
 
   def copies(params: Any) -> dict[str, Any]:
-    # Buffers of their own: each will be donated to the step.
+    # Separate buffers: each will be donated to the step.
     ema = {decay: jax.tree.map(jnp.copy, params) for decay in abstract.ema}
     return {"params": jax.tree.map(jnp.copy, params), "ema": ema}
 
@@ -166,8 +166,7 @@ def _start_with(
 def at_end(action: Callable[[], None]) -> Iterator[None]:
   """Does it at the end of a run, however it ends.
 
-  Only not where another process was lost: this one is about to be ended by
-  JAX.
+  But not if another process was lost: JAX is about to end this one.
   """
   try:
     yield
@@ -182,7 +181,7 @@ def at_end(action: Callable[[], None]) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-  """What a run compiles before its first step.
+  """The functions and shapes that a run compiles before its first step.
 
   Attributes:
     abstract: the state's shapes and shardings.
@@ -241,7 +240,7 @@ def adamw(
 
 
 def check_divides(name: str, size: int, mesh: Mesh) -> None:
-  """Raises ConfigError where a batch axis can't be split over the mesh."""
+  """Raises ConfigError if a batch axis can't be split over the mesh."""
   if size % mesh.size:
     raise config_lib.ConfigError(
       f"{name}={size} can't be split over the {mesh.size} devices of mesh "

@@ -24,8 +24,8 @@ class TrainState:
     params: float32 parameters.
     opt_state: the optimiser's state.
     ema: {str(decay): averaged parameters}.
-    drift: what the drifting field learns, a scale of its temperatures; empty
-      where it learns nothing.
+    drift: scale of the drifting field's temperatures; empty if it is not
+      learnt.
   """
 
   step: jax.Array
@@ -55,7 +55,7 @@ def abstract_and_init(
     init_params: key -> parameters.
     optimizer: its state is sharded by the same rules as the parameters.
     ema_decays: averages to keep; all start at the initial parameters.
-    seed: of the parameters and of every later draw.
+    seed: seed of the parameters and of every later draw.
     mesh: where the state lives.
     init_drift: makes TrainState.drift.
 
