@@ -5,6 +5,7 @@ after the other, and all share a compilation cache. Of several, the first one
 compiles for all.
 """
 
+import ast
 import concurrent.futures
 import contextlib
 import json
@@ -40,53 +41,36 @@ GENERATOR, ENCODER = (
   "configs/digits.py:smoke",
   "configs/digits.py:encoder,smoke",
 )
-SMALL = {
-  "model.depth": 1,
-  "model.hidden_size": 16,
-  "model.cond_dim": 16,
-  "model.num_heads": 2,
-  "batch.generated": 4,
-  "batch.positives": 8,
-  "drift.temperatures": (0.05, 0.2),
-  "features.patch_mean_size": (),
-  "features.patch_std_size": (),
-  "ema.decays": (0.995,),
-  "optim.schedule": "constant",
-  "optim.warmup_steps": 1,
-  "train.log_every": 1,
-  "eval.every": 0,
-  "checkpoint.best_metric": "",
-  # One mesh for all: their steps are one program, compiled once.
-  "mesh.fsdp": 2,
-}
-GROUPED = SMALL | {
-  "batch.reals": "class_grouped",
-  "train.num_steps": 6,
-  "checkpoint.every": 3,
-}
-MAE = {
-  "model.base_channels": 8,
-  "mae.batch_size": 16,
-  "mae.classification_steps": 3,
-  "mae.classification_ramp": 2,
-  "train.log_every": 1,
-  "train.num_steps": 6,
-  "checkpoint.every": 3,
-  "eval.every": 6,
-  # Parameters in parts over all processes.
-  "mesh.fsdp": 4,
-}
-QUEUE = SMALL | {
-  "train.num_steps": 16,
-  "checkpoint.every": 4,
-  "checkpoint.keep_latest": 5,
-  "eval.every": 16,
-  "eval.alphas": (1.0,),
-  "eval.metrics": ("fd_pixel", "coverage", "label_accuracy"),
-  "eval.num_samples": 100,
-  "eval.batch_size": 50,
-  "processes.heartbeat_timeout": 10,
-}
+
+
+def values(text):
+  """{key: value} of words KEY=VALUE, as on a command line."""
+  pairs = (word.split("=") for word in text.split())
+  return {key: ast.literal_eval(value) for key, value in pairs}
+
+
+# One mesh for all: their steps are one program, compiled once.
+SMALL = values("""
+  model.depth=1 model.hidden_size=16 model.cond_dim=16 model.num_heads=2
+  batch.generated=4 batch.positives=8 drift.temperatures=(0.05,0.2)
+  features.patch_mean_size=() features.patch_std_size=() ema.decays=(0.995,)
+  optim.schedule='constant' optim.warmup_steps=1 train.log_every=1 eval.every=0
+  checkpoint.best_metric='' mesh.fsdp=2
+""")
+GROUPED = SMALL | values("""
+  batch.reals='class_grouped' train.num_steps=6 checkpoint.every=3
+""")
+# Parameters in parts over all processes.
+MAE = values("""
+  model.base_channels=8 mae.batch_size=16 mae.classification_steps=3
+  mae.classification_ramp=2 train.log_every=1 train.num_steps=6
+  checkpoint.every=3 eval.every=6 mesh.fsdp=4
+""")
+QUEUE = SMALL | values("""
+  train.num_steps=16 checkpoint.every=4 checkpoint.keep_latest=5 eval.every=16
+  eval.alphas=(1.0,) eval.metrics=('fd_pixel','coverage','label_accuracy')
+  eval.num_samples=100 eval.batch_size=50 processes.heartbeat_timeout=10
+""")
 HEARTBEAT = 10
 # In front of each program. JAX' keys of compiled programs name the process, of
 # several on CPU: without that, all find what the first one has compiled.
@@ -274,20 +258,20 @@ def start_jobs(folder, count, devices, jobs):
   Args:
     folder: of the workdirs.
     count, devices: processes, and devices of each.
-    jobs: (config, its values, name of the workdir, (name of the workdir, step)
-      to begin with a copy of); each that is to fail is called 'bad'.
+    jobs: (config, changed values, name of the workdir, (name of another one,
+      its step) to begin with a copy of); each that is to fail is called 'bad'.
   """
   described = [
     {
       "config": config,
-      "values": values,
+      "values": changes,
       "workdir": str(folder / name),
       "copy": [str(folder / source[0]), str(folder / name), str(source[1])]
       if source
       else [],
       "fails": name == "bad",
     }
-    for config, values, name, *sources in jobs
+    for config, changes, name, *sources in jobs
     for source in sources or [None]
   ]
 
@@ -298,11 +282,10 @@ def start_jobs(folder, count, devices, jobs):
   return Group(folder, count, devices, command)
 
 
-def start_run(folder, count, devices, workdir, values=None, **environment):
+def start_run(folder, count, devices, workdir, config=QUEUE, **environment):
   """A queue run by the command line."""
-  values = QUEUE if values is None else values
-  flags = [f"--config.{name}={value}" for name, value in values.items()]
-  flags += [f"--config={GENERATOR}", f"--workdir={workdir}"]
+  flags = [f"--config.{name}={value}" for name, value in config.items()]
+  flags = [f"--config={GENERATOR}", f"--workdir={workdir}", *flags]
 
   def command(i, address):
     place = [f"--coordinator={address}", f"--num_processes={count}"]
@@ -448,23 +431,21 @@ def test_mistakes_in_the_config_are_told_by_all(folder, two):
   assert not (folder / "bad").exists()
 
 
-def saved_steps(workdir):
-  path = workdir / "checkpoints"
-  return sorted(int(p.name) for p in path.glob("*") if p.name.isdecimal())
-
-
 def test_signals_to_one_of_two(folder, two):
   """SIGTERM, SIGKILL while a save is being written, then SIGTERM between the
   batches of an evaluation: what the next starts make of it is bit-equal."""
   workdir = folder / "signals"
   checkpoints = workdir / "checkpoints"
+
+  def saved():
+    return [int(p.name) for p in checkpoints.glob("*") if p.name.isdecimal()]
+
   # One consistent checkpoint at a step that no schedule names.
   group = start_run(folder, 2, 2, workdir, HELD="")
   group.wait_until(lambda: last_step(workdir) >= 1)
   group.processes[1].send_signal(signal.SIGTERM)
   assert group.wait(60) == [75, 75], group.everything()
-  stopped = saved_steps(workdir)[-1]
-  print(f"stopped at step {stopped}")
+  stopped = max(saved())
   assert 1 < stopped < 12 and last_step(workdir) == stopped
   assert (checkpoints / str(stopped) / "checksums.json").exists()
   lines = [x for x in group.output(0).splitlines() if "Told to stop" in x]
@@ -475,8 +456,8 @@ def test_signals_to_one_of_two(folder, two):
   group = start_run(folder, 2, 2, workdir, HELD="12")
   group.wait_until(lambda: last_step(workdir) >= 13)
   assert list(checkpoints.glob("12*tmp*"))
-  kept = saved_steps(workdir)
-  assert kept[-1] < 12
+  kept = max(saved())
+  assert kept < 12
   group.processes[1].send_signal(signal.SIGKILL)
   began = time.monotonic()
   codes = group.wait(60)
@@ -491,7 +472,7 @@ def test_signals_to_one_of_two(folder, two):
   group.wait_until(lambda: "batch" in group.output(0))
   group.processes[1].send_signal(signal.SIGTERM)
   assert group.wait(60) == [75, 75], group.everything()
-  assert f"Resuming after step {kept[-1]}." in group.output(0)
+  assert f"Resuming after step {kept}." in group.output(0)
   assert "step 16 is saved; the same" in group.output(0)
   assert "eval/fd_pixel/alpha_1.0" not in records(workdir)[16]
   assert not list(checkpoints.glob("*tmp*"))
