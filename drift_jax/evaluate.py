@@ -202,7 +202,11 @@ def _program(values: flags.FlagValues, asked: dict[str, Any]) -> None:
   )
   from drift_jax.training.alone import alone_with
 
-  exits.join(*config_lib.process_flags(), join_timeout=values.join_timeout)
+  exits.join(
+    *config_lib.process_flags(),
+    join_timeout=values.join_timeout,
+    again=exits.ANEW,
+  )
   wanted = Request(**asked)
   with alone_with(wanted.out):
     if values.workdir is not None:

@@ -120,7 +120,11 @@ def main(argv: list[str]) -> None:
   numerics.pin()
 
   def program() -> None:
-    exits.join(*config_lib.process_flags(), join_timeout=values.join_timeout)
+    exits.join(
+      *config_lib.process_flags(),
+      join_timeout=values.join_timeout,
+      again=exits.ANEW,
+    )
     drawing.draw(
       source,
       values.out,

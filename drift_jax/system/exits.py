@@ -39,8 +39,6 @@ INTERRUPTED = 128 + signal.SIGINT
 AGAIN = "the same command goes on from the newest checkpoint"
 ANEW = "start the same command again"
 
-# The remedy of this program; `run` sets it.
-_again = AGAIN
 _LOST = "Another process was lost"
 _END = "drift_jax/end"
 _ALIVE = "drift_jax/alive"
@@ -64,11 +62,8 @@ def run(program: Callable[[], None], *, again: str = AGAIN) -> None:
 
   Args:
     program: joins the other processes, if there are any, by `join`.
-    again: what to do if it did not come to its end. A program without a state,
-      which is to be started anew, is killed by SIGTERM.
+    again: what to do if it did not come to its end.
   """
-  global _again
-  _again = again
   try:
     program()
   except processes.UnjoinedError as error:
@@ -76,32 +71,39 @@ def run(program: Callable[[], None], *, again: str = AGAIN) -> None:
     _exit_now(RESTART)
   except Preempted as error:
     logger.info("%s; %s.", error, again)
-    _leave(RESTART)
+    _leave(RESTART, again)
   except KeyboardInterrupt:
     _end(INTERRUPTED, f"Interrupted: {again}.")
   except Exception as error:
     if processes.several():
-      _end_for(error)
+      _end_for(error, again)
     if not isinstance(error, ERRORS):
       raise
     _end(ERROR, f"Error: {error}")
   else:
-    _leave(0)
+    _leave(0, again)
 
 
 def join(
   coordinator: str,
   num_processes: int | None,
   process_id: int | None,
+  *,
+  again: str = AGAIN,
   **timeouts: int,
 ) -> None:
   """`processes.initialize`; then watches whether the others are well.
+
+  Args:
+    coordinator, num_processes, process_id, timeouts: see there.
+    again: as `run` has it. A program without a state, which is to be started
+      anew, never asks for `preemption`: SIGTERM kills it.
 
   Raises:
     ConfigError: values that don't go together or that JAX refuses.
     UnjoinedError: not all came in time.
   """
-  if _again != AGAIN:  # It never asks for `preemption`.
+  if again != AGAIN:
     jax.config.update("jax_enable_preemption_service", False)
   with naming("processes"):
     processes.initialize(coordinator, num_processes, process_id, **timeouts)
@@ -110,10 +112,11 @@ def join(
     # A little earlier than JAX's own heartbeat, which aborts the process.
     heartbeat = timeouts.get("heartbeat_timeout", processes.HEARTBEAT_SECONDS)
     patience = heartbeat - min(0.5 * heartbeat, 10.0)
-    threading.Thread(target=_watch, args=(patience,), daemon=True).start()
+    watch = threading.Thread(target=_watch, args=(patience, again), daemon=True)
+    watch.start()
 
 
-def _watch(patience: float) -> None:
+def _watch(patience: float, again: str) -> None:
   """Ends this process if another has ended or is lost.
 
   A collective can wait for a lost process for ever.
@@ -121,6 +124,7 @@ def _watch(patience: float) -> None:
   Args:
     patience: seconds without a sign of life after which a process is lost; the
       first process looks.
+    again: as `run` has it.
   """
   own = jax.process_index()
   # {process: (its last sign of life, when it was new)}
@@ -145,7 +149,7 @@ def _watch(patience: float) -> None:
       elif now - seen[process][1] > patience:
         silence = f"no sign of life for {patience:.0f} s"
         _end(
-          RESTART, f"Process {process} was lost: {silence}; {_again}.", lost=1
+          RESTART, f"Process {process} was lost: {silence}; {again}.", lost=1
         )
     time.sleep(_INTERVAL_SECONDS)
 
@@ -178,12 +182,15 @@ def _signs() -> dict[int, str]:
   return signs
 
 
-def _end_for(error: Exception) -> NoReturn:
+def _end_for(error: Exception, again: str) -> NoReturn:
   """Ends one of several processes, by what an error follows from."""
   _failed.set()
   cause = cause_of(error)
   if cause is not None:
-    _end(*cause, lost=int(cause[1].startswith(_LOST)))
+    code, message = cause
+    if message.startswith(_LOST):
+      _end(code, f"{message}; {again}.", lost=1)
+    _end(code, message)
   if isinstance(error, ERRORS):
     _end(ERROR, f"Error: {error}")
   traceback.print_exception(error)
@@ -197,8 +204,8 @@ def cause_of(error: BaseException) -> tuple[int, str] | None:
   do: as long as all of them give signs of life, the error is this process' own.
 
   Returns:
-    None for an error of this process; else the exit code and the message that
-    this process ends with.
+    None for an error of this process; else (exit code, message) that this
+    process ends with.
   """
   told = isinstance(error, Preempted) or not isinstance(error, Exception)
   if told or not processes.several():
@@ -234,7 +241,7 @@ def _find_cause(error: BaseException) -> tuple[int, str] | None:
 
 def _lost(error: BaseException, found: str = "") -> tuple[int, str]:
   text = " ".join(str(error).split())[:200]
-  return RESTART, f"{_LOST} ({found}{text}); {_again}."
+  return RESTART, f"{_LOST} ({found}{text})"
 
 
 def _end(code: int, message: str, *, lost: int = 0) -> NoReturn:
@@ -270,7 +277,7 @@ def _end(code: int, message: str, *, lost: int = 0) -> NoReturn:
   _exit_now(code)
 
 
-def _leave(code: int) -> None:
+def _leave(code: int, again: str) -> None:
   """Ends this process when all the others have come to the same end.
 
   A single process that is done returns.
@@ -280,7 +287,7 @@ def _leave(code: int) -> None:
       # Not in JAX's shutdown, which hears of no other end.
       processes.client().wait_at_barrier(_LEAVE, int(1000 * _LEAVE_SECONDS))
     except jax.errors.JaxRuntimeError as error:
-      _end_for(error)
+      _end_for(error, again)
     _only_once()
     jax.distributed.shutdown()
     _exit_now(code)

@@ -138,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       arguments.num_processes,
       arguments.process_id,
       join_timeout=arguments.join_timeout,
+      again=exits.ANEW,
     )
     reference_stats.run(arguments, given)
 
