@@ -136,18 +136,12 @@ class Loop:
 
     Raises:
       Preempted: `preempted` said so, and the state is saved.
-      ValueError: the state is already past schedule.num_steps.
       NonFiniteError: a step's loss, gradient or updated parameters are not
         finite. Nothing of that step or later is saved.
     """
     schedule = self.schedule
     first = step = self._first = self._saved = int(state.step)
-    if step > schedule.num_steps:
-      raise ValueError(
-        f"the run stands at step {step}, past train.num_steps="
-        f"{schedule.num_steps}: raise train.num_steps to at least {step}, or "
-        "use a new workdir"
-      )
+    # 1. State that the methods below share.
     self._told = False
     self._unwatched: collections.deque[tuple[int, Metrics]] = (
       collections.deque()
@@ -164,8 +158,10 @@ class Loop:
     )
     stopped = False
     try:
+      # 2. An evaluation that the run before could not finish.
       if step and schedule.eval_every and not self.checkpointer.evaluated(step):
         self._evaluate(step, state)
+      # 3. The steps. A stop moves the last one: all drawn batches are taken.
       last = schedule.num_steps
       for step in range(first + 1, schedule.num_steps + 1):
         state, metrics = self._advance(step, state)
@@ -189,6 +185,7 @@ class Loop:
       self._batches.close()
       self._progress.close()
       self.writer.flush()
+    # 4. The end, once all is on the disk.
     self.checkpointer.wait()
     if stopped:
       raise exits.Preempted(f"Told to stop: step {step} is saved")
