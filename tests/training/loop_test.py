@@ -1,5 +1,6 @@
 """The shared loop with a fake step: schedule, watch, resume, errors."""
 
+import contextlib
 import itertools
 import logging
 import time
@@ -10,7 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import toy
 from drift_jax.system import console, exits
+from drift_jax.system.errors import ConfigError
+from drift_jax.tasks.toy import train
 from drift_jax.training import checkpoint, checksums, loop
 from drift_jax.training.state import TrainState
 
@@ -271,6 +275,19 @@ def test_an_evaluation_that_fails_leaves_the_checkpoints(tmp_path):
   state, *_ = run(tmp_path, every=3, writer=writer)
   *_, expected, _ = run(tmp_path / "whole", every=3)
   assert int(state.step) == 6 and writer.results() == expected.results()
+
+
+def test_a_run_past_its_end_is_an_error(tmp_path):
+  config = toy.get_config("smoke")
+  config.batch.labels = 8
+  config.eval.every = 0
+  for num_steps in (2, 1):
+    config.train.num_steps = num_steps
+    expected = contextlib.nullcontext()
+    if num_steps == 1:
+      expected = pytest.raises(ConfigError, match="holds a run of 2 steps")
+    with expected:
+      train.train_and_evaluate(config, str(tmp_path), draw=False)
 
 
 def test_the_speed_leaves_out_the_first_step_and_what_is_not_training(
