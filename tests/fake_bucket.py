@@ -30,16 +30,6 @@ def _refused(request: Any) -> int | None:
   return None
 
 
-def _generation(request: Any, storage: Any, name: str) -> str:
-  """Of an object; '0' where there is none."""
-  try:
-    return storage.get_file_obj(request.params["bucket_name"], name)[
-      "generation"
-    ]
-  except NotFound:
-    return "0"
-
-
 def _strict(handler: Callable[..., None]) -> Callable[..., None]:
   """Adds permissions and what TensorStore's manifests rely on: conditional
   reads and writes, and the generation of what was read."""
@@ -53,7 +43,9 @@ def _strict(handler: Callable[..., None]) -> Callable[..., None]:
     if name is None:
       handler(request, response, storage)
       return
-    now = _generation(request, storage, name)
+    bucket, now = request.params["bucket_name"], "0"  # of no object
+    with contextlib.suppress(NotFound):
+      now = storage.get_file_obj(bucket, name)["generation"]
     if request.query.get("ifGenerationMatch", [now]) != [now]:
       response.status = server.HTTPStatus.PRECONDITION_FAILED
     elif now != "0" and request.query.get("ifGenerationNotMatch") == [now]:
@@ -92,23 +84,15 @@ def _move(request: Any, response: Any, storage: Any) -> None:
     _MOVED[token] = moved
 
 
-_HANDLERS = (
-  (
-    r"^/storage/v1/b/(?P<bucket_name>[-.\w]+)/o/(?P<object_id>[^/]+)/moveTo/o/"
-    r"(?P<dest_object_id>[^/]+)$",
-    {server.POST: _move},
-  ),
-  *(
-    (
-      pattern,
-      {
-        method: _strict(handler) if "<bucket_name>" in pattern else handler
-        for method, handler in methods.items()
-      },
-    )
-    for pattern, methods in server.HANDLERS
-  ),
+_MOVE = (
+  r"^/storage/v1/b/(?P<bucket_name>[-.\w]+)/o/(?P<object_id>[^/]+)/moveTo/o/"
+  r"(?P<dest_object_id>[^/]+)$"
 )
+_HANDLERS = [(_MOVE, {server.POST: _move})]
+for _pattern, _methods in server.HANDLERS:
+  if "<bucket_name>" in _pattern:
+    _methods = {method: _strict(call) for method, call in _methods.items()}
+  _HANDLERS.append((_pattern, _methods))
 
 
 class _Handler(server.RequestHandler):

@@ -1,10 +1,12 @@
-"""What a run says on the terminal: one line an event, and nothing else."""
+"""Messages of a run on the terminal: one line an event, nothing else."""
 
 import argparse
+import contextlib
 import logging
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from typing import NoReturn
 
 from absl import logging as absl_logging
@@ -12,7 +14,7 @@ from tqdm import tqdm
 
 logger = logging.getLogger("drift_jax")
 
-# Between two lines of progress where there is no terminal to draw a bar on.
+# Between two lines of progress if there is no terminal to draw a bar on.
 LOG_SECONDS = 30.0
 
 
@@ -51,8 +53,8 @@ def setup(process: int = 0) -> None:
   warnings up. Called by entry points, never at import.
 
   Args:
-    process: whose they are; of all but the first only warnings are shown, and
-      its number in front of them.
+    process: number of the process that speaks. All but the first show only
+      warnings, after their number.
   """
   handler = _Handler()
   number = f"process {process}: " if process else ""
@@ -81,36 +83,89 @@ class Parser(argparse.ArgumentParser):
 
 
 class Progress:
-  """A bar on a terminal, else a line now and then."""
+  """Counts what is done: a bar on a terminal, else a line now and then.
 
-  def __init__(self, what: str, total: int):
-    self._what = what
-    self._total = total
-    self._done = 0
-    self._start = self._logged = time.monotonic()
+  Attributes:
+    seconds: that the last speed was taken over, without pauses.
+  """
+
+  def __init__(
+    self,
+    what: str,
+    total: int,
+    *,
+    first: int = 0,
+    unit: str = "images",
+    lines: bool = True,
+  ):
+    """Starts the clock.
+
+    Args:
+      what: the work, named at the start of each line.
+      total: at the end.
+      first: done before.
+      unit: the things that are counted.
+      lines: whether `update` says something now and then; else call `show`.
+    """
+    self._what, self._unit, self._total = what, unit, total
+    self._lines = lines and not shows_bars()
     self._bar = tqdm(
-      total=total, desc=what, unit="img", disable=not shows_bars()
+      total=total,
+      initial=first,
+      desc=what,
+      unit=unit,
+      dynamic_ncols=True,
+      disable=not shows_bars(),
     )
+    self._first = self._done = first
+    self._begin = time.perf_counter()
+    self.restart()
 
-  def update(self, count: int) -> None:
-    """Counts images that are done."""
+  def restart(self) -> None:
+    """Takes the next speed from here on."""
+    self._mark = self._done, time.perf_counter()
+    self._paused = self.seconds = 0.0
+
+  def update(self, count: int = 1) -> None:
+    """Counts what is done."""
     self._done += count
     self._bar.update(count)
-    now = time.monotonic()
-    if self._bar.disable and now - self._logged >= LOG_SECONDS:
-      self._logged = now
-      rate = self._done / (now - self._start)
-      left = (self._total - self._done) / rate / 60
-      logger.info(
-        "%s: %d of %d images, %.4g images/s, %.3g min left",
-        self._what,
-        self._done,
-        self._total,
-        rate,
-        left,
-      )
+    if self._lines and time.perf_counter() - self._mark[1] >= LOG_SECONDS:
+      self.show()
+
+  def show(self, text: str = "") -> float | None:
+    """Shows the progress; returns the speed since the last time, per second.
+
+    None if nothing was done since.
+    """
+    done, since = self._mark
+    seconds = max(time.perf_counter() - since - self._paused, 1e-9)
+    speed = (self._done - done) / seconds or None
+    rest = ""
+    if speed:
+      seconds_left = (self._total - self._done) / speed
+      rest = f" ({speed:.4g} {self._unit}/s, {seconds_left:.0f} s left)"
+    if self._bar.disable:
+      place = f"{self._what} {self._done}/{self._total}"
+      logger.info("%s %s%s", place, text or self._unit, rest)
+    else:
+      self._bar.set_postfix_str(text, refresh=False)
+    if speed:
+      self.restart()
+      self.seconds = seconds
+    return speed
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Keeps this time out of the speed."""
+    start = time.perf_counter()
+    try:
+      yield
+    finally:
+      self._paused += time.perf_counter() - start
 
   def close(self) -> float:
-    """Images per second from start to end."""
+    """Units per second from start to end."""
     self._bar.close()
-    return self._done / max(time.monotonic() - self._start, 1e-9)
+    seconds = time.perf_counter() - self._begin
+    return (self._done - self._first) / max(seconds, 1e-9)

@@ -21,10 +21,10 @@ def find_devices(*, local: bool = False) -> list[Any]:
     return list(jax.local_devices() if local else jax.devices())
   # The second is what JAX 0.10 makes of 'cuda' without its plugin.
   except (RuntimeError, AssertionError) as error:
-    wanted = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+    platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
     reason = " ".join(str(error).split()) or "no plugin for it is installed"
     raise DeviceError(
-      f"JAX finds no devices with JAX_PLATFORMS={wanted or ''} ({reason}): "
+      f"JAX finds no devices with JAX_PLATFORMS={platforms or ''} ({reason}): "
       "install JAX for them (GPUs: pip install 'jax[cuda13]', TPUs: "
       "'jax[tpu]'), see whether the driver lists them (nvidia-smi), or leave "
       "JAX_PLATFORMS unset for what there is"

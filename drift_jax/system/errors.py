@@ -12,8 +12,8 @@ class ConfigError(UserError, ValueError):
   """A config that can't be run; the message names key, value and remedy."""
 
 
-# What ends a program with its message alone. An OSError is of a file or a disk,
-# and its message has the path.
+# Errors that end a program with their message alone. The message of an OSError
+# has the path of the file.
 ERRORS = (UserError, OSError)
 
 

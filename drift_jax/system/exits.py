@@ -1,21 +1,20 @@
-"""How a program ends, in one process or in several: codes and last lines.
+"""Ends of a program, in one process or in several: codes and last lines.
 
   0    done
   1    an error
   75   to be started again: preempted, or another process was lost
   130  Ctrl-C
 
-Where one of several processes ends for a reason of its own, the others would
-wait for it in their next collective: it tells them, and they end as well. An
-error that a process sees may follow from the end of another one: which it is,
-is found before the error is looked at.
+If one of several processes ends for a reason of its own, the others would wait
+for it in their next collective: it tells them, and they end as well. An error
+in one process may follow from the end of another one: its cause is sought
+before it is shown.
 """
 
 import contextlib
 import itertools
 import json
 import logging
-import math
 import os
 import signal
 import sys
@@ -24,33 +23,33 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, NamedTuple, NoReturn
+from typing import NoReturn
 
 import jax
 from jax.experimental import multihost_utils
 
-from drift_jax.system import console, options, processes
+from drift_jax.system import console, processes
 from drift_jax.system.console import logger
-from drift_jax.system.errors import ERRORS, ConfigError
+from drift_jax.system.errors import ERRORS, naming
 
 ERROR = 1
 RESTART = 75  # EX_TEMPFAIL of sysexits.h
 INTERRUPTED = 128 + signal.SIGINT
-# What to do after codes 75 and 130: of a run, of a program without a state.
+# Remedies after codes 75 and 130: for a run, for a program without a state.
 AGAIN = "the same command goes on from the newest checkpoint"
 ANEW = "start the same command again"
 
+_LOST = "Another process was lost"
 _END = "drift_jax/end"
 _ALIVE = "drift_jax/alive"
-_DONE = "/done"
 _LEAVE = "drift_jax/leave"
-# How often each process says that it lives, and looks at the others.
+# Time between two signs of life of a process, and between its looks at others.
 _INTERVAL_SECONDS = 1.0
-# How long a process that ends waits for the others to have heard of it.
+# A process that ends waits so long until the others have heard of it.
 _FAREWELL_SECONDS = 5.0
-# How long one that failed waits for the others' next signs of life.
+# A process that failed waits so long for the others' next signs of life.
 _DOUBT_SECONDS = 10.0
-# How long those may write files whose work is done.
+# A process that is done waits so long for those that still write files.
 _LEAVE_SECONDS = 3600.0
 
 
@@ -58,18 +57,12 @@ class Preempted(Exception):
   """The run was told to stop, and everything is saved; says at which step."""
 
 
-def run(
-  program: Callable[[], None],
-  *,
-  errors: tuple[type[Exception], ...] = ERRORS,
-  again: str = AGAIN,
-) -> None:
+def run(program: Callable[[], None], *, again: str = AGAIN) -> None:
   """Runs a program and ends its process with the code that says how it went.
 
   Args:
     program: joins the other processes, if there are any, by `join`.
-    errors: those whose message says all that there is to say.
-    again: what to do where it did not come to its end.
+    again: what to do if it did not come to its end.
   """
   try:
     program()
@@ -77,17 +70,18 @@ def run(
     logger.warning("processes: %s; %s.", error, again)
     _exit_now(RESTART)
   except Preempted as error:
-    _leave(RESTART, f"{error}; {again}.", again)
-    return
+    logger.info("%s; %s.", error, again)
+    _leave(RESTART, again)
   except KeyboardInterrupt:
     _end(INTERRUPTED, f"Interrupted: {again}.")
   except Exception as error:
     if processes.several():
-      _end_for(error, isinstance(error, errors), again)
-    if not isinstance(error, errors):
+      _end_for(error, again)
+    if not isinstance(error, ERRORS):
       raise
     _end(ERROR, f"Error: {error}")
-  _leave(0, "", again)
+  else:
+    _leave(0, again)
 
 
 def join(
@@ -95,17 +89,15 @@ def join(
   num_processes: int | None,
   process_id: int | None,
   *,
-  heartbeat_timeout: int = processes.HEARTBEAT_SECONDS,
-  join_timeout: int = options.JOIN_SECONDS,
   again: str = AGAIN,
+  **timeouts: int,
 ) -> None:
   """`processes.initialize`; then watches whether the others are well.
 
   Args:
-    coordinator, num_processes, process_id, heartbeat_timeout, join_timeout: see
-      there.
+    coordinator, num_processes, process_id, timeouts: see there.
     again: as `run` has it. A program without a state, which is to be started
-      anew, does not ask for `preemption`: SIGTERM kills it.
+      anew, never asks for `preemption`: SIGTERM kills it.
 
   Raises:
     ConfigError: values that don't go together or that JAX refuses.
@@ -113,189 +105,151 @@ def join(
   """
   if again != AGAIN:
     jax.config.update("jax_enable_preemption_service", False)
-  try:
-    processes.initialize(
-      coordinator,
-      num_processes,
-      process_id,
-      heartbeat_timeout=heartbeat_timeout,
-      join_timeout=join_timeout,
-    )
-  except ValueError as error:
-    raise ConfigError(f"processes: {error}") from error
+  with naming("processes"):
+    processes.initialize(coordinator, num_processes, process_id, **timeouts)
   console.setup(processes.index())
   if processes.several():
-    _Watch(heartbeat_timeout, again).start()
+    # A little earlier than JAX's own heartbeat, which aborts the process.
+    heartbeat = timeouts.get("heartbeat_timeout", processes.HEARTBEAT_SECONDS)
+    patience = heartbeat - min(0.5 * heartbeat, 10.0)
+    watch = threading.Thread(target=_watch, args=(patience, again), daemon=True)
+    watch.start()
 
 
-class _Watch(threading.Thread):
-  """Ends this process where another has ended or is lost.
+def _watch(patience: float, again: str) -> None:
+  """Ends this process if another has ended or is lost.
 
-  A collective can wait for a lost process for ever. JAX's own heartbeat aborts
-  the process then; this one is a little earlier and says what to do.
+  A collective can wait for a lost process for ever.
+
+  Args:
+    patience: seconds without a sign of life after which a process is lost; the
+      first process looks.
+    again: as `run` has it.
   """
-
-  def __init__(self, heartbeat_timeout: float, again: str):
-    super().__init__(name="watch-processes", daemon=True)
-    self._patience = heartbeat_timeout - min(0.5 * heartbeat_timeout, 10.0)
-    self._again = again
-    # {process: (its last sign of life, when it was new)}, in the first.
+  own = jax.process_index()
+  # {process: (its last sign of life, when it was new)}
+  seen: dict[int, tuple[str, float]] = {}
+  for number in itertools.count():
+    end, signs = None, {}
+    # JAX ends a process that can't reach the service.
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      processes.client().key_value_set(
+        f"{_ALIVE}/{own}", str(number), allow_overwrite=True
+      )
+      end = _first_end()
+      signs = {} if own else _signs()
+    if _ending.locked():
+      return
+    if end is not None and not _failed.is_set():
+      _end(*end)
     now = time.monotonic()
-    self._seen = {
-      f"{_ALIVE}/{number}": ("", now) for number in range(jax.process_count())
-    }
-
-  def run(self) -> None:
-    client, own = processes.client(), jax.process_index()
-    for number in range(sys.maxsize):
-      try:
-        client.key_value_set(
-          f"{_ALIVE}/{own}", str(number), allow_overwrite=True
-        )
-        ended = _last_words(client)
-        silent = None if own else self._silent(client)
-      except jax.errors.JaxRuntimeError:
-        ended = silent = None  # JAX ends a process that can't reach it.
-      if _ending.locked():
-        return
-      if ended is not None and not _failed.is_set():
-        _end_after(ended)
-      if silent is not None:
+    for process, sign in signs.items():
+      if process not in seen or seen[process][0] != sign:
+        seen[process] = (sign, now)
+      elif now - seen[process][1] > patience:
+        silence = f"no sign of life for {patience:.0f} s"
         _end(
-          RESTART,
-          f"Process {silent} was lost: no sign of life for "
-          f"{self._patience:.0f} s; {self._again}.",
-          lost=1,
+          RESTART, f"Process {process} was lost: {silence}; {again}.", lost=1
         )
-      time.sleep(_INTERVAL_SECONDS)
-
-  def _silent(self, client: Any) -> int | None:
-    """A process that has said nothing new for too long."""
-    now = time.monotonic()
-    for key, sign in client.key_value_dir_get(_ALIVE):
-      if key.endswith(_DONE):  # It waits for the others in `_leave`.
-        self._seen[key.removesuffix(_DONE)] = (sign, math.inf)
-      elif self._seen.get(key, ("", 0.0))[0] != sign:
-        self._seen[key] = (sign, now)
-    for key, (_, since) in self._seen.items():
-      if now - since > self._patience:
-        return int(key.rpartition("/")[2])
-    return None
+    time.sleep(_INTERVAL_SECONDS)
 
 
 # Held for ever by the thread that ends this process.
 _ending = threading.Lock()
-# Set once this process ends by an error, and looks for the cause.
+# Set when this process ends by an error, and looks for the cause.
 _failed = threading.Event()
 
 
-class _Words(NamedTuple):
-  """What the first process that ended has said."""
-
-  code: int
-  process: int
-  reason: str
-
-
-def _last_words(client: Any) -> _Words | None:
+def _first_end() -> tuple[int, str] | None:
+  """(exit code, message) of a process that ends because another one has."""
   try:
-    return _Words(*json.loads(client.key_value_try_get(_END)))
+    text = processes.client().key_value_try_get(_END)
   except jax.errors.JaxRuntimeError as error:
     if "NOT_FOUND" in str(error):
       return None
     raise
+  code, process, reason = json.loads(text)
+  start = "Error: process" if code == ERROR else "Process"
+  reason = reason.removeprefix("Error: ")
+  return code, f"{start} {process} ended first: {reason}"
 
 
-def _end_after(words: _Words) -> NoReturn:
-  """Ends this process because another one has ended."""
-  text = words.reason.removeprefix("Error: ")
-  start = "Error: process" if words.code == ERROR else "Process"
-  _end(words.code, f"{start} {words.process} ended first: {text}")
+def _signs() -> dict[int, str]:
+  """{process: its newest sign of life, '' before the first one}."""
+  signs = dict.fromkeys(range(jax.process_count()), "")
+  for key, sign in processes.client().key_value_dir_get(_ALIVE):
+    signs[int(key.rpartition("/")[2])] = sign
+  return signs
 
 
-def _end_for(error: Exception, expected: bool, again: str) -> NoReturn:
+def _end_for(error: Exception, again: str) -> NoReturn:
   """Ends one of several processes, by what an error follows from."""
   _failed.set()
   cause = cause_of(error)
-  if isinstance(cause, _Words):
-    _end_after(cause)
   if cause is not None:
-    _end(RESTART, f"Another process was lost ({cause}); {again}.", lost=1)
-  if not expected:
-    traceback.print_exception(error)
-  name = "" if expected else f"{type(error).__name__}: "
-  _end(ERROR, f"Error: {name}{error}")
+    code, message = cause
+    if message.startswith(_LOST):
+      _end(code, f"{message}; {again}.", lost=1)
+    _end(code, message)
+  if isinstance(error, ERRORS):
+    _end(ERROR, f"Error: {error}")
+  traceback.print_exception(error)
+  _end(ERROR, f"Error: {type(error).__name__}: {error}")
 
 
-def cause_of(error: BaseException) -> _Words | str | None:
-  """What happened to another process, if an error follows from that.
+def cause_of(error: BaseException) -> tuple[int, str] | None:
+  """The end of another process, if an error follows from it.
 
-  JAX's own text may tell. Of any other error, the others tell: as long as all
-  of them give signs of life, it is this process' own.
+  The text of an error of JAX may tell. For any other error the other processes
+  do: as long as all of them give signs of life, the error is this process' own.
 
   Returns:
-    None for an error of this process; else what another one has said, or what
-    shows that one is gone.
+    None for an error of this process; else (exit code, message) that this
+    process ends with.
   """
   told = isinstance(error, Preempted) or not isinstance(error, Exception)
   if told or not processes.several():
     return None
-  found = vars(error)
-  if "drift_jax_cause" not in found:
+  known = vars(error)
+  if "drift_jax_cause" not in known:
     try:
-      found["drift_jax_cause"] = _find_cause(error)
+      cause = _find_cause(error)
     except jax.errors.JaxRuntimeError as gone:  # the first, with the service
-      found["drift_jax_cause"] = _short(gone)
-  return found["drift_jax_cause"]
+      cause = _lost(gone)
+    known["drift_jax_cause"] = cause
+  return known["drift_jax_cause"]
 
 
-def _find_cause(error: BaseException) -> _Words | str | None:
-  client = processes.client()
+def _find_cause(error: BaseException) -> tuple[int, str] | None:
   lost = processes.is_lost_peer(error)
-  before = _signs(client)
+  before = _signs()
   deadline = time.monotonic() + _DOUBT_SECONDS
   while True:
-    words = _last_words(client)
-    if words is not None and (lost or words.code != ERROR):
-      return words
+    end = _first_end()
+    if end is not None and (lost or end[0] != ERROR):
+      return end
     if lost:
-      return _short(error)
-    now = _signs(client)
-    waiting = [n for n in now if now[n] in ("", before[n])]
-    if words is not None or not waiting:
+      return _lost(error)
+    waiting = [n for n, sign in _signs().items() if sign in ("", before[n])]
+    if end is not None or not waiting:
       return None
     if time.monotonic() > deadline:
       numbers = ", ".join(map(str, waiting))
-      return f"no sign of life of {numbers} after: {_short(error)}"
+      return _lost(error, f"no sign of life of {numbers} after: ")
     time.sleep(0.2)
 
 
-def _signs(client: Any) -> dict[int, str]:
-  """{another process: its newest sign of life}; unique ones of those done."""
-  own = jax.process_index()
-  signs = {n: "" for n in range(jax.process_count()) if n != own}
-  done = []
-  for key, sign in client.key_value_dir_get(_ALIVE):
-    number = int(key.removeprefix(f"{_ALIVE}/").removesuffix(_DONE))
-    if key.endswith(_DONE):
-      done.append(number)
-    elif number != own:
-      signs[number] = sign
-  for number in done:  # They wait for the others, and are well.
-    signs.pop(number, None)
-  return signs
-
-
-def _short(error: BaseException) -> str:
-  return " ".join(str(error).split())[:200]
+def _lost(error: BaseException, found: str = "") -> tuple[int, str]:
+  text = " ".join(str(error).split())[:200]
+  return RESTART, f"{_LOST} ({found}{text})"
 
 
 def _end(code: int, message: str, *, lost: int = 0) -> NoReturn:
   """Says why this process ends, here and to the others, and ends it.
 
   Args:
-    code, message: of the exit.
-    lost: how many of the others can't be told any more.
+    code, message: exit code and last line.
+    lost: number of processes that can't be told any more.
   """
   if not processes.several():
     if code == ERROR:
@@ -308,9 +262,8 @@ def _end(code: int, message: str, *, lost: int = 0) -> NoReturn:
   if code == ERROR:
     sys.stderr.write(f"{message}\n")
   else:
-    logger.log(
-      logging.INFO if code == INTERRUPTED else logging.WARNING, message
-    )
+    level = logging.INFO if code == INTERRUPTED else logging.WARNING
+    logger.log(level, message)
   client = processes.client()
   with contextlib.suppress(jax.errors.JaxRuntimeError):
     words = json.dumps([code, jax.process_index(), message])
@@ -324,31 +277,26 @@ def _end(code: int, message: str, *, lost: int = 0) -> NoReturn:
   _exit_now(code)
 
 
-def _leave(code: int, message: str, again: str) -> None:
+def _leave(code: int, again: str) -> None:
   """Ends this process when all the others have come to the same end.
 
   A single process that is done returns.
   """
-  if message:
-    logger.info(message)
-  if not processes.several():
-    if code:
-      sys.exit(code)
-    return
-  client = processes.client()
-  try:
-    client.key_value_set(f"{_ALIVE}/{jax.process_index()}{_DONE}", "")
-    # Not in JAX's shutdown, which hears of no other end.
-    client.wait_at_barrier(_LEAVE, int(1000 * _LEAVE_SECONDS))
-  except jax.errors.JaxRuntimeError as error:
-    _end_for(error, True, again)
-  _only_once()
-  jax.distributed.shutdown()
-  _exit_now(code)
+  if processes.several():
+    try:
+      # Not in JAX's shutdown, which hears of no other end.
+      processes.client().wait_at_barrier(_LEAVE, int(1000 * _LEAVE_SECONDS))
+    except jax.errors.JaxRuntimeError as error:
+      _end_for(error, again)
+    _only_once()
+    jax.distributed.shutdown()
+    _exit_now(code)
+  if code:
+    sys.exit(code)
 
 
 def _only_once() -> None:
-  """Waits for ever where another thread is ending this process already."""
+  """Waits for ever if another thread is ending this process already."""
   if not _ending.acquire(blocking=False):
     threading.Event().wait()
 
@@ -362,13 +310,13 @@ def give_up(message: str) -> NoReturn:
   _exit_now(ERROR)
 
 
-# What must be done however this process ends, by itself.
+# Actions that must precede the end of this process, however it ends.
 _last: list[Callable[[], None]] = []
 
 
 @contextlib.contextmanager
 def last(action: Callable[[], None]) -> Iterator[None]:
-  """Meanwhile: does it before this process ends in another thread.
+  """Meanwhile: an end in another thread does it first.
 
   It may be called while the program's own thread goes on.
   """
@@ -395,7 +343,7 @@ _questions = itertools.count(1)
 
 @contextlib.contextmanager
 def preemption() -> Iterator[Callable[[], bool]]:
-  """Yields what tells whether to stop now, by SIGTERM.
+  """Yields a function that tells whether to stop now, by SIGTERM.
 
   A SIGTERM to any process makes all of them stop at the same question, if all
   ask equally often: between training steps and the batches of evaluations.
@@ -407,16 +355,11 @@ def preemption() -> Iterator[Callable[[], bool]]:
       next(_questions)
     )
     return
-  told = threading.Event()
-
-  def handle(number: int, frame: FrameType | None) -> None:
-    del number, frame
-    told.set()
-
   if threading.current_thread() is not threading.main_thread():
     yield lambda: False  # Only the main thread may handle signals.
     return
-  before = signal.signal(signal.SIGTERM, handle)
+  told = threading.Event()
+  before = signal.signal(signal.SIGTERM, lambda *_: told.set())
   try:
     yield told.is_set
   finally:
@@ -430,7 +373,7 @@ def stop_on_sigterm() -> None:
   def handle(number: int, frame: FrameType | None) -> NoReturn:
     del number, frame
     logger.info("Told to stop before the first step; %s.", AGAIN)
-    raise SystemExit(RESTART)  # no error, of which others would make their own
+    raise SystemExit(RESTART)  # not an Exception, which others would wrap
 
   if not processes.several():
     signal.signal(signal.SIGTERM, handle)

@@ -24,21 +24,6 @@ _SHA1 = re.compile(r"[0-9a-f]{40}")
 _MAX_FAILURE = 300  # characters of another library's message
 
 
-# The library's own classes, which have no base in common and which it names
-# beside that of HTTP; and what Python says of variables that hold no numbers or
-# addresses.
-_RAISED = (
-  *(
-    found
-    for found in vars(errors).values()
-    if isinstance(found, type) and issubclass(found, Exception)
-  ),
-  OSError,
-  ValueError,
-  RuntimeError,
-)
-
-
 class HubError(OSError):
   """A file that can't be had from the hub; the message says why."""
 
@@ -74,7 +59,7 @@ def fetch(address: Address) -> pathlib.Path | None:
     )
   except errors.RemoteEntryNotFoundError:
     return None
-  except _RAISED as error:
+  except Exception as error:  # The library's own classes have no base.
     if _is_known_to_lack(address, error):
       return None
     raise HubError(f"{name}: {one_line(error)}{_variables()}") from error
@@ -106,7 +91,7 @@ def _check_endpoint() -> None:
 
 
 def _variables() -> str:
-  """Names of the variables that decide where and how the hub is asked."""
+  """Names of the variables that decide how the hub is asked."""
   names = [
     name
     for name in sorted(os.environ)
@@ -121,12 +106,12 @@ def commit_of(path: pathlib.Path, name: str) -> str:
 
 
 def folders(address: Address) -> list[str]:
-  """Folders of a repository, sorted; none where it can't be asked."""
+  """Folders of a repository, sorted; none if it can't be asked."""
   try:
     names = huggingface_hub.list_repo_files(
       address.repository, revision=address.revision
     )
-  except _RAISED:
+  except Exception:
     return []
   return sorted(
     {str(pathlib.PurePosixPath(name).parent) for name in names} - {"."}
@@ -145,13 +130,13 @@ def _check(path: pathlib.Path) -> None:
   elif _SHA1.fullmatch(blob.name):
     digest = hashlib.sha1(b"blob %d\0" % blob.stat().st_size)
   else:
-    return  # a cache without links, where the file system has none
+    return  # a cache without links, on a file system that has none
   with blob.open("rb") as file:
-    found = hashlib.file_digest(file, lambda: digest).hexdigest()
-  if found != blob.name:
+    checksum = hashlib.file_digest(file, lambda: digest).hexdigest()
+  if checksum != blob.name:
     raise HubError(
       f"{path} ({blob.stat().st_size} bytes) is damaged: its checksum is "
-      f"{found}, not {blob.name}; remove {blob} and try again"
+      f"{checksum}, not {blob.name}; remove {blob} and try again"
     )
 
 

@@ -4,13 +4,12 @@ The lease is a small file, or an object of a bucket, that names its owner. Each
 change of it is on the condition that it is as it was read: two that want it
 can't both get it. The owner changes it every few seconds. Whoever finds it asks
 the system about the owner's process, if that is one of this machine; otherwise
-it waits whether the file changes, and takes it over if it doesn't. No clocks
-are compared.
+it waits to see whether the file changes, and takes it over if it doesn't. No
+clocks are compared.
 """
 
 import contextlib
 import datetime
-import importlib
 import itertools
 import json
 import os
@@ -20,33 +19,21 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from drift_jax.system import storage
 from drift_jax.system.console import logger
 from drift_jax.system.errors import ConfigError
 
-# How often the owner shows that it lives, and after how long without that it
-# counts as dead.
+# Time between two signs of life of the owner, and without one until it counts
+# as dead.
 INTERVAL_SECONDS = 10.0
 LEASE_SECONDS = 60.0
-# How often who waits looks, and how long an answer of the storage may take.
+# Time between two looks of a process that waits, and for a storage to answer.
 _LOOK_SECONDS = 1.0
 _ANSWER_SECONDS = 30.0
 # Linux' flag of a process that is about to end.
 _EXITING = 0x4
-
-
-class _Found(NamedTuple):
-  """A lease as it was read.
-
-  Attributes:
-    owner: facts about it; {} where they can't be read; None: there is none.
-    generation: what a change asks for.
-  """
-
-  owner: dict[str, Any] | None
-  generation: bytes
 
 
 class Lease:
@@ -58,8 +45,8 @@ class Lease:
     """Takes nothing yet.
 
     Args:
-      path: of the lease itself, in a folder that may be missing.
-      what: it is for, in messages.
+      path: file or object of the lease, in a folder that may be missing.
+      what: the thing that it is for, in messages.
       on_lost: called, in another thread, with a message: somebody else has
         taken it, since this process gave no sign of life for too long.
     """
@@ -87,26 +74,26 @@ class Lease:
     self._owner = _facts()
     seen, changes, since = b"", -1, time.monotonic()
     for looks in itertools.count():
-      found = self._read()
-      lives = False if found.owner is None else _lives(found.owner)
-      if found.generation != seen:
-        seen, changes, since = found.generation, changes + 1, time.monotonic()
+      owner, generation = self._read()
+      lives = False if owner is None else _lives(owner)
+      if generation != seen:
+        seen, changes, since = generation, changes + 1, time.monotonic()
       # At the first look it may be about to end, one change under way.
       if (lives and looks) or (lives is None and changes > 1):
         raise ConfigError(
-          f"{self._what} is in use by {_named(found.owner)}: wait for its end, "
+          f"{self._what} is in use by {_named(owner)}: wait for its end, "
           "end it, or use another one"
         )
       silent = time.monotonic() - since
       if lives is False or silent > LEASE_SECONDS:
-        if self._write(found.generation):
+        if self._write(generation):
           break
         continue
       if lives is None and not looks:
         logger.warning(
           "%s was in use by %s: waits up to %.0f s for a sign of life.",
           self._what,
-          _named(found.owner),
+          _named(owner),
           LEASE_SECONDS,
         )
       time.sleep(_LOOK_SECONDS)
@@ -148,62 +135,49 @@ class Lease:
       )
 
   def _again(self) -> bool:
-    """Writes it where a change was refused though nobody else has it.
+    """Writes it if a change was refused though nobody else has it.
 
     The answer to the last change was lost, or the file was deleted.
     """
-    found = self._read()
-    own = found.owner is None or found.owner.get("id") == self._owner["id"]
-    return own and self._write(found.generation)
+    owner, generation = self._read()
+    own = owner is None or owner.get("id") == self._owner["id"]
+    return own and self._write(generation)
 
-  def _store(self) -> tuple[Any, str]:
-    """What reads and writes, and the name there."""
-    tensorstore = importlib.import_module("tensorstore")
+  def _ask(self, method: str, **arguments: Any) -> Any:
+    """The storage's answer to a method of TensorStore's KvStore."""
     folder, name = os.path.split(self._path)
-    if storage.is_remote(self._path):
-      bucket, _, below = storage.without_scheme(folder).partition("/")
-      spec = {"driver": "gcs", "bucket": bucket}
-      spec["path"] = f"{below}/" if below else ""
-    else:
-      spec = {"driver": "file", "path": f"{os.path.abspath(folder)}/"}
-    return tensorstore.KvStore.open(spec).result(_ANSWER_SECONDS), name
-
-  def _read(self) -> _Found:
     try:
-      store, name = self._store()
-      read = store.read(name).result(_ANSWER_SECONDS)
+      store = storage.open_store(folder).result(_ANSWER_SECONDS)
+      return getattr(store, method)(name, **arguments).result(_ANSWER_SECONDS)
     except (ValueError, TimeoutError) as error:
-      raise _refused(self._path, error) from error
+      text = " ".join(str(error).split()) or "no answer in time"
+      raise storage.StorageError(f"{self._path}: {text}") from error
+
+  def _read(self) -> tuple[dict[str, Any] | None, bytes]:
+    """(facts about the owner, what a change asks for).
+
+    The facts are {} if they can't be read, None if there is no owner.
+    """
+    read = self._ask("read")
     owner: Any = None
     if read.state == "value":
       try:
         owner = json.loads(read.value)
       except ValueError:
         owner = {}
-    return _Found(owner, read.stamp.generation)
+    return owner, read.stamp.generation
 
   def _write(self, generation: bytes, keep: bool = True) -> bool:
-    """Whether it was as expected, and is the own one now (or is deleted)."""
+    """Changes it if it is still as expected; returns whether it was."""
     if keep and not storage.is_remote(self._path):
       folder = pathlib.Path(self._path).parent
       missing = [p for p in (folder, *folder.parents) if not p.exists()]
       folder.mkdir(parents=True, exist_ok=True)
       self._made = missing or self._made
     value = json.dumps(self._owner, indent=1).encode() if keep else None
-    try:
-      store, name = self._store()
-      stamp = store.write(name, value, if_equal=generation).result(
-        _ANSWER_SECONDS
-      )
-    except (ValueError, TimeoutError) as error:
-      raise _refused(self._path, error) from error
+    stamp = self._ask("write", value=value, if_equal=generation)
     self._generation = stamp.generation or self._generation
     return bool(stamp.generation)
-
-
-def _refused(path: str, error: Exception) -> storage.StorageError:
-  text = " ".join(str(error).split()) or "no answer in time"
-  return storage.StorageError(f"{path}: {text}")
 
 
 def _facts() -> dict[str, Any]:
@@ -238,9 +212,9 @@ def _lives(owner: dict[str, Any]) -> bool | None:
 
 
 def _machine() -> str:
-  """Names where a process' number is unique: this boot, this container.
+  """Scope in which a process' number is unique: this boot, this container.
 
-  '' where the system doesn't say.
+  '' if the system doesn't say.
   """
   try:
     boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -255,7 +229,7 @@ def _started(pid: int) -> int | None:
     text = pathlib.Path(f"/proc/{pid}/stat").read_text()
   except OSError:
     return None
-  # Behind the name, which may hold anything.
+  # After the name, which may hold anything.
   state, *fields = text.rpartition(")")[2].split()
   ending = state in "ZX" or int(fields[5]) & _EXITING
   return None if ending else int(fields[18])

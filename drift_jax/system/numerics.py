@@ -26,8 +26,8 @@ PINNED = {
 
 def _others() -> dict[str, object]:
   """Settings that are not as they must be."""
-  found = {name: getattr(jax.config, name) for name in PINNED}
-  return {n: value for n, value in found.items() if value != PINNED[n]}
+  now = {name: getattr(jax.config, name) for name in PINNED}
+  return {name: now[name] for name in PINNED if now[name] != PINNED[name]}
 
 
 def pin() -> None:

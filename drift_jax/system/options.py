@@ -14,7 +14,7 @@ MAX_SEED = 2**32 - 1
 BATCH_SIZE = 256
 # Files of pictures.
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-# What an evaluation without a config computes, of so many samples.
+# Figures of an evaluation without a config, and its number of samples.
 METRICS = ("fid", "inception_score")
 NUM_SAMPLES = 50_000
 # Order of a source's classes; '': its own.
@@ -29,9 +29,9 @@ Decoder = Literal["pillow", "simplejpeg"]
 # Crops of statistics of real images, and how many single features are kept.
 CROPS = ("center", "pad", "none")
 NUM_FEATURES = 10_000
-# Of a network's computation, and of latents on a disk.
+# Dtypes of a network's computation, and of latents on a disk.
 DTYPES = ("float32", "bfloat16")
 LATENT_DTYPES = ("float16", "bfloat16")
-# Of an export.
+# Formats of an export, and platforms that it runs on.
 FORMATS = ("stablehlo", "release", "onnx")
 PLATFORMS = ("cpu", "cuda", "tpu")

@@ -17,19 +17,9 @@ flags.disclaim_key_flags()
 # Folders that file systems and programs keep beside people's own, in lower
 # case: a NAS' thumbnails and bins, macOS' and Windows' own, Python's.
 _SYSTEM = frozenset(
-  {
-    "#recycle",
-    "#snapshot",
-    "$recycle.bin",
-    "@eadir",
-    "@recently-snapshot",
-    "@recycle",
-    "__macosx",
-    "__pycache__",
-    "lost+found",
-    "system volume information",
-  }
-)
+  "#recycle #snapshot $recycle.bin @eadir @recently-snapshot @recycle __macosx "
+  "__pycache__ lost+found".split()
+) | {"system volume information"}
 
 
 class PathError(OSError):
@@ -58,7 +48,7 @@ def expand(path: str | os.PathLike[str]) -> str:
 
 
 def expand_source(source: str) -> str:
-  """The same of KIND:PATH, as data.source has it, or of a path.
+  """`expand` for KIND:PATH, the form of data.source, or for a path.
 
   Raises:
     PathError: see `expand`.

@@ -6,7 +6,7 @@ import logging
 import re
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,23 +20,23 @@ from drift_jax.system.errors import UserError
 # Bytes of one process that a collective moves at a time.
 _CHUNK_BYTES = 2**24
 HEARTBEAT_SECONDS = 100
-# Said where the others are not there at once.
+# After so long the log says that this process waits for the others.
 _PATIENCE_SECONDS = 10.0
-# What collectives and the coordination service say where a process is gone;
-# the last two are of NCCL and of Orbax' barriers.
+# Texts of collectives and the coordination service about a lost process; the
+# last two come from NCCL and from Orbax' barriers.
 _LOST = re.compile(
   r"connection (closed|reset|refused)|gloo|socket closed|broken pipe"
   r"|coordination ?service|stopped sending heartbeats|task .* (died|failed)"
   r"|remote process exited|barrier (timed out|failed)",
   re.IGNORECASE,
 )
-# In front of it where JAX raises no class of its own: a collective that fails
+# Start of the text if JAX raises no class of its own: a collective that fails
 # while it is dispatched comes as a ValueError.
 _STATUS = re.compile(r"[A-Z]+(_[A-Z]+)*: ")
 _rounds = itertools.count()
 # Set while JAX connects: it has a client then, of which nothing may be asked.
 _connecting = threading.Event()
-# The package's; console, where it is set up, has this module's rank.
+# The package's logger; console, which sets it up, has this module's rank.
 _logger = logging.getLogger("drift_jax")
 
 
@@ -59,7 +59,7 @@ def initialize(
   """Joins this process to the others; the first thing that a program does.
 
   Args:
-    coordinator: HOST:PORT of process 0; 'auto' where the machine tells all
+    coordinator: HOST:PORT of process 0; 'auto' if the machine tells all
       three (TPU pods, SLURM); '' for a single process, which does nothing.
     num_processes: how many there are; None for 'auto' and ''.
     process_id: 0 to num_processes - 1; None for 'auto' and ''.
@@ -72,8 +72,9 @@ def initialize(
       the process later: it has to end now.
   """
   explicit = coordinator not in ("", "auto")
-  given = num_processes is not None, process_id is not None
-  if given != (explicit, explicit):
+  if explicit != (num_processes is not None) or explicit != (
+    process_id is not None
+  ):
     raise ValueError(
       f"coordinator={coordinator!r}, num_processes={num_processes}, "
       f"process_id={process_id}: give all three, or the coordinator 'auto' "
@@ -82,12 +83,9 @@ def initialize(
   if not coordinator:
     return
   where = f"coordinator={coordinator!r}"
-  if explicit:
-    assert num_processes is not None and process_id is not None
+  if num_processes is not None and process_id is not None:
     if not re.fullmatch(r".+:\d+", coordinator):
-      raise ValueError(
-        f"coordinator={coordinator!r} must be HOST:PORT of process 0, or 'auto'"
-      )
+      raise ValueError(f"{where} must be HOST:PORT of process 0, or 'auto'")
     if not 0 <= process_id < num_processes:
       raise ValueError(
         f"process_id={process_id} must lie in [0, num_processes="
@@ -101,10 +99,10 @@ def initialize(
     coordinator_address=coordinator if explicit else None,
     num_processes=num_processes,
     process_id=process_id,
-    # Where JAX itself gives up, it aborts the process.
+    # JAX aborts the process when it gives up: later than _connect.
     initialization_timeout=2 * join_timeout + 60,
     heartbeat_timeout_seconds=heartbeat_timeout,
-    # For as long as the first may write files that the others do not.
+    # The first process may write files for as long after the others are done.
     shutdown_timeout_seconds=3600,
   )
 
@@ -116,37 +114,20 @@ def _warn_of_address(coordinator: str, process_id: int) -> None:
   of another machine may lead here.
   """
   host, _, port = coordinator.rpartition(":")
-  host = host.strip("[]")
   try:
-    found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+    family, *_, address = socket.getaddrinfo(
+      host.strip("[]"), int(port), type=socket.SOCK_STREAM
+    )[0]
+    if process_id == 0:  # It must be an address of this machine.
+      with socket.socket(family, socket.SOCK_STREAM) as sock:
+        sock.bind((address[0], 0))
   except (OSError, OverflowError, UnicodeError) as error:
     _logger.warning(
-      "coordinator=%r: the name %r is not known here (%s)",
+      "coordinator=%r must lead to process 0%s: %s",
       coordinator,
-      host,
+      "" if process_id else ", which this is",
       error,
     )
-    return
-  if process_id == 0 and not any(_is_here(*entry) for entry in found):
-    _logger.warning(
-      "coordinator=%r must lead to process 0, which this is, but %r is no "
-      "address of this machine",
-      coordinator,
-      host,
-    )
-
-
-def _is_here(
-  family: int, kind: int, protocol: int, name: str, address: Any
-) -> bool:
-  """Whether the machine has an address, an entry of getaddrinfo."""
-  del name
-  try:
-    with socket.socket(family, kind, protocol) as sock:
-      sock.bind((address[0], 0, *address[2:]))
-  except OSError:
-    return False
-  return True
 
 
 def _connect(where: str, seconds: int, **arguments: Any) -> None:
@@ -203,26 +184,22 @@ def is_lost_peer(error: BaseException) -> bool:
   """
   if not several():
     return False
-  seen: BaseException | None = error
   lost = False
-  while seen is not None:
-    text = str(seen)
+  link: BaseException | None = error
+  while link is not None:
+    text = str(link)
     if "RESOURCE_EXHAUSTED" in text:
       return False
-    lost = lost or (_is_of_jax(seen, text) and bool(_LOST.search(text)))
-    seen = seen.__cause__ or seen.__context__
+    is_status = isinstance(link, jax.errors.JaxRuntimeError) or (
+      type(link) in (ValueError, RuntimeError) and _STATUS.match(text)
+    )
+    lost = lost or bool(is_status and _LOST.search(text))
+    link = link.__cause__ or link.__context__
   return lost
 
 
-def _is_of_jax(error: BaseException, text: str) -> bool:
-  """Whether an error is a status of JAX's runtime, in whichever class."""
-  if isinstance(error, jax.errors.JaxRuntimeError):
-    return True
-  return type(error) in (ValueError, RuntimeError) and bool(_STATUS.match(text))
-
-
 def index() -> int:
-  """This process' number; does not touch devices where it is alone."""
+  """This process' number; does not touch devices if it is alone."""
   return jax.process_index() if client() is not None else 0
 
 
@@ -232,7 +209,7 @@ def is_first() -> bool:
 
 
 def from_first(function: Callable[[], Any]) -> Any:
-  """What the first process' call returns, in all; the others do not call.
+  """Returns the first process' value in all; the others do not call.
 
   What they do together has the same order in all processes. No device takes
   part, and the others wait for as long as it takes.
@@ -241,16 +218,13 @@ def from_first(function: Callable[[], Any]) -> Any:
     function: gives something that JSON can hold.
 
   Raises:
-    PeerError: in the other processes, where the call raises in the first.
+    PeerError: in the other processes, if the call raises in the first.
   """
-  if not several():
-    return function()
-  key = f"drift_jax/from_first/{next(_rounds)}"
-  return _told(key, function) if is_first() else _heard(key, 0)
+  return _tell(function, [0])[0] if several() else function()
 
 
 def from_all(function: Callable[[], Any]) -> list[Any]:
-  """What the call returns in each process, in their order, in all of them.
+  """Returns the values of all processes, in their order, in all of them.
 
   All wait for all, for as long as it takes. No device takes part.
 
@@ -258,35 +232,30 @@ def from_all(function: Callable[[], Any]) -> list[Any]:
     function: gives something that JSON can hold.
 
   Raises:
-    PeerError: where the call raises in another process.
+    PeerError: the call raises in another process.
   """
   if not several():
     return [function()]
-  key = f"drift_jax/from_all/{next(_rounds)}"
-  value = _told(f"{key}/{index()}", function)
-  return [
-    value if process == index() else _heard(f"{key}/{process}", process)
-    for process in range(jax.process_count())
-  ]
+  return _tell(function, range(jax.process_count()))
 
 
-def _told(key: str, function: Callable[[], Any]) -> Any:
-  """What a call returns; the other processes are told it, or its error."""
-  try:
-    value = function()
-  except Exception as error:
-    client().key_value_set(key, json.dumps({"error": str(error)}))
-    raise
-  client().key_value_set(key, json.dumps({"value": value}))
-  return value
-
-
-def _heard(key: str, process: int) -> Any:
-  """What another process' call returned."""
-  answer = json.loads(_wait_for(key))
-  if "error" in answer:
-    raise PeerError(f"process {process} failed: {answer['error']}")
-  return answer["value"]
+def _tell(function: Callable[[], Any], tellers: Sequence[int]) -> list[Any]:
+  """Returns the values of some processes, which tell them to all."""
+  key, own = f"drift_jax/told/{next(_rounds)}", index()
+  if own in tellers:
+    try:
+      answer = {"value": function()}
+    except Exception as error:
+      client().key_value_set(f"{key}/{own}", json.dumps({"error": str(error)}))
+      raise
+    client().key_value_set(f"{key}/{own}", json.dumps(answer))
+  values = []
+  for process in tellers:
+    answer = json.loads(_wait_for(f"{key}/{process}"))
+    if "error" in answer:
+      raise PeerError(f"process {process} failed: {answer['error']}")
+    values.append(answer["value"])
+  return values
 
 
 def _wait_for(key: str) -> str:

@@ -8,6 +8,7 @@ parameters, and gathers activations instead.
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,16 +24,10 @@ from drift_jax.system.devices import find_devices
 BATCH_AXES = ("data", "fsdp")
 FSDP = "fsdp"
 
-# (pattern of a leaf's path, what to do): the first match decides. 'fsdp'
-# shards the largest axis that the mesh axis divides, the last one if there is
-# no other; 'replicate' keeps a copy on every device. Paths look like
+# Leaves, by their path, of which every device keeps a copy: norm scales, biases
+# and scalars are too small to be worth a collective. Paths look like
 # "params/blocks/qkv/kernel".
-Rules = tuple[tuple[str, str], ...]
-RULES: Rules = (
-  # Norm scales, biases and scalars are too small to be worth a collective.
-  (r"(^|/)(bias|scale|weight|step|count|rng)$", "replicate"),
-  (r".*", "fsdp"),
-)
+_WHOLE = re.compile(r"(^|/)(bias|scale|weight|step|count|rng)$")
 
 
 def make_mesh(
@@ -45,27 +40,21 @@ def make_mesh(
     DeviceError: there are none.
   """
   devices = find_devices() if devices is None else list(devices)
-  sizes = {"data": data, "fsdp": fsdp}
-  free = [name for name, size in sizes.items() if size == -1]
-  known = int(np.prod([size for size in sizes.values() if size != -1]))
-  valid = all(size == -1 or size >= 1 for size in sizes.values())
-  if not valid or len(free) > 1 or len(devices) % known:
+  count = len(devices)
+  sizes = [data, fsdp]
+  if sizes.count(-1) == 1:
+    known = max(data, fsdp)
+    sizes[sizes.index(-1)] = count // known if known > 0 else 0
+  if min(sizes) < 1 or math.prod(sizes) != count:
     raise ValueError(
-      f"mesh data={data}, fsdp={fsdp} does not fit {len(devices)} devices: "
-      f"give sizes >= 1 that divide {len(devices)}, at most one of them -1"
-    )
-  if free:
-    sizes[free[0]] = len(devices) // known
-  elif known != len(devices):
-    raise ValueError(
-      f"mesh data={data} x fsdp={fsdp} = {known} devices, but there are "
-      f"{len(devices)}: make one size -1 or change the product"
+      f"mesh data={data}, fsdp={fsdp} does not fit {count} devices: give sizes "
+      f">= 1 whose product is {count}, at most one of them -1"
     )
   # As the chips are wired; an axis of them may be split between two of ours.
   grid = mesh_utils.create_device_mesh(
-    tuple(sizes.values()), devices, allow_split_physical_axes=True
+    tuple(sizes), devices, allow_split_physical_axes=True
   )
-  return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+  return Mesh(grid, BATCH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def path_name(path: Sequence[Any]) -> str:
@@ -73,47 +62,33 @@ def path_name(path: Sequence[Any]) -> str:
   return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
-def spec_for(
-  name: str, shape: tuple[int, ...], fsdp: int, rules: Rules = RULES
-) -> PartitionSpec:
-  """The PartitionSpec of one leaf by the first rule that matches its path.
+def spec_for(name: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
+  """The PartitionSpec of one leaf, by its path.
 
-  Raises:
-    ValueError: if no rule matches or a rule names an unknown action.
+  'fsdp' shards the largest axis that the mesh axis divides, the last one if
+  there is no other.
   """
-  for pattern, action in rules:
-    if not re.search(pattern, name):
-      continue
-    if action == "replicate":
-      return PartitionSpec()
-    if action != "fsdp":
-      raise ValueError(
-        f"sharding rule {pattern!r} -> {action!r}: valid actions are 'fsdp' "
-        "and 'replicate'"
-      )
-    axes = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
-    if fsdp == 1 or not axes:
-      return PartitionSpec()
-    # The largest: stacked layers keep their leading axis. But the last one
-    # only if need be: TPUs pad it, and take parts of it apart again.
-    best = max(axes, key=lambda axis: (axis < len(shape) - 1, shape[axis]))
-    return PartitionSpec(*([None] * best), "fsdp")
-  raise ValueError(f"no sharding rule matches {name!r} of shape {shape}")
+  axes = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
+  if _WHOLE.search(name) or fsdp == 1 or not axes:
+    return PartitionSpec()
+  # The largest: stacked layers keep their leading axis. But the last one only
+  # if need be: TPUs pad it, and take parts of it apart again.
+  best = max(axes, key=lambda axis: (axis < len(shape) - 1, shape[axis]))
+  return PartitionSpec(*([None] * best), "fsdp")
 
 
-def infer_specs(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+def infer_specs(tree: Any, mesh: Mesh) -> Any:
   """PartitionSpecs for a pytree of arrays or ShapeDtypeStructs."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: spec_for(path_name(path), leaf.shape, mesh.shape[FSDP]),
+    tree,
+  )
 
-  def leaf_spec(path: Sequence[Any], leaf: Any) -> PartitionSpec:
-    return spec_for(path_name(path), leaf.shape, mesh.shape[FSDP], rules)
 
-  return jax.tree_util.tree_map_with_path(leaf_spec, tree)
-
-
-def infer_sharding(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+def infer_sharding(tree: Any, mesh: Mesh) -> Any:
   """NamedShardings for a pytree of arrays or ShapeDtypeStructs."""
   return jax.tree.map(
-    lambda spec: NamedSharding(mesh, spec), infer_specs(tree, mesh, rules)
+    lambda spec: NamedSharding(mesh, spec), infer_specs(tree, mesh)
   )
 
 
@@ -146,7 +121,7 @@ def over_devices(
 
   Collectives are the function's own business: over BATCH_AXES for the batch,
   `gather` for parameters. Arrays without a value are made anew on each device:
-  the compiler of jaxlib 0.11.2 crashes where one enters on several devices.
+  the compiler of jaxlib 0.11.2 crashes if one enters on several devices.
   """
   mapped = functools.partial(
     jax.shard_map, mesh=mesh, out_specs=out_specs, check_vma=False
@@ -191,7 +166,7 @@ class Layout:
 
   Attributes:
     mesh: the batch is split over all its axes.
-    params: PartitionSpecs of the parameters, as RULES give them.
+    params: PartitionSpecs of the parameters, see infer_specs.
     frozen: PartitionSpecs of frozen parameters, in whatever tree.
   """
 
@@ -262,18 +237,17 @@ def regather(
 
   Args:
     function: gathers parameters.
-    param_specs: theirs; where none is sharded, nothing is changed.
+    param_specs: PartitionSpecs; if none is sharded, nothing is changed.
   """
   if not is_sharded(param_specs):
     return function
   return jax.checkpoint(
-    function,
-    policy=lambda primitive, *_, **__: primitive.name != "all_gather",
+    function, policy=lambda primitive, *_, **__: primitive.name != "all_gather"
   )
 
 
 def sum_gradients(grads: Any, tree_specs: Any) -> Any:
-  """Sums what `gather`'s backward pass has left to be summed."""
+  """Completes the sums of gradients after `gather`'s backward pass."""
 
   def total(grad: jax.Array, spec: Any) -> jax.Array:
     axes = BATCH_AXES if _gathered_axis(spec) is None else ("data",)
@@ -288,20 +262,21 @@ def over_batch(
   """(params, batch...) -> outputs, each device on its part of the batch.
 
   Args:
-    function: of whole parameters and arrays [b, ...]; its outputs are [b, ...].
+    function: takes whole parameters and arrays [b, ...], gives arrays
+      [b, ...].
     mesh: the batch is split over all its axes.
     param_specs: PartitionSpecs of params.
   """
 
-  def local(params: Any, *batch: Any) -> Any:
+  split = PartitionSpec(BATCH_AXES)
+
+  def local(params: Any, batch: Any) -> Any:
     return function(gather(params, param_specs), *batch)
 
+  mapped = over_devices(local, mesh, (param_specs, split), split)
+
   def call(params: Any, *batch: Any) -> Any:
-    split = PartitionSpec(BATCH_AXES)
-    mapped = over_devices(
-      local, mesh, (param_specs, *[split] * len(batch)), split
-    )
-    return mapped(params, *batch)
+    return mapped(params, batch)
 
   return call
 
@@ -310,21 +285,15 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
   """Places a host batch (this process' part) on the mesh, axis 0 sharded.
 
   Raises:
-    ValueError: if a leading axis is not a multiple of this process' devices.
+    ValueError: a leading axis is no multiple of this process' devices.
   """
-  sharding = batch_sharding(mesh)
-  local = len(mesh.local_devices)
-
-  def put(path: Sequence[Any], leaf: Any) -> jax.Array:
-    leaf = np.asarray(leaf)
-    if leaf.shape[0] % local:
-      raise ValueError(
-        f"batch entry {path_name(path)!r} has leading size {leaf.shape[0]}, "
-        f"not a multiple of the {local} devices of this process"
-      )
-    return jax.make_array_from_process_local_data(sharding, leaf)
-
-  return jax.tree_util.tree_map_with_path(put, batch)
+  split = batch_sharding(mesh)
+  return jax.tree.map(
+    lambda leaf: jax.make_array_from_process_local_data(
+      split, np.asarray(leaf)
+    ),
+    batch,
+  )
 
 
 def local_rows(array: Any) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Buckets in the place of folders: gs://BUCKET/PATH.
+"""Buckets used as folders: gs://BUCKET/PATH.
 
 etils.epath reads a bucket as it reads a disk. What differs is here: whether
 the bucket can be used at all, and writing, since an object can't be appended
@@ -19,7 +19,7 @@ PathLike = str | os.PathLike[str]
 
 # A library's attempt to reach a bucket; `check` makes three at most.
 _SECONDS = 15
-# What patterns are made of, and an escape; what else URLs are made of.
+# Characters of patterns, with the escape; further ones of URLs.
 _PATTERN, _URL = "*?[\\", "#%]"
 _HINT = (
   "Credentials come from GOOGLE_APPLICATION_CREDENTIALS, `gcloud auth "
@@ -34,7 +34,7 @@ class StorageError(OSError):
 
 @contextlib.contextmanager
 def naming_errors(path: PathLike) -> Iterator[None]:
-  """Gives OSErrors the path, where a full disk's have none."""
+  """Gives OSErrors the path, which those of a full disk lack."""
   try:
     yield
   except OSError as error:
@@ -55,7 +55,7 @@ def without_scheme(path: PathLike) -> str:
 
 
 def entries(folder: PathLike, ending: str = "") -> list[epath.Path]:
-  """What is in a folder, of names that end so, sorted; [] if it isn't there.
+  """Entries of a folder whose names end so, sorted; [] if it isn't there.
 
   epath's glob would take characters of the folder's own path for a pattern.
   """
@@ -66,7 +66,7 @@ def entries(folder: PathLike, ending: str = "") -> list[epath.Path]:
 
 
 def check_characters(path: PathLike) -> None:
-  """Refuses a path whose characters Orbax and TensorStore take for others.
+  """Refuses a path with characters that Orbax and TensorStore misread.
 
   Orbax gathers the parts of a checkpoint by a pattern that begins with its
   path: none would be found, or those of another run. Locally that is of the
@@ -96,7 +96,7 @@ def check(path: PathLike, *, write: bool = False) -> None:
 
   Args:
     path: local ones are not looked at.
-    write: whether a run will be written there.
+    write: whether a run will be written there; else it is only read.
 
   Raises:
     StorageError: a URL that is not gs://, a missing package, no such bucket, no
@@ -107,25 +107,21 @@ def check(path: PathLike, *, write: bool = False) -> None:
   if not is_remote(path):
     return
   client = _client(path)
-  import tensorstore
-
   bucket, _, name = without_scheme(path).partition("/")
   if not bucket:
     raise StorageError(f"{os.fspath(path)} names no bucket")
-  # The three have no exception in common but Exception.
   try:
-    client.ls(bucket, max_results=1, timeout=_SECONDS)
-    store: Any = tensorstore.KvStore.open(f"gs://{bucket}/").result(_SECONDS)
-    store.read(f"{name}/config.json").result(_SECONDS)
-    if write:
-      google = importlib.import_module("google.cloud.storage")
-      google.Client().get_bucket(bucket, timeout=_SECONDS, retry=None)
+    with _one_line(path, f". {_HINT}"):
+      client.ls(bucket, max_results=1, timeout=_SECONDS)
+      store = open_store(f"gs://{bucket}").result(_SECONDS)
+      store.read(f"{name}/config.json").result(_SECONDS)
+      if write:
+        google = importlib.import_module("google.cloud.storage")
+        google.Client().get_bucket(bucket, timeout=_SECONDS, retry=None)
   except FileNotFoundError as error:
     raise StorageError(
       f"{os.fspath(path)}: there is no bucket {bucket!r}"
     ) from error
-  except Exception as error:
-    raise StorageError(f"{_one_line(path, error)}. {_HINT}") from error
 
 
 def check_data(path: PathLike) -> None:
@@ -141,13 +137,9 @@ def check_data(path: PathLike) -> None:
       f"{os.fspath(path)}: prepared data sets are read from local disks and "
       "gs:// buckets only: copy them, or mount them as a folder"
     )
-  client = _client(path)
-  try:
-    client.ls(without_scheme(path), max_results=1, timeout=_SECONDS)
-  except FileNotFoundError:
-    return  # Whoever looks there says what is missing.
-  except Exception as error:
-    raise StorageError(f"{_one_line(path, error)}. {_HINT}") from error
+  # Whoever looks there says what is missing.
+  with contextlib.suppress(FileNotFoundError), _one_line(path, f". {_HINT}"):
+    _client(path).ls(without_scheme(path), max_results=1, timeout=_SECONDS)
 
 
 def check_local(what: str, *paths: str) -> None:
@@ -167,12 +159,8 @@ def upload(source: PathLike, path: PathLike) -> None:
   Raises:
     StorageError: it can't be written.
   """
-  try:
+  with _one_line(path):
     _client(path).put_file(os.fspath(source), os.fspath(path))
-  except StorageError:
-    raise
-  except Exception as error:
-    raise StorageError(_one_line(path, error)) from error
 
 
 def _client(path: PathLike) -> Any:
@@ -196,6 +184,33 @@ def _client(path: PathLike) -> Any:
   return fsspec.filesystem("gcs", finalize_on_close=True)
 
 
-def _one_line(path: PathLike, error: Exception) -> str:
-  text = " ".join(str(error).split()) or "no answer in time"
-  return f"{os.fspath(path)}: {type(error).__name__}: {text}"
+@contextlib.contextmanager
+def _one_line(path: PathLike, hint: str = "") -> Iterator[None]:
+  """Makes a StorageError of whatever the three libraries raise.
+
+  Their errors have no base in common but Exception. FileNotFoundError stays.
+  """
+  try:
+    yield
+  except (StorageError, FileNotFoundError):
+    raise
+  except Exception as error:
+    text = " ".join(str(error).split()) or "no answer in time"
+    raise StorageError(
+      f"{os.fspath(path)}: {type(error).__name__}: {text}{hint}"
+    ) from error
+
+
+def open_store(folder: PathLike) -> Any:
+  """TensorStore's view of a folder: a future of a KvStore of its files."""
+  tensorstore = importlib.import_module("tensorstore")
+  if is_remote(folder):
+    bucket, _, path = without_scheme(folder).partition("/")
+    spec = {
+      "driver": "gcs",
+      "bucket": bucket,
+      "path": f"{path}/" if path else "",
+    }
+  else:
+    spec = {"driver": "file", "path": f"{os.path.abspath(folder)}/"}
+  return tensorstore.KvStore.open(spec)

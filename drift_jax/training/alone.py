@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 from etils import epath
 
@@ -12,34 +12,25 @@ from drift_jax.system.lease import Lease
 from drift_jax.training.workdir import check_workdir
 
 LOCK_FILE = "run.lock"
-_Config = TypeVar("_Config")
-_Options = ParamSpec("_Options")
-_State = TypeVar("_State")
+_Train = TypeVar("_Train", bound=Callable[..., Any])
 
 
-def alone(
-  train: Callable[Concatenate[_Config, str, _Options], _State],
-) -> Callable[Concatenate[_Config, str, _Options], _State]:
+def alone(train: _Train) -> _Train:
   """Makes a task's (config, workdir) -> state the only run in its workdir.
 
-  It raises ConfigError before anything is read or written where another run is
+  It raises ConfigError before anything is read or written if another run is
   going on there, or the workdir can't be written. A run that was not heard of
   for a minute may lose the workdir to another one: its process ends then.
   """
 
   @functools.wraps(train)
-  def run(
-    config: _Config,
-    workdir: str,
-    *args: _Options.args,
-    **kwargs: _Options.kwargs,
-  ) -> _State:
+  def run(config: Any, workdir: str, **options: Any) -> Any:
     workdir = paths.expand(workdir)
     check_workdir(workdir)
     with holding(epath.Path(workdir) / LOCK_FILE, f"--workdir={workdir}"):
-      return train(config, workdir, *args, **kwargs)
+      return train(config, workdir, **options)
 
-  return run
+  return cast(_Train, run)
 
 
 @contextlib.contextmanager
@@ -53,7 +44,7 @@ def alone_with(out: str) -> Iterator[None]:
   storage.check(out)
   path = epath.Path(f"{out}.lock")
   with contextlib.ExitStack() as stack:
-    # It makes no folder, which a program that fails would leave behind.
+    # It makes no folder: a program that fails would leave it.
     if processes.from_first(path.parent.exists):
       stack.enter_context(holding(path, f"--out={out}"))
     yield
@@ -64,8 +55,8 @@ def holding(path: epath.Path, what: str) -> Iterator[None]:
   """Holds a lease meanwhile, the first process for all.
 
   Args:
-    path: of the lease.
-    what: it is for, in messages.
+    path: file or object of the lease.
+    what: the thing that it is for, in messages.
 
   Raises:
     ConfigError: another process holds it.

@@ -1,7 +1,7 @@
 """Orbax checkpoints of everything that the next step needs.
 
 Several processes write and read one checkpoint together, each its own shards,
-and sum their own files; the first one looks after names.
+and sum their own files; the first one gives and checks names.
 
 A checkpoint holds the training state (parameters, optimiser, EMAs, step and
 random key) and the feed's state (data position and sample queue). Saving is
@@ -31,7 +31,7 @@ from drift_jax.system.console import logger
 from drift_jax.system.errors import UserError
 from drift_jax.training import checksums, retention
 
-# What a checkpoint holds.
+# The parts of a checkpoint.
 _ITEMS = ("state", "feed")
 # A folder that an unfinished save writes to, on a disk.
 _UNFINISHED = re.compile(rf"\d+{re.escape(ocp.utils.TMP_DIR_SUFFIX)}.*")
@@ -63,15 +63,6 @@ def _read_json(path: epath.Path) -> dict[str, Any] | None:
   except ValueError:
     logger.warning("%s is damaged and left out.", path)
     return None
-
-
-def _free_name(path: epath.Path) -> epath.Path:
-  """The path itself, or with the first of _2, _3, ... that is not taken."""
-  free, number = path, 1
-  while free.exists():
-    number += 1
-    free = path.with_name(f"{path.name}_{number}")
-  return free
 
 
 class Checkpointer:
@@ -110,10 +101,9 @@ class Checkpointer:
     self._failed = False  # a save
     self._retention = retention.Retention(keep_latest, keep_every, best_metric)
     self._manager = self._open()
-    # What sums the files of the steps whose checksums are still to be written,
-    # and those of them that a thread works on.
-    self._unsummed: dict[int, checksums.Summing] = {}
-    self._running: dict[int, concurrent.futures.Future[bool]] = {}
+    # What is summed of the steps that lack checksums, and the thread's work.
+    self._unsummed: dict[int, dict[str, Any]] = {}
+    self._summing: concurrent.futures.Future[None] | None = None
     self._stop = threading.Event()
     self._executor = concurrent.futures.ThreadPoolExecutor(1)
 
@@ -141,8 +131,6 @@ class Checkpointer:
 
   def _sweep(self) -> None:
     """Removes what killed saves have left; never what may be a checkpoint."""
-    if not self._directory.exists():
-      return
     self._remove_unfinished()
     for path in self._unmarked():
       metadata = _read_json(path / checksums.METADATA)
@@ -152,44 +140,35 @@ class Checkpointer:
       if killed or not checksums.file_names(path):
         path.rmtree()
         continue
-      if lacks := self._lacks(path):
-        raise CheckpointError(lacks)
+      # Its checksums tell; before they are written, by what it should hold.
+      lacks, proven = checksums.compare(path)
+      if not lacks and not proven:
+        lacks = checksums.incomplete(path, _ITEMS)
+      if lacks:
+        raise CheckpointError(
+          f"{path} may be a checkpoint that was copied in part: it has no "
+          f"{checksums.COMMIT}, and {'; '.join(lacks[:3])}. Copy it again as a "
+          "whole, with `gcloud storage rsync -r`, or move it away"
+        )
       (path / checksums.COMMIT).write_text("Nothing else is missing.\n")
       logger.info(
         "Checkpoint %s lacked its %s alone: it counts.", path, checksums.COMMIT
       )
 
   def _remove_unfinished(self) -> None:
-    for path in self._directory.iterdir():
+    for path in storage.entries(self._directory):
       if _UNFINISHED.fullmatch(path.name):
         path.rmtree()
 
   def _unmarked(self) -> list[epath.Path]:
     """Folders of steps in a bucket that lack the marker of a finished save."""
-    if not storage.is_remote(self._directory) or not self._directory.exists():
-      return []
     return [
       path
-      for path in self._directory.iterdir()
-      if path.name.isdecimal() and not (path / checksums.COMMIT).exists()
+      for path in storage.entries(self._directory)
+      if storage.is_remote(self._directory)
+      and path.name.isdecimal()
+      and not (path / checksums.COMMIT).exists()
     ]
-
-  def _lacks(self, path: epath.Path) -> str:
-    """Names what an unmarked folder lacks as a checkpoint; '' if nothing.
-
-    Its checksums tell; before they are written, by what it should hold.
-    """
-    found = checksums.compare(path)
-    lines = found.damage
-    if not lines and not found.proven:
-      lines = checksums.incomplete(path, _ITEMS)
-    if not lines:
-      return ""
-    return (
-      f"{path} may be a checkpoint that was copied in part: it has no "
-      f"{checksums.COMMIT}, and {'; '.join(lines[:3])}. Copy it again as a "
-      "whole, with `gcloud storage rsync -r`, or move it away"
-    )
 
   def steps(self) -> list[int]:
     """Steps with a complete checkpoint, oldest first."""
@@ -222,33 +201,25 @@ class Checkpointer:
       ValueError: if the step is not newer than every checkpoint there is, or
         the directory was opened read-only.
     """
-    if self._read_only:
-      raise ValueError(
-        f"{self._directory} is open read-only: can't save {step}"
-      )
-    newest = self.latest_step()
-    if newest is not None and step <= newest:
-      raise ValueError(
-        f"step {step} can't be saved in {self._directory}: it already holds "
-        f"step {newest}, and steps must increase. Use a new directory"
-      )
     self._wait_for_save()
     # The save may delete an older checkpoint: nothing may be writing there,
     # and a save in a hurry must not wait until all has been read back.
     self._pause_sums()
     with self._writing():
-      self._manager.save(
+      saving = not self._read_only and self._manager.save(
         step,
         args=ocp.args.Composite(
-          state=ocp.args.StandardSave(state),
-          feed=ocp.args.StandardSave(feed),
+          state=ocp.args.StandardSave(state), feed=ocp.args.StandardSave(feed)
         ),
         custom_metadata=_DUE if evaluation_due else None,
       )
+    if not saving:
+      raise ValueError(
+        f"step {step} can't be saved in {self._directory}: it is read-only, or "
+        f"steps do not increase from {self.steps()}"
+      )
     self._start_sums()
-    self._unsummed[step] = checksums.Summing(
-      self._directory / str(step), processes.index()
-    )
+    self._unsummed[step] = {}
 
   def evaluated(self, step: int) -> bool:
     """False for a checkpoint whose evaluation was due and has no figures."""
@@ -272,12 +243,10 @@ class Checkpointer:
       CheckpointError: the checkpoint could not be written.
     """
     self._wait_for_save()
-    self._retention.set_score(step, {**(figures or {})})
+    figures = dict(figures or {})
+    self._retention.set_score(step, figures)
     if processes.is_first():
-      finite = {
-        name: value if math.isfinite(value) else None
-        for name, value in (figures or {}).items()
-      }
+      finite = {n: v if math.isfinite(v) else None for n, v in figures.items()}
       path = self._directory / str(step) / checksums.FIGURES
       checksums.write_whole(path, json.dumps(finite))
     steps = self.steps()
@@ -300,27 +269,36 @@ class Checkpointer:
       self._start_sums()
 
   def _start_sums(self) -> None:
-    """Sums the checkpoints that are whole, and not being deleted."""
+    """Has a thread sum what is whole and not being deleted."""
+    if self._summing is not None and not self._summing.done():
+      return
+    self._finish_sums()
     kept = self.steps()
-    self._unsummed = {s: job for s, job in self._unsummed.items() if s in kept}
-    for step, job in self._unsummed.items():
-      if step not in self._running:
-        self._running[step] = self._executor.submit(job.run, self._stop)
+    self._unsummed = {
+      s: sums for s, sums in self._unsummed.items() if s in kept
+    }
+    self._summing = self._executor.submit(self._sum, [*self._unsummed.items()])
 
-  def _wait_for_sums(self) -> None:
-    running, self._running = self._running, {}
-    for step, future in running.items():
+  def _sum(self, jobs: list[tuple[int, dict[str, Any]]]) -> None:
+    for step, sums in jobs:
+      path = self._directory / str(step)
       try:
-        if future.result():
-          self._unsummed.pop(step, None)
+        if not checksums.sum_files(path, processes.index(), sums, self._stop):
+          return
       except FileNotFoundError:
         logger.info("Checkpoint %d is gone, no checksums written.", step)
-        self._unsummed.pop(step, None)
+      self._unsummed.pop(step)
+
+  def _finish_sums(self) -> None:
+    """Waits for the thread; raises what it has raised."""
+    summing, self._summing = self._summing, None
+    if summing is not None:
+      summing.result()
 
   def _pause_sums(self) -> None:
     """Stops the thread; what it has summed by now is kept."""
     self._stop.set()
-    self._wait_for_sums()
+    self._finish_sums()
     self._stop.clear()
 
   def _wait_for_save(self) -> None:
@@ -338,18 +316,18 @@ class Checkpointer:
       if processes.is_lost_peer(error):
         raise
       self._failed = True
-      # What the failed save was about to delete is still there.
+      # The checkpoint that the failed save was about to delete is still there.
       self._manager.reload()
-      last = self.latest_step()
-      kept = (
-        "No checkpoint was there before"
-        if last is None
-        else f"The checkpoint of step {last} is untouched, and the same "
-        "command goes on from it"
-      )
       text = " ".join(str(error).split())
       code = re.search(r"os_error_code='(\d+)'", text)
       cause = os.strerror(int(code[1])) if code else text[:300]
+      last = self.latest_step()
+      kept = "No checkpoint was there before"
+      if last is not None:
+        kept = (
+          f"The checkpoint of step {last} is untouched, and the same command "
+          "goes on from it"
+        )
       raise CheckpointError(
         f"a checkpoint in {self._directory} could not be written: {cause}. "
         f"{kept}"
@@ -363,14 +341,15 @@ class Checkpointer:
       OSError: whatever kept its checksums from being written.
     """
     self._wait_for_save()
+    self._finish_sums()
     self._start_sums()
-    self._wait_for_sums()
+    self._finish_sums()
 
   def close(self) -> None:
-    """Waits, then releases the manager, also where waiting fails.
+    """Waits, then releases the manager, also if waiting fails.
 
-    What a failed save has written would keep a full disk full: it is removed,
-    as far as no thread of the save goes on writing.
+    The files of a failed save would keep a full disk full: they are removed, as
+    far as no thread of the save goes on writing.
     """
     try:
       self.wait()
@@ -426,10 +405,11 @@ class Checkpointer:
           problem = f"{type(error).__name__}: {str(error)[:500]}"
           if processes.several():
             # The others may have read it, or wait for this process.
-            raise CheckpointError(
-              f"checkpoint {self._directory / str(chosen)} is damaged: "
-              f"{problem}. Restore its files, or move it away to go on from "
-              "the one before it"
+            raise self._damage(
+              chosen,
+              problem,
+              "Restore its files, or move it away to go on from the one before "
+              "it",
             ) from error
       self._set_aside(chosen, problem, given=step is not None)
     return None
@@ -439,16 +419,13 @@ class Checkpointer:
     return processes.from_first(self.latest_step) if step is None else step
 
   def _shapes(self, step: int) -> Any:
-    """The tree that was saved of the feed, with shapes."""
+    """Tree of the saved feed's shapes."""
     with ocp.PyTreeCheckpointer() as reader:
-      found = reader.metadata(self._directory / str(step) / "feed")
-    return found.item_metadata.tree
+      metadata = reader.metadata(self._directory / str(step) / "feed")
+    return metadata.item_metadata.tree
 
   def _problem(
-    self,
-    step: int,
-    item: str = "",
-    arrays: Collection[str] | None = None,
+    self, step: int, item: str = "", arrays: Collection[str] | None = None
   ) -> tuple[str | None, bool]:
     """(damage to what will be read, whether all of it was compared).
 
@@ -456,7 +433,7 @@ class Checkpointer:
     """
     directory = self._directory / str(step)
 
-    def find() -> checksums.Found:
+    def find() -> tuple[list[str], bool]:
       if not directory.exists():
         raise CheckpointError(
           f"no checkpoint of step {step} in {self._directory}: there are "
@@ -477,31 +454,39 @@ class Checkpointer:
     more = f" and {len(lines) - 3} more files" if len(lines) > 3 else ""
     return "; ".join(lines[:3]) + more, False
 
+  def _damage(self, step: int, problem: str, remedy: str) -> CheckpointError:
+    path = self._directory / str(step)
+    return CheckpointError(
+      f"checkpoint {path} is damaged: {problem}. {remedy}."
+    )
+
   def _set_aside(self, step: int, problem: str, given: bool) -> None:
     """Renames a damaged checkpoint if the user asked to go on without it."""
-    directory = self._directory / str(step)
-    before = [s for s in self.steps() if s < step]
-    given = given or self._read_only
-    if given or self._on_corrupt != "previous" or not before:
-      if given:
-        others = [s for s in self.steps() if s != step]
-        remedy = f"Restore the files or ask for another step: {others}"
-      elif before:
-        remedy = (
-          "Pass --config.checkpoint.on_corrupt=previous to go on from step "
-          f"{before[-1]}, or restore the files"
-        )
-      else:
-        remedy = (
-          "There is no other checkpoint to go on from: restore the files or "
-          "use a new workdir"
-        )
-      raise CheckpointError(
-        f"checkpoint {directory} is damaged: {problem}. {remedy}."
+    others = [s for s in self.steps() if s != step]
+    before = [s for s in others if s < step]
+    remedy = ""
+    if given or self._read_only:
+      remedy = f"Restore the files or ask for another step: {others}"
+    elif not before:
+      remedy = (
+        "There is no other checkpoint to go on from: restore the files or use "
+        "a new workdir"
       )
+    elif self._on_corrupt != "previous":
+      remedy = (
+        "Pass --config.checkpoint.on_corrupt=previous to go on from step "
+        f"{before[-1]}, or restore the files"
+      )
+    if remedy:
+      raise self._damage(step, problem, remedy)
 
     def rename() -> None:
-      aside = _free_name(self._directory / f"damaged_{step}")
+      directory = self._directory / str(step)
+      aside = directory.with_name(f"damaged_{step}")
+      number = 1
+      while aside.exists():
+        number += 1
+        aside = directory.with_name(f"damaged_{step}_{number}")
       logger.error(
         "Checkpoint %s is damaged: %s. It is kept as %s; going on from step %d "
         "(checkpoint.on_corrupt=previous).",
@@ -526,15 +511,14 @@ class Checkpointer:
     """
     chosen = self._chosen(step)
     if chosen is None:
-      names = ", ".join(path.name for path in self._unmarked())
-      raise CheckpointError(
-        f"there is no checkpoint in {self._directory}"
-        + (
+      lacking = ""
+      if names := ", ".join(path.name for path in self._unmarked()):
+        lacking = (
           f": {names} lack the {checksums.COMMIT} of a finished save. If they "
           "were copied there, going on with the run adopts what is whole"
-          if names
-          else ""
         )
+      raise CheckpointError(
+        f"there is no checkpoint in {self._directory}{lacking}"
       )
     problem, _ = self._problem(chosen, item, arrays)
     if problem:
@@ -542,7 +526,7 @@ class Checkpointer:
     return chosen
 
   def restore_feed(self, step: int | None = None) -> tuple[int, Any]:
-    """The newest (or the given) checkpoint's feed state, for one that is small.
+    """The newest (or the given) checkpoint's feed state, which must be small.
 
     Returns:
       (step, tree of NumPy arrays).
@@ -551,8 +535,9 @@ class Checkpointer:
       CheckpointError: if there is no such checkpoint or it is damaged.
     """
     chosen = self._readable(step, "feed", None)
-    shapes = self._shapes(chosen)
-    abstract = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    abstract = jax.tree.map(
+      lambda x: np.zeros(x.shape, x.dtype), self._shapes(chosen)
+    )
     return chosen, self._read(chosen, "feed", abstract)
 
   def restore_subtree(
@@ -573,7 +558,7 @@ class Checkpointer:
     return chosen, self._read(chosen, "state", abstract)
 
   def _read(self, step: int, item: str, abstract: Any) -> Any:
-    """What a checkpoint's item holds of an abstract tree."""
+    """The arrays of an abstract tree, from an item of a checkpoint."""
     with ocp.PyTreeCheckpointer() as checkpointer:
       return checkpointer.restore(
         self._directory / str(step) / item,

@@ -8,27 +8,28 @@ process 0 writes checksums.json, process N checksums.N.json. They hold
 so that a reader of some arrays checks the blocks that hold them. process 0
 lists the files of the others as well, as {path: null}: none can be missing
 without a word. Earlier checkpoints have one checksums.json for all files, with
-the CRC-32 of a whole file in the place of the list.
+the CRC-32 of a whole file instead of the list.
 """
 
 import collections
+import itertools
 import json
 import os
 import re
 import threading
 import zlib
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
 
 from etils import epath
 
 from drift_jax.system import storage
 
 CHECKSUMS = "checksums.json"
-# What is written into a checkpoint after its commit, or where it is copied.
+# Files that a checkpoint gets after its commit, or when it is adopted.
 FIGURES = "figures.json"
 COMMIT = "commit_success.txt"
-# What Orbax writes of a checkpoint itself.
+# Orbax' own description of a checkpoint.
 METADATA = "_CHECKPOINT_METADATA"
 _BLOCK = 1 << 22
 _UNSUMMED = re.compile(
@@ -36,26 +37,13 @@ _UNSUMMED = re.compile(
 )
 _OWNER = re.compile(r"(?:^|/)(?:ocdbt\.)?process_(\d+)(?:/|$)")
 
-# What Orbax and TensorStore raise on files that can't be read or written. JAX's
+# Errors of Orbax and TensorStore on files that can't be read or written. JAX's
 # own runtime errors (out of memory, ...) are RuntimeErrors too, but say nothing
 # about the files.
 FILE_ERRORS = (ValueError, OSError, KeyError, TypeError, RuntimeError)
 
 # Bytes [start, stop) of a file that are read; None for all of it.
 Ranges = list[tuple[int, int]] | None
-
-
-class Found(NamedTuple):
-  """The result of a comparison with checksums.
-
-  Attributes:
-    damage: one line a file; none if nothing differs.
-    proven: whether every file is there and was compared, so that an error in
-      reading them is not of the files.
-  """
-
-  damage: list[str]
-  proven: bool
 
 
 def owner(name: str) -> int:
@@ -87,50 +75,41 @@ def write_whole(path: epath.Path, text: str) -> None:
     temporary.replace(path)
 
 
-class Summing:
-  """The checksums of one process' files; it can be interrupted and resumed."""
+def sum_files(
+  directory: epath.Path,
+  process: int,
+  sums: dict[str, Any],
+  stop: threading.Event,
+) -> bool:
+  """Sums one process' files, then writes them down; False if it was stopped.
 
-  def __init__(self, directory: epath.Path, process: int):
-    """Reads nothing yet.
+  Args:
+    directory: a committed checkpoint.
+    process: number of the process that wrote the files.
+    sums: entries of files, to which those of the others are added. Called again
+      with it, it goes on with the file at which it was stopped.
+    stop: makes it return before the next block.
 
-    Args:
-      directory: of a committed checkpoint.
-      process: whose files are summed.
-    """
-    self._directory = directory
-    self._process = process
-    self._sums: dict[str, Any] = {}
-
-  def run(self, stop: threading.Event) -> bool:
-    """Sums, then writes the file of checksums; False if it was stopped.
-
-    Called again, it goes on with the file at which it was stopped.
-
-    Args:
-      stop: makes it return before the next block.
-
-    Raises:
-      FileNotFoundError: the checkpoint is gone.
-      OSError: a file that can't be read or written.
-    """
-    names = file_names(self._directory)
-    if not names:
-      raise FileNotFoundError(self._directory)
-    for name in names:
-      if owner(name) != self._process:
-        if self._process == 0:
-          self._sums[name] = None
-      elif name not in self._sums:
-        size, sums = 0, []
-        for block in _blocks(self._directory / name):
-          if stop.is_set():
-            return False
-          size += len(block)
-          sums.append(zlib.crc32(block))
-        self._sums[name] = [size, sums]
-    path = self._directory / _sums_name(self._process)
-    write_whole(path, json.dumps(self._sums, sort_keys=True))
-    return True
+  Raises:
+    FileNotFoundError: the checkpoint is gone.
+    OSError: a file that can't be read or written.
+  """
+  names = file_names(directory)
+  if not names:
+    raise FileNotFoundError(directory)
+  for name in names:
+    if owner(name) != process:
+      if process == 0:
+        sums[name] = None
+    elif name not in sums:
+      entry = [0, []]
+      for _, block in _blocks(directory / name):
+        if stop.is_set():
+          return False
+        entry = [entry[0] + len(block), [*entry[1], zlib.crc32(block)]]
+      sums[name] = entry
+  write_whole(directory / _sums_name(process), json.dumps(sums, sort_keys=True))
+  return True
 
 
 def compare(
@@ -140,15 +119,19 @@ def compare(
   count: int = 1,
   item: str = "",
   arrays: Collection[str] | None = None,
-) -> Found:
+) -> tuple[list[str], bool]:
   """Compares the files of a checkpoint with their checksums.
 
   Args:
-    directory: of the checkpoint.
-    process, count: of the processes that share the work, and which this is.
+    directory: the checkpoint.
+    process, count: this process' number, and how many share the work.
     item: a folder in it that alone will be read; '' for all.
     arrays: names, keys joined by dots, of what will be read of the item; None
       for all.
+
+  Returns:
+    (one line for each damaged file, whether every file is there and was
+    compared, so that an error in reading them is not of the files).
   """
 
   def mine(name: str) -> bool:
@@ -163,18 +146,25 @@ def compare(
   sums, damage = _read_sums(directory, present)
   sums = {name: sums[name] for name in sums if mine(name)}
   proven = not damage and all(sums.get(name) is not None for name in present)
-  reads: dict[str, Ranges] = dict.fromkeys(sums)
-  if item:
-    reads = {name: None for name in sums if _is_description(name)}
-  damage += _compare_files(directory, sums, reads, present)
+
+  def look(reads: Mapping[str, Ranges]) -> None:
+    """Adds to the damage what differs of the files that are read."""
+    for name in sorted(sums.keys() & reads):
+      line = "missing"
+      if name in present:
+        line = sums[name] and _difference(
+          directory / name, sums[name], reads[name]
+        )
+      if line:
+        damage.append(f"{name}: {line}")
+
+  look({name: None for name in sums if not item or _is_description(name)})
   if item and sums and not damage:
     try:
-      reads = dict(_data_read(directory, item, arrays))
+      look(_data_read(directory, item, arrays))
     except FILE_ERRORS as error:
       damage.append(f"{item}/manifest.ocdbt: {error}")
-    else:
-      damage += _compare_files(directory, sums, reads, present)
-  return Found(damage, proven)
+  return damage, proven
 
 
 def incomplete(directory: epath.Path, items: Collection[str]) -> list[str]:
@@ -183,7 +173,7 @@ def incomplete(directory: epath.Path, items: Collection[str]) -> list[str]:
   Their contents are not looked at: it needs no checksums.
 
   Args:
-    directory: of the checkpoint.
+    directory: the checkpoint.
     items: folders in it.
   """
   lines = []
@@ -200,74 +190,50 @@ def incomplete(directory: epath.Path, items: Collection[str]) -> list[str]:
     least = max(stop for _, stop in parts)
     have = (directory / name).stat().length if name in present else 0
     if have < least:
-      found = f"{have} bytes, at least {least} needed" if have else "missing"
-      lines.append(f"{name}: {found}")
+      lack = f"{have} bytes, at least {least} needed" if have else "missing"
+      lines.append(f"{name}: {lack}")
   return lines
 
 
 def _is_description(name: str) -> bool:
-  """Whether a file says what arrays there are, and is not of one process.
+  """Whether a file describes the arrays of all processes.
 
   The merged manifest stands for those of the processes.
   """
   return "/d/" not in name and not re.search(r"/ocdbt\.process_\d+/", name)
 
 
-def _compare_files(
-  directory: epath.Path,
-  sums: dict[str, Any],
-  reads: dict[str, Ranges],
-  present: Collection[str],
-) -> list[str]:
-  """A line for each file that is read and differs."""
-  lines = []
-  for name in sorted(sums.keys() & reads):
-    if name not in present:
-      lines.append(f"{name}: missing")
-    elif sums[name] is not None:
-      line = _compare_file(directory / name, sums[name], reads[name])
-      lines += [f"{name}: {line}"] if line else []
-  return lines
-
-
-def _compare_file(path: epath.Path, want: list[Any], ranges: Ranges) -> str:
+def _difference(path: epath.Path, entry: list[Any], ranges: Ranges) -> str:
   """Tells how a file, or what is read of it, is not as summed; '' if it is."""
-  size, sums = want
+  size, sums = entry
   have = path.stat().length
   if have != size:
     return f"{have} bytes, want {size}"
-  if isinstance(sums, int):  # of the whole file
+  if isinstance(sums, int):  # of an earlier checkpoint's whole file
     crc = 0
-    for block in _blocks(path):
+    for _, block in _blocks(path):
       crc = zlib.crc32(block, crc)
-    return "" if crc == sums else "its content changed (CRC-32)"
-  numbers = set(range(len(sums)))
-  if ranges is not None:
-    numbers &= {
-      number
-      for start, stop in ranges
-      for number in range(start // _BLOCK, -(-stop // _BLOCK))
-    }
-  for number, block in zip(
-    sorted(numbers), _blocks(path, sorted(numbers)), strict=True
-  ):
-    if zlib.crc32(block) != sums[number]:
-      return "its content changed (CRC-32)"
-  return ""
+    same = crc == sums
+  else:
+    numbers = range(len(sums))
+    if ranges is not None:
+      parts = (range(a // _BLOCK, -(-b // _BLOCK)) for a, b in ranges)
+      numbers = sorted(set(itertools.chain.from_iterable(parts)))
+    same = all(zlib.crc32(b) == sums[n] for n, b in _blocks(path, numbers))
+  return "" if same else "its content changed (CRC-32)"
 
 
 def _blocks(
-  path: epath.Path, numbers: Sequence[int] | None = None
-) -> Iterator[bytes]:
-  """Blocks of a file in order: all of them, or those of these numbers."""
+  path: epath.Path, numbers: Iterable[int] | None = None
+) -> Iterator[tuple[int, bytes]]:
+  """Numbered blocks of a file in order: all of them, or those asked for."""
   with path.open("rb") as file:
-    if numbers is None:
-      while block := file.read(_BLOCK):
-        yield block
-      return
-    for number in numbers:
+    for number in itertools.count() if numbers is None else numbers:
       file.seek(number * _BLOCK)
-      yield file.read(_BLOCK)
+      block = file.read(_BLOCK)
+      if not block:
+        return
+      yield number, block
 
 
 def _sums_name(process: int) -> str:
@@ -279,20 +245,16 @@ def _read_sums(
 ) -> tuple[dict[str, Any], list[str]]:
   """({path: its entry, or None if there is none}, what can't be read)."""
   damage = []
-
-  def load(process: int) -> dict[str, Any]:
+  sums: dict[str, Any] = {}
+  for process in sorted({0, *map(owner, present)}):
+    # Those of an earlier checkpoint, or of a single process, are complete.
+    if process and sums and None not in sums.values():
+      break
     path = directory / _sums_name(process)
     try:
-      return json.loads(path.read_text()) if path.exists() else {}
+      sums |= json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
       damage.append(f"{path.name}: {error}")
-      return {}
-
-  sums = load(0)
-  # Those of an earlier checkpoint, or of a single process, are complete.
-  if not sums or None in sums.values():
-    for process in sorted({owner(name) for name in present} - {0}):
-      sums |= load(process)
   return sums, damage
 
 
@@ -309,12 +271,7 @@ def _data_read(
   """
   import tensorstore
 
-  folder = f"{storage.without_scheme(directory / item)}/"
-  spec: dict[str, Any] = {"driver": "file", "path": folder}
-  if storage.is_remote(directory):
-    bucket, _, path = folder.partition("/")
-    spec = {"driver": "gcs", "bucket": bucket, "path": path}
-  store: Any = tensorstore.KvStore.open(spec).result()
+  store = storage.open_store(directory / item).result()
   parts = collections.defaultdict(list)
 
   def add(location: str) -> None:

@@ -22,24 +22,13 @@ def learning_rate_schedule(
     peak: learning rate after the warm-up.
     warmup_steps: steps of the warm-up; 0 starts at `peak`.
     total_steps: length of the whole schedule, the warm-up included.
-
-  Raises:
-    ValueError: for an unknown kind or a warm-up longer than the schedule.
   """
-  if not 0 <= warmup_steps <= total_steps:
-    raise ValueError(
-      f"optim.warmup_steps={warmup_steps} must lie in [0, total steps = "
-      f"{total_steps}]"
-    )
-  if kind == "constant":
-    main = optax.constant_schedule(peak)
-  elif kind == "cosine":
-    steps = max(total_steps - warmup_steps, 1)
-    main = optax.cosine_decay_schedule(peak, steps, alpha=COSINE_END)
-  else:
-    raise ValueError(
-      f"optim.schedule={kind!r}: valid options are 'constant' and 'cosine'"
-    )
+  steps = max(total_steps - warmup_steps, 1)
+  schedules = {
+    "constant": lambda: optax.constant_schedule(peak),
+    "cosine": lambda: optax.cosine_decay_schedule(peak, steps, COSINE_END),
+  }
+  main = schedules[kind]()
   if warmup_steps:
     warmup = optax.linear_schedule(WARMUP_START, peak, warmup_steps)
     main = optax.join_schedules([warmup, main], [warmup_steps])
@@ -73,7 +62,7 @@ def with_standard_promotion(
 
 
 def _with_standard_promotion(function: Callable[..., Any]) -> Any:
-  """optax mixes dtypes, which this package's own code is checked not to."""
+  """Lets optax mix dtypes, which this package's own code must not."""
 
   def wrapped(*args: Any) -> Any:
     with jax.numpy_dtype_promotion("standard"):

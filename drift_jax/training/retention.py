@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are kept."""
+"""Rules that say which checkpoints of a run are kept."""
 
 import dataclasses
 import math
@@ -10,14 +10,14 @@ from typing import Any
 class Retention:
   """Says which checkpoints are kept; a preservation policy of Orbax'.
 
-  Orbax' own ranks by metrics that are given with the save, but a step is
+  Orbax' own policy ranks by metrics that come with the save, but a step is
   evaluated afterwards.
 
   Attributes:
     latest: newest checkpoints to keep.
     every: also keep every step that is a multiple of it; 0 for none.
     best_metric: also keep the checkpoint with the smallest one; '' for none.
-    scores: of the evaluated steps; inf for what is never the best.
+    scores: {evaluated step: its metric}; inf for one that is never the best.
   """
 
   latest: int
@@ -26,7 +26,7 @@ class Retention:
   scores: dict[int, float] = dataclasses.field(default_factory=dict)
 
   def set_score(self, step: int, figures: Mapping[str, float | None]) -> None:
-    """Ranks a step: last where its figures lack the metric, or it is NaN.
+    """Ranks a step: last if its figures lack the metric, or it is NaN.
 
     A resumed run may rank by another metric than its older checkpoints hold.
     """

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,33 +15,17 @@ from jax.sharding import Mesh
 
 from drift_jax import config as config_lib
 from drift_jax.config.sections import RunConfig
-from drift_jax.metrics.writers import MetricWriter, create_writer
-from drift_jax.system import (
-  exits,
-  numerics,
-  processes,
-  sharding,
-)
+from drift_jax.metrics.writers import create_writer
+from drift_jax.system import exits, numerics, processes, sharding
 from drift_jax.system.console import logger
 from drift_jax.system.errors import naming
-from drift_jax.training import checkpoint, loop, optim
+from drift_jax.training import loop, optim
 from drift_jax.training import state as state_lib
 from drift_jax.training.state import TrainState
 from drift_jax.training.workdir import make_checkpointer
 
-MakeOptimizer = Callable[[optax.Schedule], optax.GradientTransformation]
-
-
-class Evaluate(Protocol):
-  """A task's evaluation in the loop: see loop.Evaluate."""
-
-  def __call__(
-    self,
-    step: int,
-    state: TrainState,
-    check: Callable[[], None],
-    writer: MetricWriter,
-  ) -> dict[str, float]: ...
+# A task's evaluation in the loop: as loop.Evaluate, with writer=MetricWriter.
+Evaluate = Callable[..., dict[str, float]]
 
 
 def open_mesh(config: config_lib.Mesh) -> Mesh:
@@ -56,80 +40,95 @@ def open_mesh(config: config_lib.Mesh) -> Mesh:
     return sharding.make_mesh(config.data, config.fsdp)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+  """How a task trains a model.
+
+  Attributes:
+    name: the model's, for the log.
+    init_params: key -> parameters.
+    step: (state, batch, frozen parameters, *, optimizer, schedule, layout) ->
+      (state, metrics).
+    batch: makes a step's batch from a feed's arrays, by their names.
+    frozen: parameters on the mesh, or their shapes.
+    init_drift: makes TrainState.drift.
+    make_optimizer: (schedule) -> optimiser; None: AdamW, as config.optim says.
+  """
+
+  name: str
+  init_params: Callable[[jax.Array], Any]
+  step: Callable[..., tuple[TrainState, loop.Metrics]]
+  batch: Callable[..., Any]
+  frozen: Any
+  init_drift: Callable[[], dict[str, Any]] = dict
+  make_optimizer: (
+    Callable[[optax.Schedule], optax.GradientTransformation] | None
+  ) = None
+
+
 def run(
   config: RunConfig,
   path: epath.Path,
   mesh: Mesh,
+  recipe: Recipe,
   *,
-  name: str,
-  init_params: Callable[[jax.Array], Any],
-  start_params: Callable[[], Any] | None,
-  step: Callable[..., tuple[TrainState, loop.Metrics]],
-  frozen: Any,
   feed: loop.Feed,
-  put: Callable[[Any], Any],
   evaluate: Evaluate,
-  best_metric: Callable[[dict[str, float]], dict[str, float] | None],
-  init_drift: Callable[[], dict[str, Any]] = dict,
-  make_optimizer: MakeOptimizer | None = None,
+  best_metric: Callable[
+    [dict[str, float]], dict[str, float] | None
+  ] = lambda scalars: None,
+  start_params: Callable[[], Any] | None = None,
 ) -> TrainState:
   """Trains to config.train.num_steps, from a checkpoint if there is one.
 
   Args:
-    config: of any task.
+    config: config of any task.
     path: the workdir.
     mesh: where the state lives.
-    name: of the model, for the log.
-    init_params: key -> parameters.
-    start_params: gives those that a new run begins with instead, on the host.
-    step, frozen, init_drift, make_optimizer: see make_training.
-    feed, put, best_metric: see loop.fit.
+    recipe: the task's.
+    feed, best_metric: see loop.Loop.
     evaluate: called with the metric writer as well.
+    start_params: gives the first parameters of a new run, on the host; None:
+      recipe.init_params does.
 
   Raises:
     ConfigError: the workdir's run is longer than config.train.num_steps.
     Preempted: by SIGTERM, with the step saved.
   """
-  training = make_training(
-    config,
-    mesh,
-    init_params=init_params,
-    step=step,
-    frozen=frozen,
-    init_drift=init_drift,
-    make_optimizer=make_optimizer,
-  )
+  # 1. What will run.
+  training = make_training(config, mesh, recipe)
   abstract = training.abstract
   count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(abstract.params))
-  logger.info("%s: %s parameters", name, f"{count:,}")
+  logger.info("%s: %s parameters", recipe.name, f"{count:,}")
+  init = training.init
+  if start_params is not None:
+    init = functools.partial(_start_with, training, start_params)
   with contextlib.ExitStack() as stack:
+    # 2. Where it stands.
     stack.callback(feed.close)
     checkpointer = make_checkpointer(config.checkpoint, path)
-    stack.push(functools.partial(_close, checkpointer))
-    init = training.init
-    if start_params is not None:
-      init = functools.partial(_start_with, training, start_params)
+    # A save would wait for a process that has ended.
+    stack.enter_context(at_end(checkpointer.close))
     state = loop.restore_or_start(checkpointer, abstract, init, feed)
-    if int(state.step) > config.train.num_steps:
+    step = int(state.step)
+    if step > config.train.num_steps:
       raise config_lib.ConfigError(
         f"train.num_steps={config.train.num_steps}, but {path} holds a run of "
-        f"{int(state.step)} steps: raise it or use a new workdir"
+        f"{step} steps: raise it or use a new workdir"
       )
-    step_found = int(state.step)
     with naming("metrics.jsonl"):
       writer = create_writer(
         path,
-        resume_step=step_found or -1,
-        evaluated=step_found == 0 or checkpointer.evaluated(step_found),
+        resume_step=step or -1,
+        evaluated=step == 0 or checkpointer.evaluated(step),
         is_main=processes.is_first(),
       )
     stack.callback(writer.close)
-    preempted = stack.enter_context(exits.preemption())
-    return loop.fit(
-      state,
-      step_fn=lambda state, batch: training.step(state, batch, frozen),
+    # 3. The steps that are left.
+    return loop.Loop(
+      step_fn=lambda state, batch: training.step(state, batch, recipe.frozen),
       feed=feed,
-      put=put,
+      put=lambda batch: recipe.batch(**sharding.put_batch(batch, mesh)),
       prefetch=config.data.prefetch,
       schedule=loop.Schedule(
         num_steps=config.train.num_steps,
@@ -141,26 +140,25 @@ def run(
       best_metric=best_metric,
       checkpointer=checkpointer,
       writer=writer,
-      preempted=preempted,
-    )
+      preempted=stack.enter_context(exits.preemption()),
+    ).fit(state)
 
 
 def _start_with(
   training: "Training", start_params: Callable[[], Any]
 ) -> TrainState:
   """A new run's state with given parameters, in all its averages as well."""
-  given = start_params()
   abstract = training.abstract
   trees = {"params": abstract.params, "ema": abstract.ema}
   shardings = jax.tree.map(lambda x: x.sharding, trees)
-  given = jax.device_put(given, shardings["params"])
+  params = jax.device_put(start_params(), shardings["params"])
 
-  def copies(given: Any) -> dict[str, Any]:
-    # Buffers of their own: each will be donated to the step.
-    ema = {decay: jax.tree.map(jnp.copy, given) for decay in abstract.ema}
-    return {"params": jax.tree.map(jnp.copy, given), "ema": ema}
+  def copies(params: Any) -> dict[str, Any]:
+    # Separate buffers: each will be donated to the step.
+    ema = {decay: jax.tree.map(jnp.copy, params) for decay in abstract.ema}
+    return {"params": jax.tree.map(jnp.copy, params), "ema": ema}
 
-  copied = jax.jit(copies, out_shardings=shardings)(given)
+  copied = jax.jit(copies, out_shardings=shardings)(params)
   return dataclasses.replace(training.init(), **copied)
 
 
@@ -168,8 +166,7 @@ def _start_with(
 def at_end(action: Callable[[], None]) -> Iterator[None]:
   """Does it at the end of a run, however it ends.
 
-  Only not where another process was lost: this one is about to be ended by
-  JAX.
+  But not if another process was lost: JAX is about to end this one.
   """
   try:
     yield
@@ -182,21 +179,9 @@ def at_end(action: Callable[[], None]) -> Iterator[None]:
   action()
 
 
-def _close(
-  checkpointer: checkpoint.Checkpointer,
-  kind: object,
-  error: BaseException | None,
-  trace: object,
-) -> None:
-  """Closes it, but for where a save would wait for a process that has ended."""
-  del kind, trace
-  if error is None or exits.cause_of(error) is None:
-    checkpointer.close()
-
-
 @dataclasses.dataclass(frozen=True)
 class Training:
-  """What a run compiles before its first step.
+  """The functions and shapes that a run compiles before its first step.
 
   Attributes:
     abstract: the state's shapes and shardings.
@@ -210,45 +195,25 @@ class Training:
   step: Any
 
 
-def make_training(
-  config: RunConfig,
-  mesh: Mesh,
-  *,
-  init_params: Callable[[jax.Array], Any],
-  step: Callable[..., tuple[TrainState, loop.Metrics]],
-  frozen: Any,
-  init_drift: Callable[[], dict[str, Any]] = dict,
-  make_optimizer: MakeOptimizer | None = None,
-) -> Training:
-  """State and step of a run on a mesh, whose devices need not be there.
-
-  Args:
-    config: of any task.
-    mesh: where the state lives.
-    init_params: key -> parameters.
-    step: (state, batch, frozen parameters, *, optimizer, schedule, layout) ->
-      (state, metrics).
-    frozen: parameters on the mesh, or their shapes.
-    init_drift: makes TrainState.drift.
-    make_optimizer: (schedule) -> optimiser; None: AdamW, as config.optim says.
-  """
+def make_training(config: RunConfig, mesh: Mesh, recipe: Recipe) -> Training:
+  """State and step of a run on a mesh, whose devices need not be there."""
   optimizer, schedule = adamw(config.optim, config.train.num_steps)
-  if make_optimizer is not None:
-    optimizer = make_optimizer(schedule)
+  if recipe.make_optimizer is not None:
+    optimizer = recipe.make_optimizer(schedule)
   abstract, init = state_lib.abstract_and_init(
-    init_params,
+    recipe.init_params,
     optimizer,
     ema_decays=config.ema.decays,
     seed=config.seed,
     mesh=mesh,
-    init_drift=init_drift,
+    init_drift=recipe.init_drift,
   )
   layout = sharding.Layout(
-    mesh, sharding.specs(abstract.params), sharding.specs(frozen)
+    mesh, sharding.specs(abstract.params), sharding.specs(recipe.frozen)
   )
   jitted = jax.jit(
     functools.partial(
-      step, optimizer=optimizer, schedule=schedule, layout=layout
+      recipe.step, optimizer=optimizer, schedule=schedule, layout=layout
     ),
     donate_argnums=0,
     out_shardings=(
@@ -269,19 +234,13 @@ def adamw(
     warmup_steps=config.warmup_steps,
     total_steps=num_steps,
   )
-  optimizer = optim.make_optimizer(
-    schedule,
-    b1=config.b1,
-    b2=config.b2,
-    eps=config.eps,
-    weight_decay=config.weight_decay,
-    grad_clip=config.grad_clip,
-  )
-  return optimizer, schedule
+  names = ("b1", "b2", "eps", "weight_decay", "grad_clip")
+  settings = {name: getattr(config, name) for name in names}
+  return optim.make_optimizer(schedule, **settings), schedule
 
 
 def check_divides(name: str, size: int, mesh: Mesh) -> None:
-  """Raises ConfigError where a batch axis can't be split over the mesh."""
+  """Raises ConfigError if a batch axis can't be split over the mesh."""
   if size % mesh.size:
     raise config_lib.ConfigError(
       f"{name}={size} can't be split over the {mesh.size} devices of mesh "

@@ -1,5 +1,6 @@
 """Training state: abstract first, then sharded, then initialised by one jit."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,8 +24,8 @@ class TrainState:
     params: float32 parameters.
     opt_state: the optimiser's state.
     ema: {str(decay): averaged parameters}.
-    drift: what the drifting field learns, a scale of its temperatures; empty
-      where it learns nothing.
+    drift: scale of the drifting field's temperatures; empty if it is not
+      learnt.
   """
 
   step: jax.Array
@@ -54,7 +55,7 @@ def abstract_and_init(
     init_params: key -> parameters.
     optimizer: its state is sharded by the same rules as the parameters.
     ema_decays: averages to keep; all start at the initial parameters.
-    seed: of the parameters and of every later draw.
+    seed: seed of the parameters and of every later draw.
     mesh: where the state lives.
     init_drift: makes TrainState.drift.
 
@@ -90,11 +91,6 @@ def update(
     decay: optax.incremental_update(params, average, 1.0 - float(decay))
     for decay, average in state.ema.items()
   }
-  return TrainState(
-    step=state.step + 1,
-    rng=state.rng,
-    params=params,
-    opt_state=opt_state,
-    ema=ema,
-    drift=state.drift,
+  return dataclasses.replace(
+    state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema
   )

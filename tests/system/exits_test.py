@@ -20,9 +20,9 @@ def lines(caplog, monkeypatch):
 
 @pytest.fixture
 def sigterm():
-  """Puts the handler back."""
+  """Puts the handler back; returns it."""
   before = signal.getsignal(signal.SIGTERM)
-  yield
+  yield before
   signal.signal(signal.SIGTERM, before)
 
 
@@ -32,30 +32,19 @@ def code_of(program):
   return ended.value.code
 
 
-def test_what_is_done_returns():
+def raising(error):
+  def program():
+    raise error
+
+  return program
+
+
+def test_how_programs_end(lines):
   exits.run(lambda: None)
-
-
-def test_an_error_is_one_line():
-  def program():
-    raise OSError("no such disk")
-
-  assert code_of(program) == "Error: no such disk"
-
-
-def test_an_error_that_nobody_expects_is_shown_whole():
-  def program():
-    raise ZeroDivisionError("a bug")
-
-  with pytest.raises(ZeroDivisionError):
-    exits.run(program)
-
-
-def test_ctrl_c(lines):
-  def program():
-    raise KeyboardInterrupt
-
-  assert code_of(program) == 130
+  assert code_of(raising(OSError("no such disk"))) == "Error: no such disk"
+  with pytest.raises(ZeroDivisionError):  # shown whole
+    exits.run(raising(ZeroDivisionError("a bug")))
+  assert code_of(raising(KeyboardInterrupt())) == 130
   assert lines() == [
     "Interrupted: the same command goes on from the newest checkpoint."
   ]
@@ -90,8 +79,7 @@ def test_sigterm_between_steps_and_again_at_the_end(lines, sigterm):
 
 
 def test_no_sigterm_leaves_the_handler_as_it_was(sigterm):
-  before = signal.getsignal(signal.SIGTERM)
   with exits.preemption() as preempted:
     assert not preempted()
-    assert signal.getsignal(signal.SIGTERM) != before
-  assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(signal.SIGTERM) != sigterm
+  assert signal.getsignal(signal.SIGTERM) == sigterm

@@ -106,11 +106,7 @@ def test_online_then_offline(repositories, tmp_path):
   [
     errors.HTTPError("Request URL has an unsupported protocol"),
     errors.HFValidationError("no name of a repository"),
-    errors.XetDownloadError("cut off"),
-    errors.OfflineModeIsEnabled("offline"),
-    ConnectionResetError("reset"),
     UnicodeEncodeError("ascii", "é", 0, 1, "not in range"),
-    ValueError("Unknown scheme for proxy URL"),
     RuntimeError("Cannot send a request,\nas the client has been closed"),
   ],
 )
@@ -129,7 +125,7 @@ def test_whatever_the_library_raises_is_one_line(monkeypatch, error):
 
 
 @pytest.mark.parametrize(
-  "endpoint", ["hf-mirror.com", "", "http://", "ftp://hub", "http://a\tb"]
+  "endpoint", ["hf-mirror.com", "", "ftp://hub", "http://a\tb"]
 )
 def test_an_endpoint_that_is_no_url(monkeypatch, endpoint):
   monkeypatch.setenv("HF_ENDPOINT", endpoint)

@@ -21,22 +21,11 @@ from tests.small_generator import save_generator
 PACKAGE = pathlib.Path(drift_jax.__file__).parent
 # Options of the programs that hold strings but no paths, and sources, which
 # are expanded where they are opened (a latent cache records them as given).
-NO_PATHS = {
-  "class_order",
-  "compute_dtype",
-  "coordinator",
-  "crop",
-  "data_source",  # expanded as the config's
-  "dtype",
-  "figure",
-  "host",
-  "mesh",
-  "root_path",  # of URLs
-  "source",
-  "split",
-  "topology",
-  "variant",
-}
+# `data_source` is expanded as the config's, `root_path` is of URLs.
+NO_PATHS = set(
+  "class_order compute_dtype coordinator crop data_source dtype figure host "
+  "mesh root_path source split topology variant".split()
+)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Sums over hosts, in two real processes."""
 
-import json
 import socket
 import subprocess
 import sys
@@ -129,15 +128,7 @@ def results(tmp_path_factory, data):
 def test_every_host_has_the_same_sums_to_the_last_bit(results, data):
   first, second = results
   assert first["first"] and not second["first"]
-  for key in (
-    "gathered",
-    "total",
-    "count",
-    "mean",
-    "scatter",
-    "alone",
-    "score",
-  ):
+  for key in "gathered total count mean scatter alone score".split():
     np.testing.assert_array_equal(first[key], second[key])
   np.testing.assert_array_equal(first["gathered"], data["values"][:3])
   np.testing.assert_array_equal(
@@ -169,13 +160,17 @@ def test_a_process_without_a_sample_joins_in_every_figure(results, data):
 
 
 @pytest.mark.system
-def test_each_sample_belongs_to_one_process(results):
+def test_what_one_knows_and_what_all_hold(results):
   first, second = results
-  assert json.dumps(first["numbers"].tolist()) == "[[0, 1], [4, 5]]"
+  assert first["numbers"].tolist() == [[0, 1], [4, 5]]
   # The last batch is filled up with the last sample.
-  assert json.dumps(second["numbers"].tolist()) == "[[2, 3], [6, 6]]"
+  assert second["numbers"].tolist() == [[2, 3], [6, 6]]
   assert first["valid"].tolist() == [2, 2]
   assert second["valid"].tolist() == [2, 1]
+  for own, result in enumerate(results):
+    assert result["from_first"] == 0
+    np.testing.assert_array_equal(result["rows"], np.arange(8.0).reshape(4, 2))
+    assert result["own"].tolist() == [own, own]
 
 
 @pytest.mark.system
@@ -187,14 +182,6 @@ def test_mistakes_are_told_in_all_processes(results):
     assert "a multiple of the 2 processes, got 3" in shares
     assert "sample number 0 came twice" in twice
     assert "no features" in nothing
-
-
-@pytest.mark.system
-def test_what_one_knows_and_what_all_hold(results):
-  for own, result in enumerate(results):
-    assert result["from_first"] == 0
-    np.testing.assert_array_equal(result["rows"], np.arange(8.0).reshape(4, 2))
-    assert result["own"].tolist() == [own, own]
 
 
 def test_one_process_needs_no_collectives():
@@ -228,13 +215,11 @@ def test_bad_arguments(arguments, message):
   [
     # As measured on CPU, of the coordination service, of NCCL.
     ("UNKNOWN: Gloo AllReduce failed: Connection closed by peer [::1]:1", True),
-    ("UNAVAILABLE: Failed to send RPC to coordination service", True),
     ("UNAVAILABLE: tasks are unhealthy (stopped sending heartbeats)", True),
     ("INTERNAL: NCCL operation failed: remote process exited or", True),
     ("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes", False),
     ("RESOURCE_EXHAUSTED: Gloo: Connection closed by peer", False),
     ("INTERNAL: CUDA error: an illegal memory access", False),
-    ("INVALID_ARGUMENT: size 3 is not 4", False),
   ],
 )
 def test_which_errors_follow_from_a_lost_process(monkeypatch, text, lost):

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec
 
@@ -16,15 +17,14 @@ from tests.conftest import assert_close
 )
 def test_mesh_shapes(sizes, shape):
   mesh = sharding.make_mesh(*sizes)
-  assert tuple(mesh.shape.values()) == shape
-  assert mesh.axis_names == ("data", "fsdp")
+  assert tuple(mesh.shape.items()) == (("data", shape[0]), ("fsdp", shape[1]))
 
 
 @pytest.mark.parametrize(
   "sizes", [(3, 1), (-1, 3), (-1, -1), (2, 2), (0, 8), (-2, -4)]
 )
 def test_mesh_that_does_not_fit(sizes):
-  with pytest.raises(ValueError, match="8 devices|are 8"):
+  with pytest.raises(ValueError, match="does not fit 8 devices"):
     sharding.make_mesh(*sizes)
 
 
@@ -45,20 +45,11 @@ def test_rules(name, shape, spec):
   assert sharding.spec_for(name, shape, 1) == PartitionSpec()
 
 
-def test_bad_rules_fail_loudly():
-  with pytest.raises(ValueError, match="'tensor'.*'fsdp' and 'replicate'"):
-    sharding.spec_for("w", (8,), 4, ((".*", "tensor"),))
-  with pytest.raises(ValueError, match="no sharding rule matches 'w'"):
-    sharding.spec_for("w", (8,), 4, (("v", "fsdp"),))
-
-
 def test_batches_are_split_over_all_axes():
   mesh = sharding.make_mesh(2, 4)
   batch = sharding.put_batch({"x": np.arange(16.0)}, mesh)
   assert [s.data.shape for s in batch["x"].addressable_shards] == [(2,)] * 8
   np.testing.assert_array_equal(batch["x"], np.arange(16.0))
-  with pytest.raises(ValueError, match="'x' has leading size 12.*8 devices"):
-    sharding.put_batch({"x": np.arange(12.0)}, mesh)
 
 
 def test_arrays_without_values_are_empty_on_every_device():
@@ -81,43 +72,20 @@ def test_arrays_without_values_are_empty_on_every_device():
 @pytest.mark.parametrize("kind", ["const", "cosine"])
 def test_golden_learning_rates(golden, kind):
   archive = golden("extras")
-  data = {
-    name: archive[f"lr/{kind}/{name}"]
-    for name in (
-      "step",
-      "value",
-      "learning_rate",
-      "warmup_steps",
-      "total_steps",
-    )
-  }
   schedule = optim.learning_rate_schedule(
     kind={"const": "constant", "cosine": "cosine"}[kind],
-    peak=float(data["learning_rate"]),
-    warmup_steps=int(data["warmup_steps"]),
-    total_steps=int(data["total_steps"]),
+    peak=float(archive[f"lr/{kind}/learning_rate"]),
+    warmup_steps=int(archive[f"lr/{kind}/warmup_steps"]),
+    total_steps=int(archive[f"lr/{kind}/total_steps"]),
   )
-  values = [float(schedule(int(step))) for step in data["step"]]
-  assert_close(values, data["value"], 1e-7)
-
-
-def test_schedule_errors():
-  with pytest.raises(ValueError, match="'linear'.*'constant' and 'cosine'"):
-    optim.learning_rate_schedule(
-      kind="linear", peak=1.0, warmup_steps=0, total_steps=10
-    )
-  with pytest.raises(ValueError, match="warmup_steps=11"):
-    optim.learning_rate_schedule(
-      kind="constant", peak=1.0, warmup_steps=11, total_steps=10
-    )
+  values = [float(schedule(int(n))) for n in archive[f"lr/{kind}/step"]]
+  assert_close(values, archive[f"lr/{kind}/value"], 1e-7)
 
 
 def test_clip_then_adamw():
   """The first AdamW step is the sign of the gradient, whatever its size."""
   optimizer = optim.make_optimizer(
-    optim.learning_rate_schedule(
-      kind="constant", peak=0.1, warmup_steps=0, total_steps=1
-    ),
+    optax.constant_schedule(0.1),
     b1=0.9,
     b2=0.95,
     eps=1e-8,

@@ -15,13 +15,9 @@ from drift_jax.training.workdir import check_workdir
   ("path", "character"),
   [
     ("runs/lr=[1e-3]", "["),
-    ("runs/*", "*"),
-    ("runs/what?", "?"),
     ("runs/a\\b", "\\"),
     ("runs/two\nlines", "\n"),
     ("gs://bucket/a#b", "#"),
-    ("gs://bucket/50%", "%"),
-    ("gs://bucket/[a]", "["),
   ],
 )
 def test_names_that_no_checkpoint_can_have(

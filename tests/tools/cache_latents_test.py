@@ -335,7 +335,7 @@ def test_main(whole, pictures, vae, tmp_path, monkeypatch, caplog):
   assert files(tmp_path / "train") == files(whole / "train")
   log = [record.getMessage() for record in caplog.records]
   assert any(
-    line.startswith("Encoding: 20 of 23 images, ") and "min left" in line
+    line.startswith("Encoding 20/23 images (") and "s left" in line
     for line in log
   )
   assert log[-1] == f"{tmp_path}/train is complete: 23 images."

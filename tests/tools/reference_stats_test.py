@@ -187,7 +187,7 @@ def test_progress(pictures, vit, out, monkeypatch, log):
   monkeypatch.setattr(console, "LOG_SECONDS", 0.0)
   reference_stats.main(folder_flags(pictures, vit, out))
   assert any(
-    line.startswith("Features: 16 of 23 images, ") and "min left" in line
+    line.startswith("Features 16/23 images (") and "s left" in line
     for line in log()
   )
 

@@ -20,7 +20,7 @@ from etils import epath
 
 from drift_jax.data import bank as bank_lib
 from drift_jax.system import sharding, storage
-from drift_jax.training import checkpoint, checksums
+from drift_jax.training import checkpoint, checksums, retention
 
 
 def make_state(mesh, value=0.0):
@@ -39,27 +39,31 @@ def make_feed(position=3):
   return {"position": np.asarray(position, np.int64), "bank": bank.arrays()}
 
 
-def abstract(tree, shardings):
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    tree,
-    shardings,
-  )
-
-
 def targets(mesh):
   state, feed = make_state(mesh), make_feed()
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  bank = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-    feed["bank"],
+  bank = sharding.abstract(
+    feed["bank"], jax.tree.map(lambda _: place, feed["bank"])
   )
 
   def abstract_feed(saved):
     assert saved["bank"]["samples"].shape == bank["samples"].shape
     return {"position": feed["position"], "bank": bank}
 
-  return abstract(state, sharding.infer_sharding(state, mesh)), abstract_feed
+  shardings = sharding.infer_sharding(state, mesh)
+  return sharding.abstract(state, shardings), abstract_feed
+
+
+def open_(*args, **options):
+  """A Checkpointer that is closed at the end of a `with`."""
+  return contextlib.closing(checkpoint.Checkpointer(*args, **options))
+
+
+def assert_restores(saver, mesh, value):
+  restored = saver.restore(*targets(mesh))
+  assert restored is not None
+  equal(restored[0], make_state(mesh, value))
+  return restored
 
 
 def equal(a, b):
@@ -90,67 +94,65 @@ def three_steps(saved, tmp_path):
 
 def test_saved_on_8_by_1_restores_on_2_by_4(three_steps):
   other = sharding.make_mesh(2, 4)
-  saver = checkpoint.Checkpointer(three_steps)
-  restored = saver.restore(*targets(other))
-  assert restored is not None
-  state, feed = restored
-  equal(state, make_state(other, 3))
+  with open_(three_steps) as saver:
+    state, feed = assert_restores(saver, other, 3)
   equal(feed["bank"], make_feed()["bank"])
   assert int(feed["position"]) == 3
   kernel = state["params"]["kernel"]
   assert kernel.sharding.mesh.shape == {"data": 2, "fsdp": 4}
   assert kernel.addressable_shards[0].data.shape == (2, 32)
-  saver.close()
 
 
-def test_an_empty_directory_restores_nothing(tmp_path, mesh):
-  saver = checkpoint.Checkpointer(tmp_path)
-  assert saver.restore(*targets(mesh)) is None
-  assert saver.latest_step() is None and saver.best_step() is None
-  with pytest.raises(checkpoint.CheckpointError, match="no checkpoint in"):
-    saver.restore_subtree(targets(mesh)[0])
-  saver.close()
+@pytest.mark.parametrize("read_only", [False, True])
+def test_an_empty_directory_restores_nothing(tmp_path, mesh, read_only):
+  with open_(tmp_path / "no" / "run", read_only=read_only) as saver:
+    assert saver.restore(*targets(mesh)) is None
+    assert saver.latest_step() is None and saver.best_step() is None
+    with pytest.raises(checkpoint.CheckpointError, match="no checkpoint in"):
+      saver.restore_subtree(targets(mesh)[0])
+  assert (tmp_path / "no").exists() != read_only
 
 
 def test_keeps_the_latest_the_best_and_every_kth(tmp_path, mesh):
   distances = {2: 5.0, 4: 1.0, 6: 3.0, 8: 2.0}
-  saver = checkpoint.Checkpointer(
-    tmp_path, keep_latest=2, keep_every=5, best_metric="fd_pixel"
-  )
-  for step in range(1, 10):
-    saver.save(step, make_state(mesh, step), make_feed(step))
-    if step in distances:
-      saver.rank(step, {"fd_pixel": distances[step]})
-  saver.wait()
-  assert saver.steps() == [4, 5, 8, 9]
-  assert saver.best_step() == 4
-  saver.close()
+  options = {"keep_latest": 2, "keep_every": 5, "best_metric": "fd_pixel"}
+  with open_(tmp_path, **options) as saver:
+    for step in range(1, 10):
+      saver.save(step, make_state(mesh, step), make_feed(step))
+      if step in distances:
+        saver.rank(step, {"fd_pixel": distances[step]})
+    saver.wait()
+    assert saver.steps() == [4, 5, 8, 9]
+    assert saver.best_step() == 4
   # The ranking survives a new process' manager.
-  saver = checkpoint.Checkpointer(
-    tmp_path, keep_latest=2, keep_every=5, best_metric="fd_pixel"
-  )
-  assert saver.best_step() == 4
-  saver.save(11, make_state(mesh), make_feed())
-  saver.rank(11, {"fd_pixel": 4.0})
-  saver.wait()
-  assert saver.steps() == [4, 5, 9, 11]
-  saver.close()
+  with open_(tmp_path, **options) as saver:
+    assert saver.best_step() == 4
+    saver.save(11, make_state(mesh), make_feed())
+    saver.rank(11, {"fd_pixel": 4.0})
+    saver.wait()
+    assert saver.steps() == [4, 5, 9, 11]
+
+
+def test_neither_nan_nor_another_metric_is_the_best():
+  kept = retention.Retention(latest=1, every=0, best_metric="fd")
+  for step, figures in enumerate(({"fd": math.nan}, {"fd_pixel": 1.0}), 1):
+    kept.set_score(step, figures)
+  assert kept.best([1, 2]) is None and kept.kept([1, 2]) == {2}
+  for step, value in enumerate((5.0, 1.0, None, math.nan, 3.0), 3):
+    kept.set_score(step, {"fd": value})
+  assert kept.best(range(1, 8)) == 4 and kept.kept(range(1, 8)) == {4, 7}
 
 
 def test_saving_does_not_see_later_changes(tmp_path, mesh):
   """The state may be donated right after save returns."""
-  saver = checkpoint.Checkpointer(tmp_path)
-  state = make_state(mesh, 1.0)
-  expected = jax.tree.map(np.array, state)
-  saver.save(1, state, make_feed())
   bump = jax.jit(lambda t: jax.tree.map(lambda x: x + 1.0, t), donate_argnums=0)
-  for _ in range(3):
-    state = bump(state)
-  saver.wait()
-  restored = saver.restore(*targets(mesh))
-  assert restored is not None
-  equal(restored[0], expected)
-  saver.close()
+  with open_(tmp_path) as saver:
+    state = make_state(mesh, 1.0)
+    saver.save(1, state, make_feed())
+    for _ in range(3):
+      state = bump(state)
+    saver.wait()
+    assert_restores(saver, mesh, 1.0)
 
 
 def largest_file(directory: pathlib.Path) -> pathlib.Path:
@@ -182,78 +184,80 @@ def flip_a_bit(path: pathlib.Path) -> None:
 )
 def test_damage_is_an_error_unless_asked(three_steps, mesh, harm, says):
   harm(largest_file(three_steps / "3"))
-  saver = checkpoint.Checkpointer(three_steps, keep_latest=3)
-  with pytest.raises(
-    checkpoint.CheckpointError,
-    match=f"(?s)3 is damaged: .*{says}.*on_corrupt=previous.*from step 2",
+  with (
+    open_(three_steps, keep_latest=3) as saver,
+    pytest.raises(
+      checkpoint.CheckpointError,
+      match=f"(?s)3 is damaged: .*{says}.*on_corrupt=previous.*from step 2",
+    ),
   ):
     saver.restore(*targets(mesh))
-  saver.close()
   assert (three_steps / "3").exists()
 
-  saver = checkpoint.Checkpointer(
-    three_steps, keep_latest=3, on_corrupt="previous"
-  )
-  restored = saver.restore(*targets(mesh))
-  assert restored is not None
-  equal(restored[0], make_state(mesh, 2))
-  assert (three_steps / "damaged_3").exists()
-  # The step can be saved again.
-  saver.save(3, make_state(mesh, 30), make_feed(3))
-  saver.wait()
-  restored = saver.restore(*targets(mesh))
-  assert restored is not None
-  equal(restored[0], make_state(mesh, 30))
-  saver.close()
+  # The step can be saved again, and be damaged again.
+  for aside in ("damaged_3", "damaged_3_2"):
+    with open_(three_steps, keep_latest=3, on_corrupt="previous") as saver:
+      assert_restores(saver, mesh, 2)
+      assert (three_steps / aside).exists()
+      saver.save(3, make_state(mesh, 30), make_feed(3))
+      saver.wait()
+      assert_restores(saver, mesh, 30)
+    harm(largest_file(three_steps / "3"))
 
 
-def test_damage_without_checksums_is_found_by_reading(three_steps, mesh):
-  """As after a kill between the commit and its checksums."""
+def test_damage_without_checksums_is_found_by_reading(
+  three_steps, mesh, monkeypatch
+):
+  """As after a kill between the commit and its checksums; memory is none."""
   (three_steps / "3" / checksums.CHECKSUMS).unlink()
+  with open_(three_steps, keep_latest=3, on_corrupt="previous") as saver:
+
+    def restore(*args, **kwargs):
+      raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    with monkeypatch.context() as patch:
+      patch.setattr(saver._manager, "restore", restore)
+      with pytest.raises(jax.errors.JaxRuntimeError, match="Out of memory"):
+        saver.restore(*targets(mesh))
+    assert saver.steps() == [1, 2, 3]
   for path in (three_steps / "3" / "state").rglob("manifest.ocdbt"):
     truncate(path)
-  saver = checkpoint.Checkpointer(three_steps, keep_latest=3)
-  with pytest.raises(checkpoint.CheckpointError, match="3 is damaged"):
-    saver.restore(*targets(mesh))
-  saver.close()
+  with open_(three_steps, keep_latest=3) as saver:
+    with pytest.raises(checkpoint.CheckpointError, match="3 is damaged"):
+      saver.restore(*targets(mesh))
 
 
 def test_every_checkpoint_damaged(three_steps, mesh):
   for step in (1, 2, 3):
     truncate(largest_file(three_steps / str(step)))
-  saver = checkpoint.Checkpointer(
-    three_steps, keep_latest=3, on_corrupt="previous"
-  )
-  with pytest.raises(checkpoint.CheckpointError, match="no other checkpoint"):
-    saver.restore(*targets(mesh))
-  saver.close()
+  with open_(three_steps, keep_latest=3, on_corrupt="previous") as saver:
+    with pytest.raises(checkpoint.CheckpointError, match="no other checkpoint"):
+      saver.restore(*targets(mesh))
 
 
 def test_the_wrong_shape_is_not_called_damage(three_steps, mesh):
   state, feed = targets(mesh)
   state["params"]["other"] = state["params"].pop("kernel")
-  saver = checkpoint.Checkpointer(three_steps, on_corrupt="previous")
-  with pytest.raises(Exception, match="other") as caught:
-    saver.restore(state, feed)
-  assert not isinstance(caught.value, checkpoint.CheckpointError)
-  assert saver.steps()[-1] == 3
-  saver.close()
+  with open_(three_steps, on_corrupt="previous") as saver:
+    with pytest.raises(Exception, match="other") as caught:
+      saver.restore(state, feed)
+    assert not isinstance(caught.value, checkpoint.CheckpointError)
+    assert saver.steps()[-1] == 3
 
 
 def test_part_of_a_state(three_steps, mesh):
-  saver = checkpoint.Checkpointer(three_steps, keep_latest=3)
-  wanted = {"ema": targets(mesh)[0]["ema"]}
-  step, tree = saver.restore_subtree(wanted)
-  assert step == 3 and set(tree) == {"ema"}
-  equal(tree["ema"], make_state(mesh, 3)["ema"])
-  assert saver.restore_subtree(wanted, 2)[0] == 2
-  with pytest.raises(checkpoint.CheckpointError, match=r"\[1, 2, 3\]"):
-    saver.restore_subtree(wanted, 7)
-  for path in (three_steps / "3" / "state").rglob("_METADATA"):
-    truncate(path)
-  with pytest.raises(checkpoint.CheckpointError, match="damaged"):
-    saver.restore_subtree(wanted)
-  saver.close()
+  ema = {"ema": targets(mesh)[0]["ema"]}
+  with open_(three_steps, keep_latest=3) as saver:
+    step, tree = saver.restore_subtree(ema)
+    assert step == 3 and set(tree) == {"ema"}
+    equal(tree["ema"], make_state(mesh, 3)["ema"])
+    assert saver.restore_subtree(ema, 2)[0] == 2
+    with pytest.raises(checkpoint.CheckpointError, match=r"\[1, 2, 3\]"):
+      saver.restore_subtree(ema, 7)
+    for path in (three_steps / "3" / "state").rglob("_METADATA"):
+      truncate(path)
+    with pytest.raises(checkpoint.CheckpointError, match="damaged"):
+      saver.restore_subtree(ema)
 
 
 @pytest.fixture
@@ -272,84 +276,32 @@ def slow_write(monkeypatch):
 
 
 def test_a_reader_leaves_a_save_under_way_alone(tmp_path, mesh, slow_write):
-  saver = checkpoint.Checkpointer(tmp_path)
-  saver.save(1, make_state(mesh, 1), make_feed())
-  deadline = time.monotonic() + 60
-  while not list(tmp_path.iterdir()):  # a thread makes it
-    assert time.monotonic() < deadline
-    time.sleep(0.01)
-  assert not (tmp_path / "1").exists(), "the save is still under way"
-  reader = checkpoint.Checkpointer(tmp_path, read_only=True)
-  assert reader.steps() == []
-  reader.close()
-  slow_write.set()
-  saver.wait()
-  restored = saver.restore(*targets(mesh))
-  assert restored is not None
-  equal(restored[0], make_state(mesh, 1))
-  saver.close()
+  with open_(tmp_path) as saver:
+    saver.save(1, make_state(mesh, 1), make_feed())
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.iterdir()):  # a thread makes it
+      assert time.monotonic() < deadline
+      time.sleep(0.01)
+    assert not (tmp_path / "1").exists(), "the save is still under way"
+    with open_(tmp_path, read_only=True) as reader:
+      assert reader.steps() == []
+    slow_write.set()
+    saver.wait()
+    assert_restores(saver, mesh, 1)
 
 
 def test_a_reader_writes_nothing(three_steps, mesh):
   truncate(largest_file(three_steps / "3"))
   before = sorted(three_steps.rglob("*"))
-  reader = checkpoint.Checkpointer(
-    three_steps, on_corrupt="previous", read_only=True
-  )
-  with pytest.raises(ValueError, match="open read-only: can't save 4"):
-    reader.save(4, make_state(mesh), make_feed())
-  with pytest.raises(
-    checkpoint.CheckpointError, match=r"damaged: .*another step: \[1, 2\]"
-  ):
-    reader.restore(*targets(mesh))
-  assert reader.restore_subtree(targets(mesh)[0], 2)[0] == 2
-  reader.close()
+  with open_(three_steps, on_corrupt="previous", read_only=True) as reader:
+    with pytest.raises(ValueError, match="step 4 can't be saved"):
+      reader.save(4, make_state(mesh), make_feed())
+    with pytest.raises(
+      checkpoint.CheckpointError, match=r"damaged: .*another step: \[1, 2\]"
+    ):
+      reader.restore(*targets(mesh))
+    assert reader.restore_subtree(targets(mesh)[0], 2)[0] == 2
   assert sorted(three_steps.rglob("*")) == before
-
-
-def test_a_reader_of_an_absent_directory(tmp_path, mesh):
-  reader = checkpoint.Checkpointer(tmp_path / "no" / "run", read_only=True)
-  assert reader.restore(*targets(mesh)) is None
-  assert reader.steps() == [] and reader.best_step() is None
-  with pytest.raises(checkpoint.CheckpointError, match="no checkpoint in"):
-    reader.restore_subtree(targets(mesh)[0])
-  reader.close()
-  assert not (tmp_path / "no").exists()
-
-
-@pytest.mark.parametrize("old", [{"fd_pixel": 1.0}, {"fd_encoder": math.nan}])
-def test_another_best_metric_on_resume(tmp_path, mesh, old):
-  """Checkpoints without the new metric, or with NaN, rank last."""
-  saver = checkpoint.Checkpointer(tmp_path, best_metric=next(iter(old)))
-  saver.save(1, make_state(mesh), make_feed())
-  saver.rank(1, old)
-  saver.save(2, make_state(mesh), make_feed())
-  saver.close()
-  saver = checkpoint.Checkpointer(tmp_path, best_metric="fd_encoder")
-  assert saver.best_step() is None
-  for step, metrics in ((3, {"fd_encoder": 4.0}), (4, {"fd_encoder": 5.0})):
-    saver.save(step, make_state(mesh), make_feed())
-    saver.rank(step, metrics)
-  saver.wait()
-  assert saver.best_step() == 3
-  assert saver.steps() == [3, 4]
-  saver.close()
-
-
-@pytest.mark.parametrize(
-  ("keep_latest", "kept"), [(1, [3, 5]), (5, [1, 2, 3, 4, 5])]
-)
-def test_nan_is_never_the_best(tmp_path, mesh, keep_latest, kept):
-  saver = checkpoint.Checkpointer(
-    tmp_path, keep_latest=keep_latest, best_metric="fd"
-  )
-  for step, value in enumerate((math.nan, 5.0, 1.0, math.nan, 3.0), 1):
-    saver.save(step, make_state(mesh), make_feed())
-    saver.rank(step, {"fd": value})
-  saver.wait()
-  assert saver.best_step() == 3
-  assert saver.steps() == kept
-  saver.close()
 
 
 def test_checksums_that_fail_are_not_swallowed(tmp_path, mesh, monkeypatch):
@@ -367,13 +319,11 @@ def test_checksums_that_fail_are_not_swallowed(tmp_path, mesh, monkeypatch):
 
 
 def test_every_kept_step_gets_checksums_without_poll_or_wait(tmp_path, mesh):
-  saver = checkpoint.Checkpointer(tmp_path, keep_latest=2)
-  for step in range(1, 5):
-    saver.save(step, make_state(mesh), make_feed())
-  saver.close()
+  with open_(tmp_path, keep_latest=2) as saver:
+    for step in range(1, 5):
+      saver.save(step, make_state(mesh), make_feed())
   for step in (3, 4):
-    sums = json.loads((tmp_path / str(step) / "checksums.json").read_text())
-    assert len(sums) > 4
+    assert checksums.compare(epath.Path(tmp_path) / str(step)) == ([], True)
 
 
 def test_no_checksums_are_written_where_retention_deletes(
@@ -382,68 +332,33 @@ def test_no_checksums_are_written_where_retention_deletes(
   """A file that appears in a folder being deleted would keep it alive, and a
   save in a hurry does not wait until the one before has been read back."""
   begun, written = threading.Event(), []
-  run = checksums.Summing.run
+  sum_files = checksums.sum_files
 
-  def record(job, stop):
+  def record(path, *arguments):
     begun.set()
     threading.Event().wait(0.3)  # a large checkpoint
-    assert job._directory.exists()
-    if run(job, stop):
-      written.append(int(job._directory.name))
+    assert path.exists()
+    done = sum_files(path, *arguments)
+    written.extend([int(path.name)] if done else [])
+    return done
 
-  monkeypatch.setattr(checksums.Summing, "run", record)
-  saver = checkpoint.Checkpointer(tmp_path, keep_latest=1)
-  saver.save(1, make_state(mesh), make_feed())
-  saver.save(2, make_state(mesh), make_feed())  # deletes 1
-  while not begun.is_set():
-    saver.poll()
-  saver.save(3, make_state(mesh), make_feed())  # deletes 2
-  saver.close()
+  monkeypatch.setattr(checksums, "sum_files", record)
+  with open_(tmp_path, keep_latest=1) as saver:
+    saver.save(1, make_state(mesh), make_feed())
+    saver.save(2, make_state(mesh), make_feed())  # deletes 1
+    while not begun.is_set():
+      saver.poll()
+    saver.save(3, make_state(mesh), make_feed())  # deletes 2
   assert written == [3]
   assert [path.name for path in tmp_path.iterdir()] == ["3"]
 
 
-def test_out_of_memory_is_not_damage(three_steps, mesh, monkeypatch):
-  (three_steps / "3" / checksums.CHECKSUMS).unlink()
-  saver = checkpoint.Checkpointer(
-    three_steps, keep_latest=3, on_corrupt="previous"
-  )
-
-  def restore(*args, **kwargs):
-    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
-
-  monkeypatch.setattr(saver._manager, "restore", restore)
-  with pytest.raises(jax.errors.JaxRuntimeError, match="Out of memory"):
-    saver.restore(*targets(mesh))
-  assert saver.steps() == [1, 2, 3]
-  saver.close()
-
-
-def test_damage_of_the_same_step_twice(three_steps, mesh):
-  for aside in ("damaged_3", "damaged_3_2"):
-    truncate(largest_file(three_steps / "3"))
-    saver = checkpoint.Checkpointer(
-      three_steps, keep_latest=3, on_corrupt="previous"
-    )
-    restored = saver.restore(*targets(mesh))
-    assert restored is not None
-    equal(restored[0], make_state(mesh, 2))
-    assert (three_steps / aside).exists()
-    saver.save(3, make_state(mesh, 3), make_feed(3))
-    saver.close()
-
-
-@pytest.mark.parametrize("step", [2, 3])
-def test_a_step_can_not_be_saved_twice(three_steps, mesh, step):
-  saver = checkpoint.Checkpointer(three_steps, keep_latest=3)
-  with pytest.raises(
-    ValueError, match=rf"step {step} can't .*{three_steps.name}.* step 3"
-  ):
-    saver.save(step, make_state(mesh, 9), make_feed())
-  restored = saver.restore(*targets(mesh))
-  assert restored is not None
-  equal(restored[0], make_state(mesh, 3))
-  saver.close()
+def test_a_step_can_not_be_saved_twice(three_steps, mesh):
+  with open_(three_steps, keep_latest=3) as saver:
+    for step in (2, 3):
+      with pytest.raises(ValueError, match=rf"step {step} can't .*, 3\]"):
+        saver.save(step, make_state(mesh, 9), make_feed())
+    assert_restores(saver, mesh, 3)
 
 
 def test_a_full_disk_costs_the_save_alone(tmp_path, mesh, capfd):
@@ -465,34 +380,28 @@ def test_a_full_disk_costs_the_save_alone(tmp_path, mesh, capfd):
   text = str(caught.value)
   assert f"{tmp_path / 'run'} could not be written: File too large" in text
   assert "step 1 is untouched" in text and "\n" not in text
-  saver = checkpoint.Checkpointer(tmp_path / "run")
-  restored = saver.restore(*targets(mesh))
-  assert restored is not None
-  equal(restored[0], make_state(mesh, 1))
-  saver.save(2, make_state(mesh, 2), make_feed())
-  saver.close()
+  with open_(tmp_path / "run") as saver:
+    assert_restores(saver, mesh, 1)
+    saver.save(2, make_state(mesh, 2), make_feed())
   assert [path.name for path in (tmp_path / "run").iterdir()] == ["2"]
 
 
 def test_a_score_goes_with_the_checkpoint_that_is_set_aside(tmp_path, mesh):
-  saver = checkpoint.Checkpointer(
-    tmp_path, keep_latest=2, best_metric="fd", on_corrupt="previous"
-  )
-  for step, figure in ((1, 5.0), (2, 3.0)):
-    saver.save(step, make_state(mesh, step), make_feed())
-    saver.rank(step, {"fd": figure})
-  saver.wait()
-  assert saver.best_step() == 2
-  truncate(largest_file(tmp_path / "2"))
-  assert saver.restore(*targets(mesh)) is not None
-  saver.save(2, make_state(mesh, 2), make_feed())
-  assert saver.best_step() == 1
-  saver.close()
+  options = {"keep_latest": 2, "best_metric": "fd", "on_corrupt": "previous"}
+  with open_(tmp_path, **options) as saver:
+    for step, figure in ((1, 5.0), (2, 3.0)):
+      saver.save(step, make_state(mesh, step), make_feed())
+      saver.rank(step, {"fd": figure})
+    saver.wait()
+    assert saver.best_step() == 2
+    truncate(largest_file(tmp_path / "2"))
+    assert_restores(saver, mesh, 1)
+    saver.save(2, make_state(mesh, 2), make_feed())
+    assert saver.best_step() == 1
 
 
 def test_the_cause_of_a_failed_save_is_said(tmp_path, mesh, monkeypatch):
   """TensorStore's own text may be long, and end with what was to be done."""
-  saver = checkpoint.Checkpointer(tmp_path)
 
   def fail(*args, **kwargs):
     raise ValueError(
@@ -500,28 +409,22 @@ def test_the_cause_of_a_failed_save_is_said(tmp_path, mesh, monkeypatch):
       "[os_error_code='27'] [source locations='b']"
     )
 
-  monkeypatch.setattr(saver._manager, "save", fail)
-  with pytest.raises(
-    checkpoint.CheckpointError, match="written: File too large. No checkpoint"
-  ):
-    saver.save(1, make_state(mesh, 1), make_feed())
-  saver.close()
+  with open_(tmp_path) as saver:
+    monkeypatch.setattr(saver._manager, "save", fail)
+    with pytest.raises(
+      checkpoint.CheckpointError, match="written: File too large. No checkpoint"
+    ):
+      saver.save(1, make_state(mesh, 1), make_feed())
 
 
-@pytest.mark.parametrize(
-  "name", ["a b]c#d", "50%a%20b", "{a,b}$a;&|", 'it\'s "é-日"']
-)
-def test_awkward_names_of_folders(tmp_path, mesh, name):
-  storage.check_characters(tmp_path / name)
-  saver = checkpoint.Checkpointer(tmp_path / name)
-  saver.save(1, make_state(mesh, 1), make_feed(1))
-  saver.close()
-  saver = checkpoint.Checkpointer(tmp_path / name)
-  assert saver.restore_feed()[0] == 1
-  restored = saver.restore(*targets(mesh))
-  assert restored is not None
-  equal(restored[0], make_state(mesh, 1))
-  saver.close()
+def test_awkward_names_of_folders(tmp_path, mesh):
+  path = tmp_path / "a b]c#d" / "50%a%20b" / "{a,b}$a;&|" / 'it\'s "é-日"'
+  storage.check_characters(path)
+  with open_(path) as saver:
+    saver.save(1, make_state(mesh, 1), make_feed(1))
+  with open_(path) as saver:
+    assert saver.restore_feed()[0] == 1
+    assert_restores(saver, mesh, 1)
 
 
 @pytest.fixture
@@ -532,9 +435,9 @@ def reads(monkeypatch):
   blocks = checksums._blocks
 
   def counting(path, *numbers):
-    for block in blocks(path, *numbers):
+    for number, block in blocks(path, *numbers):
       reads[str(path)] += len(block)
-      yield block
+      yield number, block
 
   monkeypatch.setattr(checksums, "_blocks", counting)
   monkeypatch.setattr(checksums, "_BLOCK", 1024)
@@ -590,17 +493,17 @@ def test_each_process_sums_and_compares_its_own(tmp_path, reads):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_bytes(data)
   folder = epath.Path(tmp_path)
-  checksums.Summing(folder, 0).run(threading.Event())
+  checksums.sum_files(folder, 0, {}, threading.Event())
   assert len(reads) == 3 and not any("process_1" in name for name in reads)
   # The other one was killed before: nothing is known to be wrong, or right.
   assert checksums.compare(folder) == ([], False)
   reads.clear()
-  checksums.Summing(folder, 1).run(threading.Event())
+  checksums.sum_files(folder, 1, {}, threading.Event())
   assert len(reads) == 2 and all("process_1" in name for name in reads)
   assert checksums.compare(folder) == ([], True)
   flip_a_bit(tmp_path / "feed/ocdbt.process_1/d/b")
   found = [checksums.compare(folder, process=i, count=2) for i in range(2)]
-  (line,) = found[1].damage
+  (line,) = found[1][0]
   assert found[0] == ([], True) and line.startswith("feed/ocdbt.process_1/d/b:")
   # All of a process may be missing, its checksums included.
   for name in ("checksums.1.json", *(n for n in files if "process_1" in n)):
@@ -611,23 +514,17 @@ def test_each_process_sums_and_compares_its_own(tmp_path, reads):
 
 def test_checksums_of_earlier_checkpoints(three_steps, mesh):
   """One file for all processes' files, a CRC-32 of each as a whole."""
-  folder = three_steps / "3"
-  names = checksums.file_names(epath.Path(folder))
-  sums = {
-    name: [len(data), zlib.crc32(data)]
-    for name in names
-    for data in [(folder / name).read_bytes()]
-  }
+  folder = epath.Path(three_steps / "3")
+  files = {n: (folder / n).read_bytes() for n in checksums.file_names(folder)}
+  sums = {name: [len(data), zlib.crc32(data)] for name, data in files.items()}
   sums["commit_success.txt"] = [1, 1]  # they have it, a copy may not
   (folder / "checksums.json").write_text(json.dumps(sums))
-  assert checksums.compare(epath.Path(folder)) == ([], True)
-  saver = checkpoint.Checkpointer(three_steps, keep_latest=3)
-  state = targets(mesh)[0]
-  assert saver.restore_subtree(state)[0] == 3
-  flip_a_bit(largest_file(folder))
-  with pytest.raises(checkpoint.CheckpointError, match="content changed"):
-    saver.restore(*targets(mesh))
-  saver.close()
+  assert checksums.compare(folder) == ([], True)
+  with open_(three_steps, keep_latest=3) as saver:
+    assert saver.restore_subtree(targets(mesh)[0])[0] == 3
+    flip_a_bit(largest_file(three_steps / "3"))
+    with pytest.raises(checkpoint.CheckpointError, match="content changed"):
+      saver.restore(*targets(mesh))
 
 
 def test_a_sum_goes_on_where_a_save_has_stopped_it(tmp_path, mesh, monkeypatch):
@@ -664,16 +561,16 @@ def test_runs_that_gave_their_figures_to_orbax_rank_on(tmp_path, mesh):
     item_names=("state", "feed"),
   ) as manager:
     for step, value in enumerate((2.0, 1.0, 3.0), 1):
-      args = {"state": make_state(mesh, step), "feed": make_feed()}
-      saved = {n: ocp.args.StandardSave(tree) for n, tree in args.items()}
-      composite = ocp.args.Composite(**saved)
-      manager.save(step, args=composite, metrics={"fd": value})
-  saver = checkpoint.Checkpointer(tmp_path, best_metric="fd")
-  assert saver.best_step() == 2 and saver.evaluated(3)
-  saver.save(4, make_state(mesh), make_feed(), evaluation_due=True)
-  saver.wait()
-  assert saver.steps() == [2, 4] and not saver.evaluated(4)
-  saver.rank(4, {"fd": 0.5})
-  assert saver.steps() == [4] and saver.evaluated(4)
-  saver.close()
+      items = ocp.args.Composite(
+        state=ocp.args.StandardSave(make_state(mesh, step)),
+        feed=ocp.args.StandardSave(make_feed()),
+      )
+      manager.save(step, args=items, metrics={"fd": value})
+  with open_(tmp_path, best_metric="fd") as saver:
+    assert saver.best_step() == 2 and saver.evaluated(3)
+    saver.save(4, make_state(mesh), make_feed(), evaluation_due=True)
+    saver.wait()
+    assert saver.steps() == [2, 4] and not saver.evaluated(4)
+    saver.rank(4, {"fd": 0.5})
+    assert saver.steps() == [4] and saver.evaluated(4)
   assert [path.name for path in tmp_path.iterdir()] == ["4"]

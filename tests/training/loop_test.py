@@ -1,15 +1,20 @@
 """The shared loop with a fake step: schedule, watch, resume, errors."""
 
+import contextlib
 import itertools
 import logging
 import time
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import toy
 from drift_jax.system import console, exits
+from drift_jax.system.errors import ConfigError
+from drift_jax.tasks.toy import train
 from drift_jax.training import checkpoint, checksums, loop
 from drift_jax.training.state import TrainState
 
@@ -17,9 +22,7 @@ from drift_jax.training.state import TrainState
 class Feed:
   """Batches 0, 1, 2, ..."""
 
-  def __init__(self):
-    self.position = 0
-    self.started = 0
+  position = started = 0
 
   def start(self):
     self.started += 1
@@ -37,21 +40,16 @@ class Feed:
   def restore(self, state):
     self.position = int(state["position"])
 
-  def close(self):
-    pass
-
 
 class Writer:
   """Remembers what was written."""
 
   def __init__(self):
     self.lines = []
+    self.flush = lambda: None
 
   def write_scalars(self, step, scalars):
     self.lines.append((step, dict(scalars)))
-
-  def flush(self):
-    pass
 
   def results(self):
     """All but the speed."""
@@ -75,17 +73,14 @@ def make_step(bad_step=None, name="loss"):
   @jax.jit
   def step(state, batch):
     total = state.params["sum"] + batch["number"][0]
-    new = TrainState(
-      step=state.step + 1,
-      rng=state.rng,
-      params={"sum": total},
-      opt_state=(),
-      ema=state.ema,
-    )
+    new = state.replace(step=state.step + 1, params={"sum": total})
     metrics = {
       "loss": total,
       "grad_norm": jnp.ones(()),
       "param_norm": jnp.abs(total),
+      "drift_rms/0.2": jnp.full((), 0.5),
+      "drift_rms/0.2/layer1": jnp.full((), 0.75),
+      "lossless": jnp.full((), 3.0),
     }
     if bad_step is not None:
       bad = new.step == bad_step
@@ -105,52 +100,53 @@ def at_question(number):
   return lambda: next(questions) == number
 
 
-def run(
-  path,
-  *,
-  num_steps=6,
-  step_fn=None,
-  every=2,
-  evaluate=None,
-  log_every=1,
-  prefetch=2,
-  preempted=lambda: False,
-  eval_every=3,
-  writer=None,
-):
+def run(path, *, num_steps=6, every=2, eval_every=3, **changes):
+  """Trains, or goes on: (state, feed, writer, saved steps)."""
   saver = checkpoint.Checkpointer(path, keep_latest=10, best_metric="fd")
-  feed, writer = Feed(), writer or Writer()
+  feed = Feed()
+  settings = {
+    "step_fn": make_step(),
+    "prefetch": 2,
+    "evaluate": lambda step, state, check: figures(step),
+    "writer": Writer(),
+  } | changes
   target = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
     new_state(),
   )
   try:
     state = loop.restore_or_start(saver, target, new_state, feed)
-    state = loop.fit(
-      state,
-      step_fn=step_fn or make_step(),
+    state = loop.Loop(
       feed=feed,
       put=lambda batch: jax.tree.map(jax.device_put, batch),
-      prefetch=prefetch,
       schedule=loop.Schedule(
         num_steps=num_steps,
-        log_every=log_every,
+        log_every=1,
         eval_every=eval_every,
         checkpoint_every=every,
       ),
-      evaluate=evaluate or (lambda step, state, check: figures(step)),
       best_metric=lambda s: {"fd": s["eval/fd"]} if s else None,
       checkpointer=saver,
-      writer=writer,
-      preempted=preempted,
-    )
-    return state, feed, writer, saver.steps()
+      **settings,
+    ).fit(state)
+    return state, feed, settings["writer"], saver.steps()
   finally:
     saver.close()
 
 
 def test_everything_happens_when_due(tmp_path):
-  state, feed, writer, steps = run(tmp_path, num_steps=7)
+  seen = {}
+
+  def evaluate(step, state, check):
+    deadline = (
+      time.monotonic() + 60
+    )  # Its checkpoint is on its way to the disk.
+    while step > 3 and not (tmp_path / str(step)).exists():
+      assert time.monotonic() < deadline
+    seen[step] = int(state.step), float(state.params["sum"]), set(state.ema)
+    return figures(step)
+
+  state, feed, writer, steps = run(tmp_path, num_steps=7, evaluate=evaluate)
   assert int(state.step) == 7 and feed.started == 1
   assert float(state.params["sum"]) == sum(range(7))
   assert steps == [2, 4, 6, 7]  # the last step is always saved
@@ -158,16 +154,18 @@ def test_everything_happens_when_due(tmp_path):
   evaluated = [step for step, line in writer.lines if "eval/fd" in line]
   assert logged == list(range(1, 8))
   assert evaluated == [3, 6, 7]
+  assert seen == {n: (n, sum(range(n)), {"0.9"}) for n in evaluated}
+  # A finished run does nothing more.
+  _, _, writer, steps = run(tmp_path, num_steps=7)
+  assert writer.lines == [] and steps == [2, 4, 6, 7]
 
 
-@pytest.mark.parametrize("prefetch", [0, 1, 5])
+@pytest.mark.parametrize("prefetch", [0, 5])
 def test_resume_continues_with_the_next_batch(tmp_path, prefetch):
   """Whatever had been read ahead when the state was saved."""
-  whole, *_ = run(tmp_path / "whole", num_steps=6, prefetch=0)
+  whole, *_ = run(tmp_path / "whole", prefetch=0)
   run(tmp_path / "parts", num_steps=3, prefetch=prefetch)
-  state, feed, writer, _ = run(
-    tmp_path / "parts", num_steps=6, prefetch=prefetch
-  )
+  state, feed, writer, _ = run(tmp_path / "parts", prefetch=prefetch)
   assert feed.started == 0
   assert float(state.params["sum"]) == float(whole.params["sum"])
   assert [step for step, line in writer.lines if "loss" in line] == [4, 5, 6]
@@ -187,10 +185,7 @@ def test_preemption_is_bit_exact(tmp_path, prefetch, told, stops):
     exits.Preempted, match=f"Told to stop: step {stops} is saved"
   ):
     run(
-      tmp_path / "parts",
-      preempted=at_question(told),
-      writer=writer,
-      **options,
+      tmp_path / "parts", preempted=at_question(told), writer=writer, **options
     )
   saver = checkpoint.Checkpointer(tmp_path / "parts", keep_latest=10)
   assert saver.steps() == sorted({4, stops} & set(range(stops + 1)))
@@ -244,46 +239,26 @@ def test_preemption_during_an_evaluation(tmp_path, every, batch, stops):
   saver.close()
 
 
-def test_a_step_is_on_disk_when_its_evaluation_begins(tmp_path):
-  seen = []
-
-  def evaluate(step, state, check):
-    deadline = time.monotonic() + 60
-    while not (tmp_path / str(step)).exists():
-      assert time.monotonic() < deadline
-      time.sleep(0.01)
-    seen.append(step)
-    return figures(step)
-
-  run(tmp_path, every=3, evaluate=evaluate)
-  assert seen == [3, 6]
-
-
-def test_a_finished_run_does_nothing_more(tmp_path):
-  run(tmp_path, num_steps=4)
-  _, _, writer, steps = run(tmp_path, num_steps=4)
-  assert writer.lines == [] and steps == [2, 4]
-
-
 @pytest.mark.parametrize(
-  ("name", "bad_step"), [("loss", 4), ("grad_norm", 5), ("param_norm", 4)]
+  ("name", "bad_step", "kept"),
+  [
+    ("loss", 1, "No checkpoint had been"),
+    ("grad_norm", 5, "The checkpoint of step 4 is untouched"),
+    ("param_norm", 4, "The checkpoint of step 2 is untouched"),
+  ],
 )
-def test_a_non_finite_step_is_named_and_never_saved(tmp_path, name, bad_step):
+def test_a_non_finite_step_is_named_and_never_saved(
+  tmp_path, name, bad_step, kept
+):
   with pytest.raises(
     loop.NonFiniteError,
-    match=rf"step {bad_step} is not finite: .*{name}=nan.*of step "
-    rf"{2 * ((bad_step - 1) // 2)} is untouched",
+    match=rf"step {bad_step} is not finite: .*{name}=nan.*{kept}",
   ):
     run(tmp_path, step_fn=make_step(bad_step, name))
   # A run without the fault goes on from the last good checkpoint.
   state, _, writer, _ = run(tmp_path)
   assert float(state.params["sum"]) == sum(range(6))
   assert writer.lines[0][0] == 2 * ((bad_step - 1) // 2) + 1
-
-
-def test_a_non_finite_first_step(tmp_path):
-  with pytest.raises(loop.NonFiniteError, match="No checkpoint had been"):
-    run(tmp_path, step_fn=make_step(1))
 
 
 def test_an_evaluation_that_fails_leaves_the_checkpoints(tmp_path):
@@ -302,139 +277,52 @@ def test_an_evaluation_that_fails_leaves_the_checkpoints(tmp_path):
   assert int(state.step) == 6 and writer.results() == expected.results()
 
 
-def test_metrics_that_a_task_does_not_have_are_not_watched(tmp_path):
-  full = make_step()
-
-  def step(state, batch):
-    state, metrics = full(state, batch)
-    return state, {"loss": metrics["loss"]}
-
-  state, *_ = run(tmp_path, num_steps=2, step_fn=step)
-  assert int(state.step) == 2
-
-
-def test_a_state_past_the_end_is_an_error(tmp_path):
-  run(tmp_path, num_steps=4)
-  with pytest.raises(
-    ValueError, match="stands at step 4, past train.num_steps=3: raise train"
-  ):
-    run(tmp_path, num_steps=3)
-
-
-def test_the_evaluation_sees_the_whole_state_after_its_step(tmp_path):
-  seen = {}
-
-  def evaluate(step, state, check):
-    seen[step] = (int(state.step), float(state.params["sum"]))
-    assert set(state.ema) == {"0.9"}
-    return {}
-
-  run(tmp_path, num_steps=6, evaluate=evaluate)
-  assert seen == {3: (3, 0.0 + 1 + 2), 6: (6, 15.0)}
-
-
-class Clock:
-  """Stands in for the loop's `time`: it moves only when told to."""
-
-  def __init__(self):
-    self.now = 0.0
-
-  def perf_counter(self):
-    return self.now
-
-  def sleep(self, seconds):
-    self.now += seconds
-
-
-@pytest.fixture
-def clock(monkeypatch):
-  clock = Clock()
-  monkeypatch.setattr(loop, "time", clock)
-  return clock
-
-
-def slow_at(step_fn, seconds, clock):
-  """step_fn, taking `seconds[step]`."""
-  count = 0
-
-  def step(state, batch):
-    nonlocal count
-    count += 1
-    clock.sleep(seconds[count])
-    return step_fn(state, batch)
-
-  return step
+def test_a_run_past_its_end_is_an_error(tmp_path):
+  config = toy.get_config("smoke")
+  config.batch.labels = 8
+  config.eval.every = 0
+  for num_steps in (2, 1):
+    config.train.num_steps = num_steps
+    expected = contextlib.nullcontext()
+    if num_steps == 1:
+      expected = pytest.raises(ConfigError, match="holds a run of 2 steps")
+    with expected:
+      train.train_and_evaluate(config, str(tmp_path), draw=False)
 
 
 def test_the_speed_leaves_out_the_first_step_and_what_is_not_training(
-  tmp_path, clock
+  tmp_path, monkeypatch
 ):
   """Steps of 20 ms around a first one and evaluations of 400 ms."""
+  now = [0.0]
+  clock = types.SimpleNamespace(perf_counter=lambda: now[0])
+  monkeypatch.setattr(console, "time", clock)
+  step_fn = make_step()
+
+  def step(state, batch):
+    now[0] += 0.02 if now[0] else 0.4
+    return step_fn(state, batch)
 
   def evaluate(step, state, check):
-    clock.sleep(0.4)
+    now[0] += 0.4
     return {}
 
-  seconds = {1: 0.4} | {step: 0.02 for step in range(2, 8)}
   _, _, writer, _ = run(
-    tmp_path,
-    num_steps=7,
-    step_fn=slow_at(make_step(), seconds, clock),
-    evaluate=evaluate,
-    every=0,
-    log_every=2,
+    tmp_path, num_steps=7, step_fn=step, evaluate=evaluate, every=0
   )
-  speeds = {
-    step: line["perf/steps_per_second"]
-    for step, line in writer.lines
-    if "loss" in line
-  }
-  assert set(speeds) == {2, 4, 6, 7}
-  assert list(speeds.values()) == pytest.approx([50.0] * 4)
+  first, *others = [line for _, line in writer.lines if "loss" in line]
+  assert not any(name.startswith("perf/") for name in first)
+  for line in others:
+    assert line["perf/steps_per_second"] == pytest.approx(50.0)
+    assert line["perf/data_wait_fraction"] >= 0
 
 
-def test_the_first_step_alone_has_no_speed(tmp_path):
-  _, _, writer, _ = run(tmp_path, num_steps=2)
-  lines = [line for _, line in writer.lines if "loss" in line]
-  assert "perf/steps_per_second" not in lines[0]
-  assert lines[1]["perf/steps_per_second"] > 0
-  assert "perf/data_wait_fraction" not in lines[0]
-  assert 0 <= lines[1]["perf/data_wait_fraction"] <= 1
-
-
-def test_a_failed_evaluation_still_ends_the_pause(clock):
-  progress = loop._Progress(0, 10)
-  progress.advance(1)
-  with pytest.raises(ValueError, match="no metric"), progress.paused():
-    clock.sleep(0.4)
-    raise ValueError("no metric")
-  clock.sleep(0.02)
-  progress.advance(2)
-  assert progress.report(2, {}) == pytest.approx(50.0)
-
-
-def test_the_console_line(caplog, monkeypatch):
+def test_the_console_line(tmp_path, caplog, monkeypatch):
   # Whether an entry point has set the logger up or not.
-  monkeypatch.setattr(console.logger, "propagate", False)
-  progress = loop._Progress(0, 4)
-  scalars = {
-    "loss": 1.25,
-    "grad_norm": 2.0,
-    "drift_rms/0.2": 0.5,
-    "drift_rms/0.2/layer1": 0.75,
-    "learning_rate": 1e-3,
-    "lossless": 3.0,
-  }
-  console.logger.addHandler(caplog.handler)
-  try:
-    with caplog.at_level(logging.INFO, logger=console.logger.name):
-      progress.advance(1)
-      assert progress.report(1, scalars) is None
-      progress.advance(2)
-      progress.report(2, scalars)
-  finally:
-    console.logger.removeHandler(caplog.handler)
-  first, second = (record.getMessage() for record in caplog.records)
-  assert first == "step 1/4 loss=1.25 grad_norm=2 drift_rms/0.2=0.5"
-  assert second.startswith("step 2/4 loss=1.25 grad_norm=2 drift_rms/0.2=0.5 (")
+  monkeypatch.setattr(console.logger, "propagate", True)
+  with caplog.at_level(logging.INFO, logger=console.logger.name):
+    run(tmp_path, num_steps=2, eval_every=0)
+  first, second = caplog.messages[-2:]
+  assert first == "step 1/2 drift_rms/0.2=0.5 grad_norm=1 loss=0"
+  assert second.startswith("step 2/2 drift_rms/0.2=0.5 grad_norm=1 loss=1 (")
   assert "steps/s" in second and "s left)" in second

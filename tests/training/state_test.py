@@ -73,20 +73,18 @@ def test_the_averages_follow_their_own_decays():
     assert_close(state.ema[str(decay)]["w"], average, 1e-6, str(decay))
 
 
-# A generator whose only parameter scales its noise, in raw sample space.
-
-
 class Scale(nn.Module):
-  """noise, style -> scale * noise."""
+  """A generator whose only parameter scales its noise: scale * noise."""
 
   @nn.compact
   def __call__(self, labels, alpha, *, noise, style):
-    scale = self.param("scale", nn.initializers.ones, ())
-    return scale * noise
+    return self.param("scale", nn.initializers.ones, ()) * noise
 
 
-def generator_task():
-  return GeneratorTask(
+def generator_step(learning_rate):
+  """(jitted step, state, batch), in raw sample space."""
+  guidance = {"minimum": 1.0, "maximum": 4.0, "exponent": 1.0}
+  task = GeneratorTask(
     generator=Scale(),
     features=FeatureSpace(encoders={}, options={}, sample=True),
     sample_shape=(2, 2, 1),
@@ -95,35 +93,23 @@ def generator_task():
     style_vocab=2,
     num_generated=4,
     drift={"temperatures": (0.2,), "affinity_floor": 0.0},
-    guidance={
-      "minimum": 1.0,
-      "maximum": 4.0,
-      "exponent": 1.0,
-      "no_cfg_frac": 0.0,
-    },
+    guidance=guidance | {"no_cfg_frac": 0.0},
   )
-
-
-def generator_step(learning_rate):
-  """(jitted step, state, batch)."""
-  schedule = optax.constant_schedule(learning_rate)
   optimizer = optax.sgd(learning_rate)
-  step = jax.jit(
-    functools.partial(
-      train_step,
-      frozen={},
-      task=generator_task(),
-      optimizer=optimizer,
-      schedule=schedule,
-    )
-  )
   rng = np.random.RandomState(0)
   batch = GeneratorBatch(
     labels=np.zeros(2, np.int32),
     positives=rng.randn(2, 5, 2, 2, 1).astype(np.float32),
     unconditional=rng.randn(2, 3, 2, 2, 1).astype(np.float32),
   )
+  step = jitted(train_step, task, optimizer, learning_rate, frozen={})
   return step, make_state({"scale": jnp.ones(())}, optimizer), batch
+
+
+def jitted(step, task, optimizer, learning_rate, **arguments):
+  schedule = optax.constant_schedule(learning_rate)
+  settings = {"task": task, "optimizer": optimizer, "schedule": schedule}
+  return jax.jit(functools.partial(step, **settings, **arguments))
 
 
 def test_every_step_draws_anew():
@@ -227,13 +213,8 @@ def test_evaluation_counts_the_valid_images_alone(mae):
 def test_every_encoder_step_draws_another_mask(mae):
   """At learning rate 0 two steps of one batch differ by their masks alone."""
   task, params, batch = mae
-  schedule = optax.constant_schedule(0.0)
   optimizer = optax.sgd(0.0)
-  step = jax.jit(
-    functools.partial(
-      mae_step, task=task, optimizer=optimizer, schedule=schedule
-    )
-  )
+  step = jitted(mae_step, task, optimizer, 0.0)
   state, first = step(make_state(params, optimizer), batch)
   _, second = step(state, batch)
   _, again = step(at(state, 0), batch)

@@ -1,6 +1,5 @@
 """What a run compiles, with abstract arguments: no data, weights or devices."""
 
-import functools
 from collections.abc import Iterator
 
 import jax
@@ -20,16 +19,11 @@ from drift_jax.tasks.generator.setup import (
   check_encoders,
   check_labels,
   frozen_params,
+  generator_recipe,
   generator_task,
-  init_generator,
 )
-from drift_jax.tasks.generator.step import (
-  GeneratorBatch,
-  GeneratorTask,
-  train_step,
-)
+from drift_jax.tasks.generator.step import GeneratorBatch, GeneratorTask
 from drift_jax.training import artifacts
-from drift_jax.training.drifting import init_drift
 from drift_jax.training.frozen import decoding, load_encoders, load_vae
 from drift_jax.training.programs import Program, abstract_batch
 from drift_jax.training.run import make_training, pad_to_mesh
@@ -47,14 +41,7 @@ def programs(config: GeneratorConfig, mesh: Mesh) -> list[Program]:
   task = generator_task(config, encoders, mesh, vae)
   check_encoders(config, task, encoders, vae)
   frozen = frozen_params(task, encoders, vae)
-  training = make_training(
-    config,
-    mesh,
-    init_params=init_generator(task),
-    init_drift=functools.partial(init_drift, task.temperature),
-    step=functools.partial(train_step, task=task),
-    frozen=frozen,
-  )
+  training = make_training(config, mesh, generator_recipe(task, frozen))
   wire = jnp.dtype(config.data.wire)
   reals = (
     abstract_batch(mesh, sizes.labels, count, *task.sample_shape, dtype=wire)

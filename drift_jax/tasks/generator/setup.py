@@ -21,12 +21,18 @@ from drift_jax.tasks.generator.kernels import (
   kernel_for,
   unroll_for,
 )
-from drift_jax.tasks.generator.step import VAE_KEY, FeatureSpace, GeneratorTask
+from drift_jax.tasks.generator.step import (
+  VAE_KEY,
+  FeatureSpace,
+  GeneratorBatch,
+  GeneratorTask,
+  train_step,
+)
 from drift_jax.training import artifacts
-from drift_jax.training.drifting import drift_arguments
+from drift_jax.training.drifting import drift_arguments, init_drift
 from drift_jax.training.frozen import decoding
 from drift_jax.training.inputs import make_loader
-from drift_jax.training.run import check_divides
+from drift_jax.training.run import Recipe, check_divides
 from drift_jax.training.step import apply
 
 # Those whose `features` has the options of the config's section `features`.
@@ -170,6 +176,23 @@ def init_generator(task: GeneratorTask) -> Callable[[jax.Array], Any]:
     )["params"]
 
   return init
+
+
+def generator_recipe(task: GeneratorTask, frozen: Any) -> Recipe:
+  """How a generator is trained.
+
+  Args:
+    task: the static part of its step.
+    frozen: parameters; see frozen_params.
+  """
+  return Recipe(
+    name="generator",
+    init_params=init_generator(task),
+    init_drift=functools.partial(init_drift, task.temperature),
+    step=functools.partial(train_step, task=task),
+    batch=GeneratorBatch,
+    frozen=frozen,
+  )
 
 
 def generator_feed(

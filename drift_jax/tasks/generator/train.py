@@ -3,7 +3,6 @@
 import functools
 from typing import Any
 
-from drift_jax.system import sharding
 from drift_jax.tasks import parse_as
 from drift_jax.tasks.generator.config import GeneratorConfig
 from drift_jax.tasks.generator.evaluation import Evaluation
@@ -12,15 +11,11 @@ from drift_jax.tasks.generator.setup import (
   check_labels,
   frozen_params,
   generator_feed,
+  generator_recipe,
   generator_task,
-  init_generator,
-)
-from drift_jax.tasks.generator.step import (
-  GeneratorBatch,
-  train_step,
 )
 from drift_jax.training.alone import alone
-from drift_jax.training.drifting import drift_arguments, init_drift
+from drift_jax.training.drifting import drift_arguments
 from drift_jax.training.frozen import (
   frozen_sums,
   load_encoders,
@@ -83,22 +78,14 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     readers.facts,
   )
 
-  def put(batch: Any) -> GeneratorBatch:
-    return GeneratorBatch(**sharding.put_batch(batch, mesh))
-
   with at_end(functools.partial(evaluation.plot, path)):
     return run(
       config,
       path,
       mesh,
-      name="generator",
-      init_params=init_generator(task),
-      init_drift=functools.partial(init_drift, task.temperature),
+      generator_recipe(task, frozen_params(task, encoders, vae)),
       start_params=start_params(config, readers.train.class_names),
-      step=functools.partial(train_step, task=task),
-      frozen=frozen_params(task, encoders, vae),
       feed=feed,
-      put=put,
       evaluate=functools.partial(evaluation, path=path),
       best_metric=evaluation.best_metric,
     )

@@ -1,6 +1,5 @@
 """What encoder training compiles, with abstract arguments."""
 
-import functools
 from typing import Any
 
 import jax
@@ -10,12 +9,12 @@ from jax.sharding import Mesh
 from drift_jax.system.streams import stream
 from drift_jax.tasks.mae.config import MaeConfig
 from drift_jax.tasks.mae.setup import (
-  init_mae,
   jit_mae_evaluation,
   mae_input_shape,
+  mae_recipe,
   mae_task,
 )
-from drift_jax.tasks.mae.step import MaeBatch, mae_step
+from drift_jax.tasks.mae.step import MaeBatch
 from drift_jax.training.frozen import load_vae
 from drift_jax.training.inputs import LATENTS
 from drift_jax.training.programs import Program, abstract_batch
@@ -43,11 +42,7 @@ def programs(config: MaeConfig, mesh: Mesh) -> list[Program]:
     task, vae_params, sample_shape, config.model.in_channels
   )
   training = make_training(
-    config,
-    mesh,
-    init_params=init_mae(task, input_shape),
-    step=functools.partial(mae_step, task=task),
-    frozen=vae_params,
+    config, mesh, mae_recipe(task, input_shape, vae_params)
   )
 
   def batch(size: int) -> MaeBatch:

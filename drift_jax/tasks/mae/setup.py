@@ -17,9 +17,16 @@ from drift_jax.models.vae import Vae
 from drift_jax.system import sharding
 from drift_jax.system.errors import naming
 from drift_jax.tasks.mae.config import MaeConfig
-from drift_jax.tasks.mae.step import MaeTask, mae_eval_step, mae_inputs
+from drift_jax.tasks.mae.step import (
+  MaeBatch,
+  MaeTask,
+  mae_eval_step,
+  mae_inputs,
+  mae_step,
+)
 from drift_jax.training import artifacts
 from drift_jax.training.inputs import make_loader
+from drift_jax.training.run import Recipe
 from drift_jax.training.step import Metrics
 
 
@@ -62,6 +69,25 @@ def init_mae(
     )["params"]
 
   return init
+
+
+def mae_recipe(
+  task: MaeTask, sample_shape: tuple[int, ...], vae_params: Any
+) -> Recipe:
+  """How an encoder is trained.
+
+  Args:
+    task: the static part of its step.
+    sample_shape: (H, W, C) of what it takes.
+    vae_params: of the autoencoder that makes that of images; None without.
+  """
+  return Recipe(
+    name="encoder with decoder",
+    init_params=init_mae(task, sample_shape),
+    step=functools.partial(mae_step, task=task),
+    batch=lambda image, label: MaeBatch(image, label),
+    frozen=vae_params,
+  )
 
 
 def mae_input_shape(

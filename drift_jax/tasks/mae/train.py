@@ -19,13 +19,13 @@ from drift_jax.system.streams import stream
 from drift_jax.tasks import parse_as
 from drift_jax.tasks.mae.config import MaeConfig
 from drift_jax.tasks.mae.setup import (
-  init_mae,
   jit_mae_evaluation,
   mae_feed,
   mae_input_shape,
+  mae_recipe,
   mae_task,
 )
-from drift_jax.tasks.mae.step import MaeBatch, MaeTask, mae_step
+from drift_jax.tasks.mae.step import MaeBatch, MaeTask
 from drift_jax.training import artifacts
 from drift_jax.training.alone import alone
 from drift_jax.training.frozen import frozen_sums, load_vae, start_params
@@ -93,24 +93,15 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     readers.facts,
   )
 
-  def put(batch: Any) -> MaeBatch:
-    batch = sharding.put_batch(batch, mesh)
-    return MaeBatch(batch["image"], batch["label"])
-
   with at_end(functools.partial(_plot, path)):
     state = run(
       config,
       path,
       mesh,
-      name="encoder with decoder",
-      init_params=init_mae(task, input_shape),
+      mae_recipe(task, input_shape, vae_params),
       start_params=start_params(config, readers.train.class_names),
-      step=functools.partial(mae_step, task=task),
-      frozen=vae_params,
       feed=feed,
-      put=put,
       evaluate=evaluate,
-      best_metric=lambda scalars: None,
     )
   decay = config.eval.ema_decay
   params = processes.fetch(state.ema[str(decay)])

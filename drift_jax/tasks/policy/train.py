@@ -9,7 +9,7 @@ import numpy as np
 
 from drift_jax import config as config_lib
 from drift_jax.metrics.files import write_report
-from drift_jax.system import processes, sharding
+from drift_jax.system import processes
 from drift_jax.system.console import logger
 from drift_jax.system.errors import naming
 from drift_jax.tasks import parse
@@ -21,7 +21,13 @@ from drift_jax.tasks.policy.windows import PolicyFeed
 from drift_jax.training.alone import alone
 from drift_jax.training.drifting import init_drift
 from drift_jax.training.places import of_resumed
-from drift_jax.training.run import at_end, check_divides, open_mesh, run
+from drift_jax.training.run import (
+  Recipe,
+  at_end,
+  check_divides,
+  open_mesh,
+  run,
+)
 from drift_jax.training.state import TrainState
 from drift_jax.training.workdir import open_workdir
 
@@ -97,27 +103,22 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     )
     for name, sampler in samplers.items()
   }
+
+  recipe = Recipe(
+    name=config.loss.method,
+    init_params=setup.init_policy(config, task, shapes),
+    init_drift=functools.partial(init_drift, task.temperature),
+    step=functools.partial(policy_step, task=task),
+    batch=PolicyBatch,
+    frozen={},
+  )
   with contextlib.ExitStack() as stack:
     opened = []
     if config.eval.every and processes.is_first():
       opened = stack.enter_context(evaluation_lib.environments(config))
     evaluation = evaluation_lib.Evaluation(config, acts, opened, mesh, path)
     stack.enter_context(at_end(evaluation.plot_curves))
-    state = run(
-      config,
-      path,
-      mesh,
-      name=config.loss.method,
-      init_params=setup.init_policy(config, task, shapes),
-      init_drift=functools.partial(init_drift, task.temperature),
-      start_params=None,
-      step=functools.partial(policy_step, task=task),
-      frozen={},
-      feed=feed,
-      put=lambda batch: PolicyBatch(**sharding.put_batch(batch, mesh)),
-      evaluate=evaluation,
-      best_metric=lambda scalars: None,
-    )
+    state = run(config, path, mesh, recipe, feed=feed, evaluate=evaluation)
     if config.eval.every:
       evaluation.finish(state)
   return state

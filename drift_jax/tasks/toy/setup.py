@@ -17,9 +17,10 @@ from drift_jax.system.streams import stream
 from drift_jax.tasks.toy.config import ToyConfig
 from drift_jax.tasks.toy.data import ToyFeed
 from drift_jax.tasks.toy.model import Mlp, Particles
-from drift_jax.tasks.toy.step import ToyTask, plane_loss
+from drift_jax.tasks.toy.step import ToyBatch, ToyTask, plane_loss, toy_step
 from drift_jax.training import optim
-from drift_jax.training.drifting import drift_arguments
+from drift_jax.training.drifting import drift_arguments, init_drift
+from drift_jax.training.run import Recipe
 from drift_jax.training.step import apply
 
 
@@ -65,6 +66,19 @@ def toy_optimizer(
   count = config.batch.generated
   return lambda schedule: optim.with_standard_promotion(
     optax.sgd(lambda step: schedule(step) * count)
+  )
+
+
+def toy_recipe(config: ToyConfig, task: ToyTask) -> Recipe:
+  """How points are moved, or a network that makes them is trained."""
+  return Recipe(
+    name=config.model.kind,
+    init_params=init_toy(task),
+    init_drift=functools.partial(init_drift, task.temperature),
+    make_optimizer=toy_optimizer(config),
+    step=functools.partial(toy_step, task=task),
+    batch=ToyBatch,
+    frozen={},
   )
 
 

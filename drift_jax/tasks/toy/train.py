@@ -1,23 +1,14 @@
 """Toy experiments (5.1): `train_and_evaluate(config, workdir)`."""
 
-import functools
 import time
 from typing import Any
 
 from drift_jax import config as config_lib
-from drift_jax.system import sharding
 from drift_jax.tasks import parse
 from drift_jax.tasks.toy.config import ToyConfig
 from drift_jax.tasks.toy.evaluation import Evaluation
-from drift_jax.tasks.toy.setup import (
-  init_toy,
-  toy_feed,
-  toy_optimizer,
-  toy_task,
-)
-from drift_jax.tasks.toy.step import ToyBatch, toy_step
+from drift_jax.tasks.toy.setup import toy_feed, toy_recipe, toy_task
 from drift_jax.training.alone import alone
-from drift_jax.training.drifting import init_drift
 from drift_jax.training.run import at_end, check_divides, open_mesh, run
 from drift_jax.training.state import TrainState
 from drift_jax.training.workdir import open_workdir
@@ -59,28 +50,9 @@ def train_and_evaluate(
   feed = toy_feed(config)
   path = open_workdir(workdir, config, {}, (config.data.distribution,), {})
   evaluation = Evaluation(config, task, mesh, path, draw)
-  init = init_toy(task)
-  evaluation.save_first(init)
-
-  def put(batch: Any) -> ToyBatch:
-    return ToyBatch(**sharding.put_batch(batch, mesh))
-
+  recipe = toy_recipe(config, task)
+  evaluation.save_first(recipe.init_params)
   with at_end(evaluation.plot_curves):
-    state = run(
-      config,
-      path,
-      mesh,
-      name=config.model.kind,
-      init_params=init,
-      init_drift=functools.partial(init_drift, task.temperature),
-      start_params=None,
-      make_optimizer=toy_optimizer(config),
-      step=functools.partial(toy_step, task=task),
-      frozen={},
-      feed=feed,
-      put=put,
-      evaluate=evaluation,
-      best_metric=lambda scalars: None,
-    )
+    state = run(config, path, mesh, recipe, feed=feed, evaluate=evaluation)
   evaluation.finish(state, time.perf_counter() - start)
   return state

@@ -24,7 +24,7 @@ from drift_jax.system import sharding
 from drift_jax.tasks import parse
 from drift_jax.tasks.generator import step as step_lib
 from drift_jax.tasks.generator.samplers import make_sampler
-from drift_jax.tasks.generator.setup import init_generator
+from drift_jax.tasks.generator.setup import generator_recipe, init_generator
 from drift_jax.tasks.generator.step import (
   Draws,
   FeatureSpace,
@@ -37,7 +37,7 @@ from drift_jax.tasks.generator.step import (
 from drift_jax.tasks.mae.step import MaeTask, classification_lambda, mae_inputs
 from drift_jax.training import optim
 from drift_jax.training import state as state_lib
-from drift_jax.training.drifting import drift_metrics, init_drift
+from drift_jax.training.drifting import drift_metrics
 from drift_jax.training.run import adamw, make_training
 from drift_jax.training.step import from_wire
 from tests.conftest import GOLDEN, assert_close, relative_error
@@ -483,10 +483,7 @@ def run_toy(mesh, task, num_steps: int, fsdp=True) -> list[dict[str, float]]:
   training = make_training(
     dataclasses.replace(config, optim=OPTIM),
     host,
-    init_params=init_generator(task),
-    init_drift=functools.partial(init_drift, task.temperature),
-    step=functools.partial(train_step, task=task),
-    frozen=frozen,
+    generator_recipe(task, frozen),
   )
   step, state = training.step, training.init()
   if mesh is None:

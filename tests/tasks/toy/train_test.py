@@ -22,12 +22,11 @@ from drift_jax.tasks.toy.setup import (
   init_toy,
   make_field,
   toy_feed,
-  toy_optimizer,
+  toy_recipe,
   toy_sampler,
   toy_task,
 )
-from drift_jax.tasks.toy.step import ToyBatch, toy_step
-from drift_jax.training.drifting import init_drift
+from drift_jax.tasks.toy.step import ToyBatch
 from drift_jax.training.run import make_training, open_mesh
 from tests import process
 from tests.conftest import assert_close
@@ -51,15 +50,7 @@ def trained(config, count):
   config = parse(config)
   mesh = open_mesh(config.mesh)
   task = toy_task(config)
-  training = make_training(
-    config,
-    mesh,
-    init_params=init_toy(task),
-    init_drift=functools.partial(init_drift, task.temperature),
-    step=functools.partial(toy_step, task=task),
-    frozen={},
-    make_optimizer=toy_optimizer(config),
-  )
+  training = make_training(config, mesh, toy_recipe(config, task))
   feed = toy_feed(config)
   state = training.init()
   first = np.asarray(state.params["positions"])
