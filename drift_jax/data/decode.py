@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from drift_jax.data.errors import DataError
+from drift_jax.data.errors import DataError, check_choice
 
 # Diffusion programs write their workflows into PNGs; Pillow refuses texts and
 # colour profiles of more than 1 MB, 64 MB in all.
@@ -43,10 +43,7 @@ class LimitError(DataError):
 
 def check_decoder(name: str) -> None:
   """Raises ValueError for a decoder that is unknown or not installed."""
-  if name not in DECODERS:
-    raise ValueError(
-      f"data.decoder={name!r}: valid options are {list(DECODERS)}"
-    )
+  check_choice("data.decoder", name, DECODERS)
   if name != "pillow" and importlib.util.find_spec(name) is None:
     raise ValueError(
       f"data.decoder={name!r} needs a package that is not installed: "

@@ -1,24 +1,23 @@
 """Latents for training, sampled from a cache of posterior moments."""
 
-import os
-import pathlib
+import math
 import threading
 from collections.abc import Sequence
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
+from drift_jax.data.base import Generators, Reader, Reopening
+from drift_jax.data.errors import check_choice
 from drift_jax.data.latent_format import (
   REDO,
   TOOL,
   LatentCacheError,
   dtype_of,
-  load_labels,
   verify,
 )
-from drift_jax.system import paths
+from drift_jax.system.storage import PathLike
 
 WIRE_DTYPES = ("float16", "bfloat16", "float32")
 
@@ -29,28 +28,22 @@ _READER_BUFFER_SIZE = 16384
 _BLOCK = 64
 
 
-class LatentReader:
+class LatentReader(Reopening, Reader):
   """Latents of a cache: z = (mean + exp(logvar / 2) * eps) * scaling_factor.
 
   Safe to read from several threads, and cheap to send to other processes:
   shards are opened when they are first read from.
 
   Attributes:
-    class_names: one for each label.
-    labels: [N] int32.
-    sample_shape: (h, w, c).
-    dtype: what `read` gives.
-    grid: None; latents are continuous.
-    chunk: images to read at a time.
-    manifest: of the cache.
+    settings: what the cache was made from.
   """
 
-  grid: np.ndarray | None = None
   chunk = _BLOCK
+  _UNSENT = ("_readers", "_lock", "_work")
 
   def __init__(
     self,
-    directory: os.PathLike[str] | str,
+    directory: PathLike,
     split: str,
     *,
     dtype: str = "float16",
@@ -70,43 +63,31 @@ class LatentReader:
     Raises:
       LatentCacheError: an incomplete or damaged cache, or one of another
         autoencoder.
+      ValueError: another dtype.
     """
-    if dtype not in WIRE_DTYPES:
-      raise LatentCacheError(
-        f"dtype={dtype!r}: valid options are {list(WIRE_DTYPES)}"
-      )
-    self.manifest = verify(directory, split, checksum=False)
-    settings = self.manifest.settings
+    check_choice("dtype", dtype, WIRE_DTYPES)
+    self._folder, self.settings, self._shards, self.labels = verify(
+      directory, split, checksum=False
+    )
+    settings = self.settings
     if expected_vae_sha256 not in (None, settings.vae_sha256):
       raise LatentCacheError(
         f"the latents of {directory} come from the autoencoder with SHA-256 "
         f"{settings.vae_sha256}, but the one given has {expected_vae_sha256}: "
         f"give that autoencoder, or make another cache with {TOOL}"
       )
-    self._folder = pathlib.Path(paths.expand(directory)) / split
-    self.labels = load_labels(self._folder, settings)
     self.class_names = settings.class_names
     self.sample_shape = settings.latent_shape
     self.dtype = dtype_of(dtype)
     self._flip = flip
+    self._open()
+
+  def _open(self) -> None:
     self._readers: dict[int, ArrayRecordReader] = {}
     self._lock = threading.Lock()
-    self._work = _Workspace(int(np.prod(self.sample_shape)))
+    self._work = _Workspace(math.prod(self.sample_shape))
 
-  def __getstate__(self) -> dict[str, Any]:
-    return self.__dict__ | {"_readers": {}, "_lock": None, "_work": None}
-
-  def __setstate__(self, state: dict[str, Any]) -> None:
-    self.__dict__.update(state)
-    self._lock = threading.Lock()
-    self._work = _Workspace(int(np.prod(self.sample_shape)))
-
-  def __len__(self) -> int:
-    return len(self.labels)
-
-  def read(
-    self, indices: np.ndarray, rngs: Sequence[np.random.Generator]
-  ) -> np.ndarray:
+  def read(self, indices: np.ndarray, rngs: Generators) -> np.ndarray:
     """Samples of the posteriors, mirrored with probability 1/2 if `flip`.
 
     Image i depends on (indices[i], rngs[i]) alone.
@@ -132,7 +113,7 @@ class LatentReader:
   def _sample(
     self,
     indices: np.ndarray,
-    rngs: Sequence[np.random.Generator],
+    rngs: Generators,
     out: np.ndarray,
   ) -> None:
     mirrored = np.zeros(len(indices), np.int64)
@@ -146,7 +127,7 @@ class LatentReader:
     np.exp(sample, out=sample)
     sample *= noise[:, : sample.shape[1]]
     sample += moments[:, 0]
-    sample *= np.float32(self.manifest.settings.scaling_factor)
+    sample *= np.float32(self.settings.scaling_factor)
     out.reshape(sample.shape)[...] = sample
 
   def fixed(self, indices: np.ndarray) -> np.ndarray:
@@ -164,18 +145,17 @@ class LatentReader:
     """
     indices = np.asarray(indices, np.int64)
     records = self._records(indices, np.zeros_like(indices))
-    moments = np.empty(
-      (len(records), *self._work.moments.shape[1:]), np.float32
-    )
+    values = math.prod(self.sample_shape)
+    moments = np.empty((len(records), 2, values), np.float32)
     means = self._unpack(records, moments)[:, 0]
-    means = means * np.float32(self.manifest.settings.scaling_factor)
+    means = means * np.float32(self.settings.scaling_factor)
     return means.reshape(-1, *self.sample_shape)
 
   def _unpack(self, records: Sequence[bytes], out: np.ndarray) -> np.ndarray:
     """Writes [c, 2, v] float32 to the start of `out`: mean, log of variance."""
     out = out[: len(records)]
     stored = np.frombuffer(b"".join(records), "<u2").reshape(out.shape)
-    if self.manifest.settings.dtype == "float16":
+    if self.settings.dtype == "float16":
       out.view(np.int32)[...] = stored.view(np.int16)
       return _scale_halves(out)
     out[...] = stored.view(ml_dtypes.bfloat16)
@@ -191,43 +171,39 @@ class LatentReader:
       raise IndexError(
         f"image indices {indices.min()} to {indices.max()} of {len(self)}"
       )
-    shards, images = np.divmod(indices, self.manifest.settings.images_per_shard)
-    positions = 2 * images + mirrored
-    return [
-      self._record(shard, position)
-      for shard, position in zip(
-        shards.tolist(), positions.tolist(), strict=True
-      )
-    ]
+    shards, images = np.divmod(indices, self.settings.images_per_shard)
+    places = zip(shards.tolist(), (2 * images + mirrored).tolist(), strict=True)
+    return [self._record(shard, position) for shard, position in places]
 
   def _record(self, shard: int, position: int) -> bytes:
-    reader = self._readers.get(shard) or self._open(shard)
+    reader = self._readers.get(shard) or self._opened(shard)
     try:
       # Several records at a time are no faster, unless they are neighbours.
       record = reader.read([position])[0]
       # Of a damaged shard ArrayRecord may give empty records.
-      if len(record) != self.manifest.settings.record_bytes:
+      if len(record) != self.settings.record_bytes:
         raise IndexError(f"it has {len(record)} bytes")
       return record
     except (RuntimeError, IndexError) as error:
-      path = self._folder / self.manifest.shards[shard].file
+      path = self._folder / self._shards[shard]["file"]
       raise LatentCacheError(
         f"record {position} of {path} can't be read ({error}); {REDO}"
       ) from error
 
-  def _open(self, shard: int) -> ArrayRecordReader:
+  def _opened(self, shard: int) -> ArrayRecordReader:
     with self._lock:
       if shard not in self._readers:
-        entry = self.manifest.shards[shard]
+        path = str(self._folder / self._shards[shard]["file"])
         reader = ArrayRecordReader(
-          str(self._folder / entry.file),
+          path,
           options=_READER_OPTIONS,
           file_reader_buffer_size=_READER_BUFFER_SIZE,
         )
-        if not reader.ok() or reader.num_records() != 2 * entry.num_images:
+        count = 2 * self._shards[shard]["num_images"]
+        if not reader.ok() or reader.num_records() != count:
           raise LatentCacheError(
-            f"{self._folder / entry.file} holds {reader.num_records()} records "
-            f"instead of {2 * entry.num_images}, or can't be opened; {REDO}"
+            f"{path} holds {reader.num_records()} records instead of {count}, "
+            f"or can't be opened; {REDO}"
           )
         self._readers[shard] = reader
       return self._readers[shard]
@@ -264,7 +240,7 @@ def _scale_halves(values: np.ndarray) -> np.ndarray:
 
 
 def fill_normals(
-  rngs: Sequence[np.random.Generator], noise: np.ndarray, bits: np.ndarray
+  rngs: Generators, noise: np.ndarray, bits: np.ndarray
 ) -> np.ndarray:
   """Standard normals, row i from rngs[i] alone: the first rows of `noise`.
 

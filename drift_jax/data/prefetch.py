@@ -1,10 +1,10 @@
 """Prefetch: the next batches are read and copied while the device computes."""
 
 import collections
-import concurrent.futures
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, Self
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
 
 import jax
 
@@ -51,8 +51,6 @@ class Prefetcher:
       pause_after: step -> whether the feed's state may be asked for between
         its batch and the next.
     """
-    if depth < 0:
-      raise ValueError(f"prefetch depth {depth}: want 0 or more batches")
     self._feed = feed
     self._put = put
     self._depth = depth
@@ -64,14 +62,8 @@ class Prefetcher:
     self._stopped = False
     # True while a batch is being made, and for ever once one has failed.
     self._unfinished = False
-    self._pending: collections.deque[concurrent.futures.Future[Any]] = (
-      collections.deque()
-    )
-    self._executor = (
-      concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-      if depth
-      else None
-    )
+    self._pending: collections.deque[Future[Any]] = collections.deque()
+    self._executor = ThreadPoolExecutor(1, "prefetch") if depth else None
     self.seconds_waited = 0.0
     self.seconds_reading = 0.0
     self.seconds_placing = 0.0
@@ -146,18 +138,9 @@ class Prefetcher:
       self._fill(self._depth)
     return state
 
-  def _cancel(self) -> None:
-    while self._pending:
-      self._pending.popleft().cancel()
-
   def close(self) -> None:
     """Waits for the thread; the feed stays open."""
-    self._cancel()
+    while self._pending:
+      self._pending.popleft().cancel()
     if self._executor is not None:
       self._executor.shutdown()
-
-  def __enter__(self) -> Self:
-    return self
-
-  def __exit__(self, *exception: object) -> None:
-    self.close()
