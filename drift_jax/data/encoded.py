@@ -39,9 +39,10 @@ class EncodedSource(Reopening, Source):
 
   Attributes:
     class_names: one name for each label.
+    corrupt: {path: why} of the undecodable images that this process has met.
   """
 
-  _UNSENT = ("_lock", "_corrupt")
+  _UNSENT = ("_lock", "corrupt")
 
   def __init__(
     self, class_names: Sequence[str], max_corrupt: int, decoder: str
@@ -53,32 +54,25 @@ class EncodedSource(Reopening, Source):
     self._open()
 
   def _open(self) -> None:
-    self._corrupt: dict[int, str] = {}
+    self.corrupt: dict[str, str] = {}
     self._lock = threading.Lock()
 
   def read_bytes(self, index: int) -> bytes:
     """The encoded image; 0 <= index < N."""
     raise NotImplementedError
 
-  @property
-  def corrupt(self) -> tuple[tuple[str, str], ...]:
-    """(path, reason) of the undecodable images that this process has met."""
-    with self._lock:
-      return tuple((self.path(i), why) for i, why in self._corrupt.items())
-
   def _count_corrupt(self, index: int, error: decode.DecodeError) -> None:
+    path = self.path(index)
     with self._lock:
-      if index not in self._corrupt:
-        self._corrupt[index] = str(error)
-        console.logger.warning("corrupt: %s: %s", self.path(index), error)
-    found = self.corrupt
-    if len(found) > self._max_corrupt:
-      listed = [f"{path}: {why}" for path, why in found[:_LISTED]]
-      more = len(found) - len(listed)
+      if path not in self.corrupt:
+        self.corrupt[path] = str(error)
+        console.logger.warning("corrupt: %s: %s", path, error)
+      listed = [f"{path}: {why}" for path, why in self.corrupt.items()]
+    if len(listed) > self._max_corrupt:
       raise CorruptImageError(
-        f"{len(found)} corrupt image(s), data.max_corrupt={self._max_corrupt} "
+        f"{len(listed)} corrupt images, data.max_corrupt={self._max_corrupt} "
         "allows no more; mend or remove them, or raise it:\n  "
-        + "\n  ".join(listed + [f"and {more} more"] * bool(more))
+        + "\n  ".join(listed[:_LISTED])
       ) from error
 
   def _candidates(self, index: int) -> Iterator[int]:

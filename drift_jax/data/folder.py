@@ -18,13 +18,14 @@ import pathlib
 import tarfile
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from drift_jax.data import encoded
 from drift_jax.system import console, paths
+from drift_jax.system.storage import PathLike
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # Folders with these names are splits, never the one folder that a tar was
@@ -59,7 +60,7 @@ class _Tree(NamedTuple):
   """
 
   name: str
-  listed: Callable[[str], tuple[Sequence[str], Sequence[str]]]
+  listed: Callable[[str], tuple[Sequence[str], ...]]
 
   def folders(self, path: str) -> Sequence[str]:
     return self.listed(path)[0]
@@ -185,20 +186,20 @@ class _FileSource(encoded.EncodedSource):
     names = b"".join(self._names.tolist())
     return hashlib.sha256(names + ends.tobytes()).hexdigest()
 
-  def _place(self, index: int) -> tuple[str, str]:
-    """Path of an image's folder within the tree, and its name."""
+  def _inside(self, index: int) -> str:
+    """Path of an image within the tree."""
     folder = self._folders[bisect.bisect_right(self._ends, index)]
-    return folder, os.fsdecode(self._names[index])
+    return f"{folder}/{os.fsdecode(self._names[index])}"
 
   def path(self, index: int) -> str:
     """FOLDER/FILE or TAR/MEMBER."""
-    return "/".join([str(self._path), *self._place(index)])
+    return f"{self._path}/{self._inside(index)}"
 
 
 class FolderSource(_FileSource):
   """Images in a folder of class folders (see the module)."""
 
-  def __init__(self, path: str | os.PathLike[str], **options: Any):
+  def __init__(self, path: PathLike, **options: Any):
     """Lists the files.
 
     Args:
@@ -260,98 +261,57 @@ class _Header(tarfile.TarInfo):
     return header
 
 
-class _Part:
-  """A file up to a place in it, positions being those of the file."""
-
-  def __init__(self, file: Any, end: int):
-    self._file = file
-    self._end = end
-    self.seek, self.tell = file.seek, file.tell
-
-  def read(self, size: int) -> bytes:
-    return self._file.read(max(0, min(size, self._end - self.tell())))
-
-
-class _Index:
-  """Where in a tar file each member's bytes lie.
+def _members(
+  file: Any, within: str, start: int
+) -> Iterator[tuple[str, tuple[int, int] | None]]:
+  """(path, (offset, size)) of the files in a tar, (path, None) of folders.
 
   A tar within the tar counts as a folder of its name less the suffix, which
   is how ILSVRC2012_img_train.tar holds its classes.
 
-  Attributes:
-    folders: {folder: names of its folders}.
-    files: {folder: {name of a file: (offset, size)}}.
+  Args:
+    file: of the tar.
+    within: path of the folder that the tar stands for.
+    start: offset of `file` in the whole file.
   """
+  # Zeros end an archive, but another may follow.
+  archive: Any = tarfile.open(
+    fileobj=file, mode="r:", tarinfo=_Header, ignore_zeros=True
+  )
+  while (member := archive.next()) is not None:
+    archive.members.clear()  # a million TarInfo are a gigabyte
+    parts = [p for p in member.name.split("/") if p not in ("", ".")]
+    if not parts or any(map(paths.is_hidden, parts)):
+      continue
+    path, offset = _join(within, "/".join(parts)), start + member.offset_data
+    if member.isdir():
+      yield path, None
+    elif not member.isreg() or member.sparse is not None:
+      if _is_image(path):
+        raise _ReadError(
+          f"{path} is a link or sparse: make the tar with `tar --dereference "
+          "--hard-dereference` and without --sparse"
+        )
+    elif path.endswith(".tar"):
+      yield path.removesuffix(".tar"), None
+      inner = archive.extractfile(member)
+      yield from _members(inner, path.removesuffix(".tar"), offset)
+    else:
+      yield path, (offset, member.size)
 
-  def __init__(self, path: pathlib.Path):
-    self.folders: dict[str, set[str]] = {"": set()}
-    self.files: dict[str, dict[str, tuple[int, int]]] = {"": {}}
-    self._name = str(path)
-    self._count, self._logged = 0, time.monotonic()
-    with open(path, "rb") as file:
-      start = file.read(8)
-      for magic, command in _DECOMPRESS.items():
-        if start.startswith(magic):
-          raise ValueError(
-            f"{path} is compressed, and no single image can be found in it: "
-            f"decompress it once with `{command} {path}`"
-          )
-      file.seek(0)
-      try:
-        self._add(file, "")
-      except tarfile.TarError as error:
-        raise ValueError(f"{path} is not a whole tar file: {error}") from error
 
-  def tree(self) -> _Tree:
-    return _Tree(
-      self._name,
-      lambda path: (sorted(self.folders[path]), sorted(self.files[path])),
-    )
-
-  def _add_folder(self, folder: str) -> None:
-    while folder not in self.files:
-      self.files[folder] = {}
-      self.folders.setdefault(folder, set())
-      above, _, name = folder.rpartition("/")
-      self.folders.setdefault(above, set()).add(name)
-      folder = above
-
-  def _add(self, file: Any, within: str) -> None:
-    # Zeros end an archive, but another may follow.
-    archive: Any = tarfile.open(
-      fileobj=file, mode="r:", tarinfo=_Header, ignore_zeros=True
-    )
-    while (member := archive.next()) is not None:
-      archive.members.clear()  # a million TarInfo are a gigabyte
-      parts = [p for p in member.name.split("/") if p not in ("", ".")]
-      if not parts or any(map(paths.is_hidden, parts)):
-        continue
-      path = _join(within, "/".join(parts))
-      folder, _, name = path.rpartition("/")
-      if member.isdir():
-        self._add_folder(path)
-      elif not member.isreg() or member.sparse is not None:
-        if _is_image(name):
-          raise ValueError(
-            f"{self._name}: {path} is a link or sparse: make the tar with `tar "
-            "--dereference --hard-dereference` and without --sparse"
-          )
-      elif name.endswith(".tar"):
-        self._add_folder(path.removesuffix(".tar"))
-        file.seek(member.offset_data)
-        part = _Part(file, member.offset_data + member.size)
-        self._add(part, path.removesuffix(".tar"))
-      else:
-        self._add_folder(folder)
-        # A file that was appended again replaces the earlier one.
-        self.files[folder][name] = (member.offset_data, member.size)
-        self._log_progress()
-
-  def _log_progress(self) -> None:
-    self._count += 1
-    if time.monotonic() - self._logged > _LOG_SECONDS:
-      self._logged = time.monotonic()
-      console.logger.info("indexing %s: %d files", self._name, self._count)
+def _tree_of(name: str, places: Mapping[str, object | None]) -> _Tree:
+  """The tree of some paths: files have a place, folders None."""
+  listing: dict[str, tuple[set[str], set[str]]] = {"": (set(), set())}
+  for path, place in places.items():
+    is_file = place is not None
+    if not is_file:
+      listing.setdefault(path, (set(), set()))
+    while path:
+      path, _, last = path.rpartition("/")
+      listing.setdefault(path, (set(), set()))[is_file].add(last)
+      is_file = False
+  return _Tree(name, lambda path: tuple(map(sorted, listing[path])))
 
 
 class TarSource(_FileSource):
@@ -363,22 +323,39 @@ class TarSource(_FileSource):
 
   _UNSENT = (*_FileSource._UNSENT, "_descriptor")
 
-  def __init__(self, path: str | os.PathLike[str], **options: Any):
+  def __init__(self, path: PathLike, **options: Any):
     """Indexes the tar; arguments as of `FolderSource`.
 
     Raises:
       ValueError: the file does not exist, is compressed or no whole tar, or
         what `FolderSource` raises.
     """
-    file = pathlib.Path(paths.expand(path))
-    if not file.is_file():
+    tar = pathlib.Path(paths.expand(path))
+    if not tar.is_file():
       raise ValueError(
-        f"data.source='tar:{path}': {file.absolute()} is not a file"
+        f"data.source='tar:{path}': {tar.absolute()} is not a file"
       )
-    index = _Index(file)
-    super().__init__(file, index.tree(), **options)
-    places = map(self._place, range(len(self)))
-    self._places = np.array([index.files[f][n] for f, n in places], np.int64)
+    places: dict[str, tuple[int, int] | None] = {}
+    logged = time.monotonic()
+    with open(tar, "rb") as file:
+      for magic, command in _DECOMPRESS.items():
+        if file.peek(8).startswith(magic):
+          raise ValueError(
+            f"{tar} is compressed, and no single image can be found in it: "
+            f"decompress it once with `{command} {tar}`"
+          )
+      try:
+        # A file that was appended again replaces the earlier one.
+        for member, place in _members(file, "", 0):
+          places[member] = place
+          if time.monotonic() - logged > _LOG_SECONDS:
+            logged = time.monotonic()
+            console.logger.info("indexing %s: %d members", tar, len(places))
+      except tarfile.TarError as error:
+        raise ValueError(f"{tar} can't be indexed: {error}") from error
+    super().__init__(tar, _tree_of(str(tar), places), **options)
+    inside = [places[self._inside(index)] for index in range(len(self))]
+    self._places = np.array(inside, np.int64)
 
   def _open(self) -> None:
     super()._open()

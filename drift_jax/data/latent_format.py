@@ -200,7 +200,7 @@ def _load_labels(folder: pathlib.Path, settings: Settings) -> np.ndarray:
   """[N] int32, checked against the settings.
 
   Raises:
-    LatentCacheError: missing or damaged labels, or one without a class name.
+    LatentCacheError: missing or damaged labels.
   """
   path = folder / LABELS_FILE
   try:
@@ -213,14 +213,6 @@ def _load_labels(folder: pathlib.Path, settings: Settings) -> np.ndarray:
     raise LatentCacheError(
       f"{path} ({labels.dtype} {labels.shape}) does not hold the "
       f"{settings.num_images} labels of the manifest; {REDO}"
-    )
-  num_classes = len(settings.class_names)
-  wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
-  if len(wrong):
-    raise LatentCacheError(
-      f"{path}: label {labels[wrong[0]]} of image {wrong[0]} lies outside "
-      f"[0, {num_classes}), the manifest's class names: remove the cache and "
-      f"run {TOOL} on a source whose labels and names match"
     )
   return labels
 

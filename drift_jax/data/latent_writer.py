@@ -113,11 +113,7 @@ class ShardWriter:
       self._path.unlink(missing_ok=True)
       for leftover in folder.glob(f".{self._path.stem}.*.tmp"):
         leftover.unlink(missing_ok=True)
-      try:
-        self._writer = ArrayRecordWriter(str(self._temporary), WRITER_OPTIONS)
-      except RuntimeError:
-        self._temporary.unlink(missing_ok=True)
-        raise
+      self._writer = ArrayRecordWriter(str(self._temporary), WRITER_OPTIONS)
 
   def __enter__(self) -> Self:
     return self
@@ -148,11 +144,9 @@ class ShardWriter:
         "check the autoencoder's weights, or store bfloat16 (--dtype=bfloat16)"
       )
     height, width, channels = self._settings.latent_shape
-    planes = np.moveaxis(
-      stored.reshape(2, height, width, 2, channels), 3, 1
-    )  # [2, 2, h, w, c]
+    stored = stored.reshape(2, height, width, 2, channels)
     with _disk_errors(self._path):
-      for record in planes:
+      for record in np.moveaxis(stored, 3, 1):  # [2, h, w, c]
         data = record.tobytes()
         self._content.update(data)
         self._writer.write(data)

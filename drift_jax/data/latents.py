@@ -39,7 +39,7 @@ class LatentReader(Reopening, Reader):
   """
 
   chunk = _BLOCK
-  _UNSENT = ("_readers", "_lock", "_work")
+  _UNSENT = ("_readers", "_work")
 
   def __init__(
     self,
@@ -84,7 +84,6 @@ class LatentReader(Reopening, Reader):
 
   def _open(self) -> None:
     self._readers: dict[int, ArrayRecordReader] = {}
-    self._lock = threading.Lock()
     self._work = _Workspace(math.prod(self.sample_shape))
 
   def read(self, indices: np.ndarray, rngs: Generators) -> np.ndarray:
@@ -104,31 +103,24 @@ class LatentReader(Reopening, Reader):
       IndexError: indices outside [0, N).
     """
     indices = np.asarray(indices, np.int64)
+    scale = np.float32(self.settings.scaling_factor)
     latents = np.empty((len(indices), *self.sample_shape), self.dtype)
     for start in range(0, len(indices), _BLOCK):
       block = slice(start, start + _BLOCK)
-      self._sample(indices[block], rngs[block], latents[block])
+      mirrored = np.zeros(len(indices[block]), np.int64)
+      if self._flip:
+        mirrored[:] = [rng.random() < 0.5 for rng in rngs[block]]
+      records = self._records(indices[block], mirrored)
+      noise = fill_normals(rngs[block], self._work.noise, self._work.bits)
+      moments = self._unpack(records, self._work.moments)
+      sample = moments[:, 1]
+      sample *= np.float32(0.5)
+      np.exp(sample, out=sample)
+      sample *= noise[:, : sample.shape[1]]
+      sample += moments[:, 0]
+      sample *= scale
+      latents[block] = sample.reshape(-1, *self.sample_shape)
     return latents
-
-  def _sample(
-    self,
-    indices: np.ndarray,
-    rngs: Generators,
-    out: np.ndarray,
-  ) -> None:
-    mirrored = np.zeros(len(indices), np.int64)
-    if self._flip:
-      mirrored[:] = [rng.random() < 0.5 for rng in rngs]
-    records = self._records(indices, mirrored)
-    noise = fill_normals(rngs, self._work.noise, self._work.bits)
-    moments = self._unpack(records, self._work.moments)
-    sample = moments[:, 1]
-    sample *= np.float32(0.5)
-    np.exp(sample, out=sample)
-    sample *= noise[:, : sample.shape[1]]
-    sample += moments[:, 0]
-    sample *= np.float32(self.settings.scaling_factor)
-    out.reshape(sample.shape)[...] = sample
 
   def fixed(self, indices: np.ndarray) -> np.ndarray:
     """The posteriors' means, unmirrored and scaled.
@@ -161,52 +153,34 @@ class LatentReader(Reopening, Reader):
     out[...] = stored.view(ml_dtypes.bfloat16)
     return out
 
-  def _records(
-    self, indices: np.ndarray, mirrored: np.ndarray
-  ) -> Sequence[bytes]:
+  def _records(self, indices: np.ndarray, mirrored: np.ndarray) -> list[bytes]:
     """The records of images, in order."""
-    if len(indices) and not (
-      0 <= indices.min() and indices.max() < len(self.labels)
-    ):
-      raise IndexError(
-        f"image indices {indices.min()} to {indices.max()} of {len(self)}"
-      )
+    if ((indices < 0) | (indices >= len(self))).any():
+      raise IndexError(f"image indices {indices} of {len(self)}")
     shards, images = np.divmod(indices, self.settings.images_per_shard)
     places = zip(shards.tolist(), (2 * images + mirrored).tolist(), strict=True)
     return [self._record(shard, position) for shard, position in places]
 
   def _record(self, shard: int, position: int) -> bytes:
-    reader = self._readers.get(shard) or self._opened(shard)
+    path = self._folder / self._shards[shard]["file"]
     try:
+      # Threads that open one at the same time do no harm.
+      if shard not in self._readers:
+        self._readers[shard] = ArrayRecordReader(
+          str(path),
+          options=_READER_OPTIONS,
+          file_reader_buffer_size=_READER_BUFFER_SIZE,
+        )
       # Several records at a time are no faster, unless they are neighbours.
-      record = reader.read([position])[0]
+      record = self._readers[shard].read([position])[0]
       # Of a damaged shard ArrayRecord may give empty records.
       if len(record) != self.settings.record_bytes:
         raise IndexError(f"it has {len(record)} bytes")
       return record
     except (RuntimeError, IndexError) as error:
-      path = self._folder / self._shards[shard]["file"]
       raise LatentCacheError(
         f"record {position} of {path} can't be read ({error}); {REDO}"
       ) from error
-
-  def _opened(self, shard: int) -> ArrayRecordReader:
-    with self._lock:
-      if shard not in self._readers:
-        path = str(self._folder / self._shards[shard]["file"])
-        reader = ArrayRecordReader(
-          path,
-          options=_READER_OPTIONS,
-          file_reader_buffer_size=_READER_BUFFER_SIZE,
-        )
-        count = 2 * self._shards[shard]["num_images"]
-        if not reader.ok() or reader.num_records() != count:
-          raise LatentCacheError(
-            f"{path} holds {reader.num_records()} records instead of {count}, "
-            f"or can't be opened; {REDO}"
-          )
-        self._readers[shard] = reader
-      return self._readers[shard]
 
 
 class _Workspace(threading.local):

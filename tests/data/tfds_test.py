@@ -298,7 +298,7 @@ def test_corrupt_images_are_replaced(tmp_path):
   source = make(tmp_path, "tiny_damaged", max_corrupt=1)
   seeds = seeds_of(source)
   (bad,) = source.corrupt
-  index = next(i for i in range(7) if source.path(i) == bad[0])
+  index = next(i for i in range(7) if source.path(i) == bad)
   # Its place is taken by another of class 0.
   assert seeds[index] == 5 and source.labels[index] == 0
   assert sorted(seeds) == [0, 2, 3, 4, 5, 5, 6]
