@@ -55,30 +55,21 @@ class GroupedFeed(IndexedFeed):
       ValueError: labels that the processes can't share, or a class with too
         few images.
     """
-    self._sizes = {
-      "positives": num_positives,
-      "unconditional": num_unconditional,
-    }
+    self._each = (num_positives, num_unconditional)
     self._order = ClassGrouped(
-      reader.labels,
-      reader.class_names,
-      seed=seed,
-      num_labels=num_labels,
-      num_positives=num_positives,
-      num_unconditional=num_unconditional,
+      reader.labels, reader.class_names, seed, num_labels, *self._each
     )
     super().__init__(reader, self._order, seed=seed, **reading)
 
   def __next__(self) -> Batch:
     labels = self._order.labels(self.position)[list(self.rows)]
     _, images = self._read()
-    batch, start = {"labels": labels}, 0
-    for name, size in self._sizes.items():
-      stop = start + len(labels) * size
-      rows = images[start:stop]
-      batch[name] = rows.reshape(len(labels), size, *images.shape[1:])
-      start = stop
-    return batch
+    groups = np.split(images, [len(labels) * self._each[0]])
+    positives, unconditional = (
+      group.reshape(len(labels), each, *images.shape[1:])
+      for group, each in zip(groups, self._each, strict=True)
+    )
+    return dict(labels=labels, positives=positives, unconditional=unconditional)
 
 
 def _host_device() -> Any:
@@ -91,9 +82,8 @@ def _host_device() -> Any:
     return jax.local_devices(backend="cpu")[0]
   except RuntimeError as error:
     raise RuntimeError(
-      "the sample queue draws on the host and needs JAX's CPU backend: "
-      "include cpu in JAX_PLATFORMS after the accelerator, e.g. "
-      f"JAX_PLATFORMS=cuda,cpu (it is {os.environ.get('JAX_PLATFORMS')!r})"
+      f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}: the sample queue is "
+      "the host's, add cpu after the accelerator, e.g. JAX_PLATFORMS=cuda,cpu"
     ) from error
 
 
@@ -274,11 +264,7 @@ class QueueFeed:
         num_positives=self._num_positives,
         num_unconditional=self._num_unconditional,
       )
-    return {
-      "labels": labels,
-      "positives": positives,
-      "unconditional": unconditional,
-    }
+    return dict(labels=labels, positives=positives, unconditional=unconditional)
 
   def _state(self, saved: Callable[[np.ndarray], Any]) -> dict[str, Any]:
     return {

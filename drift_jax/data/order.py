@@ -190,15 +190,12 @@ class DistinctStream:
     self._block = block
     self._window = window
     self._key = (seed, "order", _tag(use), *numbers)
-    self.fresh = self._always_enough()
-    self._kept: tuple[tuple[int, np.ndarray], ...] = ()
-
-  def _always_enough(self) -> bool:
-    """Whether every head has enough before the pass' own tail, at worst."""
-    # The boundaries' places within a block repeat after this many passes.
-    passes = self._block // math.gcd(self._block, self.size)
+    # The boundaries' places within a block repeat after this many passes; at
+    # worst every head has enough before the pass' own tail.
+    passes = block // math.gcd(block, size)
     tail, head = self._crossing(np.arange(1, passes + 2))
-    return bool(np.all(tail[1:] + tail[:-1] + head[:-1] <= self.size))
+    self.fresh = bool(np.all(tail[1:] + tail[:-1] + head[:-1] <= size))
+    self._kept: tuple[tuple[int, np.ndarray], ...] = ()
 
   def _crossing(self, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """How far the windows that hold elements of both permutation number - 1
@@ -279,7 +276,6 @@ class ClassGrouped:
     self,
     labels: np.ndarray,
     class_names: Sequence[str],
-    *,
     seed: int,
     num_labels: int,
     num_positives: int,

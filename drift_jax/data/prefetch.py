@@ -27,9 +27,6 @@ class Prefetcher:
 
   Attributes:
     seconds_waited: how long `next` has blocked so far, in seconds.
-    seconds_reading: how long the feed has taken so far.
-    seconds_placing: how long placing has taken so far; with depth > 0 until
-      the copies were complete.
   """
 
   def __init__(
@@ -65,21 +62,14 @@ class Prefetcher:
     self._pending: collections.deque[Future[Any]] = collections.deque()
     self._executor = ThreadPoolExecutor(1, "prefetch") if depth else None
     self.seconds_waited = 0.0
-    self.seconds_reading = 0.0
-    self.seconds_placing = 0.0
 
   def _make(self) -> Any:
     if self._unfinished:
       raise RuntimeError("no batch can follow: making one before it has failed")
     self._unfinished = True
-    start = time.perf_counter()
-    batch = next(self._feed)
-    read = time.perf_counter()
-    batch = self._put(batch)
+    batch = self._put(next(self._feed))
     if self._executor is not None:
       jax.block_until_ready(batch)
-    self.seconds_reading += read - start
-    self.seconds_placing += time.perf_counter() - read
     self._unfinished = False
     return batch
 
@@ -128,9 +118,8 @@ class Prefetcher:
     """
     if self._pending:
       raise RuntimeError(
-        f"{len(self._pending)} batches have been drawn ahead of the feed's "
-        f"state, up to that of step {self._next_step - 1}: pause_after must "
-        "hold for a step whose state is asked for"
+        f"{len(self._pending)} batches were drawn ahead, up to that of step "
+        f"{self._next_step - 1}: pause_after must hold for the last step"
       )
     state = self._feed.state()
     self._paused = self._stopped

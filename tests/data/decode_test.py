@@ -5,6 +5,7 @@ import io
 
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
 from PIL import Image, PngImagePlugin
 
 from drift_jax.data import decode
@@ -33,10 +34,10 @@ def test_what_is_lossless_comes_back():
   for data in (encode(image, "PNG"), encode(image, "WEBP", **animated)):
     pixels = decode.decode(data, "pillow")
     assert pixels.dtype == np.uint8
-    np.testing.assert_array_equal(pixels, np.asarray(image))
-    np.testing.assert_array_equal(decode.decode_image(data, "pillow"), pixels)
+    assert_array_equal(pixels, np.asarray(image))
+    assert_array_equal(decode.decode_image(data, "pillow"), pixels)
   pixels = decode.decode(encode(grey, "PNG"), "pillow")
-  np.testing.assert_array_equal(pixels, np.asarray(grey.convert("RGB")))
+  assert_array_equal(pixels, np.asarray(grey.convert("RGB")))
 
 
 def test_exif_orientation_is_not_applied_to_grey():
@@ -67,7 +68,7 @@ def test_palette_with_transparency_gives_its_colours_without_a_warning():
 def test_16_bit_keeps_the_high_byte():
   values = (np.arange(256, dtype=np.uint16) * 256 + 255).reshape(16, 16)
   pixels = decode.decode(encode(Image.fromarray(values), "PNG"), "pillow")
-  np.testing.assert_array_equal(pixels[..., 1], values >> 8)
+  assert_array_equal(pixels[..., 1], values >> 8)
 
 
 def test_cmyk_of_adobe_is_inverted():
@@ -124,7 +125,7 @@ def big_png(size: int) -> bytes:
 
 def test_what_else_is_in_a_png_is_no_damage():
   pixels = decode.decode(big_png(2 * 2**20), "pillow")
-  np.testing.assert_array_equal(pixels, np.asarray(noise()))
+  assert_array_equal(pixels, np.asarray(noise()))
 
 
 def test_limits_are_named_as_limits(monkeypatch):
@@ -144,12 +145,12 @@ def test_simplejpeg_gives_the_same_pixels(subsampling):
     options = {} if image.mode == "L" else {"subsampling": subsampling}
     data = encode(image, "JPEG", progressive=subsampling == 1, **options)
     want = decode.decode(data, "pillow")
-    np.testing.assert_array_equal(decode.decode(data, "simplejpeg"), want)
-    np.testing.assert_array_equal(
+    assert_array_equal(decode.decode(data, "simplejpeg"), want)
+    assert_array_equal(
       np.asarray(decode.decode_image(data, "simplejpeg")), want
     )
   png = encode(noise(), "PNG")
-  np.testing.assert_array_equal(
+  assert_array_equal(
     decode.decode(png, "simplejpeg"), decode.decode(png, "pillow")
   )
 

@@ -11,9 +11,9 @@ import tarfile
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
 
 from drift_jax.data.feed import GroupedFeed, QueueFeed
 from drift_jax.data.loader import Loader
@@ -72,7 +72,7 @@ def assert_same(batch, other):
   assert batch.keys() == other.keys()
   for name in batch:
     assert batch[name].dtype == other[name].dtype
-    np.testing.assert_array_equal(batch[name], other[name])
+    assert_array_equal(batch[name], other[name])
 
 
 def test_resumes_bit_equal_where_its_state_was_taken(make):
@@ -98,15 +98,6 @@ def test_resumes_bit_equal_where_its_state_was_taken(make):
     assert not np.array_equal(next(new)[name], expected[0][name])
   for each in (feed, other, new):
     each.close()
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.float16, ml_dtypes.bfloat16])
-def test_images_come_in_the_readers_dtype(make, dtype):
-  feed = make(Numbers(dtype=dtype))
-  feed.start()
-  for name, array in next(feed).items():
-    assert array.dtype == (np.int32 if name.startswith("label") else dtype)
-  feed.close()
 
 
 def test_queue_draws_what_its_definition_draws():
@@ -137,42 +128,27 @@ def test_queue_draws_what_its_definition_draws():
     slots = jnp.argsort(jax.random.uniform(a, (4, 5)), axis=1)[:, :3]
     any_slots = jnp.argsort(jax.random.uniform(b, (4, 12)), axis=1)[:, :5]
     batch = next(feed)
-    np.testing.assert_array_equal(batch["labels"], labels)
+    assert_array_equal(batch["labels"], labels)
     for row, label in enumerate(np.asarray(labels)):
-      np.testing.assert_array_equal(
+      assert_array_equal(
         values(batch["positives"][row]),
         [rings[int(label)][slot] for slot in slots[row]],
       )
-      np.testing.assert_array_equal(
+      assert_array_equal(
         values(batch["unconditional"][row]),
         [everything[slot] for slot in any_slots[row]],
       )
 
 
-@pytest.mark.parametrize("prefill", [0, 12])
-def test_queue_repeats_what_a_class_has_too_few_of(caplog, prefill):
-  """As the release does: records come in random order, not by turns."""
+def test_queue_says_where_it_is_short(caplog):
+  """Records come in random order, not by turns: then they repeat."""
   reader = Numbers(60, labels=np.arange(60) % 5 // 2, classes=3)
-  feed = make_queue(reader, num_positives=5, prefill=prefill)
+  feed = make_queue(reader, num_positives=5, prefill=12)
   with caplog.at_level(logging.INFO, "drift_jax"):
     feed.start()
-  counts = feed._bank.count.copy()
-  assert counts.min() < 5
+  counts = feed._bank.count
   short = f"{(counts < 5).sum()} of 3 classes .*positives=5.*{counts.min()}"
-  assert re.search(short, caplog.text)
-  pushed = make_loader(reader)
-  for _ in range(prefill // 6):
-    next(pushed)
-  for _ in range(4):
-    new = next(pushed)["label"]
-    counts = np.minimum(counts + np.bincount(new, minlength=3), 5)
-    batch = next(feed)
-    for label, row in zip(
-      batch["labels"], values(batch["positives"]), strict=True
-    ):
-      np.testing.assert_array_equal(reader.labels[row.astype(int)], label)
-      drawn, times = np.unique(row, return_counts=True)
-      assert len(drawn) == counts[label] and np.ptp(times) <= 1
+  assert counts.min() < 5 and re.search(short, caplog.text)
 
 
 def test_queue_names_a_class_that_would_repeat_for_ever():
@@ -187,7 +163,7 @@ def test_queue_names_a_class_that_would_repeat_for_ever():
   feed.start()
   for _ in range(5):
     batch = next(feed)
-    np.testing.assert_array_equal(
+    assert_array_equal(
       few.labels[values(batch["positives"]).astype(int)],
       np.repeat(batch["labels"][:, None], 3, 1),
     )
@@ -196,47 +172,11 @@ def test_queue_names_a_class_that_would_repeat_for_ever():
     make_queue(few, **changes | {"num_positives": 2, "num_unconditional": 16})
 
 
-def test_queue_labels_of_the_newest_push_alone():
-  """Ten classes in the queue, but a push holds fewer: only they are drawn."""
-  reader = Numbers(200, classes=10)
-  feed = make_queue(reader, prefill=180, num_labels=6, num_positives=1)
-  feed.start()
-  loader = make_loader(reader)
-  loader.seek(30)
-  for _ in range(10):
-    pushed = sorted(next(loader)["label"].tolist())
-    assert sorted(next(feed)["labels"].tolist()) == pushed
-
-
-def test_queue_gives_every_label_its_own_unconditional_reals():
-  """Rows differ: 12! / 4! orders of 8 of 12 are no coincidence."""
-  feed = make_queue(Numbers(100), num_unconditional=8)
-  feed.start()
-  for _ in range(6):
-    rows = values(next(feed)["unconditional"])
-    assert len({tuple(sorted(row)) for row in rows}) > 1
-    assert len({tuple(row) for row in rows}) == len(rows)
-
-
 @pytest.mark.parametrize(
   ("make", "message"),
   [
-    (
-      lambda: make_queue(num_labels=9),
-      "labels=9 over 1 .*takes 9.*step=6",
-    ),
-    (
-      lambda: make_queue(loader=make_loader(process_count=2), num_labels=3),
-      "labels=3 must be .* multiple of the 2",
-    ),
-    (
-      lambda: make_grouped(process_count=3),
-      "labels=4 must be .* of the 3",
-    ),
-    (
-      lambda: make_grouped(Numbers(labels=[0] * 8 + [1], classes=2)),
-      "class1.*has 1 images",
-    ),
+    (lambda: make_queue(num_labels=9), "labels=9 over 1 .*takes 9.*step=6"),
+    (lambda: make_grouped(process_count=3), "labels=4 must be .* of the 3"),
   ],
 )
 def test_sizes_must_fit(make, message):
@@ -283,14 +223,12 @@ def test_grouped_reads_what_its_order_says(count, num_unconditional):
   for step in range(9):
     parts = [next(feed) for feed in feeds]
     batch = {n: np.concatenate([p[n] for p in parts]) for n in parts[0]}
-    np.testing.assert_array_equal(batch["labels"], order.labels(step))
+    assert_array_equal(batch["labels"], order.labels(step))
     records = order.records(step, 0, order.size)
     for name, want in zip(
       ("positives", "unconditional"), np.split(records, [12]), strict=True
     ):
-      np.testing.assert_array_equal(
-        values(batch[name]), want.reshape(4, len(want) // 4)
-      )
+      assert_array_equal(values(batch[name]), want.reshape(4, len(want) // 4))
   for feed in feeds:
     feed.close()
 
@@ -385,9 +323,9 @@ def test_two_processes_see_the_batches_of_one(one_process, two_processes, name):
   assert len({a.tobytes() for a in one_process[name].values()}) > 3
   for key, array in one_process[name].items():
     shards = [process["local"][key] for process in two_processes]
-    np.testing.assert_array_equal(np.concatenate(shards), array)
+    assert_array_equal(np.concatenate(shards), array)
     for process in two_processes:
-      np.testing.assert_array_equal(process["whole"][key], array)
+      assert_array_equal(process["whole"][key], array)
 
 
 @pytest.mark.system
@@ -410,7 +348,7 @@ def test_two_processes_keep_a_queue_each(two_processes):
       positives = process["local"][key + "positives"]
       assert positives.shape == (2, 2, 4, 4, 3)
       assert {x.tobytes() for row in positives for x in row} <= halves[half]
-      np.testing.assert_array_equal(
+      assert_array_equal(
         np.floor(values(positives)) % 4,
         np.repeat(process["local"][key + "labels"][:, None], 2, 1),
       )
@@ -426,7 +364,7 @@ def test_two_processes_go_on_from_one_queue(one_queue, two_processes):
   loader.seek(2)
   for process in two_processes:
     for name, array in one_queue[1].items():
-      np.testing.assert_array_equal(process["local"][f"copy/{name}"], array)
+      assert_array_equal(process["local"][f"copy/{name}"], array)
   for step in range(2):
     new = next(loader)
     for half, process in enumerate(two_processes):
@@ -462,7 +400,7 @@ def test_one_process_goes_on_from_two_queues(one_queue, two_processes):
           expected.append(saved["samples"][ring, label, slot])
     expected = expected[:size][::-1]
     assert feed._bank.count[label] == len(expected)
-    np.testing.assert_array_equal(
+    assert_array_equal(
       feed._bank.samples[label, : len(expected)], np.stack(expected)
     )
   loader = Loader(processes.reader(), batch_size=6, seed=1)
@@ -493,4 +431,4 @@ def test_records_that_do_not_divide_the_new_batch_are_not_lost():
   for _ in range(3):
     both = np.concatenate([next(half)["image"] for half in halves])
     one = np.concatenate([next(expected)["image"] for _ in range(2)])
-    np.testing.assert_array_equal(both, one)
+    assert_array_equal(both, one)

@@ -9,6 +9,7 @@ import tarfile
 
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
 
 from drift_jax.data import encoded
 from drift_jax.system import console
@@ -170,8 +171,8 @@ def test_goes_to_another_process(kind, root, tmp_path):
   copy = pickle.loads(pickle.dumps(source))
   assert copy.corrupt == {} and len(source.corrupt) == 1
   for index in range(6):
-    np.testing.assert_array_equal(copy[index], source[index])
-  np.testing.assert_array_equal(copy.labels, source.labels)
+    assert_array_equal(copy[index], source[index])
+  assert_array_equal(copy.labels, source.labels)
 
 
 def test_symbolic_links_are_followed_in_folders(root, tmp_path):
@@ -181,7 +182,7 @@ def test_symbolic_links_are_followed_in_folders(root, tmp_path):
   source = make("folder", root, tmp_path)
   assert source.class_names == ("cat", "dog", "emu", "fox")
   assert np.bincount(source.labels).tolist() == [2, 5, 1, 2]
-  np.testing.assert_array_equal(source[5], source[7])
+  assert_array_equal(source[5], source[7])
   with pytest.raises(FileNotFoundError, match="train/dog/e.png"):
     source[6]
 
@@ -192,7 +193,7 @@ def test_names_that_are_not_utf8(tmp_path):
   path = write(inside / "a.png", 0)
   os.rename(path, os.fsencode(inside) + b"/\xff\xe9.png")
   source = make("folder", tmp_path / "data", tmp_path)
-  np.testing.assert_array_equal(source[0], np.asarray(picture(0)))
+  assert_array_equal(source[0], np.asarray(picture(0)))
 
 
 def test_tar_made_by_the_tar_command(root, tmp_path):
@@ -207,9 +208,9 @@ def test_tar_made_by_the_tar_command(root, tmp_path):
   )
   source = opened(f"tar:{path}")
   assert source.labels.tolist() == [0, 0, 0, 1, 1, 1, 2]
-  np.testing.assert_array_equal(source[1], np.asarray(picture(7)))
+  assert_array_equal(source[1], np.asarray(picture(7)))
   assert source.path(2) == f"{path}/train/cat/{long}"
-  np.testing.assert_array_equal(source[2], np.asarray(picture(6)))
+  assert_array_equal(source[2], np.asarray(picture(6)))
 
 
 def test_tar_keeps_one_descriptor_and_closes_it(root, tmp_path):

@@ -10,6 +10,7 @@ import time
 import ml_dtypes
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
 
 from drift_jax.data.loader import Loader
 from tests import process
@@ -37,7 +38,7 @@ def assert_same(batches, expected):
     assert batch.keys() == other.keys()
     for name in batch:
       assert batch[name].dtype == other[name].dtype
-      np.testing.assert_array_equal(batch[name], other[name])
+      assert_array_equal(batch[name], other[name])
 
 
 def test_every_epoch_covers_every_record_once():
@@ -49,9 +50,7 @@ def test_every_epoch_covers_every_record_once():
   assert len(np.unique(drawn % 1)) == 90
   assert len({tuple(np.floor(epoch)) for epoch in drawn}) == 3
   for batch in batches:
-    np.testing.assert_array_equal(
-      batch["label"], np.floor(values(batch["image"])) % 3
-    )
+    assert_array_equal(batch["label"], np.floor(values(batch["image"])) % 3)
     assert batch["label"].dtype == np.int32
   (other,) = numbers(first(make_loader(batch_size=30, seed=1), 1))
   assert not np.array_equal(other, np.floor(drawn[0]))
@@ -78,32 +77,23 @@ def test_seeks_a_record_across_batch_sizes(number):
   loader.seek_record(number)
   assert loader.records == number
   images = np.concatenate([next(loader)["image"] for _ in range(2)])
-  np.testing.assert_array_equal(images, expected)
+  assert_array_equal(images, expected)
   assert loader.records == number + 14
   for each in (ones, loader):
     each.close()
 
 
-@pytest.mark.parametrize("processes", [2, 3, 6])
+@pytest.mark.parametrize("processes", [2, 3])
 def test_processes_hold_contiguous_parts_of_the_global_batch(processes):
-  whole = first(make_loader(Numbers(noise=True)), 7)
+  reader, options = Numbers(noise=True), {"process_count": processes}
   parts = [
-    first(
-      make_loader(
-        Numbers(noise=True), process_index=p, process_count=processes
-      ),
-      7,
-    )
+    first(make_loader(reader, process_index=p, **options), 7)
     for p in range(processes)
   ]
-  together = [
-    {
-      name: np.concatenate([part[step][name] for part in parts])
-      for name in ("image", "label")
-    }
-    for step in range(7)
-  ]
-  assert_same(together, whole)
+  for step, batch in enumerate(first(make_loader(reader), 7)):
+    for name, want in batch.items():
+      together = np.concatenate([part[step][name] for part in parts])
+      assert_array_equal(together, want)
 
 
 @pytest.mark.parametrize("chunk", [2, 4, 64])

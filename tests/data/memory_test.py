@@ -4,6 +4,7 @@ import pickle
 
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
 
 from drift_jax.data import encoded, memory, readers
 from tests.data.pictures import cut, opened, picture, write
@@ -23,13 +24,13 @@ def test_holds_images_of_any_size(tmp_path, sizes):
     path.unlink()
   source = pickle.loads(pickle.dumps(source))
   assert len(source) == 60 and source.class_names == ("0", "1")
-  np.testing.assert_array_equal(source.labels, stored.labels)
+  assert_array_equal(source.labels, stored.labels)
   seeds = [*range(0, 60, 2), *range(1, 60, 2)]
   seeds[2] = 6  # in the damaged one's place
   for index, seed in enumerate(seeds):
     want = np.asarray(picture(seed, sizes[seed]))
-    np.testing.assert_array_equal(source[index], want)
-    np.testing.assert_array_equal(np.asarray(source.image(index)), want)
+    assert_array_equal(source[index], want)
+    assert_array_equal(np.asarray(source.image(index)), want)
   assert source.path(0) == f"{tmp_path}/data/0/000.png"
 
 
@@ -62,12 +63,12 @@ def test_crops_in_memory_are_the_reader_s(tmp_path, crop, flip, wire, channels):
 
   got, want = held.read(indices, rngs()), reader.read(indices, rngs())
   assert got.dtype == want.dtype == held.dtype
-  np.testing.assert_array_equal(got, want)
+  assert_array_equal(got, want)
   if flip and wire == "uint8":
     assert not np.array_equal(got, reader.pixels(indices))
-  np.testing.assert_array_equal(held.fixed(indices), reader.fixed(indices))
+  assert_array_equal(held.fixed(indices), reader.fixed(indices))
   assert held.sample_shape == reader.sample_shape and len(held) == 12
-  np.testing.assert_array_equal(held.labels, reader.labels)
+  assert_array_equal(held.labels, reader.labels)
   # What was read is a copy: augmenting it again leaves the images alone.
   got[...] = 0
-  np.testing.assert_array_equal(held.read(indices, rngs()), want)
+  assert_array_equal(held.read(indices, rngs()), want)

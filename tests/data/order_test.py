@@ -3,6 +3,7 @@
 import grain
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
 
 from drift_jax.data import order as order_lib
 
@@ -16,8 +17,8 @@ def test_shuffled_is_grains_shuffle(count, seed):
   order = order_lib.Shuffled(count, size=7, seed=seed)
   for batch in (0, 1, count // 7, count, 10**6):
     expected = [pipeline[batch * 7 + i] for i in range(7)]
-    np.testing.assert_array_equal(order.records(batch, 0, 7), expected)
-    np.testing.assert_array_equal(order.records(batch, 2, 5), expected[2:5])
+    assert_array_equal(order.records(batch, 0, 7), expected)
+    assert_array_equal(order.records(batch, 2, 5), expected[2:5])
 
 
 def make_stream(size, block, window, seed=0):
@@ -59,11 +60,9 @@ def test_stream_at_random_places(size, block, window):
   assert stream.fresh
   for _ in range(200):
     start, stop = sorted(rng.integers(0, size * 9, 2))
-    np.testing.assert_array_equal(
-      stream.take(start, stop), expected[start:stop]
-    )
+    assert_array_equal(stream.take(start, stop), expected[start:stop])
     fresh = make_stream(size, block, window)
-    np.testing.assert_array_equal(fresh.take(start, stop), expected[start:stop])
+    assert_array_equal(fresh.take(start, stop), expected[start:stop])
   other = make_stream(size, block, window, seed=1)
   assert not np.array_equal(other.take(0, size), expected[:size])
 
@@ -121,9 +120,7 @@ def test_grouped(name):
     records = order.records(step, 0, order.size)
     assert len(np.unique(records[:first])) == first
     assert len(np.unique(records[first:])) == order.size - first
-    np.testing.assert_array_equal(
-      data[records[:first]], np.repeat(labels, each)
-    )
+    assert_array_equal(data[records[:first]], np.repeat(labels, each))
     np.add.at(drawn, labels, 1)
     np.add.at(positives, records[:first], 1)
     np.add.at(others, records[first:], 1)
@@ -144,7 +141,7 @@ def test_grouped_steps_in_any_order(name):
     _, order = make_grouped(name)
     for start in range(0, order.size, 5):
       stop = min(start + 5, order.size)
-      np.testing.assert_array_equal(
+      assert_array_equal(
         order.records(step, start, stop), steps[step][start:stop]
       )
   _, other = make_grouped(name, seed=1)
@@ -185,11 +182,11 @@ def draws(seed, numbers):
 def test_record_generators_depend_on_seed_and_number_alone():
   together = draws(0, [5, 9, 2**40])
   for row, number in zip(together, [5, 9, 2**40], strict=True):
-    np.testing.assert_array_equal(draws(0, [number])[0], row)
+    assert_array_equal(draws(0, [number])[0], row)
   assert not np.isclose(draws(1, [5, 9, 2**40]), together).any()
   # A resumed run must go on with the same crops, whatever the versions.
   expected = [0.5585868796266302, 0.18749018462751144]
-  np.testing.assert_array_equal(draws(0, [0, 1])[:, 0], expected)
+  assert_array_equal(draws(0, [0, 1])[:, 0], expected)
 
 
 def test_record_generators_are_uniform_and_independent():

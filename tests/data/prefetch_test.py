@@ -117,28 +117,8 @@ def test_close_waits_for_the_thread():
   feed = Counter(seconds=0.02)
   with make(feed, 3) as batches:
     next(batches)
+  assert batches.seconds_waited >= 0.02
   given = feed.given
   assert not [t for t in threading.enumerate() if t.name.startswith("prefetch")]
   time.sleep(0.05)
   assert feed.given == given < 4
-
-
-def test_reading_overlaps_with_computing():
-  """Waiting falls to what reading takes beyond computing; it is counted."""
-
-  def waited(depth):
-    with make(Counter(seconds=0.02), depth) as batches:
-      next(batches)
-      before, start = batches.seconds_waited, time.perf_counter()
-      for _ in range(8):
-        time.sleep(0.04)  # stands for the device's work
-        next(batches)
-      total = time.perf_counter() - start
-    assert batches.seconds_reading >= 9 * 0.02
-    return batches.seconds_waited - before, total
-
-  serial, serial_total = waited(0)
-  overlapped, overlapped_total = waited(2)
-  assert serial >= 8 * 0.02
-  assert overlapped < 0.75 * serial
-  assert overlapped_total < serial_total

@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from numpy.testing import assert_array_equal
 from PIL import Image
 
 from drift_jax.data import encoded
@@ -113,10 +114,10 @@ def test_reads_by_name_and_by_path(name, prepared):
   ordered = make(prepared, class_order="imagenet")
   assert len(ordered.class_names) == 1000
   want = np.array([281, 0, 999])[source.labels]
-  np.testing.assert_array_equal(ordered.labels, want)
+  assert_array_equal(ordered.labels, want)
   copy = pickle.loads(pickle.dumps(source))
   assert seeds_of(copy) == seeds and copy.path(1) == source.path(1)
-  np.testing.assert_array_equal(copy.labels, source.labels)
+  assert_array_equal(copy.labels, source.labels)
   assert "tensorflow" not in sys.modules
 
 
@@ -125,7 +126,7 @@ def test_parts_of_a_split(prepared):
   part = make(prepared, split="train[2:5]")
   assert len(part) == 3
   assert seeds_of(part) == seeds_of(whole)[2:5]
-  np.testing.assert_array_equal(part.labels, whole.labels[2:5])
+  assert_array_equal(part.labels, whole.labels[2:5])
   assert "train[2:5][1]" in part.path(1)
   assert names_sha256(part) != names_sha256(whole)
 
@@ -155,7 +156,7 @@ def test_labels_are_cached_and_the_cache_is_checked(
   monkeypatch.setattr(
     kind, "_read_labels", lambda self: reads.append(1) or original(self)
   )
-  np.testing.assert_array_equal(make(prepared).labels, want)
+  assert_array_equal(make(prepared).labels, want)
   make(prepared, class_order="imagenet").labels.tolist()
   assert not reads  # one cache for every order
   make(prepared, split="train[:3]").labels.tolist()
@@ -166,7 +167,7 @@ def test_labels_are_cached_and_the_cache_is_checked(
   for damage in (good[: len(good) // 2], b"", bytes(flipped)):
     cache.write_bytes(damage)
     with caplog.at_level(logging.WARNING):
-      np.testing.assert_array_equal(make(prepared).labels, want)
+      assert_array_equal(make(prepared).labels, want)
     assert "made anew" in caplog.text
     caplog.clear()
     assert cache.read_bytes() == good
@@ -180,7 +181,7 @@ def test_changed_records_have_another_cache_and_the_same_names(
   source = make(prepared)
   copy, shard = copy_of(prepared, tmp_path)
   moved = make("", str(copy))
-  np.testing.assert_array_equal(moved.labels, source.labels)
+  assert_array_equal(moved.labels, source.labels)
   assert names_sha256(moved) == names_sha256(source) != ""
   assert len(list((tmp_path / "cache/drift_jax").iterdir())) == 2
   # Written again in place, with other labels perhaps.

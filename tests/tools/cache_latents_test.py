@@ -14,6 +14,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
 from PIL import Image
 
 from drift_jax.data import encoded, latents, transforms
@@ -85,7 +86,7 @@ def test_moments_of_the_crop_and_of_its_mirror_image(whole, pictures, vae):
   """Every image against the encoder alone, without batches and padding."""
   reader = latents.LatentReader(whole, "train", dtype="float32")
   source = opened(f"folder:{pictures}")
-  np.testing.assert_array_equal(reader.labels, source.labels)
+  assert_array_equal(reader.labels, source.labels)
   assert reader.class_names == ("class0", "class1", "class2")
   assert reader.sample_shape == (8, 8, 2) and len(reader) == NUM_IMAGES
   artifact = artifacts.load(vae)
@@ -215,9 +216,9 @@ def test_a_corrupt_image(pictures, vae, tmp_path, whole):
   reader = latents.LatentReader(tmp_path / "out", "train")
   healthy = latents.LatentReader(whole, "train")
   others = np.delete(np.arange(NUM_IMAGES), index)
-  np.testing.assert_array_equal(reader.fixed(others), healthy.fixed(others))
+  assert_array_equal(reader.fixed(others), healthy.fixed(others))
   # The next of its class stands in.
-  np.testing.assert_array_equal(
+  assert_array_equal(
     reader.fixed(np.array([index])), healthy.fixed(np.array([index + 1]))
   )
 
