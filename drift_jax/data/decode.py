@@ -88,9 +88,8 @@ def opened(file: str | bytes) -> Iterator[Image.Image]:
     ) from error
   except Image.UnidentifiedImageError as error:
     size = os.path.getsize(file) if isinstance(file, str) else len(file)
-    raise DecodeError(
-      f"not a {', '.join(FORMATS)} image ({size} bytes)"
-    ) from error
+    kinds = ", ".join(FORMATS)
+    raise DecodeError(f"not a {kinds} image ({size} bytes)") from error
   except DAMAGE as error:
     if "MAX_TEXT" in str(error):
       raise LimitError(

@@ -14,6 +14,7 @@ from drift_jax.data.errors import DataError, check_choice
 from drift_jax.system import console, options
 
 _LISTED = 10  # paths that an error shows
+Names = Sequence[str]
 
 
 class CorruptImageError(DataError):
@@ -44,9 +45,7 @@ class EncodedSource(Reopening, Source):
 
   _UNSENT = ("_lock", "corrupt")
 
-  def __init__(
-    self, class_names: Sequence[str], max_corrupt: int, decoder: str
-  ):
+  def __init__(self, class_names: Names, max_corrupt: int, decoder: str):
     decode.check_decoder(decoder)
     self.class_names = tuple(class_names)
     self._max_corrupt = max_corrupt
@@ -129,9 +128,7 @@ def readable_classes(names: Iterable[str]) -> tuple[str, ...]:
   return tuple(known.get(name, name) for name in names)
 
 
-def order_classes(
-  names: Sequence[str], class_order: str
-) -> tuple[tuple[str, ...], np.ndarray]:
+def order_classes(names: Names, class_order: str) -> tuple[Names, np.ndarray]:
   """Class names by label, and the label of each of `names`, int32 [len].
 
   Args:

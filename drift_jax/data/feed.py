@@ -116,14 +116,12 @@ def _aligned_copy(array: np.ndarray) -> np.ndarray:
   return copy
 
 
-@functools.partial(jax.jit, static_argnames="process_index")
-def _step_keys(
-  root: jax.Array, step: int, process_index: int | None
-) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="process")
+def _step_keys(root: jax.Array, step: int, process: int | None) -> jax.Array:
   """Keys [2] of a step's labels and of its samples."""
   key = jax.random.fold_in(root, step)
-  if process_index is not None:
-    key = jax.random.fold_in(key, process_index)
+  if process is not None:
+    key = jax.random.fold_in(key, process)
   return jax.random.split(key)
 
 
@@ -294,11 +292,8 @@ class QueueFeed:
     processes = self._loader.process_count
     queues = saved["bank"]["count"].shape[0]
     sharding = _hosts_sharding(processes, math.gcd(queues, processes))
-    return self._state(
-      lambda array: jax.ShapeDtypeStruct(
-        (queues, *array.shape), array.dtype, sharding=sharding
-      )
-    )
+    stacked = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+    return self._state(lambda x: stacked((queues, *x.shape), x.dtype))
 
   def restore(self, state: dict[str, Any]) -> None:
     """Continues where `state` was taken; the queue is not refilled."""

@@ -132,7 +132,7 @@ class _FileSource(encoded.EncodedSource):
   """Images of one split of a tree, in the order of their paths."""
 
   def __init__(
-    self, path: pathlib.Path, tree: _Tree, split: str, class_order: str, **rest
+    self, path: pathlib.Path, tree: _Tree, split, class_order, **rest
   ):
     # 1. The classes, by which the labels number those of every split.
     root, labels_from = _find_split(tree, split)
@@ -216,9 +216,8 @@ class FolderSource(_FileSource):
     """
     root = pathlib.Path(paths.expand(path))
     if not root.is_dir():
-      raise ValueError(
-        f"data.source='folder:{path}': {root.absolute()} is not a folder"
-      )
+      where = root.absolute()
+      raise ValueError(f"data.source='folder:{path}': {where} is not a folder")
     listed = functools.cache(lambda folder: paths.listed(root / folder))
     super().__init__(root, _Tree(str(root), listed), **options)
 
@@ -332,9 +331,8 @@ class TarSource(_FileSource):
     """
     tar = pathlib.Path(paths.expand(path))
     if not tar.is_file():
-      raise ValueError(
-        f"data.source='tar:{path}': {tar.absolute()} is not a file"
-      )
+      where = tar.absolute()
+      raise ValueError(f"data.source='tar:{path}': {where} is not a file")
     places: dict[str, tuple[int, int] | None] = {}
     logged = time.monotonic()
     with open(tar, "rb") as file:

@@ -207,9 +207,8 @@ def _load_labels(folder: pathlib.Path, settings: Settings) -> np.ndarray:
     labels = read_npy(path)
   except (OSError, ValueError) as error:
     raise LatentCacheError(f"{path} can't be read: {error}; {REDO}") from error
-  if labels.dtype != np.int32 or labels_sha256(labels) != (
-    settings.labels_sha256
-  ):
+  same = labels_sha256(labels) == settings.labels_sha256
+  if labels.dtype != np.int32 or not same:
     raise LatentCacheError(
       f"{path} ({labels.dtype} {labels.shape}) does not hold the "
       f"{settings.num_images} labels of the manifest; {REDO}"
@@ -257,9 +256,8 @@ def load(path: pathlib.Path, make: Callable[[Any], _T]) -> _T:
     head = (content.pop("format"), content.pop("version"))
     value = make(content) if head == (FORMAT, VERSION) else None
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-    raise LatentCacheError(
-      f"{path} can't be read: {error!r}; {REDO}"
-    ) from error
+    text = f"{path} can't be read: {error!r}; {REDO}"
+    raise LatentCacheError(text) from error
   if value is None:
     raise LatentCacheError(
       f"{path} has format {head[0]!r}, version {head[1]!r}, but this program "

@@ -3,9 +3,9 @@
 import contextlib
 import dataclasses
 import hashlib
-import pathlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -33,9 +33,8 @@ def check_settings(settings: Settings) -> None:
       f"downsampling {settings.downsampling}"
     )
   if count < 1:
-    raise LatentCacheError(
-      f"{settings.source}, split {settings.split!r}, holds no images"
-    )
+    where = f"{settings.source}, split {settings.split!r}"
+    raise LatentCacheError(f"{where}, holds no images")
   least = -(-count // latent_format.MAX_SHARDS)
   if settings.images_per_shard < least:
     raise LatentCacheError(
@@ -44,7 +43,7 @@ def check_settings(settings: Settings) -> None:
     )
 
 
-def prepare(directory: PathLike, settings: Settings) -> pathlib.Path:
+def prepare(directory: PathLike, settings: Settings) -> Path:
   """Makes the split's folder, or checks that it was made for these settings.
 
   Returns:
@@ -55,7 +54,7 @@ def prepare(directory: PathLike, settings: Settings) -> pathlib.Path:
       the cache that is there (each difference is named).
   """
   check_settings(settings)
-  folder = pathlib.Path(directory) / settings.split
+  folder = Path(directory) / settings.split
   path = folder / latent_format.SETTINGS_FILE
   new = dataclasses.asdict(settings)
   with _disk_errors(path):
@@ -76,9 +75,7 @@ def prepare(directory: PathLike, settings: Settings) -> pathlib.Path:
   return folder
 
 
-def require_space(
-  folder: pathlib.Path, settings: Settings, shards: Sequence[int]
-) -> None:
+def require_space(folder: Path, settings: Settings, shards: list[int]) -> None:
   """Raises LatentCacheError if the shards do not fit on the disk."""
   images = sum(len(settings.images(shard)) for shard in shards)
   needed = 2 * images * settings.record_bytes
@@ -97,7 +94,7 @@ class ShardWriter:
   caller's.
   """
 
-  def __init__(self, folder: pathlib.Path, settings: Settings, shard: int):
+  def __init__(self, folder: Path, settings: Settings, shard: int):
     """Opens a temporary file in the folder that `prepare` gave.
 
     Temporary files that a killed job left of this shard are removed, and so is
@@ -195,7 +192,7 @@ class ShardWriter:
 
 
 def write_manifest(
-  folder: pathlib.Path, settings: Settings, labels: np.ndarray
+  folder: Path, settings: Settings, labels: np.ndarray
 ) -> bool:
   """Completes the cache, if all its shards are there.
 
@@ -225,13 +222,13 @@ def write_manifest(
   return True
 
 
-def _write(path: pathlib.Path, content: dict[str, Any]) -> None:
+def _write(path: Path, content: dict[str, Any]) -> None:
   with replacing(path) as temporary:
     temporary.write_bytes(latent_format.to_json(content))
 
 
 @contextlib.contextmanager
-def _disk_errors(path: pathlib.Path) -> Iterator[None]:
+def _disk_errors(path: Path) -> Iterator[None]:
   """Turns failures of writing into LatentCacheError."""
   try:
     yield

@@ -7,6 +7,7 @@ depends on (seed, the record's number in the run) alone.
 """
 
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import signal
@@ -29,30 +30,25 @@ Batch = dict[str, np.ndarray]
 _WORKER_CHUNK = 16
 
 
-def share(
-  name: str, size: int, process_index: int, process_count: int
-) -> range:
+def share(name: str, size: int, process: int, count: int) -> range:
   """The contiguous part of range(size) that one process holds.
 
   Raises:
     ValueError: if `size`, which the message calls `name`, can't be split.
   """
-  if size < 1 or size % process_count:
+  if size < 1 or size % count:
     raise ValueError(
-      f"{name}={size} must be a positive multiple of the {process_count} "
-      "processes"
+      f"{name}={size} must be a positive multiple of the {count} processes"
     )
-  part = size // process_count
-  return range(process_index * part, (process_index + 1) * part)
+  part = size // count
+  return range(process * part, (process + 1) * part)
 
 
 def _pieces(part: range, chunk: int) -> list[range]:
   """Near-equal pieces of at most `chunk` that make up `part`."""
-  count = -(-len(part) // chunk)
-  return [
-    part[i * len(part) // count : (i + 1) * len(part) // count]
-    for i in range(count)
-  ]
+  count, size = -(-len(part) // chunk), len(part)
+  ends = [number * size // count for number in range(count + 1)] if size else []
+  return [part[first:last] for first, last in itertools.pairwise(ends)]
 
 
 @dataclasses.dataclass
@@ -152,9 +148,8 @@ class IndexedFeed:
     self.process_count = process_count
     self.rows = share(*order.rows, process_index, process_count)
     chunk = max(reader.chunk, _WORKER_CHUNK if num_workers else 1)
-    pieces = [
-      p for part in order.parts(self.rows) for p in _pieces(part, chunk)
-    ]
+    parts = order.parts(self.rows)
+    pieces = [piece for part in parts for piece in _pieces(part, chunk)]
     self._jobs = _Jobs(reader, order, pieces, seed)
     ahead = -(-len(pieces) // max(1, num_workers))
     self._read_options = grain.ReadOptions(
@@ -251,16 +246,14 @@ class Loader(IndexedFeed):
     position: number of the next batch.
   """
 
-  def __init__(
-    self, reader: Reader, *, batch_size: int, seed: int, **reading: int
-  ):
+  def __init__(self, reader: Reader, *, batch_size: int, seed: int, **how: int):
     """Starts nothing: threads and workers start with the first batch.
 
     Args:
       reader: of the records; picklable if num_workers > 0.
       batch_size: records of a global batch.
       seed: of the order and the augmentation.
-      **reading: num_threads=1, num_workers=0, process_index=0,
+      **how: num_threads=1, num_workers=0, process_index=0,
         process_count=1: see IndexedFeed.
 
     Raises:
@@ -269,7 +262,7 @@ class Loader(IndexedFeed):
     """
     order_lib.check_labels(reader.labels, reader.class_names)
     order = order_lib.Shuffled(len(reader.labels), size=batch_size, seed=seed)
-    super().__init__(reader, order, seed=seed, **reading)
+    super().__init__(reader, order, seed=seed, **how)
     self.reader = reader
     self.batch_size = batch_size
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from numpy.random import Generator
 
 # A permutation is kept while draws walk through it; the one before it too,
 # because threads that read ahead cross the boundary at different times.
@@ -24,7 +25,7 @@ def _tag(use: str) -> int:
   return zlib.crc32(use.encode())
 
 
-def generator(seed: int, use: str, *numbers: int) -> np.random.Generator:
+def generator(seed: int, use: str, *numbers: int) -> Generator:
   """A NumPy generator of (seed, use, numbers) alone.
 
   Args:
@@ -45,9 +46,7 @@ class _Words(np.random.bit_generator.ISeedSequence):
     return self._words
 
 
-def record_generators(
-  seed: int, numbers: np.ndarray
-) -> list[np.random.Generator]:
+def record_generators(seed: int, numbers: np.ndarray) -> list[Generator]:
   """One generator for each record number, of (seed, number) alone.
 
   The four words of PCG64's seed are outputs of four SplitMix64 generators at
@@ -59,16 +58,15 @@ def record_generators(
     seed: of the run, >= 0.
     numbers: [n] of the records in the run, >= 0.
   """
-  start = np.random.SeedSequence([seed, _tag("augment")]).generate_state(
-    4, np.uint64
-  )
+  sequence = np.random.SeedSequence([seed, _tag("augment")])
+  start = sequence.generate_state(4, np.uint64)
   place = numbers.astype(np.uint64)[:, None] + np.uint64(1)
   word = start + place * np.uint64(0x9E3779B97F4A7C15)
   word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
   word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
   word ^= word >> np.uint64(31)
   seeds: list[Any] = [_Words(row) for row in word]
-  return [np.random.Generator(np.random.PCG64(seed)) for seed in seeds]
+  return [Generator(np.random.PCG64(seed)) for seed in seeds]
 
 
 def check_labels(labels: np.ndarray, class_names: Sequence[str]) -> None:
@@ -136,9 +134,8 @@ class Shuffled:
       raise ValueError("the data hold no record to shuffle")
     self.size = size
     self.rows = ("global batch size", size)
-    self._dataset = (
-      grain.MapDataset.range(num_records).seed(seed).shuffle().repeat(None)
-    )
+    records = grain.MapDataset.range(num_records)
+    self._dataset = records.seed(seed).shuffle().repeat(None)
 
   def parts(self, rows: range) -> list[range]:
     """The records themselves are the rows."""
@@ -331,9 +328,8 @@ class ClassGrouped:
     ]
     self._unconditional = None
     if total:
-      self._unconditional = DistinctStream(
-        len(labels), total, 1, seed, "unconditional"
-      )
+      use = "unconditional"
+      self._unconditional = DistinctStream(len(labels), total, 1, seed, use)
 
   def labels(self, step: int) -> np.ndarray:
     """[N_c] int32: the labels of a step."""
@@ -342,13 +338,10 @@ class ClassGrouped:
 
   def parts(self, rows: range) -> list[range]:
     """The positives of some labels, and their unconditional reals."""
-    positives, unconditional = self._each
-    first = self.rows[1] * positives
+    firsts = (0, self.rows[1] * self._each[0])
     return [
-      range(rows.start * positives, rows.stop * positives),
-      range(
-        first + rows.start * unconditional, first + rows.stop * unconditional
-      ),
+      range(first + rows.start * each, first + rows.stop * each)
+      for first, each in zip(firsts, self._each, strict=True)
     ]
 
   def _row(self, draw: int, start: int, stop: int) -> np.ndarray:

@@ -6,6 +6,7 @@ from concurrent import futures
 
 import jax.numpy as jnp
 import numpy as np
+from numpy.random import Generator
 
 from drift_jax.data import sources, transforms
 from drift_jax.data.base import Generators, Reader, Source
@@ -132,9 +133,7 @@ class ImageReader(Reader):
   def __len__(self) -> int:
     return len(self._source)
 
-  def _fill(
-    self, row: np.ndarray, index: int, rng: np.random.Generator | None
-  ) -> None:
+  def _fill(self, row: np.ndarray, index: int, rng: Generator | None) -> None:
     """Reads one record; the crop is drawn first, then the flip."""
     size, _, channels = self.sample_shape
     image = self._source.image(index)

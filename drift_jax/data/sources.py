@@ -83,14 +83,13 @@ class Subset(Source):
     return self.parent.names_sha256()
 
 
-def _drawn(
-  labels: np.ndarray, counts: np.ndarray, per_class: int, seed: int
-) -> np.ndarray:
+def _drawn(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
   """[N] bool: `per_class` images of every class, by one permutation of all."""
   # RandomState's streams are the same for every version of NumPy.
   order = np.random.RandomState(seed).permutation(len(labels))
   # By class, in the permutation's order within each.
   order = order[np.argsort(labels[order], kind="stable")]
+  counts = np.bincount(labels)
   starts = np.cumsum(counts) - counts
   rank = np.arange(len(labels)) - starts[labels[order]]
   is_drawn = np.zeros(len(labels), bool)
@@ -120,7 +119,7 @@ def held_out(
       f"({source.class_names[label]!r}) has {counts[label]} in all, and "
       f"{few.size - 1} other classes are as small"
     )
-  is_test = _drawn(labels, counts, per_class, seed)
+  is_test = _drawn(labels, per_class, seed)
   train, test = np.flatnonzero(~is_test), np.flatnonzero(is_test)
   return Subset(source, train), Subset(source, test)
 
@@ -135,17 +134,14 @@ def digits(split: str) -> ArraySource:
     NoSplitError: if the split is neither.
   """
   if split not in SPLITS:
-    raise encoded.NoSplitError(
-      f"split {split!r}: valid options are {list(SPLITS)}"
-    )
+    valid = list(SPLITS)
+    raise encoded.NoSplitError(f"split {split!r}: valid options are {valid}")
   # Its file is read as load_digits does: to import scikit-learn takes a second.
   package = importlib.metadata.distribution("scikit-learn")
   rows = np.loadtxt(str(package.locate_file(_DIGITS)), delimiter=",")
   images = (rows[:, :-1].reshape(-1, 8, 8, 1) / 8.0 - 1.0).astype(np.float32)
   labels = rows[:, -1].astype(np.int32)
-  is_test = _drawn(
-    labels, np.bincount(labels), DIGITS_TEST_PER_CLASS, DIGITS_SPLIT_SEED
-  )
+  is_test = _drawn(labels, DIGITS_TEST_PER_CLASS, DIGITS_SPLIT_SEED)
   keep = is_test if split == "test" else ~is_test
   return ArraySource(
     images=images[keep],
@@ -186,9 +182,8 @@ def open_source(
   kind, _, rest = spec.partition(":")
   if spec == "digits":
     if class_order:
-      raise ValueError(
-        f"data.class_order={class_order!r}: the digits have their own, use ''"
-      )
+      what = f"data.class_order={class_order!r}"
+      raise ValueError(f"{what}: the digits have their own, use ''")
     return digits(split)
   if not rest or kind not in ("folder", "tar", "tfds"):
     check_choice("data.source", spec, KINDS)

@@ -104,9 +104,8 @@ def _builder(directory: epath.Path) -> Any:
         f"data set's features are {types}"
       )
   if features["image"].np_dtype != np.uint8:
-    raise ValueError(
-      f"{directory}: images are {features['image'].np_dtype}, not uint8"
-    )
+    dtype = features["image"].np_dtype
+    raise ValueError(f"{directory}: images are {dtype}, not uint8")
   return tfds.builder_from_directory(directory, file_format="array_record")
 
 
@@ -119,10 +118,7 @@ class TfdsSource(encoded.EncodedSource):
   ~/.cache/drift_jax).
   """
 
-  _UNSENT = (
-    *encoded.EncodedSource._UNSENT,
-    *("_builder", "_records", "_features"),
-  )
+  _UNSENT = ("_lock", "corrupt", "_builder", "_records", "_features")
 
   def __init__(
     self, name: str, *, data_dir: str, split: str, class_order: str, **rest: Any
@@ -274,8 +270,8 @@ class TfdsSource(encoded.EncodedSource):
     progress.close()
     bad = np.flatnonzero((labels < 0) | (labels >= len(self._label_of)))
     if bad.size:
-      where, outside = self.path(bad[0]), f"[0, {len(self._label_of)})"
+      where, label = self.path(bad[0]), labels[bad[0]]
       raise ValueError(
-        f"{where}: label {labels[bad[0]]} lies outside {outside}"
+        f"{where}: label {label} is not of {len(self._label_of)}"
       )
     return labels

@@ -32,9 +32,8 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
   if image.size == (size, size):
     return image
   while min(image.size) >= 2 * size:
-    image = _resize(
-      image, image.width // 2, image.height // 2, Image.Resampling.BOX
-    )
+    width, height = image.width // 2, image.height // 2
+    image = _resize(image, width, height, Image.Resampling.BOX)
   scale = size / min(image.size)
   width, height = round(image.width * scale), round(image.height * scale)
   left, top = (width - size) // 2, (height - size) // 2

@@ -68,9 +68,8 @@ def moments_of(
   flat = both.reshape(-1, *images.shape[1:])
   with jax.default_matmul_precision(precision):
     moments: Any = module.apply({"params": params}, flat, method="encode")
-  return moments.astype(jnp.float32).reshape(
-    *both.shape[:2], *moments.shape[1:]
-  )
+  moments = moments.astype(jnp.float32)
+  return moments.reshape(*both.shape[:2], *moments.shape[1:])
 
 
 def decode_batches(
@@ -115,14 +114,13 @@ def encode_batches(
   params = jax.device_put(vae.params, sharding.replicated(mesh))
   # Matrix units would otherwise round the factors of float32 products.
   precision = "highest" if compute_dtype == "float32" else "default"
+  encode = functools.partial(moments_of, module=vae.module, precision=precision)
 
   def started() -> Iterator[Piece]:
     for piece in pieces:
       fill = [(0, batch_size - len(piece.indices))] + [(0, 0)] * 3
       batch = sharding.put_batch(np.pad(piece.values, fill), mesh)
-      moments = moments_of(
-        params, batch, module=vae.module, precision=precision
-      )
+      moments = encode(params, batch)
       yield piece._replace(values=moments)
 
   return _finished(
