@@ -1,6 +1,5 @@
 """What sources have in common, and readers; what workers are sent."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -15,14 +14,11 @@ class Labelled:
 
   Attributes:
     class_names: one name for each label.
+    labels: [N] int32; may take long on first use, and are kept then.
   """
 
   class_names: tuple[str, ...]
-
-  @functools.cached_property
-  def labels(self) -> np.ndarray:
-    """[N] int32; may take long on first use, and is kept then."""
-    raise NotImplementedError
+  labels: Any
 
   def __len__(self) -> int:
     return len(self.labels)

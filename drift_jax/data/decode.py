@@ -22,15 +22,8 @@ DECODERS = ("pillow", "simplejpeg")
 # By content, not by file name: ImageNet holds a PNG called .JPEG.
 FORMATS = ("JPEG", "PNG", "WEBP")
 # What Pillow's three decoders raise for bytes that they can't make sense of.
-DAMAGE = (
-  OSError,
-  SyntaxError,
-  ValueError,
-  EOFError,
-  IndexError,
-  OverflowError,
-  struct.error,
-)
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError)
+DAMAGE += (OverflowError, struct.error)
 
 
 class DecodeError(ValueError):

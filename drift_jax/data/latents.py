@@ -8,15 +8,10 @@ import ml_dtypes
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
+from drift_jax.data import latent_format
 from drift_jax.data.base import Generators, Reader, Reopening
 from drift_jax.data.errors import check_choice
-from drift_jax.data.latent_format import (
-  REDO,
-  TOOL,
-  LatentCacheError,
-  dtype_of,
-  verify,
-)
+from drift_jax.data.latent_format import LatentCacheError
 from drift_jax.system.storage import PathLike
 
 WIRE_DTYPES = ("float16", "bfloat16", "float32")
@@ -66,19 +61,19 @@ class LatentReader(Reopening, Reader):
       ValueError: another dtype.
     """
     check_choice("dtype", dtype, WIRE_DTYPES)
-    self._folder, self.settings, self._shards, self.labels = verify(
-      directory, split, checksum=False
+    self._folder, self.settings, self._shards, self.labels = (
+      latent_format.verify(directory, split, checksum=False)
     )
     settings = self.settings
     if expected_vae_sha256 not in (None, settings.vae_sha256):
       raise LatentCacheError(
         f"the latents of {directory} come from the autoencoder with SHA-256 "
         f"{settings.vae_sha256}, but the one given has {expected_vae_sha256}: "
-        f"give that autoencoder, or make another cache with {TOOL}"
+        f"give that one, or make another cache with {latent_format.TOOL}"
       )
     self.class_names = settings.class_names
     self.sample_shape = settings.latent_shape
-    self.dtype = dtype_of(dtype)
+    self.dtype = latent_format.dtype_of(dtype)
     self._flip = flip
     self._open()
 
@@ -178,9 +173,8 @@ class LatentReader(Reopening, Reader):
         raise IndexError(f"it has {len(record)} bytes")
       return record
     except (RuntimeError, IndexError) as error:
-      raise LatentCacheError(
-        f"record {position} of {path} can't be read ({error}); {REDO}"
-      ) from error
+      what = f"record {position} of {path} can't be read ({error})"
+      raise LatentCacheError(f"{what}; {latent_format.REDO}") from error
 
 
 class _Workspace(threading.local):

@@ -4,17 +4,9 @@ import collections
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 import jax
-
-
-class Feed(Protocol):
-  """See drift_jax.data.feed."""
-
-  def __next__(self) -> Any: ...
-
-  def state(self) -> dict[str, Any]: ...
 
 
 class Prefetcher:
@@ -31,7 +23,7 @@ class Prefetcher:
 
   def __init__(
     self,
-    feed: Feed,
+    feed: Any,
     put: Callable[[Any], Any],
     *,
     first_step: int,
@@ -41,7 +33,8 @@ class Prefetcher:
     """Starts nothing: the first batch is drawn when asked for.
 
     Args:
-      feed: drawn from by this object alone until it is closed.
+      feed: has __next__ and state(), as those of drift_jax.data.feed; drawn
+        from by this object alone until it is closed.
       put: host batch -> batch on the device, run in the thread.
       first_step: the step that takes the first batch.
       depth: batches made in advance; 0 makes each when asked, with no thread.

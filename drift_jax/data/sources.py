@@ -1,5 +1,6 @@
 """Sources: random access to what is stored, with labels and class names."""
 
+import dataclasses
 import importlib.metadata
 import pathlib
 from typing import Any
@@ -26,6 +27,7 @@ def names_sha256(source: object) -> str:
   return source.names_sha256() if isinstance(source, Source) else ""
 
 
+@dataclasses.dataclass(frozen=True)
 class ArraySource(Source):
   """Labelled images in memory.
 
@@ -34,22 +36,17 @@ class ArraySource(Source):
     labels: [N] int32.
     class_names: one name for each label.
     grid: [G] ascending, the values that a pixel can take.
-    sample_shape: (H, W, C) of one image.
   """
 
-  def __init__(
-    self,
-    images: np.ndarray,
-    labels: np.ndarray,
-    class_names: tuple[str, ...],
-    grid: np.ndarray,
-  ):
-    self.images = images
-    self.labels = labels
-    self.class_names = class_names
-    self.grid = grid
-    _, height, width, channels = images.shape
-    self.sample_shape = (height, width, channels)
+  images: np.ndarray
+  labels: np.ndarray
+  class_names: tuple[str, ...]
+  grid: np.ndarray
+
+  @property
+  def sample_shape(self) -> tuple[int, int, int]:
+    """(H, W, C) of one image."""
+    return self.images.shape[1:]
 
   def __getitem__(self, index: int) -> np.ndarray:
     return self.images[index]
@@ -187,12 +184,8 @@ def open_source(
     return digits(split)
   if not rest or kind not in ("folder", "tar", "tfds"):
     check_choice("data.source", spec, KINDS)
-  options: dict[str, Any] = {
-    "split": split,
-    "class_order": class_order,
-    "max_corrupt": max_corrupt,
-    "decoder": decoder,
-  }
+  options: Any = dict(class_order=class_order, max_corrupt=max_corrupt)
+  options |= dict(split=split, decoder=decoder)
   if kind == "tfds":
     storage.check_data(rest if storage.is_remote(rest) else data_dir)
     # Imported for those who use it: half a second, and a large package.

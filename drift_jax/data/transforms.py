@@ -6,6 +6,8 @@ import numpy as np
 from PIL import Image
 
 _ATTEMPTS = 10
+# Bounds of a random crop's width / height.
+_RATIO = (3 / 4, 4 / 3)
 
 
 def _resize(
@@ -45,27 +47,24 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def sample_crop(
-  width: int,
-  height: int,
-  rng: np.random.Generator,
-  scale: tuple[float, float],
-  ratio: tuple[float, float],
+  width: int, height: int, rng: np.random.Generator, scale: tuple[float, float]
 ) -> tuple[int, int, int, int]:
   """A random box (left, top, right, bottom) by torchvision's rule.
 
   Ten times: area ~ U(scale) of the image's, log(width / height) ~
-  U(log(ratio)), both sides rounded; the first that fits is placed uniformly.
-  If none fits: the largest centred box whose ratio lies within `ratio`.
+  U(log 3/4, log 4/3), both sides rounded; the first that fits is placed
+  uniformly. If none fits: the largest centred box whose ratio lies within
+  these bounds.
   """
   for _ in range(_ATTEMPTS):
     area = width * height * rng.uniform(*scale)
-    aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    aspect = math.exp(rng.uniform(math.log(_RATIO[0]), math.log(_RATIO[1])))
     w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
     if 0 < w <= width and 0 < h <= height:
       top = int(rng.integers(height - h + 1))
       left = int(rng.integers(width - w + 1))
       return left, top, left + w, top + h
-  aspect = min(max(width / height, ratio[0]), ratio[1])
+  aspect = min(max(width / height, _RATIO[0]), _RATIO[1])
   w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
   left, top = (width - w) // 2, (height - h) // 2
   return left, top, left + w, top + h
@@ -76,7 +75,6 @@ def random_resized_crop(
   size: int,
   rng: np.random.Generator,
   scale: tuple[float, float],
-  ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Image.Image:
   """A random part of the image, resized to [size, size] with bicubic.
 
@@ -88,9 +86,8 @@ def random_resized_crop(
     size: side of the result.
     rng: draws the box (see `sample_crop`).
     scale: bounds of the box's share of the image's area.
-    ratio: bounds of its width / height.
   """
-  box = sample_crop(image.width, image.height, rng, scale, ratio)
+  box = sample_crop(image.width, image.height, rng, scale)
   return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 

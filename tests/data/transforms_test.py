@@ -125,7 +125,7 @@ def test_boxes_follow_torchvision(width, height, scale):
   ratio = (3 / 4, 4 / 3)
   for seed in range(50):
     a, b = np.random.default_rng(seed), np.random.default_rng(seed)
-    box = transforms.sample_crop(width, height, a, scale, ratio)
+    box = transforms.sample_crop(width, height, a, scale)
     want = torchvision_rule(width, height, b.uniform, b.integers, scale, ratio)
     assert box == want
     assert 0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height
@@ -137,7 +137,7 @@ def test_random_resized_crop_resizes_the_box():
   for seed in range(5):
     rng = np.random.default_rng(seed)
     left, top, right, bottom = transforms.sample_crop(
-      61, 47, np.random.default_rng(seed), (0.2, 1.0), (3 / 4, 4 / 3)
+      61, 47, np.random.default_rng(seed), (0.2, 1.0)
     )
     got = np.asarray(
       transforms.random_resized_crop(image, 24, rng, (0.2, 1.0)), np.float64
