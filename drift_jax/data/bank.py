@@ -17,7 +17,7 @@ import numpy as np
 
 @dataclasses.dataclass
 class Bank:
-  """Ring buffers of samples; a slot is filled where slot < count.
+  """Ring buffers of samples; a slot is filled if slot < count.
 
   Its memory is (K S + U) samples; pages are taken as slots are filled.
 
@@ -111,7 +111,7 @@ def merged_slots(
   """(ring [n], slot [n]) of the `size` newest entries of R rings, oldest first.
 
   The newest entries of all rings count as equally old, and so on: they are
-  filled at one pace. n is less than `size` where there are fewer.
+  filled at one pace. n is less than `size` if there are fewer.
 
   Args:
     pointer: [R] slot that the next sample of the ring takes.

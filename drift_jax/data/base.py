@@ -1,4 +1,4 @@
-"""What sources have in common, and readers; what workers are sent."""
+"""Bases of sources, of readers, and of objects that workers are sent."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -40,7 +40,7 @@ class Source(Labelled):
     return f"image {index}"
 
   def names_sha256(self) -> str:
-    """Of the records' names in their order, wherever they lie; '' for none."""
+    """Checksum of the records' names in order, not of their place; '': none."""
     return ""
 
 
@@ -52,7 +52,7 @@ class Reader(Labelled):
     sample_shape: (H, W, C) of one record.
     dtype: of `read`'s records, as they travel to the device: uint8 (pixel p
       means p / 127.5 - 1), float32, float16 or bfloat16.
-    grid: ascending float32, the values that `fixed` can take; None where they
+    grid: ascending float32, the values that `fixed` can take; None if they
       are continuous.
     chunk: records that one call should take for speed.
   """

@@ -288,7 +288,7 @@ class QueueFeed:
     return self._state(copied)
 
   def abstract(self, saved: Any) -> dict[str, Any]:
-    """What this process wants of a saved state, given its arrays' shapes."""
+    """Shapes to restore into, given those of the saved arrays."""
     processes = self._loader.process_count
     queues = saved["bank"]["count"].shape[0]
     sharding = _hosts_sharding(processes, math.gcd(queues, processes))

@@ -181,7 +181,7 @@ class _FileSource(encoded.EncodedSource):
     super().__init__(class_names, **rest)
 
   def names_sha256(self) -> str:
-    """Of the files' names, as they come within their class folders."""
+    """Checksum of the files' names, as they come in their class folders."""
     ends = np.cumsum(np.char.str_len(self._names), dtype=np.int64)
     names = b"".join(self._names.tolist())
     return hashlib.sha256(names + ends.tobytes()).hexdigest()
@@ -204,7 +204,7 @@ class FolderSource(_FileSource):
 
     Args:
       path: DIR.
-      **options: split: name of the split's folder; 'train' where there are
+      **options: split: name of the split's folder; 'train' if there are
         none. class_order: '' or 'imagenet' (see `encoded.order_classes`); with
         '' the labels number the sorted names of the train split's folders, for
         every split. max_corrupt, decoder: see `encoded.EncodedSource`.

@@ -41,8 +41,8 @@ MAX_SHARDS = 512
 TOOL = "python -m drift_jax.tools.cache_latents"
 REDO = f"run {TOOL} with the same flags again: it redoes what is damaged only"
 
-# Of a finished shard: its file beside the manifest, num_images (two records
-# each), the file's bytes and sha256, and settings_sha256.
+# The record of a finished shard: its file beside the manifest, num_images (two
+# records each), the file's bytes and sha256, and settings_sha256.
 Shard = dict[str, Any]
 _T = TypeVar("_T")
 
@@ -53,15 +53,15 @@ class LatentCacheError(DataError):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What the content of a cache depends on.
+  """Facts that the content of a cache depends on.
 
   Attributes:
     source: where the images come from, as given to the tool.
-    split: of the source.
-    num_images: of the source.
-    labels_sha256: of the source's labels as little-endian int32.
+    split: name of the source's split.
+    num_images: number of the source's images.
+    labels_sha256: checksum of the source's labels as little-endian int32.
     class_names: one for each label.
-    image_size: of the square centre crop (ADM's), in pixels.
+    image_size: side of the square centre crop (ADM's), in pixels.
     vae_sha256: identity of the autoencoder's parameters.
     scaling_factor: sampled latents are multiplied with it when read.
     downsampling: pixels for each latent, along one side.
@@ -109,14 +109,14 @@ class Settings:
     return range(start, min(start + self.images_per_shard, self.num_images))
 
   def shard(self, number: int) -> Shard:
-    """What is known of a shard before it is written."""
+    """The record of a shard, as far as it is known before it is written."""
     name = f"{self.split}-{number:05d}-of-{self.num_shards:05d}.arrayrecord"
     count = len(self.images(number))
     return {"file": name, "num_images": count, "settings_sha256": self.sha256}
 
 
 def labels_sha256(labels: np.ndarray) -> str:
-  """Of labels as little-endian int32, in hexadecimal."""
+  """SHA-256 of labels as little-endian int32, in hexadecimal."""
   data = np.ascontiguousarray(labels, "<i4").tobytes()
   return hashlib.sha256(data).hexdigest()
 
@@ -151,7 +151,7 @@ def load_manifest(
 
 
 def _damage(folder: pathlib.Path, shard: Shard, checksum: bool) -> str:
-  """What is wrong with a shard's file, '' if nothing."""
+  """The damage of a shard's file in words, '' if there is none."""
   path, size = folder / shard["file"], shard["bytes"]
   if not path.exists():
     return f"{path} is missing"
@@ -219,7 +219,7 @@ def _load_labels(folder: pathlib.Path, settings: Settings) -> np.ndarray:
 def finished_shard(
   folder: pathlib.Path, settings: Settings, number: int, checksum: bool = False
 ) -> Shard | None:
-  """What is recorded of a shard, None if it is to be done (again).
+  """The record of a shard, None if it is to be made (again).
 
   Args:
     folder: DIR/SPLIT.
@@ -250,7 +250,7 @@ def to_json(content: dict[str, Any]) -> bytes:
 
 
 def load(path: pathlib.Path, make: Callable[[Any], _T]) -> _T:
-  """What `make` makes of the content of a file that `to_json` made."""
+  """Read a file that `to_json` made; `make` turns its content into a value."""
   try:
     content = json.loads(path.read_bytes())
     head = (content.pop("format"), content.pop("version"))

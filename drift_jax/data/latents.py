@@ -53,7 +53,7 @@ class LatentReader(Reopening, Reader):
       dtype: of what `read` gives: 'float16', 'bfloat16' or 'float32'.
       flip: read the mirror image of half of the images.
       expected_vae_sha256: identity of the autoencoder that will decode; None
-        where nothing decodes.
+        if nothing decodes.
 
     Raises:
       LatentCacheError: an incomplete or damaged cache, or one of another

@@ -75,11 +75,11 @@ class _Jobs:
 
 
 def _start_worker(number: int, count: int) -> None:
-  """In a worker: leaves its end to the process that it reads for.
+  """Leave the end of this worker to the process that it reads for.
 
   Ctrl-C and a scheduler's SIGTERM reach both, but that process stops its
-  workers in order, after it has saved the batches that they have read. One
-  that was killed can't: its workers, which would wait for ever, end by
+  workers in order, after it has saved the batches that they have read. If it
+  was killed it can't: its workers, which would wait for ever, end by
   themselves.
   """
   del number, count
@@ -88,8 +88,8 @@ def _start_worker(number: int, count: int) -> None:
   parent = multiprocessing.parent_process()
   assert parent is not None  # a worker has one
 
-  # Blocked, it waits for who asks by whom it was sent; in a thread that this
-  # can't be said of, it does nothing.
+  # Block SIGTERM so that sigwaitinfo can see who sent it. The handler does
+  # nothing, for threads in which it is not blocked.
   signal.signal(signal.SIGTERM, lambda number, frame: None)
   signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 

@@ -46,7 +46,7 @@ class MemorySource(Source):
 
 
 class MemoryReader(Reader):
-  """A reader's crops where these leave nothing to chance but the flip.
+  """A reader's crops, if these leave nothing to chance but the flip.
 
   Gives what the reader gives, at the speed of a copy.
   """

@@ -231,7 +231,7 @@ class DistinctStream:
     before = self._raw(number - 1) if before is None else before
     in_tail = np.zeros(self.size, bool)
     in_tail[before[-tail:]] = True
-    # As `fresh` holds, these lie in front of this permutation's own tail.
+    # As `fresh` holds, these lie before this permutation's own tail.
     chosen = np.zeros(self.size, bool)
     chosen[np.flatnonzero(~in_tail[order])[:head]] = True
     return np.concatenate([order[chosen], order[~chosen]])

@@ -13,7 +13,7 @@ class Prefetcher:
   """Placed batches of a feed, up to `depth` of them made in advance.
 
   One thread draws batches and copies them to the device, in order. It stops
-  behind the batch of a step for which `pause_after` holds, so that the feed's
+  after the batch of a step for which `pause_after` holds, so that the feed's
   state then describes the batches that have been consumed and no others; it
   goes on after `state` or with the next batch.
 
@@ -96,14 +96,14 @@ class Prefetcher:
   def stop(self) -> int:
     """Draws nothing any more; returns the last step whose batch was drawn.
 
-    Behind that step the state may be asked for. It depends on the steps and
+    After that step the state may be asked for. It depends on the steps and
     the depth alone, not on how far the thread has come.
     """
     self._paused = self._stopped = True
     return self._next_step - 1
 
   def state(self) -> dict[str, Any]:
-    """The feed's state behind the batches that have been consumed.
+    """The feed's state after the batches that have been consumed.
 
     Raises:
       RuntimeError: batches have been drawn ahead: `pause_after` did not hold

@@ -179,7 +179,7 @@ class ImageReader(Reader):
     return self.grid[self.pixels(indices)]
 
   def pixels(self, indices: np.ndarray) -> np.ndarray:
-    """What `fixed` gives, as uint8."""
+    """The images of `fixed` as uint8."""
     out = np.empty((len(indices), *self.sample_shape), np.uint8)
     with futures.ThreadPoolExecutor(self._num_threads) as pool:
       # Raises what a thread raised, and drops what none has begun.

@@ -217,7 +217,7 @@ class TfdsSource(encoded.EncodedSource):
     return hashlib.sha256(text.encode()).hexdigest()
 
   def names_sha256(self) -> str:
-    """Of the data set's name and version, and of the records of its files."""
+    """Checksum of the name, the version and the records of the files."""
     parts = self._parts()
     return self._sha256(
       [(epath.Path(p.filename).name, p.skip, p.take) for p in parts]

@@ -16,7 +16,7 @@ def _resize(
   """Resized by rows, rounded to 8 bits, then by columns.
 
   Up to Pillow 12 that was its order, in which the reference statistics were
-  made. Pillow 13 alone takes the columns first where an image is more than
+  made. Pillow 13 alone takes the columns first if an image is more than
   twice as tall as wide, which moves one pixel in eight by a grey level.
   """
   image = image.resize((width, image.height), resample)
@@ -78,7 +78,7 @@ def random_resized_crop(
 ) -> Image.Image:
   """A random part of the image, resized to [size, size] with bicubic.
 
-  Filtered in one pass with what lies around the box, where cropping first
+  It is filtered in one pass with what lies around the box; cropping first
   would repeat the box's edge.
 
   Args:
