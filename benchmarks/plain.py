@@ -11,7 +11,6 @@ from PIL import Image
 from drift_jax.data import transforms
 
 CROP_SCALE = (0.2, 1.0)
-CROP_RATIO = (3 / 4, 4 / 3)
 
 
 def open_image(file: Any) -> Image.Image:
@@ -39,7 +38,7 @@ def cut_middle(pixels: np.ndarray, size: int) -> np.ndarray:
 def random_crop(image: Image.Image, size: int, seed: int) -> np.ndarray:
   """A random box, cut out, then resized; the box is drawn as ours is."""
   rng = np.random.default_rng(seed)
-  box = transforms.sample_crop(*image.size, rng, CROP_SCALE, CROP_RATIO)
+  box = transforms.sample_crop(*image.size, rng, CROP_SCALE)
   image = image.crop(box).resize((size, size), Image.Resampling.BICUBIC)
   return np.asarray(image)
 

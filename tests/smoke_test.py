@@ -14,6 +14,7 @@ from drift_jax.models import release
 from drift_jax.models.convnext import build_convnext
 from drift_jax.tasks.generator import train as train_generator
 from drift_jax.tasks.mae import train as train_mae
+from drift_jax.tools.cache_latents import parse
 from drift_jax.tools.work import cache_latents
 from drift_jax.training import artifacts
 from tests.autoencoders import save_vae
@@ -88,22 +89,10 @@ def save_convnext(folder):
 def test_latents(tmp_path, images, vae):
   """Images -> latent cache; encoder on images; generator on the cache."""
   cache = tmp_path / "latents"
-  source = cache_latents.open_images(
-    f"folder:{images}",
-    split="train",
-    data_dir="",
-    class_order="",
-    max_corrupt=0,
-  )
-  cache_latents.cache_latents(
-    source,
-    name=f"folder:{images}",
-    split="train",
-    vae=str(vae),
-    out=str(cache),
-    image_size=SIDE,
-    batch_size=8,
-  )
+  flags = {"source": f"folder:{images}", "vae": vae, "out": cache}
+  flags |= {"image_size": SIDE, "batch_size": 8}
+  argv = [f"--{name}={value}" for name, value in flags.items()]
+  assert cache_latents.run(parse(argv))
   encoder = tmp_path / "encoder"
   last = train(
     "mae_latent",

@@ -9,15 +9,15 @@ third of the time that XLA takes on the CPU. The random numbers are JAX's.
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 
 @dataclasses.dataclass
 class Bank:
-  """Ring buffers of samples; a slot is filled where slot < count.
+  """Ring buffers of samples; a slot is filled if slot < count.
 
   Its memory is (K S + U) samples; pages are taken as slots are filled.
 
@@ -30,19 +30,16 @@ class Bank:
     any_count: [] int32, filled slots.
   """
 
-  samples: Shaped[np.ndarray, "K S ..."]
-  pointer: Int[np.ndarray, " K"]
-  count: Int[np.ndarray, " K"]
-  any_samples: Shaped[np.ndarray, "U ..."]
-  any_pointer: Int[np.ndarray, ""]
-  any_count: Int[np.ndarray, ""]
+  samples: np.ndarray
+  pointer: np.ndarray
+  count: np.ndarray
+  any_samples: np.ndarray
+  any_pointer: np.ndarray
+  any_count: np.ndarray
 
   def arrays(self) -> dict[str, np.ndarray]:
     """The live arrays by name: the next push changes them."""
-    return {
-      field.name: getattr(self, field.name)
-      for field in dataclasses.fields(self)
-    }
+    return dict(vars(self))
 
 
 def create(
@@ -64,7 +61,19 @@ def create(
   )
 
 
-def _rank_in_group(group: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+def _rings(arrays: Mapping[str, Any], axis: int) -> list[list[np.ndarray]]:
+  """[samples, pointer, count] of the classes' rings, then of the one over all.
+
+  These are views. The second gets an axis of one class, as the first has.
+  """
+  names = ("samples", "pointer", "count")
+  return [
+    [arrays[name] for name in names],
+    [np.expand_dims(arrays[f"any_{name}"], axis) for name in names],
+  ]
+
+
+def _rank_in_group(group: np.ndarray) -> np.ndarray:
   """How many earlier entries equal each entry: [3, 5, 3] -> [0, 0, 1]."""
   order = np.argsort(group, kind="stable")
   ordered = group[order]
@@ -74,64 +83,50 @@ def _rank_in_group(group: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
   return rank
 
 
-def push(
-  bank: Bank,
-  samples: Shaped[np.ndarray, "n ..."],
-  labels: Int[np.ndarray, " n"],
-) -> None:
+def push(bank: Bank, samples: np.ndarray, labels: np.ndarray) -> None:
   """Appends samples in order, in place; a full ring overwrites its oldest.
 
-  Raises:
-    ValueError: a label outside [0, K), or samples of another dtype.
+  Args:
+    bank: of samples of the same dtype.
+    samples: [n, ...].
+    labels: [n] int32 in [0, K).
   """
-  num_classes, class_size = bank.samples.shape[:2]
-  bad = labels[(labels < 0) | (labels >= num_classes)]
-  if bad.size:
-    raise ValueError(
-      f"label {int(bad[0])} can't be queued: the queue has classes "
-      f"[0, {num_classes})"
-    )
-  if samples.dtype != bank.samples.dtype:
-    raise ValueError(
-      f"{samples.dtype} samples can't be queued: the queue holds "
-      f"{bank.samples.dtype}"
-    )
-  pushed = np.bincount(labels, minlength=num_classes).astype(np.int32)
-  rank = _rank_in_group(labels)
-  # Of more samples than slots only the last `size` stay.
-  stays = rank >= pushed[labels] - class_size
-  slot = (bank.pointer[labels] + rank) % class_size
-  bank.samples[labels[stays], slot[stays]] = samples[stays]
-  bank.pointer[:] = (bank.pointer + pushed) % class_size
-  bank.count[:] = np.minimum(bank.count + pushed, class_size)
-  size, total = len(bank.any_samples), len(labels)
-  kept = min(total, size)
-  slot = (int(bank.any_pointer) + np.arange(total - kept, total)) % size
-  bank.any_samples[slot] = samples[total - kept :]
-  bank.any_pointer[...] = (int(bank.any_pointer) + total) % size
-  bank.any_count[...] = min(int(bank.any_count) + total, size)
+  groups = (labels, np.zeros_like(labels))
+  for rings, label in zip(_rings(bank.arrays(), 0), groups, strict=True):
+    slots, pointer, count = rings
+    size = slots.shape[1]
+    pushed = np.bincount(label, minlength=len(count)).astype(np.int32)
+    rank = _rank_in_group(label)
+    # Of more samples than slots only the last `size` stay.
+    stays = rank >= pushed[label] - size
+    slot = (pointer[label] + rank) % size
+    slots[label[stays], slot[stays]] = samples[stays]
+    pointer[:] = (pointer + pushed) % size
+    count[:] = np.minimum(count + pushed, size)
 
 
 def merged_slots(
-  pointer: Int[np.ndarray, " R"], count: Int[np.ndarray, " R"], size: int
-) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-  """(ring, slot) of the `size` newest entries of some rings, oldest first.
+  pointer: np.ndarray, count: np.ndarray, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """(ring [n], slot [n]) of the `size` newest entries of R rings, oldest first.
 
   The newest entries of all rings count as equally old, and so on: they are
-  filled at one pace. n is less than `size` where there are fewer.
+  filled at one pace. n is less than `size` if there are fewer.
+
+  Args:
+    pointer: [R] slot that the next sample of the ring takes.
+    count: [R] filled slots.
+    size: of each ring.
   """
-  rings = np.arange(len(count))
   age = np.arange(int(count.max(initial=0)))
   there = age[:, None] < count
   # Row after row: the newest of each ring, then the second newest, ...
-  ring = np.broadcast_to(rings, there.shape)[there][:size]
+  ring = np.nonzero(there)[1][:size]
   slot = ((pointer - 1 - age[:, None]) % size)[there][:size]
   return ring[::-1], slot[::-1]
 
 
-def refill(
-  bank: Bank, rings: Mapping[str, Shaped[np.ndarray, "R ..."]]
-) -> None:
+def refill(bank: Bank, rings: Mapping[str, np.ndarray]) -> None:
   """Puts saved rings of several banks into one, in place.
 
   One bank is copied bit by bit. Of several the newest samples of each class
@@ -145,34 +140,27 @@ def refill(
     for name, array in bank.arrays().items():
       array[...] = rings[name][0]
     return
-  for label in range(len(bank.count)):
-    ring, slot = merged_slots(
-      rings["pointer"][:, label],
-      rings["count"][:, label],
-      bank.samples.shape[1],
-    )
-    bank.samples[label, : len(ring)] = rings["samples"][ring, label, slot]
-    bank.count[label] = len(ring)
-    bank.pointer[label] = len(ring) % bank.samples.shape[1]
-  size = len(bank.any_samples)
-  ring, slot = merged_slots(rings["any_pointer"], rings["any_count"], size)
-  bank.any_samples[: len(ring)] = rings["any_samples"][ring, slot]
-  bank.any_count[...] = len(ring)
-  bank.any_pointer[...] = len(ring) % size
+  stacked = _rings(rings, 1)
+  for mine, saved in zip(_rings(bank.arrays(), 0), stacked, strict=True):
+    (samples, pointer, count), (theirs, pointers, counts) = mine, saved
+    size = samples.shape[1]
+    for label in range(len(count)):
+      ring, slot = merged_slots(pointers[:, label], counts[:, label], size)
+      samples[label, : len(ring)] = theirs[ring, label, slot]
+      count[label] = len(ring)
+      pointer[label] = len(ring) % size
 
 
-def draw_slots(
-  score: Float[np.ndarray, "L S"], count: Int[np.ndarray, " L"], num: int
-) -> Int[np.ndarray, "L num"]:
-  """Slots of filled entries, uniformly and without replacement.
+def draw_slots(score: np.ndarray, count: np.ndarray, num: int) -> np.ndarray:
+  """Slots [L, num] of filled entries, uniformly and without replacement.
 
   A row with fewer than `num` filled slots repeats them, each as often as every
   other, or once more.
 
   Args:
-    score: independent uniform float32 in [0, 1): a row's slots come in the
-      order of its scores, ties in the order of slots.
-    count: filled slots of each row; the others are never drawn.
+    score: [L, S] independent uniform float32 in [0, 1): a row's slots come in
+      the order of its scores, ties in the order of slots.
+    count: [L] filled slots of each row; the others are never drawn.
     num: slots to draw.
   """
   size = score.shape[1]
@@ -189,40 +177,29 @@ def draw_slots(
   return np.take_along_axis(order, column, axis=1).astype(np.int64)
 
 
-def take(
-  bank: Bank, labels: Int[np.ndarray, " L"], slots: Int[np.ndarray, "L P"]
-) -> Shaped[np.ndarray, "L P ..."]:
-  """The samples in the given slots of the given classes."""
+def take(bank: Bank, labels: np.ndarray, slots: np.ndarray) -> np.ndarray:
+  """The samples [L, P, ...] in slots [L, P] of classes [L]."""
   num_classes, class_size, *shape = bank.samples.shape
   flat = bank.samples.reshape(num_classes * class_size, *shape)
   return flat.take(labels[:, None] * class_size + slots, axis=0)
 
 
-@functools.partial(
-  jax.jit, static_argnames=("num_labels", "class_size", "unconditional_size")
-)
-def _scores(
-  key: PRNGKeyArray,
-  num_labels: int,
-  class_size: int,
-  unconditional_size: int,
-) -> tuple[Float[Array, "L S"], Float[Array, "L U"]]:
-  positive_key, unconditional_key = jax.random.split(key)
-  return (
-    jax.random.uniform(positive_key, (num_labels, class_size)),
-    jax.random.uniform(unconditional_key, (num_labels, unconditional_size)),
-  )
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _scores(key: jax.Array, *shapes: tuple[int, int]) -> list[jax.Array]:
+  """Uniform numbers in [0, 1) of two shapes."""
+  keys = jax.random.split(key)
+  return [jax.random.uniform(k, s) for k, s in zip(keys, shapes, strict=True)]
 
 
 def sample(
   bank: Bank,
-  key: PRNGKeyArray,
-  labels: Int[np.ndarray, " L"],
+  key: jax.Array,
+  labels: np.ndarray,
   *,
   num_positives: int,
   num_unconditional: int,
-) -> tuple[Shaped[np.ndarray, "L P ..."], Shaped[np.ndarray, "L U ..."]]:
-  """Positives of each label and unconditional reals for each label.
+) -> tuple[np.ndarray, np.ndarray]:
+  """Positives [L, P, ...] and unconditional reals [L, U, ...] of labels [L].
 
   Without replacement within a label, but for one that the queue has too few
   samples of (see `draw_slots`).
@@ -233,43 +210,16 @@ def sample(
   empty = labels[bank.count[labels] == 0]
   if empty.size:
     raise ValueError(f"class {int(empty[0])} has no sample in the queue")
-  score, any_score = _scores(
-    key,
-    num_labels=len(labels),
-    class_size=bank.samples.shape[1],
-    unconditional_size=len(bank.any_samples),
-  )
-  slots = draw_slots(np.asarray(score), bank.count[labels], num_positives)
-  any_slots = draw_slots(
-    np.asarray(any_score),
-    np.broadcast_to(bank.any_count, labels.shape),
-    num_unconditional,
-  )
+  sizes = (bank.samples.shape[1], len(bank.any_samples))
+  scores = _scores(key, *((len(labels), size) for size in sizes))
+  score, any_score = map(np.asarray, scores)
+  any_count = np.broadcast_to(bank.any_count, labels.shape)
+  slots = draw_slots(score, bank.count[labels], num_positives)
+  any_slots = draw_slots(any_score, any_count, num_unconditional)
   return take(bank, labels, slots), bank.any_samples.take(any_slots, axis=0)
 
 
 @functools.partial(jax.jit, static_argnames="num")
-def _draw_labels(
-  key: PRNGKeyArray, newest: Int[Array, " n"], num: int
-) -> Int[Array, " num"]:
+def draw_labels(key: jax.Array, newest: Any, num: int) -> jax.Array:
+  """[num] of the labels just pushed, [n], drawn without replacement."""
   return jax.random.choice(key, newest, (num,), replace=False)
-
-
-def draw_labels(
-  key: PRNGKeyArray, newest: Int[np.ndarray, " n"], num: int
-) -> Int[np.ndarray, " num"]:
-  """The step's labels: drawn from those just pushed, without replacement."""
-  return np.asarray(_draw_labels(key, newest, num))
-
-
-__all__ = [
-  "Bank",
-  "create",
-  "draw_labels",
-  "draw_slots",
-  "merged_slots",
-  "push",
-  "refill",
-  "sample",
-  "take",
-]

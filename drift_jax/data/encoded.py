@@ -1,25 +1,20 @@
 """Sources of encoded images: decoding, damaged files and class order."""
 
-import abc
 import functools
 import importlib.resources
-import operator
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from concurrent import futures
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from PIL import Image
 
 from drift_jax.data import decode
-from drift_jax.data.errors import DataError
+from drift_jax.data.base import Reopening, Source
+from drift_jax.data.errors import DataError, check_choice
 from drift_jax.system import console, options
 
 _LISTED = 10  # paths that an error shows
-_SCANNED_AT_ONCE = 256
-
-_T = TypeVar("_T")
+Names = Sequence[str]
 
 
 class CorruptImageError(DataError):
@@ -30,7 +25,7 @@ class NoSplitError(DataError):
   """The data are there, but have no split of that name."""
 
 
-class EncodedSource(abc.ABC):
+class EncodedSource(Reopening, Source):
   """Images stored as JPEG, PNG or WebP, decoded on access.
 
   An image that can't be decoded is reported by path, counted, and replaced
@@ -45,122 +40,74 @@ class EncodedSource(abc.ABC):
 
   Attributes:
     class_names: one name for each label.
+    corrupt: {path: why} of the undecodable images that this process has met.
   """
 
-  def __init__(
-    self, *, class_names: Sequence[str], max_corrupt: int, decoder: str
-  ):
+  _UNSENT = ("_lock", "corrupt")
+
+  def __init__(self, class_names: Names, max_corrupt: int, decoder: str):
     decode.check_decoder(decoder)
-    if max_corrupt < 0:
-      raise ValueError(f"data.max_corrupt={max_corrupt} must not be negative")
     self.class_names = tuple(class_names)
     self._max_corrupt = max_corrupt
     self._decoder = decoder
-    self._corrupt: dict[int, str] = {}
+    self._open()
+
+  def _open(self) -> None:
+    self.corrupt: dict[str, str] = {}
     self._lock = threading.Lock()
 
-  def __getstate__(self) -> dict[str, Any]:
-    state = vars(self) | {"_corrupt": {}}
-    del state["_lock"]
-    return state
-
-  def __setstate__(self, state: dict[str, Any]) -> None:
-    vars(self).update(state)
-    self._lock = threading.Lock()
-
-  @property
-  @abc.abstractmethod
-  def labels(self) -> np.ndarray:
-    """[N] int32."""
-
-  @abc.abstractmethod
-  def __len__(self) -> int: ...
-
-  @abc.abstractmethod
-  def path(self, index: int) -> str:
-    """Where the image is stored, for messages."""
-
-  @abc.abstractmethod
   def read_bytes(self, index: int) -> bytes:
     """The encoded image; 0 <= index < N."""
-
-  @property
-  def corrupt(self) -> tuple[tuple[str, str], ...]:
-    """(path, reason) of the undecodable images that this process has met."""
-    with self._lock:
-      return tuple((self.path(i), why) for i, why in self._corrupt.items())
+    raise NotImplementedError
 
   def _count_corrupt(self, index: int, error: decode.DecodeError) -> None:
+    path = self.path(index)
     with self._lock:
-      if index not in self._corrupt:
-        self._corrupt[index] = str(error)
-        console.logger.warning("corrupt: %s: %s", self.path(index), error)
-    found = self.corrupt
-    if len(found) > self._max_corrupt:
-      listed = [f"{path}: {why}" for path, why in found[:_LISTED]]
-      more = len(found) - len(listed)
+      if path not in self.corrupt:
+        self.corrupt[path] = str(error)
+        console.logger.warning("corrupt: %s: %s", path, error)
+      listed = [f"{path}: {why}" for path, why in self.corrupt.items()]
+    if len(listed) > self._max_corrupt:
       raise CorruptImageError(
-        f"{len(found)} corrupt image(s), data.max_corrupt={self._max_corrupt} "
+        f"{len(listed)} corrupt images, data.max_corrupt={self._max_corrupt} "
         "allows no more; mend or remove them, or raise it:\n  "
-        + "\n  ".join(listed + [f"and {more} more"] * bool(more))
+        + "\n  ".join(listed[:_LISTED])
       ) from error
 
-  def _decoded(self, index: int, decoded: Callable[[bytes, str], _T]) -> _T:
-    try:
-      return decoded(self.read_bytes(index), self._decoder)
-    except decode.LimitError as error:
-      raise decode.LimitError(f"{self.path(index)}: {error}") from error
-
-  def _read(self, index: int, decoded: Callable[[bytes, str], _T]) -> _T:
-    index = operator.index(index)
-    if not 0 <= index < len(self):
-      raise IndexError(f"index {index} of {len(self)} images")
-    try:
-      return self._decoded(index, decoded)
-    except decode.DecodeError as error:
-      self._count_corrupt(index, error)
+  def _candidates(self, index: int) -> Iterator[int]:
+    """The image itself, then the others of its class that may replace it."""
+    yield index
     same = np.flatnonzero(self.labels == self.labels[index])
-    for other in np.roll(same, -int(np.searchsorted(same, index)))[1:]:
-      try:
-        return self._decoded(int(other), decoded)
-      except decode.DecodeError as error:
-        self._count_corrupt(int(other), error)
-    label = int(self.labels[index])
-    raise CorruptImageError(
-      f"class {label} ({self.class_names[label]!r}) has {len(same)} images, "
-      f"none of which can be decoded; the first: {self.path(int(same[0]))}"
-    )
+    yield from np.roll(same, -int(np.searchsorted(same, index)))[1:].tolist()
 
-  def __getitem__(self, index: int) -> np.ndarray:
-    """uint8 [h, w, 3] RGB, not to write to (see `decode.decode`).
+  def image(self, index: int) -> Image.Image:
+    """The image as a PIL image of mode RGB, a copy spared.
 
     Raises:
       CorruptImageError: more images than `max_corrupt` can't be decoded.
       LimitError: an image too large to be read, which is no damage.
       OSError: the image can't be read.
     """
-    return self._read(index, decode.decode)
-
-  def image(self, index: int) -> Image.Image:
-    """Like `source[index]` as a PIL image of mode RGB, a copy spared."""
-    return self._read(index, decode.decode_image)
-
-
-def scan(source: EncodedSource, num_threads: int) -> list[tuple[str, str]]:
-  """(path, reason) of every image that can't be read or decoded, in order."""
-
-  def check(start: int) -> list[tuple[str, str]]:
-    bad = []
-    for index in range(start, min(start + _SCANNED_AT_ONCE, len(source))):
+    index = int(index)
+    if not 0 <= index < len(self):
+      raise IndexError(f"index {index} of {len(self)} images")
+    for candidate in self._candidates(index):
       try:
-        decode.decode(source.read_bytes(index), "pillow")
-      except (decode.DecodeError, decode.LimitError, OSError) as error:
-        bad.append((source.path(index), str(error)))
-    return bad
+        return decode.decode_image(self.read_bytes(candidate), self._decoder)
+      except decode.LimitError as error:
+        raise decode.LimitError(f"{self.path(candidate)}: {error}") from error
+      except decode.DecodeError as error:
+        self._count_corrupt(candidate, error)
+    label = int(self.labels[index])
+    raise CorruptImageError(
+      f"class {label} ({self.class_names[label]!r}): none of its "
+      f"{(self.labels == label).sum()} images can be decoded, such as "
+      f"{self.path(index)}"
+    )
 
-  with futures.ThreadPoolExecutor(num_threads) as pool:
-    starts = range(0, len(source), _SCANNED_AT_ONCE)
-    return [entry for part in pool.map(check, starts) for entry in part]
+  def __getitem__(self, index: int) -> np.ndarray:
+    """uint8 [h, w, 3] RGB, not to write to; raises what `image` does."""
+    return np.asarray(self.image(index))
 
 
 @functools.cache
@@ -181,9 +128,7 @@ def readable_classes(names: Iterable[str]) -> tuple[str, ...]:
   return tuple(known.get(name, name) for name in names)
 
 
-def order_classes(
-  names: Sequence[str], class_order: str
-) -> tuple[tuple[str, ...], np.ndarray]:
+def order_classes(names: Names, class_order: str) -> tuple[Names, np.ndarray]:
   """Class names by label, and the label of each of `names`, int32 [len].
 
   Args:
@@ -195,11 +140,7 @@ def order_classes(
   Raises:
     ValueError: an unknown order; a name that is not one of the 1000 ids.
   """
-  if class_order not in options.CLASS_ORDERS:
-    raise ValueError(
-      f"data.class_order={class_order!r}: valid options are "
-      f"{list(options.CLASS_ORDERS)}"
-    )
+  check_choice("data.class_order", class_order, options.CLASS_ORDERS)
   if not class_order:
     return tuple(names), np.arange(len(names), dtype=np.int32)
   known = imagenet_classes()

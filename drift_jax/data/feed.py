@@ -8,7 +8,7 @@ come in the reader's dtype, as they travel to the device.
 import functools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,46 +16,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from drift_jax.data import bank as bank_lib
-from drift_jax.data.loader import Batch, IndexedReads, Loader, share
-from drift_jax.data.order import ClassGrouped, check_class_sizes
+from drift_jax.data.loader import Batch, IndexedFeed, Loader, share
+from drift_jax.data.order import ClassGrouped, check_counts
 from drift_jax.data.readers import Reader
 from drift_jax.system import console, streams
 
 
-class ImageFeed:
-  """Batches {'image', 'label'} straight from a loader."""
-
-  def __init__(self, loader: Loader):
-    self._loader = loader
-
-  def __iter__(self) -> Iterator[Batch]:
-    return self
-
-  def __next__(self) -> Batch:
-    return next(self._loader)
-
-  def start(self) -> None:
-    """Nothing to prepare: a loader starts anywhere."""
-
-  def state(self) -> dict[str, Any]:
-    """The data position, the same on every process."""
-    return {"position": np.asarray(self._loader.position, np.int64)}
-
-  def abstract(self, saved: Any) -> dict[str, Any]:
-    """Shapes of `state()`, to restore into; they are the same in every run."""
-    del saved
-    return self.state()
-
-  def restore(self, state: dict[str, Any]) -> None:
-    """Continues where `state` was taken, by however many processes."""
-    self._loader.seek(int(state["position"]))
-
-  def close(self) -> None:
-    """Stops the loader's threads and workers."""
-    self._loader.close()
-
-
-class GroupedFeed:
+class GroupedFeed(IndexedFeed):
   """Positives and unconditional reals of each label, read by index (4).
 
   Batches are {'labels': [l], 'positives': [l, N_pos, H, W, C],
@@ -72,10 +39,7 @@ class GroupedFeed:
     num_labels: int,
     num_positives: int,
     num_unconditional: int,
-    num_threads: int = 1,
-    num_workers: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    **reading: int,
   ):
     """Starts nothing: threads and workers start with the first batch.
 
@@ -85,78 +49,27 @@ class GroupedFeed:
       num_labels: N_c, labels of a step over all processes.
       num_positives: N_pos of each label.
       num_unconditional: N_unc for each label.
-      num_threads, num_workers: see IndexedReads.
-      process_index, process_count: whose part to read.
+      **reading: see IndexedFeed.
 
     Raises:
-      ValueError: labels that the processes can't share, a label out of range,
-        or a class with too few images.
+      ValueError: labels that the processes can't share, or a class with too
+        few images.
     """
-    self._rows = share("batch.labels", num_labels, process_index, process_count)
+    self._each = (num_positives, num_unconditional)
     self._order = ClassGrouped(
-      reader.labels,
-      reader.class_names,
-      seed=seed,
-      num_labels=num_labels,
-      num_positives=num_positives,
-      num_unconditional=num_unconditional,
+      reader.labels, reader.class_names, seed, num_labels, *self._each
     )
-
-    def part(offset: int, each: int) -> range:
-      first, last = self._rows.start * each, self._rows.stop * each
-      return range(offset + first, offset + last)
-
-    parts = [
-      part(0, num_positives),
-      part(num_labels * num_positives, num_unconditional),
-    ]
-    self._reads = IndexedReads(
-      reader,
-      self._order,
-      parts,
-      seed=seed,
-      num_threads=num_threads,
-      num_workers=num_workers,
-    )
-
-  def __iter__(self) -> Iterator[Batch]:
-    return self
+    super().__init__(reader, self._order, seed=seed, **reading)
 
   def __next__(self) -> Batch:
-    step = self._reads.position
-    _, images = next(self._reads)
-    rows = len(self._rows)
-    count = rows * self._order.num_positives
-    shape = images.shape[1:]
-    return {
-      "labels": self._order.labels(step)[self._rows.start : self._rows.stop],
-      "positives": images[:count].reshape(
-        rows, self._order.num_positives, *shape
-      ),
-      "unconditional": images[count:].reshape(
-        rows, self._order.num_unconditional, *shape
-      ),
-    }
-
-  def start(self) -> None:
-    """Nothing to prepare: any step can be read first."""
-
-  def state(self) -> dict[str, Any]:
-    """The next step's number, the same on every process."""
-    return {"position": np.asarray(self._reads.position, np.int64)}
-
-  def abstract(self, saved: Any) -> dict[str, Any]:
-    """Shapes of `state()`, to restore into; they are the same in every run."""
-    del saved
-    return self.state()
-
-  def restore(self, state: dict[str, Any]) -> None:
-    """Continues where `state` was taken, by however many processes."""
-    self._reads.seek(int(state["position"]))
-
-  def close(self) -> None:
-    """Stops reading threads and workers."""
-    self._reads.close()
+    labels = self._order.labels(self.position)[list(self.rows)]
+    _, images = self._read()
+    groups = np.split(images, [len(labels) * self._each[0]])
+    positives, unconditional = (
+      group.reshape(len(labels), each, *images.shape[1:])
+      for group, each in zip(groups, self._each, strict=True)
+    )
+    return dict(labels=labels, positives=positives, unconditional=unconditional)
 
 
 def _host_device() -> Any:
@@ -169,9 +82,8 @@ def _host_device() -> Any:
     return jax.local_devices(backend="cpu")[0]
   except RuntimeError as error:
     raise RuntimeError(
-      "the sample queue draws on the host and needs JAX's CPU backend: "
-      "include cpu in JAX_PLATFORMS after the accelerator, e.g. "
-      f"JAX_PLATFORMS=cuda,cpu (it is {os.environ.get('JAX_PLATFORMS')!r})"
+      f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}: the sample queue is "
+      "the host's, add cpu after the accelerator, e.g. JAX_PLATFORMS=cuda,cpu"
     ) from error
 
 
@@ -182,14 +94,11 @@ def _hosts_sharding(process_count: int, groups: int) -> NamedSharding:
     process_count: P.
     groups: parts of axis 0; each P / groups successive processes share one.
   """
-  if process_count == 1:
-    devices = [_host_device()]
-  else:
-    first: dict[int, Any] = {}
-    for device in jax.devices("cpu"):
-      first.setdefault(device.process_index, device)
-    devices = [first[process] for process in range(process_count)]
-  mesh = Mesh(np.array(devices).reshape(groups, -1), ("group", "copy"))
+  devices: dict[int, Any] = {}
+  for device in jax.devices("cpu"):
+    devices.setdefault(device.process_index, device)
+  hosts = np.array([devices[process] for process in range(process_count)])
+  mesh = Mesh(hosts.reshape(groups, -1), ("group", "copy"))
   return NamedSharding(mesh, PartitionSpec("group"))
 
 
@@ -207,16 +116,13 @@ def _aligned_copy(array: np.ndarray) -> np.ndarray:
   return copy
 
 
-@functools.partial(jax.jit, static_argnames="process_index")
-def _step_keys(
-  root: jax.Array, step: int, process_index: int | None
-) -> tuple[jax.Array, jax.Array]:
-  """Keys of a step's labels and of its samples."""
+@functools.partial(jax.jit, static_argnames="process")
+def _step_keys(root: jax.Array, step: int, process: int | None) -> jax.Array:
+  """Keys [2] of a step's labels and of its samples."""
   key = jax.random.fold_in(root, step)
-  if process_index is not None:
-    key = jax.random.fold_in(key, process_index)
-  label_key, sample_key = jax.random.split(key)
-  return label_key, sample_key
+  if process is not None:
+    key = jax.random.fold_in(key, process)
+  return jax.random.split(key)
 
 
 class QueueFeed:
@@ -276,22 +182,29 @@ class QueueFeed:
       num_unconditional: unconditional reals of each label.
 
     Raises:
-      ValueError: a loader of another batch size, labels that the processes
-        can't share, more labels for a process than it pushes, or, without
-        replacement, too few images of a class or in all.
+      ValueError: labels that the processes can't share, more labels for a
+        process than it pushes, or, without replacement, too few images of a
+        class or in all.
     """
-    processes = loader.process_count
-    if loader.batch_size != push_per_step * processes:
-      raise ValueError(
-        f"the loader's global batch of {loader.batch_size} is not "
-        f"queue.push_per_step={push_per_step} for each of {processes} processes"
-      )
+    processes, reader = loader.process_count, loader.reader
     rows = share("batch.labels", num_labels, loader.process_index, processes)
     if len(rows) > push_per_step:
       raise ValueError(
         f"batch.labels={num_labels} over {processes} processes takes "
         f"{len(rows)} labels from the newest queue.push_per_step="
         f"{push_per_step} samples: raise queue.push_per_step"
+      )
+    self._images = np.bincount(reader.labels, minlength=len(reader.class_names))
+    if not with_replacement:
+      check_counts(
+        self._images,
+        reader.class_names,
+        num_positives,
+        f"batch.positives={num_positives} are drawn",
+        num_unconditional,
+        f"batch.unconditional={num_unconditional} are drawn for each label",
+        remedy="or set queue.with_replacement=True, which repeats them",
+        empty_classes=True,
       )
     self._loader = loader
     # One process folds nothing in: there is nothing to tell it from.
@@ -301,70 +214,47 @@ class QueueFeed:
     self._num_labels = len(rows)
     self._num_positives = num_positives
     self._num_unconditional = num_unconditional
-    self._images = np.bincount(
-      loader.reader.labels, minlength=len(loader.reader.class_names)
-    )
-    if not with_replacement:
-      self._check_images()
     self._host = _host_device()
     with jax.default_device(self._host):
       self._root = streams.stream(seed, "queue")
     self._bank = bank_lib.create(
-      num_classes=len(loader.reader.class_names),
+      num_classes=len(reader.class_names),
       class_size=class_size,
       unconditional_size=unconditional_size,
-      sample_shape=loader.reader.sample_shape,
-      dtype=loader.reader.dtype,
+      sample_shape=reader.sample_shape,
+      dtype=reader.dtype,
     )
 
-  def _check_images(self) -> None:
-    """Raises ValueError for data that would repeat for ever."""
-    remedy = "or set queue.with_replacement=True, which repeats them"
-    # A class without an image is never drawn.
-    check_class_sizes(
-      np.where(self._images, self._images, self._num_positives),
-      self._loader.reader.class_names,
-      self._num_positives,
-      drawn=f"batch.positives={self._num_positives} are drawn of it without "
-      "replacement",
-      remedy=f"lower batch.positives, lower data.held_out, {remedy}",
-    )
-    if self._images.sum() < self._num_unconditional:
-      raise ValueError(
-        f"the data hold {int(self._images.sum())} images, but "
-        f"batch.unconditional={self._num_unconditional} are drawn for each "
-        f"label without replacement: lower it, {remedy}"
-      )
+  def _push(self) -> np.ndarray:
+    """Queues the loader's next batch; returns its labels."""
+    reals = next(self._loader)
+    bank_lib.push(self._bank, reals["image"], reals["label"])
+    return reals["label"]
 
   def start(self) -> None:
     """Fills the queue of a new run, and says where it is short."""
     for _ in range(self._prefill_batches):
-      reals = next(self._loader)
-      bank_lib.push(self._bank, reals["image"], reals["label"])
-    there = self._images > 0
-    count = self._bank.count[there]
-    short = int((count < self._num_positives).sum())
-    if short:
+      self._push()
+    count = self._bank.count[self._images > 0]
+    short = count < self._num_positives
+    if short.any():
       console.logger.info(
-        "queue: %d of %d classes hold fewer than batch.positives=%d samples "
-        "(the fewest %d): these repeat until there are more; a larger "
-        "queue.prefill starts with more.",
-        short,
-        len(count),
-        self._num_positives,
-        count.min(),
+        f"queue: {short.sum()} of {len(count)} classes hold fewer than "
+        f"batch.positives={self._num_positives} samples (the fewest "
+        f"{count.min()}): these repeat until there are more; a larger "
+        "queue.prefill starts with more."
       )
 
   def __iter__(self) -> Iterator[Batch]:
     return self
 
   def __next__(self) -> Batch:
-    reals = next(self._loader)
-    bank_lib.push(self._bank, reals["image"], reals["label"])
+    newest = self._push()
     step, self._steps = self._steps, self._steps + 1
     with jax.default_device(self._host):
       label_key, sample_key = _step_keys(self._root, step, self._process)
-      labels = bank_lib.draw_labels(label_key, reals["label"], self._num_labels)
+      labels = bank_lib.draw_labels(label_key, newest, self._num_labels)
+      labels = np.asarray(labels)
       positives, unconditional = bank_lib.sample(
         self._bank,
         sample_key,
@@ -372,10 +262,13 @@ class QueueFeed:
         num_positives=self._num_positives,
         num_unconditional=self._num_unconditional,
       )
+    return dict(labels=labels, positives=positives, unconditional=unconditional)
+
+  def _state(self, saved: Callable[[np.ndarray], Any]) -> dict[str, Any]:
     return {
-      "labels": labels,
-      "positives": positives,
-      "unconditional": unconditional,
+      "records": np.asarray(self._loader.records, np.int64),
+      "steps": np.asarray(self._steps, np.int64),
+      "bank": {name: saved(x) for name, x in self._bank.arrays().items()},
     }
 
   def state(self) -> dict[str, Any]:
@@ -392,27 +285,15 @@ class QueueFeed:
         (processes, *array.shape), sharding, [local]
       )
 
-    return {
-      "records": np.asarray(self._loader.records, np.int64),
-      "steps": np.asarray(self._steps, np.int64),
-      "bank": {name: copied(x) for name, x in self._bank.arrays().items()},
-    }
+    return self._state(copied)
 
   def abstract(self, saved: Any) -> dict[str, Any]:
-    """What this process wants of a saved state, given its arrays' shapes."""
+    """Shapes to restore into, given those of the saved arrays."""
     processes = self._loader.process_count
     queues = saved["bank"]["count"].shape[0]
     sharding = _hosts_sharding(processes, math.gcd(queues, processes))
-    return {
-      "records": np.asarray(0, np.int64),
-      "steps": np.asarray(0, np.int64),
-      "bank": {
-        name: jax.ShapeDtypeStruct(
-          (queues, *x.shape), x.dtype, sharding=sharding
-        )
-        for name, x in self._bank.arrays().items()
-      },
-    }
+    stacked = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+    return self._state(lambda x: stacked((queues, *x.shape), x.dtype))
 
   def restore(self, state: dict[str, Any]) -> None:
     """Continues where `state` was taken; the queue is not refilled."""

@@ -10,8 +10,7 @@ several archives one after the other; all of them are read.
 """
 
 import bisect
-import collections
-import contextlib
+import functools
 import hashlib
 import itertools
 import os
@@ -19,25 +18,28 @@ import pathlib
 import tarfile
 import time
 import weakref
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, Self
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from drift_jax.data import encoded
 from drift_jax.system import console, paths
+from drift_jax.system.storage import PathLike
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # Folders with these names are splits, never the one folder that a tar was
 # made of.
 SPLITS = ("train", "test", "val", "validation")
+_LAYOUT = "the layout is SPLIT/CLASS/FILE or CLASS/FILE"
 _LISTED = 5
 _LOG_SECONDS = 10.0
-_COMPRESSED = {
-  b"\x1f\x8b": ("gzip", "gunzip -k {}"),
-  b"\xfd7zXZ\x00": ("xz", "xz -dk {}"),
-  b"BZh": ("bzip2", "bunzip2 -k {}"),
-  b"\x28\xb5\x2f\xfd": ("zstd", "zstd -d {}"),
+# By their first bytes.
+_DECOMPRESS = {
+  b"\x1f\x8b": "gunzip -k",
+  b"\xfd7zXZ\x00": "xz -dk",
+  b"BZh": "bunzip2 -k",
+  b"\x28\xb5\x2f\xfd": "zstd -d",
 }
 
 
@@ -45,26 +47,32 @@ def _is_image(name: str) -> bool:
   return name.lower().endswith(SUFFIXES)
 
 
-class _Tree(Protocol):
-  """Folders by their path from the root ('' is the root), '/' between."""
-
-  name: str  # of the whole, for messages
-
-  def folders(self, path: str) -> Sequence[str]:
-    """Names of the folders in the folder, sorted, none hidden."""
-    ...
-
-  def files(self, path: str) -> Sequence[str]:
-    """Names of the files in the folder, sorted, none hidden."""
-    ...
-
-
 def _join(path: str, name: str) -> str:
   return f"{path}/{name}" if path else name
 
 
-def _has_images(tree: _Tree, path: str) -> bool:
-  return any(_is_image(name) for name in tree.files(path))
+class _Tree(NamedTuple):
+  """Folders by their path from the root ('' is the root), '/' between.
+
+  Attributes:
+    name: of the whole, for messages.
+    listed: path -> names of its folders and of its files, sorted, none hidden.
+  """
+
+  name: str
+  listed: Callable[[str], tuple[Sequence[str], ...]]
+
+  def folders(self, path: str) -> Sequence[str]:
+    return self.listed(path)[0]
+
+  def files(self, path: str) -> Sequence[str]:
+    return self.listed(path)[1]
+
+  def has_images(self, path: str) -> bool:
+    return any(map(_is_image, self.files(path)))
+
+  def holds_classes(self, path: str) -> bool:
+    return bool(self.folders(path)) and not self.has_images(path)
 
 
 def _find_split(tree: _Tree, split: str) -> tuple[str, str]:
@@ -73,31 +81,30 @@ def _find_split(tree: _Tree, split: str) -> tuple[str, str]:
   A folder of images is a class, whatever folders are in it, unless it has the
   split's name.
   """
-
-  def holds_classes(path: str) -> bool:
-    return bool(tree.folders(path)) and not _has_images(tree, path)
-
-  base = ""
-  while True:  # a folder that holds nothing but the data's folder
-    inside = tree.folders(base)
-    if len(inside) != 1 or inside[0] in (*SPLITS, split):
-      break
-    if not holds_classes(_join(base, inside[0])):
-      break
+  # 1. Down to the folder of splits or classes.
+  base, inside = "", tree.folders("")
+  while (
+    len(inside) == 1
+    and inside[0] not in (*SPLITS, split)
+    and tree.holds_classes(_join(base, inside[0]))
+  ):
     base = _join(base, inside[0])
+    inside = tree.folders(base)
+  # 2. What is in it.
   splits = [
     name
     for name in inside
-    if holds_classes(_join(base, name))
+    if tree.holds_classes(_join(base, name))
     or (name in ("train", split) and tree.folders(_join(base, name)))
   ]
   classes = [
     name
     for name in inside
-    if name not in splits and _has_images(tree, _join(base, name))
+    if name not in splits and tree.has_images(_join(base, name))
   ]
+  # 3. The split among that.
   if split in splits:
-    if classes and _has_images(tree, _join(base, split)):
+    if classes and tree.has_images(_join(base, split)):
       raise ValueError(
         f"{tree.name}: {split!r} holds images and folders, and lies beside "
         f"folders of images {classes[:_LISTED]}: move its images out if it is "
@@ -105,17 +112,13 @@ def _find_split(tree: _Tree, split: str) -> tuple[str, str]:
       )
     labels_from = "train" if "train" in splits else split
     return _join(base, split), _join(base, labels_from)
+  if not inside:
+    raise ValueError(f"{tree.name} holds no class folders: {_LAYOUT}")
   if splits:
-    mixed = f", beside the class folders {classes[:_LISTED]}" * bool(classes)
+    mixed = f" beside the class folders {classes[:_LISTED]}" * bool(classes)
     raise encoded.NoSplitError(
       f"{tree.name} has no split {split!r}: its splits are "
-      f"{splits[:_LISTED]} (folders that hold no images but folders{mixed}; "
-      "the layout is SPLIT/CLASS/FILE or CLASS/FILE)"
-    )
-  if not inside:
-    raise ValueError(
-      f"{tree.name} holds no class folders: the layout is SPLIT/CLASS/FILE or "
-      "CLASS/FILE"
+      f"{splits[:_LISTED]}{mixed}; {_LAYOUT}"
     )
   if split != "train":
     raise encoded.NoSplitError(
@@ -125,196 +128,98 @@ def _find_split(tree: _Tree, split: str) -> tuple[str, str]:
   return base, base
 
 
-def _warn_of_leftovers(
-  tree: _Tree, files: Sequence[str], folders: Sequence[str]
-) -> None:
-  """Says in one line what is left out: other files, and folders in classes."""
+class _FileSource(encoded.EncodedSource):
+  """Images of one split of a tree, in the order of their paths."""
 
-  def some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_LISTED]) + ", ..." * (len(names) > _LISTED)
-
-  said = []
-  if files:
-    suffixes = (os.path.splitext(name)[1].lower() for name in files)
-    kinds = ", ".join(
-      f"{count} {suffix or 'without a suffix'}"
-      for suffix, count in collections.Counter(suffixes).most_common(_LISTED)
-    )
-    said.append(
-      f"{len(files)} files that are no images in a class folder ({kinds}): "
-      f"{some(files)}"
-    )
-  if folders:
-    inside = 0
-    for folder in folders:
-      with contextlib.suppress(OSError):  # nobody asks to read it
-        inside += len(tree.files(folder))
-    said.append(
-      f"{len(folders)} folders in class folders, with {inside} files directly "
-      f"in them: {some(folders)}"
-    )
-  if said:
-    console.logger.warning("%s: left out: %s", tree.name, "; ".join(said))
-
-
-class _Layout:
-  """The images of one split: their paths, labels and class names."""
-
-  def __init__(self, tree: _Tree, *, split: str, class_order: str):
+  def __init__(
+    self, path: pathlib.Path, tree: _Tree, split, class_order, **rest
+  ):
+    # 1. The classes, by which the labels number those of every split.
     root, labels_from = _find_split(tree, split)
-    folders = tree.folders(root)
-    known = tree.folders(labels_from)
-    self.class_names, label_of = encoded.order_classes(known, class_order)
-    unknown = sorted(set(folders) - set(known))
+    classes, known = tree.folders(root), tree.folders(labels_from)
+    class_names, label_of = encoded.order_classes(known, class_order)
+    unknown = sorted(set(classes) - set(known))
     if unknown:
       raise ValueError(
         f"{tree.name}: {unknown[:_LISTED]} in {root!r} are not classes of "
         f"{labels_from!r}"
       )
-    labels = dict(zip(known, label_of.tolist(), strict=True))
-    self.root = root
-    self.folders = tuple(folders)
-    self.files: list[Sequence[str]] = []
-    leftovers = [_join(root, name) for name in tree.files(root)]
-    deeper: list[str] = []
-    for folder in folders:
-      path = _join(root, folder)
-      names = tree.files(path)
-      images = [name for name in names if _is_image(name)]
-      if len(images) < len(names):
-        others = (name for name in names if not _is_image(name))
-        leftovers.extend(_join(path, name) for name in others)
-      deeper.extend(_join(path, name) for name in tree.folders(path))
-      self.files.append(images)
-    _warn_of_leftovers(tree, leftovers, deeper)
-    empty = [
-      f for f, images in zip(folders, self.files, strict=True) if not images
-    ]
-    if len(empty) == len(folders):
-      raise ValueError(
-        f"{tree.name}: no image (*{', *'.join(SUFFIXES)}) in the class folders "
-        f"of {root or '.'!r} (they must lie directly in these)"
+    # 2. Their images, and what is left out.
+    images: dict[str, list[str]] = {}
+    files = [_join(root, name) for name in tree.files(root)]
+    folders: list[str] = []
+    for folder in (_join(root, name) for name in classes):
+      images[folder] = list(filter(_is_image, tree.files(folder)))
+      others = itertools.filterfalse(_is_image, tree.files(folder))
+      files += [_join(folder, name) for name in others]
+      folders += [_join(folder, name) for name in tree.folders(folder)]
+    if files or folders:
+      some = ", ".join((folders + files)[:_LISTED])
+      console.logger.warning(
+        f"{tree.name}: left out: {len(folders)} folders in class folders and "
+        f"{len(files)} files that are no images in a class folder: {some}, ..."
       )
-    if empty and not class_order:
+    empty = [folder for folder, names in images.items() if not names]
+    if len(empty) == len(classes) or (empty and not class_order):
       raise ValueError(
-        f"{tree.name}: no image (*{', *'.join(SUFFIXES)}) in class "
-        f"{empty[:_LISTED]} ({len(empty)} of {len(folders)} classes): remove "
-        "the folder or fill it"
+        f"{tree.name}: no image (*{', *'.join(SUFFIXES)}) directly in the "
+        f"class folders {empty[:_LISTED]} ({len(empty)} of {len(classes)} "
+        "classes): remove these or fill them"
       )
-    counts = [len(images) for images in self.files]
-    self.labels = np.repeat(
-      np.array([labels[folder] for folder in folders], np.int32), counts
-    )
-
-
-class _Names:
-  """Strings in two flat buffers: a million cost no more than their bytes."""
-
-  def __init__(self, names: Iterable[str]):
-    # As the file system gave them: names need not be valid UTF-8.
-    encoded_names = [os.fsencode(name) for name in names]
-    self._bytes = b"".join(encoded_names)
-    self._ends = np.cumsum([len(n) for n in encoded_names], dtype=np.int64)
-
-  def __getitem__(self, index: int) -> str:
-    start = int(self._ends[index - 1]) if index else 0
-    return os.fsdecode(self._bytes[start : int(self._ends[index])])
-
-  def sha256(self) -> str:
-    """Of all strings, in hexadecimal."""
-    return hashlib.sha256(self._bytes + self._ends.tobytes()).hexdigest()
-
-
-class _FileSource(encoded.EncodedSource):
-  """What a folder and a tar share: paths and labels of a layout."""
-
-  def __init__(self, layout: _Layout, *, max_corrupt: int, decoder: str):
-    super().__init__(
-      class_names=layout.class_names, max_corrupt=max_corrupt, decoder=decoder
-    )
-    self._labels = layout.labels
-    self._root = layout.root
-    self._folders = layout.folders
-    self._folder_ends = list(itertools.accumulate(map(len, layout.files)))
-    self._names = _Names(itertools.chain.from_iterable(layout.files))
-
-  @property
-  def labels(self) -> np.ndarray:
-    """[N] int32."""
-    return self._labels
-
-  def __len__(self) -> int:
-    return len(self._labels)
+    # 3. One entry for each image.
+    labels = dict(zip(known, label_of, strict=True))
+    counts = [len(names) for names in images.values()]
+    of_classes = np.array([labels[name] for name in classes], np.int32)
+    self.labels = np.repeat(of_classes, counts)
+    self._path = path
+    self._folders = tuple(images)
+    self._ends = list(itertools.accumulate(counts))
+    # As the file system has them, since names need not be valid UTF-8; in one
+    # array, as a million strings take ten times the memory.
+    names = itertools.chain.from_iterable(images.values())
+    self._names = np.array([os.fsencode(name) for name in names])
+    super().__init__(class_names, **rest)
 
   def names_sha256(self) -> str:
-    """Of the files' names, as they come within their class folders."""
-    return self._names.sha256()
+    """Checksum of the files' names, as they come in their class folders."""
+    ends = np.cumsum(np.char.str_len(self._names), dtype=np.int64)
+    names = b"".join(self._names.tolist())
+    return hashlib.sha256(names + ends.tobytes()).hexdigest()
 
-  def _inner_path(self, index: int) -> str:
-    folder = self._folders[bisect.bisect_right(self._folder_ends, index)]
-    return f"{_join(self._root, folder)}/{self._names[index]}"
+  def _inside(self, index: int) -> str:
+    """Path of an image within the tree."""
+    folder = self._folders[bisect.bisect_right(self._ends, index)]
+    return f"{folder}/{os.fsdecode(self._names[index])}"
 
-
-class _Directory:
-  """A _Tree of the file system; each folder is listed once."""
-
-  def __init__(self, path: pathlib.Path):
-    self.name = str(path)
-    self._path = path
-    self._listings: dict[str, tuple[list[str], list[str]]] = {}
-
-  def _list(self, path: str) -> tuple[list[str], list[str]]:
-    if path not in self._listings:
-      self._listings[path] = paths.listed(self._path / path)
-    return self._listings[path]
-
-  def folders(self, path: str) -> Sequence[str]:
-    return self._list(path)[0]
-
-  def files(self, path: str) -> Sequence[str]:
-    return self._list(path)[1]
+  def path(self, index: int) -> str:
+    """FOLDER/FILE or TAR/MEMBER."""
+    return f"{self._path}/{self._inside(index)}"
 
 
 class FolderSource(_FileSource):
   """Images in a folder of class folders (see the module)."""
 
-  def __init__(
-    self,
-    path: str | os.PathLike[str],
-    *,
-    split: str,
-    class_order: str,
-    max_corrupt: int,
-    decoder: str,
-  ):
+  def __init__(self, path: PathLike, **options: Any):
     """Lists the files.
 
     Args:
       path: DIR.
-      split: name of the split's folder; 'train' where there are none.
-      class_order: '' or 'imagenet' (see `encoded.order_classes`). With '' the
-        labels number the sorted names of the train split's folders, for
-        every split.
-      max_corrupt: images that may turn out undecodable before it is an error.
-      decoder: see `decode.decode`.
+      **options: split: name of the split's folder; 'train' if there are
+        none. class_order: '' or 'imagenet' (see `encoded.order_classes`); with
+        '' the labels number the sorted names of the train split's folders, for
+        every split. max_corrupt, decoder: see `encoded.EncodedSource`.
 
     Raises:
       NoSplitError: the split does not exist.
       ValueError: the folder does not exist or has another layout; a class has
         no image.
     """
-    self._path = pathlib.Path(paths.expand(path))
-    if not self._path.is_dir():
-      raise ValueError(
-        f"data.source='folder:{path}': {self._path.absolute()} is not a folder"
-      )
-    tree = _Directory(self._path)
-    layout = _Layout(tree, split=split, class_order=class_order)
-    super().__init__(layout, max_corrupt=max_corrupt, decoder=decoder)
-
-  def path(self, index: int) -> str:
-    """The file's path."""
-    return str(self._path / self._inner_path(index))
+    root = pathlib.Path(paths.expand(path))
+    if not root.is_dir():
+      where = root.absolute()
+      raise ValueError(f"data.source='folder:{path}': {where} is not a folder")
+    listed = functools.cache(lambda folder: paths.listed(root / folder))
+    super().__init__(root, _Tree(str(root), listed), **options)
 
   def read_bytes(self, index: int) -> bytes:
     """The file's content."""
@@ -333,125 +238,79 @@ class _Header(tarfile.TarInfo):
   @classmethod
   def fromtarfile(cls, tarfile: Any) -> Self:
     start = tarfile.fileobj.tell()
+    tarfile.has_end = getattr(tarfile, "has_end", False)
     try:
       header = super().fromtarfile(tarfile)
     except _HeaderError as error:
       tarfile.fileobj.seek(start)
       block = tarfile.fileobj.read(_BLOCK)
-      has_end = getattr(tarfile, "has_end", False)
-      if block.count(0) == _BLOCK:  # the end, unless another archive follows
+      # The end of an archive or its padding; another archive may follow.
+      is_end = block.count(0) == _BLOCK
+      if is_end or (tarfile.has_end and not block.strip(b"\0")):
         tarfile.has_end = True
         raise
-      if has_end and not block.strip(b"\0"):  # it was padded
-        raise
+      problem = f"the header at byte {start} is damaged ({error})"
       if not block:
-        raise _ReadError(
-          f"it stops at byte {start} without the zeros that end an archive, "
-          "as one that was cut short does: copy it anew (or, if nothing is "
-          "missing, append them: head -c 1024 /dev/zero >> FILE)"
-        ) from error
+        problem = f"it stops at byte {start} without the zeros at an end"
       raise _ReadError(
-        f"the header at byte {start} is damaged ({error}): copy or make the "
-        "tar anew"
+        f"{problem}: copy or make the tar anew (or, if only zeros are missing, "
+        "append them: head -c 1024 /dev/zero >> FILE)"
       ) from error
     tarfile.has_end = False
     return header
 
 
-class _Part:
-  """A file up to a place in it, positions being those of the file."""
-
-  def __init__(self, file: Any, end: int):
-    self._file = file
-    self._end = end
-    self.seek, self.tell = file.seek, file.tell
-
-  def read(self, size: int) -> bytes:
-    return self._file.read(max(0, min(size, self._end - self.tell())))
-
-
-class _Index:
-  """A _Tree of a tar file: where in the file each member's bytes lie.
+def _members(
+  file: Any, within: str, start: int
+) -> Iterator[tuple[str, tuple[int, int] | None]]:
+  """(path, (offset, size)) of the files in a tar, (path, None) of folders.
 
   A tar within the tar counts as a folder of its name less the suffix, which
   is how ILSVRC2012_img_train.tar holds its classes.
+
+  Args:
+    file: of the tar.
+    within: path of the folder that the tar stands for.
+    start: offset of `file` in the whole file.
   """
+  # Zeros end an archive, but another may follow.
+  archive: Any = tarfile.open(
+    fileobj=file, mode="r:", tarinfo=_Header, ignore_zeros=True
+  )
+  while (member := archive.next()) is not None:
+    archive.members.clear()  # a million TarInfo are a gigabyte
+    parts = [p for p in member.name.split("/") if p not in ("", ".")]
+    if not parts or any(map(paths.is_hidden, parts)):
+      continue
+    path, offset = _join(within, "/".join(parts)), start + member.offset_data
+    if member.isdir():
+      yield path, None
+    elif not member.isreg() or member.sparse is not None:
+      if _is_image(path):
+        raise _ReadError(
+          f"{path} is a link or sparse: make the tar with `tar --dereference "
+          "--hard-dereference` and without --sparse"
+        )
+    elif path.endswith(".tar"):
+      yield path.removesuffix(".tar"), None
+      inner = archive.extractfile(member)
+      yield from _members(inner, path.removesuffix(".tar"), offset)
+    else:
+      yield path, (offset, member.size)
 
-  def __init__(self, path: pathlib.Path):
-    self.name = str(path)
-    # By folder: the names of its folders; (offset, size) of its files.
-    self._folders: dict[str, set[str]] = {"": set()}
-    self._files: dict[str, dict[str, tuple[int, int]]] = {"": {}}
-    self._count, self._logged = 0, time.monotonic()
-    with open(path, "rb") as file:
-      start = file.read(8)
-      for magic, (kind, command) in _COMPRESSED.items():
-        if start.startswith(magic):
-          raise ValueError(
-            f"{path} is compressed with {kind}, in which no single image can "
-            f"be found: decompress it once with `{command.format(path)}`"
-          )
-      file.seek(0)
-      try:
-        self._add(file, "")
-      except tarfile.TarError as error:
-        raise ValueError(f"{path} is not a whole tar file: {error}") from error
 
-  def _add_folder(self, folder: str) -> None:
-    while folder not in self._files:
-      self._files[folder] = {}
-      self._folders.setdefault(folder, set())
-      above, _, name = folder.rpartition("/")
-      self._folders.setdefault(above, set()).add(name)
-      folder = above
-
-  def _add(self, file: Any, within: str) -> None:
-    # Zeros end an archive, but another may follow.
-    archive: Any = tarfile.open(
-      fileobj=file, mode="r:", tarinfo=_Header, ignore_zeros=True
-    )
-    while (member := archive.next()) is not None:
-      archive.members.clear()  # a million TarInfo are a gigabyte
-      parts = [p for p in member.name.split("/") if p not in ("", ".")]
-      if not parts or any(map(paths.is_hidden, parts)):
-        continue
-      path = _join(within, "/".join(parts))
-      folder, _, name = path.rpartition("/")
-      if member.isdir():
-        self._add_folder(path)
-      elif not member.isreg() or member.sparse is not None:
-        if _is_image(name):
-          raise ValueError(
-            f"{self.name}: {path} is a link or sparse: make the tar with `tar "
-            "--dereference --hard-dereference` and without --sparse"
-          )
-      else:
-        if name.endswith(".tar"):
-          self._add_folder(path.removesuffix(".tar"))
-          file.seek(member.offset_data)
-          part = _Part(file, member.offset_data + member.size)
-          self._add(part, path.removesuffix(".tar"))
-          continue
-        self._add_folder(folder)
-        # A file that was appended again replaces the earlier one.
-        self._files[folder][name] = (member.offset_data, member.size)
-        self._log_progress()
-
-  def _log_progress(self) -> None:
-    self._count += 1
-    if time.monotonic() - self._logged > _LOG_SECONDS:
-      self._logged = time.monotonic()
-      console.logger.info("indexing %s: %d files", self.name, self._count)
-
-  def folders(self, path: str) -> Sequence[str]:
-    return sorted(self._folders[path])
-
-  def files(self, path: str) -> Sequence[str]:
-    return sorted(self._files[path])
-
-  def place(self, folder: str, name: str) -> tuple[int, int]:
-    """(offset, size) of a file."""
-    return self._files[folder][name]
+def _tree_of(name: str, places: Mapping[str, object | None]) -> _Tree:
+  """The tree of some paths: files have a place, folders None."""
+  listing: dict[str, tuple[set[str], set[str]]] = {"": (set(), set())}
+  for path, place in places.items():
+    is_file = place is not None
+    if not is_file:
+      listing.setdefault(path, (set(), set()))
+    while path:
+      path, _, last = path.rpartition("/")
+      listing.setdefault(path, (set(), set()))[is_file].add(last)
+      is_file = False
+  return _Tree(name, lambda path: tuple(map(sorted, listing[path])))
 
 
 class TarSource(_FileSource):
@@ -461,51 +320,46 @@ class TarSource(_FileSource):
   from their place in the file, nothing is extracted.
   """
 
-  def __init__(
-    self,
-    path: str | os.PathLike[str],
-    *,
-    split: str,
-    class_order: str,
-    max_corrupt: int,
-    decoder: str,
-  ):
+  _UNSENT = (*_FileSource._UNSENT, "_descriptor")
+
+  def __init__(self, path: PathLike, **options: Any):
     """Indexes the tar; arguments as of `FolderSource`.
 
     Raises:
       ValueError: the file does not exist, is compressed or no whole tar, or
         what `FolderSource` raises.
     """
-    self._path = pathlib.Path(paths.expand(path))
-    if not self._path.is_file():
-      raise ValueError(
-        f"data.source='tar:{path}': {self._path.absolute()} is not a file"
-      )
-    index = _Index(self._path)
-    layout = _Layout(index, split=split, class_order=class_order)
-    super().__init__(layout, max_corrupt=max_corrupt, decoder=decoder)
-    self._places = np.array(
-      [
-        index.place(_join(layout.root, folder), name)
-        for folder, names in zip(layout.folders, layout.files, strict=True)
-        for name in names
-      ],
-      np.int64,
-    )
-    self._open()
+    tar = pathlib.Path(paths.expand(path))
+    if not tar.is_file():
+      where = tar.absolute()
+      raise ValueError(f"data.source='tar:{path}': {where} is not a file")
+    places: dict[str, tuple[int, int] | None] = {}
+    logged = time.monotonic()
+    with open(tar, "rb") as file:
+      for magic, command in _DECOMPRESS.items():
+        if file.peek(8).startswith(magic):
+          raise ValueError(
+            f"{tar} is compressed, and no single image can be found in it: "
+            f"decompress it once with `{command} {tar}`"
+          )
+      try:
+        # A file that was appended again replaces the earlier one.
+        for member, place in _members(file, "", 0):
+          places[member] = place
+          if time.monotonic() - logged > _LOG_SECONDS:
+            logged = time.monotonic()
+            console.logger.info("indexing %s: %d members", tar, len(places))
+      except tarfile.TarError as error:
+        raise ValueError(f"{tar} can't be indexed: {error}") from error
+    super().__init__(tar, _tree_of(str(tar), places), **options)
+    inside = [places[self._inside(index)] for index in range(len(self))]
+    self._places = np.array(inside, np.int64)
 
   def _open(self) -> None:
+    super()._open()
     # Reads carry their own offset, so threads share one descriptor.
     self._descriptor = os.open(self._path, os.O_RDONLY)
     weakref.finalize(self, os.close, self._descriptor)
-
-  def __setstate__(self, state: dict[str, Any]) -> None:
-    super().__setstate__(state)
-    self._open()
-
-  def path(self, index: int) -> str:
-    """TAR/MEMBER."""
-    return f"{self._path}/{self._inner_path(index)}"
 
   def read_bytes(self, index: int) -> bytes:
     """The member's content.

@@ -3,11 +3,9 @@
 import contextlib
 import dataclasses
 import hashlib
-import os
-import pathlib
-import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -16,32 +14,36 @@ from array_record.python.array_record_module import (
   ArrayRecordWriter,
 )
 
-from drift_jax.data.latent_format import (
-  LABELS_FILE,
-  MANIFEST_FILE,
-  SETTINGS_FILE,
-  TOOL,
-  LatentCacheError,
-  Manifest,
-  Settings,
-  Shard,
-  check_settings,
-  dtype_of,
-  file_sha256,
-  finished_shard,
-  load,
-  record_path,
-  to_json,
-)
+from drift_jax.data import latent_format
+from drift_jax.data.files import publish, replacing, temporary_name
+from drift_jax.data.latent_format import LatentCacheError, Settings, Shard
+from drift_jax.system.storage import PathLike
 
 # Compression (zstd) would save 12 % of the bytes and slow reading down by a
 # quarter, measured on normally distributed float16.
 WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
-def prepare(
-  directory: os.PathLike[str] | str, settings: Settings
-) -> pathlib.Path:
+def check_settings(settings: Settings) -> None:
+  """Raises LatentCacheError for settings that no cache can have."""
+  size, count = settings.image_size, settings.num_images
+  if size < 1 or size % settings.downsampling:
+    raise LatentCacheError(
+      f"image_size={size} must be a positive multiple of the autoencoder's "
+      f"downsampling {settings.downsampling}"
+    )
+  if count < 1:
+    where = f"{settings.source}, split {settings.split!r}"
+    raise LatentCacheError(f"{where}, holds no images")
+  least = -(-count // latent_format.MAX_SHARDS)
+  if settings.images_per_shard < least:
+    raise LatentCacheError(
+      f"images_per_shard={settings.images_per_shard} must be at least {least}: "
+      f"readers keep at most {latent_format.MAX_SHARDS} shards open"
+    )
+
+
+def prepare(directory: PathLike, settings: Settings) -> Path:
   """Makes the split's folder, or checks that it was made for these settings.
 
   Returns:
@@ -52,17 +54,18 @@ def prepare(
       the cache that is there (each difference is named).
   """
   check_settings(settings)
-  folder = pathlib.Path(directory) / settings.split
-  path = folder / SETTINGS_FILE
+  folder = Path(directory) / settings.split
+  path = folder / latent_format.SETTINGS_FILE
+  new = dataclasses.asdict(settings)
   with _disk_errors(path):
     folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-      _write(path, to_json(settings))
-  old = load(Settings, path)
+      _write(path, new)
+  old = dataclasses.asdict(latent_format.load(path, latent_format.as_settings))
   differences = [
-    f"{field.name}: cached {_short(a)}, now {_short(b)}"
-    for field in dataclasses.fields(Settings)
-    if (a := getattr(old, field.name)) != (b := getattr(settings, field.name))
+    f"{name}: cached {old[name]!r:.80}, now {new[name]!r:.80}"
+    for name in old
+    if old[name] != new[name]
   ]
   if differences:
     raise LatentCacheError(
@@ -72,17 +75,15 @@ def prepare(
   return folder
 
 
-def require_space(
-  folder: pathlib.Path, settings: Settings, shards: Sequence[int]
-) -> None:
+def require_space(folder: Path, settings: Settings, shards: list[int]) -> None:
   """Raises LatentCacheError if the shards do not fit on the disk."""
   images = sum(len(settings.images(shard)) for shard in shards)
   needed = 2 * images * settings.record_bytes
   free = shutil.disk_usage(folder).free
   if needed > free:
     raise LatentCacheError(
-      f"{folder} has {_size(free)} free, but {len(shards)} shards to write "
-      f"take {_size(needed)}: free space or give another --out"
+      f"{folder} has {free / 1e9:.3g} GB free, but {len(shards)} shards to "
+      f"write take {needed / 1e9:.3g} GB: free space or give another --out"
     )
 
 
@@ -93,29 +94,23 @@ class ShardWriter:
   caller's.
   """
 
-  def __init__(self, folder: pathlib.Path, settings: Settings, shard: int):
+  def __init__(self, folder: Path, settings: Settings, shard: int):
     """Opens a temporary file in the folder that `prepare` gave.
 
     Temporary files that a killed job left of this shard are removed, and so is
     the shard itself if there is one.
     """
-    self.shard = shard
-    self._folder = folder
     self._settings = settings
-    self._path = folder / settings.shard_file(shard)
-    self._num_images = 0
+    self._shard = settings.shard(shard)
+    self._path = folder / self._shard["file"]
     self._content = hashlib.sha256()
-    self._temporary = _temporary_name(self._path)
+    self._temporary = temporary_name(self._path)
     with _disk_errors(self._path):
-      record_path(self._path).unlink(missing_ok=True)
+      latent_format.record_path(self._path).unlink(missing_ok=True)
       self._path.unlink(missing_ok=True)
       for leftover in folder.glob(f".{self._path.stem}.*.tmp"):
         leftover.unlink(missing_ok=True)
-      try:
-        self._writer = ArrayRecordWriter(str(self._temporary), WRITER_OPTIONS)
-      except RuntimeError:
-        self._temporary.unlink(missing_ok=True)
-        raise
+      self._writer = ArrayRecordWriter(str(self._temporary), WRITER_OPTIONS)
 
   def __enter__(self) -> Self:
     return self
@@ -136,14 +131,8 @@ class ShardWriter:
       LatentCacheError: moments that are not finite, or too large for the
         stored dtype.
     """
-    height, width, channels = self._settings.latent_shape
-    shape = (2, height, width, 2 * channels)
-    if moments.shape != shape:
-      raise LatentCacheError(
-        f"moments of image {index} have shape {moments.shape}, expected {shape}"
-      )
     with np.errstate(over="ignore"):
-      stored = moments.astype(dtype_of(self._settings.dtype))
+      stored = moments.astype(latent_format.dtype_of(self._settings.dtype))
     # 'isfinite' of what is stored: an overflow shows as well.
     if not np.isfinite(stored.astype(np.float32)).all():
       raise LatentCacheError(
@@ -151,15 +140,13 @@ class ShardWriter:
         f"{np.abs(moments).max():g}, which {self._settings.dtype} can't hold: "
         "check the autoencoder's weights, or store bfloat16 (--dtype=bfloat16)"
       )
-    planes = np.moveaxis(
-      stored.reshape(2, height, width, 2, channels), 3, 1
-    )  # [2, 2, h, w, c]
-    with self._guard():
-      for record in planes:
+    height, width, channels = self._settings.latent_shape
+    stored = stored.reshape(2, height, width, 2, channels)
+    with _disk_errors(self._path):
+      for record in np.moveaxis(stored, 3, 1):  # [2, h, w, c]
         data = record.tobytes()
         self._content.update(data)
         self._writer.write(data)
-    self._num_images += 1
 
   def finish(self) -> Shard:
     """Makes the shard durable, reads it back and gives it its name.
@@ -167,22 +154,20 @@ class ShardWriter:
     Raises:
       LatentCacheError: the disk is full or failing; nothing is left behind.
     """
-    with self._guard():
+    with self, _disk_errors(self._path):
       self._writer.close()
-      _sync(self._temporary)
       self._read_back()
-      shard = Shard(
-        file=self._path.name,
-        num_images=self._num_images,
-        bytes=self._temporary.stat().st_size,
-        sha256=file_sha256(self._temporary),
-        settings_sha256=self._settings.sha256,
-      )
-      os.replace(self._temporary, self._path)
-      _sync(self._folder)
+      done = {
+        "file": self._path.name,
+        "num_images": self._shard["num_images"],
+        "bytes": self._temporary.stat().st_size,
+        "sha256": latent_format.file_sha256(self._temporary),
+        "settings_sha256": self._shard["settings_sha256"],
+      }
+      publish(self._temporary, self._path)
       # Only what has this record counts as finished.
-      _write(record_path(self._path), to_json(shard))
-    return shard
+      _write(latent_format.record_path(self._path), done)
+    return done
 
   def abort(self) -> None:
     """Removes what was written."""
@@ -202,22 +187,13 @@ class ShardWriter:
     if content.digest() != self._content.digest():
       raise LatentCacheError(
         f"{self._temporary} reads back otherwise than it was written "
-        f"({total} records of {2 * self._num_images}): the disk is failing"
+        f"({total} records): the disk is failing"
       )
-
-  @contextlib.contextmanager
-  def _guard(self) -> Iterator[None]:
-    try:
-      with _disk_errors(self._path):
-        yield
-    except LatentCacheError:
-      self.abort()
-      raise
 
 
 def write_manifest(
-  folder: pathlib.Path, settings: Settings, labels: np.ndarray
-) -> Manifest | None:
+  folder: Path, settings: Settings, labels: np.ndarray
+) -> bool:
   """Completes the cache, if all its shards are there.
 
   Args:
@@ -226,80 +202,38 @@ def write_manifest(
     labels: [num_images] of the whole source.
 
   Returns:
-    The manifest; None while shards of other processes are missing.
+    Whether it is complete: False while shards of other processes are missing.
 
   Raises:
     LatentCacheError: the disk is full.
   """
-  shards = []
-  for number in range(settings.num_shards):
-    shard = finished_shard(folder, settings, number, checksum=False)
-    if shard is None:
-      return None
-    shards.append(shard)
-  manifest = Manifest(settings=settings, shards=tuple(shards))
-  with _disk_errors(folder / LABELS_FILE):
-    with _replacing(folder / LABELS_FILE) as temporary:
-      with temporary.open("wb") as file:
-        np.save(file, np.asarray(labels, "<i4"))
-    _write(folder / MANIFEST_FILE, to_json(manifest))
-  return manifest
+  shards = [
+    latent_format.finished_shard(folder, settings, number)
+    for number in range(settings.num_shards)
+  ]
+  if None in shards:
+    return False
+  path = folder / latent_format.LABELS_FILE
+  with _disk_errors(path):
+    with replacing(path) as temporary, temporary.open("wb") as file:
+      np.save(file, np.asarray(labels, "<i4"))
+    manifest = {"settings": dataclasses.asdict(settings), "shards": shards}
+    _write(folder / latent_format.MANIFEST_FILE, manifest)
+  return True
 
 
-def _write(path: pathlib.Path, data: bytes) -> None:
-  with _replacing(path) as temporary:
-    temporary.write_bytes(data)
-
-
-@contextlib.contextmanager
-def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Yields a temporary path; it becomes `path` when it is on disk."""
-  temporary = _temporary_name(path)
-  try:
-    yield temporary
-    _sync(temporary)
-    os.replace(temporary, path)
-    _sync(path.parent)
-  finally:
-    temporary.unlink(missing_ok=True)
-
-
-def _temporary_name(path: pathlib.Path) -> pathlib.Path:
-  """Beside path; another one for every process on every machine."""
-  return path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
-
-
-def _sync(path: pathlib.Path) -> None:
-  descriptor = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)
+def _write(path: Path, content: dict[str, Any]) -> None:
+  with replacing(path) as temporary:
+    temporary.write_bytes(latent_format.to_json(content))
 
 
 @contextlib.contextmanager
-def _disk_errors(path: pathlib.Path) -> Iterator[None]:
+def _disk_errors(path: Path) -> Iterator[None]:
   """Turns failures of writing into LatentCacheError."""
   try:
     yield
   except (OSError, RuntimeError) as error:
     raise LatentCacheError(
-      f"can't write {path}: {error} ({_free(path.parent)}); finished shards "
-      f"are kept: make space, then run {TOOL} with the same flags again"
+      f"can't write {path}: {error}; finished shards are kept: make space, "
+      f"then run {latent_format.TOOL} with the same flags again"
     ) from error
-
-
-def _free(folder: pathlib.Path) -> str:
-  try:
-    return f"{_size(shutil.disk_usage(folder).free)} free"
-  except OSError as error:
-    return str(error)
-
-
-def _size(count: int) -> str:
-  return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
-
-
-def _short(value: Any) -> str:
-  text = repr(value)
-  return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"

@@ -1,24 +1,18 @@
 """Latents for training, sampled from a cache of posterior moments."""
 
-import os
-import pathlib
+import math
 import threading
 from collections.abc import Sequence
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
-from drift_jax.data.latent_format import (
-  REDO,
-  TOOL,
-  LatentCacheError,
-  dtype_of,
-  load_labels,
-  verify,
-)
-from drift_jax.system import paths
+from drift_jax.data import latent_format
+from drift_jax.data.base import Generators, Reader, Reopening
+from drift_jax.data.errors import check_choice
+from drift_jax.data.latent_format import LatentCacheError
+from drift_jax.system.storage import PathLike
 
 WIRE_DTYPES = ("float16", "bfloat16", "float32")
 
@@ -29,28 +23,22 @@ _READER_BUFFER_SIZE = 16384
 _BLOCK = 64
 
 
-class LatentReader:
+class LatentReader(Reopening, Reader):
   """Latents of a cache: z = (mean + exp(logvar / 2) * eps) * scaling_factor.
 
   Safe to read from several threads, and cheap to send to other processes:
   shards are opened when they are first read from.
 
   Attributes:
-    class_names: one for each label.
-    labels: [N] int32.
-    sample_shape: (h, w, c).
-    dtype: what `read` gives.
-    grid: None; latents are continuous.
-    chunk: images to read at a time.
-    manifest: of the cache.
+    settings: what the cache was made from.
   """
 
-  grid: np.ndarray | None = None
   chunk = _BLOCK
+  _UNSENT = ("_readers", "_work")
 
   def __init__(
     self,
-    directory: os.PathLike[str] | str,
+    directory: PathLike,
     split: str,
     *,
     dtype: str = "float16",
@@ -65,48 +53,35 @@ class LatentReader:
       dtype: of what `read` gives: 'float16', 'bfloat16' or 'float32'.
       flip: read the mirror image of half of the images.
       expected_vae_sha256: identity of the autoencoder that will decode; None
-        where nothing decodes.
+        if nothing decodes.
 
     Raises:
       LatentCacheError: an incomplete or damaged cache, or one of another
         autoencoder.
+      ValueError: another dtype.
     """
-    if dtype not in WIRE_DTYPES:
-      raise LatentCacheError(
-        f"dtype={dtype!r}: valid options are {list(WIRE_DTYPES)}"
-      )
-    self.manifest = verify(directory, split, checksum=False)
-    settings = self.manifest.settings
+    check_choice("dtype", dtype, WIRE_DTYPES)
+    self._folder, self.settings, self._shards, self.labels = (
+      latent_format.verify(directory, split, checksum=False)
+    )
+    settings = self.settings
     if expected_vae_sha256 not in (None, settings.vae_sha256):
       raise LatentCacheError(
         f"the latents of {directory} come from the autoencoder with SHA-256 "
         f"{settings.vae_sha256}, but the one given has {expected_vae_sha256}: "
-        f"give that autoencoder, or make another cache with {TOOL}"
+        f"give that one, or make another cache with {latent_format.TOOL}"
       )
-    self._folder = pathlib.Path(paths.expand(directory)) / split
-    self.labels = load_labels(self._folder, settings)
     self.class_names = settings.class_names
     self.sample_shape = settings.latent_shape
-    self.dtype = dtype_of(dtype)
+    self.dtype = latent_format.dtype_of(dtype)
     self._flip = flip
+    self._open()
+
+  def _open(self) -> None:
     self._readers: dict[int, ArrayRecordReader] = {}
-    self._lock = threading.Lock()
-    self._work = _Workspace(int(np.prod(self.sample_shape)))
+    self._work = _Workspace(math.prod(self.sample_shape))
 
-  def __getstate__(self) -> dict[str, Any]:
-    return self.__dict__ | {"_readers": {}, "_lock": None, "_work": None}
-
-  def __setstate__(self, state: dict[str, Any]) -> None:
-    self.__dict__.update(state)
-    self._lock = threading.Lock()
-    self._work = _Workspace(int(np.prod(self.sample_shape)))
-
-  def __len__(self) -> int:
-    return len(self.labels)
-
-  def read(
-    self, indices: np.ndarray, rngs: Sequence[np.random.Generator]
-  ) -> np.ndarray:
+  def read(self, indices: np.ndarray, rngs: Generators) -> np.ndarray:
     """Samples of the posteriors, mirrored with probability 1/2 if `flip`.
 
     Image i depends on (indices[i], rngs[i]) alone.
@@ -123,31 +98,24 @@ class LatentReader:
       IndexError: indices outside [0, N).
     """
     indices = np.asarray(indices, np.int64)
+    scale = np.float32(self.settings.scaling_factor)
     latents = np.empty((len(indices), *self.sample_shape), self.dtype)
     for start in range(0, len(indices), _BLOCK):
       block = slice(start, start + _BLOCK)
-      self._sample(indices[block], rngs[block], latents[block])
+      mirrored = np.zeros(len(indices[block]), np.int64)
+      if self._flip:
+        mirrored[:] = [rng.random() < 0.5 for rng in rngs[block]]
+      records = self._records(indices[block], mirrored)
+      noise = fill_normals(rngs[block], self._work.noise, self._work.bits)
+      moments = self._unpack(records, self._work.moments)
+      sample = moments[:, 1]
+      sample *= np.float32(0.5)
+      np.exp(sample, out=sample)
+      sample *= noise[:, : sample.shape[1]]
+      sample += moments[:, 0]
+      sample *= scale
+      latents[block] = sample.reshape(-1, *self.sample_shape)
     return latents
-
-  def _sample(
-    self,
-    indices: np.ndarray,
-    rngs: Sequence[np.random.Generator],
-    out: np.ndarray,
-  ) -> None:
-    mirrored = np.zeros(len(indices), np.int64)
-    if self._flip:
-      mirrored[:] = [rng.random() < 0.5 for rng in rngs]
-    records = self._records(indices, mirrored)
-    noise = fill_normals(rngs, self._work.noise, self._work.bits)
-    moments = self._unpack(records, self._work.moments)
-    sample = moments[:, 1]
-    sample *= np.float32(0.5)
-    np.exp(sample, out=sample)
-    sample *= noise[:, : sample.shape[1]]
-    sample += moments[:, 0]
-    sample *= np.float32(self.manifest.settings.scaling_factor)
-    out.reshape(sample.shape)[...] = sample
 
   def fixed(self, indices: np.ndarray) -> np.ndarray:
     """The posteriors' means, unmirrored and scaled.
@@ -164,73 +132,49 @@ class LatentReader:
     """
     indices = np.asarray(indices, np.int64)
     records = self._records(indices, np.zeros_like(indices))
-    moments = np.empty(
-      (len(records), *self._work.moments.shape[1:]), np.float32
-    )
+    values = math.prod(self.sample_shape)
+    moments = np.empty((len(records), 2, values), np.float32)
     means = self._unpack(records, moments)[:, 0]
-    means = means * np.float32(self.manifest.settings.scaling_factor)
+    means = means * np.float32(self.settings.scaling_factor)
     return means.reshape(-1, *self.sample_shape)
 
   def _unpack(self, records: Sequence[bytes], out: np.ndarray) -> np.ndarray:
     """Writes [c, 2, v] float32 to the start of `out`: mean, log of variance."""
     out = out[: len(records)]
     stored = np.frombuffer(b"".join(records), "<u2").reshape(out.shape)
-    if self.manifest.settings.dtype == "float16":
+    if self.settings.dtype == "float16":
       out.view(np.int32)[...] = stored.view(np.int16)
       return _scale_halves(out)
     out[...] = stored.view(ml_dtypes.bfloat16)
     return out
 
-  def _records(
-    self, indices: np.ndarray, mirrored: np.ndarray
-  ) -> Sequence[bytes]:
+  def _records(self, indices: np.ndarray, mirrored: np.ndarray) -> list[bytes]:
     """The records of images, in order."""
-    if len(indices) and not (
-      0 <= indices.min() and indices.max() < len(self.labels)
-    ):
-      raise IndexError(
-        f"image indices {indices.min()} to {indices.max()} of {len(self)}"
-      )
-    shards, images = np.divmod(indices, self.manifest.settings.images_per_shard)
-    positions = 2 * images + mirrored
-    return [
-      self._record(shard, position)
-      for shard, position in zip(
-        shards.tolist(), positions.tolist(), strict=True
-      )
-    ]
+    if ((indices < 0) | (indices >= len(self))).any():
+      raise IndexError(f"image indices {indices} of {len(self)}")
+    shards, images = np.divmod(indices, self.settings.images_per_shard)
+    places = zip(shards.tolist(), (2 * images + mirrored).tolist(), strict=True)
+    return [self._record(shard, position) for shard, position in places]
 
   def _record(self, shard: int, position: int) -> bytes:
-    reader = self._readers.get(shard) or self._open(shard)
+    path = self._folder / self._shards[shard]["file"]
     try:
-      # Several records at a time are no faster, unless they are neighbours.
-      record = reader.read([position])[0]
-      # Of a damaged shard ArrayRecord may give empty records.
-      if len(record) != self.manifest.settings.record_bytes:
-        raise IndexError(f"it has {len(record)} bytes")
-      return record
-    except (RuntimeError, IndexError) as error:
-      path = self._folder / self.manifest.shards[shard].file
-      raise LatentCacheError(
-        f"record {position} of {path} can't be read ({error}); {REDO}"
-      ) from error
-
-  def _open(self, shard: int) -> ArrayRecordReader:
-    with self._lock:
+      # Threads that open one at the same time do no harm.
       if shard not in self._readers:
-        entry = self.manifest.shards[shard]
-        reader = ArrayRecordReader(
-          str(self._folder / entry.file),
+        self._readers[shard] = ArrayRecordReader(
+          str(path),
           options=_READER_OPTIONS,
           file_reader_buffer_size=_READER_BUFFER_SIZE,
         )
-        if not reader.ok() or reader.num_records() != 2 * entry.num_images:
-          raise LatentCacheError(
-            f"{self._folder / entry.file} holds {reader.num_records()} records "
-            f"instead of {2 * entry.num_images}, or can't be opened; {REDO}"
-          )
-        self._readers[shard] = reader
-      return self._readers[shard]
+      # Several records at a time are no faster, unless they are neighbours.
+      record = self._readers[shard].read([position])[0]
+      # Of a damaged shard ArrayRecord may give empty records.
+      if len(record) != self.settings.record_bytes:
+        raise IndexError(f"it has {len(record)} bytes")
+      return record
+    except (RuntimeError, IndexError) as error:
+      what = f"record {position} of {path} can't be read ({error})"
+      raise LatentCacheError(f"{what}; {latent_format.REDO}") from error
 
 
 class _Workspace(threading.local):
@@ -264,7 +208,7 @@ def _scale_halves(values: np.ndarray) -> np.ndarray:
 
 
 def fill_normals(
-  rngs: Sequence[np.random.Generator], noise: np.ndarray, bits: np.ndarray
+  rngs: Generators, noise: np.ndarray, bits: np.ndarray
 ) -> np.ndarray:
   """Standard normals, row i from rngs[i] alone: the first rows of `noise`.
 

@@ -6,14 +6,15 @@ choice (order.py), and what becomes of a record (crop, flip, latent noise)
 depends on (seed, the record's number in the run) alone.
 """
 
-import contextlib
-import functools
+import dataclasses
+import itertools
 import multiprocessing
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any, Self
 
 import grain
 import numpy as np
@@ -29,75 +30,56 @@ Batch = dict[str, np.ndarray]
 _WORKER_CHUNK = 16
 
 
-def share(
-  name: str, size: int, process_index: int, process_count: int
-) -> range:
+def share(name: str, size: int, process: int, count: int) -> range:
   """The contiguous part of range(size) that one process holds.
 
   Raises:
     ValueError: if `size`, which the message calls `name`, can't be split.
   """
-  if size < 1 or size % process_count:
+  if size < 1 or size % count:
     raise ValueError(
-      f"{name}={size} must be a positive multiple of the {process_count} "
-      "processes"
+      f"{name}={size} must be a positive multiple of the {count} processes"
     )
-  part = size // process_count
-  return range(process_index * part, (process_index + 1) * part)
+  part = size // count
+  return range(process * part, (process + 1) * part)
 
 
 def _pieces(part: range, chunk: int) -> list[range]:
   """Near-equal pieces of at most `chunk` that make up `part`."""
-  count = -(-len(part) // chunk)
-  return [
-    part[i * len(part) // count : (i + 1) * len(part) // count]
-    for i in range(count)
-  ]
+  count, size = -(-len(part) // chunk), len(part)
+  ends = [number * size // count for number in range(count + 1)] if size else []
+  return [part[first:last] for first, last in itertools.pairwise(ends)]
 
 
+@dataclasses.dataclass
 class _Jobs:
   """Reads as a random-access source: element j is one read of one batch."""
 
-  def __init__(
-    self,
-    reader: Reader,
-    order: order_lib.Order,
-    pieces: Sequence[range],
-    seed: int,
-    shift: int,
-  ):
-    self._reader = reader
-    self._order = order
-    self._pieces = pieces
-    self._seed = seed
-    self._shift = shift
+  reader: Reader
+  order: order_lib.Order
+  pieces: Sequence[range]
+  seed: int
+  shift: int = 0
 
   def __len__(self) -> int:
     return sys.maxsize
 
   def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-    batch, number = divmod(index, len(self._pieces))
-    piece = self._pieces[number]
-    first, last = piece.start + self._shift, piece.stop + self._shift
-    indices = self._order.records(batch, first, last)
-    numbers = batch * self._order.size + np.arange(first, last)
-    rngs = order_lib.record_generators(self._seed, numbers)
-    images = self._reader.read(indices, rngs)
-    want = (len(piece), *self._reader.sample_shape)
-    if images.shape != want or images.dtype != self._reader.dtype:
-      raise ValueError(
-        f"{type(self._reader).__name__}.read gave {images.dtype} of shape "
-        f"{images.shape}, want {self._reader.dtype} of {want}"
-      )
-    return indices, images
+    batch, number = divmod(index, len(self.pieces))
+    piece = self.pieces[number]
+    first, last = piece.start + self.shift, piece.stop + self.shift
+    indices = self.order.records(batch, first, last)
+    numbers = batch * self.order.size + np.arange(first, last)
+    rngs = order_lib.record_generators(self.seed, numbers)
+    return indices, self.reader.read(indices, rngs)
 
 
 def _start_worker(number: int, count: int) -> None:
-  """In a worker: leaves its end to the process that it reads for.
+  """Leave the end of this worker to the process that it reads for.
 
   Ctrl-C and a scheduler's SIGTERM reach both, but that process stops its
-  workers in order, after it has saved the batches that they have read. One
-  that was killed can't: its workers, which would wait for ever, end by
+  workers in order, after it has saved the batches that they have read. If it
+  was killed it can't: its workers, which would wait for ever, end by
   themselves.
   """
   del number, count
@@ -106,8 +88,8 @@ def _start_worker(number: int, count: int) -> None:
   parent = multiprocessing.parent_process()
   assert parent is not None  # a worker has one
 
-  # Blocked, it waits for who asks by whom it was sent; in a thread that this
-  # can't be said of, it does nothing.
+  # Block SIGTERM so that sigwaitinfo can see who sent it. The handler does
+  # nothing, for threads in which it is not blocked.
   signal.signal(signal.SIGTERM, lambda number, frame: None)
   signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
@@ -124,43 +106,51 @@ def _start_worker(number: int, count: int) -> None:
     threading.Thread(target=wait, name="end-of-worker", daemon=True).start()
 
 
-class IndexedReads:
+class IndexedFeed:
   """One process' part of the batches of an order, resumable in O(1).
 
   Up to one batch is read ahead. With worker processes, each of them also
-  holds up to two reads in shared memory.
+  holds up to two reads in shared memory. The whole future of the feed follows
+  from the number of the next batch.
 
   Attributes:
     position: number of the next batch.
+    rows: of the order's, what this process holds.
+    process_index, process_count: whose part this is.
   """
 
   def __init__(
     self,
     reader: Reader,
     order: order_lib.Order,
-    parts: Sequence[range],
     *,
     seed: int,
-    num_threads: int,
-    num_workers: int,
+    num_threads: int = 1,
+    num_workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
   ):
     """Starts nothing: threads and workers start with the first batch.
 
     Args:
       reader: of the records; picklable if num_workers > 0.
       order: which records a batch holds; picklable as well.
-      parts: of range(order.size), what this process holds.
       seed: of the augmentation.
       num_threads: that read at the same time (in each worker, if there are
         any); 0 reads only when asked.
       num_workers: processes that read; 0 reads in this one.
+      process_index, process_count: whose part to read.
+
+    Raises:
+      ValueError: rows that the processes can't share.
     """
+    self.process_index = process_index
+    self.process_count = process_count
+    self.rows = share(*order.rows, process_index, process_count)
     chunk = max(reader.chunk, _WORKER_CHUNK if num_workers else 1)
+    parts = order.parts(self.rows)
     pieces = [piece for part in parts for piece in _pieces(part, chunk)]
-    self._shape = reader.sample_shape
-    self._dtype = reader.dtype
-    self._lengths = [len(piece) for piece in pieces]
-    self._jobs = functools.partial(_Jobs, reader, order, pieces, seed)
+    self._jobs = _Jobs(reader, order, pieces, seed)
     ahead = -(-len(pieces) // max(1, num_workers))
     self._read_options = grain.ReadOptions(
       num_threads=num_threads,
@@ -170,12 +160,11 @@ class IndexedReads:
       num_workers=num_workers, per_worker_buffer_size=2
     )
     self.position = 0
-    self._shift = 0
     self._iterator: grain.DatasetIterator | None = None
 
   def _iterate(self) -> grain.DatasetIterator:
-    dataset = grain.MapDataset.source(self._jobs(self._shift))
-    dataset = dataset[self.position * len(self._lengths) :]
+    dataset = grain.MapDataset.source(self._jobs)
+    dataset = dataset[self.position * len(self._jobs.pieces) :]
     reads = dataset.to_iter_dataset(self._read_options)
     if self._workers.num_workers:
       reads = reads.mp_prefetch(self._workers, worker_init_fn=_start_worker)
@@ -191,7 +180,7 @@ class IndexedReads:
     """
     self.close()
     self.position = position
-    self._shift = shift
+    self._jobs = dataclasses.replace(self._jobs, shift=shift)
 
   def close(self) -> None:
     """Stops threads and workers; the next batch would start them again."""
@@ -200,34 +189,50 @@ class IndexedReads:
       self._iterator.close()
       self._iterator = None
 
-  def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  def start(self) -> None:
+    """Nothing to prepare: any batch can be read first."""
+
+  def state(self) -> dict[str, Any]:
+    """The next batch's number, the same on every process."""
+    return {"position": np.asarray(self.position, np.int64)}
+
+  def abstract(self, saved: Any) -> dict[str, Any]:
+    """Shapes of `state()`, to restore into; they are the same in every run."""
+    del saved
+    return self.state()
+
+  def restore(self, state: dict[str, Any]) -> None:
+    """Continues where `state` was taken, by however many processes."""
+    self.seek(int(state["position"]))
+
+  def __iter__(self) -> Self:
     return self
 
-  def __next__(self) -> tuple[np.ndarray, np.ndarray]:
+  def _read(self) -> tuple[np.ndarray, np.ndarray]:
     """The next batch's (indices [n], records [n, H, W, C]), part by part.
 
     What a reader raises arrives here; asked again, the same batch is read.
     """
-    if self._iterator is None:
-      self._iterator = self._iterate()
-    count = sum(self._lengths)
+    self._iterator = self._iterator or self._iterate()
+    reader, count = self._jobs.reader, sum(map(len, self._jobs.pieces))
     indices = np.empty(count, np.int64)
-    images = np.empty((count, *self._shape), self._dtype)
+    images = np.empty((count, *reader.sample_shape), reader.dtype)
     start = 0
-    with contextlib.ExitStack() as on_error:
-      # Within a batch there is no position to go on from.
-      on_error.callback(self.close)
-      for length in self._lengths:
-        piece = slice(start, start + length)
+    try:
+      for piece in self._jobs.pieces:
+        rows = slice(start, start + len(piece))
         # Copied: what a worker sends lies in shared memory, which is scarce.
-        indices[piece], images[piece] = next(self._iterator)
-        start += length
-      on_error.pop_all()
+        indices[rows], images[rows] = next(self._iterator)
+        start = rows.stop
+    except BaseException:
+      # Within a batch there is no position to go on from.
+      self.close()
+      raise
     self.position += 1
     return indices, images
 
 
-class Loader:
+class Loader(IndexedFeed):
   """Endless shuffled batches of a reader, resumable at any batch in O(1).
 
   Batches are {'image': [b, H, W, C] of the reader's dtype, 'label': [b]
@@ -238,81 +243,42 @@ class Loader:
     reader: of the records.
     batch_size: records of a global batch.
     process_index, process_count: whose part this is.
+    position: number of the next batch.
   """
 
-  def __init__(
-    self,
-    reader: Reader,
-    *,
-    batch_size: int,
-    seed: int,
-    num_threads: int = 1,
-    num_workers: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
-  ):
+  def __init__(self, reader: Reader, *, batch_size: int, seed: int, **how: int):
     """Starts nothing: threads and workers start with the first batch.
 
     Args:
       reader: of the records; picklable if num_workers > 0.
       batch_size: records of a global batch.
       seed: of the order and the augmentation.
-      num_threads, num_workers: see IndexedReads.
-      process_index, process_count: whose part to read.
+      **how: num_threads=1, num_workers=0, process_index=0,
+        process_count=1: see IndexedFeed.
 
     Raises:
       ValueError: a batch size that the processes can't share; a label out of
         range.
     """
-    part = share("global batch size", batch_size, process_index, process_count)
     order_lib.check_labels(reader.labels, reader.class_names)
+    order = order_lib.Shuffled(len(reader.labels), size=batch_size, seed=seed)
+    super().__init__(reader, order, seed=seed, **how)
     self.reader = reader
     self.batch_size = batch_size
-    self.process_index = process_index
-    self.process_count = process_count
-    self._labels = reader.labels
-    self._shift = 0
-    self._reads = IndexedReads(
-      reader,
-      order_lib.Shuffled(len(reader.labels), size=batch_size, seed=seed),
-      [part],
-      seed=seed,
-      num_threads=num_threads,
-      num_workers=num_workers,
-    )
-
-  @property
-  def position(self) -> int:
-    """Number of the next batch."""
-    return self._reads.position
 
   @property
   def records(self) -> int:
     """Records of all batches so far: the number of the next record."""
-    return self.position * self.batch_size + self._shift
-
-  def seek(self, position: int) -> None:
-    """Makes batch number `position` the next one."""
-    self.seek_record(position * self.batch_size)
+    return self.position * self.batch_size + self._jobs.shift
 
   def seek_record(self, number: int) -> None:
     """Makes record `number` of the run the first of the next batch.
 
     Batches of any size thus go on where those of another size have ended.
     """
-    position, self._shift = divmod(number, self.batch_size)
-    self._reads.seek(position, self._shift)
-
-  def close(self) -> None:
-    """Stops threads and workers; the next batch would start them again."""
-    self._reads.close()
-
-  def __iter__(self) -> Iterator[Batch]:
-    return self
+    self.seek(*divmod(number, self.batch_size))
 
   def __next__(self) -> Batch:
-    indices, images = next(self._reads)
-    return {
-      "image": images,
-      "label": self._labels[indices].astype(np.int32),
-    }
+    indices, images = self._read()
+    labels = self.reader.labels[indices].astype(np.int32)
+    return {"image": images, "label": labels}

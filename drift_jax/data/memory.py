@@ -1,16 +1,14 @@
 """Images that are decoded once: for sets that fit in memory."""
 
-from collections.abc import Sequence
 from concurrent import futures
 
 import numpy as np
-from PIL import Image
 
+from drift_jax.data.base import Generators, Reader, Source
 from drift_jax.data.readers import ImageReader
-from drift_jax.data.sources import Source, path_of
 
 
-class MemorySource:
+class MemorySource(Source):
   """A source's images, decoded when this is made.
 
   Attributes:
@@ -38,37 +36,20 @@ class MemorySource:
       # One array: a few bytes less for each image, and quicker to send.
       self._images = np.stack(images)
 
-  def __len__(self) -> int:
-    return len(self._images)
-
   def __getitem__(self, index: int) -> np.ndarray:
     """uint8 [h, w, 3]."""
     return self._images[index]
 
-  def image(self, index: int) -> Image.Image:
-    """The record as a PIL image of mode RGB."""
-    return Image.fromarray(self._images[index])
-
   def path(self, index: int) -> str:
     """Where the record came from."""
-    return path_of(self._source, index)
+    return self._source.path(index)
 
 
-class MemoryReader:
-  """A reader's crops where these leave nothing to chance but the flip.
+class MemoryReader(Reader):
+  """A reader's crops, if these leave nothing to chance but the flip.
 
   Gives what the reader gives, at the speed of a copy.
-
-  Attributes:
-    class_names: one name for each label.
-    labels: [N] int32.
-    sample_shape: (size, size, channels).
-    dtype: of `read`'s images.
-    grid: the reader's.
-    chunk: 1024; there is nothing to decode.
   """
-
-  chunk = 1024
 
   def __init__(self, reader: ImageReader, *, flip: bool):
     """Decodes and crops every image.
@@ -88,12 +69,7 @@ class MemoryReader:
     self._flip = flip
     self._pixels = reader.pixels(np.arange(len(reader)))
 
-  def __len__(self) -> int:
-    return len(self._pixels)
-
-  def read(
-    self, indices: np.ndarray, rngs: Sequence[np.random.Generator]
-  ) -> np.ndarray:
+  def read(self, indices: np.ndarray, rngs: Generators) -> np.ndarray:
     """[c, size, size, channels] of `dtype`; float32 in [-1, 1]."""
     out = self._pixels[indices]
     if self._flip:

@@ -9,29 +9,15 @@ import functools
 import math
 import zlib
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import grain
 import numpy as np
+from numpy.random import Generator
 
 # A permutation is kept while draws walk through it; the one before it too,
 # because threads that read ahead cross the boundary at different times.
 _KEPT_PERMUTATIONS = 2
-
-
-class Order(Protocol):
-  """What a batch is made of.
-
-  Attributes:
-    size: records of one (global) batch.
-  """
-
-  @property
-  def size(self) -> int: ...
-
-  def records(self, batch: int, start: int, stop: int) -> np.ndarray:
-    """[stop - start] indices of records [start, stop) of a batch."""
-    ...
 
 
 @functools.cache
@@ -39,7 +25,7 @@ def _tag(use: str) -> int:
   return zlib.crc32(use.encode())
 
 
-def generator(seed: int, use: str, *numbers: int) -> np.random.Generator:
+def generator(seed: int, use: str, *numbers: int) -> Generator:
   """A NumPy generator of (seed, use, numbers) alone.
 
   Args:
@@ -60,9 +46,7 @@ class _Words(np.random.bit_generator.ISeedSequence):
     return self._words
 
 
-def record_generators(
-  seed: int, numbers: np.ndarray
-) -> list[np.random.Generator]:
+def record_generators(seed: int, numbers: np.ndarray) -> list[Generator]:
   """One generator for each record number, of (seed, number) alone.
 
   The four words of PCG64's seed are outputs of four SplitMix64 generators at
@@ -74,16 +58,15 @@ def record_generators(
     seed: of the run, >= 0.
     numbers: [n] of the records in the run, >= 0.
   """
-  start = np.random.SeedSequence([seed, _tag("augment")]).generate_state(
-    4, np.uint64
-  )
+  sequence = np.random.SeedSequence([seed, _tag("augment")])
+  start = sequence.generate_state(4, np.uint64)
   place = numbers.astype(np.uint64)[:, None] + np.uint64(1)
   word = start + place * np.uint64(0x9E3779B97F4A7C15)
   word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
   word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
   word ^= word >> np.uint64(31)
   seeds: list[Any] = [_Words(row) for row in word]
-  return [np.random.Generator(np.random.PCG64(seed)) for seed in seeds]
+  return [Generator(np.random.PCG64(seed)) for seed in seeds]
 
 
 def check_labels(labels: np.ndarray, class_names: Sequence[str]) -> None:
@@ -97,30 +80,41 @@ def check_labels(labels: np.ndarray, class_names: Sequence[str]) -> None:
     )
 
 
-def check_class_sizes(
+def check_counts(
   counts: np.ndarray,
   class_names: Sequence[str],
   need: int,
-  *,
   drawn: str,
+  need_in_all: int,
+  drawn_of_all: str,
+  *,
   remedy: str,
+  empty_classes: bool = False,
 ) -> None:
-  """Raises ValueError where a class has fewer images than are drawn of it.
+  """Raises ValueError for fewer images than are drawn without replacement.
 
   Args:
     counts: [K] images of each class.
     class_names: one for each label.
-    need: images that one draw takes of a class.
-    drawn: what the message says of the draw.
-    remedy: what it says to do.
+    need: images that a class must have.
+    drawn: what draws them.
+    need_in_all: images that all classes must have together.
+    drawn_of_all: what draws them.
+    remedy: what the message says to do besides lowering the numbers.
+    empty_classes: a class may have no images, as it is never drawn.
   """
-  few = np.flatnonzero(counts < need)
+  few = np.flatnonzero((counts < need) & ((counts > 0) | (not empty_classes)))
   if few.size:
     label = int(few[np.argmin(counts[few])])
     raise ValueError(
       f"class {label} ({class_names[label]}) has {int(counts[label])} images, "
-      f"but {drawn}; {few.size} of the {len(counts)} classes have too few: "
-      f"{remedy}"
+      f"but {drawn} of it without replacement; {few.size} of the {len(counts)} "
+      f"classes have too few: lower batch.positives, data.held_out, {remedy}"
+    )
+  if counts.sum() < need_in_all:
+    raise ValueError(
+      f"the data hold {int(counts.sum())} images, but {drawn_of_all} without "
+      f"replacement: lower batch.unconditional, {remedy}"
     )
 
 
@@ -139,13 +133,13 @@ class Shuffled:
     if num_records < 1:
       raise ValueError("the data hold no record to shuffle")
     self.size = size
-    self._dataset = (
-      grain.MapDataset.range(num_records).seed(seed).shuffle().repeat(None)
-    )
+    self.rows = ("global batch size", size)
+    records = grain.MapDataset.range(num_records)
+    self._dataset = records.seed(seed).shuffle().repeat(None)
 
-  def __getitem__(self, number: int) -> int:
-    """Index of the record that comes as number `number` of the run."""
-    return int(self.records(0, number, number + 1)[0])
+  def parts(self, rows: range) -> list[range]:
+    """The records themselves are the rows."""
+    return [rows]
 
   def records(self, batch: int, start: int, stop: int) -> np.ndarray:
     """[stop - start] int64 indices of records [start, stop) of a batch."""
@@ -177,7 +171,7 @@ class DistinctStream:
   """
 
   def __init__(
-    self, size: int, *, block: int, window: int, seed: int, use: Sequence[int]
+    self, size: int, block: int, window: int, seed: int, use: str, *numbers: int
   ):
     """Computes nothing yet.
 
@@ -186,28 +180,19 @@ class DistinctStream:
       block: elements of one block, >= 1.
       window: consecutive blocks that share no element, >= 1.
       seed: of the run.
-      use: numbers that tell this stream from others.
-
-    Raises:
-      ValueError: fewer than window * block elements.
+      use: tells this stream from others, with `numbers`.
+      *numbers: e.g. of a class.
     """
-    if size < window * block:
-      raise ValueError(
-        f"{window} x {block} distinct elements of {size} can't be had"
-      )
     self.size = size
     self._block = block
     self._window = window
-    self._key = (seed, *use)
-    self.fresh = self._always_enough()
-    self._kept: tuple[tuple[int, np.ndarray], ...] = ()
-
-  def _always_enough(self) -> bool:
-    """Whether every head has enough before the pass' own tail, at worst."""
-    # The boundaries' places within a block repeat after this many passes.
-    passes = self._block // math.gcd(self._block, self.size)
+    self._key = (seed, "order", _tag(use), *numbers)
+    # The boundaries' places within a block repeat after this many passes; at
+    # worst every head has enough before the pass' own tail.
+    passes = block // math.gcd(block, size)
     tail, head = self._crossing(np.arange(1, passes + 2))
-    return bool(np.all(tail[1:] + tail[:-1] + head[:-1] <= self.size))
+    self.fresh = bool(np.all(tail[1:] + tail[:-1] + head[:-1] <= size))
+    self._kept: tuple[tuple[int, np.ndarray], ...] = ()
 
   def _crossing(self, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """How far the windows that hold elements of both permutation number - 1
@@ -219,8 +204,7 @@ class DistinctStream:
     return boundary - first, last + span - boundary
 
   def _raw(self, number: int) -> np.ndarray:
-    seed, *use = self._key
-    order = generator(seed, "order", *use, number).permutation(self.size)
+    order = generator(*self._key, number).permutation(self.size)
     return order.astype(np.int32)
 
   def permutation(self, number: int) -> np.ndarray:
@@ -247,20 +231,20 @@ class DistinctStream:
     before = self._raw(number - 1) if before is None else before
     in_tail = np.zeros(self.size, bool)
     in_tail[before[-tail:]] = True
-    # As `fresh` holds, these lie in front of this permutation's own tail.
+    # As `fresh` holds, these lie before this permutation's own tail.
     chosen = np.zeros(self.size, bool)
     chosen[np.flatnonzero(~in_tail[order])[:head]] = True
     return np.concatenate([order[chosen], order[~chosen]])
 
   def take(self, start: int, stop: int) -> np.ndarray:
     """[stop - start] int32: elements start to stop - 1 of the stream."""
-    parts = []
+    parts = [np.zeros(0, np.int32)]
     while start < stop:
       number, offset = divmod(start, self.size)
       count = min(stop - start, self.size - offset)
       parts.append(self.permutation(number)[offset : offset + count])
       start += count
-    return np.concatenate(parts) if parts else np.zeros(0, np.int32)
+    return np.concatenate(parts)
 
 
 class ClassGrouped:
@@ -282,14 +266,13 @@ class ClassGrouped:
 
   Attributes:
     size: records of one step, N_c * (N_pos + N_unc).
-    num_labels, num_positives, num_unconditional: N_c, N_pos, N_unc.
+    rows: the labels.
   """
 
   def __init__(
     self,
     labels: np.ndarray,
     class_names: Sequence[str],
-    *,
     seed: int,
     num_labels: int,
     num_positives: int,
@@ -306,120 +289,85 @@ class ClassGrouped:
       num_unconditional: N_unc, may be 0.
 
     Raises:
-      ValueError: a label out of range, or fewer images of a class (or in all)
-        than one step can draw; names the class and both numbers.
+      ValueError: fewer images of a class (or in all) than one step can draw;
+        names the class and both numbers.
     """
-    check_labels(labels, class_names)
-    self.num_labels = num_labels
-    self.num_positives = num_positives
-    self.num_unconditional = num_unconditional
     self.size = num_labels * (num_positives + num_unconditional)
-    num_classes = len(class_names)
-    self._num_classes = num_classes
-    self._labels, in_step = self._label_stream(num_classes, seed)
+    self.rows = ("batch.labels", num_labels)
+    self._each = (num_positives, num_unconditional)
+    # 1. The classes' stream, and how often one can come in a step.
+    num_classes, in_step = len(class_names), 1
+    self._labels = DistinctStream(num_classes, num_labels, 1, seed, "labels")
+    if num_classes < num_labels or not self._labels.fresh:
+      # A step's block starts at most this far into a permutation, and may touch
+      # the following ones.
+      latest = num_classes - math.gcd(num_classes, num_labels)
+      in_step = (latest + num_labels - 1) // num_classes + 1
+      self._labels = DistinctStream(num_classes, 1, 1, seed, "labels")
+    # 2. Enough images of each class and in all.
     counts = np.bincount(labels, minlength=num_classes)
-    self._check(counts, class_names, in_step)
-    self._by_class = np.argsort(labels, kind="stable").astype(np.int32)
-    self._offsets = np.concatenate([[0], np.cumsum(counts)])
-    self._positives = [
-      DistinctStream(
-        int(count),
-        block=num_positives,
-        window=in_step,
-        seed=seed,
-        use=(_tag("positives"), label),
-      )
-      for label, count in enumerate(counts)
-    ]
-    self._unconditional = None
-    if num_unconditional:
-      self._unconditional = DistinctStream(
-        len(labels),
-        block=num_labels * num_unconditional,
-        window=1,
-        seed=seed,
-        use=(_tag("unconditional"),),
-      )
-
-  def _label_stream(
-    self, num_classes: int, seed: int
-  ) -> tuple[DistinctStream, int]:
-    """The classes' stream, and how often one can come in a step."""
-    use = (_tag("labels"),)
-    if num_classes >= self.num_labels:
-      stream = DistinctStream(
-        num_classes, block=self.num_labels, window=1, seed=seed, use=use
-      )
-      if stream.fresh:
-        return stream, 1
-    # A step's block starts at most this far into a permutation, and may touch
-    # the following ones.
-    latest = num_classes - math.gcd(num_classes, self.num_labels)
-    in_step = (latest + self.num_labels - 1) // num_classes + 1
-    stream = DistinctStream(num_classes, block=1, window=1, seed=seed, use=use)
-    return stream, in_step
-
-  def _check(
-    self, counts: np.ndarray, class_names: Sequence[str], in_step: int
-  ) -> None:
-    need = in_step * self.num_positives
-    times = "" if in_step == 1 else f", coming up to {in_step} times"
-    check_class_sizes(
+    need, total = in_step * num_positives, num_labels * num_unconditional
+    check_counts(
       counts,
       class_names,
       need,
-      drawn=f"a step of batch.labels={self.num_labels} and batch.positives="
-      f"{self.num_positives} can draw {need} of it{times}, without replacement",
-      remedy="lower batch.positives or batch.labels, lower data.held_out, or "
-      "take the sample queue with queue.with_replacement=True",
+      f"a step of batch.labels={num_labels} and batch.positives="
+      f"{num_positives} can draw {need}",
+      total,
+      f"a step draws batch.labels={num_labels} x batch.unconditional="
+      f"{num_unconditional} = {total}",
+      remedy="batch.labels, or take the sample queue, batch.reals='queue', "
+      "with queue.with_replacement=True",
     )
-    need = self.num_labels * self.num_unconditional
-    if counts.sum() < need:
-      raise ValueError(
-        f"the data hold {int(counts.sum())} images, but a step draws "
-        f"batch.labels={self.num_labels} x batch.unconditional="
-        f"{self.num_unconditional} = {need} unconditional reals without "
-        "replacement: lower one of them, or take the sample queue"
-      )
+    # 3. Their streams.
+    self._by_class = np.argsort(labels, kind="stable").astype(np.int32)
+    self._offsets = np.concatenate([[0], np.cumsum(counts)])
+    self._positives = [
+      DistinctStream(count, num_positives, in_step, seed, "positives", label)
+      for label, count in enumerate(counts.tolist())
+    ]
+    self._unconditional = None
+    if total:
+      use = "unconditional"
+      self._unconditional = DistinctStream(len(labels), total, 1, seed, use)
 
   def labels(self, step: int) -> np.ndarray:
     """[N_c] int32: the labels of a step."""
-    start = step * self.num_labels
-    return self._labels.take(start, start + self.num_labels)
+    count = self.rows[1]
+    return self._labels.take(step * count, (step + 1) * count)
 
-  def positives(self, step: int) -> np.ndarray:
-    """[N_c, N_pos] int32: indices of each label's positives."""
-    count = self.num_labels * self.num_positives
-    flat = self.records(step, 0, count)
-    return flat.reshape(self.num_labels, self.num_positives)
-
-  def unconditional(self, step: int) -> np.ndarray:
-    """[N_c, N_unc] int32: indices of each label's unconditional reals."""
-    count = self.num_labels * self.num_positives
-    flat = self.records(step, count, self.size)
-    return flat.reshape(self.num_labels, self.num_unconditional)
+  def parts(self, rows: range) -> list[range]:
+    """The positives of some labels, and their unconditional reals."""
+    firsts = (0, self.rows[1] * self._each[0])
+    return [
+      range(first + rows.start * each, first + rows.stop * each)
+      for first, each in zip(firsts, self._each, strict=True)
+    ]
 
   def _row(self, draw: int, start: int, stop: int) -> np.ndarray:
     """Positives start to stop - 1 of label number `draw` of the run."""
+    label = int(self._labels.take(draw, draw + 1)[0])
     # Each pass over the classes draws each once: the pass' number is how
     # often the class has been drawn before.
-    earlier = draw // self._num_classes
-    label = int(self._labels.take(draw, draw + 1)[0])
-    first = earlier * self.num_positives
+    first = draw // self._labels.size * self._each[0]
     chosen = self._positives[label].take(first + start, first + stop)
     return self._by_class[self._offsets[label] + chosen]
 
   def records(self, batch: int, start: int, stop: int) -> np.ndarray:
     """[stop - start] int32 indices of records [start, stop) of a step."""
-    parts = []
-    positives = self.num_labels * self.num_positives
+    parts = [np.zeros(0, np.int32)]
+    num_labels, each = self.rows[1], self._each[0]
+    positives = num_labels * each
     while start < min(stop, positives):
-      row, offset = divmod(start, self.num_positives)
-      count = min(stop - start, self.num_positives - offset)
-      draw = batch * self.num_labels + row
+      row, offset = divmod(start, each)
+      count = min(stop - start, each - offset)
+      draw = batch * num_labels + row
       parts.append(self._row(draw, offset, offset + count))
       start += count
     if start < stop and self._unconditional is not None:
       first = batch * (self.size - positives) - positives
       parts.append(self._unconditional.take(first + start, first + stop))
-    return np.concatenate(parts) if parts else np.zeros(0, np.int32)
+    return np.concatenate(parts)
+
+
+Order = Shuffled | ClassGrouped

@@ -1,40 +1,29 @@
 """Prefetch: the next batches are read and copied while the device computes."""
 
 import collections
-import concurrent.futures
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, Self
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import jax
-
-
-class Feed(Protocol):
-  """See drift_jax.data.feed."""
-
-  def __next__(self) -> Any: ...
-
-  def state(self) -> dict[str, Any]: ...
 
 
 class Prefetcher:
   """Placed batches of a feed, up to `depth` of them made in advance.
 
   One thread draws batches and copies them to the device, in order. It stops
-  behind the batch of a step for which `pause_after` holds, so that the feed's
+  after the batch of a step for which `pause_after` holds, so that the feed's
   state then describes the batches that have been consumed and no others; it
   goes on after `state` or with the next batch.
 
   Attributes:
     seconds_waited: how long `next` has blocked so far, in seconds.
-    seconds_reading: how long the feed has taken so far.
-    seconds_placing: how long placing has taken so far; with depth > 0 until
-      the copies were complete.
   """
 
   def __init__(
     self,
-    feed: Feed,
+    feed: Any,
     put: Callable[[Any], Any],
     *,
     first_step: int,
@@ -44,15 +33,14 @@ class Prefetcher:
     """Starts nothing: the first batch is drawn when asked for.
 
     Args:
-      feed: drawn from by this object alone until it is closed.
+      feed: has __next__ and state(), as those of drift_jax.data.feed; drawn
+        from by this object alone until it is closed.
       put: host batch -> batch on the device, run in the thread.
       first_step: the step that takes the first batch.
       depth: batches made in advance; 0 makes each when asked, with no thread.
       pause_after: step -> whether the feed's state may be asked for between
         its batch and the next.
     """
-    if depth < 0:
-      raise ValueError(f"prefetch depth {depth}: want 0 or more batches")
     self._feed = feed
     self._put = put
     self._depth = depth
@@ -64,30 +52,17 @@ class Prefetcher:
     self._stopped = False
     # True while a batch is being made, and for ever once one has failed.
     self._unfinished = False
-    self._pending: collections.deque[concurrent.futures.Future[Any]] = (
-      collections.deque()
-    )
-    self._executor = (
-      concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-      if depth
-      else None
-    )
+    self._pending: collections.deque[Future[Any]] = collections.deque()
+    self._executor = ThreadPoolExecutor(1, "prefetch") if depth else None
     self.seconds_waited = 0.0
-    self.seconds_reading = 0.0
-    self.seconds_placing = 0.0
 
   def _make(self) -> Any:
     if self._unfinished:
       raise RuntimeError("no batch can follow: making one before it has failed")
     self._unfinished = True
-    start = time.perf_counter()
-    batch = next(self._feed)
-    read = time.perf_counter()
-    batch = self._put(batch)
+    batch = self._put(next(self._feed))
     if self._executor is not None:
       jax.block_until_ready(batch)
-    self.seconds_reading += read - start
-    self.seconds_placing += time.perf_counter() - read
     self._unfinished = False
     return batch
 
@@ -121,14 +96,14 @@ class Prefetcher:
   def stop(self) -> int:
     """Draws nothing any more; returns the last step whose batch was drawn.
 
-    Behind that step the state may be asked for. It depends on the steps and
+    After that step the state may be asked for. It depends on the steps and
     the depth alone, not on how far the thread has come.
     """
     self._paused = self._stopped = True
     return self._next_step - 1
 
   def state(self) -> dict[str, Any]:
-    """The feed's state behind the batches that have been consumed.
+    """The feed's state after the batches that have been consumed.
 
     Raises:
       RuntimeError: batches have been drawn ahead: `pause_after` did not hold
@@ -136,9 +111,8 @@ class Prefetcher:
     """
     if self._pending:
       raise RuntimeError(
-        f"{len(self._pending)} batches have been drawn ahead of the feed's "
-        f"state, up to that of step {self._next_step - 1}: pause_after must "
-        "hold for a step whose state is asked for"
+        f"{len(self._pending)} batches were drawn ahead, up to that of step "
+        f"{self._next_step - 1}: pause_after must hold for the last step"
       )
     state = self._feed.state()
     self._paused = self._stopped
@@ -146,18 +120,9 @@ class Prefetcher:
       self._fill(self._depth)
     return state
 
-  def _cancel(self) -> None:
-    while self._pending:
-      self._pending.popleft().cancel()
-
   def close(self) -> None:
     """Waits for the thread; the feed stays open."""
-    self._cancel()
+    while self._pending:
+      self._pending.popleft().cancel()
     if self._executor is not None:
       self._executor.shutdown()
-
-  def __enter__(self) -> Self:
-    return self
-
-  def __exit__(self, *exception: object) -> None:
-    self.close()

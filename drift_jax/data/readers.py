@@ -1,16 +1,16 @@
 """Readers: training records of one shape from a source, seeded by record."""
 
+import functools
 import itertools
-from collections.abc import Sequence
 from concurrent import futures
-from typing import Protocol
 
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
+from numpy.random import Generator
 
 from drift_jax.data import sources, transforms
-from drift_jax.data.errors import DataError
+from drift_jax.data.base import Generators, Reader, Source
+from drift_jax.data.errors import DataError, check_choice
 
 CROPS = ("center", "random", "pad", "none")
 WIRES = ("uint8", "float32", "float16", "bfloat16")
@@ -20,69 +20,13 @@ _PIXELS_AT_ONCE = 2**18
 _IMAGES_AT_ONCE = 64
 
 
-class Reader(Protocol):
-  """Records [H, W, C] of one shape, by index.
-
-  Attributes:
-    class_names: one name for each label.
-    labels: [N] int32.
-    sample_shape: (H, W, C) of one record.
-    dtype: of `read`'s records, as they travel to the device: uint8 (pixel p
-      means p / 127.5 - 1), float32, float16 or bfloat16.
-    grid: ascending float32, the values that `fixed` can take; None where they
-      are continuous.
-    chunk: records that one call should take for speed.
-  """
-
-  @property
-  def class_names(self) -> tuple[str, ...]: ...
-
-  @property
-  def labels(self) -> np.ndarray: ...
-
-  @property
-  def sample_shape(self) -> tuple[int, int, int]: ...
-
-  @property
-  def dtype(self) -> np.dtype: ...
-
-  @property
-  def grid(self) -> np.ndarray | None: ...
-
-  @property
-  def chunk(self) -> int: ...
-
-  def __len__(self) -> int: ...
-
-  def read(
-    self, indices: np.ndarray, rngs: Sequence[np.random.Generator]
-  ) -> np.ndarray:
-    """[c, H, W, C] of `dtype`: record i augmented by rngs[i] alone."""
-    ...
-
-  def fixed(self, indices: np.ndarray) -> np.ndarray:
-    """[c, H, W, C] float32 in [-1, 1], never augmented, for evaluation."""
-    ...
-
-
 def pixel_grid() -> np.ndarray:
   """[256] float32: what the 8-bit pixels 0..255 mean, p / 127.5 - 1."""
   return np.arange(256, dtype=np.float32) / np.float32(127.5) - 1
 
 
-class ArrayReader:
-  """Images of one size in memory, unaugmented.
-
-  Attributes:
-    class_names: one name for each label.
-    labels: [N] int32.
-    sample_shape: (H, W, C) of one image.
-    dtype: of `read`'s images.
-    grid: the values that a pixel can take.
-    chunk: 1024; there is nothing to decode.
-  """
-
-  chunk = 1024
+class ArrayReader(Reader):
+  """Images of one size in memory, unaugmented."""
 
   def __init__(self, source: sources.ArraySource, *, wire: str):
     """Checks that the images survive the way to the device.
@@ -94,19 +38,16 @@ class ArrayReader:
     Raises:
       ValueError: they are not, as for uint8, which holds p / 127.5 - 1.
     """
-    if wire not in WIRES:
-      raise ValueError(f"data.wire={wire!r}: valid options are {list(WIRES)}")
+    grid = source.grid
     exact = [
       name
       for name in WIRES[1:]
-      if np.array_equal(
-        source.grid.astype(jnp.dtype(name)).astype(np.float32), source.grid
-      )
+      if np.array_equal(grid.astype(jnp.dtype(name)).astype(np.float32), grid)
     ]
     if wire not in exact:
       raise ValueError(
-        f"data.wire={wire!r} can't hold this data set's {len(source.grid)} "
-        f"values of a pixel exactly: valid options are {exact}"
+        f"data.wire={wire!r} can't hold this data set's {len(grid)} values of "
+        f"a pixel exactly: valid options are {exact}"
       )
     self.class_names = source.class_names
     self.labels = source.labels
@@ -115,12 +56,7 @@ class ArrayReader:
     self.grid = source.grid
     self._images = source.images
 
-  def __len__(self) -> int:
-    return len(self._images)
-
-  def read(
-    self, indices: np.ndarray, rngs: Sequence[np.random.Generator]
-  ) -> np.ndarray:
+  def read(self, indices: np.ndarray, rngs: Generators) -> np.ndarray:
     """[c, H, W, C] of `dtype`; draws nothing."""
     del rngs
     return self._images[indices].astype(self.dtype, copy=False)
@@ -130,14 +66,10 @@ class ArrayReader:
     return self._images[indices]
 
 
-class ImageReader:
+class ImageReader(Reader):
   """Crops of a source's images, flipped by chance.
 
   Attributes:
-    class_names: one name for each label.
-    labels: [N] int32; the first use may take long (see the source).
-    sample_shape: (size, size, channels).
-    dtype: of `read`'s images.
     grid: `pixel_grid()`.
     chunk: 4 of 256 px, up to 64 of smaller images: a read costs 0.1 ms by
       itself, what decoding one of 32 px takes.
@@ -145,7 +77,7 @@ class ImageReader:
 
   def __init__(
     self,
-    source: sources.Source,
+    source: Source,
     *,
     size: int,
     channels: int,
@@ -174,20 +106,14 @@ class ImageReader:
     Raises:
       ValueError: a value that is not among the options.
     """
-    if size < 1:
-      raise ValueError(f"data.image_size={size} must be at least 1")
-    if channels not in (1, 3):
-      raise ValueError(f"data.channels={channels}: valid options are [1, 3]")
-    if crop not in CROPS:
-      raise ValueError(f"data.crop={crop!r}: valid options are {list(CROPS)}")
+    check_choice("data.channels", channels, (1, 3))
+    check_choice("data.crop", crop, CROPS)
+    check_choice("data.wire", wire, IMAGE_WIRES)
     low, high = crop_scale
-    if not 0 < low <= high <= 1:
+    if size < 1 or not 0 < low <= high <= 1:
       raise ValueError(
-        f"data.crop_scale={tuple(crop_scale)}: want 0 < low <= high <= 1"
-      )
-    if wire not in IMAGE_WIRES:
-      raise ValueError(
-        f"data.wire={wire!r}: valid options for images are {list(IMAGE_WIRES)}"
+        f"data.image_size={size}, data.crop_scale={tuple(crop_scale)}: want "
+        "size >= 1, 0 < low <= high <= 1"
       )
     self._source = source
     self._crop = crop
@@ -200,20 +126,17 @@ class ImageReader:
     self.dtype = np.dtype(wire)
     self.grid = pixel_grid()
 
-  @property
+  @functools.cached_property
   def labels(self) -> np.ndarray:
-    """[N] int32."""
     return self._source.labels
 
   def __len__(self) -> int:
     return len(self._source)
 
-  def _record(
-    self, index: int, rng: np.random.Generator | None
-  ) -> Image.Image | np.ndarray:
-    """One record; the crop is drawn first, then the flip."""
+  def _fill(self, row: np.ndarray, index: int, rng: Generator | None) -> None:
+    """Reads one record; the crop is drawn first, then the flip."""
     size, _, channels = self.sample_shape
-    image = sources.image_of(self._source, index)
+    image = self._source.image(index)
     if self._crop == "random" and rng is not None:
       image = transforms.random_resized_crop(image, size, rng, self._crop_scale)
     elif self._crop in ("center", "random"):
@@ -221,27 +144,20 @@ class ImageReader:
     elif self._crop == "pad" and max(image.size) <= size:
       image = transforms.pad(image, size)
     if image.size != (size, size):
-      wanted = "at most " if self._crop == "pad" else ""
+      most = "at most " if self._crop == "pad" else ""
       raise DataError(
-        f"{sources.path_of(self._source, index)} is {image.width} x "
-        f"{image.height} (width x height), but data.crop={self._crop!r} wants "
-        f"every image to be {wanted}{size} x {size}: use data.crop='center'"
+        f"{self._source.path(index)} is {image.width} x {image.height} (width "
+        f"x height), but data.crop={self._crop!r} wants every image to be "
+        f"{most}{size} x {size}: use data.crop='center'"
       )
     if channels == 1:
       image = image.convert("L")
     if self._flip and rng is not None and rng.random() < 0.5:
       image = transforms.flip(image)
-    return image
-
-  def _fill(
-    self, row: np.ndarray, index: int, rng: np.random.Generator | None
-  ) -> None:
     # Grey images are [H, W].
-    row[...] = np.asarray(self._record(index, rng)).reshape(row.shape)
+    row[...] = np.asarray(image).reshape(row.shape)
 
-  def read(
-    self, indices: np.ndarray, rngs: Sequence[np.random.Generator]
-  ) -> np.ndarray:
+  def read(self, indices: np.ndarray, rngs: Generators) -> np.ndarray:
     """[c, size, size, channels] of `dtype`; float32 in [-1, 1].
 
     Raises:
@@ -263,7 +179,7 @@ class ImageReader:
     return self.grid[self.pixels(indices)]
 
   def pixels(self, indices: np.ndarray) -> np.ndarray:
-    """What `fixed` gives, as uint8."""
+    """The images of `fixed` as uint8."""
     out = np.empty((len(indices), *self.sample_shape), np.uint8)
     with futures.ThreadPoolExecutor(self._num_threads) as pool:
       # Raises what a thread raised, and drops what none has begun.

@@ -3,12 +3,14 @@
 import dataclasses
 import importlib.metadata
 import pathlib
-from typing import Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from drift_jax.data import encoded, folder
+from drift_jax.data.base import Source
+from drift_jax.data.errors import check_choice
 from drift_jax.system import paths, storage
 
 SPLITS = ("train", "test")
@@ -20,71 +22,13 @@ DIGITS_SPLIT_SEED = 0
 _DIGITS = "sklearn/datasets/data/digits.csv.gz"
 
 
-class Source(Protocol):
-  """Labelled images by index; thread-safe, may be sent to a worker process.
-
-  Attributes:
-    class_names: one name for each label.
-  """
-
-  @property
-  def class_names(self) -> tuple[str, ...]: ...
-
-  @property
-  def labels(self) -> np.ndarray:
-    """[N] int32; may take long on first use, and is kept then."""
-    ...
-
-  def __len__(self) -> int: ...
-
-  def __getitem__(self, index: int) -> np.ndarray:
-    """[h, w, C]: uint8 RGB of any size, or float32 of one size in [-1, 1]."""
-    ...
-
-
-@runtime_checkable
-class StoredImages(Protocol):
-  """What sources of image files offer besides."""
-
-  def image(self, index: int) -> Image.Image:
-    """The record as a PIL image of mode RGB."""
-    ...
-
-  def path(self, index: int) -> str:
-    """Where the record is stored."""
-    ...
-
-
-@runtime_checkable
-class NamedRecords(Protocol):
-  """What sources offer besides that know their records by name."""
-
-  def names_sha256(self) -> str:
-    """Of the records' names in their order, but not of where they lie."""
-    ...
-
-
 def names_sha256(source: object) -> str:
-  """`NamedRecords.names_sha256` in hexadecimal; '' where there are no names."""
-  return source.names_sha256() if isinstance(source, NamedRecords) else ""
-
-
-def image_of(source: Source, index: int) -> Image.Image:
-  """A record of uint8 RGB as a PIL image; spares a copy where it can."""
-  if isinstance(source, StoredImages):
-    return source.image(index)
-  return Image.fromarray(source[index])
-
-
-def path_of(source: Source, index: int) -> str:
-  """Where a record is stored, for messages."""
-  if isinstance(source, StoredImages):
-    return source.path(index)
-  return f"image {index}"
+  """`Source.names_sha256`; '' for what is no source, e.g. latents."""
+  return source.names_sha256() if isinstance(source, Source) else ""
 
 
 @dataclasses.dataclass(frozen=True)
-class ArraySource:
+class ArraySource(Source):
   """Labelled images in memory.
 
   Attributes:
@@ -102,18 +46,13 @@ class ArraySource:
   @property
   def sample_shape(self) -> tuple[int, int, int]:
     """(H, W, C) of one image."""
-    height, width, channels = self.images.shape[1:]
-    return height, width, channels
-
-  def __len__(self) -> int:
-    return len(self.labels)
+    return self.images.shape[1:]
 
   def __getitem__(self, index: int) -> np.ndarray:
     return self.images[index]
 
 
-@dataclasses.dataclass(frozen=True)
-class Subset:
+class Subset(Source):
   """Some records of a source; labels and class names follow.
 
   Attributes:
@@ -121,36 +60,38 @@ class Subset:
     indices: [N] int64, the record of `parent` that each index stands for.
   """
 
-  parent: Source
-  indices: np.ndarray
-
-  @property
-  def class_names(self) -> tuple[str, ...]:
-    """One name for each label."""
-    return self.parent.class_names
-
-  @property
-  def labels(self) -> np.ndarray:
-    """[N] int32."""
-    return self.parent.labels[self.indices]
-
-  def __len__(self) -> int:
-    return len(self.indices)
+  def __init__(self, parent: Source, indices: np.ndarray):
+    self.parent = parent
+    self.indices = indices
+    self.class_names = parent.class_names
+    self.labels = parent.labels[indices]
 
   def __getitem__(self, index: int) -> np.ndarray:
     return self.parent[int(self.indices[index])]
 
   def image(self, index: int) -> Image.Image:
-    """The record as a PIL image of mode RGB."""
-    return image_of(self.parent, int(self.indices[index]))
+    return self.parent.image(int(self.indices[index]))
 
   def path(self, index: int) -> str:
-    """Where the record is stored."""
-    return path_of(self.parent, int(self.indices[index]))
+    return self.parent.path(int(self.indices[index]))
 
   def names_sha256(self) -> str:
     """That of the whole source: which records these are follows from it."""
-    return names_sha256(self.parent)
+    return self.parent.names_sha256()
+
+
+def _drawn(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
+  """[N] bool: `per_class` images of every class, by one permutation of all."""
+  # RandomState's streams are the same for every version of NumPy.
+  order = np.random.RandomState(seed).permutation(len(labels))
+  # By class, in the permutation's order within each.
+  order = order[np.argsort(labels[order], kind="stable")]
+  counts = np.bincount(labels)
+  starts = np.cumsum(counts) - counts
+  rank = np.arange(len(labels)) - starts[labels[order]]
+  is_drawn = np.zeros(len(labels), bool)
+  is_drawn[order[rank < per_class]] = True
+  return is_drawn
 
 
 def held_out(
@@ -165,13 +106,7 @@ def held_out(
   Raises:
     ValueError: a class has no image left to train on.
   """
-  if per_class < 1:
-    raise ValueError(f"data.held_out={per_class} must be at least 1 per class")
   labels = source.labels
-  # RandomState's streams are the same for every version of NumPy.
-  order = np.random.RandomState(seed).permutation(len(labels))
-  # By class, in the permutation's order within each.
-  order = order[np.argsort(labels[order], kind="stable")]
   counts = np.bincount(labels, minlength=len(source.class_names))
   few = np.flatnonzero((counts > 0) & (counts <= per_class))
   if few.size:
@@ -181,10 +116,7 @@ def held_out(
       f"({source.class_names[label]!r}) has {counts[label]} in all, and "
       f"{few.size - 1} other classes are as small"
     )
-  starts = np.cumsum(counts) - counts
-  rank = np.arange(len(labels)) - starts[labels[order]]
-  is_test = np.zeros(len(labels), bool)
-  is_test[order[rank < per_class]] = True
+  is_test = _drawn(labels, per_class, seed)
   train, test = np.flatnonzero(~is_test), np.flatnonzero(is_test)
   return Subset(source, train), Subset(source, test)
 
@@ -199,25 +131,19 @@ def digits(split: str) -> ArraySource:
     NoSplitError: if the split is neither.
   """
   if split not in SPLITS:
-    raise encoded.NoSplitError(
-      f"split {split!r}: valid options are {list(SPLITS)}"
-    )
+    valid = list(SPLITS)
+    raise encoded.NoSplitError(f"split {split!r}: valid options are {valid}")
   # Its file is read as load_digits does: to import scikit-learn takes a second.
   package = importlib.metadata.distribution("scikit-learn")
   rows = np.loadtxt(str(package.locate_file(_DIGITS)), delimiter=",")
   images = (rows[:, :-1].reshape(-1, 8, 8, 1) / 8.0 - 1.0).astype(np.float32)
   labels = rows[:, -1].astype(np.int32)
-  order = np.random.RandomState(DIGITS_SPLIT_SEED).permutation(len(labels))
-  chosen = np.concatenate(
-    [order[labels[order] == c][:DIGITS_TEST_PER_CLASS] for c in range(10)]
-  )
-  is_test = np.zeros(len(labels), bool)
-  is_test[chosen] = True
+  is_test = _drawn(labels, DIGITS_TEST_PER_CLASS, DIGITS_SPLIT_SEED)
   keep = is_test if split == "test" else ~is_test
   return ArraySource(
     images=images[keep],
     labels=labels[keep],
-    class_names=tuple(str(c) for c in range(10)),
+    class_names=tuple("0123456789"),
     grid=np.linspace(-1.0, 1.0, 17, dtype=np.float32),
   )
 
@@ -250,34 +176,22 @@ def open_source(
     ValueError: an unknown kind, or what the kind raises.
   """
   data_dir = paths.expand(data_dir)
+  kind, _, rest = spec.partition(":")
   if spec == "digits":
     if class_order:
-      raise ValueError(
-        f"data.class_order={class_order!r}: the digits have their own, use ''"
-      )
+      what = f"data.class_order={class_order!r}"
+      raise ValueError(f"{what}: the digits have their own, use ''")
     return digits(split)
-  kind, _, rest = spec.partition(":")
-  files = {"folder": folder.FolderSource, "tar": folder.TarSource}
-  if not rest or kind not in (*files, "tfds"):
-    raise ValueError(f"data.source={spec!r}: valid options are {list(KINDS)}")
+  if not rest or kind not in ("folder", "tar", "tfds"):
+    check_choice("data.source", spec, KINDS)
+  options: Any = dict(class_order=class_order, max_corrupt=max_corrupt)
+  options |= dict(split=split, decoder=decoder)
   if kind == "tfds":
     storage.check_data(rest if storage.is_remote(rest) else data_dir)
     # Imported for those who use it: half a second, and a large package.
     from drift_jax.data import tfds
 
-    return tfds.TfdsSource(
-      rest,
-      split=split,
-      data_dir=data_dir,
-      class_order=class_order,
-      max_corrupt=max_corrupt,
-      decoder=decoder,
-    )
+    return tfds.TfdsSource(rest, data_dir=data_dir, **options)
   storage.check_local(f"data.source={spec!r}", rest, data_dir)
-  return files[kind](
-    pathlib.Path(data_dir) / paths.expand(rest),
-    split=split,
-    class_order=class_order,
-    max_corrupt=max_corrupt,
-    decoder=decoder,
-  )
+  opened = folder.FolderSource if kind == "folder" else folder.TarSource
+  return opened(pathlib.Path(data_dir) / paths.expand(rest), **options)

@@ -6,6 +6,8 @@ import numpy as np
 from PIL import Image
 
 _ATTEMPTS = 10
+# Bounds of a random crop's width / height.
+_RATIO = (3 / 4, 4 / 3)
 
 
 def _resize(
@@ -14,7 +16,7 @@ def _resize(
   """Resized by rows, rounded to 8 bits, then by columns.
 
   Up to Pillow 12 that was its order, in which the reference statistics were
-  made. Pillow 13 alone takes the columns first where an image is more than
+  made. Pillow 13 alone takes the columns first if an image is more than
   twice as tall as wide, which moves one pixel in eight by a grey level.
   """
   image = image.resize((width, image.height), resample)
@@ -32,9 +34,8 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
   if image.size == (size, size):
     return image
   while min(image.size) >= 2 * size:
-    image = _resize(
-      image, image.width // 2, image.height // 2, Image.Resampling.BOX
-    )
+    width, height = image.width // 2, image.height // 2
+    image = _resize(image, width, height, Image.Resampling.BOX)
   scale = size / min(image.size)
   width, height = round(image.width * scale), round(image.height * scale)
   left, top = (width - size) // 2, (height - size) // 2
@@ -46,27 +47,24 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def sample_crop(
-  width: int,
-  height: int,
-  rng: np.random.Generator,
-  scale: tuple[float, float],
-  ratio: tuple[float, float],
+  width: int, height: int, rng: np.random.Generator, scale: tuple[float, float]
 ) -> tuple[int, int, int, int]:
   """A random box (left, top, right, bottom) by torchvision's rule.
 
   Ten times: area ~ U(scale) of the image's, log(width / height) ~
-  U(log(ratio)), both sides rounded; the first that fits is placed uniformly.
-  If none fits: the largest centred box whose ratio lies within `ratio`.
+  U(log 3/4, log 4/3), both sides rounded; the first that fits is placed
+  uniformly. If none fits: the largest centred box whose ratio lies within
+  these bounds.
   """
   for _ in range(_ATTEMPTS):
     area = width * height * rng.uniform(*scale)
-    aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    aspect = math.exp(rng.uniform(math.log(_RATIO[0]), math.log(_RATIO[1])))
     w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
     if 0 < w <= width and 0 < h <= height:
       top = int(rng.integers(height - h + 1))
       left = int(rng.integers(width - w + 1))
       return left, top, left + w, top + h
-  aspect = min(max(width / height, ratio[0]), ratio[1])
+  aspect = min(max(width / height, _RATIO[0]), _RATIO[1])
   w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
   left, top = (width - w) // 2, (height - h) // 2
   return left, top, left + w, top + h
@@ -77,11 +75,10 @@ def random_resized_crop(
   size: int,
   rng: np.random.Generator,
   scale: tuple[float, float],
-  ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Image.Image:
   """A random part of the image, resized to [size, size] with bicubic.
 
-  Filtered in one pass with what lies around the box, where cropping first
+  It is filtered in one pass with what lies around the box; cropping first
   would repeat the box's edge.
 
   Args:
@@ -89,23 +86,13 @@ def random_resized_crop(
     size: side of the result.
     rng: draws the box (see `sample_crop`).
     scale: bounds of the box's share of the image's area.
-    ratio: bounds of its width / height.
   """
-  box = sample_crop(image.width, image.height, rng, scale, ratio)
+  box = sample_crop(image.width, image.height, rng, scale)
   return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 
 def pad(image: Image.Image, size: int) -> Image.Image:
-  """The image in the middle of a black square: 28 x 28 digits -> 32 x 32.
-
-  Raises:
-    ValueError: if a side is longer than `size`.
-  """
-  if max(image.size) > size:
-    raise ValueError(
-      f"an image of {image.width} x {image.height} (width x height) can't be "
-      f"padded to {size} x {size}: use data.crop='center'"
-    )
+  """The image in the middle of a black square: 28 x 28 digits -> 32 x 32."""
   out = Image.new(image.mode, (size, size))
   out.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
   return out

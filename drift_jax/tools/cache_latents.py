@@ -12,6 +12,7 @@ takes every P-th shard, and whoever finishes last writes the manifest.
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 
@@ -28,89 +29,70 @@ def _parser() -> argparse.ArgumentParser:
     allow_abbrev=False,
   )
   add = parser.add_argument
+  path = functools.partial(add, type=paths.argument)
+  number = functools.partial(add, type=int)
   add("--source", help="folder:DIR, tar:FILE or tfds:NAME")
   add("--split", default="train", help="of the source (default: train)")
-  add("--vae", type=paths.argument, help="folder of the exported autoencoder")
-  add("--out", type=paths.argument, required=True, help="folder of the cache")
-  add(
-    "--verify",
-    action="store_true",
-    help="only read the cache in --out and compare its checksums",
-  )
-  add("--image_size", type=int, default=256, help="of the crop (default: 256)")
-  add(
-    "--batch_size",
-    type=int,
-    default=64,
-    help="images on all devices of a process (default: 64)",
-  )
-  add("--images_per_shard", type=int, default=4096, help="(default: 4096)")
-  add(
-    "--dtype",
-    default="float16",
-    choices=options.LATENT_DTYPES,
-    help="of the stored moments (default: float16)",
-  )
-  add(
-    "--compute_dtype",
-    default="float32",
-    choices=options.DTYPES,
-    help="of the encoder (default: float32)",
-  )
-  add(
-    "--data_dir",
-    type=paths.argument,
-    default="",
-    help="where relative sources and TFDS' data lie",
-  )
-  add(
-    "--class_order",
-    default="",
-    choices=options.CLASS_ORDERS,
-    help="'imagenet' for the standard labels of WordNet folders",
-  )
-  add(
+  path("--vae", help="folder of the exported autoencoder")
+  path("--out", required=True, help="folder of the cache")
+  add("--verify", action="store_true", help="only compare --out's checksums")
+  number("--image_size", default=256, help="of the crop (default: 256)")
+  number("--batch_size", default=64, help="images at once (default: 64)")
+  number("--images_per_shard", default=4096, help="(default: 4096)")
+  for name, help, choices in (
+    ("--dtype", "of the stored moments", options.LATENT_DTYPES),
+    ("--compute_dtype", "of the encoder", options.DTYPES),
+    ("--class_order", "'imagenet' for WordNet folders", options.CLASS_ORDERS),
+  ):
+    add(
+      name,
+      default=choices[0],
+      choices=choices,
+      help=help + " (default: the first)",
+    )
+  path("--data_dir", default="", help="of relative sources, and of TFDS' data")
+  number(
     "--max_corrupt",
-    type=int,
     default=0,
-    help="images that may turn out undecodable (default: 0); each is replaced "
-    "by another one of its class",
+    help="undecodable images that others of their class may replace (0)",
   )
-  add(
-    "--num_threads", type=int, help="that decode (default: one for each core)"
-  )
-  add("--process_index", type=int, help="of this process (default: JAX's)")
-  add("--process_count", type=int, help="that share the work (default: JAX's)")
+  number("--num_threads", help="that decode (default: one for each core)")
+  number("--process_index", help="of this process (default: JAX's)")
+  number("--process_count", help="that share the work (default: JAX's)")
   return parser
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+  """The arguments of a command line; ends the program if one is wrong."""
+  parser = _parser()
+  arguments = parser.parse_args(argv)
+  missing = [f"--{n}" for n in ("source", "vae") if not getattr(arguments, n)]
+  if missing and not arguments.verify:
+    parser.error(f"the following arguments are required: {', '.join(missing)}")
+  for name in ("batch_size", "num_threads"):
+    value = getattr(arguments, name)
+    if value is not None and value < 1:
+      parser.error(f"--{name}={value} must be at least 1")
+  index, count = arguments.process_index, arguments.process_count
+  if (index is None) != (count is None):
+    parser.error("give both of --process_index and --process_count, or neither")
+  if index is not None and not 0 <= index < count:
+    parser.error(f"--process_index={index} must lie in [0, {count})")
+  return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Does what the command line asks for; a mistake is one line."""
-  parser = _parser()
-  arguments = parser.parse_args(argv)
-  missing = [
-    f"--{n}" for n in ("source", "vae") if getattr(arguments, n) is None
-  ]
-  if missing and not arguments.verify:
-    parser.error(f"the following arguments are required: {', '.join(missing)}")
-  if (arguments.process_index is None) != (arguments.process_count is None):
-    parser.error("give both of --process_index and --process_count, or neither")
-  from drift_jax.data.errors import DataError
+  arguments = parse(argv)
   from drift_jax.system import numerics
-  from drift_jax.system.devices import DeviceError
+  from drift_jax.system.errors import ERRORS
   from drift_jax.tools.work import cache_latents
-  from drift_jax.training import artifacts
 
   console.setup()
   numerics.pin()
   try:
     cache_latents.run(arguments)
-  except (
-    DataError,
-    artifacts.ArtifactError,
-    DeviceError,
-    OSError,
-  ) as error:
+  except ERRORS as error:
     sys.exit(f"Error: {error}")
 
 

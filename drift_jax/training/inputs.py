@@ -110,7 +110,7 @@ def _open_latents(
     expected_vae_sha256=vae.sha256,
   )
   # The checksum is that of the parameters alone.
-  cached = reader.manifest.settings.scaling_factor
+  cached = reader.settings.scaling_factor
   scaling_factor = vae.metadata["model_config"]["scaling_factor"]
   if cached != scaling_factor:
     raise ValueError(

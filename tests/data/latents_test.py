@@ -9,11 +9,11 @@ import pickle
 import re
 import resource
 import shutil
-import subprocess
 
 import ml_dtypes
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
 from scipy import stats
 
 from drift_jax.data import latent_format, latent_writer, latents
@@ -61,7 +61,7 @@ def write(directory, settings: Settings, moments, shards=None) -> None:
 def make(directory, settings: Settings, moments, labels=LABELS) -> None:
   write(directory, settings, moments)
   folder = latent_writer.prepare(directory, settings)
-  assert latent_writer.write_manifest(folder, settings, labels) is not None
+  assert latent_writer.write_manifest(folder, settings, labels)
 
 
 def generators(*seeds):
@@ -98,9 +98,13 @@ def test_reader_describes_the_cache(cache):
   assert len(reader) == 11 and reader.sample_shape == (4, 4, 3)
   assert reader.class_names == ("cat", "dog", "owl")
   assert reader.labels.dtype == np.int32
-  np.testing.assert_array_equal(reader.labels, LABELS)
+  assert_array_equal(reader.labels, LABELS)
   assert reader.dtype == ml_dtypes.bfloat16 and reader.grid is None
-  assert reader.manifest.settings == SETTINGS
+  assert reader.settings == SETTINGS
+  assert reader.read(np.zeros(0, int), []).shape == (0, 4, 4, 3)
+  for index in (11, -1):
+    with pytest.raises(IndexError, match="of 11"):
+      reader.fixed(np.array([3, index]))
 
 
 @pytest.mark.parametrize("stored", ["float16", "bfloat16"])
@@ -115,7 +119,7 @@ def test_fixed_is_the_scaled_mean_of_the_image_itself(
   dtype = ml_dtypes.bfloat16 if stored == "bfloat16" else np.float16
   mean = moments[indices, 0, :, :, :3].astype(dtype).astype(np.float32)
   assert fixed.dtype == np.float32
-  np.testing.assert_array_equal(fixed, mean * np.float32(0.18215))
+  assert_array_equal(fixed, mean * np.float32(0.18215))
 
 
 def eps_of(tmp_path, rngs, flip):
@@ -158,21 +162,22 @@ def test_flip_reads_the_mirror_image_of_half(cache, moments):
 
 
 def test_an_image_depends_on_its_own_index_and_generator(cache):
-  """Bit by bit the same alone, in any company, and in any thread."""
+  """Bit by bit the same alone, in any company, block and thread."""
   reader = latents.LatentReader(cache, "train")
-  indices = np.arange(40) * 7 % 11
-  together = reader.read(indices, generators(*range(40)))
-  order = np.random.default_rng(1).permutation(40)
+  count = 2 * latents.LatentReader.chunk + 3
+  indices = np.arange(count) * 7 % 11
+  together = reader.read(indices, generators(*range(count)))
+  order = np.random.default_rng(1).permutation(count)
   shuffled = reader.read(indices[order], generators(*order))
-  np.testing.assert_array_equal(shuffled, together[order])
+  assert_array_equal(shuffled, together[order])
   other = pickle.loads(pickle.dumps(reader))
   with concurrent.futures.ThreadPoolExecutor(4) as pool:
     alone = pool.map(
-      lambda i: other.read(indices[i : i + 1], generators(i)), range(40)
+      lambda i: other.read(indices[i : i + 1], generators(i)), range(count)
     )
-  np.testing.assert_array_equal(np.concatenate(list(alone)), together)
+  assert_array_equal(np.concatenate(list(alone)), together)
   assert not np.array_equal(
-    together[:1], reader.read(indices[:1], generators(99))
+    together[:1], reader.read(indices[:1], generators(999))
   )
 
 
@@ -201,7 +206,7 @@ def test_a_thread_does_not_disturb_another_one(cache):
     disturbed = reader.read(
       np.array([5, 8]), [Raw(2**62), Raw(2**61, before=disturb)]
     )
-  np.testing.assert_array_equal(disturbed, want)
+  assert_array_equal(disturbed, want)
 
 
 @pytest.mark.parametrize("value", [0, 2**64 - 1])
@@ -214,30 +219,12 @@ def test_the_ends_of_the_uniform_numbers(value):
   np.testing.assert_allclose(radius, want, rtol=1e-6)
 
 
-def test_more_than_a_block(cache):
-  reader = latents.LatentReader(cache, "train")
-  count = 2 * latents.LatentReader.chunk + 3
-  indices = np.arange(count) % 11
-  many = reader.read(indices, generators(*range(count)))
-  few = reader.read(indices[-5:], generators(*range(count - 5, count)))
-  np.testing.assert_array_equal(many[-5:], few)
-
-
-def test_empty_and_wrong_indices(cache):
-  reader = latents.LatentReader(cache, "train")
-  assert reader.read(np.zeros(0, int), []).shape == (0, 4, 4, 3)
-  assert reader.fixed(np.zeros(0, int)).shape == (0, 4, 4, 3)
-  for index in (11, -1):
-    with pytest.raises(IndexError, match="of 11"):
-      reader.fixed(np.array([3, index]))
-
-
 def test_every_float16_is_read_exactly():
   every = np.arange(2**16, dtype=np.uint16)
   every = every[np.isfinite(every.view(np.float16))]
   values = np.empty(len(every), np.float32)
   values.view(np.int32)[...] = every.view(np.int16)
-  np.testing.assert_array_equal(
+  assert_array_equal(
     latents._scale_halves(values), every.view(np.float16).astype(np.float32)
   )
 
@@ -289,41 +276,17 @@ def test_moments_that_can_not_be_stored(tmp_path, moments, value, part):
     "train-00000-of-00003.arrayrecord",
     "train-00000-of-00003.json",
   ]
-  if np.isfinite(value):
-    wide = dataclasses.replace(SETTINGS, dtype="bfloat16")
-    make(tmp_path / "wide", wide, moments)
-
-
-def test_other_settings_are_refused_by_name(cache):
-  other = dataclasses.replace(
-    SETTINGS,
-    vae_sha256="b" * 64,
-    dtype="bfloat16",
-    class_names=tuple(str(i) for i in range(1000)),
-  )
-  with pytest.raises(LatentCacheError) as error:
-    latent_writer.prepare(cache, other)
-  message = str(error.value)
-  for part in (
-    f"vae_sha256: cached '{'a' * 64}', now '{'b' * 64}'",
-    "dtype: cached 'float16', now 'bfloat16'",
-    "class_names: cached ('cat', 'dog', 'owl'), now ('0', '1', '2'",
-    "or another --out",
-  ):
-    assert part in message
-  assert len(message) < 700 and "num_images" not in message
 
 
 @pytest.mark.parametrize(
   ("change", "part"),
   [
-    ({"dtype": "float32"}, r"dtype='float32': valid options are \['float16'"),
     ({"image_size": 33}, "image_size=33 .* multiple of .* downsampling 8"),
     ({"num_images": 0}, "'train', holds no images"),
-    ({"images_per_shard": 0}, "images_per_shard=0 must be positive"),
+    ({"images_per_shard": 0}, "images_per_shard=0 must be at least 1"),
     (
       {"num_images": 5121, "images_per_shard": 10},
-      "images_per_shard=10 makes 513 shards of 5121 images.* give 11 or more",
+      "images_per_shard=10 must be at least 11: .* at most 512",
     ),
   ],
 )
@@ -332,42 +295,6 @@ def test_settings_that_no_cache_can_have(tmp_path, change, part):
   with pytest.raises(LatentCacheError, match=part):
     latent_writer.prepare(tmp_path / "new", settings)
   assert not (tmp_path / "new").exists()
-
-
-def test_what_a_killed_job_left_is_done_again(cache, moments, tmp_path):
-  """A shard without its record, one of other settings, temporary files."""
-  make(tmp_path, SETTINGS, moments)
-  folder = tmp_path / "train"
-  first, second, third = (
-    folder / f"train-0000{k}-of-00003.arrayrecord" for k in range(3)
-  )
-  first.with_suffix(".json").unlink()
-  record = json.loads(second.with_suffix(".json").read_text())
-  second.with_suffix(".json").write_text(
-    json.dumps(record | {"settings_sha256": "0" * 64})
-  )
-  (folder / f".{first.name}.12ab.tmp").write_bytes(b"half")
-
-  def done(checksum):
-    return [
-      latent_format.finished_shard(folder, SETTINGS, k, checksum=checksum)
-      is not None
-      for k in range(3)
-    ]
-
-  assert done(checksum=False) == done(checksum=True) == [False, False, True]
-  data = bytearray(third.read_bytes())
-  data[-1] ^= 1
-  third.write_bytes(data)
-  assert done(checksum=False) == [False, False, True]
-  assert done(checksum=True) == [False, False, False]
-  assert latent_writer.write_manifest(folder, SETTINGS, LABELS) is None
-  with latent_writer.ShardWriter(folder, SETTINGS, 2) as writer:
-    assert not third.exists() and not third.with_suffix(".json").exists()
-    writer.abort()
-  write(tmp_path, SETTINGS, moments, shards=[0, 1, 2])
-  assert latent_writer.write_manifest(folder, SETTINGS, LABELS) is not None
-  assert files(folder) == files(cache / "train")
 
 
 def test_too_little_space_is_known_before(tmp_path):
@@ -403,49 +330,16 @@ def test_a_file_that_may_not_grow(tmp_path):
   assert sorted(files(tmp_path / "train")) == ["settings.json"]
 
 
-def test_a_full_disk(tmp_path, cache, moments):
-  """ENOSPC on a real file system, in the third shard."""
-  disk = tmp_path / "disk"
-  disk.mkdir()
-  mount = ["mount", "-t", "tmpfs", "-o", "size=320k", "tmpfs", str(disk)]
-  if not shutil.which("mount") or subprocess.run(mount).returncode:
-    pytest.skip("may not mount a tmpfs here")
-  try:
-    with pytest.raises(LatentCacheError, match="No space left") as error:
-      write(disk, SETTINGS, moments)
-    assert "train-00002-of-00003" in str(error.value)
-    names = sorted(files(disk / "train"))
-    # Nothing hidden, and the finished shards are whole.
-    assert len(names) == 5 and not any(name.startswith(".") for name in names)
-    kept = {name: (disk / "train" / name).read_bytes() for name in names}
-    assert kept.items() <= files(cache / "train").items()
-    subprocess.run(["mount", "-o", "remount,size=2m", str(disk)], check=True)
-    write(disk, SETTINGS, moments, shards=[2])
-    folder = disk / "train"
-    assert latent_writer.write_manifest(folder, SETTINGS, LABELS) is not None
-    assert files(folder) == files(cache / "train")
-  finally:
-    subprocess.run(["umount", str(disk)], check=True)
-
-
 # --- damage ----------------------------------------------------------------
 
 SHARD = "train-00001-of-00003.arrayrecord"
 
 
-def edit_manifest(folder, *keys, value):
-  path = folder / "manifest.json"
-  content = json.loads(path.read_text())
-  inner = content
-  for key in keys[:-1]:
-    inner = inner[key]
-  assert inner[keys[-1]] != value
-  inner[keys[-1]] = value
-  path.write_text(json.dumps(content))
-
-
-def truncate(path, share=0.5):
-  os.truncate(path, int(path.stat().st_size * share))
+def edited(folder, name, change):
+  """Changes the JSON content of a file."""
+  content = json.loads((folder / name).read_text())
+  change(content)
+  (folder / name).write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize(
@@ -456,38 +350,35 @@ def truncate(path, share=0.5):
       (f"1 of 3 shards: .*{SHARD} is missing", "redoes what is damaged only"),
     ),
     (
-      lambda f: truncate(f / SHARD),
+      lambda f: os.truncate(f / SHARD, 65536),
       (f"1 of 3 shards: .*{SHARD} has 65536 bytes instead of 131072",),
     ),
     (
-      lambda f: truncate(f / "manifest.json"),
-      ("no complete JSON", "run python"),
+      lambda f: os.truncate(f / "manifest.json", 500),
+      ("manifest.json can't be read: JSONDecodeError", "run python"),
     ),
     (
-      lambda f: edit_manifest(f, "version", value=2),
+      lambda f: edited(f, "manifest.json", lambda c: c.update(version=2)),
       ("version 2, but this program reads 'drift_jax latents', version 1",),
     ),
     (
-      lambda f: edit_manifest(f, "settings", "dtype", value=16),
-      ("dtype=16 is no str",),
+      lambda f: edited(
+        f, "manifest.json", lambda c: c["settings"].update(vae_sha256="b" * 64)
+      ),
+      (
+        "manifest.json can't be read: .*3 shards are not those of its settings",
+      ),
     ),
     (
-      lambda f: edit_manifest(f, "settings", "vae_sha256", value="b" * 64),
-      ("was changed: .* not made with its settings",),
-    ),
-    (
-      lambda f: edit_manifest(f, "shards", 1, "num_images", value=3),
-      ("was changed: its shards .3, of 10 images. .*of 11 images",),
+      lambda f: edited(
+        f, "manifest.json", lambda c: c["settings"].update(num_images="11")
+      ),
+      ("manifest.json can't be read: TypeError",),
     ),
     (lambda f: (f / "labels.npy").unlink(), ("labels.npy can't be read",)),
-    (lambda f: truncate(f / "labels.npy", 0.9), ("labels.npy can't be read",)),
     (
       lambda f: np.save(f / "labels.npy", LABELS[::-1].copy()),
       ("labels.npy .int32 .11,.. does not hold the 11 labels",),
-    ),
-    (
-      lambda f: np.save(f / "labels.npy", LABELS.astype(np.int64)),
-      ("labels.npy .int64",),
     ),
   ],
 )
@@ -497,30 +388,6 @@ def test_damage_found_at_opening(copy, harm, parts):
     latents.LatentReader(copy, "train")
   for part in parts:
     assert re.search(part, str(error.value)), str(error.value)
-
-
-def test_a_label_without_a_name(tmp_path, moments):
-  labels = LABELS.copy()
-  labels[8] = 3
-  settings = dataclasses.replace(
-    SETTINGS, labels_sha256=latent_format.labels_sha256(labels)
-  )
-  make(tmp_path, settings, moments, labels)
-  with pytest.raises(
-    LatentCacheError, match=r"label 3 of image 8 lies outside \[0, 3\)"
-  ):
-    latents.LatentReader(tmp_path, "train")
-
-
-def test_another_autoencoder(cache):
-  latents.LatentReader(cache, "train", expected_vae_sha256="a" * 64)
-  with pytest.raises(LatentCacheError, match=f"{'a' * 64}.*has {'c' * 64}"):
-    latents.LatentReader(cache, "train", expected_vae_sha256="c" * 64)
-
-
-def test_wire_dtype_is_checked(cache):
-  with pytest.raises(LatentCacheError, match="'int8': valid options are"):
-    latents.LatentReader(cache, "train", dtype="int8")
 
 
 def test_a_flipped_bit_is_found_by_verify_and_by_reading(copy):
@@ -544,23 +411,7 @@ def test_a_flipped_bit_is_found_by_verify_and_by_reading(copy):
     latent_format.verify(copy, "train")
 
 
-def test_a_shard_that_is_replaced_while_nobody_looks(copy):
-  """The right size, and no ArrayRecord."""
-  path = copy / "train" / SHARD
-  path.write_bytes(bytes(path.stat().st_size))
-  reader = latents.LatentReader(copy, "train")
-  with pytest.raises(LatentCacheError, match=f"{SHARD} holds 0 records"):
-    reader.fixed(np.array([4]))
-  assert reader.fixed(np.array([3, 8])).shape == (2, 4, 4, 3)
-
-
-def test_verify_of_a_whole_cache(cache):
-  seen = []
-  manifest = latent_format.verify(cache, "train", on_shard=seen.append)
-  assert tuple(seen) == manifest.shards and len(seen) == 3
-
-
-def test_incomplete_and_missing_caches(tmp_path, moments, cache):
+def test_incomplete_missing_and_other_caches(tmp_path, moments, cache):
   write(tmp_path, SETTINGS, moments, shards=[1])
   with pytest.raises(
     LatentCacheError, match="not complete: 2 of its 3 shards are missing; run"
@@ -572,3 +423,6 @@ def test_incomplete_and_missing_caches(tmp_path, moments, cache):
     latents.LatentReader(cache, "test")
   with pytest.raises(LatentCacheError, match="make one with python -m"):
     latents.LatentReader(tmp_path / "nowhere", "train")
+  latents.LatentReader(cache, "train", expected_vae_sha256="a" * 64)
+  with pytest.raises(LatentCacheError, match=f"{'a' * 64}.*has {'c' * 64}"):
+    latents.LatentReader(cache, "train", expected_vae_sha256="c" * 64)

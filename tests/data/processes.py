@@ -15,14 +15,14 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from drift_jax.data.feed import GroupedFeed, ImageFeed, QueueFeed
+from drift_jax.data.feed import GroupedFeed, QueueFeed
 from drift_jax.data.latents import LatentReader
 from drift_jax.data.loader import Loader
 from drift_jax.data.readers import ImageReader
-from drift_jax.data.sources import open_source
 from drift_jax.system import sharding
 from drift_jax.training import checkpoint
 from tests.data.fakes import Numbers
+from tests.data.pictures import opened
 
 BATCHES = 3
 
@@ -33,16 +33,8 @@ def reader():
 
 def images(spec, data):
   """Stored images, each cut and flipped in its own way."""
-  source = open_source(
-    spec,
-    split="train",
-    data_dir=str(data),
-    class_order="",
-    max_corrupt=0,
-    decoder="pillow",
-  )
   return ImageReader(
-    source,
+    opened(spec, data_dir=str(data)),
     size=4,
     channels=3,
     crop="random",
@@ -53,21 +45,13 @@ def images(spec, data):
 
 
 def image_feed(records, **options):
-  return ImageFeed(
-    Loader(records, batch_size=8, seed=1, num_threads=1, **options)
-  )
+  return Loader(records, batch_size=8, seed=1, **options)
 
 
 def grouped_feed(records, sizes=(8, 2, 3), **options):
-  return GroupedFeed(
-    records,
-    seed=1,
-    num_labels=sizes[0],
-    num_positives=sizes[1],
-    num_unconditional=sizes[2],
-    num_threads=1,
-    **options,
-  )
+  names = ("num_labels", "num_positives", "num_unconditional")
+  sizes = dict(zip(names, sizes, strict=True))
+  return GroupedFeed(records, seed=1, **sizes, **options)
 
 
 def small_feed(records, **options):

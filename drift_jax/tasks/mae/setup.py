@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from drift_jax import config as config_lib
-from drift_jax.data.feed import ImageFeed
+from drift_jax.data.loader import Loader
 from drift_jax.data.readers import Reader
 from drift_jax.models.mae import build_mae
 from drift_jax.models.vae import Vae
@@ -118,10 +118,10 @@ def mae_input_shape(
   return shape
 
 
-def mae_feed(config: MaeConfig, reader: Reader) -> ImageFeed:
+def mae_feed(config: MaeConfig, reader: Reader) -> Loader:
   """Makes the feed of training images."""
   with naming("data"):
-    return ImageFeed(make_loader(config, reader, config.mae.batch_size))
+    return make_loader(config, reader, config.mae.batch_size)
 
 
 def jit_mae_evaluation(task: MaeTask, mesh: Mesh, vae_params: Any) -> Any:
