@@ -13,14 +13,13 @@ after an interruption: what is finished stays, what was interrupted continues.
 """
 
 import re
-import sys
 from collections.abc import Sequence
 
 from absl import app, flags
 from ml_collections import config_flags
 
 from drift_jax import config as config_lib
-from drift_jax.system import paths
+from drift_jax.system import paths, programs
 
 
 def define_flags() -> None:
@@ -67,19 +66,15 @@ def parse_seeds(texts: Sequence[str]) -> list[int]:
 
 def main(argv: Sequence[str]) -> None:
   """Runs what is left of the table; a mistake is one line."""
-  try:
+  with programs.checking():
     seeds = parse_seeds(flags.FLAGS.seeds)
-  except config_lib.ConfigError as error:
-    sys.exit(f"Error: {error}")
-  from drift_jax.system import console, numerics
-  from drift_jax.tools.work import ablate
 
-  console.setup()
-  numerics.pin()
-  try:
+  def program() -> None:
+    from drift_jax.tools.work import ablate
+
     ablate.run(argv[1:], seeds)
-  except (config_lib.ConfigError, OSError, ValueError) as error:
-    sys.exit(f"Error: {error}")
+
+  programs.run(program, errors=(ValueError,))
 
 
 if __name__ == "__main__":

@@ -12,10 +12,9 @@ takes every P-th shard, and whoever finishes last writes the manifest.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 
-from drift_jax.system import console, options, paths
+from drift_jax.system import options, paths, programs
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,23 +94,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.error(f"the following arguments are required: {', '.join(missing)}")
   if (arguments.process_index is None) != (arguments.process_count is None):
     parser.error("give both of --process_index and --process_count, or neither")
-  from drift_jax.data.errors import DataError
-  from drift_jax.system import numerics
-  from drift_jax.system.devices import DeviceError
-  from drift_jax.tools.work import cache_latents
-  from drift_jax.training import artifacts
 
-  console.setup()
-  numerics.pin()
-  try:
+  def program() -> None:
+    from drift_jax.tools.work import cache_latents
+
     cache_latents.run(arguments)
-  except (
-    DataError,
-    artifacts.ArtifactError,
-    DeviceError,
-    OSError,
-  ) as error:
-    sys.exit(f"Error: {error}")
+
+  programs.run(program)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from drift_jax import config as config_lib
-from drift_jax.system import paths
+from drift_jax.system import paths, programs
 
 
 def define_flags() -> None:
@@ -25,19 +25,15 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
   """Writes and prints the table."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments {list(argv[1:])}")
-  from drift_jax.system import console, exits, numerics
-  from drift_jax.tools.work import policy_table
-
-  console.setup()
-  numerics.pin()
+  with programs.checking(argv):
+    workdirs = [paths.expand(workdir) for workdir in flags.FLAGS.workdirs]
 
   def program() -> None:
-    workdirs = [paths.expand(workdir) for workdir in flags.FLAGS.workdirs]
+    from drift_jax.tools.work import policy_table
+
     sys.stdout.write(policy_table.run(workdirs, flags.FLAGS.out))
 
-  exits.run(program)
+  programs.run(program)
 
 
 if __name__ == "__main__":

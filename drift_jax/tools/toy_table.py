@@ -19,7 +19,7 @@ from typing import TypeVar
 from absl import app, flags
 
 from drift_jax import config as config_lib
-from drift_jax.system import paths
+from drift_jax.system import paths, programs
 
 _Number = TypeVar("_Number", int, float)
 
@@ -63,10 +63,8 @@ def _numbers(
 
 def main(argv: Sequence[str]) -> None:
   """Runs the table of the command line."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments {list(argv[1:])}")
   values = flags.FLAGS
-  try:
+  with programs.checking(argv):
     temperatures = _numbers("temperatures", values.temperatures, float)
     seeds = _numbers("seeds", values.seeds, int)
     for name, found in (
@@ -79,18 +77,12 @@ def main(argv: Sequence[str]) -> None:
         raise config_lib.ConfigError(
           f"--{name}={found} must hold at least one value and none twice"
         )
-  except config_lib.ConfigError as error:
-    sys.exit(f"Error: {error}")
-  from drift_jax.system import console, exits, numerics
-  from drift_jax.tools.work import toy_table
-
-  console.setup()
-  numerics.pin()
   _, overrides = config_lib.config_arguments(sys.argv[1:])
   changed = " ".join(f"--config.{k}={v}" for k, v in overrides.items())
 
   def program() -> None:
-    exits.stop_on_sigterm()
+    from drift_jax.tools.work import toy_table
+
     failed = toy_table.run(
       pathlib.Path(values.workdir),
       config=values.config,
@@ -105,7 +97,7 @@ def main(argv: Sequence[str]) -> None:
     if failed:
       sys.exit("Failed:\n" + "\n".join(failed))
 
-  exits.run(program)
+  programs.run(program, resumes=True)
 
 
 def _flags(argv: Sequence[str]) -> list[str]:

@@ -24,9 +24,7 @@ class Program(NamedTuple):
   arguments: dict[str, Any]
 
 
-def abstract_batch(
-  mesh: Mesh, *shape: int, dtype: Any = jnp.float32
-) -> Any:
+def abstract_batch(mesh: Mesh, *shape: int, dtype: Any = jnp.float32) -> Any:
   """An array of a batch: its first axis is split over the mesh."""
   return jax.ShapeDtypeStruct(
     shape, dtype, sharding=sharding.batch_sharding(mesh)
