@@ -19,17 +19,16 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import app, flags
 from ml_collections import config_flags
 
 from drift_jax import config as config_lib
-from drift_jax import tasks as tasks_lib
+from drift_jax import tasks
 from drift_jax.config.sections import RunConfig
-from drift_jax.system import paths
-from drift_jax.tasks import parse
+from drift_jax.system import paths, programs
 
 GB = 1e9
 # What a chip's programs may use of its memory, bytes: as the compiler says it.
@@ -39,7 +38,7 @@ HBM = {
   "TPU v5": 95.74 * 2**30,
   "TPU v6 lite": 31.24 * 2**30,
 }
-_TOPOLOGY_FORM = re.compile(r"[a-z0-9]+:\d+x\d+(x\d+)?")
+_Totals = dict[str, dict[str, int]]
 
 
 @dataclasses.dataclass
@@ -84,10 +83,8 @@ class Report:
   bytes_accessed: float | None = None
   estimated_seconds: float | None = None
   parts: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-  collectives: dict[str, dict[str, int]] = dataclasses.field(
-    default_factory=dict
-  )
-  asked: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+  collectives: _Totals = dataclasses.field(default_factory=dict)
+  asked: _Totals = dataclasses.field(default_factory=dict)
   advice: list[str] = dataclasses.field(default_factory=list)
   message: str = ""
 
@@ -127,29 +124,21 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
   """Compiles what the command line asks for; a mistake is one line."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments {argv[1:]}")
   values = flags.FLAGS
-  try:
-    config = with_mesh(parse(values.config), values.mesh)
+  with programs.checking(argv):
+    config = with_mesh(tasks.parse(values.config), values.mesh)
     check_topology(values.topology)
-  except config_lib.ConfigError as error:
-    sys.exit(f"Error: {error}")
   if values.topology:
     prepare_libtpu()
-  from drift_jax.system import console, numerics
-  from drift_jax.system.errors import ERRORS
 
-  console.setup()
-  numerics.pin()
-  try:
+  def program() -> None:
     devices = find_devices(values.topology)
     reports = check(config, devices, values.programs, values.hlo)
     _tell(config, devices, reports)
-  except ERRORS as error:
-    sys.exit(f"Error: {error}")
-  if any(report.fits is False for report in reports):
-    sys.exit(1)
+    if any(report.fits is False for report in reports):
+      sys.exit(1)
+
+  programs.run(program)
 
 
 def _tell(
@@ -159,13 +148,18 @@ def _tell(
 ) -> None:
   """Prints what came out, and writes it where the flag says."""
   from drift_jax.metrics.files import report_text, write_report
+  from drift_jax.system import sharding
 
+  name, overrides = config_lib.config_arguments(sys.argv[1:])
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
   result = {
-    "config": _config_name(sys.argv),
+    "config": " ".join(
+      [name or "", *(f"{key}={value}" for key, value in overrides.items())]
+    ),
     "topology": flags.FLAGS.topology or "local",
     "devices": len(devices),
     "device_kind": devices[0].device_kind,
-    "mesh": _mesh_sizes(config, devices),
+    "mesh": dict(mesh.shape),
     "programs": [dataclasses.asdict(report) for report in reports],
   }
   if flags.FLAGS.json == "-":
@@ -176,17 +170,12 @@ def _tell(
       write_report(flags.FLAGS.json, result)
 
 
-def _config_name(argv: Sequence[str]) -> str:
-  name, overrides = config_lib.config_arguments(argv[1:])
-  return " ".join([name or "", *(f"{k}={v}" for k, v in overrides.items())])
-
-
 def prepare_libtpu() -> None:
   """Before JAX is imported: no TPU is looked for, nothing is logged."""
-  os.environ.setdefault("JAX_PLATFORMS", "cpu")
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   for name, value in {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_ACCELERATOR_TYPE": "v6e-1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
@@ -198,7 +187,7 @@ def prepare_libtpu() -> None:
 
 def check_topology(topology: str) -> None:
   """Raises ConfigError unless it has a topology's form, or is ''."""
-  if topology and not _TOPOLOGY_FORM.fullmatch(topology):
+  if topology and not re.fullmatch(r"[a-z0-9]+:\d+x\d+(x\d+)?", topology):
     raise config_lib.ConfigError(
       f"--topology={topology!r}: want GENERATION:CHIPS, e.g. v6e:8x16, v5e:4x8 "
       "or v5p:4x4x4"
@@ -206,10 +195,10 @@ def check_topology(topology: str) -> None:
 
 
 def find_devices(topology: str) -> list[Any]:
-  """Devices of a topology, or this machine's where it is ''.
+  """Devices of a topology, or this machine's for ''.
 
   Raises:
-    ConfigError: a topology that there is not, or no libtpu to compile with.
+    ConfigError: a topology that does not exist, or no libtpu to compile with.
   """
   from jax.experimental import topologies
 
@@ -217,17 +206,13 @@ def find_devices(topology: str) -> list[Any]:
 
   if not topology:
     return devices_lib.find_devices()
-  check_topology(topology)
   try:
     return list(topologies.get_topology_desc(topology, "tpu").devices)
   except (RuntimeError, ValueError, NotImplementedError) as error:
     text = " ".join(str(error).split())
-    hint = (
-      "pip install libtpu"
-      if "libtpu" in text.lower() and "not" in text.lower()
-      else "valid ones are those that Cloud TPU rents, e.g. v6e:4x4, "
-      "v6e:16x16, v5e:4x8, v5p:4x4x4"
-    )
+    hint = "valid ones are those that Cloud TPU rents, e.g. v6e:4x4, v5p:4x4x4"
+    if "libtpu" in text.lower() and "not" in text.lower():
+      hint = "pip install libtpu"
     raise config_lib.ConfigError(
       f"--topology={topology!r} can't be compiled for ({text[:300]}): {hint}"
     ) from error
@@ -241,26 +226,19 @@ def with_mesh(config: Any, sizes: str) -> Any:
   """
   if not sizes:
     return config
-  given: dict[str, int] = {}
   axes = [field.name for field in dataclasses.fields(config.mesh)]
+  changed: dict[str, int] = {}
   for part in sizes.split(","):
     name, _, size = part.partition("=")
     if name not in axes or not re.fullmatch(r"-?\d+", size):
       raise config_lib.ConfigError(
         f"--mesh={sizes!r}: {part!r} is not AXIS=SIZE with one of {axes}"
       )
-    given[name] = int(size)
-  mesh = dataclasses.replace(config.mesh, **given)
+    changed[name] = int(size)
+  mesh = dataclasses.replace(config.mesh, **changed)
   config = dataclasses.replace(config, mesh=mesh)
   config.check()
   return config
-
-
-def _mesh_sizes(config: Any, devices: Sequence[Any]) -> dict[str, int]:
-  from drift_jax.system import sharding
-
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-  return dict(mesh.shape)
 
 
 def check(
@@ -285,17 +263,16 @@ def check(
 
   with naming("mesh"):
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-  programs = tasks_lib.programs(config, mesh)
-  valid = [program.name for program in programs]
+  there = {program.name: program for program in tasks.programs(config, mesh)}
   for name in names or ():
-    if name not in valid:
+    if name not in there:
       raise config_lib.ConfigError(
-        f"--programs: there is no {name!r}, valid options are {valid}"
+        f"--programs: there is no {name!r}, valid options are {list(there)}"
       )
   return [
     compile_program(program, mesh, config, hlo_folder)
-    for program in programs
-    if not names or program.name in names
+    for name, program in there.items()
+    if not names or name in names
   ]
 
 
@@ -304,27 +281,28 @@ def compile_program(
 ) -> Report:
   """One program's report."""
   import jax
-  from etils import epath
 
   from drift_jax.tools import hlo
 
+  # 1. What is known before it is compiled
   start = time.perf_counter()
   traced = program.jitted.trace(*program.arguments.values())
   lowered = traced.lower()
+  device = mesh.devices.flat[0]
   report = Report(
     program.name,
     fits=None,
     seconds=0.0,
     arguments=argument_bytes(program.arguments),
-    available=_available(mesh.devices.flat[0]),
+    available=_available(device),
     flops=hlo.matmul_flops(traced.jaxpr, mesh.size),
     asked=hlo.totals(hlo.requested_collectives(traced.jaxpr)),
   )
+  # 2. The compiler, which may refuse it
   with tempfile.TemporaryDirectory() as folder:
-    on_tpu = mesh.devices.flat[0].platform == "tpu"
     options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
     try:
-      compiled = lowered.compile(options if on_tpu else None)
+      compiled = lowered.compile(options if device.platform == "tpu" else None)
     except jax.errors.JaxRuntimeError as error:
       text = " ".join(str(error).split())
       if "RESOURCE_EXHAUSTED" not in text:
@@ -338,10 +316,48 @@ def compile_program(
     report.seconds = time.perf_counter() - start
     # As the compiler wrote it on its way: libtpu 0.0.52 can't give the text of
     # some programs that it has compiled.
-    text = _written(folder, "after_codegen")
-    largest = _written(folder, "memory-usage-report")
-  memory: Any = compiled.memory_analysis()
+    text = _dumped(folder, "after_codegen")
+    largest = _dumped(folder, "memory-usage-report")
+  # 3. What it says
+  _read_memory(report, compiled.memory_analysis())
   costs: Mapping[str, float] = compiled.cost_analysis() or {}
+  report.bytes_accessed = costs.get("bytes accessed")
+  try:
+    text = text or compiled.as_text() or ""
+  except jax.errors.JaxRuntimeError as error:
+    report.message = (
+      "the optimised program can't be read: bytes count each loop once, "
+      f"collectives are those asked for ({str(error)[:100]} ...)"
+    )
+    report.collectives = report.asked
+  else:
+    _read_program(report, text)
+    if hlo_folder:
+      _keep(hlo_folder, program.name, {"": text, "_memory": largest})
+  if report.fits is False:
+    report.advice = advice(report, config, mesh.size)
+  report.advice += _whole_sums(report)
+  return report
+
+
+def _dumped(folder: str, name: str) -> str:
+  """What the compiler wrote of a program; '' if nothing."""
+  files = pathlib.Path(folder).glob(f"*{name}.txt")
+  return "".join(path.read_text() for path in files)
+
+
+def _keep(folder: str, program: str, texts: Mapping[str, str]) -> None:
+  from etils import epath
+
+  epath.Path(folder).mkdir(parents=True, exist_ok=True)
+  for suffix, text in texts.items():
+    if text:
+      name = f"{program.replace(' ', '_')}{suffix}.txt"
+      (epath.Path(folder) / name).write_text(text)
+
+
+def _read_memory(report: Report, memory: Any) -> None:
+  """Fills in the compiler's figures of memory."""
   report.code = memory.generated_code_size_in_bytes
   resident: int = (
     memory.argument_size_in_bytes
@@ -355,34 +371,6 @@ def compile_program(
   report.activations = temporary or peak - resident
   if report.available is not None:
     report.fits = peak <= report.available
-  report.bytes_accessed = costs.get("bytes accessed")
-  try:
-    text = text or compiled.as_text() or ""
-  except jax.errors.JaxRuntimeError as error:
-    report.message = (
-      "the optimised program can't be read: bytes count each loop once, "
-      f"collectives are those asked for ({str(error)[:100]} ...)"
-    )
-    report.collectives = report.asked
-  else:
-    _read_program(report, text)
-    if hlo_folder:
-      kept = epath.Path(hlo_folder)
-      kept.mkdir(parents=True, exist_ok=True)
-      name = program.name.replace(" ", "_")
-      (kept / f"{name}.txt").write_text(text)
-      if largest:
-        (kept / f"{name}_memory.txt").write_text(largest)
-  if report.fits is False:
-    report.advice = advice(report, config, mesh.size)
-  report.advice += _whole_sums(report)
-  return report
-
-
-def _written(folder: str, name: str) -> str:
-  """What the compiler wrote of a program; '' if nothing."""
-  found = pathlib.Path(folder).glob(f"*{name}.txt")
-  return "".join(path.read_text() for path in found)
 
 
 def _read_program(report: Report, text: str) -> None:
@@ -405,19 +393,16 @@ def argument_bytes(arguments: Mapping[str, Any]) -> dict[str, int]:
   """Bytes on each device of what a program is called with, by what it is."""
   sizes: dict[str, int] = {}
   for name, tree in arguments.items():
+    parts = {name if name in ("params", "frozen") else "batch": tree}
     if name == "state":
-      sizes |= {
-        "params": device_bytes(tree.params),
-        "optimizer": device_bytes(tree.opt_state),
-        "ema": device_bytes(tree.ema),
-      }
-    else:
-      key = name if name in ("params", "frozen") else "batch"
-      sizes[key] = sizes.get(key, 0) + device_bytes(tree)
+      parts = {"params": tree.params, "optimizer": tree.opt_state}
+      parts["ema"] = tree.ema
+    for key, part in parts.items():
+      sizes[key] = sizes.get(key, 0) + _device_bytes(part)
   return {name: size for name, size in sizes.items() if size}
 
 
-def device_bytes(tree: Any) -> int:
+def _device_bytes(tree: Any) -> int:
   """Bytes of a tree of ShapeDtypeStructs on each device."""
   import jax
 
@@ -431,7 +416,7 @@ def device_bytes(tree: Any) -> int:
 
 
 def _available(device: Any) -> int | None:
-  """Bytes that programs may use on a device; None where nobody says."""
+  """Bytes that programs may use on a device; None if nobody says."""
   if device.device_kind in HBM:
     return int(HBM[device.device_kind])
   try:
@@ -443,83 +428,89 @@ def _available(device: Any) -> int | None:
 
 def needed_bytes(message: str) -> int | None:
   """What a program would take, from the compiler's refusal of it."""
-  found = re.search(r"(?:\(|Used )([\d.]+)([KMGT])", message)
-  if found is None:
+  match = re.search(r"(?:\(|Used )([\d.]+)([KMGT])", message)
+  if match is None:
     return None
-  return int(
-    float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]]
-  )
+  return int(float(match[1]) * 2 ** (10 * (1 + "KMGT".index(match[2]))))
 
 
 def advice(report: Report, config: Any, devices: int) -> list[str]:
   """What to change so that a program takes less, the cheapest first."""
-  found = []
-  sizes = report.arguments
-  trained = sum(sizes.get(name, 0) for name in ("params", "optimizer", "ema"))
-  if report.program != "train":
-    found.append("a smaller eval.batch_size")
-  else:
-    if config.model.remat not in (True, "full"):
-      value = True if config.task == "mae" else "full"
-      found.append(
-        f"model.remat={value}: recomputes blocks in the backward pass instead "
-        "of storing them"
-      )
-    if getattr(config.model, "attention_dtype", "bfloat16") != "bfloat16":
-      found.append(
-        "model.attention_dtype=bfloat16: halves the stored attention (the "
-        "published ablations use float32)"
-      )
+  training = report.program == "train"
   encoders = getattr(config, "encoders", {})
   decodes = any(e.decode and e.in_loss for e in encoders.values())
-  if report.program == "train" and decodes and not config.vae.remat:
-    found.append(
-      "vae.remat=True: recomputes the decoder's blocks in the backward pass "
-      "instead of storing them"
+  trained = sum(
+    report.arguments.get(name, 0) for name in ("params", "optimizer", "ema")
+  )
+  remat = True if config.task == "mae" else "full"
+  recomputed = "in the backward pass instead of storing them"
+  choices = [
+    (not training, "a smaller eval.batch_size"),
+    (
+      training and config.model.remat not in (True, "full"),
+      f"model.remat={remat}: recomputes blocks {recomputed}",
+    ),
+    (
+      training
+      and getattr(config.model, "attention_dtype", "bfloat16") != "bfloat16",
+      "model.attention_dtype=bfloat16: halves the stored attention (the "
+      "published ablations use float32)",
+    ),
+    (
+      training and decodes and not config.vae.remat,
+      f"vae.remat=True: recomputes the decoder's blocks {recomputed}",
+    ),
+  ]
+  for name, encoder in encoders.items():
+    key = f"encoders.{name}"
+    choices += [
+      (encoder.dtype == "float32", f"{key}.dtype=bfloat16: halves its weights"),
+      (
+        training and encoder.in_loss and not encoder.remat,
+        f"{key}.remat=True: recomputes its blocks {recomputed}",
+      ),
+      (
+        encoder.sharding == "replicated",
+        f"{key}.sharding=fsdp: keeps parts of its weights, and gathers them in "
+        "each step",
+      ),
+    ]
+  choices.append(
+    (
+      trained > 0.2 * (report.available or math.inf),
+      "a larger mesh.fsdp: parameters, optimiser and EMAs take "
+      f"{trained / GB:.1f} GB of each device",
     )
-  for name, section in encoders.items():
-    if section.dtype == "float32":
-      found.append(f"encoders.{name}.dtype=bfloat16: halves its weights")
-    if not section.remat and section.in_loss and report.program == "train":
-      found.append(
-        f"encoders.{name}.remat=True: recomputes its blocks in the backward "
-        "pass instead of storing them"
-      )
-    if section.sharding == "replicated":
-      found.append(
-        f"encoders.{name}.sharding=fsdp: keeps parts of its weights, and "
-        "gathers them in each step"
-      )
-  if trained > 0.2 * (report.available or math.inf):
-    found.append(
-      f"a larger mesh.fsdp: parameters, optimiser and EMAs take "
-      f"{trained / GB:.1f} GB of each device"
-    )
-  if report.program == "train" and config.task == "generator":
+  )
+  if training and config.task == "generator":
     at_once = config.train.accum_labels or config.batch.labels
-    if at_once > devices:
-      found.append(
-        f"train.accum_labels={devices}: {devices} of the {config.batch.labels} "
-        "labels at once, with their gradients added up"
-      )
-  if report.program == "train":
-    found.append(
-      "more devices, or a smaller batch (batch.labels, batch.generated; "
-      "mae.batch_size): each device takes its part of it"
+    text = (
+      f"train.accum_labels={devices}: {devices} of the {config.batch.labels} "
+      "labels at once, with their gradients added up"
     )
-  return found
+    choices.append((at_once > devices, text))
+  choices.append(
+    (
+      training,
+      "more devices, or a smaller batch (batch.labels, batch.generated; "
+      "mae.batch_size): each device takes its part of it",
+    )
+  )
+  return [text for applies, text in choices if applies]
 
 
 def _whole_sums(report: Report) -> list[str]:
   """Gradients that the compiler sums whole though parts were asked for."""
   kind = "reduce-scatter"
-  asked = report.asked.get(kind, {"bytes": 0})["bytes"]
-  whole = asked - report.collectives.get(kind, {"bytes": 0})["bytes"]
-  if whole <= 0.1 * asked:
+  asked, given = (
+    counts.get(kind, {"bytes": 0})["bytes"]
+    for counts in (report.asked, report.collectives)
+  )
+  if asked - given <= 0.1 * asked:
     return []
   return [
-    f"mesh.data=2: {_gb(whole)} of gradients are all-reduced, as libtpu does "
-    "where fsdp is all of a square slice; half of it gets reduce-scatters"
+    f"mesh.data=2: {_gb(asked - given)} of gradients are all-reduced, as libtpu"
+    " does where fsdp is all of a square slice; half of it gets reduce-scatters"
   ]
 
 
@@ -531,51 +522,49 @@ def describe(result: Mapping[str, Any], reports: Sequence[Report]) -> str:
     f"{result['device_kind']}, mesh {mesh}. For each device:"
   ]
   for report in reports:
-    lines += ["", *_describe_one(report)]
+    verdict = {True: "fits", False: "DOES NOT FIT", None: "compiled"}
+    of = "" if report.available is None else f" of {_gb(report.available)}"
+    peak = "?" if report.peak is None else _gb(report.peak)
+    lines += [
+      "",
+      f"{report.program}: {verdict[report.fits]}, {peak}{of} at the peak "
+      f"(compiled in {report.seconds:.0f} s)",
+    ]
+    lines += [f"  {name:<12} {text}" for name, text in _rows(report)]
   return "\n".join(lines)
 
 
-def _describe_one(report: Report) -> list[str]:
-  verdict = {True: "fits", False: "DOES NOT FIT", None: "compiled"}[report.fits]
-  of = "" if report.available is None else f" of {_gb(report.available)}"
-  peak = "?" if report.peak is None else _gb(report.peak)
-  lines = [
-    f"{report.program}: {verdict}, {peak}{of} at the peak (compiled in "
-    f"{report.seconds:.0f} s)"
-  ]
+def _rows(report: Report) -> Iterator[tuple[str, str]]:
+  """(what, figures) of a report's lines."""
   sizes = dict(report.arguments)
   if report.activations is not None:
     sizes["activations"] = report.activations
-  lines.append(
-    "  memory       "
-    + ", ".join(f"{name} {_gb(size)}" for name, size in sizes.items())
-  )
+  yield "memory", ", ".join(f"{name} {_gb(n)}" for name, n in sizes.items())
+  seconds = report.estimated_seconds
   if report.flops is not None and report.bytes_accessed is not None:
-    line = (
-      f"  work         {report.flops / 1e12:.4g} TFLOP, "
-      f"{_gb(report.bytes_accessed)} accessed"
-    )
-    if report.estimated_seconds is not None:
-      line += f", about {report.estimated_seconds * 1e3:.3g} ms at 1.75 GHz"
-    lines.append(line)
+    accessed = _gb(report.bytes_accessed)
+    work = f"{report.flops / 1e12:.4g} TFLOP, {accessed} accessed"
+    if seconds is not None:
+      work += f", about {seconds * 1e3:.3g} ms at 1.75 GHz"
+    yield "work", work
   shown = [
     f"{name} {part['seconds'] * 1e3:.3g} ms"
     for name, part in report.parts.items()
-    if part["seconds"] > 0.01 * (report.estimated_seconds or 0.0)
+    if part["seconds"] > 0.01 * (seconds or 0.0)
   ]
   if shown:
-    lines.append(f"  parts        {', '.join(shown)}")
+    yield "parts", ", ".join(shown)
   for kind in sorted(report.collectives | report.asked):
     total = report.collectives.get(kind, {"count": 0, "bytes": 0})
-    line = f"  {kind:<12} {total['count']} x, {_gb(total['bytes'])}"
     asked = report.asked.get(kind, {"bytes": 0})["bytes"]
+    line = f"{total['count']} x, {_gb(total['bytes'])}"
     if abs(total["bytes"] - asked) > 0.1 * max(total["bytes"], asked):
       line += f" (the program asks for {_gb(asked)})"
-    lines.append(line)
+    yield kind, line
   if report.message:
-    lines.append(f"  compiler     {report.message}")
-  lines += [f"  change       {text}" for text in report.advice]
-  return lines
+    yield "compiler", report.message
+  for text in report.advice:
+    yield "change", text
 
 
 def _gb(size: float) -> str:
