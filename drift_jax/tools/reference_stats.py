@@ -14,10 +14,9 @@ features of the images in it. Several processes that run the same command, each
 with its --process_id, share the images.
 """
 
-import argparse
 from collections.abc import Sequence
 
-from drift_jax.system import console, options, paths
+from drift_jax.system import console, options, paths, programs
 
 # Flags that say which images of a source are meant.
 _SOURCE_FLAGS = (
@@ -35,14 +34,7 @@ _AT_LEAST = {"num_features": 0, "batch_size": 1, "seed": 0, "num_threads": 1}
 
 
 def _parser() -> console.Parser:
-  description, _, details = (__doc__ or "").partition("\n")
-  parser = console.Parser(
-    prog="python -m drift_jax.tools.reference_stats",
-    description=description,
-    epilog=details,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  parser = programs.parser("drift_jax.tools.reference_stats", __doc__)
   what = parser.add_mutually_exclusive_group(required=True)
   what.add_argument(
     "--source", help="digits, folder:DIR, tar:FILE or tfds:NAME"
@@ -115,34 +107,30 @@ def main(argv: Sequence[str] | None = None) -> None:
   """Does what the command line asks for; a mistake is one line."""
   parser = _parser()
   arguments = parser.parse_args(argv)
-  given = {
-    name: getattr(arguments, name)
-    for name in _SOURCE_FLAGS
-    if getattr(arguments, name) is not None
-  }
-  if arguments.public is not None and given:
-    parser.error(f"--{next(iter(given))} goes with --source, not with --public")
+  values = {k: v for k, v in vars(arguments).items() if v is not None}
+  of_source = {name: values[name] for name in _SOURCE_FLAGS if name in values}
+  if arguments.public is not None and of_source:
+    parser.error(
+      f"--{next(iter(of_source))} goes with --source, not with --public"
+    )
   for name, minimum in _AT_LEAST.items():
-    value = getattr(arguments, name)
-    if value is not None and value < minimum:
-      parser.error(f"--{name}={value} must be at least {minimum}")
-  from drift_jax.system import exits, numerics
-  from drift_jax.tools.work import reference_stats
-
-  console.setup()
-  numerics.pin()
+    if values.get(name, minimum) < minimum:
+      parser.error(f"--{name}={values[name]} must be at least {minimum}")
 
   def program() -> None:
-    exits.join(
+    from drift_jax.tools.work import reference_stats
+
+    reference_stats.run(arguments, of_source)
+
+  programs.run(
+    program,
+    processes=(
       arguments.coordinator,
       arguments.num_processes,
       arguments.process_id,
-      join_timeout=arguments.join_timeout,
-      again=exits.ANEW,
-    )
-    reference_stats.run(arguments, given)
-
-  exits.run(program, again=exits.ANEW)
+    ),
+    join_timeout=arguments.join_timeout,
+  )
 
 
 if __name__ == "__main__":
