@@ -27,7 +27,6 @@ from drift_jax import sampling
 from drift_jax.metrics.images import save_image
 from drift_jax.serve.app import host_name, make_app
 from drift_jax.serve.limits import Limits, RateLimiter
-from drift_jax.serve.requests import read_request
 from drift_jax.serve.server import make_server
 from drift_jax.serve.worker import Worker, cut
 from tests.process import call, process_environment
@@ -38,7 +37,6 @@ CHROMIUM = "/usr/bin/chromium"
 JSON = {"content-type": "application/json"}
 # The second one could be cut into smaller ones that the devices share.
 SIZES = (8, 24)
-MEGABYTES = b" " * 10_000_000
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +72,7 @@ class Gate:
 class Served:
   """A running server and requests to it."""
 
-  def __init__(self, port, worker):
+  def __init__(self, port, worker=None):
     self.port = port
     self.worker = worker
     self.url = f"http://127.0.0.1:{port}"
@@ -82,16 +80,11 @@ class Served:
   @contextlib.contextmanager
   def open(self, method, path, body=None, headers=None):
     """A response whose body is still to come."""
-    client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-    try:
+    connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+    with contextlib.closing(connection) as client:
       client.request(method, path, body, headers or {})
-      response = client.getresponse()
-      try:
+      with client.getresponse() as response:
         yield response
-      finally:
-        response.close()
-    finally:
-      client.close()
 
   def request(self, method, path, body=None, headers=None):
     with self.open(method, path, body, headers) as response:
@@ -106,12 +99,8 @@ class Served:
     )
     return status, [json.loads(line) for line in answer.splitlines()]
 
-  @contextlib.contextmanager
   def stream(self, **asked):
-    body = json.dumps(asked).encode()
-    with self.open("POST", "/api/sample", body, JSON) as response:
-      assert response.status == 200
-      yield response
+    return self.open("POST", "/api/sample", json.dumps(asked), JSON)
 
   def raw(self, *parts):
     """What the server answers to bytes, until it closes or says nothing."""
@@ -119,40 +108,29 @@ class Served:
       for part in parts:
         client.sendall(part)
       client.settimeout(2)
-      found = b""
+      answer = b""
       with contextlib.suppress(TimeoutError):
         while data := client.recv(2**16):
-          found += data
-          if b"\r\n\r\n" in found and found.endswith((b"}", b"request.")):
+          answer += data
+          if b"\r\n\r\n" in answer and answer.endswith((b"}\n", b"request.")):
             break
-    return found.decode()
+    return answer.decode()
 
 
 @contextlib.contextmanager
-def serving(
-  model,
-  *,
-  max_waiting=8,
-  sizes=SIZES,
-  hosts=(),
-  root_path="",
-  server=(),
-  **limits,
-):
-  limits = {"max_images": 64, "requests_per_minute": 10_000, **limits}
-  worker = Worker(model, sizes, max_waiting)
+def serving(model, *, max_waiting=8, root_path="", server=(), **limits):
+  worker = Worker(model, SIZES, max_waiting)
   app = make_app(
     model,
     worker,
-    Limits(**limits),
+    Limits(**{"max_images": 64, "requests_per_minute": 10_000, **limits}),
     name="small",
-    hosts=hosts,
+    hosts=(),
     root_path=root_path,
   )
   server = make_server(app, **dict(server))
   with socket.create_server(("127.0.0.1", 0)) as listener:
     thread = threading.Thread(target=server.run, args=([listener],))
-    worker.start()
     thread.start()
     try:
       wait_for(lambda: server.started)
@@ -186,7 +164,7 @@ def decoded(line):
 # Images.
 
 
-@pytest.mark.parametrize("style", [None, [1], [3, -1, 0, 2]])
+@pytest.mark.parametrize("style", [None, [3, -1, 0, 2]])
 def test_images_are_those_of_sample(tmp_path, model, served, style):
   """The very files that `python -m drift_jax.sample --out=FOLDER/` writes."""
   asked = {"alpha": 1.5, "seed": 2**32 - 1, "style": style}
@@ -234,11 +212,6 @@ def test_cut():
       assert valid >= size / 2 or size == sizes[0], (sizes, count)
   assert list(cut(44, (1, 8, 32))) == [(32, 32), (8, 8), (8, 4)]
   assert list(cut(3, (1, 8, 32))) == [(1, 1)] * 3
-
-
-def test_batch_sizes_fill_the_devices(model):
-  worker = Worker(model, (1, 8, 9), max_waiting=1)
-  assert worker.batch_sizes == (8, 16)
 
 
 def test_no_request_compiles(served):
@@ -298,115 +271,72 @@ def asks(**changes):
   return json.dumps({"labels": [0], **changes}).encode()
 
 
-OBJECT = "want an object of ['labels', 'count', 'alpha', 'seed', 'style']"
+DEEP = b"[" * 60_000
 BODIES = [
   (b"", 400, "the body is no JSON: Expecting value"),
-  (b"{", 400, "the body is no JSON"),
   (b"\xff\xfe", 400, "the body is no JSON: 'utf-8' codec"),
-  (b"labels=1", 400, "the body is no JSON"),
-  (b"[]", 400, f"the body is []: {OBJECT}"),
-  (b"null", 400, f"the body is null: {OBJECT}"),
-  (b'"' + b"x" * 999 + b'"', 400, f'the body is "{"x" * 56}...: {OBJECT}'),
-  (b"[" * 60_000, 400, "the body nests too deep"),
-  (b'{"labels":' + b"[" * 60_000, 400, "the body nests too deep"),
-  (b'{"a":' * 12_000, 400, "the body nests too deep"),
+  (b"null", 400, "the body is null: want an object of ['labels', 'count'"),
+  (b'"' + b"x" * 999 + b'"', 400, f'the body is "{"x" * 56}...: want'),
+  (DEEP, 400, "the body nests too deep"),
+  (b'{"labels":' + DEEP, 400, "the body nests too deep"),
   (b'{"labels":[0],"labels":[1]}', 400, "a key is given twice"),
   (b'{"labels":[0],"alpha":NaN}', 400, "NaN is no number of JSON"),
-  (b'{"labels":[0],"alpha":-Infinity}', 400, "-Infinity is no number"),
   (b'{"labels":[0],"seed":' + b"9" * 5000 + b"}", 400, "the body is no JSON"),
-  (b'{"labels":[0]} {}', 400, "the body is no JSON: Extra data"),
-  (asks(lables=1), 422, "unknown key \"lables\": valid keys are ['labels',"),
   (asks(**{"\ud800\n": 1}), 422, 'unknown key "\\ud800\\n": valid keys'),
   (b"{}", 422, "labels=null must be a list of 1 to 64 class indices"),
-  (asks(labels=[]), 422, "labels=[] must be a list of 1 to 64"),
   (asks(labels=[0] * 65), 422, "0, 0,... must be a list of 1 to 64"),
   (asks(labels="tench"), 422, 'labels="tench" must be a list'),
-  (asks(labels={"0": 1}), 422, 'labels={"0": 1} must be a list'),
   (asks(labels=[0, 4]), 422, "labels[1]=4 must be an integer in [0, 4)"),
-  (asks(labels=[-1]), 422, "labels[0]=-1 must be an integer in [0, 4)"),
   (asks(labels=[True]), 422, "labels[0]=true must be an integer in [0, 4)"),
   (asks(labels=[1.0]), 422, "labels[0]=1.0 must be an integer in [0, 4)"),
-  (asks(labels=["1"]), 422, 'labels[0]="1" must be an integer in [0, 4)'),
-  (asks(labels=[[0]]), 422, "labels[0]=[0] must be an integer in [0, 4)"),
   (asks(labels=[10**4000]), 422, "labels[0]=10000"),
-  (asks(count=0), 422, "count=0 must be an integer in [1, 65)"),
   (asks(count=65), 422, "count=65 must be an integer in [1, 65)"),
-  (asks(count=None), 422, "count=null must be an integer"),
-  (asks(count=1e3), 422, "count=1000.0 must be an integer"),
-  (
-    asks(labels=[0, 1, 2], count=22),
-    422,
-    "3 labels with count=22 are 66 images: at most 64 a request",
-  ),
-  (asks(alpha=0.99), 422, "alpha=0.99 must be a number in [1.0, 3.0]"),
+  (asks(labels=[0, 1, 2], count=22), 422, "count=22 are 66 images: at most 64"),
   (asks(alpha=3.01), 422, "alpha=3.01 must be a number in [1.0, 3.0]"),
-  (asks(alpha="2"), 422, 'alpha="2" must be a number'),
   (asks(alpha=False), 422, "alpha=false must be a number"),
   (asks(alpha=10**400), 422, "alpha=10000"),
   (b'{"labels":[0],"alpha":1e999}', 422, "alpha=Infinity must be a number"),
-  (asks(seed=-1), 422, "seed=-1 must be an integer in [0, 4294967296)"),
-  (asks(seed=2**32), 422, "seed=4294967296 must be an integer"),
-  (asks(seed=0.5), 422, "seed=0.5 must be an integer"),
-  (asks(style=1), 422, "style=1 must be null or a list of integers"),
+  (asks(seed=2**32), 422, "seed=4294967296 must be an integer in [0, 42949672"),
   (asks(style=[0.0]), 422, "style=[0.0] must be null or a list of integers"),
-  (asks(style=[]), 422, "style=[]: want one index, or 4, one for each"),
   (asks(style=[0, 0]), 422, "style=[0, 0]: want one index, or 4"),
   (asks(style=[0] * 9000), 422, "has 9000 indices: want one, or 4"),
   (asks(style=[16]), 422, "16 is not in [0, 16), nor -1"),
   (asks(style=[10**300]), 422, "style=[1000000"),
-  (asks() + MEGABYTES, 413, "the body is larger than 65536 bytes"),
+  (asks() + b" " * 10_000_000, 413, "the body is larger than 65536 bytes"),
 ]
 
 
-@pytest.mark.parametrize(
-  ("body", "status", "part"),
-  BODIES,
-  ids=[f"{status}-{i}" for i, (_, status, _) in enumerate(BODIES)],
-)
-def test_bad_bodies(served, body, status, part):
-  found, (line,) = served.post(body)
-  assert list(line) == ["error"] and part in line["error"], line
-  assert found == status
-  assert "\n" not in line["error"] and len(line["error"]) < 400
+def test_bad_bodies(served):
+  for body, expected, part in BODIES:
+    status, (line,) = served.post(body)
+    assert list(line) == ["error"] and part in line["error"], line
+    assert status == expected
+    assert "\n" not in line["error"] and len(line["error"]) < 400
 
 
-@pytest.mark.parametrize(
-  ("method", "path", "headers", "status", "part"),
-  [
-    ("GET", "/../pyproject.toml", {}, 404, "is none of ['GET /'"),
-    ("GET", "/%2e%2e/%2e%2e/etc/passwd", {}, 404, "Not Found"),
-    ("GET", "//etc/passwd", {}, 404, "Not Found"),
+def test_other_requests(served):
+  for method, path, headers, expected, part in (
+    ("GET", "/%2e%2e/%2e%2e/etc/passwd", {}, 404, "is none of ['GET /'"),
     ("GET", "/static/index.html", {}, 404, "Not Found"),
     ("GET", "/page.js/", {}, 404, "Not Found"),
     ("GET", "/" + "a" * 5000, {}, 404, "Not Found"),
     ("GET", "/api/sample", {}, 405, "'POST /api/sample'"),
     ("DELETE", "/api/model", {}, 405, "Method Not Allowed"),
-    ("OPTIONS", "/api/sample", {}, 405, "Method Not Allowed"),
     ("POST", "/", JSON, 405, "Method Not Allowed"),
     ("POST", "/api/sample", {}, 415, "content-type '': want application/js"),
-    (
-      *("POST", "/api/sample", {"content-type": "text/plain"}, 415),
-      "content-type 'text/plain': want application/json",
-    ),
-    (
-      *("POST", "/api/sample", {"content-type": "application/json-x"}, 415),
-      "content-type 'application/json-x'",
-    ),
+    ("POST", "/api/sample", {"content-type": "text/plain"}, 415, "'text/plain"),
     ("GET", "/", {"host": "evil.example"}, 403, "host 'evil.example' is none"),
-    ("GET", "/api/model", {"host": "localhost.evil.example:80"}, 403, "host"),
     ("GET", "/api/model", {"host": "127.0.0.1:80@evil.example"}, 403, "host"),
     ("POST", "/api/sample", {"host": "evil", **JSON}, 403, "--allowed_hosts"),
     ("GET", "/", {"host": ""}, 403, "host '' is none of ['127.0.0.1',"),
     # What a proxy says of the host is not believed.
     ("GET", "/", {"host": "evil", "x-forwarded-host": "localhost"}, 403, ""),
-  ],
-)
-def test_other_requests(served, method, path, headers, status, part):
-  found, answered, body = served.request(method, path, b"", headers)
-  assert found == status
-  (line,) = body.splitlines()
-  assert part in json.loads(line)["error"], line
-  assert_careful(answered)
+  ):
+    status, answered, body = served.request(method, path, b"", headers)
+    assert status == expected, path
+    (line,) = body.splitlines()
+    assert part in json.loads(line)["error"], line
+    assert_careful(answered)
 
 
 def assert_careful(headers):
@@ -417,22 +347,14 @@ def assert_careful(headers):
   assert "server" not in headers
 
 
-@pytest.mark.parametrize(
-  "host", ["localhost", "LocalHost:8000", "127.0.0.1:1", "[::1]:80", "[::1]"]
-)
-def test_names_of_this_machine(served, host):
-  status, headers, _ = served.request("GET", "/", headers={"host": host})
-  assert status == 200
-  assert_careful(headers)
-
-
-def test_host_names():
+def test_names_of_this_machine(served):
+  for host in ("localhost", "LocalHost:8000", "127.0.0.1:1", "[::1]:80"):
+    status, headers, _ = served.request("GET", "/", headers={"host": host})
+    assert status == 200, host
+    assert_careful(headers)
   names = {
-    "a.example": "a.example",
     "A.example:80": "a.example",
-    "[::1]:80": "[::1]",
     "[::1]": "[::1]",
-    "": "",
     ":80": "",
     "a:b": "a:b",
   }
@@ -454,13 +376,9 @@ def test_what_no_client_library_sends(served):
   for status, parts in answers.items():
     assert served.raw(*parts).split(" ")[1] == status, status
   for garbage in (
-    start + host + host + b"Content-Length: 2\r\n\r\n{}",
-    start + host + b"Content-Length: -1\r\n\r\n",
     start + host + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
-    start + host + b"Content-Length: " + b"9" * 30 + b"\r\n\r\n",
     start + host + b"X: " + b"a" * 100_000 + b"\r\n\r\n",
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
-    b"GET /\r\nHost: localhost\r\n\r\n",
   ):
     with contextlib.suppress(ConnectionResetError):
       answer = served.raw(garbage)
@@ -506,11 +424,9 @@ def test_slow_readers_lose_their_place(model):
     if message.get("body"):
       await asyncio.Event().wait()
 
-  worker.start()
   try:
     asyncio.run(asyncio.wait_for(app(scope, receive, send), 60))
-    asked = read_request(asks(), model, 64)
-    worker.release(worker.submit(asked, lambda event: None))
+    assert not worker.jobs
   finally:
     worker.stop()
 
@@ -563,7 +479,7 @@ def test_queue(model):
     assert gate.drawn == 1
     # Both leave: the second batch of one, and the other, are never drawn.
     stack.close()
-    wait_for(lambda: served.worker._held == 0)
+    wait_for(lambda: not served.worker.jobs)
     gate.passes.release(2)
     status, lines = served.post({"labels": [1]})
     assert status == 200 and len(lines) == 2
@@ -652,7 +568,7 @@ def test_concurrent_clients(model):
       thread.start()
     for thread in threads:
       thread.join(60)
-    assert served.worker._held == 0
+    assert not served.worker.jobs
   assert len(answers) == 24
   assert {status for status, _ in answers} <= {200, 503}
   whole = [lines[:-1] for status, lines in answers if status == 200]
@@ -890,7 +806,7 @@ def test_page_while_it_waits(model, page):
     cancel.press("Enter")
     expect(page.locator("#status")).to_have_text("Cancelled: 24 of 32 images.")
     expect(generate).to_be_focused()
-    wait_for(lambda: served.worker._held == 0)
+    wait_for(lambda: not served.worker.jobs)
     expect(page.get_by_role("button", name="Download grid")).to_be_enabled()
     gate.error = RuntimeError("broken")
     gate.passes.release(2)
@@ -902,7 +818,7 @@ def test_page_while_it_waits(model, page):
     page.get_by_role("button", name="Generate").click()
     expect(page.locator("#result")).to_have_attribute("aria-busy", "true")
     page.goto("about:blank")
-    wait_for(lambda: served.worker._held == 0)
+    wait_for(lambda: not served.worker.jobs)
     gate.passes.release(9)
 
 

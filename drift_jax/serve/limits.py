@@ -1,15 +1,14 @@
 """What one client may ask for."""
 
 import collections
-import dataclasses
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 _MAX_CLIENTS = 4096
 
 
-@dataclasses.dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
   """Of requests for images.
 
   Attributes:

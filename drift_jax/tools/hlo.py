@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 KINDS = (
   "all-gather",
@@ -104,7 +104,8 @@ class Instruction:
 Computation = dict[str, Instruction]
 
 
-class Collective(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Collective:
   """A collective of one device.
 
   Attributes:
