@@ -10,23 +10,21 @@ Prints a table and writes a JSON report; where asked, also the figures over
 alpha, the samples and their nearest training images.
 """
 
-import functools
-import sys
-from collections.abc import Sequence
 from typing import Any
 
 from absl import app, flags
 
 from drift_jax import config as config_lib
-from drift_jax.system import options, paths
+from drift_jax.system import options, paths, programs
+from drift_jax.system.errors import naming
 from drift_jax.tasks.generator.config import EVAL_METRICS
 
 # Whose images are judged: one of these.
 SOURCES = ("workdir", "weights", "images")
-# Flags that not every source of images has a use for.
-_ONLY_WITH = (
-  (
-    ("workdir",),
+# {flag: the sources that have a use for it}; all have one for the others.
+_ONLY_WITH = {
+  **dict.fromkeys(("alphas", "labels", "samples_out", "vae"), SOURCES[:2]),
+  **dict.fromkeys(
     (
       "step",
       "ema_decay",
@@ -37,16 +35,21 @@ _ONLY_WITH = (
       "data_source",
       "data_dir",
     ),
+    SOURCES[:1],
   ),
-  (("workdir", "weights"), ("alphas", "labels", "samples_out", "vae")),
-)
-# {flag: what it is of a request's judges}.
-_JUDGES = {
-  "inception": ("inception", "path"),
-  "inception_reference": ("inception", "reference"),
-  "dinov2": ("dinov2", "path"),
-  "dinov2_reference": ("dinov2", "reference"),
 }
+# Flags that a request has under the same name.
+_OF_REQUEST = (
+  "metrics",
+  "num_samples",
+  "labels",
+  "batch_size",
+  "seed",
+  "neighbours",
+  "neighbour_space",
+  "neighbour_samples",
+  "samples_out",
+)
 
 
 def define_flags() -> None:
@@ -155,10 +158,10 @@ def define_flags() -> None:
 def table(report: dict[str, Any]) -> str:
   """The report as a Markdown table: a row for each figure."""
   columns = list(report["results"])
-  header = [f"{report['num_samples']} samples"]
+  corner = f"{report['num_samples']} samples"
   if report.get("step") is not None:
-    header[0] += f", step {report['step']}"
-  header += [
+    corner += f", step {report['step']}"
+  header = [corner] + [
     column if isinstance(column, str) else f"alpha {column:g}"
     for column in columns
   ]
@@ -176,23 +179,20 @@ def table(report: dict[str, Any]) -> str:
 
 def main(argv: list[str]) -> None:
   """Prints the table and writes the JSON that the flags ask for."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments {argv[1:]}")
-  try:
-    asked = request(flags.FLAGS)
-  except config_lib.ConfigError as error:
-    sys.exit(f"Error: {error}")
-  from drift_jax.system import console, exits, numerics
-
-  console.setup()
-  numerics.pin()
-  program = functools.partial(_program, flags.FLAGS, asked)
-  exits.run(program, again=exits.ANEW)
+  values = flags.FLAGS
+  with programs.checking(argv):
+    arguments = request(values)
+  programs.run(
+    lambda: judge(values, arguments),
+    processes=config_lib.process_flags(),
+    join_timeout=values.join_timeout,
+  )
 
 
-def _program(values: flags.FlagValues, asked: dict[str, Any]) -> None:
+def judge(values: flags.FlagValues, arguments: dict[str, Any]) -> None:
+  """Computes the report, prints its table and writes it."""
   from drift_jax.metrics.files import write_report
-  from drift_jax.system import exits, processes
+  from drift_jax.system import processes
   from drift_jax.system.console import logger
   from drift_jax.tasks.generator.reports import (
     Request,
@@ -202,75 +202,63 @@ def _program(values: flags.FlagValues, asked: dict[str, Any]) -> None:
   )
   from drift_jax.training.alone import alone_with
 
-  exits.join(
-    *config_lib.process_flags(),
-    join_timeout=values.join_timeout,
-    again=exits.ANEW,
-  )
-  wanted = Request(**asked)
-  with alone_with(wanted.out):
+  asked = Request(**arguments)
+  with alone_with(asked.out):
     if values.workdir is not None:
       report = report_on_run(
-        values.workdir, wanted, step=values.step, ema_decay=values.ema_decay
+        values.workdir, asked, step=values.step, ema_decay=values.ema_decay
       )
     elif values.weights is not None:
-      report = report_on_weights(values.weights, wanted, vae=values.vae)
+      report = report_on_weights(values.weights, asked, vae=values.vae)
     else:
-      report = report_on_images(values.images, wanted)
+      report = report_on_images(values.images, asked)
     if processes.is_first():
       print(table(report))
-      write_report(wanted.out, report)
-  logger.info("Wrote %s.", wanted.out)
+      write_report(asked.out, report)
+  logger.info("Wrote %s.", asked.out)
 
 
 def request(values: flags.FlagValues) -> dict[str, Any]:
-  """What the flags ask for: arguments of experiment.Request.
+  """Arguments of reports.Request, by the flags.
 
   Raises:
     ConfigError: flags that don't go together, or a value that is none.
   """
-  sources = {name: values[name].value for name in SOURCES}
-  given = [name for name, value in sources.items() if value is not None]
-  if len(given) != 1:
+  sources = [name for name in SOURCES if values[name].value is not None]
+  if len(sources) != 1:
     raise config_lib.ConfigError(
       f"give one of {[f'--{name}' for name in SOURCES]}, got "
-      f"{[f'--{name}' for name in given] or 'none'}"
+      f"{[f'--{name}' for name in sources] or 'none'}"
     )
-  for allowed, others in _ONLY_WITH:
-    for name in others:
-      if values[name].present and given[0] not in allowed:
-        raise config_lib.ConfigError(
-          f"--{name}={values[name].value} with --{given[0]}: it goes with "
-          f"{' or '.join(f'--{flag}' for flag in allowed)}"
-        )
-  if values.samples_out is not None:
-    _check_suffix("samples_out", values.samples_out, ".npz")
+  for name, allowed in _ONLY_WITH.items():
+    if values[name].present and sources[0] not in allowed:
+      raise config_lib.ConfigError(
+        f"--{name}={values[name].value} with --{sources[0]}: it goes with "
+        f"{' or '.join(f'--{source}' for source in allowed)}"
+      )
   folder = "" if values.workdir is None else f"{values.workdir}/"
   out = values.out or f"{folder}evaluation.json"
-  _check_suffix("out", out, ".json")
-  judges = {_JUDGES[name]: values[name].value for name in _JUDGES}
-  return {
-    "alphas": parse_floats("alphas", values.alphas),
-    "metrics": values.metrics,
-    "num_samples": values.num_samples,
-    "labels": values.labels,
+  for name, path, suffix in (
+    ("samples_out", values.samples_out, ".npz"),
+    ("out", out, ".json"),
+  ):
+    if path is not None:
+      with naming(f"--{name}"):
+        paths.check_suffix(path, (suffix,))
+  with naming("--alphas"):
+    alphas = values.alphas and [float(alpha) for alpha in values.alphas]
+  judges = {
+    ("inception", "path"): values.inception,
+    ("inception", "reference"): values.inception_reference,
+    ("dinov2", "path"): values.dinov2,
+    ("dinov2", "reference"): values.dinov2_reference,
+  }
+  return {name: values[name].value for name in _OF_REQUEST} | {
+    "alphas": alphas,
     "paths": _paths(values),
-    "batch_size": values.batch_size,
-    "seed": values.seed,
     "judges": {key: path for key, path in judges.items() if path is not None},
-    "neighbours": values.neighbours,
-    "neighbour_space": values.neighbour_space,
-    "neighbour_samples": values.neighbour_samples,
-    "samples_out": values.samples_out,
     "out": out,
   }
-
-
-def _check_suffix(flag: str, path: str, suffix: str) -> None:
-  try:
-    paths.check_suffix(path, (suffix,))
-  except ValueError as error:
-    raise config_lib.ConfigError(f"--{flag}: {error}") from error
 
 
 def _paths(values: flags.FlagValues) -> dict[str, str]:
@@ -279,27 +267,17 @@ def _paths(values: flags.FlagValues) -> dict[str, str]:
   Raises:
     ConfigError: an encoder that is no NAME=DIR.
   """
-  given = {
+  places = {
     "vae.path": values.vae,
     "data.source": values.data_source,
     "data.data_dir": values.data_dir,
   }
   for text in values.encoder:
-    name, equals, path = text.partition("=")
-    if not name or not equals or not path:
+    name, _, path = text.partition("=")
+    if not name or not path:
       raise config_lib.ConfigError(f"--encoder={text}: want NAME=DIR")
-    given[f"encoders.{name}.path"] = path
-  return {key: value for key, value in given.items() if value}
-
-
-def parse_floats(flag: str, values: Sequence[str] | None) -> list[float] | None:
-  """Numbers of a list flag; ConfigError names the entry that is none."""
-  if values is None:
-    return None
-  try:
-    return [float(value) for value in values]
-  except ValueError as error:
-    raise config_lib.ConfigError(f"--{flag}: {error}") from error
+    places[f"encoders.{name}.path"] = path
+  return {key: value for key, value in places.items() if value}
 
 
 if __name__ == "__main__":

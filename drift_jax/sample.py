@@ -12,13 +12,12 @@ images, which an interrupted command continues.
 """
 
 import os
-import sys
 from collections.abc import Sequence
 
 from absl import app, flags
 
 from drift_jax import config as config_lib
-from drift_jax.system import options, paths
+from drift_jax.system import options, paths, programs
 
 FILES = (*options.PICTURES, ".npz", ".gif")
 
@@ -104,44 +103,36 @@ def check_out(out: str, interpolate: int | None) -> str:
 
 def main(argv: list[str]) -> None:
   """Writes what the flags ask for."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments {argv[1:]}")
   values = flags.FLAGS
-  try:
+  with programs.checking(argv):
     source = config_lib.source()
     suffix = check_out(values.out, values.interpolate)
     style = parse_style(values.style)
-  except config_lib.ConfigError as error:
-    sys.exit(f"Error: {error}")
-  from drift_jax.system import console, exits, numerics
-  from drift_jax.tools.work import sample as drawing
-
-  console.setup()
-  numerics.pin()
 
   def program() -> None:
-    exits.join(
-      *config_lib.process_flags(),
-      join_timeout=values.join_timeout,
-      again=exits.ANEW,
-    )
+    from drift_jax.tools.work import sample as drawing
+
     drawing.draw(
-      source,
+      drawing.Asked(
+        values.labels, values.count, values.alpha, values.seed, style
+      ),
       values.out,
       suffix,
-      vae=values.vae,
-      step=values.step,
-      ema_decay=values.ema_decay,
-      labels=values.labels,
-      count=values.count,
-      alpha=values.alpha,
-      seed=values.seed,
-      style=style,
+      generator={
+        "source": source,
+        "vae": values.vae,
+        "step": values.step,
+        "ema_decay": values.ema_decay,
+      },
       batch_size=values.batch_size,
       frames=values.interpolate,
     )
 
-  exits.run(program, again=exits.ANEW)
+  programs.run(
+    program,
+    processes=config_lib.process_flags(),
+    join_timeout=values.join_timeout,
+  )
 
 
 if __name__ == "__main__":

@@ -141,13 +141,13 @@ DRAW = """if True:
   evaluate.define_flags()
 
   def main(argv):
-    judge = evaluate._program
+    judge = evaluate.judge
 
-    def program(*arguments):
+    def judge_and_draw(*arguments):
       judge(*arguments)
       draw(*argv[1:3])
 
-    evaluate._program = program  # one of several processes ends with it
+    evaluate.judge = judge_and_draw  # one of several processes ends with it
     evaluate.main(argv[:1])
 
   def draw(workdir, out):

@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import io
 import json
 import math
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -10,7 +9,6 @@ from importlib import resources
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -248,18 +246,11 @@ def _image_lines(part: Part, labels: np.ndarray) -> bytes:
       {
         "index": i,
         "label": int(labels[i]),
-        "png": base64.b64encode(png_bytes(pixels)).decode(),
+        "png": base64.b64encode(sampling.png_bytes(pixels)).decode(),
       }
     )
     for i, pixels in enumerate(part.pixels, part.first)
   )
-
-
-def png_bytes(pixels: np.ndarray) -> bytes:
-  """A PNG file of uint8 [H, W, 3]."""
-  file = io.BytesIO()
-  Image.fromarray(pixels).save(file, format="png")
-  return file.getvalue()
 
 
 def _file(name: str, media_type: str) -> Response:
