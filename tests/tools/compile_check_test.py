@@ -14,6 +14,7 @@ from drift_jax.tasks import parse
 from drift_jax.tools import compile_check, hlo
 from drift_jax.training import artifacts
 from tests import process
+from tests.programs import call_each
 from tests.published_configs_test import get
 
 # Widths that TPUs tile evenly, one label a chip.
@@ -27,16 +28,13 @@ SMALL = (
   "--config.batch.positives=8",
   "--config.eval.batch_size=16",
 )
+# Without the tests' XLA_FLAGS: libtpu refuses flags that it doesn't have.
+ALONE = {"XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}
 
 
 def run(*arguments):
-  """What a process that compiles for TPUs has said.
-
-  Without the tests' XLA_FLAGS: libtpu refuses flags that it doesn't have.
-  """
-  done = process.call(
-    *arguments, XLA_FLAGS="", JAX_ENABLE_COMPILATION_CACHE="false"
-  )
+  """What a process that compiles for TPUs has said."""
+  done = process.call(*arguments, **ALONE)
   assert done.returncode == 0, done.stdout + done.stderr[-3000:]
   return done.stdout
 
@@ -127,25 +125,6 @@ def test_kernels_compile_for_every_generation():
   assert run("-c", _KERNELS).split()[-1] == "v6e:2x2"
 
 
-# The command line for one list of arguments after the other.
-_MANY = """if True:
-  import json, sys
-  from absl import flags
-  from absl.testing import flagsaver
-  from drift_jax.tools import compile_check
-
-  compile_check.define_flags()
-  compile_check.prepare_libtpu()
-  for arguments in json.loads(sys.argv[1]):
-    with flagsaver.flagsaver():
-      sys.argv[1:] = arguments
-      flags.FLAGS(sys.argv)
-      try:
-        compile_check.main(sys.argv[:1])
-        print("no error")
-      except SystemExit as ended:
-        print(ended.code)
-"""
 _MISTAKES = {
   "--topology=v6e": "--topology='v6e': want GENERATION:CHIPS",
   "--topology=v9z:4x4": "v9z:4x4.*valid ones",
@@ -173,8 +152,9 @@ def others(tmp_path_factory):
     )
   ]
   cases += [["--config=configs/digits.py", mistake] for mistake in _MISTAKES]
-  lines = run("-c", _MANY, json.dumps(cases)).splitlines()
-  return [json.loads(file.read_text()) for file in files], lines
+  told = call_each("drift_jax.tools.compile_check", cases, **ALONE)
+  reports = [json.loads(file.read_text()) for file in files]
+  return reports, [end for _, end in told]
 
 
 @pytest.mark.system
@@ -197,8 +177,8 @@ def test_collectives_of_a_tpu(v6e):
 @pytest.mark.system
 def test_sums_of_square_slices_are_told(others):
   """Where libtpu takes reduce-scatters apart, and a mesh where it doesn't."""
-  (result, _), lines = others
-  assert "no error" in lines
+  (result, _), ends = others
+  assert ends[0] == ""
   (report,) = result["programs"]
   assert report["fits"] and "reduce-scatter" not in report["collectives"]
   (line,) = report["advice"]
@@ -213,8 +193,8 @@ def test_sums_of_square_slices_are_told(others):
 
 @pytest.mark.system
 def test_what_does_not_fit_is_told(others):
-  (_, report), lines = others
-  assert lines[-len(_MISTAKES) - 1] == "1"
+  (_, report), ends = others
+  assert ends[1] == "1"
   (train,) = report["programs"]
   assert train["fits"] is False
   assert train["peak"] > train["available"] == int(15.75 * 2**30)
@@ -281,10 +261,8 @@ def test_the_devices_that_are_there(monkeypatch):
 
 @pytest.mark.system
 def test_mistakes(others):
-  _, lines = others
-  for line, message in zip(
-    lines[-len(_MISTAKES) :], _MISTAKES.values(), strict=True
-  ):
+  _, ends = others
+  for line, message in zip(ends[2:], _MISTAKES.values(), strict=True):
     assert line.startswith("Error: ") and re.search(message, line), line
 
 
