@@ -21,136 +21,72 @@ from drift_jax.tasks.generator.config import EVAL_METRICS
 
 # Whose images are judged: one of these.
 SOURCES = ("workdir", "weights", "images")
-# {flag: the sources that have a use for it}; all have one for the others.
-_ONLY_WITH = {
-  **dict.fromkeys(("alphas", "labels", "samples_out", "vae"), SOURCES[:2]),
-  **dict.fromkeys(
-    (
-      "step",
-      "ema_decay",
-      "neighbours",
-      "neighbour_space",
-      "neighbour_samples",
-      "encoder",
-      "data_source",
-      "data_dir",
-    ),
-    SOURCES[:1],
-  ),
-}
+# Flags of the first of these alone, and of the first two.
+_OF_RUN = ("step", "ema_decay", "encoder", "data_source", "data_dir")
+_OF_RUN += ("neighbours", "neighbour_space", "neighbour_samples")
+_OF_GENERATOR = ("alphas", "labels", "samples_out", "vae")
 # Flags that a request has under the same name.
-_OF_REQUEST = (
-  "metrics",
-  "num_samples",
-  "labels",
-  "batch_size",
-  "seed",
-  "neighbours",
-  "neighbour_space",
-  "neighbour_samples",
-  "samples_out",
-)
+_OF_REQUEST = ("metrics", "num_samples", "labels", "batch_size", "seed")
+_OF_REQUEST += ("neighbours", "neighbour_space", "neighbour_samples")
+_OF_REQUEST += ("samples_out",)
 
 
 def define_flags() -> None:
   """Defines the flags: not on import, as other programs have the same names."""
-  paths.define_flag("workdir", None, "Folder of a run.")
-  paths.define_flag(
-    "weights",
-    None,
-    "A generator's exported weights: their folder, an export, or hf://NAME.",
-  )
-  paths.define_flag(
-    "vae",
-    "",
-    "Folder of the autoencoder that decodes the latents of --weights, if they "
-    "are no export; for --workdir, its folder now, if it has moved.",
-  )
+  path, integer = paths.define_flag, flags.DEFINE_integer
+  path("workdir", None, "Folder of a run.")
+  path("weights", None, "Exported weights: their folder, or hf://NAME.")
+  path("vae", "", "Autoencoder of --weights; of --workdir, if it has moved.")
   flags.DEFINE_multi_string(
-    "encoder",
-    [],
-    "Of --workdir: NAME=DIR, where encoders.NAME.path is now; once for each.",
+    "encoder", [], "NAME=DIR, once for each: where encoders.NAME.path is now."
   )
-  flags.DEFINE_string(
-    "data_source",
-    None,
-    "Of --workdir: where its data are now, e.g. folder:DIR.",
-  )
-  paths.define_flag(
-    "data_dir", None, "Of --workdir: the folder that its data start from now."
-  )
-  paths.define_flag(
-    "images", None, "Folder or ADM .npz of images that were made elsewhere."
-  )
-  flags.DEFINE_list(
-    "alphas", None, "Guidance scales; the config's if not given."
-  )
+  flags.DEFINE_string("data_source", None, "Where the run's data are now.")
+  path("data_dir", None, "The folder that the run's data start from now.")
+  path("images", None, "Folder or ADM .npz of images from elsewhere.")
+  flags.DEFINE_list("alphas", None, "Guidance scales; default: the config's.")
   flags.DEFINE_list(
     "metrics",
     None,
-    f"Figures, of {EVAL_METRICS}; the config's, or "
+    f"Figures, of {EVAL_METRICS}; default: the config's, or "
     f"{','.join(options.METRICS)} without one.",
   )
-  flags.DEFINE_integer(
+  integer(
     "num_samples",
     None,
-    "For each alpha; 0: as many as are held out, or as --labels lists; the "
-    f"config's, or {options.NUM_SAMPLES} without one.",
+    "For each alpha; 0: as many as are held out, or as --labels lists; default:"
+    f" the config's, or {options.NUM_SAMPLES} without one.",
     lower_bound=0,
   )
-  paths.define_flag(
-    "labels", None, "File of class indices (.txt, .npy); balanced if not given."
-  )
-  flags.DEFINE_integer(
-    "batch_size", None, "Samples at a time, on all devices.", lower_bound=1
-  )
-  flags.DEFINE_integer(
+  path("labels", None, "File of class indices (.txt, .npy); default: balanced.")
+  integer("batch_size", None, "Samples at a time, of all devices.", 1)
+  integer(
     "seed",
     None,
-    "Of noise and style; config.seed + 1 if not given, 0 without a config.",
+    "Of noise and style; default: config.seed + 1, 0 without a config.",
     lower_bound=0,
     upper_bound=options.MAX_SEED,
   )
-  flags.DEFINE_integer(
-    "step", None, "Checkpoint; the best one, else the newest, if not given."
-  )
+  integer("step", None, "Checkpoint; default: the best one, else the newest.")
   flags.DEFINE_float(
-    "ema_decay", None, "Which EMA; the evaluated one if not given."
+    "ema_decay", None, "Which EMA; default: the evaluated one."
   )
-  paths.define_flag("inception", None, "Folder of the converted Inception-v3.")
-  paths.define_flag(
-    "inception_reference", None, "Its statistics of real images, .npz."
-  )
-  paths.define_flag("dinov2", None, "Folder of a converted DINOv2.")
-  paths.define_flag(
-    "dinov2_reference", None, "Its statistics of real images, .npz."
-  )
-  flags.DEFINE_integer(
-    "neighbours",
-    0,
-    "Of --workdir: nearest training images of samples to look for; 10 in B.4.",
-    lower_bound=0,
-  )
-  paths.define_flag(
-    "neighbour_space",
-    "encoder",
-    "Where they are near: encoder, pixel, or the folder of a converted "
-    "network.",
-  )
-  flags.DEFINE_integer(
-    "neighbour_samples", 1000, "At least as many samples.", lower_bound=1
-  )
-  paths.define_flag(
+  path("inception", None, "Folder of the converted Inception-v3.")
+  path("inception_reference", None, "Its statistics of real images, .npz.")
+  path("dinov2", None, "Folder of a converted DINOv2.")
+  path("dinov2_reference", None, "Its statistics of real images, .npz.")
+  integer("neighbours", 0, "Nearest training images; 10 in B.4.", 0)
+  path("neighbour_space", "encoder", "encoder, pixel, or a network's folder.")
+  integer("neighbour_samples", 1000, "Samples with neighbours, at least.", 1)
+  path(
     "samples_out",
     None,
-    "Write the samples as an .npz in ADM's format; with several alphas, one "
-    "for each, NAME_alpha_A.npz.",
+    "ADM .npz of the samples; with several alphas NAME_alpha_A.npz for each.",
   )
-  paths.define_flag(
+  path(
     "out",
     None,
-    "JSON to write, pictures beside it; WORKDIR/evaluation.json or "
-    "evaluation.json if not given.",
+    "JSON to write, pictures beside it; default: evaluation.json, in WORKDIR "
+    "if there is one.",
   )
   config_lib.define_process_flags(waits=True)
 
@@ -226,16 +162,17 @@ def request(values: flags.FlagValues) -> dict[str, Any]:
   """
   sources = [name for name in SOURCES if values[name].value is not None]
   if len(sources) != 1:
+    given = [f"--{name}" for name in sources] or "none"
     raise config_lib.ConfigError(
-      f"give one of {[f'--{name}' for name in SOURCES]}, got "
-      f"{[f'--{name}' for name in sources] or 'none'}"
+      f"give one of {[f'--{name}' for name in SOURCES]}, got {given}"
     )
-  for name, allowed in _ONLY_WITH.items():
-    if values[name].present and sources[0] not in allowed:
-      raise config_lib.ConfigError(
-        f"--{name}={values[name].value} with --{sources[0]}: it goes with "
-        f"{' or '.join(f'--{source}' for source in allowed)}"
-      )
+  for names, allowed in ((_OF_RUN, 1), (_OF_GENERATOR, 2)):
+    for name in names:
+      if values[name].present and sources[0] not in SOURCES[:allowed]:
+        raise config_lib.ConfigError(
+          f"--{name}={values[name].value} with --{sources[0]}: it goes with --"
+          + " or --".join(SOURCES[:allowed])
+        )
   folder = "" if values.workdir is None else f"{values.workdir}/"
   out = values.out or f"{folder}evaluation.json"
   for name, path, suffix in (

@@ -24,37 +24,28 @@ from drift_jax.system import programs
 
 def define_flags() -> None:
   """Defines the flags: not on import, as other programs have the same names."""
+  integer = flags.DEFINE_integer
   config_lib.define_source_flags()
   flags.DEFINE_string(
-    "host",
-    "127.0.0.1",
-    "Address to listen on; 0.0.0.0: all of this machine's.",
+    "host", "127.0.0.1", "Address to listen on; 0.0.0.0: all of this machine's."
   )
-  flags.DEFINE_integer(
-    "port", 8000, "0: a free one.", lower_bound=0, upper_bound=65535
-  )
+  integer("port", 8000, "0: a free one.", 0, 65535)
   flags.DEFINE_list(
     "allowed_hosts",
     [],
     "Names by which browsers reach it, beside localhost and --host.",
   )
   flags.DEFINE_string(
-    "root_path",
-    "",
-    "/PREFIX at which a proxy shows it, if the proxy passes the prefix on.",
+    "root_path", "", "/PREFIX at which a proxy shows it, if it passes that on."
   )
   flags.DEFINE_list(
     "batch_sizes",
     ["1", "8", "32"],
     "The only ones that are compiled; filled up to a multiple of the devices.",
   )
-  flags.DEFINE_integer("max_images", 256, "Of one request.", lower_bound=1)
-  flags.DEFINE_integer(
-    "max_waiting", 8, "Requests beside the one that is drawn.", lower_bound=0
-  )
-  flags.DEFINE_integer(
-    "requests_per_minute", 60, "Of one address.", lower_bound=1
-  )
+  integer("max_images", 256, "Of one request.", 1)
+  integer("max_waiting", 8, "Requests beside the one that is drawn.", 0)
+  integer("requests_per_minute", 60, "Of one address.", 1)
 
 
 def parse_sizes(values: Sequence[str]) -> list[int]:

@@ -92,9 +92,7 @@ class Report:
 def define_flags() -> None:
   """Defines the flags: not on import, as other programs have the same names."""
   config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "Config file, e.g. configs/imagenet_latent.py:l2",
+    "config", None, "Config file, e.g. configs/imagenet_latent.py:l2"
   )
   flags.DEFINE_string(
     "topology",
@@ -103,21 +101,15 @@ def define_flags() -> None:
     "machine's devices if not given.",
   )
   flags.DEFINE_string(
-    "mesh",
-    "",
-    "Sizes instead of config.mesh's, e.g. data=2,fsdp=-1.",
+    "mesh", "", "Sizes instead of config.mesh's, e.g. data=2,fsdp=-1."
   )
-  flags.DEFINE_list(
-    "programs", None, "Only these, e.g. train,sample; all if not given."
-  )
-  paths.define_flag(
-    "json", "", "File to write the figures to; '-' for the standard output."
-  )
+  flags.DEFINE_list("programs", None, "Only these, e.g. train,sample.")
+  paths.define_flag("json", "", "File for the figures; '-': standard output.")
   paths.define_flag(
     "hlo",
     "",
-    "Folder to write the optimised programs to, PROGRAM.txt, and for TPUs what "
-    "takes their memory, PROGRAM_memory.txt.",
+    "Folder for the optimised programs, PROGRAM.txt, and for TPUs what takes "
+    "their memory, PROGRAM_memory.txt.",
   )
   flags.mark_flag_as_required("config")
 
@@ -189,8 +181,7 @@ def check_topology(topology: str) -> None:
   """Raises ConfigError unless it has a topology's form, or is ''."""
   if topology and not re.fullmatch(r"[a-z0-9]+:\d+x\d+(x\d+)?", topology):
     raise config_lib.ConfigError(
-      f"--topology={topology!r}: want GENERATION:CHIPS, e.g. v6e:8x16, v5e:4x8 "
-      "or v5p:4x4x4"
+      f"--topology={topology!r}: want GENERATION:CHIPS, e.g. v6e:8x16"
     )
 
 
@@ -439,12 +430,11 @@ def advice(report: Report, config: Any, devices: int) -> list[str]:
   training = report.program == "train"
   encoders = getattr(config, "encoders", {})
   decodes = any(e.decode and e.in_loss for e in encoders.values())
-  trained = sum(
-    report.arguments.get(name, 0) for name in ("params", "optimizer", "ema")
-  )
+  state = ("params", "optimizer", "ema")
+  trained = sum(report.arguments.get(name, 0) for name in state)
   remat = True if config.task == "mae" else "full"
   recomputed = "in the backward pass instead of storing them"
-  choices = [
+  found = [
     (not training, "a smaller eval.batch_size"),
     (
       training and config.model.remat not in (True, "full"),
@@ -462,41 +452,30 @@ def advice(report: Report, config: Any, devices: int) -> list[str]:
     ),
   ]
   for name, encoder in encoders.items():
-    key = f"encoders.{name}"
-    choices += [
-      (encoder.dtype == "float32", f"{key}.dtype=bfloat16: halves its weights"),
+    trains = training and encoder.in_loss and not encoder.remat
+    whole = encoder.sharding == "replicated"
+    found += [
       (
-        training and encoder.in_loss and not encoder.remat,
-        f"{key}.remat=True: recomputes its blocks {recomputed}",
+        encoder.dtype == "float32",
+        f"encoders.{name}.dtype=bfloat16: half of it",
       ),
-      (
-        encoder.sharding == "replicated",
-        f"{key}.sharding=fsdp: keeps parts of its weights, and gathers them in "
-        "each step",
-      ),
+      (trains, f"encoders.{name}.remat=True: recomputes it {recomputed}"),
+      (whole, f"encoders.{name}.sharding=fsdp: keeps parts, gathers each step"),
     ]
-  choices.append(
-    (
-      trained > 0.2 * (report.available or math.inf),
-      "a larger mesh.fsdp: parameters, optimiser and EMAs take "
-      f"{trained / GB:.1f} GB of each device",
-    )
+  large = trained > 0.2 * (report.available or math.inf)
+  found.append(
+    (large, f"a larger mesh.fsdp: the state takes {trained / GB:.1f} GB")
   )
   if training and config.task == "generator":
-    at_once = config.train.accum_labels or config.batch.labels
+    labels = config.batch.labels
+    at_once = config.train.accum_labels or labels
     text = (
-      f"train.accum_labels={devices}: {devices} of the {config.batch.labels} "
-      "labels at once, with their gradients added up"
+      f"train.accum_labels={devices}: so many of the {labels} labels at once"
     )
-    choices.append((at_once > devices, text))
-  choices.append(
-    (
-      training,
-      "more devices, or a smaller batch (batch.labels, batch.generated; "
-      "mae.batch_size): each device takes its part of it",
-    )
-  )
-  return [text for applies, text in choices if applies]
+    found.append((at_once > devices, text))
+  text = "more devices, or a smaller batch (batch.labels, batch.generated; "
+  found.append((training, text + "mae.batch_size)"))
+  return [text for applies, text in found if applies]
 
 
 def _whole_sums(report: Report) -> list[str]:
@@ -510,7 +489,7 @@ def _whole_sums(report: Report) -> list[str]:
     return []
   return [
     f"mesh.data=2: {_gb(asked - given)} of gradients are all-reduced, as libtpu"
-    " does where fsdp is all of a square slice; half of it gets reduce-scatters"
+    " does if fsdp is all of a square slice"
   ]
 
 

@@ -57,29 +57,21 @@ def _parser() -> console.Parser:
     "--vae",
     type=paths.argument,
     default="",
-    help="of --init_from: the autoencoder of its latents; of --workdir where "
-    "it is now, if it is not found",
+    help="autoencoder of --init_from; of --workdir, if it has moved",
   )
   add("--step", type=int, help="of --workdir: checkpoint")
   add("--ema_decay", type=float, help="of --workdir: which EMA")
-  add(
-    "--dtype",
-    choices=options.DTYPES,
-    help="of computation; as trained, if not given",
-  )
-  add(
-    "--formats",
-    type=_names(*options.FORMATS),
-    default=["stablehlo"],
-    help=f"of {','.join(options.FORMATS)} (default: stablehlo), beside "
-    "safetensors",
-  )
-  add(
-    "--platforms",
-    type=_names(*options.PLATFORMS),
-    default=list(options.PLATFORMS),
-    help=f"of the functions (default: {','.join(options.PLATFORMS)})",
-  )
+  add("--dtype", choices=options.DTYPES, help="of computation (default: as is)")
+  for name, valid, default in (
+    ("formats", options.FORMATS, "stablehlo"),
+    ("platforms", options.PLATFORMS, ",".join(options.PLATFORMS)),
+  ):
+    add(
+      f"--{name}",
+      type=_names(*valid),
+      default=default,
+      help=f"of {','.join(valid)} (default: {default})",
+    )
   return parser
 
 
