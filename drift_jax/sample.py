@@ -53,7 +53,7 @@ def define_flags() -> None:
 def parse_style(values: list[str] | None) -> list[int] | None:
   """Style indices of the flag; ConfigError names the entry that is none."""
   with naming("--style"):
-    return values and [int(value) for value in values]
+    return None if values is None else [int(value) for value in values]
 
 
 def check_out(out: str, interpolate: int | None) -> str:
@@ -89,9 +89,13 @@ def main(argv: list[str]) -> None:
     from drift_jax.tools.work import sample as drawing
 
     drawing.draw(
-      drawing.Asked(
-        values.labels, values.count, values.alpha, values.seed, style
-      ),
+      {
+        "labels": values.labels,
+        "count": values.count,
+        "alpha": values.alpha,
+        "seed": values.seed,
+        "style": style,
+      },
       values.out,
       suffix,
       generator={

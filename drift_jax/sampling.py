@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import io
 import itertools
+import math
 import operator
 import re
 import sys
@@ -168,9 +169,8 @@ class Sampler:
       channels = module.in_channels
     if channels not in (1, 3):
       raise ConfigError(
-        f"this generator makes samples of {channels} channels, which are the "
-        "latents of an autoencoder: give it, vae=FOLDER (python -m "
-        "drift_jax.tools.convert_weights vae writes it)"
+        f"samples of {channels} channels are the latents of an autoencoder: "
+        "give it, vae=FOLDER (drift_jax.tools.convert_weights vae writes it)"
       )
     self.image_shape = (height, width, channels)
 
@@ -196,10 +196,7 @@ class Sampler:
     names = self._entries(names)
     indices = [i for name in names for i in self._find(name)]
     if not indices:
-      raise ConfigError(
-        f"labels={list(names)} names no class: give indices in [0, "
-        f"{self.num_classes}), ranges or names"
-      )
+      raise ConfigError(f"labels={list(names)} names no class")
     return np.array(indices, np.int32)
 
   def describe(self, labels: np.ndarray) -> str:
@@ -256,11 +253,11 @@ class Sampler:
         f"({self._shown(named)}): write index:{text} or {by_name}"
       )
     if not is_valid:
-      raise ConfigError(
-        f"labels: {text!r} is no class index in [0, {self.num_classes}), nor a "
-        "range of them, FIRST-LAST"
-      )
+      raise ConfigError(f"{self._no_index(text)}, nor a range of them")
     return numbers
+
+  def _no_index(self, entry: object) -> str:
+    return f"labels: {entry!r} is no class index in [0, {self.num_classes})"
 
   def _called(self, name: str, numbers: range) -> list[int]:
     """The first classes of that name, or called by a number of others."""
@@ -275,11 +272,9 @@ class Sampler:
     return named[:_LISTED]
 
   def _find_name(self, name: str) -> int:
-    text = f"labels: {name!r} is no class index in [0, {self.num_classes})"
+    text = self._no_index(name)
     if not self.class_names:
-      raise ConfigError(
-        f"{text}, and the names of this generator's classes are not known"
-      )
+      raise ConfigError(f"{text}; the names of its classes are not known")
     key = name.casefold()
     names = [entry.casefold() for entry in self.class_names]
     synonyms = [[part.strip() for part in entry.split(",")] for entry in names]
@@ -325,9 +320,7 @@ class Sampler:
     Raises:
       ConfigError: for anything out of range, naming it.
     """
-    if _integer("count", count) < 1:
-      raise ConfigError(f"count={count} must be at least 1")
-    each = np.repeat(self.labels(labels), count)
+    each = np.repeat(self.labels(labels), _integer("count", count, 1))
     batches = self.batches(
       each, alpha=alpha, seed=seed, style=style, batch_size=batch_size
     )
@@ -407,11 +400,8 @@ class Sampler:
       ConfigError: for anything out of range, naming it.
     """
     self._check(alpha, seed, options.BATCH_SIZE)
-    if _integer("frames", frames) < 2 or _integer("count", count) < 1:
-      raise ConfigError(
-        f"frames={frames} must be at least 2, count={count} at least 1"
-      )
-    each = np.repeat(self.labels(labels), count)
+    _integer("frames", frames, 2)
+    each = np.repeat(self.labels(labels), _integer("count", count, 1))
     size = self.padded(len(each))
     index = np.arange(size, dtype=np.int32)
     of_each = sharding.put_batch(
@@ -438,10 +428,8 @@ class Sampler:
       raise ConfigError(
         f"labels are {array.dtype} {array.shape}: want class indices [n]"
       )
-    for label in array[(array < 0) | (array >= self.num_classes)]:
-      raise ConfigError(
-        f"labels: {label} is no class index in [0, {self.num_classes})"
-      )
+    for label in array[(array < 0) | (array >= self.num_classes)].tolist():
+      raise ConfigError(self._no_index(label))
     return array.astype(np.int32)
 
   def _style(self, style: int | Sequence[int] | None) -> np.ndarray:
@@ -451,17 +439,20 @@ class Sampler:
     if np.ndim(alpha) or np.asarray(alpha).dtype.kind not in "fiu":
       raise ConfigError(f"alpha={alpha!r} must be one number")
     check_alpha(alpha, self.alpha_range)
-    if not 0 <= _integer("seed", seed) <= options.MAX_SEED:
-      raise ConfigError(f"seed={seed} must lie in [0, 2**32)")
-    if _integer("batch_size", batch_size) < 1:
-      raise ConfigError(f"batch_size={batch_size} must be at least 1")
+    _integer("seed", seed, 0, options.MAX_SEED)
+    _integer("batch_size", batch_size, 1)
 
 
-def _integer(name: str, value: Any) -> int:
-  """A whole number, of Python's, NumPy's or JAX' types."""
+def _integer(
+  name: str, value: Any, low: float = -math.inf, high: float = math.inf
+) -> int:
+  """A whole number in [low, high], of Python's, NumPy's or JAX' types."""
   try:
     if isinstance(value, (bool, np.bool_)):
       raise TypeError
-    return operator.index(value)
+    number = operator.index(value)
   except TypeError as error:
     raise ConfigError(f"{name}={value!r} must be an integer") from error
+  if not low <= number <= high:
+    raise ConfigError(f"{name}={value} must lie in [{low}, {high}]")
+  return number

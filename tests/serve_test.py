@@ -25,7 +25,7 @@ from playwright import sync_api
 
 from drift_jax import sampling
 from drift_jax.metrics.images import save_image
-from drift_jax.serve.app import host_name, make_app
+from drift_jax.serve.app import make_app
 from drift_jax.serve.limits import Limits, RateLimiter
 from drift_jax.serve.server import make_server
 from drift_jax.serve.worker import Worker, cut
@@ -268,30 +268,22 @@ DEEP = b"[" * 60_000
 BODIES = [
   (b"", 400, "the body is no JSON: Expecting value"),
   (b"\xff\xfe", 400, "the body is no JSON: 'utf-8' codec"),
-  (b"null", 400, "the body is null: want an object of ['labels', 'count'"),
   (b'"' + b"x" * 999 + b'"', 400, f'the body is "{"x" * 56}...: want'),
   (DEEP, 400, "the body nests too deep"),
   (b'{"labels":' + DEEP, 400, "the body nests too deep"),
   (b'{"labels":[0],"labels":[1]}', 400, "a key is given twice"),
   (b'{"labels":[0],"alpha":NaN}', 400, "NaN is no number of JSON"),
-  (b'{"labels":[0],"seed":' + b"9" * 5000 + b"}", 400, "the body is no JSON"),
   (asks(**{"\ud800\n": 1}), 422, 'unknown key "\\ud800\\n": valid keys'),
   (b"{}", 422, "labels=null must be a list of 1 to 64 class indices"),
-  (asks(labels=[0] * 65), 422, "0, 0,... must be a list of 1 to 64"),
   (asks(labels="tench"), 422, 'labels="tench" must be a list'),
   (asks(labels=[0, 4]), 422, "labels[1]=4 must be an integer in [0, 4)"),
   (asks(labels=[True]), 422, "labels[0]=true must be an integer in [0, 4)"),
-  (asks(labels=[1.0]), 422, "labels[0]=1.0 must be an integer in [0, 4)"),
   (asks(labels=[10**4000]), 422, "labels[0]=10000"),
-  (asks(count=65), 422, "count=65 must be an integer in [1, 65)"),
   (asks(labels=[0, 1, 2], count=22), 422, "count=22 are 66 images: at most 64"),
   (asks(alpha=3.01), 422, "alpha=3.01 must be a number in [1.0, 3.0]"),
-  (asks(alpha=False), 422, "alpha=false must be a number"),
   (asks(alpha=10**400), 422, "alpha=10000"),
-  (b'{"labels":[0],"alpha":1e999}', 422, "alpha=Infinity must be a number"),
   (asks(seed=2**32), 422, "seed=4294967296 must be an integer in [0, 42949672"),
   (asks(style=[0.0]), 422, "style=[0.0] must be null or a list of integers"),
-  (asks(style=[0, 0]), 422, "style=[0, 0]: want one index, or 4"),
   (asks(style=[0] * 9000), 422, "has 9000 indices: want one, or 4"),
   (asks(style=[16]), 422, "16 is not in [0, 16), nor -1"),
   (asks(style=[10**300]), 422, "style=[1000000"),
@@ -310,15 +302,12 @@ def test_bad_bodies(served):
 def test_other_requests(served):
   for method, path, headers, expected, part in (
     ("GET", "/%2e%2e/%2e%2e/etc/passwd", {}, 404, "is none of ['GET /'"),
-    ("GET", "/static/index.html", {}, 404, "Not Found"),
     ("GET", "/page.js/", {}, 404, "Not Found"),
     ("GET", "/" + "a" * 5000, {}, 404, "Not Found"),
     ("GET", "/api/sample", {}, 405, "'POST /api/sample'"),
-    ("DELETE", "/api/model", {}, 405, "Method Not Allowed"),
     ("POST", "/", JSON, 405, "Method Not Allowed"),
     ("POST", "/api/sample", {}, 415, "content-type '': want application/js"),
     ("POST", "/api/sample", {"content-type": "text/plain"}, 415, "'text/plain"),
-    ("GET", "/", {"host": "evil.example"}, 403, "host 'evil.example' is none"),
     ("GET", "/api/model", {"host": "127.0.0.1:80@evil.example"}, 403, "host"),
     ("POST", "/api/sample", {"host": "evil", **JSON}, 403, "--allowed_hosts"),
     ("GET", "/", {"host": ""}, 403, "host '' is none of ['127.0.0.1',"),
@@ -341,17 +330,16 @@ def assert_careful(headers):
 
 
 def test_names_of_this_machine(served):
-  for host in ("localhost", "LocalHost:8000", "127.0.0.1:1", "[::1]:80"):
+  for host in (
+    "localhost",
+    "LocalHost:8000",
+    "127.0.0.1:1",
+    "[::1]",
+    "[::1]:8",
+  ):
     status, headers, _ = served.request("GET", "/", headers={"host": host})
     assert status == 200, host
     assert_careful(headers)
-  names = {
-    "A.example:80": "a.example",
-    "[::1]": "[::1]",
-    ":80": "",
-    "a:b": "a:b",
-  }
-  assert {name: host_name(name) for name in names} == names
 
 
 def test_what_no_client_library_sends(served):
@@ -395,15 +383,10 @@ def test_slow_readers_lose_their_place(model):
   worker = Worker(model, SIZES, max_waiting=0)
   limits = Limits(max_images=64, requests_per_minute=9, send_seconds=0.1)
   app = make_app(model, worker, limits, name="small", hosts=())
+  headers = {"host": "localhost", **JSON}
   scope = {
-    "type": "http",
-    "method": "POST",
-    "path": "/api/sample",
-    "headers": [
-      (b"host", b"localhost"),
-      (b"content-type", b"application/json"),
-    ],
-    "query_string": b"",
+    **{"type": "http", "method": "POST", "path": "/api/sample"},
+    "headers": [(k.encode(), v.encode()) for k, v in headers.items()],
     "client": ("127.0.0.1", 1),
   }
   messages = iter([{"type": "http.request", "body": asks(count=8)}])
@@ -417,11 +400,9 @@ def test_slow_readers_lose_their_place(model):
     if message.get("body"):
       await asyncio.Event().wait()
 
-  try:
-    asyncio.run(asyncio.wait_for(app(scope, receive, send), 60))
-    assert not worker.jobs
-  finally:
-    worker.stop()
+  asyncio.run(asyncio.wait_for(app(scope, receive, send), 60))
+  assert not worker.jobs
+  worker.stop()
 
 
 # Limits.
@@ -445,8 +426,8 @@ def test_rate_limiter():
 
 def test_too_many_requests(model):
   with serving(model, requests_per_minute=2) as served:
-    for number in range(2):  # Bad ones count as well.
-      assert served.post(b"{}")[0] == 422, number
+    for _ in range(2):  # Bad ones count as well.
+      assert served.post(b"{}")[0] == 422
     status, headers, body = served.request(
       "POST", "/api/sample", asks(), JSON | {"x-forwarded-for": "10.0.0.9"}
     )
@@ -507,25 +488,24 @@ def test_requests_keep_their_connections(model):
 
 
 @pytest.mark.parametrize(
-  "start", [b"", b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n"]
+  "start", [b"", b"GET / HTTP/1.1\r\nhost: [::1]\r\n\r\n"]
 )
 def test_connection_without_a_request_is_closed(model, start):
   """Whether it says nothing or a header a byte, from the start or later."""
-  with serving(model, server={"request_seconds": 1}) as served:
-    address = ("127.0.0.1", served.port)
-    with socket.create_connection(address, 60) as client:
-      client.sendall(start)
-      client.settimeout(0.2)
-      for _ in range(100):
-        with contextlib.suppress(TimeoutError):
-          try:
-            if not client.recv(2**16):
-              return
-            client.sendall(b"GET / HTTP/1.1\r\n" if start else b"G")
-            start = b""
-          except ConnectionError:
-            return
-      raise AssertionError("it is still open")
+  with (
+    serving(model, server={"request_seconds": 1}) as served,
+    socket.create_connection(("127.0.0.1", served.port), 60) as client,
+    contextlib.suppress(ConnectionError),
+  ):
+    client.sendall(start)
+    client.settimeout(0.2)
+    for _ in range(100):
+      with contextlib.suppress(TimeoutError):
+        if not client.recv(2**16):
+          return
+        client.sendall(b"GET / HTTP/1.1\r\n" if start else b"G")
+        start = b""
+    raise AssertionError("it is still open")
 
 
 def test_page_below_a_prefix(model):
@@ -545,27 +525,6 @@ def test_page_below_a_prefix(model):
     there = urllib.parse.urljoin("/user/me/images", headers["location"])
     assert (status, there) == (307, "/user/me/images/")
     assert served.request("GET", "/user/me/imagesque/")[0] == 404
-
-
-def test_concurrent_clients(model):
-  """Of many at once some are refused, and every answer is whole."""
-  answers = []
-  with serving(model, max_waiting=2) as served:
-    expected = served.post({"labels": [2], "count": 8})[1][:-1]
-
-    def ask():
-      answers.append(served.post({"labels": [2], "count": 8}))
-
-    threads = [threading.Thread(target=ask) for _ in range(24)]
-    for thread in threads:
-      thread.start()
-    for thread in threads:
-      thread.join(60)
-    assert not served.worker.jobs
-  assert len(answers) == 24
-  assert {status for status, _ in answers} <= {200, 503}
-  whole = [lines[:-1] for status, lines in answers if status == 200]
-  assert len(whole) >= 3 and all(lines == expected for lines in whole)
 
 
 def test_failing_model(model, caplog):

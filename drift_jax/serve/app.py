@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from drift_jax import sampling
 from drift_jax.serve.limits import Limits, RateLimiter
-from drift_jax.serve.requests import Refused, read_request
+from drift_jax.serve.requests import Refused, read_request, retry_after
 from drift_jax.serve.worker import Job, Part, Worker
 from drift_jax.system import options
 from drift_jax.system.console import logger
@@ -81,7 +81,7 @@ def make_app(
         429,
         f"more than {limits.requests_per_minute} requests a minute from "
         f"{client}: wait {math.ceil(wait)} s",
-        wait,
+        retry_after(wait),
       )
     kind = request.headers.get("content-type", "").partition(";")[0]
     if kind.strip().lower() != "application/json":
@@ -93,27 +93,27 @@ def make_app(
   # Responses that are always the same are applications themselves.
   same = {path: _file(*file) for path, file in _FILES.items()}
   same["/api/model"] = _json(describe(model, limits, name))
-  routes: list[BaseRoute] = [
+  routes = [
     *(Route(path, answer, methods=["GET"]) for path, answer in same.items()),
     Route("/api/sample", post_sample, methods=["POST"]),
   ]
-  prefix = root_path.rstrip("/")
-  if prefix:
-    # The page's addresses are relative to the folder that it is in.
-    folder = RedirectResponse(f"{prefix.rpartition('/')[2]}/")
-    inner = Router(list(routes), redirect_slashes=False)
-    routes += [Route(prefix, folder), Mount(prefix, inner)]
   app = Starlette(
-    routes=routes,
-    exception_handlers={
-      Refused: _on_refused,
-      HTTPException: _on_http,
-      Exception: _on_error,
-    },
+    routes=[*routes, *_below(root_path.rstrip("/"), routes)],
+    exception_handlers={HTTPException: _on_http, Exception: _on_error},
   )
   # Starlette's own would send '/page.js/' elsewhere, to a host of its making.
   app.router.redirect_slashes = False
   return _Guard(app, hosts)
+
+
+def _below(prefix: str, routes: Sequence[BaseRoute]) -> list[BaseRoute]:
+  """The routes at '/PREFIX/...'."""
+  if not prefix:
+    return []
+  # The page's addresses are relative to the folder that it is in.
+  folder = RedirectResponse(f"{prefix.rpartition('/')[2]}/")
+  inner = Router(routes, redirect_slashes=False)
+  return [Route(prefix, folder), Mount(prefix, inner)]
 
 
 def describe(
@@ -179,18 +179,15 @@ async def _read_body(request: Request, limits: Limits) -> bytes:
     Refused: 413 for a larger one, 408 for a slow one.
   """
   body = bytearray()
+  most, seconds = limits.body_bytes, limits.body_seconds
   try:
-    async with asyncio.timeout(limits.body_seconds):
+    async with asyncio.timeout(seconds):
       async for chunk in request.stream():
         body += chunk
-        if len(body) > limits.body_bytes:
-          raise Refused(
-            413, f"the body is larger than {limits.body_bytes} bytes"
-          )
+        if len(body) > most:
+          raise Refused(413, f"the body is larger than {most} bytes")
   except TimeoutError as error:
-    raise Refused(
-      408, f"the body took longer than {limits.body_seconds:g} s"
-    ) from error
+    raise Refused(408, f"the body took longer than {seconds:g} s") from error
   except ClientDisconnect as error:
     raise Refused(400, "the client went away") from error
   return bytes(body)
@@ -270,21 +267,14 @@ def _json(
   return Response(_line(value), status, headers, "application/json")
 
 
-def _on_refused(request: Request, refused: Exception) -> Response:
-  del request
-  assert isinstance(refused, Refused)
-  headers = None
-  if refused.retry_after is not None:
-    headers = {"retry-after": str(max(1, math.ceil(refused.retry_after)))}
-  return _json({"error": str(refused)}, refused.status, headers)
-
-
 def _on_http(request: Request, error: Exception) -> Response:
-  """Paths and methods that there are not."""
+  """Requests that are refused, paths and methods that do not exist."""
   assert isinstance(error, HTTPException)
-  there = [*(f"GET {path}" for path in _FILES), *_API]
-  what = f"{request.method} {request.url.path}"
-  message = f"{error.detail}: {what[:60]!r} is none of {there}"
+  message = error.detail
+  if not isinstance(error, Refused):
+    there = [*(f"GET {path}" for path in _FILES), *_API]
+    what = f"{request.method} {request.url.path}"
+    message += f": {what[:60]!r} is none of {there}"
   return _json({"error": message}, error.status_code, error.headers)
 
 

@@ -1,9 +1,11 @@
 """From the bytes that a client sends to what is drawn, or why it is not."""
 
 import json
+import math
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
+from starlette.exceptions import HTTPException
 
 from drift_jax import sampling
 from drift_jax.config import ConfigError
@@ -14,20 +16,13 @@ _KEYS = ("labels", "count", "alpha", "seed", "style")
 _SHOWN = 60
 
 
-class Refused(Exception):
-  """A request that is not answered with images.
+class Refused(HTTPException):
+  """A request that is not answered with images."""
 
-  Attributes:
-    status: of HTTP.
-    retry_after: seconds after which it may be sent again, or None.
-  """
 
-  def __init__(
-    self, status: int, message: str, retry_after: float | None = None
-  ):
-    super().__init__(message)
-    self.status = status
-    self.retry_after = retry_after
+def retry_after(seconds: float) -> dict[str, str]:
+  """The header that says when a request may be sent again."""
+  return {"retry-after": str(max(1, math.ceil(seconds)))}
 
 
 class Asked(NamedTuple):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from drift_jax import sampling
-from drift_jax.serve.requests import Asked, Refused
+from drift_jax.serve.requests import Asked, Refused, retry_after
 from drift_jax.system.console import logger
 
 
@@ -100,9 +100,9 @@ class Worker:
       Refused: 503, as there is none.
     """
     if len(self.jobs) >= self._places:
-      seconds = max(1.0, len(self.jobs) * self._last_seconds)
       message = "all places in the queue are taken: try again soon"
-      raise Refused(503, message, seconds)
+      later = retry_after(len(self.jobs) * self._last_seconds)
+      raise Refused(503, message, later)
     return Job(self, asked)
 
   async def draw(self, job: "Job") -> None:

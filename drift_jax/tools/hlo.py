@@ -13,13 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 KINDS = (
-  "all-gather",
-  "all-reduce",
-  "reduce-scatter",
-  "all-to-all",
-  "collective-permute",
-  "collective-broadcast",
-  "ragged-all-to-all",
+  *("all-gather", "all-reduce", "reduce-scatter", "all-to-all"),
+  *("collective-permute", "collective-broadcast", "ragged-all-to-all"),
 )
 # An assumption, to give cycles a unit: ratios mean something, seconds do not.
 CYCLES_PER_SECOND = 1.75e9
@@ -46,18 +41,9 @@ _DECLARED = re.compile(r'"cost_estimate":(\{[^}]*\})')
 _ALLOCATION = 'custom_call_target="AllocateBuffer"'
 # Operations that move nothing themselves: what they call is counted.
 _FREE = (
-  "parameter",
-  "constant",
-  "tuple",
-  "get-tuple-element",
-  "bitcast",
-  "while",
-  "conditional",
-  "call",
-  "async-start",
-  "async-update",
-  "after-all",
-  "partition-id",
+  *("parameter", "constant", "tuple", "get-tuple-element", "bitcast"),
+  *("while", "conditional", "call", "async-start", "async-update"),
+  *("after-all", "partition-id"),
 )
 _SLICES = ("dynamic-slice", "slice", "gather")
 _KERNEL = "pallas_call"
@@ -310,9 +296,8 @@ def _moved_bytes(
 ) -> int:
   """What a scheduled operation reads and writes; of slices only the part."""
   opcode = instruction.opcode
-  if opcode in _FREE or opcode.endswith("-done"):
-    return 0
-  if _ALLOCATION in instruction.rest:
+  is_free = opcode in _FREE or opcode.endswith("-done")
+  if is_free or _ALLOCATION in instruction.rest:
     return 0
   if opcode.endswith("-start"):
     return instruction.bytes  # Its result holds the operands as well.

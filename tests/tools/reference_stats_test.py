@@ -367,17 +367,6 @@ def test_mistakes(refuses, pictures):
   refuses("--crop goes with --source, not with", *public)
 
 
-def test_a_network_of_another_kind(refuses, monkeypatch, networks):
-  monkeypatch.setattr(work, "Network", networks.__wrapped__)
-  load = artifacts.load
-  monkeypatch.setattr(
-    artifacts,
-    "load",
-    lambda *args, **kw: dataclasses.replace(load(*args, **kw), kind="mae"),
-  )
-  refuses(r"kind 'mae', want one of \['inception', 'vit'")
-
-
 def test_the_name_of_a_vit(vit):
   artifact = dataclasses.replace(artifacts.load(vit), kind="vit", metadata={})
   assert name_of(artifact) == "vit, weights of unknown origin"
@@ -458,13 +447,3 @@ def test_two_processes_make_what_one_makes(folder_flags, run, tmp_path):
   assert_close(two.mean, one.mean, 1e-6)
   assert_close(two.sigma, one.sigma, 1e-6)
   assert_close(two.features, one.features, 1e-6)
-
-
-@pytest.mark.system
-def test_one_failing_process_ends_both(folder_flags, out):
-  """Soon, and each in one line."""
-  bad = folder_flags(source="folder:/nowhere")
-  for code, message in run_two(folder_flags(), bad):
-    assert code == 1 and "Traceback" not in message
-    assert "Error: " in message
-  assert not out.exists()

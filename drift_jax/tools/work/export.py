@@ -24,7 +24,11 @@ from drift_jax.models.precision import rounded
 from drift_jax.system import options, sharding, storage
 from drift_jax.system.devices import find_devices
 from drift_jax.tasks.generator import step as step_lib
-from drift_jax.tasks.generator.restore import open_generator, sampling_task
+from drift_jax.tasks.generator.restore import (
+  OpenedGenerator,
+  open_generator,
+  sampling_task,
+)
 from drift_jax.tasks.generator.step import GeneratorTask, sample_step
 from drift_jax.tools import weight_files
 from drift_jax.training import artifacts
@@ -120,18 +124,7 @@ def export(
       "dtype": str(module.dtype),
       "weights": {name: f"{name}/{artifacts.TENSORS_FILE}" for name in weights},
       "functions": functions,
-      "images": "float32 [b, height, width, channels] in [-1, 1]",
-      "noise_shape": ["b", *task.noise_shape],
-      "style_tokens": task.style_tokens,
-      "style_vocab": task.style_vocab,
-      "num_classes": opened.num_classes,
-      # Both ends included; what is beyond them gives NaN, or is not trained.
-      "ranges": {
-        "labels": [0, opened.num_classes - 1],
-        "alpha": facts["alpha_range"],
-        "seed": [0, options.MAX_SEED],
-        "style": [0, max(task.style_vocab - 1, 0)],
-      },
+      **_ranges(opened, task),
       **facts,
       **trained_for,
       "provenance": dict(opened.provenance),
@@ -141,6 +134,26 @@ def export(
       json.dumps(manifest, indent=1)
     )
   return manifest
+
+
+def _ranges(opened: OpenedGenerator, task: GeneratorTask) -> dict[str, Any]:
+  """What the functions take and give; both ends of a range are included.
+
+  Beyond them, images are NaN, or were not trained for.
+  """
+  return {
+    "images": "float32 [b, height, width, channels] in [-1, 1]",
+    "noise_shape": ["b", *task.noise_shape],
+    "style_tokens": task.style_tokens,
+    "style_vocab": task.style_vocab,
+    "num_classes": opened.num_classes,
+    "ranges": {
+      "labels": [0, opened.num_classes - 1],
+      "alpha": list(opened.alpha_range),
+      "seed": [0, options.MAX_SEED],
+      "style": [0, max(task.style_vocab - 1, 0)],
+    },
+  }
 
 
 def _save_vae(
@@ -167,14 +180,10 @@ def _save_vae(
 def _new_folder(out: str) -> Iterator[pathlib.Path]:
   """A temporary folder, which gets the name when all went well."""
   if storage.is_remote(out):
-    raise config_lib.ConfigError(
-      f"--out={out}: exports are written to a local folder; copy it"
-    )
+    raise config_lib.ConfigError(f"--out={out} must be a local folder: copy it")
   path = pathlib.Path(out)
   if path.exists():
-    raise config_lib.ConfigError(
-      f"--out={out} is there already: remove it or give another folder"
-    )
+    raise config_lib.ConfigError(f"--out={out} is there already: remove it")
   path.parent.mkdir(parents=True, exist_ok=True)
   folder = pathlib.Path(tempfile.mkdtemp(prefix=".export", dir=path.parent))
   try:
@@ -197,36 +206,21 @@ def _functions(
 ) -> dict[str, _Function]:
   """By name, of a batch of any size."""
 
-  def images(weights: Mapping[str, Any], samples: jax.Array) -> jax.Array:
+  def images(
+    step: Callable[..., jax.Array], weights: Mapping[str, Any], *arrays: Any
+  ) -> jax.Array:
+    samples = step(_tree(weights[artifacts.EXPORTED]), *arrays)
     if decode is not None:
       samples = decode(_tree(weights[artifacts.EXPORTED_VAE]), samples)
     return samples.astype(jnp.float32)
 
-  def sample(
-    weights: Mapping[str, Any],
-    labels: jax.Array,
-    alpha: jax.Array,
-    index: jax.Array,
-    seed: jax.Array,
-    style: jax.Array,
-  ) -> jax.Array:
-    params = _tree(weights[artifacts.EXPORTED])
-    samples = sample_step(
+  def sample(params: Any, labels: Any, alpha: Any, index: Any, *shared: Any):
+    seed, style = shared
+    return sample_step(
       params, labels, alpha, index, seed=seed, style=style, task=task
     )
-    return images(weights, samples)
 
-  def generate(
-    weights: Mapping[str, Any],
-    labels: jax.Array,
-    alpha: jax.Array,
-    noise: jax.Array,
-    style: jax.Array,
-  ) -> jax.Array:
-    params = _tree(weights[artifacts.EXPORTED])
-    samples = step_lib.generate(params, labels, alpha, noise, style, task=task)
-    return images(weights, samples)
-
+  generate = functools.partial(step_lib.generate, task=task)
   shape = jax.ShapeDtypeStruct
   (batch,) = jax.export.symbolic_shape("b")
   tokens = task.style_tokens
@@ -244,8 +238,8 @@ def _functions(
     "style": shape((batch, tokens), jnp.int32),
   }
   return {
-    "sample": _Function(sample, of_each | drawn),
-    "generate": _Function(generate, of_each | given),
+    "sample": _Function(functools.partial(images, sample), of_each | drawn),
+    "generate": _Function(functools.partial(images, generate), of_each | given),
   }
 
 
@@ -286,9 +280,9 @@ def _write_onnx(
   try:
     converter = importlib.import_module("jax2onnx")
   except ImportError as error:
+    # Its requirements want an older Orbax.
     raise config_lib.ConfigError(
-      "formats='onnx' needs a converter: pip install onnx-ir && pip install "
-      "--no-deps jax2onnx (its requirements want an older Orbax)"
+      "formats='onnx': pip install onnx-ir && pip install --no-deps jax2onnx"
     ) from error
   arrays = jax.tree.map(jnp.asarray, weights)
   shapes = function.arguments.values()

@@ -1,7 +1,7 @@
 """Draws images into files: what python -m drift_jax.sample does."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,18 +19,8 @@ from drift_jax.tasks.generator.restore import identity
 _FRAME_MS = 80
 
 
-class Asked(NamedTuple):
-  """Images that somebody wants: see sampling.Sampler.sample."""
-
-  labels: Sequence[str] | None
-  count: int
-  alpha: float
-  seed: int
-  style: Sequence[int] | None
-
-
 def draw(
-  asked: Asked,
+  asked: Mapping[str, Any],
   out: str,
   suffix: str,
   *,
@@ -41,7 +31,7 @@ def draw(
   """Writes images of a generator, with all processes.
 
   Args:
-    asked: which images.
+    asked: labels, count, alpha, seed and style; see sampling.Sampler.sample.
     out: a file, or a folder.
     suffix: the file's suffix; '' for a folder.
     generator: arguments of sampling.load.
@@ -49,7 +39,7 @@ def draw(
     frames: number of frames of a walk (.gif only).
   """
   model = sampling.load(**generator)
-  labels = np.repeat(model.labels(asked.labels), asked.count)
+  labels = np.repeat(model.labels(asked["labels"]), asked["count"])
   provenance = model.generator.provenance.items()
   logger.info(
     "Sampling from %s.",
@@ -58,14 +48,14 @@ def draw(
   logger.info("Classes: %s.", model.describe(labels))
   if suffix == ".gif":
     assert frames is not None
-    write_gif(model.interpolate(**asked._asdict(), frames=frames), out)
+    write_gif(model.interpolate(**asked, frames=frames), out)
   elif suffix in options.PICTURES:
-    samples = model.sample(**asked._asdict(), batch_size=batch_size)
+    samples = model.sample(**asked, batch_size=batch_size)
     if processes.is_first():
       with naming("out"):
         samples.save(out)
   else:
-    facts = {"alpha": asked.alpha, "seed": asked.seed, "style": asked.style}
+    facts = {name: asked[name] for name in ("alpha", "seed", "style")}
     with naming("out"):
       write_each(model, labels, facts, batch_size, out, suffix)
   logger.info("Wrote %s.", out)
