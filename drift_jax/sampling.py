@@ -50,7 +50,7 @@ Labels = str | int | Iterable[str | int]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Samples:
-  """Images and what they were asked for by.
+  """Images with their labels.
 
   Attributes:
     images: [n, H, W, C] float32 in [-1, 1].
@@ -94,7 +94,7 @@ class Samples:
       Image.fromarray(self.grid()).show()
 
   def _repr_png_(self) -> bytes:
-    """What a notebook shows of it."""
+    """The grid as a notebook shows it."""
     return png_bytes(self.grid())
 
 
@@ -118,8 +118,8 @@ def load(
   Args:
     source: a run's workdir, an export, an artifact's folder, or hf://NAME of
       the authors' release, hf://OWNER/NAME[@REVISION][/FOLDER].
-    vae: folder of the autoencoder behind the latents of an artifact; a run and
-      an export have theirs, a run's may be given where it is not found.
+    vae: folder of the autoencoder of an artifact's latents; runs and exports
+      have theirs, a run's may be given if it is not found.
     step: of a run: checkpoint; None for the best, else the newest.
     ema_decay: of a run: which average; None for the evaluated one.
 
@@ -212,7 +212,7 @@ class Sampler:
     return ", ".join(f"{i} {self.class_names[i]!r}" for i in shown)
 
   def _entries(self, names: Labels) -> Sequence[str | int]:
-    """Each of the classes that are given, NumPy's integers as Python's."""
+    """Each class among `names`, NumPy's integers as Python's."""
     if isinstance(names, str):
       if names.casefold() in (name.casefold() for name in self.class_names):
         return [names]  # which may hold a comma
@@ -347,7 +347,7 @@ class Sampler:
     Args:
       labels: class indices.
       alpha, seed, style, batch_size: see `sample`.
-      numbers: of the images that are wanted, where not all n are.
+      numbers: numbers of the images to draw; None for all n.
 
     Raises:
       ConfigError: for anything out of range, naming it.

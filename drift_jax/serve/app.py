@@ -1,4 +1,4 @@
-"""The application: one page, what it asks for, and who may ask."""
+"""The ASGI application: one page, its API, and which hosts may ask."""
 
 import asyncio
 import base64
@@ -65,7 +65,7 @@ def make_app(
 
   Args:
     model: of the worker.
-    worker: draws; started and stopped by the caller.
+    worker: draws; warmed up and stopped by the caller.
     limits: of requests.
     name: of the model, on the page.
     hosts: names by which browsers may reach it, beside this machine's own.
@@ -119,7 +119,7 @@ def _below(prefix: str, routes: Sequence[BaseRoute]) -> list[BaseRoute]:
 def describe(
   model: sampling.Sampler, limits: Limits, name: str
 ) -> dict[str, Any]:
-  """What the page needs to know of the model; fit for JSON."""
+  """Facts about the model for the page; fit for JSON."""
   generator = model.generator
   return {
     "name": name,
@@ -166,10 +166,10 @@ class _Guard:
 
 
 def host_name(host: str) -> str:
-  """Of a Host header, without the port; an IPv6 address keeps its brackets."""
+  """Host header without the port; an IPv6 address keeps its brackets."""
   name, colon, port = host.rpartition(":")
-  found = name if colon and (port.isdecimal() or not port) else host
-  return found.lower()
+  has_port = colon and (port.isdecimal() or not port)
+  return (name if has_port else host).lower()
 
 
 async def _read_body(request: Request, limits: Limits) -> bytes:

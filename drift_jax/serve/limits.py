@@ -1,4 +1,4 @@
-"""What one client may ask for."""
+"""Limits of one client's requests."""
 
 import collections
 import time
@@ -9,7 +9,7 @@ _MAX_CLIENTS = 4096
 
 
 class Limits(NamedTuple):
-  """Of requests for images.
+  """Limits of requests for images.
 
   Attributes:
     max_images: of one request.

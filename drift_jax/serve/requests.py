@@ -1,4 +1,4 @@
-"""From the bytes that a client sends to what is drawn, or why it is not."""
+"""Requests for images, read from the bytes that a client sends."""
 
 import json
 import math
@@ -44,7 +44,7 @@ class Asked(NamedTuple):
 def read_request(
   body: bytes, model: sampling.Sampler, max_images: int
 ) -> Asked:
-  """What a JSON object {labels, count, alpha, seed, style} asks for.
+  """Reads a JSON object {labels, count, alpha, seed, style}.
 
   `count` images of each of `labels`, in this order; as `Sampler.sample` takes
   them, and with its defaults.

@@ -1,4 +1,4 @@
-"""The one thread that owns the devices, and the queue in front of it."""
+"""The one thread that owns the devices, and the queue before it."""
 
 import asyncio
 import time

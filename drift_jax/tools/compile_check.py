@@ -7,7 +7,7 @@ compiles the training step, the sampler and the evaluation steps as the run
 would, without data or weights, for a TPU topology (needs the package libtpu,
 but no TPU) or, without --topology, for this machine's devices. For each
 device it says what is in memory and how much, what is computed and moved,
-which collectives run, and what to change where it does not fit. Exits with 1
+which collectives run, and what to change if it does not fit. Exits with 1
 if a program does not fit.
 """
 
@@ -43,7 +43,7 @@ _Totals = dict[str, dict[str, int]]
 
 @dataclasses.dataclass
 class Report:
-  """What the compiler says of one program, for each device; bytes.
+  """Figures of one program for each device, in bytes.
 
   Attributes:
     program: 'train', 'sample', ...
@@ -52,16 +52,16 @@ class Report:
     seconds: to compile.
     arguments: {'params', 'optimizer', 'ema', 'frozen', 'batch', ...: size}.
     activations: everything temporary: activations, gathered parameters and
-      gradients; None where it did not compile.
-    code: the program itself; None where it did not compile.
-    peak: of the memory in use; None where it did not compile, unless the
+      gradients; None if it did not compile.
+    code: the program itself; None if it did not compile.
+    peak: of the memory in use; None if it did not compile, unless the
       compiler says what it would take.
     available: memory of a device; None if unknown.
     flops: floating point operations of matrix products and convolutions.
     bytes_accessed: of the memory, as XLA counts them, but loops as often as
       they run.
     estimated_seconds: the compiler's cycles at 1.75 GHz, without collectives;
-      None where it gives none.
+      None if it gives none.
     parts: {module: {'seconds', 'bytes'}}: the same two of each Flax module with
       its gradient, 'rest' of all else; bytes by the shapes that operations take
       and give, which is close to XLA's count, not equal.
@@ -138,7 +138,7 @@ def _tell(
   devices: Sequence[Any],
   reports: Sequence[Report],
 ) -> None:
-  """Prints what came out, and writes it where the flag says."""
+  """Prints the reports, and writes them to the file of --json."""
   from drift_jax.metrics.files import report_text, write_report
   from drift_jax.system import sharding
 
@@ -332,7 +332,7 @@ def compile_program(
 
 
 def _dumped(folder: str, name: str) -> str:
-  """What the compiler wrote of a program; '' if nothing."""
+  """Text of the files NAME.txt in a folder of the compiler; '' if none."""
   files = pathlib.Path(folder).glob(f"*{name}.txt")
   return "".join(path.read_text() for path in files)
 
@@ -365,7 +365,7 @@ def _read_memory(report: Report, memory: Any) -> None:
 
 
 def _read_program(report: Report, text: str) -> None:
-  """Fills in what the optimised program says."""
+  """Fills in figures of the optimised program."""
   from drift_jax.tools import hlo
 
   analysed = hlo.analyse(text)
@@ -418,7 +418,7 @@ def _available(device: Any) -> int | None:
 
 
 def needed_bytes(message: str) -> int | None:
-  """What a program would take, from the compiler's refusal of it."""
+  """Memory that a program would take, as the compiler's refusal says."""
   match = re.search(r"(?:\(|Used )([\d.]+)([KMGT])", message)
   if match is None:
     return None
@@ -426,7 +426,7 @@ def needed_bytes(message: str) -> int | None:
 
 
 def advice(report: Report, config: Any, devices: int) -> list[str]:
-  """What to change so that a program takes less, the cheapest first."""
+  """Changes by which a program takes less memory, the cheapest first."""
   training = report.program == "train"
   encoders = getattr(config, "encoders", {})
   decodes = any(e.decode and e.in_loss for e in encoders.values())
@@ -434,7 +434,7 @@ def advice(report: Report, config: Any, devices: int) -> list[str]:
   trained = sum(report.arguments.get(name, 0) for name in state)
   remat = True if config.task == "mae" else "full"
   recomputed = "in the backward pass instead of storing them"
-  found = [
+  choices = [
     (not training, "a smaller eval.batch_size"),
     (
       training and config.model.remat not in (True, "full"),
@@ -454,7 +454,7 @@ def advice(report: Report, config: Any, devices: int) -> list[str]:
   for name, encoder in encoders.items():
     trains = training and encoder.in_loss and not encoder.remat
     whole = encoder.sharding == "replicated"
-    found += [
+    choices += [
       (
         encoder.dtype == "float32",
         f"encoders.{name}.dtype=bfloat16: half of it",
@@ -463,7 +463,7 @@ def advice(report: Report, config: Any, devices: int) -> list[str]:
       (whole, f"encoders.{name}.sharding=fsdp: keeps parts, gathers each step"),
     ]
   large = trained > 0.2 * (report.available or math.inf)
-  found.append(
+  choices.append(
     (large, f"a larger mesh.fsdp: the state takes {trained / GB:.1f} GB")
   )
   if training and config.task == "generator":
@@ -472,10 +472,10 @@ def advice(report: Report, config: Any, devices: int) -> list[str]:
     text = (
       f"train.accum_labels={devices}: so many of the {labels} labels at once"
     )
-    found.append((at_once > devices, text))
+    choices.append((at_once > devices, text))
   text = "more devices, or a smaller batch (batch.labels, batch.generated; "
-  found.append((training, text + "mae.batch_size)"))
-  return [text for applies, text in found if applies]
+  choices.append((training, text + "mae.batch_size)"))
+  return [text for applies, text in choices if applies]
 
 
 def _whole_sums(report: Report) -> list[str]:

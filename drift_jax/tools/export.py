@@ -6,7 +6,7 @@
 
   OUT/manifest.json                what there is: shapes, classes, checksums
   OUT/generator/model.safetensors  the weights, with a config.json
-  OUT/vae/...                      the same of the autoencoder behind latents
+  OUT/vae/...                      the same of the autoencoder, for latents
   OUT/sample.stablehlo             (weights, labels, alpha, index, seed, style)
                                    -> images, as drift_jax.sample draws them
   OUT/generate.stablehlo           (weights, labels, alpha, noise, style)

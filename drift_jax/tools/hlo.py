@@ -1,4 +1,4 @@
-"""What a program does, read from its optimised HLO text, or from its jaxpr.
+"""Operations, bytes and collectives of a program, from its HLO or its jaxpr.
 
 XLA's own cost analysis counts a loop's body once and knows no collectives;
 here bodies count as often as they run.
@@ -113,16 +113,16 @@ class Program:
 
   Attributes:
     collectives: all of them.
-    cycles: sum of the compiler's estimates, without collectives; 0 where it
-      gives none (it does for TPUs). Custom calls count at the roofline of
+    cycles: sum of the compiler's estimates, without collectives; 0 if it gives
+      none (it does for TPUs). Custom calls count at the roofline of
       their declared cost.
     bytes: read and written in memory, by the shapes of what the scheduled
       operations take and give.
     bytes_once: the same with each loop's body counted once, as XLA's own
       analysis does: bytes / bytes_once corrects that.
     unknown_trips: loops whose number of trips is not known, counted once.
-    parts: {module: (cycles, bytes)}: of what a Flax module does, its gradient
-      included, by the class of the outermost one; '' for all else.
+    parts: {class of the outermost Flax module: (cycles, bytes)}, gradients
+      included; '' for all else.
   """
 
   collectives: list[Collective]
@@ -139,12 +139,12 @@ class Program:
 
 def totals(collectives: Iterable[Collective]) -> dict[str, dict[str, int]]:
   """{kind: {'count': of operations that run, 'bytes': of all together}}."""
-  found: dict[str, dict[str, int]] = {}
+  sums: dict[str, dict[str, int]] = {}
   for entry in collectives:
-    total = found.setdefault(entry.kind, {"count": 0, "bytes": 0})
+    total = sums.setdefault(entry.kind, {"count": 0, "bytes": 0})
     total["count"] += entry.count
     total["bytes"] += entry.count * entry.bytes
-  return found
+  return sums
 
 
 def _bytes(dtype: str, dimensions: tuple[int, ...]) -> int:
@@ -208,12 +208,12 @@ def computations(text: str) -> tuple[dict[str, Computation], str]:
   Raises:
     ValueError: a text without an entry computation.
   """
-  found: dict[str, Computation] = {}
+  module: dict[str, Computation] = {}
   entry = None
   current: Computation = {}
   for line in text.splitlines():
     if header := _HEADER.match(line):
-      current = found.setdefault(header[2], {})
+      current = module.setdefault(header[2], {})
       entry = header[2] if header[1] else entry
     elif instruction := _parse_instruction(_COMMENT.sub("", line)):
       for name in instruction.operands:
@@ -222,7 +222,7 @@ def computations(text: str) -> tuple[dict[str, Computation], str]:
       current[instruction.name] = instruction
   if entry is None:
     raise ValueError(f"no ENTRY computation in {len(text)} characters of HLO")
-  return found, entry
+  return module, entry
 
 
 def analyse(text: str) -> Program:
@@ -231,20 +231,20 @@ def analyse(text: str) -> Program:
   Args:
     text: of jax.stages.Compiled.as_text().
   """
-  found, entry = computations(text)
+  module, entry = computations(text)
   collectives: list[Collective] = []
   parts: dict[str, tuple[float, int]] = {}
   counts = collections.Counter[str]()
 
   def visit(name: str, times: int, scheduled: bool) -> None:
-    inside = found[name]
+    inside = module[name]
     for instruction in inside.values():
       # 1. Its own work
       if scheduled:
-        size = _moved_bytes(instruction, inside, found)
+        size = _moved_bytes(instruction, inside, module)
         counts["bytes"] += size
-        module = _MODULE.search(instruction.rest)
-        part = module[1] if module else ""
+        flax_module = _MODULE.search(instruction.rest)
+        part = flax_module[1] if flax_module else ""
         cycles, moved = parts.get(part, (0.0, 0))
         cycles += times * _cycles(instruction)
         parts[part] = cycles, moved + times * size
@@ -254,7 +254,7 @@ def analyse(text: str) -> Program:
       # 2. What it calls
       called = instruction.called
       if instruction.opcode == "while":
-        trips = _trips(instruction, found.get(called["condition"], {}))
+        trips = _trips(instruction, module.get(called["condition"], {}))
         counts["unknown trips"] += trips is None
         visit(called["body"], times * (trips or 1), scheduled)
       elif instruction.opcode == "call":
@@ -292,9 +292,9 @@ def _cycles(instruction: Instruction) -> float:
 def _moved_bytes(
   instruction: Instruction,
   inside: Computation,
-  found: Mapping[str, Computation],
+  module: Mapping[str, Computation],
 ) -> int:
-  """What a scheduled operation reads and writes; of slices only the part."""
+  """Bytes that a scheduled operation reads and writes; the part of slices."""
   opcode = instruction.opcode
   is_free = opcode in _FREE or opcode.endswith("-done")
   if is_free or _ALLOCATION in instruction.rest:
@@ -308,19 +308,19 @@ def _moved_bytes(
   ]
   if opcode == "dynamic-update-slice":
     return 2 * taken[1]
-  fused = found.get(instruction.called.get("calls", ""))
+  fused = module.get(instruction.called.get("calls", ""))
   if opcode != "fusion" or not fused:
     return sum(taken) + instruction.bytes
   read = sum(
-    _read(i, fused, found) for i in fused.values() if i.opcode == "parameter"
+    _read(i, fused, module) for i in fused.values() if i.opcode == "parameter"
   )
-  return read + _written(next(reversed(fused.values())), fused, found)
+  return read + _written(next(reversed(fused.values())), fused, module)
 
 
 def _read(
-  array: Instruction, inside: Computation, found: Mapping[str, Computation]
+  array: Instruction, inside: Computation, module: Mapping[str, Computation]
 ) -> int:
-  """What a fused computation reads of one of its arrays."""
+  """Bytes that a fused computation reads of one of its arrays."""
   total = 0
   for user in inside.values():
     for position, name in enumerate(user.operands):
@@ -329,15 +329,15 @@ def _read(
       if user.opcode in _SLICES and position == 0:
         total += user.bytes
       elif user.opcode == "bitcast":
-        total += _read(user, inside, found)
+        total += _read(user, inside, module)
       elif user.opcode == "fusion":
-        nested = found[user.called["calls"]]
+        nested = module[user.called["calls"]]
         (parameter,) = (
           i
           for i in nested.values()
           if i.opcode == "parameter" and i.rest.startswith(f"{position})")
         )
-        total += _read(parameter, nested, found)
+        total += _read(parameter, nested, module)
       elif user.opcode != "dynamic-update-slice" or position > 0:
         total += array.bytes
       # Else it is updated in place.
@@ -345,22 +345,22 @@ def _read(
 
 
 def _written(
-  root: Instruction, inside: Computation, found: Mapping[str, Computation]
+  root: Instruction, inside: Computation, module: Mapping[str, Computation]
 ) -> int:
-  """What a fused computation writes."""
+  """Bytes that a fused computation writes."""
   if root.opcode in ("tuple", "bitcast"):
     operands = (inside[name] for name in root.operands)
-    return sum(_written(operand, inside, found) for operand in operands)
+    return sum(_written(operand, inside, module) for operand in operands)
   if root.opcode == "dynamic-update-slice":
     return inside[root.operands[1]].bytes
   if root.opcode == "fusion":
-    nested = found[root.called["calls"]]
-    return _written(next(reversed(nested.values())), nested, found)
+    nested = module[root.called["calls"]]
+    return _written(next(reversed(nested.values())), nested, module)
   return root.bytes
 
 
 def _trips(loop: Instruction, condition: Computation) -> int | None:
-  """Of a loop that counts up from 0."""
+  """Number of trips of a loop that counts up from 0; None if unknown."""
   if match := _TRIPS.search(loop.rest):
     return int(match[1])
   limits = [
@@ -382,10 +382,11 @@ def _collective(
   taken = sum(
     inside[name].bytes for name in instruction.operands if name in inside
   )
-  given = instruction.bytes
+  size = instruction.bytes
   if instruction.opcode == "all-gather-start":
-    given -= taken  # Its result holds the operands as well.
-  size = given if kind == "all-gather" else taken
+    size -= taken  # Its result holds the operands as well.
+  if kind != "all-gather":
+    size = taken
   # TPUs fuse some reduce-scatters as an all-reduce of which a part is kept.
   if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
     kind = "reduce-scatter"
@@ -427,7 +428,7 @@ def requested_collectives(closed: Any) -> list[Collective]:
   Args:
     closed: jax.stages.Traced.jaxpr.
   """
-  found = []
+  collectives = []
   for equation, times, local in _equations(closed.jaxpr):
     kind = _KINDS_OF_JAX.get(equation.primitive.name)
     if kind is None or not local:
@@ -436,8 +437,8 @@ def requested_collectives(closed: Any) -> list[Collective]:
     shapes = [(v.aval.dtype, tuple(v.aval.shape)) for v in variables]
     size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in shapes)
     names = tuple((str(dtype), shape) for dtype, shape in shapes)
-    found.append(Collective(kind, size, times, names))
-  return found
+    collectives.append(Collective(kind, size, times, names))
+  return collectives
 
 
 def _equations(

@@ -62,7 +62,7 @@ def png(rgb: np.ndarray) -> bytes:
 
 
 def class_index(text: str, names: list[str], count: int) -> int:
-  """Of "3" or "index:3", or of "name:tench", which may be a number."""
+  """Index of the class "3", "index:3" or "name:tench"."""
   kind, colon, rest = text.partition(":")
   called = [i for i, name in enumerate(names) if name == (rest or text)]
   if colon and kind == "name":

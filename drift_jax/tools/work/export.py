@@ -137,7 +137,7 @@ def export(
 
 
 def _ranges(opened: OpenedGenerator, task: GeneratorTask) -> dict[str, Any]:
-  """What the functions take and give; both ends of a range are included.
+  """Arguments and results of the functions; ranges include both ends.
 
   Beyond them, images are NaN, or were not trained for.
   """
@@ -195,7 +195,7 @@ def _new_folder(out: str) -> Iterator[pathlib.Path]:
 
 
 class _Function(NamedTuple):
-  """What is exported, and the shapes of its arguments after the weights."""
+  """A function to export, and the shapes of its arguments after the weights."""
 
   call: Callable[..., jax.Array]
   arguments: dict[str, jax.ShapeDtypeStruct]
@@ -228,18 +228,20 @@ def _functions(
     "labels": shape((batch,), jnp.int32),
     "alpha": shape((batch,), jnp.float32),
   }
-  drawn = {
+  by_seed = {
     "index": shape((batch,), jnp.int32),
     "seed": shape((), jnp.uint32),
     "style": shape((tokens,), jnp.int32),
   }
-  given = {
+  by_noise = {
     "noise": shape((batch, *task.noise_shape), jnp.float32),
     "style": shape((batch, tokens), jnp.int32),
   }
   return {
-    "sample": _Function(functools.partial(images, sample), of_each | drawn),
-    "generate": _Function(functools.partial(images, generate), of_each | given),
+    "sample": _Function(functools.partial(images, sample), of_each | by_seed),
+    "generate": _Function(
+      functools.partial(images, generate), of_each | by_noise
+    ),
   }
 
 
@@ -249,7 +251,7 @@ def _write_stablehlo(
   weights: Mapping[str, Any],
   platforms: Sequence[str],
 ) -> dict[str, Any]:
-  """Writes the functions of (weights, ...); what the manifest says of them."""
+  """Writes functions of (weights, ...); returns their part of the manifest."""
   described = {}
   for name, (call, arguments) in functions.items():
     exported = jax.export.export(jax.jit(call), platforms=list(platforms))(

@@ -95,7 +95,7 @@ class Network:
     return self._outputs(pixels)[0]
 
   def dimensions(self, size: int) -> int:
-    """Of the features of images of a size."""
+    """Number of features of an image of this size."""
     shape = (self._mesh.size, size, size, 3)
     pixels = jax.ShapeDtypeStruct(shape, np.uint8)
     return jax.eval_shape(self._features, pixels).shape[1]
@@ -138,7 +138,7 @@ class Network:
     logger.info("%.4g images/s.", progress.close())
 
   def provenance(self, images: Images) -> Provenance:
-    """What statistics of its features of these images are computed from."""
+    """Origin of statistics of its features of these images."""
     return Provenance(
       source=images.source,
       split=images.split,
@@ -373,7 +373,7 @@ def _check_same(provenance: Provenance, count: int) -> None:
 
 
 def run(arguments: argparse.Namespace, of_source: Mapping[str, Any]) -> None:
-  """Does what the command line asks for, with all processes.
+  """Computes and writes what the command line asks for, with all processes.
 
   Args:
     arguments: of the command line.
