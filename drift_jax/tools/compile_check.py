@@ -133,33 +133,29 @@ def main(argv: Sequence[str]) -> None:
   programs.run(program)
 
 
-def _tell(
-  config: RunConfig,
-  devices: Sequence[Any],
-  reports: Sequence[Report],
-) -> None:
+def _tell(config: RunConfig, devices: Sequence[Any], reports: Any) -> None:
   """Prints the reports, and writes them to the file of --json."""
   from drift_jax.metrics.files import report_text, write_report
   from drift_jax.system import sharding
 
+  values = flags.FLAGS
   name, overrides = config_lib.config_arguments(sys.argv[1:])
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
   result = {
     "config": " ".join(
-      [name or "", *(f"{key}={value}" for key, value in overrides.items())]
+      [f"{name}", *(f"{k}={v}" for k, v in overrides.items())]
     ),
-    "topology": flags.FLAGS.topology or "local",
+    "topology": values.topology or "local",
     "devices": len(devices),
     "device_kind": devices[0].device_kind,
     "mesh": dict(mesh.shape),
     "programs": [dataclasses.asdict(report) for report in reports],
   }
-  if flags.FLAGS.json == "-":
-    print(report_text(result))
-  else:
-    print(describe(result, reports))
-    if flags.FLAGS.json:
-      write_report(flags.FLAGS.json, result)
+  print(
+    report_text(result) if values.json == "-" else describe(result, reports)
+  )
+  if values.json not in ("", "-"):
+    write_report(values.json, result)
 
 
 def prepare_libtpu() -> None:

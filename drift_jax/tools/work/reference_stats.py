@@ -58,15 +58,13 @@ class Images:
     pixels: indices [n] -> uint8 [n, size, size, 3].
     count: N.
     size: their side.
-    source, split, crop: see metrics.Provenance.
+    facts: source, split and crop; see metrics.Provenance.
   """
 
   pixels: Callable[[np.ndarray], np.ndarray]
   count: int
   size: int
-  source: str
-  split: str
-  crop: str
+  facts: dict[str, str]
 
 
 class Network:
@@ -131,22 +129,11 @@ class Network:
       if bad.any():
         raise StatsError(
           f"--network={self.path}: the features of image {numbers[bad][0]} of "
-          f"{images.source} are not finite"
+          f"{images.facts['source']} are not finite"
         )
       yield numbers, features.astype(np.float32)
       progress.update(len(numbers))
     logger.info("%.4g images/s.", progress.close())
-
-  def provenance(self, images: Images) -> Provenance:
-    """Origin of statistics of its features of these images."""
-    return Provenance(
-      source=images.source,
-      split=images.split,
-      crop=images.crop,
-      resolution=images.size,
-      network=name_of(self.artifact),
-      network_sha256=self.artifact.sha256,
-    )
 
 
 def statistics(
@@ -178,7 +165,12 @@ def statistics(
     DataError, OSError: images that can't be read.
   """
   # 1. Which images are looked at
-  provenance = network.provenance(images)
+  provenance = Provenance(
+    **images.facts,
+    resolution=images.size,
+    network=name_of(network.artifact),
+    network_sha256=network.artifact.sha256,
+  )
   _check_same(provenance, images.count)
   kept = _drawn(images, num_features, seed)
   dimensions = network.dimensions(images.size)
@@ -255,15 +247,10 @@ def open_public(path: str, network: Network) -> tuple[Images, ReferenceStats]:
       f"{place} is of features of {len(public.mean)} dimensions, "
       f"--network={network.path} has {dimensions}"
     )
-  digest = weight_files.sha256_of(pathlib.Path(path))
-  return Images(
-    images.pixels,
-    len(images),
-    images.shape[0],
-    f"{pathlib.Path(path).name}, SHA-256 {digest}",
-    PUBLIC_SPLIT,
-    PUBLIC_CROP,
-  ), public
+  file = pathlib.Path(path)
+  source = f"{file.name}, SHA-256 {weight_files.sha256_of(file)}"
+  facts = {"source": source, "split": PUBLIC_SPLIT, "crop": PUBLIC_CROP}
+  return Images(images.pixels, len(images), images.shape[0], facts), public
 
 
 def open_images(
@@ -316,7 +303,8 @@ def open_images(
       name += ", grey" * (channels == 1)
   except ValueError as error:
     raise StatsError(f"--source={spec} --split={split}: {error}") from error
-  return Images(pixels, len(source), image_size, name, split, crop)
+  facts = {"source": name, "split": split, "crop": crop}
+  return Images(pixels, len(source), image_size, facts)
 
 
 def _rgb(reader: ImageReader, indices: np.ndarray) -> np.ndarray:
@@ -331,8 +319,8 @@ def _array_pixels(
   height, width, depth = source.sample_shape
   if (height, width, depth, crop) != (image_size, image_size, channels, "none"):
     raise StatsError(
-      f"these images are {height} x {width} px with {depth} channels and are "
-      f"not cut: give --image_size={height} --channels={depth} --crop=none"
+      f"these images are {height} x {width} px and are not cut: give "
+      f"--image_size={height} --channels={depth} --crop=none"
     )
   reader = ArrayReader(source, wire="float32")
   return lambda indices: real_pixels(reader.fixed(indices))
@@ -346,8 +334,8 @@ def _drawn(images: Images, count: int, seed: int) -> np.ndarray:
   """
   if images.count < 2:
     raise StatsError(
-      f"{images.source} has {images.count} images of split {images.split!r}: "
-      "statistics need at least 2"
+      f"{images.facts['source']} has {images.count} images of split "
+      f"{images.facts['split']!r}: statistics need at least 2"
     )
   if count > images.count:
     logger.info(
