@@ -60,27 +60,18 @@ def test_images_are_those_of_the_step(model):
 
 
 def test_label_alpha_seed_and_style_change_an_image(model):
-  base = model.sample([1], seed=1).images
-  for other in (
-    model.sample([2], seed=1),
-    model.sample([1], seed=1, alpha=3.0),
-    model.sample([1], seed=2),
-    model.sample([1], seed=1, style=[3]),
-  ):
-    assert np.abs(other.images - base).max() > 1e-4
+  """A style index for all tokens is the same as each; -1 is chance."""
 
+  def draw(labels=(1,), **changes):
+    return model.sample(labels, count=3, **{"seed": 1, **changes}).images
 
-def test_fixed_style(model):
-  """One index for all tokens is the same as each; -1 is chance."""
-
-  def draw(style=None):
-    return model.sample([1], count=3, seed=1, style=style).images
-
-  fixed = draw([3])
-  np.testing.assert_array_equal(fixed, draw([3, 3, 3, 3]))
-  np.testing.assert_array_equal(fixed, draw(3))
-  np.testing.assert_array_equal(draw([-1]), draw())
-  assert np.abs(draw([3, -1, 3, 3]) - fixed).any()
+  base, fixed = draw(), draw(style=[3])
+  for other in (draw([2]), draw(alpha=3.0), draw(seed=2), fixed):
+    assert np.abs(other - base).max() > 1e-4
+  np.testing.assert_array_equal(fixed, draw(style=[3, 3, 3, 3]))
+  np.testing.assert_array_equal(fixed, draw(style=3))
+  np.testing.assert_array_equal(draw(style=[-1]), base)
+  assert np.abs(draw(style=[3, -1, 3, 3]) - fixed).any()
 
 
 @pytest.mark.slow
@@ -88,22 +79,19 @@ def test_walk_between_two_noises(model):
   """It begins with the image of `sample`; every step is a small one."""
   walk = model.interpolate([1, 2], frames=5, count=2, seed=4)
   assert len(walk) == 5 and walk[0].images.shape == (4, 8, 8, 1)
-  assert_close(
-    walk[0].images, model.sample([1, 2], count=2, seed=4).images, 1e-5
-  )
-  opened = model.generator
+  first = model.sample([1, 2], count=2, seed=4).images
+  assert_close(walk[0].images, first, 1e-5)
+  task = model.generator.task
 
   @jax.jit
   def end(params):
-    inputs = functools.partial(sample_inputs, seed=4, task=opened.task)
+    inputs = functools.partial(sample_inputs, seed=4, task=task)
     noise, _ = inputs(np.arange(4, 8, dtype=np.int32))
     _, style = inputs(np.arange(4, dtype=np.int32))
     alpha = np.ones(4, np.float32)
-    return generate(
-      params, walk[0].labels, alpha, noise, style, task=opened.task
-    )
+    return generate(params, walk[0].labels, alpha, noise, style, task=task)
 
-  last = end(jax.device_get(opened.params))
+  last = end(jax.device_get(model.generator.params))
   assert_close(walk[-1].images, last, 1e-4)
 
 

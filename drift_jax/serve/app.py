@@ -208,6 +208,8 @@ class _Images(StreamingResponse):
       async with asyncio.timeout(self._send_seconds):
         await send(message)
 
+    # From 2.4 on, Starlette sees only while it sends that a client has left.
+    scope = {**scope, "asgi": {"spec_version": "2.3"}}
     try:
       await super().__call__(scope, receive, send_soon)
     except TimeoutError:
