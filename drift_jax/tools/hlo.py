@@ -98,13 +98,13 @@ class Collective:
     kind: one of KINDS.
     bytes: of the whole array: what an all-gather gives, what the others take.
     count: how often it runs in a program.
-    shapes: of its results.
+    shapes: of its results, if it is compiled.
   """
 
   kind: str
   bytes: int
   count: int
-  shapes: tuple[Shape, ...]
+  shapes: tuple[Shape, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -434,10 +434,8 @@ def requested_collectives(closed: Any) -> list[Collective]:
     if kind is None or not local:
       continue
     variables = equation.outvars if kind == "all-gather" else equation.invars
-    shapes = [(v.aval.dtype, tuple(v.aval.shape)) for v in variables]
-    size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in shapes)
-    names = tuple((str(dtype), shape) for dtype, shape in shapes)
-    collectives.append(Collective(kind, size, times, names))
+    size = sum(v.aval.size * v.aval.dtype.itemsize for v in variables)
+    collectives.append(Collective(kind, size, times))
   return collectives
 
 
