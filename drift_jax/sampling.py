@@ -422,7 +422,7 @@ class Sampler:
     return walk
 
   def _checked(self, labels: Any) -> np.ndarray:
-    """Class indices [n] int32 of what `labels` returned, or a list of them."""
+    """Class indices [n] as int32."""
     array = np.asarray(labels)
     if array.ndim != 1 or array.dtype.kind not in "iu":
       raise ConfigError(

@@ -112,7 +112,7 @@ def test_data_measures_every_part(tmp_path):
     f"--small_images={tmp_path / 'small'}",
   )
   # With simplejpeg and opencv there are more.
-  assert {section for section, _ in rows} == set(DATA) and len(rows) >= 25
+  assert {section for section, _ in rows} >= set(DATA) and len(rows) >= 25
   for section in (*DATA[:2], *DATA[5:7]):
     for name in ("pillow", "folder, pillow"):
       if (section, name) in rows:

@@ -147,7 +147,7 @@ def test_example_checks_what_it_is_asked(run, exported, monkeypatch):
     ("name:99", ("name:99",)),
     ("index:a", ("index:a",)),
   ):
-    with pytest.raises(SystemExit) as refused:
+    with pytest.raises(ValueError) as refused:
       module.class_index(text, names, 12)
     assert all(part in str(refused.value) for part in parts)
   read = module.read_safetensors
