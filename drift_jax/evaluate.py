@@ -10,144 +10,83 @@ Prints a table and writes a JSON report; where asked, also the figures over
 alpha, the samples and their nearest training images.
 """
 
-import functools
-import sys
-from collections.abc import Sequence
 from typing import Any
 
 from absl import app, flags
 
 from drift_jax import config as config_lib
-from drift_jax.system import options, paths
+from drift_jax.system import options, paths, programs
+from drift_jax.system.errors import naming
 from drift_jax.tasks.generator.config import EVAL_METRICS
 
 # Whose images are judged: one of these.
 SOURCES = ("workdir", "weights", "images")
-# Flags that not every source of images has a use for.
-_ONLY_WITH = (
-  (
-    ("workdir",),
-    (
-      "step",
-      "ema_decay",
-      "neighbours",
-      "neighbour_space",
-      "neighbour_samples",
-      "encoder",
-      "data_source",
-      "data_dir",
-    ),
-  ),
-  (("workdir", "weights"), ("alphas", "labels", "samples_out", "vae")),
-)
-# {flag: what it is of a request's judges}.
-_JUDGES = {
-  "inception": ("inception", "path"),
-  "inception_reference": ("inception", "reference"),
-  "dinov2": ("dinov2", "path"),
-  "dinov2_reference": ("dinov2", "reference"),
-}
+# Flags of the first of these alone, and of the first two.
+_OF_RUN = ("step", "ema_decay", "encoder", "data_source", "data_dir")
+_OF_RUN += ("neighbours", "neighbour_space", "neighbour_samples")
+_OF_GENERATOR = ("alphas", "labels", "samples_out", "vae")
+# Flags that a request has under the same name.
+_OF_REQUEST = ("metrics", "num_samples", "labels", "batch_size", "seed")
+_OF_REQUEST += ("neighbours", "neighbour_space", "neighbour_samples")
+_OF_REQUEST += ("samples_out",)
 
 
 def define_flags() -> None:
   """Defines the flags: not on import, as other programs have the same names."""
-  paths.define_flag("workdir", None, "Folder of a run.")
-  paths.define_flag(
-    "weights",
-    None,
-    "A generator's exported weights: their folder, an export, or hf://NAME.",
-  )
-  paths.define_flag(
-    "vae",
-    "",
-    "Folder of the autoencoder that decodes the latents of --weights, if they "
-    "are no export; for --workdir, its folder now, if it has moved.",
-  )
+  path, integer = paths.define_flag, flags.DEFINE_integer
+  path("workdir", None, "Folder of a run.")
+  path("weights", None, "Exported weights: their folder, or hf://NAME.")
+  path("vae", "", "Autoencoder of --weights; of --workdir, if it has moved.")
   flags.DEFINE_multi_string(
-    "encoder",
-    [],
-    "Of --workdir: NAME=DIR, where encoders.NAME.path is now; once for each.",
+    "encoder", [], "NAME=DIR, once for each: where encoders.NAME.path is now."
   )
-  flags.DEFINE_string(
-    "data_source",
-    None,
-    "Of --workdir: where its data are now, e.g. folder:DIR.",
-  )
-  paths.define_flag(
-    "data_dir", None, "Of --workdir: the folder that its data start from now."
-  )
-  paths.define_flag(
-    "images", None, "Folder or ADM .npz of images that were made elsewhere."
-  )
-  flags.DEFINE_list(
-    "alphas", None, "Guidance scales; the config's if not given."
-  )
+  flags.DEFINE_string("data_source", None, "Where the run's data are now.")
+  path("data_dir", None, "The folder that the run's data start from now.")
+  path("images", None, "Folder or ADM .npz of images from elsewhere.")
+  flags.DEFINE_list("alphas", None, "Guidance scales; default: the config's.")
   flags.DEFINE_list(
     "metrics",
     None,
-    f"Figures, of {EVAL_METRICS}; the config's, or "
+    f"Figures, of {EVAL_METRICS}; default: the config's, or "
     f"{','.join(options.METRICS)} without one.",
   )
-  flags.DEFINE_integer(
+  integer(
     "num_samples",
     None,
-    "For each alpha; 0: as many as are held out, or as --labels lists; the "
-    f"config's, or {options.NUM_SAMPLES} without one.",
+    "For each alpha; 0: as many as are held out, or as --labels lists; default:"
+    f" the config's, or {options.NUM_SAMPLES} without one.",
     lower_bound=0,
   )
-  paths.define_flag(
-    "labels", None, "File of class indices (.txt, .npy); balanced if not given."
-  )
-  flags.DEFINE_integer(
-    "batch_size", None, "Samples at a time, on all devices.", lower_bound=1
-  )
-  flags.DEFINE_integer(
+  path("labels", None, "File of class indices (.txt, .npy); default: balanced.")
+  integer("batch_size", None, "Samples at a time, of all devices.", 1)
+  integer(
     "seed",
     None,
-    "Of noise and style; config.seed + 1 if not given, 0 without a config.",
+    "Of noise and style; default: config.seed + 1, 0 without a config.",
     lower_bound=0,
     upper_bound=options.MAX_SEED,
   )
-  flags.DEFINE_integer(
-    "step", None, "Checkpoint; the best one, else the newest, if not given."
-  )
+  integer("step", None, "Checkpoint; default: the best one, else the newest.")
   flags.DEFINE_float(
-    "ema_decay", None, "Which EMA; the evaluated one if not given."
+    "ema_decay", None, "Which EMA; default: the evaluated one."
   )
-  paths.define_flag("inception", None, "Folder of the converted Inception-v3.")
-  paths.define_flag(
-    "inception_reference", None, "Its statistics of real images, .npz."
-  )
-  paths.define_flag("dinov2", None, "Folder of a converted DINOv2.")
-  paths.define_flag(
-    "dinov2_reference", None, "Its statistics of real images, .npz."
-  )
-  flags.DEFINE_integer(
-    "neighbours",
-    0,
-    "Of --workdir: nearest training images of samples to look for; 10 in B.4.",
-    lower_bound=0,
-  )
-  paths.define_flag(
-    "neighbour_space",
-    "encoder",
-    "Where they are near: encoder, pixel, or the folder of a converted "
-    "network.",
-  )
-  flags.DEFINE_integer(
-    "neighbour_samples", 1000, "At least as many samples.", lower_bound=1
-  )
-  paths.define_flag(
+  path("inception", None, "Folder of the converted Inception-v3.")
+  path("inception_reference", None, "Its statistics of real images, .npz.")
+  path("dinov2", None, "Folder of a converted DINOv2.")
+  path("dinov2_reference", None, "Its statistics of real images, .npz.")
+  integer("neighbours", 0, "Nearest training images; 10 in B.4.", 0)
+  path("neighbour_space", "encoder", "encoder, pixel, or a network's folder.")
+  integer("neighbour_samples", 1000, "Samples with neighbours, at least.", 1)
+  path(
     "samples_out",
     None,
-    "Write the samples as an .npz in ADM's format; with several alphas, one "
-    "for each, NAME_alpha_A.npz.",
+    "ADM .npz of the samples; with several alphas NAME_alpha_A.npz for each.",
   )
-  paths.define_flag(
+  path(
     "out",
     None,
-    "JSON to write, pictures beside it; WORKDIR/evaluation.json or "
-    "evaluation.json if not given.",
+    "JSON to write, pictures beside it; default: evaluation.json, in WORKDIR "
+    "if there is one.",
   )
   config_lib.define_process_flags(waits=True)
 
@@ -155,10 +94,10 @@ def define_flags() -> None:
 def table(report: dict[str, Any]) -> str:
   """The report as a Markdown table: a row for each figure."""
   columns = list(report["results"])
-  header = [f"{report['num_samples']} samples"]
+  corner = f"{report['num_samples']} samples"
   if report.get("step") is not None:
-    header[0] += f", step {report['step']}"
-  header += [
+    corner += f", step {report['step']}"
+  header = [corner] + [
     column if isinstance(column, str) else f"alpha {column:g}"
     for column in columns
   ]
@@ -176,23 +115,20 @@ def table(report: dict[str, Any]) -> str:
 
 def main(argv: list[str]) -> None:
   """Prints the table and writes the JSON that the flags ask for."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments {argv[1:]}")
-  try:
-    asked = request(flags.FLAGS)
-  except config_lib.ConfigError as error:
-    sys.exit(f"Error: {error}")
-  from drift_jax.system import console, exits, numerics
-
-  console.setup()
-  numerics.pin()
-  program = functools.partial(_program, flags.FLAGS, asked)
-  exits.run(program, again=exits.ANEW)
+  values = flags.FLAGS
+  with programs.checking(argv):
+    arguments = request(values)
+  programs.run(
+    lambda: judge(values, arguments),
+    processes=config_lib.process_flags(),
+    join_timeout=values.join_timeout,
+  )
 
 
-def _program(values: flags.FlagValues, asked: dict[str, Any]) -> None:
+def judge(values: flags.FlagValues, arguments: dict[str, Any]) -> None:
+  """Computes the report, prints its table and writes it."""
   from drift_jax.metrics.files import write_report
-  from drift_jax.system import exits, processes
+  from drift_jax.system import processes
   from drift_jax.system.console import logger
   from drift_jax.tasks.generator.reports import (
     Request,
@@ -202,75 +138,64 @@ def _program(values: flags.FlagValues, asked: dict[str, Any]) -> None:
   )
   from drift_jax.training.alone import alone_with
 
-  exits.join(
-    *config_lib.process_flags(),
-    join_timeout=values.join_timeout,
-    again=exits.ANEW,
-  )
-  wanted = Request(**asked)
-  with alone_with(wanted.out):
+  asked = Request(**arguments)
+  with alone_with(asked.out):
     if values.workdir is not None:
       report = report_on_run(
-        values.workdir, wanted, step=values.step, ema_decay=values.ema_decay
+        values.workdir, asked, step=values.step, ema_decay=values.ema_decay
       )
     elif values.weights is not None:
-      report = report_on_weights(values.weights, wanted, vae=values.vae)
+      report = report_on_weights(values.weights, asked, vae=values.vae)
     else:
-      report = report_on_images(values.images, wanted)
+      report = report_on_images(values.images, asked)
     if processes.is_first():
       print(table(report))
-      write_report(wanted.out, report)
-  logger.info("Wrote %s.", wanted.out)
+      write_report(asked.out, report)
+  logger.info("Wrote %s.", asked.out)
 
 
 def request(values: flags.FlagValues) -> dict[str, Any]:
-  """What the flags ask for: arguments of experiment.Request.
+  """Arguments of reports.Request, by the flags.
 
   Raises:
     ConfigError: flags that don't go together, or a value that is none.
   """
-  sources = {name: values[name].value for name in SOURCES}
-  given = [name for name, value in sources.items() if value is not None]
-  if len(given) != 1:
+  sources = [name for name in SOURCES if values[name].value is not None]
+  if len(sources) != 1:
+    given = [f"--{name}" for name in sources] or "none"
     raise config_lib.ConfigError(
-      f"give one of {[f'--{name}' for name in SOURCES]}, got "
-      f"{[f'--{name}' for name in given] or 'none'}"
+      f"give one of {[f'--{name}' for name in SOURCES]}, got {given}"
     )
-  for allowed, others in _ONLY_WITH:
-    for name in others:
-      if values[name].present and given[0] not in allowed:
+  for names, allowed in ((_OF_RUN, 1), (_OF_GENERATOR, 2)):
+    for name in names:
+      if values[name].present and sources[0] not in SOURCES[:allowed]:
         raise config_lib.ConfigError(
-          f"--{name}={values[name].value} with --{given[0]}: it goes with "
-          f"{' or '.join(f'--{flag}' for flag in allowed)}"
+          f"--{name}={values[name].value} with --{sources[0]}: it goes with --"
+          + " or --".join(SOURCES[:allowed])
         )
-  if values.samples_out is not None:
-    _check_suffix("samples_out", values.samples_out, ".npz")
   folder = "" if values.workdir is None else f"{values.workdir}/"
   out = values.out or f"{folder}evaluation.json"
-  _check_suffix("out", out, ".json")
-  judges = {_JUDGES[name]: values[name].value for name in _JUDGES}
-  return {
-    "alphas": parse_floats("alphas", values.alphas),
-    "metrics": values.metrics,
-    "num_samples": values.num_samples,
-    "labels": values.labels,
+  for name, path, suffix in (
+    ("samples_out", values.samples_out, ".npz"),
+    ("out", out, ".json"),
+  ):
+    if path is not None:
+      with naming(f"--{name}"):
+        paths.check_suffix(path, (suffix,))
+  with naming("--alphas"):
+    alphas = values.alphas and [float(alpha) for alpha in values.alphas]
+  judges = {
+    ("inception", "path"): values.inception,
+    ("inception", "reference"): values.inception_reference,
+    ("dinov2", "path"): values.dinov2,
+    ("dinov2", "reference"): values.dinov2_reference,
+  }
+  return {name: values[name].value for name in _OF_REQUEST} | {
+    "alphas": alphas,
     "paths": _paths(values),
-    "batch_size": values.batch_size,
-    "seed": values.seed,
     "judges": {key: path for key, path in judges.items() if path is not None},
-    "neighbours": values.neighbours,
-    "neighbour_space": values.neighbour_space,
-    "neighbour_samples": values.neighbour_samples,
-    "samples_out": values.samples_out,
     "out": out,
   }
-
-
-def _check_suffix(flag: str, path: str, suffix: str) -> None:
-  try:
-    paths.check_suffix(path, (suffix,))
-  except ValueError as error:
-    raise config_lib.ConfigError(f"--{flag}: {error}") from error
 
 
 def _paths(values: flags.FlagValues) -> dict[str, str]:
@@ -279,27 +204,17 @@ def _paths(values: flags.FlagValues) -> dict[str, str]:
   Raises:
     ConfigError: an encoder that is no NAME=DIR.
   """
-  given = {
+  places = {
     "vae.path": values.vae,
     "data.source": values.data_source,
     "data.data_dir": values.data_dir,
   }
   for text in values.encoder:
-    name, equals, path = text.partition("=")
-    if not name or not equals or not path:
+    name, _, path = text.partition("=")
+    if not name or not path:
       raise config_lib.ConfigError(f"--encoder={text}: want NAME=DIR")
-    given[f"encoders.{name}.path"] = path
-  return {key: value for key, value in given.items() if value}
-
-
-def parse_floats(flag: str, values: Sequence[str] | None) -> list[float] | None:
-  """Numbers of a list flag; ConfigError names the entry that is none."""
-  if values is None:
-    return None
-  try:
-    return [float(value) for value in values]
-  except ValueError as error:
-    raise config_lib.ConfigError(f"--{flag}: {error}") from error
+    places[f"encoders.{name}.path"] = path
+  return {key: value for key, value in places.items() if value}
 
 
 if __name__ == "__main__":

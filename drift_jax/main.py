@@ -4,13 +4,11 @@ Several processes: the same command in each of them with
 --coordinator=HOST:PORT --num_processes=N --process_id=I, or --coordinator=auto.
 """
 
-import sys
-
 from absl import app, flags
 from ml_collections import config_flags
 
 from drift_jax import config as config_lib
-from drift_jax.system import paths, storage
+from drift_jax.system import paths, programs, storage
 from drift_jax.tasks import parse, trainer
 
 
@@ -34,32 +32,17 @@ def define_flags() -> None:
 
 def main(argv: list[str]) -> None:
   """Validates the config, then runs the task that it names."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments {argv[1:]}")
-  values = flags.FLAGS
-  try:
-    config = parse(values.config)
-    storage.check(values.workdir, write=True)
-  except (config_lib.ConfigError, storage.StorageError) as error:
-    sys.exit(f"Error: {error}")
-  # As in all programs, everything heavy is imported here: --help and what can't
-  # be run cost nothing.
-  from drift_jax.system import console, exits, numerics
-
-  console.setup()
-  numerics.pin()
-  train = trainer(config.task).train_and_evaluate
-
-  def program() -> None:
-    exits.join(
-      *config_lib.process_flags(),
-      heartbeat_timeout=config.processes.heartbeat_timeout,
-      join_timeout=config.processes.join_timeout,
-    )
-    exits.stop_on_sigterm()
-    train(config, values.workdir)
-
-  exits.run(program)
+  workdir = flags.FLAGS.workdir
+  with programs.checking(argv):
+    config = parse(flags.FLAGS.config)
+    storage.check(workdir, write=True)
+  programs.run(
+    lambda: trainer(config.task).train_and_evaluate(config, workdir),
+    processes=config_lib.process_flags(),
+    resumes=True,
+    heartbeat_timeout=config.processes.heartbeat_timeout,
+    join_timeout=config.processes.join_timeout,
+  )
 
 
 if __name__ == "__main__":

@@ -12,73 +12,48 @@ images, which an interrupted command continues.
 """
 
 import os
-import sys
-from collections.abc import Sequence
 
 from absl import app, flags
 
 from drift_jax import config as config_lib
-from drift_jax.system import options, paths
+from drift_jax.system import options, paths, programs
+from drift_jax.system.errors import naming
 
 FILES = (*options.PICTURES, ".npz", ".gif")
 
 
 def define_flags() -> None:
   """Defines the flags: not on import, as other programs have the same names."""
+  integer = flags.DEFINE_integer
   config_lib.define_source_flags()
   flags.DEFINE_list(
     "labels",
     None,
-    "Class indices, ranges and names, e.g. 3,5-7,tench; all if not given. A "
-    "name that holds a comma: '\"great white shark, white shark\"'. Classes "
-    "that are called by numbers: index:3 or name:3.",
+    "Class indices, ranges and names, e.g. 3,5-7,tench; default: all. A name "
+    "with a comma: '\"great white shark, white shark\"'. Classes called by "
+    "numbers: index:3 or name:3.",
   )
   flags.DEFINE_float("alpha", 1.0, "Guidance scale.")
-  flags.DEFINE_integer(
-    "seed",
-    0,
-    "Of noise and style.",
-    lower_bound=0,
-    upper_bound=options.MAX_SEED,
-  )
+  integer("seed", 0, "Of noise and style.", 0, options.MAX_SEED)
   flags.DEFINE_list(
     "style",
     None,
     "Style indices that all images share: one for all tokens, or one for each; "
-    "-1 leaves one to chance, as all are if this is not given.",
+    "-1 leaves one to chance; default: all of them.",
   )
-  flags.DEFINE_integer(
-    "count", 10, "Images of each label: a row of the grid.", lower_bound=1
-  )
-  flags.DEFINE_integer(
-    "batch_size",
-    options.BATCH_SIZE,
-    "Images at a time, on all devices.",
-    lower_bound=1,
-  )
-  flags.DEFINE_integer(
-    "interpolate",
-    None,
-    "Frames of a walk from one noise to another, there and back, as a .gif.",
-    lower_bound=2,
-  )
+  integer("count", 10, "Images of each label: a row of the grid.", 1)
+  integer("batch_size", options.BATCH_SIZE, "Images at a time.", 1)
+  integer("interpolate", None, "Frames of a walk between two noises, .gif.", 2)
   paths.define_flag(
-    "out",
-    "grid.png",
-    "FILE.png (or .jpg, .webp), FILE.npz, FILE.gif, or a folder for .png "
-    "files.",
+    "out", "grid.png", "FILE.png, .jpg, .webp, .npz, .gif, or a folder."
   )
   config_lib.define_process_flags(waits=True)
 
 
-def parse_style(values: Sequence[str] | None) -> list[int] | None:
+def parse_style(values: list[str] | None) -> list[int] | None:
   """Style indices of the flag; ConfigError names the entry that is none."""
-  if values is None:
-    return None
-  try:
-    return [int(value) for value in values]
-  except ValueError as error:
-    raise config_lib.ConfigError(f"--style: {error}") from error
+  with naming("--style"):
+    return None if values is None else [int(value) for value in values]
 
 
 def check_out(out: str, interpolate: int | None) -> str:
@@ -96,52 +71,48 @@ def check_out(out: str, interpolate: int | None) -> str:
     )
   if (suffix == ".gif") != (interpolate is not None):
     raise config_lib.ConfigError(
-      f"--out={out} with --interpolate={interpolate}: a .gif is a walk of "
-      "--interpolate=FRAMES, and only a .gif is"
+      f"--out={out} with --interpolate={interpolate}: a .gif is a walk of so "
+      "many frames, and only a .gif is"
     )
   return suffix
 
 
 def main(argv: list[str]) -> None:
   """Writes what the flags ask for."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments {argv[1:]}")
   values = flags.FLAGS
-  try:
+  with programs.checking(argv):
     source = config_lib.source()
     suffix = check_out(values.out, values.interpolate)
     style = parse_style(values.style)
-  except config_lib.ConfigError as error:
-    sys.exit(f"Error: {error}")
-  from drift_jax.system import console, exits, numerics
-  from drift_jax.tools.work import sample as drawing
-
-  console.setup()
-  numerics.pin()
 
   def program() -> None:
-    exits.join(
-      *config_lib.process_flags(),
-      join_timeout=values.join_timeout,
-      again=exits.ANEW,
-    )
+    from drift_jax.tools.work import sample as drawing
+
     drawing.draw(
-      source,
+      {
+        "labels": values.labels,
+        "count": values.count,
+        "alpha": values.alpha,
+        "seed": values.seed,
+        "style": style,
+      },
       values.out,
       suffix,
-      vae=values.vae,
-      step=values.step,
-      ema_decay=values.ema_decay,
-      labels=values.labels,
-      count=values.count,
-      alpha=values.alpha,
-      seed=values.seed,
-      style=style,
+      generator={
+        "source": source,
+        "vae": values.vae,
+        "step": values.step,
+        "ema_decay": values.ema_decay,
+      },
       batch_size=values.batch_size,
       frames=values.interpolate,
     )
 
-  exits.run(program, again=exits.ANEW)
+  programs.run(
+    program,
+    processes=config_lib.process_flags(),
+    join_timeout=values.join_timeout,
+  )
 
 
 if __name__ == "__main__":

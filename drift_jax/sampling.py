@@ -9,8 +9,10 @@ import csv
 import dataclasses
 import difflib
 import io
+import itertools
+import math
 import operator
-import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -48,7 +50,7 @@ Labels = str | int | Iterable[str | int]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Samples:
-  """Images and what they were asked for by.
+  """Images with their labels.
 
   Attributes:
     images: [n, H, W, C] float32 in [-1, 1].
@@ -92,10 +94,15 @@ class Samples:
       Image.fromarray(self.grid()).show()
 
   def _repr_png_(self) -> bytes:
-    """What a notebook shows of it."""
-    file = io.BytesIO()
-    Image.fromarray(self.grid()).save(file, format="png")
-    return file.getvalue()
+    """The grid as a notebook shows it."""
+    return png_bytes(self.grid())
+
+
+def png_bytes(pixels: np.ndarray) -> bytes:
+  """A PNG file of uint8 [H, W, 3]."""
+  file = io.BytesIO()
+  Image.fromarray(pixels).save(file, format="png")
+  return file.getvalue()
 
 
 @numerics.pinned()
@@ -111,8 +118,8 @@ def load(
   Args:
     source: a run's workdir, an export, an artifact's folder, or hf://NAME of
       the authors' release, hf://OWNER/NAME[@REVISION][/FOLDER].
-    vae: folder of the autoencoder behind the latents of an artifact; a run and
-      an export have theirs, a run's may be given where it is not found.
+    vae: folder of the autoencoder of an artifact's latents; runs and exports
+      have theirs, a run's may be given if it is not found.
     step: of a run: checkpoint; None for the best, else the newest.
     ema_decay: of a run: which average; None for the evaluated one.
 
@@ -121,12 +128,11 @@ def load(
     ConfigError: an option that this kind of source has no use for, or latents
       without their autoencoder.
   """
-  source, vae = paths.expand(source), paths.expand(vae)
   mesh = sharding.make_mesh()
   opened = open_generator(
-    os.fspath(source),
+    paths.expand(source),
     mesh,
-    vae=os.fspath(vae),
+    vae=paths.expand(vae),
     step=step,
     ema_decay=ema_decay,
   )
@@ -140,12 +146,18 @@ class Sampler:
   alone: any batch size and number of devices gives the same ones.
 
   Attributes:
-    generator: what is known of it; see experiment.OpenedGenerator.
+    generator: see restore.OpenedGenerator.
+    num_classes: labels lie in [0, num_classes).
+    class_names: one for each label, or () if nobody recorded them.
+    alpha_range: guidance scales that it was trained for.
     image_shape: (H, W, C).
   """
 
   def __init__(self, generator: OpenedGenerator, mesh: jax.sharding.Mesh):
     self.generator = generator
+    self.num_classes = generator.num_classes
+    self.class_names = generator.class_names
+    self.alpha_range = generator.alpha_range
     self._mesh = mesh
     self._step = jit_sampler(generator.task, mesh)
     self._between = jit_interpolator(generator.task, mesh)
@@ -157,26 +169,10 @@ class Sampler:
       channels = module.in_channels
     if channels not in (1, 3):
       raise ConfigError(
-        f"this generator makes samples of {channels} channels, which are the "
-        "latents of an autoencoder: give it, vae=FOLDER (python -m "
-        "drift_jax.tools.convert_weights vae writes it)"
+        f"samples of {channels} channels are the latents of an autoencoder: "
+        "give it, vae=FOLDER (drift_jax.tools.convert_weights vae writes it)"
       )
     self.image_shape = (height, width, channels)
-
-  @property
-  def num_classes(self) -> int:
-    """Labels lie in [0, num_classes)."""
-    return self.generator.num_classes
-
-  @property
-  def class_names(self) -> tuple[str, ...]:
-    """One for each label, or () where nobody recorded them."""
-    return self.generator.class_names
-
-  @property
-  def alpha_range(self) -> tuple[float, float]:
-    """Guidance scales that it was trained for."""
-    return self.generator.alpha_range
 
   def padded(self, size: int) -> int:
     """The batch size that is compiled for `size` images on these devices."""
@@ -198,25 +194,25 @@ class Sampler:
     if names is None:
       return np.arange(self.num_classes, dtype=np.int32)
     names = self._entries(names)
-    found = [i for name in names for i in self._find(name)]
-    if not found:
-      raise ConfigError(
-        f"labels={list(names)} names no class: give indices in [0, "
-        f"{self.num_classes}), ranges or names"
-      )
-    return np.array(found, np.int32)
+    indices = [i for name in names for i in self._find(name)]
+    if not indices:
+      raise ConfigError(f"labels={list(names)} names no class")
+    return np.array(indices, np.int32)
 
   def describe(self, labels: np.ndarray) -> str:
     """The classes among labels [n], for people: index and name of each."""
     chosen = np.unique(labels).tolist()
-    shown = [
-      f"{i} {self.class_names[i]!r}" if self.class_names else str(i)
-      for i in chosen[:_LISTED]
-    ]
-    return ", ".join(shown) + ", ..." * (len(chosen) > _LISTED)
+    return self._shown(chosen) + ", ..." * (len(chosen) > _LISTED)
+
+  def _shown(self, indices: Iterable[int]) -> str:
+    """The first of some classes: index and name of each."""
+    shown = itertools.islice(indices, _LISTED)
+    if not self.class_names:
+      return ", ".join(map(str, shown))
+    return ", ".join(f"{i} {self.class_names[i]!r}" for i in shown)
 
   def _entries(self, names: Labels) -> Sequence[str | int]:
-    """Each of the classes that are given, NumPy's integers as Python's."""
+    """Each class among `names`, NumPy's integers as Python's."""
     if isinstance(names, str):
       if names.casefold() in (name.casefold() for name in self.class_names):
         return [names]  # which may hold a comma
@@ -224,47 +220,44 @@ class Sampler:
         return next(csv.reader([names], strict=True), [])
       except csv.Error as error:
         raise ConfigError(f"labels={names!r}: {error}") from error
-    is_scalar = getattr(names, "ndim", 1) == 0
-    if is_scalar or not isinstance(names, Iterable):
-      return [_integer("labels", names)]
+    if getattr(names, "ndim", 1) == 0 or not isinstance(names, Iterable):
+      names = [_integer("labels", names)]
     return [
       entry if isinstance(entry, str) else _integer("labels", entry)
       for entry in names
     ]
 
   def _find(self, entry: str | int) -> Sequence[int]:
+    """The classes that an entry means: an index, a range or a name."""
     text = str(entry).strip()
     kind, colon, rest = text.partition(":")
     if colon and kind == "name":
       return [self._find_name(rest)]
-    is_index = kind == "index" if colon else not isinstance(entry, str)
-    name = rest if colon and is_index else text
-    first, dash, last = name.partition("-")
-    # Not isdigit, which is true of '²' as well.
-    if name.isdecimal():
-      found = range(int(name), int(name) + 1)
-    elif dash and first.isdecimal() and last.isdecimal():
-      found = range(int(first), int(last) + 1)
-    elif is_index:
-      found = range(0)
-    else:
-      return [self._find_name(name)]
-    is_valid = bool(found) and found[-1] < self.num_classes
-    if not is_index and (named := self._called(name, found)):
-      if not is_valid and (not dash or name in self.class_names):
-        return [self._find_name(name)]
-      listed = ", ".join(f"{i} {self.class_names[i]!r}" for i in named)
+    is_index = not isinstance(entry, str)
+    if colon and kind == "index":
+      text, is_index = rest, True
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    if match is None and not is_index:
+      return [self._find_name(text)]
+    numbers = range(0)
+    if match is not None:
+      numbers = range(int(match[1]), int(match[2] or match[1]) + 1)
+    is_valid = bool(numbers) and numbers[-1] < self.num_classes
+    named = [] if is_index else self._called(text, numbers)
+    if named and not is_valid and ("-" not in text or text in self.class_names):
+      return [self._find_name(text)]
+    if named:
+      by_name = ",".join(f"name:{self.class_names[i]}" for i in named)
       raise ConfigError(
-        f"labels: {name!r} may mean class indices or the names of others "
-        f"({listed}): write index:{name} for indices, and for names "
-        + ",".join(f"name:{self.class_names[i]}" for i in named)
+        f"labels: {text!r} may mean class indices or the names of others "
+        f"({self._shown(named)}): write index:{text} or {by_name}"
       )
     if not is_valid:
-      raise ConfigError(
-        f"labels: {name!r} is no class index in [0, {self.num_classes}), nor a "
-        "range of them, FIRST-LAST"
-      )
-    return found
+      raise ConfigError(f"{self._no_index(text)}, nor a range of them")
+    return numbers
+
+  def _no_index(self, entry: object) -> str:
+    return f"labels: {entry!r} is no class index in [0, {self.num_classes})"
 
   def _called(self, name: str, numbers: range) -> list[int]:
     """The first classes of that name, or called by a number of others."""
@@ -279,35 +272,28 @@ class Sampler:
     return named[:_LISTED]
 
   def _find_name(self, name: str) -> int:
+    text = self._no_index(name)
     if not self.class_names:
-      raise ConfigError(
-        f"labels: {name!r} is no class index in [0, {self.num_classes}), and "
-        "the names of this generator's classes are not known"
-      )
-    wanted = name.casefold()
+      raise ConfigError(f"{text}; the names of its classes are not known")
+    key = name.casefold()
     names = [entry.casefold() for entry in self.class_names]
     synonyms = [[part.strip() for part in entry.split(",")] for entry in names]
     for matches in (
-      [i for i, entry in enumerate(names) if entry == wanted],
-      [i for i, entry in enumerate(synonyms) if wanted in entry],
-      [i for i, entry in enumerate(names) if wanted and wanted in entry],
+      [i for i, entry in enumerate(names) if entry == key],
+      [i for i, entry in enumerate(synonyms) if key in entry],
+      [i for i, entry in enumerate(names) if key and key in entry],
     ):
       if len(matches) == 1:
         return matches[0]
       if matches:
-        listed = [f"{i} {self.class_names[i]!r}" for i in matches[:_LISTED]]
         raise ConfigError(
           f"labels: {name!r} is in the names of {len(matches)} classes, "
-          f"{', '.join(listed)}...: give more of it, or the index"
+          f"{self._shown(matches)}...: give more of it, or the index"
         )
-    flat = {part: i for i, entry in enumerate(synonyms) for part in entry}
-    close = difflib.get_close_matches(wanted, flat, n=_LISTED)
-    listed = [f"{flat[c]} {self.class_names[flat[c]]!r}" for c in close]
-    hint = f"; close to it: {', '.join(listed)}" if close else ""
-    raise ConfigError(
-      f"labels: {name!r} is no class index in [0, {self.num_classes}), range "
-      f"or class name{hint}"
-    )
+    index = {part: i for i, entry in enumerate(synonyms) for part in entry}
+    close = difflib.get_close_matches(key, index, n=_LISTED)
+    hint = f"; close to it: {self._shown(index[c] for c in close)}"
+    raise ConfigError(f"{text}, range or class name{hint * bool(close)}")
 
   @numerics.pinned()
   def sample(
@@ -334,16 +320,12 @@ class Sampler:
     Raises:
       ConfigError: for anything out of range, naming it.
     """
-    if _integer("count", count) < 1:
-      raise ConfigError(f"count={count} must be at least 1")
-    wanted = np.repeat(self.labels(labels), count)
-    images = [
-      gathered(batch, self._decode(batch.samples))
-      for batch in self.batches(
-        wanted, alpha=alpha, seed=seed, style=style, batch_size=batch_size
-      )
-    ]
-    return Samples(np.concatenate(images), wanted, count)
+    each = np.repeat(self.labels(labels), _integer("count", count, 1))
+    batches = self.batches(
+      each, alpha=alpha, seed=seed, style=style, batch_size=batch_size
+    )
+    images = [gathered(batch, self._decode(batch.samples)) for batch in batches]
+    return Samples(np.concatenate(images), each, count)
 
   @numerics.pinned()
   def batches(
@@ -365,7 +347,7 @@ class Sampler:
     Args:
       labels: class indices.
       alpha, seed, style, batch_size: see `sample`.
-      numbers: of the images that are wanted, where not all n are.
+      numbers: numbers of the images to draw; None for all n.
 
     Raises:
       ConfigError: for anything out of range, naming it.
@@ -380,13 +362,12 @@ class Sampler:
       seed,
       self._style(style),
     )
-    wanted = len(labels) if numbers is None else len(numbers)
-    size = self.padded(min(batch_size, wanted))
+    count = len(labels) if numbers is None else len(numbers)
     batches = generate(
       sample_fn,
       labels,
       alpha,
-      batch_size=size,
+      batch_size=self.padded(min(batch_size, count)),
       to_pixels=numerics.pinned()(make_pixels(self._decode)),
       numbers=numbers,
     )
@@ -419,47 +400,37 @@ class Sampler:
       ConfigError: for anything out of range, naming it.
     """
     self._check(alpha, seed, options.BATCH_SIZE)
-    if _integer("frames", frames) < 2 or _integer("count", count) < 1:
-      raise ConfigError(
-        f"frames={frames} must be at least 2, count={count} at least 1"
-      )
-    wanted = np.repeat(self.labels(labels), count)
-    size = self.padded(len(wanted))
+    _integer("frames", frames, 2)
+    each = np.repeat(self.labels(labels), _integer("count", count, 1))
+    size = self.padded(len(each))
     index = np.arange(size, dtype=np.int32)
     of_each = sharding.put_batch(
       (
-        np.resize(wanted, size),
+        np.resize(each, size),
         np.full(size, alpha, np.float32),
         index,
-        index + np.int32(len(wanted)),
+        index + np.int32(len(each)),
       ),
       self._mesh,
     )
-    found = []
+    shared = (self.generator.params, np.uint32(seed), self._style(style))
+    walk = []
     for angle in np.linspace(0, np.pi / 2, frames, dtype=np.float32):
-      samples = self._between(
-        self.generator.params,
-        np.uint32(seed),
-        self._style(style),
-        angle,
-        *of_each,
-      )
-      images = sharding.local_rows(self._decode(samples))[: len(wanted)]
-      found.append(Samples(images.astype(np.float32), wanted, count))
-    return found
+      samples = self._between(*shared, angle, *of_each)
+      images = sharding.local_rows(self._decode(samples))[: len(each)]
+      walk.append(Samples(images.astype(np.float32), each, count))
+    return walk
 
   def _checked(self, labels: Any) -> np.ndarray:
-    """Class indices [n] int32 of what `labels` returned, or a list of them."""
-    found = np.asarray(labels)
-    if found.ndim != 1 or found.dtype.kind not in "iu":
+    """Class indices [n] as int32."""
+    array = np.asarray(labels)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
       raise ConfigError(
-        f"labels are {found.dtype} {found.shape}: want class indices [n]"
+        f"labels are {array.dtype} {array.shape}: want class indices [n]"
       )
-    for label in found[(found < 0) | (found >= self.num_classes)][:1]:
-      raise ConfigError(
-        f"labels: {label} is no class index in [0, {self.num_classes})"
-      )
-    return found.astype(np.int32)
+    for label in array[(array < 0) | (array >= self.num_classes)].tolist():
+      raise ConfigError(self._no_index(label))
+    return array.astype(np.int32)
 
   def _style(self, style: int | Sequence[int] | None) -> np.ndarray:
     return read_style((-1,) if style is None else style, self.generator.task)
@@ -468,17 +439,20 @@ class Sampler:
     if np.ndim(alpha) or np.asarray(alpha).dtype.kind not in "fiu":
       raise ConfigError(f"alpha={alpha!r} must be one number")
     check_alpha(alpha, self.alpha_range)
-    if not 0 <= _integer("seed", seed) <= options.MAX_SEED:
-      raise ConfigError(f"seed={seed} must lie in [0, 2**32)")
-    if _integer("batch_size", batch_size) < 1:
-      raise ConfigError(f"batch_size={batch_size} must be at least 1")
+    _integer("seed", seed, 0, options.MAX_SEED)
+    _integer("batch_size", batch_size, 1)
 
 
-def _integer(name: str, value: Any) -> int:
-  """A whole number, of Python's, NumPy's or JAX' types."""
+def _integer(
+  name: str, value: Any, low: float = -math.inf, high: float = math.inf
+) -> int:
+  """A whole number in [low, high], of Python's, NumPy's or JAX' types."""
   try:
     if isinstance(value, (bool, np.bool_)):
       raise TypeError
-    return operator.index(value)
+    number = operator.index(value)
   except TypeError as error:
     raise ConfigError(f"{name}={value!r} must be an integer") from error
+  if not low <= number <= high:
+    raise ConfigError(f"{name}={value} must lie in [{low}, {high}]")
+  return number

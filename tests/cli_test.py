@@ -2,34 +2,15 @@
 
 import json
 
-import jax
-import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from configs import digits
-from drift_jax import config as config_lib
-from drift_jax.system import sharding
 from drift_jax.system.errors import ERRORS
-from drift_jax.tasks import parse
 from drift_jax.tasks.generator import train
-from drift_jax.tasks.generator.setup import generator_task, init_generator
-from drift_jax.training import checkpoint, state
-from drift_jax.training.run import adamw
 from tests.process import call
 
 SMOKE = "--config=configs/digits.py:smoke"
-OVERRIDES = {
-  "model.depth": 1,
-  "model.hidden_size": 16,
-  "model.cond_dim": 16,
-  "model.num_heads": 2,
-  "ema.decays": (0.0, 0.9),
-  "eval.ema_decay": 0.9,
-  "eval.metrics": ("fd_pixel",),
-}
-
-
 # One program, once for each list of arguments, in a process of its own; the
 # exit codes are printed. Nothing heavy is imported before a mistake is seen.
 EACH = """if True:
@@ -55,10 +36,7 @@ EACH = """if True:
 MISTAKES = (
   (
     (SMOKE, "--config.drift.temprature=1"),
-    (
-      "unknown key drift.temprature='1': did you mean temperatures or",
-      "valid keys here are ['affinity_floor', 'attraction', ",
-    ),
+    ("unknown key drift.temprature='1': did you mean temperatures or",),
   ),
   (
     (SMOKE, "--config.model.depth=two"),
@@ -66,16 +44,8 @@ MISTAKES = (
   ),
   ((SMOKE, "--config.seed=-1"), ("seed=-1 must lie in",)),
   (
-    ("--config=configs/digit.py",),
-    ("there is no file 'configs/digit.py'", "'configs/digits.py'"),
-  ),
-  (
     ("--config=configs/models.py",),
     ("models.py has no get_config()", "'configs/digits.py'"),
-  ),
-  (
-    (SMOKE, "--workdir=~nobody-here/x"),
-    ("--workdir=~nobody-here/x", "no home folder of 'nobody-here'"),
   ),
   (
     ("--config=~nobody-here/digits.py:smoke",),
@@ -162,80 +132,3 @@ def test_main_while_it_trains(tmp_path):
     "130",
   ]
   assert done.stderr.count("\n") == 1 and "Interrupted: " in done.stderr
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-  """A run of one step, of zeros."""
-  path = tmp_path_factory.mktemp("run")
-  config = digits.get_config("smoke")
-  config.update_from_flattened_dict(OVERRIDES)
-  config = parse(config)
-  (path / "config.json").write_text(config_lib.to_json(config))
-  abstract, _ = state.abstract_and_init(
-    init_generator(generator_task(config, {}, sharding.make_mesh())),
-    adamw(config.optim, config.train.num_steps)[0],
-    ema_decays=config.ema.decays,
-    seed=config.seed,
-    mesh=sharding.make_mesh(),
-  )
-  zeros = jax.tree.map(
-    lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), abstract
-  )
-  saver = checkpoint.Checkpointer(path / "checkpoints")
-  saver.save(1, zeros, {"position": np.asarray(0)})
-  saver.close()
-  return path
-
-
-# One program, once for each list of arguments, in one process.
-EVALUATE = """if True:
-  import json
-  import sys
-  from absl import app, flags
-  from absl.testing import flagsaver
-  from drift_jax import evaluate
-
-  evaluate.define_flags()
-
-  def main(argv):
-    for arguments in json.loads(argv[1]):
-      with flagsaver.flagsaver():
-        flags.FLAGS([argv[0], *arguments])
-        try:
-          evaluate.main(argv[:1])
-        except SystemExit as ended:
-          print(ended.code)
-
-  app.run(main)
-"""
-
-
-@pytest.mark.system
-def test_evaluate(run, tmp_path):
-  """Numbers of images; a new folder; a decay of zero, which is no default."""
-  out = tmp_path / "new" / "folder" / "report.json"
-  cases = (
-    # More images than there are; one, of which there are no figures.
-    ("--num_samples=5400",),
-    ("--num_samples=1",),
-    # As many as are held out.
-    ("--num_samples=0",),
-    ("--num_samples=20", "--ema_decay=0", "--seed=0", f"--out={out}"),
-  )
-  done = call(
-    "-c", EVALUATE, json.dumps([(f"--workdir={run}", *case) for case in cases])
-  )
-  assert done.returncode == 0, done.stderr
-  many, one, *tables = done.stdout.splitlines()
-  assert many.startswith("Error: ") and one.startswith("Error: ")
-  assert "training images, fewer than the 540 generated" in many
-  assert "eval.num_samples=1: figures need at least 2" in one
-  assert "| 540 samples" in "\n".join(tables)
-  report = json.loads(out.read_text())
-  assert (report["num_samples"], report["ema_decay"], report["seed"]) == (
-    20,
-    0,
-    0,
-  )
-  assert "fd_pixel" in report["results"]["1.0"]

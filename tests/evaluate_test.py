@@ -1,6 +1,5 @@
 """Evaluation as a job: runs, exported weights, images, several processes."""
 
-import contextlib
 import functools
 import json
 import pathlib
@@ -15,17 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import digits
 from drift_jax.metrics.frechet import FeatureStats, frechet_distance
 from drift_jax.metrics.images import to_uint8
 from drift_jax.metrics.reference import ReferenceStats
-from drift_jax.models import release
 from drift_jax.system import sharding
 from drift_jax.tasks.generator.judges import load_judge, network_fn
 from drift_jax.tasks.generator.restore import open_artifact
 from drift_jax.tasks.generator.step import sample_step
 from drift_jax.training import artifacts
-from tests.autoencoders import save_vae
 from tests.conftest import assert_close
 from tests.judges import (
   digit_pixels,
@@ -35,7 +31,8 @@ from tests.judges import (
   save_vit,
 )
 from tests.process import process_environment
-from tests.small_generator import random_params, save_run
+from tests.programs import call_each
+from tests.small_generator import save_generator, save_run
 
 pytestmark = pytest.mark.system
 
@@ -61,35 +58,6 @@ def start(*arguments, devices=1):
     stderr=subprocess.PIPE,
     text=True,
   )
-
-
-# Runs the job for one list of arguments after the other; prints [[what it
-# printed, what it ended with or ""]].
-MANY = """if True:
-  import contextlib
-  import io
-  import json
-  from absl import app, flags
-  from absl.testing import flagsaver
-  from drift_jax import evaluate
-
-  evaluate.define_flags()
-
-  def main(argv):
-    told = []
-    for arguments in json.loads(argv[1]):
-      printed, end = io.StringIO(), ""
-      with flagsaver.flagsaver(), contextlib.redirect_stdout(printed):
-        flags.FLAGS([argv[0], *arguments])
-        try:
-          evaluate.main(argv[:1])
-        except SystemExit as ended:
-          end = ended.code
-      told.append([printed.getvalue(), end])
-    print(json.dumps(told))
-
-  app.run(main)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -141,13 +109,13 @@ DRAW = """if True:
   evaluate.define_flags()
 
   def main(argv):
-    judge = evaluate._program
+    judge = evaluate.judge
 
-    def program(*arguments):
+    def judge_and_draw(*arguments):
       judge(*arguments)
       draw(*argv[1:3])
 
-    evaluate._program = program  # one of several processes ends with it
+    evaluate.judge = judge_and_draw  # one of several processes ends with it
     evaluate.main(argv[:1])
 
   def draw(workdir, out):
@@ -167,36 +135,29 @@ DRAW = """if True:
 def run_on(tmp_path, workdir, judges, processes, devices):
   """(report, samples before rounding, samples written) of one job."""
   folder = tmp_path / f"{processes}x{devices}"
-  with contextlib.closing(socket.socket()) as sock:
-    sock.bind(("127.0.0.1", 0))
-    port = sock.getsockname()[1]
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    port = server.getsockname()[1]
+  flags = [
+    f"--workdir={workdir}",
+    f"--alphas={','.join(map(str, ALPHAS))}",
+    f"--num_samples={COUNT}",
+    BATCH,
+    f"--metrics={','.join((*FIGURES, *NAMED))}",
+    *judge_flags(judges, "published"),
+    *("--seed=7", "--neighbours=3", "--neighbour_space=pixel"),
+    "--neighbour_samples=30",
+    f"--samples_out={folder / 'samples.npz'}",
+    f"--out={folder / 'report.json'}",
+  ]
+  if processes > 1:
+    flags += [
+      f"--coordinator=127.0.0.1:{port}",
+      f"--num_processes={processes}",
+    ]
   started = [
     start(
-      "-c",
-      DRAW,
-      workdir,
-      folder / "floats.npy",
-      f"--workdir={workdir}",
-      f"--alphas={','.join(map(str, ALPHAS))}",
-      f"--num_samples={COUNT}",
-      BATCH,
-      f"--metrics={','.join((*FIGURES, *NAMED))}",
-      *judge_flags(judges, "published"),
-      "--seed=7",
-      "--neighbours=3",
-      "--neighbour_space=pixel",
-      "--neighbour_samples=30",
-      f"--samples_out={folder / 'samples.npz'}",
-      f"--out={folder / 'report.json'}",
-      *(
-        ()
-        if processes == 1
-        else (
-          f"--coordinator=127.0.0.1:{port}",
-          f"--num_processes={processes}",
-          f"--process_id={process}",
-        )
-      ),
+      *("-c", DRAW, workdir, folder / "floats.npy", *flags),
+      *[f"--process_id={process}"] * (processes > 1),
       devices=devices,
     )
     for process in range(processes)
@@ -256,31 +217,23 @@ def test_devices_and_processes_agree(tmp_path, workdir, judges, one_device):
     # Truncation tells 1e-7 on either side of a level apart.
     assert np.mean(images != others) < 1e-3
   for alpha, figures in report["results"].items():
-    for name, value in figures.items():
-      assert other["results"][alpha][name] == pytest.approx(
-        value, rel=1e-4, abs=1e-12
-      ), (alpha, name)
+    close = pytest.approx(figures, rel=1e-4, abs=1e-12)
+    assert other["results"][alpha] == close, alpha
   for name, value in report["neighbours"].items():
     if isinstance(value, float):
-      assert other["neighbours"][name] == pytest.approx(value, rel=1e-5), name
-  assert (
-    other["neighbours"]["shown_samples"]
-    == report["neighbours"]["shown_samples"]
-  )
+      value = pytest.approx(value, rel=1e-5)
+    assert other["neighbours"][name] == value, name
 
 
 # What one process is asked for, one after the other.
 
 
 @pytest.fixture(scope="module")
-def answers(images_of_the_run, exported, mistakes):
+def answers(images_of_the_run, heldout, exported, mistakes):
   """{a request's name: what the job printed and ended with}."""
-  requests = images_of_the_run | exported.request | mistakes[0]
-  lists = [[str(flag) for flag in request] for request in requests.values()]
-  process = start("-c", MANY, json.dumps(lists))
-  stdout, stderr = process.communicate(timeout=300)
-  assert process.returncode == 0, stderr[-3000:]
-  return dict(zip(requests, json.loads(stdout), strict=True))
+  requests = images_of_the_run | heldout | exported.request | mistakes[0]
+  told = call_each("drift_jax.evaluate", requests.values())
+  return dict(zip(requests, told, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -290,19 +243,12 @@ def images_of_the_run(tmp_path_factory, judges, one_device):
   pictures = tmp_path_factory.mktemp("pictures")
   for number, image in enumerate(written[1][0]):
     Image.fromarray(image).save(pictures / f"{number:03d}.png")
-  outs = [tmp_path_factory.mktemp("scored") / "out.json" for _ in range(2)]
-  return {
-    out: (
-      f"--images={source}",
-      f"--metrics={','.join(NAMED)}",
-      *judge_flags(judges, "published"),
-      BATCH,
-      f"--out={out}",
-    )
-    for source, out in zip(
-      (folder / "samples_alpha_2.5.npz", pictures), outs, strict=True
-    )
-  }
+  flags = (f"--metrics={','.join(NAMED)}", *judge_flags(judges, "published"))
+  requests = {}
+  for source in (folder / "samples_alpha_2.5.npz", pictures):
+    out = tmp_path_factory.mktemp("scored") / "out.json"
+    requests[out] = (f"--images={source}", f"--out={out}", BATCH, *flags)
+  return requests
 
 
 def test_images_that_the_run_wrote_score_the_same(
@@ -317,6 +263,23 @@ def test_images_that_the_run_wrote_score_the_same(
       assert scored[name] == pytest.approx(expected[name], rel=1e-5), name
 
 
+@pytest.fixture(scope="module")
+def heldout(tmp_path_factory, workdir):
+  """{report to write, in a new folder: arguments}; a seed of zero."""
+  out = tmp_path_factory.mktemp("heldout") / "new" / "out.json"
+  few = ("--num_samples=0", "--metrics=fd_pixel", "--seed=0", f"--out={out}")
+  return {out: (f"--workdir={workdir}", *few)}
+
+
+def test_as_many_samples_as_are_held_out(answers, heldout):
+  (out,) = heldout
+  printed, end = answers[out]
+  assert "| 540 samples" in printed and end == ""
+  report = json.loads(out.read_text())
+  assert (report["num_samples"], report["seed"]) == (540, 0)
+  assert "fd_pixel" in report["results"]["1.0"]
+
+
 class Exported(NamedTuple):
   """A generator of pixels, exported; labels from a list."""
 
@@ -329,18 +292,8 @@ class Exported(NamedTuple):
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory, judges):
   path = tmp_path_factory.mktemp("exported")
-  config = digits.get_config("smoke").model
-  config.update(depth=1, hidden_size=16, cond_dim=16, num_heads=2)
-  arguments = config.to_dict()
-  params = random_params(arguments)
-  artifacts.save(
-    path / "gen",
-    kind="gen",
-    model_config=release.published_config("gen", arguments),
-    params=params,
-    step=3,
-    ema_decay=0.9,
-  )
+  source = save_generator(path / "gen", facts={}, num_classes=10)
+  params = artifacts.load(source).params
   labels = np.asarray([3, 3, 7] * 6)
   np.savetxt(path / "labels.txt", labels, fmt="%d")
   save_vit(path / "dinov2")
@@ -404,123 +357,91 @@ def test_exported_weights(answers, exported, judges):
     ), name
 
 
+# Arguments, and below them what the job must say.
+MISTAKES = """
+
+give one of ['--workdir', '--weights', '--images'], got none
+{gen} --images=b
+got ['--weights', '--images']
+--images=a --data_dir=a
+--data_dir=a with --images: it goes with --workdir
+--images=a --alphas=2
+--alphas=['2'] with --images: it goes with --workdir or --weights
+--images=nowhere.npz
+Error: [Errno 2] No such file
+{run} --ema_decay=0
+ema_decay=0.0 was not kept
+{run} --encoder=mae
+--encoder=mae: want NAME=DIR
+{run} --num_samples=20 --data_dir=d --data_source=folder:e
+data.data_dir: d of the run in
+{few} --samples_out=a.png
+a.png: the suffix '.png' says in which format
+{few} --metrics=fd_pixel
+metrics='fd_pixel' needs a run (--workdir): valid options are
+{run} --num_samples=5400 --metrics=fd_pixel
+training images, fewer than the 540 generated
+{gen} --num_samples=25
+num_samples=25 cannot be balanced over num_classes=10
+{few}
+['fid', 'inception_score'], which need eval.inception.path
+{few} {other} {frechet}
+['fd_inception'], which need eval.inception.reference
+{few} --inception={tmp}/gen {reference}
+holds a model of kind 'gen', want one of
+{few} {other} {reference}
+holds ['fid', 'inception_score'], but eval.inception.path=
+{few} {other} {frechet} --inception_reference=nowhere.npz
+there are no reference statistics nowhere.npz: python -m
+{few} {other} {frechet} {reference}
+an evaluation network looks at images [B, H, W, 1 or 3], got
+{few} {other} {frechet} --inception_reference={tmp}/narrow.npz
+narrow.npz holds statistics of 6 dimensions, expected 128
+{run} --num_samples=0 --labels={tmp}/few.txt {published} --metrics=inception_score
+'inception_score' needs at least 10 samples and 0 single
+{run} --metrics=fid {published} {reference}
+or another network than asked for: network_sha256 found
+{few} --metrics=fd_dinov2 --dinov2={tmp}/clip --dinov2_reference=a.npz
+clip' holds a model 'clip', want 'dinov2'
+{few} {other} {frechet} {reference} --alphas=0.5
+alpha=0.5 must be at least 1
+{run} --num_samples=20 --metrics=fd_pixel --neighbours=2000 --neighbour_space=pixel
+2000 nearest training images are asked for, there are 1257
+--workdir={tmp}/renamed --num_samples=20 --metrics=fd_pixel
+began with other data (class 0 was '9', now '0'; class 1 was '8'
+{run} --coordinator=127.0.0.1:1 --num_processes=2 --process_id=2
+process_id=2 must lie in [0, num_processes=2)
+"""  # noqa: E501
+
+
 @pytest.fixture(scope="module")
 def mistakes(tmp_path_factory, workdir, judges):
   """({what the job says: arguments}, report that it does not write)."""
   tmp_path = tmp_path_factory.mktemp("mistakes")
-  np.savetxt(tmp_path / "labels.txt", [1, 2, 10], fmt="%d")
-  gen, run, few = f"--weights={GEN}", f"--workdir={workdir}", "--num_samples=20"
-  other, reference = judge_flags(judges)
-  published = f"--inception={judges / 'published'}"
-  frechet = "--metrics=fd_inception"
-  cases = {
-    "give one of ['--workdir', '--weights', '--images'], got none": (),
-    "got ['--weights', '--images']": (gen, "--images=b"),
-    "--neighbours=3 with --images: it goes with --workdir": (
-      *("--images=a", "--neighbours=3"),
-    ),
-    "vae.path='a': the run in": (run, "--vae=a"),
-    "--data_dir=a with --images: it goes with --workdir": (
-      *("--images=a", "--data_dir=a"),
-    ),
-    "--alphas=['2'] with --images: it goes with --workdir or --weights": (
-      *("--images=a", "--alphas=2"),
-    ),
-    "Error: [Errno 2] No such file": ("--images=nowhere.npz",),
-    "images: gs://bucket/x is a URL": ("--images=gs://bucket/x",),
-    "--encoder=mae: want NAME=DIR": (run, "--encoder=mae"),
-    "unknown key encoders.mae='a'": (run, "--encoder=mae=a"),
-    "data.data_dir: d of the run in": (
-      *(run, few, "--data_dir=d", "--data_source=folder:e"),
-    ),
-    "a.png: the suffix '.png' says in which format": (
-      *(gen, few, "--samples_out=a.png"),
-    ),
-    "metrics='fd_pixel' needs a run (--workdir): valid options are": (
-      *(gen, few, "--metrics=fd_pixel"),
-    ),
-    "num_samples=25 cannot be balanced over num_classes=10": (
-      *(gen, "--num_samples=25"),
-    ),
-    "labels.txt: entry 2 is 10, labels lie in [0, 10)": (
-      *(gen, f"--labels={tmp_path / 'labels.txt'}"),
-    ),
-    "['fid', 'inception_score'], which need eval.inception.path": (gen, few),
-    "['fd_inception'], which need eval.inception.reference": (
-      *(gen, few, other, frechet),
-    ),
-    "holds a model of kind 'gen', want one of": (
-      *(gen, few, f"--inception={GEN}", reference),
-    ),
-    "holds ['fid', 'inception_score'], but eval.inception.path=": (
-      *(gen, few, other, reference),
-    ),
-    "there are no reference statistics nowhere.npz: python -m": (
-      *(gen, few, other, "--inception_reference=nowhere.npz", frechet),
-    ),
-    "resolution found 8, expected 64": (
-      # Latents of 8 x 8 cells, decoded.
-      *(gen, few, other, reference, frechet, "--vae={vae}"),
-    ),
-    "an evaluation network looks at images [B, H, W, 1 or 3], got": (
-      *(gen, few, other, reference, frechet),
-    ),
-    "narrow.npz holds statistics of 6 dimensions, expected 128": (
-      *(gen, few, other, frechet, "--inception_reference={narrow}"),
-    ),
-    "'inception_score' needs at least 10 samples and 0 single": (
-      *(run, "--num_samples=0", f"--labels={tmp_path / 'few.txt'}"),
-      *("--metrics=inception_score", published),
-    ),
-    "or another network than asked for: network_sha256 found": (
-      *(run, "--metrics=fid", published, reference),
-    ),
-    "eval.dinov2.path='{clip}' holds a model 'clip', want 'dinov2'": (
-      *(gen, few, "--dinov2={clip}", "--metrics=fd_dinov2"),
-      f"--dinov2_reference={judges / 'other'}.npz",
-    ),
-    "eval.inception.path='{clip}' holds a model 'clip', want 'inception'": (
-      *(gen, few, "--inception={clip}", frechet, reference),
-    ),
-    "alphas=(0.5,): 0.5 was never trained": (run, "--alphas=0.5"),
-    "alpha=0.5 must be at least 1": (
-      *(gen, few, "--alphas=0.5", other, reference, frechet),
-    ),
-    "neighbours in the space 'encoder' need an encoder": (
-      *(run, few, "--metrics=fd_pixel", "--neighbours=1"),
-    ),
-    "2000 nearest training images are asked for, there are 1257": (
-      *(run, few, "--metrics=fd_pixel", "--neighbours=2000"),
-      "--neighbour_space=pixel",
-    ),
-    # What it learned of a label would be judged by another's images.
-    "began with other data (class 0 was '9', now '0'; class 1 was '8'": (
-      *(f"--workdir={tmp_path / 'renamed'}", few, "--metrics=fd_pixel"),
-    ),
-    "give all three": (run, "--coordinator=127.0.0.1:1"),
-    "process_id=2 must lie in [0, num_processes=2)": (
-      *(run, "--coordinator=127.0.0.1:1"),
-      *("--num_processes=2", "--process_id=2"),
-    ),
-  }
-  vae = save_vae(tmp_path / "vae", widths=(4, 4, 4, 8), latent_channels=4)
+  (tmp_path / "gen").symlink_to(GEN)
+  # What it learned of a label would be judged by another's images.
   shutil.copytree(workdir, tmp_path / "renamed")
   names = json.dumps([str(9 - label) for label in range(10)])
   (tmp_path / "renamed" / "classes.json").write_text(names)
-  narrow = tmp_path / "narrow.npz"
-  np.savez(narrow, mu=np.zeros(6), sigma=np.eye(6))
+  np.savez(tmp_path / "narrow.npz", mu=np.zeros(6), sigma=np.eye(6))
   np.savetxt(tmp_path / "few.txt", range(9), fmt="%d")
-  clip = save_vit(tmp_path / "clip", family="clip")
+  save_vit(tmp_path / "clip", family="clip")
+  other, reference = judge_flags(judges)
+  text = MISTAKES.format(
+    tmp=tmp_path,
+    gen=f"--weights={GEN}",
+    few=f"--weights={GEN} --num_samples=20",
+    run=f"--workdir={workdir}",
+    other=other,
+    reference=reference,
+    published=f"--inception={judges / 'published'}",
+    frechet="--metrics=fd_inception",
+  )
   out = tmp_path / "out.json"
-
-  def filled(text):
-    for name, path in (("vae", vae), ("clip", clip), ("narrow", narrow)):
-      text = text.replace(f"{{{name}}}", str(path))
-    return text
-
+  arguments, messages = (text.splitlines()[first::2] for first in (1, 2))
   return {
-    filled(message): [*map(filled, arguments), f"--out={out}"]
-    for message, arguments in cases.items()
+    message: [*given.split(), f"--out={out}"]
+    for message, given in zip(messages, arguments, strict=True)
   }, out
 
 

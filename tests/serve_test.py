@@ -25,12 +25,12 @@ from playwright import sync_api
 
 from drift_jax import sampling
 from drift_jax.metrics.images import save_image
-from drift_jax.serve.app import host_name, make_app
+from drift_jax.serve.app import make_app
 from drift_jax.serve.limits import Limits, RateLimiter
-from drift_jax.serve.requests import read_request
 from drift_jax.serve.server import make_server
 from drift_jax.serve.worker import Worker, cut
-from tests.process import call, process_environment
+from tests.process import process_environment
+from tests.programs import call_each
 from tests.small_generator import NAMES, save_generator
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -38,7 +38,6 @@ CHROMIUM = "/usr/bin/chromium"
 JSON = {"content-type": "application/json"}
 # The second one could be cut into smaller ones that the devices share.
 SIZES = (8, 24)
-MEGABYTES = b" " * 10_000_000
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +73,7 @@ class Gate:
 class Served:
   """A running server and requests to it."""
 
-  def __init__(self, port, worker):
+  def __init__(self, port, worker=None):
     self.port = port
     self.worker = worker
     self.url = f"http://127.0.0.1:{port}"
@@ -82,16 +81,11 @@ class Served:
   @contextlib.contextmanager
   def open(self, method, path, body=None, headers=None):
     """A response whose body is still to come."""
-    client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-    try:
+    connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+    with contextlib.closing(connection) as client:
       client.request(method, path, body, headers or {})
-      response = client.getresponse()
-      try:
+      with client.getresponse() as response:
         yield response
-      finally:
-        response.close()
-    finally:
-      client.close()
 
   def request(self, method, path, body=None, headers=None):
     with self.open(method, path, body, headers) as response:
@@ -106,12 +100,8 @@ class Served:
     )
     return status, [json.loads(line) for line in answer.splitlines()]
 
-  @contextlib.contextmanager
   def stream(self, **asked):
-    body = json.dumps(asked).encode()
-    with self.open("POST", "/api/sample", body, JSON) as response:
-      assert response.status == 200
-      yield response
+    return self.open("POST", "/api/sample", json.dumps(asked), JSON)
 
   def raw(self, *parts):
     """What the server answers to bytes, until it closes or says nothing."""
@@ -119,40 +109,29 @@ class Served:
       for part in parts:
         client.sendall(part)
       client.settimeout(2)
-      found = b""
+      answer = b""
       with contextlib.suppress(TimeoutError):
         while data := client.recv(2**16):
-          found += data
-          if b"\r\n\r\n" in found and found.endswith((b"}", b"request.")):
+          answer += data
+          if b"\r\n\r\n" in answer and answer.endswith((b"}\n", b"request.")):
             break
-    return found.decode()
+    return answer.decode()
 
 
 @contextlib.contextmanager
-def serving(
-  model,
-  *,
-  max_waiting=8,
-  sizes=SIZES,
-  hosts=(),
-  root_path="",
-  server=(),
-  **limits,
-):
-  limits = {"max_images": 64, "requests_per_minute": 10_000, **limits}
-  worker = Worker(model, sizes, max_waiting)
+def serving(model, *, max_waiting=8, root_path="", server=(), **limits):
+  worker = Worker(model, SIZES, max_waiting)
   app = make_app(
     model,
     worker,
-    Limits(**limits),
+    Limits(**{"max_images": 64, "requests_per_minute": 10_000, **limits}),
     name="small",
-    hosts=hosts,
+    hosts=(),
     root_path=root_path,
   )
   server = make_server(app, **dict(server))
   with socket.create_server(("127.0.0.1", 0)) as listener:
     thread = threading.Thread(target=server.run, args=([listener],))
-    worker.start()
     thread.start()
     try:
       wait_for(lambda: server.started)
@@ -186,12 +165,12 @@ def decoded(line):
 # Images.
 
 
-@pytest.mark.parametrize("style", [None, [1], [3, -1, 0, 2]])
-def test_images_are_those_of_sample(tmp_path, model, served, style):
+def test_images_are_those_of_sample(tmp_path, model, served):
   """The very files that `python -m drift_jax.sample --out=FOLDER/` writes."""
-  asked = {"alpha": 1.5, "seed": 2**32 - 1, "style": style}
-  status, lines = served.post({"labels": [3, 0, 2], "count": 8, **asked})
-  *images, last = lines
+  asked = {"alpha": 1.5, "seed": 2**32 - 1, "style": [3, -1, 0, 2]}
+  status, (*images, last) = served.post(
+    {"labels": [3, 0, 2], "count": 8, **asked}
+  )
   assert status == 200
   assert [line["index"] for line in images] == list(range(24))
   labels = np.repeat([3, 0, 2], 8).astype(np.int32)
@@ -236,11 +215,6 @@ def test_cut():
   assert list(cut(3, (1, 8, 32))) == [(1, 1)] * 3
 
 
-def test_batch_sizes_fill_the_devices(model):
-  worker = Worker(model, (1, 8, 9), max_waiting=1)
-  assert worker.batch_sizes == (8, 16)
-
-
 def test_no_request_compiles(served):
   compiled = []
 
@@ -251,17 +225,10 @@ def test_no_request_compiles(served):
 
   jax.monitoring.register_event_duration_secs_listener(listen)
   try:
-    rng = np.random.default_rng(0)
-    for count in range(1, 40, 3):
-      status, lines = served.post(
-        {
-          "labels": rng.integers(4, size=rng.integers(1, 3)).tolist(),
-          "count": min(count, 32),
-          "alpha": float(rng.uniform(1, 3)),
-          "seed": int(rng.integers(2**32)),
-          "style": [int(rng.integers(-1, 16))] if count % 2 else None,
-        }
-      )
+    for n in range(13):
+      asked = {"labels": [n % 4] * (n % 2 + 1), "count": 1 + 2 * n}
+      asked |= {"alpha": 1 + n / 13, "seed": n, "style": [n] if n % 3 else None}
+      status, lines = served.post(asked)
       assert status == 200 and lines[-1]["images"] == len(lines) - 1
     assert not compiled
     jax.jit(lambda x: x * 41 + 1)(np.float32(1))
@@ -271,24 +238,23 @@ def test_no_request_compiles(served):
 
 
 def test_model_and_files(served):
-  status, headers, body = served.request("GET", "/api/model")
+  _, headers, body = served.request("GET", "/api/model")
   about = json.loads(body)
-  assert status == 200 and headers["content-type"] == "application/json"
+  assert headers["content-type"] == "application/json"
   assert about["class_names"] == list(NAMES) and about["num_classes"] == 4
   assert about["alpha_range"] == [1.0, 3.0] and about["max_images"] == 64
   assert (about["step"], about["ema_decay"]) == (3, 0.9)
   assert about["image_shape"] == [8, 8, 1] and about["name"] == "small"
-  for path, kind in {
-    "/": "text/html",
-    "/page.css": "text/css",
-    "/page.js": "text/javascript",
-    "/icon.svg": "image/svg+xml",
-  }.items():
-    status, headers, body = served.request("GET", path)
+  for path, kind in (
+    ("", "text/html"),
+    ("page.css", "text/css"),
+    ("page.js", "text/javascript"),
+    ("icon.svg", "image/svg+xml"),
+  ):
+    status, headers, body = served.request("GET", f"/{path}")
     assert status == 200 and headers["content-type"].startswith(kind)
-    assert body
-    for text in re.findall(rb"https?://[^\"]*", body):
-      assert text == b"http://www.w3.org/2000/svg", "from elsewhere"
+    links = set(re.findall(rb"https?://[^\"]*", body))
+    assert body and links <= {b"http://www.w3.org/2000/svg"}, "from elsewhere"
 
 
 # Hostile clients.
@@ -298,115 +264,61 @@ def asks(**changes):
   return json.dumps({"labels": [0], **changes}).encode()
 
 
-OBJECT = "want an object of ['labels', 'count', 'alpha', 'seed', 'style']"
+DEEP = b"[" * 60_000
 BODIES = [
   (b"", 400, "the body is no JSON: Expecting value"),
-  (b"{", 400, "the body is no JSON"),
   (b"\xff\xfe", 400, "the body is no JSON: 'utf-8' codec"),
-  (b"labels=1", 400, "the body is no JSON"),
-  (b"[]", 400, f"the body is []: {OBJECT}"),
-  (b"null", 400, f"the body is null: {OBJECT}"),
-  (b'"' + b"x" * 999 + b'"', 400, f'the body is "{"x" * 56}...: {OBJECT}'),
-  (b"[" * 60_000, 400, "the body nests too deep"),
-  (b'{"labels":' + b"[" * 60_000, 400, "the body nests too deep"),
-  (b'{"a":' * 12_000, 400, "the body nests too deep"),
+  (b'"' + b"x" * 999 + b'"', 400, f'the body is "{"x" * 56}...: want'),
+  (DEEP, 400, "the body nests too deep"),
+  (b'{"labels":' + DEEP, 400, "the body nests too deep"),
   (b'{"labels":[0],"labels":[1]}', 400, "a key is given twice"),
   (b'{"labels":[0],"alpha":NaN}', 400, "NaN is no number of JSON"),
-  (b'{"labels":[0],"alpha":-Infinity}', 400, "-Infinity is no number"),
-  (b'{"labels":[0],"seed":' + b"9" * 5000 + b"}", 400, "the body is no JSON"),
-  (b'{"labels":[0]} {}', 400, "the body is no JSON: Extra data"),
-  (asks(lables=1), 422, "unknown key \"lables\": valid keys are ['labels',"),
   (asks(**{"\ud800\n": 1}), 422, 'unknown key "\\ud800\\n": valid keys'),
   (b"{}", 422, "labels=null must be a list of 1 to 64 class indices"),
-  (asks(labels=[]), 422, "labels=[] must be a list of 1 to 64"),
-  (asks(labels=[0] * 65), 422, "0, 0,... must be a list of 1 to 64"),
   (asks(labels="tench"), 422, 'labels="tench" must be a list'),
-  (asks(labels={"0": 1}), 422, 'labels={"0": 1} must be a list'),
   (asks(labels=[0, 4]), 422, "labels[1]=4 must be an integer in [0, 4)"),
-  (asks(labels=[-1]), 422, "labels[0]=-1 must be an integer in [0, 4)"),
   (asks(labels=[True]), 422, "labels[0]=true must be an integer in [0, 4)"),
-  (asks(labels=[1.0]), 422, "labels[0]=1.0 must be an integer in [0, 4)"),
-  (asks(labels=["1"]), 422, 'labels[0]="1" must be an integer in [0, 4)'),
-  (asks(labels=[[0]]), 422, "labels[0]=[0] must be an integer in [0, 4)"),
   (asks(labels=[10**4000]), 422, "labels[0]=10000"),
-  (asks(count=0), 422, "count=0 must be an integer in [1, 65)"),
-  (asks(count=65), 422, "count=65 must be an integer in [1, 65)"),
-  (asks(count=None), 422, "count=null must be an integer"),
-  (asks(count=1e3), 422, "count=1000.0 must be an integer"),
-  (
-    asks(labels=[0, 1, 2], count=22),
-    422,
-    "3 labels with count=22 are 66 images: at most 64 a request",
-  ),
-  (asks(alpha=0.99), 422, "alpha=0.99 must be a number in [1.0, 3.0]"),
+  (asks(labels=[0, 1, 2], count=22), 422, "count=22 are 66 images: at most 64"),
   (asks(alpha=3.01), 422, "alpha=3.01 must be a number in [1.0, 3.0]"),
-  (asks(alpha="2"), 422, 'alpha="2" must be a number'),
-  (asks(alpha=False), 422, "alpha=false must be a number"),
   (asks(alpha=10**400), 422, "alpha=10000"),
-  (b'{"labels":[0],"alpha":1e999}', 422, "alpha=Infinity must be a number"),
-  (asks(seed=-1), 422, "seed=-1 must be an integer in [0, 4294967296)"),
-  (asks(seed=2**32), 422, "seed=4294967296 must be an integer"),
-  (asks(seed=0.5), 422, "seed=0.5 must be an integer"),
-  (asks(style=1), 422, "style=1 must be null or a list of integers"),
+  (asks(seed=2**32), 422, "seed=4294967296 must be an integer in [0, 42949672"),
   (asks(style=[0.0]), 422, "style=[0.0] must be null or a list of integers"),
-  (asks(style=[]), 422, "style=[]: want one index, or 4, one for each"),
-  (asks(style=[0, 0]), 422, "style=[0, 0]: want one index, or 4"),
   (asks(style=[0] * 9000), 422, "has 9000 indices: want one, or 4"),
   (asks(style=[16]), 422, "16 is not in [0, 16), nor -1"),
   (asks(style=[10**300]), 422, "style=[1000000"),
-  (asks() + MEGABYTES, 413, "the body is larger than 65536 bytes"),
+  (asks() + b" " * 10_000_000, 413, "the body is larger than 65536 bytes"),
 ]
 
 
-@pytest.mark.parametrize(
-  ("body", "status", "part"),
-  BODIES,
-  ids=[f"{status}-{i}" for i, (_, status, _) in enumerate(BODIES)],
-)
-def test_bad_bodies(served, body, status, part):
-  found, (line,) = served.post(body)
-  assert list(line) == ["error"] and part in line["error"], line
-  assert found == status
-  assert "\n" not in line["error"] and len(line["error"]) < 400
+def test_bad_bodies(served):
+  for body, expected, part in BODIES:
+    status, (line,) = served.post(body)
+    assert list(line) == ["error"] and part in line["error"], line
+    assert status == expected
+    assert "\n" not in line["error"] and len(line["error"]) < 400
 
 
-@pytest.mark.parametrize(
-  ("method", "path", "headers", "status", "part"),
-  [
-    ("GET", "/../pyproject.toml", {}, 404, "is none of ['GET /'"),
-    ("GET", "/%2e%2e/%2e%2e/etc/passwd", {}, 404, "Not Found"),
-    ("GET", "//etc/passwd", {}, 404, "Not Found"),
-    ("GET", "/static/index.html", {}, 404, "Not Found"),
+def test_other_requests(served):
+  for method, path, headers, expected, part in (
+    ("GET", "/%2e%2e/%2e%2e/etc/passwd", {}, 404, "is none of ['GET /'"),
     ("GET", "/page.js/", {}, 404, "Not Found"),
     ("GET", "/" + "a" * 5000, {}, 404, "Not Found"),
     ("GET", "/api/sample", {}, 405, "'POST /api/sample'"),
-    ("DELETE", "/api/model", {}, 405, "Method Not Allowed"),
-    ("OPTIONS", "/api/sample", {}, 405, "Method Not Allowed"),
     ("POST", "/", JSON, 405, "Method Not Allowed"),
     ("POST", "/api/sample", {}, 415, "content-type '': want application/js"),
-    (
-      *("POST", "/api/sample", {"content-type": "text/plain"}, 415),
-      "content-type 'text/plain': want application/json",
-    ),
-    (
-      *("POST", "/api/sample", {"content-type": "application/json-x"}, 415),
-      "content-type 'application/json-x'",
-    ),
-    ("GET", "/", {"host": "evil.example"}, 403, "host 'evil.example' is none"),
-    ("GET", "/api/model", {"host": "localhost.evil.example:80"}, 403, "host"),
+    ("POST", "/api/sample", {"content-type": "text/plain"}, 415, "'text/plain"),
     ("GET", "/api/model", {"host": "127.0.0.1:80@evil.example"}, 403, "host"),
     ("POST", "/api/sample", {"host": "evil", **JSON}, 403, "--allowed_hosts"),
     ("GET", "/", {"host": ""}, 403, "host '' is none of ['127.0.0.1',"),
     # What a proxy says of the host is not believed.
     ("GET", "/", {"host": "evil", "x-forwarded-host": "localhost"}, 403, ""),
-  ],
-)
-def test_other_requests(served, method, path, headers, status, part):
-  found, answered, body = served.request(method, path, b"", headers)
-  assert found == status
-  (line,) = body.splitlines()
-  assert part in json.loads(line)["error"], line
-  assert_careful(answered)
+  ):
+    status, answered, body = served.request(method, path, b"", headers)
+    assert status == expected, path
+    (line,) = body.splitlines()
+    assert part in json.loads(line)["error"], line
+    assert_careful(answered)
 
 
 def assert_careful(headers):
@@ -417,26 +329,17 @@ def assert_careful(headers):
   assert "server" not in headers
 
 
-@pytest.mark.parametrize(
-  "host", ["localhost", "LocalHost:8000", "127.0.0.1:1", "[::1]:80", "[::1]"]
-)
-def test_names_of_this_machine(served, host):
-  status, headers, _ = served.request("GET", "/", headers={"host": host})
-  assert status == 200
-  assert_careful(headers)
-
-
-def test_host_names():
-  names = {
-    "a.example": "a.example",
-    "A.example:80": "a.example",
-    "[::1]:80": "[::1]",
-    "[::1]": "[::1]",
-    "": "",
-    ":80": "",
-    "a:b": "a:b",
-  }
-  assert {name: host_name(name) for name in names} == names
+def test_names_of_this_machine(served):
+  for host in (
+    "localhost",
+    "LocalHost:8000",
+    "127.0.0.1:1",
+    "[::1]",
+    "[::1]:8",
+  ):
+    status, headers, _ = served.request("GET", "/", headers={"host": host})
+    assert status == 200, host
+    assert_careful(headers)
 
 
 def test_what_no_client_library_sends(served):
@@ -454,13 +357,9 @@ def test_what_no_client_library_sends(served):
   for status, parts in answers.items():
     assert served.raw(*parts).split(" ")[1] == status, status
   for garbage in (
-    start + host + host + b"Content-Length: 2\r\n\r\n{}",
-    start + host + b"Content-Length: -1\r\n\r\n",
     start + host + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
-    start + host + b"Content-Length: " + b"9" * 30 + b"\r\n\r\n",
     start + host + b"X: " + b"a" * 100_000 + b"\r\n\r\n",
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
-    b"GET /\r\nHost: localhost\r\n\r\n",
   ):
     with contextlib.suppress(ConnectionResetError):
       answer = served.raw(garbage)
@@ -484,15 +383,10 @@ def test_slow_readers_lose_their_place(model):
   worker = Worker(model, SIZES, max_waiting=0)
   limits = Limits(max_images=64, requests_per_minute=9, send_seconds=0.1)
   app = make_app(model, worker, limits, name="small", hosts=())
+  headers = {"host": "localhost", **JSON}
   scope = {
-    "type": "http",
-    "method": "POST",
-    "path": "/api/sample",
-    "headers": [
-      (b"host", b"localhost"),
-      (b"content-type", b"application/json"),
-    ],
-    "query_string": b"",
+    **{"type": "http", "method": "POST", "path": "/api/sample"},
+    "headers": [(k.encode(), v.encode()) for k, v in headers.items()],
     "client": ("127.0.0.1", 1),
   }
   messages = iter([{"type": "http.request", "body": asks(count=8)}])
@@ -506,13 +400,9 @@ def test_slow_readers_lose_their_place(model):
     if message.get("body"):
       await asyncio.Event().wait()
 
-  worker.start()
-  try:
-    asyncio.run(asyncio.wait_for(app(scope, receive, send), 60))
-    asked = read_request(asks(), model, 64)
-    worker.release(worker.submit(asked, lambda event: None))
-  finally:
-    worker.stop()
+  asyncio.run(asyncio.wait_for(app(scope, receive, send), 60))
+  assert not worker.jobs
+  worker.stop()
 
 
 # Limits.
@@ -536,8 +426,8 @@ def test_rate_limiter():
 
 def test_too_many_requests(model):
   with serving(model, requests_per_minute=2) as served:
-    for number in range(2):  # Bad ones count as well.
-      assert served.post(b"{}")[0] == 422, number
+    for _ in range(2):  # Bad ones count as well.
+      assert served.post(b"{}")[0] == 422
     status, headers, body = served.request(
       "POST", "/api/sample", asks(), JSON | {"x-forwarded-for": "10.0.0.9"}
     )
@@ -563,7 +453,7 @@ def test_queue(model):
     assert gate.drawn == 1
     # Both leave: the second batch of one, and the other, are never drawn.
     stack.close()
-    wait_for(lambda: served.worker._held == 0)
+    wait_for(lambda: not served.worker.jobs)
     gate.passes.release(2)
     status, lines = served.post({"labels": [1]})
     assert status == 200 and len(lines) == 2
@@ -598,25 +488,24 @@ def test_requests_keep_their_connections(model):
 
 
 @pytest.mark.parametrize(
-  "start", [b"", b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n"]
+  "start", [b"", b"GET / HTTP/1.1\r\nhost: [::1]\r\n\r\n"]
 )
 def test_connection_without_a_request_is_closed(model, start):
   """Whether it says nothing or a header a byte, from the start or later."""
-  with serving(model, server={"request_seconds": 1}) as served:
-    address = ("127.0.0.1", served.port)
-    with socket.create_connection(address, 60) as client:
-      client.sendall(start)
-      client.settimeout(0.2)
-      for _ in range(100):
-        with contextlib.suppress(TimeoutError):
-          try:
-            if not client.recv(2**16):
-              return
-            client.sendall(b"GET / HTTP/1.1\r\n" if start else b"G")
-            start = b""
-          except ConnectionError:
-            return
-      raise AssertionError("it is still open")
+  with (
+    serving(model, server={"request_seconds": 1}) as served,
+    socket.create_connection(("127.0.0.1", served.port), 60) as client,
+    contextlib.suppress(ConnectionError),
+  ):
+    client.sendall(start)
+    client.settimeout(0.2)
+    for _ in range(100):
+      with contextlib.suppress(TimeoutError):
+        if not client.recv(2**16):
+          return
+        client.sendall(b"GET / HTTP/1.1\r\n" if start else b"G")
+        start = b""
+    raise AssertionError("it is still open")
 
 
 def test_page_below_a_prefix(model):
@@ -638,27 +527,6 @@ def test_page_below_a_prefix(model):
     assert served.request("GET", "/user/me/imagesque/")[0] == 404
 
 
-def test_concurrent_clients(model):
-  """Of many at once some are refused, and every answer is whole."""
-  answers = []
-  with serving(model, max_waiting=2) as served:
-    expected = served.post({"labels": [2], "count": 8})[1][:-1]
-
-    def ask():
-      answers.append(served.post({"labels": [2], "count": 8}))
-
-    threads = [threading.Thread(target=ask) for _ in range(24)]
-    for thread in threads:
-      thread.start()
-    for thread in threads:
-      thread.join(60)
-    assert served.worker._held == 0
-  assert len(answers) == 24
-  assert {status for status, _ in answers} <= {200, 503}
-  whole = [lines[:-1] for status, lines in answers if status == 200]
-  assert len(whole) >= 3 and all(lines == expected for lines in whole)
-
-
 def test_failing_model(model, caplog):
   gate = Gate(model)
   with serving(gate) as served:
@@ -674,53 +542,23 @@ def test_failing_model(model, caplog):
 
 # Real processes.
 
-MANY = """if True:
-  import json
-  import sys
-  from absl import app, flags
-  from absl.testing import flagsaver
-  from drift_jax.serve import __main__ as serve
-
-  serve.define_flags()
-
-  def main(argv):
-    for arguments in json.loads(argv[1]):
-      with flagsaver.flagsaver():
-        flags.FLAGS([argv[0], *arguments])
-        try:
-          serve.main(argv[:1])
-          print("no error")
-        except SystemExit as ended:
-          print(ended.code)
-
-  app.run(main)
-"""
-
 
 @pytest.mark.system
 def test_mistakes(folder):
+  source = f"--from={folder}"
   with socket.create_server(("127.0.0.1", 0)) as taken:
     port = taken.getsockname()[1]
-    source = f"--from={folder}"
     cases = {
-      "Error: give --from=SOURCE, or --workdir=DIR of a run; got neither": (),
-      f"Error: --host=127.0.0.1 --port={port}: Address already in use": (
-        *(source, f"--port={port}"),
-      ),
-      "Error: --host=256.0.0.1 --port=0: ": (
-        *(source, "--host=256.0.0.1", "--port=0"),
-      ),
-      "Error: --host= is empty": (source, "--host="),
-      "Error: --root_path=me must be": (source, "--root_path=me"),
-      "Error: --batch_sizes=8,0: ['0'] must be": (source, "--batch_sizes=8,0"),
-      "Error: step=3 chooses among a run's checkpoints": (
-        *(source, "--step=3", "--port=0"),
-      ),
+      "give --from=SOURCE, or --workdir=DIR of a run; got neither": (),
+      f"--port={port}: Address already in use": (source, f"--port={port}"),
+      "--host=256.0.0.1 --port=0: ": (source, "--host=256.0.0.1", "--port=0"),
+      "--host= is empty": (source, "--host="),
+      "--root_path=me must be": (source, "--root_path=me"),
+      "--batch_sizes=8,0: ['0'] must be": (source, "--batch_sizes=8,0"),
       "nowhere": ("--from=nowhere", "--port=0"),
     }
-    done = call("-c", MANY, json.dumps(list(cases.values())))
-  assert done.returncode == 0, done.stderr
-  for part, line in zip(cases, done.stdout.splitlines(), strict=True):
+    told = call_each("drift_jax.serve.__main__", cases.values())
+  for part, (_, line) in zip(cases, told, strict=True):
     assert line.startswith("Error: ") and part in line
 
 
@@ -737,15 +575,10 @@ def test_process(folder):
     text=True,
   )
   with process:
-    assert process.stderr is not None
-    said = []
-    for line in process.stderr:
-      said.append(line)
-      if "Serving" in line:
-        break
+    line = next(line for line in process.stderr if "Serving" in line)
     try:
-      (port,) = re.findall(r"on http://127\.0\.0\.1:(\d+) ", said[-1])
-      served = Served(int(port), None)
+      (port,) = re.findall(r"on http://127\.0\.0\.1:(\d+) ", line)
+      served = Served(int(port))
       assert b"<!doctype html>" in served.request("GET", "/")[2]
       status, lines = served.post({"labels": [1, 2], "count": 4})
       assert status == 200 and lines[-1]["images"] == 8
@@ -890,7 +723,7 @@ def test_page_while_it_waits(model, page):
     cancel.press("Enter")
     expect(page.locator("#status")).to_have_text("Cancelled: 24 of 32 images.")
     expect(generate).to_be_focused()
-    wait_for(lambda: served.worker._held == 0)
+    wait_for(lambda: not served.worker.jobs)
     expect(page.get_by_role("button", name="Download grid")).to_be_enabled()
     gate.error = RuntimeError("broken")
     gate.passes.release(2)
@@ -902,7 +735,7 @@ def test_page_while_it_waits(model, page):
     page.get_by_role("button", name="Generate").click()
     expect(page.locator("#result")).to_have_attribute("aria-busy", "true")
     page.goto("about:blank")
-    wait_for(lambda: served.worker._held == 0)
+    wait_for(lambda: not served.worker.jobs)
     gate.passes.release(9)
 
 

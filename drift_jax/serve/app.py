@@ -1,28 +1,26 @@
-"""The application: one page, what it asks for, and who may ask."""
+"""The ASGI application: one page, its API, and which hosts may ask."""
 
 import asyncio
 import base64
-import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
-from starlette.routing import Route
+from starlette.responses import RedirectResponse, Response, StreamingResponse
+from starlette.routing import BaseRoute, Mount, Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from drift_jax import sampling
 from drift_jax.serve.limits import Limits, RateLimiter
-from drift_jax.serve.requests import Asked, Refused, read_request
-from drift_jax.serve.worker import Busy, Done, Job, Part, Worker
+from drift_jax.serve.requests import Refused, read_request, retry_after
+from drift_jax.serve.worker import Job, Part, Worker
 from drift_jax.system import options
 from drift_jax.system.console import logger
 
@@ -67,7 +65,7 @@ def make_app(
 
   Args:
     model: of the worker.
-    worker: draws; started and stopped by the caller.
+    worker: draws; warmed up and stopped by the caller.
     limits: of requests.
     name: of the model, on the page.
     hosts: names by which browsers may reach it, beside this machine's own.
@@ -75,51 +73,53 @@ def make_app(
       answered without it as well.
   """
   rate = RateLimiter(limits.requests_per_minute)
-  about = _json(describe(model, limits, name))
-
-  async def get_model(request: Request) -> Response:
-    del request
-    return Response(about, media_type="application/json")
 
   async def post_sample(request: Request) -> Response:
     client = request.client.host if request.client else ""
-    wait = rate.take(client)
-    if wait:
+    if wait := rate.take(client):
       raise Refused(
         429,
         f"more than {limits.requests_per_minute} requests a minute from "
         f"{client}: wait {math.ceil(wait)} s",
-        wait,
+        retry_after(wait),
       )
     kind = request.headers.get("content-type", "").partition(";")[0]
     if kind.strip().lower() != "application/json":
       raise Refused(415, f"content-type {kind[:60]!r}: want application/json")
     body = await _read_body(request, limits)
-    return _Stream(
-      worker, read_request(body, model, limits.max_images), limits.send_seconds
-    )
+    asked = read_request(body, model, limits.max_images)
+    return _Images(worker.submit(asked), limits.send_seconds)
 
+  # Responses that are always the same are applications themselves.
+  same = {path: _file(*file) for path, file in _FILES.items()}
+  same["/api/model"] = _json(describe(model, limits, name))
+  routes = [
+    *(Route(path, answer, methods=["GET"]) for path, answer in same.items()),
+    Route("/api/sample", post_sample, methods=["POST"]),
+  ]
   app = Starlette(
-    routes=[
-      *(Route(path, _file(*file)) for path, file in _FILES.items()),
-      Route("/api/model", get_model),
-      Route("/api/sample", post_sample, methods=["POST"]),
-    ],
-    exception_handlers={
-      Refused: _on_refused,
-      HTTPException: _on_http,
-      Exception: _on_error,
-    },
+    routes=[*routes, *_below(root_path.rstrip("/"), routes)],
+    exception_handlers={HTTPException: _on_http, Exception: _on_error},
   )
   # Starlette's own would send '/page.js/' elsewhere, to a host of its making.
   app.router.redirect_slashes = False
-  return _Guard(_below(root_path.rstrip("/"), app), hosts)
+  return _Guard(app, hosts)
+
+
+def _below(prefix: str, routes: Sequence[BaseRoute]) -> list[BaseRoute]:
+  """The routes at '/PREFIX/...'."""
+  if not prefix:
+    return []
+  # The page's addresses are relative to the folder that it is in.
+  folder = RedirectResponse(f"{prefix.rpartition('/')[2]}/")
+  inner = Router(routes, redirect_slashes=False)
+  return [Route(prefix, folder), Mount(prefix, inner)]
 
 
 def describe(
   model: sampling.Sampler, limits: Limits, name: str
 ) -> dict[str, Any]:
-  """What the page needs to know of the model; fit for JSON."""
+  """Facts about the model for the page; fit for JSON."""
   generator = model.generator
   return {
     "name": name,
@@ -134,24 +134,6 @@ def describe(
     "max_images": limits.max_images,
     "max_seed": options.MAX_SEED,
   }
-
-
-def _below(prefix: str, app: ASGIApp) -> ASGIApp:
-  """The application at '/PREFIX/...' as well."""
-  if not prefix:
-    return app
-
-  async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-    if scope["type"] == "http" and scope["path"] == prefix:
-      # The page's addresses are relative to the folder that it is in.
-      last = prefix.rpartition("/")[2]
-      moved = Response(status_code=307, headers={"location": f"{last}/"})
-      return await moved(scope, receive, send)
-    if scope["type"] == "http" and scope["path"].startswith(f"{prefix}/"):
-      scope = {**scope, "path": scope["path"].removeprefix(prefix)}
-    await app(scope, receive, send)
-
-  return answer
 
 
 class _Guard:
@@ -176,19 +158,18 @@ class _Guard:
     host = host_name(Headers(scope=scope).get("host", ""))
     if host in self._hosts:
       return await self._app(scope, receive, guarded)
-    refusal = _error(
-      403,
+    message = (
       f"host {host[:60]!r} is none of {sorted(self._hosts)}: --allowed_hosts "
-      "of the server adds one",
+      "of the server adds one"
     )
-    await refusal(scope, receive, guarded)
+    await _json({"error": message}, 403)(scope, receive, guarded)
 
 
 def host_name(host: str) -> str:
-  """Of a Host header, without the port; an IPv6 address keeps its brackets."""
+  """Host header without the port; an IPv6 address keeps its brackets."""
   name, colon, port = host.rpartition(":")
-  found = name if colon and (port.isdecimal() or not port) else host
-  return found.lower()
+  has_port = colon and (port.isdecimal() or not port)
+  return (name if has_port else host).lower()
 
 
 async def _read_body(request: Request, limits: Limits) -> bytes:
@@ -198,175 +179,107 @@ async def _read_body(request: Request, limits: Limits) -> bytes:
     Refused: 413 for a larger one, 408 for a slow one.
   """
   body = bytearray()
+  most, seconds = limits.body_bytes, limits.body_seconds
   try:
-    async with asyncio.timeout(limits.body_seconds):
+    async with asyncio.timeout(seconds):
       async for chunk in request.stream():
         body += chunk
-        if len(body) > limits.body_bytes:
-          raise Refused(
-            413, f"the body is larger than {limits.body_bytes} bytes"
-          )
+        if len(body) > most:
+          raise Refused(413, f"the body is larger than {most} bytes")
   except TimeoutError as error:
-    raise Refused(
-      408, f"the body took longer than {limits.body_seconds:g} s"
-    ) from error
+    raise Refused(408, f"the body took longer than {seconds:g} s") from error
   except ClientDisconnect as error:
     raise Refused(400, "the client went away") from error
   return bytes(body)
 
 
-class _Stream(Response):
+class _Images(StreamingResponse):
   """Lines of JSON, as images are ready, until they end or the client leaves."""
 
-  def __init__(self, worker: Worker, asked: Asked, send_seconds: float):
-    super().__init__(media_type="application/x-ndjson")
-    del self.headers["content-length"]  # Not known before it ends.
-    self._worker = worker
-    self._asked = asked
+  def __init__(self, job: Job, send_seconds: float):
+    super().__init__(self._lines(), media_type="application/x-ndjson")
+    self._job = job
     self._send_seconds = send_seconds
+    self._outcome = "the client left"
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-    events: asyncio.Queue[Any] = asyncio.Queue()
-    loop = asyncio.get_running_loop()
-
-    def deliver(event: Any) -> None:
-      loop.call_soon_threadsafe(events.put_nowait, event)
-
-    try:
-      job = self._worker.submit(self._asked, deliver)
-    except Busy as busy:
-      raise Refused(
-        503, "all places in the queue are taken: try again soon", busy.seconds
-      ) from busy
-    answer = asyncio.ensure_future(self._answer(job, events, send))
-    left = asyncio.ensure_future(_left(receive))
-    try:
-      await asyncio.wait((answer, left), return_when=asyncio.FIRST_COMPLETED)
-    finally:
-      self._worker.release(job)
-      answer.cancel()
-      left.cancel()
-      await asyncio.gather(answer, left, return_exceptions=True)
-    self._report(answer)
-
-  async def _answer(
-    self, job: Job, events: asyncio.Queue[Any], send: Send
-  ) -> str:
-    """Sends all lines; returns how it went."""
-
-    async def put(kind: str, **rest: Any) -> None:
+    async def send_soon(message: Message) -> None:
       # A client that does not read must not keep its place.
       async with asyncio.timeout(self._send_seconds):
-        await send({"type": f"http.response.{kind}", **rest})
+        await send(message)
 
-    await put("start", status=self.status_code, headers=self.raw_headers)
-    while isinstance(event := await events.get(), Part):
+    # From 2.4 on, Starlette sees only while it sends that a client has left.
+    scope = {**scope, "asgi": {"spec_version": "2.3"}}
+    try:
+      await super().__call__(scope, receive, send_soon)
+    except TimeoutError:
+      self._outcome = f"the client read nothing for {self._send_seconds:g} s"
+    finally:
+      self._job.release()
+    logger.info("%d images: %s.", len(self._job.asked.labels), self._outcome)
+
+  async def _lines(self) -> AsyncIterator[bytes]:
+    labels = self._job.asked.labels
+    while isinstance(event := await self._job.events.get(), Part):
       # In another thread: neither the devices nor other clients wait for it.
-      lines = await asyncio.to_thread(_image_lines, event, self._asked.labels)
-      await put("body", body=lines, more_body=True)
+      yield await asyncio.to_thread(_image_lines, event, labels)
     # Before a client knows that it may ask again.
-    self._worker.release(job)
-    if isinstance(event, Done):
-      last = _summary(event, len(self._asked.labels))
-      outcome = f"{last['device_ms']} ms on the devices"
-    else:
+    self._job.release()
+    if event is None:
+      self._outcome = "failed"
       last = {"error": "the model failed; the server's log says why"}
-      outcome = "failed"
-    await put("body", body=_json(last) + b"\n", more_body=False)
-    return outcome
-
-  def _report(self, answer: asyncio.Future[str]) -> None:
-    if answer.cancelled():
-      outcome = "the client left"
-    elif isinstance(answer.exception(), TimeoutError):
-      outcome = f"the client read nothing for {self._send_seconds:g} s"
     else:
-      outcome = answer.result()
-    logger.info("%d images: %s.", len(self._asked.labels), outcome)
-
-
-async def _left(receive: Receive) -> None:
-  """Returns when the client closes the connection."""
-  while (await receive())["type"] != "http.disconnect":
-    pass
+      self._outcome = f"{1000 * event.device:.1f} ms on the devices"
+      last = {
+        "images": len(labels),
+        "waited_ms": round(1000 * event.waited, 1),
+        "device_ms": round(1000 * event.device, 1),
+        "images_per_second": round(len(labels) / event.device, 1),
+      }
+    yield _line(last)
 
 
 def _image_lines(part: Part, labels: np.ndarray) -> bytes:
-  lines = []
-  for i, pixels in enumerate(part.pixels, part.first):
-    line = {
-      "index": i,
-      "label": int(labels[i]),
-      "png": base64.b64encode(png_bytes(pixels)).decode(),
-    }
-    lines.append(_json(line) + b"\n")
-  return b"".join(lines)
-
-
-def png_bytes(pixels: np.ndarray) -> bytes:
-  """A PNG file of uint8 [H, W, 3]."""
-  file = io.BytesIO()
-  Image.fromarray(pixels).save(file, format="png")
-  return file.getvalue()
-
-
-def _summary(done: Done, images: int) -> dict[str, Any]:
-  return {
-    "images": images,
-    "waited_ms": round(1000 * done.waited, 1),
-    "device_ms": round(1000 * done.device, 1),
-    "images_per_second": round(images / done.device, 1),
-  }
-
-
-def _file(name: str, media_type: str) -> Any:
-  """An endpoint that always answers with the same file of this package."""
-  content = (resources.files("drift_jax.serve") / "static" / name).read_bytes()
-
-  async def get_file(request: Request) -> Response:
-    del request
-    return Response(content, media_type=media_type)
-
-  return get_file
-
-
-def _json(value: Any) -> bytes:
-  # ASCII: what a client sent may come back in it, lone surrogates included.
-  return json.dumps(value, separators=(",", ":")).encode("ascii")
-
-
-def _error(
-  status: int, message: str, headers: Mapping[str, str] | None = None
-) -> Response:
-  return Response(
-    _json({"error": message}),
-    status_code=status,
-    headers=headers,
-    media_type="application/json",
+  return b"".join(
+    _line(
+      {
+        "index": i,
+        "label": int(labels[i]),
+        "png": base64.b64encode(sampling.png_bytes(pixels)).decode(),
+      }
+    )
+    for i, pixels in enumerate(part.pixels, part.first)
   )
 
 
-def _on_refused(request: Request, refused: Exception) -> Response:
-  del request
-  assert isinstance(refused, Refused)
-  headers = None
-  if refused.retry_after is not None:
-    headers = {"retry-after": str(max(1, math.ceil(refused.retry_after)))}
-  return _error(refused.status, str(refused), headers)
+def _file(name: str, media_type: str) -> Response:
+  """A file of this package."""
+  file = resources.files("drift_jax.serve") / "static" / name
+  return Response(file.read_bytes(), media_type=media_type)
+
+
+def _line(value: Any) -> bytes:
+  # ASCII: what a client sent may come back in it, lone surrogates included.
+  return json.dumps(value, separators=(",", ":")).encode("ascii") + b"\n"
+
+
+def _json(
+  value: Any, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+  return Response(_line(value), status, headers, "application/json")
 
 
 def _on_http(request: Request, error: Exception) -> Response:
-  """Paths and methods that there are not."""
+  """Requests that are refused, paths and methods that do not exist."""
   assert isinstance(error, HTTPException)
-  there = [*(f"GET {path}" for path in _FILES), *_API]
-  what = f"{request.method} {request.url.path}"
-  return _error(
-    error.status_code,
-    f"{error.detail}: {what[:60]!r} is none of {there}",
-    error.headers,
-  )
+  message = error.detail
+  if not isinstance(error, Refused):
+    there = [*(f"GET {path}" for path in _FILES), *_API]
+    what = f"{request.method} {request.url.path}"
+    message += f": {what[:60]!r} is none of {there}"
+  return _json({"error": message}, error.status_code, error.headers)
 
 
 def _on_error(request: Request, error: Exception) -> Response:
   del request, error
-  return _error(500, "the server failed; its log says why")
+  return _json({"error": "the server failed; its log says why"}, 500)

@@ -1,16 +1,15 @@
-"""What one client may ask for."""
+"""Limits of one client's requests."""
 
 import collections
-import dataclasses
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 _MAX_CLIENTS = 4096
 
 
-@dataclasses.dataclass(frozen=True)
-class Limits:
-  """Of requests for images.
+class Limits(NamedTuple):
+  """Limits of requests for images.
 
   Attributes:
     max_images: of one request.

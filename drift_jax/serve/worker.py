@@ -1,34 +1,19 @@
-"""The one thread that owns the devices, and the queue in front of it."""
+"""The one thread that owns the devices, and the queue before it."""
 
-import collections
-import dataclasses
-import threading
+import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent import futures
+from typing import NamedTuple
 
 import numpy as np
 
 from drift_jax import sampling
-from drift_jax.serve.requests import Asked
+from drift_jax.serve.requests import Asked, Refused, retry_after
 from drift_jax.system.console import logger
 
-_STOP_SECONDS = 10.0
 
-
-class Busy(Exception):
-  """All places are taken.
-
-  Attributes:
-    seconds: after which one is free, about.
-  """
-
-  def __init__(self, seconds: float):
-    super().__init__()
-    self.seconds = seconds
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Part:
+class Part(NamedTuple):
   """Some images of a job, as they are ready.
 
   Attributes:
@@ -40,8 +25,7 @@ class Part:
   pixels: np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
-class Done:
+class Done(NamedTuple):
   """A job's last word.
 
   Attributes:
@@ -51,24 +35,6 @@ class Done:
 
   waited: float
   device: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Failed:
-  """A job's last word where the model failed; the log says why."""
-
-
-Deliver = Callable[[Part | Done | Failed], None]
-
-
-@dataclasses.dataclass(eq=False)
-class Job:
-  """A request that has a place."""
-
-  asked: Asked
-  deliver: Deliver
-  since: float
-  released: bool = False
 
 
 def cut(count: int, sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -93,6 +59,7 @@ class Worker:
   """Draws what is asked for, one job after the other.
 
   A job has a place until it is released: while it waits, is drawn, and is sent.
+  All methods but `warm_up` and `stop` belong to one event loop.
   """
 
   def __init__(
@@ -110,14 +77,10 @@ class Worker:
     self._model = model
     self.batch_sizes = tuple(sorted({model.padded(n) for n in batch_sizes}))
     self._places = max_waiting + 1
-    self._waiting: collections.deque[Job] = collections.deque()
-    self._held = 0
+    self.jobs: set[Job] = set()  # those that have a place
     self._last_seconds = 0.0
-    self._stopping = False
-    self._changed = threading.Condition()
-    self._thread = threading.Thread(
-      target=self._work, name="draw-images", daemon=True
-    )
+    self._turn = asyncio.Lock()  # first come, first served
+    self._thread = futures.ThreadPoolExecutor(1, "draw-images")
 
   def warm_up(self) -> None:
     """Compiles all batch sizes, and draws with each of them."""
@@ -126,77 +89,52 @@ class Worker:
       labels = np.zeros(size, np.int32)
       self._draw(Asked(labels, alpha, 0, None), 0, size, size)
 
-  def start(self) -> None:
-    """Begins to take jobs."""
-    self._thread.start()
-
   def stop(self) -> None:
-    """Ends the thread behind the batch that it draws."""
-    with self._changed:
-      self._stopping = True
-      self._changed.notify_all()
-    self._thread.join(_STOP_SECONDS)
+    """Lets the thread end after the batch that it draws."""
+    self._thread.shutdown(wait=False, cancel_futures=True)
 
-  def submit(self, asked: Asked, deliver: Deliver) -> Job:
-    """A place in the queue; `release` it.
-
-    Args:
-      asked: what to draw.
-      deliver: called in the worker's thread with each part, and with what ends
-        it; not after the job is released.
+  def submit(self, asked: Asked) -> "Job":
+    """Gives a request its place in the queue, which has to be released.
 
     Raises:
-      Busy: there is none.
+      Refused: 503, as there is none.
     """
-    with self._changed:
-      if self._held >= self._places:
-        raise Busy(max(1.0, self._held * self._last_seconds))
-      self._held += 1
-      job = Job(asked, deliver, time.monotonic())
-      self._waiting.append(job)
-      self._changed.notify_all()
-      return job
+    if len(self.jobs) >= self._places:
+      message = "all places in the queue are taken: try again soon"
+      later = retry_after(len(self.jobs) * self._last_seconds)
+      raise Refused(503, message, later)
+    return Job(self, asked)
 
-  def release(self, job: Job) -> None:
-    """Gives the place back; what is not drawn yet never is."""
-    with self._changed:
-      if not job.released:
-        job.released = True
-        self._held -= 1
-        if job in self._waiting:
-          self._waiting.remove(job)
+  async def draw(self, job: "Job") -> None:
+    """Puts the parts of a job among its events, then Done, or None if it fails.
 
-  def _work(self) -> None:
-    while True:
-      with self._changed:
-        self._changed.wait_for(lambda: self._waiting or self._stopping)
-        if self._stopping:
-          return
-        job = self._waiting.popleft()
-      try:
-        self._serve(job)
-      except Exception:  # One request's failure must not end the others'.
-        logger.exception("A request failed.")
-        self._hand(job, Failed())
-
-  def _serve(self, job: Job) -> None:
-    begin = time.monotonic()
-    device, first = 0.0, 0
-    for size, count in cut(len(job.asked.labels), self.batch_sizes):
-      if job.released or self._stopping:
-        return
-      start = time.monotonic()
-      pixels = self._draw(job.asked, first, size, count)
-      device += time.monotonic() - start
-      self._hand(job, Part(first, pixels))
-      first += count
-    self._hand(job, Done(begin - job.since, device))
-    self._last_seconds = time.monotonic() - begin
+    It may be cancelled: the batch that is drawn comes to its end, and no other
+    follows.
+    """
+    try:
+      since = time.monotonic()
+      async with self._turn:
+        begin = time.monotonic()
+        device, first = 0.0, 0
+        for size, count in cut(len(job.asked.labels), self.batch_sizes):
+          pixels, seconds = await asyncio.get_running_loop().run_in_executor(
+            self._thread, self._draw, job.asked, first, size, count
+          )
+          job.events.put_nowait(Part(first, pixels))
+          device += seconds
+          first += count
+        self._last_seconds = time.monotonic() - begin
+      job.events.put_nowait(Done(begin - since, device))
+    except Exception:  # One request's failure must not end the others'.
+      logger.exception("A request failed.")
+      job.events.put_nowait(None)
 
   def _draw(
     self, asked: Asked, first: int, size: int, count: int
-  ) -> np.ndarray:
-    """Pixels of images first ... first + count - 1 in a batch of `size`."""
+  ) -> tuple[np.ndarray, float]:
+    """Pixels of images first ... first + count - 1 in a batch of `size`, and
+    the seconds that they took."""
+    start = time.monotonic()
     numbers = np.arange(first, first + size, dtype=np.int32)
     (batch,) = self._model.batches(
       asked.labels,
@@ -206,9 +144,26 @@ class Worker:
       batch_size=size,
       numbers=np.minimum(numbers, np.int32(first + count - 1)),
     )
-    return batch.rows(batch.pixels)[:count]
+    pixels = batch.rows(batch.pixels)[:count]
+    return pixels, time.monotonic() - start
 
-  def _hand(self, job: Job, event: Part | Done | Failed) -> None:
-    with self._changed:
-      if not job.released:
-        job.deliver(event)
+
+class Job:
+  """A request that has a place.
+
+  Attributes:
+    asked: what to draw.
+    events: see Worker.draw.
+  """
+
+  def __init__(self, worker: Worker, asked: Asked):
+    self.asked = asked
+    self.events: asyncio.Queue[Part | Done | None] = asyncio.Queue()
+    self._worker = worker
+    worker.jobs.add(self)
+    self._drawing = asyncio.ensure_future(worker.draw(self))
+
+  def release(self) -> None:
+    """Gives the place back; what is not drawn yet never is."""
+    self._worker.jobs.discard(self)
+    self._drawing.cancel()

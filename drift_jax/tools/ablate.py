@@ -12,14 +12,13 @@ each, TABLE.md, TABLE.csv and TABLE.png are written. The same command goes on
 after an interruption: what is finished stays, what was interrupted continues.
 """
 
-import functools
 from collections.abc import Sequence
 
 from absl import app, flags
 from ml_collections import config_flags
 
 from drift_jax import config as config_lib
-from drift_jax.system import paths
+from drift_jax.system import paths, programs
 from drift_jax.tools.table import Values
 
 
@@ -50,15 +49,13 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
   """Runs what is left of the table; a mistake is one line."""
-  from drift_jax.system import console, errors, exits, numerics
-  from drift_jax.tools.work import ablate
 
-  console.setup()
-  numerics.pin()
-  exits.run(
-    functools.partial(ablate.run, argv[1:]),
-    errors=(*errors.ERRORS, ValueError),
-  )
+  def program() -> None:
+    from drift_jax.tools.work import ablate
+
+    ablate.run(argv[1:])
+
+  programs.run(program, errors=(ValueError,))
 
 
 if __name__ == "__main__":

@@ -13,10 +13,9 @@ takes every P-th shard, and whoever finishes last writes the manifest.
 
 import argparse
 import functools
-import sys
 from collections.abc import Sequence
 
-from drift_jax.system import console, options, paths
+from drift_jax.system import options, paths, programs
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,16 +83,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
   """Does what the command line asks for; a mistake is one line."""
   arguments = parse(argv)
-  from drift_jax.system import numerics
-  from drift_jax.system.errors import ERRORS
-  from drift_jax.tools.work import cache_latents
 
-  console.setup()
-  numerics.pin()
-  try:
+  def program() -> None:
+    from drift_jax.tools.work import cache_latents
+
     cache_latents.run(arguments)
-  except ERRORS as error:
-    sys.exit(f"Error: {error}")
+
+  programs.run(program)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ compiles the training step, the sampler and the evaluation steps as the run
 would, without data or weights, for a TPU topology (needs the package libtpu,
 but no TPU) or, without --topology, for this machine's devices. For each
 device it says what is in memory and how much, what is computed and moved,
-which collectives run, and what to change where it does not fit. Exits with 1
+which collectives run, and what to change if it does not fit. Exits with 1
 if a program does not fit.
 """
 
@@ -26,12 +26,11 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from drift_jax import config as config_lib
-from drift_jax import tasks as tasks_lib
+from drift_jax import tasks
 from drift_jax.config.sections import RunConfig
-from drift_jax.system import paths
-from drift_jax.tasks import parse
+from drift_jax.system import paths, programs
+from drift_jax.tools.compile_report import Report, advice, describe, whole_sums
 
-GB = 1e9
 # What a chip's programs may use of its memory, bytes: as the compiler says it.
 HBM = {
   "TPU v4": 31.25 * 2**30,
@@ -39,65 +38,12 @@ HBM = {
   "TPU v5": 95.74 * 2**30,
   "TPU v6 lite": 31.24 * 2**30,
 }
-_TOPOLOGY_FORM = re.compile(r"[a-z0-9]+:\d+x\d+(x\d+)?")
-
-
-@dataclasses.dataclass
-class Report:
-  """What the compiler says of one program, for each device; bytes.
-
-  Attributes:
-    program: 'train', 'sample', ...
-    fits: whether it compiled within the memory; None if nothing says how much
-      there is.
-    seconds: to compile.
-    arguments: {'params', 'optimizer', 'ema', 'frozen', 'batch', ...: size}.
-    activations: everything temporary: activations, gathered parameters and
-      gradients; None where it did not compile.
-    code: the program itself; None where it did not compile.
-    peak: of the memory in use; None where it did not compile, unless the
-      compiler says what it would take.
-    available: memory of a device; None if unknown.
-    flops: floating point operations of matrix products and convolutions.
-    bytes_accessed: of the memory, as XLA counts them, but loops as often as
-      they run.
-    estimated_seconds: the compiler's cycles at 1.75 GHz, without collectives;
-      None where it gives none.
-    parts: {module: {'seconds', 'bytes'}}: the same two of each Flax module with
-      its gradient, 'rest' of all else; bytes by the shapes that operations take
-      and give, which is close to XLA's count, not equal.
-    collectives: {kind: {'count', 'bytes'}} of the compiled program.
-    asked: the same of what the program asks for; compilers may choose others.
-    advice: what to change, if it does not fit or sums more than it needs to.
-    message: the compiler's, if it does not fit or can't be read.
-  """
-
-  program: str
-  fits: bool | None
-  seconds: float
-  arguments: dict[str, int]
-  activations: int | None = None
-  code: int | None = None
-  peak: int | None = None
-  available: int | None = None
-  flops: float | None = None
-  bytes_accessed: float | None = None
-  estimated_seconds: float | None = None
-  parts: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-  collectives: dict[str, dict[str, int]] = dataclasses.field(
-    default_factory=dict
-  )
-  asked: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
-  advice: list[str] = dataclasses.field(default_factory=list)
-  message: str = ""
 
 
 def define_flags() -> None:
   """Defines the flags: not on import, as other programs have the same names."""
   config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "Config file, e.g. configs/imagenet_latent.py:l2",
+    "config", None, "Config file, e.g. configs/imagenet_latent.py:l2"
   )
   flags.DEFINE_string(
     "topology",
@@ -106,87 +52,69 @@ def define_flags() -> None:
     "machine's devices if not given.",
   )
   flags.DEFINE_string(
-    "mesh",
-    "",
-    "Sizes instead of config.mesh's, e.g. data=2,fsdp=-1.",
+    "mesh", "", "Sizes instead of config.mesh's, e.g. data=2,fsdp=-1."
   )
-  flags.DEFINE_list(
-    "programs", None, "Only these, e.g. train,sample; all if not given."
-  )
-  paths.define_flag(
-    "json", "", "File to write the figures to; '-' for the standard output."
-  )
+  flags.DEFINE_list("programs", None, "Only these, e.g. train,sample.")
+  paths.define_flag("json", "", "File for the figures; '-': standard output.")
   paths.define_flag(
     "hlo",
     "",
-    "Folder to write the optimised programs to, PROGRAM.txt, and for TPUs what "
-    "takes their memory, PROGRAM_memory.txt.",
+    "Folder for the optimised programs, PROGRAM.txt, and for TPUs what takes "
+    "their memory, PROGRAM_memory.txt.",
   )
   flags.mark_flag_as_required("config")
 
 
 def main(argv: Sequence[str]) -> None:
   """Compiles what the command line asks for; a mistake is one line."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments {argv[1:]}")
   values = flags.FLAGS
-  try:
-    config = with_mesh(parse(values.config), values.mesh)
+  with programs.checking(argv):
+    config = with_mesh(tasks.parse(values.config), values.mesh)
     check_topology(values.topology)
-  except config_lib.ConfigError as error:
-    sys.exit(f"Error: {error}")
   if values.topology:
     prepare_libtpu()
-  from drift_jax.system import console, numerics
-  from drift_jax.system.errors import ERRORS
 
-  console.setup()
-  numerics.pin()
-  try:
+  def program() -> None:
     devices = find_devices(values.topology)
     reports = check(config, devices, values.programs, values.hlo)
     _tell(config, devices, reports)
-  except ERRORS as error:
-    sys.exit(f"Error: {error}")
-  if any(report.fits is False for report in reports):
-    sys.exit(1)
+    if any(report.fits is False for report in reports):
+      sys.exit(1)
+
+  programs.run(program)
 
 
-def _tell(
-  config: RunConfig,
-  devices: Sequence[Any],
-  reports: Sequence[Report],
-) -> None:
-  """Prints what came out, and writes it where the flag says."""
+def _tell(config: RunConfig, devices: Sequence[Any], reports: Any) -> None:
+  """Prints the reports, and writes them to the file of --json."""
   from drift_jax.metrics.files import report_text, write_report
+  from drift_jax.system import sharding
 
+  values = flags.FLAGS
+  name, overrides = config_lib.config_arguments(sys.argv[1:])
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
   result = {
-    "config": _config_name(sys.argv),
-    "topology": flags.FLAGS.topology or "local",
+    "config": " ".join(
+      [f"{name}", *(f"{k}={v}" for k, v in overrides.items())]
+    ),
+    "topology": values.topology or "local",
     "devices": len(devices),
     "device_kind": devices[0].device_kind,
-    "mesh": _mesh_sizes(config, devices),
+    "mesh": dict(mesh.shape),
     "programs": [dataclasses.asdict(report) for report in reports],
   }
-  if flags.FLAGS.json == "-":
-    print(report_text(result))
-  else:
-    print(describe(result, reports))
-    if flags.FLAGS.json:
-      write_report(flags.FLAGS.json, result)
-
-
-def _config_name(argv: Sequence[str]) -> str:
-  name, overrides = config_lib.config_arguments(argv[1:])
-  return " ".join([name or "", *(f"{k}={v}" for k, v in overrides.items())])
+  print(
+    report_text(result) if values.json == "-" else describe(result, reports)
+  )
+  if values.json not in ("", "-"):
+    write_report(values.json, result)
 
 
 def prepare_libtpu() -> None:
   """Before JAX is imported: no TPU is looked for, nothing is logged."""
-  os.environ.setdefault("JAX_PLATFORMS", "cpu")
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   for name, value in {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_ACCELERATOR_TYPE": "v6e-1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
@@ -198,18 +126,17 @@ def prepare_libtpu() -> None:
 
 def check_topology(topology: str) -> None:
   """Raises ConfigError unless it has a topology's form, or is ''."""
-  if topology and not _TOPOLOGY_FORM.fullmatch(topology):
+  if topology and not re.fullmatch(r"[a-z0-9]+:\d+x\d+(x\d+)?", topology):
     raise config_lib.ConfigError(
-      f"--topology={topology!r}: want GENERATION:CHIPS, e.g. v6e:8x16, v5e:4x8 "
-      "or v5p:4x4x4"
+      f"--topology={topology!r}: want GENERATION:CHIPS, e.g. v6e:8x16"
     )
 
 
 def find_devices(topology: str) -> list[Any]:
-  """Devices of a topology, or this machine's where it is ''.
+  """Devices of a topology, or this machine's for ''.
 
   Raises:
-    ConfigError: a topology that there is not, or no libtpu to compile with.
+    ConfigError: a topology that does not exist, or no libtpu to compile with.
   """
   from jax.experimental import topologies
 
@@ -217,17 +144,13 @@ def find_devices(topology: str) -> list[Any]:
 
   if not topology:
     return devices_lib.find_devices()
-  check_topology(topology)
   try:
     return list(topologies.get_topology_desc(topology, "tpu").devices)
   except (RuntimeError, ValueError, NotImplementedError) as error:
     text = " ".join(str(error).split())
-    hint = (
-      "pip install libtpu"
-      if "libtpu" in text.lower() and "not" in text.lower()
-      else "valid ones are those that Cloud TPU rents, e.g. v6e:4x4, "
-      "v6e:16x16, v5e:4x8, v5p:4x4x4"
-    )
+    hint = "valid ones are those that Cloud TPU rents, e.g. v6e:4x4, v5p:4x4x4"
+    if "libtpu" in text.lower() and "not" in text.lower():
+      hint = "pip install libtpu"
     raise config_lib.ConfigError(
       f"--topology={topology!r} can't be compiled for ({text[:300]}): {hint}"
     ) from error
@@ -241,26 +164,19 @@ def with_mesh(config: Any, sizes: str) -> Any:
   """
   if not sizes:
     return config
-  given: dict[str, int] = {}
   axes = [field.name for field in dataclasses.fields(config.mesh)]
+  changed: dict[str, int] = {}
   for part in sizes.split(","):
     name, _, size = part.partition("=")
     if name not in axes or not re.fullmatch(r"-?\d+", size):
       raise config_lib.ConfigError(
         f"--mesh={sizes!r}: {part!r} is not AXIS=SIZE with one of {axes}"
       )
-    given[name] = int(size)
-  mesh = dataclasses.replace(config.mesh, **given)
+    changed[name] = int(size)
+  mesh = dataclasses.replace(config.mesh, **changed)
   config = dataclasses.replace(config, mesh=mesh)
   config.check()
   return config
-
-
-def _mesh_sizes(config: Any, devices: Sequence[Any]) -> dict[str, int]:
-  from drift_jax.system import sharding
-
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-  return dict(mesh.shape)
 
 
 def check(
@@ -285,17 +201,16 @@ def check(
 
   with naming("mesh"):
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-  programs = tasks_lib.programs(config, mesh)
-  valid = [program.name for program in programs]
+  there = {program.name: program for program in tasks.programs(config, mesh)}
   for name in names or ():
-    if name not in valid:
+    if name not in there:
       raise config_lib.ConfigError(
-        f"--programs: there is no {name!r}, valid options are {valid}"
+        f"--programs: there is no {name!r}, valid options are {list(there)}"
       )
   return [
     compile_program(program, mesh, config, hlo_folder)
-    for program in programs
-    if not names or program.name in names
+    for name, program in there.items()
+    if not names or name in names
   ]
 
 
@@ -304,27 +219,28 @@ def compile_program(
 ) -> Report:
   """One program's report."""
   import jax
-  from etils import epath
 
   from drift_jax.tools import hlo
 
+  # 1. What is known before it is compiled
   start = time.perf_counter()
   traced = program.jitted.trace(*program.arguments.values())
   lowered = traced.lower()
+  device = mesh.devices.flat[0]
   report = Report(
     program.name,
     fits=None,
     seconds=0.0,
     arguments=argument_bytes(program.arguments),
-    available=_available(mesh.devices.flat[0]),
+    available=_available(device),
     flops=hlo.matmul_flops(traced.jaxpr, mesh.size),
     asked=hlo.totals(hlo.requested_collectives(traced.jaxpr)),
   )
+  # 2. The compiler, which may refuse it
   with tempfile.TemporaryDirectory() as folder:
-    on_tpu = mesh.devices.flat[0].platform == "tpu"
     options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
     try:
-      compiled = lowered.compile(options if on_tpu else None)
+      compiled = lowered.compile(options if device.platform == "tpu" else None)
     except jax.errors.JaxRuntimeError as error:
       text = " ".join(str(error).split())
       if "RESOURCE_EXHAUSTED" not in text:
@@ -338,10 +254,48 @@ def compile_program(
     report.seconds = time.perf_counter() - start
     # As the compiler wrote it on its way: libtpu 0.0.52 can't give the text of
     # some programs that it has compiled.
-    text = _written(folder, "after_codegen")
-    largest = _written(folder, "memory-usage-report")
-  memory: Any = compiled.memory_analysis()
+    text = _dumped(folder, "after_codegen")
+    largest = _dumped(folder, "memory-usage-report")
+  # 3. What it says
+  _read_memory(report, compiled.memory_analysis())
   costs: Mapping[str, float] = compiled.cost_analysis() or {}
+  report.bytes_accessed = costs.get("bytes accessed")
+  try:
+    text = text or compiled.as_text() or ""
+  except jax.errors.JaxRuntimeError as error:
+    report.message = (
+      "the optimised program can't be read: bytes count each loop once, "
+      f"collectives are those asked for ({str(error)[:100]} ...)"
+    )
+    report.collectives = report.asked
+  else:
+    _read_program(report, text)
+    if hlo_folder:
+      _keep(hlo_folder, program.name, {"": text, "_memory": largest})
+  if report.fits is False:
+    report.advice = advice(report, config, mesh.size)
+  report.advice += whole_sums(report)
+  return report
+
+
+def _dumped(folder: str, name: str) -> str:
+  """Text of the files NAME.txt in a folder of the compiler; '' if none."""
+  files = pathlib.Path(folder).glob(f"*{name}.txt")
+  return "".join(path.read_text() for path in files)
+
+
+def _keep(folder: str, program: str, texts: Mapping[str, str]) -> None:
+  from etils import epath
+
+  epath.Path(folder).mkdir(parents=True, exist_ok=True)
+  for suffix, text in texts.items():
+    if text:
+      name = f"{program.replace(' ', '_')}{suffix}.txt"
+      (epath.Path(folder) / name).write_text(text)
+
+
+def _read_memory(report: Report, memory: Any) -> None:
+  """Fills in the compiler's figures of memory."""
   report.code = memory.generated_code_size_in_bytes
   resident: int = (
     memory.argument_size_in_bytes
@@ -355,38 +309,10 @@ def compile_program(
   report.activations = temporary or peak - resident
   if report.available is not None:
     report.fits = peak <= report.available
-  report.bytes_accessed = costs.get("bytes accessed")
-  try:
-    text = text or compiled.as_text() or ""
-  except jax.errors.JaxRuntimeError as error:
-    report.message = (
-      "the optimised program can't be read: bytes count each loop once, "
-      f"collectives are those asked for ({str(error)[:100]} ...)"
-    )
-    report.collectives = report.asked
-  else:
-    _read_program(report, text)
-    if hlo_folder:
-      kept = epath.Path(hlo_folder)
-      kept.mkdir(parents=True, exist_ok=True)
-      name = program.name.replace(" ", "_")
-      (kept / f"{name}.txt").write_text(text)
-      if largest:
-        (kept / f"{name}_memory.txt").write_text(largest)
-  if report.fits is False:
-    report.advice = advice(report, config, mesh.size)
-  report.advice += _whole_sums(report)
-  return report
-
-
-def _written(folder: str, name: str) -> str:
-  """What the compiler wrote of a program; '' if nothing."""
-  found = pathlib.Path(folder).glob(f"*{name}.txt")
-  return "".join(path.read_text() for path in found)
 
 
 def _read_program(report: Report, text: str) -> None:
-  """Fills in what the optimised program says."""
+  """Fills in figures of the optimised program."""
   from drift_jax.tools import hlo
 
   analysed = hlo.analyse(text)
@@ -405,19 +331,16 @@ def argument_bytes(arguments: Mapping[str, Any]) -> dict[str, int]:
   """Bytes on each device of what a program is called with, by what it is."""
   sizes: dict[str, int] = {}
   for name, tree in arguments.items():
+    parts = {name if name in ("params", "frozen") else "batch": tree}
     if name == "state":
-      sizes |= {
-        "params": device_bytes(tree.params),
-        "optimizer": device_bytes(tree.opt_state),
-        "ema": device_bytes(tree.ema),
-      }
-    else:
-      key = name if name in ("params", "frozen") else "batch"
-      sizes[key] = sizes.get(key, 0) + device_bytes(tree)
+      parts = {"params": tree.params, "optimizer": tree.opt_state}
+      parts["ema"] = tree.ema
+    for key, part in parts.items():
+      sizes[key] = sizes.get(key, 0) + _device_bytes(part)
   return {name: size for name, size in sizes.items() if size}
 
 
-def device_bytes(tree: Any) -> int:
+def _device_bytes(tree: Any) -> int:
   """Bytes of a tree of ShapeDtypeStructs on each device."""
   import jax
 
@@ -431,7 +354,7 @@ def device_bytes(tree: Any) -> int:
 
 
 def _available(device: Any) -> int | None:
-  """Bytes that programs may use on a device; None where nobody says."""
+  """Bytes that programs may use on a device; None if nobody says."""
   if device.device_kind in HBM:
     return int(HBM[device.device_kind])
   try:
@@ -442,147 +365,11 @@ def _available(device: Any) -> int | None:
 
 
 def needed_bytes(message: str) -> int | None:
-  """What a program would take, from the compiler's refusal of it."""
-  found = re.search(r"(?:\(|Used )([\d.]+)([KMGT])", message)
-  if found is None:
+  """Memory that a program would take, as the compiler's refusal says."""
+  match = re.search(r"(?:\(|Used )([\d.]+)([KMGT])", message)
+  if match is None:
     return None
-  return int(
-    float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]]
-  )
-
-
-def advice(report: Report, config: Any, devices: int) -> list[str]:
-  """What to change so that a program takes less, the cheapest first."""
-  found = []
-  sizes = report.arguments
-  trained = sum(sizes.get(name, 0) for name in ("params", "optimizer", "ema"))
-  if report.program != "train":
-    found.append("a smaller eval.batch_size")
-  else:
-    if config.model.remat not in (True, "full"):
-      value = True if config.task == "mae" else "full"
-      found.append(
-        f"model.remat={value}: recomputes blocks in the backward pass instead "
-        "of storing them"
-      )
-    if getattr(config.model, "attention_dtype", "bfloat16") != "bfloat16":
-      found.append(
-        "model.attention_dtype=bfloat16: halves the stored attention (the "
-        "published ablations use float32)"
-      )
-  encoders = getattr(config, "encoders", {})
-  decodes = any(e.decode and e.in_loss for e in encoders.values())
-  if report.program == "train" and decodes and not config.vae.remat:
-    found.append(
-      "vae.remat=True: recomputes the decoder's blocks in the backward pass "
-      "instead of storing them"
-    )
-  for name, section in encoders.items():
-    if section.dtype == "float32":
-      found.append(f"encoders.{name}.dtype=bfloat16: halves its weights")
-    if not section.remat and section.in_loss and report.program == "train":
-      found.append(
-        f"encoders.{name}.remat=True: recomputes its blocks in the backward "
-        "pass instead of storing them"
-      )
-    if section.sharding == "replicated":
-      found.append(
-        f"encoders.{name}.sharding=fsdp: keeps parts of its weights, and "
-        "gathers them in each step"
-      )
-  if trained > 0.2 * (report.available or math.inf):
-    found.append(
-      f"a larger mesh.fsdp: parameters, optimiser and EMAs take "
-      f"{trained / GB:.1f} GB of each device"
-    )
-  if report.program == "train" and config.task == "generator":
-    at_once = config.train.accum_labels or config.batch.labels
-    if at_once > devices:
-      found.append(
-        f"train.accum_labels={devices}: {devices} of the {config.batch.labels} "
-        "labels at once, with their gradients added up"
-      )
-  if report.program == "train":
-    found.append(
-      "more devices, or a smaller batch (batch.labels, batch.generated; "
-      "mae.batch_size): each device takes its part of it"
-    )
-  return found
-
-
-def _whole_sums(report: Report) -> list[str]:
-  """Gradients that the compiler sums whole though parts were asked for."""
-  kind = "reduce-scatter"
-  asked = report.asked.get(kind, {"bytes": 0})["bytes"]
-  whole = asked - report.collectives.get(kind, {"bytes": 0})["bytes"]
-  if whole <= 0.1 * asked:
-    return []
-  return [
-    f"mesh.data=2: {_gb(whole)} of gradients are all-reduced, as libtpu does "
-    "where fsdp is all of a square slice; half of it gets reduce-scatters"
-  ]
-
-
-def describe(result: Mapping[str, Any], reports: Sequence[Report]) -> str:
-  """The reports as text."""
-  mesh = ", ".join(f"{name}={size}" for name, size in result["mesh"].items())
-  lines = [
-    f"{result['config']} on {result['topology']}: {result['devices']} x "
-    f"{result['device_kind']}, mesh {mesh}. For each device:"
-  ]
-  for report in reports:
-    lines += ["", *_describe_one(report)]
-  return "\n".join(lines)
-
-
-def _describe_one(report: Report) -> list[str]:
-  verdict = {True: "fits", False: "DOES NOT FIT", None: "compiled"}[report.fits]
-  of = "" if report.available is None else f" of {_gb(report.available)}"
-  peak = "?" if report.peak is None else _gb(report.peak)
-  lines = [
-    f"{report.program}: {verdict}, {peak}{of} at the peak (compiled in "
-    f"{report.seconds:.0f} s)"
-  ]
-  sizes = dict(report.arguments)
-  if report.activations is not None:
-    sizes["activations"] = report.activations
-  lines.append(
-    "  memory       "
-    + ", ".join(f"{name} {_gb(size)}" for name, size in sizes.items())
-  )
-  if report.flops is not None and report.bytes_accessed is not None:
-    line = (
-      f"  work         {report.flops / 1e12:.4g} TFLOP, "
-      f"{_gb(report.bytes_accessed)} accessed"
-    )
-    if report.estimated_seconds is not None:
-      line += f", about {report.estimated_seconds * 1e3:.3g} ms at 1.75 GHz"
-    lines.append(line)
-  shown = [
-    f"{name} {part['seconds'] * 1e3:.3g} ms"
-    for name, part in report.parts.items()
-    if part["seconds"] > 0.01 * (report.estimated_seconds or 0.0)
-  ]
-  if shown:
-    lines.append(f"  parts        {', '.join(shown)}")
-  for kind in sorted(report.collectives | report.asked):
-    total = report.collectives.get(kind, {"count": 0, "bytes": 0})
-    line = f"  {kind:<12} {total['count']} x, {_gb(total['bytes'])}"
-    asked = report.asked.get(kind, {"bytes": 0})["bytes"]
-    if abs(total["bytes"] - asked) > 0.1 * max(total["bytes"], asked):
-      line += f" (the program asks for {_gb(asked)})"
-    lines.append(line)
-  if report.message:
-    lines.append(f"  compiler     {report.message}")
-  lines += [f"  change       {text}" for text in report.advice]
-  return lines
-
-
-def _gb(size: float) -> str:
-  for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-    if size >= 0.1 * unit:
-      return f"{size / unit:.3g} {name}"
-  return f"{size:.0f} B"
+  return int(float(match[1]) * 2 ** (10 * (1 + "KMGT".index(match[2]))))
 
 
 if __name__ == "__main__":

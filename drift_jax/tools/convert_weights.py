@@ -24,7 +24,7 @@ torch, which reads .bin, .pth and their like, is told to load arrays only.
 import sys
 from collections.abc import Sequence
 
-from drift_jax.system import console, paths
+from drift_jax.system import console, paths, programs
 from drift_jax.system.console import logger
 from drift_jax.tools.conversions import published
 
@@ -55,29 +55,29 @@ def _parser() -> console.Parser:
 def main(argv: Sequence[str] | None = None) -> None:
   """Converts what the command line asks for; a mistake is one line."""
   arguments = _parser().parse_args(argv)
-  import jax
 
-  from drift_jax.system import numerics
-  from drift_jax.tools.conversions.layouts import WeightsError
-  from drift_jax.tools.work import convert_weights
-  from drift_jax.training import artifacts
+  def program() -> None:
+    import jax
 
-  console.setup()
-  numerics.pin()
-  try:
-    artifact = convert_weights.convert(
-      arguments.model, arguments.source, arguments.out
+    from drift_jax.tools.conversions.layouts import WeightsError
+    from drift_jax.tools.work import convert_weights
+
+    try:
+      artifact = convert_weights.convert(
+        arguments.model, arguments.source, arguments.out
+      )
+    except WeightsError as error:
+      sys.exit(f"Error: {error}")
+    logger.info(
+      "Wrote %s: %s, %d parameters, SHA-256 %s, model_config %s.",
+      arguments.out,
+      artifact.kind,
+      sum(leaf.size for leaf in jax.tree.leaves(artifact.params)),
+      artifact.sha256,
+      dict(artifact.metadata["model_config"]),
     )
-  except (WeightsError, artifacts.ArtifactError, OSError) as error:
-    sys.exit(f"Error: {error}")
-  logger.info(
-    "Wrote %s: %s, %d parameters, SHA-256 %s, model_config %s.",
-    arguments.out,
-    artifact.kind,
-    sum(leaf.size for leaf in jax.tree.leaves(artifact.params)),
-    artifact.sha256,
-    dict(artifact.metadata["model_config"]),
-  )
+
+  programs.run(program)
 
 
 if __name__ == "__main__":

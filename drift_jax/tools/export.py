@@ -6,7 +6,7 @@
 
   OUT/manifest.json                what there is: shapes, classes, checksums
   OUT/generator/model.safetensors  the weights, with a config.json
-  OUT/vae/...                      the same of the autoencoder behind latents
+  OUT/vae/...                      the same of the autoencoder, for latents
   OUT/sample.stablehlo             (weights, labels, alpha, index, seed, style)
                                    -> images, as drift_jax.sample draws them
   OUT/generate.stablehlo           (weights, labels, alpha, noise, style)
@@ -20,10 +20,9 @@ With --formats=...:
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 
-from drift_jax.system import console, options, paths
+from drift_jax.system import console, options, paths, programs
 from drift_jax.system.console import logger
 
 
@@ -43,12 +42,8 @@ def _names(*valid: str) -> Callable[[str], list[str]]:
 
 
 def _parser() -> console.Parser:
-  parser = console.Parser(
-    prog="python -m drift_jax.tools.export",
-    description="Exports a generator for use without this package.",
-    allow_abbrev=False,
-    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-  )
+  parser = programs.parser("drift_jax.tools.export", __doc__)
+  add = parser.add_argument
   source = parser.add_mutually_exclusive_group(required=True)
   source.add_argument("--workdir", type=paths.argument, help="of a run")
   source.add_argument(
@@ -57,61 +52,49 @@ def _parser() -> console.Parser:
     help="an artifact's folder, hf://NAME of the authors' release, or "
     "hf://OWNER/NAME[@REVISION][/FOLDER]",
   )
-  parser.add_argument(
-    "--out", type=paths.argument, required=True, help="a new folder"
-  )
-  parser.add_argument(
+  add("--out", type=paths.argument, required=True, help="a new folder")
+  add(
     "--vae",
     type=paths.argument,
     default="",
-    help="of --init_from: the autoencoder of its latents; of --workdir where "
-    "it is now, if it is not found",
+    help="autoencoder of --init_from; of --workdir, if it has moved",
   )
-  parser.add_argument("--step", type=int, help="of --workdir: checkpoint")
-  parser.add_argument("--ema_decay", type=float, help="of --workdir: which EMA")
-  parser.add_argument(
-    "--dtype",
-    choices=options.DTYPES,
-    help="of computation; as trained, if not given",
-  )
-  parser.add_argument(
-    "--formats",
-    type=_names(*options.FORMATS),
-    default=["stablehlo"],
-    help=f"beside safetensors, of {','.join(options.FORMATS)}",
-  )
-  parser.add_argument(
-    "--platforms",
-    type=_names(*options.PLATFORMS),
-    default=list(options.PLATFORMS),
-  )
+  add("--step", type=int, help="of --workdir: checkpoint")
+  add("--ema_decay", type=float, help="of --workdir: which EMA")
+  add("--dtype", choices=options.DTYPES, help="of computation (default: as is)")
+  for name, valid, default in (
+    ("formats", options.FORMATS, "stablehlo"),
+    ("platforms", options.PLATFORMS, ",".join(options.PLATFORMS)),
+  ):
+    add(
+      f"--{name}",
+      type=_names(*valid),
+      default=default,
+      help=f"of {','.join(valid)} (default: {default})",
+    )
   return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Exports what the command line asks for; a mistake is one line."""
   arguments = vars(_parser().parse_args(argv))
-  from drift_jax.system import numerics
-  from drift_jax.system.errors import ERRORS
-  from drift_jax.tools.work import export
-
-  console.setup()
-  numerics.pin()
-  source = arguments.pop("workdir") or arguments.pop("init_from")
-  arguments.pop("init_from", None)
+  workdir, weights = arguments.pop("workdir"), arguments.pop("init_from")
   out = arguments.pop("out")
-  try:
-    manifest = export.export(source, out, **arguments)
-  except ERRORS as error:
-    sys.exit(f"Error: {error}")
-  total = sum(entry["bytes"] for entry in manifest["files"].values())
-  logger.info(
-    "Wrote %s: %d files, %.4g MB, %s.",
-    out,
-    len(manifest["files"]) + 1,
-    total / 1e6,
-    manifest["dtype"],
-  )
+
+  def program() -> None:
+    from drift_jax.tools.work import export
+
+    manifest = export.export(workdir or weights, out, **arguments)
+    files = manifest["files"].values()
+    logger.info(
+      "Wrote %s: %d files, %.4g MB, %s.",
+      out,
+      len(files) + 1,
+      sum(file["bytes"] for file in files) / 1e6,
+      manifest["dtype"],
+    )
+
+  programs.run(program)
 
 
 if __name__ == "__main__":

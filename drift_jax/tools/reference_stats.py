@@ -14,92 +14,53 @@ features of the images in it. Several processes that run the same command, each
 with its --process_id, share the images.
 """
 
-import argparse
+import functools
 from collections.abc import Sequence
 
-from drift_jax.system import console, options, paths
+from drift_jax.system import console, options, paths, programs
 
 # Flags that say which images of a source are meant.
-_SOURCE_FLAGS = (
-  "split",
-  "image_size",
-  "crop",
-  "channels",
-  "data_dir",
-  "class_order",
-  "max_corrupt",
-  "num_threads",
-)
+_SOURCE_FLAGS = ("split", "image_size", "crop", "channels", "data_dir")
+_SOURCE_FLAGS += ("class_order", "max_corrupt", "num_threads")
 # The least values of numbers.
 _AT_LEAST = {"num_features": 0, "batch_size": 1, "seed": 0, "num_threads": 1}
 
 
 def _parser() -> console.Parser:
-  description, _, details = (__doc__ or "").partition("\n")
-  parser = console.Parser(
-    prog="python -m drift_jax.tools.reference_stats",
-    description=description,
-    epilog=details,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  parser = programs.parser("drift_jax.tools.reference_stats", __doc__)
   what = parser.add_mutually_exclusive_group(required=True)
-  what.add_argument(
-    "--source", help="digits, folder:DIR, tar:FILE or tfds:NAME"
-  )
+  what.add_argument("--source", help="digits, folder:DIR, tar:FILE, tfds:NAME")
   what.add_argument(
     "--public", type=paths.argument, help=".npz with mu, sigma and images arr_0"
   )
-  add = parser.add_argument
-  add(
-    "--network",
-    type=paths.argument,
-    required=True,
-    help="folder of the exported network",
-  )
-  add("--out", type=paths.argument, required=True, help=".npz to write")
-  add(
+  path = functools.partial(parser.add_argument, type=paths.argument)
+  path("--network", required=True, help="folder of the exported network")
+  path("--out", required=True, help=".npz to write")
+  integer = functools.partial(parser.add_argument, type=int)
+  integer(
     "--num_features",
-    type=int,
     default=options.NUM_FEATURES,
-    help="single images whose features are kept (default: "
-    f"{options.NUM_FEATURES})",
+    help="single images whose features are kept (default: %(default)s)",
   )
-  add(
+  integer(
     "--batch_size",
-    type=int,
     default=64,
-    help="images on all devices of a process (default: 64)",
+    help="images on all devices of a process (default: %(default)s)",
   )
-  add("--seed", type=int, default=0, help="picks the single images")
-  group = parser.add_argument_group("with --source")
-  add = group.add_argument
+  integer("--seed", default=0, help="picks the single images")
+  add = parser.add_argument_group("with --source").add_argument
   add("--split", help="of the source (default: train)")
   add("--image_size", type=int, help="in pixels (default: 256)")
   add("--crop", choices=options.CROPS, help="as data.crop (default: center)")
   add("--channels", type=int, choices=(1, 3), help="1: grey (default: 3)")
   add(
-    "--data_dir",
-    type=paths.argument,
-    help="where relative sources and TFDS' data lie",
+    "--data_dir", type=paths.argument, help="where sources and TFDS' data lie"
   )
   add("--class_order", help="as data.class_order (default: the source's own)")
-  add(
-    "--max_corrupt",
-    type=int,
-    help="images that may turn out undecodable (default: 0); each is replaced "
-    "by another one of its class",
-  )
-  add(
-    "--num_threads", type=int, help="that decode (default: one for each core)"
-  )
-  group = parser.add_argument_group("with several processes")
-  add = group.add_argument
-  add(
-    "--coordinator",
-    default="",
-    help="HOST:PORT of process 0, or 'auto' on TPU pods and SLURM",
-  )
+  add("--max_corrupt", type=int, help="as data.max_corrupt (default: 0)")
+  add("--num_threads", type=int, help="that decode (default: one a core)")
+  add = parser.add_argument_group("with several processes").add_argument
+  add("--coordinator", default="", help="HOST:PORT of process 0, or 'auto'")
   add("--num_processes", type=int, help="how many share the work")
   add("--process_id", type=int, help="of this process, from 0")
   add(
@@ -115,34 +76,26 @@ def main(argv: Sequence[str] | None = None) -> None:
   """Does what the command line asks for; a mistake is one line."""
   parser = _parser()
   arguments = parser.parse_args(argv)
-  given = {
-    name: getattr(arguments, name)
-    for name in _SOURCE_FLAGS
-    if getattr(arguments, name) is not None
-  }
-  if arguments.public is not None and given:
-    parser.error(f"--{next(iter(given))} goes with --source, not with --public")
+  values = {k: v for k, v in vars(arguments).items() if v is not None}
+  of_source = {name: values[name] for name in _SOURCE_FLAGS if name in values}
+  if arguments.public is not None and of_source:
+    first = next(iter(of_source))
+    parser.error(f"--{first} goes with --source, not with --public")
   for name, minimum in _AT_LEAST.items():
-    value = getattr(arguments, name)
-    if value is not None and value < minimum:
-      parser.error(f"--{name}={value} must be at least {minimum}")
-  from drift_jax.system import exits, numerics
-  from drift_jax.tools.work import reference_stats
-
-  console.setup()
-  numerics.pin()
+    if values.get(name, minimum) < minimum:
+      parser.error(f"--{name}={values[name]} must be at least {minimum}")
 
   def program() -> None:
-    exits.join(
-      arguments.coordinator,
-      arguments.num_processes,
-      arguments.process_id,
-      join_timeout=arguments.join_timeout,
-      again=exits.ANEW,
-    )
-    reference_stats.run(arguments, given)
+    from drift_jax.tools.work import reference_stats
 
-  exits.run(program, again=exits.ANEW)
+    reference_stats.run(arguments, of_source)
+
+  place = (
+    arguments.coordinator,
+    arguments.num_processes,
+    arguments.process_id,
+  )
+  programs.run(program, processes=place, join_timeout=arguments.join_timeout)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from drift_jax import config as config_lib
-from drift_jax.system import paths
+from drift_jax.system import paths, programs
 
 
 def define_flags() -> None:
@@ -35,22 +35,19 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
   """Prints the figures."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments {list(argv[1:])}")
-  from drift_jax.metrics.files import report_text, write_report
-  from drift_jax.system import console, exits, numerics
-  from drift_jax.tools.work import rollout
-
-  console.setup()
-  numerics.pin()
+  with programs.checking(argv):
+    values = flags.FLAGS
 
   def program() -> None:
-    report = rollout.run(flags.FLAGS)
-    sys.stdout.write(report_text(report) + "\n")
-    if flags.FLAGS.json:
-      write_report(flags.FLAGS.json, report)
+    from drift_jax.metrics.files import report_text, write_report
+    from drift_jax.tools.work import rollout
 
-  exits.run(program)
+    report = rollout.run(values)
+    sys.stdout.write(report_text(report) + "\n")
+    if values.json:
+      write_report(values.json, report)
+
+  programs.run(program)
 
 
 if __name__ == "__main__":

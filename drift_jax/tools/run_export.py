@@ -40,14 +40,14 @@ def read_safetensors(data: bytes) -> dict[str, np.ndarray]:
 def check(asked: argparse.Namespace, manifest: dict[str, Any]) -> None:
   """Raises ValueError for what is out of range, or can't be written."""
   low, high = manifest["alpha_range"]
-  if not low <= asked.alpha <= high:
-    raise ValueError(f"--alpha {asked.alpha}: want {low} to {high}")
-  if not 0 <= asked.seed < 2**32:
-    raise ValueError(f"--seed {asked.seed}: want 0 to {2**32 - 1}")
-  if asked.count < 1:
-    raise ValueError(f"--count {asked.count}: want at least 1")
-  if not asked.out.endswith((".png", ".npy")):
-    raise ValueError(f"--out {asked.out}: want .png or .npy")
+  for name, valid, want in (
+    ("alpha", low <= asked.alpha <= high, f"{low} to {high}"),
+    ("seed", 0 <= asked.seed < 2**32, f"0 to {2**32 - 1}"),
+    ("count", asked.count >= 1, "at least 1"),
+    ("out", asked.out.endswith((".png", ".npy")), ".png or .npy"),
+  ):
+    if not valid:
+      raise ValueError(f"--{name} {getattr(asked, name)}: want {want}")
 
 
 def png(rgb: np.ndarray) -> bytes:
@@ -62,22 +62,25 @@ def png(rgb: np.ndarray) -> bytes:
 
 
 def class_index(text: str, names: list[str], count: int) -> int:
-  """Of "3" or "index:3", or of "name:tench", which may be a number."""
+  """Index of the class "3", "index:3" or "name:tench".
+
+  Raises:
+    ValueError: there is none, or an index and another class' name.
+  """
   kind, colon, rest = text.partition(":")
   called = [i for i, name in enumerate(names) if name == (rest or text)]
-  if colon and kind == "name":
-    if len(called) != 1:
-      sys.exit(f"Error: --labels {text}: {len(called)} classes have this name")
-    return called[0]
-  if not (rest if kind == "index" else text).isdecimal():
-    sys.exit(f"Error: --labels {text}: want 3, index:3 or name:NAME")
-  index = int(rest or text)
+  by_name, number = colon and kind == "name", rest if kind == "index" else text
+  if by_name and len(called) != 1:
+    raise ValueError(f"--labels {text}: {len(called)} classes have this name")
+  if not by_name and not number.isdecimal():
+    raise ValueError(f"--labels {text}: want 3, index:3 or name:NAME")
+  index = called[0] if by_name else int(number)
   if index >= count:
-    sys.exit(f"Error: --labels {text}: class indices are 0 to {count - 1}")
+    raise ValueError(f"--labels {text}: class indices are 0 to {count - 1}")
   if not colon and called and called != [index]:
-    sys.exit(
-      f"Error: --labels {text} may mean class index {text} or the class "
-      f"called {text}, index {called[0]}: write index:{text} or name:{text}"
+    raise ValueError(
+      f"--labels {text} may mean class index {text} or the class called {text},"
+      f" index {called[0]}: write index:{text} or name:{text}"
     )
   return index
 

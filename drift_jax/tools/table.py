@@ -17,7 +17,7 @@ from typing import Any
 from absl import app, flags
 
 from drift_jax import config as config_lib
-from drift_jax.system import paths
+from drift_jax.system import paths, programs
 
 
 class Values(flags.ListParser):
@@ -42,19 +42,15 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str], task: str | None = None) -> None:
   """Writes and prints the table; with a task, runs of others are refused."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments {list(argv[1:])}")
-  from drift_jax.system import console, exits, numerics
-  from drift_jax.tools.work import table
-
-  console.setup()
-  numerics.pin()
+  with programs.checking(argv):
+    workdirs = [paths.expand(workdir) for workdir in flags.FLAGS.workdirs]
 
   def program() -> None:
-    workdirs = [paths.expand(workdir) for workdir in flags.FLAGS.workdirs]
+    from drift_jax.tools.work import table
+
     sys.stdout.write(table.run(workdirs, flags.FLAGS.out, task))
 
-  exits.run(program)
+  programs.run(program)
 
 
 if __name__ == "__main__":

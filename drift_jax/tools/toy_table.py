@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from drift_jax import config as config_lib
-from drift_jax.system import paths
+from drift_jax.system import paths, programs
 from drift_jax.tools.table import Values
 
 
@@ -43,19 +43,15 @@ def main(argv: Sequence[str]) -> None:
   """Runs the table of the command line."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {list(argv[1:])}")
-  from drift_jax.system import console, exits, numerics
-  from drift_jax.tools.work import toy_table
-
-  console.setup()
-  numerics.pin()
   _, overrides = config_lib.config_arguments(sys.argv[1:])
 
   def program() -> None:
-    exits.stop_on_sigterm()
+    from drift_jax.tools.work import toy_table
+
     if failed := toy_table.run(flags.FLAGS, overrides):
       sys.exit("\n- ".join(["Failed:", *failed]))
 
-  exits.run(program)
+  programs.run(program, resumes=True)
 
 
 def _flags(argv: Sequence[str]) -> list[str]:

@@ -31,8 +31,12 @@ class NonFiniteError(UserError, FloatingPointError):
   """Something watched is not finite; the message names step and values."""
 
 
-class Feed(prefetch.Feed, Protocol):
+class Feed(Protocol):
   """See drift_jax.data.feed."""
+
+  def __next__(self) -> Any: ...
+
+  def state(self) -> dict[str, Any]: ...
 
   def start(self) -> None: ...
 

@@ -1,7 +1,7 @@
 """Exports a generator: see drift_jax.tools.export."""
 
 import contextlib
-import hashlib
+import functools
 import importlib
 import json
 import pathlib
@@ -24,8 +24,13 @@ from drift_jax.models.precision import rounded
 from drift_jax.system import options, sharding, storage
 from drift_jax.system.devices import find_devices
 from drift_jax.tasks.generator import step as step_lib
-from drift_jax.tasks.generator.restore import open_generator, sampling_task
+from drift_jax.tasks.generator.restore import (
+  OpenedGenerator,
+  open_generator,
+  sampling_task,
+)
 from drift_jax.tasks.generator.step import GeneratorTask, sample_step
+from drift_jax.tools import weight_files
 from drift_jax.training import artifacts
 from drift_jax.training.frozen import decoding
 
@@ -58,21 +63,11 @@ def export(
     The manifest.
 
   Raises:
-    ConfigError: options out of range, a folder that is there, latents without
-      their autoencoder.
+    ConfigError: a folder that is there, a missing converter.
     ArtifactError, CheckpointError: weights that can't be loaded.
   """
-  for name, values, valid in (
-    ("formats", formats, options.FORMATS),
-    ("platforms", platforms, options.PLATFORMS),
-    ("dtype", () if dtype is None else (dtype,), options.DTYPES),
-  ):
-    for value in values:
-      if value not in valid:
-        raise config_lib.ConfigError(
-          f"{name}={value!r}: valid options are {list(valid)}"
-        )
   with _new_folder(out) as folder:
+    # 1. The weights, in the precision of the computation
     mesh = sharding.make_mesh(1, 1, find_devices()[:1])
     opened = open_generator(
       source, mesh, vae=vae, step=step, ema_decay=ema_decay
@@ -80,87 +75,58 @@ def export(
     model_config = dict(opened.model_config)
     if dtype is not None:
       model_config["use_bf16"] = dtype == "bfloat16"
-    module, _ = release.describe("gen", model_config)
+    module: Any = release.describe("gen", model_config)[0]
     trained = jax.device_get(opened.params)
-    params = rounded(module, trained)
     facts = {
       "alpha_range": list(opened.alpha_range),
       "class_names": list(opened.class_names) or None,
     }
-    saved = {
-      "step": opened.step,
-      "ema_decay": opened.ema_decay,
-      "source": opened.provenance,
-    }
-    artifacts.save(
-      folder / artifacts.EXPORTED,
+    trained_for = {"step": opened.step, "ema_decay": opened.ema_decay}
+    save = functools.partial(
+      artifacts.save,
       kind="gen",
       model_config=model_config,
-      params=params,
       facts=facts,
+      source=opened.provenance,
+      **trained_for,
+    )
+    weights = {artifacts.EXPORTED: rounded(module, trained)}
+    save(
+      folder / artifacts.EXPORTED,
+      params=weights[artifacts.EXPORTED],
       format="safetensors",
-      **saved,
     )
     if "release" in formats:
-      artifacts.save(
-        folder,
-        kind="gen",
-        model_config=model_config,
-        params=jax.tree.map(lambda x: x.astype(np.float32), trained),
-        facts=facts,
-        **saved,
-      )
-    weights = {"generator": params}
-    if opened.vae is not None:
-      autoencoder: Any = opened.vae.module
-      weights["vae"] = jax.device_get(opened.vae.params)
-      artifacts.save(
-        folder / artifacts.EXPORTED_VAE,
-        kind="vae",
-        model_config={
-          **opened.vae.metadata["model_config"],
-          "use_bf16": autoencoder.dtype == jnp.bfloat16,
-        },
-        params=weights["vae"],
-        step=None,
-        ema_decay=None,
-        source={"sha256": opened.vae.sha256},
-        format="safetensors",
-      )
-    generator: Any = module
-    task = sampling_task(generator)
+      save(folder, params=jax.tree.map(lambda x: x.astype(np.float32), trained))
     decode = None
     if opened.vae is not None:
       decode = decoding(opened.vae)
-    made = _functions(weights, task, decode)
+      weights[artifacts.EXPORTED_VAE] = jax.device_get(opened.vae.params)
+      _save_vae(folder, opened.vae, weights[artifacts.EXPORTED_VAE])
+    # 2. Functions of them
+    task = sampling_task(module)
+    made = _functions(task, decode)
+    flat = {
+      name: dict(traverse_util.flatten_dict(tree, sep="/"))
+      for name, tree in weights.items()
+    }
     functions: dict[str, Any] = {}
     if "onnx" in formats:
-      _write_onnx(folder / "generate.onnx", made["generate"], weights)
+      _write_onnx(folder / "generate.onnx", made["generate"], flat)
     if "stablehlo" in formats:
-      functions = _write_stablehlo(folder, made, weights, platforms)
+      functions = _write_stablehlo(folder, made, flat, platforms)
       shutil.copyfile(_RUN, folder / "run.py")
+    # 3. What there is
     manifest = {
       "format": VERSION,
       "drift_jax": drift_jax.__version__,
       "jax": jax.__version__,
-      "dtype": str(generator.dtype),
+      "dtype": str(module.dtype),
       "weights": {name: f"{name}/{artifacts.TENSORS_FILE}" for name in weights},
       "functions": functions,
-      "images": "float32 [b, height, width, channels] in [-1, 1]",
-      "noise_shape": ["b", *task.noise_shape],
-      "style_tokens": task.style_tokens,
-      "style_vocab": task.style_vocab,
-      "num_classes": opened.num_classes,
-      # Both ends included; what is beyond them gives NaN, or is not trained.
-      "ranges": {
-        "labels": [0, opened.num_classes - 1],
-        "alpha": list(opened.alpha_range),
-        "seed": [0, 2**32 - 1],
-        "style": [0, max(task.style_vocab - 1, 0)],
-      },
+      **_ranges(opened, task),
       **facts,
-      "step": opened.step,
-      "ema_decay": opened.ema_decay,
+      **trained_for,
       "provenance": dict(opened.provenance),
       "files": _checksums(folder),
     }
@@ -170,18 +136,54 @@ def export(
   return manifest
 
 
+def _ranges(opened: OpenedGenerator, task: GeneratorTask) -> dict[str, Any]:
+  """Arguments and results of the functions; ranges include both ends.
+
+  Beyond them, images are NaN, or were not trained for.
+  """
+  return {
+    "images": "float32 [b, height, width, channels] in [-1, 1]",
+    "noise_shape": ["b", *task.noise_shape],
+    "style_tokens": task.style_tokens,
+    "style_vocab": task.style_vocab,
+    "num_classes": opened.num_classes,
+    "ranges": {
+      "labels": [0, opened.num_classes - 1],
+      "alpha": list(opened.alpha_range),
+      "seed": [0, options.MAX_SEED],
+      "style": [0, max(task.style_vocab - 1, 0)],
+    },
+  }
+
+
+def _save_vae(
+  folder: pathlib.Path, vae: artifacts.Artifact, params: Any
+) -> None:
+  """Writes the autoencoder, with the precision in which it decodes."""
+  module: Any = vae.module
+  artifacts.save(
+    folder / artifacts.EXPORTED_VAE,
+    kind="vae",
+    model_config={
+      **vae.metadata["model_config"],
+      "use_bf16": module.dtype == jnp.bfloat16,
+    },
+    params=params,
+    step=None,
+    ema_decay=None,
+    source={"sha256": vae.sha256},
+    format="safetensors",
+  )
+
+
 @contextlib.contextmanager
 def _new_folder(out: str) -> Iterator[pathlib.Path]:
   """A temporary folder, which gets the name when all went well."""
   if storage.is_remote(out):
-    raise config_lib.ConfigError(
-      f"--out={out}: exports are written to a local folder; copy it"
-    )
+    raise config_lib.ConfigError(f"--out={out} must be a local folder: copy it")
   path = pathlib.Path(out)
   if path.exists():
-    raise config_lib.ConfigError(
-      f"--out={out} is there already: remove it or give another folder"
-    )
+    raise config_lib.ConfigError(f"--out={out} is there already: remove it")
   path.parent.mkdir(parents=True, exist_ok=True)
   folder = pathlib.Path(tempfile.mkdtemp(prefix=".export", dir=path.parent))
   try:
@@ -193,78 +195,52 @@ def _new_folder(out: str) -> Iterator[pathlib.Path]:
 
 
 class _Function(NamedTuple):
-  """What is exported, and the shapes of its arguments after the weights."""
+  """A function to export, and the shapes of its arguments after the weights."""
 
   call: Callable[..., jax.Array]
   arguments: dict[str, jax.ShapeDtypeStruct]
 
 
 def _functions(
-  weights: Mapping[str, Any],
-  task: GeneratorTask,
-  decode: Callable[[Any, jax.Array], jax.Array] | None,
+  task: GeneratorTask, decode: Callable[[Any, jax.Array], jax.Array] | None
 ) -> dict[str, _Function]:
   """By name, of a batch of any size."""
 
-  def images(weights: Mapping[str, Any], samples: jax.Array) -> jax.Array:
+  def images(
+    step: Callable[..., jax.Array], weights: Mapping[str, Any], *arrays: Any
+  ) -> jax.Array:
+    samples = step(_tree(weights[artifacts.EXPORTED]), *arrays)
     if decode is not None:
-      samples = decode(_tree(weights["vae"]), samples)
+      samples = decode(_tree(weights[artifacts.EXPORTED_VAE]), samples)
     return samples.astype(jnp.float32)
 
-  def sample(
-    weights: Mapping[str, Any],
-    labels: jax.Array,
-    alpha: jax.Array,
-    index: jax.Array,
-    seed: jax.Array,
-    style: jax.Array,
-  ) -> jax.Array:
-    samples = sample_step(
-      _tree(weights["generator"]),
-      labels,
-      alpha,
-      index,
-      seed=seed,
-      style=style,
-      task=task,
+  def sample(params: Any, labels: Any, alpha: Any, index: Any, *shared: Any):
+    seed, style = shared
+    return sample_step(
+      params, labels, alpha, index, seed=seed, style=style, task=task
     )
-    return images(weights, samples)
 
-  def generate(
-    weights: Mapping[str, Any],
-    labels: jax.Array,
-    alpha: jax.Array,
-    noise: jax.Array,
-    style: jax.Array,
-  ) -> jax.Array:
-    samples = step_lib.generate(
-      _tree(weights["generator"]), labels, alpha, noise, style, task=task
-    )
-    return images(weights, samples)
-
+  generate = functools.partial(step_lib.generate, task=task)
   shape = jax.ShapeDtypeStruct
   (batch,) = jax.export.symbolic_shape("b")
+  tokens = task.style_tokens
   of_each = {
     "labels": shape((batch,), jnp.int32),
     "alpha": shape((batch,), jnp.float32),
   }
+  by_seed = {
+    "index": shape((batch,), jnp.int32),
+    "seed": shape((), jnp.uint32),
+    "style": shape((tokens,), jnp.int32),
+  }
+  by_noise = {
+    "noise": shape((batch, *task.noise_shape), jnp.float32),
+    "style": shape((batch, tokens), jnp.int32),
+  }
   return {
-    "sample": _Function(
-      sample,
-      of_each
-      | {
-        "index": shape((batch,), jnp.int32),
-        "seed": shape((), jnp.uint32),
-        "style": shape((task.style_tokens,), jnp.int32),
-      },
-    ),
+    "sample": _Function(functools.partial(images, sample), of_each | by_seed),
     "generate": _Function(
-      generate,
-      of_each
-      | {
-        "noise": shape((batch, *task.noise_shape), jnp.float32),
-        "style": shape((batch, task.style_tokens), jnp.int32),
-      },
+      functools.partial(images, generate), of_each | by_noise
     ),
   }
 
@@ -275,18 +251,11 @@ def _write_stablehlo(
   weights: Mapping[str, Any],
   platforms: Sequence[str],
 ) -> dict[str, Any]:
-  """Writes the functions of (weights, ...); what the manifest says of them."""
-  shapes = {
-    name: {
-      path: jax.ShapeDtypeStruct(x.shape, x.dtype)
-      for path, x in _flat(tree).items()
-    }
-    for name, tree in weights.items()
-  }
+  """Writes functions of (weights, ...); returns their part of the manifest."""
   described = {}
   for name, (call, arguments) in functions.items():
     exported = jax.export.export(jax.jit(call), platforms=list(platforms))(
-      shapes, *arguments.values()
+      weights, *arguments.values()
     )
     file = f"{name}.stablehlo"
     (folder / file).write_bytes(exported.serialize())
@@ -313,18 +282,17 @@ def _write_onnx(
   try:
     converter = importlib.import_module("jax2onnx")
   except ImportError as error:
+    # Its requirements want an older Orbax.
     raise config_lib.ConfigError(
-      "formats='onnx' needs a converter: pip install onnx-ir && pip install "
-      "--no-deps jax2onnx (its requirements want an older Orbax)"
+      "formats='onnx': pip install onnx-ir && pip install --no-deps jax2onnx"
     ) from error
-  flat = {
-    name: jax.tree.map(jnp.asarray, _flat(tree))
-    for name, tree in weights.items()
-  }
+  arrays = jax.tree.map(jnp.asarray, weights)
   shapes = function.arguments.values()
   # Traced beforehand: what the converter puts in the place of jnp's functions
   # while it traces does not know Flax's loop over blocks.
-  closed = jax.make_jaxpr(lambda *inputs: function.call(flat, *inputs))(*shapes)
+  closed = jax.make_jaxpr(lambda *inputs: function.call(arrays, *inputs))(
+    *shapes
+  )
   try:
     converter.to_onnx(
       lambda *inputs: jax.extend.core.jaxpr_as_fun(closed)(*inputs)[0],
@@ -342,10 +310,6 @@ def _write_onnx(
     ) from error
 
 
-def _flat(tree: Any) -> dict[str, Any]:
-  return dict(traverse_util.flatten_dict(tree, sep="/"))
-
-
 def _tree(flat: Mapping[str, Any]) -> dict[str, Any]:
   return traverse_util.unflatten_dict(dict(flat), sep="/")
 
@@ -356,12 +320,11 @@ def _described(x: Any) -> str:
 
 def _checksums(folder: pathlib.Path) -> dict[str, Any]:
   """{path: size and SHA-256} of every file."""
-  found = {}
-  for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-    with path.open("rb") as file:
-      digest = hashlib.file_digest(file, "sha256").hexdigest()
-    found[path.relative_to(folder).as_posix()] = {
+  return {
+    path.relative_to(folder).as_posix(): {
       "bytes": path.stat().st_size,
-      "sha256": digest,
+      "sha256": weight_files.sha256_of(path),
     }
-  return found
+    for path in sorted(folder.rglob("*"))
+    if path.is_file()
+  }

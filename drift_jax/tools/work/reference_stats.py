@@ -14,7 +14,6 @@ import numpy as np
 
 from drift_jax.data.readers import ArrayReader, ImageReader
 from drift_jax.data.sources import ArraySource, open_source
-from drift_jax.metrics import sample_files as sample_files_lib
 from drift_jax.metrics.batches import local_batches
 from drift_jax.metrics.evaluators import features_of
 from drift_jax.metrics.frechet import (
@@ -29,6 +28,7 @@ from drift_jax.metrics.reference import (
   load_reference,
   save_reference,
 )
+from drift_jax.metrics.sample_files import open_images as open_image_file
 from drift_jax.system import console, options, processes, sharding
 from drift_jax.system.console import logger
 from drift_jax.system.devices import find_devices
@@ -58,15 +58,13 @@ class Images:
     pixels: indices [n] -> uint8 [n, size, size, 3].
     count: N.
     size: their side.
-    source, split, crop: see metrics.Provenance.
+    facts: source, split and crop; see metrics.Provenance.
   """
 
   pixels: Callable[[np.ndarray], np.ndarray]
   count: int
   size: int
-  source: str
-  split: str
-  crop: str
+  facts: dict[str, str]
 
 
 class Network:
@@ -95,7 +93,7 @@ class Network:
     return self._outputs(pixels)[0]
 
   def dimensions(self, size: int) -> int:
-    """Of the features of images of a size."""
+    """Number of features of an image of this size."""
     shape = (self._mesh.size, size, size, 3)
     pixels = jax.ShapeDtypeStruct(shape, np.uint8)
     return jax.eval_shape(self._features, pixels).shape[1]
@@ -120,33 +118,22 @@ class Network:
     sharing = jax.process_count()
     batch_size = min(batch_size, -(-len(indices) // sharing))
     total = sharing * pad_to_mesh(batch_size, self._mesh)
-    own = [
+    parts = [
       indices[numbers[:valid]]
       for numbers, valid in local_batches(len(indices), total)
     ]
     rows = features_of(self._features, images.pixels, indices, batch_size=total)
-    progress = console.Progress("Features", sum(map(len, own)))
-    for numbers, features in zip(own, rows, strict=True):
+    progress = console.Progress("Features", sum(map(len, parts)))
+    for numbers, features in zip(parts, rows, strict=True):
       bad = ~np.isfinite(features).all(axis=1)
       if bad.any():
         raise StatsError(
           f"--network={self.path}: the features of image {numbers[bad][0]} of "
-          f"{images.source} are not finite"
+          f"{images.facts['source']} are not finite"
         )
       yield numbers, features.astype(np.float32)
       progress.update(len(numbers))
     logger.info("%.4g images/s.", progress.close())
-
-  def provenance(self, images: Images) -> Provenance:
-    """What statistics of its features of these images are computed from."""
-    return Provenance(
-      source=images.source,
-      split=images.split,
-      crop=images.crop,
-      resolution=images.size,
-      network=name_of(self.artifact),
-      network_sha256=self.artifact.sha256,
-    )
 
 
 def statistics(
@@ -156,6 +143,7 @@ def statistics(
   num_features: int = options.NUM_FEATURES,
   batch_size: int = 64,
   seed: int = 0,
+  public: ReferenceStats | None = None,
 ) -> ReferenceStats:
   """Mean and covariance of all images' features, and some single ones.
 
@@ -165,62 +153,76 @@ def statistics(
     images: at least two.
     network: whose features.
     num_features: single images whose features are kept, in the order of the
-      images, drawn without replacement; all where there are fewer.
+      images, drawn without replacement; all if there are fewer.
     batch_size: images on all devices of a process.
     seed: of the draw.
+    public: published mean and covariance; only features of single images are
+      computed then.
 
   Raises:
     StatsError: fewer than two images, processes that see different ones, or
       features that are not finite.
     DataError, OSError: images that can't be read.
   """
-  provenance = network.provenance(images)
+  # 1. Which images are looked at
+  provenance = Provenance(
+    **images.facts,
+    resolution=images.size,
+    network=name_of(network.artifact),
+    network_sha256=network.artifact.sha256,
+  )
   _check_same(provenance, images.count)
   kept = _drawn(images, num_features, seed)
   dimensions = network.dimensions(images.size)
-  if images.count <= dimensions:
+  if public is None and images.count <= dimensions:
     logger.warning(
       "%d images, but %d are needed for a covariance of full rank: it will be "
       "singular.",
       images.count,
       dimensions + 1,
     )
-  is_kept = np.zeros(images.count, bool)
-  is_kept[kept] = True
+  looked_at = np.arange(images.count) if public is None else kept
+  # 2. Their features
   stream = FeatureStream()
-  singles = _Singles(dimensions)
-  for numbers, features in network.features(
-    images, np.arange(images.count), batch_size
-  ):
+  singles = [(np.empty(0, np.int64), np.empty((0, dimensions), np.float32))]
+  batches = network.features(images, looked_at, batch_size)
+  for numbers, features in batches if len(looked_at) else ():
     stream.update(features)
-    singles.add(numbers, features, is_kept[numbers])
-  return ReferenceStats.from_stats(
-    stream.result(), provenance, singles.result() if len(kept) else None
+    chosen = np.isin(numbers, kept)
+    singles.append((numbers[chosen], features[chosen]))
+  # 3. Those of all processes, in the order of the images
+  numbers, features = (
+    np.concatenate(processes.gather(np.concatenate(part)))
+    for part in zip(*singles, strict=True)
   )
+  features = features[np.argsort(numbers)] if len(kept) else None
+  if public is None:
+    return ReferenceStats.from_stats(stream.result(), provenance, features)
+  if features is not None and len(features) > dimensions:
+    logger.info(
+      "The features of its %d images are at a Frechet distance of %.4g from "
+      "its mean and covariance.",
+      len(features),
+      frechet_distance(FeatureStats.from_features(features), public),
+    )
+  return dataclasses.replace(public, provenance=provenance, features=features)
 
 
-def public_statistics(
-  path: str,
-  network: Network,
-  *,
-  num_features: int = options.NUM_FEATURES,
-  batch_size: int = 64,
-  seed: int = 0,
-) -> ReferenceStats:
-  """A public file's mean and covariance, and features of the images in it.
+def open_public(path: str, network: Network) -> tuple[Images, ReferenceStats]:
+  """The images in a published file, and its mean and covariance.
 
   Args:
     path: .npz with mu, sigma and arr_0 [N, size, size, 3].
     network: the published Inception-v3, which such files are of.
-    num_features, batch_size, seed: see `statistics`.
 
   Raises:
     StatsError: another network, or a file that is not as above.
     OSError: a file that can't be read.
   """
+  place = f"--public={path}"
   if not is_published(network.artifact):
     raise StatsError(
-      f"--public={path} is of the published Inception-v3, which --network="
+      f"{place} is of the published Inception-v3, which --network="
       f"{network.path} is not: python -m drift_jax.tools.convert_weights "
       "inception writes it"
     )
@@ -230,58 +232,25 @@ def public_statistics(
     raise StatsError(f"--public: {error}") from error
   if public.provenance is not None:
     raise StatsError(
-      f"--public={path} records already what it was computed from: use it as "
-      "it is"
+      f"{place} records already what it was computed from: use it as it is"
     )
-  images = _public_images(path)
-  if network.dimensions(images.size) != len(public.mean):
-    raise StatsError(
-      f"--public={path} is of features of {len(public.mean)} dimensions, "
-      f"--network={network.path} has {network.dimensions(images.size)}"
-    )
-  provenance = network.provenance(images)
-  _check_same(provenance, images.count)
-  kept = _drawn(images, num_features, seed)
-  if not len(kept):
-    return ReferenceStats(public.mean, public.sigma, public.count, provenance)
-  singles = _Singles(len(public.mean))
-  for numbers, features in network.features(images, kept, batch_size):
-    singles.add(numbers, features, np.ones(len(numbers), bool))
-  features = singles.result()
-  if processes.is_first() and len(features) > len(public.mean):
-    logger.info(
-      "The features of its %d images are at a Frechet distance of %.4g from "
-      "its mean and covariance.",
-      len(features),
-      frechet_distance(FeatureStats.from_features(features), public),
-    )
-  return ReferenceStats(
-    public.mean, public.sigma, public.count, provenance, features
-  )
-
-
-def _public_images(path: str) -> Images:
-  """The single images of a public file.
-
-  Raises:
-    StatsError: it has none.
-  """
   try:
-    images = sample_files_lib.open_images(path)
+    images = open_image_file(path)
   except ValueError as error:
     raise StatsError(
       f"--public: {error}. Without single images there is nothing to add: the "
       "file can be used as it is for FID"
     ) from error
-  digest = weight_files.sha256_of(pathlib.Path(path))
-  return Images(
-    images.pixels,
-    len(images),
-    images.shape[0],
-    f"{pathlib.Path(path).name}, SHA-256 {digest}",
-    PUBLIC_SPLIT,
-    PUBLIC_CROP,
-  )
+  dimensions = network.dimensions(images.shape[0])
+  if dimensions != len(public.mean):
+    raise StatsError(
+      f"{place} is of features of {len(public.mean)} dimensions, "
+      f"--network={network.path} has {dimensions}"
+    )
+  file = pathlib.Path(path)
+  source = f"{file.name}, SHA-256 {weight_files.sha256_of(file)}"
+  facts = {"source": source, "split": PUBLIC_SPLIT, "crop": PUBLIC_CROP}
+  return Images(images.pixels, len(images), images.shape[0], facts), public
 
 
 def open_images(
@@ -307,12 +276,6 @@ def open_images(
   Raises:
     StatsError: no such source, or images that the other arguments do not fit.
   """
-  if crop not in options.CROPS:
-    raise StatsError(f"--crop={crop}: valid options are {list(options.CROPS)}")
-  if num_threads is None:
-    num_threads = os.cpu_count() or 1
-  if num_threads < 1:
-    raise StatsError(f"--num_threads={num_threads} must be at least 1")
   name = spec
   try:
     source = open_source(
@@ -334,13 +297,14 @@ def open_images(
         crop_scale=(1.0, 1.0),
         flip=False,
         wire="uint8",
-        num_threads=num_threads,
+        num_threads=num_threads or os.cpu_count() or 1,
       )
       pixels = functools.partial(_rgb, reader)
       name += ", grey" * (channels == 1)
   except ValueError as error:
     raise StatsError(f"--source={spec} --split={split}: {error}") from error
-  return Images(pixels, len(source), image_size, name, split, crop)
+  facts = {"source": name, "split": split, "crop": crop}
+  return Images(pixels, len(source), image_size, facts)
 
 
 def _rgb(reader: ImageReader, indices: np.ndarray) -> np.ndarray:
@@ -355,8 +319,8 @@ def _array_pixels(
   height, width, depth = source.sample_shape
   if (height, width, depth, crop) != (image_size, image_size, channels, "none"):
     raise StatsError(
-      f"these images are {height} x {width} px with {depth} channels and are "
-      f"not cut: give --image_size={height} --channels={depth} --crop=none"
+      f"these images are {height} x {width} px and are not cut: give "
+      f"--image_size={height} --channels={depth} --crop=none"
     )
   reader = ArrayReader(source, wire="float32")
   return lambda indices: real_pixels(reader.fixed(indices))
@@ -370,8 +334,8 @@ def _drawn(images: Images, count: int, seed: int) -> np.ndarray:
   """
   if images.count < 2:
     raise StatsError(
-      f"{images.source} has {images.count} images of split {images.split!r}: "
-      "statistics need at least 2"
+      f"{images.facts['source']} has {images.count} images of split "
+      f"{images.facts['split']!r}: statistics need at least 2"
     )
   if count > images.count:
     logger.info(
@@ -382,29 +346,6 @@ def _drawn(images: Images, count: int, seed: int) -> np.ndarray:
     count = images.count
   drawn = np.random.default_rng(seed).choice(images.count, count, replace=False)
   return np.sort(drawn)
-
-
-class _Singles:
-  """Features of single images, from all processes."""
-
-  def __init__(self, dimensions: int):
-    self._numbers = [np.empty(0, np.int64)]
-    self._features = [np.empty((0, dimensions), np.float32)]
-
-  def add(
-    self, numbers: np.ndarray, features: np.ndarray, chosen: np.ndarray
-  ) -> None:
-    """Takes the chosen ones [b] bool of images' numbers and features."""
-    self._numbers.append(numbers[chosen])
-    self._features.append(features[chosen])
-
-  def result(self) -> np.ndarray:
-    """[n, D] float32 in the order of the images' numbers, in all processes."""
-    numbers, features = (
-      np.concatenate(processes.gather(np.concatenate(own)))
-      for own in (self._numbers, self._features)
-    )
-    return features[np.argsort(numbers)]
 
 
 def _check_same(provenance: Provenance, count: int) -> None:
@@ -419,34 +360,36 @@ def _check_same(provenance: Provenance, count: int) -> None:
       )
 
 
-def run(arguments: argparse.Namespace, given: Mapping[str, Any]) -> None:
-  """Does what the command line asks for, with all processes.
+def run(arguments: argparse.Namespace, of_source: Mapping[str, Any]) -> None:
+  """Computes and writes what the command line asks for, with all processes.
 
   Args:
     arguments: of the command line.
-    given: those of `open_images` among them.
+    of_source: those of `open_images` among them.
 
   Raises:
     StatsError, DataError, ArtifactError, OSError: see `statistics`.
   """
-  chosen = {
-    name: getattr(arguments, name)
-    for name in ("num_features", "batch_size", "seed")
-  }
   out = pathlib.Path(arguments.out)
   if processes.is_first():
     # Before the work is done, not after it.
     if out.is_dir():
       raise StatsError(f"--out={out} is a folder, want the name of a file")
     out.parent.mkdir(parents=True, exist_ok=True)
-  images = None
   if arguments.source is not None:
-    images = open_images(arguments.source, **given)
-  network = Network(arguments.network)
-  if images is None:
-    reference = public_statistics(arguments.public, network, **chosen)
+    images, public = open_images(arguments.source, **of_source), None
+    network = Network(arguments.network)
   else:
-    reference = statistics(images, network, **chosen)
+    network = Network(arguments.network)
+    images, public = open_public(arguments.public, network)
+  reference = statistics(
+    images,
+    network,
+    num_features=arguments.num_features,
+    batch_size=arguments.batch_size,
+    seed=arguments.seed,
+    public=public,
+  )
   if processes.is_first():
     save_reference(out, reference)
   logger.info(

@@ -8,7 +8,6 @@ import numpy as np
 from PIL import Image
 
 from drift_jax import sampling
-from drift_jax.metrics.batches import Batch
 from drift_jax.metrics.files import replacing
 from drift_jax.metrics.sample_folder import SampleFolder
 from drift_jax.metrics.sample_writer import SampleWriter
@@ -21,51 +20,44 @@ _FRAME_MS = 80
 
 
 def draw(
-  source: str,
+  asked: Mapping[str, Any],
   out: str,
   suffix: str,
   *,
-  vae: str,
-  step: int | None,
-  ema_decay: float | None,
-  labels: Sequence[str] | None,
-  count: int,
-  alpha: float,
-  seed: int,
-  style: Sequence[int] | None,
+  generator: Mapping[str, Any],
   batch_size: int,
   frames: int | None,
 ) -> None:
   """Writes images of a generator, with all processes.
 
   Args:
-    source, vae, step, ema_decay: see sampling.load.
+    asked: labels, count, alpha, seed and style; see sampling.Sampler.sample.
     out: a file, or a folder.
     suffix: the file's suffix; '' for a folder.
-    labels, count, alpha, seed, style: see sampling.Sampler.sample.
+    generator: arguments of sampling.load.
     batch_size: images at a time, on all devices.
     frames: number of frames of a walk (.gif only).
   """
-  model = sampling.load(source, vae=vae, step=step, ema_decay=ema_decay)
-  indices = np.repeat(model.labels(labels), count)
-  provenance = dict(model.generator.provenance)
-  described = ", ".join(f"{key} {value}" for key, value in provenance.items())
-  logger.info("Sampling from %s.", described)
-  logger.info("Classes: %s.", model.describe(indices))
-  asked = {"alpha": alpha, "seed": seed, "style": style}
-  rows = {"labels": labels, "count": count}
+  model = sampling.load(**generator)
+  labels = np.repeat(model.labels(asked["labels"]), asked["count"])
+  provenance = model.generator.provenance.items()
+  logger.info(
+    "Sampling from %s.",
+    ", ".join(f"{key} {value}" for key, value in provenance),
+  )
+  logger.info("Classes: %s.", model.describe(labels))
   if suffix == ".gif":
     assert frames is not None
-    write_gif(model.interpolate(**rows, **asked, frames=frames), out)
+    write_gif(model.interpolate(**asked, frames=frames), out)
   elif suffix in options.PICTURES:
-    samples = model.sample(**rows, **asked, batch_size=batch_size)
+    samples = model.sample(**asked, batch_size=batch_size)
     if processes.is_first():
       with naming("out"):
         samples.save(out)
   else:
-    write = write_npz if suffix == ".npz" else write_folder
+    facts = {name: asked[name] for name in ("alpha", "seed", "style")}
     with naming("out"):
-      write(model, indices, asked, batch_size, out)
+      write_each(model, labels, facts, batch_size, out, suffix)
   logger.info("Wrote %s.", out)
 
 
@@ -85,67 +77,44 @@ def write_gif(frames: Sequence[sampling.Samples], out: str) -> None:
       )
 
 
-def write_npz(
+def write_each(
   model: sampling.Sampler,
   labels: np.ndarray,
-  asked: Mapping[str, Any],
+  facts: Mapping[str, Any],
   batch_size: int,
   out: str,
+  suffix: str,
 ) -> None:
-  """All images in ADM's format; the file appears when it is whole."""
-  writer = SampleWriter([out], labels)
-  progress = console.Progress("Sampling", len(labels))
-  try:
-    writer.reset()
-    for batch in model.batches(labels, **asked, batch_size=batch_size):
-      writer.update(batch)
-      progress.update(batch_total(batch))
-    writer.result()
-  finally:
-    writer.close()
-    rate = progress.close()
-  logger.info("%.4g images/s.", rate)
-
-
-def write_folder(
-  model: sampling.Sampler,
-  labels: np.ndarray,
-  asked: Mapping[str, Any],
-  batch_size: int,
-  out: str,
-) -> None:
-  """Each image in its own file; those that are there already are left.
+  """All images: in ADM's format, or in a folder's files, of which those that
+  are there already are left.
 
   Raises:
     ValueError: a folder of other images.
   """
-  facts = {**asked, **identity(model.generator)}
-  folder = SampleFolder(
-    out, facts, labels.tolist(), about=model.generator.provenance
-  )
-  numbers = folder.missing()
-  if len(numbers) < len(labels):
-    logger.info(
-      "%s holds %d of %d images.",
-      out,
-      len(labels) - len(numbers),
-      len(labels),
-    )
+  numbers = np.arange(len(labels), dtype=np.int32)
+  if suffix == ".npz":
+    writer = SampleWriter([out], labels)
+    writer.reset()
+  else:
+    known = {**facts, **identity(model.generator)}
+    about = model.generator.provenance
+    writer = SampleFolder(out, known, labels.tolist(), about)
+    numbers = writer.missing()
+    there = len(labels) - len(numbers)
+    if there:
+      logger.info("%s holds %d of %d images.", out, there, len(labels))
   progress = console.Progress("Sampling", len(numbers))
   try:
     if len(numbers):
-      batches = model.batches(
-        labels, **asked, batch_size=batch_size, numbers=numbers
-      )
-      for batch in batches:
-        folder.update(batch)
-        progress.update(batch_total(batch))
+      for batch in model.batches(
+        labels, **facts, batch_size=batch_size, numbers=numbers
+      ):
+        writer.update(batch)
+        # Of all processes, about.
+        progress.update(len(batch.index) * jax.process_count())
+    if isinstance(writer, SampleWriter):
+      writer.result()
   finally:
-    folder.close()
+    writer.close()
     rate = progress.close()
   logger.info("%.4g images/s.", rate)
-
-
-def batch_total(batch: Batch) -> int:
-  """Images of a batch, about, of all processes."""
-  return len(batch.index) * jax.process_count()
