@@ -345,11 +345,19 @@ def test_a_single_sample_has_nothing_that_repels_it():
 def test_models_take_what_configs_give():
   """The sections are the constructors' arguments, name for name."""
   for section, module in ((GeneratorModel, Generator), (MaeModel, MAE)):
-    fields = {field.name: field.type for field in dataclasses.fields(section)}
+    fields = {f.name: plain(f.type) for f in dataclasses.fields(section)}
     types = argument_types(module)
     assert fields == {
       name: str if kind is jnp.dtype else kind for name, kind in types.items()
     }
+
+
+def plain(hint):
+  """A type without its bounds and choices."""
+  (first, *_) = typing.get_args(hint) or (hint,)
+  if typing.get_origin(hint) is typing.Literal:
+    return type(first)
+  return first if typing.get_origin(hint) is typing.Annotated else hint
 
 
 def section_types(cls):
