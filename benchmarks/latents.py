@@ -17,6 +17,7 @@ from drift_jax.data import bank, latent_format, latent_writer, order
 from drift_jax.data.feed import GroupedFeed
 from drift_jax.data.latents import LatentReader
 from drift_jax.data.prefetch import Prefetcher
+from drift_jax.data.sources import labels_sha256
 from drift_jax.system import sharding
 
 SHAPE = (32, 32, 4)
@@ -40,7 +41,7 @@ class Cache:
       source="random",
       split=SPLIT,
       num_images=images,
-      labels_sha256=latent_format.labels_sha256(labels),
+      labels_sha256=labels_sha256(labels),
       class_names=tuple(str(c) for c in range(classes)),
       image_size=8 * SHAPE[0],
       vae_sha256="0" * 64,

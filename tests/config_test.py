@@ -415,6 +415,8 @@ def no_steps(monkeypatch):
     )
 
   def fit(self, state):
+    self.feed.start()
+    next(self.feed)
     self.best_metric(self.evaluate(1, state, lambda: None))
     return state
 

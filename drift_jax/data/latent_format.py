@@ -27,6 +27,7 @@ import numpy as np
 
 from drift_jax.data.errors import DataError
 from drift_jax.data.npy import read_npy
+from drift_jax.data.sources import labels_sha256
 from drift_jax.system import console, paths
 from drift_jax.system.storage import PathLike
 
@@ -113,12 +114,6 @@ class Settings:
     name = f"{self.split}-{number:05d}-of-{self.num_shards:05d}.arrayrecord"
     count = len(self.images(number))
     return {"file": name, "num_images": count, "settings_sha256": self.sha256}
-
-
-def labels_sha256(labels: np.ndarray) -> str:
-  """SHA-256 of labels as little-endian int32, in hexadecimal."""
-  data = np.ascontiguousarray(labels, "<i4").tobytes()
-  return hashlib.sha256(data).hexdigest()
 
 
 def load_manifest(

@@ -1,6 +1,7 @@
 """Sources: random access to what is stored, with labels and class names."""
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import pathlib
 from typing import Any
@@ -20,6 +21,12 @@ KINDS = ("digits", "folder:DIR", "tar:FILE", "tfds:NAME")
 DIGITS_TEST_PER_CLASS = 54
 DIGITS_SPLIT_SEED = 0
 _DIGITS = "sklearn/datasets/data/digits.csv.gz"
+
+
+def labels_sha256(labels: np.ndarray) -> str:
+  """SHA-256 of labels as little-endian int32, in hexadecimal."""
+  data = np.ascontiguousarray(labels, "<i4").tobytes()
+  return hashlib.sha256(data).hexdigest()
 
 
 def names_sha256(source: object) -> str:

@@ -6,6 +6,7 @@ their parameters are those here.
 """
 
 import functools
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,10 +16,6 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from drift_jax.models.arguments import argument_types, require_choice
-from drift_jax.models.convnext import ConvNext, build_convnext
-from drift_jax.models.generator import Generator, build_generator
-from drift_jax.models.inception import Inception, build_inception
-from drift_jax.models.mae import MAE, build_mae
 from drift_jax.models.naming import (
   Entry,
   Naming,
@@ -27,9 +24,6 @@ from drift_jax.models.naming import (
   require_parameters,
   scatter,
 )
-from drift_jax.models.resnet import ResNet, build_resnet
-from drift_jax.models.vae import Vae, build_vae
-from drift_jax.models.vit import Vit, build_vit
 
 Config = Mapping[str, Any]
 Params = Mapping[str, Any]
@@ -148,21 +142,34 @@ class _Kind(NamedTuple):
   """How the models of a kind are published.
 
   Attributes:
-    module: the class; its arguments but for _FLAGS are published under the same
-      names, or those of `renamed`.
-    build: function of the arguments.
+    home: name X of its file in this folder, imported when it is used; the file
+      has `build_X`.
+    class_name: the class; its arguments but for _FLAGS are published under the
+      same names, or those of `renamed`.
     renamed: {argument: its published key}.
     only: {published key: its one value that can be built here}.
     optional: {published key: its value where a configuration lacks it}.
     names: of the parameters; None: as here.
   """
 
-  module: type[nn.Module]
-  build: Callable[..., nn.Module]
+  home: str
+  class_name: str
   renamed: Mapping[str, str] = {}
   only: Mapping[str, Any] = {}
   optional: Mapping[str, Any] = {"use_bf16": False}
   names: Naming | None = None
+
+  @property
+  def module(self) -> type[nn.Module]:
+    return getattr(self._file, self.class_name)
+
+  @property
+  def build(self) -> Callable[..., nn.Module]:
+    return getattr(self._file, f"build_{self.home}")
+
+  @property
+  def _file(self) -> Any:
+    return importlib.import_module(f"drift_jax.models.{self.home}")
 
   def keys(self) -> dict[str, str]:
     """{argument: published key} of those that are published as they are."""
@@ -175,8 +182,8 @@ class _Kind(NamedTuple):
 
 _KINDS = {
   "gen": _Kind(
-    Generator,
-    build_generator,
+    "generator",
+    "Generator",
     renamed={
       "context_tokens": "n_cls_tokens",
       "style_vocab": "noise_classes",
@@ -189,8 +196,8 @@ _KINDS = {
     names=_GENERATOR_NAMES,
   ),
   "mae": _Kind(
-    MAE,
-    build_mae,
+    "mae",
+    "MAE",
     renamed={"mask_patch_size": "patch_size"},
     only={"dropout_prob": 0.0},
     optional={
@@ -203,15 +210,15 @@ _KINDS = {
     names=_MAE_NAMES,
   ),
   "convnext": _Kind(
-    ConvNext,
-    build_convnext,
+    "convnext",
+    "ConvNext",
     renamed={"widths": "dims"},
     names=_CONVNEXT_NAMES,
   ),
-  "resnet": _Kind(ResNet, build_resnet),
+  "resnet": _Kind("resnet", "ResNet"),
   "vae": _Kind(
-    Vae,
-    build_vae,
+    "vae",
+    "Vae",
     renamed={
       "widths": "block_out_channels",
       "blocks_per_level": "layers_per_block",
@@ -219,8 +226,8 @@ _KINDS = {
     },
   ),
   # Figures are of float32.
-  "inception": _Kind(Inception, build_inception, only={"use_bf16": False}),
-  "vit": _Kind(Vit, build_vit, only={"use_bf16": False}),
+  "inception": _Kind("inception", "Inception", only={"use_bf16": False}),
+  "vit": _Kind("vit", "Vit", only={"use_bf16": False}),
 }
 KINDS = tuple(_KINDS)
 

@@ -21,7 +21,6 @@ reading them executes nothing: .safetensors holds arrays and names only, and
 torch, which reads .bin, .pth and their like, is told to load arrays only.
 """
 
-import sys
 from collections.abc import Sequence
 
 from drift_jax.system import console, paths, programs
@@ -59,15 +58,11 @@ def main(argv: Sequence[str] | None = None) -> None:
   def program() -> None:
     import jax
 
-    from drift_jax.tools.conversions.layouts import WeightsError
     from drift_jax.tools.work import convert_weights
 
-    try:
-      artifact = convert_weights.convert(
-        arguments.model, arguments.source, arguments.out
-      )
-    except WeightsError as error:
-      sys.exit(f"Error: {error}")
+    artifact = convert_weights.convert(
+      arguments.model, arguments.source, arguments.out
+    )
     logger.info(
       "Wrote %s: %s, %d parameters, SHA-256 %s, model_config %s.",
       arguments.out,

@@ -12,10 +12,8 @@ import numpy as np
 from etils import epath
 
 from drift_jax import config as config_lib
-from drift_jax.data.latent_format import labels_sha256
-from drift_jax.data.latents import LatentReader
 from drift_jax.data.order import check_labels
-from drift_jax.data.sources import Source, names_sha256
+from drift_jax.data.sources import labels_sha256, names_sha256
 
 CLASSES_FILE = "classes.json"
 DATA_FILE = "data.json"
@@ -32,12 +30,12 @@ _LISTED = 3
 _Facts = TypeVar("_Facts", dict[str, Any], list[Any])
 
 
-def image_facts(kind: str, source: Source | LatentReader) -> Facts:
+def image_facts(kind: str, source: Any) -> Facts:
   """Returns the facts of labelled images.
 
   Args:
     kind: kind of the source, e.g. 'folder'.
-    source: training images; none is read.
+    source: training images, a Source or a LatentReader; none is read.
 
   Raises:
     ValueError: a label without a class name.

@@ -12,7 +12,6 @@ from drift_jax import config as config_lib
 from drift_jax.config.sections import ImageConfig
 from drift_jax.data import sources as sources_lib
 from drift_jax.data.encoded import NoSplitError
-from drift_jax.data.latents import LatentReader
 from drift_jax.data.loader import Loader
 from drift_jax.data.memory import MemoryReader, MemorySource
 from drift_jax.data.readers import ArrayReader, ImageReader, Reader
@@ -90,7 +89,7 @@ def open_readers(
 
 def _open_latents(
   settings: config_lib.Data, split: str, vae: artifacts.Artifact
-) -> LatentReader:
+) -> Reader:
   """Opens a split of a latent cache.
 
   Raises:
@@ -102,6 +101,8 @@ def _open_latents(
     settings.source.removeprefix(LATENTS),
     settings.data_dir,
   )
+  from drift_jax.data.latents import LatentReader  # for those who use it
+
   reader = LatentReader(
     pathlib.Path(settings.data_dir) / settings.source.removeprefix(LATENTS),
     split,

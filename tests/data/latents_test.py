@@ -18,6 +18,7 @@ from scipy import stats
 
 from drift_jax.data import latent_format, latent_writer, latents
 from drift_jax.data.latent_format import LatentCacheError, Settings
+from drift_jax.data.sources import labels_sha256
 from tests.conftest import assert_close
 
 LABELS = np.arange(11, dtype=np.int32) % 3
@@ -25,7 +26,7 @@ SETTINGS = Settings(
   source="folder:pictures",
   split="train",
   num_images=11,
-  labels_sha256=latent_format.labels_sha256(LABELS),
+  labels_sha256=labels_sha256(LABELS),
   class_names=("cat", "dog", "owl"),
   image_size=32,
   vae_sha256="a" * 64,

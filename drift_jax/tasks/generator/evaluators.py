@@ -18,8 +18,6 @@ from drift_jax.metrics.errors import EvaluationError
 from drift_jax.metrics.evaluators import Evaluator, FeatureFn, FrechetEvaluator
 from drift_jax.metrics.frechet import check_frechet_width
 from drift_jax.metrics.generation import balanced_labels, read_labels
-from drift_jax.metrics.network import NetworkEvaluator
-from drift_jax.metrics.reference import ReferenceStats, load_reference
 from drift_jax.metrics.small_sets import (
   CoverageEvaluator,
   DuplicatesEvaluator,
@@ -88,6 +86,8 @@ def network_evaluators(
     wanted = [metric for metric in names if metric in figures]
     if not wanted:
       continue
+    from drift_jax.metrics.network import NetworkEvaluator  # seldom wanted
+
     judge = judges[name]
     artifact = _judge(name, judge, wanted, mesh)
     facts: dict[str, Any] = {
@@ -152,8 +152,10 @@ def _judge(
   return artifact
 
 
-def _reference(path: str, **of: Any) -> ReferenceStats:
+def _reference(path: str, **of: Any) -> Any:
   """Loads statistics of real images; `of` says what they must be of."""
+  from drift_jax.metrics.reference import load_reference  # seldom wanted
+
   storage.check_local("reference statistics", path)
   try:
     return load_reference(path, **of)

@@ -1,24 +1,33 @@
 """Config of task 'toy' and its checks."""
 
+from typing import Annotated, Literal, get_args
+
 from drift_jax.config.checks import (
-  check_at_least,
   check_choice,
   check_drift,
   check_run,
   require,
 )
 from drift_jax.config.sections import (
+  AtLeast,
   Drift,
   Eval,
   RunConfig,
   RunData,
   Section,
+  Size,
 )
 
-# Choices of data.distribution, in the order of data.DISTRIBUTIONS.
-DISTRIBUTIONS = ("bimodal", "checkerboard", "swiss_roll", "eight_gaussians")
-DISTRIBUTIONS += ("moons", "spiral")
-TOY_MODELS = ("mlp", "particles")
+# In the order of data.DISTRIBUTIONS.
+Distribution = Literal[
+  "bimodal",
+  "checkerboard",
+  "swiss_roll",
+  "eight_gaussians",
+  "moons",
+  "spiral",
+]
+DISTRIBUTIONS = get_args(Distribution)
 
 
 class ToyData(RunData):
@@ -27,21 +36,21 @@ class ToyData(RunData):
   `noise` is the standard deviation of the Gaussian that is added.
   """
 
-  distribution: str
-  noise: float
+  distribution: Distribution
+  noise: Annotated[float, AtLeast(0)]
 
 
 class ToyModel(Section):
-  """Model of the points: `kind` is one of TOY_MODELS.
+  """Model of the points: a network, or particles without one.
 
-  The others are arguments of tasks.toy.model.Mlp; particles have its location
-  and spread, and batch.generated is their number.
+  All but `kind` are arguments of tasks.toy.model.Mlp. Particles have its
+  location and spread; batch.generated is their number.
   """
 
-  kind: str
-  noise_size: int
-  width: int
-  depth: int
+  kind: Literal["mlp", "particles"]
+  noise_size: Size
+  width: Size
+  depth: Size
   location: tuple[float, ...]
   spread: float
 
@@ -49,15 +58,15 @@ class ToyModel(Section):
 class ToyBatch(Section):
   """Sizes of one step: N_c independent problems of N samples, N_pos data."""
 
-  labels: int
-  generated: int
-  positives: int
+  labels: Size
+  generated: Size
+  positives: Size
 
 
 class ToyEval(Eval):
   """Evaluation against as many fresh data."""
 
-  num_samples: int
+  num_samples: Annotated[int, AtLeast(2)]
 
 
 class ToyConfig(RunConfig):
@@ -78,11 +87,6 @@ class ToyConfig(RunConfig):
     check_run(self)
     model, batch, drift = self.model, self.batch, self.drift
     check_drift(drift, batch.positives)
-    check_choice("data.distribution", self.data.distribution, DISTRIBUTIONS)
-    check_at_least("data.noise", self.data.noise, 0)
-    check_choice("model.kind", model.kind, TOY_MODELS)
-    for name in ("noise_size", "width", "depth"):
-      check_at_least(f"model.{name}", getattr(model, name), 1)
     require(
       len(model.location) == 2,
       f"model.location={model.location} must be the two coordinates of a point",
@@ -92,8 +96,6 @@ class ToyConfig(RunConfig):
       f"model.spread={model.spread} must be positive: samples that start as "
       "one point can't be told apart",
     )
-    for name in ("labels", "positives"):
-      check_at_least(f"batch.{name}", getattr(batch, name), 1)
     require(
       batch.generated >= 2 or drift.negatives != "own",
       f"batch.generated={batch.generated}: a single sample has no negative but "
@@ -110,10 +112,6 @@ class ToyConfig(RunConfig):
         "drift.negatives='independent' with model.kind='particles': there is "
         "no noise to draw a second batch from; use 'own' or 'own_with_self'",
       )
-    require(
-      self.eval.num_samples >= 2,
-      f"eval.num_samples={self.eval.num_samples}: figures need at least 2",
-    )
     check_choice("checkpoint.best_metric", self.checkpoint.best_metric, ("",))
 
   @property

@@ -9,6 +9,7 @@ import numpy as np
 from flax import traverse_util
 
 from drift_jax.models import naming, release
+from drift_jax.system.errors import UserError
 
 CONFIG_FILE = "config.json"
 # Leaves of modules that have a name of their own in torch.
@@ -33,7 +34,7 @@ Entries = Mapping[str, naming.Entry]
 Special = Mapping[str, tuple[tuple[int, ...], Callable[[np.ndarray], Any]]]
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError, ValueError):
   """Weights that can't be converted; the message says why."""
 
 

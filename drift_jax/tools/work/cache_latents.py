@@ -17,7 +17,12 @@ import numpy as np
 from drift_jax.data import latent_format, latent_writer, transforms
 from drift_jax.data.latent_format import LatentCacheError, Settings
 from drift_jax.data.order import check_labels
-from drift_jax.data.sources import ArraySource, Source, open_source
+from drift_jax.data.sources import (
+  ArraySource,
+  Source,
+  labels_sha256,
+  open_source,
+)
 from drift_jax.system import console, sharding, storage
 from drift_jax.system.console import logger
 from drift_jax.system.devices import find_devices
@@ -233,7 +238,7 @@ def run(arguments: argparse.Namespace) -> bool:
     source=arguments.source,
     split=arguments.split,
     num_images=len(source),
-    labels_sha256=latent_format.labels_sha256(source.labels),
+    labels_sha256=labels_sha256(source.labels),
     class_names=tuple(source.class_names),
     image_size=arguments.image_size,
     vae_sha256=vae.sha256,
