@@ -54,8 +54,13 @@ def parse(config: Any) -> RunConfig:
   return parsed
 
 
-def parse_as(config: Any, cls: type[_Config]) -> _Config:
+def parse_as(config: Any, cls: type[_Config], where: str = "") -> _Config:
   """`parse` of a config that must be one task's.
+
+  Args:
+    config: see parse.
+    cls: the task's class.
+    where: workdir that it was read from, for the message.
 
   Raises:
     ConfigError: as `parse`, or a config of another task.
@@ -63,7 +68,10 @@ def parse_as(config: Any, cls: type[_Config]) -> _Config:
   parsed = parse(config)
   if not isinstance(parsed, cls):
     (want,) = (task for task, name in TASKS.items() if name == cls.__name__)
-    raise ConfigError(f"task={parsed.task!r}, want {want!r}")
+    what = f"{where} holds a run of task {parsed.task!r}"
+    if not where:
+      what = f"task={parsed.task!r}"
+    raise ConfigError(f"{what}, want {want!r}")
   return parsed
 
 

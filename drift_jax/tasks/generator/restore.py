@@ -17,7 +17,7 @@ from drift_jax.data.encoded import imagenet_classes, readable_classes
 from drift_jax.models.generator import build_generator
 from drift_jax.system import hub, numerics, processes, sharding, storage
 from drift_jax.system.errors import naming
-from drift_jax.tasks import parse
+from drift_jax.tasks import parse_as
 from drift_jax.tasks.generator.config import GeneratorConfig
 from drift_jax.tasks.generator.kernels import (
   attention_kernel_for,
@@ -188,12 +188,8 @@ def _read_config(workdir: str, paths: Mapping[str, str]) -> GeneratorConfig:
   file = epath.Path(workdir) / CONFIG_FILE
   if not file.exists():
     raise config_lib.ConfigError(f"no run in {workdir}: {file} is missing")
-  config = parse(places.of_run(read_facts(file, dict), workdir, paths))
-  if not isinstance(config, GeneratorConfig):
-    raise config_lib.ConfigError(
-      f"{workdir} holds a run of task {config.task!r}, want 'generator'"
-    )
-  return config
+  values = places.of_run(read_facts(file, dict), workdir, paths)
+  return parse_as(values, GeneratorConfig, workdir)
 
 
 def _restore(

@@ -20,7 +20,7 @@ from drift_jax.metrics.writers import MetricWriter, read_jsonl
 from drift_jax.system import paths, processes, sharding
 from drift_jax.system.console import logger
 from drift_jax.system.errors import naming
-from drift_jax.tasks import parse
+from drift_jax.tasks import parse_as
 from drift_jax.tasks.policy import diffusion, robots
 from drift_jax.tasks.policy.config import PolicyConfig
 from drift_jax.tasks.policy.setup import init_policy, policy_task
@@ -196,11 +196,8 @@ def load_policy(
       raise config_lib.ConfigError(
         f"no policy's run in {workdir}: {path / name} is missing"
       )
-  config = parse(read_facts(path / CONFIG_FILE, dict))
-  if not isinstance(config, PolicyConfig):
-    raise config_lib.ConfigError(
-      f"{workdir} holds a run of task {config.task!r}, want 'policy'"
-    )
+  values = read_facts(path / CONFIG_FILE, dict)
+  config = parse_as(values, PolicyConfig, workdir)
   shapes = read_facts(path / SHAPES_FILE, dict)
   task = policy_task(config, shapes)
   found = jax.eval_shape(init_policy(config, task, shapes), jax.random.key(0))

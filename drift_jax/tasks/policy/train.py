@@ -12,7 +12,7 @@ from drift_jax.metrics.files import write_report
 from drift_jax.system import processes
 from drift_jax.system.console import logger
 from drift_jax.system.errors import naming
-from drift_jax.tasks import parse
+from drift_jax.tasks import parse_as
 from drift_jax.tasks.policy import evaluation as evaluation_lib
 from drift_jax.tasks.policy import robots, setup
 from drift_jax.tasks.policy.config import PolicyConfig
@@ -57,9 +57,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     PeerError: any of these, in the first of several processes.
     Preempted: by SIGTERM, with the step saved.
   """
-  config = parse(config)
-  if not isinstance(config, PolicyConfig):
-    raise config_lib.ConfigError(f"task={config.task!r}, want 'policy'")
+  config = parse_as(config, PolicyConfig)
   mesh = open_mesh(config.mesh)
   check_divides("batch.size", config.batch.size, mesh)
   if config.loss.problem == "batch" and mesh.size > 1:

@@ -3,8 +3,7 @@
 import time
 from typing import Any
 
-from drift_jax import config as config_lib
-from drift_jax.tasks import parse
+from drift_jax.tasks import parse_as
 from drift_jax.tasks.toy.config import ToyConfig
 from drift_jax.tasks.toy.evaluation import Evaluation
 from drift_jax.tasks.toy.setup import toy_feed, toy_recipe, toy_task
@@ -41,9 +40,7 @@ def train_and_evaluate(
     Preempted: by SIGTERM, with the step saved.
   """
   start = time.perf_counter()
-  config = parse(config)
-  if not isinstance(config, ToyConfig):
-    raise config_lib.ConfigError(f"task={config.task!r}, want 'toy'")
+  config = parse_as(config, ToyConfig)
   mesh = open_mesh(config.mesh)
   check_divides("batch.labels", config.batch.labels, mesh)
   task = toy_task(config)
