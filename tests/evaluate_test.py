@@ -20,7 +20,7 @@ from drift_jax.metrics.reference import ReferenceStats
 from drift_jax.system import sharding
 from drift_jax.tasks.generator.judges import load_judge, network_fn
 from drift_jax.tasks.generator.restore import open_artifact
-from drift_jax.tasks.generator.step import sample_step
+from drift_jax.tasks.generator.samplers import sample_step
 from drift_jax.training import artifacts
 from tests.conftest import assert_close
 from tests.judges import (

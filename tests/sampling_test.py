@@ -17,7 +17,11 @@ from drift_jax import sample, sampling
 from drift_jax.config import ConfigError
 from drift_jax.metrics.errors import EvaluationError
 from drift_jax.metrics.images import to_uint8
-from drift_jax.tasks.generator.step import generate, sample_inputs, sample_step
+from drift_jax.tasks.generator.samplers import (
+  generate,
+  sample_inputs,
+  sample_step,
+)
 from drift_jax.training import artifacts
 from drift_jax.training.step import apply
 from tests.autoencoders import save_vae

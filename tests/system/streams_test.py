@@ -14,7 +14,7 @@ from drift_jax.data.loader import Loader
 from drift_jax.data.readers import ArrayReader
 from drift_jax.data.sources import ArraySource
 from drift_jax.system import sharding, streams
-from drift_jax.tasks.generator.step import sample_step
+from drift_jax.tasks.generator.samplers import sample_step
 from drift_jax.training import state
 
 

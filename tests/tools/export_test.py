@@ -22,7 +22,7 @@ from drift_jax import config as config_lib
 from drift_jax import sampling
 from drift_jax.config import ConfigError
 from drift_jax.system import sharding
-from drift_jax.tasks.generator import step as step_lib
+from drift_jax.tasks.generator import samplers
 from drift_jax.tasks.generator.restore import open_generator
 from drift_jax.tools import export as command
 from drift_jax.tools.work import export
@@ -337,7 +337,7 @@ def test_onnx_gives_the_same_images(source, tmp_path):
       "style": rng.integers(0, 16, (count, 4), np.int32),
     }
     (images,) = session.run(["images"], inputs)
-    step = jax.jit(functools.partial(step_lib.generate, task=opened.task))
+    step = jax.jit(functools.partial(samplers.generate, task=opened.task))
     expected = step(jax.device_get(opened.params), *inputs.values())
     assert_close(images, expected, 1e-5)
 

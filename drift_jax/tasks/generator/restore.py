@@ -25,10 +25,7 @@ from drift_jax.tasks.generator.kernels import (
   unroll_for,
 )
 from drift_jax.tasks.generator.setup import init_generator
-from drift_jax.tasks.generator.step import (
-  FeatureSpace,
-  GeneratorTask,
-)
+from drift_jax.tasks.generator.step import FeatureSpace, GeneratorTask
 from drift_jax.training import artifacts, checkpoint, places
 from drift_jax.training.facts import CLASSES_FILE, read_facts
 from drift_jax.training.frozen import frozen_sums, load_vae

@@ -1,4 +1,4 @@
-"""Samplers and pictures; generators restored from a run."""
+"""Sampling: from numbered noise to images, jitted on a mesh, and grids of them."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -8,18 +8,90 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
 
 from drift_jax.metrics import generation
 from drift_jax.metrics.batches import Batch
 from drift_jax.metrics.generation import SampleFn
 from drift_jax.metrics.images import Images, image_grid
-from drift_jax.system import processes, sharding
-from drift_jax.tasks.generator.step import (
-  GeneratorTask,
-  generate,
-  sample_inputs,
-  sample_step,
-)
+from drift_jax.system import processes, sharding, streams
+from drift_jax.tasks.generator.step import GeneratorTask, gather_blockwise
+from drift_jax.training.step import SPLIT, apply
+
+
+def sample_inputs(
+  index: Int[Array, " n"],
+  *,
+  seed: int | Int[Array, ""],
+  task: GeneratorTask,
+  style: Int[Array, " S"] | None = None,
+) -> tuple[Float[Array, "n H W C"], Int[Array, "n S"]]:
+  """Draws noise and style of samples, each from (seed, index[i]) alone.
+
+  Args:
+    index: number of each sample.
+    seed: integer in [0, 2**32); may be traced.
+    task: gives their shapes.
+    style: indices that all samples share; -1 leaves one to chance. None: all.
+  """
+  root = streams.stream(seed, "sample")
+
+  def inputs_of(i: jax.Array) -> tuple[jax.Array, jax.Array]:
+    noise_key, style_key = jax.random.split(jax.random.fold_in(root, i))
+    noise = jax.random.normal(noise_key, task.noise_shape)
+    drawn = jax.random.randint(
+      style_key, (task.style_tokens,), 0, max(task.style_vocab, 1)
+    )
+    return noise, drawn
+
+  noise, drawn = jax.vmap(inputs_of)(index)
+  return noise, drawn if style is None else jnp.where(style < 0, drawn, style)
+
+
+def generate(
+  params: Any,
+  labels: Int[Array, " n"],
+  alpha: Float[Array, " n"],
+  noise: Float[Array, "n H W C"],
+  style: Int[Array, "n S"],
+  *,
+  task: GeneratorTask,
+  layout: sharding.Layout | None = None,
+) -> Float[Array, "n H W F"]:
+  """Generates samples by one forward pass, on a mesh with a layout."""
+
+  def local(params: Any, *inputs: jax.Array) -> jax.Array:
+    generator = task.generator
+    if layout is not None:
+      generator, params = gather_blockwise(generator, params, layout)
+    labels, alpha, noise, style = inputs
+    return apply(generator, params, labels, alpha, noise=noise, style=style)
+
+  if layout is not None:
+    local = sharding.over_devices(
+      local, layout.mesh, (layout.params, *[SPLIT] * 4), SPLIT
+    )
+  return local(params, labels, alpha, noise, style)
+
+
+def sample_step(
+  params: Any,
+  labels: Int[Array, " n"],
+  alpha: Float[Array, " n"],
+  index: Int[Array, " n"],
+  *,
+  seed: int | Int[Array, ""],
+  task: GeneratorTask,
+  style: Int[Array, " S"] | None = None,
+  layout: sharding.Layout | None = None,
+) -> Float[Array, "n H W F"]:
+  """Generates samples in [-1, 1] (or latents) from numbered noise.
+
+  See sample_inputs. Any batch size, order and number of devices gives the same
+  samples.
+  """
+  noise, style = sample_inputs(index, seed=seed, task=task, style=style)
+  return generate(params, labels, alpha, noise, style, task=task, layout=layout)
 
 
 def jit_sampler(task: GeneratorTask, mesh: Mesh) -> Any:

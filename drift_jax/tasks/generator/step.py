@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from drift_jax import drift
 from drift_jax.drift import PAPER, Kernel, Variant
-from drift_jax.system import sharding, streams
+from drift_jax.system import sharding
 from drift_jax.training import state as state_lib
 from drift_jax.training.drifting import Temperature, drift_update
 from drift_jax.training.step import (
@@ -208,7 +208,7 @@ def generator_loss(
   num_labels, num_positives = batch.positives.shape[:2]
   generator = task.generator
   if layout is not None:
-    generator, params = _gathering(generator, params, layout)
+    generator, params = gather_blockwise(generator, params, layout)
 
   def generated_from(noise: jax.Array, style: jax.Array) -> jax.Array:
     labels = jnp.repeat(batch.labels, task.num_generated)
@@ -273,7 +273,7 @@ def _features_of(
   return features
 
 
-def _gathering(
+def gather_blockwise(
   generator: Any, params: Any, layout: sharding.Layout
 ) -> tuple[Any, Any]:
   """Returns a generator that gathers its blocks one by one, and the rest.
@@ -482,78 +482,3 @@ def train_step(
     optimizer=optimizer,
     schedule=schedule,
   )
-
-
-def sample_inputs(
-  index: Int[Array, " n"],
-  *,
-  seed: int | Int[Array, ""],
-  task: GeneratorTask,
-  style: Int[Array, " S"] | None = None,
-) -> tuple[Float[Array, "n H W C"], Int[Array, "n S"]]:
-  """Draws noise and style of samples, each from (seed, index[i]) alone.
-
-  Args:
-    index: number of each sample.
-    seed: integer in [0, 2**32); may be traced.
-    task: gives their shapes.
-    style: indices that all samples share; -1 leaves one to chance. None: all.
-  """
-  root = streams.stream(seed, "sample")
-
-  def inputs_of(i: jax.Array) -> tuple[jax.Array, jax.Array]:
-    noise_key, style_key = jax.random.split(jax.random.fold_in(root, i))
-    noise = jax.random.normal(noise_key, task.noise_shape)
-    drawn = jax.random.randint(
-      style_key, (task.style_tokens,), 0, max(task.style_vocab, 1)
-    )
-    return noise, drawn
-
-  noise, drawn = jax.vmap(inputs_of)(index)
-  return noise, drawn if style is None else jnp.where(style < 0, drawn, style)
-
-
-def generate(
-  params: Any,
-  labels: Int[Array, " n"],
-  alpha: Float[Array, " n"],
-  noise: Float[Array, "n H W C"],
-  style: Int[Array, "n S"],
-  *,
-  task: GeneratorTask,
-  layout: sharding.Layout | None = None,
-) -> Float[Array, "n H W F"]:
-  """Generates samples by one forward pass, on a mesh with a layout."""
-
-  def local(params: Any, *inputs: jax.Array) -> jax.Array:
-    generator = task.generator
-    if layout is not None:
-      generator, params = _gathering(generator, params, layout)
-    labels, alpha, noise, style = inputs
-    return apply(generator, params, labels, alpha, noise=noise, style=style)
-
-  if layout is not None:
-    local = sharding.over_devices(
-      local, layout.mesh, (layout.params, *[SPLIT] * 4), SPLIT
-    )
-  return local(params, labels, alpha, noise, style)
-
-
-def sample_step(
-  params: Any,
-  labels: Int[Array, " n"],
-  alpha: Float[Array, " n"],
-  index: Int[Array, " n"],
-  *,
-  seed: int | Int[Array, ""],
-  task: GeneratorTask,
-  style: Int[Array, " S"] | None = None,
-  layout: sharding.Layout | None = None,
-) -> Float[Array, "n H W F"]:
-  """Generates samples in [-1, 1] (or latents) from numbered noise.
-
-  See sample_inputs. Any batch size, order and number of devices gives the same
-  samples.
-  """
-  noise, style = sample_inputs(index, seed=seed, task=task, style=style)
-  return generate(params, labels, alpha, noise, style, task=task, layout=layout)

@@ -23,13 +23,14 @@ from drift_jax.models import release
 from drift_jax.models.precision import rounded
 from drift_jax.system import options, sharding, storage
 from drift_jax.system.devices import find_devices
-from drift_jax.tasks.generator import step as step_lib
+from drift_jax.tasks.generator import samplers
 from drift_jax.tasks.generator.restore import (
   OpenedGenerator,
   open_generator,
   sampling_task,
 )
-from drift_jax.tasks.generator.step import GeneratorTask, sample_step
+from drift_jax.tasks.generator.samplers import sample_step
+from drift_jax.tasks.generator.step import GeneratorTask
 from drift_jax.tools import weight_files
 from drift_jax.training import artifacts
 from drift_jax.training.frozen import decoding
@@ -220,7 +221,7 @@ def _functions(
       params, labels, alpha, index, seed=seed, style=style, task=task
     )
 
-  generate = functools.partial(step_lib.generate, task=task)
+  generate = functools.partial(samplers.generate, task=task)
   shape = jax.ShapeDtypeStruct
   (batch,) = jax.export.symbolic_shape("b")
   tokens = task.style_tokens

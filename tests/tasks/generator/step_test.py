@@ -23,7 +23,7 @@ from drift_jax.models.vae import build_vae
 from drift_jax.system import sharding
 from drift_jax.tasks import parse
 from drift_jax.tasks.generator import step as step_lib
-from drift_jax.tasks.generator.samplers import make_sampler
+from drift_jax.tasks.generator.samplers import make_sampler, sample_step
 from drift_jax.tasks.generator.setup import generator_recipe, init_generator
 from drift_jax.tasks.generator.step import (
   Draws,
@@ -31,7 +31,6 @@ from drift_jax.tasks.generator.step import (
   GeneratorBatch,
   GeneratorTask,
   generator_loss,
-  sample_step,
   train_step,
 )
 from drift_jax.tasks.mae.step import MaeTask, classification_lambda, mae_inputs
