@@ -243,7 +243,7 @@ def toy() -> ConfigDict:
   del config["init_from"], config["vae"]
 
   config.data = ConfigDict()
-  config.data.distribution = "bimodal"  # see drift_jax.data.draw_points
+  config.data.distribution = "bimodal"  # see tasks.toy.data.draw_points
   config.data.noise = 0.1  # standard deviation of what is added
   config.data.prefetch = 2  # batches ahead of the step
 

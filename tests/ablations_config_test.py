@@ -77,7 +77,7 @@ WORST = (41.0, 177.0)
   ],
 )  # fmt: skip
 def test_the_papers_values(table, names, values):
-  """FID of method.md's section 9; unknown ones are None, never guessed."""
+  """The papers' FID; unknown ones are None, never guessed."""
   rows = ablations.rows(table, "imagenet_latent")
   papers = {name: row.paper for name, row in rows.items()}
   assert papers == dict(zip(names.split(), values, strict=True))

@@ -12,7 +12,7 @@ from tests.conftest import GOLDEN
 from tests.process import process_environment
 
 PATH = pathlib.Path(__file__).parent.parent / "launch" / "colab.ipynb"
-# The smoke variant with the model of train_test.
+# The smoke variant with the model of tests.tasks.generator.train_test.
 CONFIG = """
 from configs import digits
 

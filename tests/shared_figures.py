@@ -17,7 +17,7 @@ from drift_jax.system import sharding
 
 @dataclasses.dataclass(frozen=True)
 class Reals:
-  """Images in memory, as metrics.Reals; of one class."""
+  """Images in memory, as evaluators.Reals; of one class."""
 
   images: np.ndarray
 

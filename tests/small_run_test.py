@@ -1,6 +1,6 @@
 """A small run in this process, from the config to the checkpoints and back.
 
-What every commit is tested by: other runs are in tests/train_test.py.
+What every commit is tested by: the other runs are in tests/tasks/generator.
 """
 
 import shutil

@@ -146,8 +146,8 @@ def require_rgb(
   if images.dtype != jnp.uint8:
     raise ValueError(
       f"{whose} images have dtype {images.dtype}, want uint8 in [0, 255]"
-      " (metrics.to_uint8 makes them from [-1, 1], truncating as the published"
-      " figures do)"
+      " (metrics.images.to_uint8 makes them from [-1, 1], truncating as the"
+      " published figures do)"
     )
   if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
     raise ValueError(

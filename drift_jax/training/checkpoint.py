@@ -6,7 +6,7 @@ and sum their own files; the first one gives and checks names.
 A checkpoint holds the training state (parameters, optimiser, EMAs, step and
 random key) and the feed's state (data position and sample queue). Saving is
 asynchronous. After the commit every file's size and CRC-32s go into the
-checkpoint's checksums (drift_jax.checksums), so that a truncated or altered
+checkpoint's checksums (training.checksums), so that a truncated or altered
 file is told from a good one before anything of it is restored. After the
 evaluation of its step figures.json is written, by which checkpoints are ranked.
 """

@@ -21,7 +21,7 @@ GRID = np.linspace(-1.0, 1.0, 17)
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-  """Images in memory, as metrics.Reals."""
+  """Images in memory, as evaluators.Reals."""
 
   images: np.ndarray
   labels: np.ndarray

@@ -111,7 +111,7 @@ class Memorisation(NamedTuple):
   Attributes:
     neighbours: those of the generated samples, then of the held-out images.
     generated: number of generated samples.
-    summary: see metrics.distance_summary.
+    summary: see neighbours.distance_summary.
     picture: uint8 [H, W, 3]: samples, each beside its neighbours.
     shown: numbers of the samples in the picture, from top to bottom.
     space: where distances were taken.

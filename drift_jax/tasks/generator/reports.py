@@ -315,7 +315,7 @@ def report_on_images(path: str, request: Request) -> dict[str, Any]:
   """Computes figures of images that were made elsewhere.
 
   Args:
-    path: a folder, or an .npz in ADM's format; see metrics.open_images.
+    path: a folder, or an .npz in ADM's format; see sample_files.open_images.
     request: what to compute; figures against reference statistics only.
 
   Returns:

@@ -1,4 +1,4 @@
-"""Sampling: from numbered noise to images, jitted on a mesh, and grids of them."""
+"""Sampling: numbered noise to images, jitted on a mesh, and grids of them."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -98,7 +98,7 @@ def jit_sampler(task: GeneratorTask, mesh: Mesh) -> Any:
   """Jitted (params, seed, style, labels, alpha, index) -> samples.
 
   Samples, labels, alpha and index are split over the mesh; all samples share
-  seed and style, see step.sample_step.
+  seed and style, see sample_step.
   """
 
   def sample(
@@ -194,7 +194,7 @@ def sample_grid(
   """Draws a row of samples for each of some classes: uint8 [H, W, 3].
 
   Args:
-    sample_fn: see metrics.generate.
+    sample_fn: see generation.generate.
     decode: samples -> images.
     num_classes: number of classes of the model.
     classes: number of rows; their classes are evenly spaced among all.

@@ -53,7 +53,7 @@ def export(
   """Writes an export; the folder appears when it is whole.
 
   Args:
-    source, vae, step, ema_decay: see experiment.open_generator.
+    source, vae, step, ema_decay: see restore.open_generator.
     out: a folder that is not there yet.
     dtype: 'float32' or 'bfloat16' computation; None: as it was trained. With
       bfloat16, parameters that are used in it are stored in it.

@@ -58,7 +58,7 @@ class Images:
     pixels: indices [n] -> uint8 [n, size, size, 3].
     count: N.
     size: their side.
-    facts: source, split and crop; see metrics.Provenance.
+    facts: source, split and crop; see reference.Provenance.
   """
 
   pixels: Callable[[np.ndarray], np.ndarray]

@@ -170,7 +170,7 @@ def make_chain(setup, archive, run, count):
 
   @jax.jit
   def one(state, batch, draws):
-    # steps.train_step, spelt out: it keeps neither gradients nor samples.
+    # train_step, spelt out: it keeps neither gradients nor samples.
     (loss, aux), grads = jax.value_and_grad(generator_loss, has_aux=True)(
       state.params, batch, draws, {"mae": mae_params}, task
     )
