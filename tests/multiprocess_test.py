@@ -644,6 +644,8 @@ STATELESS = """if True:
 def test_a_program_without_a_state_ends_in_all_processes(folder, name, source):
   def command(i, address):
     place = (f"--coordinator={address}", "--num_processes=2")
+    if name == "evaluate":
+      place += (f"--out={folder / 'report.json'}",)
     return STATELESS, name, source, *place, f"--process_id={i}"
 
   group = Group(folder, 2, 1, command)

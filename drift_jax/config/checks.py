@@ -9,13 +9,13 @@ from typing import Annotated, Any, Literal
 
 from drift_jax.config.sections import (
   LEAST_TEMPERATURE_SCALE,
-  SOURCES,
   AtLeast,
   Drift,
   Frozen,
   ImageConfig,
   RunConfig,
 )
+from drift_jax.system import options
 from drift_jax.system.errors import ConfigError
 
 
@@ -25,13 +25,13 @@ def require(condition: bool, message: str) -> None:
     raise ConfigError(message)
 
 
-def check_choice(path: str, value: Any, options: Collection[Any]) -> None:
+def check_choice(path: str, value: Any, choices: Collection[Any]) -> None:
   """Raises ConfigError unless a value is one of the options."""
-  close = difflib.get_close_matches(str(value), map(str, options), n=1)
+  close = difflib.get_close_matches(str(value), map(str, choices), n=1)
   hint = f" (did you mean {close[0]!r}?)" if close else ""
   require(
-    value in options,
-    f"{path}={value!r}: valid options are {list(options)}{hint}",
+    value in choices,
+    f"{path}={value!r}: valid options are {list(choices)}{hint}",
   )
 
 
@@ -172,12 +172,12 @@ def check_frozen(path: str, frozen: Frozen) -> None:
 
 def _check_source(source: str) -> None:
   kind, _, rest = source.partition(":")
-  kinds = {option.partition(":")[0]: option for option in SOURCES}
+  kinds = {option.partition(":")[0]: option for option in options.SOURCES}
   close = difflib.get_close_matches(kind, kinds, n=1)
   hint = f" (did you mean {kinds[close[0]]!r}?)" if close else ""
   require(
     source == "digits" or (rest != "" and kind in kinds and kind != "digits"),
-    f"data.source={source!r}: valid options are {list(SOURCES)}{hint}",
+    f"data.source={source!r}: valid options are {list(options.SOURCES)}{hint}",
   )
 
 

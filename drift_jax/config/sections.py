@@ -241,8 +241,6 @@ class ImageConfig(RunConfig):
   eval: ImageEval
 
 
-# Where data may come from (data.source).
-SOURCES = ("digits", "tfds:NAME", "folder:DIR", "tar:FILE", "latents:DIR")
 # Annealed temperatures fall no further: float32 tells no two distances apart
 # that differ by less than such a part.
 LEAST_TEMPERATURE_SCALE = 1e-6

@@ -23,7 +23,8 @@ from drift_jax.system import console, streams
 
 
 class GroupedFeed(IndexedFeed):
-  """Positives and unconditional reals of each label, read by index (4).
+  """Positives and unconditional reals of each label, read by index
+  without a queue.
 
   Batches are {'labels': [l], 'positives': [l, N_pos, H, W, C],
   'unconditional': [l, N_unc, H, W, C]}, as ClassGrouped chooses them: no
@@ -142,13 +143,13 @@ class QueueFeed:
 
   A checkpoint of P processes restores on any number P' of them. Where P' = P
   each gets its own queue back, and all that follows is bit-equal to a run that
-  was never interrupted. Else the records go on where they were, none twice and
-  none left out, although a step takes push_per_step * P' of them now; and with
-  G the greatest common divisor, each P / G successive queues are merged for
-  P' / G successive processes: all of these start with the newest samples of
-  each class among theirs. With P' a multiple of P that is a copy of one queue,
-  with P a multiple of P' no sample goes to two processes. A host reads P / G
-  queues, and holds them beside its own while it merges them.
+  was never interrupted. Otherwise reading continues at the same record, none
+  twice and none left out, with push_per_step * P' records a step. Processes
+  form G = gcd(P, P') groups: each group merges its P / G old queues, and each
+  of its P' / G processes starts with the newest samples of each class among
+  them. With P' a multiple of P that is a copy of one queue; with P a multiple
+  of P' no sample goes to two processes. A host reads P / G queues, and holds
+  them beside its own while it merges them.
   """
 
   def __init__(

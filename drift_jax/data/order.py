@@ -248,7 +248,8 @@ class DistinctStream:
 
 
 class ClassGrouped:
-  """Labels, their positives and unconditional reals, straight by index (4).
+  """Labels, their positives and unconditional reals, by index
+  without a queue.
 
   Step s has N_c labels, N_pos images of each label's class and N_unc of any
   class for each label, as a pure function of (seed, s):

@@ -12,10 +12,9 @@ from PIL import Image
 from drift_jax.data import encoded, folder
 from drift_jax.data.base import Source
 from drift_jax.data.errors import check_choice
-from drift_jax.system import paths, storage
+from drift_jax.system import options, paths, storage
 
 SPLITS = ("train", "test")
-KINDS = ("digits", "folder:DIR", "tar:FILE", "tfds:NAME")
 # Held out of every class of the digits: enough to judge by, and the same
 # number for each class.
 DIGITS_TEST_PER_CLASS = 54
@@ -190,15 +189,15 @@ def open_source(
       raise ValueError(f"{what}: the digits have their own, use ''")
     return digits(split)
   if not rest or kind not in ("folder", "tar", "tfds"):
-    check_choice("data.source", spec, KINDS)
-  options: Any = dict(class_order=class_order, max_corrupt=max_corrupt)
-  options |= dict(split=split, decoder=decoder)
+    check_choice("data.source", spec, options.IMAGE_SOURCES)
+  settings: Any = dict(class_order=class_order, max_corrupt=max_corrupt)
+  settings |= dict(split=split, decoder=decoder)
   if kind == "tfds":
     storage.check_data(rest if storage.is_remote(rest) else data_dir)
     # Imported for those who use it: half a second, and a large package.
     from drift_jax.data import tfds
 
-    return tfds.TfdsSource(rest, data_dir=data_dir, **options)
+    return tfds.TfdsSource(rest, data_dir=data_dir, **settings)
   storage.check_local(f"data.source={spec!r}", rest, data_dir)
   opened = folder.FolderSource if kind == "folder" else folder.TarSource
-  return opened(pathlib.Path(data_dir) / paths.expand(rest), **options)
+  return opened(pathlib.Path(data_dir) / paths.expand(rest), **settings)

@@ -81,8 +81,8 @@ class Problem(NamedTuple):
   Attributes:
     x: samples, normalised and centred.
     targets: in the same coordinates.
-    squared: ||x_i - y_j||^2 > 0 in the units of the features; so large that
-      all kernels are 0 for a sample that is no negative of its own.
+    squared: ||x_i - y_j||^2 > 0 in the units of the features. Masked pairs are
+      so far apart that exponential kernels are 0, and others nearly.
     weight: weight of each target.
     unit: unit of distances: the mean distance S, or 1 if features are not
       normalised. A temperature tau of a config is tau * unit in these units.

@@ -23,8 +23,9 @@ Tau = float | Float[Array, ""] | Float[Array, "*B 1 1"]
 MAX_DIRECT_CHANNELS = 64
 
 # A masked pair's distance, in units of the farthest target's and the
-# temperature together: its kernel is exactly 0 whatever the coordinates' unit,
-# and unlike an infinity it survives a row or column that holds nothing else.
+# temperature together: exponential kernels are exactly 0 there whatever the
+# coordinates' unit, and unlike an infinity it survives a row or column that
+# holds nothing else.
 _MASKED_DISTANCE = 1e4
 
 # Keeps the distance of coincident points, and its derivative, finite.

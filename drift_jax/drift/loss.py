@@ -33,9 +33,9 @@ from drift_jax.drift.variant import (
   check_temperatures,
 )
 
-# The paper's loss has a sample as its own negative only through the affinity
-# floor: this is added to its normalised distance to itself. Other losses leave
-# the pair out of the kernels exactly.
+# The paper's loss masks self-pairs by adding this to their normalised distance:
+# only the affinity floor is left of them. Other losses mask them so that their
+# kernels vanish.
 SELF_DISTANCE = 100.0
 # Of normalised features: least distance and scale, in their units.
 MIN_DISTANCE = 1e-4
@@ -91,8 +91,9 @@ def drift_loss(
     weight_gen: weight of each generated sample as a negative; None means 1.
     weight_pos: weight of each positive; None means 1.
     weight_neg: weight of each unconditional negative, see
-      `guidance.unconditional_weight`; None means 1. Weights multiply after the
-      softmaxes, in which zero-weight targets still take part.
+      `guidance.unconditional_weight`; None means 1. Weights multiply the
+      affinities after normalisation: a target of weight 0 still counts in the
+      softmaxes.
     temperatures: distinct taus > 0, or one, in units of the mean distance S.
     affinity_floor: lower bound of the squared affinities of the softmax field:
       1e-6 as published; 0 keeps distributions from collapsing onto their means
@@ -225,9 +226,9 @@ def _split_guidance(
 ) -> tuple[family.Problem, Float[Array, "B T"], Float[Array, "B 1 1"] | None]:
   """(problem, weights of the scale, strength alpha - 1 of velocity guidance).
 
-  Unconditional reals are weighted negatives (A.7), or a set of their own
-  (W-Flow): uniform, left out of the scale, and their weights' sum is the
-  strength.
+  With guidance='negatives' nothing changes (A.7). With 'velocity' (W-Flow)
+  unconditional reals get weight 1 and do not count in the scale; the sum of
+  their weights is the strength.
   """
   weight = problem.weight
   if not problem.apart:
@@ -331,7 +332,10 @@ def _mask(
   taus: list[Tau],
   soft_unit: Float[Array, ""] | None,
 ) -> family.Problem:
-  """Pairs far apart: as far as the paper has them, or beyond every kernel."""
+  """Moves pairs apart: to the paper's distance, or so far that kernels vanish.
+
+  The paper's distance is 100 soft_unit; without soft_unit see `mask_pairs`.
+  """
   if pairs is None:
     return problem
   if soft_unit is None:

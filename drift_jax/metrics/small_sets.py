@@ -45,7 +45,9 @@ def _check_size(
 class _SmallSet:
   """Base of these evaluators: reads reals, keeps what was generated.
 
-  Subclasses define `_figures(images [N, H W C], labels [N])`.
+  Subclasses define `_figures(images [N, H W C], labels [N])`, and set
+  `_stand_in` to the (images, labels) that take the place of generated ones in
+  the baseline: training images, unless the held-out ones themselves will do.
   """
 
   def __init__(self, name: str, test: Reals):

@@ -136,7 +136,8 @@ class Generator(nn.Module):
     if self.gather is not None:
       block = nn.map_variables(block, "params", trans_in_fn=self.gather)
     if self.remat != "none":
-      # A loop keeps XLA from merging the recomputed block with the stored one.
+      # XLA might merge the recomputed block with the stored one. In a rolled
+      # loop it can't, so prevent_cse is needed only in an unrolled one.
       block = nn.remat(
         block,
         prevent_cse=self.unroll > 1,

@@ -180,6 +180,11 @@ class _Kind(NamedTuple):
     }
 
 
+# To add a kind of model: a file here with its linen module and `build_X`. The
+# module has `example_inputs` for its initialisation and a field `dtype` if it
+# computes in bfloat16. A feature encoder also has the methods `features(x,
+# **options)` -> {key: [B, T, D]} and `pooled(x)` -> [B, D]; name its kind in
+# ENCODERS of training/frozen.py.
 _KINDS = {
   "gen": _Kind(
     "generator",

@@ -17,6 +17,10 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 # Figures of an evaluation without a config, and its number of samples.
 METRICS = ("fid", "inception_score")
 NUM_SAMPLES = 50_000
+# Where images may come from (data.source), and what `open_source` opens: a
+# latent cache is opened with its autoencoder.
+SOURCES = ("digits", "tfds:NAME", "folder:DIR", "tar:FILE", "latents:DIR")
+IMAGE_SOURCES = SOURCES[:-1]
 # Order of a source's classes; '': its own.
 ClassOrder = Literal["", "imagenet"]
 CLASS_ORDERS = get_args(ClassOrder)

@@ -165,7 +165,8 @@ class Loop:
       # 2. An evaluation that the run before could not finish.
       if step and schedule.eval_every and not self.checkpointer.evaluated(step):
         self._evaluate(step, state)
-      # 3. The steps. A stop moves the last one: all drawn batches are taken.
+      # 3. The steps. After a request to stop, the batches that are prefetched
+      # already are trained on, then the state is saved: `last` is that step.
       last = schedule.num_steps
       for step in range(first + 1, schedule.num_steps + 1):
         state, metrics = self._advance(step, state)
@@ -196,7 +197,7 @@ class Loop:
     return state
 
   def _pauses_after(self, step: int) -> bool:
-    """Whether a stop after this step must find nothing drawn ahead."""
+    """Returns whether no batch may be drawn ahead after this step."""
     schedule = self.schedule
     return (
       step == schedule.num_steps

@@ -18,7 +18,7 @@ from drift_jax import config as config_lib
 from drift_jax.config.parsing import build
 from drift_jax.config.sections import RunConfig
 from drift_jax.metrics.files import replacing
-from drift_jax.system import hub, storage
+from drift_jax.system import hub, options, storage
 
 STARTED_FILE = "started.json"
 # Keys that hold paths, and the flag of drift_jax.evaluate that gives another.
@@ -34,7 +34,10 @@ _FLAGS = {
   "data.source": "--data_source=KIND:PATH",
   "init_from": "",
 }
-_KINDS = ("folder", "tar", "latents", "zarr", "hdf5", "tfds")
+# Kinds of data.source whose other half may be a path; the last two hold
+# demonstrations.
+_KINDS = [s.partition(":")[0] for s in options.SOURCES if ":" in s]
+_KINDS += ["zarr", "hdf5"]
 _Config = TypeVar("_Config", bound=RunConfig)
 
 

@@ -107,7 +107,7 @@ def run(
     # 2. Where it stands.
     stack.callback(feed.close)
     checkpointer = make_checkpointer(config.checkpoint, path)
-    # A save would wait for a process that has ended.
+    # Not after a peer was lost: closing waits for the saves of all processes.
     stack.enter_context(at_end(checkpointer.close))
     state = loop.restore_or_start(checkpointer, abstract, init, feed)
     step = int(state.step)
@@ -181,7 +181,7 @@ def at_end(action: Callable[[], None]) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-  """The functions and shapes that a run compiles before its first step.
+  """The state's shapes, how it is made, and the step, compiled when first run.
 
   Attributes:
     abstract: the state's shapes and shardings.

@@ -90,7 +90,7 @@ def test_files_and_some_of_them(tmp_path):
   assert np.asarray(plain.image(0)).tolist() == [[[1, 1, 1]]]
 
 
-KINDS = "valid options are .*digits.*folder:DIR.*tar:FILE.*tfds:NAME"
+KINDS = "valid options are .*digits.*tfds:NAME.*folder:DIR.*tar:FILE"
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """The evaluators that a config's eval.metrics names.
 
 To add a figure of generated and held-out images: write its evaluator in
-drift_jax.metrics, name it in config.EVAL_METRICS, and add a function to
-BY_REALS here.
+drift_jax.metrics (small_sets.py has examples), name it in EVAL_METRICS of
+tasks/generator/config.py, and add a function to BY_REALS here.
 """
 
 import dataclasses

@@ -198,7 +198,8 @@ def generator_loss(
 
   With a layout this runs inside sharding.over_devices, on parts of everything:
   the loss is that of this device's labels, the field's scalars those of all.
-  The batch may be a part of one whose scalars are known.
+  With `scalars`, the batch may be one group of labels: the scalars are those of
+  the whole batch.
 
   Returns:
     (loss, {'samples': [L * N, H, W, C], 'losses': of each feature, 'report':
@@ -266,8 +267,9 @@ def _features_of(
     real_features = jax.lax.stop_gradient(task.features(frozen, reals))
     return task.features(frozen, samples), real_features
 
-  # Regathering would keep what recomputed blocks are to recompute: its policy
-  # reaches into them. The weights are kept instead, until the losses are done.
+  # regather's checkpoint policy also applies inside of rematerialised blocks,
+  # and would store what they are to recompute. With remat the gathered weights
+  # are kept instead, until the losses are done.
   if layout is not None and not task.features.recomputes:
     return sharding.regather(features, layout.frozen)
   return features
@@ -339,7 +341,7 @@ def _scalars(
   """
 
   def scale_of(part: _Part) -> tuple[jax.Array, jax.Array]:
-    """(sum of weighted distances, of weights), up to a factor of all parts."""
+    """Numerator and denominator of S of a group, over the same constant."""
     batch, draws = part
     unconditional = batch.unconditional.shape[1]
     if task.variant.guidance == "velocity":
