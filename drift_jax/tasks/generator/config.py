@@ -29,8 +29,8 @@ from drift_jax.config.sections import (
 class GeneratorModel(ImageModel):
   """Arguments of drift_jax.models.build_generator: the fields of its module.
 
-  A new one with a default here, whose value changes nothing, lets runs that were
-  saved without it be loaded: `new: int = 0  # earlier runs have none`.
+  A new one needs a default here that changes nothing, so that runs that
+  were saved without it can be loaded: `new: int = 0  # earlier runs have none`.
   """
 
   input_size: int

@@ -34,6 +34,7 @@ from drift_jax.tasks.generator.setup import generator_task
 from drift_jax.tasks.mae import setup as mae_setup
 from drift_jax.tasks.mae import train as train_mae
 from drift_jax.tasks.mae.config import MaeConfig
+from drift_jax.tasks.mae.evaluation import held_out_evaluation
 from drift_jax.tasks.mae.setup import mae_task
 from drift_jax.training import artifacts, checkpoint, loop
 from drift_jax.training.inputs import open_readers
@@ -551,7 +552,7 @@ def test_the_encoder_is_evaluated_by_its_average(tmp_path, monkeypatch):
   config.eval.batch_size = 96  # does not divide the 540 images
   config = parse(config)
   assert isinstance(config, MaeConfig)
-  evaluate = train_mae.held_out_evaluation(
+  evaluate = held_out_evaluation(
     config,
     mae_task(config, None),
     open_readers(config, None),
