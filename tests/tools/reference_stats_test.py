@@ -351,7 +351,7 @@ def test_mistakes(refuses, pictures):
   for changes, message in (
     ({"network": "/nowhere"}, "no exported model in /nowhere"),
     ({"source": "folder:/nowhere"}, "--source=folder:/nowhere --split=train: "),
-    ({"source": "floppy:a"}, "valid options are .*'digits', 'folder:DIR'"),
+    ({"source": "floppy:a"}, "valid options are .*'digits', 'tfds:NAME'"),
     ({"image_size": 0}, "data.image_size=0"),
     ({"crop": "none"}, "data.crop='none' wants every image to be 12 x 12"),
     ({"num_features": -1}, "--num_features=-1 must be at least 0"),

@@ -239,7 +239,7 @@ def test_what_can_not_be():
     ("model.spread", 0.0, r"model\.spread=0\.0 must be positive"),
     ("batch.labels", 0, r"batch\.labels=0 must be at least 1"),
     ("batch.generated", 1, r"generated=1: .*nothing repels it"),
-    ("eval.num_samples", 1, r"num_samples=1: figures need at least 2"),
+    ("eval.num_samples", 1, r"num_samples=1 must be at least 2"),
     ("checkpoint.best_metric", "fid", r"'fid': valid options are \[''\]"),
     ("drift.normalize_features", True, "on raw distances; set it to False"),
     ("drift.negatives", "independent", "no noise to draw a second batch from"),
