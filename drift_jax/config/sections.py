@@ -176,7 +176,7 @@ class Eval(Section):
 
 
 class Checkpoint(Section):
-  """What is saved and kept, and what happens if it can't be read."""
+  """Checkpoints: which are saved and kept, and the reaction to a damaged one."""
 
   every: Size
   keep_latest: Size
@@ -200,7 +200,7 @@ class Processes(Section):
 
 
 class RunConfig(Section):
-  """What the config of every task has."""
+  """Sections and keys that the config of every task has."""
 
   task: str
   seed: int
@@ -232,7 +232,7 @@ class ImageEval(Eval):
 
 
 class ImageConfig(RunConfig):
-  """What the configs of tasks that read images have."""
+  """Sections that the configs of tasks that read images have."""
 
   init_from: Path
   data: Data

@@ -88,8 +88,8 @@ def drift_loss(
     gen: generated features of any float dtype; float64 keeps its own (x64).
     pos: features of the positives, P real samples.
     neg: features of unconditional real samples, or None for M = 0.
-    weight_gen: weight of each generated sample as a negative; None means 1.
-    weight_pos: weight of each positive; None means 1.
+    weight_gen, weight_pos: weight of each generated sample as a negative, and of
+      each positive; None means 1.
     weight_neg: weight of each unconditional negative, see
       `guidance.unconditional_weight`; None means 1. Weights multiply the
       affinities after normalisation: a target of weight 0 still counts in the
@@ -99,8 +99,7 @@ def drift_loss(
       1e-6 as published; 0 keeps distributions from collapsing onto their means
       where the temperatures reach no neighbours.
     normalization: its softmaxes: "xy" (both axes), "y" or "none" (Table 11).
-    attraction: a, scale of V+ (Table 1).
-    repulsion: b, scale of V-.
+    attraction, repulsion: a and b, scales of V+ and V- (Table 1).
     axis_name: names of the mapped axes (jax.shard_map) that B is split over.
     scalars: those of a larger batch, used and returned in place of B's.
     variant: another field, other negatives, guidance or normalisation.
