@@ -176,7 +176,7 @@ class Eval(Section):
 
 
 class Checkpoint(Section):
-  """Checkpoints: which are saved and kept, and the reaction to a damaged one."""
+  """Checkpoints: those saved and kept, and the reaction to a damaged one."""
 
   every: Size
   keep_latest: Size

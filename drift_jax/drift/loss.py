@@ -88,8 +88,8 @@ def drift_loss(
     gen: generated features of any float dtype; float64 keeps its own (x64).
     pos: features of the positives, P real samples.
     neg: features of unconditional real samples, or None for M = 0.
-    weight_gen, weight_pos: weight of each generated sample as a negative, and of
-      each positive; None means 1.
+    weight_gen, weight_pos: weight of each generated sample as a negative, and
+      of each positive; None means 1.
     weight_neg: weight of each unconditional negative, see
       `guidance.unconditional_weight`; None means 1. Weights multiply the
       affinities after normalisation: a target of weight 0 still counts in the
