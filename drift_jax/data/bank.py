@@ -116,7 +116,7 @@ def merged_slots(
   Args:
     pointer: [R] slot that the next sample of the ring takes.
     count: [R] filled slots.
-    size: of each ring.
+    size: number of slots of each ring.
   """
   age = np.arange(int(count.max(initial=0)))
   there = age[:, None] < count

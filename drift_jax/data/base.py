@@ -74,7 +74,7 @@ class Reader(Labelled):
 class Reopening:
   """Base of objects that may be sent to another process.
 
-  Attributes named in `_UNSENT` stay behind; `_open` makes them, here and there.
+  Attributes named in `_UNSENT` are not sent; `_open` makes them in each one.
   """
 
   _UNSENT: ClassVar[tuple[str, ...]] = ()

@@ -55,7 +55,7 @@ class _Tree(NamedTuple):
   """Folders by their path from the root ('' is the root), '/' between.
 
   Attributes:
-    name: of the whole, for messages.
+    name: name of the folder or tar, for messages.
     listed: path -> names of its folders and of its files, sorted, none hidden.
   """
 
@@ -269,7 +269,7 @@ def _members(
   is how ILSVRC2012_img_train.tar holds its classes.
 
   Args:
-    file: of the tar.
+    file: path of the tar.
     within: path of the folder that the tar stands for.
     start: offset of `file` in the whole file.
   """

@@ -111,6 +111,8 @@ def folders(address: Address) -> list[str]:
     names = huggingface_hub.list_repo_files(
       address.repository, revision=address.revision
     )
+  # The library's errors have no base. The list is only a hint in the message of
+  # another error.
   except Exception:
     return []
   return sorted(
