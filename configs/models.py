@@ -1,4 +1,4 @@
-"""Sizes of the published models (Table 8), by name.
+"""Sizes of the published models (Table 8, and W-Flow's largest), by name.
 
 Each function returns a new ConfigDict of the keyword arguments of
 drift_jax.models.build_generator, build_mae, build_convnext, build_resnet,
@@ -18,6 +18,14 @@ def generator_b2_latent() -> ConfigDict:
 def generator_l2_latent() -> ConfigDict:
   """L/2 on 32x32x4 latents: 463 M parameters."""
   config = _generator_large(_latent_generator())
+  config.remat = "branches"
+  return config
+
+
+def generator_xl2_latent() -> ConfigDict:
+  """XL/2 of W-Flow (arXiv:2605.11755), 32x32x4 latents: 679 M parameters."""
+  config = _latent_generator()
+  config.update(hidden_size=1152, cond_dim=1152, depth=28, num_heads=16)
   config.remat = "branches"
   return config
 
@@ -129,6 +137,7 @@ def clip_large() -> ConfigDict:
 GENERATORS = {
   "generator_b2_latent": generator_b2_latent,
   "generator_l2_latent": generator_l2_latent,
+  "generator_xl2_latent": generator_xl2_latent,
   "generator_b16_pixel": generator_b16_pixel,
   "generator_l16_pixel": generator_l16_pixel,
 }
