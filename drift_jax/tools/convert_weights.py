@@ -15,6 +15,8 @@
       --source=hf://facebook/dinov2-large --out=DIR
   python -m drift_jax.tools.convert_weights clip \\
       --source=hf://openai/clip-vit-large-patch14 --out=DIR
+  python -m drift_jax.tools.convert_weights wflow --size=l2 \\
+      --source=hf://jiaqihan99/W-Flow --out=DIR
 
 The weights' names and shapes are checked before anything is written, and
 reading them executes nothing: .safetensors holds arrays and names only, and
@@ -48,6 +50,12 @@ def _parser() -> console.Parser:
     command.add_argument(
       "--out", type=paths.argument, required=True, help="folder to write"
     )
+    if model.sizes:
+      command.add_argument(
+        "--size",
+        choices=model.sizes,
+        help="which of them; checked, and needed where the weights don't tell",
+      )
   return parser
 
 
@@ -61,7 +69,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     from drift_jax.tools.work import convert_weights
 
     artifact = convert_weights.convert(
-      arguments.model, arguments.source, arguments.out
+      arguments.model,
+      arguments.source,
+      arguments.out,
+      getattr(arguments, "size", None),
     )
     logger.info(
       "Wrote %s: %s, %d parameters, SHA-256 %s, model_config %s.",

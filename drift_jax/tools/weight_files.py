@@ -10,6 +10,7 @@ import re
 import shutil
 import urllib.parse
 import urllib.request
+import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -47,7 +48,8 @@ def locate(source: str, names: Sequence[str], sha256: str | None) -> Located:
 
   Args:
     source: a file, a folder, hf://OWNER/NAME[@REVISION][/FILE], or a URL.
-    names: files to look for in a folder or repository, in this order.
+    names: files to look for in a folder or repository, in this order; none
+      takes only a file.
     sha256: of the published file, in hexadecimal; None refuses URLs.
 
   Raises:
@@ -66,6 +68,7 @@ def locate(source: str, names: Sequence[str], sha256: str | None) -> Located:
     return _locate_on_hub(source, names)
   path = pathlib.Path(source)
   if path.is_dir():
+    _require_names(source, names)
     path = next((path / x for x in names if (path / x).is_file()), None)
     if path is None:
       raise WeightsError(f"{source} holds none of {list(names)}")
@@ -82,6 +85,8 @@ def _locate_on_hub(source: str, names: Sequence[str]) -> Located:
       f"--source={source}: want hf://OWNER/NAME, hf://OWNER/NAME/FILE or"
       " hf://OWNER/NAME@REVISION/FILE"
     )
+  if not address.path:
+    _require_names(source, names)
   try:
     for name in [address.path] if address.path else names:
       weights = hub.fetch(address._replace(path=name))
@@ -93,6 +98,11 @@ def _locate_on_hub(source: str, names: Sequence[str]) -> Located:
   except hub.HubError as error:
     raise WeightsError(f"{source}: {error}") from error
   raise WeightsError(f"{source}: the repository holds none of {list(names)}")
+
+
+def _require_names(source: str, names: Sequence[str]) -> None:
+  if not names:
+    raise WeightsError(f"{source} may hold several: name the file, or --size")
 
 
 def sha256_of(path: pathlib.Path) -> str:
@@ -159,44 +169,90 @@ def read_weights(path: pathlib.Path) -> dict[str, np.ndarray]:
         f" is no complete safetensors file: {hub.one_line(error)}"
       ) from error
   if path.suffix in TORCH_SUFFIXES:
-    return _read_torch(path)
+    return _first_state_dict(path)
   raise WeightsError(
     f"{path}: unknown suffix {path.suffix!r}, valid options are"
     f" {['.safetensors', *TORCH_SUFFIXES]}"
   )
 
 
-def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
+def read_checkpoint(
+  path: pathlib.Path, name: str
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+  """One state dict of a torch checkpoint, and what else it holds but tensors.
+
+  The arrays are views of the mapped file: what is not used is not read.
+
+  Raises:
+    WeightsError: another suffix, a file that can't be read, or none of that
+      name: another one is never taken in its place.
+  """
+  if path.suffix not in TORCH_SUFFIXES:
+    raise WeightsError(
+      f"{path} is no torch checkpoint: want one of {list(TORCH_SUFFIXES)}"
+    )
+  checkpoint = _read_torch(path)
+  if not isinstance(checkpoint, Mapping) or name not in checkpoint:
+    holds = list(checkpoint) if isinstance(checkpoint, Mapping) else checkpoint
+    raise WeightsError(
+      f"{path} has no {name!r}, but {holds!r:.200}: want a whole checkpoint, as"
+      " its authors publish it"
+    )
+  rest = {k: v for k, v in checkpoint.items() if not isinstance(v, Mapping)}
+  return _arrays(f"{name} of {path}", checkpoint[name]), rest
+
+
+def require_torch(source: str) -> Any:
+  """The module torch; WeightsError if it is not installed."""
   try:
-    torch = importlib.import_module("torch")
+    return importlib.import_module("torch")
   except ImportError as error:
     raise WeightsError(
-      f"{path}: reading {path.suffix} needs torch, which is not installed; "
-      "take the .safetensors file of the same model, or pip install torch"
+      f"{source}: reading torch's files needs torch, which is not installed;"
+      " take the .safetensors file of the same model if there is one, or pip"
+      " install torch"
     ) from error
+
+
+def _first_state_dict(path: pathlib.Path) -> dict[str, np.ndarray]:
+  tensors = _read_torch(path)
+  if isinstance(tensors, Mapping):
+    inner = [tensors[key] for key in _STATE_DICTS if key in tensors]
+    tensors = inner[0] if inner else tensors
+  return _arrays(str(path), tensors)
+
+
+def _read_torch(path: pathlib.Path) -> Any:
+  torch = require_torch(str(path))
   try:
-    tensors = torch.load(path, map_location="cpu", weights_only=True)
+    return torch.load(
+      path,
+      map_location="cpu",
+      weights_only=True,
+      mmap=zipfile.is_zipfile(path),  # not before torch 1.6
+    )
   # A bad file raises errors of many kinds, KeyError too. Their messages advise
   # to load the file unsafely, so they are not repeated.
   except Exception as error:
     raise WeightsError(
       f"{path} ({path.stat().st_size} bytes) can't be read as a torch file of"
       f" arrays only ({type(error).__name__}): it is damaged or holds more than"
-      " arrays; take the .safetensors file of the same model"
+      " arrays; take the .safetensors file of the same model if there is one"
     ) from error
-  if isinstance(tensors, Mapping):
-    inner = [tensors[key] for key in _STATE_DICTS if key in tensors]
-    tensors = inner[0] if inner else tensors
+
+
+def _arrays(what: str, tensors: Any) -> dict[str, np.ndarray]:
+  """Arrays by name; WeightsError if it is no state dict."""
+  torch = require_torch(what)
   if not isinstance(tensors, Mapping) or not all(
     isinstance(tensor, torch.Tensor) for tensor in tensors.values()
   ):
-    raise WeightsError(f"{path} holds no arrays by name: it is no state dict")
-  arrays = {}
-  for name, tensor in tensors.items():
-    if tensor.dtype == torch.bfloat16:  # which NumPy lacks
-      tensor = tensor.float()
-    arrays[str(name)] = tensor.numpy()
-  return arrays
+    raise WeightsError(f"{what} holds no arrays by name: it is no state dict")
+  return {
+    # NumPy lacks bfloat16.
+    str(k): (v.float() if v.dtype == torch.bfloat16 else v).numpy()
+    for k, v in tensors.items()
+  }
 
 
 def read_config(path: pathlib.Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import sys
 import types
+import zipfile
 
 import numpy as np
 
@@ -28,8 +29,9 @@ def as_tensors(weights):
 def fake_torch(monkeypatch, read):
   """A torch whose `load` gives read(path), if it is told to load safely."""
 
-  def load(path, *, map_location, weights_only):
+  def load(path, *, map_location, weights_only, mmap):
     assert (map_location, weights_only) == ("cpu", True)
+    assert mmap == zipfile.is_zipfile(path), "torch maps no other file"
     return read(path)
 
   torch = types.SimpleNamespace(load=load, Tensor=Tensor, bfloat16="bfloat16")

@@ -43,6 +43,9 @@ class Converted(NamedTuple):
 
   model_config: dict[str, Any]
   params: dict[str, Any]
+  step: int | None = None
+  ema_decay: float | None = None
+  facts: Mapping[str, Any] = {}
 
 
 def convert(

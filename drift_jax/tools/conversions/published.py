@@ -1,6 +1,6 @@
 """Models that are published, and where; imports nothing heavy."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 _TRANSFORMERS_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -24,6 +24,8 @@ class Model(NamedTuple):
     summary: one line for --help.
     files: where the weights are in a folder or repository, best first.
     has_config: whether a config.json belongs to them.
+    state_dict: of a torch checkpoint, which holds several: the one to take.
+    sizes: {--size: what tells it from the others}; {} if there is one.
     url: where they are published; None if there is no one place.
     sha256: of the published file; None if there are several.
   """
@@ -34,8 +36,42 @@ class Model(NamedTuple):
   has_config: bool
   url: str | None = None
   sha256: str | None = None
+  state_dict: str | None = None
+  sizes: Mapping[str, "WFlowSize"] = {}
 
 
+class WFlowSize(NamedTuple):
+  """One of W-Flow's generators.
+
+  Attributes:
+    file: in its authors' repository.
+    width: of tokens and of the conditioning vector.
+    depth: blocks.
+    num_heads: of attention.
+    attention_dtype: of its products.
+  """
+
+  file: str
+  width: int
+  depth: int
+  num_heads: int
+  attention_dtype: str = "bfloat16"
+
+
+WFLOW_SIZES = {
+  "ablation": WFlowSize(
+    "checkpoints/latent_ablation_ot/state_00030000.pt", 768, 12, 12, "float32"
+  ),
+  "b2": WFlowSize(
+    "checkpoints/latent_sota_B_ot/state_00200000.pt", 768, 12, 12
+  ),
+  "l2": WFlowSize(
+    "checkpoints/latent_sota_L_ot/state_00200000.pt", 1024, 24, 16
+  ),
+  "xl2": WFlowSize(
+    "checkpoints/latent_sota_XL_ot/state_00180000.pt", 1152, 28, 16
+  ),
+}
 MODELS = {
   "vae": Model(
     "vae",
@@ -88,5 +124,13 @@ MODELS = {
     "CLIP's image encoder, e.g. hf://openai/clip-vit-large-patch14",
     _TRANSFORMERS_FILES,
     has_config=True,
+  ),
+  "wflow": Model(
+    "gen",
+    "W-Flow's one-step generators, of hf://jiaqihan99/W-Flow",
+    (),
+    has_config=False,
+    state_dict="ema_model",
+    sizes=WFLOW_SIZES,
   ),
 }

@@ -12,6 +12,7 @@ from drift_jax.tools.conversions import (
   resnet,
   vae,
   vit,
+  wflow,
 )
 from drift_jax.tools.conversions.layouts import CONFIG_FILE, WeightsError
 from drift_jax.training import artifacts
@@ -19,6 +20,7 @@ from drift_jax.training import artifacts
 # Of the file's checksum, in the names of published files.
 _NAMED_DIGITS = 8
 # {model: (weights by name, config.json or None if there is none) -> Converted}.
+# Of a model of several sizes: (weights, the checkpoint's facts, size or None).
 _CONVERT = {
   "vae": vae.convert_vae,
   "inception": inception.convert_inception,
@@ -27,10 +29,13 @@ _CONVERT = {
   "simclr": resnet.convert_simclr,
   "dinov2": vit.convert_dinov2,
   "clip": vit.convert_clip,
+  "wflow": wflow.convert_wflow,
 }
 
 
-def convert(name: str, source: str, out: str) -> artifacts.Artifact:
+def convert(
+  name: str, source: str, out: str, size: str | None = None
+) -> artifacts.Artifact:
   """Converts a model's published weights and writes them as an artifact.
 
   The metadata says where they came from. If the model has one published file,
@@ -42,6 +47,7 @@ def convert(name: str, source: str, out: str) -> artifacts.Artifact:
     source: a file, a folder, hf://OWNER/NAME[@REVISION][/FILE], or the URL of
       the published file.
     out: folder of the artifact; one that is there is replaced.
+    size: of a model that has several; None if the weights tell.
 
   Returns:
     The artifact, read back from `out`.
@@ -53,17 +59,26 @@ def convert(name: str, source: str, out: str) -> artifacts.Artifact:
   """
   # 1. Read
   model = published.MODELS[name]
-  located = weight_files.locate(source, model.files, model.sha256)
+  names = [model.sizes[size].file] if size else model.files
+  if model.state_dict:
+    weight_files.require_torch(source)  # said before gigabytes are fetched
+  located = weight_files.locate(source, names, model.sha256)
   digest = weight_files.sha256_of(located.weights)
   if model.sha256 is not None:
     _check_name(located.weights, digest, model.sha256)
-  weights = weight_files.read_weights(located.weights)
   config = None
+  if model.state_dict:
+    weights, config = weight_files.read_checkpoint(
+      located.weights, model.state_dict
+    )
+  else:
+    weights = weight_files.read_weights(located.weights)
   if model.has_config and located.config is not None:
     config = weight_files.read_config(located.config)
   # 2. Convert
+  sizes = [size] if model.sizes else []
   try:
-    converted = _CONVERT[name](weights, config)
+    converted = _CONVERT[name](weights, config, *sizes)
   except WeightsError as error:
     raise WeightsError(f"{source}: {error}") from error
   if model.has_config and config is None:
@@ -90,10 +105,12 @@ def convert(name: str, source: str, out: str) -> artifacts.Artifact:
     kind=model.kind,
     model_config=converted.model_config,
     params=converted.params,
-    step=None,
-    ema_decay=None,
+    step=converted.step,
+    ema_decay=converted.ema_decay,
     source=provenance,
+    facts=converted.facts,
   )
+  del weights, converted
   return artifacts.load(out)
 
 
