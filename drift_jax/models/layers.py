@@ -259,8 +259,8 @@ class Attention(nn.Module):
     kernel: who computes it. 'xla' runs everywhere. 'pallas' runs on TPUs and
       keeps everything on chip, see attention_kernel; XLA computes sequences
       that don't fit. 'interpret' is the same without a TPU. 'cudnn' is the
-      fused attention of NVIDIA GPUs; it has no float32, so XLA computes
-      attention_dtype float32.
+      fused attention of NVIDIA GPUs; XLA computes what it refuses:
+      attention_dtype float32, and heads of other than 8, 16, .. 128 channels.
   """
 
   num_heads: int
@@ -280,7 +280,13 @@ class Attention(nn.Module):
       query, key, value = (qkv[:, :, i] for i in range(3))
       query = apply_rotary(RMSNorm(name="q_norm")(query))
       key = apply_rotary(RMSNorm(name="k_norm")(key))
-      if self.kernel == "cudnn" and self.attention_dtype == jnp.bfloat16:
+      head_dim = query.shape[-1]
+      if (
+        self.kernel == "cudnn"
+        and self.attention_dtype == jnp.bfloat16
+        and head_dim % 8 == 0
+        and head_dim <= 128
+      ):
         out = jax.nn.dot_product_attention(
           *(x.astype(jnp.bfloat16) for x in (query, key, value)),
           implementation="cudnn",

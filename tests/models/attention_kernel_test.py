@@ -44,14 +44,16 @@ def inputs(tokens, channels, heads, dtype):
   return like(shapes), x, jnp.asarray(rng.normal(size=x.shape), jnp.float32)
 
 
-# Heads that fill the lanes two by two, one by one, and not at all. Tolerances
-# of the result and of its gradients.
+# Heads that fill the lanes two by two, one by one, not at all, and 16 at a time
+# (W-Flow's largest has heads of 72). Tolerances of the result and of its
+# gradients.
 @pytest.mark.parametrize(
   ("tokens", "channels", "heads", "dtype", "tolerances"),
   [
     pytest.param(20, 256, 4, "float32", (2e-6, 1e-5), marks=pytest.mark.slow),
     pytest.param(9, 256, 2, "float32", (2e-6, 1e-5), marks=pytest.mark.slow),
     (17, 96, 3, "float32", (2e-6, 1e-5)),
+    pytest.param(9, 1152, 16, "float32", (2e-6, 1e-5), marks=pytest.mark.slow),
     pytest.param(
       20, 256, 4, "bfloat16", (2**-8, 2**-7), marks=pytest.mark.slow
     ),
@@ -139,12 +141,12 @@ def test_declared_cost_is_the_hand_count():
   assert backward.bytes_accessed == 2 * 3 * row + row + 2 * small + tables
 
 
-def lowered_for_gpus(attention_dtype, tokens=20) -> str:
+def lowered_for_gpus(attention_dtype, head_dim=64) -> str:
   """The gradient's program, before XLA has seen it."""
   module = layers.Attention(
     4, jnp.dtype(jnp.bfloat16), jnp.dtype(attention_dtype), "cudnn"
   )
-  params, x, cotangent = inputs(tokens, 256, 4, jnp.bfloat16)
+  params, x, cotangent = inputs(20, 4 * head_dim, 4, jnp.bfloat16)
 
   def gradient(params, x, cotangent):
     _, vjp = jax.vjp(lambda p: module.apply({"params": p}, x), params)
@@ -155,14 +157,18 @@ def lowered_for_gpus(attention_dtype, tokens=20) -> str:
 
 
 def test_gpus_have_cudnn_s_attention_in_bfloat16(monkeypatch):
-  """Without a GPU, up to the calls that it would run."""
+  """Without a GPU, up to the calls that it would run; XLA has the heads that
+  cuDNN refuses."""
   monkeypatch.setattr(
     fused_attention_stablehlo, "check_cudnn_version", lambda: 91000
   )
-  text = lowered_for_gpus("bfloat16")
-  assert "__cudnn$fmhaSoftmax(" in text
-  assert "__cudnn$fmhaSoftmaxBackward(" in text
+  for head_dim in (64, 72):
+    text = lowered_for_gpus("bfloat16", head_dim)
+    assert "__cudnn$fmhaSoftmax(" in text
+    assert "__cudnn$fmhaSoftmaxBackward(" in text
   assert "cudnn" not in lowered_for_gpus("float32")
+  for head_dim in (12, 136):
+    assert "cudnn" not in lowered_for_gpus("bfloat16", head_dim)
 
 
 def test_cudnn_s_attention_is_called_as_the_plain_form_is(monkeypatch):
