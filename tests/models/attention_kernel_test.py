@@ -44,9 +44,9 @@ def inputs(tokens, channels, heads, dtype):
   return like(shapes), x, jnp.asarray(rng.normal(size=x.shape), jnp.float32)
 
 
-# Heads that fill the lanes two by two, one by one, not at all, and 16 at a time
-# (W-Flow's largest has heads of 72). Tolerances of the result and of its
-# gradients.
+# Heads that fill the lanes two by two, one by one, not at all, and 16 together,
+# which is too many (heads of 72, as W-Flow's largest has). Tolerances of the
+# result and of its gradients.
 @pytest.mark.parametrize(
   ("tokens", "channels", "heads", "dtype", "tolerances"),
   [
