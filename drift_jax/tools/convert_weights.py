@@ -25,7 +25,7 @@ from collections.abc import Sequence
 
 from drift_jax.system import console, paths, programs
 from drift_jax.system.console import logger
-from drift_jax.tools.conversions import published
+from drift_jax.training.conversions import published
 
 
 def _parser() -> console.Parser:
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   def program() -> None:
     import jax
 
-    from drift_jax.tools.work import convert_weights
+    from drift_jax.training.conversions import convert as convert_weights
 
     artifact = convert_weights.convert(
       arguments.model, arguments.source, arguments.out

@@ -14,13 +14,22 @@ import pytest
 import safetensors.numpy
 
 from drift_jax.models import release
-from drift_jax.tools import convert_weights, weight_files
-from drift_jax.tools.conversions import inception, published, vae, vit
-from drift_jax.tools.conversions.layouts import WeightsError, published_shapes
-from drift_jax.tools.conversions.vae import convert_vae
-from drift_jax.tools.weight_files import read_weights
-from drift_jax.tools.work.convert_weights import convert
+from drift_jax.tools import convert_weights
 from drift_jax.training import artifacts
+from drift_jax.training.conversions import (
+  inception,
+  published,
+  vae,
+  vit,
+  weight_files,
+)
+from drift_jax.training.conversions.convert import convert
+from drift_jax.training.conversions.layouts import (
+  WeightsError,
+  published_shapes,
+)
+from drift_jax.training.conversions.vae import convert_vae
+from drift_jax.training.conversions.weight_files import read_weights
 from tests.fake_hub import COMMIT, hub, serving
 from tests.models.published import CLIP, DINOV2, draw_all
 from tests.process import call
@@ -275,7 +284,7 @@ def test_torch_file_loads_arrays_only(tmp_path, monkeypatch, weights):
 
 TRY_EACH = """
 import sys
-from drift_jax.tools.work import convert_weights
+from drift_jax.training.conversions import convert as convert_weights
 for i, source in enumerate(sys.argv[2:]):
   try:
     convert_weights.convert("vae", source, f"{sys.argv[1]}/{i}")

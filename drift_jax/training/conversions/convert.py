@@ -4,17 +4,17 @@ import pathlib
 from typing import Any
 
 from drift_jax.system.console import logger
-from drift_jax.tools import weight_files
-from drift_jax.tools.conversions import (
+from drift_jax.training import artifacts
+from drift_jax.training.conversions import (
   convnext,
   inception,
   published,
   resnet,
   vae,
   vit,
+  weight_files,
 )
-from drift_jax.tools.conversions.layouts import CONFIG_FILE, WeightsError
-from drift_jax.training import artifacts
+from drift_jax.training.conversions.layouts import CONFIG_FILE, WeightsError
 
 # Of the file's checksum, in the names of published files.
 _NAMED_DIGITS = 8

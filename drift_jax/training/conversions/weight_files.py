@@ -20,7 +20,7 @@ import safetensors.numpy
 from drift_jax.metrics import files
 from drift_jax.system import hub, paths
 from drift_jax.system.console import logger
-from drift_jax.tools.conversions.layouts import CONFIG_FILE, WeightsError
+from drift_jax.training.conversions.layouts import CONFIG_FILE, WeightsError
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".tar")  # MoCo: .pth.tar
 # Keys under which a checkpoint holds its weights.

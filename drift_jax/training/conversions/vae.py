@@ -7,7 +7,7 @@ import numpy as np
 
 from drift_jax.models.naming import Naming, inside
 from drift_jax.models.vae import SCALING_FACTOR
-from drift_jax.tools.conversions.layouts import (
+from drift_jax.training.conversions.layouts import (
   CONFIG_FILE,
   LEAVES,
   Config,
