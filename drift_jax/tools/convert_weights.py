@@ -42,7 +42,7 @@ def _parser() -> console.Parser:
       type=paths.argument,
       required=model.url is None,
       default=model.url,
-      help="a file, a folder, or hf://OWNER/NAME[@REVISION][/FILE]"
+      help="a file, a folder, or hf://OWNER/NAME[@REVISION][/FILE or /FOLDER]"
       + (f"; by default it is downloaded from {model.url}" * bool(model.url)),
     )
     command.add_argument(

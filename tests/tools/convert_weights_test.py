@@ -7,6 +7,7 @@ import json
 import pathlib
 import sys
 
+import flax.serialization
 import jax
 import ml_dtypes
 import numpy as np
@@ -33,6 +34,7 @@ from drift_jax.training.conversions.weight_files import read_weights
 from tests.fake_hub import COMMIT, hub, serving
 from tests.models.published import CLIP, DINOV2, draw_all
 from tests.process import call
+from tests.released_hub import in_flax
 from tests.tools.published import as_tensors, fake_torch
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -129,6 +131,28 @@ def older(weights):
         array = array[:, :, None, None] if array.ndim == 2 else array
     result[name] = array
   return result
+
+
+def test_the_flax_form_is_the_same_autoencoder(folder, tmp_path, weights):
+  """As FlaxAutoencoderKL writes it: names with _0, kernels HWIO and [I, O]."""
+  expected = convert_vae(weights, CONFIG).params
+  (folder / FILE).unlink()
+  path = folder / "diffusion_flax_model.msgpack"
+  data = flax.serialization.msgpack_serialize(in_flax(weights))
+  path.write_bytes(data)
+  config = CONFIG | {"_class_name": "FlaxAutoencoderKL"}
+  (folder / "config.json").write_text(json.dumps(config))
+  artifact = convert("vae", str(folder), str(tmp_path / "out"))
+  jax.tree.map(np.testing.assert_array_equal, artifact.params, expected)
+  for broken, message in (
+    (data[:-100], "no complete msgpack"),
+    (b"", "no complete msgpack"),
+    (flax.serialization.msgpack_serialize({"a": 1}), "a is 1, want an array"),
+    (flax.serialization.msgpack_serialize({"a": {}}), "not the weights"),
+  ):
+    path.write_bytes(broken)
+    with pytest.raises(WeightsError, match=message):
+      convert("vae", str(folder), str(tmp_path / "out"))
 
 
 def cast(dtype):
