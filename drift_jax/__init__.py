@@ -1,6 +1,6 @@
 """Drifting Models in JAX: one-step generators trained by a drifting field.
 
-model = drift_jax.load("runs/digits")   # or an export, or hf://NAME
+model = drift_jax.load("runs/digits")   # an export, hf://latent_L_sota
 samples = model.sample([3, 7], count=8)
 samples.show()
 """

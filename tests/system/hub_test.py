@@ -56,10 +56,10 @@ def test_online_then_offline(repositories, tmp_path):
   cache = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
   theirs = repositories[released.REPOSITORY]
   generator, encoder = (
-    f"{kind} {hashlib.sha256(theirs[f'{place}/ema_params.msgpack']).hexdigest()}"
-    for kind, place in (
-      ("gen", "models/gen/jax/latent_B_sota"),
-      ("mae", "models/mae/jax/mae_latent_256"),
+    f"{kind} {hashlib.sha256(theirs[f'{place}/{name}']).hexdigest()}"
+    for kind, place, name in (
+      ("gen", "models/gen/jax/latent_B_sota", "ema_params.msgpack"),
+      ("mae", "models/mae/jax/mae_latent_256", "ema_params.msgpack"),
     )
   )
   own = f"hf://{released.REPOSITORY}"
@@ -71,7 +71,7 @@ def test_online_then_offline(repositories, tmp_path):
     f"{own}@{COMMIT}/models/gen/jax/latent_B_sota": generator,
     "hf://someone/workdir/run": f"gen {digest(GOLDEN / 'artifact_gen')}",
     "hf://someone/workdir": "holds no artifact .; it has ['run']",
-    "hf://large": "holds no artifact models/gen/jax/large or models/mae/jax/lar",
+    "hf://large": "no artifact models/gen/jax/large or models/mae/jax/large",
     "hf://someone/torn": "no complete msgpack",
     "hf://": "want hf://NAME",
   }
@@ -123,9 +123,8 @@ def test_whatever_the_library_raises_is_one_line(monkeypatch, error):
 
 
 def test_the_steps_and_the_decay_of_their_metadata_and_of_ours():
-  theirs = artifact_files("gen", "any", GENERATOR)[
-    "models/gen/jax/any/metadata.json"
-  ]
+  files = artifact_files("gen", "any", GENERATOR)
+  theirs = files["models/gen/jax/any/metadata.json"]
   for metadata, expected in (
     (json.loads(theirs), (30000, 0.999)),
     ({"source": {"step_loaded": 5, "ema_selected": "ema_0.9996"}}, (5, 0.9996)),

@@ -341,7 +341,13 @@ def _check_space(generator: artifacts.Described, vae: str) -> None:
   """
   needs = [*generator.missing]
   if vae.startswith(hub.SCHEME):
-    needs += autoencoders.missing(vae)
+    try:
+      needs += autoencoders.missing(vae)
+    except artifacts.ArtifactError as error:
+      raise artifacts.ArtifactError(
+        f"{error}; it is the autoencoder of latents: vae=FOLDER or "
+        "hf://OWNER/NAME takes another of the same"
+      ) from error
   if not (wanted := hub.listed(needs)):
     return
   logger.info("To be downloaded and written: %s.", wanted)
