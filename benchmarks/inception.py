@@ -16,8 +16,8 @@ from flax import traverse_util
 from benchmarks.timing import Case, Report
 from drift_jax.models import release
 from drift_jax.models.inception import IMAGE_SIZE, build_inception, preprocess
-from drift_jax.tools.conversions import inception as published
-from drift_jax.tools.conversions.layouts import published_shapes
+from drift_jax.training.conversions import inception as published
+from drift_jax.training.conversions.layouts import published_shapes
 
 # Of float32 without tensor cores, which the network asks for.
 PEAK_FLOPS = {"H100": 67e12, "H200": 67e12, "A100": 19.5e12, "L4": 30.3e12}

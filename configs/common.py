@@ -42,7 +42,9 @@ def _shared(task: str) -> ConfigDict:
   config.data.prefetch = 2  # batches on the device ahead of the step
 
   config.vae = ConfigDict()  # the autoencoder behind latents
-  config.vae.path = ""  # what tools.convert_weights wrote; '': no latents
+  # What tools.convert_weights wrote, or hf://OWNER/NAME of diffusers'. '': no
+  # latents.
+  config.vae.path = ""
   config.vae.dtype = "bfloat16"
   config.vae.sharding = "replicated"  # or "fsdp": see add_encoder
   # Recompute its blocks in the backward pass through it, where an encoder reads

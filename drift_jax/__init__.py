@@ -1,6 +1,6 @@
 """Drifting Models in JAX: one-step generators trained by a drifting field.
 
-model = drift_jax.load("runs/digits")   # or an export, or hf://NAME
+model = drift_jax.load("runs/digits")   # an export, hf://latent_L_sota
 samples = model.sample([3, 7], count=8)
 samples.show()
 """
@@ -11,14 +11,16 @@ from drift_jax.system import lazy
 
 if TYPE_CHECKING:
   from drift_jax.sampling import load
+  from drift_jax.training.released import released
 
 __version__ = "0.1.0"
-__all__ = ["load"]
+__all__ = ["load", "released"]
 
 # `load` brings JAX and all the models. The others are modules under the names
 # that docs/api.md once gave them.
 _HOMES = {
   "load": "drift_jax.sampling",
+  "released": "drift_jax.training.released",
   "artifacts": "drift_jax.training.artifacts",
   "checkpoint": "drift_jax.training.checkpoint",
   "experiment": "drift_jax.tasks.policy.evaluation",

@@ -1,7 +1,7 @@
 """Images from a generator: python -m drift_jax.sample --from=SOURCE ...
 
   python -m drift_jax.sample --from=runs/digits --labels=3,5-7 --alpha=1.5
-  python -m drift_jax.sample --from=hf://NAME --vae=weights/vae \\
+  python -m drift_jax.sample --from=hf://latent_L_sota \\
       --labels="golden retriever" --count=16 --out=dogs.png
   python -m drift_jax.sample --from=export --count=50 --out=samples/
   python -m drift_jax.sample --from=export --interpolate=24 --out=walk.gif

@@ -118,8 +118,9 @@ def load(
   Args:
     source: a run's workdir, an export, an artifact's folder, or hf://NAME of
       the authors' release, hf://OWNER/NAME[@REVISION][/FOLDER].
-    vae: folder of the autoencoder of an artifact's latents; runs and exports
-      have theirs, a run's may be given if it is not found.
+    vae: folder of the autoencoder of an artifact's latents, or hf://OWNER/NAME
+      of diffusers'; runs, exports and the authors' release know theirs, a run's
+      may be given if it is not found.
     step: of a run: checkpoint; None for the best, else the newest.
     ema_decay: of a run: which average; None for the evaluated one.
 
@@ -135,6 +136,7 @@ def load(
     vae=paths.expand(vae),
     step=step,
     ema_decay=ema_decay,
+    decoded=True,
   )
   return Sampler(opened, mesh)
 
@@ -167,11 +169,6 @@ class Sampler:
       module: Any = generator.vae.module
       height, width = (n * module.downsampling for n in (height, width))
       channels = module.in_channels
-    if channels not in (1, 3):
-      raise ConfigError(
-        f"samples of {channels} channels are the latents of an autoencoder: "
-        "give it, vae=FOLDER (drift_jax.tools.convert_weights vae writes it)"
-      )
     self.image_shape = (height, width, channels)
 
   def padded(self, size: int) -> int:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import http.server
 import json
+import re
 import threading
 
 COMMIT = 40 * "a"
@@ -24,12 +25,17 @@ def serving(handler):
 
 
 @contextlib.contextmanager
-def hub(repositories):
+def hub(repositories, *, cut=(), claimed=None, downloads=None):
   """A hub on this machine -> its address.
 
   Args:
     repositories: {'OWNER/NAME': {FILE: bytes}}.
+    cut: FILEs whose first download ends halfway.
+    claimed: {FILE: its size, as the hub tells it}, if it isn't that.
+    downloads: list to which (OWNER/NAME, FILE, first byte) of each download is
+      added.
   """
+  uncut = set()
 
   class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, format, *args):
@@ -43,21 +49,39 @@ def hub(repositories):
         self.send_response(404)
         missing = "RepoNotFound" if files is None else "RevisionNotFound"
         self.send_header("X-Error-Code", missing)
-        body = b""
       elif name not in files:
         self.send_response(404)
         self.send_header("X-Error-Code", "EntryNotFound")
         self.send_header("X-Repo-Commit", COMMIT)
-        body = b""
       else:
-        body = files[name]
-        self.send_response(200)
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
-      self.send_header("Content-Length", str(len(body)))
+        if with_body and downloads is not None:
+          downloads.append((repository, name, self.first_byte()))
+        self.send_file(name, files[name], with_body)
+        return
+      self.send_header("Content-Length", "0")
       self.end_headers()
-      if with_body:
-        self.wfile.write(body)
+
+    def first_byte(self) -> int:
+      asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+      return int(asked[1]) if asked else 0
+
+    def send_file(self, name, body, with_body: bool) -> None:
+      first = self.first_byte()
+      size = (claimed or {}).get(name, len(body))
+      self.send_response(206 if first else 200)
+      if first:
+        self.send_header("Content-Range", f"bytes {first}-{size - 1}/{size}")
+      self.send_header("X-Repo-Commit", COMMIT)
+      self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+      self.send_header("Content-Length", str(size - first))
+      self.end_headers()
+      if not with_body:
+        return
+      if name in cut and name not in uncut:
+        uncut.add(name)
+        body = body[: len(body) // 2]
+        self.close_connection = True
+      self.wfile.write(body[first:])
 
     def do_HEAD(self) -> None:
       self.answer(False)

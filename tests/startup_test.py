@@ -69,6 +69,9 @@ MISTAKES = {
     "--workdir=x --seeds=1,1",
     "--seeds=1,1: it must hold at least one value and none twice",
   ),
+  "drift_jax.tools.verify_released": (
+    *("--out=x --only=latent_XL", "--only: 'latent_XL' is none of ['latent_L"),
+  ),
 }
 
 # One has no flags.

@@ -89,8 +89,8 @@ def define_source_flags() -> None:
   paths.define_flag(
     "vae",
     "",
-    "Folder of the autoencoder that decodes an artifact's latents; for a run, "
-    "its folder now, if it has moved.",
+    "Autoencoder that decodes an artifact's latents, a folder or "
+    "hf://OWNER/NAME; for a run, its place now, if it has moved.",
   )
   flags.DEFINE_integer(
     "step",

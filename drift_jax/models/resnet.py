@@ -26,7 +26,7 @@ from drift_jax.models.stages import (
 EXPANSION = 4  # a block's output channels, in those of its 3x3 convolution
 
 
-# With bias: the BatchNorm is folded into it, see tools.conversions.
+# With bias: the BatchNorm is folded into it, see training.conversions.
 _conv = functools.partial(conv, use_bias=True)
 
 

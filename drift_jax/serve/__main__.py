@@ -2,7 +2,7 @@
 
   python -m drift_jax.serve --from=runs/digits
   python -m drift_jax.serve --from=export --port=0
-  python -m drift_jax.serve --from=hf://NAME --vae=weights/vae
+  python -m drift_jax.serve --from=hf://latent_L_sota
 
 Everything is compiled before the port opens. Ctrl-C or SIGTERM ends it.
 """

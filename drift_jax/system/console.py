@@ -63,6 +63,8 @@ def setup(process: int = 0) -> None:
   )
   logger.handlers[:] = [handler]
   logger.propagate = False
+  # It has a handler, too: each message would come twice.
+  logging.getLogger("huggingface_hub").propagate = False
   logger.setLevel(logging.WARNING if process else logging.INFO)
   absl_logging.set_verbosity(absl_logging.WARNING)
   for noisy in (absl_logging.get_absl_logger(), logging.getLogger("asyncio")):

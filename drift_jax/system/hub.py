@@ -1,17 +1,22 @@
 """Files on the Hugging Face hub: hf://OWNER/NAME[@REVISION][/PATH].
 
 They are downloaded into the hub library's own cache, once, and checked there
-each time. HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are respected.
+each time. HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are respected. What
+is made of them is kept beside that cache.
 """
 
 import hashlib
 import os
 import pathlib
 import re
-from typing import NamedTuple
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import huggingface_hub
-from huggingface_hub import errors
+from huggingface_hub import constants, errors
+
+from drift_jax.system import paths
 
 SCHEME = "hf:"
 
@@ -44,27 +49,127 @@ def parse(source: str) -> Address | None:
   return Address(match["repository"], match["revision"], match["path"] or "")
 
 
+class Remote(NamedTuple):
+  """A file that a repository has.
+
+  Attributes:
+    address: of the file, its revision a commit.
+    missing: bytes that are not in the cache; 0 if the file is there.
+  """
+
+  address: Address
+  missing: int
+
+
+class Need(NamedTuple):
+  """Bytes that are about to be written to a folder, and what they are."""
+
+  what: str
+  size: int
+  folder: pathlib.Path
+
+
+def find(address: Address) -> Remote | None:
+  """Looks for a file, downloading nothing; None if there is no such file.
+
+  Raises:
+    HubError: not reached and not in the cache, no such repository or revision.
+  """
+  found = _asked(address, dry_run=True)
+  if found is None:
+    return None
+  missing = found.file_size or 0 if found.will_download else 0
+  return Remote(address._replace(revision=found.commit_hash), missing)
+
+
 def fetch(address: Address) -> pathlib.Path | None:
   """The file in the hub's cache; None if the repository has no such file.
 
   Raises:
     HubError: not reached and not in the cache, no such repository or revision,
-      or not the bytes that the hub names the file by.
+      no space for it, or not the bytes that the hub names the file by.
+  """
+  found = find(address)
+  if found is None:
+    return None
+  require_space([Need(address.path, found.missing, downloads())])
+  path = _asked(address, dry_run=False)
+  if path is None:
+    return None
+  path = pathlib.Path(path)
+  _check(path)
+  return path
+
+
+def _asked(address: Address, *, dry_run: bool) -> Any:
+  """Asks the hub's library for a file: its path, or what a download would do.
+
+  None if the repository has no such file.
   """
   repository, revision, name = address
   _check_endpoint()
+  download: Callable[..., Any] = huggingface_hub.hf_hub_download
   try:
-    path = pathlib.Path(
-      huggingface_hub.hf_hub_download(repository, name, revision=revision)
-    )
+    return download(repository, name, revision=revision, dry_run=dry_run)
   except errors.RemoteEntryNotFoundError:
     return None
   except Exception as error:  # The library's own classes have no base.
     if _is_known_to_lack(address, error):
       return None
     raise HubError(f"{name}: {one_line(error)}{_variables()}") from error
-  _check(path)
-  return path
+
+
+def downloads() -> pathlib.Path:
+  """The folder of the hub library's downloads."""
+  return pathlib.Path(constants.HF_HUB_CACHE)
+
+
+def own_cache() -> pathlib.Path:
+  """The folder of what is made of downloads, or is downloaded elsewhere.
+
+  It is drift_jax in XDG_CACHE_HOME, else beside HF_HOME: ~/.cache/drift_jax if
+  neither is set.
+  """
+  root = os.environ.get("XDG_CACHE_HOME")
+  if root:
+    return pathlib.Path(paths.expand(root), "drift_jax")
+  return pathlib.Path(constants.HF_HOME).with_name("drift_jax")
+
+
+def require_space(needs: Sequence[Need]) -> None:
+  """Raises HubError for a disk that can't take all that goes to it."""
+  on_disk: dict[int, list[Need]] = {}
+  for need in needs:
+    device = os.stat(_existing(need.folder)).st_dev
+    on_disk.setdefault(device, []).append(need)
+  for group in on_disk.values():
+    folder = group[0].folder
+    free = shutil.disk_usage(_existing(folder)).free
+    if sum(need.size for need in group) > free:
+      raise HubError(
+        f"{listed(group)} do not fit: {folder} has {in_bytes(free)} free; free "
+        "some, or set HF_HOME to a folder on a larger disk"
+      )
+
+
+def _existing(folder: pathlib.Path) -> pathlib.Path:
+  """The folder, or the nearest one above it that exists."""
+  return next(p for p in (folder, *folder.absolute().parents) if p.exists())
+
+
+def listed(needs: Sequence[Need]) -> str:
+  """WHAT (SIZE) of each that is not empty."""
+  return ", ".join(
+    f"{need.what} ({in_bytes(need.size)})" for need in needs if need.size
+  )
+
+
+def in_bytes(size: int) -> str:
+  """A number of bytes for people: '1.85 GB', '335 MB', '2 kB'."""
+  for unit, name in ((10**9, "GB"), (10**6, "MB")):
+    if size >= unit:
+      return f"{size / unit:.3g} {name}"
+  return f"{size / 1000:.3g} kB"
 
 
 def _is_known_to_lack(address: Address, error: BaseException) -> bool:

@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
   number = functools.partial(add, type=int)
   add("--source", help="folder:DIR, tar:FILE or tfds:NAME")
   add("--split", default="train", help="of the source (default: train)")
-  path("--vae", help="folder of the exported autoencoder")
+  path("--vae", help="folder of the autoencoder, or hf://OWNER/NAME")
   path("--out", required=True, help="folder of the cache")
   add("--verify", action="store_true", help="only compare --out's checksums")
   number("--image_size", default=256, help="of the crop (default: 256)")

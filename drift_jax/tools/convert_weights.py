@@ -27,7 +27,7 @@ from collections.abc import Sequence
 
 from drift_jax.system import console, paths, programs
 from drift_jax.system.console import logger
-from drift_jax.tools.conversions import published
+from drift_jax.training.conversions import published
 
 
 def _parser() -> console.Parser:
@@ -44,7 +44,7 @@ def _parser() -> console.Parser:
       type=paths.argument,
       required=model.url is None,
       default=model.url,
-      help="a file, a folder, or hf://OWNER/NAME[@REVISION][/FILE]"
+      help="a file, a folder, or hf://OWNER/NAME[@REVISION][/FILE or /FOLDER]"
       + (f"; by default it is downloaded from {model.url}" * bool(model.url)),
     )
     command.add_argument(
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   def program() -> None:
     import jax
 
-    from drift_jax.tools.work import convert_weights
+    from drift_jax.training.conversions import convert as convert_weights
 
     artifact = convert_weights.convert(
       arguments.model,

@@ -1,7 +1,7 @@
 """A generator for use without this package.
 
   python -m drift_jax.tools.export --workdir=runs/digits --out=exports/digits
-  python -m drift_jax.tools.export --init_from=hf://NAME --vae=weights/vae \\
+  python -m drift_jax.tools.export --init_from=hf://latent_L_sota \\
       --dtype=bfloat16 --out=exports/imagenet
 
   OUT/manifest.json                what there is: shapes, classes, checksums
@@ -57,7 +57,8 @@ def _parser() -> console.Parser:
     "--vae",
     type=paths.argument,
     default="",
-    help="autoencoder of --init_from; of --workdir, if it has moved",
+    help="autoencoder of --init_from, a folder or hf://OWNER/NAME; of "
+    "--workdir, if it has moved",
   )
   add("--step", type=int, help="of --workdir: checkpoint")
   add("--ema_decay", type=float, help="of --workdir: which EMA")

@@ -1,6 +1,6 @@
 """Exported parameters: a folder of arrays and JSON, in one of two formats.
 
-  'release', as the authors' release has it:
+  'release', as the authors' workdirs have it; on the hub, theirs are in DIR:
   DIR/params_ema/ema_params.msgpack   the parameter tree, published names
   DIR/params_ema/metadata.json        kind, model_config, step, EMA decay
 
@@ -22,7 +22,8 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -39,6 +40,7 @@ from drift_jax.models import release
 from drift_jax.models.precision import rounded
 from drift_jax.system import hub, paths, storage
 from drift_jax.system.errors import UserError
+from drift_jax.training import released
 
 SUBDIRECTORY = "params_ema"
 PARAMS_FILE = "ema_params.msgpack"
@@ -49,10 +51,6 @@ _TENSOR_DTYPES = {"F32": jnp.dtype("float32"), "BF16": jnp.dtype("bfloat16")}
 # An export (tools/export.py) is a folder of such folders.
 MANIFEST_FILE = "manifest.json"
 EXPORTED, EXPORTED_VAE = "generator", "vae"
-
-# Where the release's artifacts are.
-RELEASED_REPOSITORY = "Goodeat/drifting"
-RELEASED_FOLDERS = ("models/gen/jax", "models/mae/jax")
 
 Format = Literal["release", "safetensors"]
 
@@ -81,6 +79,20 @@ _PLACES = [
 
 class ArtifactError(UserError, ValueError):
   """Exported parameters that can't be loaded; the message says why."""
+
+
+class Described(NamedTuple):
+  """What an artifact's metadata say, before its parameters are read.
+
+  Attributes:
+    kind: one of release.KINDS.
+    metadata: what metadata.json says.
+    missing: what of it is to be downloaded.
+  """
+
+  kind: str
+  metadata: Mapping[str, Any]
+  missing: Sequence[hub.Need] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,11 +211,8 @@ def load(
   """
   folder, layout = _find(os.fspath(directory))
   metadata_path, params_path = folder / layout.metadata, folder / layout.params
-  try:
-    metadata = json.loads(metadata_path.read_text())
-    kind, model_config = metadata["kind"], dict(metadata["model_config"])
-  except (ValueError, KeyError, TypeError) as error:
-    raise ArtifactError(f"{metadata_path} can't be read: {error!r}") from error
+  kind, metadata = _read_metadata(metadata_path)
+  model_config = metadata["model_config"]
   if not params_path.exists():
     raise ArtifactError(
       f"{params_path} is missing beside its {layout.metadata}: copy the whole "
@@ -229,6 +238,51 @@ def load(
   if dtype is not None:
     params = rounded(module, params)
   return Artifact(kind, module, params, metadata, digest)
+
+
+def describe(source: os.PathLike[str] | str) -> Described:
+  """Reads an artifact's metadata alone: the parameters stay on the hub.
+
+  Args:
+    source: see `load`.
+
+  Raises:
+    ArtifactError: no artifact there, or metadata that can't be read.
+    StorageError: a bucket that can't be read.
+  """
+  source, missing = os.fspath(source), []
+  if source.startswith(hub.SCHEME):
+    path, params, _ = _on_hub(source)
+    missing = [hub.Need(source, params.missing, hub.downloads())]
+  else:
+    folder, layout = _find(source)
+    path = folder / layout.metadata
+  return Described(*_read_metadata(path), missing)
+
+
+def _read_metadata(path: epath.Path) -> tuple[str, dict[str, Any]]:
+  """The kind of a model, and its metadata, 'model_config' a dict."""
+  try:
+    metadata = json.loads(path.read_text())
+    metadata["model_config"] = dict(metadata["model_config"])
+    return metadata["kind"], metadata
+  except (ValueError, KeyError, TypeError) as error:
+    raise ArtifactError(f"{path} can't be read: {error!r}") from error
+
+
+def trained_for(metadata: Mapping[str, Any]) -> dict[str, Any]:
+  """The 'step' and 'ema_decay' of an artifact's parameters, None if unknown.
+
+  The authors' have them in `source`.
+  """
+  theirs = metadata.get("source")
+  theirs = theirs if isinstance(theirs, Mapping) else {}
+  decay = re.search(r"0?\.\d+", str(theirs.get("ema_selected")))
+  step = metadata.get("step", theirs.get("step_loaded"))
+  return {
+    "step": step if isinstance(step, int) else None,
+    "ema_decay": metadata.get("ema_decay", float(decay[0]) if decay else None),
+  }
 
 
 def _read_release(data: bytes, what: str) -> Any:
@@ -274,6 +328,8 @@ def _fitted(
   """
   if not isinstance(tree, Mapping):
     raise ValueError(f"it holds {type(tree).__name__}, want arrays by name")
+  if tree.keys() == {"params"}:
+    return _fitted(kind, model_config, tree["params"], published)
   flat = traverse_util.flatten_dict(dict(tree), sep="/")
   for name, leaf in flat.items():
     dtype = getattr(leaf, "dtype", np.dtype(object))
@@ -290,8 +346,9 @@ def _fitted(
 
 def exists(directory: os.PathLike[str] | str) -> bool:
   """Whether there is an artifact to load, here or on the hub."""
+  source = os.fspath(directory)
   try:
-    _find(os.fspath(directory))
+    (_on_hub if source.startswith(hub.SCHEME) else _find)(source)
   except ArtifactError:
     return False
   return True
@@ -328,43 +385,59 @@ def _find(source: str) -> tuple[epath.Path, _Layout]:
 
 def _from_hub(source: str) -> tuple[epath.Path, _Layout]:
   """Downloads an artifact's two files, if the cache lacks them."""
+  metadata, params, layout = _on_hub(source)
+  try:
+    hub.fetch(params.address)
+  except hub.HubError as error:
+    raise ArtifactError(f"{source}: {error}") from error
+  return metadata.parent, layout
+
+
+def _on_hub(source: str) -> tuple[epath.Path, hub.Remote, _Layout]:
+  """Finds an artifact's two files; downloads its metadata only."""
   address = hub.parse(source)
   name, _, revision = source.removeprefix("hf://").partition("@")
+  there = f"the authors' release has {released.listed()}"
   if address is not None:
-    candidates = [address]
+    places = [address]
   elif name and not set("/:") & set(f"{name}{revision}"):
-    candidates = [
-      hub.Address(RELEASED_REPOSITORY, revision or None, f"{folder}/{name}")
-      for folder in RELEASED_FOLDERS
+    places = [
+      hub.Address(released.REPOSITORY, revision or None, f"{folder}/{name}")
+      for folder in released.FOLDERS.values()
     ]
   else:
     raise ArtifactError(
-      f"{source}: want hf://NAME[@REVISION] of the authors' release, or "
-      "hf://OWNER/NAME[@REVISION][/FOLDER]"
+      f"{source}: want hf://NAME[@REVISION] or hf://OWNER/NAME[@REVISION]"
+      f"[/FOLDER]; {there}"
     )
   try:
-    for candidate in candidates:
+    for place in places:
       for layout, subdirectory in _PLACES:
-        place = pathlib.PurePosixPath(candidate.path, subdirectory)
-        name = str(place / layout.metadata)
-        metadata = hub.fetch(candidate._replace(path=name))
+        folder = pathlib.PurePosixPath(place.path, subdirectory)
+        name = str(folder / layout.metadata)
+        metadata = hub.fetch(place._replace(path=name))
         if metadata is None:
           continue
-        params = candidate._replace(
-          revision=hub.commit_of(metadata, name),
-          path=str(place / layout.params),
+        params = hub.find(
+          hub.Address(
+            place.repository,
+            hub.commit_of(metadata, name),
+            str(folder / layout.params),
+          )
         )
-        if hub.fetch(params) is not None:
-          return epath.Path(metadata.parent), layout
-    has = {
-      folder.removesuffix(f"/{SUBDIRECTORY}")
-      for folder in hub.folders(candidates[0])
-    }
+        if params is not None:
+          return epath.Path(metadata), params, layout
+    if address is not None:
+      has = {
+        folder.removesuffix(f"/{SUBDIRECTORY}")
+        for folder in hub.folders(address)
+      }
+      there = f"it has {sorted(has)}"
   except hub.HubError as error:
     raise ArtifactError(f"{source}: {error}") from error
   raise ArtifactError(
-    f"{source}: {candidates[0].repository} holds no artifact "
-    f"{' or '.join(c.path or '.' for c in candidates)}; it has {sorted(has)}"
+    f"{source}: {places[0].repository} holds no artifact "
+    f"{' or '.join(place.path or '.' for place in places)}; {there}"
   )
 
 

@@ -13,7 +13,7 @@ from drift_jax.config.sections import ImageModel
 from drift_jax.data.encoded import readable_classes
 from drift_jax.system import sharding
 from drift_jax.system.console import logger
-from drift_jax.training import artifacts
+from drift_jax.training import artifacts, autoencoders
 from drift_jax.training.facts import renamed
 from drift_jax.training.step import apply
 
@@ -30,13 +30,21 @@ def load_vae(
 ) -> artifacts.Artifact | None:
   """Loads the autoencoder of latents, on the mesh; None if there is none.
 
-  A dtype of '' is its own, as it is stored. For `weights`, see load_encoders.
+  Diffusers' are converted, see autoencoders.local. A dtype of '' is its own, as
+  it is stored. For `weights`, see load_encoders.
 
   Raises:
     ArtifactError: for anything that can't be loaded.
+    WeightsError: weights of diffusers' that can't be converted.
   """
   if not section.path:
     return None
+  if weights or not section.model:
+    try:
+      path = autoencoders.local(section.path)
+    except artifacts.ArtifactError as error:
+      raise artifacts.ArtifactError(f"vae: {error}") from error
+    section = dataclasses.replace(section, path=path)
   return _open("vae", section, ("vae",), mesh, weights)
 
 

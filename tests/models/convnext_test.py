@@ -13,7 +13,7 @@ from drift_jax.models.convnext import (
   normalize_stage,
   resize_input,
 )
-from drift_jax.tools.conversions import convnext as conversion
+from drift_jax.training.conversions import convnext as conversion
 from tests.conftest import assert_close, relative_error
 from tests.models.published import draw_all, noise, under
 

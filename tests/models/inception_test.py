@@ -16,7 +16,7 @@ from drift_jax.models.inception import (
   preprocess,
   resize_bilinear,
 )
-from drift_jax.tools.conversions.inception import convert_inception
+from drift_jax.training.conversions.inception import convert_inception
 from tests.conftest import assert_close, relative_error
 from tests.models.published import draw_all
 

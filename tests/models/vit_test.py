@@ -9,7 +9,7 @@ from PIL import Image
 from configs import models as presets
 from drift_jax.models import release
 from drift_jax.models.vit import build_vit, preprocess, resize_bicubic
-from drift_jax.tools.conversions.vit import (
+from drift_jax.training.conversions.vit import (
   clip_config,
   convert_clip,
   convert_dinov2,

@@ -1,18 +1,19 @@
 """The authors' artifacts from a hub: online, offline, damaged, unknown."""
 
+import hashlib
 import json
 import pathlib
-import tarfile
 
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
 from drift_jax.system import hub as hub_lib
-from drift_jax.training import artifacts
+from drift_jax.training import artifacts, released
 from tests.conftest import GOLDEN
 from tests.fake_hub import COMMIT, hub
 from tests.process import call
+from tests.released_hub import GENERATOR, MAE, artifact_files
 
 TRY_EACH = """
 import sys
@@ -27,25 +28,23 @@ for source in sys.argv[1:]:
 
 
 @pytest.fixture(scope="module")
-def repositories(tmp_path_factory):
-  """The hub as the release has it, with the golden artifacts, and another."""
-  folder = tmp_path_factory.mktemp("mae")
-  with tarfile.open(GOLDEN / "artifact_mae.tar.gz") as archive:
-    archive.extractall(folder, filter="data")
-  (encoder,) = folder.rglob("params_ema")
-  released = {}
-  for place, source in (
-    ("models/gen/jax/tiny", GOLDEN / "artifact_gen" / "params_ema"),
-    ("models/mae/jax/tiny_mae", encoder),
-  ):
-    for path in source.iterdir():
-      released[f"{place}/params_ema/{path.name}"] = path.read_bytes()
-  torn = {
-    name: data[:-100] if name.endswith(".msgpack") else data
-    for name, data in released.items()
-    if "/gen/" in name
+def repositories():
+  """The hub as the release has it; a workdir of theirs; a torn file."""
+  workdir = {
+    f"run/params_ema/{path.name}": path.read_bytes()
+    for path in (GOLDEN / "artifact_gen" / "params_ema").iterdir()
   }
-  return {artifacts.RELEASED_REPOSITORY: released, "someone/torn": torn}
+  torn = {
+    name.replace("run/", ""): data[:-100] if ".msgpack" in name else data
+    for name, data in workdir.items()
+  }
+  theirs = artifact_files("gen", "latent_B_sota", GENERATOR, outer=True)
+  theirs |= artifact_files("mae", "mae_latent_256", MAE)
+  return {
+    released.REPOSITORY: theirs,
+    "someone/workdir": workdir,
+    "someone/torn": torn,
+  }
 
 
 def digest(folder: pathlib.Path) -> str:
@@ -55,34 +54,34 @@ def digest(folder: pathlib.Path) -> str:
 @pytest.mark.system
 def test_online_then_offline(repositories, tmp_path):
   cache = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
-  expected = f"gen {digest(GOLDEN / 'artifact_gen')}"
-  own = artifacts.RELEASED_REPOSITORY
-  with hub(repositories) as address:
-    done = call(
-      "-c",
-      TRY_EACH,
-      "hf://tiny",
-      "hf://tiny_mae",
-      f"hf://tiny@{COMMIT}",
-      f"hf://{own}/models/gen/jax/tiny",
-      f"hf://{own}@{COMMIT}/models/gen/jax/tiny/params_ema",
-      "hf://large",
-      "hf://someone/torn/models/gen/jax/tiny",
-      "hf://",
-      HF_ENDPOINT=address,
-      **cache,
+  theirs = repositories[released.REPOSITORY]
+  generator, encoder = (
+    f"{kind} {hashlib.sha256(theirs[f'{place}/{name}']).hexdigest()}"
+    for kind, place, name in (
+      ("gen", "models/gen/jax/latent_B_sota", "ema_params.msgpack"),
+      ("mae", "models/mae/jax/mae_latent_256", "ema_params.msgpack"),
     )
-  assert done.returncode == 0, done.stderr
-  lines = done.stdout.splitlines()
-  assert lines[0] == lines[2] == lines[3] == lines[4] == expected
-  assert lines[1].startswith("mae ")
-  assert (
-    "holds no artifact models/gen/jax/large or models/mae/jax/large"
-    in (lines[5])
   )
-  assert "it has ['models/gen/jax/tiny', 'models/mae/jax/tiny_mae']" in lines[5]
-  assert "no complete msgpack" in lines[6]
-  assert "want hf://NAME" in lines[7] and len(lines) == 8
+  own = f"hf://{released.REPOSITORY}"
+  expected = {
+    "hf://latent_B_sota": generator,
+    "hf://mae_latent_256": encoder,
+    f"hf://latent_B_sota@{COMMIT}": generator,
+    f"{own}/models/gen/jax/latent_B_sota": generator,
+    f"{own}@{COMMIT}/models/gen/jax/latent_B_sota": generator,
+    "hf://someone/workdir/run": f"gen {digest(GOLDEN / 'artifact_gen')}",
+    "hf://someone/workdir": "holds no artifact .; it has ['run']",
+    "hf://large": "no artifact models/gen/jax/large or models/mae/jax/large",
+    "hf://someone/torn": "no complete msgpack",
+    "hf://": "want hf://NAME",
+  }
+  with hub(repositories) as address:
+    done = call("-c", TRY_EACH, *expected, HF_ENDPOINT=address, **cache)
+  assert done.returncode == 0, done.stderr
+  for line, words in zip(
+    done.stdout.splitlines(), expected.values(), strict=True
+  ):
+    assert words in line, line
 
   offline = cache | {"HF_HUB_OFFLINE": "1"}
   (blob,) = [
@@ -93,11 +92,10 @@ def test_online_then_offline(repositories, tmp_path):
   data = bytearray(blob.read_bytes())
   data[len(data) // 2] ^= 1
   blob.write_bytes(bytes(data))
-  done = call(
-    *("-c", TRY_EACH, "hf://tiny", "hf://unseen", "hf://tiny_mae"), **offline
-  )
+  sources = ("hf://latent_B_sota", "hf://unseen", "hf://mae_latent_256")
+  done = call("-c", TRY_EACH, *sources, **offline)
   found, unseen, damaged = done.stdout.splitlines()
-  assert found == expected and "hf://unseen" in unseen
+  assert found == generator and "hf://unseen" in unseen
   assert "is damaged: its checksum is" in damaged and str(blob) in damaged
 
 
@@ -122,6 +120,28 @@ def test_whatever_the_library_raises_is_one_line(monkeypatch, error):
   text = str(caught.value)
   assert "\n" not in text and "HF_TOKEN" in text and "secret" not in text
   assert hub_lib.folders(hub_lib.Address("a/b", None, "")) == []
+
+
+def test_the_steps_and_the_decay_of_their_metadata_and_of_ours():
+  files = artifact_files("gen", "any", GENERATOR)
+  theirs = files["models/gen/jax/any/metadata.json"]
+  for metadata, expected in (
+    (json.loads(theirs), (30000, 0.999)),
+    ({"source": {"step_loaded": 5, "ema_selected": "ema_0.9996"}}, (5, 0.9996)),
+    ({"step": 7, "ema_decay": 0.9, "source": {"file": "a"}}, (7, 0.9)),
+    ({"source": None}, (None, None)),
+  ):
+    found = artifacts.trained_for(metadata)
+    assert (found["step"], found["ema_decay"]) == expected
+
+
+def test_a_disk_that_several_files_would_fill(tmp_path, monkeypatch):
+  usage = type("Usage", (), {"free": 10**9})
+  monkeypatch.setattr(hub_lib.shutil, "disk_usage", lambda folder: usage)
+  need = hub_lib.Need("a", 6 * 10**8, tmp_path / "not" / "yet")
+  hub_lib.require_space([need])
+  with pytest.raises(hub_lib.HubError, match=r"a \(600 MB\), a .*1 GB free"):
+    hub_lib.require_space([need, need._replace(folder=tmp_path)])
 
 
 @pytest.mark.parametrize(

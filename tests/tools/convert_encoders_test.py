@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from drift_jax.tools.conversions import convnext, resnet
-from drift_jax.tools.conversions.layouts import WeightsError
-from drift_jax.tools.work.convert_weights import convert
 from drift_jax.training import artifacts
+from drift_jax.training.conversions import convnext, resnet
+from drift_jax.training.conversions.convert import convert
+from drift_jax.training.conversions.layouts import WeightsError
 from tests.models.published import draw_all
 from tests.tools.published import as_tensors, fake_torch
 

@@ -7,6 +7,7 @@ import json
 import pathlib
 import sys
 
+import flax.serialization
 import jax
 import ml_dtypes
 import numpy as np
@@ -14,16 +15,26 @@ import pytest
 import safetensors.numpy
 
 from drift_jax.models import release
-from drift_jax.tools import convert_weights, weight_files
-from drift_jax.tools.conversions import inception, published, vae, vit
-from drift_jax.tools.conversions.layouts import WeightsError, published_shapes
-from drift_jax.tools.conversions.vae import convert_vae
-from drift_jax.tools.weight_files import read_weights
-from drift_jax.tools.work.convert_weights import convert
+from drift_jax.tools import convert_weights
 from drift_jax.training import artifacts
+from drift_jax.training.conversions import (
+  inception,
+  published,
+  vae,
+  vit,
+  weight_files,
+)
+from drift_jax.training.conversions.convert import convert
+from drift_jax.training.conversions.layouts import (
+  WeightsError,
+  published_shapes,
+)
+from drift_jax.training.conversions.vae import convert_vae
+from drift_jax.training.conversions.weight_files import read_weights
 from tests.fake_hub import COMMIT, hub, serving
 from tests.models.published import CLIP, DINOV2, draw_all
 from tests.process import call
+from tests.released_hub import in_flax
 from tests.tools.published import as_tensors, fake_torch
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -120,6 +131,28 @@ def older(weights):
         array = array[:, :, None, None] if array.ndim == 2 else array
     result[name] = array
   return result
+
+
+def test_the_flax_form_is_the_same_autoencoder(folder, tmp_path, weights):
+  """As FlaxAutoencoderKL writes it: names with _0, kernels HWIO and [I, O]."""
+  expected = convert_vae(weights, CONFIG).params
+  (folder / FILE).unlink()
+  path = folder / "diffusion_flax_model.msgpack"
+  data = flax.serialization.msgpack_serialize(in_flax(weights))
+  path.write_bytes(data)
+  config = CONFIG | {"_class_name": "FlaxAutoencoderKL"}
+  (folder / "config.json").write_text(json.dumps(config))
+  artifact = convert("vae", str(folder), str(tmp_path / "out"))
+  jax.tree.map(np.testing.assert_array_equal, artifact.params, expected)
+  for broken, message in (
+    (data[:-100], "no complete msgpack"),
+    (b"", "no complete msgpack"),
+    (flax.serialization.msgpack_serialize({"a": 1}), "a is 1, want an array"),
+    (flax.serialization.msgpack_serialize({"a": {}}), "not the weights"),
+  ):
+    path.write_bytes(broken)
+    with pytest.raises(WeightsError, match=message):
+      convert("vae", str(folder), str(tmp_path / "out"))
 
 
 def cast(dtype):
@@ -275,7 +308,7 @@ def test_torch_file_loads_arrays_only(tmp_path, monkeypatch, weights):
 
 TRY_EACH = """
 import sys
-from drift_jax.tools.work import convert_weights
+from drift_jax.training.conversions import convert as convert_weights
 for i, source in enumerate(sys.argv[2:]):
   try:
     convert_weights.convert("vae", source, f"{sys.argv[1]}/{i}")

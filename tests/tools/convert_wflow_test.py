@@ -15,10 +15,11 @@ from drift_jax.models.generator import build_generator
 from drift_jax.system import hub, sharding
 from drift_jax.tasks.generator.restore import open_generator
 from drift_jax.tools import convert_weights
-from drift_jax.tools.conversions import published, wflow
-from drift_jax.tools.conversions.layouts import WeightsError
-from drift_jax.tools.work.convert_weights import convert
 from drift_jax.training import artifacts
+from drift_jax.training.conversions import published, wflow
+from drift_jax.training.conversions.convert import convert
+from drift_jax.training.conversions.layouts import WeightsError
+from tests.autoencoders import save_vae
 from tests.small_generator import random_params
 from tests.tools.published import Tensor, as_tensors, fake_torch
 
@@ -152,7 +153,10 @@ def test_the_average_comes_through_bit_for_bit(
 def test_it_opens_as_any_generator(file, state, tmp_path, monkeypatch):
   fake_torch(monkeypatch, lambda _: checkpoint(state))
   convert("wflow", str(file), str(tmp_path / "out"), "tiny")
-  opened = open_generator(str(tmp_path / "out"), sharding.make_mesh())
+  vae = save_vae(tmp_path / "vae", latent_channels=4)
+  opened = open_generator(
+    str(tmp_path / "out"), sharding.make_mesh(), vae=str(vae)
+  )
   assert (opened.step, opened.ema_decay) == (7, 0.999)
   assert opened.alpha_range == (1.0, 4.0)
   assert opened.class_names[207] == "golden retriever"

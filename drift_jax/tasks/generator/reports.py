@@ -260,7 +260,7 @@ def report_on_weights(
   Args:
     weights: their folder.
     request: what to compute; figures against reference statistics only.
-    vae: folder of the autoencoder of its latents; '' for pixels.
+    vae: the autoencoder of its latents, see open_artifact.
 
   Returns:
     The report, as `report_on_run` has it.
@@ -270,7 +270,7 @@ def report_on_weights(
     ArtifactError: weights that can't be loaded.
   """
   mesh = sharding.make_mesh()
-  generator = open_artifact(weights, vae, mesh)
+  generator = open_artifact(weights, vae, mesh, decoded=True)
   alphas = (1.0,) if request.alphas is None else tuple(request.alphas)
   for alpha in alphas:
     if not alpha >= 1:

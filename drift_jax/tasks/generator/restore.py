@@ -16,6 +16,7 @@ from drift_jax import config as config_lib
 from drift_jax.data.encoded import imagenet_classes, readable_classes
 from drift_jax.models.generator import build_generator
 from drift_jax.system import hub, numerics, processes, sharding, storage
+from drift_jax.system.console import logger
 from drift_jax.system.errors import naming
 from drift_jax.tasks import parse_as
 from drift_jax.tasks.generator.config import GeneratorConfig
@@ -26,7 +27,7 @@ from drift_jax.tasks.generator.kernels import (
 )
 from drift_jax.tasks.generator.setup import init_generator
 from drift_jax.tasks.generator.step import FeatureSpace, GeneratorTask
-from drift_jax.training import artifacts, checkpoint, places
+from drift_jax.training import artifacts, autoencoders, checkpoint, places
 from drift_jax.training.facts import CLASSES_FILE, read_facts
 from drift_jax.training.frozen import frozen_sums, load_vae
 from drift_jax.training.workdir import (
@@ -79,6 +80,7 @@ def open_generator(
   vae: str = "",
   step: int | None = None,
   ema_decay: float | None = None,
+  decoded: bool = False,
 ) -> OpenedGenerator:
   """Opens a generator, wherever it is.
 
@@ -86,25 +88,42 @@ def open_generator(
     source: a run's workdir, an export, an artifact's folder, or hf://NAME of
       the authors' release, hf://OWNER/NAME[@REVISION][/FOLDER].
     mesh: where the parameters go.
-    vae: folder of the autoencoder of an artifact's latents; a run and an export
-      know theirs, a run's may be given if it is not found.
+    vae: folder of the autoencoder of an artifact's latents, or
+      hf://OWNER/NAME; runs, exports and the authors' release know theirs, a
+      run's may be given if it is not found.
     step, ema_decay: which parameters of a run; see open_run.
+    decoded: whether its samples must be images.
 
   Raises:
     ArtifactError, CheckpointError: weights that can't be loaded.
-    ConfigError: an option that this kind of source has no use for.
+    ConfigError: an option that this kind of source has no use for, or latents
+      of no known autoencoder that are to be decoded.
     StorageError: a bucket that can't be read.
   """
   if _is_run(source):
     paths = {"vae.path": vae} if vae else {}
-    return open_run(source, mesh, step=step, ema_decay=ema_decay, paths=paths)
+    run = open_run(source, mesh, step=step, ema_decay=ema_decay, paths=paths)
+    if decoded and run.vae is None:
+      _check_images(run.model_config)
+    return run
   for name, value in (("step", step), ("ema_decay", ema_decay)):
     if value is not None:
       raise config_lib.ConfigError(
         f"{name}={value!r} chooses among a run's checkpoints, but {source} is "
         "none: leave it out"
       )
-  return open_artifact(source, vae, mesh)
+  return open_artifact(source, vae, mesh, decoded=decoded)
+
+
+def _check_images(model_config: Mapping[str, Any]) -> None:
+  """Raises ConfigError if samples are latents, for which there is no vae."""
+  channels = model_config.get("out_channels")
+  if channels not in (1, 3):
+    raise config_lib.ConfigError(
+      f"samples of {channels} channels are the latents of an autoencoder: give "
+      "it, vae=hf://OWNER/NAME of diffusers' or vae=FOLDER "
+      "(drift_jax.tools.convert_weights vae writes it)"
+    )
 
 
 def _is_run(source: str) -> bool:
@@ -230,53 +249,112 @@ def _finite(params: Any) -> Any:
   return jax.tree.map(lambda x: jnp.isfinite(x).all(), params)
 
 
-def open_artifact(source: str, vae: str, mesh: Mesh) -> OpenedGenerator:
+def open_artifact(
+  source: str, vae: str, mesh: Mesh, *, decoded: bool = False
+) -> OpenedGenerator:
   """Opens a generator of ours or of the release, from its folder.
+
+  What will be missing is said before the parameters are downloaded: the
+  autoencoder, or space on the disk.
 
   Args:
     source: folder of kind 'gen', or what else artifacts.load reads.
-    vae: folder of the autoencoder of its latents; '' takes that of an export,
-      and means pixels if there is none.
+    vae: folder or hf://OWNER/NAME of the autoencoder of its latents; '' takes
+      that of an export or of its metadata, and means pixels if there is none.
     mesh: where the parameters go.
+    decoded: whether its samples must be images.
 
   Raises:
     ArtifactError: weights that can't be loaded or are no generator's.
+    ConfigError: samples that are to be images, and are latents.
   """
   numerics.require()
-  artifact = artifacts.load(source)
-  if artifact.kind != "gen":
+  # 1. Its metadata, and the autoencoder.
+  described = artifacts.describe(source)
+  if described.kind != "gen":
     raise artifacts.ArtifactError(
-      f"{source} holds a model of kind {artifact.kind!r}, want 'gen'"
+      f"{source} holds a model of kind {described.kind!r}, want 'gen'"
     )
-  module: Any = artifact.module
-  metadata = artifact.metadata
-  alphas = metadata.get("alpha_range", PUBLISHED_ALPHAS)
-  names = metadata.get("class_names")
-  _check_facts(source, module.num_classes, alphas, names)
-  if names is None and module.num_classes == len(imagenet_classes()):
-    names = list(imagenet_classes())
+  metadata, about = described.metadata, {}
   dtype = "float32"
   if not vae and not source.startswith(hub.SCHEME):
     exported = epath.Path(source) / artifacts.EXPORTED_VAE
     # In the precision in which it decodes the export's images.
     vae, dtype = (str(exported), "") if exported.exists() else ("", dtype)
+  if not vae:
+    vae = autoencoders.belonging_to(source, described)
+    about = {"vae": vae} if vae else {}
+  if decoded and not vae:
+    _check_images(metadata["model_config"])
+  # 2. Parameters, the smaller ones first.
+  _check_space(described, vae)
   section = config_lib.Vae(
     path=vae, dtype=dtype, sharding="fsdp", remat=False, model={}
   )
-  known = {name: metadata.get(name) for name in ("step", "ema_decay")}
+  autoencoder = load_vae(section, mesh)
+  if autoencoder is not None:
+    _check_channels(vae, autoencoder.module, metadata["model_config"])
+  artifact = artifacts.load(source)
+  module: Any = artifact.module
+  # 3. What is known of it.
+  alphas = metadata.get("alpha_range", PUBLISHED_ALPHAS)
+  names = metadata.get("class_names")
+  _check_facts(source, module.num_classes, alphas, names)
+  if names is None and module.num_classes == len(imagenet_classes()):
+    names = list(imagenet_classes())
+  known = artifacts.trained_for(metadata)
   return OpenedGenerator(
     task=sampling_task(_computed_on(module, mesh, "auto")),
     params=jax.device_put(
       artifact.params, sharding.infer_sharding(artifact.params, mesh)
     ),
-    vae=load_vae(section, mesh),
+    vae=autoencoder,
     model_config=metadata["model_config"],
     num_classes=module.num_classes,
     class_names=readable_classes(names or ()),
     alpha_range=tuple(alphas),
-    provenance={"weights": source, "sha256": artifact.sha256, **known},
+    provenance={
+      "weights": source,
+      "sha256": artifact.sha256,
+      **known,
+      **about,
+    },
     **known,
   )
+
+
+def _check_channels(vae: str, module: Any, model_config: Any) -> None:
+  """Raises ArtifactError for the autoencoder of other latents."""
+  channels = model_config.get("out_channels")
+  if module.latent_channels != channels:
+    raise artifacts.ArtifactError(
+      f"vae={vae!r} is of latents of {module.latent_channels} channels, but "
+      f"the generator's samples have {channels}"
+    )
+
+
+def _check_space(generator: artifacts.Described, vae: str) -> None:
+  """Says what is to be downloaded of a generator and its autoencoder.
+
+  Raises:
+    ArtifactError: it can't be reached, or a disk can't take it.
+  """
+  needs = [*generator.missing]
+  if vae.startswith(hub.SCHEME):
+    try:
+      needs += autoencoders.missing(vae)
+    except artifacts.ArtifactError as error:
+      raise artifacts.ArtifactError(
+        f"{error}; it is the autoencoder of latents: vae=FOLDER or "
+        "hf://OWNER/NAME takes another of the same"
+      ) from error
+  if not (wanted := hub.listed(needs)):
+    return
+  logger.info("To be downloaded and written: %s.", wanted)
+  try:
+    hub.require_space(needs)
+  except hub.HubError as error:
+    raise artifacts.ArtifactError(str(error)) from error
 
 
 def _computed_on(module: Any, mesh: Mesh, kernels: str) -> Any:

@@ -26,7 +26,7 @@ from drift_jax.data.sources import (
 from drift_jax.system import console, sharding, storage
 from drift_jax.system.console import logger
 from drift_jax.system.devices import find_devices
-from drift_jax.training import artifacts
+from drift_jax.training import artifacts, autoencoders
 
 # Batches decoded ahead of the device, and batches that the device has besides
 # the one whose result is fetched.
@@ -226,7 +226,9 @@ def run(arguments: argparse.Namespace) -> bool:
   if index is None:
     index, count = jax.process_index(), jax.process_count()
   source = open_images(arguments)
-  vae = artifacts.load(arguments.vae, dtype=arguments.compute_dtype)
+  vae = artifacts.load(
+    autoencoders.local(arguments.vae), dtype=arguments.compute_dtype
+  )
   if vae.kind != "vae":
     raise LatentCacheError(
       f"{arguments.vae} holds a model of kind {vae.kind!r}, want 'vae': make "

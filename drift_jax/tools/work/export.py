@@ -31,8 +31,8 @@ from drift_jax.tasks.generator.restore import (
 )
 from drift_jax.tasks.generator.samplers import sample_step
 from drift_jax.tasks.generator.step import GeneratorTask
-from drift_jax.tools import weight_files
 from drift_jax.training import artifacts
+from drift_jax.training.conversions import weight_files
 from drift_jax.training.frozen import decoding
 
 VERSION = 1

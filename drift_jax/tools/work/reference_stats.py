@@ -39,7 +39,7 @@ from drift_jax.tasks.generator.judges import (
   name_of,
   network_fn,
 )
-from drift_jax.tools import weight_files
+from drift_jax.training.conversions import weight_files
 from drift_jax.training.run import pad_to_mesh
 
 # How the public files' images were cut, and of which split they are.

@@ -3,7 +3,7 @@
 import re
 
 from drift_jax.models.naming import Naming, inside
-from drift_jax.tools.conversions.layouts import (
+from drift_jax.training.conversions.layouts import (
   IMAGENET_MEAN,
   IMAGENET_STD,
   Config,

@@ -1,4 +1,4 @@
-"""diffusers' AutoencoderKL."""
+"""diffusers' AutoencoderKL, in its PyTorch form and in its Flax form."""
 
 import re
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 
 from drift_jax.models.naming import Naming, inside
 from drift_jax.models.vae import SCALING_FACTOR
-from drift_jax.tools.conversions.layouts import (
+from drift_jax.training.conversions.layouts import (
   CONFIG_FILE,
   LEAVES,
   Config,
@@ -39,6 +39,8 @@ _FIXED = {
   "use_post_quant_conv": True,
   "mid_block_add_attention": True,
 }
+# Modules of which PyTorch's form has lists: NAME.0 is NAME_0 in Flax' form.
+_LISTS = "down_blocks|up_blocks|resnets|attentions|downsamplers|upsamplers"
 _OLD_NAMES = {
   "query": "to_q",
   "key": "to_k",
@@ -92,7 +94,8 @@ def convert_vae(weights: Weights, config: Config | None) -> Converted:
 
   Args:
     weights: diffusers' names and layouts (OIHW convolutions), also the older
-      attention names and 1x1-convolution shapes. Any floating dtype.
+      attention names and 1x1-convolution shapes, or those of its Flax form,
+      names joined with '/'. Any floating dtype.
     config: diffusers' config.json; Stable Diffusion's values where it, or all
       of it, is missing.
 
@@ -100,6 +103,8 @@ def convert_vae(weights: Weights, config: Config | None) -> Converted:
     WeightsError: a config.json of another architecture, or weights whose
       names, shapes or values do not fit.
   """
+  if any("/" in name for name in weights):
+    weights = dict(_from_flax(name, array) for name, array in weights.items())
   return convert(
     f"Stable Diffusion's AutoencoderKL (there is no {CONFIG_FILE})"
     if config is None
@@ -125,8 +130,19 @@ def _model_config(config: Config) -> dict[str, Any]:
     "down_block_types": ["DownEncoderBlock2D"] * levels,
     "up_block_types": ["UpDecoderBlock2D"] * levels,
   }
+  if config.get("_class_name") == "FlaxAutoencoderKL":
+    config = {**config, "_class_name": _FIXED["_class_name"]}
   check_fixed(config, _FIXED | fixed)
   return values
+
+
+def _from_flax(name: str, array: np.ndarray) -> tuple[str, np.ndarray]:
+  """An array of the Flax form: its name and layout in PyTorch's form."""
+  *modules, leaf = name.split("/")
+  listed = [re.sub(rf"^({_LISTS})_(\d+)$", r"\1.\2", x) for x in modules]
+  if leaf == "kernel":
+    array = array.transpose(*range(array.ndim)[:-3:-1], *range(array.ndim - 2))
+  return ".".join([*listed, LEAVES.get(leaf, leaf)]), array
 
 
 def _today(name: str, array: np.ndarray) -> tuple[str, np.ndarray]:

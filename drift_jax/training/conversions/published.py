@@ -77,9 +77,13 @@ MODELS = {
     "vae",
     "Stable Diffusion's autoencoder (diffusers' AutoencoderKL)",
     tuple(
-      f"{folder}diffusion_pytorch_model{suffix}"
+      f"{folder}diffusion_{file}"
       for folder in ("", "vae/")
-      for suffix in (".safetensors", ".bin")
+      for file in (
+        "pytorch_model.safetensors",
+        "flax_model.msgpack",
+        "pytorch_model.bin",
+      )
     ),
     has_config=True,
   ),

@@ -8,14 +8,14 @@ from flax import traverse_util
 from drift_jax.models import naming, release
 from drift_jax.models.naming import Naming, inside
 from drift_jax.system.console import logger
-from drift_jax.tools.conversions.layouts import (
+from drift_jax.training.conversions.layouts import (
   Config,
   Converted,
   Weights,
   WeightsError,
   as_float,
 )
-from drift_jax.tools.conversions.published import WFLOW_SIZES
+from drift_jax.training.conversions.published import WFLOW_SIZES
 
 # What all sizes share, as build_generator has it.
 _SHARED = {

@@ -1,7 +1,7 @@
 """The Inception-v3 of FID, as pytorch-fid and torch-fidelity publish it."""
 
 from drift_jax.models.naming import Entry, Shapes
-from drift_jax.tools.conversions.layouts import (
+from drift_jax.training.conversions.layouts import (
   LEAVES,
   Config,
   Converted,

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from drift_jax.models.naming import Naming, inside
-from drift_jax.tools.conversions.layouts import (
+from drift_jax.training.conversions.layouts import (
   CONFIG_FILE,
   IMAGENET_MEAN,
   IMAGENET_STD,

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from drift_jax.models.naming import Naming, inside
-from drift_jax.tools.conversions.layouts import (
+from drift_jax.training.conversions.layouts import (
   LEAVES,
   Config,
   Converted,

@@ -4,18 +4,18 @@ import pathlib
 from typing import Any
 
 from drift_jax.system.console import logger
-from drift_jax.tools import weight_files
-from drift_jax.tools.conversions import (
+from drift_jax.training import artifacts
+from drift_jax.training.conversions import (
   convnext,
   inception,
   published,
   resnet,
   vae,
   vit,
+  weight_files,
   wflow,
 )
-from drift_jax.tools.conversions.layouts import CONFIG_FILE, WeightsError
-from drift_jax.training import artifacts
+from drift_jax.training.conversions.layouts import CONFIG_FILE, WeightsError
 
 # Of the file's checksum, in the names of published files.
 _NAMED_DIGITS = 8
@@ -59,7 +59,10 @@ def convert(
   """
   # 1. Read
   model = published.MODELS[name]
-  names = [model.sizes[size].file] if size else model.files
+  names = model.files
+  if size:
+    file = pathlib.PurePosixPath(model.sizes[size].file)
+    names = (str(file), file.name)
   if model.state_dict:
     weight_files.require_torch(source)  # said before gigabytes are fetched
   located = weight_files.locate(source, names, model.sha256)

@@ -4,7 +4,6 @@ import hashlib
 import http.client
 import importlib
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -14,16 +13,19 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import flax.serialization
 import numpy as np
 import safetensors
 import safetensors.numpy
+from flax import traverse_util
 
 from drift_jax.metrics import files
-from drift_jax.system import hub, paths
+from drift_jax.system import hub
 from drift_jax.system.console import logger
-from drift_jax.tools.conversions.layouts import CONFIG_FILE, WeightsError
+from drift_jax.training.conversions.layouts import CONFIG_FILE, WeightsError
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".tar")  # MoCo: .pth.tar
+SUFFIXES = (".safetensors", ".msgpack", *TORCH_SUFFIXES)
 # Keys under which a checkpoint holds its weights.
 _STATE_DICTS = ("state_dict", "model")
 
@@ -43,11 +45,12 @@ def locate(source: str, names: Sequence[str], sha256: str | None) -> Located:
   """Finds the weights and the config.json beside them.
 
   A file on the hub is downloaded into its cache (HF_HOME, HF_ENDPOINT and
-  HF_HUB_OFFLINE are respected), one elsewhere into XDG_CACHE_HOME/drift_jax,
-  by default ~/.cache/drift_jax; see `download`.
+  HF_HUB_OFFLINE are respected), one elsewhere into hub.own_cache(); see
+  `download`.
 
   Args:
-    source: a file, a folder, hf://OWNER/NAME[@REVISION][/FILE], or a URL.
+    source: a file, a folder, hf://OWNER/NAME[@REVISION][/FILE or /FOLDER], or a
+      URL.
     names: files to look for in a folder or repository, in this order; none
       takes only a file.
     sha256: of the published file, in hexadecimal; None refuses URLs.
@@ -61,9 +64,7 @@ def locate(source: str, names: Sequence[str], sha256: str | None) -> Located:
         f"{source}: only weights whose SHA-256 is known here are downloaded"
         " from a URL; download the file and give its path"
       )
-    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    cache = pathlib.Path(paths.expand(root), "drift_jax")
-    return Located(download(source, sha256, cache), None, None)
+    return Located(download(source, sha256, hub.own_cache()), None, None)
   if source.startswith(hub.SCHEME):
     return _locate_on_hub(source, names)
   path = pathlib.Path(source)
@@ -85,14 +86,14 @@ def _locate_on_hub(source: str, names: Sequence[str]) -> Located:
       f"--source={source}: want hf://OWNER/NAME, hf://OWNER/NAME/FILE or"
       " hf://OWNER/NAME@REVISION/FILE"
     )
-  if not address.path:
-    _require_names(source, names)
+  places = candidates(address, names)
+  _require_names(source, places)
   try:
-    for name in [address.path] if address.path else names:
-      weights = hub.fetch(address._replace(path=name))
+    for place in places:
+      weights = hub.fetch(place)
       if weights is not None:
-        commit = hub.commit_of(weights, name)
-        config = str(pathlib.PurePosixPath(name).with_name(CONFIG_FILE))
+        commit = hub.commit_of(weights, place.path)
+        config = str(pathlib.PurePosixPath(place.path).with_name(CONFIG_FILE))
         pinned = address._replace(revision=commit, path=config)
         return Located(weights, hub.fetch(pinned), commit)
   except hub.HubError as error:
@@ -100,9 +101,17 @@ def _locate_on_hub(source: str, names: Sequence[str]) -> Located:
   raise WeightsError(f"{source}: the repository holds none of {list(names)}")
 
 
-def _require_names(source: str, names: Sequence[str]) -> None:
+def _require_names(source: str, names: Sequence[Any]) -> None:
   if not names:
     raise WeightsError(f"{source} may hold several: name the file, or --size")
+
+
+def candidates(address: hub.Address, names: Sequence[str]) -> list[hub.Address]:
+  """Where the files may be: at an address of a file there, else in a folder."""
+  path = pathlib.PurePosixPath(address.path)
+  if path.suffix in SUFFIXES:
+    return [address]
+  return [address._replace(path=str(path / name)) for name in names]
 
 
 def sha256_of(path: pathlib.Path) -> str:
@@ -154,6 +163,9 @@ def download(url: str, sha256: str, folder: pathlib.Path) -> pathlib.Path:
 def read_weights(path: pathlib.Path) -> dict[str, np.ndarray]:
   """Arrays by name from .safetensors, or from a torch file if torch is there.
 
+  Those of a .msgpack file, which Flax writes, are in Flax' layout, and their
+  names are joined with '/'.
+
   Raises:
     WeightsError: another suffix, a damaged file, a file that is not what its
       suffix says, or a torch file where torch is not installed.
@@ -168,12 +180,31 @@ def read_weights(path: pathlib.Path) -> dict[str, np.ndarray]:
         f"{path} ({path.stat().st_size} bytes, beginning with {beginning!r})"
         f" is no complete safetensors file: {hub.one_line(error)}"
       ) from error
+  if path.suffix == ".msgpack":
+    return _read_flax(path)
   if path.suffix in TORCH_SUFFIXES:
     return _first_state_dict(path)
   raise WeightsError(
     f"{path}: unknown suffix {path.suffix!r}, valid options are"
-    f" {['.safetensors', *TORCH_SUFFIXES]}"
+    f" {list(SUFFIXES)}"
   )
+
+
+def _read_flax(path: pathlib.Path) -> dict[str, np.ndarray]:
+  flat: dict[str, Any] = {}
+  try:
+    tree = flax.serialization.msgpack_restore(path.read_bytes())
+    flat |= traverse_util.flatten_dict(tree, sep="/")
+  # Bytes that are no msgpack of a tree raise errors of many kinds.
+  except Exception as error:
+    raise WeightsError(
+      f"{path} ({path.stat().st_size} bytes) is no complete msgpack of arrays"
+      f" by name: {hub.one_line(error)}"
+    ) from error
+  for name, array in flat.items():
+    if not isinstance(array, np.ndarray):
+      raise WeightsError(f"{path}: {name} is {array!r:.60}, want an array")
+  return flat
 
 
 def read_checkpoint(

@@ -1,0 +1,136 @@
+"""Autoencoders of latents on the hub: diffusers' are converted once.
+
+What is converted is kept in hub.own_cache(), a folder for each commit.
+"""
+
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Sequence
+
+from drift_jax.system import hub
+from drift_jax.system.console import logger
+from drift_jax.training import artifacts, released
+from drift_jax.training.conversions import convert, weight_files
+from drift_jax.training.conversions.published import MODELS
+
+# Of the latents of the authors' generators.
+_CHANNELS = 4
+
+
+def belonging_to(source: str, generator: artifacts.Described) -> str:
+  """Where the autoencoder of a generator's latents is; '' if nothing says so.
+
+  Its metadata may name one as `vae`. What the authors' code published is of
+  theirs, if it is of latents.
+
+  Raises:
+    ArtifactError: a name that is none.
+  """
+  metadata = generator.metadata
+  named = metadata.get("vae", "")
+  if not isinstance(named, str):
+    raise artifacts.ArtifactError(
+      f"{source}: its metadata have vae={named!r}, want hf://OWNER/NAME or a "
+      "folder"
+    )
+  channels = metadata["model_config"].get("out_channels")
+  is_theirs = metadata.get("artifact_type") == "ema_model"
+  if not named and is_theirs and channels == _CHANNELS:
+    return released.AUTOENCODER
+  return named
+
+
+def missing(source: str) -> Sequence[hub.Need]:
+  """What is to be downloaded and written until `local` has an autoencoder.
+
+  Raises:
+    ArtifactError: there is none, or the hub can't be reached.
+  """
+  weights = _find(source)
+  if weights is None:
+    return artifacts.describe(source).missing
+  folder = _folder(weights.address)
+  if artifacts.exists(folder):
+    return []
+  size = weights.missing
+  return [
+    hub.Need(source, size, hub.downloads()),
+    hub.Need("its conversion", size, folder),
+  ]
+
+
+def local(source: str) -> str:
+  """A source of an autoencoder that artifacts.load reads.
+
+  It is the folder of a converted one if the source is diffusers' on the hub,
+  else the source itself.
+
+  Raises:
+    ArtifactError: the hub can't be reached, or the autoencoder not be kept.
+    WeightsError: weights that are no AutoencoderKL's.
+  """
+  weights = _find(source)
+  if weights is None:
+    return source
+  folder = _folder(weights.address)
+  if not artifacts.exists(folder):
+    logger.info("Converting %s into %s.", source, folder)
+    try:
+      folder = _convert(source, weights, folder.parent)
+    except OSError as error:
+      raise artifacts.ArtifactError(
+        f"{source}: its conversion can't be kept: {error}; set XDG_CACHE_HOME "
+        "to a folder that can be written to"
+      ) from error
+  return str(folder)
+
+
+def _convert(
+  source: str, weights: hub.Remote, parent: pathlib.Path
+) -> pathlib.Path:
+  """Converts weights into their folder, which appears whole."""
+  parent.mkdir(parents=True, exist_ok=True)
+  temporary = tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=parent)
+  try:
+    artifact = convert.convert("vae", source, temporary)
+    commit = artifact.metadata["source"]["revision"]
+    folder = _folder(weights.address._replace(revision=commit))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+      os.rename(temporary, folder)
+    except OSError:
+      # Another process may have been faster.
+      if not artifacts.exists(folder):
+        raise
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+  return folder
+
+
+def _find(source: str) -> hub.Remote | None:
+  """Diffusers' weights at an address of the hub; None if there are none."""
+  address = hub.parse(source)
+  if address is None:
+    return None
+  try:
+    for place in weight_files.candidates(address, MODELS["vae"].files):
+      weights = hub.find(place)
+      if weights is not None:
+        return weights
+  except hub.HubError as error:
+    raise artifacts.ArtifactError(f"{source}: {error}") from error
+  return None
+
+
+def _folder(weights: hub.Address) -> pathlib.Path:
+  """The folder of converted weights."""
+  assert weights.revision is not None
+  return (
+    hub.own_cache()
+    / "autoencoders"
+    / weights.repository
+    / weights.revision
+    / weights.path
+  )
