@@ -73,6 +73,7 @@ def w_flow_state(kind_config, params):
   tree = release.to_release("gen", kind_config, params)
   state = {}
   for name, array in traverse_util.flatten_dict(tree, sep="/").items():
+    array = np.asarray(array)
     array = array.T if name.endswith("/kernel") else array
     for pattern, replacement in RULES:
       name = re.sub(pattern, replacement, name)
