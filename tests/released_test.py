@@ -53,8 +53,7 @@ def try_each(folder, *codes, **variables):
   """What `TRY` prints, a line for each; the caches are below `folder`."""
   done = call(
     *("-c", TRY, *codes),
-    **caches(folder),
-    **variables,
+    **(caches(folder) | variables),
   )
   lines = done.stdout.splitlines()
   assert len(lines) == len(codes), done.stderr
@@ -183,7 +182,6 @@ def test_documented_commands_draw(cache):
 
 @pytest.mark.system
 def test_afterwards_no_hub_is_needed(cache):
-  """Not even the downloads of what was converted."""
   for command in documented():
     if "--fid" not in command:
       run_documented(command, cache, HF_HUB_OFFLINE="1")
@@ -279,6 +277,19 @@ def test_what_is_missing_is_said_before_the_large_file(theirs, tmp_path):
       {WEIGHTS} if not claimed else set()
     )
     assert {name.rpartition("/")[2] for _, name, _ in downloads} <= small
+
+
+@pytest.mark.system
+def test_a_cache_that_cannot_be_written(theirs, tmp_path):
+  (tmp_path / "file").touch()
+  with hub(theirs) as address:
+    (line,) = try_each(
+      tmp_path,
+      "drift_jax.load('hf://ablation')",
+      HF_ENDPOINT=address,
+      XDG_CACHE_HOME=str(tmp_path / "file"),
+    )
+  assert re.match(r"Error: .*can't be kept: .*/file.*XDG_CACHE_HOME", line)
 
 
 @pytest.mark.system

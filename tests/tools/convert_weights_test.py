@@ -345,6 +345,7 @@ def test_hub_online_then_offline(folder, tmp_path):
       {
         "hf://owner/vae": ["converted"],
         pinned: ["converted"],
+        "hf://owner/pipeline/vae": ["converted"],
         **bare,
         "hf://owner/text": [f"the repository holds none of ['{FILE}'"],
         "hf://owner/nothing": ["hf://owner/nothing", "404"],
