@@ -120,12 +120,12 @@ def test_a_frozen_encoder_takes_its_own_memory(tmp_path):
   report = tmp_path / "report.json"
   done = call(
     ROOT / "benchmarks/load.py",
-    *("--width=160", f"--folder={tmp_path}", f"--json={report}"),
+    *("--width=128", f"--folder={tmp_path}", f"--json={report}"),
   )
   assert done.returncode == 0, done.stderr
   rows = json.loads(report.read_text())["rows"]
   found = {row["name"]: row["value"] for row in rows}
-  assert found["file"] > 0.6 and found["encoder"] < 0.45 * found["file"]
+  assert found["file"] > 0.4 and found["encoder"] < 0.45 * found["file"]
   # The largest array, .06 of the file, is there twice while it is placed; the
   # rest is what tracing the model takes.
   assert found["most"] - found["before"] < 0.8 * found["file"]
