@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import msgpack
 import numpy as np
-from flax import serialization, traverse_util
+from flax import traverse_util
 
 _BLOCK = 4 * 2**20  # numbers that are read, checked and rounded at a time
 
@@ -22,10 +22,7 @@ _TENSOR_DTYPES = {"F32": jnp.dtype("float32"), "BF16": jnp.dtype("bfloat16")}
 
 # Flax writes arrays of more than 2**30 bytes in parts, as such a dictionary.
 _CHUNKED = "__msgpack_chunked_array__"
-_ARRAY_TYPES = (
-  serialization._MsgpackExtType.ndarray,
-  serialization._MsgpackExtType.npscalar,
-)
+_ARRAY_TYPES = (1, 3)  # of its extensions: an array, a scalar of NumPy
 # Of msgpack: {first byte: format of the length that follows it}.
 _MAPS = {0xDE: ">H", 0xDF: ">I"}
 _BYTES = {0xC4: ">B", 0xC5: ">H", 0xC6: ">I"}
