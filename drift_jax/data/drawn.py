@@ -67,7 +67,7 @@ class DrawnLatents(FolderSource):
         f"{path} ({os.path.getsize(path)} bytes) can't be read as a torch file "
         f"of arrays only ({type(error).__name__}): make or copy it again"
       ) from error
-    arrays = [
+    arrays: list[Any] = [
       content.get(key) if isinstance(content, Mapping) else None
       for key in _KEYS
     ]

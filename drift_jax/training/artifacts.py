@@ -243,27 +243,10 @@ class Opened(NamedTuple):
     Raises:
       ArtifactError: numbers that are not finite.
     """
-    flat: dict[Any, Any] = dict(traverse_util.flatten_dict(wanted, sep="/"))
-    found = {}
-    with self.path.open("rb") as file:
-      for name in sorted(flat, key=lambda name: -flat[name].size):
-        array = self._array(file, name, flat[name])
-        sharding = flat[name].sharding
-        if sharding is not None:
-          array = jax.block_until_ready(jax.device_put(array, sharding))
-        found[name] = array
-    return traverse_util.unflatten_dict({k: found[k] for k in flat}, sep="/")
-
-  def _array(self, file: Any, name: str, wanted: Any) -> np.ndarray:
-    names, stacked = self.entries[name]
-    array = np.empty(wanted.shape, wanted.dtype)
     try:
-      for i, part in enumerate(names):
-        out = array[i : i + 1] if stacked else array
-        weights.read(file, part, self.stored[part], out)
-    except ValueError as error:
+      return weights.read_tree(self.path, self.entries, self.stored, wanted)
+    except weights.Damage as error:
       raise ArtifactError(f"{self.path}: {error}") from error
-    return array
 
 
 def opened(
@@ -296,8 +279,8 @@ def opened(
     digest = digest or hashlib.file_digest(file, "sha256").hexdigest()
     if metadata.get("sha256", digest) != digest:
       raise ArtifactError(
-        f"{params_path} ({file.tell()} bytes) is damaged: its SHA-256 is "
-        f"not the one in {layout.metadata}; export it again"
+        f"{params_path} ({params_path.stat().length} bytes) is damaged: its "
+        f"SHA-256 is not the one in {layout.metadata}; export it again"
       )
     stored = _index(params_path, file, layout)
   # 3. The model, and what its parameters are made from
@@ -307,14 +290,7 @@ def opened(
     )
   except ValueError as error:
     raise ArtifactError(f"{folder}: {error}") from error
-  shapes = {}
-  for name, (names, stacked) in entries.items():
-    arrays = [stored[part] for part in names]
-    shapes[name] = jax.ShapeDtypeStruct(
-      (len(names),) * stacked + arrays[0].shape,
-      np.result_type(*(array.dtype for array in arrays)),
-    )
-  params = traverse_util.unflatten_dict(shapes, sep="/")
+  params = weights.shapes(entries, stored)
   if dtype is not None:
     params = jax.eval_shape(functools.partial(rounded, module), params)
   artifact = Artifact(kind, module, params, metadata, digest)

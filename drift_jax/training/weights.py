@@ -11,10 +11,14 @@ import struct
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import msgpack
 import numpy as np
+from etils import epath
 from flax import traverse_util
+
+from drift_jax.models.naming import Entry
 
 _BLOCK = 4 * 2**20  # numbers that are read, checked and rounded at a time
 
@@ -43,7 +47,7 @@ _MALFORMED = (
 
 
 class Damage(ValueError):
-  """A file that is not whole, or of another format; the message says where."""
+  """A file that is not whole, of another format, or of no finite numbers."""
 
 
 # Files are `Any`, since typing.BinaryIO lacks readinto.
@@ -64,7 +68,7 @@ def read(file: Any, name: str, stored: Stored, out: np.ndarray) -> None:
   """Reads an array into a contiguous one of its shape, rounding to its dtype.
 
   Raises:
-    ValueError: numbers that are not finite; the file ends before the array.
+    Damage: numbers that are not finite; the file ends before the array.
   """
   out, start = out.reshape(-1), 0
   scratch = out[:0]
@@ -79,9 +83,59 @@ def read(file: Any, name: str, stored: Stored, out: np.ndarray) -> None:
       if file.readinto(block.view(np.uint8)) != block.nbytes:
         raise Damage(f"it ends within {name}")
       if not np.isfinite(block).all():
-        raise ValueError(f"{name} holds numbers that are not finite")
+        raise Damage(f"{name} holds numbers that are not finite")
       part[...] = block
       start += part.size
+
+
+def shapes(entries: Mapping[str, Entry], stored: Mapping[str, Stored]) -> Any:
+  """A tree of ShapeDtypeStructs of parameters, as they are stored.
+
+  Args:
+    entries: {parameter: its counterparts in the file}.
+    stored: arrays of the file.
+  """
+  flat = {}
+  for name, (names, stacked) in entries.items():
+    arrays = [stored[part] for part in names]
+    flat[name] = jax.ShapeDtypeStruct(
+      (len(names),) * stacked + arrays[0].shape,
+      np.result_type(*(array.dtype for array in arrays)),
+    )
+  return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def read_tree(
+  path: epath.Path,
+  entries: Mapping[str, Entry],
+  stored: Mapping[str, Stored],
+  wanted: Any,
+) -> Any:
+  """Parameters of a file, the largest first, so that it has most memory.
+
+  Args:
+    path: of the file.
+    entries, stored: see `shapes`.
+    wanted: a tree of ShapeDtypeStructs. Those that have a sharding are placed
+      before the next one is read; the others become NumPy's.
+
+  Raises:
+    Damage: numbers that are not finite; the file ends before an array.
+  """
+  flat: dict[Any, Any] = dict(traverse_util.flatten_dict(wanted, sep="/"))
+  found = {}
+  with path.open("rb") as file:
+    for name in sorted(flat, key=lambda name: -flat[name].size):
+      names, stacked = entries[name]
+      array = np.empty(flat[name].shape, flat[name].dtype)
+      for i, part in enumerate(names):
+        out = array[i : i + 1] if stacked else array
+        read(file, part, stored[part], out)
+      if flat[name].sharding is not None:
+        placed = jax.device_put(array, flat[name].sharding)
+        array = jax.block_until_ready(placed)
+      found[name] = array
+  return traverse_util.unflatten_dict({k: found[k] for k in flat}, sep="/")
 
 
 def index_safetensors(file: Any) -> dict[str, Stored]:
