@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 import tensorstore
@@ -238,7 +239,12 @@ def test_encoder_is_exported(bucket, monkeypatch, tmp_path):
   train_mae.train_and_evaluate(config, f"gs://{bucket.name}/encoder")
   folder = bucket.download("encoder", tmp_path)
   assert json.loads((folder / "config.json").read_text())["task"] == "mae"
-  assert artifacts.load(folder / "encoder").metadata["step"] == 0
+  there, here = (
+    artifacts.load(path)
+    for path in (f"gs://{bucket.name}/encoder/encoder", folder / "encoder")
+  )
+  assert here.metadata["step"] == 0 and there.sha256 == here.sha256
+  jax.tree.map(np.testing.assert_array_equal, there.params, here.params)
   assert not (folder / "run.lock").exists()
 
 

@@ -43,8 +43,8 @@ _DECOMPRESS = {
 }
 
 
-def _is_image(name: str) -> bool:
-  return name.lower().endswith(SUFFIXES)
+def _is_image(name: str, suffixes: tuple[str, ...] = SUFFIXES) -> bool:
+  return name.lower().endswith(suffixes)
 
 
 def _join(path: str, name: str) -> str:
@@ -57,10 +57,12 @@ class _Tree(NamedTuple):
   Attributes:
     name: name of the folder or tar, for messages.
     listed: path -> names of its folders and of its files, sorted, none hidden.
+    suffixes: of images.
   """
 
   name: str
   listed: Callable[[str], tuple[Sequence[str], ...]]
+  suffixes: tuple[str, ...] = SUFFIXES
 
   def folders(self, path: str) -> Sequence[str]:
     return self.listed(path)[0]
@@ -68,8 +70,11 @@ class _Tree(NamedTuple):
   def files(self, path: str) -> Sequence[str]:
     return self.listed(path)[1]
 
+  def is_image(self, name: str) -> bool:
+    return _is_image(name, self.suffixes)
+
   def has_images(self, path: str) -> bool:
-    return any(map(_is_image, self.files(path)))
+    return any(map(self.is_image, self.files(path)))
 
   def holds_classes(self, path: str) -> bool:
     return bool(self.folders(path)) and not self.has_images(path)
@@ -149,8 +154,8 @@ class _FileSource(encoded.EncodedSource):
     files = [_join(root, name) for name in tree.files(root)]
     folders: list[str] = []
     for folder in (_join(root, name) for name in classes):
-      images[folder] = list(filter(_is_image, tree.files(folder)))
-      others = itertools.filterfalse(_is_image, tree.files(folder))
+      images[folder] = list(filter(tree.is_image, tree.files(folder)))
+      others = itertools.filterfalse(tree.is_image, tree.files(folder))
       files += [_join(folder, name) for name in others]
       folders += [_join(folder, name) for name in tree.folders(folder)]
     if files or folders:
@@ -162,7 +167,7 @@ class _FileSource(encoded.EncodedSource):
     empty = [folder for folder, names in images.items() if not names]
     if len(empty) == len(classes) or (empty and not class_order):
       raise ValueError(
-        f"{tree.name}: no image (*{', *'.join(SUFFIXES)}) directly in the "
+        f"{tree.name}: no image (*{', *'.join(tree.suffixes)}) directly in the "
         f"class folders {empty[:_LISTED]} ({len(empty)} of {len(classes)} "
         "classes): remove these or fill them"
       )
@@ -197,7 +202,13 @@ class _FileSource(encoded.EncodedSource):
 
 
 class FolderSource(_FileSource):
-  """Images in a folder of class folders (see the module)."""
+  """Images in a folder of class folders (see the module).
+
+  Attributes:
+    suffixes: of images.
+  """
+
+  suffixes = SUFFIXES
 
   def __init__(self, path: PathLike, **options: Any):
     """Lists the files.
@@ -219,7 +230,7 @@ class FolderSource(_FileSource):
       where = root.absolute()
       raise ValueError(f"data.source='folder:{path}': {where} is not a folder")
     listed = functools.cache(lambda folder: paths.listed(root / folder))
-    super().__init__(root, _Tree(str(root), listed), **options)
+    super().__init__(root, _Tree(str(root), listed, self.suffixes), **options)
 
   def read_bytes(self, index: int) -> bytes:
     """The file's content."""

@@ -8,10 +8,11 @@
 
 Record 2 i + f of a shard is its image i (f = 0) or the mirror image of that
 (f = 1), which was encoded by itself: the mean [h, w, c], then the logarithm of
-the variance [h, w, c], little-endian float16 or bfloat16, unscaled. Every file
-gets its name only when it is complete and on disk, a shard's JSON after the
-shard and the manifest after everything else: what a killed job leaves behind is
-never taken for a result. Paths are local (mounted) ones.
+the variance [h, w, c], little-endian float16 or bfloat16, unscaled. In a cache
+of dtype float32 it is a latent that was drawn before [h, w, c], scaled. Every
+file gets its name only when it is complete and on disk, a shard's JSON after
+the shard and the manifest after everything else: what a killed job leaves
+behind is never taken for a result. Paths are local (mounted) ones.
 """
 
 import dataclasses
@@ -36,6 +37,7 @@ VERSION = 1
 MANIFEST_FILE = "manifest.json"
 SETTINGS_FILE = "settings.json"
 LABELS_FILE = "labels.npy"
+DRAWN_DTYPE = "float32"
 # Readers keep every shard open, and 1024 open files is a common limit.
 MAX_SHARDS = 512
 
@@ -67,8 +69,9 @@ class Settings:
     scaling_factor: sampled latents are multiplied with it when read.
     downsampling: pixels for each latent, along one side.
     latent_channels: c.
-    dtype: of the stored moments, 'float16' or 'bfloat16'.
-    compute_dtype: of the encoder, 'float32' or 'bfloat16'.
+    dtype: of the stored moments, 'float16' or 'bfloat16'; 'float32' of latents
+      that were drawn before.
+    compute_dtype: of the encoder, 'float32' or 'bfloat16'; '' if unknown.
     images_per_shard: S.
   """
 
@@ -97,7 +100,13 @@ class Settings:
     return size, size, self.latent_channels
 
   @property
+  def is_drawn(self) -> bool:
+    """Whether it holds one latent of each record, not moments of many."""
+    return self.dtype == DRAWN_DTYPE
+
+  @property
   def record_bytes(self) -> int:
+    # Two numbers of 16 bits each, or one of 32.
     return 2 * 2 * math.prod(self.latent_shape)
 
   @property

@@ -125,7 +125,8 @@ class ShardWriter:
     Args:
       index: in the source, for messages.
       moments: [2, h, w, 2 c] float32, of the image and of its mirror image:
-        mean, then logarithm of the variance, along the last axis.
+        mean, then logarithm of the variance, along the last axis; [2, h, w, c]
+        of latents that were drawn before.
 
     Raises:
       LatentCacheError: moments that are not finite, or too large for the
@@ -141,9 +142,9 @@ class ShardWriter:
         "check the autoencoder's weights, or store bfloat16 (--dtype=bfloat16)"
       )
     height, width, channels = self._settings.latent_shape
-    stored = stored.reshape(2, height, width, 2, channels)
+    stored = stored.reshape(2, height, width, -1, channels)
     with _disk_errors(self._path):
-      for record in np.moveaxis(stored, 3, 1):  # [2, h, w, c]
+      for record in np.moveaxis(stored, 3, 1):  # [1 or 2, h, w, c]
         data = record.tobytes()
         self._content.update(data)
         self._writer.write(data)

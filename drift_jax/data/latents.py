@@ -26,6 +26,8 @@ _BLOCK = 64
 class LatentReader(Reopening, Reader):
   """Latents of a cache: z = (mean + exp(logvar / 2) * eps) * scaling_factor.
 
+  Of a cache of latents that were drawn before, z is what it holds.
+
   Safe to read from several threads, and cheap to send to other processes:
   shards are opened when they are first read from.
 
@@ -106,6 +108,9 @@ class LatentReader(Reopening, Reader):
       if self._flip:
         mirrored[:] = [rng.random() < 0.5 for rng in rngs[block]]
       records = self._records(indices[block], mirrored)
+      if self.settings.is_drawn:
+        latents[block] = self._drawn(records)
+        continue
       noise = fill_normals(rngs[block], self._work.noise, self._work.bits)
       moments = self._unpack(records, self._work.moments)
       sample = moments[:, 1]
@@ -124,7 +129,7 @@ class LatentReader(Reopening, Reader):
       indices: [c] in [0, N).
 
     Returns:
-      [c, h, w, C] float32: mean * scaling_factor.
+      [c, h, w, C] float32: mean * scaling_factor, or what was drawn before.
 
     Raises:
       LatentCacheError: a shard that can't be read; it and the record are named.
@@ -132,11 +137,18 @@ class LatentReader(Reopening, Reader):
     """
     indices = np.asarray(indices, np.int64)
     records = self._records(indices, np.zeros_like(indices))
+    if self.settings.is_drawn:
+      return self._drawn(records)
     values = math.prod(self.sample_shape)
     moments = np.empty((len(records), 2, values), np.float32)
     means = self._unpack(records, moments)[:, 0]
     means = means * np.float32(self.settings.scaling_factor)
     return means.reshape(-1, *self.sample_shape)
+
+  def _drawn(self, records: Sequence[bytes]) -> np.ndarray:
+    """[c, h, w, C] float32 of a cache of latents that were drawn before."""
+    values = np.frombuffer(b"".join(records), "<f4")
+    return values.reshape(-1, *self.sample_shape)
 
   def _unpack(self, records: Sequence[bytes], out: np.ndarray) -> np.ndarray:
     """Writes [c, 2, v] float32 to the start of `out`: mean, log of variance."""

@@ -257,9 +257,25 @@ def from_release(
     ValueError: unknown kind; an option without counterpart here; names or
       shapes of params that do not fit model_config.
   """
+  flat = _flatten(params)
+  module, entries = published_entries(kind, model_config, flat)
+  return module, _unflatten(gather(entries, flat.__getitem__))
+
+
+def published_entries(
+  kind: str, model_config: Config, flat: Mapping[str, Any]
+) -> tuple[nn.Module, dict[str, Entry]]:
+  """A published model, and where each of its parameters here comes from.
+
+  Args:
+    kind, model_config: see `from_release`.
+    flat: whatever has a shape, by published names joined with '/'.
+
+  Raises:
+    ValueError: as `from_release`.
+  """
   module, shapes = _built(kind, model_config)
   entries = _entries(kind, shapes)
-  flat = _flatten(params)
   require_parameters(
     f"published {kind!r} parameters do not fit model_config",
     flat,
@@ -269,7 +285,18 @@ def from_release(
       for name in names
     },
   )
-  return module, _unflatten(gather(entries, flat.__getitem__))
+  return module, entries
+
+
+def own_entries(
+  kind: str, model_config: Config, flat: Mapping[str, Any]
+) -> tuple[nn.Module, dict[str, Entry]]:
+  """`published_entries` of parameters under the names here."""
+  module, shapes = _built(kind, model_config)
+  require_parameters(
+    f"{kind!r} parameters do not fit model_config", flat, shapes
+  )
+  return module, {path: Entry((path,)) for path in shapes}
 
 
 def to_release(
@@ -285,11 +312,9 @@ def to_release(
   Raises:
     ValueError: as `from_release`.
   """
-  _, shapes = _built(kind, model_config)
   flat = _flatten(params)
-  require_parameters(
-    f"{kind!r} parameters do not fit model_config", flat, shapes
-  )
+  own_entries(kind, model_config, flat)  # checks names and shapes
+  shapes = _built(kind, model_config)[1]
   return _unflatten(scatter(_entries(kind, shapes), flat))
 
 

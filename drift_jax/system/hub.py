@@ -210,6 +210,12 @@ def commit_of(path: pathlib.Path, name: str) -> str:
   return path.parents[len(pathlib.PurePosixPath(name).parts) - 1].name
 
 
+def sha256_of(path: pathlib.Path) -> str | None:
+  """The SHA-256 that `fetch` compared; None of a file that has another name."""
+  name = path.resolve().name
+  return name if _SHA256.fullmatch(name) else None
+
+
 def folders(address: Address) -> list[str]:
   """Folders of a repository, sorted; none if it can't be asked."""
   try:

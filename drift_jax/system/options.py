@@ -36,6 +36,8 @@ NUM_FEATURES = 10_000
 # Dtypes of a network's computation, and of latents on a disk.
 DTYPES = ("float32", "bfloat16")
 LATENT_DTYPES = ("float16", "bfloat16")
+# Before the folder of latents that were drawn before: the authors' cache.
+DRAWN_SOURCE = "torch:"
 # Formats of an export, and platforms that it runs on.
 FORMATS = ("stablehlo", "release", "onnx")
 PLATFORMS = ("cpu", "cuda", "tpu")

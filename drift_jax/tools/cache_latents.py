@@ -30,7 +30,11 @@ def _parser() -> argparse.ArgumentParser:
   add = parser.add_argument
   path = functools.partial(add, type=paths.argument)
   number = functools.partial(add, type=int)
-  add("--source", help="folder:DIR, tar:FILE or tfds:NAME")
+  add(
+    "--source",
+    help="folder:DIR, tar:FILE or tfds:NAME; torch:DIR has latents that were "
+    "drawn before, as the authors' cache",
+  )
   add("--split", default="train", help="of the source (default: train)")
   path("--vae", help="folder of the autoencoder, or hf://OWNER/NAME")
   path("--out", required=True, help="folder of the cache")
@@ -68,6 +72,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   missing = [f"--{n}" for n in ("source", "vae") if not getattr(arguments, n)]
   if missing and not arguments.verify:
     parser.error(f"the following arguments are required: {', '.join(missing)}")
+  if (arguments.source or "").startswith(options.DRAWN_SOURCE):
+    for name in ("dtype", "compute_dtype", "max_corrupt"):
+      value = getattr(arguments, name)
+      if value != parser.get_default(name):
+        parser.error(
+          f"--{name}={value}: of images only; the latents of "
+          f"{arguments.source} are kept as they are"
+        )
   for name in ("batch_size", "num_threads"):
     value = getattr(arguments, name)
     if value is not None and value < 1:

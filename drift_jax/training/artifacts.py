@@ -23,31 +23,29 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import flax.serialization
 import jax
-import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 from etils import epath
 from flax import traverse_util
 
 from drift_jax.models import release
+from drift_jax.models.naming import Entry
 from drift_jax.models.precision import rounded
 from drift_jax.system import hub, paths, storage
 from drift_jax.system.errors import UserError
-from drift_jax.training import released
+from drift_jax.training import released, weights
 
 SUBDIRECTORY = "params_ema"
 PARAMS_FILE = "ema_params.msgpack"
 METADATA_FILE = "metadata.json"
 TENSORS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-_TENSOR_DTYPES = {"F32": jnp.dtype("float32"), "BF16": jnp.dtype("bfloat16")}
 # An export (tools/export.py) is a folder of such folders.
 MANIFEST_FILE = "manifest.json"
 EXPORTED, EXPORTED_VAE = "generator", "vae"
@@ -62,11 +60,27 @@ class _Layout(NamedTuple):
   params: str
   metadata: str
   name: str  # as the metadata has it
+  find_arrays: Callable[[Any], dict[str, weights.Stored]]
+  entries: Callable[..., tuple[nn.Module, dict[str, Entry]]]
 
 
 _LAYOUTS: dict[Format, _Layout] = {
-  "release": _Layout(SUBDIRECTORY, PARAMS_FILE, METADATA_FILE, "flax.msgpack"),
-  "safetensors": _Layout("", TENSORS_FILE, CONFIG_FILE, "safetensors"),
+  "release": _Layout(
+    SUBDIRECTORY,
+    PARAMS_FILE,
+    METADATA_FILE,
+    "flax.msgpack",
+    weights.index_msgpack,
+    release.published_entries,
+  ),
+  "safetensors": _Layout(
+    "",
+    TENSORS_FILE,
+    CONFIG_FILE,
+    "safetensors",
+    weights.index_safetensors,
+    release.own_entries,
+  ),
 }
 # Where to look, in this order: a folder may be given with or without
 # `subdirectory`.
@@ -194,7 +208,7 @@ def save(
 def load(
   directory: os.PathLike[str] | str, *, dtype: str | None = None
 ) -> Artifact:
-  """Reads an artifact of ours or of the release.
+  """Reads an artifact of ours or of the release, its parameters as NumPy's.
 
   Args:
     directory: holds an artifact's files, or is an export, whose generator is
@@ -209,7 +223,53 @@ def load(
       finite.
     StorageError: a bucket that can't be read.
   """
-  folder, layout = _find(os.fspath(directory))
+  found = opened(directory, dtype=dtype)
+  return dataclasses.replace(
+    found.artifact, params=found.read(found.artifact.params)
+  )
+
+
+class Opened(NamedTuple):
+  """An artifact whose parameters are still in their file.
+
+  Attributes:
+    artifact: with ShapeDtypeStructs in place of its parameters.
+    path: the parameters' file.
+    entries: {parameter here: its counterparts in the file}.
+    stored: arrays of the file.
+  """
+
+  artifact: Artifact
+  path: epath.Path
+  entries: Mapping[str, Entry]
+  stored: Mapping[str, weights.Stored]
+
+  def read(self, wanted: Any) -> Any:
+    """Reads parameters, the largest first; no other array is in memory.
+
+    Args:
+      wanted: the artifact's ShapeDtypeStructs or some of them. Those that have
+        a sharding are placed before the next one is read.
+
+    Raises:
+      ArtifactError: numbers that are not finite.
+    """
+    try:
+      return weights.read_tree(self.path, self.entries, self.stored, wanted)
+    except weights.Damage as error:
+      raise ArtifactError(f"{self.path}: {error}") from error
+
+
+def opened(
+  directory: os.PathLike[str] | str, *, dtype: str | None = None
+) -> Opened:
+  """Checks an artifact and finds its parameters; reads none into memory.
+
+  Arguments and errors as of `load`.
+  """
+  # 1. Metadata
+  source = os.fspath(directory)
+  folder, layout = _find(source)
   metadata_path, params_path = folder / layout.metadata, folder / layout.params
   kind, metadata = _read_metadata(metadata_path)
   model_config = metadata["model_config"]
@@ -218,26 +278,31 @@ def load(
       f"{params_path} is missing beside its {layout.metadata}: copy the whole "
       "folder, or export it again"
     )
-  data = params_path.read_bytes()
-  digest = hashlib.sha256(data).hexdigest()
-  if metadata.get("sha256", digest) != digest:
-    raise ArtifactError(
-      f"{params_path} ({len(data)} bytes) is damaged: its SHA-256 is "
-      f"not the one in {layout.metadata}; export it again"
-    )
-  what = f"{params_path} ({len(data)} bytes, beginning with {data[:8]!r})"
-  published = layout.params == PARAMS_FILE
-  tree = (_read_release if published else _read_safetensors)(data, what)
-  del data
+  # 2. The parameters' file
+  digest = None
+  if source.startswith(hub.SCHEME):
+    digest = hub.sha256_of(pathlib.Path(params_path))
+  with params_path.open("rb") as opened_file:
+    file: Any = opened_file
+    digest = digest or hashlib.file_digest(file, "sha256").hexdigest()
+    if metadata.get("sha256", digest) != digest:
+      raise ArtifactError(
+        f"{params_path} ({params_path.stat().length} bytes) is damaged: its "
+        f"SHA-256 is not the one in {layout.metadata}; export it again"
+      )
+    stored = _index(params_path, file, layout)
+  # 3. The model, and what its parameters are made from
   try:
-    module, params = _fitted(
-      kind, _in_dtype(model_config, dtype), tree, published
+    module, entries = layout.entries(
+      kind, _in_dtype(model_config, dtype), stored
     )
   except ValueError as error:
     raise ArtifactError(f"{folder}: {error}") from error
+  params = weights.shapes(entries, stored)
   if dtype is not None:
-    params = rounded(module, params)
-  return Artifact(kind, module, params, metadata, digest)
+    params = jax.eval_shape(functools.partial(rounded, module), params)
+  artifact = Artifact(kind, module, params, metadata, digest)
+  return Opened(artifact, params_path, entries, stored)
 
 
 def describe(source: os.PathLike[str] | str) -> Described:
@@ -285,63 +350,21 @@ def trained_for(metadata: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
-def _read_release(data: bytes, what: str) -> Any:
+def _index(
+  path: epath.Path, file: Any, layout: _Layout
+) -> dict[str, weights.Stored]:
   try:
-    return flax.serialization.msgpack_restore(data)
-  # Bytes that are no msgpack raise errors of many kinds.
-  except Exception as error:
-    raise ArtifactError(f"{what} is no complete msgpack: {error!r}") from error
-
-
-def _read_safetensors(data: bytes, what: str) -> Any:
-  try:
-    entries = safetensors.deserialize(data)
-  except (safetensors.SafetensorError, ValueError) as error:
+    return layout.find_arrays(file)
+  except weights.Damage as error:
+    length = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    kind = layout.params.rpartition(".")[2]
     raise ArtifactError(
-      f"{what} is no complete safetensors file: {error}"
+      f"{path} ({length} bytes, beginning with {file.read(8)!r}) is no "
+      f"complete {kind} file: {error}"
     ) from error
-  flat = {}
-  for name, entry in entries:
-    if entry["dtype"] not in _TENSOR_DTYPES:
-      raise ArtifactError(
-        f"{what}: {name} has dtype {entry['dtype']}, valid options are "
-        f"{list(_TENSOR_DTYPES)}"
-      )
-    dtype = _TENSOR_DTYPES[entry["dtype"]]
-    flat[name] = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
-  return traverse_util.unflatten_dict(flat, sep="/")
-
-
-def _fitted(
-  kind: str, model_config: Mapping[str, Any], tree: Any, published: bool
-) -> tuple[nn.Module, Any]:
-  """The module and its parameters.
-
-  Args:
-    kind, model_config: of the model.
-    tree: parameters as they are stored.
-    published: whether they have the release's names, or ours.
-
-  Raises:
-    ValueError: parameters that don't fit, or are no floating-point arrays of
-      finite numbers.
-  """
-  if not isinstance(tree, Mapping):
-    raise ValueError(f"it holds {type(tree).__name__}, want arrays by name")
-  if tree.keys() == {"params"}:
-    return _fitted(kind, model_config, tree["params"], published)
-  flat = traverse_util.flatten_dict(dict(tree), sep="/")
-  for name, leaf in flat.items():
-    dtype = getattr(leaf, "dtype", np.dtype(object))
-    if not jnp.issubdtype(dtype, jnp.floating):
-      raise ValueError(f"{name} is of {dtype}, want floating-point arrays only")
-    if not np.isfinite(np.asarray(leaf)).all():
-      raise ValueError(f"{name} holds numbers that are not finite")
-  if published:
-    return release.from_release(kind, model_config, tree)
-  # Checks names and shapes.
-  release.to_release(kind, model_config, tree)
-  return release.describe(kind, model_config)[0], tree
+  except ValueError as error:
+    raise ArtifactError(f"{path}: {error}") from error
 
 
 def exists(directory: os.PathLike[str] | str) -> bool:

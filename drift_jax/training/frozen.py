@@ -1,8 +1,9 @@
 """Frozen networks: autoencoders and encoders, loaded and placed on the mesh."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -78,50 +79,65 @@ def _open(
   mesh: Mesh,
   weights: bool,
 ) -> artifacts.Artifact:
-  # 1. The model: its description, if that is enough, or its weights.
+  # 1. The model: its description, if that is enough, or its weights' names.
   if section.model and not weights:
-    artifact = _described(key, section, kinds)
-  elif weights or artifacts.exists(section.path):
-    artifact = _load(key, section, kinds)
+    opened, artifact = None, _described(key, section, kinds)
   else:
-    raise artifacts.ArtifactError(
-      f"{key}.path={section.path!r} is not there and {key}.model is empty: "
-      "nothing says which model it will be. Train or convert it first, or "
-      f"describe it in {key}.model, as configs/imagenet_latent.py does"
-    )
+    opened = _opened(key, section, kinds, weights)
+    artifact = opened.artifact
   # 2. What a step needs: of a 'mae' only the encoder.
   params = artifact.params
   if artifact.kind == "mae":
     params = {"encoder": params["encoder"]}
   module = artifact.module.clone(remat=section.remat)
-  # 3. On the mesh.
+  # 3. On the mesh, one parameter after the other.
   if section.sharding == "fsdp":
     shardings = sharding.infer_sharding(params, mesh)
   else:
     shardings = jax.tree.map(lambda _: sharding.replicated(mesh), params)
-  place = jax.device_put if weights else sharding.abstract
-  return dataclasses.replace(
-    artifact, module=module, params=place(params, shardings)
-  )
+  params = sharding.abstract(params, shardings)
+  if weights and opened is not None:
+    with _naming(key):
+      params = opened.read(params)
+  return dataclasses.replace(artifact, module=module, params=params)
 
 
-def _load(
-  key: str, section: config_lib.Frozen, kinds: Sequence[str]
-) -> artifacts.Artifact:
-  try:
-    artifact = artifacts.load(section.path, dtype=section.dtype or None)
-  except artifacts.ArtifactError as error:
-    raise artifacts.ArtifactError(f"{key}: {error}") from error
-  _check_kind(f"{key}.path={section.path!r} holds", artifact.kind, kinds)
+def _opened(
+  key: str,
+  section: config_lib.Frozen,
+  kinds: Sequence[str],
+  weights: bool,
+) -> artifacts.Opened:
+  """The weights' files, checked against the config; nothing is read yet."""
+  path = f"{key}.path={section.path!r}"
+  if not (weights or artifacts.exists(section.path)):
+    raise artifacts.ArtifactError(
+      f"{path} is not there and {key}.model is empty: "
+      "nothing says which model it will be. Train or convert it first, or "
+      f"describe it in {key}.model, as configs/imagenet_latent.py does"
+    )
+  with _naming(key):
+    opened = artifacts.opened(section.path, dtype=section.dtype or None)
+  artifact = opened.artifact
+  _check_kind(f"{path} holds", artifact.kind, kinds)
   if section.model:
     _check_same(
-      f"{key}.path={section.path!r}",
+      path,
       artifact,
       _described(key, section, (artifact.kind,)),
       f"give the path of that model, or describe this one in {key}.model ({{}} "
       "takes any)",
     )
-  return artifact
+  return opened
+
+
+@contextlib.contextmanager
+def _naming(key: str) -> Iterator[None]:
+  """Puts a name of the config before the message of an ArtifactError."""
+  try:
+    yield
+  except artifacts.ArtifactError as error:
+    raise artifacts.ArtifactError(f"{key}: {error}") from error
 
 
 def _check_kind(what: str, kind: str, kinds: Sequence[str]) -> None:
@@ -140,10 +156,8 @@ def _described(
   arguments = dict(section.model)
   kind = arguments.pop("kind")
   _check_kind(f"{key}.model is", kind, kinds)
-  try:
+  with _naming(f"{key}.model"):
     return artifacts.abstract(kind, arguments, dtype=section.dtype)
-  except artifacts.ArtifactError as error:
-    raise artifacts.ArtifactError(f"{key}.model: {error}") from error
 
 
 def _check_same(
@@ -224,10 +238,9 @@ def _load_start(
   model: ImageModel,
   class_names: Sequence[str],
 ) -> Any:
-  try:
-    artifact = artifacts.load(path, dtype="float32")
-  except artifacts.ArtifactError as error:
-    raise artifacts.ArtifactError(f"init_from: {error}") from error
+  with _naming("init_from"):
+    opened = artifacts.opened(path, dtype="float32")
+  artifact = opened.artifact
   if artifact.kind != kind:
     raise artifacts.ArtifactError(
       f"init_from={path!r} holds a model of kind {artifact.kind!r}, but this "
@@ -250,4 +263,5 @@ def _load_start(
       "; ".join(others),
     )
   logger.info("Starting from the weights of %s.", path)
-  return artifact.params
+  with _naming("init_from"):
+    return opened.read(artifact.params)

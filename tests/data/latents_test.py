@@ -123,6 +123,23 @@ def test_fixed_is_the_scaled_mean_of_the_image_itself(
   assert_array_equal(fixed, mean * np.float32(0.18215))
 
 
+def test_latents_that_were_drawn_before_are_read_as_they_are(tmp_path):
+  """To the bit, whatever the noise; those of the mirror image if it flips."""
+  drawn = random_moments(11)[..., :3]
+  settings = dataclasses.replace(SETTINGS, dtype="float32", compute_dtype="")
+  make(tmp_path, settings, drawn)
+  reader = latents.LatentReader(tmp_path, "train", dtype="float32")
+  indices = np.array([10, 0, 3, 4, 3])
+  assert_array_equal(reader.fixed(indices), drawn[indices, 0])
+  mirrored = [int(rng.random() < 0.5) for rng in generators(*range(5))]
+  assert set(mirrored) == {0, 1}
+  read = reader.read(indices, generators(*range(5)))
+  assert_array_equal(read, drawn[indices, mirrored])
+  still = latents.LatentReader(tmp_path, "train", dtype="float16", flip=False)
+  read = still.read(indices, generators(*range(5)))
+  assert_array_equal(read, drawn[indices, 0].astype(np.float16))
+
+
 def eps_of(tmp_path, rngs, flip):
   """The noise that a reader draws: mean 0, variance 1, no scaling."""
   settings = dataclasses.replace(SETTINGS, scaling_factor=1.0)

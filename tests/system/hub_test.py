@@ -99,6 +99,31 @@ def test_online_then_offline(repositories, tmp_path):
   assert "is damaged: its checksum is" in damaged and str(blob) in damaged
 
 
+def test_weights_are_hashed_once(tmp_path, monkeypatch):
+  for name in ("metadata.json", "ema_params.msgpack"):
+    data = (GOLDEN / "artifact_gen/params_ema" / name).read_bytes()
+    blob = tmp_path / "blobs" / hashlib.sha256(data).hexdigest()
+    link = tmp_path / "snapshots" / COMMIT / "params_ema" / name
+    for path in (blob, link):
+      path.parent.mkdir(parents=True, exist_ok=True)
+    blob.write_bytes(data)
+    link.symlink_to(blob)
+  monkeypatch.setattr(
+    huggingface_hub,
+    "hf_hub_download",
+    lambda repository, name, **_: str(tmp_path / "snapshots" / COMMIT / name),
+  )
+  hashed, digest_of = [], hashlib.file_digest
+
+  def count(file, *arguments):
+    hashed.append(pathlib.Path(file.name).resolve())
+    return digest_of(file, *arguments)
+
+  monkeypatch.setattr(hashlib, "file_digest", count)
+  found = artifacts.load("hf://someone/model")
+  assert found.sha256 == blob.name and hashed.count(blob) == 1
+
+
 @pytest.mark.parametrize(
   "error",
   [

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import logging
 import os
 import pathlib
@@ -18,6 +19,7 @@ from numpy.testing import assert_array_equal
 from PIL import Image
 
 from drift_jax.data import encoded, latents, transforms
+from drift_jax.data.errors import DataError
 from drift_jax.data.latent_format import LatentCacheError
 from drift_jax.system import console
 from drift_jax.tools import cache_latents
@@ -27,9 +29,12 @@ from tests.autoencoders import save_vae
 from tests.conftest import assert_close
 from tests.data.pictures import opened
 from tests.process import process_environment
+from tests.tools.published import as_tensors, fake_torch
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 SIZE = 16
+KEYS = ("moments", "moments_flip")
+HAS_TORCH = importlib.util.find_spec("torch") is not None
 NUM_IMAGES = 23
 
 
@@ -254,10 +259,98 @@ def test_mistakes(pictures, vae, tmp_path, changes, part):
 
 
 def test_a_model_that_is_no_autoencoder(pictures, vae, tmp_path, monkeypatch):
-  mae = dataclasses.replace(artifacts.load(vae), kind="mae")
-  monkeypatch.setattr(artifacts, "load", lambda *args, **kw: mae)
+  found = artifacts.opened(vae)
+  mae = dataclasses.replace(found.artifact, kind="mae")
+  changed = found._replace(artifact=mae)
+  monkeypatch.setattr(artifacts, "opened", lambda *args, **kw: changed)
   with pytest.raises(LatentCacheError, match="kind 'mae', want 'vae'"):
     run(pictures, vae, tmp_path)
+
+
+def save_torch(monkeypatch, path, content):
+  """With torch if it is installed, else as its stand-in reads it."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  if HAS_TORCH:
+    import torch
+
+    tensors = {k: torch.from_numpy(v) for k, v in content.items()}
+    torch.save(tensors, path)
+    return
+  with path.open("wb") as file:
+    np.savez(file, **content)
+
+  def read(path):
+    with np.load(path) as arrays:
+      return as_tensors(arrays)
+
+  fake_torch(monkeypatch, read)
+
+
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+  """The authors' cache: 7 images of two classes; a split with other classes."""
+  rng = np.random.default_rng(0)
+  values = rng.standard_normal((7, 2, 8, 8, 2)).astype(np.float32)
+  for i, pair in enumerate(values):
+    path = tmp_path / f"train/n0{i % 2}/{i}.pt"
+    content = dict(zip(KEYS, pair, strict=True))
+    save_torch(monkeypatch, path, content)
+  path = tmp_path / "val/n01/0.pt"
+  save_torch(monkeypatch, path, {"moments_flip": pair[0], "moments": pair[1]})
+  return tmp_path, values[[0, 2, 4, 6, 1, 3, 5]]
+
+
+def test_the_authors_cache_is_imported_to_the_bit(drawn, vae, tmp_path):
+  folder, values = drawn
+  out = tmp_path / "out"
+  for split in ("train", "val"):
+    assert run("", vae, out, source=f"torch:{folder}", split=split)
+  reader = latents.LatentReader(
+    out,
+    "train",
+    dtype="float32",
+    expected_vae_sha256=artifacts.load(vae).sha256,
+  )
+  assert reader.class_names == ("n00", "n01")
+  assert_array_equal(reader.labels, [0] * 4 + [1] * 3)
+  indices = np.arange(7).repeat(8)
+  read = reader.read(indices, [np.random.default_rng(i) for i in range(56)])
+  is_mirrored = (read == values[indices, 1]).all((1, 2, 3))
+  assert 10 < is_mirrored.sum() < 46
+  want = values[indices, is_mirrored.astype(int)]
+  assert_array_equal(read, want)
+  held_out = latents.LatentReader(out, "val", dtype="float32")
+  assert_array_equal(held_out.labels, [1])
+  assert_array_equal(held_out.fixed(np.array([0])), values[None, 3, 1])
+
+
+@pytest.mark.parametrize(
+  ("content", "part"),
+  [
+    ({"latent": np.zeros((8, 8, 2), "f4")}, "no arrays moments and moments_fl"),
+    ({"moments": np.zeros((8, 8, 2), "f4")}, "no arrays moments and moments_f"),
+    (dict.fromkeys(KEYS, np.zeros((4, 8, 2), "f4")), r"\(4, 8, 2\), but the"),
+    (dict.fromkeys(KEYS, np.zeros((8, 8, 2), "f2")), "moments is float16"),
+    (dict.fromkeys(KEYS, np.full((8, 8, 2), np.inf, "f4")), "not finite"),
+    (b"PK", r"0.pt \(2 bytes\) can't be read as a torch file"),
+    (None, "torch, which is not installed: pip install torch"),
+  ],
+)
+def test_a_file_of_something_else(
+  drawn, vae, tmp_path, monkeypatch, content, part
+):
+  folder, _ = drawn
+  path = folder / "train/n00/0.pt"
+  if content is None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+  elif isinstance(content, bytes):
+    path.write_bytes(content)
+  else:
+    save_torch(monkeypatch, path, content)
+  with pytest.raises(DataError, match=part) as error:
+    run("", vae, tmp_path / "out", source=f"torch:{folder}")
+  assert content is None or str(path) in str(error.value)
+  assert not (tmp_path / "out/train/manifest.json").exists()
 
 
 def test_half_precision(pictures, vae, tmp_path, whole):
@@ -278,6 +371,8 @@ def test_half_precision(pictures, vae, tmp_path, whole):
     (["--process_index=2", "--process_count=2"], "must lie in [0, 2)"),
     (["--batch_size=0"], "--batch_size=0 must be at least 1"),
     (["--dtype=int8"], "invalid choice: 'int8'"),
+    (["--source=torch:d", "--dtype=bfloat16"], "--dtype=bfloat16: of images"),
+    (["--source=torch:d", "--max_corrupt=1"], "--max_corrupt=1: of images"),
   ],
 )
 def test_usage(argv, part, capsys):

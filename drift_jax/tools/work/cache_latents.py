@@ -3,6 +3,7 @@
 import argparse
 import collections
 import concurrent.futures
+import dataclasses
 import functools
 import itertools
 import pathlib
@@ -15,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from drift_jax.data import latent_format, latent_writer, transforms
+from drift_jax.data.drawn import DrawnLatents
+from drift_jax.data.encoded import EncodedSource
 from drift_jax.data.latent_format import LatentCacheError, Settings
 from drift_jax.data.order import check_labels
 from drift_jax.data.sources import (
@@ -23,7 +26,7 @@ from drift_jax.data.sources import (
   labels_sha256,
   open_source,
 )
-from drift_jax.system import console, sharding, storage
+from drift_jax.system import console, options, paths, sharding, storage
 from drift_jax.system.console import logger
 from drift_jax.system.devices import find_devices
 from drift_jax.training import artifacts, autoencoders
@@ -77,25 +80,26 @@ def moments_of(
   return moments.reshape(*both.shape[:2], *moments.shape[1:])
 
 
-def decode_batches(
-  source: Source,
+def _crop(source: Source, size: int, index: int) -> np.ndarray:
+  """The centre crop of an image, uint8 [size, size, 3]."""
+  return np.asarray(transforms.center_crop(source.image(index), size))
+
+
+def read_batches(
+  read: Callable[[int], np.ndarray],
   settings: Settings,
   shards: Sequence[int],
   batch_size: int,
   pool: concurrent.futures.Executor,
 ) -> Iterator[Piece]:
-  """Centre crops, uint8 [b, size, size, 3]; the pool works ahead."""
-
-  def load(index: int) -> np.ndarray:
-    image = source.image(index)
-    return np.asarray(transforms.center_crop(image, settings.image_size))
+  """What `read` gives of each image, stacked; the pool works ahead."""
 
   def started() -> Iterator[Piece]:
     for shard in shards:
       images = settings.images(shard)
       for start in range(0, len(images), batch_size):
         indices = images[start : start + batch_size]
-        yield Piece(shard, indices, [pool.submit(load, i) for i in indices])
+        yield Piece(shard, indices, [pool.submit(read, i) for i in indices])
 
   return _finished(
     started(),
@@ -170,22 +174,31 @@ def _write(
   logger.info("Encoded %d images at %.4g images/s.", total, progress.close())
 
 
-def open_images(arguments: argparse.Namespace) -> Source:
-  """The source of images that the command line names.
+def open_images(arguments: argparse.Namespace) -> EncodedSource:
+  """The source of images, or of drawn latents, that the command line names.
 
   Raises:
-    LatentCacheError: no such source, one that does not hold 8-bit RGB, or a
-      label without a class name.
+    LatentCacheError: no such source, one that does not hold 8-bit RGB, a label
+      without a class name, or torch missing where it is needed.
   """
   try:
-    source = open_source(
-      arguments.source,
-      split=arguments.split,
-      data_dir=arguments.data_dir,
-      class_order=arguments.class_order,
-      max_corrupt=arguments.max_corrupt,
-      decoder="pillow",
-    )
+    if arguments.source.startswith(options.DRAWN_SOURCE):
+      rest = arguments.source.removeprefix(options.DRAWN_SOURCE)
+      storage.check_local("--source", rest, arguments.data_dir)
+      source = DrawnLatents(
+        pathlib.Path(arguments.data_dir) / paths.expand(rest),
+        split=arguments.split,
+        class_order=arguments.class_order,
+      )
+    else:
+      source = open_source(
+        arguments.source,
+        split=arguments.split,
+        data_dir=arguments.data_dir,
+        class_order=arguments.class_order,
+        max_corrupt=arguments.max_corrupt,
+        decoder="pillow",
+      )
     check_labels(source.labels, source.class_names)
   except ValueError as error:
     raise LatentCacheError(
@@ -213,6 +226,7 @@ def run(arguments: argparse.Namespace) -> bool:
     LatentCacheError: settings that no cache can have or that differ from the
       cache's; a full disk; a damaged cache that is verified.
     ArtifactError: no autoencoder in `vae`.
+    DataError: a torch file that holds something else.
     CorruptImageError: more images than allowed can't be decoded.
     DeviceError, OSError: no device; an image can't be read.
   """
@@ -226,9 +240,10 @@ def run(arguments: argparse.Namespace) -> bool:
   if index is None:
     index, count = jax.process_index(), jax.process_count()
   source = open_images(arguments)
-  vae = artifacts.load(
+  opened = artifacts.opened(
     autoencoders.local(arguments.vae), dtype=arguments.compute_dtype
   )
+  vae, is_drawn = opened.artifact, isinstance(source, DrawnLatents)
   if vae.kind != "vae":
     raise LatentCacheError(
       f"{arguments.vae} holds a model of kind {vae.kind!r}, want 'vae': make "
@@ -247,8 +262,8 @@ def run(arguments: argparse.Namespace) -> bool:
     scaling_factor=float(module.scaling_factor),
     downsampling=module.downsampling,
     latent_channels=module.latent_channels,
-    dtype=arguments.dtype,
-    compute_dtype=arguments.compute_dtype,
+    dtype=latent_format.DRAWN_DTYPE if is_drawn else arguments.dtype,
+    compute_dtype="" if is_drawn else arguments.compute_dtype,
     images_per_shard=arguments.images_per_shard,
   )
   folder = latent_writer.prepare(arguments.out, settings)
@@ -260,10 +275,16 @@ def run(arguments: argparse.Namespace) -> bool:
     batch_size = -(-arguments.batch_size // mesh.size) * mesh.size
     pool = concurrent.futures.ThreadPoolExecutor(arguments.num_threads)
     try:
-      pixels = decode_batches(source, settings, todo, batch_size, pool)
-      moments = encode_batches(
-        pixels, vae, batch_size, mesh, arguments.compute_dtype
-      )
+      if isinstance(source, DrawnLatents):
+        read = functools.partial(source.latents, shape=settings.latent_shape)
+      else:
+        read = functools.partial(_crop, source, settings.image_size)
+        vae = dataclasses.replace(vae, params=opened.read(vae.params))
+      moments = read_batches(read, settings, todo, batch_size, pool)
+      if not is_drawn:
+        moments = encode_batches(
+          moments, vae, batch_size, mesh, arguments.compute_dtype
+        )
       total = sum(len(settings.images(shard)) for shard in todo)
       _write(moments, folder, settings, total)
     finally:

@@ -66,6 +66,28 @@ def test_weights_lie_as_the_config_says(section, way):
   )
 
 
+def test_a_decoder_is_not_read(section, tmp_path):
+  """Its names and shapes count, its numbers don't."""
+  mesh = sharding.make_mesh(8, 1)
+  saved = artifacts.load(section.path)
+  params = jax.tree.map(np.copy, saved.params)
+  params["decoder"]["head"]["kernel"][:] = np.nan
+  artifacts.save(
+    tmp_path,
+    kind="mae",
+    model_config=saved.metadata["model_config"],
+    params=params,
+    step=1,
+    ema_decay=0.9,
+  )
+  spoiled = dataclasses.replace(section, path=str(tmp_path))
+  jax.tree.map(
+    np.testing.assert_array_equal, load(spoiled, mesh), load(section, mesh)
+  )
+  with pytest.raises(artifacts.ArtifactError, match="decoder/head/kernel hold"):
+    artifacts.load(tmp_path)
+
+
 def test_encoders_recompute_if_the_config_says_so(section):
   mesh = sharding.make_mesh(8, 1)
   for remat in (False, True):
