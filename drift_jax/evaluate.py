@@ -18,6 +18,7 @@ from drift_jax import config as config_lib
 from drift_jax.system import options, paths, programs
 from drift_jax.system.errors import naming
 from drift_jax.tasks.generator.config import EVAL_METRICS
+from drift_jax.tasks.generator.protocols import PROTOCOLS, of_request
 
 # Whose images are judged: one of these.
 SOURCES = ("workdir", "weights", "images")
@@ -25,10 +26,13 @@ SOURCES = ("workdir", "weights", "images")
 _OF_RUN = ("step", "ema_decay", "encoder", "data_source", "data_dir")
 _OF_RUN += ("neighbours", "neighbour_space", "neighbour_samples")
 _OF_GENERATOR = ("alphas", "labels", "samples_out", "vae")
+_OF_GENERATOR += ("label_order", "pixels")
 # Flags that a request has under the same name.
 _OF_REQUEST = ("metrics", "num_samples", "labels", "batch_size", "seed")
 _OF_REQUEST += ("neighbours", "neighbour_space", "neighbour_samples")
-_OF_REQUEST += ("samples_out",)
+_OF_REQUEST += ("samples_out", "label_order", "pixels")
+# Flags that contradict a protocol, which says the same.
+_OF_PROTOCOL = ("num_samples", "labels", "label_order", "pixels")
 
 
 def define_flags() -> None:
@@ -58,6 +62,25 @@ def define_flags() -> None:
     lower_bound=0,
   )
   path("labels", None, "File of class indices (.txt, .npy); default: balanced.")
+  flags.DEFINE_enum(
+    "label_order",
+    None,
+    options.LABEL_ORDERS,
+    "Of the labels; default: the config's, or given.",
+  )
+  flags.DEFINE_enum(
+    "pixels",
+    None,
+    options.PIXELS,
+    "How samples become 8 bits; default: the config's, or truncate.",
+  )
+  flags.DEFINE_enum(
+    "protocol",
+    None,
+    list(PROTOCOLS),
+    "As published figures were measured: 50 of each class, and its pixels, "
+    "order of labels, alphas and figures.",
+  )
   integer("batch_size", None, "Samples at a time, of all devices.", 1)
   integer(
     "seed",
@@ -190,12 +213,32 @@ def request(values: flags.FlagValues) -> dict[str, Any]:
     ("dinov2", "path"): values.dinov2,
     ("dinov2", "reference"): values.dinov2_reference,
   }
-  return {name: values[name].value for name in _OF_REQUEST} | {
-    "alphas": alphas,
+  given = {name: values[name].value for name in _OF_REQUEST}
+  given |= {"alphas": alphas}
+  return {
+    **_protocol(values),
+    **{name: value for name, value in given.items() if value is not None},
     "paths": _paths(values),
     "judges": {key: path for key, path in judges.items() if path is not None},
     "out": out,
   }
+
+
+def _protocol(values: flags.FlagValues) -> dict[str, Any]:
+  """What --protocol says of a request; {} without one.
+
+  Raises:
+    ConfigError: a flag that says the same.
+  """
+  if values.protocol is None:
+    return {}
+  for name in _OF_PROTOCOL:
+    if values[name].present:
+      raise config_lib.ConfigError(
+        f"--{name}={values[name].value} with --protocol={values.protocol}, "
+        "which says the same itself: leave one of them out"
+      )
+  return of_request(values.protocol)
 
 
 def _paths(values: flags.FlagValues) -> dict[str, str]:

@@ -155,13 +155,17 @@ def test_latents(tmp_path, images, vae):
 
 
 def test_pixels(tmp_path, images):
-  source = {"source": f"folder:{images}"}
+  """The authors' layout: train/ and val/ of WordNet ids."""
+  (tmp_path / "imagenet").mkdir()
+  for name, split in (("train", "train"), ("val", "validation")):
+    (tmp_path / "imagenet" / name).symlink_to(images / split)
+  source = {"source": "folder:imagenet", "data_dir": str(tmp_path)}
   encoder = tmp_path / "encoder"
-  train("mae_pixel", "smoke", encoder, data=source)
+  train("mae_pixel", "folder,smoke", encoder, data=source)
   workdir = tmp_path / "generator"
   last = train(
     "imagenet_pixel",
-    "smoke",
+    "folder,smoke",
     workdir,
     data={**source, "num_workers": 1},
     model={"input_size": SIDE},

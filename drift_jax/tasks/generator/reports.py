@@ -1,9 +1,10 @@
 """Reports: figures of a run, of exported weights, or of images."""
 
 import dataclasses
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -16,6 +17,7 @@ from drift_jax.metrics.generation import (
   SampleFn,
   balanced_labels,
   evaluate,
+  in_order,
   read_labels,
 )
 from drift_jax.metrics.images import save_image
@@ -50,6 +52,7 @@ from drift_jax.tasks.generator.memorisation import (
   check_searchable,
   feature_space,
 )
+from drift_jax.tasks.generator.protocols import PROTOCOLS, described
 from drift_jax.tasks.generator.restore import open_artifact, open_run
 from drift_jax.tasks.generator.samplers import make_sampler
 from drift_jax.tasks.generator.setup import (
@@ -72,6 +75,9 @@ class Request:
     metrics: figures, see config.EVAL_METRICS.
     num_samples: number for each alpha; 0 for as many as are held out or listed.
     labels: file of class indices; None for balanced ones.
+    label_order, pixels: as in a config's eval.
+    protocol: key of protocols.PROTOCOLS, whose number of samples and Inception
+      score it takes; `protocols.of_request` has the other arguments.
     batch_size: samples of a batch, over all devices.
     seed: seeds noise and style; a run's default is config.seed + 1, which its
       own evaluations (they chose the best checkpoint) did not use.
@@ -88,6 +94,9 @@ class Request:
   metrics: Sequence[str] | None = None
   num_samples: int | None = None
   labels: str | None = None
+  label_order: options.LabelOrder | None = None
+  pixels: options.Pixels | None = None
+  protocol: str | None = None
   batch_size: int | None = None
   seed: int | None = None
   paths: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -108,10 +117,29 @@ class Request:
     )
     return Judge(path=path, reference=reference)
 
+  def count(self, num_classes: int) -> int | None:
+    """Returns the samples for each alpha; None for the default's."""
+    if self.protocol:
+      return PROTOCOLS[self.protocol].per_class * num_classes
+    return self.num_samples
+
+  @property
+  def shuffle(self) -> bool:
+    """Whether the Inception score's parts are of shuffled samples."""
+    return not self.protocol or PROTOCOLS[self.protocol].shuffle
+
   def beside(self, suffix: str) -> epath.Path:
     """Returns the path of a picture: out without .json, then the suffix."""
     path = epath.Path(self.out)
     return path.with_name(path.stem + suffix)
+
+
+class _Drawing(NamedTuple):
+  """How samples are drawn; see a config's eval."""
+
+  alphas: tuple[float, ...]
+  label_order: options.LabelOrder = "given"
+  pixels: options.Pixels = "truncate"
 
 
 def report_on_run(
@@ -132,7 +160,8 @@ def report_on_run(
   Returns:
     The report: 'step', 'ema_decay', 'seed', 'num_samples', 'seconds', 'judges'
     (what the networks and statistics are), 'results': {alpha: {figure: value}},
-    'baseline': {figure: value of real train images}, maybe 'neighbours'.
+    'baseline': {figure: value of real train images}, maybe 'neighbours',
+    'protocol', and 'pixels' and 'label_order' if they are not the usual ones.
 
   Raises:
     ConfigError: arguments that do not fit the run, or files of it that are not
@@ -165,18 +194,19 @@ def report_on_run(
   with naming("eval"):
     labels = evaluation_labels(chosen, config.model.num_classes, readers)
     evaluators, facts = run_evaluators(
-      config, encoders, readers, labels, run.vae, mesh
+      config, encoders, readers, labels, run.vae, mesh, request.shuffle
     )
   if request.neighbours:
     assert readers is not None
     with naming("neighbours"):
       check_searchable(readers, request.neighbours)
   # 4. Figures.
+  drawing = _Drawing(chosen.alphas, chosen.label_order, chosen.pixels)
   seed = config.seed + 1 if request.seed is None else request.seed
   sample_fn = make_sampler(run.task, mesh, seed)(run.params)
   batch_size = pad_to_mesh(chosen.batch_size, mesh)
   decode = make_decoder(run.vae, mesh)
-  to_pixels = make_pixels(decode)
+  to_pixels = make_pixels(decode, chosen.pixels)
   report = {
     **run.provenance,
     "seed": seed,
@@ -191,6 +221,7 @@ def report_on_run(
     ),
     "judges": facts,
     "baseline": baselines(evaluators),
+    **_conditions(request, facts, chosen.metrics, drawing),
   }
   # 5. Nearest training images.
   if request.neighbours:
@@ -231,8 +262,10 @@ def _requested_config(
   given = {
     "alphas": None if request.alphas is None else tuple(request.alphas),
     "metrics": None if request.metrics is None else tuple(request.metrics),
-    "num_samples": request.num_samples,
+    "num_samples": request.count(config.model.num_classes),
     "labels": request.labels,
+    "label_order": request.label_order,
+    "pixels": request.pixels,
     "batch_size": request.batch_size,
     "ema_decay": ema_decay,
     "inception": request.judge("inception", config.eval.inception),
@@ -275,9 +308,8 @@ def report_on_weights(
   for alpha in alphas:
     if not alpha >= 1:
       raise config_lib.ConfigError(f"alpha={alpha} must be at least 1")
-  count = (
-    options.NUM_SAMPLES if request.num_samples is None else request.num_samples
-  )
+  count = request.count(generator.num_classes)
+  count = options.NUM_SAMPLES if count is None else count
   with naming("labels"):
     if request.labels:
       labels = read_labels(
@@ -287,6 +319,10 @@ def report_on_weights(
       )
     else:
       labels = balanced_labels(count, generator.num_classes)
+  drawing = _Drawing(
+    alphas, request.label_order or "given", request.pixels or "truncate"
+  )
+  labels = in_order(labels, drawing.label_order)
   evaluators, facts = _by_files(
     request,
     count=len(labels),
@@ -306,9 +342,11 @@ def report_on_weights(
     request,
     alphas=alphas,
     batch_size=pad_to_mesh(request.batch_size or options.BATCH_SIZE, mesh),
-    to_pixels=make_pixels(make_decoder(generator.vae, mesh)),
+    to_pixels=make_pixels(make_decoder(generator.vae, mesh), drawing.pixels),
   )
-  return report | {"judges": facts, "baseline": {}}
+  metrics = _metrics(request)
+  conditions = _conditions(request, facts, metrics, drawing)
+  return report | {"judges": facts, "baseline": {}} | conditions
 
 
 def report_on_images(path: str, request: Request) -> dict[str, Any]:
@@ -351,14 +389,20 @@ def report_on_images(path: str, request: Request) -> dict[str, Any]:
       to_pixels=lambda pixels: pixels,  # pyright: ignore[reportArgumentType]
     )
   report["results"] = {"images": report["results"].pop(1.0)}
-  return report | {"judges": facts, "baseline": {}}
+  conditions = _conditions(request, facts, _metrics(request), None)
+  return report | {"judges": facts, "baseline": {}} | conditions
+
+
+def _metrics(request: Request) -> tuple[str, ...]:
+  """Returns the figures that are computed without a config."""
+  return options.METRICS if request.metrics is None else tuple(request.metrics)
 
 
 def _by_files(
   request: Request, *, count: int, resolution: int, mesh: Mesh
 ) -> tuple[list[Evaluator], dict[str, Any]]:
   """Makes evaluators against reference statistics, without a config."""
-  names = options.METRICS if request.metrics is None else tuple(request.metrics)
+  names = _metrics(request)
   valid = [n for group in JUDGED_METRICS.values() for n in group]
   for name in names:
     if name not in valid:
@@ -375,9 +419,45 @@ def _by_files(
     resolution=resolution,
     crop=None,
     mesh=mesh,
+    shuffle=request.shuffle,
   )
   evaluators = [entry.evaluator for entry in judged.values()]
   return evaluators, {name: entry.facts for name, entry in judged.items()}
+
+
+def _conditions(
+  request: Request,
+  facts: Mapping[str, Any],
+  metrics: Sequence[str],
+  drawing: _Drawing | None,
+) -> dict[str, Any]:
+  """A report's entries on what is not as usual, and on its protocol.
+
+  Args:
+    request: what was asked for.
+    facts: of the networks and statistics.
+    metrics: that were computed.
+    drawing: None for images that were made elsewhere.
+  """
+  used = {} if drawing is None else drawing._asdict()
+  if not request.protocol:
+    usual = _Drawing(())._asdict()
+    return {
+      key: value
+      for key, value in used.items()
+      if key != "alphas" and value != usual[key]
+    }
+  if drawing is not None:
+    used["per_class"] = PROTOCOLS[request.protocol].per_class
+  reference = facts.get("inception", {}).get("reference")
+  if reference:
+    digest = hashlib.sha256(epath.Path(reference["path"]).read_bytes())
+    reference = reference | {"sha256": digest.hexdigest()}
+  return {
+    "protocol": described(
+      request.protocol, samples=used, metrics=metrics, reference=reference
+    )
+  }
 
 
 def _at_least(count: int, num_classes: int) -> np.ndarray:
