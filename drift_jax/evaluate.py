@@ -38,6 +38,7 @@ _OF_PROTOCOL = ("num_samples", "labels", "label_order", "pixels")
 def define_flags() -> None:
   """Defines the flags: not on import, as other programs have the same names."""
   path, integer = paths.define_flag, flags.DEFINE_integer
+  # 1. Whose images.
   path("workdir", None, "Folder of a run.")
   path("weights", None, "Exported weights: their folder, or hf://NAME.")
   path("vae", "", "Autoencoder of --weights; of --workdir, if it has moved.")
@@ -47,6 +48,7 @@ def define_flags() -> None:
   flags.DEFINE_string("data_source", None, "Where the run's data are now.")
   path("data_dir", None, "The folder that the run's data start from now.")
   path("images", None, "Folder or ADM .npz of images from elsewhere.")
+  # 2. Which samples, and which figures.
   flags.DEFINE_list("alphas", None, "Guidance scales; default: the config's.")
   flags.DEFINE_list(
     "metrics",
@@ -93,6 +95,7 @@ def define_flags() -> None:
   flags.DEFINE_float(
     "ema_decay", None, "Which EMA; default: the evaluated one."
   )
+  # 3. What they are compared with.
   path("inception", None, "Folder of the converted Inception-v3.")
   path("inception_reference", None, "Its statistics of real images, .npz.")
   path("dinov2", None, "Folder of a converted DINOv2.")
@@ -100,6 +103,7 @@ def define_flags() -> None:
   integer("neighbours", 0, "Nearest training images; 10 in B.4.", 0)
   path("neighbour_space", "encoder", "encoder, pixel, or a network's folder.")
   integer("neighbour_samples", 1000, "Samples with neighbours, at least.", 1)
+  # 4. What is written.
   path(
     "samples_out",
     None,

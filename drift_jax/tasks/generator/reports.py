@@ -32,6 +32,7 @@ from drift_jax.tasks.generator.config import (
   EVAL_METRICS,
   JUDGED_METRICS,
   GeneratorConfig,
+  GeneratorEval,
   Judge,
   check_judges,
 )
@@ -135,7 +136,7 @@ class Request:
 
 
 class _Drawing(NamedTuple):
-  """How samples are drawn; see a config's eval."""
+  """How samples are drawn, as in a config's eval; the usual values."""
 
   alphas: tuple[float, ...]
   label_order: options.LabelOrder = "given"
@@ -160,8 +161,7 @@ def report_on_run(
   Returns:
     The report: 'step', 'ema_decay', 'seed', 'num_samples', 'seconds', 'judges'
     (what the networks and statistics are), 'results': {alpha: {figure: value}},
-    'baseline': {figure: value of real train images}, maybe 'neighbours',
-    'protocol', and 'pixels' and 'label_order' if they are not the usual ones.
+    'baseline': {figure: value of train images}, `_conditions`, 'neighbours'.
 
   Raises:
     ConfigError: arguments that do not fit the run, or files of it that are not
@@ -201,7 +201,6 @@ def report_on_run(
     with naming("neighbours"):
       check_searchable(readers, request.neighbours)
   # 4. Figures.
-  drawing = _Drawing(chosen.alphas, chosen.label_order, chosen.pixels)
   seed = config.seed + 1 if request.seed is None else request.seed
   sample_fn = make_sampler(run.task, mesh, seed)(run.params)
   batch_size = pad_to_mesh(chosen.batch_size, mesh)
@@ -221,7 +220,7 @@ def report_on_run(
     ),
     "judges": facts,
     "baseline": baselines(evaluators),
-    **_conditions(request, facts, chosen.metrics, drawing),
+    **_conditions(request, facts, chosen.metrics, chosen),
   }
   # 5. Nearest training images.
   if request.neighbours:
@@ -302,6 +301,7 @@ def report_on_weights(
     ConfigError: arguments that do not fit.
     ArtifactError: weights that can't be loaded.
   """
+  # 1. The generator, and what is asked of it.
   mesh = sharding.make_mesh()
   generator = open_artifact(weights, vae, mesh)
   alphas = (1.0,) if request.alphas is None else tuple(request.alphas)
@@ -323,12 +323,14 @@ def report_on_weights(
     alphas, request.label_order or "given", request.pixels or "truncate"
   )
   labels = in_order(labels, drawing.label_order)
+  # 2. The evaluators; a mistake shows before anything is generated.
   evaluators, facts = _by_files(
     request,
     count=len(labels),
     resolution=image_size(generator.task.sample_shape, generator.vae),
     mesh=mesh,
   )
+  # 3. Figures.
   seed = request.seed or 0
   sample_fn = make_sampler(generator.task, mesh, seed)
   report = {
@@ -429,9 +431,9 @@ def _conditions(
   request: Request,
   facts: Mapping[str, Any],
   metrics: Sequence[str],
-  drawing: _Drawing | None,
+  drawing: _Drawing | GeneratorEval | None,
 ) -> dict[str, Any]:
-  """A report's entries on what is not as usual, and on its protocol.
+  """A report's 'protocol', or 'pixels' and 'label_order' if not as usual.
 
   Args:
     request: what was asked for.
@@ -439,14 +441,11 @@ def _conditions(
     metrics: that were computed.
     drawing: None for images that were made elsewhere.
   """
-  used = {} if drawing is None else drawing._asdict()
+  names = () if drawing is None else _Drawing._fields
+  used = {name: getattr(drawing, name) for name in names}
   if not request.protocol:
-    usual = _Drawing(())._asdict()
-    return {
-      key: value
-      for key, value in used.items()
-      if key != "alphas" and value != usual[key]
-    }
+    usual = _Drawing._field_defaults
+    return {k: v for k, v in used.items() if v != usual.get(k, v)}
   if drawing is not None:
     used["per_class"] = PROTOCOLS[request.protocol].per_class
   reference = facts.get("inception", {}).get("reference")
