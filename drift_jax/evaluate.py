@@ -177,6 +177,8 @@ def judge(values: flags.FlagValues, arguments: dict[str, Any]) -> None:
       report = report_on_images(values.images, asked)
     if processes.is_first():
       print(table(report))
+      for text in report.get("protocol", {}).get("differs", ()):
+        logger.warning("Not as --protocol=%s: %s.", values.protocol, text)
       write_report(asked.out, report)
   logger.info("Wrote %s.", asked.out)
 
