@@ -435,7 +435,8 @@ def test_a_protocol_of_images_and_of_a_run(answers, protocols):
   shuffled = protocols.report("wflow")["results"]["1.5"]
   scored = adm["results"]["images"]
   assert scored["fid"] == pytest.approx(shuffled["fid"], rel=1e-5)
-  assert scored["inception_score"] < shuffled["inception_score"] - 1e-6
+  scores = [x["inception_score"] - 1 for x in (scored, shuffled)]
+  assert 0 < scores[0] < 0.95 * scores[1]
   assert {"precision", "recall"} <= scored.keys()
   assert not adm["protocol"]["shuffle"]
   assert adm["protocol"]["differs"] == [
