@@ -23,6 +23,7 @@ class Protocol:
     pixels, label_order: see options.
     shuffle: whether the Inception score's parts are of shuffled samples.
     alphas: guidance scales; None where each model has its own.
+    more_alphas: those of single models.
     metrics: figures.
     per_class: samples of each class, for each alpha.
   """
@@ -34,6 +35,7 @@ class Protocol:
   shuffle: bool
   alphas: tuple[float, ...] | None
   metrics: tuple[str, ...]
+  more_alphas: tuple[float, ...] = ()
   per_class: int = 50
 
 
@@ -46,6 +48,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
     label_order="given",
     shuffle=True,
     alphas=(1.0, 1.1, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0, 3.5),
+    more_alphas=(1.5,),
     metrics=("fid", "inception_score", "precision_recall"),
   ),
   # Of arXiv:2605.11755; the alphas of its XL/2, L/2, B/2 and ablation.
@@ -96,16 +99,20 @@ def described(
     reference: what a report says of the statistics; None if there are none.
 
   Returns:
-    'name', all that was used, and 'differs': what the protocol has otherwise,
-    or what nobody knows, one text each.
+    'name', all that was used, and 'differs': what is not the protocol's, or
+    what nobody knows, one text each. Fewer alphas or figures are no difference.
   """
   protocol = PROTOCOLS[name]
   used = {**samples, "metrics": tuple(metrics), "shuffle": protocol.shuffle}
-  differs = [
-    f"{key}: {value}, the protocol has {wanted}"
-    for key, value in used.items()
-    if (wanted := getattr(protocol, key)) not in (None, value)
-  ]
+  differs = []
+  for key, value in used.items():
+    wanted = getattr(protocol, key)
+    known = protocol.more_alphas if key == "alphas" else ()
+    same = value == wanted
+    if isinstance(wanted, tuple):
+      same = set(value) <= {*wanted, *known}
+    if wanted is not None and not same:
+      differs.append(f"{key}: {value}, the protocol has {wanted}")
   if not samples:
     differs.append("labels, their order, pixels and alpha: as the images are")
   files = [protocol.statistics] * ("fid" in metrics)

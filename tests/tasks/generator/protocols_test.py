@@ -36,27 +36,27 @@ def differences(name, *, path, source=None, **changes):
   ],
 )
 def test_nothing_differs(name, path, source):
-  assert differences(name, path=path, source=source) == []
+  for changes in ({}, {"metrics": ("inception_score",)}):
+    assert differences(name, path=path, source=source, **changes) == []
 
 
 def test_what_differs_is_named():
   wflow = {"path": "jit_in256_stats.npz"}
-  (text,) = differences("wflow", alphas=(1.09,), **wflow)
-  assert text.startswith("alphas: (1.09,)")
+  assert differences("wflow", alphas=(1.09,), **wflow) == []
+  for key, value in (("alphas", (1.09, 1.3)), ("pixels", "truncate")):
+    (text,) = differences("wflow", **{key: value}, **wflow)
+    assert text.startswith(f"{key}: {value}")
   (text,) = differences("wflow", path="imagenet256_train.npz")
   assert "jit_in256_stats.npz" in text and "imagenet256_train.npz" in text
   # Its own statistics, but precision and recall by others' images.
   (text,) = differences("drifting", path="imagenet_256_fid_stats.npz")
   assert "imagenet_val_prc_arr0.npz" in text
   # Without those figures nothing is asked of single images.
-  (text,) = differences(
-    "drifting", path="imagenet_256_fid_stats.npz", metrics=("fid",)
-  )
-  assert text.startswith("metrics: ")
-  assert differences("adm", path="a", metrics=("inception_score",)) == [
-    "metrics: ('inception_score',), the protocol has ('fid', "
-    "'inception_score', 'precision_recall')"
-  ]
+  ablation = {"alphas": (1.0, 1.5, 2.0, 2.5, 3.0, 3.5), "metrics": ("fid",)}
+  given = {"path": "imagenet_256_fid_stats.npz"}
+  assert differences("drifting", **given, **ablation) == []
+  (text,) = differences("drifting", **given, metrics=("fid", "kid"))
+  assert text.startswith("metrics: ('fid', 'kid')")
 
 
 def test_the_alphas_of_a_sweep_are_distinct():
