@@ -1,5 +1,7 @@
 """What a report says of the protocol that figures were measured by."""
 
+from typing import Any
+
 import pytest
 
 from drift_jax.tasks.generator.protocols import (
@@ -16,7 +18,7 @@ OF_BOTH = (
 
 def differences(name, *, path, source=None, **changes):
   """What differs if all but the changes is as the protocol has it."""
-  asked = of_request(name) | {"per_class": 50} | changes
+  asked: dict[str, Any] = of_request(name) | {"per_class": 50} | changes
   metrics = asked.pop("metrics")
   for key in ("protocol", "labels"):
     del asked[key]
