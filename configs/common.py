@@ -192,6 +192,8 @@ def generator() -> ConfigDict:
   # as eval.labels lists.
   config.eval.num_samples = 50_000
   config.eval.labels = ""  # a file of class indices, .txt or .npy
+  config.eval.label_order = "given"  # or 'class': class by class
+  config.eval.pixels = "truncate"  # to 8 bits, for figures; or 'round'
   config.eval.batch_size = 256
   config.eval.alphas = (1.0,)
   config.eval.ema_decay = 0.999  # which average is evaluated
@@ -357,18 +359,39 @@ def policy() -> ConfigDict:
   return config
 
 
-def choose(variant: str, options: tuple[str, ...]) -> tuple[str, bool]:
-  """'b2,smoke' -> ('b2', True); the first option where none is named."""
+def choose(
+  variant: str, options: tuple[str, ...], switches: tuple[str, ...] = ("smoke",)
+) -> tuple[str, *tuple[bool, ...]]:
+  """'b2,smoke' -> ('b2', True); the first option where none is named.
+
+  One truth value for each of the switches, which go with any option.
+  """
   names = [name for name in variant.split(",") if name]
   for name in names:
-    if name not in (*options, "smoke"):
+    if name not in (*options, *switches):
       raise ValueError(
-        f"variant {name!r}: valid options are {(*options, 'smoke')}"
+        f"variant {name!r}: valid options are {(*options, *switches)}"
       )
-  chosen = [name for name in names if name != "smoke"] or [options[0]]
+  chosen = [name for name in names if name not in switches] or [options[0]]
   if len(chosen) > 1:
     raise ValueError(f"variants {chosen} exclude each other")
-  return chosen[0], "smoke" in names
+  return chosen[0], *(name in names for name in switches)
+
+
+# Of configs that read ImageNet: 'folder' is its layout as a folder.
+SWITCHES = ("smoke", "folder")
+
+
+def imagenet(config: ConfigDict, folder: bool) -> None:
+  """Names ImageNet's images: those of TFDS, or train/ and val/ of WordNet ids.
+
+  Both have the labels of the standard order.
+  """
+  config.data.update(source="tfds:imagenet2012", test_split="validation")
+  if folder:
+    config.data.update(
+      source="folder:data/imagenet", test_split="val", class_order="imagenet"
+    )
 
 
 def add_encoder(

@@ -4,10 +4,11 @@
     --workdir=runs/imagenet_l2
 
 reads a latent cache (drift_jax.tools.cache_latents), the autoencoder that made
-it, and an encoder: one trained by configs/mae_latent.py, or a converted one of
-pixels (docs/data.md has the commands); and for its FID the Inception-v3 and
-statistics of the training images (docs/evaluation.md). Variants, joined by
-commas:
+it, and an encoder: --config.encoders.mae.path=hf://mae_latent_640 (for the
+ablation hf://mae_latent_256), one trained by configs/mae_latent.py, or a
+converted one of pixels (docs/data.md has the commands); and for its FID the
+Inception-v3 and statistics of the training images (docs/evaluation.md).
+Variants, joined by commas:
   ablation  (or none) B/2, 30k steps, encoder mae_latent.py:256
   b2        B/2, 200k steps, encoder mae_latent.py:640
   l2        L/2, 200k steps, encoder mae_latent.py:640
@@ -16,6 +17,7 @@ commas:
             of MoCo-v2 or SimCLR (Table 3), in place of the MAE's: of pixels, so
             samples and reals are decoded, and gradients come back through the
             decoder
+  folder    the cache is one of an ImageFolder: its splits are train and val
   smoke     the same code path in a minute, with a tiny network
 
 FID-50K in the paper (Table 8) and of the authors' release: ablation 8.46 / 8.49
@@ -38,11 +40,11 @@ VARIANTS = ("ablation", "b2", "l2", *PIXEL_ENCODERS)
 
 def get_config(variant: str = "") -> ConfigDict:
   """The config of the named variants."""
-  size, smoke = common.choose(variant, VARIANTS)
+  size, smoke, folder = common.choose(variant, VARIANTS, common.SWITCHES)
   config = common.generator()
   config.data.update(
     source="latents:data/imagenet_latents",
-    test_split="validation",
+    test_split="val" if folder else "validation",
     wire="bfloat16",
   )
   config.vae.path = "weights/sd_vae"

@@ -3,12 +3,14 @@
   python -m drift_jax.main --config=configs/imagenet_pixel.py:l16 \\
     --workdir=runs/imagenet_l16
 
-reads ImageNet, an encoder trained by configs/mae_pixel.py, and an exported
-ConvNeXt-V2 base (docs/encoders.md has the command); and for its FID the
-Inception-v3 and statistics of the training images (docs/evaluation.md).
-Variants, joined by commas:
+reads ImageNet, an encoder (--config.encoders.mae.path=hf://mae_pixel_640, or
+one trained by configs/mae_pixel.py), and an exported ConvNeXt-V2 base
+(docs/encoders.md has the command); and for its FID the Inception-v3 and
+statistics of the training images (docs/evaluation.md). Variants, joined by
+commas:
   b16    (or none) B/16, 100k steps
   l16    L/16, 100k steps
+  folder ImageNet as an ImageFolder: data/imagenet/{train,val}/WNID/FILE
   smoke  the same code path in a minute, with tiny networks, no ConvNeXt
 
 FID-50K in the paper (Table 8) and of the authors' release: B/16 1.76 / 1.73,
@@ -27,9 +29,9 @@ SIZES = ("b16", "l16")
 
 def get_config(variant: str = "") -> ConfigDict:
   """The config of the named variants."""
-  size, smoke = common.choose(variant, SIZES)
+  size, smoke, folder = common.choose(variant, SIZES, common.SWITCHES)
   config = common.generator()
-  config.data.update(source="tfds:imagenet2012", test_split="validation")
+  common.imagenet(config, folder)
   common.add_encoder(
     config, "mae", "runs/mae_pixel_640/encoder", "mae", models.mae_640_pixel()
   )

@@ -9,6 +9,7 @@ step, on the device. Variants, joined by commas:
          classification
   640    base width 640: 200k steps (1280 epochs), the last 3k with
          classification
+  folder ImageNet as an ImageFolder: data/imagenet/{train,val}/WNID/FILE
   smoke  the same code path in a minute, with a tiny network
 """
 
@@ -21,11 +22,10 @@ WIDTHS = ("256", "640")
 
 def get_config(variant: str = "") -> ConfigDict:
   """The config of the named variants."""
-  width, smoke = common.choose(variant, WIDTHS)
+  width, smoke, folder = common.choose(variant, WIDTHS, common.SWITCHES)
   config = common.mae()
-  config.data.update(
-    source="tfds:imagenet2012", test_split="validation", crop="random"
-  )
+  common.imagenet(config, folder)
+  config.data.crop = "random"
   config.vae.path = "weights/sd_vae"
   config.vae.model = common.frozen_model("vae", models.sd_vae())
   if width == "256":

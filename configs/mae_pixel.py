@@ -6,6 +6,7 @@
 Variants, joined by commas:
   640    (or none) base width 640: 200k steps (1280 epochs), the last 3k with
          classification
+  folder ImageNet as an ImageFolder: data/imagenet/{train,val}/WNID/FILE
   smoke  the same code path in a minute, with a tiny network
 """
 
@@ -18,11 +19,10 @@ WIDTHS = ("640",)
 
 def get_config(variant: str = "") -> ConfigDict:
   """The config of the named variants."""
-  _, smoke = common.choose(variant, WIDTHS)
+  _, smoke, folder = common.choose(variant, WIDTHS, common.SWITCHES)
   config = common.mae()
-  config.data.update(
-    source="tfds:imagenet2012", test_split="validation", crop="random"
-  )
+  common.imagenet(config, folder)
+  config.data.crop = "random"
   config.model = models.mae_640_pixel()
   config.train.num_steps = 200_000
   config.mesh.update(data=1, fsdp=-1)

@@ -18,6 +18,7 @@ from drift_jax import config as config_lib
 from drift_jax.system import options, paths, programs
 from drift_jax.system.errors import naming
 from drift_jax.tasks.generator.config import EVAL_METRICS
+from drift_jax.tasks.generator.protocols import PROTOCOLS, of_request
 
 # Whose images are judged: one of these.
 SOURCES = ("workdir", "weights", "images")
@@ -25,15 +26,19 @@ SOURCES = ("workdir", "weights", "images")
 _OF_RUN = ("step", "ema_decay", "encoder", "data_source", "data_dir")
 _OF_RUN += ("neighbours", "neighbour_space", "neighbour_samples")
 _OF_GENERATOR = ("alphas", "labels", "samples_out", "vae")
+_OF_GENERATOR += ("label_order", "pixels")
 # Flags that a request has under the same name.
 _OF_REQUEST = ("metrics", "num_samples", "labels", "batch_size", "seed")
 _OF_REQUEST += ("neighbours", "neighbour_space", "neighbour_samples")
-_OF_REQUEST += ("samples_out",)
+_OF_REQUEST += ("samples_out", "label_order", "pixels")
+# Flags that contradict a protocol, which says the same.
+_OF_PROTOCOL = ("num_samples", "labels", "label_order", "pixels")
 
 
 def define_flags() -> None:
   """Defines the flags: not on import, as other programs have the same names."""
   path, integer = paths.define_flag, flags.DEFINE_integer
+  # 1. Whose images.
   path("workdir", None, "Folder of a run.")
   path("weights", None, "Exported weights: their folder, or hf://NAME.")
   path("vae", "", "Autoencoder of --weights; of --workdir, if it has moved.")
@@ -43,6 +48,7 @@ def define_flags() -> None:
   flags.DEFINE_string("data_source", None, "Where the run's data are now.")
   path("data_dir", None, "The folder that the run's data start from now.")
   path("images", None, "Folder or ADM .npz of images from elsewhere.")
+  # 2. Which samples, and which figures.
   flags.DEFINE_list("alphas", None, "Guidance scales; default: the config's.")
   flags.DEFINE_list(
     "metrics",
@@ -58,6 +64,25 @@ def define_flags() -> None:
     lower_bound=0,
   )
   path("labels", None, "File of class indices (.txt, .npy); default: balanced.")
+  flags.DEFINE_enum(
+    "label_order",
+    None,
+    options.LABEL_ORDERS,
+    "Of the labels; default: the config's, or given.",
+  )
+  flags.DEFINE_enum(
+    "pixels",
+    None,
+    options.PIXELS,
+    "How samples become 8 bits; default: the config's, or truncate.",
+  )
+  flags.DEFINE_enum(
+    "protocol",
+    None,
+    list(PROTOCOLS),
+    "As published figures were measured: 50 of each class, and its pixels, "
+    "order of labels, alphas and figures.",
+  )
   integer("batch_size", None, "Samples at a time, of all devices.", 1)
   integer(
     "seed",
@@ -70,6 +95,7 @@ def define_flags() -> None:
   flags.DEFINE_float(
     "ema_decay", None, "Which EMA; default: the evaluated one."
   )
+  # 3. What they are compared with.
   path("inception", None, "Folder of the converted Inception-v3.")
   path("inception_reference", None, "Its statistics of real images, .npz.")
   path("dinov2", None, "Folder of a converted DINOv2.")
@@ -77,6 +103,7 @@ def define_flags() -> None:
   integer("neighbours", 0, "Nearest training images; 10 in B.4.", 0)
   path("neighbour_space", "encoder", "encoder, pixel, or a network's folder.")
   integer("neighbour_samples", 1000, "Samples with neighbours, at least.", 1)
+  # 4. What is written.
   path(
     "samples_out",
     None,
@@ -150,6 +177,8 @@ def judge(values: flags.FlagValues, arguments: dict[str, Any]) -> None:
       report = report_on_images(values.images, asked)
     if processes.is_first():
       print(table(report))
+      for text in report.get("protocol", {}).get("differs", ()):
+        logger.warning("Not as --protocol=%s: %s.", values.protocol, text)
       write_report(asked.out, report)
   logger.info("Wrote %s.", asked.out)
 
@@ -190,12 +219,32 @@ def request(values: flags.FlagValues) -> dict[str, Any]:
     ("dinov2", "path"): values.dinov2,
     ("dinov2", "reference"): values.dinov2_reference,
   }
-  return {name: values[name].value for name in _OF_REQUEST} | {
-    "alphas": alphas,
+  given = {name: values[name].value for name in _OF_REQUEST}
+  given |= {"alphas": alphas}
+  return {
+    **_protocol(values),
+    **{name: value for name, value in given.items() if value is not None},
     "paths": _paths(values),
     "judges": {key: path for key, path in judges.items() if path is not None},
     "out": out,
   }
+
+
+def _protocol(values: flags.FlagValues) -> dict[str, Any]:
+  """What --protocol says of a request; {} without one.
+
+  Raises:
+    ConfigError: a flag that says the same.
+  """
+  if values.protocol is None:
+    return {}
+  for name in _OF_PROTOCOL:
+    if values[name].present:
+      raise config_lib.ConfigError(
+        f"--{name}={values[name].value} with --protocol={values.protocol}, "
+        "which says the same itself: leave one of them out"
+      )
+  return of_request(values.protocol)
 
 
 def _paths(values: flags.FlagValues) -> dict[str, str]:

@@ -589,6 +589,8 @@ def test_runs_whose_course_depends_on_their_end_keep_it():
     ("eval.num_samples", 270),
     ("eval.alphas", (1.0,)),
     ("eval.ema_decay", 0.99),
+    ("eval.pixels", "round"),
+    ("eval.label_order", "class"),
   ],
 )
 def test_ranks_do_not_mix(key, value):
@@ -599,6 +601,16 @@ def test_ranks_do_not_mix(key, value):
   config = generator()
   config.checkpoint.best_metric = ""
   check_resumed(config, {key: value})
+
+
+def test_earlier_runs_truncated_pixels_of_labels_as_given():
+  values = json.loads(config_lib.to_json(parse(generator())))
+  del values["eval"]["pixels"], values["eval"]["label_order"]
+  old, parsed = json.dumps(values), parse(values)
+  config_lib.check_resumable(old, config_lib.to_json(parsed))
+  values["eval"]["pixels"] = "round"
+  with pytest.raises(config_lib.ConfigError, match="'truncate' -> 'round'"):
+    config_lib.check_resumable(old, config_lib.to_json(parse(values)))
 
 
 def test_common_defaults_are_the_ablation_settings():

@@ -1,6 +1,7 @@
 """Evaluation as a job: runs, exported weights, images, several processes."""
 
 import functools
+import hashlib
 import json
 import pathlib
 import shutil
@@ -229,9 +230,10 @@ def test_devices_and_processes_agree(tmp_path, workdir, judges, one_device):
 
 
 @pytest.fixture(scope="module")
-def answers(images_of_the_run, heldout, exported, mistakes):
+def answers(images_of_the_run, heldout, exported, protocols, mistakes):
   """{a request's name: what the job printed and ended with}."""
-  requests = images_of_the_run | heldout | exported.request | mistakes[0]
+  requests = images_of_the_run | heldout | exported.request
+  requests |= protocols.requests | mistakes[0]
   told = call_each("drift_jax.evaluate", requests.values())
   return dict(zip(requests, told, strict=True))
 
@@ -284,7 +286,6 @@ class Exported(NamedTuple):
   """A generator of pixels, exported; labels from a list."""
 
   folder: pathlib.Path
-  params: Any
   labels: np.ndarray
   request: dict[str, tuple[str, ...]]
 
@@ -292,8 +293,7 @@ class Exported(NamedTuple):
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory, judges):
   path = tmp_path_factory.mktemp("exported")
-  source = save_generator(path / "gen", facts={}, num_classes=10)
-  params = artifacts.load(source).params
+  save_generator(path / "gen", facts={}, num_classes=10)
   labels = np.asarray([3, 3, 7] * 6)
   np.savetxt(path / "labels.txt", labels, fmt="%d")
   save_vit(path / "dinov2")
@@ -313,27 +313,33 @@ def exported(tmp_path_factory, judges):
     f"--samples_out={path / 'samples.npz'}",
     f"--out={path / 'out.json'}",
   )
-  return Exported(path, params, labels, {"exported": request})
+  return Exported(path, labels, {"exported": request})
+
+
+def samples_of(folder, labels, alpha):
+  """[N, H, W, C]: what the job draws with seed 0, before it is 8 bits."""
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  task = open_artifact(str(folder), "", mesh).task
+  step = jax.jit(functools.partial(sample_step, seed=0, task=task))
+  drawn = step(
+    artifacts.load(folder).params,
+    labels.astype(np.int32),
+    np.full(len(labels), alpha, np.float32),
+    np.arange(len(labels), dtype=np.int32),
+  )
+  return np.asarray(drawn)
 
 
 def test_exported_weights(answers, exported, judges):
   assert answers["exported"][1] == ""
-  folder, params, labels, _ = exported
+  folder, labels, _ = exported
   report = json.loads((folder / "out.json").read_text())
   assert (report["step"], report["num_samples"]) == (3, 18)
   with np.load(folder / "samples.npz") as archive:
     np.testing.assert_array_equal(archive["arr_1"], labels)
     images = archive["arr_0"]
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  task = open_artifact(str(folder / "gen"), "", mesh).task
-  step = jax.jit(functools.partial(sample_step, seed=0, task=task))
-  drawn = step(
-    params,
-    labels.astype(np.int32),
-    np.full(18, 1.5, np.float32),
-    np.arange(18, dtype=np.int32),
-  )
-  expected = to_uint8(drawn)
+  expected = to_uint8(samples_of(folder / "gen", labels, 1.5))
   # Another program may round the last bit to the other side of a level.
   assert np.abs(images.astype(int) - expected).max() <= 1
   assert np.mean(images != expected) < 1e-3
@@ -355,6 +361,93 @@ def test_exported_weights(answers, exported, judges):
     assert report["results"]["1.5"][f"fd_{name}"] == pytest.approx(
       distance, rel=1e-4
     ), name
+
+
+class Protocols(NamedTuple):
+  """A generator of two classes, judged as published figures were."""
+
+  folder: pathlib.Path
+  requests: dict[str, tuple[str, ...]]
+
+  def report(self, name: str) -> Any:
+    return json.loads((self.folder / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def protocols(tmp_path_factory, judges, workdir):
+  path = tmp_path_factory.mktemp("protocols")
+  save_generator(path / "gen", facts={}, num_classes=2)
+  for name in ("imagenet_256_fid_stats", "VIRTUAL_imagenet256_labeled"):
+    shutil.copy(judges / "published.npz", path / f"{name}.npz")
+  samples = path / "samples.npz"
+  of_each = {
+    "wflow": (
+      *(f"--weights={path / 'gen'}", f"--samples_out={samples}"),
+      f"--inception_reference={judges / 'published.npz'}",
+    ),
+    "adm": (
+      f"--images={path / 'samples_alpha_1.5.npz'}",
+      f"--inception_reference={path / 'VIRTUAL_imagenet256_labeled.npz'}",
+    ),
+    "drifting": (
+      *(f"--workdir={workdir}", "--alphas=1.3", "--metrics=fd_pixel"),
+      f"--inception_reference={path / 'imagenet_256_fid_stats.npz'}",
+    ),
+  }
+  network = f"--inception={judges / 'published'}"
+  requests = {
+    name: (
+      *(f"--protocol={name}", f"--out={path / name}.json", network, BATCH),
+      *flags,
+    )
+    for name, flags in of_each.items()
+  }
+  return Protocols(path, requests)
+
+
+def test_a_protocol_rounds_and_goes_class_by_class(answers, protocols, judges):
+  assert answers["wflow"][1] == ""
+  report = protocols.report("wflow")
+  assert report["num_samples"] == 100
+  assert list(report["results"]) == ["1.09", "1.14", "1.19", "1.5"]
+  told = report["protocol"]
+  reference = judges / "published.npz"
+  digest = hashlib.sha256(reference.read_bytes()).hexdigest()
+  assert told["reference"]["sha256"] == digest
+  (differs,) = told["differs"]
+  assert str(reference) in differs and "jit_in256_stats.npz" in differs
+  assert (told["pixels"], told["label_order"]) == ("round", "class")
+  assert told["metrics"] == ["fid", "inception_score"] and told["shuffle"]
+  with np.load(protocols.folder / "samples_alpha_1.5.npz") as archive:
+    images, labels = archive["arr_0"], archive["arr_1"]
+  np.testing.assert_array_equal(labels, np.repeat([0, 1], 50))
+  drawn = samples_of(protocols.folder / "gen", labels, 1.5).astype(np.float64)
+  exact = np.clip((drawn + 1) * 127.5, 0, 255)
+  # float32 may take the other of two levels that are as near.
+  assert np.abs(images - exact).max() <= 0.5 + 1e-3
+  assert np.mean(images > np.floor(exact)) > 0.2
+
+
+def test_a_protocol_of_images_and_of_a_run(answers, protocols):
+  assert answers["adm"][1] == answers["drifting"][1] == ""
+  adm, drifting = protocols.report("adm"), protocols.report("drifting")
+  # The same images; but parts of one class each, where they are not shuffled.
+  shuffled = protocols.report("wflow")["results"]["1.5"]
+  scored = adm["results"]["images"]
+  assert scored["fid"] == pytest.approx(shuffled["fid"], rel=1e-5)
+  scores = [x["inception_score"] - 1 for x in (scored, shuffled)]
+  assert 0 < scores[0] < 0.95 * scores[1]
+  assert {"precision", "recall"} <= scored.keys()
+  assert not adm["protocol"]["shuffle"]
+  assert adm["protocol"]["differs"] == [
+    "labels, their order, pixels and alpha: as the images are"
+  ]
+  assert drifting["num_samples"] == 500
+  told = drifting["protocol"]
+  assert (told["pixels"], told["per_class"]) == ("truncate", 50)
+  # An alpha and a figure that it has not.
+  keys = [text.partition(":")[0] for text in told["differs"]]
+  assert keys == ["alphas", "metrics"]
 
 
 # Arguments, and below them what the job must say.
@@ -409,6 +502,14 @@ alpha=0.5 must be at least 1
 2000 nearest training images are asked for, there are 1257
 --workdir={tmp}/renamed --num_samples=20 --metrics=fd_pixel
 began with other data (class 0 was '9', now '0'; class 1 was '8'
+{gen} --protocol=wflow --pixels=truncate
+--pixels=truncate with --protocol=wflow, which says the same
+{run} --protocol=adm --num_samples=500
+--num_samples=500 with --protocol=adm, which says the same
+--images=a --protocol=adm --label_order=class
+--label_order=class with --images: it goes with --workdir or
+{few} --label_order=class {other} {frechet} --metrics=fd_pixel
+metrics='fd_pixel' needs a run (--workdir): valid options
 {run} --coordinator=127.0.0.1:1 --num_processes=2 --process_id=2
 process_id=2 must lie in [0, num_processes=2)
 """  # noqa: E501

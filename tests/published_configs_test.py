@@ -11,10 +11,11 @@ VARIANTS = {
   "imagenet_latent": [
     *("", "ablation", "b2", "l2", "l2,smoke", "smoke"),
     *("convnext", "convnext,smoke", "moco", "simclr"),
+    *("l2,folder", "ablation,folder,smoke"),
   ],
-  "imagenet_pixel": ["", "b16", "l16", "l16,smoke"],
-  "mae_latent": ["", "256", "640", "640,smoke"],
-  "mae_pixel": ["", "640", "smoke"],
+  "imagenet_pixel": ["", "b16", "l16", "l16,smoke", "l16,folder"],
+  "mae_latent": ["", "256", "640", "640,smoke", "640,folder"],
+  "mae_pixel": ["", "640", "smoke", "folder,smoke"],
   "mnist": ["", "encoder", "smoke", "encoder,smoke"],
 }
 
@@ -39,10 +40,24 @@ def test_unknown_variants_are_named(name):
   module = importlib.import_module(f"configs.{name}")
   with pytest.raises(ValueError, match="'smok'.*smoke"):
     module.get_config("smok")
-  first, *others = [v for v in VARIANTS[name] if v and "smoke" not in v]
+  first, *others = [v for v in VARIANTS[name] if v.isalnum() and v != "smoke"]
   if others:
     with pytest.raises(ValueError, match="exclude each other"):
       module.get_config(f"{first},{others[0]}")
+
+
+@pytest.mark.parametrize(
+  "name", ["imagenet_latent", "imagenet_pixel", "mae_latent", "mae_pixel"]
+)
+def test_a_folder_of_imagenet_changes_the_data_alone(name):
+  module = importlib.import_module(f"configs.{name}")
+  folder, tfds = module.get_config("folder"), module.get_config()
+  if name != "imagenet_latent":  # else a cache, which has the labels
+    assert folder.data.source == "folder:data/imagenet"
+    assert folder.data.class_order == "imagenet"
+  assert folder.data.test_split == "val"
+  folder.data = tfds.data
+  assert folder.to_dict() == tfds.to_dict()
 
 
 # Table 8 and the release: labels, generated, positives, unconditional, push;

@@ -18,6 +18,8 @@ from drift_jax.tools.cache_latents import parse
 from drift_jax.tools.work import cache_latents
 from drift_jax.training import artifacts
 from tests.autoencoders import save_vae
+from tests.fake_hub import hub
+from tests.process import call
 
 pytestmark = pytest.mark.slow
 
@@ -155,20 +157,50 @@ def test_latents(tmp_path, images, vae):
 
 
 def test_pixels(tmp_path, images):
-  source = {"source": f"folder:{images}"}
-  encoder = tmp_path / "encoder"
-  train("mae_pixel", "smoke", encoder, data=source)
+  """The recipe: train/ and val/ of WordNet ids, an encoder from a hub."""
+  (tmp_path / "imagenet").mkdir()
+  for name, split in (("train", "train"), ("val", "validation")):
+    (tmp_path / "imagenet" / name).symlink_to(images / split)
+  source = {"source": "folder:imagenet", "data_dir": str(tmp_path)}
+  train("mae_pixel", "folder,smoke", tmp_path / "encoder", data=source)
+  encoder = tmp_path / "encoder" / train_mae.EXPORT
+  released = {
+    f"models/mae/jax/mae_pixel_640/{path.relative_to(encoder)}": (
+      path.read_bytes()
+    )
+    for path in encoder.rglob("*")
+    if path.is_file()
+  }
   workdir = tmp_path / "generator"
-  last = train(
-    "imagenet_pixel",
-    "smoke",
-    workdir,
-    data={**source, "num_workers": 1},
-    model={"input_size": SIDE},
-    batch={"labels": LABELS},
-    queue={"push_per_step": LABELS},
-    encoders={"mae": {"path": str(encoder / train_mae.EXPORT)}},
+  with hub({artifacts.RELEASED_REPOSITORY: released}) as address:
+    done = call(
+      *("-m", "drift_jax.main", f"--workdir={workdir}"),
+      "--config=configs/imagenet_pixel.py:folder,smoke",
+      "--config.encoders.mae.path=hf://mae_pixel_640",
+      "--config.data.source=folder:imagenet",
+      *(f"--config.data.data_dir={tmp_path}", "--config.data.num_workers=1"),
+      *(
+        f"--config.data.image_size={SIDE}",
+        f"--config.model.input_size={SIDE}",
+      ),
+      f"--config.batch.labels={LABELS}",
+      f"--config.queue.push_per_step={LABELS}",
+      devices=LABELS,
+      timeout=600,
+      HF_ENDPOINT=address,
+      HF_HOME=str(tmp_path / "hub"),
+      HF_HUB_DISABLE_XET="1",
+    )
+  assert done.returncode == 0, done.stderr[-3000:]
+  last = read_jsonl(workdir / "metrics.jsonl")
+  loss = [line["loss"] for line in last if "loss" in line]
+  assert len(loss) == 2 and np.isfinite(loss).all()
+  assert any("scale/layer1" in line for line in last)
+  assert (
+    json.loads((workdir / "frozen_weights.json").read_text())["encoders.mae"]
+    == artifacts.load(str(encoder)).sha256
   )
-  assert np.isfinite(last["loss"]) and "scale/layer1" in last
+  names = json.loads((workdir / "classes.json").read_text())
+  assert len(names) == 1000 and names[0] == "tench, Tinca tinca"
   with Image.open(workdir / "samples" / "step_0000002.png") as grid:
     assert grid.size == (2 * (SIDE + 2) + 2, 2 * (SIDE + 2) + 2)

@@ -41,9 +41,13 @@ RANKING = (
   "eval.ema_decay",
   "eval.inception.path",
   "eval.inception.reference",
+  "eval.label_order",
   "eval.labels",
   "eval.num_samples",
+  "eval.pixels",
 )
+# What those of them are in earlier runs, which have no such keys.
+_EARLIER = {"eval.label_order": "given", "eval.pixels": "truncate"}
 
 
 def to_json(config: RunConfig) -> str:
@@ -86,6 +90,7 @@ def check_resumable(old: str, new: str) -> None:
   checkpoint is kept.
   """
   before, after = flat_values(old), flat_values(new)
+  before = {k: v for k, v in _EARLIER.items() if k in after} | before
   different = {
     key: f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
     for key in sorted(set(before) | set(after))

@@ -13,7 +13,7 @@ from drift_jax.metrics.batches import Batch, PixelsFn, local_batches, one_late
 from drift_jax.metrics.errors import EvaluationError
 from drift_jax.metrics.evaluators import Evaluator, Figures, merge_figures
 from drift_jax.metrics.images import to_rgb
-from drift_jax.system import paths, processes
+from drift_jax.system import options, paths, processes
 
 SampleFn = Callable[[np.ndarray, np.ndarray, np.ndarray], jax.Array]
 
@@ -34,6 +34,11 @@ def balanced_labels(num_samples: int, num_classes: int) -> np.ndarray:
       f" {' and '.join(map(str, valid))}"
     )
   return np.arange(num_samples, dtype=np.int32) % np.int32(num_classes)
+
+
+def in_order(labels: np.ndarray, order: options.LabelOrder) -> np.ndarray:
+  """The labels as they are given, or sorted by class."""
+  return np.sort(labels) if order == "class" else labels
 
 
 def read_labels(

@@ -1,5 +1,6 @@
 """Generated samples as 8-bit images."""
 
+import functools
 import os
 from typing import Any
 
@@ -48,11 +49,13 @@ def to_uint8(images: Images) -> np.ndarray:
   return unit_to_uint8((images + np.float32(1)) / np.float32(2))
 
 
-@jax.jit
-def to_rgb(images: jax.Array) -> jax.Array:
-  """`to_uint8` on the device, as RGB: [B, H, W, 1 or 3] -> [B, H, W, 3].
+@functools.partial(jax.jit, static_argnames="pixels")
+def to_rgb(images: jax.Array, pixels: options.Pixels = "truncate") -> jax.Array:
+  """8-bit RGB on the device: [B, H, W, 1 or 3] -> [B, H, W, 3].
 
-  Grey becomes three equal channels, as evaluation networks take it.
+  Grey becomes three equal channels, as evaluation networks take it. 'truncate'
+  is `to_uint8`; 'round' takes the nearest of the 256 levels, an even one where
+  two are as near.
 
   Raises:
     EvaluationError: another number of channels.
@@ -64,8 +67,8 @@ def to_rgb(images: jax.Array) -> jax.Array:
     )
   unit = (images.astype(jnp.float32) + 1) / 2
   unit = jnp.clip(jnp.where(jnp.isnan(unit), 0, unit), 0, 1)
-  pixels = (unit * 255).astype(jnp.uint8)
-  return jnp.broadcast_to(pixels, (*pixels.shape[:3], 3))
+  levels = jnp.rint(unit * 255) if pixels == "round" else unit * 255
+  return jnp.broadcast_to(levels.astype(jnp.uint8), (*levels.shape[:3], 3))
 
 
 def real_pixels(images: np.ndarray) -> np.ndarray:

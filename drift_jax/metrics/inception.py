@@ -15,9 +15,10 @@ class InceptionScore:
   """Inception score of a known number of samples that come batch by batch.
 
   Salimans et al. 2016 (arXiv:1606.03498), section 4, as arXiv:2602.04770
-  reports it: samples are shuffled with numpy's RandomState(2020), cut into
-  `splits` equal parts (the remainder is dropped), and with p(c|x) the softmax
-  of the logits and p(c) its mean over a part,
+  reports it: samples are shuffled with numpy's RandomState(2020), or stay in
+  the order of their numbers, are cut into `splits` equal parts (the remainder
+  is dropped), and with p(c|x) the softmax of the logits and p(c) its mean over
+  a part,
 
       IS = exp(1/n sum_x sum_c p(c|x) log p(c|x) - sum_c p(c) log p(c))
 
@@ -27,7 +28,9 @@ class InceptionScore:
   50 000 samples of 1008 classes in 10 parts. Sums are float64.
   """
 
-  def __init__(self, count: int, classes: int, splits: int):
+  def __init__(
+    self, count: int, classes: int, splits: int, shuffle: bool = True
+  ):
     """Starts with no samples.
 
     Args:
@@ -35,6 +38,7 @@ class InceptionScore:
       classes: C, logits of a sample (1008 for the Inception-v3 of 2015, all of
         them used, without the bias of their layer).
       splits: parts, 1 <= splits <= N; 10 is usual.
+      shuffle: whether samples are shuffled before they are cut into parts.
 
     Raises:
       ValueError: for numbers out of range.
@@ -46,7 +50,9 @@ class InceptionScore:
       )
     self._part_size = count // splits
     used = self._part_size * splits
-    order = np.random.RandomState(_PERMUTATION_SEED).permutation(count)
+    order = np.arange(count)
+    if shuffle:
+      order = np.random.RandomState(_PERMUTATION_SEED).permutation(count)
     self._part = np.full(count, -1)
     self._part[order[:used]] = np.repeat(np.arange(splits), self._part_size)
     self._seen = np.zeros(count, np.int32)

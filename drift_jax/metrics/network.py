@@ -56,6 +56,7 @@ class NetworkEvaluator:
     *,
     count: int,
     seed: int,
+    shuffle: bool = True,
   ):
     """Keeps references.
 
@@ -71,6 +72,7 @@ class NetworkEvaluator:
       reference: statistics of real images; None if no figure needs them.
       count: samples that will come.
       seed: picks KID's subsets.
+      shuffle: see InceptionScore.
 
     Raises:
       ValueError: a figure that needs what the reference does not hold, or more
@@ -81,6 +83,7 @@ class NetworkEvaluator:
     self._figures = tuple(figures)
     self._count = count
     self._seed = seed
+    self._shuffle = shuffle
     self._reference = reference
     single = [f for f in figures if f in FROM_FEATURES]
     self._real = np.empty((0, 0))
@@ -120,7 +123,10 @@ class NetworkEvaluator:
       self._features.append(features)
     if "inception_score" in self._figures:
       if self._score is None:
-        self._score = InceptionScore(self._count, logits[0].shape[1], SPLITS)
+        classes = logits[0].shape[1]
+        self._score = InceptionScore(
+          self._count, classes, SPLITS, self._shuffle
+        )
       self._score.update(logits[0], batch.index)
 
   def result(self) -> Figures:

@@ -17,6 +17,14 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 # Figures of an evaluation without a config, and its number of samples.
 METRICS = ("fid", "inception_score")
 NUM_SAMPLES = 50_000
+# How samples become 8-bit pixels where figures are computed: cut off, as for
+# the published FIDs (arXiv:2602.04770), or to the nearest.
+Pixels = Literal["truncate", "round"]
+PIXELS = get_args(Pixels)
+# Order of the samples' labels: as they are balanced (0, 1, ..., 0, 1, ...),
+# listed or held out; or class by class.
+LabelOrder = Literal["given", "class"]
+LABEL_ORDERS = get_args(LabelOrder)
 # Where images may come from (data.source), and what `open_source` opens: a
 # latent cache is opened with its autoencoder.
 SOURCES = ("digits", "tfds:NAME", "folder:DIR", "tar:FILE", "latents:DIR")

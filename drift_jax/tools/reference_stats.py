@@ -5,12 +5,16 @@
   python -m drift_jax.tools.reference_stats \\
       --public=VIRTUAL_imagenet256_labeled.npz \\
       --network=weights/inception --out=weights/imagenet256_adm.npz
+  python -m drift_jax.tools.reference_stats \\
+      --public=imagenet_256_fid_stats.npz --images=imagenet_val_prc_arr0.npz \\
+      --network=weights/inception --out=weights/imagenet256_drifting.npz
 
 The file holds mean and covariance of the features of all images, the features
 of --num_features single ones (for precision, recall, KID, density and
 coverage), and what they were computed from, which evaluation compares with the
-run. --public takes mean and covariance from a published file and adds the
-features of the images in it. Several processes that run the same command, each
+run. --public takes mean and covariance from a published file, or from one that
+this program wrote, and adds the features of the images in it, or of --images.
+Several processes that run the same command, each
 with its --process_id, share the images.
 """
 
@@ -31,11 +35,18 @@ def _parser() -> console.Parser:
   what = parser.add_mutually_exclusive_group(required=True)
   what.add_argument("--source", help="digits, folder:DIR, tar:FILE, tfds:NAME")
   what.add_argument(
-    "--public", type=paths.argument, help=".npz with mu, sigma and images arr_0"
+    "--public",
+    type=paths.argument,
+    help=".npz with mu and sigma (or ref_mu and ref_sigma), and images arr_0",
   )
   path = functools.partial(parser.add_argument, type=paths.argument)
   path("--network", required=True, help="folder of the exported network")
   path("--out", required=True, help=".npz to write")
+  path(
+    "--images",
+    help="with --public: single images, an .npz of arr_0 or a folder, in place "
+    "of those in it",
+  )
   integer = functools.partial(parser.add_argument, type=int)
   integer(
     "--num_features",
@@ -81,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   if arguments.public is not None and of_source:
     first = next(iter(of_source))
     parser.error(f"--{first} goes with --source, not with --public")
+  if arguments.source is not None and arguments.images is not None:
+    parser.error("--images goes with --public, not with --source")
   for name, minimum in _AT_LEAST.items():
     if values.get(name, minimum) < minimum:
       parser.error(f"--{name}={values[name]} must be at least {minimum}")

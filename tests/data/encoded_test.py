@@ -1,5 +1,6 @@
 """Damaged files: counting, replacement; class order."""
 
+import importlib.resources
 import logging
 from concurrent import futures
 
@@ -104,6 +105,10 @@ def test_imagenet_classes():
   ids = list(classes)
   assert len(ids) == len(set(classes.values())) == 1000
   assert ids == sorted(ids)  # the standard order is that of the ids
+  assert ids[0] == "n01440764"
+  theirs = importlib.resources.files("tensorflow_datasets.datasets")
+  labels = theirs / "imagenet2012" / "labels.txt"
+  assert ids == labels.read_text().split()  # what tfds:imagenet2012 reads
   assert classes["n01440764"] == "tench, Tinca tinca"
   assert ids.index("n02123045") == 281  # tabby, as everyone counts
   assert classes["n02012849"] == "crane (bird)"

@@ -9,6 +9,7 @@ from drift_jax.metrics.generation import (
   evaluate,
   evaluation_scalars,
   generate,
+  in_order,
   read_labels,
 )
 
@@ -72,6 +73,10 @@ def test_balanced_labels():
   labels = balanced_labels(12, 4)
   assert labels.dtype == np.int32
   assert labels.tolist() == [0, 1, 2, 3] * 3
+  assert in_order(labels, "given") is labels
+  by_class = in_order(labels, "class")
+  assert by_class.tolist() == np.repeat(range(4), 3).tolist()
+  assert by_class.dtype == np.int32
   for count, valid in ((10, "8 and 12$"), (3, "are 4$"), (0, "are 4$")):
     with pytest.raises(ValueError, match=f"num_samples={count}.*{valid}"):
       balanced_labels(count, 4)

@@ -84,6 +84,21 @@ def test_to_rgb_is_to_uint8_on_the_device(channels):
       to_rgb(latents.astype(np.float32))
 
 
+def test_rounding_takes_the_nearest_level():
+  random = np.random.default_rng(0)
+  images = random.uniform(-1.1, 1.1, (3, 40, 40, 3)).astype(np.float32)
+  images[0, 0, :2, 0] = [np.nan, np.inf]
+  wide = np.nan_to_num(images.astype(np.float64), nan=-1, posinf=1)
+  exact = np.clip((wide + 1) * 127.5, 0, 255)
+  pixels = np.asarray(to_rgb(images, "round")).astype(np.float64)
+  assert np.abs(pixels - exact).max() <= 0.5 + 1e-4
+  # Half of the levels are one higher than truncated ones.
+  assert np.mean(pixels > to_uint8(images)) == pytest.approx(0.45, abs=0.03)
+  levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+  stored = np.asarray(to_rgb(pixel_grid()[levels], "round"))
+  np.testing.assert_array_equal(stored, levels.repeat(3, axis=-1))
+
+
 def test_real_pixels_are_those_of_the_file():
   """What truncation, which generated images get, would not give."""
   levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)

@@ -23,17 +23,22 @@ def test_golden(golden, case):
   assert deviation == pytest.approx(expected, rel=3e-7)
 
 
-def test_oracle():
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_oracle(shuffle):
   values = logits(0, 47, 9)
   values -= 40.0  # which the softmax does not see
   probability = np.exp(values.astype(np.float64))
   probability /= probability.sum(axis=1, keepdims=True)
-  shuffled = probability[np.random.RandomState(2020).permutation(47)]
+  if shuffle:
+    probability = probability[np.random.RandomState(2020).permutation(47)]
   scores = [
     np.exp(np.mean([stats.entropy(row, part.mean(axis=0)) for row in part]))
-    for part in np.split(shuffled[:45], 5)
+    for part in np.split(probability[:45], 5)
   ]
-  mean, deviation = inception_score(values, 5)
+  score = InceptionScore(47, 9, 5, shuffle)
+  score.update(values, np.arange(47))
+  mean, deviation = score.result()
+  assert shuffle == (mean == inception_score(values, 5)[0])
   assert mean == pytest.approx(np.mean(scores), rel=1e-13)
   assert deviation == pytest.approx(np.std(scores), rel=1e-11)
 

@@ -344,6 +344,44 @@ def test_public_files_that_do_not_do(
   refuses("records already what it was computed", *again)
 
 
+@pytest.mark.slow
+def test_single_images_of_another_file(
+  public, published, vit, run, refuses, out, pictures, tmp_path
+):
+  """FID by one file, precision and recall by another's images."""
+  rng = np.random.default_rng(2)
+  images = np.stack([picture(rng, SIZE, SIZE) for _ in range(20)])
+  stats, singles = tmp_path / "fid_stats.npz", tmp_path / "prc_arr0.npz"
+  with np.load(public) as archive:
+    np.savez(stats, ref_mu=archive["mu"], ref_sigma=archive["sigma"])
+    mean = archive["mu"]
+  np.savez(singles, arr_0=images)
+  given = {"network": published, "out": out, "images": singles}
+  loaded = run(*flags(public=stats, **given))
+  np.testing.assert_array_equal(loaded.mean, mean)
+  assert_close(loaded.features, direct(published, images), 1e-6)
+  digests = [
+    hashlib.sha256(path.read_bytes()).hexdigest() for path in (stats, singles)
+  ]
+  assert loaded.provenance.source == (
+    f"fid_stats.npz, SHA-256 {digests[0]}; "
+    f"single images of prc_arr0.npz, SHA-256 {digests[1]}"
+  )
+  # Of a file that this program wrote, which says what it is of.
+  shutil.move(out, stats)
+  again = run(*flags(public=stats, **given), "--num_features=7")
+  assert len(again.features) == 7
+  assert again.provenance.source.startswith(loaded.provenance.source)
+  out.unlink()
+  np.savez(singles, arr_0=images[:, 2:-2, 2:-2])
+  refuses("resolution found 12, expected 8", *flags(public=stats, **given))
+  np.savez(singles, other=images)
+  refuses("--images: .*no array 'arr_0'", *flags(public=stats, **given))
+  np.savez(singles, arr_0=images)
+  given |= {"network": vit}
+  refuses("network_sha256 found", *flags(public=stats, **given))
+
+
 # Mistakes.
 
 
@@ -358,6 +396,7 @@ def test_mistakes(refuses, pictures):
     ({"num_threads": 0}, "--num_threads=0 must be at least 1"),
     ({"crop": "random"}, "argument --crop: invalid choice: 'random'"),
     ({"public": "file"}, "argument --public: not allowed with argument --sour"),
+    ({"images": "file"}, "--images goes with --public, not with --source"),
     ({"process_id": 1}, "coordinator='', num_processes=None, process_id=1: "),
     ({"out": "/"}, "--out=/ is a folder"),
   ):

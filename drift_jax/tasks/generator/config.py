@@ -24,6 +24,7 @@ from drift_jax.config.sections import (
   Size,
   Train,
 )
+from drift_jax.system import options
 
 
 class GeneratorModel(ImageModel):
@@ -123,6 +124,8 @@ class GeneratorEval(ImageEval):
 
   num_samples: Count
   labels: Path
+  label_order: options.LabelOrder = "given"  # earlier runs have none
+  pixels: options.Pixels = "truncate"  # earlier runs have none
   alphas: tuple[float, ...]
   metrics: tuple[str, ...]
   inception: Judge

@@ -43,7 +43,7 @@ class Evaluation:
   ):
     self._config = config
     self._decode = make_decoder(vae, mesh)
-    self._to_pixels = make_pixels(self._decode)
+    self._to_pixels = make_pixels(self._decode, config.eval.pixels)
     self._sampler = make_sampler(task, mesh, config.seed)
     self._batch_size = pad_to_mesh(config.eval.batch_size, mesh)
     self._evaluators: list[Evaluator] = []

@@ -17,7 +17,7 @@ from drift_jax import config as config_lib
 from drift_jax.metrics.errors import EvaluationError
 from drift_jax.metrics.evaluators import Evaluator, FeatureFn, FrechetEvaluator
 from drift_jax.metrics.frechet import check_frechet_width
-from drift_jax.metrics.generation import balanced_labels, read_labels
+from drift_jax.metrics.generation import balanced_labels, in_order, read_labels
 from drift_jax.metrics.small_sets import (
   CoverageEvaluator,
   DuplicatesEvaluator,
@@ -61,6 +61,7 @@ def network_evaluators(
   resolution: int,
   crop: str | None,
   mesh: Mesh,
+  shuffle: bool = True,
 ) -> dict[str, Judged]:
   """Makes the evaluators that compare with reference statistics.
 
@@ -72,6 +73,7 @@ def network_evaluators(
     resolution, crop: how the images are cut; the statistics must have the same.
       None for an unknown crop.
     mesh: where the networks run.
+    shuffle: see InceptionScore.
 
   Returns:
     {'inception' or 'dinov2': its evaluator}, where a figure needs it.
@@ -123,6 +125,7 @@ def network_evaluators(
         reference,
         count=count,
         seed=seed,
+        shuffle=shuffle,
       )
     made[name] = Judged(evaluator, facts)
   return made
@@ -181,19 +184,21 @@ def evaluation_labels(
   """Labels of the images that an evaluation generates.
 
   They are those of eval.labels; else balanced, or those of the held-out images
-  if eval.num_samples is 0.
+  if eval.num_samples is 0; in the order of eval.label_order.
 
   Raises:
     ValueError: a list of labels that does not fit.
   """
   if chosen.labels:
-    return read_labels(
+    labels = read_labels(
       chosen.labels, num_classes=num_classes, count=chosen.num_samples or None
     )
-  if chosen.num_samples == 0:
+  elif chosen.num_samples == 0:
     assert readers is not None
-    return np.asarray(readers.test().labels, np.int32)
-  return balanced_labels(chosen.num_samples, num_classes)
+    labels = np.asarray(readers.test().labels, np.int32)
+  else:
+    labels = balanced_labels(chosen.num_samples, num_classes)
+  return in_order(labels, chosen.label_order)
 
 
 def reference_crop(settings: config_lib.Data) -> str:
@@ -210,6 +215,7 @@ def run_evaluators(
   labels: np.ndarray,
   vae: artifacts.Artifact | None,
   mesh: Mesh,
+  shuffle: bool = True,
 ) -> tuple[list[Evaluator], dict[str, Any]]:
   """Makes the evaluators of config.eval.metrics, and facts on their networks.
 
@@ -221,6 +227,7 @@ def run_evaluators(
     labels: class index of each sample that will be generated.
     vae: decodes the samples, or None.
     mesh: where the networks run.
+    shuffle: see InceptionScore.
 
   Raises:
     ArtifactError, ConfigError: see `network_evaluators`.
@@ -234,6 +241,7 @@ def run_evaluators(
     resolution=image_size((config.model.input_size,), vae),
     crop=reference_crop(config.data),
     mesh=mesh,
+    shuffle=shuffle,
   )
   evaluators = [entry.evaluator for entry in judged.values()]
   compared = [name for name in config.eval.metrics if name in BY_REALS]

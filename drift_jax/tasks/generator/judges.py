@@ -13,7 +13,7 @@ from drift_jax import config as config_lib
 from drift_jax.metrics.batches import PixelsFn
 from drift_jax.metrics.evaluators import FeatureFn
 from drift_jax.metrics.images import Images, to_rgb
-from drift_jax.system import sharding
+from drift_jax.system import options, sharding
 from drift_jax.training import artifacts
 from drift_jax.training import step as step_lib
 from drift_jax.training.frozen import decoding
@@ -61,9 +61,11 @@ def make_decoder(
   return on_mesh(decoding(vae), vae.params, mesh)
 
 
-def make_pixels(decode: Callable[[Images], Images]) -> PixelsFn:
+def make_pixels(
+  decode: Callable[[Images], Images], pixels: options.Pixels = "truncate"
+) -> PixelsFn:
   """Samples -> 8-bit RGB images, on the mesh; decode is `make_decoder`'s."""
-  return lambda samples: to_rgb(decode(samples))
+  return lambda samples: to_rgb(decode(samples), pixels)
 
 
 def image_size(

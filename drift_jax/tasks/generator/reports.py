@@ -1,9 +1,10 @@
 """Reports: figures of a run, of exported weights, or of images."""
 
 import dataclasses
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -16,6 +17,7 @@ from drift_jax.metrics.generation import (
   SampleFn,
   balanced_labels,
   evaluate,
+  in_order,
   read_labels,
 )
 from drift_jax.metrics.images import save_image
@@ -30,6 +32,7 @@ from drift_jax.tasks.generator.config import (
   EVAL_METRICS,
   JUDGED_METRICS,
   GeneratorConfig,
+  GeneratorEval,
   Judge,
   check_judges,
 )
@@ -50,6 +53,7 @@ from drift_jax.tasks.generator.memorisation import (
   check_searchable,
   feature_space,
 )
+from drift_jax.tasks.generator.protocols import PROTOCOLS, described
 from drift_jax.tasks.generator.restore import open_artifact, open_run
 from drift_jax.tasks.generator.samplers import make_sampler
 from drift_jax.tasks.generator.setup import (
@@ -72,6 +76,9 @@ class Request:
     metrics: figures, see config.EVAL_METRICS.
     num_samples: number for each alpha; 0 for as many as are held out or listed.
     labels: file of class indices; None for balanced ones.
+    label_order, pixels: as in a config's eval.
+    protocol: key of protocols.PROTOCOLS, whose number of samples and Inception
+      score it takes; `protocols.of_request` has the other arguments.
     batch_size: samples of a batch, over all devices.
     seed: seeds noise and style; a run's default is config.seed + 1, which its
       own evaluations (they chose the best checkpoint) did not use.
@@ -88,6 +95,9 @@ class Request:
   metrics: Sequence[str] | None = None
   num_samples: int | None = None
   labels: str | None = None
+  label_order: options.LabelOrder | None = None
+  pixels: options.Pixels | None = None
+  protocol: str | None = None
   batch_size: int | None = None
   seed: int | None = None
   paths: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -108,10 +118,29 @@ class Request:
     )
     return Judge(path=path, reference=reference)
 
+  def count(self, num_classes: int) -> int | None:
+    """Returns the samples for each alpha; None for the default's."""
+    if self.protocol:
+      return PROTOCOLS[self.protocol].per_class * num_classes
+    return self.num_samples
+
+  @property
+  def shuffle(self) -> bool:
+    """Whether the Inception score's parts are of shuffled samples."""
+    return not self.protocol or PROTOCOLS[self.protocol].shuffle
+
   def beside(self, suffix: str) -> epath.Path:
     """Returns the path of a picture: out without .json, then the suffix."""
     path = epath.Path(self.out)
     return path.with_name(path.stem + suffix)
+
+
+class _Drawing(NamedTuple):
+  """How samples are drawn, as in a config's eval; the usual values."""
+
+  alphas: tuple[float, ...]
+  label_order: options.LabelOrder = "given"
+  pixels: options.Pixels = "truncate"
 
 
 def report_on_run(
@@ -132,7 +161,7 @@ def report_on_run(
   Returns:
     The report: 'step', 'ema_decay', 'seed', 'num_samples', 'seconds', 'judges'
     (what the networks and statistics are), 'results': {alpha: {figure: value}},
-    'baseline': {figure: value of real train images}, maybe 'neighbours'.
+    'baseline': {figure: value of train images}, `_conditions`, 'neighbours'.
 
   Raises:
     ConfigError: arguments that do not fit the run, or files of it that are not
@@ -165,7 +194,7 @@ def report_on_run(
   with naming("eval"):
     labels = evaluation_labels(chosen, config.model.num_classes, readers)
     evaluators, facts = run_evaluators(
-      config, encoders, readers, labels, run.vae, mesh
+      config, encoders, readers, labels, run.vae, mesh, request.shuffle
     )
   if request.neighbours:
     assert readers is not None
@@ -176,7 +205,7 @@ def report_on_run(
   sample_fn = make_sampler(run.task, mesh, seed)(run.params)
   batch_size = pad_to_mesh(chosen.batch_size, mesh)
   decode = make_decoder(run.vae, mesh)
-  to_pixels = make_pixels(decode)
+  to_pixels = make_pixels(decode, chosen.pixels)
   report = {
     **run.provenance,
     "seed": seed,
@@ -191,6 +220,7 @@ def report_on_run(
     ),
     "judges": facts,
     "baseline": baselines(evaluators),
+    **_conditions(request, facts, chosen.metrics, chosen),
   }
   # 5. Nearest training images.
   if request.neighbours:
@@ -231,8 +261,10 @@ def _requested_config(
   given = {
     "alphas": None if request.alphas is None else tuple(request.alphas),
     "metrics": None if request.metrics is None else tuple(request.metrics),
-    "num_samples": request.num_samples,
+    "num_samples": request.count(config.model.num_classes),
     "labels": request.labels,
+    "label_order": request.label_order,
+    "pixels": request.pixels,
     "batch_size": request.batch_size,
     "ema_decay": ema_decay,
     "inception": request.judge("inception", config.eval.inception),
@@ -269,15 +301,15 @@ def report_on_weights(
     ConfigError: arguments that do not fit.
     ArtifactError: weights that can't be loaded.
   """
+  # 1. The generator, and what is asked of it.
   mesh = sharding.make_mesh()
   generator = open_artifact(weights, vae, mesh, decoded=True)
   alphas = (1.0,) if request.alphas is None else tuple(request.alphas)
   for alpha in alphas:
     if not alpha >= 1:
       raise config_lib.ConfigError(f"alpha={alpha} must be at least 1")
-  count = (
-    options.NUM_SAMPLES if request.num_samples is None else request.num_samples
-  )
+  count = request.count(generator.num_classes)
+  count = options.NUM_SAMPLES if count is None else count
   with naming("labels"):
     if request.labels:
       labels = read_labels(
@@ -287,12 +319,18 @@ def report_on_weights(
       )
     else:
       labels = balanced_labels(count, generator.num_classes)
+  drawing = _Drawing(
+    alphas, request.label_order or "given", request.pixels or "truncate"
+  )
+  labels = in_order(labels, drawing.label_order)
+  # 2. The evaluators; a mistake shows before anything is generated.
   evaluators, facts = _by_files(
     request,
     count=len(labels),
     resolution=image_size(generator.task.sample_shape, generator.vae),
     mesh=mesh,
   )
+  # 3. Figures.
   seed = request.seed or 0
   sample_fn = make_sampler(generator.task, mesh, seed)
   report = {
@@ -306,9 +344,11 @@ def report_on_weights(
     request,
     alphas=alphas,
     batch_size=pad_to_mesh(request.batch_size or options.BATCH_SIZE, mesh),
-    to_pixels=make_pixels(make_decoder(generator.vae, mesh)),
+    to_pixels=make_pixels(make_decoder(generator.vae, mesh), drawing.pixels),
   )
-  return report | {"judges": facts, "baseline": {}}
+  metrics = _metrics(request)
+  conditions = _conditions(request, facts, metrics, drawing)
+  return report | {"judges": facts, "baseline": {}} | conditions
 
 
 def report_on_images(path: str, request: Request) -> dict[str, Any]:
@@ -351,14 +391,20 @@ def report_on_images(path: str, request: Request) -> dict[str, Any]:
       to_pixels=lambda pixels: pixels,  # pyright: ignore[reportArgumentType]
     )
   report["results"] = {"images": report["results"].pop(1.0)}
-  return report | {"judges": facts, "baseline": {}}
+  conditions = _conditions(request, facts, _metrics(request), None)
+  return report | {"judges": facts, "baseline": {}} | conditions
+
+
+def _metrics(request: Request) -> tuple[str, ...]:
+  """Returns the figures that are computed without a config."""
+  return options.METRICS if request.metrics is None else tuple(request.metrics)
 
 
 def _by_files(
   request: Request, *, count: int, resolution: int, mesh: Mesh
 ) -> tuple[list[Evaluator], dict[str, Any]]:
   """Makes evaluators against reference statistics, without a config."""
-  names = options.METRICS if request.metrics is None else tuple(request.metrics)
+  names = _metrics(request)
   valid = [n for group in JUDGED_METRICS.values() for n in group]
   for name in names:
     if name not in valid:
@@ -375,9 +421,42 @@ def _by_files(
     resolution=resolution,
     crop=None,
     mesh=mesh,
+    shuffle=request.shuffle,
   )
   evaluators = [entry.evaluator for entry in judged.values()]
   return evaluators, {name: entry.facts for name, entry in judged.items()}
+
+
+def _conditions(
+  request: Request,
+  facts: Mapping[str, Any],
+  metrics: Sequence[str],
+  drawing: _Drawing | GeneratorEval | None,
+) -> dict[str, Any]:
+  """A report's 'protocol', or 'pixels' and 'label_order' if not as usual.
+
+  Args:
+    request: what was asked for.
+    facts: of the networks and statistics.
+    metrics: that were computed.
+    drawing: None for images that were made elsewhere.
+  """
+  names = () if drawing is None else _Drawing._fields
+  used = {name: getattr(drawing, name) for name in names}
+  if not request.protocol:
+    usual = _Drawing._field_defaults
+    return {k: v for k, v in used.items() if v != usual.get(k, v)}
+  if drawing is not None:
+    used["per_class"] = PROTOCOLS[request.protocol].per_class
+  reference = facts.get("inception", {}).get("reference")
+  if reference:
+    digest = hashlib.sha256(epath.Path(reference["path"]).read_bytes())
+    reference = reference | {"sha256": digest.hexdigest()}
+  return {
+    "protocol": described(
+      request.protocol, samples=used, metrics=metrics, reference=reference
+    )
+  }
 
 
 def _at_least(count: int, num_classes: int) -> np.ndarray:

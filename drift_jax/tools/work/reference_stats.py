@@ -156,8 +156,8 @@ def statistics(
       images, drawn without replacement; all if there are fewer.
     batch_size: images on all devices of a process.
     seed: of the draw.
-    public: published mean and covariance; only features of single images are
-      computed then.
+    public: mean and covariance that are there; only features of single images
+      are computed then.
 
   Raises:
     StatsError: fewer than two images, processes that see different ones, or
@@ -200,57 +200,85 @@ def statistics(
     return ReferenceStats.from_stats(stream.result(), provenance, features)
   if features is not None and len(features) > dimensions:
     logger.info(
-      "The features of its %d images are at a Frechet distance of %.4g from "
-      "its mean and covariance.",
+      "The features of the %d images are at a Frechet distance of %.4g from "
+      "the mean and covariance.",
       len(features),
       frechet_distance(FeatureStats.from_features(features), public),
     )
   return dataclasses.replace(public, provenance=provenance, features=features)
 
 
-def open_public(path: str, network: Network) -> tuple[Images, ReferenceStats]:
-  """The images in a published file, and its mean and covariance.
+def open_public(
+  path: str, network: Network, singles: str | None
+) -> tuple[Images, ReferenceStats]:
+  """Single images, and the mean and covariance in a published file.
 
   Args:
-    path: .npz with mu, sigma and arr_0 [N, size, size, 3].
-    network: the published Inception-v3, which such files are of.
+    path: .npz with mu and sigma, or a file of this program with `singles`.
+    network: the published Inception-v3, which public files are of.
+    singles: .npz of arr_0 [N, size, size, 3] or a folder of such images; None
+      for those in the file.
 
   Raises:
     StatsError: another network, or a file that is not as above.
     OSError: a file that can't be read.
   """
+  # 1. Mean and covariance.
   place = f"--public={path}"
-  if not is_published(network.artifact):
+  try:
+    public = load_reference(path)
+  except ValueError as error:
+    raise StatsError(f"--public: {error}") from error
+  if public.provenance is None and not is_published(network.artifact):
     raise StatsError(
       f"{place} is of the published Inception-v3, which --network="
       f"{network.path} is not: python -m drift_jax.tools.convert_weights "
       "inception writes it"
     )
-  try:
-    public = load_reference(path)
-  except ValueError as error:
-    raise StatsError(f"--public: {error}") from error
-  if public.provenance is not None:
+  if public.provenance is not None and not singles:
     raise StatsError(
-      f"{place} records already what it was computed from: use it as it is"
+      f"{place} records already what it was computed from: use it as it is, or "
+      "give other single images by --images"
     )
+  # 2. The images.
   try:
-    images = open_image_file(path)
+    images = open_image_file(singles or path)
   except ValueError as error:
     raise StatsError(
-      f"--public: {error}. Without single images there is nothing to add: the "
-      "file can be used as it is for FID"
+      f"--images: {error}"
+      if singles
+      else f"--public: {error}. Without single images there is nothing to add "
+      "(--images names others): the file can be used as it is for FID"
     ) from error
+  # 3. That they belong together.
+  facts = {"source": _named(path), "split": PUBLIC_SPLIT, "crop": PUBLIC_CROP}
+  if public.provenance is not None:
+    facts = {key: getattr(public.provenance, key) for key in facts}
+    try:
+      load_reference(
+        path,
+        resolution=images.shape[0],
+        network_sha256=network.artifact.sha256,
+      )
+    except ValueError as error:
+      raise StatsError(f"--public with --images: {error}") from error
   dimensions = network.dimensions(images.shape[0])
   if dimensions != len(public.mean):
     raise StatsError(
       f"{place} is of features of {len(public.mean)} dimensions, "
       f"--network={network.path} has {dimensions}"
     )
-  file = pathlib.Path(path)
-  source = f"{file.name}, SHA-256 {weight_files.sha256_of(file)}"
-  facts = {"source": source, "split": PUBLIC_SPLIT, "crop": PUBLIC_CROP}
+  if singles:
+    facts["source"] += f"; single images of {_named(singles)}"
   return Images(images.pixels, len(images), images.shape[0], facts), public
+
+
+def _named(path: str) -> str:
+  """Name of a file, and its checksum; that of a folder alone."""
+  file = pathlib.Path(path)
+  if file.is_dir():
+    return str(file)
+  return f"{file.name}, SHA-256 {weight_files.sha256_of(file)}"
 
 
 def open_images(
@@ -381,7 +409,7 @@ def run(arguments: argparse.Namespace, of_source: Mapping[str, Any]) -> None:
     network = Network(arguments.network)
   else:
     network = Network(arguments.network)
-    images, public = open_public(arguments.public, network)
+    images, public = open_public(arguments.public, network, arguments.images)
   reference = statistics(
     images,
     network,
