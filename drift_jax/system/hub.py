@@ -5,6 +5,7 @@ each time. HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are respected. What
 is made of them is kept beside that cache.
 """
 
+import functools
 import hashlib
 import os
 import pathlib
@@ -97,7 +98,8 @@ def fetch(address: Address) -> pathlib.Path | None:
   if path is None:
     return None
   path = pathlib.Path(path)
-  _check(path)
+  stat = path.stat()
+  _check(path, stat.st_size, stat.st_mtime_ns)
   return path
 
 
@@ -231,24 +233,26 @@ def folders(address: Address) -> list[str]:
   )
 
 
-def _check(path: pathlib.Path) -> None:
+@functools.cache  # a file that has not changed is not summed again
+def _check(path: pathlib.Path, size: int, changed: int) -> None:
   """Raises HubError unless the bytes are those that the file is named by.
 
   The cache holds a link to a file whose name is its content's: the SHA-256 of a
   large file, git's SHA-1 of a small one.
   """
+  del changed
   blob = path.resolve()
   if _SHA256.fullmatch(blob.name):
     digest = hashlib.sha256()
   elif _SHA1.fullmatch(blob.name):
-    digest = hashlib.sha1(b"blob %d\0" % blob.stat().st_size)
+    digest = hashlib.sha1(b"blob %d\0" % size)
   else:
     return  # a cache without links, on a file system that has none
   with blob.open("rb") as file:
     checksum = hashlib.file_digest(file, lambda: digest).hexdigest()
   if checksum != blob.name:
     raise HubError(
-      f"{path} ({blob.stat().st_size} bytes) is damaged: its checksum is "
+      f"{path} ({size} bytes) is damaged: its checksum is "
       f"{checksum}, not {blob.name}; remove {blob} and try again"
     )
 

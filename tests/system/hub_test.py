@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pathlib
+import types
 
 import huggingface_hub
 import pytest
@@ -108,11 +109,12 @@ def test_weights_are_hashed_once(tmp_path, monkeypatch):
       path.parent.mkdir(parents=True, exist_ok=True)
     blob.write_bytes(data)
     link.symlink_to(blob)
-  monkeypatch.setattr(
-    huggingface_hub,
-    "hf_hub_download",
-    lambda repository, name, **_: str(tmp_path / "snapshots" / COMMIT / name),
-  )
+
+  def download(repository, name, *, dry_run, **_):
+    there = types.SimpleNamespace(will_download=False, commit_hash=COMMIT)
+    return there if dry_run else str(tmp_path / "snapshots" / COMMIT / name)
+
+  monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
   hashed, digest_of = [], hashlib.file_digest
 
   def count(file, *arguments):

@@ -84,13 +84,15 @@ def load_judge(path: str, mesh: Mesh) -> artifacts.Artifact:
   Raises:
     ArtifactError: for anything that can't be loaded.
   """
-  artifact = artifacts.load(path)
+  opened = artifacts.opened(path)
+  artifact = opened.artifact
   if artifact.kind not in _KINDS:
     raise artifacts.ArtifactError(
       f"{path} holds a model of kind {artifact.kind!r}, want one of "
       f"{list(_KINDS)}: python -m drift_jax.tools.convert_weights writes them"
     )
-  params = jax.device_put(artifact.params, sharding.replicated(mesh))
+  shardings = jax.tree.map(lambda _: sharding.replicated(mesh), artifact.params)
+  params = opened.read(sharding.abstract(artifact.params, shardings))
   return dataclasses.replace(artifact, params=params)
 
 

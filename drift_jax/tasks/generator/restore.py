@@ -294,7 +294,10 @@ def open_artifact(
   autoencoder = load_vae(section, mesh)
   if autoencoder is not None:
     _check_channels(vae, autoencoder.module, metadata["model_config"])
-  artifact = artifacts.load(source)
+  opened = artifacts.opened(source)
+  artifact = opened.artifact
+  shardings = sharding.infer_sharding(artifact.params, mesh)
+  params = opened.read(sharding.abstract(artifact.params, shardings))
   module: Any = artifact.module
   # 3. What is known of it.
   alphas = metadata.get("alpha_range", PUBLISHED_ALPHAS)
@@ -305,9 +308,7 @@ def open_artifact(
   known = artifacts.trained_for(metadata)
   return OpenedGenerator(
     task=sampling_task(_computed_on(module, mesh, "auto")),
-    params=jax.device_put(
-      artifact.params, sharding.infer_sharding(artifact.params, mesh)
-    ),
+    params=params,
     vae=autoencoder,
     model_config=metadata["model_config"],
     num_classes=module.num_classes,
