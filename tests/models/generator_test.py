@@ -10,9 +10,10 @@ from flax import traverse_util
 
 from drift_jax.models import release
 from drift_jax.models.generator import REMATS, build_generator
+from tests.builders import random_like
 from tests.conftest import assert_close, relative_error
 from tests.models.published import under
-from tests.models.small import GENERATOR, LABELS, random_like
+from tests.models.small import GENERATOR, LABELS
 
 
 class Run(NamedTuple):
