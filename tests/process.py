@@ -2,8 +2,11 @@
 
 import os
 import pathlib
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 
 ROOT = pathlib.Path(__file__).parent.parent
 # The folder of what the processes of one test session have compiled.
@@ -28,6 +31,20 @@ def process_environment(devices: int = 1) -> dict[str, str]:
     # processes start.
     "PYTHONDONTWRITEBYTECODE": "",
   }
+
+
+def free_port() -> int:
+  with socket.socket() as server:
+    server.bind(("127.0.0.1", 0))
+    return server.getsockname()[1]
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+  """Waits until it is true; fails when that takes longer."""
+  deadline = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < deadline, f"nothing happened within {seconds} s"
+    time.sleep(0.01)
 
 
 def call(
