@@ -3,11 +3,7 @@
 import json
 
 import pytest
-from ml_collections import ConfigDict
 
-from configs import digits
-from drift_jax.system.errors import ERRORS
-from drift_jax.tasks.generator import train
 from tests.process import call
 
 SMOKE = "--config=configs/digits.py:smoke"
@@ -72,26 +68,6 @@ def test_main_before_anything_heavy(tmp_path):
     assert line.startswith("Error: ")
     for part in parts:
       assert part in line
-  assert not workdir.exists()
-
-
-@pytest.mark.parametrize(
-  ("variant", "changes", "message"),
-  [
-    ("smoke", {"mesh.fsdp": 3}, "mesh.*fsdp=3 does not fit 8 devices"),
-    (
-      "features,smoke",
-      {"encoders.mae.path": "/nowhere"},
-      "encoders.mae: no exported model in /nowhere",
-    ),
-  ],
-)
-def test_a_run_before_its_workdir(tmp_path, variant, changes, message):
-  workdir = tmp_path / "never"
-  config = ConfigDict(digits.get_config(variant))
-  config.update_from_flattened_dict(changes)
-  with pytest.raises(ERRORS, match=message):
-    train.train_and_evaluate(config, str(workdir))
   assert not workdir.exists()
 
 

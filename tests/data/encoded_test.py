@@ -99,17 +99,6 @@ def test_threads_count_each_file_once(root):
   assert len(source.corrupt) == 3
 
 
-def test_imagenet_classes():
-  classes = encoded.imagenet_classes()
-  ids = list(classes)
-  assert len(ids) == len(set(classes.values())) == 1000
-  assert ids == sorted(ids)  # the standard order is that of the ids
-  assert classes["n01440764"] == "tench, Tinca tinca"
-  assert ids.index("n02123045") == 281  # tabby, as everyone counts
-  assert classes["n02012849"] == "crane (bird)"
-  assert classes["n03126707"] == "crane (machine)"
-
-
 def test_order_classes():
   names, labels = encoded.order_classes(["b", "a"], "")
   assert names == ("b", "a") and labels.tolist() == [0, 1]

@@ -72,13 +72,6 @@ def test_split_folders(kind, root, tmp_path):
 
 
 @both
-def test_class_folders_alone_are_the_train_split(kind, root, tmp_path):
-  flat = (root / "train").rename(tmp_path / "flat")
-  source = make(kind, flat, tmp_path)
-  assert source.class_names == ("cat", "dog", "emu") and len(source) == 6
-
-
-@both
 @pytest.mark.parametrize(
   ("names", "split", "message"),
   [
@@ -107,12 +100,6 @@ def test_layouts_that_are_refused(kind, names, split, message, tmp_path):
     make(kind, tmp_path / "pets", tmp_path, split)
   missing = "no split" in message
   assert isinstance(caught.value, encoded.NoSplitError) == missing
-
-
-def test_images_without_class_folders(tmp_path):
-  write(tmp_path / "bare/a.png", 0)
-  with pytest.raises(ValueError, match="holds no class folders.*CLASS/FILE"):
-    opened(f"folder:{tmp_path}/bare")
 
 
 @both

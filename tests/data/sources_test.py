@@ -90,24 +90,6 @@ def test_files_and_some_of_them(tmp_path):
   assert np.asarray(plain.image(0)).tolist() == [[[1, 1, 1]]]
 
 
-KINDS = "valid options are .*digits.*tfds:NAME.*folder:DIR.*tar:FILE"
-
-
-@pytest.mark.parametrize(
-  ("spec", "changes", "message"),
-  [
-    ("digits", {"class_order": "imagenet"}, "class_order='imagenet': the digi"),
-    ("folders:x", {}, f"'folders:x': {KINDS}"),
-    ("tfds", {}, f"'tfds': {KINDS}"),
-    ("folder:nowhere", {}, "nowhere is not a folder"),
-    ("tar:nowhere", {}, "nowhere is not a file"),
-  ],
-)
-def test_specs(spec, changes, message):
-  with pytest.raises(ValueError, match=message):
-    opened(spec, **changes)
-
-
 @pytest.mark.parametrize(
   ("spec", "data_dir", "message"),
   [

@@ -326,24 +326,6 @@ def test_float64_is_computed_in_float64():
   assert_close(found["scale"], info["scale"], 1e-13, "scale")
 
 
-def test_gram_expansion_on_golden(golden, monkeypatch):
-  """The form for many channels, on the golden cases that have few.
-
-  On well separated features it is as good as the release; on coincident ones
-  it is within the golden README's tolerance.
-  """
-  monkeypatch.setattr("drift_jax.drift.field.MAX_DIRECT_CHANNELS", 0)
-  arrays = golden("drift_loss")
-  for case in ("large_offset", "duplicates"):
-    # Not jitted: jit would reuse what it traced before the patch.
-    loss, gradient, info = _loss_and_gradient(**golden_arguments(arrays, case))
-    tolerance = 5e-3 if case == "duplicates" else 5e-6
-    assert_close(loss, arrays[f"{case}/f64/loss"], tolerance, case)
-    assert_close(gradient, arrays[f"{case}/f64/grad_gen"], tolerance, case)
-    scale = arrays[f"{case}/f64/info/scale"]
-    assert_close(info["scale"], scale, 1e-5, case)
-
-
 def test_gradient_is_minus_two_v_over_count_and_scale():
   arguments = problem()
   b, n, c = arguments["gen"].shape

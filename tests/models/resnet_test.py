@@ -154,11 +154,3 @@ def test_gradient_reaches_the_pixels_and_remat_changes_none():
     gradients.append(jax.jit(jax.grad(objective))(1.5 * X))
   assert (np.abs(gradients[0]) > 0).mean() > 0.99
   assert_close(gradients[1], gradients[0], 1e-5)
-
-
-def test_other_inputs_and_options_are_explained():
-  model, params = small()
-  with pytest.raises(ValueError, match=r"x has shape \(2, 32, 32, 4\): needs"):
-    shapes_of(model, params, np.zeros((2, 32, 32, 4), np.float32))
-  with pytest.raises(ValueError, match="every_k_block=0: must be >= 1"):
-    shapes_of(model, params, every_k_block=0)

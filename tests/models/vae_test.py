@@ -156,22 +156,6 @@ def test_remat_saves_memory_and_changes_no_gradient():
   assert_close(gradients[1], gradients[0], 1e-5)
 
 
-@pytest.mark.slow
-def test_bfloat16_computes_near_float32_from_the_same_parameters(small: Small):
-  rough = small.vae.clone(dtype=jnp.dtype("bfloat16"))
-  decode = jax.jit(functools.partial(rough.apply, method="decode"))
-  rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), small.variables)
-  expected = small.decode(small.variables, _latents())
-  for variables in (small.variables, rounded):
-    images = decode(variables, _latents())
-    assert images.dtype == jnp.float32
-    assert 1e-4 < relative_error(images, expected) < 4e-2
-  moments = jax.eval_shape(
-    functools.partial(rough.apply, method="encode"), rounded, _images()
-  )
-  assert moments.dtype == jnp.float32
-
-
 @pytest.mark.parametrize(
   ("method", "shape", "message"),
   [

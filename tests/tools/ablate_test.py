@@ -12,7 +12,6 @@ import sys
 import time
 import types
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -63,12 +62,6 @@ def read_csv(path):
   return list(csv.DictReader(path.read_text().splitlines()))
 
 
-def test_mean_and_sample_deviation():
-  deviation = math.sqrt((4 + 1 + 9) / 2)
-  assert rows.spread(np.array([1.0, 2.0, 6.0])) == f"3 ± {deviation:.2g}"
-  assert rows.spread(np.array([0.123456])) == "0.1235"
-
-
 def test_the_best_alpha_is_that_of_the_mean():
   """Seed 1's best is another one's, but its mean is worse."""
   scattered = [(5.0, 3.0), (4.0, 5.0)]
@@ -85,23 +78,6 @@ def test_the_best_alpha_is_that_of_the_mean():
       entry.figures[seed] = dict(zip(names, values, strict=True))
     whole = table(entry, figure=figure, alpha=alpha)
     assert (whole.alpha_of(entry), whole.values(entry).mean()) == (best, mean)
-
-
-def test_figures_of_the_last_step():
-  records = [
-    {"step": 2, "eval/fd_pixel/alpha_1.0": 9.0},
-    {"step": 4, "loss": 1.0},
-    {"step": 4, "eval/fd_pixel/alpha_1.0": 3.0, "eval/fd_pixel/baseline": 1.0},
-  ]
-  records[2] |= {"eval/fid/alpha_1.0": 4.0, "eval/fd_pixel/alpha_2.0": 5.0}
-  figures, real = rows.last_figures(records, 4)
-  assert list(figures.items()) == [
-    ("fd_pixel/alpha_1", 3.0),
-    ("fd_pixel/alpha_2", 5.0),
-    ("fid/alpha_1", 4.0),
-  ]
-  assert real == {"fd_pixel": 1.0}
-  assert rows.last_figures(records, 3) == ({}, {})
 
 
 NAN = math.nan

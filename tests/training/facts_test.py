@@ -264,12 +264,6 @@ def test_processes_read_the_same_data(tmp_path, monkeypatch):
     start(tmp_path / "run", f"folder:{tmp_path}/images")
 
 
-def test_long_lists_are_cut():
-  names = [f"class {i}" for i in range(9)]
-  found = data_facts.differences(names, {}, names[::-1], {})
-  assert len(found) == 4 and found[-1] == "5 more like that"
-
-
 def test_rows_of_a_table_are_of_the_same_data(tmp_path):
   """Rows that are not trained yet, or have not recorded theirs, are none."""
   paths = [epath.Path(tmp_path / name) for name in "abcd"]

@@ -8,14 +8,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import cifar10, imagenet_latent, policy
+from configs import cifar10, imagenet_latent
 from drift_jax import config as config_lib
-from drift_jax.data import latent_format
-from drift_jax.system import storage
 from drift_jax.system.errors import ERRORS
 from drift_jax.tasks import parse
 from drift_jax.tasks.generator.setup import generator_feed
-from drift_jax.tasks.policy.setup import load_demonstrations
 from drift_jax.training.inputs import (
   check_shape,
   open_readers,
@@ -113,13 +110,6 @@ def test_data_without_hold_images_out(images, folder, test_split, in_memory):
     assert shown(readers.train) == EVERY_TRAIN - test
     seen.append(test)
   assert seen[0] == seen[1]
-
-
-def test_an_empty_test_split_is_not_looked_for(images):
-  config = make(f"folder:{images}/both", held_out=1, test_split="")
-  readers = open_readers(config, None)
-  assert len(readers.test()) == 3
-  assert shown(readers.train) | shown(readers.test()) == EVERY_TRAIN
 
 
 @pytest.mark.parametrize(
@@ -296,17 +286,6 @@ def test_latents(cache, relative):
     readers.test()
 
 
-def test_data_that_only_disks_hold():
-  config = latents("latents:gs://bucket/cache")
-  with pytest.raises(storage.StorageError, match="gs://bucket/cache is a URL"):
-    open_readers(config, autoencoder())
-  config = policy.get_config("smoke")
-  for source in ("zarr:gs://bucket/a.zarr", "hdf5:s3://bucket/a.hdf5"):
-    config.data.source = source
-    with pytest.raises(storage.StorageError, match="://bucket/a.* is a URL"):
-      load_demonstrations(parse(config))
-
-
 @pytest.mark.parametrize(
   ("other", "message"),
   [
@@ -317,20 +296,6 @@ def test_data_that_only_disks_hold():
 def test_latents_of_another_autoencoder(cache, other, message):
   with pytest.raises(config_lib.ConfigError, match=message):
     open_readers(latents(f"latents:{cache}/cache"), autoencoder(**other))
-
-
-def test_every_error_of_data_ends_a_program_with_one_line():
-  from drift_jax.data import encoded
-
-  for error in (
-    encoded.CorruptImageError("x"),
-    encoded.NoSplitError("x"),
-    latent_format.LatentCacheError("x"),
-    FileNotFoundError(2, "No such file", "a/1.png"),
-    config_lib.ConfigError("x"),
-  ):
-    assert isinstance(error, ERRORS)
-  assert not isinstance(ValueError("a bug"), ERRORS)
 
 
 @pytest.mark.parametrize("crop", ["none", "random"])

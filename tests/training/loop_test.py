@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import logging
 import time
 import types
 
@@ -315,15 +314,3 @@ def test_the_speed_leaves_out_the_first_step_and_what_is_not_training(
   for line in others:
     assert line["perf/steps_per_second"] == pytest.approx(50.0)
     assert line["perf/data_wait_fraction"] >= 0
-
-
-def test_the_console_line(tmp_path, caplog, monkeypatch):
-  # Whether an entry point has set the logger up or not.
-  monkeypatch.setattr(console.logger, "propagate", True)
-  with caplog.at_level(logging.INFO, logger=console.logger.name):
-    run(tmp_path, num_steps=2, eval_every=0)
-  # Handlers that other tests leave on the root logger repeat messages.
-  first, second = list(dict.fromkeys(caplog.messages))[-2:]
-  assert first == "step 1/2 drift_rms/0.2=0.5 grad_norm=1 loss=0"
-  assert second.startswith("step 2/2 drift_rms/0.2=0.5 grad_norm=1 loss=1 (")
-  assert "steps/s" in second and "s left)" in second

@@ -312,26 +312,3 @@ def test_a_missing_simulator_is_named_before_training(tmp_path, monkeypatch):
   with pytest.raises(robots.ExtraError, match="requirements-robots.txt"):
     train_policy.train_and_evaluate(small("push"), str(tmp_path / "run"))
   assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-  ("variant", "message"),
-  [
-    ("smok", "'smok': valid options"),
-    ("push,reach", "exclude each other"),
-    ("chunk,batch_marginal", "exclude each other"),
-    ("chunk,diffusion", "are of 'drifting'"),
-  ],
-)
-def test_variants_that_are_none(variant, message):
-  with pytest.raises(ValueError, match=message):
-    policy.get_config(variant)
-
-
-def test_configs_of_variants():
-  published = parse(policy.get_config("pusht"))
-  assert published.model.widths == (256, 512, 1024)
-  assert (published.batch.size, published.batch.generated) == (256, 8)
-  assert published.data.episodes == 90
-  for variant in (*policy.TASKS, *policy.METHODS, "learned"):
-    parse(policy.get_config(variant))

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from drift_jax.metrics.plots import plot_toy
-from drift_jax.tasks.toy.plots import plane_limit, plot_field, save_evolution
+from drift_jax.tasks.toy.plots import plot_field, save_evolution
 
 RNG = np.random.default_rng(0)
 DATA = RNG.normal(0.0, 0.3, size=(200, 2))
@@ -26,17 +26,6 @@ def test_evolution_moves(tmp_path):
   # Frame and ticks stand still: the left margin has nothing else.
   margin = [picture[60:, :55] for picture in pictures]
   assert all((picture == margin[0]).all() for picture in margin)
-
-
-def test_the_limit_shows_all_data():
-  limit = plane_limit(DATA, FRAMES)
-  assert limit > np.abs(DATA).max()
-  far = [(0, DATA + [5.0, 0.0])]
-  assert plane_limit(DATA, far) > 5
-  # A few that fly far do not shrink the rest.
-  flown = DATA.copy()
-  flown[:5] = 100
-  assert plane_limit(DATA, [(0, flown)]) < 2
 
 
 def test_field_is_drawn(tmp_path):

@@ -267,27 +267,3 @@ def test_variants(name):
   assert again == full
   for option in toy.OPTIONS:
     parse(toy.get_config(f"{name},{option}"))
-
-
-def test_published_settings():
-  """Section 5.1: what the notebook of the paper trains."""
-  config = toy.get_config("checkerboard")
-  model = config.model
-  assert (model.noise_size, model.width, model.depth) == (32, 256, 3)
-  assert config.drift.temperatures == (0.05,)
-  assert not config.drift.normalize_features
-  assert not config.drift.normalize_drift
-  assert (config.batch.generated, config.batch.positives) == (2_048, 2_048)
-  assert (config.optim.learning_rate, config.optim.weight_decay) == (1e-3, 0.0)
-  assert config.train.num_steps == 2_000
-  assert config.data.noise == 0.05
-  assert toy.get_config("swiss_roll").data.noise == 0.03
-
-
-def test_unknown_variants():
-  for variant, message in (
-    ("moon", "'moon': valid options .*'moons'"),
-    ("moons,spiral", "exclude each other"),
-  ):
-    with pytest.raises(ValueError, match=message):
-      toy.get_config(variant)

@@ -111,11 +111,6 @@ def test_actions_have_bounds(action, message):
   )
 
 
-def test_unknown_names():
-  with pytest.raises(robots.RobotError, match="'fetch': valid .*'fetch_push'"):
-    robots.make("fetch")
-
-
 MISSING = """
 import sys
 
