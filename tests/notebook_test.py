@@ -38,16 +38,6 @@ def outputs(notebook, cell_id):
   return text, images
 
 
-def test_is_kept_without_outputs():
-  notebook = nbformat.read(PATH, as_version=4)
-  nbformat.validate(notebook)
-  assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
-  for cell in notebook.cells:
-    if cell.cell_type == "code":
-      assert cell.outputs == [] and cell.execution_count is None, cell.id
-  assert PATH.read_text() == nbformat.writes(notebook) + "\n"  # indent 1
-
-
 @pytest.mark.system
 def test_runs(tmp_path, monkeypatch):
   workdir = tmp_path / "run"

@@ -2,8 +2,6 @@
 
 import collections
 import contextlib
-import subprocess
-import sys
 import tarfile
 
 import jax
@@ -20,7 +18,7 @@ from drift_jax.training import checkpoint
 from tests.data import latents_test, processes, tfds_test
 from tests.data.fakes import Numbers, values
 from tests.data.pictures import write
-from tests.process import ROOT, free_port, process_environment
+from tests.process import call_together, free_port
 
 
 def make_loader(reader=None, process_count=1, **changes):
@@ -248,23 +246,11 @@ def two_processes(one_queue, stored):
   """What two real processes of two devices each held and saw."""
   directory, port = one_queue[0], free_port()
   (directory / "data").symlink_to(stored)
-  environment = process_environment(2) | {
-    "XDG_CACHE_HOME": str(directory / "cache"),
-  }
-  running = [
-    subprocess.Popen(
-      [sys.executable, processes.__file__, str(p), "2", str(port), directory],
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-      env=environment,
-      cwd=ROOT,
-    )
-    for p in range(2)
-  ]
-  output = [process.communicate(timeout=240)[0] for process in running]
-  for process, text in zip(running, output, strict=True):
-    assert process.returncode == 0, text[-4000:]
+  call_together(
+    *([processes.__file__, p, 2, port, directory] for p in range(2)),
+    devices=2,
+    XDG_CACHE_HOME=str(directory / "cache"),
+  )
   return [
     {
       kind: dict(np.load(directory / f"{kind}{p}.npz").items())

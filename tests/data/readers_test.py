@@ -131,16 +131,3 @@ def test_digits_are_exact_in_every_float(wire):
   assert_array_equal(got.astype(np.float32), want)
   assert_array_equal(reader.fixed(np.array([5, 0])), want)
   assert_array_equal(reader.grid, source.grid)
-
-
-def test_values_that_a_wire_can_not_hold():
-  with pytest.raises(ValueError, match=r"'uint8' can't hold .* 17 values"):
-    readers.ArrayReader(sources.digits("test"), wire="uint8")
-  thirds = sources.ArraySource(
-    np.zeros((1, 1, 1, 1), np.float32),
-    np.zeros(1, np.int32),
-    ("a",),
-    np.array([0, 1 / 3], np.float32),
-  )
-  with pytest.raises(ValueError, match=r"'float16'.*\['float32'\]"):
-    readers.ArrayReader(thirds, wire="float16")

@@ -65,14 +65,6 @@ def test_held_out_is_uniform_and_the_same_for_every_version():
   assert np.abs(counts - 200).max() < 5 * np.sqrt(500 * 0.4 * 0.6)
 
 
-def test_held_out_leaves_something_to_train_on():
-  source = Labelled([0, 0, 0, 1, 1, 2], 3)
-  with pytest.raises(
-    ValueError, match=r"held_out=2.*class 1 \('b'\) has 2 .* 1 other classes"
-  ):
-    sources.held_out(source, per_class=2, seed=0)
-
-
 def test_files_and_some_of_them(tmp_path):
   """Relative paths start at data_dir; a subset keeps paths and pictures."""
   for seed in range(6):

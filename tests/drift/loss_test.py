@@ -438,28 +438,6 @@ def test_low_precision_features_are_computed_in_float32():
 
 
 @pytest.mark.slow
-def test_sharded_over_devices_equals_one_device():
-  """The shared scalars are means over the global batch."""
-  arguments = problem(b=16, weights=True)
-  loss, gradient, info = run(**arguments)
-  mesh = jax.make_mesh(
-    (8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
-  )
-  sharding = jax.NamedSharding(mesh, jax.P("data"))
-  loss_8, gradient_8, info_8 = loss_and_gradient(
-    **jax.device_put(arguments, sharding), temperatures=TEMPERATURES
-  )
-  assert len(loss_8.sharding.device_set) == 8
-  assert_close(loss_8, loss, 1e-6)
-  assert_close(gradient_8, gradient, 1e-6)
-  jax.tree.map(lambda a, b: assert_close(a, b, 1e-6), info_8, info)
-  # What a device would get from scalars of its own two rows.
-  alone = {name: array[:2] for name, array in arguments.items()}
-  loss_2, _, _ = run(**alone)
-  assert relative_error(loss_2, loss[:2]) >= 1e-2
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("channels", [64, 256])
 def test_memory_is_bounded_by_pairs_not_pairs_times_channels(channels):
   b, n, t = 4, 32, 32

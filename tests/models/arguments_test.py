@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
 from drift_jax.models.convnext import build_convnext
 from drift_jax.models.generator import build_generator
@@ -12,7 +11,6 @@ from drift_jax.models.mae import build_mae
 from drift_jax.models.resnet import build_resnet
 from drift_jax.models.vae import build_vae
 from drift_jax.models.vit import build_vit
-from tests.conftest import assert_close
 from tests.models import small
 
 BUILD = {
@@ -33,40 +31,17 @@ BUILD = {
     ("generator", {"depth": None}, "missing: depth; valid: input_size, in"),
     ("generator", {"input_size": 5}, "=5 must be a multiple of patch_size=2"),
     ("generator", {"num_heads": 3}, "multiple of 2 \\* num_heads=6"),
-    ("generator", {"hidden_size": 18, "num_heads": 1}, "sin-cos positions"),
-    ("generator", {"depth": 0}, "depth=0: must be an integer >= 1"),
     ("generator", {"depth": True}, "depth=True: must be an integer >= 1"),
-    ("generator", {"style_vocab": 0}, "style_vocab=0: must be an integer >= 1"),
     ("generator", {"context_tokens": -1}, "=-1: must be an integer >= 0"),
     ("generator", {"mlp_ratio": 0.0}, "mlp_ratio=0.0: must be positive"),
     ("generator", {"remat": "all"}, "remat='all': must be one of 'none', 'att"),
     ("generator", {"attention_dtype": "bfloat16"}, "would round a float32"),
     ("mae", {"layers": (3, 4, 6)}, r"layers=\(3, 4, 6\): must hold 4 numbers"),
-    ("mae", {"layers": (1, 1, 0, 1)}, r"layers\[2\]=0: must be an integer"),
     ("mae", {"dtype": "float64"}, "dtype='float64': must be one of 'float32'"),
-    (
-      "convnext",
-      {"dims": (8,)},
-      "unknown arguments: 'dims'.*valid: depths, wi",
-    ),
-    ("convnext", {"widths": (8, 8)}, r"widths=\(8, 8\): must hold 4 numbers"),
-    ("resnet", {"layers": (1,)}, r"layers=\(1,\): must hold 4 numbers"),
     ("resnet", {"image_mean": (0.5,)}, r"image_mean=\(0.5,\): must be three"),
     ("resnet", {"image_std": (1.0, 1.0, 0.0)}, "image_std=.* numbers > 0"),
-    ("vae", {"widths": ()}, r"widths=\(\): must hold some numbers"),
-    (
-      "vae",
-      {"widths": (8, 18)},
-      r"widths\[1\]=18 must be a multiple of norm_g",
-    ),
+    ("vae", {"widths": (8, 18)}, r"widths\[1\]=18 must be a multiple of"),
     ("vae", {"scaling_factor": np.inf}, "=inf: must be positive and finite"),
-    (
-      "inception",
-      {"dtype": "bfloat16"},
-      "'dtype'; missing: none; valid: width",
-    ),
-    ("vit", {"projection_dim": -1}, "projection_dim=-1: must be an integer >="),
-    ("vit", {"image_size": 9}, "image_size=9 must be a multiple of patch_size"),
     ("vit", {"num_heads": 4}, "hidden_size=6 must be a multiple of num_heads"),
     ("vit", {"activation": "relu"}, "must be one of 'gelu', 'quick_gelu'"),
   ],
@@ -84,7 +59,6 @@ def test_bad_arguments_are_explained(model, change, message):
   [
     (np.zeros((1, 4, 4, 3), np.float32), "dtype float32, want uint8.*to_uint8"),
     (np.zeros((1, 3, 4, 4), np.uint8), r"shape \(1, 3, 4, 4\), want"),
-    (np.zeros((0, 4, 4, 3), np.uint8), r"shape \(0, 4, 4, 3\), want non-empty"),
   ],
 )
 def test_other_images_are_refused(model, images, message):
@@ -110,30 +84,3 @@ def test_products_are_of_full_float32_on_every_device(model, count):
   assert len(products) == count
   highest = jax.lax.Precision.HIGHEST
   assert set(products) == {(highest, highest)}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model", ["inception", "vit"])
-def test_whole_over_a_mesh(model):
-  """Each device has one image of two, and all parameters."""
-  build, arguments = BUILD[model]
-  module = build(**arguments)
-  variables = small.random_variables(module)
-  images = np.random.RandomState(5).randint(0, 256, (2, 9, 9, 3), np.uint8)
-  axis_types = (jax.sharding.AxisType.Auto,)
-  mesh = jax.make_mesh(
-    (2,), ("data",), axis_types=axis_types, devices=jax.devices()[:2]
-  )
-  shard = NamedSharding(mesh, PartitionSpec("data"))
-  apply = jax.jit(module.apply)
-  features = apply(
-    jax.device_put(variables, NamedSharding(mesh, PartitionSpec())),
-    jax.device_put(images, shard),
-  )
-  for ours, whole in zip(
-    jax.tree.leaves(features),
-    jax.tree.leaves(apply(variables, images)),
-    strict=True,
-  ):
-    assert ours.sharding.is_equivalent_to(shard, 2)
-    assert_close(ours, whole, 2e-6)

@@ -107,38 +107,6 @@ def small(**change):
   return model, random_variables(model)["params"]
 
 
-def shapes_of(model, params, x=X, **options):
-  """{key: shape and dtype} of the features."""
-  apply = functools.partial(model.apply, method="features", **options)
-  return jax.eval_shape(apply, {"params": params}, x)
-
-
-def test_features_have_an_maes_keys_and_options():
-  model, params = small(layers=(2, 1, 1, 1))
-  maps = ["conv1", "layer1_blk2", "layer1", "layer2", "layer3", "layer4"]
-  of_each = ["", "_mean", "_std", "_mean_2", "_mean_4", "_std_2", "_std_4"]
-  features = shapes_of(model.clone(dtype=jnp.dtype("bfloat16")), params)
-  for key, value in features.items():
-    wide = key == "norm_x" or "_std" in key
-    assert value.dtype == (jnp.float32 if wide else jnp.bfloat16), key
-  divides = {"layer3": "_4", "layer4": ("_2", "_4")}  # 14 x 14 and 7 x 7
-  assert features.keys() == {"norm_x"} | {
-    name + end
-    for name in maps
-    for end in of_each
-    if not end.endswith(divides.get(name, "never"))
-  }
-  assert features["conv1"].shape == (2, 56 * 56, 2)
-  assert features["layer2_std_4"].shape == (2, 7 * 7, 16)
-  assert features["layer4_mean"].shape == (2, 1, 64)
-  assert features["norm_x"].shape == (2, 1, 3)
-  none = {"patch_mean_size": (), "patch_std_size": ()}
-  features = shapes_of(
-    model, params, every_k_block=math.inf, use_mean=False, use_std=False, **none
-  )
-  assert features.keys() == {"norm_x", *maps} - {"layer1_blk2"}
-
-
 def test_gradient_reaches_the_pixels_and_remat_changes_none():
   model, params = small(layers=(1, 1, 5, 1))  # a scan and single blocks
   assert params["stage3_blocks"]["conv2"]["kernel"].shape == (4, 3, 3, 8, 8)

@@ -99,22 +99,6 @@ def test_of_another_machine_signs_of_life_tell(tmp_path, quick, strangers):
   second.release()
 
 
-def test_one_that_slept_too_long_learns_that_it_lost(
-  tmp_path, quick, strangers
-):
-  path, lost, told = tmp_path / "run.lock", [], threading.Event()
-  first = make(path, lambda message: (lost.append(message), told.set()))
-  with first._busy:  # It sleeps.
-    first.take()
-    second = make(path)
-    second.take()
-  assert told.wait(60)
-  assert "taken over by another run" in lost[0]
-  first.release()
-  assert json.loads(path.read_text())["id"] == second._owner["id"]
-  second.release()
-
-
 def test_one_that_was_deleted_or_damaged_is_taken(tmp_path, quick):
   path = tmp_path / "run.lock"
   path.write_text("{")

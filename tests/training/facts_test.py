@@ -117,7 +117,6 @@ def add_class(images):
     (rename_class, "class 0 was 'cat', now 'ant'; .*class 2 was 'owl', now 'd"),
     (add_images, r"images: 18, now 19; class 1 \(dog\) had 6 images, now 7"),
     (replace_images, r"data \(class 0 \(cat\) had 6 images, now 5; class 1"),
-    (rename_file, "files have other names"),
     (add_class, "num_classes: 3 -> 4.*3 classes, now 4, new: 'emu'"),
   ],
 )

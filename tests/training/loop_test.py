@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import time
-import types
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import toy
-from drift_jax.system import console, exits
+from drift_jax.system import exits
 from drift_jax.system.errors import ConfigError
 from drift_jax.tasks.toy import train
 from drift_jax.training import checkpoint, checksums, loop
@@ -172,7 +171,7 @@ def test_resume_continues_with_the_next_batch(tmp_path, prefetch):
 
 @pytest.mark.parametrize(
   ("prefetch", "told", "stops"),
-  [(0, 2, 2), (2, 3, 3), (2, 4, 4), (2, 5, 6), (5, 7, 8), (1, 8, 8)],
+  [(0, 2, 2), (2, 3, 3), (2, 5, 6), (5, 7, 8)],
 )
 def test_preemption_is_bit_exact(tmp_path, prefetch, told, stops):
   """After what had been drawn, at most up to the next checkpoint or evaluation,
@@ -195,17 +194,7 @@ def test_preemption_is_bit_exact(tmp_path, prefetch, told, stops):
   assert float(state.params["sum"]) == float(whole.params["sum"])
 
 
-def test_preemption_at_the_end_is_the_end(tmp_path):
-  """All has been drawn: the run is done before it could stop."""
-  state, _, _, steps = run(
-    tmp_path, num_steps=5, every=10, eval_every=0, preempted=at_question(4)
-  )
-  assert int(state.step) == 5 and steps == [5]
-
-
-@pytest.mark.parametrize(
-  ("every", "batch", "stops"), [(3, 1, 3), (3, 2, 3), (4, 3, 3), (4, 8, 6)]
-)
+@pytest.mark.parametrize(("every", "batch", "stops"), [(3, 2, 3), (4, 8, 6)])
 def test_preemption_during_an_evaluation(tmp_path, every, batch, stops):
   """It ends between two batches, whether its step is saved anyway or not; the
   next start makes it, and all is as in a run that was never stopped."""
@@ -287,30 +276,3 @@ def test_a_run_past_its_end_is_an_error(tmp_path):
       expected = pytest.raises(ConfigError, match="holds a run of 2 steps")
     with expected:
       train.train_and_evaluate(config, str(tmp_path), draw=False)
-
-
-def test_the_speed_leaves_out_the_first_step_and_what_is_not_training(
-  tmp_path, monkeypatch
-):
-  """Steps of 20 ms around a first one and evaluations of 400 ms."""
-  now = [0.0]
-  clock = types.SimpleNamespace(perf_counter=lambda: now[0])
-  monkeypatch.setattr(console, "time", clock)
-  step_fn = make_step()
-
-  def step(state, batch):
-    now[0] += 0.02 if now[0] else 0.4
-    return step_fn(state, batch)
-
-  def evaluate(step, state, check):
-    now[0] += 0.4
-    return {}
-
-  _, _, writer, _ = run(
-    tmp_path, num_steps=7, step_fn=step, evaluate=evaluate, every=0
-  )
-  first, *others = [line for _, line in writer.lines if "loss" in line]
-  assert not any(name.startswith("perf/") for name in first)
-  for line in others:
-    assert line["perf/steps_per_second"] == pytest.approx(50.0)
-    assert line["perf/data_wait_fraction"] >= 0
