@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from drift_jax.system import lease, storage
 from drift_jax.tasks.mae import train as train_mae
 from drift_jax.training import artifacts, checkpoint, checksums, loop
 from tests import fake_bucket
-from tests.process import process_environment
+from tests.process import process_environment, wait_for
 from tests.tasks.generator.train_test import (
   ROOT,
   SMOKE,
@@ -116,20 +115,15 @@ class Story:
 @pytest.fixture(scope="module")
 def story(bucket, start, tmp_path_factory):
   whole = tmp_path_factory.mktemp("whole")
-  reference = None
   run = OPTIONS + (f"--workdir=gs://{bucket.name}/digits",)
   killed = start("main", *run)
-  deadline = time.monotonic() + 240
-  while "checkpoints/8/checksums.json" not in bucket.names("digits"):
-    assert killed.poll() is None, killed.communicate()[1][-3000:]
-    assert time.monotonic() < deadline
-    if reference is None and committed(bucket, "digits"):
-      # It finds compiled what the other one has compiled.
-      reference = start("main", *OPTIONS, f"--workdir={whole}")
-    time.sleep(0.01)
+  wait_for(lambda: killed.poll() or committed(bucket, "digits"), 240)
+  # It finds compiled what the other one has compiled.
+  reference = start("main", *OPTIONS, f"--workdir={whole}")
+  newest = "checkpoints/8/checksums.json"
+  wait_for(lambda: killed.poll() or newest in bucket.names("digits"), 240)
   killed.send_signal(signal.SIGKILL)
   killed.communicate()
-  assert reference is not None
   finish(reference)
   # As if killed before later ones were whole.
   later = {n.split("/")[0] for n in bucket.names("digits/checkpoints")}

@@ -9,7 +9,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 import types
 
 import pytest
@@ -214,10 +213,8 @@ def killed(tmp_path_factory):
     stderr=subprocess.PIPE,
     text=True,
   )
-  for _ in range(1200):
-    if [*workdir.glob("*repulsion=0.0-*/seed_0.log")]:
-      break
-    time.sleep(0.1)
+  logs = "*repulsion=0.0-*/seed_0.log"
+  process.wait_for(lambda: [*workdir.glob(logs)], 120)
   running.send_signal(signal.SIGTERM)
   try:
     _, words = running.communicate(timeout=60)

@@ -8,7 +8,6 @@ import pathlib
 import resource
 import shutil
 import threading
-import time
 import zlib
 
 import jax
@@ -21,6 +20,7 @@ from etils import epath
 from drift_jax.data import bank as bank_lib
 from drift_jax.system import sharding, storage
 from drift_jax.training import checkpoint, checksums, retention
+from tests.process import wait_for
 
 
 def make_state(mesh, value=0.0):
@@ -278,10 +278,7 @@ def slow_write(monkeypatch):
 def test_a_reader_leaves_a_save_under_way_alone(tmp_path, mesh, slow_write):
   with open_(tmp_path) as saver:
     saver.save(1, make_state(mesh, 1), make_feed())
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.iterdir()):  # a thread makes it
-      assert time.monotonic() < deadline
-      time.sleep(0.01)
+    wait_for(lambda: list(tmp_path.iterdir()))  # a thread makes it
     assert not (tmp_path / "1").exists(), "the save is still under way"
     with open_(tmp_path, read_only=True) as reader:
       assert reader.steps() == []
