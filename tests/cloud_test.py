@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import jax
 import numpy as np
@@ -24,7 +23,7 @@ from drift_jax.system import lease, storage
 from drift_jax.tasks.mae import train as train_mae
 from drift_jax.training import artifacts, checkpoint, checksums, loop
 from tests import fake_bucket
-from tests.process import process_environment
+from tests.process import process_environment, wait_for
 from tests.tasks.generator.train_test import (
   ROOT,
   SMOKE,
@@ -117,20 +116,15 @@ class Story:
 @pytest.fixture(scope="module")
 def story(bucket, start, tmp_path_factory):
   whole = tmp_path_factory.mktemp("whole")
-  reference = None
   run = OPTIONS + (f"--workdir=gs://{bucket.name}/digits",)
   killed = start("main", *run)
-  deadline = time.monotonic() + 240
-  while "checkpoints/8/checksums.json" not in bucket.names("digits"):
-    assert killed.poll() is None, killed.communicate()[1][-3000:]
-    assert time.monotonic() < deadline
-    if reference is None and committed(bucket, "digits"):
-      # It finds compiled what the other one has compiled.
-      reference = start("main", *OPTIONS, f"--workdir={whole}")
-    time.sleep(0.01)
+  wait_for(lambda: killed.poll() or committed(bucket, "digits"), 240)
+  # It finds compiled what the other one has compiled.
+  reference = start("main", *OPTIONS, f"--workdir={whole}")
+  newest = "checkpoints/8/checksums.json"
+  wait_for(lambda: killed.poll() or newest in bucket.names("digits"), 240)
   killed.send_signal(signal.SIGKILL)
   killed.communicate()
-  assert reference is not None
   finish(reference)
   # As if killed before later ones were whole.
   later = {n.split("/")[0] for n in bucket.names("digits/checkpoints")}
@@ -193,11 +187,7 @@ def test_killed_and_resumed_is_bit_equal(bucket, story, tmp_path):
 def test_the_workdir_holds_what_is_promised(bucket, story):
   names = bucket.names("digits")
   assert json.loads(bucket.read("digits/config.json"))["seed"] == 0
-  for picture in (
-    *(f"samples/step_{step:07d}.png" for step in (8, 16)),
-    "plots/drift_rms.png",
-    "plots/frechet.png",
-  ):
+  for picture in ("samples/step_0000016.png", "plots/frechet.png"):
     with Image.open(io.BytesIO(bucket.read(f"digits/{picture}"))) as image:
       assert min(image.size) > 80
   events = [name for name in names if name.startswith("events.out.tfevents.")]
@@ -251,25 +241,16 @@ def test_encoder_is_exported(bucket, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
   ("url", "message"),
   [
-    ("gs://locked/run", ".*HttpError.*, 401. Credentials come from"),
-    ("s3://runs/run", ".*Orbax writes.*`aws s3 sync`"),
-    ("gs://absent/run", ".*there is no bucket 'absent'"),
+    ("gs://locked/run", ": .*HttpError.*, 401. Credentials come from"),
+    ("s3://runs/run", ": .*Orbax writes.*`aws s3 sync`"),
+    ("gs://absent/run", ": .*there is no bucket 'absent'"),
+    ("gs://read_only/run", "/run.lock: PERMISSION_DENIED: Forbidden"),
   ],
 )
 def test_what_can_not_be_used_is_said_in_one_line(bucket, url, message):
-  with pytest.raises(storage.StorageError, match=f"^{url}: {message}") as told:
+  with pytest.raises(storage.StorageError, match=f"^{url}{message}") as told:
     storage.check(url, write=True)
-  assert "\n" not in str(told.value)
-
-
-def test_what_can_not_be_written_is_said_in_one_line(bucket):
-  url = "gs://read_only/run"
-  storage.check(url, write=True)
-  held = lease.Lease(f"{url}/run.lock", f"--workdir={url}", print)
-  with pytest.raises(
-    storage.StorageError, match=f"^{url}/run.lock: PERMISSION_DENIED: Forbidden"
-  ) as told:
-    held.take()
+    lease.Lease(f"{url}/run.lock", f"--workdir={url}", print).take()
   assert "\n" not in str(told.value)
 
 
@@ -378,8 +359,9 @@ def test_a_copied_run_is_adopted_and_what_may_be_one_is_kept(bucket, copied):
   assert {*others} < {*names} and not any(n.startswith("3/") for n in names)
 
 
-@pytest.mark.parametrize("summed", [True, False])
-@pytest.mark.parametrize("lost", ["largest", "state/_METADATA"])
+@pytest.mark.parametrize(
+  ("lost", "summed"), [("largest", True), ("state/_METADATA", False)]
+)
 def test_a_run_copied_in_part_is_refused_and_untouched(
   bucket, copied, lost, summed
 ):

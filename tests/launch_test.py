@@ -10,10 +10,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import yaml
+
+from tests.process import wait_for
 
 pytestmark = pytest.mark.system
 
@@ -120,20 +121,6 @@ def test_shellcheck():
   assert done.returncode == 0, done.stdout + done.stderr
 
 
-SCRIPTS = (
-  "tpu_pod.sh gke.sh docker.sh slurm.sbatch restart.sh daemon.sh".split()
-)
-
-
-@pytest.mark.parametrize("script", [*SCRIPTS, "install.sh"])
-def test_help(script):
-  done = call(script, "--help")
-  assert done.returncode == 0 and done.stderr == ""
-  assert f"bash launch/{script}" in done.stdout
-  assert "#" not in done.stdout and "set -" not in done.stdout
-  assert max(map(len, done.stdout.splitlines())) <= 80
-
-
 # The same commands, dry or not.
 
 
@@ -141,16 +128,11 @@ def test_help(script):
   ("script", "tool", "arguments"),
   [
     ("tpu_pod.sh", "gcloud", ("create", *POD, "--type=v6e-128", "--spot")),
-    ("tpu_pod.sh", "gcloud", ("create", *POD, "--type=v4-32", "--queued")),
     ("tpu_pod.sh", "gcloud", ("setup", *POD, "--project=mine")),
     ("tpu_pod.sh", "gcloud", ("setup", *POD, "--repository=https://a/b c")),
     ("tpu_pod.sh", "gcloud", ("run", *POD, *TRAIN)),
-    ("tpu_pod.sh", "gcloud", ("status", *POD)),
     ("tpu_pod.sh", "gcloud", ("logs", *POD, "--worker=3")),
-    ("tpu_pod.sh", "gcloud", ("stop", *POD)),
-    ("tpu_pod.sh", "gcloud", ("teardown", *POD)),
     ("tpu_pod.sh", "gcloud", ("teardown", *POD, "--queued")),
-    ("gke.sh", "kubectl", ("status", "--name=b2", "--namespace=team")),
     ("gke.sh", "kubectl", ("logs", "--name=b2", "--worker=3")),
     ("gke.sh", "kubectl", ("stop", "--name=b2", "--context=other")),
     ("docker.sh", "docker", ("build", "--accelerator=tpu", "--push")),
@@ -189,18 +171,11 @@ def test_a_tool_fails(stand_in, monkeypatch):
   assert [words[1] for words in read()[1:]] == ["build"]
 
 
-@pytest.mark.parametrize(
-  ("script", "tool", "arguments"),
-  [
-    ("gke.sh", "kubectl", JOBSET),
-    ("slurm.sbatch", "sbatch", TRAIN),
-  ],
-)
-def test_a_tool_that_is_missing(script, tool, arguments):
-  assert call(script, *arguments, "--dry-run").returncode == 0
-  done = call(script, *arguments)
+def test_a_tool_that_is_missing():
+  assert call("gke.sh", *JOBSET, "--dry-run").returncode == 0
+  done = call("gke.sh", *JOBSET)
   assert done.returncode == 1 and done.stdout == ""
-  assert done.stderr.startswith(f"Error: {tool} is not on PATH: install it")
+  assert done.stderr.startswith("Error: kubectl is not on PATH: install it")
   assert done.stderr.count("\n") == 1
 
 
@@ -213,39 +188,24 @@ def test_a_tool_that_is_missing(script, tool, arguments):
     ("tpu_pod.sh", "command '': valid options are create setup run"),
     ("tpu_pod.sh stop --zone=us-east5-b", "--name is missing; see"),
     ("tpu_pod.sh stop --name=Pod --zone=a", "--name='Pod': want lower-case"),
-    ("tpu_pod.sh stop --name=a --zone=east", "--zone='east': want a zone, e.g"),
     ("tpu_pod.sh create POD --type=v6e-127", "sizes of v6e are 1 4 8 16"),
     ("tpu_pod.sh create POD --type=v5p-12", "of v5p are multiples of 8"),
-    ("tpu_pod.sh create POD --type=h100-8", "options are v6e-N v5litepod-N"),
     ("tpu_pod.sh create POD --spot=1", "--spot=1: --spot takes no value"),
-    ("tpu_pod.sh create POD --typ=a", "unknown flag --typ: valid options are"),
-    ("tpu_pod.sh create POD v6e-4", "unexpected argument 'v6e-4'"),
     ("tpu_pod.sh create POD --type", "--type has no value: write --type=VALUE"),
     ("tpu_pod.sh stop POD --config.seed=1", "'--config.seed=1': only run"),
     ("tpu_pod.sh setup POD --ref=main", "--ref='main' needs --repository=URL"),
-    ("tpu_pod.sh logs POD --worker=last", "--worker='last': want a worker's"),
-    ("tpu_pod.sh run POD --workdir=gs://b/c", "--config is missing"),
     ("tpu_pod.sh run POD CONFIG --workdir=runs/a", "'runs/a': valid options"),
-    ("tpu_pod.sh run POD CONFIG --workdir=gs://b", "want gs://BUCKET/PATH"),
     ("tpu_pod.sh run POD CONFIG --config.seed", "write --config.seed=VALUE"),
     ("tpu_pod.sh run RUN --config=configs/digit.py", "configs/ablations.py c"),
-    ("tpu_pod.sh run RUN --max-restarts=many", "'many': want a number from 0"),
-    ("gke.sh apply", "command 'apply': valid options are run status logs stop"),
     ("gke.sh JOBSET --accelerator=v9", "options are v4 v5e v5p v6e tpu7x"),
     ("gke.sh JOBSET --topology=4x16", "'4x16': valid options are 1x1 2x2 2x4"),
-    ("gke.sh JOBSET --chips-per-host=8", "--chips-per-host='8': valid options"),
     ("gke.sh V5P --topology=4x4x6", "want one of 2x2x1 2x2x2 2x2x4 2x4x4, or"),
-    ("gke.sh V5P --topology=8x4x8", "--topology='8x4x8': want A <= B <= C"),
     ("gke.sh JOBSET --image=a;b", "--image='a;b': want an image"),
     ("gke.sh JOBSET --workdir=runs/a", "absolute path on a volume"),
-    ("gke.sh JOBSET --claim=My_Disk", "--claim='My_Disk': want a Kubernetes"),
     ("docker.sh build --accelerator=rocm", "options are cpu cuda12 cuda13 tpu"),
     ("docker.sh run CONFIG --workdir=a --data=no/such", "no such folder"),
-    ("docker.sh run CONFIG --workdir=a,b", "docker can't mount"),
     ("docker.sh run CONFIG --workdir=~me/a", "--workdir='~me/a': give the who"),
-    ("slurm.sbatch CONFIG --workdir=hdfs://a/b", "gs://BUCKET/PATH and a p"),
     ("slurm.sbatch CONFIG --workdir=a --nodes=0", "--nodes='0': want a number"),
-    ("slurm.sbatch CONFIG --workdir=a --gpus-per-node=all", "want a number fr"),
     ("daemon.sh restart", "'restart': valid options are start status logs"),
     ("daemon.sh start", "start has no command; see"),
     ("restart.sh", "no command; see"),
@@ -276,14 +236,10 @@ def test_pod_create():
     *("--zone=us-east5-b", "--accelerator-type=v6e-128", "--spot"),
     "--version=v2-alpha-tpuv6e",
   }
-  for kind, runtime in (
-    ("v5litepod-16", "v2-alpha-tpuv5-lite"),
-    ("v5p-32", "v2-alpha-tpuv5"),
-    ("v4-8", "tpu-ubuntu2204-base"),
-  ):
-    words = create("--type", kind, "--queued")
-    assert words[3:6] == ["queued-resources", "create", "pod"]
-    assert f"--runtime-version={runtime}" in words and "--spot" not in words
+  words = create("--type", "v4-8", "--queued")
+  assert words[3:6] == ["queued-resources", "create", "pod"]
+  assert "--runtime-version=tpu-ubuntu2204-base" in words
+  assert "--spot" not in words
   words = create("--type=v9-3", "--runtime=mine")
   assert {"--version=mine", "--accelerator-type=v9-3"} <= set(words)
 
@@ -310,13 +266,11 @@ def test_pod_run():
   training += [".venv/bin/python", "-m", "drift_jax.main"]
   training += [*TRAIN[:2], "--coordinator=auto", ODD, "-v=1", "a b"]
   assert remote(words) == training
-  for workdir in ("gs://bucket/a b", "/mnt/shared/it's"):
-    (words,) = dry_run(
-      *("tpu_pod.sh", "run", *POD, *TRAIN[:1], "--max-restarts=3"),
-      f"--workdir={workdir}",
-    )
-    assert remote(words)[3] == "MAX_RESTARTS=3"
-    assert f"--workdir={workdir}" in remote(words)
+  workdir = "--workdir=/mnt/shared/it's a"
+  (words,) = dry_run(
+    *("tpu_pod.sh", "run", *POD, TRAIN[0], "--max-restarts=3", workdir)
+  )
+  assert remote(words)[3] == "MAX_RESTARTS=3" and workdir in remote(words)
 
 
 def jobset(*arguments):
@@ -339,12 +293,8 @@ def jobset(*arguments):
   [
     ("v6e", "8x16", (), "tpu-v6e-slice", 32, 4),
     ("v6e", "1x1", (), "tpu-v6e-slice", 1, 1),
-    ("v6e", "2x4", (), "tpu-v6e-slice", 1, 8),
     ("v6e", "2x4", ("--chips-per-host=4",), "tpu-v6e-slice", 2, 4),
-    ("v5e", "4x8", (), "tpu-v5-lite-podslice", 8, 4),
     ("v5p", "2x2x4", (), "tpu-v5p-slice", 4, 4),
-    ("v4", "4x4x8", (), "tpu-v4-podslice", 32, 4),
-    ("tpu7x", "8x8x12", (), "tpu7x", 192, 4),
   ],
 )
 def test_jobset(accelerator, topology, more, label, hosts, chips):
@@ -415,7 +365,6 @@ RESTART = ("bash", str(LAUNCH / "restart.sh"), "bash", "-c")
     ("exit 1", 1, 1),
     ("exit 75", 75, 3),
     ("exit 130", 130, 1),
-    ("kill -ABRT $$", 134, 3),
     ("kill -KILL $$", 137, 3),
     ("[ -e again ] || { echo >again; exit 75; }", 0, 2),
   ],
@@ -433,15 +382,6 @@ def test_restart(tmp_path, ends, code, starts):
   assert (tmp_path / "starts").read_text() == "\n" * starts
   assert f"exit code {code}" in done.stderr.splitlines()[-1]
   assert ("which is MAX_RESTARTS" in done.stderr) == (starts == 3)
-
-
-def wait_for(predicate):
-  deadline = time.monotonic() + 60
-  while time.monotonic() < deadline:
-    if predicate():
-      return
-    time.sleep(0.02)
-  raise AssertionError("nothing happened within 60 s")
 
 
 @pytest.mark.parametrize(
@@ -613,12 +553,8 @@ def test_slurm_submits_one_process_a_gpu(tmp_path):
     cwd=tmp_path,
   )
   assert submit[0] == "sbatch" and step[0] == "srun"
-  assert {
-    f"--chdir={ROOT}",
-    "--nodes=4",
-    "--ntasks-per-node=4",
-    "--gpus-per-node=h100:4",
-  } <= set(submit)
+  assert {f"--chdir={ROOT}", "--nodes=4", "--ntasks-per-node=4"} <= set(submit)
+  assert "--gpus-per-node=h100:4" in submit
   assert submit[-4:] == [str(LAUNCH / "slurm.sbatch"), *TRAIN]
   assert step[-4:] == [*TRAIN, "--coordinator=auto"]
   text = (LAUNCH / "slurm.sbatch").read_text()
@@ -660,16 +596,10 @@ def test_install(programs, tmp_path, python3, made):
   newest = "--upgrade --upgrade-strategy=eager"
   for arguments, versions, packages in (
     (["tpu"], locked, "jax[tpu] gcsfs"),
-    (["cpu"], locked, "gcsfs"),
     (["--newest", "cuda13"], newest, "jax[cuda13] gcsfs"),
   ):
-    done = subprocess.run(
-      ["bash", "launch/install.sh", *arguments],
-      cwd=tmp_path,
-      env=env,
-      capture_output=True,
-      text=True,
-    )
+    script = tmp_path / "launch" / "install.sh"
+    done = call(script, *arguments, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     # The second time, what was made is there.
     pip = "-m pip install --quiet --disable-pip-version-check"
@@ -697,13 +627,9 @@ def test_image_copies_what_is_there():
   assert users and users[-1] not in ("0", "root")
 
 
-@pytest.mark.parametrize(
-  ("accelerator", "package"),
-  [("cpu", []), ("tpu", ["jax[tpu]"])],
-)
-def test_image_installs(stand_in, monkeypatch, accelerator, package):
+def test_image_installs(stand_in, monkeypatch):
   read = stand_in("pip")
-  monkeypatch.setenv("ACCELERATOR", accelerator)
+  monkeypatch.setenv("ACCELERATOR", "tpu")
   monkeypatch.setenv("PYTHON_VERSION", "3.12.4")  # of Python's own image
   line = next(rest for name, rest in instructions() if name == "RUN")
   subprocess.run(["/bin/sh", "-c", line], check=True)
@@ -711,7 +637,7 @@ def test_image_installs(stand_in, monkeypatch, accelerator, package):
     [
       *("pip", "install", "--no-cache-dir"),
       *("--requirement", "requirements.txt", "gcsfs"),
-      *("--constraint", "launch/locks/python3.12.txt", *package),
+      *("--constraint", "launch/locks/python3.12.txt", "jax[tpu]"),
     ]
   ]
   monkeypatch.setenv("ACCELERATOR", "rocm")

@@ -7,11 +7,9 @@ compiles for all.
 
 import ast
 import concurrent.futures
-import contextlib
 import json
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,12 +20,10 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from drift_jax import config as config_lib
 from drift_jax.tasks.mae import train as train_mae
 from drift_jax.training import artifacts, checksums
-from drift_jax.training.workdir import check_workdir
 from tests.conftest import assert_close
-from tests.process import call, process_environment
+from tests.process import call, free_port, process_environment
 from tests.tasks.generator.train_test import (
   checkpoint_arrays,
   last_step,
@@ -173,12 +169,6 @@ SLOW = """if True:
 """
 
 
-def free_port():
-  with contextlib.closing(socket.socket()) as sock:
-    sock.bind(("127.0.0.1", 0))
-    return sock.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   return tmp_path_factory.mktemp("multi")
@@ -298,19 +288,16 @@ def start_run(folder, count, devices, workdir, config=QUEUE, **environment):
 def two(folder):
   """Runs of 1 x 4 and of 2 x 2, at once; returns the two processes.
 
-  The one: runs of either task, 3 steps of the queue, and what the two began.
-  The two: mistakes, the same runs, a queue, and what the one began.
+  The one: runs of either task. The two: mistakes, the same runs, a queue, and
+  what the one began.
   """
   few = {"eval.every": 0}
-  queue = {n: QUEUE | few | {"train.num_steps": n} for n in (3, 6, 12)}
   one = start_jobs(
     folder,
     *(1, 4),
     [
       (GENERATOR, GROUPED, "grouped1"),
       (ENCODER, MAE, "mae1"),
-      (GENERATOR, queue[3], "queue1"),
-      (GENERATOR, queue[12], "queue2to1", ("whole", 8)),
     ],
   )
   two = start_jobs(
@@ -324,7 +311,6 @@ def two(folder):
       (ENCODER, MAE, "mae2"),
       (GENERATOR, GROUPED, "grouped1to2", ("grouped1", 3)),
       (ENCODER, MAE | few, "mae1to2", ("mae1", 3)),
-      (GENERATOR, queue[6], "queue1to2", ("queue1", 3)),
     ],
   )
   try:
@@ -390,31 +376,6 @@ def test_a_queue_for_each_of_two_processes(folder, two):
   assert len(list(whole.glob("events.out.tfevents.*"))) == 1
   assert "step 16/16 " in two.output(0) and "Resuming" in two.output(0)
   assert "step " not in two.output(1) and "Resuming" not in two.output(1)
-
-
-def test_two_processes_continue_the_queue_of_one(folder, two):
-  """Two queues from one; 3 steps of two processes behind 3 steps of one."""
-  old, new = (
-    checkpoint_arrays(folder / name, step)
-    for name, step in (("queue1", 3), ("queue1to2", 6))
-  )
-  assert len(new["feed/['bank']['samples']"]) == 2
-  had = old["feed/['records']"]
-  push = 32
-  assert had == 1280 + 3 * push
-  assert new["feed/['records']"] == had + 3 * 2 * push
-  assert old["feed/['steps']"] == 3 and new["feed/['steps']"] == 6
-  losses = [records(folder / "queue1to2")[step]["loss"] for step in range(4, 7)]
-  assert np.isfinite(losses).all()
-
-
-def test_one_process_continues_the_queues_of_two(folder, two):
-  workdir = folder / "queue2to1"
-  arrays = checkpoint_arrays(workdir, 12)
-  assert arrays["feed/['bank']['samples']"].shape[0] == 1
-  # 2 x 1280 at the start, then 8 steps of two processes and 4 of one.
-  assert arrays["feed/['records']"] == 2 * 1280 + (8 * 2 + 4) * 32
-  assert set(records(workdir)) == set(range(1, 13))
 
 
 def test_mistakes_in_the_config_are_told_by_all(folder, two):
@@ -549,15 +510,6 @@ def test_a_workdir_that_can_not_be_written(waiting, folder):
   for process in range(2):
     assert "can't be written" in group.output(process)
     assert "Traceback" not in group.output(process)
-
-
-def test_a_workdir_is_tried_without_making_it(tmp_path):
-  check_workdir(str(tmp_path / "a" / "b"))
-  assert not list(tmp_path.iterdir())
-  (tmp_path / "file").write_text("")
-  for path in (tmp_path / "file", "/proc/drift_jax/run"):
-    with pytest.raises(config_lib.ConfigError, match="can't be written"):
-      check_workdir(str(path))
 
 
 # One dies; the other goes on to what needs both, or fails since it is alone.

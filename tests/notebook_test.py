@@ -38,16 +38,6 @@ def outputs(notebook, cell_id):
   return text, images
 
 
-def test_is_kept_without_outputs():
-  notebook = nbformat.read(PATH, as_version=4)
-  nbformat.validate(notebook)
-  assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
-  for cell in notebook.cells:
-    if cell.cell_type == "code":
-      assert cell.outputs == [] and cell.execution_count is None, cell.id
-  assert PATH.read_text() == nbformat.writes(notebook) + "\n"  # indent 1
-
-
 @pytest.mark.system
 def test_runs(tmp_path, monkeypatch):
   workdir = tmp_path / "run"
@@ -87,13 +77,3 @@ def test_runs(tmp_path, monkeypatch):
   assert text.split() == "alpha 1: alpha 2: alpha 3: alpha 4:".split()
   assert len(images) == len(set(images)) == 4
   assert len(outputs(notebook, "walk")[1]) == 6
-
-
-def test_says_where_the_code_should_come_from(tmp_path, monkeypatch):
-  """Outside of a clone, without an address to clone from."""
-  notebook = nbformat.read(PATH, as_version=4)
-  code = {cell.id: cell.source for cell in notebook.cells}
-  monkeypatch.chdir(tmp_path)
-  monkeypatch.setenv("DRIFT_JAX_REPOSITORY", "")
-  with pytest.raises(ValueError, match="REPOSITORY is empty"):
-    exec(code["parameters"] + "\n" + code["install"], {})

@@ -2,8 +2,11 @@
 
 import os
 import pathlib
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Sequence
 
 ROOT = pathlib.Path(__file__).parent.parent
 # The folder of what the processes of one test session have compiled.
@@ -28,6 +31,45 @@ def process_environment(devices: int = 1) -> dict[str, str]:
     # processes start.
     "PYTHONDONTWRITEBYTECODE": "",
   }
+
+
+def free_port() -> int:
+  with socket.socket() as server:
+    server.bind(("127.0.0.1", 0))
+    return server.getsockname()[1]
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+  """Waits until it is true; fails when that takes longer."""
+  deadline = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < deadline, f"nothing happened within {seconds} s"
+    time.sleep(0.01)
+
+
+def call_together(
+  *commands: Sequence[object], devices: int = 1, **variables: str
+) -> None:
+  """Runs python with each of these arguments, at once; all must succeed."""
+  environment = process_environment(devices) | variables
+  running = [
+    subprocess.Popen(
+      [sys.executable, *map(str, command)],
+      cwd=ROOT,
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for command in commands
+  ]
+  try:
+    said = [process.communicate(timeout=240)[0] for process in running]
+  finally:
+    for process in running:
+      process.kill()
+  for process, text in zip(running, said, strict=True):
+    assert process.returncode == 0, text[-4000:]
 
 
 def call(

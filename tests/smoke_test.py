@@ -3,22 +3,21 @@
 import importlib
 import json
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 import drift_jax
 from drift_jax.metrics.writers import read_jsonl
-from drift_jax.models import release
-from drift_jax.models.convnext import build_convnext
 from drift_jax.tasks.generator import train as train_generator
 from drift_jax.tasks.mae import train as train_mae
 from drift_jax.tools.cache_latents import parse
 from drift_jax.tools.work import cache_latents
 from drift_jax.training import artifacts
 from tests.autoencoders import save_vae
+from tests.builders import save_model
 from tests.fake_hub import hub
+from tests.models.small import CONVNEXT
 from tests.process import call
 
 pytestmark = pytest.mark.slow
@@ -65,29 +64,6 @@ def vae(tmp_path_factory):
   )
 
 
-def save_convnext(folder):
-  """Writes a tiny ConvNeXt with random weights; returns its folder."""
-  arguments = {"depths": (1, 1, 1, 1), "widths": (4, 4, 8, 8)}
-  arguments["dtype"] = "float32"
-  shapes = jax.eval_shape(
-    build_convnext(**arguments).init,
-    jax.random.key(0),
-    np.zeros((1, 8, 8, 3), np.float32),
-  )["params"]
-  rng = np.random.default_rng(0)
-  artifacts.save(
-    folder,
-    kind="convnext",
-    model_config=release.published_config("convnext", arguments),
-    params=jax.tree.map(
-      lambda x: rng.normal(0.0, 0.3, x.shape).astype(np.float32), shapes
-    ),
-    step=None,
-    ema_decay=None,
-  )
-  return folder
-
-
 def test_latents(tmp_path, images, vae):
   """Images -> latent cache; encoder on images; generator on the cache."""
   cache = tmp_path / "latents"
@@ -116,11 +92,7 @@ def test_latents(tmp_path, images, vae):
     queue={"push_per_step": LABELS},
     encoders={"mae": {"path": str(encoder / train_mae.EXPORT)}},
     # The generator of pixels has them: they take long to compile.
-    features={
-      "patch_mean_size": (),
-      "patch_std_size": (),
-      "use_std": False,
-    },
+    features={"patch_mean_size": (), "patch_std_size": (), "use_std": False},
   )
   assert np.isfinite(last["loss"]) and "scale/layer1" in last
   # Two classes of two images: decoded, not latents.
@@ -129,13 +101,15 @@ def test_latents(tmp_path, images, vae):
   sums = json.loads((workdir / "frozen_weights.json").read_text())
   # Another one, in the features of what the autoencoder makes of latents.
   through = tmp_path / "through"
+  small = CONVNEXT | {"depths": (1, 1, 1, 1), "widths": (4, 4, 8, 8)}
+  convnext = save_model(tmp_path / "convnext", "convnext", small)
   last = train(
     "imagenet_latent",
     "convnext,smoke",
     through,
     **frozen,
     model={"input_size": SIDE // 8},
-    encoders={"convnext": {"path": str(save_convnext(tmp_path / "convnext"))}},
+    encoders={"convnext": {"path": str(convnext)}},
     # Its images are of SIDE px and of 224: a few are enough.
     batch={
       "labels": LABELS,

@@ -75,28 +75,6 @@ def test_golden_draw(extras):
     assert_array_equal(taken[0], expected[row])
 
 
-def test_repeats_where_the_release_repeats(extras):
-  """Of 3 samples 4 are drawn; the empty class, zeros there, is an error."""
-  bank = make_bank(int(extras["num_classes"]), int(extras["max_size"]))
-  bank_lib.push(bank, extras["samples"], extras["labels"])
-  labels = extras["sample/labels"]
-  there = bank.count[labels] > 0
-  theirs = extras["sample/out_np_seed_12345"][there]
-  arguments = {"num_positives": theirs.shape[1], "num_unconditional": 1}
-  with pytest.raises(ValueError, match="has no sample"):
-    bank_lib.sample(bank, jax.random.key(0), labels, **arguments)
-  ours, _ = bank_lib.sample(bank, jax.random.key(0), labels[there], **arguments)
-  assert ours.shape == theirs.shape
-  repeats = []
-  for label, *rows in zip(labels[there], ours, theirs, strict=True):
-    held = {x.tobytes() for x in bank.samples[label, : bank.count[label]]}
-    drawn = [{x.tobytes() for x in row} for row in rows]
-    assert all(row <= held for row in drawn)
-    assert len(drawn[0]) == min(len(held), theirs.shape[1]) >= len(drawn[1])
-    repeats.append([len(row) < theirs.shape[1] for row in drawn])
-  assert [True, True] in repeats and [True, False] not in repeats
-
-
 def reference_push(rings, samples, labels, size):
   for sample, label in zip(samples, labels, strict=True):
     rings.setdefault(int(label), []).append(sample)

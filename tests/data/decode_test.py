@@ -153,11 +153,3 @@ def test_simplejpeg_gives_the_same_pixels(subsampling):
   assert_array_equal(
     decode.decode(png, "simplejpeg"), decode.decode(png, "pillow")
   )
-
-
-def test_unknown_and_missing_decoders(monkeypatch):
-  with pytest.raises(ValueError, match=r"'fast'.*\['pillow', 'simplejpeg'\]"):
-    decode.check_decoder("fast")
-  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(ValueError, match="pip install simplejpeg"):
-    decode.check_decoder("simplejpeg")

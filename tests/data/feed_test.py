@@ -2,11 +2,6 @@
 
 import collections
 import contextlib
-import logging
-import re
-import socket
-import subprocess
-import sys
 import tarfile
 
 import jax
@@ -23,7 +18,7 @@ from drift_jax.training import checkpoint
 from tests.data import latents_test, processes, tfds_test
 from tests.data.fakes import Numbers, values
 from tests.data.pictures import write
-from tests.process import ROOT, process_environment
+from tests.process import call_together, free_port
 
 
 def make_loader(reader=None, process_count=1, **changes):
@@ -140,17 +135,6 @@ def test_queue_draws_what_its_definition_draws():
       )
 
 
-def test_queue_says_where_it_is_short(caplog):
-  """Records come in random order, not by turns: then they repeat."""
-  reader = Numbers(60, labels=np.arange(60) % 5 // 2, classes=3)
-  feed = make_queue(reader, num_positives=5, prefill=12)
-  with caplog.at_level(logging.INFO, "drift_jax"):
-    feed.start()
-  counts = feed._bank.count
-  short = f"{(counts < 5).sum()} of 3 classes .*positives=5.*{counts.min()}"
-  assert counts.min() < 5 and re.search(short, caplog.text)
-
-
 def test_queue_names_a_class_that_would_repeat_for_ever():
   """Before the first step; a class without any image is never drawn."""
   few = Numbers(labels=[0] * 8 + [1, 1] + [2] * 5, classes=4)
@@ -182,15 +166,6 @@ def test_queue_names_a_class_that_would_repeat_for_ever():
 def test_sizes_must_fit(make, message):
   with pytest.raises(ValueError, match=message):
     make()
-
-
-def test_without_a_cpu_backend_says_what_to_set(monkeypatch):
-  def local_devices(backend=None):
-    raise RuntimeError(f"Unknown backend {backend}")
-
-  monkeypatch.setattr(jax, "local_devices", local_devices)
-  with pytest.raises(RuntimeError, match="JAX_PLATFORMS=cuda,cpu"):
-    make_queue()
 
 
 def test_queues_of_two_processes_draw_on_their_own():
@@ -233,12 +208,6 @@ def test_grouped_reads_what_its_order_says(count, num_unconditional):
     feed.close()
 
 
-def free_port():
-  with socket.socket() as server:
-    server.bind(("127.0.0.1", 0))
-    return server.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
   """The same pictures as a folder and as a tar; others in TFDS; latents."""
@@ -277,23 +246,11 @@ def two_processes(one_queue, stored):
   """What two real processes of two devices each held and saw."""
   directory, port = one_queue[0], free_port()
   (directory / "data").symlink_to(stored)
-  environment = process_environment(2) | {
-    "XDG_CACHE_HOME": str(directory / "cache"),
-  }
-  running = [
-    subprocess.Popen(
-      [sys.executable, processes.__file__, str(p), "2", str(port), directory],
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-      env=environment,
-      cwd=ROOT,
-    )
-    for p in range(2)
-  ]
-  output = [process.communicate(timeout=240)[0] for process in running]
-  for process, text in zip(running, output, strict=True):
-    assert process.returncode == 0, text[-4000:]
+  call_together(
+    *([processes.__file__, p, 2, port, directory] for p in range(2)),
+    devices=2,
+    XDG_CACHE_HOME=str(directory / "cache"),
+  )
   return [
     {
       kind: dict(np.load(directory / f"{kind}{p}.npz").items())

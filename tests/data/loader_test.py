@@ -105,19 +105,6 @@ def test_chunks_and_threads_change_nothing(chunk, threads):
   assert_same(first(other, 7), whole)
 
 
-@pytest.mark.parametrize(
-  ("reader", "changes", "message"),
-  [
-    (None, {"batch_size": 7, "process_count": 2}, "7 must be .* of the 2"),
-    (Numbers(labels=[0, 1, 5]), {}, r"record 2 .*label 5, outside \[0, 3\)"),
-    (Numbers(0), {}, "no record"),
-  ],
-)
-def test_mistakes(reader, changes, message):
-  with pytest.raises(ValueError, match=message):
-    make_loader(reader, **changes)
-
-
 @pytest.mark.parametrize("threads", [0, 2])
 def test_after_an_error_the_same_batch_is_read(threads):
   """It fails within the batch; nothing of it is taken for the next."""

@@ -39,7 +39,6 @@ def test_holds_images_of_any_size(tmp_path, sizes):
   [
     ("center", True, "uint8", 3),
     ("pad", False, "float32", 1),
-    ("center", True, "float32", 1),
   ],
 )
 def test_crops_in_memory_are_the_reader_s(tmp_path, crop, flip, wire, channels):

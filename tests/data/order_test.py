@@ -148,25 +148,6 @@ def test_grouped_steps_in_any_order(name):
   assert not np.array_equal(other.records(0, 0, other.size), steps[0])
 
 
-@pytest.mark.parametrize(
-  ("sizes", "num_unconditional", "message"),
-  [
-    (
-      [9, 5, 30],
-      2,
-      r"class 1 \(class1\) has 5 images.*labels=4.*positives=3.*draw 6 of it"
-      r".*1 of the 3 classes.*lower batch.positives",
-    ),
-    ([9, 9, 9, 0], 2, r"class 3 \(class3\) has 0 images"),
-    ([3] * 8, 7, "hold 24 images.*4 x .*=7 = 28"),
-  ],
-)
-def test_too_few_images(monkeypatch, sizes, num_unconditional, message):
-  monkeypatch.setitem(GROUPS, "few", (sizes, 4, 3, num_unconditional))
-  with pytest.raises(ValueError, match=message):
-    make_grouped("few")
-
-
 def test_labels_out_of_range():
   with pytest.raises(
     ValueError, match=r"record 2 .* label 4, outside \[0, 4\).*2 of 5 records"
@@ -187,16 +168,3 @@ def test_record_generators_depend_on_seed_and_number_alone():
   # A resumed run must go on with the same crops, whatever the versions.
   expected = [0.5585868796266302, 0.18749018462751144]
   assert_array_equal(draws(0, [0, 1])[:, 0], expected)
-
-
-def test_record_generators_are_uniform_and_independent():
-  """First draws of 20 000 successive records, within 5 sigma."""
-  drawn = draws(7, np.arange(20_000))
-  scale = 5 / np.sqrt(20_000)
-  assert np.abs(drawn.mean(0) - 0.5).max() < scale * np.sqrt(1 / 12)
-  assert np.abs(drawn.var(0) - 1 / 12).max() < scale * np.sqrt(1 / 180)
-  for lag in (1, 2, 64):
-    pair = np.corrcoef(drawn[:-lag, 0], drawn[lag:, 0])[0, 1]
-    assert abs(pair) < scale
-  counts = np.bincount((drawn[:, 0] * 50).astype(int), minlength=50)
-  assert np.abs(counts - 400).max() < 5 * np.sqrt(400)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from drift_jax.data.prefetch import Prefetcher
+from tests.process import wait_for
 
 
 class Counter:
@@ -43,13 +44,6 @@ def make(feed, depth, every=0, put=lambda batch: batch, first_step=1):
   )
 
 
-def wait_until(condition):
-  deadline = time.monotonic() + 10
-  while not condition() and time.monotonic() < deadline:
-    time.sleep(0.001)
-  assert condition()
-
-
 DEPTHS = pytest.mark.parametrize("depth", [0, 1, 3])
 
 
@@ -70,7 +64,7 @@ def test_depth_batches_are_made_in_advance_and_no_more(depth):
     assert feed.given == 0  # nothing before it is asked for
     for step in range(1, 4):
       next(batches)
-      wait_until(lambda: feed.given == step + depth)  # noqa: B023
+      wait_for(lambda: feed.given == step + depth)  # noqa: B023
       time.sleep(0.02)
       assert feed.given == step + depth
 
@@ -90,7 +84,7 @@ def test_states_describe_what_was_consumed(depth, first_step):
         if step != 15:
           assert batches.state() == {"position": consumed}
           # Reading goes on without waiting for the next batch to be asked for.
-          wait_until(lambda: feed.given == consumed + depth)  # noqa: B023
+          wait_for(lambda: feed.given == consumed + depth)  # noqa: B023
 
 
 def test_a_state_out_of_turn_is_an_error():

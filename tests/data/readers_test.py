@@ -119,21 +119,6 @@ def test_grey_images_keep_their_values(tmp_path):
     make(source, crop="pad", size=15).fixed(np.array([0]))
 
 
-@pytest.mark.parametrize(
-  ("change", "match"),
-  [
-    ({"size": 0}, "image_size=0"),
-    ({"channels": 4}, r"channels=4.*\[1, 3\]"),
-    ({"crop": "centre"}, "crop='centre'.*'center', 'random', 'pad', 'none'"),
-    ({"crop_scale": (0.5, 0.2)}, r"crop_scale=\(0.5, 0.2\)"),
-    ({"wire": "float16"}, "wire='float16'.*'uint8', 'float32'"),
-  ],
-)
-def test_errors(change, match):
-  with pytest.raises(ValueError, match=match):
-    make(**change)
-
-
 @pytest.mark.parametrize("wire", ["float32", "float16", "bfloat16"])
 def test_digits_are_exact_in_every_float(wire):
   source = sources.digits("test")
@@ -146,16 +131,3 @@ def test_digits_are_exact_in_every_float(wire):
   assert_array_equal(got.astype(np.float32), want)
   assert_array_equal(reader.fixed(np.array([5, 0])), want)
   assert_array_equal(reader.grid, source.grid)
-
-
-def test_values_that_a_wire_can_not_hold():
-  with pytest.raises(ValueError, match=r"'uint8' can't hold .* 17 values"):
-    readers.ArrayReader(sources.digits("test"), wire="uint8")
-  thirds = sources.ArraySource(
-    np.zeros((1, 1, 1, 1), np.float32),
-    np.zeros(1, np.int32),
-    ("a",),
-    np.array([0, 1 / 3], np.float32),
-  )
-  with pytest.raises(ValueError, match=r"'float16'.*\['float32'\]"):
-    readers.ArrayReader(thirds, wire="float16")

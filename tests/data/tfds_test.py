@@ -1,11 +1,9 @@
 """TFDS data sets prepared as ArrayRecord, without network or TensorFlow."""
 
 import io
-import json
 import logging
 import os
 import pickle
-import re
 import shutil
 import sys
 
@@ -65,15 +63,6 @@ class TinyPictures(tfds.core.GeneratorBasedBuilder):
           "mask": png(image[..., 0]),
         },
       )
-
-
-class TinyOthers(TinyPictures):
-  """The same with a number for a label."""
-
-  def _info(self):
-    label = {"label": tfds.features.Scalar(np.int64)}
-    features = tfds.features.FeaturesDict({**super()._info().features, **label})
-    return tfds.core.DatasetInfo(builder=self, features=features)
 
 
 @pytest.fixture(scope="module")
@@ -203,31 +192,19 @@ def test_a_cache_that_can_not_be_kept(prepared, monkeypatch, tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-  ("name", "parts"),
+  ("name", "part"),
   [
-    (
-      "mnist",
-      (
-        r"no prepared data in DIR/mnist/",
-        r"tfds.builder\('mnist', data_dir='DIR', file_format='array_record'\)",
-      ),
-    ),
-    (
-      "imagenet2012",
-      ("ILSVRC2012_img_train.tar.*DIR/downloads/manual", "pip install tensorf"),
-    ),
-    ("nonsuch", ("'tfds:nonsuch'.*not found.*prepared in",)),
-    ("ns:nonsuch", ("Namespace ns not found",)),
-    ("/nonsuch", ("no dataset_info.json in /nonsuch",)),
+    ("mnist", r"DIR/mnist/.*'mnist', data_dir='DIR', file_format='array_rec"),
+    ("imagenet2012", "ILSVRC2012_img_train.tar.*DIR/downloads/manual"),
+    ("nonsuch", "'tfds:nonsuch'.*not found.*prepared in"),
+    ("/nonsuch", "no dataset_info.json in /nonsuch"),
   ],
 )
-def test_data_that_are_not_there(name, parts, tmp_path):
-  with pytest.raises(ValueError) as caught:
+def test_data_that_are_not_there(name, part, tmp_path):
+  part = part.replace("DIR", str(tmp_path))
+  with pytest.raises(ValueError, match=f"(?s){part}") as caught:
     make(tmp_path, name)
-  text = str(caught.value)
-  for part in parts:
-    assert re.search(part.replace("DIR", str(tmp_path)), text), text
-  assert len(text) < 800  # not TFDS' list of all data sets
+  assert len(str(caught.value)) < 800  # not TFDS' list of all data sets
 
 
 def test_folders(prepared, tmp_path):
@@ -237,28 +214,6 @@ def test_folders(prepared, tmp_path):
   copy_of(prepared, tmp_path, "d[1-2]/1.1.0")
   with pytest.raises(ValueError, match="several data sets.*/1.0.0.*/1.1.0"):
     make("", f"{tmp_path}/d[1-2]")
-
-
-def test_tfrecord_says_how_to_convert(prepared, tmp_path):
-  copy, _ = copy_of(prepared, tmp_path)
-  info = json.loads((copy / "dataset_info.json").read_text())
-  info["fileFormat"] = "tfrecord"
-  (copy / "dataset_info.json").write_text(json.dumps(info))
-  with pytest.raises(
-    ValueError,
-    match=r"as \['tfrecord'\][^$]*convert_format --dataset_version_dir=.*copy",
-  ):
-    make("", str(copy))
-
-
-def test_other_features_are_named(tmp_path):
-  TinyOthers(
-    data_dir=tmp_path, file_format="array_record"
-  ).download_and_prepare()
-  with pytest.raises(
-    ValueError, match="'label' must be a ClassLabel.*label: Scalar"
-  ):
-    make(tmp_path, "tiny_others")
 
 
 def test_damaged_shards(prepared, tmp_path):

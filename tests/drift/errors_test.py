@@ -71,21 +71,16 @@ TABLE = [
     lambda: loss((4, 2)),
     r"gen has .*\(4, 2\), want \[B, N, C\]: .*gen\[None\]",
   ),
-  (lambda: loss(pos=(5, 2)), r"pos has shape \(5, 2\)"),
   (lambda: loss(pos=(1, 8, 6)), r"pos has shape \(1, 8, 6\)"),
-  (lambda: loss(neg=(2, 4, 2)), r"neg has shape \(2, 4, 2\)"),
   (
     lambda: loss(independent=ones(4, 2), **INDEPENDENT),
     r"independent has shape \(4, 2\), want \[B, I, C\]",
   ),
   (lambda: v((1, 4, 2)), r"x has shape \(1, 4, 2\), want \[N, D\]: .*vmap"),
-  (lambda: v(y_pos=(5, 3)), r"y_pos has shape \(5, 3\), .* D=2 as x has"),
-  (lambda: field((1, 4, 2)), r"x has shape .*, want \[N, D\]: .*vmap"),
   (
     lambda: losses((2, 4, 2)),
     r"generated\['a'\] .*\[L, N, T, C\]: .*x\[:, :, None",
   ),
-  (lambda: losses(labels=3), r"generated\['a'\] .* L=3 as weight_uncond.* has"),
   (
     lambda: losses(num_positives=6),
     r"num_positives=6: real\['a'\] has 5 samples",
@@ -100,21 +95,13 @@ TABLE = [
     lambda: drift.squared_distances(ones(4), ones(5)),
     r"x has shape \(4,\), want \[..., N, C\]",
   ),
-  (lambda: drift.affinities(ones(4), 0.2), r"squared_dist.* \[..., N, T\]"),
-  (
-    lambda: drift.product_coefficients(ones(4, 2), ones(5, 2)),
-    "affinity_neg .* N=4 as affinity_pos has",
-  ),
   (
     lambda: drift.mean_shift(ones(4, 2), ones(5, 2), ones(4, 4)),
     "w has shape .* T=5 as y has",
   ),
   (lambda: pool((8, 8, 2)), r"feature_map .*\[B, H, W, C\]: .*x\[None\]"),
-  (lambda: drift.root_mean_square(ones(8, 2)), r"want \[B, H, W, C\]"),
   # Weights, and samples that are given or not.
   (lambda: loss(weight_gen=ones(1, 5)), r"weight_gen .*\(1, 6\)"),
-  (lambda: loss(weight_pos=ones(1, 8, 1)), r"weight_pos .*\(1, 8\)"),
-  (lambda: loss(weight_neg=ones(2, 4)), r"weight_neg .*\(1, 4\)"),
   (lambda: loss(neg=None, weight_neg=ones(1, 4)), "neg is None"),
   (
     lambda: loss(independent=ones(1, 4, 2)),
@@ -122,7 +109,6 @@ TABLE = [
   ),
   (lambda: loss(**INDEPENDENT), "'independent', .* are not given"),
   (lambda: v(mask_self=True), "as many rows; got 4 and 3"),
-  (lambda: field(mask_self=True), "as many rows; got 4 and 3"),
   (
     lambda: loss(variant=Variant(neighbours=8.0)),
     "neighbours=8.0 .*positives, 8",
@@ -132,21 +118,16 @@ TABLE = [
     (lambda t=t: v(temperature=t), f"temperature={t}")
     for t in (0.0, -1.0, math.nan)
   ),
-  (lambda: loss(temperatures=(0.2, 0.0)), "temperature=0.0"),
   (lambda: loss(temperatures=()), "at least one"),
   (lambda: loss(temperatures=(0.2, 0.2)), "none twice"),
   (lambda: loss(affinity_floor=-1.0), "affinity_floor=-1.0"),
   (lambda: pool(patch_std_size=(0,)), "patch_std_size contains 0"),
   (lambda: alpha(minimum=0.5), "minimum=0.5, maximum=4.0"),
-  (lambda: alpha(minimum=5.0), "minimum=5.0, maximum=4.0"),
   (lambda: alpha(maximum=math.inf), "maximum=inf"),
-  (lambda: alpha(exponent=math.nan), "exponent=nan"),
   (lambda: alpha(no_cfg_frac=1.5), "no_cfg_frac=1.5"),
-  (lambda: alpha(no_cfg_frac=-0.1), "no_cfg_frac=-0.1"),
   (lambda: drift.unconditional_weight(ones(3), 64, 0), "n_unc=0"),
   # Names.
   (lambda: v(normalization="x"), "'x' is unknown.*xy, y, none"),
-  (lambda: loss(normalization="yx"), "'yx' is unknown.*xy, y, none"),
   (lambda: losses(kernel="cuda"), "kernel='cuda' is unknown; valid"),
   *(
     (functools.partial(Variant, **arguments), message)
@@ -154,9 +135,7 @@ TABLE = [
       ({"field": "sinkhor"}, "'sinkhor' is unknown.*softmax, mmd"),
       ({"field": "kl", "options": {"cost": "l2"}}, "options.cost .*kernel"),
       ({"field": "kl", "options": {"kernel": "box"}}, "'box'.*laplace, gauss"),
-      ({"field": "gaussian", "options": {"a": 1}}, "options.a .*no options"),
       ({"field": "sinkhorn", "options": {"iterations": 1.5}}, "iterations=1.5"),
-      ({"field": "sinkhorn", "options": {"iterations": -1}}, "iterations=-1"),
       ({"options": {"affinity_floor": 0.1}}, "own arguments"),
       ({"negatives": "others"}, "negatives='others'.*own, own_with_self"),
       ({"guidance": "both"}, "guidance='both'.*negatives, velocity"),

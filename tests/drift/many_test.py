@@ -33,6 +33,7 @@ MAP = {"map": (5, 96)}
 # Enough for what features share: one on chip, one not.
 BOTH = {"map": (5, 96), "narrow": (3, 7)}
 SIZES = {"n": 8, "positives": 6, "unconditional": 3}
+PLAIN = {"affinity_floor": 0.0}
 OPTIONS: dict[str, Any] = {"temperatures": (0.02, 0.05, 0.2)}
 
 
@@ -107,46 +108,37 @@ def assert_same(
     )
 
 
+# Name -> arguments of `make`, options, arguments of `assert_same`.
+CASES: dict[str, Any] = {
+  "xy": ({"keys": MAP}, {"attraction": 1.5, "repulsion": 0.5}, {}),
+  "wide": ({"keys": ON_CHIP}, PLAIN | {"attraction": 1.5}, {}),
+  "y": ({"keys": MAP}, PLAIN | {"normalization": "y"}, {}),
+  # exp(-d / tau) magnifies a rounding of d by d / tau, here up to 50.
+  "none": ({"keys": MAP}, PLAIN | {"normalization": "none"}, {"rtol": 3e-5}),
+  "far": ({"offset": 100.0}, {}, {}),
+  "no reals": (
+    {"unconditional": 0, "keys": MAP},
+    {"temperatures": (0.05,)},
+    {},
+  ),
+  # A rounding of the gradient apart where float32 rounds the other way.
+  "bfloat16": (
+    *({"dtype": jnp.bfloat16, "keys": ON_CHIP}, {}),
+    {"gradient_rtol": 3e-4},
+  ),
+}
+
+
 @pytest.mark.parametrize(
-  ("normalization", "floor", "keys"),
+  "name",
   [
-    ("xy", 1e-6, MAP),
-    pytest.param("xy", 0.0, ON_CHIP, marks=pytest.mark.slow),
-    pytest.param("y", 0.0, MAP, marks=pytest.mark.slow),
+    pytest.param(name, marks=[pytest.mark.slow] * (name != "xy"))
+    for name in CASES
   ],
 )
-def test_kernels_give_the_plain_numbers(normalization, floor, keys):
-  options = (
-    ("normalization", normalization),
-    ("affinity_floor", floor),
-    ("attraction", 1.5),
-    ("repulsion", 0.5),
-  )
-  assert_same(make(keys=keys), options)
-
-
-@pytest.mark.slow
-def test_kernels_without_normalisation():
-  # exp(-d / tau) magnifies a rounding of d by d / tau, here up to 50.
-  options = (("normalization", "none"), ("affinity_floor", 0.0))
-  assert_same(make(keys=MAP), options, rtol=3e-5)
-
-
-@pytest.mark.slow
-def test_features_far_from_the_origin():
-  assert_same(make(offset=100.0))
-
-
-@pytest.mark.slow
-def test_one_temperature_without_unconditional_reals():
-  inputs = make(unconditional=0, keys=MAP)
-  assert_same(inputs, (("temperatures", (0.05,)),))
-
-
-@pytest.mark.slow
-def test_bfloat16_features_with_a_bfloat16_gradient():
-  # A rounding of the gradient apart where float32 rounds the other way.
-  assert_same(make(dtype=jnp.bfloat16, keys=ON_CHIP), gradient_rtol=3e-4)
+def test_kernels_give_the_plain_numbers(name):
+  inputs, options, tolerances = CASES[name]
+  assert_same(make(**inputs), tuple(options.items()), **tolerances)
 
 
 @pytest.mark.slow

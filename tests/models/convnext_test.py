@@ -148,12 +148,6 @@ def test_gradient_reaches_the_pixels_beyond_the_colour_range(tiny):
   assert (np.abs(gradient) > 0).mean() > 0.99
 
 
-def test_latents_are_no_pixels(tiny):
-  _, model, variables = tiny
-  with pytest.raises(ValueError, match=r"shape \(1, 8, 8, 4\): needs RGB"):
-    model.apply(variables, np.zeros((1, 8, 8, 4), np.float32))
-
-
 def test_dead_channels_and_flat_maps_have_finite_gradients():
   norm = GlobalResponseNorm(jnp.dtype("float32"))
   x = jnp.ones((1, 2, 2, 3)).at[..., 1].set(0.0)

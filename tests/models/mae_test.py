@@ -10,10 +10,10 @@ from flax import traverse_util
 
 from drift_jax.models import release
 from drift_jax.models.mae import MAEOutput, ResidualBlock, build_mae, mae_loss
+from tests.builders import random_like
 from tests.conftest import assert_close, relative_error
 from tests.models.published import under
 from tests.models.small import MAE as ARGUMENTS
-from tests.models.small import random_like
 
 KEY_LISTS = {
   "default_every_k_2": {},

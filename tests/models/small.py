@@ -4,8 +4,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend.core import jaxprs_in_params
+
+from tests.builders import random_like
 
 LABELS = jnp.array([0, 1, 4, 4])
 GENERATOR = {
@@ -77,14 +78,6 @@ VIT = {
   "image_mean": (0.5, 0.4, 0.3),
   "image_std": (0.2, 0.3, 0.4),
 }
-
-
-def random_like(shapes: Any, scale: float = 0.3, seed: int = 0) -> Any:
-  """Every leaf normal: parameters as initialised hide much."""
-  random = np.random.RandomState(seed)
-  return jax.tree.map(
-    lambda x: (scale * random.randn(*x.shape)).astype(np.float32), shapes
-  )
 
 
 def random_variables(module: Any, scale: float = 0.3) -> Any:

@@ -232,16 +232,8 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 """  # noqa: E501
 
 
-# As as_text() writes it, and as the compiler dumps it.
-@pytest.mark.parametrize(
-  "cost",
-  [
-    '"flops":"918000000","transcendentals":"7","bytes_accessed":"3200000"',
-    '"bytes_accessed":"3200000","flops":"918000000",'
-    '"remote_bytes_transferred":"0","transcendentals":"7"',
-  ],
-)
-def test_a_kernel_counts_at_the_roofline_of_its_declared_cost(cost):
+def test_a_kernel_counts_at_the_roofline_of_its_declared_cost():
   # 1 us of products, 2 us of memory at 1.75 GHz, beside the other's cycles.
+  cost = '"bytes_accessed":"3200000","flops":"918000000","transcendentals":"7"'
   text = _CUSTOM.replace("COST", cost)
   assert hlo.analyse(text).cycles == 100 + 3500

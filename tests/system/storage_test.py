@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from etils import epath
 
 from drift_jax import config as config_lib
 from drift_jax.metrics.images import save_image
@@ -41,17 +40,6 @@ def test_the_working_directory_counts(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path / "[a]")
   with pytest.raises(storage.StorageError, match=r"holds '\['"):
     storage.check("run", write=True)
-
-
-def test_entries(tmp_path):
-  folder = tmp_path / "lr=[1e-3]"
-  assert storage.entries(folder) == []
-  folder.mkdir()
-  for name in ("b.png", "a.png", "c.txt"):
-    (folder / name).touch()
-  assert storage.entries(folder, ".png") == [
-    epath.Path(folder) / name for name in ("a.png", "b.png")
-  ]
 
 
 def test_a_folder_of_images_whose_name_is_a_pattern(tmp_path):

@@ -11,11 +11,10 @@ import pytest
 
 from drift_jax.data.feed import QueueFeed
 from drift_jax.data.loader import Loader
-from drift_jax.data.readers import ArrayReader
-from drift_jax.data.sources import ArraySource
 from drift_jax.system import sharding, streams
 from drift_jax.tasks.generator.samplers import sample_step
 from drift_jax.training import state
+from tests.data.fakes import Numbers
 
 
 def bits(key):
@@ -67,29 +66,16 @@ def test_every_user_takes_its_own_stream(monkeypatch):
   )
   assert set(taken) == {"params", "train"}
 
-  reader = ArrayReader(
-    ArraySource(
-      images=np.zeros((4, 1, 1, 1), np.float32),
-      labels=np.zeros(4, np.int32),
-      class_names=("only",),
-      grid=np.zeros(1, np.float32),
-    ),
-    wire="float32",
-  )
   taken.clear()
-  feed = QueueFeed(
-    Loader(reader, batch_size=1, seed=0),
-    seed=5,
-    class_size=2,
-    unconditional_size=2,
-    push_per_step=1,
-    prefill=0,
-    with_replacement=True,
-    num_labels=1,
-    num_positives=1,
-    num_unconditional=1,
+  sizes = ("class_size", "unconditional_size", "push_per_step", "num_labels")
+  sizes += ("num_positives", "num_unconditional")
+  next(
+    QueueFeed(
+      Loader(Numbers(4, classes=1), batch_size=1, seed=0),
+      **{"seed": 5, "prefill": 0, "with_replacement": True},
+      **dict.fromkeys(sizes, 1),
+    )
   )
-  next(feed)
   assert taken == ["queue"]
 
   class Noise:

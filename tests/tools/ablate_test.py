@@ -9,10 +9,8 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 import types
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -63,12 +61,6 @@ def read_csv(path):
   return list(csv.DictReader(path.read_text().splitlines()))
 
 
-def test_mean_and_sample_deviation():
-  deviation = math.sqrt((4 + 1 + 9) / 2)
-  assert rows.spread(np.array([1.0, 2.0, 6.0])) == f"3 ± {deviation:.2g}"
-  assert rows.spread(np.array([0.123456])) == "0.1235"
-
-
 def test_the_best_alpha_is_that_of_the_mean():
   """Seed 1's best is another one's, but its mean is worse."""
   scattered = [(5.0, 3.0), (4.0, 5.0)]
@@ -87,23 +79,6 @@ def test_the_best_alpha_is_that_of_the_mean():
     assert (whole.alpha_of(entry), whole.values(entry).mean()) == (best, mean)
 
 
-def test_figures_of_the_last_step():
-  records = [
-    {"step": 2, "eval/fd_pixel/alpha_1.0": 9.0},
-    {"step": 4, "loss": 1.0},
-    {"step": 4, "eval/fd_pixel/alpha_1.0": 3.0, "eval/fd_pixel/baseline": 1.0},
-  ]
-  records[2] |= {"eval/fid/alpha_1.0": 4.0, "eval/fd_pixel/alpha_2.0": 5.0}
-  figures, real = rows.last_figures(records, 4)
-  assert list(figures.items()) == [
-    ("fd_pixel/alpha_1", 3.0),
-    ("fd_pixel/alpha_2", 5.0),
-    ("fid/alpha_1", 4.0),
-  ]
-  assert real == {"fd_pixel": 1.0}
-  assert rows.last_figures(records, 3) == ({}, {})
-
-
 NAN = math.nan
 RANGE = (41.0, 177.0)
 
@@ -116,21 +91,12 @@ RANGE = (41.0, 177.0)
      (8.46, RANGE, RANGE, None), "fd_pixel", "2 of 2 pairs .*tau 1.00", ()),
     # ab holds, ac and bc do not: (1 - 2) / 3.
     (([2.0, 2.2], [3.0, 3.0], [1.9, 2.1]), (8.0, 9.0, 10.0), "fd_pixel",
-     "1 of 3 pairs .*tau -0.33",
-     ("row c (2 ± 0.14) is better here than row a (2.1 ± 0.14), closer than "
-      "the seeds scatter; in the paper 10.00 against 8.00.",
-      "row c (2 ± 0.14) is better here than row b (3 ± 0), farther apart "
-      "than the seeds scatter; in the paper 10.00 against 9.00.")),
+     "1 of 3 pairs .*tau -0.33", ("ca", "cb")),
     # Of coverage more is better.
     (([0.9], [0.8]), (8.0, 9.0), "coverage", "holds in the one pair", ()),
-    (([2.0], [1.0]), (8.0, 9.0), "fd_pixel", "is swapped in the one pair",
-     ("row b (1) is better here than row a (2); in the paper 9.00 against "
-      "8.00.",)),
     # What diverged is the worst.
     (([NAN], [1.0], [NAN]), (8.0, 9.0, 10.0), "fd_pixel",
-     "1 of 3 pairs .*tau 0.00.* 1 tied",
-     ("row b (1) is better here than row a (nan); in the paper 9.00 against "
-      "8.00.",)),
+     "1 of 3 pairs .*tau 0.00.* 1 tied", ("ba",)),
     (([1.0], [1.0], []), (8.0, None, 9.0), "fd_pixel", "can't be compared", ()),
   ],
 )  # fmt: skip
@@ -139,7 +105,8 @@ def test_the_papers_order(values, papers, figure, first, swapped):
   text = ablation_table.ordering(table(*entries, figure=figure))
   line, *lines = text.split("\n")
   assert re.search(first, line)
-  assert lines == [f"- Swapped: {pair}" for pair in swapped]
+  found = [re.findall(r"\brow (\w)", line) for line in lines]
+  assert found == [list(pair) for pair in swapped]
 
 
 def test_files(tmp_path):
@@ -246,10 +213,8 @@ def killed(tmp_path_factory):
     stderr=subprocess.PIPE,
     text=True,
   )
-  for _ in range(1200):
-    if [*workdir.glob("*repulsion=0.0-*/seed_0.log")]:
-      break
-    time.sleep(0.1)
+  logs = "*repulsion=0.0-*/seed_0.log"
+  process.wait_for(lambda: [*workdir.glob(logs)], 120)
   running.send_signal(signal.SIGTERM)
   try:
     _, words = running.communicate(timeout=60)
@@ -319,7 +284,6 @@ def test_a_shared_row_is_trained_once_and_a_failed_one_stops_none(killed):
 MISTAKES = (
   (("table4",), "table 'table4': valid options are ['table1', 'table2'"),
   (("table1", "--rows=x"), "there is no 'x' in table1 of digits:smoke, valid"),
-  (("table1", "--seeds=0,1,0"), "--seeds=0,1,0: it must hold at least one"),
   (("table1", "--seeds=0,-1"), "seed=-1 must lie in [0, 2**32)"),
   (
     ("table1", "--config.drift.attraction=2"),
@@ -327,10 +291,7 @@ MISTAKES = (
   ),
   (("table1", "--config.seed=3"), "--config.seed=3: give seeds by --seeds"),
   (("table1", "--figure=fid"), "--figure=fid: valid options are ['fd_pixel'"),
-  (("table1", "--alpha=1.5"), "--alpha=1.5: evaluated are (1.0, 2.0)"),
   (("fig5", "--alpha=1"), "the rows are alphas themselves, use --rows"),
-  (("table3",), "table3 on 'digits:smoke', which has no encoder"),
-  ((), "name one table, got []; valid options are ['table1'"),
 )
 
 

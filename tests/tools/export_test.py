@@ -23,7 +23,7 @@ from drift_jax import sampling
 from drift_jax.config import ConfigError
 from drift_jax.system import sharding
 from drift_jax.tasks.generator import samplers
-from drift_jax.tasks.generator.restore import open_generator
+from drift_jax.tasks.generator.restore import identity, open_generator
 from drift_jax.tools import export as command
 from drift_jax.tools.work import export
 from drift_jax.training import artifacts
@@ -129,27 +129,20 @@ def test_example_checks_what_it_is_asked(run, exported, monkeypatch):
   """And draws no black pictures, nor from damaged files."""
   module, call = run
   assert "drift_jax" not in (exported / "run.py").read_text()
-  for arguments, message in (
-    (["--labels", "0", "99"], "--labels 99: class indices are 0 to 3"),
-    (["--labels", "-1"], "--labels -1: want 3, index:3"),
-    (["--alpha", "nan"], "--alpha nan: want 1.0 to 3.0"),
-    (["--seed", "-1"], "--seed -1: want 0 to 4294967295"),
-    (["--count", "0"], "--count 0: want at least 1"),
-    (["--out", "grid.jpg"], "--out grid.jpg: want .png or .npy"),
+  for flag, value, message in (
+    ("--labels", "99", "class indices are 0 to 3"),
+    ("--alpha", "nan", "want 1.0 to 3.0"),
+    ("--seed", "-1", "want 0 to 4294967295"),
+    ("--count", "0", "want at least 1"),
+    ("--out", "grid.jpg", "want .png or .npy"),
   ):
-    assert call(*arguments).startswith(f"Error: {message}")
+    assert call(flag, value).startswith(f"Error: {flag} {value}: {message}")
   names = [str(number) for number in range(1, 13)]
   for text, index in (("index:10", 10), ("name:10", 9), ("0", 0)):
     assert module.class_index(text, names, 12) == index
-  for text, parts in (
-    ("10", ("index 10", "index 9", "index:10", "name:10")),
-    ("99", ("99",)),
-    ("name:99", ("name:99",)),
-    ("index:a", ("index:a",)),
-  ):
-    with pytest.raises(ValueError) as refused:
+  for text in ("10", "99", "name:99", "index:a"):
+    with pytest.raises(ValueError, match=text):
       module.class_index(text, names, 12)
-    assert all(part in str(refused.value) for part in parts)
   read = module.read_safetensors
 
   def spoilt(data):
@@ -163,16 +156,6 @@ def test_example_checks_what_it_is_asked(run, exported, monkeypatch):
   read_bytes = path_type.read_bytes
   monkeypatch.setattr(path_type, "read_bytes", lambda p: read_bytes(p)[:-9])
   assert "model.safetensors is damaged" in call("--count=1")
-
-
-@pytest.mark.slow
-def test_noise_may_have_other_channels_than_samples(tmp_path):
-  source = save_generator(tmp_path / "source", in_channels=2)
-  manifest = export.export(source, str(tmp_path / "out"), platforms=("cpu",))
-  assert manifest["noise_shape"] == ["b", 8, 8, 2]
-  generate = manifest["functions"]["generate"]
-  assert generate["arguments"]["noise"] == "float32[b, 8, 8, 2]"
-  assert generate["result"] == "float32[b, 8, 8, 1]"
 
 
 @pytest.mark.slow
@@ -194,8 +177,7 @@ def test_what_it_says_and_holds(exported, source):
     if path.is_file() and path.name != "manifest.json"
   }
   model, original = drift_jax.load(str(exported)), drift_jax.load(source)
-  trees = (model.generator.params, original.generator.params)
-  jax.tree.map(np.testing.assert_array_equal, *trees)
+  assert identity(model.generator) == identity(original.generator)
   assert model.class_names == NAMES and model.alpha_range == (1.0, 3.0)
   # The release's format holds the same tree.
   files = [
@@ -348,9 +330,5 @@ def test_command(source, tmp_path, monkeypatch):
   assert sampling.load(str(tmp_path / "out")).num_classes == 4
   with pytest.raises(SystemExit, match="Error: --out=.* is there already"):
     command.main([f"--init_from={source}", f"--out={tmp_path / 'out'}"])
-  for arguments, message in (
-    (["--out=x"], "one of the arguments"),
-    (["--workdir=x", "--out=y", "--platforms=gpu"], "'gpu': valid options are"),
-  ):
-    with pytest.raises(SystemExit, match=message):
-      command.main(arguments)
+  with pytest.raises(SystemExit, match="'gpu': valid options are"):
+    command.main(["--workdir=x", "--out=y", "--platforms=gpu"])

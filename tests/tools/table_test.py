@@ -77,7 +77,6 @@ def test_policies_side_by_side(tmp_path):
   [
     ({}, "drifting, learned temperature, seed 0 is there twice"),
     ({"data__seed": 5}, r"can't be compared: data\.seed is 0 and 5"),
-    ({"model__widths": [16]}, r"model\.widths is \[8\] and \[16\]"),
     ({"batch__generated": 4}, r"batch\.generated is 8 and 4"),
   ],
 )

@@ -5,10 +5,9 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from drift_jax import config as config_lib
-from drift_jax.tools.work import rows, toy_table
+from drift_jax.tools.work import toy_table
 from tests import process
 
 
@@ -61,60 +60,10 @@ def test_a_table_is_made_and_goes_on(tmp_path):
   assert json.loads((first / "figures.json").read_text()) == figures
 
 
-def test_a_table_of_toys_and_fields(tmp_path):
-  """Cells say mean, deviation, the worst mode's error, and what failed."""
-  table = {
-    (toy, field): rows.Runs(
-      figures={
-        seed: {"energy_distance_ratio": ratio + 2 * seed, "step": 2}
-        for seed in range(seeds)
-      },
-      workdirs=dict.fromkeys(range(seeds), "runs/moons"),
-      failed=dict.fromkeys(range(seeds, 2), "no"),
-    )
-    for toy, field, ratio, seeds in (
-      ("moons", "softmax", 1.0, 2),
-      ("moons", "kl", 2.0, 2),
-      ("spiral", "softmax", 3.0, 1),
-      ("spiral", "kl", 4.0, 0),
-    )
-  }
-  for seed, error in enumerate((0.02, 0.04)):
-    table["moons", "kl"].figures[seed]["worst_mode_error"] = error
-  toy_table.write(table, tmp_path, "0.05", "All.")
-  text = (tmp_path / "toys_0.05.md").read_text()
-  assert (
-    """All.
-
-|  | softmax | kl |
-|---|---|---|
-| moons | 2 ± 1.4 | 3 ± 1.4 (3 ± 1.4 %) |
-| spiral | 3, 1 failed | failed |
-
-Failed:
-- spiral, softmax: seed 1: no
-"""
-    in text
-  )
-  text = (tmp_path / "toys_0.05.csv").read_text()
-  lines = list(csv.DictReader(text.splitlines()))
-  ratios = [line["energy_distance_ratio"] for line in lines]
-  assert ratios == ["1.0", "3.0", "2.0", "4.0", "3.0"]
-  assert text.splitlines()[:2] == [
-    "toy,field,seed,energy_distance_ratio,sliced_wasserstein_ratio,"
-    "worst_mode_error,loss_ema,step",
-    "moons,softmax,0,1.0,,,,2",
-  ]
-  with Image.open(tmp_path / "toys_0.05.png") as image:
-    assert image.size[0] > 500
-
-
 @pytest.mark.parametrize(
   ("name", "changes", "message"),
   [
-    ("toy.py:moon", {}, "variant 'moon': valid options are .*moons"),
     ("toy.py:moons", {"drift.field": "kll"}, "'kll' is unknown.*softmax, mmd"),
-    ("toy.py:moons", {"drift.negatives": "x"}, "'x'"),
     ("toy.py:moons", {"drift.x": 1}, r"unknown key drift\.x='1'"),
     ("digits.py:encoder,smoke", {}, "want 'toy'"),
   ],

@@ -8,7 +8,6 @@ import pathlib
 import resource
 import shutil
 import threading
-import time
 import zlib
 
 import jax
@@ -21,6 +20,7 @@ from etils import epath
 from drift_jax.data import bank as bank_lib
 from drift_jax.system import sharding, storage
 from drift_jax.training import checkpoint, checksums, retention
+from tests.process import wait_for
 
 
 def make_state(mesh, value=0.0):
@@ -278,10 +278,7 @@ def slow_write(monkeypatch):
 def test_a_reader_leaves_a_save_under_way_alone(tmp_path, mesh, slow_write):
   with open_(tmp_path) as saver:
     saver.save(1, make_state(mesh, 1), make_feed())
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.iterdir()):  # a thread makes it
-      assert time.monotonic() < deadline
-      time.sleep(0.01)
+    wait_for(lambda: list(tmp_path.iterdir()))  # a thread makes it
     assert not (tmp_path / "1").exists(), "the save is still under way"
     with open_(tmp_path, read_only=True) as reader:
       assert reader.steps() == []
@@ -316,14 +313,6 @@ def test_checksums_that_fail_are_not_swallowed(tmp_path, mesh, monkeypatch):
   saver.save(2, make_state(mesh), make_feed())
   with pytest.raises(PermissionError, match="can't read .*2"):
     saver.close()
-
-
-def test_every_kept_step_gets_checksums_without_poll_or_wait(tmp_path, mesh):
-  with open_(tmp_path, keep_latest=2) as saver:
-    for step in range(1, 5):
-      saver.save(step, make_state(mesh), make_feed())
-  for step in (3, 4):
-    assert checksums.compare(epath.Path(tmp_path) / str(step)) == ([], True)
 
 
 def test_no_checksums_are_written_where_retention_deletes(
@@ -398,23 +387,6 @@ def test_a_score_goes_with_the_checkpoint_that_is_set_aside(tmp_path, mesh):
     assert_restores(saver, mesh, 1)
     saver.save(2, make_state(mesh, 2), make_feed())
     assert saver.best_step() == 1
-
-
-def test_the_cause_of_a_failed_save_is_said(tmp_path, mesh, monkeypatch):
-  """TensorStore's own text may be long, and end with what was to be done."""
-
-  def fail(*args, **kwargs):
-    raise ValueError(
-      f"OUT_OF_RANGE: {'x' * 999}: File too large [tensorstore_spec='{{}}'] "
-      "[os_error_code='27'] [source locations='b']"
-    )
-
-  with open_(tmp_path) as saver:
-    monkeypatch.setattr(saver._manager, "save", fail)
-    with pytest.raises(
-      checkpoint.CheckpointError, match="written: File too large. No checkpoint"
-    ):
-      saver.save(1, make_state(mesh, 1), make_feed())
 
 
 def test_awkward_names_of_folders(tmp_path, mesh):
@@ -574,3 +546,28 @@ def test_runs_that_gave_their_figures_to_orbax_rank_on(tmp_path, mesh):
     saver.rank(4, {"fd": 0.5})
     assert saver.steps() == [4] and saver.evaluated(4)
   assert [path.name for path in tmp_path.iterdir()] == ["4"]
+
+
+def test_every_kept_step_gets_checksums_without_poll_or_wait(tmp_path, mesh):
+  with open_(tmp_path, keep_latest=2) as saver:
+    for step in range(1, 5):
+      saver.save(step, make_state(mesh), make_feed())
+  for step in (3, 4):
+    assert checksums.compare(epath.Path(tmp_path) / str(step)) == ([], True)
+
+
+def test_the_cause_of_a_failed_save_is_said(tmp_path, mesh, monkeypatch):
+  """TensorStore's own text may be long, and end with what was to be done."""
+
+  def fail(*args, **kwargs):
+    raise ValueError(
+      f"OUT_OF_RANGE: {'x' * 999}: File too large [tensorstore_spec='{{}}'] "
+      "[os_error_code='27'] [source locations='b']"
+    )
+
+  with open_(tmp_path) as saver:
+    monkeypatch.setattr(saver._manager, "save", fail)
+    with pytest.raises(
+      checkpoint.CheckpointError, match="written: File too large. No checkpoint"
+    ):
+      saver.save(1, make_state(mesh, 1), make_feed())

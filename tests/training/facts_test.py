@@ -117,7 +117,6 @@ def add_class(images):
     (rename_class, "class 0 was 'cat', now 'ant'; .*class 2 was 'owl', now 'd"),
     (add_images, r"images: 18, now 19; class 1 \(dog\) had 6 images, now 7"),
     (replace_images, r"data \(class 0 \(cat\) had 6 images, now 5; class 1"),
-    (rename_file, "files have other names"),
     (add_class, "num_classes: 3 -> 4.*3 classes, now 4, new: 'emu'"),
   ],
 )
@@ -262,12 +261,6 @@ def test_processes_read_the_same_data(tmp_path, monkeypatch):
     config_lib.ConfigError, match="process 3 reads other .*images: 17, now 18"
   ):
     start(tmp_path / "run", f"folder:{tmp_path}/images")
-
-
-def test_long_lists_are_cut():
-  names = [f"class {i}" for i in range(9)]
-  found = data_facts.differences(names, {}, names[::-1], {})
-  assert len(found) == 4 and found[-1] == "5 more like that"
 
 
 def test_rows_of_a_table_are_of_the_same_data(tmp_path):

@@ -2,13 +2,12 @@
 
 import contextlib
 import itertools
-import logging
-import time
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from configs import toy
@@ -16,7 +15,8 @@ from drift_jax.system import console, exits
 from drift_jax.system.errors import ConfigError
 from drift_jax.tasks.toy import train
 from drift_jax.training import checkpoint, checksums, loop
-from drift_jax.training.state import TrainState
+from tests.builders import make_state
+from tests.process import wait_for
 
 
 class Feed:
@@ -60,13 +60,7 @@ class Writer:
 
 
 def new_state():
-  return TrainState(
-    step=jnp.zeros((), jnp.int32),
-    rng=jax.random.key_data(jax.random.key(0)),
-    params={"sum": jnp.zeros(())},
-    opt_state=(),
-    ema={"0.9": {"sum": jnp.zeros(())}},
-  )
+  return make_state({"sum": jnp.zeros(())}, optax.identity())
 
 
 def make_step(bad_step=None, name="loss"):
@@ -138,11 +132,8 @@ def test_everything_happens_when_due(tmp_path):
   seen = {}
 
   def evaluate(step, state, check):
-    deadline = (
-      time.monotonic() + 60
-    )  # Its checkpoint is on its way to the disk.
-    while step > 3 and not (tmp_path / str(step)).exists():
-      assert time.monotonic() < deadline
+    # Its checkpoint is on its way to the disk.
+    wait_for(lambda: step == 3 or (tmp_path / str(step)).exists())
     seen[step] = int(state.step), float(state.params["sum"]), set(state.ema)
     return figures(step)
 
@@ -173,7 +164,7 @@ def test_resume_continues_with_the_next_batch(tmp_path, prefetch):
 
 @pytest.mark.parametrize(
   ("prefetch", "told", "stops"),
-  [(0, 2, 2), (2, 3, 3), (2, 4, 4), (2, 5, 6), (5, 7, 8), (1, 8, 8)],
+  [(0, 2, 2), (2, 3, 3), (2, 5, 6), (5, 7, 8)],
 )
 def test_preemption_is_bit_exact(tmp_path, prefetch, told, stops):
   """After what had been drawn, at most up to the next checkpoint or evaluation,
@@ -196,17 +187,7 @@ def test_preemption_is_bit_exact(tmp_path, prefetch, told, stops):
   assert float(state.params["sum"]) == float(whole.params["sum"])
 
 
-def test_preemption_at_the_end_is_the_end(tmp_path):
-  """All has been drawn: the run is done before it could stop."""
-  state, _, _, steps = run(
-    tmp_path, num_steps=5, every=10, eval_every=0, preempted=at_question(4)
-  )
-  assert int(state.step) == 5 and steps == [5]
-
-
-@pytest.mark.parametrize(
-  ("every", "batch", "stops"), [(3, 1, 3), (3, 2, 3), (4, 3, 3), (4, 8, 6)]
-)
+@pytest.mark.parametrize(("every", "batch", "stops"), [(3, 2, 3), (4, 8, 6)])
 def test_preemption_during_an_evaluation(tmp_path, every, batch, stops):
   """It ends between two batches, whether its step is saved anyway or not; the
   next start makes it, and all is as in a run that was never stopped."""
@@ -290,6 +271,14 @@ def test_a_run_past_its_end_is_an_error(tmp_path):
       train.train_and_evaluate(config, str(tmp_path), draw=False)
 
 
+def test_preemption_at_the_end_is_the_end(tmp_path):
+  """All has been drawn: the run is done before it could stop."""
+  state, _, _, steps = run(
+    tmp_path, num_steps=5, every=10, eval_every=0, preempted=at_question(4)
+  )
+  assert int(state.step) == 5 and steps == [5]
+
+
 def test_the_speed_leaves_out_the_first_step_and_what_is_not_training(
   tmp_path, monkeypatch
 ):
@@ -315,15 +304,3 @@ def test_the_speed_leaves_out_the_first_step_and_what_is_not_training(
   for line in others:
     assert line["perf/steps_per_second"] == pytest.approx(50.0)
     assert line["perf/data_wait_fraction"] >= 0
-
-
-def test_the_console_line(tmp_path, caplog, monkeypatch):
-  # Whether an entry point has set the logger up or not.
-  monkeypatch.setattr(console.logger, "propagate", True)
-  with caplog.at_level(logging.INFO, logger=console.logger.name):
-    run(tmp_path, num_steps=2, eval_every=0)
-  # Handlers that other tests leave on the root logger repeat messages.
-  first, second = list(dict.fromkeys(caplog.messages))[-2:]
-  assert first == "step 1/2 drift_rms/0.2=0.5 grad_norm=1 loss=0"
-  assert second.startswith("step 2/2 drift_rms/0.2=0.5 grad_norm=1 loss=1 (")
-  assert "steps/s" in second and "s left)" in second

@@ -4,27 +4,23 @@ import os
 import pathlib
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
 import drift_jax
 from configs import digits
 from drift_jax import config as config_lib
-from drift_jax.models import release
-from drift_jax.models.mae import build_mae
-from drift_jax.system import sharding
 from drift_jax.tasks import parse
 from drift_jax.tasks.generator import reports
 from drift_jax.tasks.generator.reports import Request, report_on_run
-from drift_jax.tasks.generator.setup import generator_task, init_generator
-from drift_jax.training import artifacts, checkpoint, state
+from drift_jax.training import artifacts
 from drift_jax.training.places import of_resumed
-from drift_jax.training.run import adamw
 from drift_jax.training.workdir import open_workdir
 from tests.autoencoders import save_vae
+from tests.builders import save_model
+from tests.small_generator import TINY, save_checkpoint
 
-SMALL = {"depth": 1, "hidden_size": 16, "cond_dim": 16, "num_heads": 2}
+NAMES = [str(number) for number in range(10)]
 FEATURES = {
   "eval.metrics": ("fd_encoder",),
   "eval.num_samples": 20,
@@ -37,27 +33,12 @@ def save_encoder(folder, seed=0):
   """Writes a small encoder of digits with random weights."""
   arguments = digits.get_config("encoder,smoke").model.to_dict()
   arguments |= {"base_channels": 4, "num_classes": 10}
-  shapes = jax.eval_shape(
-    build_mae(**arguments).init,
-    {"params": jax.random.key(0), "mask": jax.random.key(0)},
-    np.zeros((1, 8, 8, 1), np.float32),
-  )["params"]
-  rng = np.random.default_rng(seed)
-  artifacts.save(
-    folder,
-    kind="mae",
-    model_config=release.published_config("mae", arguments),
-    params=jax.tree.map(
-      lambda x: rng.normal(0.0, 0.3, x.shape).astype(np.float32), shapes
-    ),
-    step=None,
-    ema_decay=None,
-  )
+  save_model(folder, "mae", arguments, seed=seed)
 
 
 def run_config(variant, **changes):
   config = digits.get_config(variant)
-  config.model.update(SMALL, num_classes=10)
+  config.model.update(TINY, num_classes=10)
   config.update_from_flattened_dict(changes)
   return config
 
@@ -65,22 +46,8 @@ def run_config(variant, **changes):
 def save_run(workdir, config, sums):
   """A run of one step, as training in the current folder leaves it."""
   config = parse(config)
-  mesh = sharding.make_mesh()
-  open_workdir(workdir, config, sums, [str(i) for i in range(10)], {})
-  task = generator_task(config, {}, mesh)
-  abstract, _ = state.abstract_and_init(
-    init_generator(task),
-    adamw(config.optim, config.train.num_steps)[0],
-    ema_decays=config.ema.decays,
-    seed=config.seed,
-    mesh=mesh,
-  )
-  zeros = jax.tree.map(
-    lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), abstract
-  )
-  saver = checkpoint.Checkpointer(pathlib.Path(workdir) / "checkpoints")
-  saver.save(1, zeros, {"position": np.asarray(0)})
-  saver.close()
+  open_workdir(workdir, config, sums, NAMES, {})
+  save_checkpoint(pathlib.Path(workdir).resolve(), config)
 
 
 @pytest.fixture(scope="module")
@@ -200,18 +167,11 @@ def test_training_goes_on_elsewhere(moved, tmp_path):
   workdir = str(moved / "features")
 
   def go_on(path, seed=0, **changes):
-    config = run_config(
-      "features,smoke",
-      **{
-        **FEATURES,
-        "encoders.mae.path": path,
-        **changes,
-      },
-    )
+    place = {"encoders.mae.path": path}
+    config = run_config("features,smoke", **FEATURES, **place, **changes)
     config = of_resumed(parse(config), workdir)
     sha256 = artifacts.load(config.encoders["mae"].path).sha256
-    names = [str(i) for i in range(10)]
-    open_workdir(workdir, config, {"encoders.mae": sha256}, names, {})
+    open_workdir(workdir, config, {"encoders.mae": sha256}, NAMES, {})
     return config.encoders["mae"].path
 
   there = str(moved / "encoder" / "encoder")

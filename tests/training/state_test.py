@@ -20,17 +20,8 @@ from drift_jax.tasks.generator.step import (
 from drift_jax.tasks.mae.step import MaeBatch, MaeTask, mae_eval_step, mae_step
 from drift_jax.training import optim
 from drift_jax.training import state as state_lib
+from tests.builders import make_state
 from tests.conftest import assert_close
-
-
-def make_state(params, optimizer, decays=(0.9,), seed=0):
-  return state_lib.TrainState(
-    step=jnp.zeros((), jnp.int32),
-    rng=jax.random.key_data(jax.random.key(seed)),
-    params=params,
-    opt_state=optimizer.init(params),
-    ema={str(d): params for d in decays},
-  )
 
 
 def at(state, step):

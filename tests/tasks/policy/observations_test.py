@@ -126,18 +126,3 @@ def test_published_size():
   )
   count = sum(x.size for x in jax.tree.leaves(shapes))
   assert count == 11_176_512 + (512 + 1) * 32 + (64 + 1) * 64
-
-
-@pytest.mark.parametrize(
-  ("names", "front", "message"),
-  [
-    (("state", "goal"), pictures(), r"\['goal'\] are missing: .*'state'"),
-    (("state",), pictures()[:, :, 1:], "'front' .* square"),
-    (("state",), np.float32(pictures()), "'front' is float32"),
-  ],
-)
-def test_observations_that_do_not_fit(names, front, message):
-  module = ObservationEncoder(vectors=names, images=("front",), crop=36)
-  seen = {"state": np.zeros((2, 2, 2), np.float32), "front": front}
-  with pytest.raises(ValueError, match=message):
-    jax.eval_shape(module.init, jax.random.key(0), seen)

@@ -224,17 +224,3 @@ def test_bfloat16_is_near():
   near = jax.jit(module.apply)({"params": params}, *inputs)
   assert near.dtype == jnp.float32
   assert 1e-4 < relative_error(near, y) < 0.05
-
-
-@pytest.mark.parametrize(
-  ("changes", "message"),
-  [
-    ({"steps": 7}, r"x's steps=7 must be a multiple of 2\^\(2 levels - 1\)=2"),
-    ({"groups": 3}, r"widths \(level 0\)=4 must be a multiple of groups=3"),
-    ({"kernel_size": 4}, "kernel_size=4: must be odd"),
-    ({"time_size": 5}, "time_size=5 must be a multiple of"),
-  ],
-)
-def test_bad_arguments(changes, message):
-  with pytest.raises(ValueError, match=message):
-    call(**changes)

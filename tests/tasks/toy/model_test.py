@@ -38,16 +38,6 @@ def test_mlp_starts_where_it_is_told():
   np.testing.assert_allclose(spreads[0], 10 * spreads[1], rtol=1e-4)
 
 
-def test_published_size():
-  published = {"noise_size": 32, "width": 256, "depth": 3}
-  params, _ = call(Mlp(**MLP | published), 2, noise_size=32)
-  shapes = sorted(x.shape for x in jax.tree.leaves(params))
-  assert shapes == [
-    *((2,), (32, 256), (256,), (256,), (256,)),
-    *((256, 2), (256, 256), (256, 256)),
-  ]
-
-
 def test_particles_are_their_own_samples():
   module = Particles(**PARTICLES)
   params, x = call(module, 12)

@@ -1,11 +1,9 @@
 """The pictures of toys: what is in the files, not what it looks like."""
 
 import numpy as np
-import pytest
 from PIL import Image
 
-from drift_jax.metrics.plots import plot_toy
-from drift_jax.tasks.toy.plots import plane_limit, plot_field, save_evolution
+from drift_jax.tasks.toy.plots import plot_field, save_evolution
 
 RNG = np.random.default_rng(0)
 DATA = RNG.normal(0.0, 0.3, size=(200, 2))
@@ -28,17 +26,6 @@ def test_evolution_moves(tmp_path):
   assert all((picture == margin[0]).all() for picture in margin)
 
 
-def test_the_limit_shows_all_data():
-  limit = plane_limit(DATA, FRAMES)
-  assert limit > np.abs(DATA).max()
-  far = [(0, DATA + [5.0, 0.0])]
-  assert plane_limit(DATA, far) > 5
-  # A few that fly far do not shrink the rest.
-  flown = DATA.copy()
-  flown[:5] = 100
-  assert plane_limit(DATA, [(0, flown)]) < 2
-
-
 def test_field_is_drawn(tmp_path):
   side = np.linspace(-1, 1, 5)
   grid = np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2)
@@ -58,24 +45,3 @@ def test_field_is_drawn(tmp_path):
   inner = pixels[100:-100]
   assert dark(inner[:, 60 : half - 40]) > 100
   assert dark(inner[:, half + 60 : int(1.85 * half)]) == 0  # V = 0: no arrow
-
-
-def test_curves(tmp_path):
-  records = [
-    {
-      "step": step,
-      "loss": 1e-4 / step,
-      "eval/energy_distance": 0.1 / step,
-      "eval/energy_distance/baseline": 0.01,
-      "eval/mode_ratio/0": 0.9,
-      "eval/mode_ratio/1": 1.1,
-    }
-    for step in (1, 2, 3)
-  ]
-  tall, short = tmp_path / "tall.png", tmp_path / "short.png"
-  plot_toy(records, tall)
-  plot_toy([{"step": 1, "loss": 1e-4}], short)
-  with Image.open(tall) as three, Image.open(short) as one:
-    assert three.size[1] == 3 * one.size[1]
-  with pytest.raises(ValueError, match="no 'loss' or .*their keys are accura"):
-    plot_toy([{"step": 1, "accuracy": 1.0}], short)

@@ -231,15 +231,9 @@ def test_what_can_not_be():
   ("key", "value", "message"),
   [
     ("data.distribution", "moon", r"'moon': .*'moons'.*did you mean 'moons'"),
-    ("data.noise", -0.1, r"data\.noise=-0\.1 must be at least 0"),
-    ("data.source", "digits", r"unknown key data\.source"),
-    ("model.kind", "particle", r"'particle': .*'mlp', 'particles'"),
-    ("model.width", 0, r"model\.width=0 must be at least 1"),
     ("model.location", (1.0, 2.0, 3.0), "two coordinates"),
     ("model.spread", 0.0, r"model\.spread=0\.0 must be positive"),
-    ("batch.labels", 0, r"batch\.labels=0 must be at least 1"),
     ("batch.generated", 1, r"generated=1: .*nothing repels it"),
-    ("eval.num_samples", 1, r"num_samples=1 must be at least 2"),
     ("checkpoint.best_metric", "fid", r"'fid': valid options are \[''\]"),
     ("drift.normalize_features", True, "on raw distances; set it to False"),
     ("drift.negatives", "independent", "no noise to draw a second batch from"),
@@ -267,27 +261,3 @@ def test_variants(name):
   assert again == full
   for option in toy.OPTIONS:
     parse(toy.get_config(f"{name},{option}"))
-
-
-def test_published_settings():
-  """Section 5.1: what the notebook of the paper trains."""
-  config = toy.get_config("checkerboard")
-  model = config.model
-  assert (model.noise_size, model.width, model.depth) == (32, 256, 3)
-  assert config.drift.temperatures == (0.05,)
-  assert not config.drift.normalize_features
-  assert not config.drift.normalize_drift
-  assert (config.batch.generated, config.batch.positives) == (2_048, 2_048)
-  assert (config.optim.learning_rate, config.optim.weight_decay) == (1e-3, 0.0)
-  assert config.train.num_steps == 2_000
-  assert config.data.noise == 0.05
-  assert toy.get_config("swiss_roll").data.noise == 0.03
-
-
-def test_unknown_variants():
-  for variant, message in (
-    ("moon", "'moon': valid options .*'moons'"),
-    ("moons,spiral", "exclude each other"),
-  ):
-    with pytest.raises(ValueError, match=message):
-      toy.get_config(variant)

@@ -1,9 +1,5 @@
 """The Fetch arm. Nothing is drawn here: that needs OpenGL."""
 
-import os
-import sys
-import types
-
 import numpy as np
 import pytest
 
@@ -53,41 +49,3 @@ def test_success_and_reward(stop):
   assert stop or (rewards[9] == 1 and rewards[-1] == 0)
   assert step.success
   environment.close()
-
-
-@pytest.mark.parametrize("backend", ["vulkan", "osmesa"])
-def test_what_is_said_where_nothing_can_be_drawn(push, monkeypatch, backend):
-  push.reset(0)
-  monkeypatch.setitem(os.environ, "MUJOCO_GL", backend)
-  monkeypatch.setitem(sys.modules, f"mujoco.{backend}", None)
-  with pytest.raises(
-    robots.RobotError, match=f"={backend}: .*libosmesa6.*'osmesa'.*no episodes"
-  ):
-    push.render()
-
-
-def test_egl_is_chosen_only_when_drawing(push, monkeypatch):
-  monkeypatch.delenv("MUJOCO_GL", raising=False)
-  push.reset(0)
-  push.step(np.zeros(4))
-  assert "MUJOCO_GL" not in os.environ
-  calls = []
-  context = types.SimpleNamespace(free=lambda: None)
-  contexts = types.SimpleNamespace(GLContext=lambda *_: context)
-  monkeypatch.setitem(sys.modules, "mujoco.egl", contexts)
-
-  def draw():
-    calls.append(os.environ["MUJOCO_GL"])
-    return np.zeros((2, 2, 3), np.uint8)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(push._simulator, "render", draw)
-    push.render()
-    # Another environment may have drawn last.
-    viewer = types.SimpleNamespace(
-      make_context_current=lambda: calls.append("current")
-    )
-    renderer = types.SimpleNamespace(viewer=viewer)
-    patch.setattr(push._simulator, "mujoco_renderer", renderer)
-    push.render()
-  assert calls == ["egl", "current", "egl"]

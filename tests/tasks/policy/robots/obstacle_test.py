@@ -41,41 +41,9 @@ def test_either_way_leads_to_the_goal(side, mode):
   assert np.linalg.norm(step.observations["state"] - [1, 0]) <= 0.1 + 1e-6
 
 
-def test_the_mode_is_known_once_x_is_crossed():
-  for count in range(1, 16):
-    start, step = go(*around(1)[:count])
-    x = step.observations["state"][0]
-    assert step.mode == ("above" if x >= 0 else "")
-    assert x == pytest.approx(
-      start[0] + 0.2 * np.clip(count - 3, 0, 10), abs=1e-6
-    )
-
-
 def test_touching_is_the_end():
   _, step = go(*[(0.2, 0)] * 3)
   assert step.done and not step.success and step.reward == 0
   # Steps that would jump over the edge of the disc touch it too.
   start = np.array([-0.35, 0.35])
   assert np.linalg.norm(start) > 0.4 and touches(start, start + [0.2, 0.0])
-
-
-def test_starts_are_the_seeds():
-  starts = np.stack([go(seed=seed)[0] for seed in range(200)])
-  assert starts.dtype == np.float32
-  np.testing.assert_array_equal(starts[7], go(seed=7)[0])
-  np.testing.assert_allclose(starts.mean(axis=0), [-1, 0], atol=0.02)
-  np.testing.assert_allclose(starts.std(axis=0), 0.05, rtol=0.2)
-
-
-def test_it_is_drawn():
-  environment = robots.make("obstacle")
-  environment.reset(0)
-  before = environment.render()
-  assert before.shape == (128, 128, 3) and before.dtype == np.uint8
-  # White in a corner, the disc in the middle.
-  assert (before[0, 0] == 255).all() and before[64, 64].max() < 200
-  environment.step(np.array([0, 0.2]))
-  changed = (before != environment.render()).any(axis=-1)
-  rows, columns = np.nonzero(changed)
-  # Upwards is up: near (-1, 0.1).
-  assert 45 < rows.mean() < 64 and 5 < columns.mean() < 25

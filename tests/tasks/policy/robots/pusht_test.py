@@ -28,11 +28,6 @@ def test_observations(environment):
   assert drawn.shape == (192, 192, 3) and drawn.dtype == np.uint8
 
 
-def test_angles_are_those_of_one_turn(environment):
-  angles = [environment.reset(seed)["state"][4] for seed in range(20)]
-  assert 0 <= min(angles) < 2 and 4 < max(angles) < 2 * np.pi
-
-
 def test_the_pusher_goes_where_it_is_told(environment):
   environment.reset(1)
   target = np.array([60, 450], np.float32)
@@ -54,13 +49,3 @@ def test_rewards_are_coverage(environment):
     assert step.reward == pytest.approx(np.clip(covered / 0.95, 0, 1))
     assert least <= step.reward <= most
     assert step.success == step.done == (shift == 0)
-
-
-def test_pictures_are_drawn_only_where_wanted(monkeypatch):
-  environment = robots.make("pusht")
-  monkeypatch.setattr(
-    environment._simulator, "_draw", lambda: pytest.fail("drawn")
-  )
-  assert list(environment.reset(0)) == ["state"]
-  environment.step(np.array([10, 10]))
-  environment.close()

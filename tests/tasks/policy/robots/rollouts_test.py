@@ -207,11 +207,3 @@ def test_errors_in_threads_are_raised(monkeypatch):
   monkeypatch.setattr(Recorder, "step", fail)
   with pytest.raises(robots.RobotError, match="out of bounds"):
     roll(Policy(), [0, 1])
-
-
-@pytest.mark.parametrize(
-  "name", ["observation_horizon", "executed", "threads", "parallel"]
-)
-def test_sizes(name):
-  with pytest.raises(robots.RobotError, match="must each be at least 1"):
-    roll(Policy(), [0], **{name: 0})

@@ -1,7 +1,6 @@
 """Videos of episodes."""
 
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -60,29 +59,6 @@ def test_a_grid(tmp_path, monkeypatch):
   assert [is_red(frame[0, 24]) for frame in frames] == [False] * 4 + [True]
   assert [is_green(frame[16, 0]) for frame in frames] == [False] + [True] * 4
   assert list(tmp_path.iterdir()) == [path]
-
-
-def test_mp4(tmp_path, monkeypatch):
-  path = tmp_path / "video.mp4"
-  sent = []
-
-  def write_frames(target, size, *, fps, output_params):
-    assert fps == 10 and output_params == ["-f", "mp4"]
-    try:
-      while True:
-        frame = yield
-        sent.append(frame.shape[1::-1] == size)
-    finally:
-      with open(target, "wb") as file:
-        file.write(b"video")
-
-  ffmpeg = types.ModuleType("imageio_ffmpeg")
-  monkeypatch.setattr(ffmpeg, "write_frames", write_frames, raising=False)
-  monkeypatch.setitem(sys.modules, "imageio_ffmpeg", ffmpeg)
-  robots.save_video(path, [episode(True, [0, 1, 2])])
-  # A second at the end.
-  assert sent == [True] * 13
-  assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == b"video"
 
 
 def test_what_is_refused(tmp_path, monkeypatch):
