@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drift_jax.tools.conversions import resnet as conversion
-from drift_jax.tools.conversions.layouts import published_shapes
 
 from configs import models as presets
 from drift_jax.models import release
 from drift_jax.models.resnet import build_resnet
+from drift_jax.training.conversions import resnet as conversion
+from drift_jax.training.conversions.layouts import published_shapes
 from tests.conftest import assert_close, relative_error
 from tests.models.published import draw_all, noise, under
 from tests.models.small import RESNET, random_variables
@@ -33,7 +33,7 @@ def tiny(golden):
   weights = draw_all(arrays["parameters"])
   networks = {}
   for name, (convert, _) in GOLDEN.items():
-    converted = convert(weights, None)
+    converted = convert(weights, None)[:2]
     networks[name] = release.from_release("resnet", *converted)
   return arrays, networks
 

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drift_jax.tools.conversions.vae import convert_vae
 
 from configs import models as presets
 from drift_jax.models import release
@@ -18,6 +17,7 @@ from drift_jax.models.vae import (
   latent_mean,
   sample_latents,
 )
+from drift_jax.training.conversions.vae import convert_vae
 from tests.conftest import assert_close, relative_error
 from tests.models.published import draw_all
 from tests.models.small import VAE, random_variables

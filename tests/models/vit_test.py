@@ -45,7 +45,7 @@ def test_golden_features(golden, name):
   arrays = golden("vit")
   parameters, convert, config, size = GOLDEN[name]
   weights = draw_all(arrays[f"parameters_{parameters}"])
-  model_config, params = convert(weights, config)
+  model_config, params = convert(weights, config)[:2]
   vit, params = release.from_release("vit", model_config, params)
   pixels = np.random.RandomState(0).uniform(-2, 2, (2, size, size, 3))
   features = jax.jit(lambda p, x: vit.apply(p, x, method="network"))(

@@ -20,7 +20,7 @@ from drift_jax.training.conversions import published, wflow
 from drift_jax.training.conversions.convert import convert
 from drift_jax.training.conversions.layouts import WeightsError
 from tests.autoencoders import save_vae
-from tests.small_generator import random_params
+from tests.builders import random_like
 from tests.tools.published import Tensor, as_tensors, fake_torch
 
 # Two blocks' and tables' numbers have two digits.
@@ -83,7 +83,8 @@ def w_flow_state(kind_config, params):
 
 @pytest.fixture(scope="module")
 def params():
-  return random_params(arguments())
+  model_config = release.published_config("gen", arguments())
+  return random_like(release.describe("gen", model_config)[1], 0.2)
 
 
 @pytest.fixture(scope="module")
