@@ -281,7 +281,10 @@ def _loss(config: Any, mesh: Any) -> Any:
 
   task, _, batch, draws, frozen = _inputs(config, mesh)
   labels, positives = batch.positives.shape[:2]
-  count = positives + batch.unconditional.shape[1]
+  unconditional = batch.unconditional.shape[1]
+  count = positives + unconditional
+  if task.variant.negatives == "independent":
+    count += task.num_generated
   reals = jax.ShapeDtypeStruct((count, *task.sample_shape), jax.numpy.float32)
   generated = jax.eval_shape(task.features, frozen, draws.noise)
   real = jax.eval_shape(task.features, frozen, reals)
@@ -295,6 +298,8 @@ def _loss(config: Any, mesh: Any) -> Any:
         num_positives=positives,
         **task.drift,
         kernel=task.kernel,
+        variant=task.variant,
+        num_unconditional=unconditional,
       )
       return losses.sum(), report
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from drift_jax.config import sections
 from drift_jax.config.sections import RunConfig
 from drift_jax.system import paths
 from drift_jax.system.errors import ConfigError
@@ -31,6 +32,8 @@ RESUMABLE = (
 )
 # The same of keys that lie deeper: how frozen weights lie on the mesh.
 RESUMABLE_ENDS = (".sharding",)
+# Keys that earlier runs have none of, and what these did.
+EARLIER = {"drift.own_in_scale": sections.Drift.own_in_scale}
 # What the values that rank checkpoints depend on: while a best one is kept,
 # a change would compare figures that are not comparable.
 RANKING = (
@@ -86,6 +89,7 @@ def check_resumable(old: str, new: str) -> None:
   checkpoint is kept.
   """
   before, after = flat_values(old), flat_values(new)
+  before = {key: EARLIER[key] for key in EARLIER if key in after} | before
   different = {
     key: f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
     for key in sorted(set(before) | set(after))

@@ -29,6 +29,9 @@ class Variant:
     guidance: unconditional reals are weighted 'negatives' (A.7), or
       V += (alpha - 1) (T_{q->p} - T_{q->unc}), the 'velocity' form of W-Flow:
       weight_neg is (alpha - 1) / M then; they are left out of the scale S.
+    own_in_scale: whether S is also over the samples' distances to each other,
+      the zeros to themselves included, as W-Flow's is; of 'independent'
+      negatives, as others have these pairs.
     normalize_features: whether coordinates and distances are in units of S.
     normalize_drift: whether each temperature's drift is divided by its RMS.
     neighbours: if > 0, each problem's temperatures are multiplied by a factor
@@ -45,6 +48,7 @@ class Variant:
   options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
   negatives: Negatives = "own"
   guidance: GuidanceForm = "negatives"
+  own_in_scale: bool = False
   normalize_features: bool = True
   normalize_drift: bool = True
   neighbours: float = 0.0
@@ -68,6 +72,11 @@ class Variant:
         f"guidance='velocity' needs a field that looks at one set at a time; "
         f"{self.field!r} does not, use guidance='negatives' or one of "
         f"{', '.join(f for f in family.FIELDS if f not in family.JOINT_FIELDS)}"
+      )
+    if self.own_in_scale and self.negatives != "independent":
+      raise ValueError(
+        f"own_in_scale=True needs negatives='independent': with "
+        f"{self.negatives!r} the scale has the own batch already"
       )
     if self.neighbours and not self.neighbours > 1:
       raise ValueError(
