@@ -2,7 +2,7 @@
 
 import pytest
 
-from configs import ablations
+from configs import ablations, imagenet_latent
 from drift_jax import config as config_lib
 from drift_jax import tasks as tasks_lib
 from drift_jax.training.drifting import drift_arguments
@@ -72,8 +72,9 @@ WORST = (41.0, 177.0)
     ("temperature", "tau_0.02 tau_0.05 tau_0.2 all", (10.62, 8.67, 8.96, 8.46)),
     ("fig5", "alpha_1 alpha_1.25 alpha_1.5 alpha_1.75 alpha_2 alpha_2.5 "
      "alpha_3", (*[None] * 4, 8.46, *[None] * 2)),
-    ("fields", "softmax mmd kl gaussian sharp sinkhorn sinkhorn_velocity "
-     "sinkhorn_own", (8.46, 10.40, 10.17, None, None, 7.29, 7.08, 17.57)),
+    ("fields", "softmax mmd kl gaussian sharp sinkhorn_0 sinkhorn_half "
+     "sinkhorn sinkhorn_velocity sinkhorn_own",
+     (8.46, *[None] * 4, 10.40, 10.17, 7.29, 7.08, 17.57)),
   ],
 )  # fmt: skip
 def test_the_papers_values(table, names, values):
@@ -84,6 +85,19 @@ def test_the_papers_values(table, names, values):
   if table == "temperature":  # other bases' are others, in the same order
     others = ablations.rows(table, "cifar10").values()
     assert tuple(row.paper for row in others) == values
+
+
+@pytest.mark.parametrize("base", ["imagenet_latent", "digits"])
+def test_wflows_rows_run_what_they_quote(base):
+  """Its ablation, but for the alphas of the evaluation; its field anywhere."""
+  row = ablations.get_config(f"{base}/fields/sinkhorn_velocity")
+  wflow = imagenet_latent.get_config("wflow_ablation")
+  assert row.drift.field == "sinkhorn"
+  if base == "imagenet_latent":
+    wflow.eval.alphas = row.eval.alphas
+    assert row.to_dict() == wflow.to_dict()
+  wflow.drift.affinity_floor = row.drift.affinity_floor
+  assert row.drift.to_dict() == wflow.drift.to_dict()
 
 
 @pytest.mark.parametrize("base", BASES)
