@@ -46,8 +46,9 @@ def test_unknown_variants_are_named(name):
       module.get_config(f"{first},{others[0]}")
 
 
-# Table 8, the release, W-Flow: labels, generated, positives, unconditional, push;
-# learning rate, weight decay, warm-up, steps; exponent, no_cfg_frac; attention.
+# Table 8, the release, W-Flow: labels, generated, positives, unconditional, and
+# push; learning rate, weight decay, warm-up, steps; exponent, no_cfg_frac;
+# attention.
 TABLE_8 = {
   ("imagenet_latent", "ablation"): (
     (64, 64, 64, 16, 64),
