@@ -66,6 +66,7 @@ def results(generated, real, weights, *, kernel, options=()):
       generated,
       real,
       weights,
+      num_unconditional=SIZES["unconditional"],
       num_positives=SIZES["positives"],
       kernel=kernel,
       **(OPTIONS | dict(options)),
@@ -105,6 +106,30 @@ def assert_same(
       gradient_rtol or rtol,
       key,
     )
+
+
+@pytest.mark.parametrize(
+  ("cost", "iterations", "temperatures", "own_in_scale"),
+  [
+    ("quadratic", 10, (0.05,), True),
+    pytest.param("l2", 1, (0.1, 0.5), False, marks=pytest.mark.slow),
+  ],
+)
+def test_kernels_of_wflow_give_the_plain_numbers(
+  cost, iterations, temperatures, own_in_scale
+):
+  """Positives, unconditional reals, and a second batch of 8."""
+  variant = drift.Variant(
+    field="sinkhorn",
+    options={"cost": cost, "iterations": iterations},
+    negatives="independent",
+    guidance="velocity",
+    own_in_scale=own_in_scale,
+  )
+  assert drift.has_kernel(variant)
+  inputs = make(unconditional=3 + 8, keys=ON_CHIP)
+  options = (("variant", variant), ("temperatures", temperatures))
+  assert_same(inputs, options)
 
 
 @pytest.mark.parametrize(
