@@ -13,7 +13,7 @@ by scalars only, so that three passes suffice:
   3. in the backward pass, with rms_t known, the force -2 V / (N C s).
 
 No [N, T] matrix but the squared distances is stored; passes 2 and 3 compute
-affinities anew from them.
+affinities anew from them. W-Flow's plans take iterations: pass 2 stores them.
 """
 
 import functools
@@ -110,10 +110,9 @@ def _forward(
   reals = features.y.shape[1]
   targets = n + reals
   transport = plan.transport
-  strength = None
+  strength = []
   if transport is not None:
     features, strength = _split_guidance(features, plan)
-  power = 1 if transport is None else transport.scale_power
   feature = _feature_of(locations, count)
   sizes = jnp.asarray(np.bincount(feature), jnp.float32)[:, None]
 
@@ -136,23 +135,27 @@ def _forward(
       [sums[:, 0, 0] / (n * targets), jnp.mean(weights, axis=(1, 2))], axis=1
     )
   ).T
-  scale = distance / weight
-  if power == 2:
-    scale = jnp.sqrt(scale)
-  scale = scale if scalars is None else scalars.scale
+  if scalars is not None:
+    scale = scalars.scale
+  elif transport is None or transport.scale_power == 1:
+    scale = distance / weight
+  else:
+    scale = jnp.sqrt(distance / weight)
   distance_unit = jnp.maximum(scale, MIN_SCALE)[feature]
   unit = jnp.maximum(scale / math.sqrt(channels), MIN_SCALE)[feature]
   # 2. Figures of the drifts.
   kinds = len(temperatures)
+  lanes = _lanes([distance_unit, 1.0 / unit, *strength])
   if transport is None:
-    operands = [*features, xx, xy, _lanes([distance_unit, 1.0 / unit])]
+    operands = [*features, xx, xy, lanes]
     work = (kinds, 3 * kinds)
     (rows,) = _call(kernels.statistics, operands, [_ROW], work, plan)
     kept = [xx, xy]
   else:
-    lanes = _lanes([distance_unit, 1.0 / unit, strength])
     operands = [features.x, features.y, xy, lanes]
-    work = (kinds, (2 * math.ceil(transport.iterations) + 2) * kinds)
+    # Generated samples are no targets, and a plan's last rows one more pass.
+    share = reals / targets * kinds
+    work = (share, share * (2 * int(transport.iterations) + 2))
     shapes = [_ROW, *[(n, reals)] * kinds]
     rows, *kept = _call(kernels.plans, operands, shapes, work, plan)
   others = 2 if transport is None else 1
@@ -192,17 +195,18 @@ def _forward(
 
 def _split_guidance(
   features: Features, plan: Plan
-) -> tuple[Features, Float[Array, " B"]]:
-  """(features with the scale's weights, strength of the velocity guidance)."""
+) -> tuple[Features, list[Float[Array, " B"]]]:
+  """(features with the scale's weights, [strength of velocity guidance])."""
   assert plan.transport is not None
   start = plan.num_positives
   stop = start + plan.transport.num_unconditional
   weight = features.weight_y
   strength = jnp.sum(weight[:, 0, start:stop], axis=1)
-  return features._replace(
+  features = features._replace(
     weight_x=features.weight_x * float(plan.transport.own_in_scale),
     weight_y=weight.at[:, :, start:stop].set(0.0),
-  ), strength
+  )
+  return features, [strength]
 
 
 def _backward(
@@ -218,7 +222,8 @@ def _backward(
     kernel, work = kernels.force, (1, 2 * len(plan.temperatures))
   else:
     operands = [features.x, features.y, _lanes([*factors.T]), *kept]
-    kernel, work = kernels.pull, (1, 0)
+    reals = features.y.shape[1]
+    kernel, work = kernels.pull, (reals / (x.shape[1] + reals), 0)
   (grad,) = _call(kernel, operands, [x.shape[1:]], work, plan, dtype=x.dtype)
   rest, none = jax.tree.map(jnp.zeros_like, (features[1:], scalars))
   return Features(grad, *rest), none
@@ -243,7 +248,7 @@ def _call(
   kernel: Callable[..., None],
   operands: Sequence[Any],
   shapes: Sequence[tuple[int, ...]],
-  work: tuple[int, int],
+  work: tuple[int | float, int | float],
   plan: Plan,
   dtype: Any = jnp.float32,
 ) -> Any:
@@ -278,12 +283,12 @@ def _call(
       dimension_semantics=("parallel",), vmem_limit_bytes=64 * 2**20
     ),
     cost_estimate=pl.CostEstimate(
-      flops=2 * problems * n * targets * channels * products,
+      flops=round(2 * problems * n * targets * channels * products),
       bytes_accessed=sum(
         math.prod(array.shape) * array.dtype.itemsize
         for array in (*operands, *out)
       ),
-      transcendentals=problems * n * targets * roots,
+      transcendentals=round(problems * n * targets * roots),
     ),
     interpret=plan.interpret,
   )(*operands)
