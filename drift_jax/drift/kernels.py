@@ -146,7 +146,7 @@ def statistics(
     neighbours, floored = [], []
     targets = xx_ref.shape[2] + xy_ref.shape[2] - 1
     for tau, (generated, real) in zip(temperatures, affinities, strict=True):
-      neighbours.append(_neighbours(root, tau * distance_unit))
+      neighbours.append(_neighbours(root, tau, distance_unit))
       count = _total(jnp.where(self_pair | (generated > floor), 0.0, 1.0))
       count += _total(jnp.where(real > floor, 0.0, 1.0))
       floored.append(count / (n * targets))
@@ -219,7 +219,7 @@ def plans(x_ref, y_ref, xy_ref, scalars_ref, out_ref, *signed_refs, plan):
     root = jnp.sqrt(sets[0])
     root = root - jnp.min(root, axis=1, keepdims=True)
     neighbours = [
-      _neighbours(root, tau * distance_unit) for tau in plan.temperatures
+      _neighbours(root, tau, distance_unit) for tau in plan.temperatures
     ]
     out_ref[i] = _row([*products, *neighbours])
 
@@ -263,12 +263,12 @@ def _inner_products(
   ]
 
 
-def _neighbours(root: Any, tau: Any) -> Any:
+def _neighbours(root: Any, tau: float, unit: Any) -> Any:
   """Effective number of targets at distances root above the least, [1, 1].
 
   (sum k)^2 / sum k^2 is 1 / sum p^2 of the softmax p of the positives.
   """
-  kernel = jnp.exp(-root / tau)
+  kernel = jnp.exp(-root / (tau * unit))
   once = jnp.sum(kernel, axis=1, keepdims=True)
   twice = jnp.sum(kernel * kernel, axis=1, keepdims=True)
   return _total(once * once / twice) / root.shape[0]

@@ -40,6 +40,7 @@ def test_a_learned_scale_is_in_the_checkpoint(tmp_path):
     "field": "sinkhorn",
     "negatives": "independent",
     "guidance": "velocity",
+    "own_in_scale": True,
     "reduction": "mean",
     "diagnostics": True,
     "temperature_scale": {"kind": "learned", "rate": 0.1},
