@@ -29,9 +29,6 @@ class Variant:
     guidance: unconditional reals are weighted 'negatives' (A.7), or
       V += (alpha - 1) (T_{q->p} - T_{q->unc}), the 'velocity' form of W-Flow:
       weight_neg is (alpha - 1) / M then; they are left out of the scale S.
-    own_in_scale: whether S is also over the samples' distances to each other,
-      the zeros to themselves included, as W-Flow's is; of 'independent'
-      negatives, as others have these pairs.
     normalize_features: whether coordinates and distances are in units of S.
     normalize_drift: whether each temperature's drift is divided by its RMS.
     neighbours: if > 0, each problem's temperatures are multiplied by a factor
@@ -39,6 +36,9 @@ class Variant:
       average.
     learned: whether DriftInfo has `temperature_gradient`.
     diagnostics: whether DriftInfo has the figures that cost time.
+    own_in_scale: whether S is also over the samples' distances to each other,
+      the zeros to themselves included, as W-Flow's is; of 'independent'
+      negatives, as others have these pairs.
 
   Raises:
     ValueError: for an unknown field, option or value.
@@ -48,12 +48,12 @@ class Variant:
   options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
   negatives: Negatives = "own"
   guidance: GuidanceForm = "negatives"
-  own_in_scale: bool = False
   normalize_features: bool = True
   normalize_drift: bool = True
   neighbours: float = 0.0
   learned: bool = False
   diagnostics: bool = False
+  own_in_scale: bool = False
 
   def __post_init__(self) -> None:
     # A tuple can be hashed: variants are static arguments of jitted functions.
