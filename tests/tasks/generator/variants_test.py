@@ -99,6 +99,10 @@ def test_an_annealed_scale_ends_above_zero():
     ),
     ({"reduction": "max"}, "drift.reduction='max'.*sum"),
     (
+      {"own_in_scale": True},
+      "drift: own_in_scale=True needs negatives='independent': with 'own'",
+    ),
+    (
       {"temperature_scale": {"kind": "learnt"}},
       "temperature_scale.kind='learnt'.*did you mean 'learned'",
     ),

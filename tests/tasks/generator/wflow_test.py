@@ -23,7 +23,7 @@ from tests.tasks.generator.step_test import (
 TEMPERATURES, ITERATIONS, LABELS = (0.05,), 10, 4
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_gradients_of_the_parameters(groups):
   """The mean over features; in groups of two labels, each with its scalars."""
   task = dataclasses.replace(
