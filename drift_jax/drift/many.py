@@ -125,13 +125,8 @@ def drift_losses(
     "repulsion": repulsion,
     "axis_name": axis_name,
   }
-  interpret = kernel == "interpret"
-  plan = kernels.Plan(
-    **static,
-    num_positives=num_positives,
-    interpret=interpret,
-    transport=_transport(variant, num_unconditional or 0),
-  )
+  static_on_chip = static | {"num_positives": num_positives}
+  plan = _plan(variant, num_unconditional or 0, kernel, **static_on_chip)
   on_chip = functools.partial(_on_chip, plan=plan)
   loss = functools.partial(
     drift_loss, **static, variant=variant, temperature_scale=temperature_scale
@@ -237,18 +232,20 @@ def _by_xla(
   return jax.lax.map(loss_of, (stacked, scalars))
 
 
-def _transport(
-  variant: Variant, num_unconditional: int
-) -> kernels.Transport | None:
-  """W-Flow's options; None for other fields."""
-  if variant.field != "sinkhorn":
-    return None
-  return kernels.Transport(
-    num_unconditional=num_unconditional,
-    scale_power=variant.scale_power,
-    own_in_scale=variant.own_in_scale,
-    **family.defaults("sinkhorn") | dict(variant.options),
-  )
+def _plan(
+  variant: Variant, num_unconditional: int, kernel: Backend, **static: Any
+) -> kernels.Plan:
+  """What kernels compute of a variant, if they do."""
+  transport = None
+  if variant.field == "sinkhorn":
+    transport = kernels.Transport(
+      num_unconditional=num_unconditional,
+      scale_power=variant.scale_power,
+      own_in_scale=variant.own_in_scale,
+      **family.defaults("sinkhorn") | dict(variant.options),
+    )
+  interpret = kernel == "interpret"
+  return kernels.Plan(**static, interpret=interpret, transport=transport)
 
 
 def _on_chip(
