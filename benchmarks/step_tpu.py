@@ -1,6 +1,6 @@
 """The training step as a TPU v6e's compiler sees it, beside the release's.
 
-  python benchmarks/step_tpu.py [--settings=ablation,l2,l16] [--parts=...]
+  python benchmarks/step_tpu.py [--settings=ablation,wflow,l2,l16] [--parts=...]
       [--json=FILE]
 
 needs the package libtpu, but no TPU: run from the repository's root on Linux.
@@ -47,7 +47,7 @@ class Setting:
   config: str
   topology: str
   labels: int
-  release: dict[str, dict[str, float]]
+  release: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
 
 # Of the authors' release, compiled by the same compiler on the same settings.
@@ -65,6 +65,7 @@ SETTINGS = {
       "loss": {"accessed GB": 52, "ms": 27, "code MB": 514, "compile s": 244},
     },
   ),
+  "wflow": Setting("configs/imagenet_latent.py:wflow_ablation", "v6e:4x4", 16),
   "l2": Setting(
     "configs/imagenet_latent.py:l2",
     "v6e:8x16",
@@ -281,7 +282,10 @@ def _loss(config: Any, mesh: Any) -> Any:
 
   task, _, batch, draws, frozen = _inputs(config, mesh)
   labels, positives = batch.positives.shape[:2]
-  count = positives + batch.unconditional.shape[1]
+  unconditional = batch.unconditional.shape[1]
+  count = positives + unconditional
+  if task.variant.negatives == "independent":
+    count += task.num_generated
   reals = jax.ShapeDtypeStruct((count, *task.sample_shape), jax.numpy.float32)
   generated = jax.eval_shape(task.features, frozen, draws.noise)
   real = jax.eval_shape(task.features, frozen, reals)
@@ -295,6 +299,8 @@ def _loss(config: Any, mesh: Any) -> Any:
         num_positives=positives,
         **task.drift,
         kernel=task.kernel,
+        variant=task.variant,
+        num_unconditional=unconditional,
       )
       return losses.sum(), report
 

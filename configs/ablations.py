@@ -337,38 +337,42 @@ def _alphas(base: str, config: ConfigDict) -> dict[str, Row]:
 def _fields(base: str, config: ConfigDict) -> dict[str, Row]:
   """The base's field, and others in its place; W-Flow's FID where it has one.
 
-  A transport plan wants other negatives than the samples themselves, and
-  averages its loss over features.
+  Rows with W-Flow's figures have its settings of `drift` on any base, those of
+  configs/imagenet_latent.py:wflow_ablation: no iteration of its plan is a field
+  of unnormalised kernels, half of one has mean shifts.
   """
   del base
   if config.drift.field != "softmax":
     raise ValueError(
       f"fields on a base with drift.field={config.drift.field!r}"
     )
-  sinkhorn = {"drift.field": "sinkhorn", "drift.reduction": "mean"}
-  independent = sinkhorn | {"drift.negatives": "independent"}
   found = {"softmax": Row("softmax, the paper's", {}, DEFAULT)}
-  for name, label, paper in (
-    ("mmd", "mmd: kernels without normalisation", 10.40),
-    ("kl", "kl: mean shifts, each over its own set", 10.17),
-    ("gaussian", "gaussian: kl with a Gaussian kernel", None),
-    ("sharp", "sharp: a conservative field", None),
+  for name, label in (
+    ("mmd", "mmd: kernels without normalisation"),
+    ("kl", "kl: mean shifts, each over its own set"),
+    ("gaussian", "gaussian: kl with a Gaussian kernel"),
+    ("sharp", "sharp: a conservative field"),
   ):
-    found[name] = Row(label, {"drift.field": name}, paper)
-  return found | {
-    "sinkhorn": Row("sinkhorn, independent batch", independent, 7.29),
-    "sinkhorn_velocity": Row(
-      "sinkhorn, independent batch, velocity guidance",
-      independent | {"drift.guidance": "velocity"},
-      7.08,
+    found[name] = Row(label, {"drift.field": name})
+  temperature, iterations, _ = imagenet_latent.WFLOW["wflow_ablation"]
+  own = {"negatives": "own_with_self", "own_in_scale": False}
+  for name, label, steps, changes, paper in (
+    ("sinkhorn_0", "sinkhorn, no iteration (MMD)", 0.0, {}, 10.40),
+    ("sinkhorn_half", "sinkhorn, half an iteration (KL)", 0.5, {}, 10.17),
+    (
+      "sinkhorn",
+      "sinkhorn, unconditional reals as negatives",
+      iterations,
+      {"guidance": "negatives"},
+      7.29,
     ),
-    "sinkhorn_own": Row(
-      "sinkhorn, its own batch, velocity guidance",
-      sinkhorn
-      | {"drift.negatives": "own_with_self", "drift.guidance": "velocity"},
-      17.57,
-    ),
-  }
+    ("sinkhorn_velocity", "sinkhorn, W-Flow's ablation", iterations, {}, 7.08),
+    ("sinkhorn_own", "sinkhorn, its own batch", iterations, own, 17.57),
+  ):
+    drift = imagenet_latent.wflow_drift(temperature, steps) | changes
+    overrides = {f"drift.{key}": value for key, value in drift.items()}
+    found[name] = Row(label, overrides, paper)
+  return found
 
 
 TABLES = {

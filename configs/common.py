@@ -114,6 +114,8 @@ def drift() -> ConfigDict:
   config.negatives = "own"
   # Unconditional reals are more 'negatives' (A.7), or a 'velocity' (W-Flow).
   config.guidance = "negatives"
+  # Whether the scale S counts the own batch beside an independent one (W-Flow).
+  config.own_in_scale = False
   config.reduction = "sum"  # over features; or 'mean'
   config.normalize_features = True  # distances in units of their mean
   config.normalize_drift = True  # each temperature's drift by its RMS

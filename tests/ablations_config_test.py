@@ -2,7 +2,7 @@
 
 import pytest
 
-from configs import ablations
+from configs import ablations, imagenet_latent
 from drift_jax import config as config_lib
 from drift_jax import tasks as tasks_lib
 from drift_jax.training.drifting import drift_arguments
@@ -52,6 +52,19 @@ def test_rows_parse_and_differ(base, table):
   assert len(texts) == len(labels) == len(rows) >= 2
   if table not in WITHOUT_BASE:
     assert configs.count(parse(base)) == 1
+
+
+@pytest.mark.parametrize("base", ["imagenet_latent", "digits"])
+def test_wflows_rows_run_what_they_quote(base):
+  """Its ablation, but for the alphas of the evaluation; its field anywhere."""
+  row = ablations.get_config(f"{base}/fields/sinkhorn_velocity")
+  wflow = imagenet_latent.get_config("wflow_ablation")
+  assert row.drift.field == "sinkhorn"
+  if base == "imagenet_latent":
+    wflow.eval.alphas = row.eval.alphas
+    assert row.to_dict() == wflow.to_dict()
+  wflow.drift.affinity_floor = row.drift.affinity_floor
+  assert row.drift.to_dict() == wflow.drift.to_dict()
 
 
 @pytest.mark.parametrize("base", BASES)

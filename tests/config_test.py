@@ -435,7 +435,6 @@ def test_home_folders_are_expanded(monkeypatch):
   parsed = config_lib.flatten(json.loads(written))
   for key, value in values.items():
     assert parsed[key] == value.replace("~", "/home/me")
-  # A run that an earlier version began goes on.
   config_lib.check_resumable(json.dumps(old), written)
   policies = policy.get_config().to_dict()
   policies["data"]["source"] = "zarr:~/x.zarr"
@@ -530,14 +529,13 @@ def test_ranks_do_not_mix(key, value):
   check_resumed(config, {key: value})
 
 
-def test_earlier_runs_truncated_pixels_of_labels_as_given():
+def test_a_key_that_is_younger_than_a_run_has_its_default():
   values = json.loads(config_lib.to_json(parse(generator())))
   del values["eval"]["pixels"], values["eval"]["label_order"]
-  old, parsed = json.dumps(values), parse(values)
-  config_lib.check_resumable(old, config_lib.to_json(parsed))
-  values["eval"]["pixels"] = "round"
-  with pytest.raises(config_lib.ConfigError, match="'truncate' -> 'round'"):
-    config_lib.check_resumable(old, config_lib.to_json(parse(values)))
+  del values["drift"]["own_in_scale"]
+  config = parse(values)
+  assert (config.eval.pixels, config.eval.label_order) == ("truncate", "given")
+  assert config.drift.own_in_scale is False
 
 
 def test_common_defaults_are_the_ablation_settings():

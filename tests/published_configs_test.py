@@ -12,6 +12,7 @@ VARIANTS = {
     *("", "ablation", "b2", "l2", "l2,smoke", "smoke"),
     *("convnext", "convnext,smoke", "moco", "simclr"),
     *("l2,folder", "ablation,folder,smoke"),
+    *("wflow_ablation", "wflow_b2", "wflow_l2", "wflow_xl2,smoke"),
   ],
   "imagenet_pixel": ["", "b16", "l16", "l16,smoke", "l16,folder"],
   "mae_latent": ["", "256", "640", "640,smoke", "640,folder"],
@@ -60,8 +61,9 @@ def test_a_folder_of_imagenet_changes_the_data_alone(name):
   assert folder.to_dict() == tfds.to_dict()
 
 
-# Table 8 and the release: labels, generated, positives, unconditional, push;
-# learning rate, weight decay, warm-up, steps; exponent, no_cfg_frac; attention.
+# Table 8, the release, W-Flow: labels, generated, positives, unconditional, and
+# push; learning rate, weight decay, warm-up, steps; exponent, no_cfg_frac;
+# attention.
 TABLE_8 = {
   ("imagenet_latent", "ablation"): (
     (64, 64, 64, 16, 64),
@@ -79,6 +81,30 @@ TABLE_8 = {
     (128, 64, 64, 32, 64),
     (4e-4, 0.01, 10_000, 200_000),
     (3.0, 0.5),
+    ("bfloat16", "branches"),
+  ),
+  ("imagenet_latent", "wflow_ablation"): (
+    (64, 64, 64, 16, 64),
+    (2e-4, 0.01, 5_000, 30_000),
+    (3.0, 0.0),
+    ("float32", "attention"),
+  ),
+  ("imagenet_latent", "wflow_b2"): (
+    (128, 64, 64, 32, 128),
+    (4e-4, 0.0, 10_000, 200_000),
+    (5.0, 0.0),
+    ("bfloat16", "attention"),
+  ),
+  ("imagenet_latent", "wflow_l2"): (
+    (128, 64, 64, 32, 64),
+    (4e-4, 0.01, 10_000, 200_000),
+    (3.0, 0.5),
+    ("bfloat16", "branches"),
+  ),
+  ("imagenet_latent", "wflow_xl2"): (
+    (128, 64, 128, 32, 128),
+    (3e-4, 0.01, 10_000, 200_000),
+    (4.0, 0.2),
     ("bfloat16", "branches"),
   ),
   ("imagenet_pixel", "b16"): (
@@ -120,8 +146,10 @@ def test_generators_of_table_8(name, variant):
   assert model.dtype == "bfloat16"
   assert (optim.schedule, optim.b1, optim.b2) == ("constant", 0.9, 0.95)
   assert (optim.grad_clip, config.ema.decays) == (2.0, (0.999,))
-  assert config.drift.temperatures == (0.02, 0.05, 0.2)
-  assert config.drift.affinity_floor == 1e-6
+  if variant not in WFLOW:
+    assert config.drift.field == "softmax"
+    assert config.drift.temperatures == (0.02, 0.05, 0.2)
+    assert config.drift.affinity_floor == 1e-6
   assert (config.guidance.minimum, config.guidance.maximum) == (1.0, 4.0)
   assert (config.queue.class_size, config.queue.unconditional_size) == (
     128,
@@ -150,6 +178,32 @@ def test_an_encoder_of_pixels_in_place_of_the_ablations(name, kind):
   assert len(config.encoders) == 1 and not ablation.encoders.mae.decode
   config.encoders = ablation.encoders
   assert config.to_dict() == ablation.to_dict()
+
+
+# Temperature R, iterations; width, depth and heads; encoder.
+WFLOW = {
+  "wflow_ablation": (0.05, 10, (768, 12, 12), 256),
+  "wflow_b2": (0.05, 10, (768, 12, 12), 640),
+  "wflow_l2": (0.05, 1, (1024, 24, 16), 640),
+  "wflow_xl2": (0.01, 1, (1152, 28, 16), 640),
+}
+
+
+@pytest.mark.parametrize("variant", WFLOW)
+def test_wflow(variant):
+  config = get("imagenet_latent", variant)
+  temperature, iterations, sizes, width = WFLOW[variant]
+  field, model = config.drift, config.model
+  assert (field.field, field.temperatures) == ("sinkhorn", (temperature,))
+  assert field.options["sinkhorn"] == {
+    "cost": "quadratic",
+    "iterations": iterations,
+  }
+  assert (field.negatives, field.guidance) == ("independent", "velocity")
+  assert field.own_in_scale and field.reduction == "mean"
+  assert sizes == (model.hidden_size, model.depth, model.num_heads)
+  assert model.cond_dim == model.hidden_size
+  assert config.encoders["mae"].model["base_channels"] == width
 
 
 # Base width, steps, steps of classification.

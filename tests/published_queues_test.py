@@ -107,9 +107,10 @@ def short_draws(name, process_index, process_count):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_runs_in_one_process(name):
   # L/2 draws more labels a step than a host pushes: it wants two.
-  hosts = 2 if name.endswith(":l2") else 1
+  batch, queue = PUBLISHED[name].batch, PUBLISHED[name].queue
+  hosts = 2 if batch.labels > queue.push_per_step else 1
   short = short_draws(name, hosts - 1, hosts)
-  assert (short == 0) == (PUBLISHED[name].batch.positives < 64)
+  assert (short == 0) == (batch.positives < 64)
 
 
 @pytest.mark.parametrize("size", ["latent:b2", "pixel:b16"])

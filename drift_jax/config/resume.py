@@ -46,8 +46,6 @@ RANKING = (
   "eval.num_samples",
   "eval.pixels",
 )
-# What those of them are in earlier runs, which have no such keys.
-_EARLIER = {"eval.label_order": "given", "eval.pixels": "truncate"}
 
 
 def to_json(config: RunConfig) -> str:
@@ -90,7 +88,6 @@ def check_resumable(old: str, new: str) -> None:
   checkpoint is kept.
   """
   before, after = flat_values(old), flat_values(new)
-  before = {k: v for k, v in _EARLIER.items() if k in after} | before
   different = {
     key: f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
     for key in sorted(set(before) | set(after))

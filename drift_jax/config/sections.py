@@ -140,6 +140,7 @@ class Drift(Section):
   normalize_features: bool
   normalize_drift: bool
   diagnostics: bool
+  own_in_scale: bool = False  # earlier runs have none
 
 
 class Optim(Section):

@@ -13,6 +13,7 @@ the paper in 40 lines; then `loss.drift_loss`, which is used.
   DriftReport    what drift_losses reports: DriftInfo of each feature
   Scalars        scalars shared by all problems of a feature, for parts of it
   Kernel         backends that compute drift_losses
+  has_kernel     whether they compute a variant
   Variant        another field, other negatives, guidance, normalisation
   PAPER          the variant that departs from the paper nowhere
   FIELDS         the family of fields, by name, see drift.family; each maps a
@@ -44,6 +45,7 @@ from drift_jax.drift.field import (
   product_coefficients,
   squared_distances,
 )
+from drift_jax.drift.fused import has_kernel
 from drift_jax.drift.guidance import (
   alpha_from_uniform,
   drop_guidance,
@@ -79,6 +81,7 @@ __all__ = [
   "drift_loss",
   "drift_losses",
   "drop_guidance",
+  "has_kernel",
   "mean_shift",
   "paper_loss",
   "pooled_features",

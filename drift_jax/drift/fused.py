@@ -13,7 +13,7 @@ by scalars only, so that three passes suffice:
   3. in the backward pass, with rms_t known, the force -2 V / (N C s).
 
 No [N, T] matrix but the squared distances is stored; passes 2 and 3 compute
-affinities anew from them.
+affinities anew from them. W-Flow's plans take iterations: pass 2 stores them.
 """
 
 import functools
@@ -33,6 +33,7 @@ from drift_jax.drift.diagnostics import DriftInfo, Scalars
 from drift_jax.drift.field import MAX_DIRECT_CHANNELS, over_axes
 from drift_jax.drift.kernels import LANES, Plan
 from drift_jax.drift.loss import MIN_DRIFT_MEAN_SQUARE, MIN_SCALE
+from drift_jax.drift.variant import PAPER, Variant
 
 # Figures of a problem.
 _ROW = (1, LANES)
@@ -58,6 +59,19 @@ class Features(NamedTuple):
   y: Float[Array, "B R C"]
   weight_x: Float[Array, "B 1 N"]
   weight_y: Float[Array, "B 1 R"]
+
+
+def has_kernel(variant: Variant) -> bool:
+  """Whether the kernels compute a variant: the paper's loss, or W-Flow's."""
+  if variant.field != "sinkhorn":
+    return variant == PAPER
+  return variant == Variant(
+    field=variant.field,
+    options=variant.options,
+    negatives="independent",
+    guidance="velocity",
+    own_in_scale=variant.own_in_scale,
+  )
 
 
 def fits(x: Float[Array, "L N T C"], temperatures: tuple[float, ...]) -> bool:
@@ -95,6 +109,10 @@ def _forward(
   count, n, channels = features.x.shape
   reals = features.y.shape[1]
   targets = n + reals
+  transport = plan.transport
+  strength = []
+  if transport is not None:
+    features, strength = _split_guidance(features, plan)
   feature = _feature_of(locations, count)
   sizes = jnp.asarray(np.bincount(feature), jnp.float32)[:, None]
 
@@ -117,20 +135,37 @@ def _forward(
       [sums[:, 0, 0] / (n * targets), jnp.mean(weights, axis=(1, 2))], axis=1
     )
   ).T
-  scale = distance / weight if scalars is None else scalars.scale
+  if scalars is not None:
+    scale = scalars.scale
+  elif transport is None or transport.scale_power == 1:
+    scale = distance / weight
+  else:
+    scale = jnp.sqrt(distance / weight)
   distance_unit = jnp.maximum(scale, MIN_SCALE)[feature]
   unit = jnp.maximum(scale / math.sqrt(channels), MIN_SCALE)[feature]
   # 2. Figures of the drifts.
-  operands = [*features, xx, xy, _lanes([distance_unit, 1.0 / unit])]
-  work = (len(temperatures), 3 * len(temperatures))
-  (rows,) = _call(kernels.statistics, operands, [_ROW], work, plan)
-  stops = (len(plan.pairs), len(plan.pairs) + 2 * len(temperatures))
-  products, others, _ = jnp.split(rows[:, 0], stops, axis=1)
+  kinds = len(temperatures)
+  lanes = _lanes([distance_unit, 1.0 / unit, *strength])
+  if transport is None:
+    operands = [*features, xx, xy, lanes]
+    work = (kinds, 3 * kinds)
+    (rows,) = _call(kernels.statistics, operands, [_ROW], work, plan)
+    kept = [xx, xy]
+  else:
+    operands = [features.x, features.y, xy, lanes]
+    # Generated samples are no targets, and a plan's last rows one more pass.
+    share = reals / targets * kinds
+    work = (share, share * (2 * int(transport.iterations) + 2))
+    shapes = [_ROW, *[(n, reals)] * kinds]
+    rows, *kept = _call(kernels.plans, operands, shapes, work, plan)
+  others = 2 if transport is None else 1
+  stops = (len(plan.pairs), len(plan.pairs) + others * kinds)
+  products, figures, _ = jnp.split(rows[:, 0], stops, axis=1)
   products /= n * channels
   same = np.asarray([i for i, (a, b) in enumerate(plan.pairs) if a == b])
-  mean_squares, neighbours, floored = jnp.split(
-    means_of_all(jnp.concatenate([products[:, same], others], axis=1)),
-    3,
+  mean_squares, neighbours, *floored = jnp.split(
+    means_of_all(jnp.concatenate([products[:, same], figures], axis=1)),
+    1 + others,
     axis=1,
   )
   if scalars is not None and scalars.drift_ms is not None:
@@ -152,25 +187,44 @@ def _forward(
     "scale": scale,
     "drift_ms": by_temperature(mean_squares),
     "effective_positives": by_temperature(neighbours),
-    "floor_fraction": by_temperature(floored),
+    "floor_fraction": by_temperature(floored[0]) if floored else {},
     "extra": {},
   }
-  return (loss, info), (features, scalars, xx, xy, distance_unit, factors)
+  return (loss, info), (features, scalars, kept, distance_unit, factors)
+
+
+def _split_guidance(
+  features: Features, plan: Plan
+) -> tuple[Features, list[Float[Array, " B"]]]:
+  """(features with the scale's weights, [strength of velocity guidance])."""
+  assert plan.transport is not None
+  start = plan.num_positives
+  stop = start + plan.transport.num_unconditional
+  weight = features.weight_y
+  strength = jnp.sum(weight[:, 0, start:stop], axis=1)
+  features = features._replace(
+    weight_x=features.weight_x * float(plan.transport.own_in_scale),
+    weight_y=weight.at[:, :, start:stop].set(0.0),
+  )
+  return features, [strength]
 
 
 def _backward(
   locations: tuple[int, ...], plan: Plan, residuals: Any, cotangents: Any
 ) -> tuple[Features, Any]:
   """The gradient with respect to x; zeros for all else."""
-  features, scalars, xx, xy, distance_unit, factors = residuals
+  features, scalars, kept, distance_unit, factors = residuals
   feature = _feature_of(locations, len(factors))
   factors = factors * cotangents[0][feature][:, None]
   x = features.x
-  operands = [*features, xx, xy, _lanes([distance_unit, *factors.T])]
-  work = (1, 2 * len(plan.temperatures))
-  (grad,) = _call(
-    kernels.force, operands, [x.shape[1:]], work, plan, dtype=x.dtype
-  )
+  if plan.transport is None:
+    operands = [*features, *kept, _lanes([distance_unit, *factors.T])]
+    kernel, work = kernels.force, (1, 2 * len(plan.temperatures))
+  else:
+    operands = [features.x, features.y, _lanes([*factors.T]), *kept]
+    reals = features.y.shape[1]
+    kernel, work = kernels.pull, (reals / (x.shape[1] + reals), 0)
+  (grad,) = _call(kernel, operands, [x.shape[1:]], work, plan, dtype=x.dtype)
   rest, none = jax.tree.map(jnp.zeros_like, (features[1:], scalars))
   return Features(grad, *rest), none
 
@@ -194,7 +248,7 @@ def _call(
   kernel: Callable[..., None],
   operands: Sequence[Any],
   shapes: Sequence[tuple[int, ...]],
-  work: tuple[int, int],
+  work: tuple[int | float, int | float],
   plan: Plan,
   dtype: Any = jnp.float32,
 ) -> Any:
@@ -229,12 +283,12 @@ def _call(
       dimension_semantics=("parallel",), vmem_limit_bytes=64 * 2**20
     ),
     cost_estimate=pl.CostEstimate(
-      flops=2 * problems * n * targets * channels * products,
+      flops=round(2 * problems * n * targets * channels * products),
       bytes_accessed=sum(
         math.prod(array.shape) * array.dtype.itemsize
         for array in (*operands, *out)
       ),
-      transcendentals=problems * n * targets * roots,
+      transcendentals=round(problems * n * targets * roots),
     ),
     interpret=plan.interpret,
   )(*operands)

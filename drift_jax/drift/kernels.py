@@ -11,6 +11,7 @@ samples first, as in `field.squared_distances`. Softmaxes take differences to
 the nearest target before they divide by a temperature, see `_excess`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from drift_jax.drift import family
 from drift_jax.drift.field import Axes, Normalization
 from drift_jax.drift.loss import MIN_DISTANCE, SELF_DISTANCE
 
@@ -25,6 +27,24 @@ from drift_jax.drift.loss import MIN_DISTANCE, SELF_DISTANCE
 SUBLANES, LANES = 8, 128
 # Channels that a kernel handles at a time, at most.
 _MAX_PART = 512
+
+
+class Transport(NamedTuple):
+  """Options of the field 'sinkhorn' with velocity guidance, as W-Flow has it.
+
+  Reals are the positives, the unconditional ones, then the independent batch.
+
+  Attributes:
+    cost, iterations: arguments of family.sinkhorn.
+    num_unconditional: U.
+    scale_power, own_in_scale: of variant.Variant.
+  """
+
+  cost: family.Cost
+  iterations: float
+  num_unconditional: int
+  scale_power: int
+  own_in_scale: bool
 
 
 class Plan(NamedTuple):
@@ -35,6 +55,7 @@ class Plan(NamedTuple):
       axis_name: arguments of loss.drift_loss.
     num_positives: P.
     interpret: whether to do without a TPU.
+    transport: of W-Flow's field; None: the paper's.
   """
 
   temperatures: tuple[float, ...]
@@ -45,6 +66,7 @@ class Plan(NamedTuple):
   axis_name: Axes
   num_positives: int
   interpret: bool
+  transport: Transport | None = None
 
   @property
   def pairs(self) -> list[tuple[int, int]]:
@@ -54,8 +76,12 @@ class Plan(NamedTuple):
 
 
 def distances(x_ref, y_ref, wx_ref, wy_ref, xx_ref, xy_ref, out_ref, *, plan):
-  """Squared distances to generated and real targets, their weighted sums."""
-  del plan
+  """Squared distances to generated and real targets, their weighted sums.
+
+  Sums are of the distances, or of their squares.
+  """
+  is_square = plan.transport is not None and plan.transport.scale_power == 2
+  root = (lambda squared: squared) if is_square else jnp.sqrt
   n, reals = x_ref.shape[1], y_ref.shape[1]
 
   def add(_, x, y, carry):
@@ -87,7 +113,7 @@ def distances(x_ref, y_ref, wx_ref, wy_ref, xx_ref, xy_ref, out_ref, *, plan):
     xx = jnp.maximum(xx, MIN_DISTANCE**2)
     xy = jnp.maximum(column + row_y - 2.0 * xy, MIN_DISTANCE**2)
     xx_ref[i], xy_ref[i] = xx, xy
-    sums = _total(jnp.sqrt(xx) * wx_ref[i]) + _total(jnp.sqrt(xy) * wy_ref[i])
+    sums = _total(root(xx) * wx_ref[i]) + _total(root(xy) * wy_ref[i])
     out_ref[i] = _row([sums])
 
 
@@ -114,30 +140,13 @@ def statistics(
     )
     weights = (wx_ref[i], wy_ref[i])
     signed = [_signed(pair, weights, plan) for pair in affinities]
-
-    def add(_, x, y, products):
-      x, y = x * inverse_unit, y * inverse_unit
-      drifts = [_shift(x, y, coefficients) for coefficients in signed]
-      return tuple(
-        total + jnp.sum(drifts[a] * drifts[b], axis=1, keepdims=True)
-        for total, (a, b) in zip(products, plan.pairs, strict=True)
-      )
-
-    zeros = tuple(jnp.zeros((n, 1), jnp.float32) for _ in plan.pairs)
-    products = [
-      jnp.sum(rows, axis=0, keepdims=True)
-      for rows in _over_channels(x_ref, y_ref, i, add, zeros)
-    ]
+    products = _inner_products(x_ref, y_ref, i, signed, inverse_unit, plan)
     root = jnp.sqrt(xy_ref[i][:, : plan.num_positives])
     root = root - jnp.min(root, axis=1, keepdims=True)
     neighbours, floored = [], []
     targets = xx_ref.shape[2] + xy_ref.shape[2] - 1
     for tau, (generated, real) in zip(temperatures, affinities, strict=True):
-      # (sum k)^2 / sum k^2 is 1 / sum p^2 of the softmax p of the positives.
-      kernel = jnp.exp(-root / (tau * distance_unit))
-      once = jnp.sum(kernel, axis=1, keepdims=True)
-      twice = jnp.sum(kernel * kernel, axis=1, keepdims=True)
-      neighbours.append(_total(once * once / twice) / n)
+      neighbours.append(_neighbours(root, tau, distance_unit))
       count = _total(jnp.where(self_pair | (generated > floor), 0.0, 1.0))
       count += _total(jnp.where(real > floor, 0.0, 1.0))
       floored.append(count / (n * targets))
@@ -169,6 +178,100 @@ def force(
       out_ref[i, :, at] = _shift(x, y, (generated, real)).astype(out_ref.dtype)
 
     _over_channels(x_ref, y_ref, i, write, None)
+
+
+def plans(x_ref, y_ref, xy_ref, scalars_ref, out_ref, *signed_refs, plan):
+  """Transport plans: figures of each problem, and each temperature's W.
+
+  Figures are as in `statistics`, but for the floor. W are signed coefficients
+  of the reals. Scalars are those of `statistics` and the strength of guidance.
+  """
+  transport = plan.transport
+  at = plan.num_positives, plan.num_positives + transport.num_unconditional
+
+  @pl.loop(0, x_ref.shape[0])
+  def _(i):
+    distance_unit, inverse_unit, strength = (
+      scalars_ref[i][:, k : k + 1] for k in range(3)
+    )
+    xy = xy_ref[i]
+    sets = xy[:, : at[0]], xy[:, at[0] : at[1]], xy[:, at[1] :]
+    factors = (
+      plan.attraction * (1.0 + strength),
+      -plan.repulsion * strength,
+      -plan.repulsion,
+    )
+    for tau, signed_ref in zip(plan.temperatures, signed_refs, strict=True):
+      start = 0
+      for squared, factor in zip(sets, factors, strict=True):
+        stop = start + squared.shape[1]
+        if stop == start:
+          continue
+        exponent = family.transport_exponent(
+          squared, tau * distance_unit, distance_unit, transport.cost
+        )
+        log_b = jnp.full((1, stop - start), -math.log(stop - start))
+        rows = family.plan_rows(exponent, log_b, transport.iterations)
+        signed_ref[i, :, start:stop] = factor * rows
+        start = stop
+    signed = [(None, ref[i]) for ref in signed_refs]
+    products = _inner_products(x_ref, y_ref, i, signed, inverse_unit, plan)
+    root = jnp.sqrt(sets[0])
+    root = root - jnp.min(root, axis=1, keepdims=True)
+    neighbours = [
+      _neighbours(root, tau, distance_unit) for tau in plan.temperatures
+    ]
+    out_ref[i] = _row([*products, *neighbours])
+
+
+def pull(x_ref, y_ref, scalars_ref, *refs, plan):
+  """`force` of coefficients W; scalars are the factor of each temperature."""
+  *signed_refs, out_ref = refs
+
+  @pl.loop(0, x_ref.shape[0])
+  def _(i):
+    scalars = scalars_ref[i]
+    signed = sum(
+      scalars[:, k : k + 1] * r[i] for k, r in enumerate(signed_refs)
+    )
+
+    def write(at, x, y, _):
+      shift = _shift(x, y, (None, signed))
+      out_ref[i, :, at] = shift.astype(out_ref.dtype)
+
+    _over_channels(x_ref, y_ref, i, write, None)
+
+
+def _inner_products(
+  x_ref: Any, y_ref: Any, i: Any, signed: Sequence[Any], unit: Any, plan: Plan
+) -> list[Any]:
+  """[1, 1] sums of the products of the drifts of plan.pairs."""
+
+  def add(_, x, y, products):
+    x, y = x * unit, y * unit
+    drifts = [_shift(x, y, coefficients) for coefficients in signed]
+    return tuple(
+      total + jnp.sum(drifts[a] * drifts[b], axis=1, keepdims=True)
+      for total, (a, b) in zip(products, plan.pairs, strict=True)
+    )
+
+  n = x_ref.shape[1]
+  zeros = tuple(jnp.zeros((n, 1), jnp.float32) for _ in plan.pairs)
+  return [
+    jnp.sum(rows, axis=0, keepdims=True)
+    for rows in _over_channels(x_ref, y_ref, i, add, zeros)
+  ]
+
+
+def _neighbours(root: Any, tau: float, unit: Any) -> Any:
+  """Effective number of targets at distances root above the least, [1, 1].
+
+  (sum k)^2 / sum k^2 is 1 / sum p^2 of the softmax p of the positives.
+  """
+  kernel = jnp.exp(-root / (tau * unit))
+  once = jnp.sum(kernel, axis=1, keepdims=True)
+  twice = jnp.sum(kernel * kernel, axis=1, keepdims=True)
+  return _total(once * once / twice) / root.shape[0]
 
 
 def _over_channels(
@@ -277,6 +380,8 @@ def _signed(pair: Any, weights: Any, plan: Plan) -> tuple[Any, Any]:
 def _shift(x: Any, y: Any, signed: tuple[Any, Any]) -> Any:
   """Sum over targets of w_ij (y_j - x_i); see field.mean_shift."""
   generated, real = signed
+  if generated is None:
+    return _dot(real, y, (1, 0)) - jnp.sum(real, axis=1, keepdims=True) * x
   total = jnp.sum(generated, axis=1, keepdims=True) + jnp.sum(
     real, axis=1, keepdims=True
   )

@@ -123,7 +123,7 @@ def drift_loss(
   problem, self_pairs = _problem(gen, targets, weights, variant)
   # 2. The scale S that all problems share, and the units that it gives.
   problem, scale_weight, strength = _split_guidance(problem)
-  scale = _scale(problem.squared, scale_weight, variant, axis_name, scalars)
+  scale = _scale(problem, scale_weight, variant, axis_name, scalars)
   distance_unit, unit, least = _units(scale, gen.shape[-1], variant)
   # 3. Temperatures in the unit of the distances; self-pairs out of their reach.
   stretch = _stretch(problem, scale, variant)
@@ -243,22 +243,41 @@ def _split_guidance(
 
 
 def _scale(
-  squared: Float[Array, "B N T"],
+  problem: family.Problem,
   weight: Float[Array, "B T"],
   variant: Variant,
   axis_name: Axes,
   scalars: Scalars | None,
 ) -> Float[Array, ""]:
-  """S = (mean of w d^p / mean of w)^(1/p), self-pairs included, or as known."""
+  """S = (mean of w d^p / mean of w)^(1/p), self-pairs included, or as known.
+
+  With `own_in_scale` the samples are N more targets of weight 1.
+  """
   power = variant.scale_power
   if scalars is not None:
     return scalars.scale
+  squared = problem.squared
   powered = jnp.sqrt(squared) if power == 1 else squared
-  mean_power, mean_weight = over_axes(
-    (batch_mean(powered * weight[:, None, :]), batch_mean(weight)), axis_name
-  )
+  means = batch_mean(powered * weight[:, None, :]), batch_mean(weight)
+  if variant.own_in_scale:
+    share = squared.shape[1] / squared.shape[2]
+    own = _mean_within(problem.x, power)
+    means = means[0] + share * own, means[1] + share
+  mean_power, mean_weight = over_axes(means, axis_name)
   scale = mean_power / mean_weight
   return scale if power == 1 else jnp.sqrt(scale)
+
+
+def _mean_within(x: Float[Array, "B N C"], power: int) -> Float[Array, ""]:
+  """Mean of d^p over all pairs of a problem's samples, those of one included.
+
+  The mean square is twice the variance: no pair is looked at.
+  """
+  if power == 2:
+    spread = (x - jnp.mean(x, axis=1, keepdims=True)) ** 2
+    return 2.0 * x.shape[-1] * batch_mean(spread)
+  others = ~jnp.eye(x.shape[1], dtype=bool)
+  return batch_mean(jnp.sqrt(jnp.where(others, squared_distances(x, x), 0.0)))
 
 
 def _units(

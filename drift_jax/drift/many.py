@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from drift_jax.drift import fused, kernels
+from drift_jax.drift import family, fused, kernels
 from drift_jax.drift.diagnostics import DriftInfo, Scalars
 from drift_jax.drift.field import (
   Axes,
@@ -90,7 +90,7 @@ def drift_losses(
       axis_name: see `drift_loss`.
     kernel: 'xla'; 'pallas' for TPUs: few passes over the features, see
       `drift.fused`; 'interpret' is that without a TPU. Other variants than the
-      paper's are computed by 'xla'.
+      paper's and W-Flow's are computed by 'xla'.
     scalars: see `drift_loss`; arrays [F] in the order of the report of the
       larger batch, which is the order here.
     variant, temperature_scale: see `drift_loss`.
@@ -125,10 +125,8 @@ def drift_losses(
     "repulsion": repulsion,
     "axis_name": axis_name,
   }
-  interpret = kernel == "interpret"
-  plan = kernels.Plan(
-    **static, num_positives=num_positives, interpret=interpret
-  )
+  static_on_chip = static | {"num_positives": num_positives}
+  plan = _plan(variant, num_unconditional or 0, kernel, **static_on_chip)
   on_chip = functools.partial(_on_chip, plan=plan)
   loss = functools.partial(
     drift_loss, **static, variant=variant, temperature_scale=temperature_scale
@@ -137,7 +135,8 @@ def drift_losses(
   if variant.negatives == "independent":
     stops.append(num_positives + (num_unconditional or 0))
   by_xla = functools.partial(_by_xla, loss=loss, stops=stops)
-  may_fuse = kernel != "xla" and variant == PAPER and temperature_scale is None
+  is_fixed = temperature_scale is None
+  may_fuse = kernel != "xla" and fused.has_kernel(variant) and is_fixed
   # 3. Groups of features, each compiled once: of equal width, or shape.
   groups: dict[Any, list[str]] = {}
   for key, x in generated.items():
@@ -233,6 +232,22 @@ def _by_xla(
   return jax.lax.map(loss_of, (stacked, scalars))
 
 
+def _plan(
+  variant: Variant, num_unconditional: int, kernel: Backend, **static: Any
+) -> kernels.Plan:
+  """What kernels compute of a variant, if they do."""
+  transport = None
+  if variant.field == "sinkhorn":
+    transport = kernels.Transport(
+      num_unconditional=num_unconditional,
+      scale_power=variant.scale_power,
+      own_in_scale=variant.own_in_scale,
+      **family.defaults("sinkhorn") | dict(variant.options),
+    )
+  interpret = kernel == "interpret"
+  return kernels.Plan(**static, interpret=interpret, transport=transport)
+
+
 def _on_chip(
   values: Sequence[_Value],
   weight: Float[Array, " L"],
@@ -247,8 +262,13 @@ def _on_chip(
     _problems(jnp.concatenate(arrays, axis=2))
     for arrays in zip(*values, strict=True)
   )
+  at = jnp.arange(y.shape[1])
+  unweighted = at < plan.num_positives
+  if plan.transport is not None:
+    # Behind the unconditional reals is the independent batch.
+    unweighted |= at >= plan.num_positives + plan.transport.num_unconditional
   weight_y = jnp.where(
-    jnp.arange(y.shape[1]) < plan.num_positives,
+    unweighted,
     1.0,
     jnp.repeat(weight.astype(jnp.float32), sum(locations))[:, None, None],
   )

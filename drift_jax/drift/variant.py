@@ -36,6 +36,9 @@ class Variant:
       average.
     learned: whether DriftInfo has `temperature_gradient`.
     diagnostics: whether DriftInfo has the figures that cost time.
+    own_in_scale: whether S is also over the samples' distances to each other,
+      the zeros to themselves included, as W-Flow's is; of 'independent'
+      negatives, as others have these pairs.
 
   Raises:
     ValueError: for an unknown field, option or value.
@@ -50,6 +53,7 @@ class Variant:
   neighbours: float = 0.0
   learned: bool = False
   diagnostics: bool = False
+  own_in_scale: bool = False
 
   def __post_init__(self) -> None:
     # A tuple can be hashed: variants are static arguments of jitted functions.
@@ -68,6 +72,11 @@ class Variant:
         f"guidance='velocity' needs a field that looks at one set at a time; "
         f"{self.field!r} does not, use guidance='negatives' or one of "
         f"{', '.join(f for f in family.FIELDS if f not in family.JOINT_FIELDS)}"
+      )
+    if self.own_in_scale and self.negatives != "independent":
+      raise ValueError(
+        f"own_in_scale=True needs negatives='independent': with "
+        f"{self.negatives!r} the scale has the own batch already"
       )
     if self.neighbours and not self.neighbours > 1:
       raise ValueError(

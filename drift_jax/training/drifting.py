@@ -149,6 +149,7 @@ _OF_VARIANT = (
   "field",
   "negatives",
   "guidance",
+  "own_in_scale",
   "normalize_features",
   "normalize_drift",
   "diagnostics",

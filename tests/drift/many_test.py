@@ -67,6 +67,7 @@ def results(generated, real, weights, *, kernel, options=()):
       generated,
       real,
       weights,
+      num_unconditional=SIZES["unconditional"],
       num_positives=SIZES["positives"],
       kernel=kernel,
       **(OPTIONS | dict(options)),
@@ -129,6 +130,34 @@ CASES: dict[str, Any] = {
 }
 
 
+def wflow_variant(cost, iterations, own_in_scale):
+  return drift.Variant(
+    field="sinkhorn",
+    options={"cost": cost, "iterations": iterations},
+    negatives="independent",
+    guidance="velocity",
+    own_in_scale=own_in_scale,
+  )
+
+
+@pytest.mark.parametrize(
+  ("cost", "iterations", "temperatures", "own_in_scale"),
+  [
+    ("quadratic", 10, (0.05,), True),
+    pytest.param("l2", 1, (0.1, 0.5), False, marks=pytest.mark.slow),
+  ],
+)
+def test_kernels_of_wflow_give_the_plain_numbers(
+  cost, iterations, temperatures, own_in_scale
+):
+  """Positives, unconditional reals, and a second batch of 8."""
+  variant = wflow_variant(cost, iterations, own_in_scale)
+  assert drift.has_kernel(variant)
+  inputs = make(unconditional=3 + 8, keys=ON_CHIP)
+  options = (("variant", variant), ("temperatures", temperatures))
+  assert_same(inputs, options)
+
+
 @pytest.mark.parametrize(
   "name",
   [
@@ -185,10 +214,39 @@ def test_declared_cost_is_the_hand_count():
   assert force.bytes_accessed == features + matrices + row + gradient
 
 
+def test_declared_cost_of_wflow_is_the_hand_count():
+  """Exponentials: of rows and of columns in 10 iterations, rows, neighbours."""
+  variant = wflow_variant("quadratic", 10, True)
+  options = (("variant", variant), ("temperatures", (0.05,)))
+  jaxpr = jax.make_jaxpr(
+    functools.partial(results, kernel="interpret", options=options)
+  )(*make(unconditional=3 + 8, keys=MAP))
+  distances, plans, pull = kernel_costs(jaxpr.jaxpr)
+  problems, n, reals, channels = 2 * 5, 8, 17, 96
+  product = 2 * problems * n * reals * channels
+  assert [distances.flops, plans.flops, pull.flops] == [
+    2 * problems * n * (n + reals) * channels,
+    product,
+    product,
+  ]
+  assert plans.transcendentals == problems * n * reals * 22
+  # Features, plans and a row of scalars; the gradient.
+  features, row = problems * (n + reals) * channels * 4, problems * 128 * 4
+  matrix = problems * n * reals * 4
+  assert plans.bytes_accessed == features + 2 * matrix + 2 * row
+  gradient = problems * n * channels * 4
+  assert pull.bytes_accessed == features + matrix + row + gradient
+
+
 @pytest.mark.slow
-def test_scalars_are_shared_over_devices():
-  inputs = make(keys=BOTH)
-  whole = run(*inputs, kernel="interpret")
+@pytest.mark.parametrize("is_wflow", [False, True])
+def test_scalars_are_shared_over_devices(is_wflow):
+  inputs = make(keys=BOTH, unconditional=3 + 8 * is_wflow)
+  options = ()
+  if is_wflow:
+    variant = wflow_variant("quadratic", 10, True)
+    options = (("variant", variant), ("temperatures", (0.05,)))
+  whole = run(*inputs, kernel="interpret", options=options)
   mesh = jax.make_mesh(
     (2,),
     ("data",),
@@ -203,7 +261,7 @@ def test_scalars_are_shared_over_devices():
       real,
       weights,
       kernel="interpret",
-      options=(("axis_name", ("data",)),),
+      options=(("axis_name", ("data",)), *options),
     )
     return jax.lax.pmean(losses, "data"), info, grads
 

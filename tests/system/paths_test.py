@@ -23,8 +23,8 @@ PACKAGE = pathlib.Path(drift_jax.__file__).parent
 # are expanded where they are opened (a latent cache records them as given).
 # `data_source` is expanded as the config's, `root_path` is of URLs.
 NO_PATHS = set(
-  "class_order compute_dtype coordinator crop data_source dtype figure host only "
-  "mesh root_path size source split topology variant".split()
+  "class_order compute_dtype coordinator crop data_source dtype figure host "
+  "mesh only root_path size source split topology variant".split()
 )
 
 

@@ -304,7 +304,8 @@ def test_published_configs_are_described():
   """
   mesh = sharding.make_mesh(1, 8)
   decoded = ("imagenet_latent", "convnext")
-  generators = (("imagenet_latent", "l2"), ("imagenet_pixel", "l16"), decoded)
+  largest = ("imagenet_latent", "wflow_xl2")
+  generators = (largest, ("imagenet_pixel", "l16"), decoded)
   for name, variant in generators:
     programs = tasks_lib.programs(get(name, variant), mesh)
     decode = ["decode"] if name == "imagenet_latent" else []

@@ -136,11 +136,13 @@ def generator_task(
   at_once = config.train.accum_labels or config.batch.labels
   kernel = kernel_for(config.train.kernels, mesh)
   of_drift = drift_arguments(config.drift)
-  changed = of_drift["variant"] != drift.PAPER or of_drift["temperature"]
-  if config.train.kernels == "pallas" and changed:
+  has_kernel = drift.has_kernel(of_drift["variant"])
+  if config.train.kernels == "pallas" and (
+    not has_kernel or of_drift["temperature"]
+  ):
     raise config_lib.ConfigError(
-      "train.kernels='pallas': the kernel is of the paper's drifting field, "
-      "config.drift asks for another; 'auto' and 'xla' compute it"
+      "train.kernels='pallas': the kernel is of the paper's drifting field and "
+      "of W-Flow's, config.drift asks for another; 'auto' and 'xla' compute it"
     )
   with naming("model"):
     generator = build_generator(**dataclasses.asdict(model))

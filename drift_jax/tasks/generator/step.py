@@ -348,6 +348,7 @@ def _scalars(
       unconditional = 0  # they are left out of the scale
     weight = jnp.mean(
       task.num_generated
+      + task.num_generated * task.variant.own_in_scale
       + batch.positives.shape[1]
       + unconditional * _unconditional_weight(batch, draws, task)
     )

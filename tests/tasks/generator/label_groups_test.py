@@ -49,6 +49,7 @@ def test_another_field_in_groups_on_a_mesh():
     options={"cost": "quadratic", "iterations": 3},
     negatives="independent",
     guidance="velocity",
+    own_in_scale=True,
     learned=True,
     diagnostics=True,
   )

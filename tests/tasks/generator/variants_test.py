@@ -40,6 +40,7 @@ def test_a_learned_scale_is_in_the_checkpoint(tmp_path):
     "field": "sinkhorn",
     "negatives": "independent",
     "guidance": "velocity",
+    "own_in_scale": True,
     "reduction": "mean",
     "diagnostics": True,
     "temperature_scale": {"kind": "learned", "rate": 0.1},
@@ -91,6 +92,10 @@ def test_an_annealed_scale_ends_above_zero():
     (
       {"field": "kl", "normalization": "y"},
       "normalization='y' is of the field 'softmax', but field='kl'",
+    ),
+    (
+      {"own_in_scale": True},
+      "drift: own_in_scale=True needs negatives='independent': with 'own'",
     ),
     (
       {"temperature_scale": {"kind": "learned"}},
