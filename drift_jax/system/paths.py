@@ -6,6 +6,7 @@ here, once. Variables such as $HOME are the shell's.
 
 import argparse
 import os
+import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -138,3 +139,13 @@ def walk(root: str | os.PathLike[str]) -> Iterator[tuple[str, list[str]]]:
     folders, files = listed(folder)
     yield folder, files
     waiting += [os.path.join(folder, name) for name in reversed(folders)]
+
+
+def user_cache() -> pathlib.Path:
+  """This package's folder of the user's cache; nothing is made.
+
+  Raises:
+    PathError: XDG_CACHE_HOME names a home folder that is not there.
+  """
+  root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+  return pathlib.Path(expand(root), "drift_jax")

@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
     if any(report.fits is False for report in reports):
       sys.exit(1)
 
-  programs.run(program)
+  programs.run(program, keep_compiled=False)  # it is asked what it compiles
 
 
 def _tell(config: RunConfig, devices: Sequence[Any], reports: Any) -> None:

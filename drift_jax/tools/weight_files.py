@@ -4,7 +4,6 @@ import hashlib
 import http.client
 import importlib
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -59,9 +58,7 @@ def locate(source: str, names: Sequence[str], sha256: str | None) -> Located:
         f"{source}: only weights whose SHA-256 is known here are downloaded"
         " from a URL; download the file and give its path"
       )
-    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    cache = pathlib.Path(paths.expand(root), "drift_jax")
-    return Located(download(source, sha256, cache), None, None)
+    return Located(download(source, sha256, paths.user_cache()), None, None)
   if source.startswith(hub.SCHEME):
     return _locate_on_hub(source, names)
   path = pathlib.Path(source)

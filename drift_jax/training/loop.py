@@ -116,6 +116,8 @@ class Loop:
       whether to stop. The run then takes the batches that have been drawn, at
       most `prefetch` of them, and is saved: what is drawn cannot be put back.
       With several processes the answers are the same in all.
+    before_step: called with (step, state) before each.
+    images: of a step, for the speed; 0: none.
   """
 
   step_fn: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
@@ -128,6 +130,8 @@ class Loop:
   checkpointer: checkpoint.Checkpointer
   writer: Any
   preempted: Callable[[], bool] = lambda: False
+  before_step: Callable[[int, TrainState], None] = lambda step, state: None
+  images: int = 0
 
   def fit(self, state: TrainState) -> TrainState:
     """Runs to schedule.num_steps from the state's step.
@@ -223,6 +227,7 @@ class Loop:
     one, so that watching costs no idle time.
     """
     batch = next(self._batches)
+    self.before_step(step, state)
     with jax.transfer_guard("disallow"):
       state, metrics = self.step_fn(state, batch)
     watched = {k: metrics[k] for k in WATCHED if k in metrics}
@@ -263,6 +268,8 @@ class Loop:
     waited = self._batches.seconds_waited
     if speed is not None:
       scalars["perf/steps_per_second"] = speed
+      if self.images:
+        scalars["perf/images_per_second"] = speed * self.images
       scalars["perf/data_wait_fraction"] = (
         waited - self._waited
       ) / self._progress.seconds
