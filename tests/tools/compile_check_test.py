@@ -93,7 +93,7 @@ from drift_jax.system import sharding
 from drift_jax.models import layers
 from drift_jax.tools import compile_check
 
-compile_check.prepare_libtpu()
+compile_check.prepare_compilers()
 for topology in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
   mesh = sharding.make_mesh(devices=compile_check.find_devices(topology)[:1])
   place = sharding.replicated(mesh)
