@@ -397,7 +397,7 @@ def argument_bytes(arguments: Mapping[str, Any]) -> dict[str, int]:
     parts = {name if name in ("params", "frozen") else "batch": tree}
     if name == "state":
       parts = {"params": tree.params, "optimizer": tree.opt_state}
-      parts["ema"] = tree.ema
+      parts |= {"ema": tree.ema, "rest": (tree.step, tree.rng, tree.drift)}
     for key, part in parts.items():
       sizes[key] = sizes.get(key, 0) + _device_bytes(part)
   return {name: size for name, size in sizes.items() if size}

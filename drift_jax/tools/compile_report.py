@@ -20,7 +20,8 @@ class Report:
     fits: whether it compiled within the memory; None if nothing says how much
       there is.
     seconds: to compile.
-    arguments: {'params', 'optimizer', 'ema', 'frozen', 'batch', ...: size}.
+    arguments: {'params', 'optimizer', 'ema', 'frozen', 'batch', ...: size};
+      'rest' of the state, too.
     outputs: all results; those that take the place of an argument, too. None
       if it did not compile.
     activations: everything temporary: activations, gathered parameters and

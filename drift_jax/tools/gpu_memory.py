@@ -93,7 +93,7 @@ def _alive(values: list[_Value], moment: int) -> list[_Value]:
   for value in values:
     if value.first <= moment <= value.last:
       place = value.allocation, value.offset
-      places[place] = max(value, places.get(place, value), key=lambda v: v.size)
+      places[place] = max(places.get(place, value), value, key=lambda v: v.size)
   return list(places.values())
 
 
