@@ -142,9 +142,12 @@ def attention(report: Report, config: Any) -> str:
     return "cuDNN's"
   if config.train.kernels != "auto":
     return f"XLA's, as train.kernels={config.train.kernels}: 'auto' is cuDNN's"
+  dtype = config.model.attention_dtype
+  if dtype != "bfloat16":
+    return f"XLA's, as model.attention_dtype={dtype}: cuDNN's takes bfloat16"
   return (
-    f"XLA's, as model.attention_dtype={config.model.attention_dtype}: cuDNN's "
-    "takes bfloat16 only"
+    "XLA's: cuDNN's takes an even number of tokens, and heads of 8, 16, ... "
+    "128 channels"
   )
 
 

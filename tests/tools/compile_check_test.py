@@ -35,7 +35,7 @@ ALONE = {"XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}
 
 
 def run(*arguments):
-  """What a process that compiles for TPUs has said."""
+  """What a process that compiles for other devices has said."""
   done = process.call(*arguments, **ALONE)
   assert done.returncode == 0, done.stdout + done.stderr[-3000:]
   return done.stdout
@@ -208,7 +208,11 @@ def test_what_does_not_fit_is_told(others):
 
 
 # The same generator with cuDNN's attention, on two hosts of four GPUs.
-GPU = (*SMALL, "--config.model.attention_dtype=bfloat16")
+GPU = (
+  *SMALL,
+  "--config.model.dtype=bfloat16",
+  "--config.model.attention_dtype=bfloat16",
+)
 GPU_MESH = "data=2,fsdp=4"
 with_cuda = pytest.mark.skipif(
   not devices.installed("jax-cuda13-plugin", "jax-cuda12-plugin"),
