@@ -19,6 +19,26 @@ TPU_MEMORY = {
   "TPU v5": 95.74 * 2**30,
   "TPU v6 lite": 31.24 * 2**30,
 }
+# Dense products of bfloat16 with sums in float32, operations per second: data
+# sheets of Google and NVIDIA.
+PEAK_FLOPS = {
+  "TPU v4": 275e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5": 459e12,
+  "TPU v6 lite": 918e12,
+  "NVIDIA A100-SXM4-40GB": 312e12,
+  "NVIDIA A100-SXM4-80GB": 312e12,
+  "NVIDIA H100 80GB HBM3": 989e12,
+  "NVIDIA H200": 989e12,
+  "NVIDIA B200": 2250e12,
+  "NVIDIA A10G": 70e12,
+  "NVIDIA RTX A6000": 154.8e12,
+  "NVIDIA L4": 121e12,
+  "NVIDIA L40S": 362e12,
+  "NVIDIA GeForce RTX 3090": 71e12,
+  "NVIDIA GeForce RTX 4090": 165.2e12,
+  "NVIDIA GeForce RTX 5090": 209.5e12,
+}
 
 
 @dataclasses.dataclass(frozen=True)

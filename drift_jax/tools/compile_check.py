@@ -262,6 +262,7 @@ def compile_program(
   """One program's report."""
   import jax
 
+  from drift_jax.system import jaxprs
   from drift_jax.tools import gpu_memory, hlo
 
   # 1. What is known before it is compiled
@@ -274,7 +275,7 @@ def compile_program(
     fits=None,
     seconds=0.0,
     arguments=argument_bytes(program.arguments),
-    flops=hlo.matmul_flops(traced.jaxpr, mesh.size),
+    flops=jaxprs.matmul_flops(traced.jaxpr, mesh.size),
     asked=hlo.totals(hlo.requested_collectives(traced.jaxpr)),
   )
   report.available, report.memory = _available(device)

@@ -9,8 +9,10 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from drift_jax.system import jaxprs
 
 KINDS = (
   *("all-gather", "all-reduce", "reduce-scatter", "all-to-all"),
@@ -46,12 +48,6 @@ _FREE = (
   *("after-all", "partition-id"),
 )
 _SLICES = ("dynamic-slice", "slice", "gather")
-_KERNEL = "pallas_call"
-# JAX's names of cuDNN's attention, and its products of queries with keys.
-_CUDNN = {
-  "dot_product_attention_fwd_wrapper": 2,
-  "dot_product_attention_bwd_wrapper": 5,
-}
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
 _TRITON = re.compile(r'"kind":"(__triton\w*)"')
 # JAX's names of the collectives that are used here.
@@ -421,38 +417,6 @@ def _collective(
   return Collective(kind, size, times, _shapes(instruction.type))
 
 
-def matmul_flops(closed: Any, num_devices: int) -> int:
-  """Floating point operations of products and convolutions, of each device.
-
-  A Pallas kernel's are those that it declares; cuDNN's attention computes the
-  weights again for its gradient.
-
-  Args:
-    closed: jax.stages.Traced.jaxpr.
-    num_devices: among which what is outside jax.shard_map is divided.
-  """
-  flops = {True: 0, False: 0}  # inside jax.shard_map, outside
-  for equation, times, local in _equations(closed.jaxpr):
-    results = sum(math.prod(v.aval.shape) for v in equation.outvars)
-    numbers = equation.params.get("dimension_numbers")
-    if equation.primitive.name == "dot_general":
-      left = equation.invars[0].aval.shape
-      each = 2 * math.prod(left[axis] for axis in numbers[0][0])
-      flops[local] += times * results * each
-    elif equation.primitive.name == "conv_general_dilated":
-      kernel = equation.invars[1].aval.shape
-      each = 2 * math.prod(kernel) // kernel[numbers.rhs_spec[0]]
-      flops[local] += times * results * each
-    elif equation.primitive.name in _CUDNN:
-      query, key = (v.aval.shape for v in equation.invars[:2])
-      each = 2 * math.prod(query) * key[1]  # [batch, tokens, heads, channels]
-      flops[local] += times * _CUDNN[equation.primitive.name] * each
-    elif equation.primitive.name == _KERNEL:
-      declared = equation.params["cost_estimate"]
-      flops[local] += times * declared.flops if declared else 0
-  return flops[True] + flops[False] // num_devices
-
-
 def requested_collectives(closed: Any) -> list[Collective]:
   """The collectives that a program asks for, before XLA has seen it.
 
@@ -462,7 +426,7 @@ def requested_collectives(closed: Any) -> list[Collective]:
     closed: jax.stages.Traced.jaxpr.
   """
   collectives = []
-  for equation, times, local in _equations(closed.jaxpr):
+  for equation, times, local in jaxprs.equations(closed.jaxpr):
     kind = _KINDS_OF_JAX.get(equation.primitive.name)
     if kind is None or not local:
       continue
@@ -470,23 +434,3 @@ def requested_collectives(closed: Any) -> list[Collective]:
     size = sum(v.aval.size * v.aval.dtype.itemsize for v in variables)
     collectives.append(Collective(kind, size, times))
   return collectives
-
-
-def _equations(
-  jaxpr: Any, times: int = 1, local: bool = False
-) -> Iterator[tuple[Any, int, bool]]:
-  """(equation, how often it runs, whether it is inside jax.shard_map).
-
-  Of branches each counts, of loops without a known end one round.
-  """
-  for equation in jaxpr.eqns:
-    yield equation, times, local
-    name = equation.primitive.name
-    if name == _KERNEL:
-      continue
-    rounds = times * (equation.params["length"] if name == "scan" else 1)
-    for value in equation.params.values():
-      for entry in value if isinstance(value, (tuple, list)) else (value,):
-        entry = getattr(entry, "jaxpr", entry)
-        if hasattr(entry, "eqns"):
-          yield from _equations(entry, rounds, local or name == "shard_map")

@@ -117,7 +117,7 @@ class Loop:
       most `prefetch` of them, and is saved: what is drawn cannot be put back.
       With several processes the answers are the same in all.
     before_step: called with (step, state) before each.
-    images: of a step, for the speed; 0: none.
+    speeds: names steps per second, and what follows from them, for metrics.
   """
 
   step_fn: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
@@ -131,7 +131,9 @@ class Loop:
   writer: Any
   preempted: Callable[[], bool] = lambda: False
   before_step: Callable[[int, TrainState], None] = lambda step, state: None
-  images: int = 0
+  speeds: Callable[[float], dict[str, float]] = lambda speed: {
+    "perf/steps_per_second": speed
+  }
 
   def fit(self, state: TrainState) -> TrainState:
     """Runs to schedule.num_steps from the state's step.
@@ -267,9 +269,7 @@ class Loop:
     )
     waited = self._batches.seconds_waited
     if speed is not None:
-      scalars["perf/steps_per_second"] = speed
-      if self.images:
-        scalars["perf/images_per_second"] = speed * self.images
+      scalars |= self.speeds(speed)
       scalars["perf/data_wait_fraction"] = (
         waited - self._waited
       ) / self._progress.seconds

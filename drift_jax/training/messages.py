@@ -1,7 +1,6 @@
 """What a run says of itself at its start and at its end."""
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,8 +8,9 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from drift_jax.system import processes
+from drift_jax.system import jaxprs, processes
 from drift_jax.system.console import logger
+from drift_jax.system.devices import PEAK_FLOPS
 from drift_jax.training.checkpoint import Checkpointer
 
 SECONDS_FILE = "compile_seconds.txt"
@@ -51,34 +51,62 @@ def start(name: str, computed: str, params: Any, mesh: Mesh) -> None:
     )
 
 
-def timing_first(
-  step: Callable[..., Any], path: epath.Path
-) -> Callable[..., Any]:
-  """Returns the step; its first call says how long it takes to compile.
+class Step:
+  """A jitted step; its first call says how long it takes to compile."""
 
-  Args:
-    step: jitted.
-    path: the workdir, which remembers the seconds for the next start.
-  """
-  pending = True
+  def __init__(
+    self,
+    step: Any,
+    frozen: Any,
+    path: epath.Path,
+    mesh: Mesh,
+    images: int,
+  ):
+    """Calls nothing yet.
 
-  def call(*arguments: Any) -> Any:
-    nonlocal pending
-    if not pending:
-      return step(*arguments)
-    pending = False
-    file = path / SECONDS_FILE
+    Args:
+      step: jitted (state, batch, frozen) -> (state, metrics).
+      frozen: its last argument.
+      path: the workdir, which remembers the seconds for the next start.
+      mesh: of the run.
+      images: of a step; 0: none.
+    """
+    self._step, self._frozen, self._mesh = step, frozen, mesh
+    self._file = path / SECONDS_FILE
+    self._images = images
+    self._flops: int | None = None  # of a step, on each device
+
+  def __call__(self, state: Any, batch: Any) -> Any:
+    """Returns (state, metrics)."""
+    if self._flops is not None:
+      return self._step(state, batch, self._frozen)
+    file = self._file
     before = f" ({file.read_text():.20} last time)" if file.exists() else ""
     logger.info("Compiling the training step%s.", before)
     begin = time.perf_counter()
-    result = step(*arguments)
+    traced = self._step.trace(state, batch, self._frozen)
+    self._flops = jaxprs.matmul_flops(traced.jaxpr, self._mesh.size)
+    result = self._step(state, batch, self._frozen)
     seconds = f"{time.perf_counter() - begin:.1f} s"
     logger.info("Compiled it in %s.", seconds)
     if processes.is_first():
       file.write_text(seconds)
     return result
 
-  return call
+  def speeds(self, steps_per_second: float) -> dict[str, float]:
+    """Names the speed for metrics.
+
+    'perf/mfu' is the share of the device's peak in bfloat16 that the step's
+    products reach, those that are computed again included; it is there if the
+    peak is known.
+    """
+    scalars = {"perf/steps_per_second": steps_per_second}
+    if self._images:
+      scalars["perf/images_per_second"] = steps_per_second * self._images
+    peak = PEAK_FLOPS.get(self._mesh.devices.flat[0].device_kind)
+    if peak and self._flops:
+      scalars["perf/mfu"] = steps_per_second * self._flops / peak
+    return scalars
 
 
 def end(path: epath.Path, step: int, checkpointer: Checkpointer) -> None:

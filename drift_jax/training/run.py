@@ -128,9 +128,9 @@ def run(
     profile = Profile(config.train.profile, path)
     stack.callback(profile.close)
     # 3. The steps that are left.
-    first = messages.timing_first(training.step, path)
+    step_fn = messages.Step(training.step, recipe.frozen, path, mesh, images)
     state = loop.Loop(
-      step_fn=lambda state, batch: first(state, batch, recipe.frozen),
+      step_fn=step_fn,
       feed=feed,
       put=lambda batch: recipe.batch(**sharding.put_batch(batch, mesh)),
       prefetch=config.data.prefetch,
@@ -146,7 +146,7 @@ def run(
       writer=writer,
       preempted=stack.enter_context(exits.preemption()),
       before_step=profile,
-      images=images,
+      speeds=step_fn.speeds,
     ).fit(state)
     messages.end(path, int(state.step), checkpointer)
     return state
