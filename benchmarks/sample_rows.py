@@ -7,10 +7,9 @@ import jax
 import numpy as np
 
 from benchmarks import configs, timing
-from benchmarks.step_rows import PEAK_FLOPS
 from configs import models as sizes
 from drift_jax.metrics.generation import generate
-from drift_jax.system import sharding
+from drift_jax.system import devices, jaxprs, sharding
 from drift_jax.tasks.generator.judges import make_decoder, make_pixels
 from drift_jax.tasks.generator.kernels import attention_kernel_for, unroll_for
 from drift_jax.tasks.generator.restore import OpenedGenerator, sampling_task
@@ -19,7 +18,6 @@ from drift_jax.tasks.generator.samplers import (
   jit_sampler,
   sample_step,
 )
-from drift_jax.tools import hlo
 from drift_jax.training import artifacts
 from drift_jax.training.step import apply
 
@@ -126,7 +124,7 @@ def rows(
   rate = report.rows.pop().value
   plain_rate = 1e3 / latency.plain
   flops = _flops(opened)
-  peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+  peak = devices.PEAK_FLOPS.get(jax.devices()[0].device_kind)
   share = f", {flops * rate / peak:.0%} of the peak" if peak else ""
   report.add(
     section,
@@ -164,7 +162,7 @@ def _flops(opened: OpenedGenerator) -> float:
 
   decoder = None if opened.vae is None else opened.vae.params
   traced = jax.jit(image).trace(opened.params, decoder, np.zeros(1, np.int32))
-  return hlo.matmul_flops(traced.jaxpr, 1)
+  return jaxprs.matmul_flops(traced.jaxpr, 1)
 
 
 def _random(shapes: Any) -> Any:

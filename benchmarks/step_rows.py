@@ -13,23 +13,12 @@ import numpy as np
 from benchmarks import configs, plain_step, timing
 from drift_jax import drift
 from drift_jax.models.mae import build_mae
-from drift_jax.system import sharding
+from drift_jax.system import devices, jaxprs, sharding
 from drift_jax.tasks import parse, programs
 from drift_jax.tasks.generator import setup as networks
 from drift_jax.tasks.generator.kernels import kernel_for
-from drift_jax.tools import hlo
 from drift_jax.training.frozen import load_encoders, load_vae
 from drift_jax.training.run import adamw
-
-# Of dense products in bfloat16, per second.
-PEAK_FLOPS = {
-  "NVIDIA H100 80GB HBM3": 989e12,
-  "NVIDIA H200": 989e12,
-  "NVIDIA A100-SXM4-80GB": 312e12,
-  "TPU v6 lite": 918e12,
-  "TPU v5 lite": 197e12,
-  "TPU v5p": 459e12,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +80,7 @@ def rows(report: timing.Report, name: str, overrides: Sequence[str]) -> None:
     f"step of {name.removeprefix('configs/')}, {len(batch.labels)} x "
     f"{task.num_generated} samples"
   )
-  flops = hlo.matmul_flops(plain.trace(state, batch, frozen).jaxpr, 1)
+  flops = jaxprs.matmul_flops(plain.trace(state, batch, frozen).jaxpr, 1)
   compiled = {
     "plain": Compiled(plain, (state, batch, frozen)),
     "ours": Compiled(program.jitted, (state, batch, frozen)),
@@ -111,7 +100,7 @@ def rows(report: timing.Report, name: str, overrides: Sequence[str]) -> None:
   for which, rate in (("ours", row.value), ("plain", row.plain)):
     assert rate is not None
     per_second = flops * rate / images
-    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    peak = devices.PEAK_FLOPS.get(jax.devices()[0].device_kind)
     share = f", {per_second / peak:.0%} of the peak" if peak else ""
     report.add(
       section,

@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     "--set", nargs="*", default=[], help="KEY=VALUE of the config"
   )
   flags = parser.parse_args(argv)
-  compile_check.prepare_libtpu()
+  compile_check.prepare_compilers()
   facts = timing.machine()
   rows = []
   for name in flags.settings:

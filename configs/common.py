@@ -68,6 +68,10 @@ def _shared(task: str) -> ConfigDict:
   config.train = ConfigDict()
   config.train.num_steps = 30_000
   config.train.log_every = 100  # steps
+  # STEP:COUNT traces that many steps from that one on, for TensorBoard.
+  config.train.profile = ""
+  # Compiled programs stay on the disk for the next start: README.
+  config.train.keep_compiled = True
 
   config.checkpoint = ConfigDict()
   config.checkpoint.every = 1_000  # steps
@@ -281,9 +285,7 @@ def toy() -> ConfigDict:
   )
   config.ema.decays = (0.0,)  # 0: the parameters themselves
 
-  config.train = ConfigDict()
-  config.train.num_steps = 2_000
-  config.train.log_every = 10  # steps
+  config.train.update(num_steps=2_000, log_every=10)
 
   config.eval = ConfigDict()
   config.eval.every = 25  # steps; a frame of the animation each

@@ -40,6 +40,8 @@ def main(argv: list[str]) -> None:
     lambda: trainer(config.task).train_and_evaluate(config, workdir),
     processes=config_lib.process_flags(),
     resumes=True,
+    workdir=workdir,
+    keep_compiled=config.train.keep_compiled,
     heartbeat_timeout=config.processes.heartbeat_timeout,
     join_timeout=config.processes.join_timeout,
   )

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import re
 import typing
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
@@ -77,9 +78,27 @@ def _check_value(hint: Any, value: Any, key: str) -> None:
       _check_value(arguments[0], item, key)
 
 
+def profile_window(text: str) -> tuple[int, int]:
+  """Reads train.profile: the first step and how many; '' is (0, 0).
+
+  Raises:
+    ConfigError: it is not STEP:COUNT.
+  """
+  if not text:
+    return 0, 0
+  match = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", text)
+  if match is None:
+    raise ConfigError(
+      f"train.profile={text!r}: want STEP:COUNT, the first step and how many, "
+      "such as '20:5', or '' for none"
+    )
+  return int(match[1]), int(match[2])
+
+
 def check_run(config: RunConfig) -> None:
   """Raises ConfigError for what no task allows."""
   check_values(config)
+  profile_window(config.train.profile)
   optim, mesh = config.optim, config.mesh
   require(
     0 <= config.seed < 2**32,

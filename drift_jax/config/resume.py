@@ -14,6 +14,8 @@ from drift_jax.system.errors import ConfigError
 RESUMABLE = (
   "train.num_steps",
   "train.log_every",
+  "train.profile",
+  "train.keep_compiled",
   "train.kernels",
   "train.accum_labels",
   "eval.",

@@ -167,6 +167,8 @@ class Train(Section):
 
   num_steps: Size
   log_every: Size
+  profile: str = ""  # earlier runs have neither of these
+  keep_compiled: bool = True
 
 
 class Eval(Section):

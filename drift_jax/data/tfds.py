@@ -4,7 +4,6 @@ import functools
 import hashlib
 import json
 import os
-import pathlib
 import re
 import zipfile
 from collections.abc import Sequence
@@ -233,8 +232,7 @@ class TfdsSource(encoded.EncodedSource):
       taken = (str(part.filename), part.skip, part.take)
       facts.append((*taken, stat.length, stat.mtime))
     fingerprint = self._sha256(facts)
-    root = paths.expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    cache = pathlib.Path(root) / f"drift_jax/labels-{fingerprint[:32]}.npz"
+    cache = paths.user_cache() / f"labels-{fingerprint[:32]}.npz"
     try:
       # A zip: its checksums are verified.
       with open(cache, "rb") as file, np.load(file) as stored:

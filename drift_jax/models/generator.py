@@ -14,9 +14,22 @@ from drift_jax.models.arguments import build, require_multiple
 
 # Weight of the guidance scale's embedding in the conditioning vector.
 ALPHA_EMBEDDING_WEIGHT = 0.02
+
+
+def _saved(*names: str) -> Callable[..., Any]:
+  """Policy of jax.checkpoint: keeps these, and what cuDNN's attention gives."""
+  named = jax.checkpoint_policies.save_only_these_names(*names)
+
+  def policy(primitive: Any, *inputs: Any, **parameters: Any) -> Any:
+    if primitive.name == layers.CUDNN_ATTENTION:
+      return True
+    return named(primitive, *inputs, **parameters)
+
+  return policy
+
+
 # What a block keeps for its backward pass besides its input. The rest is
 # computed again, and gathered parameters are gathered again.
-_saved = jax.checkpoint_policies.save_only_these_names
 _REMAT_POLICIES = {
   "none": None,
   "attention": _saved(layers.ATTENTION, layers.WIDE, layers.MLP),

@@ -26,6 +26,9 @@ linear_init = nn.initializers.xavier_uniform()
 # Names for jax.checkpoint policies: the input of attention's last layer, the
 # MLP's two wide products, and the MLP's result.
 ATTENTION = "attention"
+# cuDNN's attention has its result, and what its gradient needs besides, from
+# this primitive.
+CUDNN_ATTENTION = "dot_product_attention_fwd_wrapper"
 WIDE = "wide"
 MLP = "mlp"
 
@@ -259,8 +262,9 @@ class Attention(nn.Module):
     kernel: who computes it. 'xla' runs everywhere. 'pallas' runs on TPUs and
       keeps everything on chip, see attention_kernel; XLA computes sequences
       that don't fit. 'interpret' is the same without a TPU. 'cudnn' is the
-      fused attention of NVIDIA GPUs; XLA computes what it refuses:
-      attention_dtype float32, and heads of other than 8, 16, .. 128 channels.
+      fused attention of NVIDIA GPUs; XLA computes what it does not take:
+      float32, odd numbers of tokens, heads of other than 8, 16, ... 128
+      channels.
   """
 
   num_heads: int
@@ -272,6 +276,7 @@ class Attention(nn.Module):
   def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
     batch, tokens, channels = x.shape
     project = Dense(3 * channels, dtype=self.dtype, name="qkv")
+    on_cudnn = self._on_cudnn(tokens, channels // self.num_heads)
     on_chip = self.kernel in ("pallas", "interpret")
     if on_chip and tokens <= attention_kernel.MAX_TOKENS:
       out = self._on_chip(*project.parts(x))
@@ -280,13 +285,7 @@ class Attention(nn.Module):
       query, key, value = (qkv[:, :, i] for i in range(3))
       query = apply_rotary(RMSNorm(name="q_norm")(query))
       key = apply_rotary(RMSNorm(name="k_norm")(key))
-      head_dim = query.shape[-1]
-      if (
-        self.kernel == "cudnn"
-        and self.attention_dtype == jnp.bfloat16
-        and head_dim % 8 == 0
-        and head_dim <= 128
-      ):
+      if on_cudnn:
         out = jax.nn.dot_product_attention(
           *(x.astype(jnp.bfloat16) for x in (query, key, value)),
           implementation="cudnn",
@@ -294,8 +293,18 @@ class Attention(nn.Module):
       else:
         out = attention(query, key, value, dtype=self.attention_dtype)
       out = out.reshape(batch, tokens, channels)
-    out = checkpoint_name(out.astype(self.dtype), ATTENTION)
+    out = out.astype(self.dtype)
+    if not on_cudnn:
+      out = checkpoint_name(out, ATTENTION)
     return Dense(channels, dtype=self.dtype, name="out")(out)
+
+  def _on_cudnn(self, tokens: int, head_dim: int) -> bool:
+    return (
+      self.kernel == "cudnn"
+      and self.attention_dtype == jnp.bfloat16
+      and tokens % 2 == 0
+      and head_dim in range(8, 129, 8)
+    )
 
   def _on_chip(
     self, qkv: Float[Array, "B T _"], bias: Float[Array, " _"]

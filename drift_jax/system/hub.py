@@ -17,8 +17,6 @@ from typing import Any, NamedTuple
 import huggingface_hub
 from huggingface_hub import constants, errors
 
-from drift_jax.system import paths
-
 SCHEME = "hf:"
 
 _ADDRESS = re.compile(
@@ -124,18 +122,6 @@ def _asked(address: Address, *, dry_run: bool) -> Any:
 def downloads() -> pathlib.Path:
   """The folder of the hub library's downloads."""
   return pathlib.Path(constants.HF_HUB_CACHE)
-
-
-def own_cache() -> pathlib.Path:
-  """The folder of what is made of downloads, or is downloaded elsewhere.
-
-  It is drift_jax in XDG_CACHE_HOME, else beside HF_HOME: ~/.cache/drift_jax if
-  neither is set.
-  """
-  root = os.environ.get("XDG_CACHE_HOME")
-  if root:
-    return pathlib.Path(paths.expand(root), "drift_jax")
-  return pathlib.Path(constants.HF_HOME).with_name("drift_jax")
 
 
 def require_space(needs: Sequence[Need]) -> None:

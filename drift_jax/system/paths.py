@@ -6,6 +6,7 @@ here, once. Variables such as $HOME are the shell's.
 
 import argparse
 import os
+import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -138,3 +139,18 @@ def walk(root: str | os.PathLike[str]) -> Iterator[tuple[str, list[str]]]:
     folders, files = listed(folder)
     yield folder, files
     waiting += [os.path.join(folder, name) for name in reversed(folders)]
+
+
+def user_cache() -> pathlib.Path:
+  """This package's folder of what can be made or downloaded again.
+
+  It is drift_jax in XDG_CACHE_HOME, else beside HF_HOME: ~/.cache/drift_jax if
+  neither is set. Nothing is made.
+
+  Raises:
+    PathError: either names a home folder that is not there.
+  """
+  if root := os.environ.get("XDG_CACHE_HOME"):
+    return pathlib.Path(expand(root), "drift_jax")
+  home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+  return pathlib.Path(expand(home)).with_name("drift_jax")

@@ -57,6 +57,8 @@ def run(
   processes: Sequence[Any] | None = None,
   resumes: bool = False,
   errors: tuple[type[Exception], ...] = (),
+  workdir: str = "",
+  keep_compiled: bool = True,
   **timeouts: int,
 ) -> None:
   """Runs a program and ends its process with the code that says how it went.
@@ -67,16 +69,20 @@ def run(
       for a program that works alone.
     resumes: whether the same command continues from what is on the disk.
     errors: that end it with their message, beside `errors.ERRORS`.
+    workdir, keep_compiled: where compiled programs may stay, and whether they
+      do; see `compilation.keep`.
     **timeouts: see `exits.join`.
   """
   setup()
-  from drift_jax.system import exits
+  from drift_jax.system import compilation, exits
 
   again = exits.AGAIN if resumes else exits.ANEW
 
   def joined() -> None:
     if processes is not None:
       exits.join(*processes, again=again, **timeouts)
+    if keep_compiled:
+      compilation.keep(workdir)
     if resumes:
       exits.stop_on_sigterm()
     try:

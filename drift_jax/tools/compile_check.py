@@ -4,11 +4,12 @@
       --topology=v6e:8x16 [--mesh=data=1,fsdp=-1] [--config.KEY=VALUE ...]
 
 compiles the training step, the sampler and the evaluation steps as the run
-would, without data or weights, for a TPU topology (needs the package libtpu,
-but no TPU) or, without --topology, for this machine's devices. For each
-device it says what is in memory and how much, what is computed and moved,
-which collectives run, and what to change if it does not fit. Exits with 1
-if a program does not fit.
+would, without data or weights, for a TPU slice (v6e:8x16), for NVIDIA GPUs
+(rtx4090, h100:8, or HOSTSxGPUS: h100:2x8) or, without --topology, for this
+machine's devices. It needs JAX's compiler for TPUs or GPUs, but none of them.
+For each device it says what is in memory and how much, what is computed and
+moved, by which kernels, which collectives run, and what to change if it does
+not fit. Exits with 1 if a program does not fit.
 """
 
 import dataclasses
@@ -28,16 +29,20 @@ from ml_collections import config_flags
 from drift_jax import config as config_lib
 from drift_jax import tasks
 from drift_jax.config.sections import RunConfig
+from drift_jax.system import devices as devices_lib
 from drift_jax.system import paths, programs
-from drift_jax.tools.compile_report import Report, advice, describe, whole_sums
+from drift_jax.tools.compile_report import (
+  Report,
+  advice,
+  attention,
+  describe,
+  whole_sums,
+)
 
-# What a chip's programs may use of its memory, bytes: as the compiler says it.
-HBM = {
-  "TPU v4": 31.25 * 2**30,
-  "TPU v5 lite": 15.75 * 2**30,
-  "TPU v5": 95.74 * 2**30,
-  "TPU v6 lite": 31.24 * 2**30,
-}
+_TPUS = re.compile(r"v\d\w*:\d+x\d+(x\d+)?")
+_GPUS = re.compile(
+  r"(?P<card>[a-z0-9-]+)(:((?P<hosts>[1-9]\d*)x)?(?P<gpus>[1-9]\d*))?"
+)
 
 
 def define_flags() -> None:
@@ -48,8 +53,9 @@ def define_flags() -> None:
   flags.DEFINE_string(
     "topology",
     "",
-    "TPU generation and chips, e.g. v6e:8x16, v5e:4x8 or v5p:4x4x4; this "
-    "machine's devices if not given.",
+    "TPU generation and chips, e.g. v6e:8x16, v5e:4x8 or v5p:4x4x4, or NVIDIA "
+    "GPUs, e.g. rtx4090, h100:8 or h100:2x8; this machine's devices if not "
+    "given.",
   )
   flags.DEFINE_string(
     "mesh", "", "Sizes instead of config.mesh's, e.g. data=2,fsdp=-1."
@@ -59,8 +65,8 @@ def define_flags() -> None:
   paths.define_flag(
     "hlo",
     "",
-    "Folder for the optimised programs, PROGRAM.txt, and for TPUs what takes "
-    "their memory, PROGRAM_memory.txt.",
+    "Folder for the optimised programs, PROGRAM.txt, and for TPUs and GPUs "
+    "what takes their memory, PROGRAM_memory.txt.",
   )
   flags.mark_flag_as_required("config")
 
@@ -72,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
     config = with_mesh(tasks.parse(values.config), values.mesh)
     check_topology(values.topology)
   if values.topology:
-    prepare_libtpu()
+    prepare_compilers()
 
   def program() -> None:
     devices = find_devices(values.topology)
@@ -81,7 +87,7 @@ def main(argv: Sequence[str]) -> None:
     if any(report.fits is False for report in reports):
       sys.exit(1)
 
-  programs.run(program)
+  programs.run(program, keep_compiled=False)  # it is asked what it compiles
 
 
 def _tell(config: RunConfig, devices: Sequence[Any], reports: Any) -> None:
@@ -109,8 +115,8 @@ def _tell(config: RunConfig, devices: Sequence[Any], reports: Any) -> None:
     write_report(values.json, result)
 
 
-def prepare_libtpu() -> None:
-  """Before JAX is imported: no TPU is looked for, nothing is logged."""
+def prepare_compilers() -> None:
+  """Before JAX is imported: no device is looked for, nothing is logged."""
   for name, value in {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -120,40 +126,76 @@ def prepare_libtpu() -> None:
     "TPU_WORKER_ID": "0",
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",
+    "TF_CPP_MIN_LOG_LEVEL": "2",
   }.items():
     os.environ.setdefault(name, value)
 
 
 def check_topology(topology: str) -> None:
-  """Raises ConfigError unless it has a topology's form, or is ''."""
-  if topology and not re.fullmatch(r"[a-z0-9]+:\d+x\d+(x\d+)?", topology):
+  """Raises ConfigError unless it is '' or has a form, and a compiler here."""
+  gpus = _GPUS.fullmatch(topology)
+  if not topology:
+    return
+  if gpus and gpus["card"] in devices_lib.CARDS:
+    there = devices_lib.installed("jax-cuda13-plugin", "jax-cuda12-plugin")
+    extra, kind = "cuda13", "GPUs"
+  elif _TPUS.fullmatch(topology):
+    there = devices_lib.installed("libtpu")
+    extra, kind = "tpu", "TPUs"
+  else:
     raise config_lib.ConfigError(
-      f"--topology={topology!r}: want GENERATION:CHIPS, e.g. v6e:8x16"
+      f"--topology={topology!r}: want GENERATION:CHIPS of TPUs, e.g. v6e:8x16, "
+      "or CARD, CARD:GPUS or CARD:HOSTSxGPUS of NVIDIA GPUs, e.g. h100:2x8; "
+      f"cards are {', '.join(devices_lib.CARDS)}"
     )
+  if there is None:
+    raise config_lib.ConfigError(
+      f"--topology={topology!r}: JAX's compiler for {kind} is not installed "
+      f"({kind} are not needed): {install_line(extra)}"
+    )
+
+
+def install_line(extra: str) -> str:
+  """The command that installs a compiler of the version of JAX that is here."""
+  return f"pip install 'jax[{extra}]=={devices_lib.installed('jax')}'"
 
 
 def find_devices(topology: str) -> list[Any]:
   """Devices of a topology, or this machine's for ''.
 
   Raises:
-    ConfigError: a topology that does not exist, or no libtpu to compile with.
+    ConfigError: a topology that does not exist, or that the compiler refuses.
   """
-  from jax.experimental import topologies
-
-  from drift_jax.system import devices as devices_lib
-
   if not topology:
     return devices_lib.find_devices()
+  gpus = _GPUS.fullmatch(topology)
+  card = gpus and devices_lib.CARDS.get(gpus["card"])
   try:
+    if gpus and card:
+      return _gpus(card, int(gpus["hosts"] or 1), int(gpus["gpus"] or 1))
+    from jax.experimental import topologies
+
     return list(topologies.get_topology_desc(topology, "tpu").devices)
   except (RuntimeError, ValueError, NotImplementedError) as error:
     text = " ".join(str(error).split())
     hint = "valid ones are those that Cloud TPU rents, e.g. v6e:4x4, v5p:4x4x4"
-    if "libtpu" in text.lower() and "not" in text.lower():
-      hint = "pip install libtpu"
+    if card:
+      hint = f"JAX and its compiler must agree: {install_line('cuda13')}"
     raise config_lib.ConfigError(
       f"--topology={topology!r} can't be compiled for ({text[:300]}): {hint}"
     ) from error
+
+
+def _gpus(card: devices_lib.Card, hosts: int, each: int) -> list[Any]:
+  """Abstract devices of GPUs; the hosts share no NVLink."""
+  from jax.experimental import topologies
+
+  description = topologies.get_topology_desc(
+    platform="cuda",
+    target_config=devices_lib.target_config(card),
+    topology=f"{hosts}x1x{each}",
+  )
+  return list(description.devices)
 
 
 def with_mesh(config: Any, sizes: str) -> Any:
@@ -220,7 +262,8 @@ def compile_program(
   """One program's report."""
   import jax
 
-  from drift_jax.tools import hlo
+  from drift_jax.system import jaxprs
+  from drift_jax.tools import gpu_memory, hlo
 
   # 1. What is known before it is compiled
   start = time.perf_counter()
@@ -232,15 +275,15 @@ def compile_program(
     fits=None,
     seconds=0.0,
     arguments=argument_bytes(program.arguments),
-    available=_available(device),
-    flops=hlo.matmul_flops(traced.jaxpr, mesh.size),
+    flops=jaxprs.matmul_flops(traced.jaxpr, mesh.size),
     asked=hlo.totals(hlo.requested_collectives(traced.jaxpr)),
   )
+  report.available, report.memory = _available(device)
   # 2. The compiler, which may refuse it
   with tempfile.TemporaryDirectory() as folder:
     options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
     try:
-      compiled = lowered.compile(options if device.platform == "tpu" else None)
+      compiled = lowered.compile(options if device.platform != "cpu" else None)
     except jax.errors.JaxRuntimeError as error:
       text = " ".join(str(error).split())
       if "RESOURCE_EXHAUSTED" not in text:
@@ -255,8 +298,13 @@ def compile_program(
     # As the compiler wrote it on its way: libtpu 0.0.52 can't give the text of
     # some programs that it has compiled.
     text = _dumped(folder, "after_codegen")
-    largest = _dumped(folder, "memory-usage-report")
+    usage = _dumped(folder, "memory-usage-report")
+    assignment = _dumped(folder, "buffer-assignment")
+    ranges = _dumped(folder, "live-range")
   # 3. What it says
+  report.outputs = _device_bytes(
+    jax.tree.map(_result, traced.out_info, compiled.output_shardings)
+  )
   _read_memory(report, compiled.memory_analysis())
   costs: Mapping[str, float] = compiled.cost_analysis() or {}
   report.bytes_accessed = costs.get("bytes accessed")
@@ -270,12 +318,22 @@ def compile_program(
     report.collectives = report.asked
   else:
     _read_program(report, text)
+    if device.platform == "gpu":
+      report.largest = gpu_memory.largest(text, assignment, ranges)
+      report.attention = attention(report, config)
     if hlo_folder:
-      _keep(hlo_folder, program.name, {"": text, "_memory": largest})
+      _keep(hlo_folder, program.name, {"": text, "_memory": usage})
   if report.fits is False:
     report.advice = advice(report, config, mesh.size)
   report.advice += whole_sums(report)
   return report
+
+
+def _result(shape: Any, sharding: Any) -> Any:
+  """The abstract array of a result on its devices."""
+  import jax
+
+  return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
 
 def _dumped(folder: str, name: str) -> str:
@@ -316,14 +374,20 @@ def _read_program(report: Report, text: str) -> None:
   from drift_jax.tools import hlo
 
   analysed = hlo.analyse(text)
-  if report.bytes_accessed is not None and analysed.bytes_once:
+  if report.bytes_accessed is None:
+    report.bytes_accessed = analysed.bytes
+  elif analysed.bytes_once:
     report.bytes_accessed *= analysed.bytes / analysed.bytes_once
+  report.parts = {
+    name or "rest": {"bytes": size}
+    for name, (_, size) in analysed.parts.items()
+  }
   if analysed.cycles:
     report.estimated_seconds = analysed.cycles / hlo.CYCLES_PER_SECOND
-    report.parts = {
-      name or "rest": {"seconds": cycles / hlo.CYCLES_PER_SECOND, "bytes": size}
-      for name, (cycles, size) in analysed.parts.items()
-    }
+    for name, (cycles, _) in analysed.parts.items():
+      part = report.parts[name or "rest"]
+      part["seconds"] = cycles / hlo.CYCLES_PER_SECOND
+  report.kernels = analysed.kernels
   report.collectives = analysed.by_kind()
 
 
@@ -334,7 +398,7 @@ def argument_bytes(arguments: Mapping[str, Any]) -> dict[str, int]:
     parts = {name if name in ("params", "frozen") else "batch": tree}
     if name == "state":
       parts = {"params": tree.params, "optimizer": tree.opt_state}
-      parts["ema"] = tree.ema
+      parts |= {"ema": tree.ema, "rest": (tree.step, tree.rng, tree.drift)}
     for key, part in parts.items():
       sizes[key] = sizes.get(key, 0) + _device_bytes(part)
   return {name: size for name, size in sizes.items() if size}
@@ -353,15 +417,20 @@ def _device_bytes(tree: Any) -> int:
   return sum(size(leaf) for leaf in jax.tree.leaves(tree))
 
 
-def _available(device: Any) -> int | None:
-  """Bytes that programs may use on a device; None if nobody says."""
-  if device.device_kind in HBM:
-    return int(HBM[device.device_kind])
+def _available(device: Any) -> tuple[int | None, int | None]:
+  """Bytes that programs may use on a device, and all; None if nobody says."""
+  kind = device.device_kind
+  if kind in devices_lib.TPU_MEMORY:
+    whole = int(devices_lib.TPU_MEMORY[kind])
+    return whole, whole
   try:
-    stats = device.memory_stats()
+    stats = device.memory_stats() or {}
   except (RuntimeError, NotImplementedError):  # it is not there
-    return None
-  return stats.get("bytes_limit") if stats else None
+    stats = {}
+  memory = {card.kind: card.memory for card in devices_lib.CARDS.values()}
+  whole = memory.get(kind)
+  part = whole and int(devices_lib.memory_fraction() * whole)
+  return stats.get("bytes_limit", part), whole
 
 
 def needed_bytes(message: str) -> int | None:

@@ -6,6 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 _Totals = dict[str, dict[str, int]]
+# The part of a GPU's memory that JAX can take, beside CUDA's own.
+_ALMOST_ALL = 0.95
+_CUDNN = "__cudnn$fmha"
 
 
 @dataclasses.dataclass
@@ -17,21 +20,31 @@ class Report:
     fits: whether it compiled within the memory; None if nothing says how much
       there is.
     seconds: to compile.
-    arguments: {'params', 'optimizer', 'ema', 'frozen', 'batch', ...: size}.
+    arguments: {'params', 'optimizer', 'ema', 'frozen', 'batch', ...: size};
+      'rest' of the state, too.
+    outputs: all results; those that take the place of an argument, too. None
+      if it did not compile.
     activations: everything temporary: activations, gathered parameters and
       gradients; None if it did not compile.
     code: the program itself; None if it did not compile.
     peak: of the memory in use; None if it did not compile, unless the
       compiler says what it would take.
-    available: memory of a device; None if unknown.
+    largest: of the temporary arrays when they take most, on GPUs; see
+      gpu_memory.largest.
+    available: memory of a device that JAX takes; None if unknown.
+    memory: of which it is a part; None if unknown.
     flops: floating point operations of matrix products and convolutions.
     bytes_accessed: of the memory, as XLA counts them, but loops as often as
-      they run.
+      they run; for GPUs, of which XLA counts none, by the shapes that
+      operations take and give.
     estimated_seconds: the compiler's cycles at 1.75 GHz, without collectives;
       None if it gives none.
     parts: {module: {'seconds', 'bytes'}}: the same two of each Flax module with
       its gradient, 'rest' of all else; bytes by the shapes that operations take
-      and give, which is close to XLA's count, not equal.
+      and give, which is close to XLA's count, not equal; no seconds if the
+      compiler gives none.
+    kernels: {name: how often it runs} of libraries, Pallas and Triton.
+    attention: whose attention runs, and why; '' but for generators on GPUs.
     collectives: {kind: {'count', 'bytes'}} of the compiled program.
     asked: the same of what the program asks for; compilers may choose others.
     advice: what to change, if it does not fit or sums more than it needs to.
@@ -42,14 +55,19 @@ class Report:
   fits: bool | None
   seconds: float
   arguments: dict[str, int]
+  outputs: int | None = None
   activations: int | None = None
   code: int | None = None
   peak: int | None = None
+  largest: list[dict[str, Any]] = dataclasses.field(default_factory=list)
   available: int | None = None
+  memory: int | None = None
   flops: float | None = None
   bytes_accessed: float | None = None
   estimated_seconds: float | None = None
   parts: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+  kernels: dict[str, int] = dataclasses.field(default_factory=dict)
+  attention: str = ""
   collectives: _Totals = dataclasses.field(default_factory=dict)
   asked: _Totals = dataclasses.field(default_factory=dict)
   advice: list[str] = dataclasses.field(default_factory=list)
@@ -65,7 +83,14 @@ def advice(report: Report, config: Any, devices: int) -> list[str]:
   trained = sum(report.arguments.get(name, 0) for name in state)
   remat = True if config.task == "mae" else "full"
   recomputed = "in the backward pass instead of storing them"
+  almost = _ALMOST_ALL * (report.memory or 0)
   choices = [
+    (
+      (report.available or 0) < (report.peak or math.inf) <= almost,
+      f"XLA_PYTHON_CLIENT_MEM_FRACTION={_ALMOST_ALL} in the environment: JAX "
+      f"takes {_gb(report.available or 0)} of the card's "
+      f"{_gb(report.memory or 0)} now",
+    ),
     (not training, "a smaller eval.batch_size"),
     (
       training and config.model.remat not in (True, "full"),
@@ -109,6 +134,23 @@ def advice(report: Report, config: Any, devices: int) -> list[str]:
   return [text for applies, text in choices if applies]
 
 
+def attention(report: Report, config: Any) -> str:
+  """Whose attention a generator's program runs on GPUs, and why."""
+  if config.task != "generator" or report.program not in ("train", "sample"):
+    return ""
+  if any(name.startswith(_CUDNN) for name in report.kernels):
+    return "cuDNN's"
+  if config.train.kernels != "auto":
+    return f"XLA's, as train.kernels={config.train.kernels}: 'auto' is cuDNN's"
+  dtype = config.model.attention_dtype
+  if dtype != "bfloat16":
+    return f"XLA's, as model.attention_dtype={dtype}: cuDNN's takes bfloat16"
+  return (
+    "XLA's: cuDNN's takes an even number of tokens, and heads of 8, 16, ... "
+    "128 channels"
+  )
+
+
 def whole_sums(report: Report) -> list[str]:
   """Gradients that the compiler sums whole though parts were asked for."""
   kind = "reduce-scatter"
@@ -150,6 +192,9 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
   if report.activations is not None:
     sizes["activations"] = report.activations
   yield "memory", ", ".join(f"{name} {_gb(n)}" for name, n in sizes.items())
+  for row in report.largest:
+    what = f"{row['count']} x {row['type']}, {_gb(row['bytes'])}"
+    yield "largest", f"{what}: {row['where'].partition('/')[2] or 'no name'}"
   seconds = report.estimated_seconds
   if report.flops is not None and report.bytes_accessed is not None:
     accessed = _gb(report.bytes_accessed)
@@ -160,10 +205,15 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
   shown = [
     f"{name} {part['seconds'] * 1e3:.3g} ms"
     for name, part in report.parts.items()
-    if part["seconds"] > 0.01 * (seconds or 0.0)
+    if seconds and part["seconds"] > 0.01 * seconds
   ]
   if shown:
     yield "parts", ", ".join(shown)
+  if report.attention:
+    yield "attention", report.attention
+  if report.kernels:
+    counts = sorted(report.kernels.items())
+    yield "kernels", ", ".join(f"{name} {count} x" for name, count in counts)
   for kind in sorted(report.collectives | report.asked):
     total = report.collectives.get(kind, {"count": 0, "bytes": 0})
     asked = report.asked.get(kind, {"bytes": 0})["bytes"]

@@ -9,8 +9,10 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from drift_jax.system import jaxprs
 
 KINDS = (
   *("all-gather", "all-reduce", "reduce-scatter", "all-to-all"),
@@ -46,7 +48,8 @@ _FREE = (
   *("after-all", "partition-id"),
 )
 _SLICES = ("dynamic-slice", "slice", "gather")
-_KERNEL = "pallas_call"
+_TARGET = re.compile(r'custom_call_target="([^"]+)"')
+_TRITON = re.compile(r'"kind":"(__triton\w*)"')
 # JAX's names of the collectives that are used here.
 _KINDS_OF_JAX = {
   "all_gather": "all-gather",
@@ -123,6 +126,8 @@ class Program:
     unknown_trips: loops whose number of trips is not known, counted once.
     parts: {class of the outermost Flax module: (cycles, bytes)}, gradients
       included; '' for all else.
+    kernels: {name: how often it runs} of what XLA does not write itself, and
+      of products that it writes in Triton.
   """
 
   collectives: list[Collective]
@@ -131,6 +136,7 @@ class Program:
   bytes_once: int
   unknown_trips: int
   parts: dict[str, tuple[int, int]]
+  kernels: dict[str, int]
 
   def by_kind(self) -> dict[str, dict[str, int]]:
     """See totals."""
@@ -226,7 +232,7 @@ def computations(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def analyse(text: str) -> Program:
-  """Collectives and cycles of a program, loops unrolled in the counting.
+  """What a program does and moves, loops unrolled in the counting.
 
   Args:
     text: of jax.stages.Compiled.as_text().
@@ -235,6 +241,7 @@ def analyse(text: str) -> Program:
   collectives: list[Collective] = []
   parts: dict[str, tuple[float, int]] = {}
   counts = collections.Counter[str]()
+  kernels = collections.Counter[str]()
 
   def visit(name: str, times: int, scheduled: bool) -> None:
     inside = module[name]
@@ -248,6 +255,8 @@ def analyse(text: str) -> Program:
         cycles, moved = parts.get(part, (0.0, 0))
         cycles += times * _cycles(instruction)
         parts[part] = cycles, moved + times * size
+        if kernel := _kernel(instruction):
+          kernels[kernel] += times
       kind = instruction.opcode.removesuffix("-start")
       if kind in KINDS:
         collectives.append(_collective(instruction, kind, name, times, inside))
@@ -261,7 +270,7 @@ def analyse(text: str) -> Program:
         visit(called["to_apply"], times, scheduled)
       elif "calls" in called:
         # What is inside a fusion is not scheduled by itself.
-        inner = scheduled and instruction.opcode != "fusion"
+        inner = scheduled and not _is_fusion(instruction)
         visit(called["calls"], times, inner)
       if branches := _BRANCHES.search(instruction.rest):
         for branch in _NAME.findall(branches[1]):
@@ -275,7 +284,22 @@ def analyse(text: str) -> Program:
     bytes_once=counts["bytes"],
     unknown_trips=counts["unknown trips"],
     parts={name: (round(cycles), n) for name, (cycles, n) in parts.items()},
+    kernels=dict(kernels),
   )
+
+
+def _is_fusion(instruction: Instruction) -> bool:
+  """Whether it runs its computation as one kernel; GPUs may start it early."""
+  return instruction.opcode in ("fusion", "fusion-start")
+
+
+def _kernel(instruction: Instruction) -> str | None:
+  """Name of the kernel that a scheduled operation runs, if it has one."""
+  if instruction.opcode == "custom-call":
+    match = _TARGET.search(instruction.rest)
+  else:
+    match = _is_fusion(instruction) and _TRITON.search(instruction.rest)
+  return match[1] if match else None
 
 
 def _cycles(instruction: Instruction) -> float:
@@ -299,7 +323,7 @@ def _moved_bytes(
   is_free = opcode in _FREE or opcode.endswith("-done")
   if is_free or _ALLOCATION in instruction.rest:
     return 0
-  if opcode.endswith("-start"):
+  if opcode.endswith("-start") and not _is_fusion(instruction):
     return instruction.bytes  # Its result holds the operands as well.
   if opcode in _SLICES:
     return 2 * instruction.bytes
@@ -309,7 +333,7 @@ def _moved_bytes(
   if opcode == "dynamic-update-slice":
     return 2 * taken[1]
   fused = module.get(instruction.called.get("calls", ""))
-  if opcode != "fusion" or not fused:
+  if not _is_fusion(instruction) or not fused:
     return sum(taken) + instruction.bytes
   read = sum(
     _read(i, fused, module) for i in fused.values() if i.opcode == "parameter"
@@ -393,33 +417,6 @@ def _collective(
   return Collective(kind, size, times, _shapes(instruction.type))
 
 
-def matmul_flops(closed: Any, num_devices: int) -> int:
-  """Floating point operations of products and convolutions, of each device.
-
-  A Pallas kernel's are those that it declares.
-
-  Args:
-    closed: jax.stages.Traced.jaxpr.
-    num_devices: among which what is outside jax.shard_map is divided.
-  """
-  flops = {True: 0, False: 0}  # inside jax.shard_map, outside
-  for equation, times, local in _equations(closed.jaxpr):
-    results = sum(math.prod(v.aval.shape) for v in equation.outvars)
-    numbers = equation.params.get("dimension_numbers")
-    if equation.primitive.name == "dot_general":
-      left = equation.invars[0].aval.shape
-      each = 2 * math.prod(left[axis] for axis in numbers[0][0])
-      flops[local] += times * results * each
-    elif equation.primitive.name == "conv_general_dilated":
-      kernel = equation.invars[1].aval.shape
-      each = 2 * math.prod(kernel) // kernel[numbers.rhs_spec[0]]
-      flops[local] += times * results * each
-    elif equation.primitive.name == _KERNEL:
-      declared = equation.params["cost_estimate"]
-      flops[local] += times * declared.flops if declared else 0
-  return flops[True] + flops[False] // num_devices
-
-
 def requested_collectives(closed: Any) -> list[Collective]:
   """The collectives that a program asks for, before XLA has seen it.
 
@@ -429,7 +426,7 @@ def requested_collectives(closed: Any) -> list[Collective]:
     closed: jax.stages.Traced.jaxpr.
   """
   collectives = []
-  for equation, times, local in _equations(closed.jaxpr):
+  for equation, times, local in jaxprs.equations(closed.jaxpr):
     kind = _KINDS_OF_JAX.get(equation.primitive.name)
     if kind is None or not local:
       continue
@@ -437,23 +434,3 @@ def requested_collectives(closed: Any) -> list[Collective]:
     size = sum(v.aval.size * v.aval.dtype.itemsize for v in variables)
     collectives.append(Collective(kind, size, times))
   return collectives
-
-
-def _equations(
-  jaxpr: Any, times: int = 1, local: bool = False
-) -> Iterator[tuple[Any, int, bool]]:
-  """(equation, how often it runs, whether it is inside jax.shard_map).
-
-  Of branches each counts, of loops without a known end one round.
-  """
-  for equation in jaxpr.eqns:
-    yield equation, times, local
-    name = equation.primitive.name
-    if name == _KERNEL:
-      continue
-    rounds = times * (equation.params["length"] if name == "scan" else 1)
-    for value in equation.params.values():
-      for entry in value if isinstance(value, (tuple, list)) else (value,):
-        entry = getattr(entry, "jaxpr", entry)
-        if hasattr(entry, "eqns"):
-          yield from _equations(entry, rounds, local or name == "shard_map")

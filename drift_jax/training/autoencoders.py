@@ -1,6 +1,6 @@
 """Autoencoders of latents on the hub: diffusers' are converted once.
 
-What is converted is kept in hub.own_cache(), a folder for each commit.
+What is converted is kept in paths.user_cache(), a folder for each commit.
 """
 
 import os
@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 
-from drift_jax.system import hub
+from drift_jax.system import hub, paths
 from drift_jax.system.console import logger
 from drift_jax.training import artifacts, released
 from drift_jax.training.conversions import convert, weight_files
@@ -128,7 +128,7 @@ def _folder(weights: hub.Address) -> pathlib.Path:
   """The folder of converted weights."""
   assert weights.revision is not None
   return (
-    hub.own_cache()
+    paths.user_cache()
     / "autoencoders"
     / weights.repository
     / weights.revision

@@ -186,6 +186,13 @@ class Checkpointer:
     """
     return self._retention.best(self.steps())
 
+  def best(self) -> tuple[str, float, int] | None:
+    """(best_metric, its smallest value, the step) of those kept, if any."""
+    step = self.best_step()
+    if step is None:
+      return None
+    return self._retention.best_metric, self._retention.scores[step], step
+
   def save(
     self, step: int, state: Any, feed: Any, *, evaluation_due: bool = False
   ) -> None:

@@ -116,6 +116,8 @@ class Loop:
       whether to stop. The run then takes the batches that have been drawn, at
       most `prefetch` of them, and is saved: what is drawn cannot be put back.
       With several processes the answers are the same in all.
+    before_step: called with (step, state) before each.
+    speeds: names steps per second, and what follows from them, for metrics.
   """
 
   step_fn: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
@@ -128,6 +130,10 @@ class Loop:
   checkpointer: checkpoint.Checkpointer
   writer: Any
   preempted: Callable[[], bool] = lambda: False
+  before_step: Callable[[int, TrainState], None] = lambda step, state: None
+  speeds: Callable[[float], dict[str, float]] = lambda speed: {
+    "perf/steps_per_second": speed
+  }
 
   def fit(self, state: TrainState) -> TrainState:
     """Runs to schedule.num_steps from the state's step.
@@ -223,6 +229,7 @@ class Loop:
     one, so that watching costs no idle time.
     """
     batch = next(self._batches)
+    self.before_step(step, state)
     with jax.transfer_guard("disallow"):
       state, metrics = self.step_fn(state, batch)
     watched = {k: metrics[k] for k in WATCHED if k in metrics}
@@ -262,7 +269,7 @@ class Loop:
     )
     waited = self._batches.seconds_waited
     if speed is not None:
-      scalars["perf/steps_per_second"] = speed
+      scalars |= self.speeds(speed)
       scalars["perf/data_wait_fraction"] = (
         waited - self._waited
       ) / self._progress.seconds

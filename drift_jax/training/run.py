@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from etils import epath
 from jax.sharding import Mesh
@@ -17,10 +16,10 @@ from drift_jax import config as config_lib
 from drift_jax.config.sections import RunConfig
 from drift_jax.metrics.writers import create_writer
 from drift_jax.system import exits, numerics, processes, sharding
-from drift_jax.system.console import logger
 from drift_jax.system.errors import naming
-from drift_jax.training import loop, optim
+from drift_jax.training import loop, messages, optim
 from drift_jax.training import state as state_lib
+from drift_jax.training.profile import Profile
 from drift_jax.training.state import TrainState
 from drift_jax.training.workdir import make_checkpointer
 
@@ -53,6 +52,7 @@ class Recipe:
     frozen: parameters on the mesh, or their shapes.
     init_drift: makes TrainState.drift.
     make_optimizer: (schedule) -> optimiser; None: AdamW, as config.optim says.
+    computed: precision and kernels, for the log.
   """
 
   name: str
@@ -64,6 +64,7 @@ class Recipe:
   make_optimizer: (
     Callable[[optax.Schedule], optax.GradientTransformation] | None
   ) = None
+  computed: str = ""
 
 
 def run(
@@ -78,6 +79,7 @@ def run(
     [dict[str, float]], dict[str, float] | None
   ] = lambda scalars: None,
   start_params: Callable[[], Any] | None = None,
+  images: int = 0,
 ) -> TrainState:
   """Trains to config.train.num_steps, from a checkpoint if there is one.
 
@@ -90,6 +92,7 @@ def run(
     evaluate: called with the metric writer as well.
     start_params: gives the first parameters of a new run, on the host; None:
       recipe.init_params does.
+    images: that the model makes or takes in a step, for the speed; 0: none.
 
   Raises:
     ConfigError: the workdir's run is longer than config.train.num_steps.
@@ -97,10 +100,8 @@ def run(
   """
   # 1. What will run.
   training = make_training(config, mesh, recipe)
-  abstract = training.abstract
-  count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(abstract.params))
-  logger.info("%s: %s parameters", recipe.name, f"{count:,}")
-  init = training.init
+  abstract, init = training.abstract, training.init
+  messages.start(recipe.name, recipe.computed, abstract.params, mesh)
   if start_params is not None:
     init = functools.partial(_start_with, training, start_params)
   with contextlib.ExitStack() as stack:
@@ -124,9 +125,12 @@ def run(
         is_main=processes.is_first(),
       )
     stack.callback(writer.close)
+    profile = Profile(config.train.profile, path)
+    stack.callback(profile.close)
     # 3. The steps that are left.
-    return loop.Loop(
-      step_fn=lambda state, batch: training.step(state, batch, recipe.frozen),
+    step_fn = messages.Step(training.step, recipe.frozen, path, mesh, images)
+    state = loop.Loop(
+      step_fn=step_fn,
       feed=feed,
       put=lambda batch: recipe.batch(**sharding.put_batch(batch, mesh)),
       prefetch=config.data.prefetch,
@@ -141,7 +145,11 @@ def run(
       checkpointer=checkpointer,
       writer=writer,
       preempted=stack.enter_context(exits.preemption()),
+      before_step=profile,
+      speeds=step_fn.speeds,
     ).fit(state)
+    messages.end(path, int(state.step), checkpointer)
+    return state
 
 
 def _start_with(

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from etils import epath
 
 from drift_jax import config as config_lib
+from drift_jax.config.parsing import build
 from drift_jax.config.sections import RunConfig
 from drift_jax.metrics.files import replacing
 from drift_jax.system import paths, processes, storage
@@ -120,7 +121,7 @@ def _write_facts(
   ):
     if (path / CONFIG_FILE).exists():
       try:
-        _check_resumable(path, text, frozen, class_names, facts)
+        _check_resumable(path, config, frozen, class_names, facts)
       except config_lib.ConfigError as error:
         # model.num_classes may be the data's, which nobody has typed.
         found = "; ".join(differences(*recorded(path), class_names, facts))
@@ -155,7 +156,7 @@ def _write_facts(
 
 def _check_resumable(
   path: epath.Path,
-  text: str,
+  config: RunConfig,
   frozen: Mapping[str, str],
   class_names: Sequence[str],
   facts: Facts,
@@ -166,7 +167,11 @@ def _check_resumable(
   known by checksums, may lie anywhere; a source of the same text starts at
   data.data_dir, which may change.
   """
-  written, new = read_facts(path / CONFIG_FILE, dict), json.loads(text)
+  # A key that is younger than the run has its default there.
+  written = build(type(config), read_facts(path / CONFIG_FILE, dict))
+  written, new = (
+    json.loads(config_lib.to_json(values)) for values in (written, config)
+  )
   old = places.of_run(written, os.fspath(path), {})
   before, after = (
     config_lib.flatten(places.absolute(values)) for values in (old, new)

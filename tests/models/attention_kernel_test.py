@@ -169,6 +169,30 @@ def test_gpus_have_cudnn_s_attention_in_bfloat16(monkeypatch):
   assert "cudnn" not in lowered_for_gpus("float32")
   for head_dim in (12, 136):
     assert "cudnn" not in lowered_for_gpus("bfloat16", head_dim)
+  assert "cudnn" not in lowered_for_gpus("bfloat16", tokens=21)
+
+
+@pytest.mark.parametrize(
+  ("remat", "forwards"), [("attention", 1), ("branches", 1), ("full", 2)]
+)
+def test_cudnn_s_result_is_kept_for_the_gradient(remat, forwards, monkeypatch):
+  """Its name is JAX's own; 'full' keeps nothing."""
+  monkeypatch.setattr(
+    fused_attention_stablehlo, "check_cudnn_version", lambda: 91000
+  )
+  changes = {"dtype": "bfloat16", "attention_dtype": "bfloat16", "remat": remat}
+  changes["context_tokens"] = 4  # eight tokens in all
+  module = build_generator(**(SMALL | changes))
+  keys = {"params": jax.random.key(0), "noise": jax.random.key(1)}
+  inputs = LABELS, jnp.ones(LABELS.shape)
+  params = jax.eval_shape(module.init, keys, *inputs)
+  fused = module.clone(attention_kernel="cudnn")
+
+  def total(params):
+    return fused.apply(params, *inputs, rngs=keys).sum()
+
+  text = str(jax.make_jaxpr(jax.grad(total))(params))
+  assert text.count(f"{layers.CUDNN_ATTENTION}[") == forwards
 
 
 def test_cudnn_s_attention_is_called_as_the_plain_form_is(monkeypatch):

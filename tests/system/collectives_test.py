@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import common, digits
-from drift_jax.system import sharding
+from drift_jax.system import jaxprs, sharding
 from drift_jax.tasks import parse, programs
 from drift_jax.tools import hlo
 from drift_jax.training.programs import Program
@@ -169,7 +169,7 @@ def test_counts_of_a_program_written_by_hand():
     "all-reduce": {"count": 1, "bytes": 4},
   }
   assert found.bytes > found.bytes_once
-  assert hlo.matmul_flops(traced.jaxpr, 8) == 2 * 8
+  assert jaxprs.matmul_flops(traced.jaxpr, 8) == 2 * 8
   asked = hlo.requested_collectives(traced.jaxpr)
   assert hlo.totals(asked) == found.by_kind()
   with pytest.raises(ValueError, match="no ENTRY"):

@@ -1,5 +1,6 @@
-"""compile_check: real TPU topologies, compiled for without a TPU."""
+"""compile_check: real TPUs and GPUs, compiled for without one."""
 
+import dataclasses
 import json
 import re
 
@@ -9,10 +10,11 @@ import pytest
 from configs import cifar10, digits
 from drift_jax import config as config_lib
 from drift_jax import tasks as tasks_lib
-from drift_jax.system import sharding
+from drift_jax.system import devices, sharding
 from drift_jax.tasks import parse
-from drift_jax.tools import compile_check, hlo
+from drift_jax.tools import compile_check, gpu_memory, hlo
 from drift_jax.training import artifacts
+from drift_jax.training import run as run_lib
 from tests import process
 from tests.programs import call_each
 from tests.published_configs_test import get
@@ -33,7 +35,7 @@ ALONE = {"XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}
 
 
 def run(*arguments):
-  """What a process that compiles for TPUs has said."""
+  """What a process that compiles for other devices has said."""
   done = process.call(*arguments, **ALONE)
   assert done.returncode == 0, done.stdout + done.stderr[-3000:]
   return done.stdout
@@ -93,7 +95,7 @@ from drift_jax.system import sharding
 from drift_jax.models import layers
 from drift_jax.tools import compile_check
 
-compile_check.prepare_libtpu()
+compile_check.prepare_compilers()
 for topology in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
   mesh = sharding.make_mesh(devices=compile_check.find_devices(topology)[:1])
   place = sharding.replicated(mesh)
@@ -131,6 +133,8 @@ def test_kernels_compile_for_every_generation():
 
 _MISTAKES = {
   "--topology=v6e": "--topology='v6e': want GENERATION:CHIPS",
+  "--topology=h300:2x8": "'h300:2x8': want .*h100, h200, b200.*rtx4090",
+  "--topology=h100:0": "'h100:0': want .*CARD:GPUS",
   "--topology=v9z:4x4": "v9z:4x4.*valid ones",
   "--mesh=rows=2": r"'rows=2' is not AXIS=SIZE.*'data', 'fsdp'",
   "--mesh=data=3": "mesh data=3, fsdp=1 does not fit 1 devices",
@@ -205,6 +209,215 @@ def test_what_does_not_fit_is_told(others):
   assert "emory" in train["message"]
   assert any("model.remat" in line for line in train["advice"])
   assert any("batch.generated" in line for line in train["advice"])
+
+
+# The same generator with cuDNN's attention, on two hosts of four GPUs.
+GPU = (
+  *SMALL,
+  "--config.model.dtype=bfloat16",
+  "--config.model.attention_dtype=bfloat16",
+)
+GPU_MESH = "data=2,fsdp=4"
+with_cuda = pytest.mark.skipif(
+  not devices.installed("jax-cuda13-plugin", "jax-cuda12-plugin"),
+  reason=f"no compiler for GPUs: {compile_check.install_line('cuda13')}",
+)
+
+
+def config_of(arguments):
+  """The typed config of a command line of digits."""
+  config = digits.get_config()
+  for argument in arguments[1:]:
+    key, _, text = argument.removeprefix("--config.").partition("=")
+    value = int(text) if text.isdigit() else text
+    config.update_from_flattened_dict({key: value})
+  return compile_check.with_mesh(parse(config), GPU_MESH)
+
+
+@pytest.mark.system
+@with_cuda
+def test_a_small_model_on_gpus(tmp_path):
+  file = tmp_path / "report.json"
+  text = run(
+    *("-m", "drift_jax.tools.compile_check", *GPU, "--topology=h100:2x4"),
+    *(f"--mesh={GPU_MESH}", f"--json={file}", f"--hlo={tmp_path}"),
+  )
+  report = json.loads(file.read_text())
+  assert report["device_kind"] == devices.CARDS["h100"].kind
+  assert (report["devices"], report["mesh"]) == (8, {"data": 2, "fsdp": 4})
+  train, sample = report["programs"]
+  assert train["fits"] and train["available"] == int(0.75 * train["memory"])
+  assert sum(train["arguments"].values()) < train["peak"]
+  assert train["flops"] > 3 * sample["flops"]
+  assert train["bytes_accessed"] > sample["bytes_accessed"] > 0
+  assert train["estimated_seconds"] is None  # No GPU was there to be timed.
+  # What the same program takes and gives on CPU devices, which there are.
+  for found, known in zip(
+    report["programs"],
+    compile_check.check(config_of(GPU), jax.devices()),
+    strict=True,
+  ):
+    assert found["arguments"] == known.arguments
+    assert found["outputs"] == known.outputs
+  # One attention forward in each block, one backward, none recomputed.
+  depth = 3
+  assert sample["kernels"]["__cudnn$fmhaSoftmax"] == depth
+  assert train["kernels"]["__cudnn$fmhaSoftmax"] == depth
+  assert train["kernels"]["__cudnn$fmhaSoftmaxBackward"] == depth
+  assert train["attention"] == "cuDNN's"
+  assert {"all-gather", "reduce-scatter"} <= set(train["collectives"])
+  sizes = [row["bytes"] for row in train["largest"]]
+  assert sizes == sorted(sizes, reverse=True)
+  assert 0 < sum(sizes) <= train["activations"]
+  assert "train: fits" in text and "cuDNN" in text
+  assert (tmp_path / "train_memory.txt").exists()
+
+
+_EVERY_CARD = """
+from drift_jax.system import devices
+from drift_jax.tools import compile_check
+
+compile_check.prepare_compilers()
+for name, card in devices.CARDS.items():
+  one, *others = compile_check.find_devices(f"{name}:2x4")
+  assert len(others) == 7 and others[-1].process_index == 1
+  assert one.device_kind == card.kind
+  assert one.compute_capability == card.capability
+  assert one.core_count == card.cores
+print("all")
+"""
+
+
+@pytest.mark.system
+@with_cuda
+def test_the_compiler_knows_every_card():
+  assert run("-c", _EVERY_CARD).split() == ["all"]
+
+
+class _Measured(Exception):
+  """Ends a run after its first step."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["", "encoder"])
+def test_a_run_holds_what_is_predicted(variant, tmp_path, monkeypatch):
+  """Arguments and results of its step, to the byte, on one of 8 devices."""
+  config = compile_check.with_mesh(
+    parse(digits.get_config(variant)), "data=2,fsdp=4"
+  )
+  (report,) = compile_check.check(config, jax.devices(), ["train"])
+  make, held = run_lib.make_training, []
+
+  def size(tree):
+    return sum(
+      shard.data.nbytes
+      for leaf in jax.tree.leaves(tree)
+      for shard in leaf.addressable_shards
+      if shard.device == jax.devices()[0]
+    )
+
+  def measured(*args):
+    training = make(*args)
+
+    def step(*arguments):
+      held.append(size(arguments))  # before they are donated
+      held.append(size(training.step(*arguments)))
+      raise _Measured
+
+    return dataclasses.replace(training, step=step)
+
+  monkeypatch.setattr(run_lib, "make_training", measured)
+  with pytest.raises(_Measured):
+    tasks_lib.trainer(config.task).train_and_evaluate(config, str(tmp_path))
+  assert held == [sum(report.arguments.values()), report.outputs]
+
+
+@pytest.mark.parametrize(
+  ("topology", "extra"), [("rtx4090", "cuda13"), ("v6e:4x4", "tpu")]
+)
+def test_a_missing_compiler_is_named(topology, extra, monkeypatch):
+  version = devices.installed("jax")
+  monkeypatch.setattr(
+    *(devices, "installed"),
+    lambda *packages: version if packages == ("jax",) else None,
+  )
+  with pytest.raises(config_lib.ConfigError) as error:
+    compile_check.check_topology(topology)
+  assert f"pip install 'jax[{extra}]=={version}'" in str(error.value)
+
+
+def test_memory_that_jax_takes_of_a_gpu(monkeypatch):
+  name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+  monkeypatch.setenv(name, ".9")
+  assert devices.memory_fraction() == 0.9
+  for value in ("2", "0", "most", "nan"):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(devices.DeviceError, match=f"{name}='{value}'"):
+      devices.memory_fraction()
+
+
+def test_the_largest_arrays_at_the_peak():
+  """`early` is gone then; `copy` lies where `kept` does."""
+  program = """
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %early = f32[64]{0} add(%p, %p), metadata={op_name="jit(f)/early"}
+  %kept = f32[32]{0} add(%p, %p), metadata={op_name="jit(f)/block/kept"}
+  %copy = f32[32]{0} bitcast(%kept), metadata={op_name="jit(f)/copy"}
+  %pair = (f32[32]{0}, f32[40]{0}) fusion(%p), metadata={op_name="jit(f)/pair"}
+  ROOT %out = f32[8]{0} add(%p, %p)
+}
+"""
+  assignment = """BufferAssignment:
+allocation 0: size 32, page 0, parameter 0, shape |f32[8]| at ShapeIndex {}:
+ value: <1 p @0> (size=32,offset=0): f32[8]{0}
+allocation 1: size 416, page 0, preallocated-temp:
+ value: <2 early @0> (size=256,offset=128): f32[64]{0}
+ value: <3 kept @0> (size=128,offset=0): f32[32]{0}
+ value: <4 copy @0> (size=128,offset=0): f32[32]{0}
+ value: <5 pair{0} @0> (size=128,offset=128): f32[32]{0}
+ value: <6 pair{1} @0> (size=160,offset=256): f32[40]{0}
+"""
+  ranges = """HloLiveRange (max 6):
+  BufferLiveRange:
+    p{}:0-6
+    early{}:1-2
+    kept{}:2-5
+    copy{}:3-5
+    pair{0}:4-5
+    pair{1}:4-5
+"""
+  rows = gpu_memory.largest(program, assignment, ranges)
+  assert [(row["type"], row["bytes"], row["where"]) for row in rows] == [
+    ("f32[40]", 160, "jit(f)/pair"),
+    ("f32[32]", 128, "jit(f)/block/kept"),
+    ("f32[32]", 128, "jit(f)/pair"),
+  ]
+  assert gpu_memory.largest(program, "", "") == []
+
+
+def test_operations_that_gpus_start_early_are_fusions():
+  program = """
+%fused (q.0: f32[8,4], i.0: s32[]) -> f32[1,4] {{
+  %q.0 = f32[8,4]{{1,0}} parameter(0)
+  %i.0 = s32[] parameter(1)
+  ROOT %part = f32[1,4]{{1,0}} dynamic-slice(%q.0, %i.0, %i.0)
+}}
+
+ENTRY %main (q: f32[8,4], i: s32[]) -> f32[1,4] {{
+  %q = f32[8,4]{{1,0}} parameter(0)
+  %i = s32[] parameter(1)
+{}
+}}
+"""
+  early = (
+    "  %s = ((f32[8,4]{1,0}, s32[]), f32[1,4]{1,0}, u32[]) "
+    "fusion-start(%q, %i), kind=kLoop, calls=%fused\n"
+    "  ROOT %d = f32[1,4]{1,0} fusion-done(%s)"
+  )
+  plain = "  ROOT %d = f32[1,4]{1,0} fusion(%q, %i), kind=kLoop, calls=%fused"
+  moved = [hlo.analyse(program.format(x)).bytes for x in (early, plain)]
+  assert moved[0] == moved[1] > 0
 
 
 def test_elements_of_tuples_are_counted():

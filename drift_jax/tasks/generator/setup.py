@@ -187,6 +187,7 @@ def generator_recipe(task: GeneratorTask, frozen: Any) -> Recipe:
     task: the static part of its step.
     frozen: parameters; see frozen_params.
   """
+  generator: Any = task.generator
   return Recipe(
     name="generator",
     init_params=init_generator(task),
@@ -194,6 +195,8 @@ def generator_recipe(task: GeneratorTask, frozen: Any) -> Recipe:
     step=functools.partial(train_step, task=task),
     batch=GeneratorBatch,
     frozen=frozen,
+    computed=f"{np.dtype(generator.dtype)}, kernels: "
+    f"{generator.attention_kernel} for attention, {task.kernel} for losses",
   )
 
 

@@ -88,4 +88,5 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
       feed=feed,
       evaluate=functools.partial(evaluation, path=path),
       best_metric=evaluation.best_metric,
+      images=config.batch.labels * config.batch.generated,
     )

@@ -87,6 +87,7 @@ def mae_recipe(
     step=functools.partial(mae_step, task=task),
     batch=lambda image, label: MaeBatch(image, label),
     frozen=vae_params,
+    computed=str(np.dtype(task.mae.dtype)),
   )
 
 

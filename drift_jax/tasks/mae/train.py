@@ -90,6 +90,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
       start_params=start_params(config, readers.train.class_names),
       feed=feed,
       evaluate=evaluate,
+      images=config.mae.batch_size,
     )
   decay = config.eval.ema_decay
   params = processes.fetch(state.ema[str(decay)])

@@ -4,7 +4,6 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import os
 import pathlib
 import re
 import runpy
@@ -442,14 +441,11 @@ def _call(command: Sequence[str], run: Run, log: IO[bytes], where: str) -> int:
 
   numbers = (signal.SIGTERM, signal.SIGINT)
   before = {number: signal.signal(number, stop) for number in numbers}
-  # Seeds of a row run the same programs; the cache compiles them once.
-  cache = pathlib.Path(FLAGS.workdir).absolute() / "compiled"
   child = subprocess.Popen(
     command,
     stdin=subprocess.DEVNULL,
     stdout=log,
     stderr=subprocess.STDOUT,
-    env={"JAX_COMPILATION_CACHE_DIR": str(cache)} | os.environ,
     # In its own session: Ctrl-C reaches it only through this process.
     start_new_session=True,
   )

@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from absl import flags
 
 from drift_jax import config as config_lib
@@ -68,8 +67,6 @@ def run(values: flags.FlagValues, overrides: Mapping[str, str]) -> list[str]:
     for temperature in values.temperatures
   }
   # 2. The runs
-  jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   start, trained = time.monotonic(), 0
   for number, (key, config) in enumerate(configs.items(), 1):
     temperature, toy, field, seed = key

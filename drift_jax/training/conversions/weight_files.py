@@ -20,7 +20,7 @@ import safetensors.numpy
 from flax import traverse_util
 
 from drift_jax.metrics import files
-from drift_jax.system import hub
+from drift_jax.system import hub, paths
 from drift_jax.system.console import logger
 from drift_jax.training.conversions.layouts import CONFIG_FILE, WeightsError
 
@@ -45,7 +45,7 @@ def locate(source: str, names: Sequence[str], sha256: str | None) -> Located:
   """Finds the weights and the config.json beside them.
 
   A file on the hub is downloaded into its cache (HF_HOME, HF_ENDPOINT and
-  HF_HUB_OFFLINE are respected), one elsewhere into hub.own_cache(); see
+  HF_HUB_OFFLINE are respected), one elsewhere into paths.user_cache(); see
   `download`.
 
   Args:
@@ -64,7 +64,7 @@ def locate(source: str, names: Sequence[str], sha256: str | None) -> Located:
         f"{source}: only weights whose SHA-256 is known here are downloaded"
         " from a URL; download the file and give its path"
       )
-    return Located(download(source, sha256, hub.own_cache()), None, None)
+    return Located(download(source, sha256, paths.user_cache()), None, None)
   if source.startswith(hub.SCHEME):
     return _locate_on_hub(source, names)
   path = pathlib.Path(source)
