@@ -141,12 +141,12 @@ def test_declared_cost_is_the_hand_count():
   assert backward.bytes_accessed == 2 * 3 * row + row + 2 * small + tables
 
 
-def lowered_for_gpus(attention_dtype, head_dim=64) -> str:
+def lowered_for_gpus(attention_dtype, head_dim=64, tokens=20) -> str:
   """The gradient's program, before XLA has seen it."""
   module = layers.Attention(
     4, jnp.dtype(jnp.bfloat16), jnp.dtype(attention_dtype), "cudnn"
   )
-  params, x, cotangent = inputs(20, 4 * head_dim, 4, jnp.bfloat16)
+  params, x, cotangent = inputs(tokens, 4 * head_dim, 4, jnp.bfloat16)
 
   def gradient(params, x, cotangent):
     _, vjp = jax.vjp(lambda p: module.apply({"params": p}, x), params)
