@@ -39,7 +39,7 @@ from drift_jax.tools.compile_report import (
   whole_sums,
 )
 
-_TPUS = re.compile(r"v\d\w*:\d+x\d+(x\d+)?")
+_TPUS = re.compile(r"(v|tpu)\d\w*:\d+x\d+(x\d+)?")
 _GPUS = re.compile(
   r"(?P<card>[a-z0-9-]+)(:((?P<hosts>[1-9]\d*)x)?(?P<gpus>[1-9]\d*))?"
 )
@@ -126,7 +126,7 @@ def prepare_compilers() -> None:
     "TPU_WORKER_ID": "0",
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",
-    "TF_CPP_MIN_LOG_LEVEL": "2",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
   }.items():
     os.environ.setdefault(name, value)
 

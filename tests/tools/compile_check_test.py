@@ -240,28 +240,25 @@ def test_a_small_model_on_gpus(tmp_path):
   file = tmp_path / "report.json"
   text = run(
     *("-m", "drift_jax.tools.compile_check", *GPU, "--topology=h100:2x4"),
-    *(f"--mesh={GPU_MESH}", f"--json={file}", f"--hlo={tmp_path}"),
+    *(f"--mesh={GPU_MESH}", "--programs=train", f"--json={file}"),
+    f"--hlo={tmp_path}",
   )
   report = json.loads(file.read_text())
   assert report["device_kind"] == devices.CARDS["h100"].kind
   assert (report["devices"], report["mesh"]) == (8, {"data": 2, "fsdp": 4})
-  train, sample = report["programs"]
+  (train,) = report["programs"]
   assert train["fits"] and train["available"] == int(0.75 * train["memory"])
   assert sum(train["arguments"].values()) < train["peak"]
-  assert train["flops"] > 3 * sample["flops"]
-  assert train["bytes_accessed"] > sample["bytes_accessed"] > 0
   assert train["estimated_seconds"] is None  # No GPU was there to be timed.
   # What the same program takes and gives on CPU devices, which there are.
-  for found, known in zip(
-    report["programs"],
-    compile_check.check(config_of(GPU), jax.devices()),
-    strict=True,
-  ):
-    assert found["arguments"] == known.arguments
-    assert found["outputs"] == known.outputs
+  (known,) = compile_check.check(config_of(GPU), jax.devices(), ["train"])
+  assert train["arguments"] == known.arguments
+  assert train["outputs"] == known.outputs
+  assert train["flops"] == pytest.approx(known.flops, rel=0.01)
+  assert 0.1 * known.bytes_accessed < train["bytes_accessed"]
+  assert train["bytes_accessed"] < known.bytes_accessed
   # One attention forward in each block, one backward, none recomputed.
   depth = 3
-  assert sample["kernels"]["__cudnn$fmhaSoftmax"] == depth
   assert train["kernels"]["__cudnn$fmhaSoftmax"] == depth
   assert train["kernels"]["__cudnn$fmhaSoftmaxBackward"] == depth
   assert train["attention"] == "cuDNN's"
