@@ -102,7 +102,7 @@ def test_main_while_it_trains(tmp_path):
     import sys
     from drift_jax import config as config_lib
     from drift_jax import main
-    from drift_jax.data.errors import DataError
+    from drift_jax.system.errors import DataError
     from drift_jax.tasks.generator import train
     from drift_jax.training import loop
 

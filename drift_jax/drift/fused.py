@@ -33,6 +33,7 @@ from drift_jax.drift.diagnostics import DriftInfo, Scalars
 from drift_jax.drift.field import MAX_DIRECT_CHANNELS, over_axes
 from drift_jax.drift.kernels import LANES, Plan
 from drift_jax.drift.loss import MIN_DRIFT_MEAN_SQUARE, MIN_SCALE
+from drift_jax.drift.many import problems
 
 # Figures of a problem.
 _ROW = (1, LANES)
@@ -64,6 +65,36 @@ def fits(x: Float[Array, "L N T C"], temperatures: tuple[float, ...]) -> bool:
   """Whether the kernels compute the loss of such features."""
   few = len(temperatures) <= _MAX_TEMPERATURES
   return few and x.shape[3] in _WIDTHS and x.dtype != "float64"
+
+
+def losses_of_group(
+  values: Sequence[tuple[Array, Array]],
+  weight: Float[Array, " L"],
+  scalars: Scalars | None,
+  *,
+  plan: Plan,
+) -> tuple[Float[Array, " F"], DriftInfo]:
+  """Losses of features of equal width together.
+
+  Args:
+    values: generated [L, N, T, C] and real [L, R, T, C] features.
+    weight: weight of each label's unconditional reals.
+    scalars: of a larger batch, arrays [F].
+    plan: what is computed.
+  """
+  locations = tuple(x.shape[2] for x, _ in values)
+  # Joined first, so that they are transposed once.
+  x, y = (
+    problems(jnp.concatenate(arrays, axis=2))
+    for arrays in zip(*values, strict=True)
+  )
+  weight_y = jnp.where(
+    jnp.arange(y.shape[1]) < plan.num_positives,
+    1.0,
+    jnp.repeat(weight.astype(jnp.float32), sum(locations))[:, None, None],
+  )
+  ones = jnp.ones((len(x), 1, x.shape[1]), jnp.float32)
+  return losses(Features(x, y, ones, weight_y), scalars, locations, plan)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -3,7 +3,7 @@
 import os
 import pathlib
 
-from drift_jax.metrics.errors import EvaluationError
+from drift_jax.system.errors import EvaluationError
 
 # A figure's share: the rest is the run's, its data's and the system's.
 _SHARE = 0.5

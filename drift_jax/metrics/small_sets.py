@@ -16,9 +16,9 @@ from drift_jax.metrics import memory
 from drift_jax.metrics.batches import Batch
 from drift_jax.metrics.coverage import density_coverage, duplicates
 from drift_jax.metrics.distances import check_neighbours
-from drift_jax.metrics.errors import EvaluationError
 from drift_jax.metrics.evaluators import Figures, Reals, class_subset
 from drift_jax.system import processes
+from drift_jax.system.errors import EvaluationError
 
 MAX_IMAGES = 10_000
 # Each value is kept as float32, and classifiers copy it as float64.

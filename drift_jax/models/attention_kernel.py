@@ -26,8 +26,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-# The [T, T] matrices of more tokens don't fit on chip.
-MAX_TOKENS = 1024
 _LANES = 128
 _VMEM_LIMIT = 64 * 2**20
 

@@ -13,8 +13,6 @@ from typing import NamedTuple
 import huggingface_hub
 from huggingface_hub import errors
 
-SCHEME = "hf:"
-
 _ADDRESS = re.compile(
   r"hf://(?P<repository>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?"
   r"(?:/(?P<path>.+))?"

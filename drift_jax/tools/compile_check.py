@@ -140,10 +140,10 @@ def find_devices(topology: str) -> list[Any]:
   """
   from jax.experimental import topologies
 
-  from drift_jax.system import devices as devices_lib
+  from drift_jax.system import sharding
 
   if not topology:
-    return devices_lib.find_devices()
+    return sharding.find_devices()
   try:
     return list(topologies.get_topology_desc(topology, "tpu").devices)
   except (RuntimeError, ValueError, NotImplementedError) as error:

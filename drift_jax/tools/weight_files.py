@@ -18,7 +18,7 @@ import safetensors
 import safetensors.numpy
 
 from drift_jax.metrics import files
-from drift_jax.system import hub, paths
+from drift_jax.system import hub, paths, storage
 from drift_jax.system.console import logger
 from drift_jax.tools.conversions.layouts import CONFIG_FILE, WeightsError
 
@@ -62,7 +62,7 @@ def locate(source: str, names: Sequence[str], sha256: str | None) -> Located:
     root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     cache = pathlib.Path(paths.expand(root), "drift_jax")
     return Located(download(source, sha256, cache), None, None)
-  if source.startswith(hub.SCHEME):
+  if source.startswith(storage.HUB):
     return _locate_on_hub(source, names)
   path = pathlib.Path(source)
   if path.is_dir():

@@ -35,9 +35,9 @@ import safetensors.numpy
 from etils import epath
 from flax import traverse_util
 
-from drift_jax.models import release
+from drift_jax import models
 from drift_jax.models.precision import rounded
-from drift_jax.system import hub, paths, storage
+from drift_jax.system import paths, storage
 from drift_jax.system.errors import UserError
 
 SUBDIRECTORY = "params_ema"
@@ -140,7 +140,7 @@ def save(
   folder.mkdir(parents=True, exist_ok=True)
   params = jax.tree.map(np.asarray, jax.device_get(params))
   # In both formats: it checks names and shapes.
-  tree = release.to_release(kind, model_config, params)
+  tree = models.release.to_release(kind, model_config, params)
   if format == "release":
     data = flax.serialization.msgpack_serialize(tree)
   else:
@@ -282,10 +282,10 @@ def _fitted(
     if not np.isfinite(np.asarray(leaf)).all():
       raise ValueError(f"{name} holds numbers that are not finite")
   if published:
-    return release.from_release(kind, model_config, tree)
+    return models.release.from_release(kind, model_config, tree)
   # Checks names and shapes.
-  release.to_release(kind, model_config, tree)
-  return release.describe(kind, model_config)[0], tree
+  models.release.to_release(kind, model_config, tree)
+  return models.release.describe(kind, model_config)[0], tree
 
 
 def exists(directory: os.PathLike[str] | str) -> bool:
@@ -303,7 +303,7 @@ def _find(source: str) -> tuple[epath.Path, _Layout]:
   Raises:
     ArtifactError: there is none; the message says where it looked.
   """
-  if source.startswith(hub.SCHEME):
+  if source.startswith(storage.HUB):
     return _from_hub(source)
   source = paths.expand(source)
   storage.check(source)
@@ -328,6 +328,8 @@ def _find(source: str) -> tuple[epath.Path, _Layout]:
 
 def _from_hub(source: str) -> tuple[epath.Path, _Layout]:
   """Downloads an artifact's two files, if the cache lacks them."""
+  from drift_jax.system import hub  # its library takes a while to import
+
   address = hub.parse(source)
   name, _, revision = source.removeprefix("hf://").partition("@")
   if address is not None:
@@ -383,8 +385,10 @@ def abstract(
   """
   try:
     named = arguments if dtype is None else {**arguments, "dtype": dtype}
-    model_config = release.published_config(kind, named)
-    module, shapes = release.describe(kind, _in_dtype(model_config, dtype))
+    model_config = models.release.published_config(kind, named)
+    module, shapes = models.release.describe(
+      kind, _in_dtype(model_config, dtype)
+    )
   except ValueError as error:
     raise ArtifactError(str(error)) from error
   params = shapes

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from drift_jax import config as config_lib
 from drift_jax.config.sections import ImageModel
-from drift_jax.data.encoded import readable_classes
+from drift_jax.data.sources import readable_classes
 from drift_jax.system import sharding
 from drift_jax.system.console import logger
 from drift_jax.training import artifacts

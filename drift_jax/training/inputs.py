@@ -11,11 +11,14 @@ import jax
 from drift_jax import config as config_lib
 from drift_jax.config.sections import ImageConfig
 from drift_jax.data import sources as sources_lib
-from drift_jax.data.encoded import NoSplitError
 from drift_jax.data.loader import Loader
-from drift_jax.data.memory import MemoryReader, MemorySource
-from drift_jax.data.readers import ArrayReader, ImageReader, Reader
-from drift_jax.data.sources import ArraySource, Source, open_source
+from drift_jax.data.readers import ArrayReader, Reader
+from drift_jax.data.sources import (
+  ArraySource,
+  NoSplitError,
+  Source,
+  open_source,
+)
 from drift_jax.system import storage
 from drift_jax.system.console import logger
 from drift_jax.system.errors import naming
@@ -196,11 +199,13 @@ class _Sources:
 def _reader(source: Source, settings: config_lib.Data) -> Reader:
   if isinstance(source, ArraySource):
     return ArrayReader(source, wire=settings.wire)
+  from drift_jax.data import images  # for those who use it
+
   drawn = settings.crop == "random"
   if settings.in_memory and drawn:
-    source = MemorySource(source, num_threads=settings.num_threads)
+    source = images.MemorySource(source, num_threads=settings.num_threads)
   smallest, largest = settings.crop_scale
-  reader = ImageReader(
+  reader = images.ImageReader(
     source,
     size=settings.image_size,
     channels=settings.channels,
@@ -211,7 +216,7 @@ def _reader(source: Source, settings: config_lib.Data) -> Reader:
     num_threads=settings.num_threads,
   )
   if settings.in_memory and not drawn:
-    return MemoryReader(reader, flip=settings.flip)
+    return images.MemoryReader(reader, flip=settings.flip)
   return reader
 
 

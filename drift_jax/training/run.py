@@ -19,7 +19,7 @@ from drift_jax.metrics.writers import create_writer
 from drift_jax.system import exits, numerics, processes, sharding
 from drift_jax.system.console import logger
 from drift_jax.system.errors import naming
-from drift_jax.training import loop, optim
+from drift_jax.training import loop
 from drift_jax.training import state as state_lib
 from drift_jax.training.state import TrainState
 from drift_jax.training.workdir import make_checkpointer
@@ -228,7 +228,7 @@ def adamw(
   config: config_lib.Optim, num_steps: int
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """AdamW as the section says, and the schedule that it follows."""
-  schedule = optim.learning_rate_schedule(
+  schedule = state_lib.learning_rate_schedule(
     kind=config.schedule,
     peak=config.learning_rate,
     warmup_steps=config.warmup_steps,
@@ -236,7 +236,7 @@ def adamw(
   )
   names = ("b1", "b2", "eps", "weight_decay", "grad_clip")
   settings = {name: getattr(config, name) for name in names}
-  return optim.make_optimizer(schedule, **settings), schedule
+  return state_lib.make_optimizer(schedule, **settings), schedule
 
 
 def check_divides(name: str, size: int, mesh: Mesh) -> None:

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from drift_jax import drift
-from drift_jax.drift import many
+from drift_jax.drift import fused, many
 from tests.conftest import assert_close, kernel_costs
 
 # {key: (locations, channels)}: several of one width, widths in one and in
@@ -265,7 +265,7 @@ def test_parts_with_the_scalars_of_the_whole(kernel):
 
 @pytest.mark.slow
 def test_problems_that_do_not_fill_the_last_block(monkeypatch):
-  monkeypatch.setattr(many.fused, "_BLOCK", 4 * 17 * 128 * 4)
+  monkeypatch.setattr(fused, "_BLOCK", 4 * 17 * 128 * 4)
   run.clear_cache()
   assert_same(make(keys=MAP))
   run.clear_cache()

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from drift_jax.metrics import memory
-from drift_jax.metrics.errors import EvaluationError
 from drift_jax.metrics.frechet import FeatureStream, check_frechet_width
+from drift_jax.system.errors import EvaluationError
 
 
 def test_a_container_has_what_it_is_given(tmp_path, monkeypatch):

@@ -4,13 +4,13 @@ import pytest
 
 from drift_jax.metrics import memory, small_sets
 from drift_jax.metrics.coverage import density_coverage, duplicates
-from drift_jax.metrics.errors import EvaluationError
 from drift_jax.metrics.evaluators import Evaluator, class_subset
 from drift_jax.metrics.small_sets import (
   CoverageEvaluator,
   DuplicatesEvaluator,
   LabelAccuracyEvaluator,
 )
+from drift_jax.system.errors import EvaluationError
 from tests.metrics.conftest import GRID, ImageSet, feed, labels_of
 
 

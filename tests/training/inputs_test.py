@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from configs import cifar10, imagenet_latent, policy
 from drift_jax import config as config_lib
-from drift_jax.data import latent_format
+from drift_jax.data import latent_format, sources
 from drift_jax.system import storage
 from drift_jax.system.errors import ERRORS
 from drift_jax.tasks import parse
@@ -324,7 +324,7 @@ def test_every_error_of_data_ends_a_program_with_one_line():
 
   for error in (
     encoded.CorruptImageError("x"),
-    encoded.NoSplitError("x"),
+    sources.NoSplitError("x"),
     latent_format.LatentCacheError("x"),
     FileNotFoundError(2, "No such file", "a/1.png"),
     config_lib.ConfigError("x"),

@@ -13,18 +13,18 @@ from etils import epath
 from jax.sharding import Mesh
 
 from drift_jax import config as config_lib
-from drift_jax.data.encoded import imagenet_classes, readable_classes
+from drift_jax.data.sources import imagenet_classes, readable_classes
 from drift_jax.models.generator import build_generator
-from drift_jax.system import hub, numerics, processes, sharding, storage
+from drift_jax.system import numerics, processes, sharding, storage
 from drift_jax.system.errors import naming
 from drift_jax.tasks import parse_as
 from drift_jax.tasks.generator.config import GeneratorConfig
-from drift_jax.tasks.generator.kernels import (
+from drift_jax.tasks.generator.setup import (
   attention_kernel_for,
+  init_generator,
   kernels_there,
   unroll_for,
 )
-from drift_jax.tasks.generator.setup import init_generator
 from drift_jax.tasks.generator.step import FeatureSpace, GeneratorTask
 from drift_jax.training import artifacts, checkpoint, places
 from drift_jax.training.facts import CLASSES_FILE, read_facts
@@ -108,7 +108,7 @@ def open_generator(
 
 
 def _is_run(source: str) -> bool:
-  if source.startswith(hub.SCHEME):
+  if source.startswith(storage.HUB):
     return False
   storage.check(source)
   file = epath.Path(source) / CONFIG_FILE
@@ -256,7 +256,7 @@ def open_artifact(source: str, vae: str, mesh: Mesh) -> OpenedGenerator:
   if names is None and module.num_classes == len(imagenet_classes()):
     names = list(imagenet_classes())
   dtype = "float32"
-  if not vae and not source.startswith(hub.SCHEME):
+  if not vae and not source.startswith(storage.HUB):
     exported = epath.Path(source) / artifacts.EXPORTED_VAE
     # In the precision in which it decodes the export's images.
     vae, dtype = (str(exported), "") if exported.exists() else ("", dtype)

@@ -1,4 +1,4 @@
-"""From a config to networks: encoders, tasks, initial parameters."""
+"""From a config to networks: encoders, tasks, kernels, initial parameters."""
 
 import dataclasses
 import functools
@@ -10,17 +10,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from drift_jax import config as config_lib
-from drift_jax import drift
 from drift_jax.data.feed import GroupedFeed, QueueFeed
 from drift_jax.data.readers import Reader
+from drift_jax.drift.many import Kernel
+from drift_jax.drift.variant import PAPER
 from drift_jax.models.generator import build_generator
 from drift_jax.system.errors import naming
 from drift_jax.tasks.generator.config import GeneratorConfig
-from drift_jax.tasks.generator.kernels import (
-  attention_kernel_for,
-  kernel_for,
-  unroll_for,
-)
 from drift_jax.tasks.generator.step import (
   VAE_KEY,
   FeatureSpace,
@@ -136,7 +132,7 @@ def generator_task(
   at_once = config.train.accum_labels or config.batch.labels
   kernel = kernel_for(config.train.kernels, mesh)
   of_drift = drift_arguments(config.drift)
-  changed = of_drift["variant"] != drift.PAPER or of_drift["temperature"]
+  changed = of_drift["variant"] != PAPER or of_drift["temperature"]
   if config.train.kernels == "pallas" and changed:
     raise config_lib.ConfigError(
       "train.kernels='pallas': the kernel is of the paper's drifting field, "
@@ -230,3 +226,55 @@ def check_labels(config: GeneratorConfig, mesh: Mesh) -> None:
   """Raises ConfigError if labels can't be split over the mesh."""
   check_divides("batch.labels", config.batch.labels, mesh)
   check_divides("train.accum_labels", config.train.accum_labels, mesh)
+
+
+def attention_kernel_for(kernels: str, mesh: Mesh) -> str:
+  """Names the kernel of attention on the mesh's devices; see layers.Attention.
+
+  cuDNN's needs NVIDIA's Ampere or newer; AMD's devices are 'gpu' as well, but
+  their capability is no number.
+  """
+  capability = str(getattr(mesh.devices.flat[0], "compute_capability", ""))
+  major = capability.partition(".")[0]
+  if kernels == "auto" and major.isdigit() and int(major) >= 8:
+    return "cudnn"
+  return kernel_for(kernels, mesh)
+
+
+def kernels_there(kernels: str, mesh: Mesh) -> str:
+  """Adapts train.kernels of a run to the devices that sample from it.
+
+  A kernel changes how a network is computed, not its numbers: 'pallas' becomes
+  'auto' if there are no TPUs.
+  """
+  on_tpu = mesh.devices.flat[0].platform == "tpu"
+  return "auto" if kernels == "pallas" and not on_tpu else kernels
+
+
+def kernel_for(kernels: str, mesh: Mesh) -> Kernel:
+  """Names the kernel of the drifting losses on the mesh's devices.
+
+  Raises:
+    ConfigError: kernels that these devices don't run.
+  """
+  platform = mesh.devices.flat[0].platform
+  if kernels == "pallas" and platform != "tpu":
+    raise config_lib.ConfigError(
+      f"train.kernels='pallas' needs TPUs, but this mesh is of {platform} "
+      "devices: 'auto' takes what there is, 'xla' runs anywhere"
+    )
+  if kernels == "auto":
+    return "pallas" if platform == "tpu" else "xla"
+  return "xla" if kernels == "xla" else "pallas"
+
+
+def unroll_for(depth: int, mesh: Mesh) -> int:
+  """Returns how many blocks a round of the loop over the depth holds.
+
+  A loop copies what it keeps for the backward pass into stacks. CPUs feel it:
+  on two cores the digits generator's step takes 1.6 times as long. But unrolled
+  blocks take longer to compile, and blocks of parameters in parts are to be
+  gathered one by one.
+  """
+  is_cpu = mesh.devices.flat[0].platform == "cpu"
+  return depth if is_cpu and mesh.shape["fsdp"] == 1 and depth <= 4 else 1

@@ -11,8 +11,10 @@ import optax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
-from drift_jax import drift
-from drift_jax.drift import PAPER, Kernel, Variant
+from drift_jax.drift.diagnostics import Scalars
+from drift_jax.drift.guidance import sample_alpha, unconditional_weight
+from drift_jax.drift.many import DriftReport, Kernel, drift_losses
+from drift_jax.drift.variant import PAPER, Variant
 from drift_jax.system import sharding
 from drift_jax.training import state as state_lib
 from drift_jax.training.drifting import Temperature, drift_update
@@ -171,7 +173,7 @@ def draw(key: PRNGKeyArray, task: GeneratorTask, num_labels: int) -> Draws:
   repelling = None
   if task.variant.negatives == "independent":
     repelling = inputs(*jax.random.split(jax.random.fold_in(key, 1)))
-  alpha = drift.sample_alpha(alpha_key, (num_labels,), **task.guidance)
+  alpha = sample_alpha(alpha_key, (num_labels,), **task.guidance)
   return Draws(alpha, noise, style, repelling)
 
 
@@ -191,7 +193,7 @@ def generator_loss(
   frozen: Mapping[str, Any],
   task: GeneratorTask,
   layout: sharding.Layout | None = None,
-  scalars: drift.Scalars | None = None,
+  scalars: Scalars | None = None,
   temperature_scale: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
   """Eq. 14: the sum over features of the mean drifting loss.
@@ -237,7 +239,7 @@ def generator_loss(
 
   # 3. The drifting loss of each feature (eq. 13), and their sum (eq. 14).
   weight = _unconditional_weight(batch, draws, task)
-  losses, report = drift.drift_losses(
+  losses, report = drift_losses(
     by_label(generated, num_labels),
     by_label(real_features, num_labels),
     weight,
@@ -322,15 +324,15 @@ def _unconditional_weight(
     return jnp.ones_like(draws.alpha)
   if task.variant.guidance == "velocity":
     return (draws.alpha - 1.0) / count
-  return drift.unconditional_weight(draws.alpha, task.num_generated, count)
+  return unconditional_weight(draws.alpha, task.num_generated, count)
 
 
 def _scalars(
-  report_of: Callable[[_Part, drift.Scalars | None], drift.DriftReport],
+  report_of: Callable[[_Part, Scalars | None], DriftReport],
   parts: _Part,
   task: GeneratorTask,
   axes: tuple[str, ...],
-) -> drift.Scalars:
+) -> Scalars:
   """Computes the field's scalars over all groups, in two passes.
 
   Args:
@@ -358,7 +360,7 @@ def _scalars(
   power = task.variant.scale_power
   distances, weights = jax.lax.map(scale_of, parts)
   scale = jnp.sum(distances, axis=0) / jnp.sum(weights)
-  scalars = drift.Scalars(scale if power == 1 else jnp.sqrt(scale), None)
+  scalars = Scalars(scale if power == 1 else jnp.sqrt(scale), None)
   mean_squares = jax.lax.map(
     lambda part: report_of(part, scalars).info["drift_ms"], parts
   )
@@ -374,7 +376,7 @@ def _gradients(
   task: GeneratorTask,
   layout: sharding.Layout | None = None,
   temperature_scale: Float[Array, ""] | None = None,
-) -> tuple[Any, tuple[Float[Array, ""], drift.DriftReport]]:
+) -> tuple[Any, tuple[Float[Array, ""], DriftReport]]:
   """Returns (gradients, (loss, report)) of the labels here, means over groups.
 
   With a layout the gradients are this device's shares of their sum.
@@ -384,8 +386,8 @@ def _gradients(
     devices, axes = layout.mesh.size, sharding.BATCH_AXES
 
   def loss_of(
-    params: Any, part: _Part, scalars: drift.Scalars | None
-  ) -> tuple[jax.Array, tuple[jax.Array, drift.DriftReport]]:
+    params: Any, part: _Part, scalars: Scalars | None
+  ) -> tuple[jax.Array, tuple[jax.Array, DriftReport]]:
     loss, aux = generator_loss(
       params, *part, frozen, task, layout, scalars, temperature_scale
     )
@@ -427,7 +429,7 @@ def generator_gradients(
   task: GeneratorTask,
   layout: sharding.Layout | None = None,
   temperature_scale: Float[Array, ""] | None = None,
-) -> tuple[Float[Array, ""], drift.DriftReport, Any]:
+) -> tuple[Float[Array, ""], DriftReport, Any]:
   """Returns (loss, drift.DriftReport, gradients), on a mesh with a layout."""
   if layout is None:
     grads, (loss, report) = _gradients(

@@ -14,7 +14,6 @@ from drift_jax.tasks.generator.setup import (
   generator_recipe,
   generator_task,
 )
-from drift_jax.training.alone import alone
 from drift_jax.training.drifting import drift_arguments
 from drift_jax.training.frozen import (
   frozen_sums,
@@ -30,7 +29,7 @@ from drift_jax.training.inputs import (
 from drift_jax.training.places import of_resumed
 from drift_jax.training.run import at_end, open_mesh, run
 from drift_jax.training.state import TrainState
-from drift_jax.training.workdir import open_workdir
+from drift_jax.training.workdir import alone, open_workdir
 
 
 @alone

@@ -17,7 +17,6 @@ from drift_jax.tasks.mae.setup import (
   mae_task,
 )
 from drift_jax.training import artifacts
-from drift_jax.training.alone import alone
 from drift_jax.training.frozen import frozen_sums, load_vae, start_params
 from drift_jax.training.inputs import open_readers, with_num_classes
 from drift_jax.training.places import of_resumed
@@ -28,7 +27,7 @@ from drift_jax.training.run import (
   run,
 )
 from drift_jax.training.state import TrainState
-from drift_jax.training.workdir import open_workdir
+from drift_jax.training.workdir import alone, open_workdir
 
 # Folder of the trained encoder in the workdir: encoders.NAME.path of a
 # generator's config points at it.

@@ -7,13 +7,13 @@ import jax
 import numpy as np
 from etils import epath
 
-from drift_jax.data.npy import read_npy
 from drift_jax.metrics.files import replacing, report_text, write_report
 from drift_jax.metrics.plots import plot_diagnostics, plot_toy
 from drift_jax.metrics.writers import MetricWriter, read_jsonl
 from drift_jax.system import processes, sharding, storage, streams
 from drift_jax.system.console import logger
 from drift_jax.system.errors import naming
+from drift_jax.system.storage import read_npy
 from drift_jax.tasks.toy import figures as toy_figures
 from drift_jax.tasks.toy.config import ToyConfig
 from drift_jax.tasks.toy.data import fixed_points, modes_of

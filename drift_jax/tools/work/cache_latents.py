@@ -25,7 +25,6 @@ from drift_jax.data.sources import (
 )
 from drift_jax.system import console, sharding, storage
 from drift_jax.system.console import logger
-from drift_jax.system.devices import find_devices
 from drift_jax.training import artifacts
 
 # Batches decoded ahead of the device, and batches that the device has besides
@@ -220,7 +219,7 @@ def run(arguments: argparse.Namespace) -> bool:
     latent_format.verify(arguments.out, arguments.split)
     return True
   # 1. What is given: devices first, before anything is read.
-  find_devices()
+  sharding.find_devices()
   storage.check_local(f"--out={arguments.out}", arguments.out)
   index, count = arguments.process_index, arguments.process_count
   if index is None:
@@ -254,7 +253,7 @@ def run(arguments: argparse.Namespace) -> bool:
   latent_writer.require_space(folder, settings, todo)
   # 3. The shards, then the manifest.
   if todo:
-    mesh = sharding.make_mesh(devices=find_devices(local=True))
+    mesh = sharding.make_mesh(devices=sharding.find_devices(local=True))
     batch_size = -(-arguments.batch_size // mesh.size) * mesh.size
     pool = concurrent.futures.ThreadPoolExecutor(arguments.num_threads)
     try:

@@ -22,7 +22,6 @@ from drift_jax import config as config_lib
 from drift_jax.models import release
 from drift_jax.models.precision import rounded
 from drift_jax.system import options, sharding, storage
-from drift_jax.system.devices import find_devices
 from drift_jax.tasks.generator import samplers
 from drift_jax.tasks.generator.restore import (
   OpenedGenerator,
@@ -69,7 +68,7 @@ def export(
   """
   with _new_folder(out) as folder:
     # 1. The weights, in the precision of the computation
-    mesh = sharding.make_mesh(1, 1, find_devices()[:1])
+    mesh = sharding.make_mesh(1, 1, sharding.find_devices()[:1])
     opened = open_generator(
       source, mesh, vae=vae, step=step, ema_decay=ema_decay
     )

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from drift_jax.data.readers import ArrayReader, ImageReader
+from drift_jax.data.images import ImageReader
+from drift_jax.data.readers import ArrayReader
 from drift_jax.data.sources import ArraySource, open_source
 from drift_jax.metrics.batches import local_batches
 from drift_jax.metrics.evaluators import features_of
@@ -31,7 +32,6 @@ from drift_jax.metrics.reference import (
 from drift_jax.metrics.sample_files import open_images as open_image_file
 from drift_jax.system import console, options, processes, sharding
 from drift_jax.system.console import logger
-from drift_jax.system.devices import find_devices
 from drift_jax.system.errors import UserError
 from drift_jax.tasks.generator.judges import (
   is_published,
@@ -84,7 +84,7 @@ class Network:
     Raises:
       ArtifactError: there is none.
     """
-    self._mesh = sharding.make_mesh(devices=find_devices(local=True))
+    self._mesh = sharding.make_mesh(devices=sharding.find_devices(local=True))
     self.artifact = load_judge(path, self._mesh)
     self.path = path
     self._outputs = network_fn(self.artifact, self._mesh)
