@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from drift_jax import config as config_lib
-from drift_jax.config.sections import ImageModel
+from drift_jax.config.sections import ImageConfig, ImageModel
 from drift_jax.data.sources import readable_classes
 from drift_jax.system import sharding
 from drift_jax.system.console import logger
@@ -190,7 +190,7 @@ def decoding(vae: artifacts.Artifact) -> Callable[[Any, jax.Array], jax.Array]:
 
 
 def start_params(
-  config: config_lib.ImageConfig,
+  config: ImageConfig,
   class_names: Sequence[str],
 ) -> Callable[[], Any] | None:
   """Returns a function that loads the parameters of config.init_from.

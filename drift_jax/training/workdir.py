@@ -18,16 +18,7 @@ from drift_jax.system import exits, paths, processes, storage
 from drift_jax.system.console import logger
 from drift_jax.system.lease import Lease
 from drift_jax.training import checkpoint, places
-from drift_jax.training.facts import (
-  CLASSES_FILE,
-  DATA_FILE,
-  Facts,
-  check_data,
-  differences,
-  is_same_data,
-  read_facts,
-  recorded,
-)
+from drift_jax.training import facts as facts_lib
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = "run.lock"
@@ -129,7 +120,7 @@ def open_workdir(
   config: RunConfig,
   frozen: Mapping[str, str],
   class_names: Sequence[str],
-  facts: Facts,
+  facts: facts_lib.Facts,
 ) -> epath.Path:
   """Creates the workdir; writes config, classes, data's facts, weights' sums.
 
@@ -160,7 +151,9 @@ def open_workdir(
       f"{CONFIG_FILE} that process 0 wrote there: give a folder that all "
       "processes share"
     )
-  found = differences(names_of_first, facts_of_first, class_names, facts)
+  found = facts_lib.differences(
+    names_of_first, facts_of_first, class_names, facts
+  )
   if found:
     raise config_lib.ConfigError(
       f"data: process {processes.index()} reads other data than process 0 "
@@ -174,8 +167,8 @@ def _write_facts(
   config: RunConfig,
   frozen: Mapping[str, str],
   class_names: Sequence[str],
-  facts: Facts,
-) -> tuple[Sequence[str], Facts]:
+  facts: facts_lib.Facts,
+) -> tuple[Sequence[str], facts_lib.Facts]:
   text = config_lib.to_json(config)
   if any(
     entry.name[0].isdecimal() for entry in storage.entries(path / CHECKPOINTS)
@@ -185,12 +178,14 @@ def _write_facts(
         _check_resumable(path, text, frozen, class_names, facts)
       except config_lib.ConfigError as error:
         # model.num_classes may be the data's, which nobody has typed.
-        found = "; ".join(differences(*recorded(path), class_names, facts))
+        found = "; ".join(
+          facts_lib.differences(*facts_lib.recorded(path), class_names, facts)
+        )
         raise config_lib.ConfigError(
           f"{error}" + f"; the data differ: {found}" * bool(found)
         ) from error
-    check_data(path, class_names, facts)
-    if facts and not (path / DATA_FILE).exists():
+    facts_lib.check_data(path, class_names, facts)
+    if facts and not (path / facts_lib.DATA_FILE).exists():
       logger.warning(
         "%s is a run that has not recorded its data: they are taken for those "
         "of this start.",
@@ -204,10 +199,10 @@ def _write_facts(
     file.write_text(text)
   places.write_started(path)
   if class_names:
-    with replacing(path / CLASSES_FILE) as file:
+    with replacing(path / facts_lib.CLASSES_FILE) as file:
       file.write_text(json.dumps(list(class_names), indent=1))
   if facts:
-    with replacing(path / DATA_FILE) as file:
+    with replacing(path / facts_lib.DATA_FILE) as file:
       file.write_text(json.dumps(facts))
   if frozen:
     with replacing(path / WEIGHTS_FILE) as file:
@@ -220,7 +215,7 @@ def _check_resumable(
   text: str,
   frozen: Mapping[str, str],
   class_names: Sequence[str],
-  facts: Facts,
+  facts: facts_lib.Facts,
 ) -> None:
   """Raises ConfigError if a config is not that of the workdir's run.
 
@@ -228,7 +223,10 @@ def _check_resumable(
   known by checksums, may lie anywhere; a source of the same text starts at
   data.data_dir, which may change.
   """
-  written, new = read_facts(path / CONFIG_FILE, dict), json.loads(text)
+  written, new = (
+    facts_lib.read_facts(path / CONFIG_FILE, dict),
+    json.loads(text),
+  )
   old = places.of_run(written, os.fspath(path), {})
   before, after = (
     config_lib.flatten(places.absolute(values)) for values in (old, new)
@@ -239,7 +237,9 @@ def _check_resumable(
       after[f"{name}.path"] = before[f"{name}.path"]
   source = "data.source"
   texts = [config_lib.flatten(values).get(source) for values in (written, new)]
-  is_same = is_same_data(*recorded(path), class_names, facts)
+  is_same = facts_lib.is_same_data(
+    *facts_lib.recorded(path), class_names, facts
+  )
   if source in before and (is_same or texts[0] == texts[1]):
     after[source] = before[source]
   config_lib.check_resumable(json.dumps(before), json.dumps(after))
@@ -248,7 +248,7 @@ def _check_resumable(
 def _frozen_before(path: epath.Path) -> dict[str, str]:
   """Reads the checksums of the weights that a run began with."""
   file = path / WEIGHTS_FILE
-  return read_facts(file, dict) if file.exists() else {}
+  return facts_lib.read_facts(file, dict) if file.exists() else {}
 
 
 def check_frozen(path: epath.Path, frozen: Mapping[str, str]) -> None:

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from drift_jax import drift
-from drift_jax.drift import fused, many
+from drift_jax.drift import fused
 from tests.conftest import assert_close, kernel_costs
 
 # {key: (locations, channels)}: several of one width, widths in one and in

@@ -16,14 +16,8 @@ from drift_jax.drift.many import Kernel
 from drift_jax.drift.variant import PAPER
 from drift_jax.models.generator import build_generator
 from drift_jax.system.errors import naming
+from drift_jax.tasks.generator import step as step_lib
 from drift_jax.tasks.generator.config import GeneratorConfig
-from drift_jax.tasks.generator.step import (
-  VAE_KEY,
-  FeatureSpace,
-  GeneratorBatch,
-  GeneratorTask,
-  train_step,
-)
 from drift_jax.training import artifacts
 from drift_jax.training.drifting import drift_arguments, init_drift
 from drift_jax.training.frozen import decoding
@@ -43,7 +37,7 @@ def decoded_encoders(
 
 
 def frozen_params(
-  task: GeneratorTask,
+  task: step_lib.GeneratorTask,
   encoders: Mapping[str, artifacts.Artifact],
   vae: artifacts.Artifact | None,
 ) -> dict[str, Any]:
@@ -51,13 +45,13 @@ def frozen_params(
   params = {name: encoders[name].params for name in task.features.encoders}
   if task.features.vae is not None:
     assert vae is not None  # feature_space has its module from it
-    params[VAE_KEY] = vae.params
+    params[step_lib.VAE_KEY] = vae.params
   return params
 
 
 def check_encoders(
   config: GeneratorConfig,
-  task: GeneratorTask,
+  task: step_lib.GeneratorTask,
   encoders: Mapping[str, artifacts.Artifact],
   vae: artifacts.Artifact | None,
 ) -> None:
@@ -89,7 +83,7 @@ def feature_space(
   config: GeneratorConfig,
   encoders: Mapping[str, artifacts.Artifact],
   vae: artifacts.Artifact | None,
-) -> FeatureSpace:
+) -> step_lib.FeatureSpace:
   """Describes the feature vectors that enter the loss (A.5)."""
   features = dataclasses.asdict(config.features)
   sample = features.pop("sample")
@@ -99,7 +93,7 @@ def feature_space(
   if decoded:
     assert vae is not None  # the config's checks ask for vae.path
     decoder = vae.module
-  return FeatureSpace(
+  return step_lib.FeatureSpace(
     encoders={name: a.module for name, a in in_loss.items()},
     options={
       name: features if a.kind in _RESIDUAL else {}
@@ -116,7 +110,7 @@ def generator_task(
   encoders: Mapping[str, artifacts.Artifact],
   mesh: Mesh,
   vae: artifacts.Artifact | None = None,
-) -> GeneratorTask:
+) -> step_lib.GeneratorTask:
   """Makes the static part of the step, for the mesh's devices.
 
   Args:
@@ -144,7 +138,7 @@ def generator_task(
     attention_kernel=attention_kernel_for(config.train.kernels, mesh),
     unroll=unroll_for(model.depth, mesh),
   )
-  return GeneratorTask(
+  return step_lib.GeneratorTask(
     generator=generator,
     features=feature_space(config, encoders, vae),
     sample_shape=(model.input_size, model.input_size, model.out_channels),
@@ -160,7 +154,7 @@ def generator_task(
   )
 
 
-def init_generator(task: GeneratorTask) -> Callable[[jax.Array], Any]:
+def init_generator(task: step_lib.GeneratorTask) -> Callable[[jax.Array], Any]:
   """key -> the generator's initial parameters."""
 
   def init(key: jax.Array) -> Any:
@@ -174,7 +168,7 @@ def init_generator(task: GeneratorTask) -> Callable[[jax.Array], Any]:
   return init
 
 
-def generator_recipe(task: GeneratorTask, frozen: Any) -> Recipe:
+def generator_recipe(task: step_lib.GeneratorTask, frozen: Any) -> Recipe:
   """How a generator is trained.
 
   Args:
@@ -185,8 +179,8 @@ def generator_recipe(task: GeneratorTask, frozen: Any) -> Recipe:
     name="generator",
     init_params=init_generator(task),
     init_drift=functools.partial(init_drift, task.temperature),
-    step=functools.partial(train_step, task=task),
-    batch=GeneratorBatch,
+    step=functools.partial(step_lib.train_step, task=task),
+    batch=step_lib.GeneratorBatch,
     frozen=frozen,
   )
 

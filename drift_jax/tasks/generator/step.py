@@ -17,15 +17,8 @@ from drift_jax.drift.many import DriftReport, Kernel, drift_losses
 from drift_jax.drift.variant import PAPER, Variant
 from drift_jax.system import sharding
 from drift_jax.training import state as state_lib
+from drift_jax.training import step as step_lib
 from drift_jax.training.drifting import Temperature, drift_update
-from drift_jax.training.step import (
-  SPLIT,
-  WHOLE,
-  Metrics,
-  apply,
-  early_dtype,
-  from_wire,
-)
 
 FeatureDict = dict[str, Float[Array, "n T D"]]
 
@@ -98,12 +91,14 @@ class FeatureSpace:
     """
     pixels = images
     if self.vae is not None:
-      pixels = apply(self.vae, frozen[VAE_KEY], images, method="decode")
+      pixels = step_lib.apply(
+        self.vae, frozen[VAE_KEY], images, method="decode"
+      )
     out: FeatureDict = {}
     if self.sample:
       out[SAMPLE_KEY] = images.reshape(len(images), 1, -1)
     for name, encoder in self.encoders.items():
-      features = apply(
+      features = step_lib.apply(
         encoder,
         frozen[name],
         pixels if name in self.decoded else images,
@@ -216,13 +211,15 @@ def generator_loss(
   def generated_from(noise: jax.Array, style: jax.Array) -> jax.Array:
     labels = jnp.repeat(batch.labels, task.num_generated)
     alpha = jnp.repeat(draws.alpha, task.num_generated)
-    return apply(generator, params, labels, alpha, noise=noise, style=style)
+    return step_lib.apply(
+      generator, params, labels, alpha, noise=noise, style=style
+    )
 
   # 1. Samples x = f(noise, label, alpha), and the reals that move them.
   samples = generated_from(draws.noise, draws.style)
   reals = jnp.concatenate([batch.positives, batch.unconditional], axis=1)
   num_reals = reals.shape[1]
-  reals = from_wire(reals.reshape(-1, *reals.shape[2:]))
+  reals = step_lib.from_wire(reals.reshape(-1, *reals.shape[2:]))
   if draws.repelling is not None:
     # After each label's reals: no gradient flows through either.
     repelling = jax.lax.stop_gradient(generated_from(*draws.repelling))
@@ -285,7 +282,7 @@ def gather_blockwise(
   The parameters outside of the blocks are gathered here.
   """
   stack = "blocks"
-  dtype_of = early_dtype(generator)
+  dtype_of = step_lib.early_dtype(generator)
   if stack not in layout.params:
     return generator, sharding.gather(params, layout.params, dtype_of)
 
@@ -294,11 +291,14 @@ def gather_blockwise(
 
   blocks = layout.params[stack]
   per_block = jax.tree.map(
-    lambda spec: PartitionSpec(*spec[1:]) if in_block(spec) else WHOLE, blocks
+    lambda spec: PartitionSpec(*spec[1:]) if in_block(spec) else step_lib.WHOLE,
+    blocks,
   )
   outside = {
     **layout.params,
-    stack: jax.tree.map(lambda spec: WHOLE if in_block(spec) else spec, blocks),
+    stack: jax.tree.map(
+      lambda spec: step_lib.WHOLE if in_block(spec) else spec, blocks
+    ),
   }
 
   def gather_block(variables: Any) -> Any:
@@ -449,8 +449,14 @@ def generator_gradients(
   return sharding.over_devices(
     local,
     layout.mesh,
-    (layout.params, SPLIT, SPLIT, layout.frozen, WHOLE),
-    (WHOLE, WHOLE, layout.params),
+    (
+      layout.params,
+      step_lib.SPLIT,
+      step_lib.SPLIT,
+      layout.frozen,
+      step_lib.WHOLE,
+    ),
+    (step_lib.WHOLE, step_lib.WHOLE, layout.params),
   )(params, batch, draws, frozen, temperature_scale)
 
 
@@ -464,7 +470,7 @@ def train_step(
   optimizer: optax.GradientTransformation,
   schedule: optax.Schedule,
   layout: sharding.Layout | None = None,
-) -> tuple[state_lib.TrainState, Metrics]:
+) -> tuple[state_lib.TrainState, step_lib.Metrics]:
   """One step of the generator; draws are made from state.key() if not given.
 
   Metrics: see drift_update.
