@@ -12,10 +12,10 @@ from drift_jax.tasks.mae import setup
 from drift_jax.tasks.mae.config import MaeConfig
 from drift_jax.tasks.mae.evaluation import held_out_evaluation, plot
 from drift_jax.training import artifacts
-from drift_jax.training import run as run_lib
 from drift_jax.training.frozen import frozen_sums, load_vae, start_params
 from drift_jax.training.inputs import open_readers, with_num_classes
 from drift_jax.training.places import of_resumed
+from drift_jax.training.run import at_end, check_divides, open_mesh, run
 from drift_jax.training.state import TrainState
 from drift_jax.training.workdir import alone, open_workdir
 
@@ -47,8 +47,8 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     Preempted: by SIGTERM, with the step saved.
   """
   config = parse_as(config, MaeConfig)
-  mesh = run_lib.open_mesh(config.mesh)
-  run_lib.check_divides("mae.batch_size", config.mae.batch_size, mesh)
+  mesh = open_mesh(config.mesh)
+  check_divides("mae.batch_size", config.mae.batch_size, mesh)
   config = of_resumed(config, workdir)
   vae = load_vae(config.vae, mesh)
   readers = open_readers(config, vae)
@@ -70,8 +70,8 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     readers.facts,
   )
 
-  with run_lib.at_end(functools.partial(plot, path)):
-    state = run_lib.run(
+  with at_end(functools.partial(plot, path)):
+    state = run(
       config,
       path,
       mesh,

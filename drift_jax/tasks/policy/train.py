@@ -18,9 +18,9 @@ from drift_jax.tasks.policy import robots, setup
 from drift_jax.tasks.policy.config import PolicyConfig
 from drift_jax.tasks.policy.step import PolicyBatch, policy_step
 from drift_jax.tasks.policy.windows import PolicyFeed
-from drift_jax.training import run as run_lib
 from drift_jax.training.drifting import init_drift
 from drift_jax.training.places import of_resumed
+from drift_jax.training.run import Recipe, at_end, check_divides, open_mesh, run
 from drift_jax.training.state import TrainState
 from drift_jax.training.workdir import alone, open_workdir
 
@@ -51,8 +51,8 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     Preempted: by SIGTERM, with the step saved.
   """
   config = parse_as(config, PolicyConfig)
-  mesh = run_lib.open_mesh(config.mesh)
-  run_lib.check_divides("batch.size", config.batch.size, mesh)
+  mesh = open_mesh(config.mesh)
+  check_divides("batch.size", config.batch.size, mesh)
   if config.loss.problem == "batch" and mesh.size > 1:
     raise config_lib.ConfigError(
       f"loss.problem='batch' is one problem, which {mesh.size} devices can't "
@@ -95,7 +95,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     for name, sampler in samplers.items()
   }
 
-  recipe = run_lib.Recipe(
+  recipe = Recipe(
     name=config.loss.method,
     init_params=setup.init_policy(config, task, shapes),
     init_drift=functools.partial(init_drift, task.temperature),
@@ -108,10 +108,8 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     if config.eval.every and processes.is_first():
       opened = stack.enter_context(evaluation_lib.environments(config))
     evaluation = evaluation_lib.Evaluation(config, acts, opened, mesh, path)
-    stack.enter_context(run_lib.at_end(evaluation.plot_curves))
-    state = run_lib.run(
-      config, path, mesh, recipe, feed=feed, evaluate=evaluation
-    )
+    stack.enter_context(at_end(evaluation.plot_curves))
+    state = run(config, path, mesh, recipe, feed=feed, evaluate=evaluation)
     if config.eval.every:
       evaluation.finish(state)
   return state
