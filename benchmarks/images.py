@@ -16,9 +16,9 @@ from PIL import Image
 from benchmarks import plain
 from benchmarks.timing import Case, Report
 from drift_jax.data import decode, encoded
+from drift_jax.data.images import ImageReader, MemoryReader
 from drift_jax.data.loader import Loader
-from drift_jax.data.memory import MemoryReader
-from drift_jax.data.readers import ImageReader, Reader
+from drift_jax.data.readers import Reader
 from drift_jax.data.sources import Source, open_source
 
 SIZE = 256  # pixels

@@ -11,13 +11,13 @@ from configs import models as sizes
 from drift_jax.metrics.generation import generate
 from drift_jax.system import devices, jaxprs, sharding
 from drift_jax.tasks.generator.judges import make_decoder, make_pixels
-from drift_jax.tasks.generator.kernels import attention_kernel_for, unroll_for
 from drift_jax.tasks.generator.restore import OpenedGenerator, sampling_task
 from drift_jax.tasks.generator.samplers import (
   bind_sampler,
   jit_sampler,
   sample_step,
 )
+from drift_jax.tasks.generator.setup import attention_kernel_for, unroll_for
 from drift_jax.training import artifacts
 from drift_jax.training.step import apply
 

@@ -16,7 +16,7 @@ from drift_jax.models.mae import build_mae
 from drift_jax.system import devices, jaxprs, sharding
 from drift_jax.tasks import parse, programs
 from drift_jax.tasks.generator import setup as networks
-from drift_jax.tasks.generator.kernels import kernel_for
+from drift_jax.tasks.generator.setup import kernel_for
 from drift_jax.training.frozen import load_encoders, load_vae
 from drift_jax.training.run import adamw
 

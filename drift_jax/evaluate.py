@@ -163,7 +163,7 @@ def judge(values: flags.FlagValues, arguments: dict[str, Any]) -> None:
     report_on_run,
     report_on_weights,
   )
-  from drift_jax.training.alone import alone_with
+  from drift_jax.training.workdir import alone_with
 
   asked = Request(**arguments)
   with alone_with(asked.out):

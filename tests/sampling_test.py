@@ -15,8 +15,8 @@ from PIL import Image
 import drift_jax
 from drift_jax import sample, sampling
 from drift_jax.config import ConfigError
-from drift_jax.metrics.errors import EvaluationError
 from drift_jax.metrics.images import to_uint8
+from drift_jax.system.errors import EvaluationError
 from drift_jax.tasks.generator.samplers import (
   generate,
   sample_inputs,

@@ -8,6 +8,8 @@ or contradicting values raise ConfigError with the key, the value and what would
 be valid.
 """
 
+# ruff: noqa: F401, the names that this folder offers
+
 from drift_jax.config.checks import check_new
 from drift_jax.config.command_line import (
   config_arguments,
@@ -18,7 +20,7 @@ from drift_jax.config.command_line import (
   process_flags,
   source,
 )
-from drift_jax.config.parsing import check_override, unknown_key
+from drift_jax.config.parsing import check_override
 from drift_jax.config.resume import (
   RESUMABLE,
   RESUMABLE_ENDS,
@@ -34,43 +36,9 @@ from drift_jax.config.sections import (
   Drift,
   Encoder,
   Frozen,
-  ImageConfig,
   Mesh,
   Optim,
-  RunConfig,
   Section,
   Vae,
 )
 from drift_jax.system.errors import ConfigError
-
-__all__ = [
-  "LEAST_TEMPERATURE_SCALE",
-  "RESUMABLE",
-  "RESUMABLE_ENDS",
-  "Checkpoint",
-  "ConfigError",
-  "Data",
-  "Drift",
-  "Encoder",
-  "Frozen",
-  "ImageConfig",
-  "Mesh",
-  "Optim",
-  "RunConfig",
-  "Section",
-  "Vae",
-  "check_new",
-  "check_override",
-  "check_resumable",
-  "config_arguments",
-  "define_process_flags",
-  "define_source_flags",
-  "flat_values",
-  "flatten",
-  "load_config",
-  "parse_flags",
-  "process_flags",
-  "source",
-  "to_json",
-  "unknown_key",
-]

@@ -1,10 +1,11 @@
 """Names, types and ranges of the sections that tasks share.
 
 Values live in configs/*.py. A field's type says what it may hold: `Literal`
-lists choices, `AtLeast` gives a lower bound; checks.check_values reads both.
+lists choices, `AtLeast` gives bounds; checks.check_values reads both.
 """
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -14,14 +15,18 @@ from drift_jax.system import options
 
 @dataclasses.dataclass(frozen=True)
 class AtLeast:
-  """Lower bound of a number, in its type: Annotated[int, AtLeast(1)]."""
+  """Bounds of a number, in its type: Annotated[int, AtLeast(1)]."""
 
   least: float
+  most: float = math.inf
 
 
 # A number of things, which may be 0, or must not.
 Count = Annotated[int, AtLeast(0)]
 Size = Annotated[int, AtLeast(1)]
+Fraction = Annotated[float, AtLeast(0, 1)]
+# Of Adam: if float32 made it 1, the bias correction would divide by 0.
+Beta = Annotated[float, AtLeast(0, 1 - 2**-24)]
 # Strings whose `~` parsing expands: a path or URL, and KIND:PATH.
 Path = Annotated[str, "path"]
 Source = Annotated[str, "source"]
@@ -149,8 +154,8 @@ class Optim(Section):
   schedule: Literal["constant", "cosine"]
   learning_rate: float
   warmup_steps: Count
-  b1: float
-  b2: float
+  b1: Beta
+  b2: Beta
   eps: float
   weight_decay: Annotated[float, AtLeast(0)]
   grad_clip: float
@@ -206,7 +211,7 @@ class RunConfig(Section):
   """Sections and keys that the config of every task has."""
 
   task: str
-  seed: int
+  seed: Annotated[int, AtLeast(0, options.MAX_SEED)]  # keys have 32 bits
   data: RunData
   optim: Optim
   ema: Ema

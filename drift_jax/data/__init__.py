@@ -5,17 +5,14 @@ Public names, see docs/api.md; code inside the package asks their modules.
 
 from drift_jax.system import lazy
 
-_HOMES = {
-  name: f"drift_jax.{module}"
-  for module, names in {
-    "data.sources": ("open_source", "held_out", "ArraySource", "Source"),
-    "data.readers": ("ArrayReader", "ImageReader", "Reader"),
-    "data.latents": ("LatentReader",),
-    "data.loader": ("Loader",),
-    "data.errors": ("DataError",),
-    "tasks.policy.replay": ("read_replay", "write_replay"),
-    "tasks.policy.robomimic": ("read_robomimic",),
-  }.items()
-  for name in names
+_NAMES = {
+  "data.sources": ("open_source", "held_out", "ArraySource", "Source"),
+  "data.readers": ("ArrayReader", "Reader"),
+  "data.images": ("ImageReader",),
+  "data.latents": ("LatentReader",),
+  "data.loader": ("Loader",),
+  "system.errors": ("DataError",),
+  "tasks.policy.replay": ("read_replay", "write_replay"),
+  "tasks.policy.robomimic": ("read_robomimic",),
 }
-__getattr__ = lazy.names(__name__, _HOMES)
+__getattr__ = lazy.names(__name__, lazy.homes("drift_jax", _NAMES))

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from drift_jax.data.errors import DataError, check_choice
+from drift_jax.system.errors import DataError
+from drift_jax.system.options import check_choice
 
 # Diffusion programs write their workflows into PNGs; Pillow refuses texts and
 # colour profiles of more than 1 MB, 64 MB in all.

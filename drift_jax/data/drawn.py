@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from drift_jax.data.errors import DataError
 from drift_jax.data.folder import FolderSource
+from drift_jax.system.errors import DataError
 from drift_jax.system.storage import PathLike
 
 _KEYS = ("moments", "moments_flip")

@@ -1,28 +1,21 @@
-"""Sources of encoded images: decoding, damaged files and class order."""
+"""Sources of encoded images: decoding and damaged files."""
 
-import functools
-import importlib.resources
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image
 
 from drift_jax.data import decode
-from drift_jax.data.base import Reopening, Source
-from drift_jax.data.errors import DataError, check_choice
-from drift_jax.system import console, options
+from drift_jax.data.sources import Reopening, Source
+from drift_jax.system import console
+from drift_jax.system.errors import DataError
 
 _LISTED = 10  # paths that an error shows
-Names = Sequence[str]
 
 
 class CorruptImageError(DataError):
   """More images than allowed can't be decoded."""
-
-
-class NoSplitError(DataError):
-  """The data are there, but have no split of that name."""
 
 
 class EncodedSource(Reopening, Source):
@@ -45,7 +38,9 @@ class EncodedSource(Reopening, Source):
 
   _UNSENT = ("_lock", "corrupt")
 
-  def __init__(self, class_names: Names, max_corrupt: int, decoder: str):
+  def __init__(
+    self, class_names: Sequence[str], max_corrupt: int, decoder: str
+  ):
     decode.check_decoder(decoder)
     self.class_names = tuple(class_names)
     self._max_corrupt = max_corrupt
@@ -108,49 +103,3 @@ class EncodedSource(Reopening, Source):
   def __getitem__(self, index: int) -> np.ndarray:
     """uint8 [h, w, 3] RGB, not to write to; raises what `image` does."""
     return np.asarray(self.image(index))
-
-
-@functools.cache
-def imagenet_classes() -> dict[str, str]:
-  """WordNet id -> readable name, the 1000 classes in their standard order.
-
-  The names are WordNet's lemmas, e.g. n01440764 'tench, Tinca tinca'; of the
-  two that are equal one is 'crane (bird)', the other 'crane (machine)'.
-  """
-  file = importlib.resources.files("drift_jax.data") / "imagenet_classes.txt"
-  lines = file.read_text(encoding="utf-8").splitlines()
-  return dict(line.split("\t") for line in lines)
-
-
-def readable_classes(names: Iterable[str]) -> tuple[str, ...]:
-  """The names, but those of ImageNet's classes for their WordNet ids."""
-  known = imagenet_classes()
-  return tuple(known.get(name, name) for name in names)
-
-
-def order_classes(names: Names, class_order: str) -> tuple[Names, np.ndarray]:
-  """Class names by label, and the label of each of `names`, int32 [len].
-
-  Args:
-    names: what the data call their classes.
-    class_order: '' numbers them as they come. 'imagenet': they are WordNet
-      ids, the labels are those of the standard order, and there are 1000
-      class names (readable) whichever of them occur.
-
-  Raises:
-    ValueError: an unknown order; a name that is not one of the 1000 ids.
-  """
-  check_choice("data.class_order", class_order, options.CLASS_ORDERS)
-  if not class_order:
-    return tuple(names), np.arange(len(names), dtype=np.int32)
-  known = imagenet_classes()
-  unknown = [name for name in names if name not in known]
-  if unknown:
-    raise ValueError(
-      f"data.class_order='imagenet', but {unknown[:_LISTED]} "
-      f"({len(unknown)} of {len(names)} classes) are not among its 1000 "
-      "WordNet ids, e.g. n01440764: use data.class_order='' for other classes"
-    )
-  position = {name: label for label, name in enumerate(known)}
-  labels = np.array([position[name] for name in names], np.int32)
-  return tuple(known.values()), labels

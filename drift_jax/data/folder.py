@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from drift_jax.data import encoded
+from drift_jax.data import encoded, sources
 from drift_jax.system import console, paths
 from drift_jax.system.storage import PathLike
 
@@ -121,12 +121,12 @@ def _find_split(tree: _Tree, split: str) -> tuple[str, str]:
     raise ValueError(f"{tree.name} holds no class folders: {_LAYOUT}")
   if splits:
     mixed = f" beside the class folders {classes[:_LISTED]}" * bool(classes)
-    raise encoded.NoSplitError(
+    raise sources.NoSplitError(
       f"{tree.name} has no split {split!r}: its splits are "
       f"{splits[:_LISTED]}{mixed}; {_LAYOUT}"
     )
   if split != "train":
-    raise encoded.NoSplitError(
+    raise sources.NoSplitError(
       f"{tree.name} has no split {split!r}: it holds class folders directly, "
       "which are its split 'train'"
     )
@@ -142,7 +142,7 @@ class _FileSource(encoded.EncodedSource):
     # 1. The classes, by which the labels number those of every split.
     root, labels_from = _find_split(tree, split)
     classes, known = tree.folders(root), tree.folders(labels_from)
-    class_names, label_of = encoded.order_classes(known, class_order)
+    class_names, label_of = sources.order_classes(known, class_order)
     unknown = sorted(set(classes) - set(known))
     if unknown:
       raise ValueError(
@@ -216,7 +216,7 @@ class FolderSource(_FileSource):
     Args:
       path: DIR.
       **options: split: name of the split's folder; 'train' if there are
-        none. class_order: '' or 'imagenet' (see `encoded.order_classes`); with
+        none. class_order: '' or 'imagenet' (see `sources.order_classes`); with
         '' the labels number the sorted names of the train split's folders, for
         every split. max_corrupt, decoder: see `encoded.EncodedSource`.
 

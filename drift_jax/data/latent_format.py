@@ -26,11 +26,10 @@ from typing import Any, TypeVar
 import ml_dtypes
 import numpy as np
 
-from drift_jax.data.errors import DataError
-from drift_jax.data.npy import read_npy
 from drift_jax.data.sources import labels_sha256
 from drift_jax.system import console, paths
-from drift_jax.system.storage import PathLike
+from drift_jax.system.errors import DataError
+from drift_jax.system.storage import PathLike, read_npy
 
 FORMAT = "drift_jax latents"
 VERSION = 1

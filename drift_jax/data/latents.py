@@ -9,9 +9,10 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from drift_jax.data import latent_format
-from drift_jax.data.base import Generators, Reader, Reopening
-from drift_jax.data.errors import check_choice
 from drift_jax.data.latent_format import LatentCacheError
+from drift_jax.data.readers import Generators, Reader
+from drift_jax.data.sources import Reopening
+from drift_jax.system.options import check_choice
 from drift_jax.system.storage import PathLike
 
 WIRE_DTYPES = ("float16", "bfloat16", "float32")

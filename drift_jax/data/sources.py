@@ -1,25 +1,95 @@
 """Sources: random access to what is stored, with labels and class names."""
 
 import dataclasses
+import functools
 import hashlib
+import importlib
 import importlib.metadata
+import importlib.resources
 import pathlib
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
 
-from drift_jax.data import encoded, folder
-from drift_jax.data.base import Source
-from drift_jax.data.errors import check_choice
 from drift_jax.system import options, paths, storage
+from drift_jax.system.errors import DataError
+from drift_jax.system.options import check_choice
 
+Names = Sequence[str]
+_LISTED = 10  # names that an error shows
 SPLITS = ("train", "test")
 # Held out of every class of the digits: enough to judge by, and the same
 # number for each class.
 DIGITS_TEST_PER_CLASS = 54
 DIGITS_SPLIT_SEED = 0
+# Module and class of each kind of encoded images, imported for those who use
+# it: TFDS is a large package.
+_ENCODED = {
+  "folder": ("folder", "FolderSource"),
+  "tar": ("folder", "TarSource"),
+  "tfds": ("tfds", "TfdsSource"),
+}
 _DIGITS = "sklearn/datasets/data/digits.csv.gz"
+
+
+class NoSplitError(DataError):
+  """The data are there, but have no split of that name."""
+
+
+class Labelled:
+  """Records with labels, by index.
+
+  Attributes:
+    class_names: one name for each label.
+    labels: [N] int32; may take long on first use, and are kept then.
+  """
+
+  class_names: tuple[str, ...]
+  labels: Any
+
+  def __len__(self) -> int:
+    return len(self.labels)
+
+
+class Source(Labelled):
+  """Labelled images by index; thread-safe, may be sent to a worker process."""
+
+  def __getitem__(self, index: int) -> np.ndarray:
+    """[h, w, C]: uint8 RGB of any size, or float32 of one size in [-1, 1]."""
+    raise NotImplementedError
+
+  def image(self, index: int) -> Image.Image:
+    """The record of uint8 RGB as a PIL image; files spare a copy."""
+    return Image.fromarray(self[index])
+
+  def path(self, index: int) -> str:
+    """Where the record is stored, for messages."""
+    return f"image {index}"
+
+  def names_sha256(self) -> str:
+    """Checksum of the records' names in order, not of their place; '': none."""
+    return ""
+
+
+class Reopening:
+  """Base of objects that may be sent to another process.
+
+  Attributes named in `_UNSENT` are not sent; `_open` makes them in each one.
+  """
+
+  _UNSENT: ClassVar[tuple[str, ...]] = ()
+
+  def _open(self) -> None:
+    raise NotImplementedError
+
+  def __getstate__(self) -> dict[str, Any]:
+    return {k: v for k, v in vars(self).items() if k not in self._UNSENT}
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    vars(self).update(state)
+    self._open()
 
 
 def labels_sha256(labels: np.ndarray) -> str:
@@ -138,7 +208,7 @@ def digits(split: str) -> ArraySource:
   """
   if split not in SPLITS:
     valid = list(SPLITS)
-    raise encoded.NoSplitError(f"split {split!r}: valid options are {valid}")
+    raise NoSplitError(f"split {split!r}: valid options are {valid}")
   # Its file is read as load_digits does: to import scikit-learn takes a second.
   package = importlib.metadata.distribution("scikit-learn")
   rows = np.loadtxt(str(package.locate_file(_DIGITS)), delimiter=",")
@@ -154,6 +224,52 @@ def digits(split: str) -> ArraySource:
   )
 
 
+@functools.cache
+def imagenet_classes() -> dict[str, str]:
+  """WordNet id -> readable name, the 1000 classes in their standard order.
+
+  The names are WordNet's lemmas, e.g. n01440764 'tench, Tinca tinca'; of the
+  two that are equal one is 'crane (bird)', the other 'crane (machine)'.
+  """
+  file = importlib.resources.files("drift_jax.data") / "imagenet_classes.txt"
+  lines = file.read_text(encoding="utf-8").splitlines()
+  return dict(line.split("\t") for line in lines)
+
+
+def readable_classes(names: Iterable[str]) -> tuple[str, ...]:
+  """The names, but those of ImageNet's classes for their WordNet ids."""
+  known = imagenet_classes()
+  return tuple(known.get(name, name) for name in names)
+
+
+def order_classes(names: Names, class_order: str) -> tuple[Names, np.ndarray]:
+  """Class names by label, and the label of each of `names`, int32 [len].
+
+  Args:
+    names: what the data call their classes.
+    class_order: '' numbers them as they come. 'imagenet': they are WordNet
+      ids, the labels are those of the standard order, and there are 1000
+      class names (readable) whichever of them occur.
+
+  Raises:
+    ValueError: an unknown order; a name that is not one of the 1000 ids.
+  """
+  check_choice("data.class_order", class_order, options.CLASS_ORDERS)
+  if not class_order:
+    return tuple(names), np.arange(len(names), dtype=np.int32)
+  known = imagenet_classes()
+  unknown = [name for name in names if name not in known]
+  if unknown:
+    raise ValueError(
+      f"data.class_order='imagenet', but {unknown[:_LISTED]} "
+      f"({len(unknown)} of {len(names)} classes) are not among its 1000 "
+      "WordNet ids, e.g. n01440764: use data.class_order='' for other classes"
+    )
+  position = {name: label for label, name in enumerate(known)}
+  labels = np.array([position[name] for name in names], np.int32)
+  return tuple(known.values()), labels
+
+
 def open_source(
   spec: str,
   *,
@@ -162,7 +278,7 @@ def open_source(
   class_order: str,
   max_corrupt: int,
   decoder: str,
-) -> ArraySource | encoded.EncodedSource:
+) -> Source:
   """The source that a config names.
 
   Args:
@@ -172,7 +288,7 @@ def open_source(
     data_dir: where relative DIR and FILE start, and where TFDS keeps its data
       sets; '' for the working directory and TFDS' default.
     class_order: '' (the source's own order) or 'imagenet' (see
-      `encoded.order_classes`).
+      `order_classes`).
     max_corrupt: images that may turn out undecodable before it is an error.
     decoder: see `decode.decode`.
 
@@ -188,16 +304,16 @@ def open_source(
       what = f"data.class_order={class_order!r}"
       raise ValueError(f"{what}: the digits have their own, use ''")
     return digits(split)
-  if not rest or kind not in ("folder", "tar", "tfds"):
+  if not rest or kind not in _ENCODED:
     check_choice("data.source", spec, options.IMAGE_SOURCES)
+  module, name = _ENCODED[kind]
   settings: Any = dict(class_order=class_order, max_corrupt=max_corrupt)
   settings |= dict(split=split, decoder=decoder)
   if kind == "tfds":
     storage.check_data(rest if storage.is_remote(rest) else data_dir)
-    # Imported for those who use it: half a second, and a large package.
-    from drift_jax.data import tfds
-
-    return tfds.TfdsSource(rest, data_dir=data_dir, **settings)
-  storage.check_local(f"data.source={spec!r}", rest, data_dir)
-  opened = folder.FolderSource if kind == "folder" else folder.TarSource
-  return opened(pathlib.Path(data_dir) / paths.expand(rest), **settings)
+    settings |= dict(data_dir=data_dir)
+  else:
+    storage.check_local(f"data.source={spec!r}", rest, data_dir)
+    rest = pathlib.Path(data_dir) / paths.expand(rest)
+  opened = getattr(importlib.import_module(f"drift_jax.data.{module}"), name)
+  return opened(rest, **settings)

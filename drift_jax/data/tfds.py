@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from drift_jax.data import encoded
+from drift_jax.data import encoded, sources
 from drift_jax.data.files import replacing
 from drift_jax.system import console, paths, storage
 
@@ -130,7 +130,7 @@ class TfdsSource(encoded.EncodedSource):
       split: as TFDS writes it, e.g. 'train' or 'train[:1000]'.
       data_dir: where TFDS keeps its data sets; '' for its default.
       class_order: '' (the data set's own) or 'imagenet' for data sets whose
-        class names are WordNet ids (see `encoded.order_classes`).
+        class names are WordNet ids (see `sources.order_classes`).
       **rest: max_corrupt, decoder: see `encoded.EncodedSource`.
 
     Raises:
@@ -141,7 +141,7 @@ class TfdsSource(encoded.EncodedSource):
     self._directory = _find(name, data_dir)
     self._split = split
     label = _builder(self._directory).info.features["label"]
-    class_names, self._label_of = encoded.order_classes(
+    class_names, self._label_of = sources.order_classes(
       [label.int2str(i) for i in range(label.num_classes)], class_order
     )
     super().__init__(class_names, **rest)
@@ -163,7 +163,7 @@ class TfdsSource(encoded.EncodedSource):
       )
     except ValueError as error:
       known = re.split(r"[\[+]", self._split)[0] in self._builder.info.splits
-      kind = ValueError if known else encoded.NoSplitError
+      kind = ValueError if known else sources.NoSplitError
       raise kind(f"{self._directory}: {error}") from error
     # The other features of a record are not parsed.
     self._features: Any = {

@@ -13,7 +13,6 @@ the paper in 40 lines; then `loss.drift_loss`, which is used.
   DriftReport    what drift_losses reports: DriftInfo of each feature
   Scalars        scalars shared by all problems of a feature, for parts of it
   Kernel         backends that compute drift_losses
-  has_kernel     whether they compute a variant
   Variant        another field, other negatives, guidance, normalisation
   PAPER          the variant that departs from the paper nowhere
   FIELDS         the family of fields, by name, see drift.family; each maps a
@@ -26,68 +25,31 @@ the paper in 40 lines; then `loss.drift_loss`, which is used.
                  the feature vectors of a map or of the input (A.5)
   sample_alpha, alpha_from_uniform, drop_guidance, unconditional_weight
                  classifier-free guidance at training time (A.7)
+
+Code inside the package asks the modules.
 """
 
-from drift_jax.drift.diagnostics import DriftInfo, Scalars
-from drift_jax.drift.family import (
-  FIELDS,
-  Coefficients,
-  Problem,
-  Targets,
-  Velocities,
-  check_field,
-)
-from drift_jax.drift.features import pooled_features, root_mean_square
-from drift_jax.drift.field import (
-  Normalization,
-  affinities,
-  mean_shift,
-  product_coefficients,
-  squared_distances,
-)
-from drift_jax.drift.fused import has_kernel
-from drift_jax.drift.guidance import (
-  alpha_from_uniform,
-  drop_guidance,
-  sample_alpha,
-  unconditional_weight,
-)
-from drift_jax.drift.loss import drift_loss
-from drift_jax.drift.many import Backend as Kernel
-from drift_jax.drift.many import DriftReport, drift_losses
-from drift_jax.drift.points import coefficients, compute_field, compute_v
-from drift_jax.drift.reference import paper_loss
-from drift_jax.drift.variant import PAPER, Variant
+from drift_jax.system import lazy
 
-__all__ = [
-  "FIELDS",
-  "PAPER",
-  "Coefficients",
-  "DriftInfo",
-  "DriftReport",
-  "Kernel",
-  "Normalization",
-  "Problem",
-  "Scalars",
-  "Targets",
-  "Variant",
-  "Velocities",
-  "affinities",
-  "alpha_from_uniform",
-  "check_field",
-  "coefficients",
-  "compute_field",
-  "compute_v",
-  "drift_loss",
-  "drift_losses",
-  "drop_guidance",
-  "has_kernel",
-  "mean_shift",
-  "paper_loss",
-  "pooled_features",
-  "product_coefficients",
-  "root_mean_square",
-  "sample_alpha",
-  "squared_distances",
-  "unconditional_weight",
-]
+_NAMES = {
+  "diagnostics": ("DriftInfo", "Scalars"),
+  "family": (
+    *("FIELDS", "Coefficients", "Problem", "Targets", "Velocities"),
+    "check_field",
+  ),
+  "features": ("pooled_features", "root_mean_square"),
+  "field": (
+    *("Normalization", "affinities", "mean_shift", "product_coefficients"),
+    "squared_distances",
+  ),
+  "guidance": (
+    *("alpha_from_uniform", "drop_guidance", "sample_alpha"),
+    "unconditional_weight",
+  ),
+  "loss": ("drift_loss",),
+  "many": ("DriftReport", "Kernel", "drift_losses"),
+  "points": ("coefficients", "compute_field", "compute_v"),
+  "reference": ("paper_loss",),
+  "variant": ("PAPER", "Variant"),
+}
+__getattr__ = lazy.names(__name__, lazy.homes(__name__, _NAMES))

@@ -28,12 +28,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from drift_jax.drift import kernels
+from drift_jax.drift import family, kernels
 from drift_jax.drift.diagnostics import DriftInfo, Scalars
 from drift_jax.drift.field import MAX_DIRECT_CHANNELS, over_axes
 from drift_jax.drift.kernels import LANES, Plan
 from drift_jax.drift.loss import MIN_DRIFT_MEAN_SQUARE, MIN_SCALE
-from drift_jax.drift.variant import PAPER, Variant
+from drift_jax.drift.many import problems
+from drift_jax.drift.variant import Variant
 
 # Figures of a problem.
 _ROW = (1, LANES)
@@ -61,23 +62,64 @@ class Features(NamedTuple):
   weight_y: Float[Array, "B 1 R"]
 
 
-def has_kernel(variant: Variant) -> bool:
-  """Whether the kernels compute a variant: the paper's loss, or W-Flow's."""
-  if variant.field != "sinkhorn":
-    return variant == PAPER
-  return variant == Variant(
-    field=variant.field,
-    options=variant.options,
-    negatives="independent",
-    guidance="velocity",
-    own_in_scale=variant.own_in_scale,
-  )
-
-
 def fits(x: Float[Array, "L N T C"], temperatures: tuple[float, ...]) -> bool:
   """Whether the kernels compute the loss of such features."""
   few = len(temperatures) <= _MAX_TEMPERATURES
   return few and x.shape[3] in _WIDTHS and x.dtype != "float64"
+
+
+def plan_of(variant: Variant, num_unconditional: int, **static: Any) -> Plan:
+  """What kernels compute of a variant.
+
+  Args:
+    variant: has kernels.
+    num_unconditional: U, real samples that follow the positives.
+    **static: the other fields of Plan.
+  """
+  transport = None
+  if variant.field == "sinkhorn":
+    transport = kernels.Transport(
+      num_unconditional=num_unconditional,
+      scale_power=variant.scale_power,
+      own_in_scale=variant.own_in_scale,
+      **family.defaults("sinkhorn") | dict(variant.options),
+    )
+  return Plan(**static, transport=transport)
+
+
+def losses_of_group(
+  values: Sequence[tuple[Array, Array]],
+  weight: Float[Array, " L"],
+  scalars: Scalars | None,
+  *,
+  plan: Plan,
+) -> tuple[Float[Array, " F"], DriftInfo]:
+  """Losses of features of equal width together.
+
+  Args:
+    values: generated [L, N, T, C] and real [L, R, T, C] features.
+    weight: weight of each label's unconditional reals.
+    scalars: of a larger batch, arrays [F].
+    plan: what is computed.
+  """
+  locations = tuple(x.shape[2] for x, _ in values)
+  # Joined first, so that they are transposed once.
+  x, y = (
+    problems(jnp.concatenate(arrays, axis=2))
+    for arrays in zip(*values, strict=True)
+  )
+  at = jnp.arange(y.shape[1])
+  unweighted = at < plan.num_positives
+  if plan.transport is not None:
+    # The independent batch follows the unconditional reals.
+    unweighted |= at >= plan.num_positives + plan.transport.num_unconditional
+  weight_y = jnp.where(
+    unweighted,
+    1.0,
+    jnp.repeat(weight.astype(jnp.float32), sum(locations))[:, None, None],
+  )
+  ones = jnp.ones((len(x), 1, x.shape[1]), jnp.float32)
+  return losses(Features(x, y, ones, weight_y), scalars, locations, plan)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from drift_jax.drift import family, fused, kernels
 from drift_jax.drift.diagnostics import DriftInfo, Scalars
 from drift_jax.drift.field import (
   Axes,
@@ -28,7 +27,7 @@ from drift_jax.drift.variant import (
   check_temperatures,
 )
 
-Backend = Literal["xla", "pallas", "interpret"]
+Kernel = Literal["xla", "pallas", "interpret"]
 
 
 @functools.partial(
@@ -66,7 +65,7 @@ def drift_losses(
   attraction: float = 1.0,
   repulsion: float = 1.0,
   axis_name: Axes = (),
-  kernel: Backend = "xla",
+  kernel: Kernel = "xla",
   scalars: Scalars | None = None,
   variant: Variant = PAPER,
   num_unconditional: int | None = None,
@@ -105,7 +104,7 @@ def drift_losses(
       as `drift_loss`.
   """
   # 1. Checked arguments; reals and weights without gradient.
-  check_choice("kernel", kernel, get_args(Backend))
+  check_choice("kernel", kernel, get_args(Kernel))
   _check_features(generated, real, weight_unconditional, num_positives)
   check_affinities(affinity_floor, normalization)
   temperatures = check_temperatures(temperatures)
@@ -125,9 +124,6 @@ def drift_losses(
     "repulsion": repulsion,
     "axis_name": axis_name,
   }
-  static_on_chip = static | {"num_positives": num_positives}
-  plan = _plan(variant, num_unconditional or 0, kernel, **static_on_chip)
-  on_chip = functools.partial(_on_chip, plan=plan)
   loss = functools.partial(
     drift_loss, **static, variant=variant, temperature_scale=temperature_scale
   )
@@ -135,12 +131,24 @@ def drift_losses(
   if variant.negatives == "independent":
     stops.append(num_positives + (num_unconditional or 0))
   by_xla = functools.partial(_by_xla, loss=loss, stops=stops)
-  is_fixed = temperature_scale is None
-  may_fuse = kernel != "xla" and fused.has_kernel(variant) and is_fixed
+  on_chip, fits_chip = by_xla, lambda x: False
+  if kernel != "xla" and variant.has_kernel and temperature_scale is None:
+    # Pallas takes a while to import.
+    from drift_jax.drift import fused
+
+    plan = fused.plan_of(
+      variant,
+      num_unconditional or 0,
+      **static,
+      num_positives=num_positives,
+      interpret=kernel == "interpret",
+    )
+    on_chip = functools.partial(fused.losses_of_group, plan=plan)
+    fits_chip = functools.partial(fused.fits, temperatures=temperatures)
   # 3. Groups of features, each compiled once: of equal width, or shape.
   groups: dict[Any, list[str]] = {}
   for key, x in generated.items():
-    fits = may_fuse and fused.fits(x, temperatures)
+    fits = fits_chip(x)
     alike = x.shape[3] if fits else x.shape
     group = (fits, alike, x.dtype, real[key].dtype)
     groups.setdefault(group, []).append(key)
@@ -185,10 +193,10 @@ def _check_features(
 _Value = tuple[Array, Array]
 
 
-def _problems(features: Float[Array, "L n T C"]) -> Float[Array, "LT n C"]:
+def problems(features: Float[Array, "L n T C"]) -> Float[Array, "LT n C"]:
   """One problem for each label and location."""
-  problems = features.swapaxes(1, 2)
-  return problems.reshape(-1, *problems.shape[2:])
+  by_location = features.swapaxes(1, 2)
+  return by_location.reshape(-1, *by_location.shape[2:])
 
 
 def _by_xla(
@@ -212,7 +220,7 @@ def _by_xla(
   def loss_of(args: tuple[_Value, Scalars | None]) -> tuple[Array, DriftInfo]:
     (x, y), scalars = args
     locations = x.shape[2]
-    x, y = _problems(x), _problems(y)
+    x, y = problems(x), problems(y)
     positives, unconditional, *independent = jnp.split(y, stops, axis=1)
     weights = jnp.repeat(weight, locations)[:, None]
     losses, info = loss(
@@ -230,48 +238,3 @@ def _by_xla(
     return jax.tree.map(lambda x: x[None], loss_of((values[0], shared)))
   stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *values)
   return jax.lax.map(loss_of, (stacked, scalars))
-
-
-def _plan(
-  variant: Variant, num_unconditional: int, kernel: Backend, **static: Any
-) -> kernels.Plan:
-  """What kernels compute of a variant, if they do."""
-  transport = None
-  if variant.field == "sinkhorn":
-    transport = kernels.Transport(
-      num_unconditional=num_unconditional,
-      scale_power=variant.scale_power,
-      own_in_scale=variant.own_in_scale,
-      **family.defaults("sinkhorn") | dict(variant.options),
-    )
-  interpret = kernel == "interpret"
-  return kernels.Plan(**static, interpret=interpret, transport=transport)
-
-
-def _on_chip(
-  values: Sequence[_Value],
-  weight: Float[Array, " L"],
-  scalars: Scalars | None,
-  *,
-  plan: kernels.Plan,
-) -> tuple[Float[Array, " F"], DriftInfo]:
-  """Losses of features of equal width together; see drift.fused."""
-  locations = tuple(x.shape[2] for x, _ in values)
-  # Joined first, so that they are transposed once.
-  x, y = (
-    _problems(jnp.concatenate(arrays, axis=2))
-    for arrays in zip(*values, strict=True)
-  )
-  at = jnp.arange(y.shape[1])
-  unweighted = at < plan.num_positives
-  if plan.transport is not None:
-    # Behind the unconditional reals is the independent batch.
-    unweighted |= at >= plan.num_positives + plan.transport.num_unconditional
-  weight_y = jnp.where(
-    unweighted,
-    1.0,
-    jnp.repeat(weight.astype(jnp.float32), sum(locations))[:, None, None],
-  )
-  ones = jnp.ones((len(x), 1, x.shape[1]), jnp.float32)
-  features = fused.Features(x, y, ones, weight_y)
-  return fused.losses(features, scalars, locations, plan)

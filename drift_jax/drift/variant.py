@@ -93,6 +93,19 @@ class Variant:
     )
 
   @property
+  def has_kernel(self) -> bool:
+    """Whether Pallas kernels compute it: the paper's loss, or W-Flow's."""
+    if self.field != "sinkhorn":
+      return self == PAPER
+    return self == Variant(
+      field=self.field,
+      options=self.options,
+      negatives="independent",
+      guidance="velocity",
+      own_in_scale=self.own_in_scale,
+    )
+
+  @property
   def scale_power(self) -> int:
     """p of S = (mean of w d^p / mean of w)^(1/p).
 

@@ -6,13 +6,13 @@ Public names, see docs/api.md; code inside the package asks their modules.
 from drift_jax.system import lazy
 
 _NAMES = {
-  "frechet": ("FeatureStats", "FeatureStream", "frechet_distance"),
-  "reference": ("load_reference", "save_reference"),
-  "inception": ("InceptionScore", "inception_score"),
-  "coverage": ("density_coverage", "precision_recall"),
-  "kid": ("kernel_distance",),
-  "neighbours": ("nearest_neighbours",),
-  "errors": ("EvaluationError",),
+  "metrics.frechet": ("FeatureStats", "FeatureStream", "frechet_distance"),
+  "metrics.reference": ("load_reference", "save_reference"),
+  "metrics.inception": ("InceptionScore", "inception_score"),
+  "metrics.coverage": ("density_coverage", "precision_recall"),
+  "metrics.kid": ("kernel_distance",),
+  "metrics.neighbours": ("nearest_neighbours",),
+  "system.errors": ("EvaluationError",),
 }
-HOMES = {name: f"{__name__}.{home}" for home in _NAMES for name in _NAMES[home]}
+HOMES = lazy.homes("drift_jax", _NAMES)
 __getattr__ = lazy.names(__name__, HOMES)

@@ -9,9 +9,9 @@ import numpy as np
 
 from drift_jax.metrics import frechet
 from drift_jax.metrics.batches import Batch, OneLate, local_batches, one_late
-from drift_jax.metrics.errors import EvaluationError
 from drift_jax.metrics.images import Images
 from drift_jax.system import sharding
+from drift_jax.system.errors import EvaluationError
 
 FeatureFn = Callable[[Images], Images]
 # {name of a figure: value}.

@@ -11,8 +11,8 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-from drift_jax.metrics.errors import EvaluationError
 from drift_jax.system import paths, storage
+from drift_jax.system.errors import EvaluationError
 
 PathLike = storage.PathLike
 # What zipfile raises for bytes that it can't make sense of, or has no means to.

@@ -14,8 +14,7 @@ from absl import logging
 from jaxtyping import Float64
 from numpy.typing import ArrayLike
 
-from drift_jax.metrics import memory
-from drift_jax.system import processes
+from drift_jax.system import devices, processes
 
 # Matrices [D, D] of float64 that a distance keeps at a time, at most: the
 # reference's, a stream's, its result's and one factor, then a covariance, its
@@ -145,7 +144,7 @@ def check_frechet_width(dimensions: int, name: str) -> None:
   Raises:
     EvaluationError: with the arithmetic.
   """
-  memory.check_fits(
+  devices.check_fits(
     _MATRICES * 8 * dimensions**2,
     f"{name}: a Frechet distance of {dimensions} features needs {_MATRICES}"
     f" matrices of {dimensions} x {dimensions} float64 numbers",

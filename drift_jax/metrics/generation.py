@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drift_jax.data.npy import read_npy
 from drift_jax.metrics import files
 from drift_jax.metrics.batches import Batch, PixelsFn, local_batches, one_late
-from drift_jax.metrics.errors import EvaluationError
 from drift_jax.metrics.evaluators import Evaluator, Figures, merge_figures
 from drift_jax.metrics.images import to_rgb
 from drift_jax.system import options, paths, processes
+from drift_jax.system.errors import EvaluationError
+from drift_jax.system.storage import read_npy
 
 SampleFn = Callable[[np.ndarray, np.ndarray, np.ndarray], jax.Array]
 

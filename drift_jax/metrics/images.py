@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from drift_jax.metrics import files
-from drift_jax.metrics.errors import EvaluationError
 from drift_jax.system import options, paths
+from drift_jax.system.errors import EvaluationError
 
 Images = np.ndarray | jax.Array
 

@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from drift_jax.metrics import memory
 from drift_jax.metrics.batches import Batch
 from drift_jax.metrics.coverage import density_coverage, duplicates
 from drift_jax.metrics.distances import check_neighbours
-from drift_jax.metrics.errors import EvaluationError
 from drift_jax.metrics.evaluators import Figures, Reals, class_subset
-from drift_jax.system import processes
+from drift_jax.system import devices, processes
+from drift_jax.system.errors import EvaluationError
 
 MAX_IMAGES = 10_000
 # Each value is kept as float32, and classifiers copy it as float64.
@@ -35,7 +34,7 @@ def _check_size(
       f" and takes at most {MAX_IMAGES}"
     )
   values = math.prod(shape)
-  memory.check_fits(
+  devices.check_fits(
     _BYTES * count * values,
     f"{name}: {count} {what} images of {values} values are kept in {_BYTES}"
     " bytes for each value",

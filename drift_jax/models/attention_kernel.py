@@ -26,8 +26,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-# The [T, T] matrices of more tokens don't fit on chip.
-MAX_TOKENS = 1024
 _LANES = 128
 # All of a group is on chip at once: 16 heads of 72 and 272 tokens take 28 MB of
 # a v4's 16.

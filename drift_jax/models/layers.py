@@ -14,10 +14,10 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from drift_jax.models import attention_kernel
-
 NORM_EPSILON = 1e-6
 ROPE_THETA = 10_000.0
+# The [T, T] matrices of more tokens don't fit on chip; see attention_kernel.
+MAX_TOKENS_ON_CHIP = 1024
 
 embedding_init = nn.initializers.normal(stddev=0.02)
 linear_init = nn.initializers.xavier_uniform()
@@ -278,7 +278,7 @@ class Attention(nn.Module):
     project = Dense(3 * channels, dtype=self.dtype, name="qkv")
     on_cudnn = self._on_cudnn(tokens, channels // self.num_heads)
     on_chip = self.kernel in ("pallas", "interpret")
-    if on_chip and tokens <= attention_kernel.MAX_TOKENS:
+    if on_chip and tokens <= MAX_TOKENS_ON_CHIP:
       out = self._on_chip(*project.parts(x))
     else:
       qkv = project(x).reshape(batch, tokens, 3, self.num_heads, -1)
@@ -309,6 +309,9 @@ class Attention(nn.Module):
   def _on_chip(
     self, qkv: Float[Array, "B T _"], bias: Float[Array, " _"]
   ) -> Float[Array, "B T C"]:
+    # Pallas takes a while to import.
+    from drift_jax.models import attention_kernel
+
     head_dim = qkv.shape[-1] // (3 * self.num_heads)
     angles = np.tile(rotary_angles(qkv.shape[1], head_dim), 2)
     scales = [_NormScale(name=f"{x}_norm")(head_dim) for x in "qk"]

@@ -96,10 +96,10 @@ def main(argv: list[str]) -> None:
     # Taken before anything takes time; nobody can connect until it listens.
     listener = bind(values.host, values.port)
   programs.setup()
-  from drift_jax.system import compilation
+  from drift_jax.system import numerics
   from drift_jax.system.console import logger
 
-  compilation.keep()
+  numerics.keep_compiled()
 
   def stop(number: int, frame: FrameType | None) -> NoReturn:
     del number, frame

@@ -12,6 +12,17 @@ class ConfigError(UserError, ValueError):
   """A config that can't be run; the message names key, value and remedy."""
 
 
+class DataError(UserError, ValueError):
+  """Data that are damaged, missing or not what was asked for.
+
+  The message names what, where and the remedy.
+  """
+
+
+class EvaluationError(UserError, ValueError):
+  """Samples that can't be judged; the message says which and why."""
+
+
 # Errors that end a program with their message alone. The message of an OSError
 # has the path of the file.
 ERRORS = (UserError, OSError)

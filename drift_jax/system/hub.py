@@ -17,8 +17,6 @@ from typing import Any, NamedTuple
 import huggingface_hub
 from huggingface_hub import constants, errors
 
-SCHEME = "hf:"
-
 _ADDRESS = re.compile(
   r"hf://(?P<repository>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?"
   r"(?:/(?P<path>.+))?"

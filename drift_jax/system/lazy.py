@@ -1,7 +1,7 @@
 """Public names of a package, imported when they are asked for."""
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -20,3 +20,8 @@ def names(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
     return getattr(module, name, module)
 
   return get
+
+
+def homes(package: str, names: Mapping[str, Sequence[str]]) -> dict[str, str]:
+  """The homes of the names that a package's modules define: {module: names}."""
+  return {name: f"{package}.{home}" for home in names for name in names[home]}

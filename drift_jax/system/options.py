@@ -4,6 +4,7 @@ Nothing is imported here, so that a program reads its flags before it imports
 anything heavy.
 """
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 # Seconds that processes wait for each other at the start: a host that restarts
@@ -49,3 +50,9 @@ DRAWN_SOURCE = "torch:"
 # Formats of an export, and platforms that it runs on.
 FORMATS = ("stablehlo", "release", "onnx")
 PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+  """Raises ValueError for a value that is not among the choices."""
+  if value not in choices:
+    raise ValueError(f"{name}={value!r}: valid options are {list(choices)}")

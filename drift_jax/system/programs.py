@@ -70,11 +70,11 @@ def run(
     resumes: whether the same command continues from what is on the disk.
     errors: that end it with their message, beside `errors.ERRORS`.
     workdir, keep_compiled: where compiled programs may stay, and whether they
-      do; see `compilation.keep`.
+      do; see `numerics.keep_compiled`.
     **timeouts: see `exits.join`.
   """
   setup()
-  from drift_jax.system import compilation, exits
+  from drift_jax.system import exits, numerics
 
   again = exits.AGAIN if resumes else exits.ANEW
 
@@ -82,7 +82,7 @@ def run(
     if processes is not None:
       exits.join(*processes, again=again, **timeouts)
     if keep_compiled:
-      compilation.keep(workdir)
+      numerics.keep_compiled(workdir)
     if resumes:
       exits.stop_on_sigterm()
     try:

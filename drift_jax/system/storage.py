@@ -8,14 +8,21 @@ to and appears only when it is whole.
 import contextlib
 import importlib
 import importlib.util
+import io
 import logging
 import os
+import tokenize
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
+if TYPE_CHECKING:
+  import numpy as np
+
 PathLike = str | os.PathLike[str]
+# Start of an address on the hub; see system.hub.
+HUB = "hf:"
 
 # A library's attempt to reach a bucket; `check` makes three at most.
 _SECONDS = 15
@@ -214,3 +221,21 @@ def open_store(folder: PathLike) -> Any:
   else:
     spec = {"driver": "file", "path": f"{os.path.abspath(folder)}/"}
   return tensorstore.KvStore.open(spec)
+
+
+def read_npy(path: PathLike) -> "np.ndarray":
+  """The array of an .npy file; never of objects.
+
+  Raises:
+    ValueError: anything but one whole array of numbers.
+    OSError: it can't be read.
+  """
+  import numpy as np
+
+  data = io.BytesIO(epath.Path(path).read_bytes())
+  try:
+    return np.lib.format.read_array(data)
+  # The header is parsed as Python, and may name any size.
+  except (ValueError, SyntaxError, tokenize.TokenError, MemoryError) as error:
+    text = " ".join(str(error).split())
+    raise ValueError(f"{path} is no whole .npy file: {text}") from error

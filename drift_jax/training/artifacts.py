@@ -23,7 +23,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -34,12 +34,9 @@ import safetensors.numpy
 from etils import epath
 from flax import traverse_util
 
-from drift_jax.models import release
-from drift_jax.models.naming import Entry
-from drift_jax.models.precision import rounded
-from drift_jax.system import hub, paths, storage
+from drift_jax import models
+from drift_jax.system import paths, storage
 from drift_jax.system.errors import UserError
-from drift_jax.training import released, weights
 
 SUBDIRECTORY = "params_ema"
 PARAMS_FILE = "ema_params.msgpack"
@@ -53,38 +50,42 @@ EXPORTED, EXPORTED_VAE = "generator", "vae"
 Format = Literal["release", "safetensors"]
 
 
-class _Layout(NamedTuple):
-  """The files of a format, with a folder before them or none."""
+class Layout(NamedTuple):
+  """The files of a format, with a folder before them or none.
+
+  Attributes:
+    subdirectory, params, metadata: the folder and its files.
+    name: as the metadata has it.
+    entries: name of models.release' function that gives the model and what its
+      parameters are made from.
+  """
 
   subdirectory: str
   params: str
   metadata: str
-  name: str  # as the metadata has it
-  find_arrays: Callable[[Any], dict[str, weights.Stored]]
-  entries: Callable[..., tuple[nn.Module, dict[str, Entry]]]
+  name: str
+  entries: str
 
 
-_LAYOUTS: dict[Format, _Layout] = {
-  "release": _Layout(
+_LAYOUTS: dict[Format, Layout] = {
+  "release": Layout(
     SUBDIRECTORY,
     PARAMS_FILE,
     METADATA_FILE,
     "flax.msgpack",
-    weights.index_msgpack,
-    release.published_entries,
+    "published_entries",
   ),
-  "safetensors": _Layout(
+  "safetensors": Layout(
     "",
     TENSORS_FILE,
     CONFIG_FILE,
     "safetensors",
-    weights.index_safetensors,
-    release.own_entries,
+    "own_entries",
   ),
 }
 # Where to look, in this order: a folder may be given with or without
 # `subdirectory`.
-_PLACES = [
+PLACES = [
   (layout, folder)
   for layout in _LAYOUTS.values()
   for folder in dict.fromkeys((layout.subdirectory, ""))
@@ -101,12 +102,12 @@ class Described(NamedTuple):
   Attributes:
     kind: one of release.KINDS.
     metadata: what metadata.json says.
-    missing: what of it is to be downloaded.
+    missing: hub.Need of what is to be downloaded.
   """
 
   kind: str
   metadata: Mapping[str, Any]
-  missing: Sequence[hub.Need] = ()
+  missing: Sequence[Any] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +167,7 @@ def save(
   folder.mkdir(parents=True, exist_ok=True)
   params = jax.tree.map(np.asarray, jax.device_get(params))
   # In both formats: it checks names and shapes.
-  tree = release.to_release(kind, model_config, params)
+  tree = models.release.to_release(kind, model_config, params)
   if format == "release":
     data = flax.serialization.msgpack_serialize(tree)
   else:
@@ -235,14 +236,14 @@ class Opened(NamedTuple):
   Attributes:
     artifact: with ShapeDtypeStructs in place of its parameters.
     path: the parameters' file.
-    entries: {parameter here: its counterparts in the file}.
-    stored: arrays of the file.
+    entries: {parameter here: its counterparts in the file}, naming.Entry.
+    stored: arrays of the file, weights.Stored.
   """
 
   artifact: Artifact
   path: epath.Path
-  entries: Mapping[str, Entry]
-  stored: Mapping[str, weights.Stored]
+  entries: Mapping[str, Any]
+  stored: Mapping[str, Any]
 
   def read(self, wanted: Any) -> Any:
     """Reads parameters, the largest first; no other array is in memory.
@@ -254,6 +255,8 @@ class Opened(NamedTuple):
     Raises:
       ArtifactError: numbers that are not finite.
     """
+    from drift_jax.training import weights
+
     try:
       return weights.read_tree(self.path, self.entries, self.stored, wanted)
     except weights.Damage as error:
@@ -267,6 +270,8 @@ def opened(
 
   Arguments and errors as of `load`.
   """
+  from drift_jax.training import weights
+
   # 1. Metadata
   source = os.fspath(directory)
   folder, layout = _find(source)
@@ -280,8 +285,8 @@ def opened(
     )
   # 2. The parameters' file
   digest = None
-  if source.startswith(hub.SCHEME):
-    digest = hub.sha256_of(pathlib.Path(params_path))
+  if source.startswith(storage.HUB):
+    digest = _hub().sha256_of(params_path)
   with params_path.open("rb") as opened_file:
     file: Any = opened_file
     digest = digest or hashlib.file_digest(file, "sha256").hexdigest()
@@ -290,17 +295,22 @@ def opened(
         f"{params_path} ({params_path.stat().length} bytes) is damaged: its "
         f"SHA-256 is not the one in {layout.metadata}; export it again"
       )
-    stored = _index(params_path, file, layout)
+    try:
+      stored = weights.INDEX[layout.name](file)
+    except ValueError as error:
+      raise ArtifactError(f"{params_path}: {error}") from error
   # 3. The model, and what its parameters are made from
   try:
-    module, entries = layout.entries(
+    module, entries = getattr(models.release, layout.entries)(
       kind, _in_dtype(model_config, dtype), stored
     )
   except ValueError as error:
     raise ArtifactError(f"{folder}: {error}") from error
   params = weights.shapes(entries, stored)
   if dtype is not None:
-    params = jax.eval_shape(functools.partial(rounded, module), params)
+    params = jax.eval_shape(
+      functools.partial(models.precision.rounded, module), params
+    )
   artifact = Artifact(kind, module, params, metadata, digest)
   return Opened(artifact, params_path, entries, stored)
 
@@ -315,13 +325,12 @@ def describe(source: os.PathLike[str] | str) -> Described:
     ArtifactError: no artifact there, or metadata that can't be read.
     StorageError: a bucket that can't be read.
   """
-  source, missing = os.fspath(source), []
-  if source.startswith(hub.SCHEME):
-    path, params, _ = _on_hub(source)
-    missing = [hub.Need(source, params.missing, hub.downloads())]
+  source = os.fspath(source)
+  if source.startswith(storage.HUB):
+    path, missing = _hub().metadata(source)
   else:
     folder, layout = _find(source)
-    path = folder / layout.metadata
+    path, missing = folder / layout.metadata, []
   return Described(*_read_metadata(path), missing)
 
 
@@ -350,47 +359,30 @@ def trained_for(metadata: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
-def _index(
-  path: epath.Path, file: Any, layout: _Layout
-) -> dict[str, weights.Stored]:
-  try:
-    return layout.find_arrays(file)
-  except weights.Damage as error:
-    length = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    kind = layout.params.rpartition(".")[2]
-    raise ArtifactError(
-      f"{path} ({length} bytes, beginning with {file.read(8)!r}) is no "
-      f"complete {kind} file: {error}"
-    ) from error
-  except ValueError as error:
-    raise ArtifactError(f"{path}: {error}") from error
-
-
 def exists(directory: os.PathLike[str] | str) -> bool:
   """Whether there is an artifact to load, here or on the hub."""
   source = os.fspath(directory)
   try:
-    (_on_hub if source.startswith(hub.SCHEME) else _find)(source)
+    (_hub().find if source.startswith(storage.HUB) else _find)(source)
   except ArtifactError:
     return False
   return True
 
 
-def _find(source: str) -> tuple[epath.Path, _Layout]:
+def _find(source: str) -> tuple[epath.Path, Layout]:
   """The folder of an artifact's files, and their layout.
 
   Raises:
     ArtifactError: there is none; the message says where it looked.
   """
-  if source.startswith(hub.SCHEME):
-    return _from_hub(source)
+  if source.startswith(storage.HUB):
+    return _hub().fetch(source)
   source = paths.expand(source)
   storage.check(source)
   given = epath.Path(source)
   if (given / MANIFEST_FILE).exists():
     given = given / EXPORTED
-  for layout, subdirectory in _PLACES:
+  for layout, subdirectory in PLACES:
     folder = given / subdirectory
     # Other programs have a config.json too.
     needed = {layout.metadata, layout.params} - {PARAMS_FILE}
@@ -406,62 +398,11 @@ def _find(source: str) -> tuple[epath.Path, _Layout]:
   )
 
 
-def _from_hub(source: str) -> tuple[epath.Path, _Layout]:
-  """Downloads an artifact's two files, if the cache lacks them."""
-  metadata, params, layout = _on_hub(source)
-  try:
-    hub.fetch(params.address)
-  except hub.HubError as error:
-    raise ArtifactError(f"{source}: {error}") from error
-  return metadata.parent, layout
+def _hub() -> Any:
+  """training.on_hub: the hub's library takes a while to import."""
+  from drift_jax.training import on_hub
 
-
-def _on_hub(source: str) -> tuple[epath.Path, hub.Remote, _Layout]:
-  """Finds an artifact's two files; downloads its metadata only."""
-  address = hub.parse(source)
-  name, _, revision = source.removeprefix("hf://").partition("@")
-  there = f"the authors' release has {released.listed()}"
-  if address is not None:
-    places = [address]
-  elif name and not set("/:") & set(f"{name}{revision}"):
-    places = [
-      hub.Address(released.REPOSITORY, revision or None, f"{folder}/{name}")
-      for folder in released.FOLDERS.values()
-    ]
-  else:
-    raise ArtifactError(
-      f"{source}: want hf://NAME[@REVISION] or hf://OWNER/NAME[@REVISION]"
-      f"[/FOLDER]; {there}"
-    )
-  try:
-    for place in places:
-      for layout, subdirectory in _PLACES:
-        folder = pathlib.PurePosixPath(place.path, subdirectory)
-        name = str(folder / layout.metadata)
-        metadata = hub.fetch(place._replace(path=name))
-        if metadata is None:
-          continue
-        params = hub.find(
-          hub.Address(
-            place.repository,
-            hub.commit_of(metadata, name),
-            str(folder / layout.params),
-          )
-        )
-        if params is not None:
-          return epath.Path(metadata), params, layout
-    if address is not None:
-      has = {
-        folder.removesuffix(f"/{SUBDIRECTORY}")
-        for folder in hub.folders(address)
-      }
-      there = f"it has {sorted(has)}"
-  except hub.HubError as error:
-    raise ArtifactError(f"{source}: {error}") from error
-  raise ArtifactError(
-    f"{source}: {places[0].repository} holds no artifact "
-    f"{' or '.join(place.path or '.' for place in places)}; {there}"
-  )
+  return on_hub
 
 
 def abstract(
@@ -479,13 +420,17 @@ def abstract(
   """
   try:
     named = arguments if dtype is None else {**arguments, "dtype": dtype}
-    model_config = release.published_config(kind, named)
-    module, shapes = release.describe(kind, _in_dtype(model_config, dtype))
+    model_config = models.release.published_config(kind, named)
+    module, shapes = models.release.describe(
+      kind, _in_dtype(model_config, dtype)
+    )
   except ValueError as error:
     raise ArtifactError(str(error)) from error
   params = shapes
   if dtype is not None:
-    params = jax.eval_shape(functools.partial(rounded, module), shapes)
+    params = jax.eval_shape(
+      functools.partial(models.precision.rounded, module), shapes
+    )
   return Artifact(kind, module, params, {"model_config": model_config}, "")
 
 

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 
-from drift_jax.system import hub, paths
+from drift_jax.system import hub, paths, storage
 from drift_jax.system.console import logger
 from drift_jax.training import artifacts, released
 from drift_jax.training.conversions import convert, weight_files
@@ -59,6 +59,30 @@ def missing(source: str) -> Sequence[hub.Need]:
     hub.Need(source, size, hub.downloads()),
     hub.Need("its conversion", size, folder),
   ]
+
+
+def check_space(generator: artifacts.Described, vae: str) -> None:
+  """Says what is to be downloaded of a generator and its autoencoder.
+
+  Raises:
+    ArtifactError: it can't be reached, or a disk can't take it.
+  """
+  needs = [*generator.missing]
+  if vae.startswith(storage.HUB):
+    try:
+      needs += missing(vae)
+    except artifacts.ArtifactError as error:
+      raise artifacts.ArtifactError(
+        f"{error}; it is the autoencoder of latents: vae=FOLDER or "
+        "hf://OWNER/NAME takes another of the same"
+      ) from error
+  if not (wanted := hub.listed(needs)):
+    return
+  logger.info("To be downloaded and written: %s.", wanted)
+  try:
+    hub.require_space(needs)
+  except hub.HubError as error:
+    raise artifacts.ArtifactError(str(error)) from error
 
 
 def local(source: str) -> str:

@@ -13,12 +13,13 @@ evaluation of its step figures.json is written, by which checkpoints are ranked.
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import json
 import math
 import os
 import re
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ from etils import epath
 from drift_jax.system import processes, storage
 from drift_jax.system.console import logger
 from drift_jax.system.errors import UserError
-from drift_jax.training import checksums, retention
+from drift_jax.training import checksums
 
 # The parts of a checkpoint.
 _ITEMS = ("state", "feed")
@@ -41,6 +42,58 @@ _DUE = {"evaluation": "due"}
 
 class CheckpointError(UserError, RuntimeError):
   """A checkpoint that can't be used; the message says which, why, what now."""
+
+
+@dataclasses.dataclass
+class Retention:
+  """Says which checkpoints are kept; a preservation policy of Orbax'.
+
+  Orbax' own policy ranks by metrics that come with the save, but a step is
+  evaluated afterwards.
+
+  Attributes:
+    latest: newest checkpoints to keep.
+    every: also keep every step that is a multiple of it; 0 for none.
+    best_metric: also keep the checkpoint with the smallest one; '' for none.
+    scores: {evaluated step: its metric}; inf for one that is never the best.
+  """
+
+  latest: int
+  every: int
+  best_metric: str
+  scores: dict[int, float] = dataclasses.field(default_factory=dict)
+
+  def set_score(self, step: int, figures: Mapping[str, float | None]) -> None:
+    """Ranks a step: last if its figures lack the metric, or it is NaN.
+
+    A resumed run may rank by another metric than its older checkpoints hold.
+    """
+    value = figures.get(self.best_metric)
+    if value is None or math.isnan(value):
+      value = math.inf
+    self.scores[step] = value
+
+  def best(self, steps: Collection[int]) -> int | None:
+    """The one with the smallest finite score, if any has one."""
+    score, best = min(
+      ((self.scores.get(step, math.inf), step) for step in steps),
+      default=(math.inf, None),
+    )
+    return best if score < math.inf else None
+
+  def kept(self, steps: Sequence[int]) -> set[int]:
+    """Those of some steps, oldest first, that are kept."""
+    kept = {*steps[-self.latest :], self.best(steps)}
+    kept |= {s for s in steps if self.every and s % self.every == 0}
+    return kept & {*steps}
+
+  def should_preserve(
+    self, checkpoints: Sequence[Any], *, context: Any
+  ) -> list[bool]:
+    """Answers Orbax, of checkpoints with a `step`."""
+    del context
+    kept = self.kept([checkpoint.step for checkpoint in checkpoints])
+    return [checkpoint.step in kept for checkpoint in checkpoints]
 
 
 class _Manager(ocp.CheckpointManager):
@@ -99,7 +152,7 @@ class Checkpointer:
     self._on_corrupt = on_corrupt
     self._read_only = read_only
     self._failed = False  # a save
-    self._retention = retention.Retention(keep_latest, keep_every, best_metric)
+    self._retention = Retention(keep_latest, keep_every, best_metric)
     self._manager = self._open()
     # What is summed of the steps that lack checksums, and the thread's work.
     self._unsummed: dict[int, dict[str, Any]] = {}

@@ -9,7 +9,9 @@ import optax
 from jaxtyping import Array, Float
 
 from drift_jax import config as config_lib
-from drift_jax import drift
+from drift_jax.drift.family import check_field
+from drift_jax.drift.many import DriftReport
+from drift_jax.drift.variant import Variant
 from drift_jax.system.errors import naming
 from drift_jax.training import state as state_lib
 from drift_jax.training.step import Metrics, update
@@ -52,9 +54,7 @@ class Temperature(NamedTuple):
       return jnp.maximum(scale, self.least)
     return jnp.exp(state.drift["log_scale"])
 
-  def update(
-    self, held: dict[str, Any], report: drift.DriftReport
-  ) -> dict[str, Any]:
+  def update(self, held: dict[str, Any], report: DriftReport) -> dict[str, Any]:
     """Returns TrainState.drift after a step."""
     if self.kind == "annealed":
       return held
@@ -66,7 +66,7 @@ class Temperature(NamedTuple):
     return {"log_scale": log_scale, "opt": opt}
 
 
-def drift_metrics(report: drift.DriftReport) -> Metrics:
+def drift_metrics(report: DriftReport) -> Metrics:
   """Returns the metrics that a user watches: raw drift RMS, scale, neighbours.
 
   The loss is constant by construction, so these are the run's real signals.
@@ -105,7 +105,7 @@ def drift_metrics(report: drift.DriftReport) -> Metrics:
 def drift_update(
   state: state_lib.TrainState,
   loss: Float[Array, ""],
-  report: drift.DriftReport,
+  report: DriftReport,
   grads: Any,
   *,
   temperature: Temperature | None,
@@ -166,13 +166,13 @@ def drift_arguments(config: config_lib.Drift) -> dict[str, Any]:
   with naming("drift"):
     for name, options in config.options.items():
       with naming(f"drift.options.{name}"):
-        drift.check_field(name, options)
+        check_field(name, options)
     if config.field != "softmax" and config.normalization != "xy":
       raise ValueError(
         f"normalization={config.normalization!r} is of the field 'softmax', "
         f"but field={config.field!r}: leave it at 'xy'"
       )
-    variant = drift.Variant(
+    variant = Variant(
       **{name: getattr(config, name) for name in _OF_VARIANT},
       options=dict(config.options.get(config.field, {})),
       neighbours=config.temperature_scale.neighbours,

@@ -10,11 +10,11 @@ import jax
 from jax.sharding import Mesh
 
 from drift_jax import config as config_lib
-from drift_jax.config.sections import ImageModel
-from drift_jax.data.encoded import readable_classes
-from drift_jax.system import sharding
+from drift_jax.config.sections import ImageConfig, ImageModel
+from drift_jax.data.sources import readable_classes
+from drift_jax.system import sharding, storage
 from drift_jax.system.console import logger
-from drift_jax.training import artifacts, autoencoders
+from drift_jax.training import artifacts
 from drift_jax.training.facts import renamed
 from drift_jax.training.step import apply
 
@@ -40,7 +40,10 @@ def load_vae(
   """
   if not section.path:
     return None
-  if weights or not section.model:
+  on_hub = section.path.startswith(storage.HUB)
+  if on_hub and (weights or not section.model):
+    from drift_jax.training import autoencoders  # converters take a while
+
     try:
       path = autoencoders.local(section.path)
     except artifacts.ArtifactError as error:
@@ -212,7 +215,7 @@ def decoding(vae: artifacts.Artifact) -> Callable[[Any, jax.Array], jax.Array]:
 
 
 def start_params(
-  config: config_lib.ImageConfig,
+  config: ImageConfig,
   class_names: Sequence[str],
 ) -> Callable[[], Any] | None:
   """Returns a function that loads the parameters of config.init_from.

@@ -11,11 +11,8 @@ import jax
 from drift_jax import config as config_lib
 from drift_jax.config.sections import ImageConfig
 from drift_jax.data import sources as sources_lib
-from drift_jax.data.encoded import NoSplitError
 from drift_jax.data.loader import Loader
-from drift_jax.data.memory import MemoryReader, MemorySource
-from drift_jax.data.readers import ArrayReader, ImageReader, Reader
-from drift_jax.data.sources import ArraySource, Source, open_source
+from drift_jax.data.readers import ArrayReader, Reader
 from drift_jax.system import storage
 from drift_jax.system.console import logger
 from drift_jax.system.errors import naming
@@ -128,9 +125,9 @@ class _Sources:
   def __init__(self, settings: config_lib.Data):
     self._settings = settings
 
-  def _open(self, split: str) -> Source:
+  def _open(self, split: str) -> sources_lib.Source:
     settings = self._settings
-    return open_source(
+    return sources_lib.open_source(
       settings.source,
       split=split,
       data_dir=settings.data_dir,
@@ -140,23 +137,23 @@ class _Sources:
     )
 
   @functools.cached_property
-  def _own_test(self) -> Source | None:
+  def _own_test(self) -> sources_lib.Source | None:
     """The data's own test split, if they have one."""
     if not self._settings.test_split:
       return None
     try:
       return self._open(self._settings.test_split)
-    except NoSplitError as error:
+    except sources_lib.NoSplitError as error:
       if self._settings.held_out:
         return None
-      raise NoSplitError(
+      raise sources_lib.NoSplitError(
         f"{error}. Evaluation needs held-out images: name another "
         "data.test_split, set data.held_out to take images of each class from "
         "the training split, or eval.every=0"
       ) from error
 
   @functools.cached_property
-  def _divided(self) -> tuple[Source, Source]:
+  def _divided(self) -> tuple[sources_lib.Source, sources_lib.Source]:
     """The training split without its held-out images, and these."""
     per_class = self._settings.held_out
     logger.info(
@@ -171,13 +168,13 @@ class _Sources:
       seed=HELD_OUT_SEED,
     )
 
-  def train(self) -> Source:
+  def train(self) -> sources_lib.Source:
     """Returns the training images: the whole split if nothing is held out."""
     if not self._settings.held_out or self._own_test is not None:
       return self._open(self._settings.train_split)
     return self._divided[0]
 
-  def test(self) -> Source:
+  def test(self) -> sources_lib.Source:
     """Returns the held-out images.
 
     Raises:
@@ -193,14 +190,16 @@ class _Sources:
     return self._divided[1]
 
 
-def _reader(source: Source, settings: config_lib.Data) -> Reader:
-  if isinstance(source, ArraySource):
+def _reader(source: sources_lib.Source, settings: config_lib.Data) -> Reader:
+  if isinstance(source, sources_lib.ArraySource):
     return ArrayReader(source, wire=settings.wire)
+  from drift_jax.data import images  # for those who use it
+
   drawn = settings.crop == "random"
   if settings.in_memory and drawn:
-    source = MemorySource(source, num_threads=settings.num_threads)
+    source = images.MemorySource(source, num_threads=settings.num_threads)
   smallest, largest = settings.crop_scale
-  reader = ImageReader(
+  reader = images.ImageReader(
     source,
     size=settings.image_size,
     channels=settings.channels,
@@ -211,7 +210,7 @@ def _reader(source: Source, settings: config_lib.Data) -> Reader:
     num_threads=settings.num_threads,
   )
   if settings.in_memory and not drawn:
-    return MemoryReader(reader, flip=settings.flip)
+    return images.MemoryReader(reader, flip=settings.flip)
   return reader
 
 

@@ -130,7 +130,7 @@ class Loop:
   checkpointer: checkpoint.Checkpointer
   writer: Any
   preempted: Callable[[], bool] = lambda: False
-  before_step: Callable[[int, TrainState], None] = lambda step, state: None
+  before_step: Callable[[int, TrainState], None] | None = None
   speeds: Callable[[float], dict[str, float]] = lambda speed: {
     "perf/steps_per_second": speed
   }
@@ -229,7 +229,8 @@ class Loop:
     one, so that watching costs no idle time.
     """
     batch = next(self._batches)
-    self.before_step(step, state)
+    if self.before_step is not None:
+      self.before_step(step, state)
     with jax.transfer_guard("disallow"):
       state, metrics = self.step_fn(state, batch)
     watched = {k: metrics[k] for k in WATCHED if k in metrics}

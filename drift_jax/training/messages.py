@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from drift_jax.system import jaxprs, processes
+from drift_jax.system import processes
 from drift_jax.system.console import logger
 from drift_jax.system.devices import PEAK_FLOPS
 from drift_jax.training.checkpoint import Checkpointer
@@ -74,20 +74,27 @@ class Step:
     self._step, self._frozen, self._mesh = step, frozen, mesh
     self._file = path / SECONDS_FILE
     self._images = images
-    self._flops: int | None = None  # of a step, on each device
+    self._called = False
+    # Operations of a step on each device, at most in a second.
+    self._flops = 0
+    self._peak = PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
 
   def __call__(self, state: Any, batch: Any) -> Any:
     """Returns (state, metrics)."""
-    if self._flops is not None:
+    if self._called:
       return self._step(state, batch, self._frozen)
     file = self._file
     before = f" ({file.read_text():.20} last time)" if file.exists() else ""
     logger.info("Compiling the training step%s.", before)
     begin = time.perf_counter()
-    traced = self._step.trace(state, batch, self._frozen)
-    self._flops = jaxprs.matmul_flops(traced.jaxpr, self._mesh.size)
+    if self._peak:
+      from drift_jax.system import jaxprs
+
+      traced = self._step.trace(state, batch, self._frozen)
+      self._flops = jaxprs.matmul_flops(traced.jaxpr, self._mesh.size)
     result = self._step(state, batch, self._frozen)
     seconds = f"{time.perf_counter() - begin:.1f} s"
+    self._called = True
     logger.info("Compiled it in %s.", seconds)
     if processes.is_first():
       file.write_text(seconds)
@@ -103,9 +110,8 @@ class Step:
     scalars = {"perf/steps_per_second": steps_per_second}
     if self._images:
       scalars["perf/images_per_second"] = steps_per_second * self._images
-    peak = PEAK_FLOPS.get(self._mesh.devices.flat[0].device_kind)
-    if peak and self._flops:
-      scalars["perf/mfu"] = steps_per_second * self._flops / peak
+    if self._peak:
+      scalars["perf/mfu"] = steps_per_second * self._flops / self._peak
     return scalars
 
 

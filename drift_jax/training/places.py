@@ -18,7 +18,7 @@ from drift_jax import config as config_lib
 from drift_jax.config.parsing import build
 from drift_jax.config.sections import RunConfig
 from drift_jax.metrics.files import replacing
-from drift_jax.system import hub, options, storage
+from drift_jax.system import options, storage
 
 STARTED_FILE = "started.json"
 # Keys that hold paths, and the flag of drift_jax.evaluate that gives another.
@@ -238,4 +238,4 @@ def _first(places: Sequence[str], path: str) -> str:
 
 def _is_elsewhere(path: str) -> bool:
   """Returns whether a path is not on this machine."""
-  return storage.is_remote(path) or path.startswith(hub.SCHEME)
+  return storage.is_remote(path) or path.startswith(storage.HUB)

@@ -17,9 +17,8 @@ from drift_jax.config.sections import RunConfig
 from drift_jax.metrics.writers import create_writer
 from drift_jax.system import exits, numerics, processes, sharding
 from drift_jax.system.errors import naming
-from drift_jax.training import loop, messages, optim
+from drift_jax.training import loop, messages
 from drift_jax.training import state as state_lib
-from drift_jax.training.profile import Profile
 from drift_jax.training.state import TrainState
 from drift_jax.training.workdir import make_checkpointer
 
@@ -125,8 +124,12 @@ def run(
         is_main=processes.is_first(),
       )
     stack.callback(writer.close)
-    profile = Profile(config.train.profile, path)
-    stack.callback(profile.close)
+    watch = None
+    if config.train.profile:
+      from drift_jax.training.profile import Profile
+
+      watch = Profile(config.train.profile, path)
+      stack.callback(watch.close)
     # 3. The steps that are left.
     step_fn = messages.Step(training.step, recipe.frozen, path, mesh, images)
     state = loop.Loop(
@@ -145,7 +148,7 @@ def run(
       checkpointer=checkpointer,
       writer=writer,
       preempted=stack.enter_context(exits.preemption()),
-      before_step=profile,
+      before_step=watch,
       speeds=step_fn.speeds,
     ).fit(state)
     messages.end(path, int(state.step), checkpointer)
@@ -236,7 +239,7 @@ def adamw(
   config: config_lib.Optim, num_steps: int
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """AdamW as the section says, and the schedule that it follows."""
-  schedule = optim.learning_rate_schedule(
+  schedule = state_lib.learning_rate_schedule(
     kind=config.schedule,
     peak=config.learning_rate,
     warmup_steps=config.warmup_steps,
@@ -244,7 +247,7 @@ def adamw(
   )
   names = ("b1", "b2", "eps", "weight_decay", "grad_clip")
   settings = {name: getattr(config, name) for name in names}
-  return optim.make_optimizer(schedule, **settings), schedule
+  return state_lib.make_optimizer(schedule, **settings), schedule
 
 
 def check_divides(name: str, size: int, mesh: Mesh) -> None:

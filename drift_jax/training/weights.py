@@ -8,7 +8,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -280,3 +280,29 @@ def _exactly(file: Any, count: int) -> bytes:
   if len(data) != count:
     raise Damage(f"it ends at byte {file.tell()}")
   return data
+
+
+def _complete(
+  kind: str, index: Callable[[Any], dict[str, Stored]]
+) -> Callable[[Any], dict[str, Stored]]:
+  """The index, whose Damage says what the file is like."""
+
+  def find(file: Any) -> dict[str, Stored]:
+    try:
+      return index(file)
+    except Damage as error:
+      length = file.seek(0, os.SEEK_END)
+      file.seek(0)
+      raise Damage(
+        f"{length} bytes, beginning with {file.read(8)!r}, are no complete "
+        f"{kind} file: {error}"
+      ) from error
+
+  return find
+
+
+# By the formats of artifacts: file -> its arrays by name.
+INDEX = {
+  "flax.msgpack": _complete("msgpack", index_msgpack),
+  "safetensors": _complete("safetensors", index_safetensors),
+}

@@ -1,11 +1,13 @@
-"""A run's folder: its config, its facts, and whether a run may go on there."""
+"""A run's folder: who works there, its config, its facts, who may go on."""
 
+import contextlib
 import functools
 import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 from etils import epath
 
@@ -13,23 +15,17 @@ from drift_jax import config as config_lib
 from drift_jax.config.parsing import build
 from drift_jax.config.sections import RunConfig
 from drift_jax.metrics.files import replacing
-from drift_jax.system import paths, processes, storage
+from drift_jax.system import exits, paths, processes, storage
 from drift_jax.system.console import logger
+from drift_jax.system.lease import Lease
 from drift_jax.training import checkpoint, places
-from drift_jax.training.facts import (
-  CLASSES_FILE,
-  DATA_FILE,
-  Facts,
-  check_data,
-  differences,
-  is_same_data,
-  read_facts,
-  recorded,
-)
+from drift_jax.training import facts as facts_lib
 
 CONFIG_FILE = "config.json"
+LOCK_FILE = "run.lock"
 WEIGHTS_FILE = "frozen_weights.json"
 CHECKPOINTS = "checkpoints"
+_Train = TypeVar("_Train", bound=Callable[..., Any])
 
 
 def check_workdir(workdir: str) -> None:
@@ -63,12 +59,69 @@ def check_workdir(workdir: str) -> None:
   processes.from_first(check)
 
 
+def alone(train: _Train) -> _Train:
+  """Makes a task's (config, workdir) -> state the only run in its workdir.
+
+  It raises ConfigError before anything is read or written if another run is
+  going on there, or the workdir can't be written. A run that was not heard of
+  for a minute may lose the workdir to another one: its process ends then.
+  """
+
+  @functools.wraps(train)
+  def run(config: Any, workdir: str, **options: Any) -> Any:
+    workdir = paths.expand(workdir)
+    check_workdir(workdir)
+    with holding(epath.Path(workdir) / LOCK_FILE, f"--workdir={workdir}"):
+      return train(config, workdir, **options)
+
+  return cast(_Train, run)
+
+
+@contextlib.contextmanager
+def alone_with(out: str) -> Iterator[None]:
+  """Keeps a file to be written, --out, for one program at a time.
+
+  Raises:
+    ConfigError: another process is about to write it.
+    StorageError: a bucket that can't be used.
+  """
+  storage.check(out)
+  path = epath.Path(f"{out}.lock")
+  with contextlib.ExitStack() as stack:
+    # It makes no folder: a program that fails would leave it.
+    if processes.from_first(path.parent.exists):
+      stack.enter_context(holding(path, f"--out={out}"))
+    yield
+
+
+@contextlib.contextmanager
+def holding(path: epath.Path, what: str) -> Iterator[None]:
+  """Holds a lease meanwhile, the first process for all.
+
+  Args:
+    path: file or object of the lease.
+    what: the thing that it is for, in messages.
+
+  Raises:
+    ConfigError: another process holds it.
+    PeerError: the same, in the other processes.
+    StorageError: it can't be read or written.
+  """
+  lease = Lease(path, what, exits.give_up)
+  with exits.last(lease.release):
+    try:
+      processes.from_first(lease.take)
+      yield
+    finally:
+      lease.release()
+
+
 def open_workdir(
   workdir: str,
   config: RunConfig,
   frozen: Mapping[str, str],
   class_names: Sequence[str],
-  facts: Facts,
+  facts: facts_lib.Facts,
 ) -> epath.Path:
   """Creates the workdir; writes config, classes, data's facts, weights' sums.
 
@@ -99,7 +152,9 @@ def open_workdir(
       f"{CONFIG_FILE} that process 0 wrote there: give a folder that all "
       "processes share"
     )
-  found = differences(names_of_first, facts_of_first, class_names, facts)
+  found = facts_lib.differences(
+    names_of_first, facts_of_first, class_names, facts
+  )
   if found:
     raise config_lib.ConfigError(
       f"data: process {processes.index()} reads other data than process 0 "
@@ -113,8 +168,8 @@ def _write_facts(
   config: RunConfig,
   frozen: Mapping[str, str],
   class_names: Sequence[str],
-  facts: Facts,
-) -> tuple[Sequence[str], Facts]:
+  facts: facts_lib.Facts,
+) -> tuple[Sequence[str], facts_lib.Facts]:
   text = config_lib.to_json(config)
   if any(
     entry.name[0].isdecimal() for entry in storage.entries(path / CHECKPOINTS)
@@ -124,12 +179,14 @@ def _write_facts(
         _check_resumable(path, config, frozen, class_names, facts)
       except config_lib.ConfigError as error:
         # model.num_classes may be the data's, which nobody has typed.
-        found = "; ".join(differences(*recorded(path), class_names, facts))
+        found = "; ".join(
+          facts_lib.differences(*facts_lib.recorded(path), class_names, facts)
+        )
         raise config_lib.ConfigError(
           f"{error}" + f"; the data differ: {found}" * bool(found)
         ) from error
-    check_data(path, class_names, facts)
-    if facts and not (path / DATA_FILE).exists():
+    facts_lib.check_data(path, class_names, facts)
+    if facts and not (path / facts_lib.DATA_FILE).exists():
       logger.warning(
         "%s is a run that has not recorded its data: they are taken for those "
         "of this start.",
@@ -143,10 +200,10 @@ def _write_facts(
     file.write_text(text)
   places.write_started(path)
   if class_names:
-    with replacing(path / CLASSES_FILE) as file:
+    with replacing(path / facts_lib.CLASSES_FILE) as file:
       file.write_text(json.dumps(list(class_names), indent=1))
   if facts:
-    with replacing(path / DATA_FILE) as file:
+    with replacing(path / facts_lib.DATA_FILE) as file:
       file.write_text(json.dumps(facts))
   if frozen:
     with replacing(path / WEIGHTS_FILE) as file:
@@ -159,7 +216,7 @@ def _check_resumable(
   config: RunConfig,
   frozen: Mapping[str, str],
   class_names: Sequence[str],
-  facts: Facts,
+  facts: facts_lib.Facts,
 ) -> None:
   """Raises ConfigError if a config is not that of the workdir's run.
 
@@ -168,7 +225,7 @@ def _check_resumable(
   data.data_dir, which may change.
   """
   # A key that is younger than the run has its default there.
-  written = build(type(config), read_facts(path / CONFIG_FILE, dict))
+  written = build(type(config), facts_lib.read_facts(path / CONFIG_FILE, dict))
   written, new = (
     json.loads(config_lib.to_json(values)) for values in (written, config)
   )
@@ -182,7 +239,9 @@ def _check_resumable(
       after[f"{name}.path"] = before[f"{name}.path"]
   source = "data.source"
   texts = [config_lib.flatten(values).get(source) for values in (written, new)]
-  is_same = is_same_data(*recorded(path), class_names, facts)
+  is_same = facts_lib.is_same_data(
+    *facts_lib.recorded(path), class_names, facts
+  )
   if source in before and (is_same or texts[0] == texts[1]):
     after[source] = before[source]
   config_lib.check_resumable(json.dumps(before), json.dumps(after))
@@ -191,7 +250,7 @@ def _check_resumable(
 def _frozen_before(path: epath.Path) -> dict[str, str]:
   """Reads the checksums of the weights that a run began with."""
   file = path / WEIGHTS_FILE
-  return read_facts(file, dict) if file.exists() else {}
+  return facts_lib.read_facts(file, dict) if file.exists() else {}
 
 
 def check_frozen(path: epath.Path, frozen: Mapping[str, str]) -> None:

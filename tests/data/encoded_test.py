@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from drift_jax.data import encoded
-from drift_jax.data.errors import DataError
+from drift_jax.data import encoded, sources
 from drift_jax.system import console
+from drift_jax.system.errors import DataError
 from tests.data.pictures import cut, opened, picture, seeds_of, write
 
 
@@ -101,7 +101,7 @@ def test_threads_count_each_file_once(root):
 
 
 def test_imagenet_classes():
-  classes = encoded.imagenet_classes()
+  classes = sources.imagenet_classes()
   ids = list(classes)
   assert len(ids) == len(set(classes.values())) == 1000
   assert ids == sorted(ids)  # the standard order is that of the ids
@@ -116,10 +116,10 @@ def test_imagenet_classes():
 
 
 def test_order_classes():
-  names, labels = encoded.order_classes(["b", "a"], "")
+  names, labels = sources.order_classes(["b", "a"], "")
   assert names == ("b", "a") and labels.tolist() == [0, 1]
-  names, labels = encoded.order_classes(["n02123045", "n01440764"], "imagenet")
+  names, labels = sources.order_classes(["n02123045", "n01440764"], "imagenet")
   assert labels.tolist() == [281, 0] and labels.dtype == np.int32
   assert names[281].startswith("tabby")
   with pytest.raises(ValueError, match=r"'coco'.*\['', 'imagenet'\]"):
-    encoded.order_classes(["a"], "coco")
+    sources.order_classes(["a"], "coco")

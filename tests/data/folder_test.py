@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from drift_jax.data import encoded
+from drift_jax.data import encoded, sources
 from drift_jax.system import console
 from tests.data.pictures import cut, opened, picture, seeds_of, write
 
@@ -89,7 +89,7 @@ def test_layouts_that_are_refused(kind, names, split, message, tmp_path):
   with pytest.raises(ValueError, match=message) as caught:
     make(kind, tmp_path / "pets", tmp_path, split)
   missing = "no split" in message
-  assert isinstance(caught.value, encoded.NoSplitError) == missing
+  assert isinstance(caught.value, sources.NoSplitError) == missing
 
 
 @both
@@ -118,7 +118,7 @@ def test_a_class_may_be_called_train(kind, tmp_path):
 
 @both
 def test_imagenet_order(kind, tmp_path):
-  ids = list(encoded.imagenet_classes())
+  ids = list(sources.imagenet_classes())
   root = tmp_path / "data"
   for seed, label in enumerate([999, 3, 500]):
     write(root / ids[label] / f"{ids[label]}_1.png", seed)

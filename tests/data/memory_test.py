@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from drift_jax.data import encoded, memory, readers
+from drift_jax.data import encoded, images
 from tests.data.pictures import cut, opened, picture, write
 
 
@@ -17,9 +17,9 @@ def test_holds_images_of_any_size(tmp_path, sizes):
     write(tmp_path / f"data/{seed % 2}/{seed:03}.png", seed, size)
   cut(tmp_path / "data/0/004.png")
   with pytest.raises(encoded.CorruptImageError, match="0/004.png"):
-    memory.MemorySource(opened(f"folder:{tmp_path}/data"), num_threads=2)
+    images.MemorySource(opened(f"folder:{tmp_path}/data"), num_threads=2)
   stored = opened(f"folder:{tmp_path}/data", max_corrupt=1)
-  source = memory.MemorySource(stored, num_threads=3)
+  source = images.MemorySource(stored, num_threads=3)
   for path in (tmp_path / "data").glob("*/*"):
     path.unlink()
   source = pickle.loads(pickle.dumps(source))
@@ -45,7 +45,7 @@ def test_crops_in_memory_are_the_reader_s(tmp_path, crop, flip, wire, channels):
   """Bit for bit, flips included."""
   for seed in range(12):
     write(tmp_path / f"data/{seed % 2}/{seed:02}.png", seed)
-  reader = readers.ImageReader(
+  reader = images.ImageReader(
     opened(f"folder:{tmp_path}/data"),
     size=8 if crop == "center" else 16,
     channels=channels,
@@ -54,7 +54,7 @@ def test_crops_in_memory_are_the_reader_s(tmp_path, crop, flip, wire, channels):
     flip=flip,
     wire=wire,
   )
-  held = memory.MemoryReader(reader, flip=flip)
+  held = images.MemoryReader(reader, flip=flip)
   indices = np.array([3, 0, 11, 3, 7, 5, 1, 2])
 
   def rngs():

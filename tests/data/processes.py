@@ -16,9 +16,9 @@ from absl import flags
 from jax.experimental import multihost_utils
 
 from drift_jax.data.feed import GroupedFeed, QueueFeed
+from drift_jax.data.images import ImageReader
 from drift_jax.data.latents import LatentReader
 from drift_jax.data.loader import Loader
-from drift_jax.data.readers import ImageReader
 from drift_jax.system import sharding
 from drift_jax.training import checkpoint
 from tests.data.fakes import Numbers

@@ -8,13 +8,14 @@ import pytest
 from numpy.testing import assert_array_equal
 from PIL import Image
 
-from drift_jax.data import base, errors, readers, sources, transforms
+from drift_jax.data import images, readers, sources, transforms
+from drift_jax.system import errors
 from tests.data.pictures import opened, picture, write
 
 SIZES = [(40, 30), (24, 50), (16, 16), (33, 17)]
 
 
-class Pictures(base.Source):
+class Pictures(sources.Source):
   """Record i: `picture(i)` of SIZES[i]."""
 
   class_names = ("a", "b")
@@ -34,7 +35,7 @@ def make(source=None, **changes):
     "wire": "uint8",
     "num_threads": 2,
   } | changes
-  return readers.ImageReader(source or Pictures(), **arguments)
+  return images.ImageReader(source or Pictures(), **arguments)
 
 
 def rngs(*seeds):

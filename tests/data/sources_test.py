@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from drift_jax.data import base, encoded, folder, sources
+from drift_jax.data import folder, sources
 from drift_jax.system import storage
 from tests.data.pictures import opened, picture, write
 
@@ -21,11 +21,11 @@ def test_digits_split():
   assert np.isin(train.images, train.grid).all()
   together = np.concatenate([train.images, test.images]).reshape(1797, -1)
   assert len(np.unique(together, axis=0)) == 1797
-  with pytest.raises(encoded.NoSplitError, match="'val'.*train"):
+  with pytest.raises(sources.NoSplitError, match="'val'.*train"):
     sources.digits("val")
 
 
-class Labelled(base.Source):
+class Labelled(sources.Source):
   """Record i: one pixel of value i."""
 
   def __init__(self, labels, classes):

@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from numpy.testing import assert_array_equal
 from PIL import Image
 
-from drift_jax.data import encoded
+from drift_jax.data import sources
 from drift_jax.data.sources import names_sha256
 from drift_jax.system import console
 from tests.data.pictures import cut, opened, picture, write
@@ -121,11 +121,11 @@ def test_parts_of_a_split(prepared):
 
 
 def test_unknown_split(prepared):
-  with pytest.raises(encoded.NoSplitError, match=r"'val'.*\['train'"):
+  with pytest.raises(sources.NoSplitError, match=r"'val'.*\['train'"):
     make(prepared, split="val[:5]")
   with pytest.raises(ValueError, match="Error parsing split") as caught:
     make(prepared, split="train[:5")
-  assert not isinstance(caught.value, encoded.NoSplitError)
+  assert not isinstance(caught.value, sources.NoSplitError)
 
 
 def copy_of(prepared, tmp_path, name="copy"):

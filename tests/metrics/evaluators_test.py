@@ -3,7 +3,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drift_jax.metrics.errors import EvaluationError
 from drift_jax.metrics.evaluators import (
   Evaluator,
   FrechetEvaluator,
@@ -12,6 +11,7 @@ from drift_jax.metrics.evaluators import (
   merge_figures,
 )
 from drift_jax.metrics.frechet import FeatureStats, frechet_distance
+from drift_jax.system.errors import EvaluationError
 from tests.metrics.conftest import batch_of, feed, labels_of
 
 FEATURES = np.random.default_rng(0).normal(size=(64, 5)).astype(np.float32)

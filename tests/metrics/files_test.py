@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from drift_jax.metrics import files
-from drift_jax.metrics.errors import EvaluationError
+from drift_jax.system.errors import EvaluationError
 
 
 def test_appears_only_when_complete(tmp_path):

@@ -4,7 +4,6 @@ import pytest
 from PIL import Image
 
 from drift_jax.data.readers import pixel_grid
-from drift_jax.metrics.errors import EvaluationError
 from drift_jax.metrics.images import (
   image_grid,
   real_pixels,
@@ -13,6 +12,7 @@ from drift_jax.metrics.images import (
   to_uint8,
   unit_to_uint8,
 )
+from drift_jax.system.errors import EvaluationError
 
 
 def test_golden_conversion(golden):

@@ -2,15 +2,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drift_jax.metrics import memory, small_sets
+from drift_jax.metrics import small_sets
 from drift_jax.metrics.coverage import density_coverage, duplicates
-from drift_jax.metrics.errors import EvaluationError
 from drift_jax.metrics.evaluators import Evaluator, class_subset
 from drift_jax.metrics.small_sets import (
   CoverageEvaluator,
   DuplicatesEvaluator,
   LabelAccuracyEvaluator,
 )
+from drift_jax.system import devices
+from drift_jax.system.errors import EvaluationError
 from tests.metrics.conftest import GRID, ImageSet, feed, labels_of
 
 
@@ -119,12 +120,12 @@ class Unread(ImageSet):
 def test_too_large_images_are_refused(monkeypatch, digits, build):
   """Before they are read, and while they are generated."""
   train, test = digits.reals
-  monkeypatch.setattr(memory, "machine_memory", lambda: 2 * 12 * 1257 * 64)
+  monkeypatch.setattr(devices, "machine_memory", lambda: 2 * 12 * 1257 * 64)
   evaluator = build(train, test)
   feed(evaluator, train.images, train.labels)
   with pytest.raises(EvaluationError, match="1258 generated images of 64 val"):
     feed(evaluator, train.images[:1], train.labels[:1])
-  monkeypatch.setattr(memory, "machine_memory", lambda: 2 * 12 * 540 * 64 - 1)
+  monkeypatch.setattr(devices, "machine_memory", lambda: 2 * 12 * 540 * 64 - 1)
   with pytest.raises(EvaluationError, match="540 held-out images of 64 values"):
     build(train, Unread(test.images, test.labels))
 

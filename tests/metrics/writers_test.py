@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from drift_jax.metrics import tensorboard, writers
+from drift_jax.metrics import writers
 from drift_jax.metrics.writers import JsonlWriter, create_writer, read_jsonl
 from tests import process
 from tests.metrics.conftest import full_disk
@@ -59,7 +59,7 @@ assert 'tensorflow' not in sys.modules
 
 
 def test_summary_writer_has_the_whole_interface(tmp_path):
-  writer = tensorboard.SummaryWriter(str(tmp_path))
+  writer = writers.SummaryWriter(str(tmp_path))
   for name in writers.MetricWriter.__abstractmethods__:
     assert callable(getattr(writer, name))
   with pytest.raises(ValueError, match="only scalars and images"):
@@ -114,7 +114,7 @@ def test_a_full_disk_is_told(tmp_path, name):
   if name == "metrics.jsonl":
     writer = JsonlWriter(tmp_path / name, -1)
   else:
-    writer = tensorboard.SummaryWriter(str(tmp_path))
+    writer = writers.SummaryWriter(str(tmp_path))
   with full_disk(3000):
     for _ in range(3):
       with pytest.raises(OSError, match="File too large.*" + str(tmp_path)):

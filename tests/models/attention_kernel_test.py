@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from drift_jax.models import attention_kernel, layers
+from drift_jax.models import layers
 from drift_jax.models.generator import build_generator
 from tests.conftest import assert_close, kernel_costs
 from tests.models.small import GENERATOR as SMALL
@@ -93,7 +93,7 @@ def test_no_matrix_of_tokens_is_kept_for_the_backward_pass():
 
 
 def test_long_sequences_are_left_to_xla():
-  tokens = attention_kernel.MAX_TOKENS + 1
+  tokens = layers.MAX_TOKENS_ON_CHIP + 1
   module = layers.Attention(
     1, jnp.dtype("float32"), jnp.dtype("float32"), "interpret"
   )

@@ -8,11 +8,11 @@ import pathlib
 import pytest
 
 import drift_jax
-from drift_jax.data.errors import DataError
 from drift_jax.metrics.generation import read_labels
 from drift_jax.metrics.images import save_image
 from drift_jax.metrics.sample_files import open_images
 from drift_jax.system import paths
+from drift_jax.system.errors import DataError
 from drift_jax.tasks.policy.replay import read_replay
 from drift_jax.training.workdir import check_workdir
 from tests.conftest import assert_close

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from drift_jax.system import sharding
-from drift_jax.training import optim
+from drift_jax.training import state as state_lib
 from tests.conftest import assert_close
 
 
@@ -72,7 +72,7 @@ def test_arrays_without_values_are_empty_on_every_device():
 @pytest.mark.parametrize("kind", ["const", "cosine"])
 def test_golden_learning_rates(golden, kind):
   archive = golden("extras")
-  schedule = optim.learning_rate_schedule(
+  schedule = state_lib.learning_rate_schedule(
     kind={"const": "constant", "cosine": "cosine"}[kind],
     peak=float(archive[f"lr/{kind}/learning_rate"]),
     warmup_steps=int(archive[f"lr/{kind}/warmup_steps"]),
@@ -84,7 +84,7 @@ def test_golden_learning_rates(golden, kind):
 
 def test_clip_then_adamw():
   """The first AdamW step is the sign of the gradient, whatever its size."""
-  optimizer = optim.make_optimizer(
+  optimizer = state_lib.make_optimizer(
     optax.constant_schedule(0.1),
     b1=0.9,
     b2=0.95,

@@ -19,9 +19,9 @@ from numpy.testing import assert_array_equal
 from PIL import Image
 
 from drift_jax.data import encoded, latents, transforms
-from drift_jax.data.errors import DataError
 from drift_jax.data.latent_format import LatentCacheError
 from drift_jax.system import console
+from drift_jax.system.errors import DataError
 from drift_jax.tools import cache_latents
 from drift_jax.tools.work import cache_latents as work
 from drift_jax.training import artifacts

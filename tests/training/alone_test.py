@@ -10,7 +10,7 @@ from drift_jax.tasks.generator import train
 from drift_jax.tasks.mae import train as train_mae
 from drift_jax.tasks.policy import train as train_policy
 from drift_jax.tasks.toy import train as train_toy
-from drift_jax.training.alone import alone_with
+from drift_jax.training.workdir import alone_with
 
 
 @pytest.fixture

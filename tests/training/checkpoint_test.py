@@ -19,7 +19,7 @@ from etils import epath
 
 from drift_jax.data import bank as bank_lib
 from drift_jax.system import sharding, storage
-from drift_jax.training import checkpoint, checksums, retention
+from drift_jax.training import checkpoint, checksums
 from tests.process import wait_for
 
 
@@ -134,7 +134,7 @@ def test_keeps_the_latest_the_best_and_every_kth(tmp_path, mesh):
 
 
 def test_neither_nan_nor_another_metric_is_the_best():
-  kept = retention.Retention(latest=1, every=0, best_metric="fd")
+  kept = checkpoint.Retention(latest=1, every=0, best_metric="fd")
   for step, figures in enumerate(({"fd": math.nan}, {"fd_pixel": 1.0}), 1):
     kept.set_score(step, figures)
   assert kept.best([1, 2]) is None and kept.kept([1, 2]) == {2}

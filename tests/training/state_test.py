@@ -18,7 +18,6 @@ from drift_jax.tasks.generator.step import (
   train_step,
 )
 from drift_jax.tasks.mae.step import MaeBatch, MaeTask, mae_eval_step, mae_step
-from drift_jax.training import optim
 from drift_jax.training import state as state_lib
 from tests.builders import make_state
 from tests.conftest import assert_close
@@ -37,7 +36,7 @@ def test_every_step_has_its_own_key():
 
 def test_the_averages_follow_their_own_decays():
   """Two at once against e <- d e + (1 - d) p in float64, over 20 steps."""
-  optimizer = optim.make_optimizer(
+  optimizer = state_lib.make_optimizer(
     optax.constant_schedule(0.1),
     b1=0.9,
     b2=0.95,

@@ -4,30 +4,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from drift_jax.config.checks import (
-  check_choice,
-  check_distinct,
-  check_drift,
-  check_frozen,
-  check_images,
-  require,
-)
-from drift_jax.config.sections import (
-  Count,
-  Drift,
-  Encoder,
-  ImageConfig,
-  ImageEval,
-  ImageModel,
-  Path,
-  Section,
-  Size,
-  Train,
-)
+from drift_jax.config import checks, sections
 from drift_jax.system import options
 
 
-class GeneratorModel(ImageModel):
+class GeneratorModel(sections.ImageModel):
   """Arguments of drift_jax.models.build_generator: the fields of its module.
 
   A new one needs a default here that changes nothing, so that runs that
@@ -46,31 +27,31 @@ class GeneratorModel(ImageModel):
   context_tokens: int
   style_vocab: int
   style_tokens: int
-  attention_dtype: str
-  remat: str
+  attention_dtype: sections.Dtype
+  remat: Literal["none", "attention", "branches", "full"]
 
 
-class Features(Section):
+class Features(sections.Section):
   """Feature vectors that enter the loss (A.5)."""
 
   sample: bool
-  every_k_block: Size
-  patch_mean_size: tuple[Size, ...]
-  patch_std_size: tuple[Size, ...]
+  every_k_block: sections.Size
+  patch_mean_size: tuple[sections.Size, ...]
+  patch_std_size: tuple[sections.Size, ...]
   use_mean: bool
   use_std: bool
 
 
-class Guidance(Section):
+class Guidance(sections.Section):
   """Distribution of the guidance scale alpha during training (A.7)."""
 
   minimum: float
   maximum: float
   exponent: float
-  no_cfg_frac: float
+  no_cfg_frac: sections.Fraction
 
 
-class Batch(Section):
+class Batch(sections.Section):
   """Sizes of one step: N_c labels, each with N, N_pos and N_unc samples.
 
   `reals` says how positives and unconditional reals are drawn: from the sample
@@ -78,27 +59,27 @@ class Batch(Section):
   """
 
   reals: Literal["queue", "class_grouped"]
-  labels: Size
-  generated: Size
-  positives: Size
-  unconditional: Count
+  labels: sections.Size
+  generated: sections.Size
+  positives: sections.Size
+  unconditional: sections.Count
 
 
-class Queue(Section):
+class Queue(sections.Section):
   """The sample queue (A.8).
 
   A class that has fewer samples in it than a label draws repeats them.
   `with_replacement` says whether the data may be such that it always will.
   """
 
-  class_size: Size
-  unconditional_size: Size
-  push_per_step: Size
-  prefill: Count
+  class_size: sections.Size
+  unconditional_size: sections.Size
+  push_per_step: sections.Size
+  prefill: sections.Count
   with_replacement: bool
 
 
-class GeneratorTrain(Train):
+class GeneratorTrain(sections.Train):
   """Train section of a generator, and how its step is computed.
 
   `kernels` of attention and drifting losses: 'pallas' for TPUs, 'xla'
@@ -108,40 +89,40 @@ class GeneratorTrain(Train):
   """
 
   kernels: Literal["auto", "pallas", "xla"]
-  accum_labels: Count
+  accum_labels: sections.Count
   accum_scalars: Literal["group", "exact"]
 
 
-class Judge(Section):
+class Judge(sections.Section):
   """A network that judges images, and statistics of real ones' features."""
 
-  path: Path
-  reference: Path
+  path: sections.Path
+  reference: sections.Path
 
 
-class GeneratorEval(ImageEval):
+class GeneratorEval(sections.ImageEval):
   """Evaluation in the loop."""
 
-  num_samples: Count
-  labels: Path
+  num_samples: sections.Count
+  labels: sections.Path
   label_order: options.LabelOrder = "given"  # earlier runs have none
   pixels: options.Pixels = "truncate"  # earlier runs have none
   alphas: tuple[float, ...]
   metrics: tuple[str, ...]
   inception: Judge
   dinov2: Judge
-  coverage_k: Size
-  grid_classes: Size
-  grid_per_class: Size
+  coverage_k: sections.Size
+  grid_classes: sections.Size
+  grid_per_class: sections.Size
 
 
-class GeneratorConfig(ImageConfig):
+class GeneratorConfig(sections.ImageConfig):
   """A run that trains a generator: config.task = 'generator'."""
 
   model: GeneratorModel
-  encoders: Mapping[str, Encoder]
+  encoders: Mapping[str, sections.Encoder]
   features: Features
-  drift: Drift
+  drift: sections.Drift
   guidance: Guidance
   batch: Batch
   queue: Queue
@@ -150,7 +131,13 @@ class GeneratorConfig(ImageConfig):
 
   def check(self) -> None:
     """Raises ConfigError if values are out of range or contradict."""
-    check_generator(self)
+    checks.check_images(self)
+    _check_batch(self)
+    checks.check_drift(self.drift, self.batch.positives)
+    _check_guidance(self.guidance, self.batch)
+    _check_features(self)
+    _check_network(self)
+    _check_evaluation(self)
 
 
 # Figures of eval.inception and eval.dinov2. 'fd_inception' is what FID is of
@@ -188,20 +175,9 @@ RANKING_METRICS = (
 )
 
 
-def check_generator(config: GeneratorConfig) -> None:
-  """Raises ConfigError for what a run of a generator does not allow."""
-  check_images(config)
-  _check_batch(config)
-  check_drift(config.drift, config.batch.positives)
-  _check_guidance(config.guidance, config.batch)
-  _check_features(config)
-  _check_network(config)
-  _check_evaluation(config)
-
-
 def _check_batch(config: GeneratorConfig) -> None:
   batch, at_once = config.batch, config.train.accum_labels
-  require(
+  checks.require(
     batch.generated >= 2
     or batch.unconditional >= 1
     or config.drift.negatives != "own",
@@ -211,7 +187,7 @@ def _check_batch(config: GeneratorConfig) -> None:
   )
   if batch.reals == "queue":
     _check_queue(config)
-  require(
+  checks.require(
     not at_once or batch.labels % at_once == 0,
     f"train.accum_labels={at_once} does not divide batch.labels="
     f"{batch.labels}: groups of labels are of one size; 0 for one group",
@@ -219,16 +195,12 @@ def _check_batch(config: GeneratorConfig) -> None:
 
 
 def _check_guidance(guidance: Guidance, batch: Batch) -> None:
-  require(
+  checks.require(
     1 <= guidance.minimum <= guidance.maximum,
     f"guidance.minimum={guidance.minimum}, guidance.maximum="
     f"{guidance.maximum}: want 1 <= minimum <= maximum",
   )
-  require(
-    0 <= guidance.no_cfg_frac <= 1,
-    f"guidance.no_cfg_frac={guidance.no_cfg_frac} must lie in [0, 1]",
-  )
-  require(
+  checks.require(
     guidance.maximum == 1 or batch.unconditional > 0,
     f"guidance.maximum={guidance.maximum} > 1 needs unconditional reals, but "
     "batch.unconditional=0: set it, or guidance.maximum=1",
@@ -236,25 +208,25 @@ def _check_guidance(guidance: Guidance, batch: Batch) -> None:
 
 
 def _check_features(config: GeneratorConfig) -> None:
-  require(
+  checks.require(
     config.features.sample
     or any(encoder.in_loss for encoder in config.encoders.values()),
     "features.sample=False with no encoder in the loss leaves no features to "
     "drift in: set features.sample=True or encoders.NAME.in_loss=True",
   )
   for name, encoder in config.encoders.items():
-    check_frozen(f"encoders.{name}", encoder)
-    require(
+    checks.check_frozen(f"encoders.{name}", encoder)
+    checks.require(
       encoder.path != "",
       f"encoders.{name}.path is empty: give the directory that encoder "
       "training wrote, WORKDIR/encoder",
     )
-    require(
+    checks.require(
       name != "vae",
       "encoders.vae: that name is the autoencoder's among the frozen weights; "
       "choose another",
     )
-    require(
+    checks.require(
       not encoder.decode or config.vae.path != "",
       f"encoders.{name}.decode=True needs vae.path, the autoencoder that "
       "decodes: set it, for a generator of latents; encoders read the samples "
@@ -264,19 +236,13 @@ def _check_features(config: GeneratorConfig) -> None:
 
 def _check_network(config: GeneratorConfig) -> None:
   model = config.model
-  require(
+  checks.require(
     config.vae.path == "" or config.data.source.startswith("latents:"),
     f"vae.path={config.vae.path!r} with data.source={config.data.source!r}: a "
     "generator of latents reads a latent cache; make one by python -m "
     "drift_jax.tools.cache_latents and set data.source=latents:DIR",
   )
-  check_choice(
-    "model.attention_dtype", model.attention_dtype, ("float32", "bfloat16")
-  )
-  check_choice(
-    "model.remat", model.remat, ("none", "attention", "branches", "full")
-  )
-  require(
+  checks.require(
     model.in_channels == model.out_channels,
     f"model.in_channels={model.in_channels} and model.out_channels="
     f"{model.out_channels} differ: noise and samples have one shape",
@@ -285,20 +251,20 @@ def _check_network(config: GeneratorConfig) -> None:
 
 def _check_evaluation(config: GeneratorConfig) -> None:
   chosen, guidance = config.eval, config.guidance
-  require(
+  checks.require(
     len(chosen.alphas) > 0, "eval.alphas is empty: give at least one alpha"
   )
-  check_distinct("eval.alphas", chosen.alphas)
+  checks.check_distinct("eval.alphas", chosen.alphas)
   for alpha in chosen.alphas:
-    require(
+    checks.require(
       guidance.minimum <= alpha <= guidance.maximum,
       f"eval.alphas={chosen.alphas}: {alpha} was never trained, alpha is "
       f"drawn from [{guidance.minimum}, {guidance.maximum}] (guidance.*)",
     )
   for name in chosen.metrics:
-    check_choice("eval.metrics", name, EVAL_METRICS)
-  check_distinct("eval.metrics", chosen.metrics)
-  require(
+    checks.check_choice("eval.metrics", name, EVAL_METRICS)
+  checks.check_distinct("eval.metrics", chosen.metrics)
+  checks.require(
     "fd_encoder" not in chosen.metrics or len(config.encoders) > 0,
     "eval.metrics holds 'fd_encoder' but there are no encoders: remove it or "
     "add an encoder",
@@ -306,11 +272,11 @@ def _check_evaluation(config: GeneratorConfig) -> None:
   check_judges(
     chosen.metrics, {"inception": chosen.inception, "dinov2": chosen.dinov2}
   )
-  require(
+  checks.require(
     chosen.num_samples != 1, "eval.num_samples=1: figures need at least 2"
   )
   classes = config.model.num_classes
-  require(
+  checks.require(
     chosen.labels != "" or classes == 0 or chosen.num_samples % classes == 0,
     f"eval.num_samples={chosen.num_samples} can't be balanced over "
     f"model.num_classes={classes}: use a multiple, a list of labels "
@@ -319,17 +285,17 @@ def _check_evaluation(config: GeneratorConfig) -> None:
   best, saved = config.checkpoint.best_metric, config.checkpoint.every
   if not best:
     return
-  require(
+  checks.require(
     best in chosen.metrics,
     f"checkpoint.best_metric={best!r} is not computed: eval.metrics="
     f"{chosen.metrics}; use one of them or ''",
   )
-  require(
+  checks.require(
     best in RANKING_METRICS,
     f"checkpoint.best_metric={best!r}: the best is the smallest, so it must "
     f"be a distance {RANKING_METRICS} or ''",
   )
-  require(
+  checks.require(
     chosen.every > 0 and chosen.every % saved == 0,
     f"checkpoint.best_metric={best!r} with eval.every={chosen.every} and "
     f"checkpoint.every={saved}: only an evaluation of a step that is saved "
@@ -347,13 +313,13 @@ def check_judges(names: Sequence[str], judges: Mapping[str, Judge]) -> None:
   """
   for judge, figures in JUDGED_METRICS.items():
     wanted = [name for name in names if name in figures]
-    require(
+    checks.require(
       not wanted or judges[judge].path != "",
       f"eval.metrics holds {wanted}, which need eval.{judge}.path: python -m "
       f"drift_jax.tools.convert_weights {judge} writes it",
     )
     compared = [name for name in wanted if name != "inception_score"]
-    require(
+    checks.require(
       not compared or judges[judge].reference != "",
       f"eval.metrics holds {compared}, which need eval.{judge}.reference, "
       "statistics of real images: python -m drift_jax.tools.reference_stats "
@@ -370,7 +336,7 @@ def _check_queue(config: GeneratorConfig) -> None:
     ("unconditional_size", "unconditional"),
   ):
     have, want = getattr(queue, size), getattr(batch, drawn)
-    require(
+    checks.require(
       have >= want,
       f"queue.{size}={have} can't give batch.{drawn}={want} without "
       "replacement: raise it or set queue.with_replacement=True",
@@ -380,7 +346,7 @@ def _check_queue(config: GeneratorConfig) -> None:
   )
   # Prefilling pushes whole batches.
   pushes = math.ceil(queue.prefill / queue.push_per_step) + 1
-  require(
+  checks.require(
     pushes * queue.push_per_step >= getattr(batch, drawn),
     f"queue.prefill={queue.prefill} and queue.push_per_step="
     f"{queue.push_per_step} leave {pushes * queue.push_per_step} samples in "

@@ -6,7 +6,6 @@ import jax
 import numpy as np
 from etils import epath
 
-from drift_jax.metrics.errors import EvaluationError
 from drift_jax.metrics.evaluators import Evaluator, baselines
 from drift_jax.metrics.generation import evaluate, evaluation_scalars
 from drift_jax.metrics.images import save_image
@@ -14,7 +13,7 @@ from drift_jax.metrics.plots import plot_diagnostics, plot_drift, plot_frechet
 from drift_jax.metrics.writers import MetricWriter, read_jsonl
 from drift_jax.system import processes
 from drift_jax.system.console import logger
-from drift_jax.system.errors import naming
+from drift_jax.system.errors import EvaluationError, naming
 from drift_jax.tasks.generator.config import GeneratorConfig
 from drift_jax.tasks.generator.evaluators import (
   evaluation_labels,

@@ -14,7 +14,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from drift_jax import config as config_lib
-from drift_jax.metrics.errors import EvaluationError
 from drift_jax.metrics.evaluators import Evaluator, FeatureFn, FrechetEvaluator
 from drift_jax.metrics.frechet import check_frechet_width
 from drift_jax.metrics.generation import balanced_labels, in_order, read_labels
@@ -24,7 +23,7 @@ from drift_jax.metrics.small_sets import (
   LabelAccuracyEvaluator,
 )
 from drift_jax.system import storage
-from drift_jax.system.errors import naming
+from drift_jax.system.errors import EvaluationError, naming
 from drift_jax.tasks.generator.config import (
   JUDGED_METRICS,
   GeneratorConfig,

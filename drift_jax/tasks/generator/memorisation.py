@@ -13,7 +13,6 @@ from drift_jax.metrics.batches import PixelsFn, local_batches
 from drift_jax.metrics.evaluators import FeatureFn, features_of
 from drift_jax.metrics.generation import SampleFn, generate
 from drift_jax.metrics.images import Images, real_pixels
-from drift_jax.metrics.memory import check_fits
 from drift_jax.metrics.neighbours import (
   Neighbours,
   distance_summary,
@@ -21,6 +20,7 @@ from drift_jax.metrics.neighbours import (
   neighbour_grid,
 )
 from drift_jax.system import processes, sharding
+from drift_jax.system.devices import check_fits
 from drift_jax.tasks.generator import judges
 from drift_jax.tasks.generator.samplers import gathered
 from drift_jax.training import artifacts

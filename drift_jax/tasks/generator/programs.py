@@ -8,6 +8,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from drift_jax.system import sharding
+from drift_jax.tasks.generator import setup
 from drift_jax.tasks.generator.config import (
   JUDGED_METRICS,
   GeneratorConfig,
@@ -15,13 +16,6 @@ from drift_jax.tasks.generator.config import (
 )
 from drift_jax.tasks.generator.judges import image_size, jit_network, judging
 from drift_jax.tasks.generator.samplers import jit_sampler
-from drift_jax.tasks.generator.setup import (
-  check_encoders,
-  check_labels,
-  frozen_params,
-  generator_recipe,
-  generator_task,
-)
 from drift_jax.tasks.generator.step import GeneratorBatch, GeneratorTask
 from drift_jax.training import artifacts
 from drift_jax.training.frozen import decoding, load_encoders, load_vae
@@ -35,13 +29,13 @@ _INCEPTION = {"width": 16, "num_classes": 1008}
 def programs(config: GeneratorConfig, mesh: Mesh) -> list[Program]:
   """Training step, sampler and evaluation steps; see tasks.programs."""
   sizes = config.batch
-  check_labels(config, mesh)
+  setup.check_labels(config, mesh)
   vae = load_vae(config.vae, mesh, weights=False)
   encoders = load_encoders(config.encoders, mesh, weights=False)
-  task = generator_task(config, encoders, mesh, vae)
-  check_encoders(config, task, encoders, vae)
-  frozen = frozen_params(task, encoders, vae)
-  training = make_training(config, mesh, generator_recipe(task, frozen))
+  task = setup.generator_task(config, encoders, mesh, vae)
+  setup.check_encoders(config, task, encoders, vae)
+  frozen = setup.frozen_params(task, encoders, vae)
+  training = make_training(config, mesh, setup.generator_recipe(task, frozen))
   wire = jnp.dtype(config.data.wire)
   reals = (
     abstract_batch(mesh, sizes.labels, count, *task.sample_shape, dtype=wire)

@@ -13,19 +13,18 @@ from etils import epath
 from jax.sharding import Mesh
 
 from drift_jax import config as config_lib
-from drift_jax.data.encoded import imagenet_classes, readable_classes
+from drift_jax.data.sources import imagenet_classes, readable_classes
 from drift_jax.models.generator import build_generator
-from drift_jax.system import hub, numerics, processes, sharding, storage
-from drift_jax.system.console import logger
+from drift_jax.system import numerics, processes, sharding, storage
 from drift_jax.system.errors import naming
 from drift_jax.tasks import parse_as
 from drift_jax.tasks.generator.config import GeneratorConfig
-from drift_jax.tasks.generator.kernels import (
+from drift_jax.tasks.generator.setup import (
   attention_kernel_for,
+  init_generator,
   kernels_there,
   unroll_for,
 )
-from drift_jax.tasks.generator.setup import init_generator
 from drift_jax.tasks.generator.step import FeatureSpace, GeneratorTask
 from drift_jax.training import artifacts, autoencoders, checkpoint, places
 from drift_jax.training.facts import CLASSES_FILE, read_facts
@@ -127,7 +126,7 @@ def _check_images(model_config: Mapping[str, Any]) -> None:
 
 
 def _is_run(source: str) -> bool:
-  if source.startswith(hub.SCHEME):
+  if source.startswith(storage.HUB):
     return False
   storage.check(source)
   file = epath.Path(source) / CONFIG_FILE
@@ -277,7 +276,7 @@ def open_artifact(
     )
   metadata, about = described.metadata, {}
   dtype = "float32"
-  if not vae and not source.startswith(hub.SCHEME):
+  if not vae and not source.startswith(storage.HUB):
     exported = epath.Path(source) / artifacts.EXPORTED_VAE
     # In the precision in which it decodes the export's images.
     vae, dtype = (str(exported), "") if exported.exists() else ("", dtype)
@@ -287,7 +286,7 @@ def open_artifact(
   if decoded and not vae:
     _check_images(metadata["model_config"])
   # 2. Parameters, the smaller ones first.
-  _check_space(described, vae)
+  autoencoders.check_space(described, vae)
   section = config_lib.Vae(
     path=vae, dtype=dtype, sharding="fsdp", remat=False, model={}
   )
@@ -332,30 +331,6 @@ def _check_channels(vae: str, module: Any, model_config: Any) -> None:
       f"vae={vae!r} is of latents of {module.latent_channels} channels, but "
       f"the generator's samples have {channels}"
     )
-
-
-def _check_space(generator: artifacts.Described, vae: str) -> None:
-  """Says what is to be downloaded of a generator and its autoencoder.
-
-  Raises:
-    ArtifactError: it can't be reached, or a disk can't take it.
-  """
-  needs = [*generator.missing]
-  if vae.startswith(hub.SCHEME):
-    try:
-      needs += autoencoders.missing(vae)
-    except artifacts.ArtifactError as error:
-      raise artifacts.ArtifactError(
-        f"{error}; it is the autoencoder of latents: vae=FOLDER or "
-        "hf://OWNER/NAME takes another of the same"
-      ) from error
-  if not (wanted := hub.listed(needs)):
-    return
-  logger.info("To be downloaded and written: %s.", wanted)
-  try:
-    hub.require_space(needs)
-  except hub.HubError as error:
-    raise artifacts.ArtifactError(str(error)) from error
 
 
 def _computed_on(module: Any, mesh: Mesh, kernels: str) -> Any:

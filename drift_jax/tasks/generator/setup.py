@@ -1,4 +1,4 @@
-"""From a config to networks: encoders, tasks, initial parameters."""
+"""From a config to networks: encoders, tasks, kernels, initial parameters."""
 
 import dataclasses
 import functools
@@ -10,24 +10,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from drift_jax import config as config_lib
-from drift_jax import drift
 from drift_jax.data.feed import GroupedFeed, QueueFeed
 from drift_jax.data.readers import Reader
+from drift_jax.drift.many import Kernel
 from drift_jax.models.generator import build_generator
 from drift_jax.system.errors import naming
+from drift_jax.tasks.generator import step as step_lib
 from drift_jax.tasks.generator.config import GeneratorConfig
-from drift_jax.tasks.generator.kernels import (
-  attention_kernel_for,
-  kernel_for,
-  unroll_for,
-)
-from drift_jax.tasks.generator.step import (
-  VAE_KEY,
-  FeatureSpace,
-  GeneratorBatch,
-  GeneratorTask,
-  train_step,
-)
 from drift_jax.training import artifacts
 from drift_jax.training.drifting import drift_arguments, init_drift
 from drift_jax.training.frozen import decoding
@@ -47,7 +36,7 @@ def decoded_encoders(
 
 
 def frozen_params(
-  task: GeneratorTask,
+  task: step_lib.GeneratorTask,
   encoders: Mapping[str, artifacts.Artifact],
   vae: artifacts.Artifact | None,
 ) -> dict[str, Any]:
@@ -55,13 +44,13 @@ def frozen_params(
   params = {name: encoders[name].params for name in task.features.encoders}
   if task.features.vae is not None:
     assert vae is not None  # feature_space has its module from it
-    params[VAE_KEY] = vae.params
+    params[step_lib.VAE_KEY] = vae.params
   return params
 
 
 def check_encoders(
   config: GeneratorConfig,
-  task: GeneratorTask,
+  task: step_lib.GeneratorTask,
   encoders: Mapping[str, artifacts.Artifact],
   vae: artifacts.Artifact | None,
 ) -> None:
@@ -93,7 +82,7 @@ def feature_space(
   config: GeneratorConfig,
   encoders: Mapping[str, artifacts.Artifact],
   vae: artifacts.Artifact | None,
-) -> FeatureSpace:
+) -> step_lib.FeatureSpace:
   """Describes the feature vectors that enter the loss (A.5)."""
   features = dataclasses.asdict(config.features)
   sample = features.pop("sample")
@@ -103,7 +92,7 @@ def feature_space(
   if decoded:
     assert vae is not None  # the config's checks ask for vae.path
     decoder = vae.module
-  return FeatureSpace(
+  return step_lib.FeatureSpace(
     encoders={name: a.module for name, a in in_loss.items()},
     options={
       name: features if a.kind in _RESIDUAL else {}
@@ -120,7 +109,7 @@ def generator_task(
   encoders: Mapping[str, artifacts.Artifact],
   mesh: Mesh,
   vae: artifacts.Artifact | None = None,
-) -> GeneratorTask:
+) -> step_lib.GeneratorTask:
   """Makes the static part of the step, for the mesh's devices.
 
   Args:
@@ -136,7 +125,7 @@ def generator_task(
   at_once = config.train.accum_labels or config.batch.labels
   kernel = kernel_for(config.train.kernels, mesh)
   of_drift = drift_arguments(config.drift)
-  has_kernel = drift.has_kernel(of_drift["variant"])
+  has_kernel = of_drift["variant"].has_kernel
   if config.train.kernels == "pallas" and (
     not has_kernel or of_drift["temperature"]
   ):
@@ -150,7 +139,7 @@ def generator_task(
     attention_kernel=attention_kernel_for(config.train.kernels, mesh),
     unroll=unroll_for(model.depth, mesh),
   )
-  return GeneratorTask(
+  return step_lib.GeneratorTask(
     generator=generator,
     features=feature_space(config, encoders, vae),
     sample_shape=(model.input_size, model.input_size, model.out_channels),
@@ -166,7 +155,7 @@ def generator_task(
   )
 
 
-def init_generator(task: GeneratorTask) -> Callable[[jax.Array], Any]:
+def init_generator(task: step_lib.GeneratorTask) -> Callable[[jax.Array], Any]:
   """key -> the generator's initial parameters."""
 
   def init(key: jax.Array) -> Any:
@@ -180,7 +169,7 @@ def init_generator(task: GeneratorTask) -> Callable[[jax.Array], Any]:
   return init
 
 
-def generator_recipe(task: GeneratorTask, frozen: Any) -> Recipe:
+def generator_recipe(task: step_lib.GeneratorTask, frozen: Any) -> Recipe:
   """How a generator is trained.
 
   Args:
@@ -192,8 +181,8 @@ def generator_recipe(task: GeneratorTask, frozen: Any) -> Recipe:
     name="generator",
     init_params=init_generator(task),
     init_drift=functools.partial(init_drift, task.temperature),
-    step=functools.partial(train_step, task=task),
-    batch=GeneratorBatch,
+    step=functools.partial(step_lib.train_step, task=task),
+    batch=step_lib.GeneratorBatch,
     frozen=frozen,
     computed=f"{np.dtype(generator.dtype)}, kernels: "
     f"{generator.attention_kernel} for attention, {task.kernel} for losses",
@@ -235,3 +224,55 @@ def check_labels(config: GeneratorConfig, mesh: Mesh) -> None:
   """Raises ConfigError if labels can't be split over the mesh."""
   check_divides("batch.labels", config.batch.labels, mesh)
   check_divides("train.accum_labels", config.train.accum_labels, mesh)
+
+
+def attention_kernel_for(kernels: str, mesh: Mesh) -> str:
+  """Names the kernel of attention on the mesh's devices; see layers.Attention.
+
+  cuDNN's needs NVIDIA's Ampere or newer; AMD's devices are 'gpu' as well, but
+  their capability is no number.
+  """
+  capability = str(getattr(mesh.devices.flat[0], "compute_capability", ""))
+  major = capability.partition(".")[0]
+  if kernels == "auto" and major.isdigit() and int(major) >= 8:
+    return "cudnn"
+  return kernel_for(kernels, mesh)
+
+
+def kernels_there(kernels: str, mesh: Mesh) -> str:
+  """Adapts train.kernels of a run to the devices that sample from it.
+
+  A kernel changes how a network is computed, not its numbers: 'pallas' becomes
+  'auto' if there are no TPUs.
+  """
+  on_tpu = mesh.devices.flat[0].platform == "tpu"
+  return "auto" if kernels == "pallas" and not on_tpu else kernels
+
+
+def kernel_for(kernels: str, mesh: Mesh) -> Kernel:
+  """Names the kernel of the drifting losses on the mesh's devices.
+
+  Raises:
+    ConfigError: kernels that these devices don't run.
+  """
+  platform = mesh.devices.flat[0].platform
+  if kernels == "pallas" and platform != "tpu":
+    raise config_lib.ConfigError(
+      f"train.kernels='pallas' needs TPUs, but this mesh is of {platform} "
+      "devices: 'auto' takes what there is, 'xla' runs anywhere"
+    )
+  if kernels == "auto":
+    return "pallas" if platform == "tpu" else "xla"
+  return "xla" if kernels == "xla" else "pallas"
+
+
+def unroll_for(depth: int, mesh: Mesh) -> int:
+  """Returns how many blocks a round of the loop over the depth holds.
+
+  A loop copies what it keeps for the backward pass into stacks. CPUs feel it:
+  on two cores the digits generator's step takes 1.6 times as long. But unrolled
+  blocks take longer to compile, and blocks of parameters in parts are to be
+  gathered one by one.
+  """
+  is_cpu = mesh.devices.flat[0].platform == "cpu"
+  return depth if is_cpu and mesh.shape["fsdp"] == 1 and depth <= 4 else 1

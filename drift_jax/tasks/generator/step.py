@@ -11,19 +11,14 @@ import optax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
-from drift_jax import drift
-from drift_jax.drift import PAPER, Kernel, Variant
+from drift_jax.drift.diagnostics import Scalars
+from drift_jax.drift.guidance import sample_alpha, unconditional_weight
+from drift_jax.drift.many import DriftReport, Kernel, drift_losses
+from drift_jax.drift.variant import PAPER, Variant
 from drift_jax.system import sharding
 from drift_jax.training import state as state_lib
+from drift_jax.training import step as step_lib
 from drift_jax.training.drifting import Temperature, drift_update
-from drift_jax.training.step import (
-  SPLIT,
-  WHOLE,
-  Metrics,
-  apply,
-  early_dtype,
-  from_wire,
-)
 
 FeatureDict = dict[str, Float[Array, "n T D"]]
 
@@ -96,12 +91,14 @@ class FeatureSpace:
     """
     pixels = images
     if self.vae is not None:
-      pixels = apply(self.vae, frozen[VAE_KEY], images, method="decode")
+      pixels = step_lib.apply(
+        self.vae, frozen[VAE_KEY], images, method="decode"
+      )
     out: FeatureDict = {}
     if self.sample:
       out[SAMPLE_KEY] = images.reshape(len(images), 1, -1)
     for name, encoder in self.encoders.items():
-      features = apply(
+      features = step_lib.apply(
         encoder,
         frozen[name],
         pixels if name in self.decoded else images,
@@ -171,7 +168,7 @@ def draw(key: PRNGKeyArray, task: GeneratorTask, num_labels: int) -> Draws:
   repelling = None
   if task.variant.negatives == "independent":
     repelling = inputs(*jax.random.split(jax.random.fold_in(key, 1)))
-  alpha = drift.sample_alpha(alpha_key, (num_labels,), **task.guidance)
+  alpha = sample_alpha(alpha_key, (num_labels,), **task.guidance)
   return Draws(alpha, noise, style, repelling)
 
 
@@ -191,7 +188,7 @@ def generator_loss(
   frozen: Mapping[str, Any],
   task: GeneratorTask,
   layout: sharding.Layout | None = None,
-  scalars: drift.Scalars | None = None,
+  scalars: Scalars | None = None,
   temperature_scale: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
   """Eq. 14: the sum over features of the mean drifting loss.
@@ -214,13 +211,15 @@ def generator_loss(
   def generated_from(noise: jax.Array, style: jax.Array) -> jax.Array:
     labels = jnp.repeat(batch.labels, task.num_generated)
     alpha = jnp.repeat(draws.alpha, task.num_generated)
-    return apply(generator, params, labels, alpha, noise=noise, style=style)
+    return step_lib.apply(
+      generator, params, labels, alpha, noise=noise, style=style
+    )
 
   # 1. Samples x = f(noise, label, alpha), and the reals that move them.
   samples = generated_from(draws.noise, draws.style)
   reals = jnp.concatenate([batch.positives, batch.unconditional], axis=1)
   num_reals = reals.shape[1]
-  reals = from_wire(reals.reshape(-1, *reals.shape[2:]))
+  reals = step_lib.from_wire(reals.reshape(-1, *reals.shape[2:]))
   if draws.repelling is not None:
     # After each label's reals: no gradient flows through either.
     repelling = jax.lax.stop_gradient(generated_from(*draws.repelling))
@@ -237,7 +236,7 @@ def generator_loss(
 
   # 3. The drifting loss of each feature (eq. 13), and their sum (eq. 14).
   weight = _unconditional_weight(batch, draws, task)
-  losses, report = drift.drift_losses(
+  losses, report = drift_losses(
     by_label(generated, num_labels),
     by_label(real_features, num_labels),
     weight,
@@ -283,7 +282,7 @@ def gather_blockwise(
   The parameters outside of the blocks are gathered here.
   """
   stack = "blocks"
-  dtype_of = early_dtype(generator)
+  dtype_of = step_lib.early_dtype(generator)
   if stack not in layout.params:
     return generator, sharding.gather(params, layout.params, dtype_of)
 
@@ -292,11 +291,14 @@ def gather_blockwise(
 
   blocks = layout.params[stack]
   per_block = jax.tree.map(
-    lambda spec: PartitionSpec(*spec[1:]) if in_block(spec) else WHOLE, blocks
+    lambda spec: PartitionSpec(*spec[1:]) if in_block(spec) else step_lib.WHOLE,
+    blocks,
   )
   outside = {
     **layout.params,
-    stack: jax.tree.map(lambda spec: WHOLE if in_block(spec) else spec, blocks),
+    stack: jax.tree.map(
+      lambda spec: step_lib.WHOLE if in_block(spec) else spec, blocks
+    ),
   }
 
   def gather_block(variables: Any) -> Any:
@@ -322,15 +324,15 @@ def _unconditional_weight(
     return jnp.ones_like(draws.alpha)
   if task.variant.guidance == "velocity":
     return (draws.alpha - 1.0) / count
-  return drift.unconditional_weight(draws.alpha, task.num_generated, count)
+  return unconditional_weight(draws.alpha, task.num_generated, count)
 
 
 def _scalars(
-  report_of: Callable[[_Part, drift.Scalars | None], drift.DriftReport],
+  report_of: Callable[[_Part, Scalars | None], DriftReport],
   parts: _Part,
   task: GeneratorTask,
   axes: tuple[str, ...],
-) -> drift.Scalars:
+) -> Scalars:
   """Computes the field's scalars over all groups, in two passes.
 
   Args:
@@ -359,7 +361,7 @@ def _scalars(
   power = task.variant.scale_power
   distances, weights = jax.lax.map(scale_of, parts)
   scale = jnp.sum(distances, axis=0) / jnp.sum(weights)
-  scalars = drift.Scalars(scale if power == 1 else jnp.sqrt(scale), None)
+  scalars = Scalars(scale if power == 1 else jnp.sqrt(scale), None)
   mean_squares = jax.lax.map(
     lambda part: report_of(part, scalars).info["drift_ms"], parts
   )
@@ -375,7 +377,7 @@ def _gradients(
   task: GeneratorTask,
   layout: sharding.Layout | None = None,
   temperature_scale: Float[Array, ""] | None = None,
-) -> tuple[Any, tuple[Float[Array, ""], drift.DriftReport]]:
+) -> tuple[Any, tuple[Float[Array, ""], DriftReport]]:
   """Returns (gradients, (loss, report)) of the labels here, means over groups.
 
   With a layout the gradients are this device's shares of their sum.
@@ -385,8 +387,8 @@ def _gradients(
     devices, axes = layout.mesh.size, sharding.BATCH_AXES
 
   def loss_of(
-    params: Any, part: _Part, scalars: drift.Scalars | None
-  ) -> tuple[jax.Array, tuple[jax.Array, drift.DriftReport]]:
+    params: Any, part: _Part, scalars: Scalars | None
+  ) -> tuple[jax.Array, tuple[jax.Array, DriftReport]]:
     loss, aux = generator_loss(
       params, *part, frozen, task, layout, scalars, temperature_scale
     )
@@ -428,7 +430,7 @@ def generator_gradients(
   task: GeneratorTask,
   layout: sharding.Layout | None = None,
   temperature_scale: Float[Array, ""] | None = None,
-) -> tuple[Float[Array, ""], drift.DriftReport, Any]:
+) -> tuple[Float[Array, ""], DriftReport, Any]:
   """Returns (loss, drift.DriftReport, gradients), on a mesh with a layout."""
   if layout is None:
     grads, (loss, report) = _gradients(
@@ -448,8 +450,14 @@ def generator_gradients(
   return sharding.over_devices(
     local,
     layout.mesh,
-    (layout.params, SPLIT, SPLIT, layout.frozen, WHOLE),
-    (WHOLE, WHOLE, layout.params),
+    (
+      layout.params,
+      step_lib.SPLIT,
+      step_lib.SPLIT,
+      layout.frozen,
+      step_lib.WHOLE,
+    ),
+    (step_lib.WHOLE, step_lib.WHOLE, layout.params),
   )(params, batch, draws, frozen, temperature_scale)
 
 
@@ -463,7 +471,7 @@ def train_step(
   optimizer: optax.GradientTransformation,
   schedule: optax.Schedule,
   layout: sharding.Layout | None = None,
-) -> tuple[state_lib.TrainState, Metrics]:
+) -> tuple[state_lib.TrainState, step_lib.Metrics]:
   """One step of the generator; draws are made from state.key() if not given.
 
   Metrics: see drift_update.

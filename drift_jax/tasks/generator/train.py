@@ -4,33 +4,15 @@ import functools
 from typing import Any
 
 from drift_jax.tasks import parse_as
+from drift_jax.tasks.generator import setup
 from drift_jax.tasks.generator.config import GeneratorConfig
 from drift_jax.tasks.generator.evaluation import Evaluation
-from drift_jax.tasks.generator.setup import (
-  check_encoders,
-  check_labels,
-  frozen_params,
-  generator_feed,
-  generator_recipe,
-  generator_task,
-)
-from drift_jax.training.alone import alone
+from drift_jax.training import frozen, inputs
 from drift_jax.training.drifting import drift_arguments
-from drift_jax.training.frozen import (
-  frozen_sums,
-  load_encoders,
-  load_vae,
-  start_params,
-)
-from drift_jax.training.inputs import (
-  check_shape,
-  open_readers,
-  with_num_classes,
-)
 from drift_jax.training.places import of_resumed
 from drift_jax.training.run import at_end, open_mesh, run
 from drift_jax.training.state import TrainState
-from drift_jax.training.workdir import open_workdir
+from drift_jax.training.workdir import alone, open_workdir
 
 
 @alone
@@ -59,21 +41,21 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   config = parse_as(config, GeneratorConfig)
   drift_arguments(config.drift)  # a mistake there, before data
   mesh = open_mesh(config.mesh)
-  check_labels(config, mesh)
+  setup.check_labels(config, mesh)
   config = of_resumed(config, workdir)
-  vae = load_vae(config.vae, mesh)
-  readers = open_readers(config, vae)
-  config = with_num_classes(config, readers.train)
-  encoders = load_encoders(config.encoders, mesh)
-  task = generator_task(config, encoders, mesh, vae)
-  check_encoders(config, task, encoders, vae)
-  check_shape(readers.train, task.sample_shape, "the model makes")
-  feed = generator_feed(config, readers.train)
+  vae = frozen.load_vae(config.vae, mesh)
+  readers = inputs.open_readers(config, vae)
+  config = inputs.with_num_classes(config, readers.train)
+  encoders = frozen.load_encoders(config.encoders, mesh)
+  task = setup.generator_task(config, encoders, mesh, vae)
+  setup.check_encoders(config, task, encoders, vae)
+  inputs.check_shape(readers.train, task.sample_shape, "the model makes")
+  feed = setup.generator_feed(config, readers.train)
   evaluation = Evaluation(config, encoders, task, readers, vae, mesh)
   path = open_workdir(
     workdir,
     config,
-    frozen_sums(encoders, vae),
+    frozen.frozen_sums(encoders, vae),
     readers.train.class_names,
     readers.facts,
   )
@@ -83,8 +65,8 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
       config,
       path,
       mesh,
-      generator_recipe(task, frozen_params(task, encoders, vae)),
-      start_params=start_params(config, readers.train.class_names),
+      setup.generator_recipe(task, setup.frozen_params(task, encoders, vae)),
+      start_params=frozen.start_params(config, readers.train.class_names),
       feed=feed,
       evaluate=functools.partial(evaluation, path=path),
       best_metric=evaluation.best_metric,

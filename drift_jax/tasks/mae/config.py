@@ -1,19 +1,9 @@
 """Config of task 'mae', and what may go together in it."""
 
-from drift_jax.config.checks import (
-  check_choice,
-  check_images,
-  require,
-)
-from drift_jax.config.sections import (
-  ImageConfig,
-  ImageModel,
-  Section,
-  Size,
-)
+from drift_jax.config import checks, sections
 
 
-class MaeModel(ImageModel):
+class MaeModel(sections.ImageModel):
   """Arguments of drift_jax.models.build_mae."""
 
   in_channels: int
@@ -25,17 +15,17 @@ class MaeModel(ImageModel):
   remat: bool
 
 
-class MaeLoss(Section):
+class MaeLoss(sections.Section):
   """Masked reconstruction and the classification fine-tune (A.3)."""
 
-  batch_size: Size
+  batch_size: sections.Size
   mask_ratio: float
   classification_steps: int
-  classification_ramp: Size
-  classification_weight: float
+  classification_ramp: sections.Size
+  classification_weight: sections.Fraction
 
 
-class MaeConfig(ImageConfig):
+class MaeConfig(sections.ImageConfig):
   """A run that trains a feature encoder: config.task = 'mae'."""
 
   model: MaeModel
@@ -43,28 +33,21 @@ class MaeConfig(ImageConfig):
 
   def check(self) -> None:
     """Raises ConfigError if values are out of range or contradict."""
-    check_mae(self)
-
-
-def check_mae(config: MaeConfig) -> None:
-  """Raises ConfigError for what a run of an encoder does not allow."""
-  check_images(config)
-  mae = config.mae
-  require(
-    0 < mae.mask_ratio < 1,
-    f"mae.mask_ratio={mae.mask_ratio} must lie strictly between 0 and 1",
-  )
-  require(
-    0 <= mae.classification_steps <= config.train.num_steps,
-    f"mae.classification_steps={mae.classification_steps} must lie in "
-    f"[0, train.num_steps={config.train.num_steps}]",
-  )
-  require(
-    0 <= mae.classification_weight <= 1,
-    f"mae.classification_weight={mae.classification_weight} must lie in [0, 1]",
-  )
-  require(
-    len(config.model.layers) == 4 and min(config.model.layers) >= 1,
-    f"model.layers={config.model.layers} must hold 4 counts of at least 1",
-  )
-  check_choice("checkpoint.best_metric", config.checkpoint.best_metric, ("",))
+    checks.check_images(self)
+    mae = self.mae
+    checks.require(
+      0 < mae.mask_ratio < 1,
+      f"mae.mask_ratio={mae.mask_ratio} must lie strictly between 0 and 1",
+    )
+    checks.require(
+      0 <= mae.classification_steps <= self.train.num_steps,
+      f"mae.classification_steps={mae.classification_steps} must lie in "
+      f"[0, train.num_steps={self.train.num_steps}]",
+    )
+    checks.require(
+      len(self.model.layers) == 4 and min(self.model.layers) >= 1,
+      f"model.layers={self.model.layers} must hold 4 counts of at least 1",
+    )
+    checks.check_choice(
+      "checkpoint.best_metric", self.checkpoint.best_metric, ("",)
+    )

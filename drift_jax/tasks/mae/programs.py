@@ -7,13 +7,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from drift_jax.system.streams import stream
+from drift_jax.tasks.mae import setup
 from drift_jax.tasks.mae.config import MaeConfig
-from drift_jax.tasks.mae.setup import (
-  jit_mae_evaluation,
-  mae_input_shape,
-  mae_recipe,
-  mae_task,
-)
 from drift_jax.tasks.mae.step import MaeBatch
 from drift_jax.training.frozen import load_vae
 from drift_jax.training.inputs import LATENTS
@@ -36,13 +31,13 @@ def programs(config: MaeConfig, mesh: Mesh) -> list[Program]:
       module.latent_channels,
     )
     vae = None
-  task = mae_task(config, vae)
+  task = setup.mae_task(config, vae)
   vae_params = None if vae is None else vae.params
-  input_shape = mae_input_shape(
+  input_shape = setup.mae_input_shape(
     task, vae_params, sample_shape, config.model.in_channels
   )
   training = make_training(
-    config, mesh, mae_recipe(task, input_shape, vae_params)
+    config, mesh, setup.mae_recipe(task, input_shape, vae_params)
   )
 
   def batch(size: int) -> MaeBatch:
@@ -68,6 +63,6 @@ def programs(config: MaeConfig, mesh: Mesh) -> list[Program]:
       "number": jax.ShapeDtypeStruct((), jnp.int32),
       "frozen": vae_params,
     }
-    evaluate = jit_mae_evaluation(task, mesh, vae_params)
+    evaluate = setup.jit_mae_evaluation(task, mesh, vae_params)
     found.append(Program("evaluate", evaluate, evaluation))
   return found

@@ -14,15 +14,7 @@ from drift_jax.models import mae as mae_lib
 from drift_jax.models import vae as vae_lib
 from drift_jax.system import sharding
 from drift_jax.training import state as state_lib
-from drift_jax.training.step import (
-  SPLIT,
-  WHOLE,
-  Metrics,
-  apply,
-  early_dtype,
-  from_wire,
-  update,
-)
+from drift_jax.training import step as step_lib
 
 
 class MaeBatch(NamedTuple):
@@ -72,10 +64,10 @@ def mae_inputs(
   With noise, latents are drawn from their distribution; without, they are its
   means.
   """
-  images = from_wire(images)
+  images = step_lib.from_wire(images)
   if task.vae is None:
     return images
-  moments = apply(task.vae, vae_params, images, method="encode")
+  moments = step_lib.apply(task.vae, vae_params, images, method="encode")
   scaling = task.vae.scaling_factor
   if noise is None:
     return vae_lib.latent_mean(moments, scaling_factor=scaling)
@@ -126,7 +118,7 @@ def _mae_parts(
 ) -> dict[str, Float[Array, " B"]]:
   """Returns the parts of the loss of each image."""
   inputs = mae_inputs(images, vae_params, rest.noise, task)
-  output = apply(task.mae, params, inputs, mask=rest.mask)
+  output = step_lib.apply(task.mae, params, inputs, mask=rest.mask)
   return mae_lib.mae_loss(output, rest.labels, lam)
 
 
@@ -140,7 +132,7 @@ def mae_eval_step(
   *,
   task: MaeTask,
   layout: sharding.Layout | None = None,
-) -> Metrics:
+) -> step_lib.Metrics:
   """Sums over the valid images of reconstruction loss and accuracy.
 
   The masks depend on (key, number) alone.
@@ -157,8 +149,8 @@ def mae_eval_step(
     parts_of = sharding.over_devices(
       _on_whole(parts_of, layout, task),
       layout.mesh,
-      (layout.params, layout.frozen, SPLIT, SPLIT),
-      SPLIT,
+      (layout.params, layout.frozen, step_lib.SPLIT, step_lib.SPLIT),
+      step_lib.SPLIT,
     )
   parts = parts_of(params, vae_params, batch.images, rest)
   return {
@@ -174,7 +166,7 @@ def _on_whole(
 
   def on_parts(params: Any, vae_params: Any, *others: Any) -> Any:
     return function(
-      sharding.gather(params, layout.params, early_dtype(task.mae)),
+      sharding.gather(params, layout.params, step_lib.early_dtype(task.mae)),
       sharding.gather(vae_params, layout.frozen),
       *others,
     )
@@ -190,7 +182,7 @@ def mae_gradients(
   lam: Any,
   task: MaeTask,
   layout: sharding.Layout | None = None,
-) -> tuple[Metrics, Any]:
+) -> tuple[step_lib.Metrics, Any]:
   """Returns (means over the batch of the loss' parts, gradients of 'loss').
 
   The loss is lam * CE + (1 - lam) * reconstruction (A.3).
@@ -205,7 +197,7 @@ def mae_gradients(
 
   def loss(
     params: Any, vae_params: Any, images: jax.Array, rest: _MaeRest, lam: Any
-  ) -> tuple[jax.Array, Metrics]:
+  ) -> tuple[jax.Array, step_lib.Metrics]:
     parts = _mae_parts(params, vae_params, images, rest, lam, task)
     means = {name: jnp.mean(value) for name, value in parts.items()}
     return means["loss"], means
@@ -221,8 +213,8 @@ def mae_gradients(
 
   def local(
     params: Any, vae_params: Any, images: jax.Array, rest: _MaeRest, lam: Any
-  ) -> tuple[Metrics, Any]:
-    def share(params: Any) -> tuple[jax.Array, Metrics]:
+  ) -> tuple[step_lib.Metrics, Any]:
+    def share(params: Any) -> tuple[jax.Array, step_lib.Metrics]:
       value, metrics = on_parts(params, vae_params, images, rest, lam)
       return value / layout.mesh.size, metrics
 
@@ -233,8 +225,14 @@ def mae_gradients(
   return sharding.over_devices(
     local,
     layout.mesh,
-    (layout.params, layout.frozen, SPLIT, SPLIT, WHOLE),
-    (WHOLE, layout.params),
+    (
+      layout.params,
+      layout.frozen,
+      step_lib.SPLIT,
+      step_lib.SPLIT,
+      step_lib.WHOLE,
+    ),
+    (step_lib.WHOLE, layout.params),
   )(params, vae_params, batch.images, rest, lam)
 
 
@@ -247,11 +245,11 @@ def mae_step(
   optimizer: optax.GradientTransformation,
   schedule: optax.Schedule,
   layout: sharding.Layout | None = None,
-) -> tuple[state_lib.TrainState, Metrics]:
+) -> tuple[state_lib.TrainState, step_lib.Metrics]:
   """One step of encoder training (A.3); vae_params are task.vae's."""
   lam = classification_lambda(state.step, task)
   metrics, grads = mae_gradients(
     state.params, batch, vae_params, state.key(), lam, task, layout
   )
-  state, more = update(state, grads, optimizer, schedule)
+  state, more = step_lib.update(state, grads, optimizer, schedule)
   return state, metrics | {"classification_lambda": lam} | more

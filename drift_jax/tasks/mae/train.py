@@ -8,27 +8,16 @@ from drift_jax.models import release
 from drift_jax.system import processes
 from drift_jax.system.console import logger
 from drift_jax.tasks import parse_as
+from drift_jax.tasks.mae import setup
 from drift_jax.tasks.mae.config import MaeConfig
 from drift_jax.tasks.mae.evaluation import held_out_evaluation, plot
-from drift_jax.tasks.mae.setup import (
-  mae_feed,
-  mae_input_shape,
-  mae_recipe,
-  mae_task,
-)
 from drift_jax.training import artifacts
-from drift_jax.training.alone import alone
 from drift_jax.training.frozen import frozen_sums, load_vae, start_params
 from drift_jax.training.inputs import open_readers, with_num_classes
 from drift_jax.training.places import of_resumed
-from drift_jax.training.run import (
-  at_end,
-  check_divides,
-  open_mesh,
-  run,
-)
+from drift_jax.training.run import at_end, check_divides, open_mesh, run
 from drift_jax.training.state import TrainState
-from drift_jax.training.workdir import open_workdir
+from drift_jax.training.workdir import alone, open_workdir
 
 # Folder of the trained encoder in the workdir: encoders.NAME.path of a
 # generator's config points at it.
@@ -66,12 +55,12 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   config = with_num_classes(config, readers.train)
   # Images are encoded on the device, cached latents are not.
   encoding = None if readers.train.grid is None else vae
-  task = mae_task(config, encoding)
+  task = setup.mae_task(config, encoding)
   vae_params = None if encoding is None else encoding.params
-  input_shape = mae_input_shape(
+  input_shape = setup.mae_input_shape(
     task, vae_params, readers.train.sample_shape, config.model.in_channels
   )
-  feed = mae_feed(config, readers.train)
+  feed = setup.mae_feed(config, readers.train)
   evaluate = held_out_evaluation(config, task, readers, vae_params, mesh)
   path = open_workdir(
     workdir,
@@ -86,7 +75,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
       config,
       path,
       mesh,
-      mae_recipe(task, input_shape, vae_params),
+      setup.mae_recipe(task, input_shape, vae_params),
       start_params=start_params(config, readers.train.class_names),
       feed=feed,
       evaluate=evaluate,

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from drift_jax.data.errors import DataError
+from drift_jax.system.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import tensorstore
 
-from drift_jax.data.errors import DataError
 from drift_jax.system import paths
+from drift_jax.system.errors import DataError
 from drift_jax.tasks.policy.demonstrations import Demonstrations
 from drift_jax.tasks.policy.selection import first, parse, reading, select
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from drift_jax.data.errors import DataError
 from drift_jax.system import paths
 from drift_jax.system.console import logger
+from drift_jax.system.errors import DataError
 from drift_jax.tasks.policy.demonstrations import Demonstrations
 from drift_jax.tasks.policy.selection import first, reading, select
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from drift_jax.data.errors import DataError
+from drift_jax.system.errors import DataError
 
 # Steps whose images are converted at once.
 _BLOCK = 512

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
-from drift_jax import drift
-from drift_jax.drift import PAPER, Variant
+from drift_jax.drift.many import DriftReport, drift_losses
+from drift_jax.drift.variant import PAPER, Variant
 from drift_jax.system import sharding, streams
 from drift_jax.tasks.policy import diffusion
 from drift_jax.tasks.policy.observations import crop_offsets
@@ -112,7 +112,7 @@ def policy_loss(
   temperature_scale: Float[Array, ""] | None = None,
   *,
   task: PolicyTask,
-) -> tuple[Float[Array, ""], drift.DriftReport | None]:
+) -> tuple[Float[Array, ""], DriftReport | None]:
   """The loss of a batch, or of its part on a device.
 
   drifting: drift.drift_losses of G chunks of each observation with the
@@ -160,7 +160,7 @@ def policy_loss(
     # Positives of all observations first, as drift_losses wants them.
     generated = generated.reshape(1, -1, *task.action_shape)
     real = real.swapaxes(0, 1).reshape(1, -1, *task.action_shape)
-  losses, report = drift.drift_losses(
+  losses, report = drift_losses(
     {"actions": generated},
     {"actions": real},
     jnp.ones(len(generated)),

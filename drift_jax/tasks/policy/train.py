@@ -18,18 +18,11 @@ from drift_jax.tasks.policy import robots, setup
 from drift_jax.tasks.policy.config import PolicyConfig
 from drift_jax.tasks.policy.step import PolicyBatch, policy_step
 from drift_jax.tasks.policy.windows import PolicyFeed
-from drift_jax.training.alone import alone
 from drift_jax.training.drifting import init_drift
 from drift_jax.training.places import of_resumed
-from drift_jax.training.run import (
-  Recipe,
-  at_end,
-  check_divides,
-  open_mesh,
-  run,
-)
+from drift_jax.training.run import Recipe, at_end, check_divides, open_mesh, run
 from drift_jax.training.state import TrainState
-from drift_jax.training.workdir import open_workdir
+from drift_jax.training.workdir import alone, open_workdir
 
 
 @alone

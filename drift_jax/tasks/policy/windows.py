@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from drift_jax.data.errors import DataError
 from drift_jax.data.loader import share
 from drift_jax.data.order import generator
+from drift_jax.system.errors import DataError
 from drift_jax.tasks.policy.demonstrations import Demonstrations
 
 # A dimension that moves by less stands still: divided by its range, noise would

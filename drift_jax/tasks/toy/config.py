@@ -2,21 +2,7 @@
 
 from typing import Annotated, Literal, get_args
 
-from drift_jax.config.checks import (
-  check_choice,
-  check_drift,
-  check_run,
-  require,
-)
-from drift_jax.config.sections import (
-  AtLeast,
-  Drift,
-  Eval,
-  RunConfig,
-  RunData,
-  Section,
-  Size,
-)
+from drift_jax.config import checks, sections
 
 # In the order of data.DISTRIBUTIONS.
 Distribution = Literal[
@@ -30,17 +16,17 @@ Distribution = Literal[
 DISTRIBUTIONS = get_args(Distribution)
 
 
-class ToyData(RunData):
+class ToyData(sections.RunData):
   """Points of the plane: a distribution, and the noise on it.
 
   `noise` is the standard deviation of the Gaussian that is added.
   """
 
   distribution: Distribution
-  noise: Annotated[float, AtLeast(0)]
+  noise: Annotated[float, sections.AtLeast(0)]
 
 
-class ToyModel(Section):
+class ToyModel(sections.Section):
   """Model of the points: a network, or particles without one.
 
   All but `kind` are arguments of tasks.toy.model.Mlp. Particles have its
@@ -48,28 +34,28 @@ class ToyModel(Section):
   """
 
   kind: Literal["mlp", "particles"]
-  noise_size: Size
-  width: Size
-  depth: Size
+  noise_size: sections.Size
+  width: sections.Size
+  depth: sections.Size
   location: tuple[float, ...]
   spread: float
 
 
-class ToyBatch(Section):
+class ToyBatch(sections.Section):
   """Sizes of one step: N_c independent problems of N samples, N_pos data."""
 
-  labels: Size
-  generated: Size
-  positives: Size
+  labels: sections.Size
+  generated: sections.Size
+  positives: sections.Size
 
 
-class ToyEval(Eval):
+class ToyEval(sections.Eval):
   """Evaluation against as many fresh data."""
 
-  num_samples: Annotated[int, AtLeast(2)]
+  num_samples: Annotated[int, sections.AtLeast(2)]
 
 
-class ToyConfig(RunConfig):
+class ToyConfig(sections.RunConfig):
   """A run that fits points of the plane (5.1): config.task = 'toy'.
 
   With model.kind='particles' there is no network: a step is x <- x + eta V with
@@ -78,41 +64,43 @@ class ToyConfig(RunConfig):
 
   data: ToyData
   model: ToyModel
-  drift: Drift
+  drift: sections.Drift
   batch: ToyBatch
   eval: ToyEval
 
   def check(self) -> None:
     """Raises ConfigError if values are out of range or contradict."""
-    check_run(self)
+    checks.check_run(self)
     model, batch, drift = self.model, self.batch, self.drift
-    check_drift(drift, batch.positives)
-    require(
+    checks.check_drift(drift, batch.positives)
+    checks.require(
       len(model.location) == 2,
       f"model.location={model.location} must be the two coordinates of a point",
     )
-    require(
+    checks.require(
       model.spread > 0,
       f"model.spread={model.spread} must be positive: samples that start as "
       "one point can't be told apart",
     )
-    require(
+    checks.require(
       batch.generated >= 2 or drift.negatives != "own",
       f"batch.generated={batch.generated}: a single sample has no negative but "
       "itself, which is masked, so nothing repels it; use at least 2",
     )
     if self.has_particles:
-      require(
+      checks.require(
         not drift.normalize_features,
         "drift.normalize_features=True with model.kind='particles': their step "
         "is x <- x + eta V on raw distances; set it to False",
       )
-      require(
+      checks.require(
         drift.negatives != "independent",
         "drift.negatives='independent' with model.kind='particles': there is "
         "no noise to draw a second batch from; use 'own' or 'own_with_self'",
       )
-    check_choice("checkpoint.best_metric", self.checkpoint.best_metric, ("",))
+    checks.check_choice(
+      "checkpoint.best_metric", self.checkpoint.best_metric, ("",)
+    )
 
   @property
   def has_particles(self) -> bool:

@@ -7,22 +7,17 @@ import jax
 import numpy as np
 from etils import epath
 
-from drift_jax.data.npy import read_npy
 from drift_jax.metrics.files import replacing, report_text, write_report
 from drift_jax.metrics.plots import plot_diagnostics, plot_toy
 from drift_jax.metrics.writers import MetricWriter, read_jsonl
 from drift_jax.system import processes, sharding, storage, streams
 from drift_jax.system.console import logger
 from drift_jax.system.errors import naming
+from drift_jax.system.storage import read_npy
 from drift_jax.tasks.toy import figures as toy_figures
+from drift_jax.tasks.toy import plots as toy_plots
 from drift_jax.tasks.toy.config import ToyConfig
 from drift_jax.tasks.toy.data import fixed_points, modes_of
-from drift_jax.tasks.toy.plots import (
-  Frames,
-  plane_limit,
-  plot_field,
-  save_evolution,
-)
 from drift_jax.tasks.toy.setup import make_field, toy_sampler
 from drift_jax.tasks.toy.step import ToyTask
 from drift_jax.training.state import TrainState
@@ -202,8 +197,10 @@ class Evaluation:
         (int(file.stem.removeprefix("step_")), read_npy(file)) for file in files
       ]
     title = config.data.distribution
-    save_evolution(frames, self._data, plots / "evolution.gif", title=title)
-    limit = plane_limit(self._data, frames)
+    toy_plots.save_evolution(
+      frames, self._data, plots / "evolution.gif", title=title
+    )
+    limit = toy_plots.plane_limit(self._data, frames)
     # Cell centres.
     side = (
       np.arange(_GRID, dtype=np.float32) + 0.5
@@ -219,10 +216,12 @@ class Evaluation:
       scale = ([1.0] + [v for logged, v in scales if logged <= step])[-1]
       v = field(points[:count], positives, grid, scale)
       panels.append((step, points, np.asarray(v)))
-    plot_field(panels, grid, self._data, plots / "field.png", limit=limit)
+    toy_plots.plot_field(
+      panels, grid, self._data, plots / "field.png", limit=limit
+    )
 
 
-def _three(frames: Frames) -> Frames:
+def _three(frames: toy_plots.Frames) -> toy_plots.Frames:
   """The first frame, one at a tenth of the steps or so, and the last."""
   first, *others, last = frames
   between = sorted(others, key=lambda frame: abs(frame[0] - last[0] / 10))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from drift_jax.metrics.errors import EvaluationError
+from drift_jax.system.errors import EvaluationError
 
 Points = Float[np.ndarray, "N D"]
 

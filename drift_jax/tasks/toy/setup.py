@@ -18,7 +18,7 @@ from drift_jax.tasks.toy.config import ToyConfig
 from drift_jax.tasks.toy.data import ToyFeed
 from drift_jax.tasks.toy.model import Mlp, Particles
 from drift_jax.tasks.toy.step import ToyBatch, ToyTask, plane_loss, toy_step
-from drift_jax.training import optim
+from drift_jax.training import state as state_lib
 from drift_jax.training.drifting import drift_arguments, init_drift
 from drift_jax.training.run import Recipe
 from drift_jax.training.step import apply
@@ -64,7 +64,7 @@ def toy_optimizer(
   if not config.has_particles:
     return None
   count = config.batch.generated
-  return lambda schedule: optim.with_standard_promotion(
+  return lambda schedule: state_lib.with_standard_promotion(
     optax.sgd(lambda step: schedule(step) * count)
   )
 

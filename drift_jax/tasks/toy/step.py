@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from drift_jax import drift
-from drift_jax.drift import PAPER, Variant
+from drift_jax.drift.many import DriftReport, drift_losses
+from drift_jax.drift.variant import PAPER, Variant
 from drift_jax.system import sharding
 from drift_jax.training.drifting import Temperature, drift_update
 from drift_jax.training.state import TrainState
@@ -82,7 +82,7 @@ def plane_loss(
   repelling: Float[Array, "L N 1 2"] | None = None,
   axis_name: tuple[str, ...] = (),
   temperature_scale: Float[Array, ""] | None = None,
-) -> tuple[Float[Array, ""], drift.DriftReport]:
+) -> tuple[Float[Array, ""], DriftReport]:
   """The mean drifting loss of L problems (eq. 6), and its report.
 
   Args:
@@ -96,7 +96,7 @@ def plane_loss(
   real = positives[:, :, None]
   if repelling is not None:
     real = jnp.concatenate([real, repelling], axis=1)
-  losses, report = drift.drift_losses(
+  losses, report = drift_losses(
     {POINTS_KEY: points},
     {POINTS_KEY: real},
     jnp.ones(len(positives)),
@@ -118,7 +118,7 @@ def toy_loss(
   temperature_scale: Float[Array, ""] | None,
   *,
   task: ToyTask,
-) -> tuple[Float[Array, ""], drift.DriftReport]:
+) -> tuple[Float[Array, ""], DriftReport]:
   """plane_loss of the model's samples, as gradients_over calls it."""
 
   def points(noise: Float[Array, "n Z"]) -> Float[Array, "L N 1 2"]:

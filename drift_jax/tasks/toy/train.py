@@ -7,10 +7,9 @@ from drift_jax.tasks import parse_as
 from drift_jax.tasks.toy.config import ToyConfig
 from drift_jax.tasks.toy.evaluation import Evaluation
 from drift_jax.tasks.toy.setup import toy_feed, toy_recipe, toy_task
-from drift_jax.training.alone import alone
 from drift_jax.training.run import at_end, check_divides, open_mesh, run
 from drift_jax.training.state import TrainState
-from drift_jax.training.workdir import open_workdir
+from drift_jax.training.workdir import alone, open_workdir
 
 
 @alone

@@ -209,7 +209,7 @@ def open_images(arguments: argparse.Namespace) -> EncodedSource:
       f"--source={arguments.source}: these images are no 8-bit RGB, which the "
       "autoencoder takes; valid options are folder:DIR, tar:FILE and tfds:NAME"
     )
-  return source
+  return cast(EncodedSource, source)
 
 
 def run(arguments: argparse.Namespace) -> bool:

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from drift_jax.data.readers import ArrayReader, ImageReader
+from drift_jax.data.images import ImageReader
+from drift_jax.data.readers import ArrayReader
 from drift_jax.data.sources import ArraySource, open_source
 from drift_jax.metrics.batches import local_batches
 from drift_jax.metrics.evaluators import features_of

@@ -6,15 +6,7 @@ import functools
 from absl import flags
 
 from drift_jax import config as config_lib
-from drift_jax.tasks.policy import robots
-from drift_jax.tasks.policy.evaluation import (
-  chunk_latency,
-  environments,
-  load_policy,
-  make_act,
-  policy_samplers,
-  run_episodes,
-)
+from drift_jax.tasks.policy import evaluation, robots
 from drift_jax.training.run import open_mesh
 
 
@@ -29,7 +21,7 @@ def run(values: flags.FlagValues) -> dict[str, dict[str, float]]:
   # 1. The policy, with the flags in place of its config's values
   if values.video:  # A mistake there, before it is drawn.
     robots.video_ending(values.video)
-  policy = load_policy(
+  policy = evaluation.load_policy(
     values.workdir,
     open_mesh(config_lib.Mesh(data=-1, fsdp=1)),
     step=values.step,
@@ -49,7 +41,7 @@ def run(values: flags.FlagValues) -> dict[str, dict[str, float]]:
       f"{values.workdir}: environment='' has nothing to roll out in; valid "
       f"options are {list(robots.ENVIRONMENTS)}"
     )
-  samplers = policy_samplers(config)
+  samplers = evaluation.policy_samplers(config)
   if values.video and len(samplers) > 1:
     raise config_lib.ConfigError(
       f"--video is of one sampler, the run has {list(samplers)}: choose one by "
@@ -58,15 +50,17 @@ def run(values: flags.FlagValues) -> dict[str, dict[str, float]]:
   # 2. Its episodes
   report: dict[str, dict[str, float]] = {"step": {"checkpoint": policy.step}}
   videos = min(values.videos, config.eval.episodes) if values.video else 0
-  with environments(config) as opened:
+  with evaluation.environments(config) as opened:
     for name, sampler in samplers.items():
       act = functools.partial(
-        make_act(policy.task, policy.normalizer, sampler, seed=config.seed),
+        evaluation.make_act(
+          policy.task, policy.normalizer, sampler, seed=config.seed
+        ),
         policy.params,
       )
-      episodes = run_episodes(config, opened, act, record=videos)
+      episodes = evaluation.run_episodes(config, opened, act, record=videos)
       figures = robots.summarize(episodes)
-      latency = chunk_latency(config, opened[0], act)
+      latency = evaluation.chunk_latency(config, opened[0], act)
       if values.video:
         robots.save_video(values.video, episodes[:videos])
       report[name] = {**figures, "milliseconds_per_chunk": 1e3 * latency}

@@ -20,7 +20,7 @@ import safetensors.numpy
 from flax import traverse_util
 
 from drift_jax.metrics import files
-from drift_jax.system import hub, paths
+from drift_jax.system import hub, paths, storage
 from drift_jax.system.console import logger
 from drift_jax.training.conversions.layouts import CONFIG_FILE, WeightsError
 
@@ -65,7 +65,7 @@ def locate(source: str, names: Sequence[str], sha256: str | None) -> Located:
         " from a URL; download the file and give its path"
       )
     return Located(download(source, sha256, paths.user_cache()), None, None)
-  if source.startswith(hub.SCHEME):
+  if source.startswith(storage.HUB):
     return _locate_on_hub(source, names)
   path = pathlib.Path(source)
   if path.is_dir():

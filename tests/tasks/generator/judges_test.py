@@ -5,8 +5,7 @@ import pytest
 
 from configs import digits
 from drift_jax import config as config_lib
-from drift_jax.metrics import memory
-from drift_jax.system import sharding
+from drift_jax.system import devices, sharding
 from drift_jax.tasks import parse
 from drift_jax.tasks.generator.evaluators import run_evaluators
 from drift_jax.training.inputs import open_readers
@@ -24,7 +23,7 @@ def test_a_distance_of_pixels_names_those_of_networks(monkeypatch):
     return run_evaluators(config, {}, readers, labels, None, mesh)
 
   assert len(build()[0]) == 1
-  monkeypatch.setattr(memory, "machine_memory", lambda: 64**2 * 64)
+  monkeypatch.setattr(devices, "machine_memory", lambda: 64**2 * 64)
   with pytest.raises(
     config_lib.ConfigError,
     match="eval.metrics holds 'fd_pixel'.* 64 x 64 .*'fd_inception'",

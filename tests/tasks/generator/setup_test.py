@@ -13,10 +13,11 @@ from drift_jax import config as config_lib
 from drift_jax.system import sharding
 from drift_jax.tasks import parse, programs
 from drift_jax.tasks.generator import setup as networks
-from drift_jax.tasks.generator.kernels import attention_kernel_for, kernel_for
 from drift_jax.tasks.generator.setup import (
+  attention_kernel_for,
   generator_task,
   init_generator,
+  kernel_for,
 )
 from drift_jax.tasks.generator.step import GeneratorBatch, draw, generator_loss
 from drift_jax.training import artifacts

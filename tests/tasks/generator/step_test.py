@@ -33,7 +33,6 @@ from drift_jax.tasks.generator.step import (
   train_step,
 )
 from drift_jax.tasks.mae.step import MaeTask, classification_lambda, mae_inputs
-from drift_jax.training import optim
 from drift_jax.training import state as state_lib
 from drift_jax.training.drifting import drift_metrics
 from drift_jax.training.run import adamw, make_training
@@ -149,13 +148,13 @@ def make_chain(setup, archive, run, count):
   generator, _, mae, mae_params = setup
   settings = SETTINGS[run]["settings"]
   task = make_task(generator, mae, settings)
-  schedule = optim.learning_rate_schedule(
+  schedule = state_lib.learning_rate_schedule(
     kind="constant",
     peak=settings["lr"],
     warmup_steps=settings["warm"],
     total_steps=100,
   )
-  optimizer = optim.make_optimizer(
+  optimizer = state_lib.make_optimizer(
     schedule,
     **{name: SETTINGS["adam"][name] for name in ("b1", "b2", "eps")},
     weight_decay=settings["wd"],
@@ -513,10 +512,10 @@ def batch_of(images) -> GeneratorBatch:
 def test_train_step_is_gradient_then_update(tinted):
   """What the golden chain spells out is what train_step does."""
   task, params = tinted
-  schedule = optim.learning_rate_schedule(
+  schedule = state_lib.learning_rate_schedule(
     kind="constant", peak=1e-2, warmup_steps=4, total_steps=5
   )
-  optimizer = optim.make_optimizer(
+  optimizer = state_lib.make_optimizer(
     schedule, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.01, grad_clip=2.0
   )
   images = np.random.RandomState(0).randn(2, 5, 4, 4, 3).astype(np.float32)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from drift_jax.data.errors import DataError
+from drift_jax.system.errors import DataError
 from drift_jax.tasks.policy.demonstrations import Demonstrations
 
 STATE = np.arange(21, dtype=np.float32).reshape(7, 3)

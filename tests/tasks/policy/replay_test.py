@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorstore
 
-from drift_jax.data.errors import DataError
+from drift_jax.system.errors import DataError
 from drift_jax.tasks.policy.demonstrations import Demonstrations
 from drift_jax.tasks.policy.replay import read_replay, write_replay
 

@@ -7,8 +7,8 @@ import h5py
 import numpy as np
 import pytest
 
-from drift_jax.data.errors import DataError
 from drift_jax.system import console
+from drift_jax.system.errors import DataError
 from drift_jax.tasks.policy.robomimic import read_robomimic
 
 LENGTHS = {0: 4, 1: 3, 2: 5, 10: 2}

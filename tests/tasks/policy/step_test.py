@@ -22,7 +22,6 @@ from drift_jax.tasks.policy.step import (
   policy_loss,
   policy_step,
 )
-from drift_jax.training import optim
 from drift_jax.training import state as state_lib
 from drift_jax.training.drifting import Temperature
 from drift_jax.training.step import gradients_over
@@ -196,7 +195,7 @@ def test_loss_and_gradient_follow_the_field(problem):
 )
 def test_one_device_is_eight(changes):
   task = make_task(**changes)
-  schedule = optim.learning_rate_schedule(
+  schedule = state_lib.learning_rate_schedule(
     kind="constant", peak=1e-2, warmup_steps=0, total_steps=3
   )
   optimizer = optax.sgd(schedule)

@@ -4,7 +4,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from drift_jax.data.errors import DataError
+from drift_jax.system.errors import DataError
 from drift_jax.tasks.policy.demonstrations import Demonstrations
 from drift_jax.tasks.policy.windows import Normalizer, PolicyFeed, window_steps
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from drift_jax.metrics.errors import EvaluationError
+from drift_jax.system.errors import EvaluationError
 from drift_jax.tasks.toy.figures import (
   baseline,
   energy_distance,

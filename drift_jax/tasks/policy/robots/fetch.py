@@ -8,13 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from drift_jax.tasks.policy.robots.interface import (
-  Environment,
-  Observations,
-  RobotError,
-  Step,
-  import_extras,
-)
+from drift_jax.tasks.policy.robots import interface
 
 _SIZE = 192
 # Nearer than gymnasium-robotics' own: pictures are small. Metres and degrees.
@@ -26,7 +20,7 @@ _CAMERA = {
 }
 
 
-class Fetch(Environment):
+class Fetch(interface.Environment):
   """FetchReach-v4, FetchPush-v4 or FetchPickAndPlace-v4.
 
   Observations: 'state', gymnasium-robotics' observation and then the goal, in
@@ -60,7 +54,7 @@ class Fetch(Environment):
     self.name = name
     super().__init__(observations, stop_at_success)
     # gymnasium-robotics is imported without mujoco too, and fails later.
-    module = import_extras(
+    module = interface.import_extras(
       name,
       "gymnasium",
       "mujoco",
@@ -75,17 +69,17 @@ class Fetch(Environment):
       default_camera_config=_CAMERA,
     )
 
-  def _observe(self, values: dict[str, np.ndarray]) -> Observations:
+  def _observe(self, values: dict[str, np.ndarray]) -> interface.Observations:
     state = np.concatenate([values["observation"], values["desired_goal"]])
     return {"state": state.astype(np.float32)}
 
-  def _start(self, seed: int) -> Observations:
+  def _start(self, seed: int) -> interface.Observations:
     return self._observe(self._simulator.reset(seed=seed)[0])
 
-  def _advance(self, action: np.ndarray) -> Step:
+  def _advance(self, action: np.ndarray) -> interface.Step:
     values, _, _, _, info = self._simulator.step(action)
     success = bool(info["is_success"])
-    return Step(self._observe(values), float(success), success, False)
+    return interface.Step(self._observe(values), float(success), success, False)
 
   def render(self) -> np.ndarray:
     """The scene, uint8 [192, 192, 3]; always call it from the same thread.
@@ -109,7 +103,7 @@ class Fetch(Environment):
       image = self._simulator.render()
     # MuJoCo, PyOpenGL and ctypes have no exception in common but Exception.
     except Exception as error:
-      raise RobotError(
+      raise interface.RobotError(
         f"{self.name} can't be drawn with MUJOCO_GL={backend}: "
         f"{type(error).__name__}: {error}. Install its library (libegl1, "
         "libosmesa6 or libglfw3), set MUJOCO_GL to another of 'egl', 'osmesa' "

@@ -6,17 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from drift_jax.tasks.policy.robots.interface import (
-  Environment,
-  Observations,
-  Step,
-  import_extras,
-)
+from drift_jax.tasks.policy.robots import interface
 
 _SIZE = 192
 
 
-class PushT(Environment):
+class PushT(interface.Environment):
   """gym_pusht/PushT-v0.
 
   Observations: 'state' [5]: x and y of the pusher, x and y of the block,
@@ -42,7 +37,7 @@ class PushT(Environment):
     # Pygame draws into memory, but wants a screen without these; and it greets.
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
-    module = import_extras(self.name, "gymnasium", "gym_pusht.envs")
+    module = interface.import_extras(self.name, "gymnasium", "gym_pusht.envs")
     pictures = "img" in self._wanted
     self._simulator: Any = module.PushTEnv(
       obs_type="pixels_agent_pos" if pictures else "state",
@@ -51,7 +46,9 @@ class PushT(Environment):
       visualization_height=_SIZE,
     )
 
-  def _observe(self, values: Any, info: dict[str, Any]) -> Observations:
+  def _observe(
+    self, values: Any, info: dict[str, Any]
+  ) -> interface.Observations:
     x, y, angle = info["block_pose"]
     state = [*info["pos_agent"], x, y, angle % (2 * np.pi)]
     observations = {"state": np.array(state, np.float32)}
@@ -59,13 +56,13 @@ class PushT(Environment):
       observations["img"] = values["pixels"].copy()
     return observations
 
-  def _start(self, seed: int) -> Observations:
+  def _start(self, seed: int) -> interface.Observations:
     return self._observe(*self._simulator.reset(seed=seed))
 
-  def _advance(self, action: np.ndarray) -> Step:
+  def _advance(self, action: np.ndarray) -> interface.Step:
     values, reward, _, _, info = self._simulator.step(action)
     seen = self._observe(values, info)
-    return Step(seen, float(reward), bool(info["is_success"]), False)
+    return interface.Step(seen, float(reward), bool(info["is_success"]), False)
 
   def render(self) -> np.ndarray:
     """The scene, uint8 [192, 192, 3]."""
