@@ -33,7 +33,7 @@ MISTAKES = (
     "drift.temprature='1': did you mean",
   ),
   ((SMOKE, "--config.model.depth=two"), "depth='two' can't be read as int"),
-  ((SMOKE, "--config.seed=-1"), "seed=-1 must lie in"),
+  ((SMOKE, "--config.seed=-1"), "seed=-1 must be at least 0"),
   (("--config=configs/models.py",), "models.py has no get_config()"),
   (("--config=~nobody-here/digits.py:smoke",), "no home folder of 'nobody-her"),
 )

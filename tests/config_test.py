@@ -66,9 +66,9 @@ GENERATOR = [
   ("eval.alphas", (1.0, float("inf")), r"alphas\[1\]=inf must be a finite"),
   # Ranges and choices.
   ("task", "train", "'generator', 'mae', 'policy', 'toy'"),
-  ("seed", 2**32, r"must lie in \[0, 2\*\*32\)"),
+  ("seed", 2**32, "must be at most 4294967295"),
   ("optim.learning_rate", 0.0, "must be positive"),
-  ("optim.b2", 1 - 1e-9, "must lie in"),  # 1 in float32
+  ("optim.b2", 1 - 1e-9, "must be at most"),  # 1 in float32
   ("optim.eps", 1e-50, "must be positive"),  # 0 in float32
   ("ema.decays", (), ""),
   ("ema.decays", (0.9, 0.9), "twice"),

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from drift_jax.system import sharding
+from drift_jax.system import devices, sharding
 from tests.process import call
 from tests.small_generator import save_generator
 
@@ -40,7 +40,7 @@ def test_what_jax_raises_becomes_one_line(monkeypatch, error):
     raise error
 
   monkeypatch.setattr(jax, "devices", fail)
-  with pytest.raises(sharding.DeviceError, match="JAX_PLATFORMS=cpu") as caught:
+  with pytest.raises(devices.DeviceError, match="JAX_PLATFORMS=cpu") as caught:
     sharding.make_mesh()
   assert "\n" not in str(caught.value)
 
