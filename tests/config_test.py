@@ -392,7 +392,8 @@ def test_every_key_is_read(reads, no_steps, tmp_path):
     for section in section_types(config_class(task))
     for field in dataclasses.fields(section)
   }
-  # What main asks `parse`: which task it is, and how processes are joined.
+  # What main asks `parse`: which task it is, how processes are joined, and
+  # whether compiled programs stay.
   chosen = {
     (name_of_class, name)
     for name_of_class in TASKS.values()
@@ -400,7 +401,7 @@ def test_every_key_is_read(reads, no_steps, tmp_path):
   }
   chosen |= {
     ("Processes", name) for name in ("heartbeat_timeout", "join_timeout")
-  }
+  } | {("Train", "keep_compiled"), ("GeneratorTrain", "keep_compiled")}
   assert fields - chosen - reads == set()
 
 

@@ -25,8 +25,8 @@ def published():
   configs = {
     f"{module.__name__}:{variant}": module.get_config(variant)
     for module, variants in (
-      (imagenet_latent, imagenet_latent.VARIANTS),
       (imagenet_pixel, imagenet_pixel.SIZES),
+      (imagenet_latent, imagenet_latent.VARIANTS),
     )
     for variant in variants
   }

@@ -13,7 +13,7 @@ from drift_jax.tasks.generator import train as train_generator
 from drift_jax.tasks.mae import train as train_mae
 from drift_jax.tools.cache_latents import parse
 from drift_jax.tools.work import cache_latents
-from drift_jax.training import artifacts
+from drift_jax.training import artifacts, released
 from tests.autoencoders import save_vae
 from tests.builders import save_model
 from tests.fake_hub import hub
@@ -138,7 +138,7 @@ def test_pixels(tmp_path, images):
   source = {"source": "folder:imagenet", "data_dir": str(tmp_path)}
   train("mae_pixel", "folder,smoke", tmp_path / "encoder", data=source)
   encoder = tmp_path / "encoder" / train_mae.EXPORT
-  released = {
+  files = {
     f"models/mae/jax/mae_pixel_640/{path.relative_to(encoder)}": (
       path.read_bytes()
     )
@@ -146,7 +146,7 @@ def test_pixels(tmp_path, images):
     if path.is_file()
   }
   workdir = tmp_path / "generator"
-  with hub({artifacts.RELEASED_REPOSITORY: released}) as address:
+  with hub({released.REPOSITORY: files}) as address:
     done = call(
       *("-m", "drift_jax.main", f"--workdir={workdir}"),
       "--config=configs/imagenet_pixel.py:folder,smoke",

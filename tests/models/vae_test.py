@@ -27,7 +27,8 @@ from tests.models.small import VAE, random_variables
 def full(golden):
   """The golden arrays, the full-size model and its parameters."""
   arrays = golden("vae")
-  model_config, params = convert_vae(draw_all(arrays["parameters"]), None)
+  weights = draw_all(arrays["parameters"])
+  model_config, params = convert_vae(weights, None)[:2]
   published = release.published_config("vae", presets.sd_vae().to_dict())
   assert published == model_config | {"use_bf16": False}
   vae = build_vae(**presets.sd_vae())
