@@ -20,6 +20,11 @@ Variants, joined by commas:
   folder    the cache is one of an ImageFolder: its splits are train and val
   wflow_ablation, wflow_b2, wflow_l2, wflow_xl2
             W-Flow, see below
+  one_gpu_24gb, one_gpu_80gb
+            the ablation on one GPU of that memory, encoder hf://mae_latent_256:
+            8 labels, 16 generated and 32 positive samples each, temperatures
+            .1, .2, .4; or the paper's batch in groups of labels, equal in all
+            but rounding and attention in bfloat16 (docs/one_gpu.md)
   smoke     the same code path in a minute, with a tiny network
 
 FID-50K in the paper (Table 8) and of the authors' release: ablation 8.46 / 8.49
@@ -60,7 +65,8 @@ WFLOW = {
   "wflow_l2": (0.05, 1, 1.14),
   "wflow_xl2": (0.01, 1, 1.09),
 }
-VARIANTS = ("ablation", "b2", "l2", *PIXEL_ENCODERS, *WFLOW)
+ONE_GPU = ("one_gpu_24gb", "one_gpu_80gb")
+VARIANTS = ("ablation", "b2", "l2", *PIXEL_ENCODERS, *WFLOW, *ONE_GPU)
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -80,11 +86,13 @@ def get_config(variant: str = "") -> ConfigDict:
     # Without `remat` a label of 64 samples does not fit 32 GB.
     config.encoders[size].update(decode=True, remat=True)
   else:
-    width = "256" if size.endswith("ablation") else "640"
+    width = "256" if size.endswith("ablation") or size in ONE_GPU else "640"
     common.add_encoder(
       config,
       "mae",
-      f"runs/mae_latent_{width}/encoder",
+      f"hf://mae_latent_{width}"
+      if size in ONE_GPU
+      else f"runs/mae_latent_{width}/encoder",
       "mae",
       models.MAES[f"mae_{width}_latent"](),
     )
@@ -96,6 +104,8 @@ def get_config(variant: str = "") -> ConfigDict:
       wflow_drift(temperature, iterations)
     )
     config.eval.alphas = (1.0, alpha)
+  if size in ONE_GPU:
+    _one_gpu(config, large=size == "one_gpu_80gb")
   config.mesh.update(data=1, fsdp=-1)
   common.judge_by_fid(config)
   if smoke:
@@ -126,6 +136,18 @@ def _ablation(config: ConfigDict) -> None:
   config.optim.update(learning_rate=2e-4, weight_decay=0.01, warmup_steps=5_000)
   config.train.num_steps = 30_000
   config.eval.alphas = (1.0, 1.5, 2.0, 2.5)
+
+
+def _one_gpu(config: ConfigDict, large: bool) -> None:
+  # cuDNN's attention, which stores no matrices.
+  config.model.attention_dtype = "bfloat16"
+  config.eval.every = 5_000
+  if large:
+    config.model.remat = "branches"
+    config.train.accum_labels = 8
+    return
+  config.batch.update(labels=8, generated=16, positives=32)
+  config.drift.temperatures = (0.1, 0.2, 0.4)
 
 
 def _main(config: ConfigDict) -> None:

@@ -13,6 +13,7 @@ VARIANTS = {
     *("convnext", "convnext,smoke", "moco", "simclr"),
     *("l2,folder", "ablation,folder,smoke"),
     *("wflow_ablation", "wflow_b2", "wflow_l2", "wflow_xl2,smoke"),
+    *("one_gpu_24gb", "one_gpu_80gb", "one_gpu_24gb,smoke"),
   ],
   "imagenet_pixel": ["", "b16", "l16", "l16,smoke", "l16,folder"],
   "mae_latent": ["", "256", "640", "640,smoke", "640,folder"],

@@ -43,6 +43,7 @@ PEAK_FLOPS = {
   "NVIDIA RTX A6000": 154.8e12,
   "NVIDIA L4": 121e12,
   "NVIDIA L40S": 362e12,
+  "NVIDIA GeForce RTX 3060": 25.6e12,
   "NVIDIA GeForce RTX 3090": 71e12,
   "NVIDIA GeForce RTX 4090": 165.2e12,
   "NVIDIA GeForce RTX 5090": 209.5e12,
@@ -111,6 +112,10 @@ CARDS = {
   "l40s": Card(
     *("NVIDIA L40S", "8.9", 142, 45455 * _MIB),
     *(864e9, 96 * _MIB, 2.52),
+  ),
+  "rtx3060": Card(
+    *("NVIDIA GeForce RTX 3060", "8.6", 28, 12031 * _MIB),
+    *(360e9, 3 * _MIB, 1.777),
   ),
   "rtx3090": Card(
     *("NVIDIA GeForce RTX 3090", "8.6", 82, 24259 * _MIB),
