@@ -70,7 +70,7 @@ def _shared(task: str) -> ConfigDict:
   config.train.log_every = 100  # steps
   # STEP:COUNT traces that many steps from that one on, for TensorBoard.
   config.train.profile = ""
-  # Compiled programs stay on the disk for the next start: README.
+  # Compiled programs stay on the disk for the next start: docs/one_gpu.md.
   config.train.keep_compiled = True
 
   config.checkpoint = ConfigDict()

@@ -82,19 +82,24 @@ def test_latents(tmp_path, images, vae):
   assert np.isfinite([last["recon_loss"], last["eval/recon_loss"]]).all()
   workdir = tmp_path / "generator"
   frozen = {"data": {"source": f"latents:{cache}"}, "vae": {"path": str(vae)}}
-  last = train(
-    "imagenet_latent",
-    "smoke",
-    workdir,
-    **frozen,
-    model={"input_size": SIDE // 8},
-    batch={"labels": LABELS},
-    queue={"push_per_step": LABELS},
-    encoders={"mae": {"path": str(encoder / train_mae.EXPORT)}},
+  changes = {
+    "model": {"input_size": SIDE // 8},
+    "batch": {"labels": LABELS},
+    "queue": {"push_per_step": LABELS},
+    "encoders": {"mae": {"path": str(encoder / train_mae.EXPORT)}},
     # The generator of pixels has them: they take long to compile.
-    features={"patch_mean_size": (), "patch_std_size": (), "use_std": False},
-  )
-  assert np.isfinite(last["loss"]) and "scale/layer1" in last
+    "features": {
+      "patch_mean_size": (),
+      "patch_std_size": (),
+      "use_std": False,
+    },
+  }
+  for variant, folder in (
+    ("smoke", workdir),
+    ("wflow_ablation,smoke", tmp_path / "wflow"),
+  ):
+    last = train("imagenet_latent", variant, folder, **frozen, **changes)
+    assert np.isfinite(last["loss"]) and "scale/layer1" in last
   # Two classes of two images: decoded, not latents.
   with Image.open(workdir / "samples" / "step_0000002.png") as grid:
     assert grid.size == (2 * (SIDE + 2) + 2, 2 * (SIDE + 2) + 2)
