@@ -50,6 +50,9 @@ def _generator() -> ConfigDict:
     style_vocab=64,
     style_tokens=16,
     dtype="bfloat16",
+    # In 12 GB: cuDNN's attention and one block's activations at a time.
+    attention_dtype="bfloat16",
+    remat="full",
   )
   # Small batches want larger temperatures than Table 8's.
   config.drift.update(temperatures=(0.1, 0.2, 0.4), affinity_floor=0.0)
@@ -117,6 +120,8 @@ def _smoke(config: ConfigDict) -> None:
     cond_dim=64,
     context_tokens=2,
     style_tokens=4,
+    attention_dtype="float32",
+    remat="none",
   )
   config.batch.update(labels=8, generated=8, positives=16, unconditional=4)
   config.features.update(patch_mean_size=(2,), patch_std_size=(2,))

@@ -52,6 +52,8 @@ def _cpu_generator(config: ConfigDict) -> None:
     style_vocab=16,
     style_tokens=4,
     dtype="float32",
+    attention_dtype="float32",
+    remat="none",
   )
   config.encoders.mae.update(in_loss=False, dtype="float32")
   config.drift.temperatures = (0.05, 0.1, 0.2)

@@ -486,8 +486,8 @@ holds a model of kind 'gen', want one of
 holds ['fid', 'inception_score'], but eval.inception.path=
 {few} {other} {frechet} --inception_reference=nowhere.npz
 there are no reference statistics nowhere.npz: python -m
-{few} {other} {frechet} {reference}
-an evaluation network looks at images [B, H, W, 1 or 3], got
+--weights={tmp}/gen --num_samples=20 {other} {frechet} {reference}
+samples of 4 channels are the latents of an autoencoder: give it
 {few} {other} {frechet} --inception_reference={tmp}/narrow.npz
 narrow.npz holds statistics of 6 dimensions, expected 128
 {run} --num_samples=0 --labels={tmp}/few.txt {published} --metrics=inception_score
@@ -528,10 +528,11 @@ def mistakes(tmp_path_factory, workdir, judges):
   np.savetxt(tmp_path / "few.txt", range(9), fmt="%d")
   save_vit(tmp_path / "clip", family="clip")
   other, reference = judge_flags(judges)
+  pixels = save_generator(tmp_path / "pixels", facts={}, num_classes=10)
   text = MISTAKES.format(
     tmp=tmp_path,
-    gen=f"--weights={GEN}",
-    few=f"--weights={GEN} --num_samples=20",
+    gen=f"--weights={pixels}",
+    few=f"--weights={pixels} --num_samples=20",
     run=f"--workdir={workdir}",
     other=other,
     reference=reference,

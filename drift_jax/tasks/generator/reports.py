@@ -302,6 +302,7 @@ def report_on_weights(
     ArtifactError: weights that can't be loaded.
   """
   # 1. The generator, and what is asked of it.
+  _metrics(request)  # before anything is downloaded
   mesh = sharding.make_mesh()
   generator = open_artifact(weights, vae, mesh, decoded=True)
   alphas = (1.0,) if request.alphas is None else tuple(request.alphas)
@@ -396,8 +397,19 @@ def report_on_images(path: str, request: Request) -> dict[str, Any]:
 
 
 def _metrics(request: Request) -> tuple[str, ...]:
-  """Returns the figures that are computed without a config."""
-  return options.METRICS if request.metrics is None else tuple(request.metrics)
+  """Returns the figures that are computed without a config.
+
+  Raises:
+    ConfigError: one that needs a run.
+  """
+  valid = [n for group in JUDGED_METRICS.values() for n in group]
+  names = options.METRICS if request.metrics is None else tuple(request.metrics)
+  for name in names:
+    if name not in valid:
+      raise config_lib.ConfigError(
+        f"metrics={name!r} needs a run (--workdir): valid options are {valid}"
+      )
+  return names
 
 
 def _by_files(
@@ -405,12 +417,6 @@ def _by_files(
 ) -> tuple[list[Evaluator], dict[str, Any]]:
   """Makes evaluators against reference statistics, without a config."""
   names = _metrics(request)
-  valid = [n for group in JUDGED_METRICS.values() for n in group]
-  for name in names:
-    if name not in valid:
-      raise config_lib.ConfigError(
-        f"metrics={name!r} needs a run (--workdir): valid options are {valid}"
-      )
   judges = {name: request.judge(name) for name in JUDGED_METRICS}
   check_judges(names, judges)
   judged = network_evaluators(
