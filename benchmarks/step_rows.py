@@ -18,6 +18,7 @@ from drift_jax.tasks import parse, programs
 from drift_jax.tasks.generator import setup as networks
 from drift_jax.tasks.generator.setup import kernel_for
 from drift_jax.training.frozen import load_encoders, load_vae
+from drift_jax.training.programs import Program
 from drift_jax.training.run import adamw
 
 
@@ -62,8 +63,7 @@ def rows(report: timing.Report, name: str, overrides: Sequence[str]) -> None:
   config = changed(name, overrides)
   mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
   program = programs(config, mesh)[0]
-  state, batch, frozen = (_random(tree) for tree in program.arguments.values())
-  batch = batch._replace(labels=batch.labels % config.model.num_classes)
+  state, batch, frozen = random_inputs(config, program)
   encoders = load_encoders(config.encoders, mesh, weights=False)
   vae = load_vae(config.vae, mesh, weights=False)
   task = networks.generator_task(config, encoders, mesh, vae)
@@ -86,7 +86,7 @@ def rows(report: timing.Report, name: str, overrides: Sequence[str]) -> None:
     "ours": Compiled(program.jitted, (state, batch, frozen)),
   }
   ours, plain_case = (
-    _Chain(compiled[which].run, state, (batch, frozen))
+    Chain(compiled[which].run, state, (batch, frozen))
     for which in ("ours", "plain")
   )
   report.compare(
@@ -200,6 +200,7 @@ class Compiled:
     run: calls it.
     seconds: of tracing and compiling it.
     memory: bytes of its temporaries, and of results that replace no argument.
+    arguments: bytes of what it is called with.
   """
 
   def __init__(self, jitted: Any, inputs: tuple[Any, ...]):
@@ -209,14 +210,15 @@ class Compiled:
     self.seconds = time.perf_counter() - start
     self.run: Callable[..., Any] = compiled
     memory: Any = compiled.memory_analysis()
-    self.memory = (
+    self.arguments: int = memory.argument_size_in_bytes
+    self.memory: int = (
       memory.temp_size_in_bytes
       + memory.output_size_in_bytes
       - memory.alias_size_in_bytes
     )
 
 
-class _Chain:
+class Chain:
   """Step after step, each with the state of the last; waits for its metrics."""
 
   def __init__(self, step: Callable[..., Any], state: Any, rest: Any):
@@ -242,6 +244,13 @@ def _size_rows(
   ):
     ours, plain = values["ours"], values["plain"]
     report.add(section, name, unit, ours, plain, plain / ours)
+
+
+def random_inputs(config: Any, program: Program) -> list[Any]:
+  """Random state, batch and frozen parameters of a generator's step."""
+  state, batch, frozen = (_random(tree) for tree in program.arguments.values())
+  labels = batch.labels % config.model.num_classes
+  return [state, batch._replace(labels=labels), frozen]
 
 
 def _random(tree: Any) -> Any:

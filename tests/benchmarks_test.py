@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import plain, step_tpu, timing
+from benchmarks import gpu_step, plain, step_tpu, timing
 from drift_jax.data import transforms
 from tests import process
 from tests.data import pictures
@@ -163,3 +163,23 @@ def test_parts_of_the_step_are_compiled(monkeypatch):
     flops["generator"] + flops["loss"], rel=1e-6
   )
   assert flops["reals"] == flops["generated"] == 0
+
+
+@pytest.mark.system
+def test_a_gpu_s_check_runs_its_step(tmp_path):
+  """On a CPU, whose peak nobody knows."""
+  file = tmp_path / "step_xla.json"
+  changes = ("model.attention_dtype=bfloat16", "train.kernels=xla")
+  done = process.call(
+    *("benchmarks/gpu_step.py", "--tiny", f"--json={file}", *changes)
+  )
+  assert done.returncode == 0, done.stderr
+  step = json.loads(file.read_text())
+  assert step["changes"] == list(changes) and step["mfu"] is None
+  assert step["step_seconds"] > 0 and step["predicted_bytes"] > 2**20
+  (tmp_path / "encoder.code").write_text("124 120\n")
+  (tmp_path / "encoder.log").write_text("Compiling\nstep 3\n")
+  assert gpu_step.report(tmp_path) == {
+    "parts": {"step_xla": step},
+    "ends": {"encoder": {"code": 124, "seconds": 120, "last_line": "step 3"}},
+  }
