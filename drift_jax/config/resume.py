@@ -18,6 +18,7 @@ RESUMABLE = (
   "train.keep_compiled",
   "train.kernels",
   "train.accum_labels",
+  "model.remat",
   "eval.",
   "checkpoint.",
   "mesh.",

@@ -73,14 +73,16 @@ class DrawnLatents(FolderSource):
     ]
     if not all(isinstance(array, torch.Tensor) for array in arrays):
       raise DataError(f"{path} holds no arrays {' and '.join(_KEYS)}")
-    arrays = [array.numpy() for array in arrays]
-    for key, array in zip(_KEYS, arrays, strict=True):
-      if array.shape != shape or array.dtype != np.float32:
+    for key, tensor in zip(_KEYS, arrays, strict=True):
+      have = tuple(tensor.shape)
+      if have != shape or tensor.dtype != torch.float32:
         raise DataError(
-          f"{path}: {key} is {array.dtype} of shape {array.shape}, but the "
+          f"{path}: {key} is {tensor.dtype} of shape {have}, but the "
           f"autoencoder's latents are float32 of shape {shape}: give another "
           "--image_size or --vae"
         )
+    arrays = [tensor.detach().numpy() for tensor in arrays]
+    for key, array in zip(_KEYS, arrays, strict=True):
       if not np.isfinite(array).all():
         raise DataError(f"{path}: {key} holds numbers that are not finite")
     return np.stack(arrays)

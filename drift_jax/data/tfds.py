@@ -113,8 +113,7 @@ class TfdsSource(encoded.EncodedSource):
 
   Images are kept as stored and decoded by `decode.decode`, so that greyscale
   ones come out as RGB. The first use of `labels` reads every record, minutes
-  for ImageNet, and keeps the result in $XDG_CACHE_HOME/drift_jax (or
-  ~/.cache/drift_jax).
+  for ImageNet, and keeps the result in paths.user_cache().
   """
 
   _UNSENT = ("_lock", "corrupt", "_builder", "_records", "_features")

@@ -313,8 +313,10 @@ def to_release(
     ValueError: as `from_release`.
   """
   flat = _flatten(params)
-  own_entries(kind, model_config, flat)  # checks names and shapes
   shapes = _built(kind, model_config)[1]
+  require_parameters(
+    f"{kind!r} parameters do not fit model_config", flat, shapes
+  )
   return _unflatten(scatter(_entries(kind, shapes), flat))
 
 

@@ -99,8 +99,6 @@ def main(argv: list[str]) -> None:
   from drift_jax.system import numerics
   from drift_jax.system.console import logger
 
-  numerics.keep_compiled()
-
   def stop(number: int, frame: FrameType | None) -> NoReturn:
     del number, frame
     raise KeyboardInterrupt
@@ -111,6 +109,7 @@ def main(argv: list[str]) -> None:
     programs.checking(),
     contextlib.suppress(KeyboardInterrupt),
   ):
+    numerics.keep_compiled()
     serve(source, sizes, listener, values)
   logger.info("Stopped.")
 

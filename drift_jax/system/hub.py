@@ -51,10 +51,12 @@ class Remote(NamedTuple):
 
   Attributes:
     address: of the file, its revision a commit.
+    size: of the file, in bytes.
     missing: bytes that are not in the cache; 0 if the file is there.
   """
 
   address: Address
+  size: int
   missing: int
 
 
@@ -75,8 +77,9 @@ def find(address: Address) -> Remote | None:
   found = _asked(address, dry_run=True)
   if found is None:
     return None
-  missing = found.file_size or 0 if found.will_download else 0
-  return Remote(address._replace(revision=found.commit_hash), missing)
+  size = found.file_size or 0
+  missing = size if found.will_download else 0
+  return Remote(address._replace(revision=found.commit_hash), size, missing)
 
 
 def fetch(address: Address) -> pathlib.Path | None:
@@ -134,7 +137,8 @@ def require_space(needs: Sequence[Need]) -> None:
     if sum(need.size for need in group) > free:
       raise HubError(
         f"{listed(group)} do not fit: {folder} has {in_bytes(free)} free; free "
-        "some, or set HF_HOME to a folder on a larger disk"
+        "some, or set HF_HOME (XDG_CACHE_HOME, if it is set) to a folder on a "
+        "larger disk"
       )
 
 

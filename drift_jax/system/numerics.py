@@ -94,27 +94,25 @@ def keep_compiled(workdir: str = "") -> None:
   settings: Any = jax.config
   if not settings.jax_enable_compilation_cache:
     return
-  remote = storage.is_remote(workdir)
-  folder = settings.jax_compilation_cache_dir
-  if not folder:
-    if workdir and (remote or processes.several()):
+  if not settings.jax_compilation_cache_dir:
+    if workdir and (storage.is_remote(workdir) or processes.several()):
+      # No bound: it would have all processes wait for one lock.
       folder = f"{workdir.rstrip('/')}/{COMPILED}"
     else:
-      folder = str(paths.user_cache() / COMPILED / _processor())
-    try:
-      if not remote:
-        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-      logger.warning(
-        "Compiled programs are not kept: %s. JAX_COMPILATION_CACHE_DIR names "
-        "another folder.",
-        error,
-      )
-      return
+      try:
+        path = paths.user_cache() / COMPILED / _processor()
+        path.mkdir(parents=True, exist_ok=True)
+      except OSError as error:
+        logger.warning(
+          "Compiled programs are not kept: %s. JAX_COMPILATION_CACHE_DIR names "
+          "another folder.",
+          error,
+        )
+        return
+      folder = str(path)
+      if settings.jax_compilation_cache_max_size == -1:
+        settings.update("jax_compilation_cache_max_size", MAX_COMPILED)
     settings.update("jax_compilation_cache_dir", folder)
-  # A bound needs a lock, which buckets don't have.
-  if settings.jax_compilation_cache_max_size == -1 and not remote:
-    settings.update("jax_compilation_cache_max_size", MAX_COMPILED)
   # Small programs as well: there are many.
   settings.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

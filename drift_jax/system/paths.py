@@ -152,5 +152,5 @@ def user_cache() -> pathlib.Path:
   """
   if root := os.environ.get("XDG_CACHE_HOME"):
     return pathlib.Path(expand(root), "drift_jax")
-  home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
-  return pathlib.Path(expand(home)).with_name("drift_jax")
+  home = expand(os.environ.get("HF_HOME") or "~/.cache/huggingface")
+  return pathlib.Path(os.path.abspath(home)).parent / "drift_jax"

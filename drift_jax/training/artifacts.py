@@ -238,12 +238,14 @@ class Opened(NamedTuple):
     path: the parameters' file.
     entries: {parameter here: its counterparts in the file}, naming.Entry.
     stored: arrays of the file, weights.Stored.
+    state: of the file when it was summed; see _state.
   """
 
   artifact: Artifact
   path: epath.Path
   entries: Mapping[str, Any]
   stored: Mapping[str, Any]
+  state: tuple[int, int]
 
   def read(self, wanted: Any) -> Any:
     """Reads parameters, the largest first; no other array is in memory.
@@ -253,10 +255,14 @@ class Opened(NamedTuple):
         a sharding are placed before the next one is read.
 
     Raises:
-      ArtifactError: numbers that are not finite.
+      ArtifactError: numbers that are not finite, or a file that has changed.
     """
     from drift_jax.training import weights
 
+    if _state(self.path) != self.state:
+      raise ArtifactError(
+        f"{self.path} has changed since its metadata were read: start again"
+      )
     try:
       return weights.read_tree(self.path, self.entries, self.stored, wanted)
     except weights.Damage as error:
@@ -284,7 +290,7 @@ def opened(
       "folder, or export it again"
     )
   # 2. The parameters' file
-  digest = None
+  digest, state = None, _state(params_path)
   if source.startswith(storage.HUB):
     digest = _hub().sha256_of(params_path)
   with params_path.open("rb") as opened_file:
@@ -312,7 +318,16 @@ def opened(
       functools.partial(models.precision.rounded, module), params
     )
   artifact = Artifact(kind, module, params, metadata, digest)
-  return Opened(artifact, params_path, entries, stored)
+  return Opened(artifact, params_path, entries, stored, state)
+
+
+def _state(path: epath.Path) -> tuple[int, int]:
+  """Size and time of change of a file: others if it is replaced."""
+  if storage.is_remote(path):
+    stat = path.stat()
+    return stat.length, stat.mtime
+  stat = os.stat(path)
+  return stat.st_size, stat.st_mtime_ns
 
 
 def describe(source: os.PathLike[str] | str) -> Described:

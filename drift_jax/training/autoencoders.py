@@ -54,10 +54,9 @@ def missing(source: str) -> Sequence[hub.Need]:
   folder = _folder(weights.address)
   if artifacts.exists(folder):
     return []
-  size = weights.missing
   return [
-    hub.Need(source, size, hub.downloads()),
-    hub.Need("its conversion", size, folder),
+    hub.Need(source, weights.missing, hub.downloads()),
+    hub.Need("its conversion", weights.size, folder),
   ]
 
 

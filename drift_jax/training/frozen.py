@@ -113,7 +113,8 @@ def _opened(
 ) -> artifacts.Opened:
   """The weights' files, checked against the config; nothing is read yet."""
   path = f"{key}.path={section.path!r}"
-  if not (weights or artifacts.exists(section.path)):
+  on_hub = section.path.startswith(storage.HUB)
+  if not (weights or on_hub or artifacts.exists(section.path)):
     raise artifacts.ArtifactError(
       f"{path} is not there and {key}.model is empty: "
       "nothing says which model it will be. Train or convert it first, or "

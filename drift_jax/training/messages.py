@@ -1,5 +1,6 @@
 """What a run says of itself at its start and at its end."""
 
+import contextlib
 import time
 from typing import Any
 
@@ -97,7 +98,8 @@ class Step:
     self._called = True
     logger.info("Compiled it in %s.", seconds)
     if processes.is_first():
-      file.write_text(seconds)
+      with contextlib.suppress(OSError):  # a hint, and no reason to end
+        file.write_text(seconds)
     return result
 
   def speeds(self, steps_per_second: float) -> dict[str, float]:

@@ -20,21 +20,32 @@ FOLDER = "profile"
 class Profile:
   """Traces the steps of a window in the first process, by JAX's profiler."""
 
-  def __init__(self, window: str, workdir: epath.Path):
+  def __init__(self, window: str, workdir: epath.Path, steps: range):
     """Traces nothing yet.
 
     Args:
       window: train.profile.
       workdir: gets profile/, which TensorBoard's plugin and Perfetto read.
+      steps: of this start.
     """
     first, count = profile_window(window)
+    if first not in steps:
+      logger.warning(
+        "train.profile=%s traces nothing: this start has steps %d to %d.",
+        window,
+        steps.start,
+        steps.stop - 1,
+      )
     self._starts = first if count and processes.is_first() else 0
     self._ends = first + count
+    self._last = 0  # that was traced
     self._folder = workdir / FOLDER
     self._tracing = contextlib.ExitStack()
 
   def __call__(self, step: int, state: Any) -> None:
     """Begins or ends the trace before a step, when the device is idle."""
+    if self._starts <= step < self._ends:
+      self._last = step
     if self._starts and step in (self._starts, self._ends):
       jax.block_until_ready(state)
       self.close()
@@ -62,6 +73,6 @@ class Profile:
       "Profile of steps %d to %d: tensorboard --logdir=%s (it needs "
       "tensorboard-plugin-profile).",
       self._starts,
-      self._ends - 1,
+      self._last,
       self._folder,
     )

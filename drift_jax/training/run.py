@@ -128,7 +128,8 @@ def run(
     if config.train.profile:
       from drift_jax.training.profile import Profile
 
-      watch = Profile(config.train.profile, path)
+      steps = range(step + 1, config.train.num_steps + 1)
+      watch = Profile(config.train.profile, path, steps)
       stack.callback(watch.close)
     # 3. The steps that are left.
     step_fn = messages.Step(training.step, recipe.frozen, path, mesh, images)

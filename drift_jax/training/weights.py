@@ -39,6 +39,7 @@ _OUTER = "params/"
 _MALFORMED = (
   msgpack.UnpackException,
   AttributeError,
+  IndexError,
   KeyError,
   RecursionError,
   TypeError,
@@ -154,10 +155,14 @@ def index_safetensors(file: Any) -> dict[str, Stored]:
     header = dict(json.loads(_exactly(file, length)))
     header.pop("__metadata__", None)
     entries = {
-      name: (str(x["dtype"]), tuple(map(int, x["shape"])), *x["data_offsets"])
+      name: (
+        str(x["dtype"]),
+        tuple(map(int, x["shape"])),
+        *map(int, x["data_offsets"]),
+      )
       for name, x in header.items()
     }
-  except (ValueError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError, RecursionError) as error:
     raise Damage(f"its header can't be read: {error!r}") from error
   found, end = {}, 8 + length
   for name, (tag, shape, start, stop) in sorted(
@@ -168,7 +173,8 @@ def index_safetensors(file: Any) -> dict[str, Stored]:
         f"{name} has dtype {tag}, valid options are {list(_TENSOR_DTYPES)}"
       )
     dtype, offset = _TENSOR_DTYPES[tag], 8 + length + start
-    if offset != end or stop - start != math.prod(shape) * dtype.itemsize:
+    size_of = math.prod(shape) * dtype.itemsize
+    if offset != end or stop - start != size_of or min(shape, default=0) < 0:
       raise Damage(f"{name} of shape {shape} lies at {start} to {stop}")
     found[name] = Stored(dtype, shape, ((offset, stop - start),))
     end = offset + stop - start

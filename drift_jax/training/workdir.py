@@ -224,11 +224,12 @@ def _check_resumable(
   known by checksums, may lie anywhere; a source of the same text starts at
   data.data_dir, which may change.
   """
-  # A key that is younger than the run has its default there.
-  written = build(type(config), facts_lib.read_facts(path / CONFIG_FILE, dict))
-  written, new = (
-    json.loads(config_lib.to_json(values)) for values in (written, config)
-  )
+  written = facts_lib.read_facts(path / CONFIG_FILE, dict)
+  # A key that is younger than the run has its default there; of another task's
+  # config all keys are compared below.
+  with contextlib.suppress(config_lib.ConfigError):
+    written = json.loads(config_lib.to_json(build(type(config), written)))
+  new = json.loads(config_lib.to_json(config))
   old = places.of_run(written, os.fspath(path), {})
   before, after = (
     config_lib.flatten(places.absolute(values)) for values in (old, new)

@@ -111,7 +111,9 @@ def test_weights_are_hashed_once(tmp_path, monkeypatch):
     link.symlink_to(blob)
 
   def download(repository, name, *, dry_run, **_):
-    there = types.SimpleNamespace(will_download=False, commit_hash=COMMIT)
+    there = types.SimpleNamespace(
+      will_download=False, commit_hash=COMMIT, file_size=0
+    )
     return there if dry_run else str(tmp_path / "snapshots" / COMMIT / name)
 
   monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)

@@ -11,7 +11,7 @@ from PIL import Image
 import drift_jax
 from configs import digits
 from drift_jax.config import ConfigError
-from drift_jax.system import numerics
+from drift_jax.system import numerics, paths
 from drift_jax.tasks.generator import train
 from tests.process import call
 from tests.small_generator import save_generator
@@ -113,3 +113,20 @@ def test_every_program_pins_them():
     if '"__main__"' in text and path.name != "run_export.py":
       pins = ("programs.run(", "programs.setup()", "table.main")
       assert any(name in text for name in pins), path
+
+
+@pytest.mark.parametrize(
+  ("variables", "folder"),
+  [
+    ({"XDG_CACHE_HOME": "{tmp}/x"}, "{tmp}/x/drift_jax"),
+    ({"HF_HOME": "{tmp}/hub/home"}, "{tmp}/hub/drift_jax"),
+    ({"HF_HOME": "/"}, "/drift_jax"),
+    ({"HF_HOME": "here"}, "{cwd}/drift_jax"),
+  ],
+)
+def test_the_user_s_cache(tmp_path, monkeypatch, variables, folder):
+  monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+  for name, value in variables.items():
+    monkeypatch.setenv(name, value.format(tmp=tmp_path))
+  expected = folder.format(tmp=tmp_path, cwd=pathlib.Path.cwd())
+  assert str(paths.user_cache()) == expected

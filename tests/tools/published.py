@@ -13,6 +13,10 @@ class Tensor:
   def __init__(self, array: np.ndarray):
     self.array = array
     self.dtype = array.dtype.name
+    self.shape = array.shape
+
+  def detach(self) -> "Tensor":
+    return self
 
   def float(self) -> "Tensor":
     return Tensor(self.array.astype(np.float32))
@@ -26,6 +30,9 @@ def as_tensors(weights):
   return {k: Tensor(np.asarray(v)) for k, v in weights.items()}
 
 
+DTYPES = {"bfloat16": "bfloat16", "float32": "float32"}
+
+
 def fake_torch(monkeypatch, read):
   """A torch whose `load` gives read(path), if it is told to load safely."""
 
@@ -34,5 +41,5 @@ def fake_torch(monkeypatch, read):
     assert not mmap or zipfile.is_zipfile(path), "torch maps no other file"
     return read(path)
 
-  torch = types.SimpleNamespace(load=load, Tensor=Tensor, bfloat16="bfloat16")
+  torch = types.SimpleNamespace(load=load, Tensor=Tensor, **DTYPES)
   monkeypatch.setitem(sys.modules, "torch", torch)

@@ -9,7 +9,7 @@ from drift_jax.training.profile import Profile
 
 @pytest.mark.parametrize(
   "window, traced",
-  [("2:3", [2, 3, 4]), ("5:9", [5, 6]), ("", []), ("7:1", [])],
+  [("2:3", [2, 3, 4]), ("5:9", [5, 6]), ("7:1", [])],
 )
 def test_a_window_of_steps_is_traced(tmp_path, window, traced, monkeypatch):
   """Also one that the run ends in."""
@@ -30,7 +30,7 @@ def test_a_window_of_steps_is_traced(tmp_path, window, traced, monkeypatch):
       (self.folder / "plugins" / "trace").write_text("events")
 
   monkeypatch.setattr("jax.profiler.trace", Trace)
-  profile = Profile(window, epath.Path(tmp_path))
+  profile = Profile(window, epath.Path(tmp_path), range(1, 7))
   for step in range(1, 7):
     profile(step, jnp.ones(1))
     seen += [step] * inside

@@ -10,7 +10,9 @@ import pytest
 import safetensors.numpy
 from flax import traverse_util
 
-from drift_jax.training import weights
+from drift_jax.training import artifacts, weights
+from tests.builders import save_model
+from tests.models.small import MAE
 from tests.process import ROOT, call
 
 INDEX = {
@@ -129,3 +131,27 @@ def test_a_frozen_encoder_takes_its_own_memory(tmp_path):
   # The largest array, .06 of the file, is there twice while it is placed; the
   # rest is what tracing the model takes.
   assert found["most"] - found["before"] < 0.8 * found["file"]
+
+
+@pytest.mark.parametrize(
+  "header",
+  [
+    '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [null, 4]}}',
+    '{"a": {"dtype": "F32", "shape": [1], "data_offsets": ["x", 4]}}',
+    '{"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}',
+    '{"a": ' * 9_999,
+  ],
+)
+def test_a_header_of_something_else_is_damage(header):
+  data = len(header).to_bytes(8, "little") + header.encode() + bytes(4)
+  with pytest.raises(weights.Damage):
+    weights.index_safetensors(io.BytesIO(data))
+
+
+def test_a_file_that_was_replaced_is_not_read(tmp_path):
+  """Its checksum would be another file's."""
+  folder = save_model(tmp_path / "encoder", "mae", MAE)
+  found = artifacts.opened(folder)
+  save_model(folder, "mae", MAE, seed=1)
+  with pytest.raises(artifacts.ArtifactError, match="has changed since"):
+    found.read(found.artifact.params)

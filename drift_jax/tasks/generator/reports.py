@@ -302,13 +302,13 @@ def report_on_weights(
     ArtifactError: weights that can't be loaded.
   """
   # 1. The generator, and what is asked of it.
-  _metrics(request)  # before anything is downloaded
-  mesh = sharding.make_mesh()
-  generator = open_artifact(weights, vae, mesh, decoded=True)
   alphas = (1.0,) if request.alphas is None else tuple(request.alphas)
   for alpha in alphas:
     if not alpha >= 1:
       raise config_lib.ConfigError(f"alpha={alpha} must be at least 1")
+  _judges(request)  # before anything is downloaded
+  mesh = sharding.make_mesh()
+  generator = open_artifact(weights, vae, mesh, decoded=True)
   count = request.count(generator.num_classes)
   count = options.NUM_SAMPLES if count is None else count
   with naming("labels"):
@@ -412,16 +412,20 @@ def _metrics(request: Request) -> tuple[str, ...]:
   return names
 
 
+def _judges(request: Request) -> dict[str, Any]:
+  """Returns the networks that judge; ConfigError if one is missing."""
+  judges = {name: request.judge(name) for name in JUDGED_METRICS}
+  check_judges(_metrics(request), judges)
+  return judges
+
+
 def _by_files(
   request: Request, *, count: int, resolution: int, mesh: Mesh
 ) -> tuple[list[Evaluator], dict[str, Any]]:
   """Makes evaluators against reference statistics, without a config."""
-  names = _metrics(request)
-  judges = {name: request.judge(name) for name in JUDGED_METRICS}
-  check_judges(names, judges)
   judged = network_evaluators(
-    names,
-    judges,
+    _metrics(request),
+    _judges(request),
     count=count,
     seed=request.seed or 0,
     resolution=resolution,

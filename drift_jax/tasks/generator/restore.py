@@ -439,9 +439,6 @@ def read_style(values: int | Sequence[int], task: GeneratorTask) -> np.ndarray:
   return np.array(given, np.int32)
 
 
-_LISTED = 3
-
-
 def check_alpha(alpha: float, trained: tuple[float, float]) -> None:
   """Raises ConfigError for an alpha outside the trained range."""
   if not trained[0] <= alpha <= trained[1]:
