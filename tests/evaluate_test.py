@@ -474,7 +474,7 @@ a.png: the suffix '.png' says in which format
 metrics='fd_pixel' needs a run (--workdir): valid options are
 {run} --num_samples=5400 --metrics=fd_pixel
 training images, fewer than the 540 generated
-{gen} --num_samples=25
+{gen} {other} {frechet} {reference} --num_samples=25
 num_samples=25 cannot be balanced over num_classes=10
 {few}
 ['fid', 'inception_score'], which need eval.inception.path

@@ -136,7 +136,7 @@ def cache(theirs, tmp_path_factory):
   folder = tmp_path_factory.mktemp("released")
   save_inception(folder / "weights" / "inception", published=True)
   save_random_statistics(
-    folder / "weights" / "imagenet256_train.npz",
+    folder / "imagenet_256_fid_stats.npz",
     folder / "weights" / "inception",
     resolution=8,
     crop="center",
