@@ -51,7 +51,7 @@ class DrawnLatents(FolderSource):
     """[2, h, w, c] float32 of an image and of its mirror image.
 
     Args:
-      index: of the image.
+      index: number of the image in the source.
       shape: (h, w, c) that they must have.
 
     Raises:

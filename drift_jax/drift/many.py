@@ -133,27 +133,16 @@ def drift_losses(
   by_xla = functools.partial(_by_xla, loss=loss, stops=stops)
   on_chip, fits_chip = by_xla, lambda x: False
   if kernel != "xla" and variant.has_kernel and temperature_scale is None:
-    # Pallas takes a while to import.
-    from drift_jax.drift import fused
-
-    plan = fused.plan_of(
+    on_chip, fits_chip = _on_chip(
       variant,
       num_unconditional or 0,
       **static,
       num_positives=num_positives,
       interpret=kernel == "interpret",
     )
-    on_chip = functools.partial(fused.losses_of_group, plan=plan)
-    fits_chip = functools.partial(fused.fits, temperatures=temperatures)
   # 3. Groups of features, each compiled once: of equal width, or shape.
-  groups: dict[Any, list[str]] = {}
-  for key, x in generated.items():
-    fits = fits_chip(x)
-    alike = x.shape[3] if fits else x.shape
-    group = (fits, alike, x.dtype, real[key].dtype)
-    groups.setdefault(group, []).append(key)
   keys, results = [], []
-  for (fits, *_), members in groups.items():
+  for (fits, *_), members in _groups(generated, real, fits_chip).items():
     values = [(generated[key], real[key]) for key in members]
     at = slice(len(keys), len(keys) + len(members))
     shared = jax.tree.map(operator.itemgetter(at), scalars)
@@ -188,6 +177,37 @@ def _check_features(
         f"num_positives={num_positives}: real[{key!r}] has "
         f"{real[key].shape[1]} samples of each label, positives first"
       )
+
+
+def _groups(
+  generated: Mapping[str, Array],
+  real: Mapping[str, Array],
+  fits_chip: Callable[[Array], bool],
+) -> dict[tuple[Any, ...], list[str]]:
+  """{(whether the kernels compute it, ...): keys that are compiled as one}."""
+  groups: dict[tuple[Any, ...], list[str]] = {}
+  for key, x in generated.items():
+    fits = fits_chip(x)
+    alike = x.shape[3] if fits else x.shape
+    group = (fits, alike, x.dtype, real[key].dtype)
+    groups.setdefault(group, []).append(key)
+  return groups
+
+
+def _on_chip(
+  variant: Variant, num_unconditional: int, **static: Any
+) -> tuple[Callable[..., Any], Callable[[Array], bool]]:
+  """What computes a group of features by kernels, and whether a feature fits.
+
+  Arguments as of fused.plan_of.
+  """
+  from drift_jax.drift import fused  # Pallas takes a while to import.
+
+  plan = fused.plan_of(variant, num_unconditional, **static)
+  return (
+    functools.partial(fused.losses_of_group, plan=plan),
+    functools.partial(fused.fits, temperatures=static["temperatures"]),
+  )
 
 
 _Value = tuple[Array, Array]
