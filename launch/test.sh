@@ -26,9 +26,11 @@ done
 [ $# -eq 0 ] || tests=("$@")
 make_environment requirements.txt -r requirements-dev.txt \
   -r requirements-robots.txt
-# Its own requirements want an older Orbax, and more that it doesn't import.
+# Without their own requirements: jax2onnx wants an older Orbax, trackio an older
+# Pillow, and both more that they don't import.
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
-  jax2onnx==0.17.1 2> >(grep -v -e conflict -e jax2onnx >&2 || true)
+  jax2onnx==0.17.1 trackio==0.43.0 \
+  2> >(grep -v -e conflict -e jax2onnx -e trackio >&2 || true)
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/basedpyright
