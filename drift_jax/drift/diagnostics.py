@@ -12,7 +12,7 @@ from drift_jax.drift.variant import Variant
 
 
 class DriftInfo(TypedDict):
-  """Figures to watch while training; the loss itself is constant by design.
+  """Figures of the field beside the loss, which says little of progress.
 
   Attributes:
     scale: S, the weighted mean distance, in the units of the features.

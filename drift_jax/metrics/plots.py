@@ -244,8 +244,8 @@ def _plot(
 def plot_drift(records: Records, path: files.PathLike) -> None:
   """Draws the raw drift's RMS of each temperature over steps, logarithmic.
 
-  The loss is nearly constant by construction (each temperature's drift is
-  normalised, arXiv:2602.04770, A.6), so this is the curve to watch.
+  Each ends near the level that a batch of reals has in the samples' place, from
+  above or, if its kernels reached nothing at first, from below.
 
   Args:
     records: dicts with "step" and `drift_rms/TEMPERATURE`, the root mean square

@@ -67,10 +67,11 @@ class Temperature(NamedTuple):
 
 
 def drift_metrics(report: DriftReport) -> Metrics:
-  """Returns the metrics that a user watches: raw drift RMS, scale, neighbours.
+  """Returns the metrics of the field: raw drift RMS, scale, neighbours.
 
-  The loss is constant by construction, so these are the run's real signals.
-  Overall and per group of keys (a group is a key's part before the first
+  With normalised drifts the loss is a key's agreement of temperatures, 0 to
+  their number squared, and says nothing of how far the samples are. Raw drift
+  ends at what reals in their place have: docs/troubleshooting.md. Overall and per group of keys (a group is a key's part before the first
   '_': conv1, layer1, ..., global): 'drift_rms/<tau>[/<group>]' is the root
   of the mean over keys of the raw drift's mean square, in units where the
   mean distance is sqrt(C); 'scale/<group>' the mean distance S itself;
@@ -115,8 +116,8 @@ def drift_update(
 ) -> tuple[state_lib.TrainState, Metrics]:
   """Returns the state after a step, and the step's metrics.
 
-  Metrics: 'loss' (constant by construction), update's, drift_metrics', and
-  'temperature_scale' if there is one.
+  Metrics: 'loss', update's, drift_metrics', and 'temperature_scale' if there is
+  one.
 
   Args:
     state: state before the step.
