@@ -71,7 +71,8 @@ def drift_metrics(report: DriftReport) -> Metrics:
 
   With normalised drifts the loss is a key's agreement of temperatures, 0 to
   their number squared, and says nothing of how far the samples are. Raw drift
-  ends at what reals in their place have: docs/troubleshooting.md. Overall and per group of keys (a group is a key's part before the first
+  ends at what reals in their place have: docs/troubleshooting.md.
+  Overall and per group of keys (a group is a key's part before the first
   '_': conv1, layer1, ..., global): 'drift_rms/<tau>[/<group>]' is the root
   of the mean over keys of the raw drift's mean square, in units where the
   mean distance is sqrt(C); 'scale/<group>' the mean distance S itself;
