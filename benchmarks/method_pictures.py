@@ -17,6 +17,7 @@ if not __package__:
   sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from drift_jax import drift
@@ -70,9 +71,9 @@ def draw_field(path: pathlib.Path) -> None:
     axes, panels.items(), strict=True
   ):
     v = drift.compute_v(
-      samples,
-      real,
-      samples,
+      jnp.asarray(samples),
+      jnp.asarray(real),
+      jnp.asarray(samples),
       0.4,
       mask_self=True,
       attraction=attraction,
@@ -91,7 +92,7 @@ def draw_temperatures(path: pathlib.Path) -> None:
   """Whom one sample feels: each positive's share, at three temperatures."""
   real = points(2, [(0.0, 0.0)], 96, 0.5)
   sample = np.array([[0.55, 0.15]], np.float32)
-  squared = drift.squared_distances(sample, real)
+  squared = drift.squared_distances(jnp.asarray(sample), jnp.asarray(real))
   scale = float(np.sqrt(squared).mean())
   figure, axes = _panels(3)
   for axis, tau in zip(axes, TEMPERATURES, strict=True):
@@ -142,7 +143,7 @@ def digits_levels(
       "the mean of each class": held.mean(axis=1, keepdims=True) + noise,
       "grey": noise,
     }.items():
-      losses, info = loss(samples, real)
+      losses, info = loss(jnp.asarray(samples), jnp.asarray(real))
       row = {"loss": float(losses.mean())}
       for tau, mean_square in info["drift_ms"].items():
         row[f"drift_rms/{tau}"] = float(mean_square) ** 0.5
