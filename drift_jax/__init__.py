@@ -13,7 +13,7 @@ if TYPE_CHECKING:
   from drift_jax.sampling import load
   from drift_jax.training.released import released
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["load", "released"]
 
 # `load` brings JAX and all the models. The others are modules under the names

@@ -37,6 +37,7 @@ START = """if True:
 CONFIG = "--config=configs/digits.py:smoke"
 # {program: (a mistake on its command line, what it says)}.
 MISTAKES = {
+  "drift_jax": ("trian --config=x", "command 'trian': valid options are ['tr"),
   "drift_jax.main": (CONFIG, "--workdir must have a value"),
   "drift_jax.sample": ("--from=x --out=x.bmp", "'.bmp' is none of ['.png', "),
   "drift_jax.evaluate": (
