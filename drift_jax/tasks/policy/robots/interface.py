@@ -27,7 +27,7 @@ class RobotError(UserError, ValueError):
   """
 
 
-class ExtraError(RobotError):
+class ExtraError(RobotError, extras.ExtraError):
   """A package of the extra robots is missing."""
 
 
