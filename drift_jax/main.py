@@ -24,7 +24,7 @@ def define_flags() -> None:
   config_flags.DEFINE_config_file(
     "config",
     None,
-    "Config file, e.g. configs/digits.py or configs/digits.py:smoke",
+    "Config file or name, e.g. configs/digits.py, digits or digits:smoke",
   )
   config_lib.define_process_flags()
   flags.mark_flag_as_required("config")

@@ -85,12 +85,13 @@ one_of() {
   die "--$flag='${!variable}': valid options are $*"
 }
 
-# --config names a file of this repository, which is what travels.
+# --config names a file of this repository, which is what travels, or NAME for
+# configs/NAME.py.
 check_config() {
   local file=${config%%:*}
   case $file in
     /* | *..*) ;;
-    *) [ ! -f "$root/$file" ] || return 0 ;;
+    *) [ ! -f "$root/$file" ] && [ ! -f "$root/configs/$file.py" ] || return 0 ;;
   esac
   die "--config='$config': there is no file '$file' in $root; valid options" \
     "are $(cd "$root" && grep -l '^def get_config' configs/*.py | tr '\n' ' ')"

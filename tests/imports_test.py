@@ -23,6 +23,7 @@ RANKS = {
   "serve": 7,
   "sample": 8,
   "main": 8,
+  "__main__": 8,
 }
 # What pure code must not touch: configs, meshes, files and clocks.
 FORBIDDEN_IN_PURE = {

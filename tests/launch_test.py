@@ -197,6 +197,7 @@ def test_a_tool_that_is_missing():
     ("tpu_pod.sh run POD CONFIG --workdir=runs/a", "'runs/a': valid options"),
     ("tpu_pod.sh run POD CONFIG --config.seed", "write --config.seed=VALUE"),
     ("tpu_pod.sh run RUN --config=configs/digit.py", "configs/ablations.py c"),
+    ("tpu_pod.sh run RUN --config=digit:smoke", "configs/ablations.py c"),
     ("gke.sh JOBSET --accelerator=v9", "options are v4 v5e v5p v6e tpu7x"),
     ("gke.sh JOBSET --topology=4x16", "'4x16': valid options are 1x1 2x2 2x4"),
     ("gke.sh V5P --topology=4x4x6", "want one of 2x2x1 2x2x2 2x2x4 2x4x4, or"),

@@ -15,9 +15,11 @@ from drift_jax.config.command_line import (
   config_arguments,
   define_process_flags,
   define_source_flags,
+  find_config,
   load_config,
   parse_flags,
   process_flags,
+  run_config,
   source,
 )
 from drift_jax.config.parsing import check_override

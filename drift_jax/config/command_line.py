@@ -1,10 +1,13 @@
 """--config=FILE[:VARIANT] and --config.KEY=VALUE, with messages that teach."""
 
+import importlib
+import importlib.machinery
+import importlib.util
 import pathlib
 import re
 import runpy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -18,17 +21,15 @@ from drift_jax.system.errors import ConfigError
 def parse_flags(argv: Sequence[str]) -> list[str]:
   """Parses the command line; a mistake in it ends the process with one line."""
   try:
-    argv = [_expanded(argument) for argument in argv]
-    path, overrides = config_arguments(
-      flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
-    )
+    argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
+    path, overrides = config_arguments(argv)
     if path is None:
       return flags.FLAGS(argv)
     config = load_config(path)
     for key, value in overrides.items():
       check_override(config, key, value)
     try:
-      return flags.FLAGS(argv)
+      return flags.FLAGS(_with_file(argv))
     except flags.IllegalFlagValueError as error:
       message = _explain(str(error), config, overrides)
       raise ConfigError(message) from error
@@ -36,16 +37,17 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     sys.exit(f"Error: {error}")
 
 
-def _expanded(argument: str) -> str:
-  """An argument of the command line; the `~` of --config=~/FILE expanded.
-
-  Raises:
-    PathError: see `paths.expand`.
-  """
-  name, equals, value = argument.partition("=")
-  if name.lstrip("-") != "config":
-    return argument
-  return f"{name}{equals}{paths.expand(value)}"
+def _with_file(argv: Sequence[str]) -> list[str]:
+  """The arguments, with the file that --config names as its value."""
+  arguments = iter(argv)
+  changed = []
+  for argument in arguments:
+    name, equals, value = argument.partition("=")
+    if name in ("--config", "-config"):
+      value = value if equals else next(arguments, "")
+      argument = f"--config={find_config(value)}"
+    changed.append(argument)
+  return changed
 
 
 def define_process_flags(*, waits: bool = False) -> None:
@@ -140,22 +142,40 @@ def config_arguments(
   return path, overrides
 
 
+def find_config(argument: str) -> str:
+  """Finds the file of a config; returns FILE or FILE:VARIANT.
+
+  NAME is short for configs/NAME.py, which is looked for in the current folder
+  and then among those that come with drift_jax.
+
+  Raises:
+    PathError: see `paths.expand`.
+  """
+  name, colon, variant = argument.partition(":")
+  file = pathlib.Path(paths.expand(name))
+  if re.fullmatch(r"[\w-]+", name):
+    file = pathlib.Path("configs", f"{name}.py")
+  ours = _folder() / file.name
+  if file.parent == pathlib.Path("configs") and not file.is_file():
+    file = ours if ours.is_file() else file
+  return f"{file}{colon}{variant}"
+
+
 def load_config(argument: str) -> dict[str, Any]:
-  """Loads the values of the config that 'FILE' or 'FILE:VARIANT' names.
+  """Loads the values of the config that FILE or FILE:VARIANT names.
 
   Raises:
     ConfigError: no such file, a file that defines no config, or a variant
       that the file refuses with a ValueError.
     PathError: see `paths.expand`.
   """
-  name, colon, variant = argument.partition(":")
-  name = paths.expand(name)
+  name, colon, variant = find_config(argument).partition(":")
   file = pathlib.Path(name)
   if not file.is_file():
     raise ConfigError(
       f"--config={argument}: there is no file {name!r}; {_configs(file)}"
     )
-  get_config = runpy.run_path(name).get("get_config")
+  get_config = run_config(file).get("get_config")
   if get_config is None:
     raise ConfigError(
       f"--config={argument}: {name} has no get_config(); {_configs(file)}"
@@ -171,17 +191,45 @@ def load_config(argument: str) -> dict[str, Any]:
   return config.to_dict()
 
 
+def run_config(file: pathlib.Path) -> dict[str, Any]:
+  """Runs a config file; returns the names that it defines.
+
+  Its `from configs import NAME` looks in the file's own folder if that is
+  called configs, in the package `configs` that Python finds by itself, and at
+  last among the configs that come with drift_jax.
+  """
+  folder, ours = file.resolve().parent, _folder()
+  if "configs" not in sys.modules:
+    if folder != ours and importlib.util.find_spec("configs"):
+      importlib.import_module("configs")
+    else:
+      spec = importlib.machinery.ModuleSpec("configs", None, is_package=True)
+      sys.modules["configs"] = importlib.util.module_from_spec(spec)
+  package = sys.modules["configs"]
+  own = [str(folder)] if folder.name == "configs" else []
+  there = getattr(package, "__path__", [])
+  package.__path__ = [*dict.fromkeys([*own, *there, str(ours)])]
+  return runpy.run_path(str(file))
+
+
+def _folder() -> pathlib.Path:
+  """Folder of drift_jax's own configs: in a wheel inside it, else beside it."""
+  package = pathlib.Path(__file__).resolve().parent.parent
+  inside = package / "configs"
+  return inside if inside.is_dir() else package.parent / "configs"
+
+
 def _configs(file: pathlib.Path) -> str:
-  """Lists the configs beside a file, or else in configs/."""
-  for folder in (file.parent, pathlib.Path("configs")):
-    found = [
-      str(path)
-      for path in sorted(folder.glob("*.py"))
-      if "\ndef get_config(" in path.read_text()
-    ]
-    if found:
-      return f"valid options are {found}"
-  return "give the path of a file with a function get_config"
+  """Lists the configs beside a file, and the names of those of drift_jax."""
+
+  def defined(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    for path in folder.glob("*.py"):
+      if "\ndef get_config(" in path.read_text():
+        yield path
+
+  found = {path.stem: path.stem for path in defined(_folder())}
+  found |= {path.stem: str(path) for path in defined(file.parent)}
+  return f"valid options are {[found[name] for name in sorted(found)]}"
 
 
 def _explain(

@@ -296,6 +296,7 @@ def open_source(
     NoSplitError: the data have no such split.
     StorageError: a URL that can't be read, or of what only disks hold.
     ValueError: an unknown kind, or what the kind raises.
+    ExtraError: a package that the kind needs is missing.
   """
   data_dir = paths.expand(data_dir)
   kind, _, rest = spec.partition(":")
@@ -310,6 +311,9 @@ def open_source(
   settings: Any = dict(class_order=class_order, max_corrupt=max_corrupt)
   settings |= dict(split=split, decoder=decoder)
   if kind == "tfds":
+    from drift_jax.system import extras
+
+    extras.need(f"data.source={spec!r}", "tfds", "tensorflow_datasets")
     storage.check_data(rest if storage.is_remote(rest) else data_dir)
     settings |= dict(data_dir=data_dir)
   else:

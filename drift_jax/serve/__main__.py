@@ -19,7 +19,7 @@ from typing import NoReturn
 from absl import app, flags
 
 from drift_jax import config as config_lib
-from drift_jax.system import programs
+from drift_jax.system import extras, programs
 
 
 def define_flags() -> None:
@@ -93,6 +93,7 @@ def main(argv: list[str]) -> None:
     source = config_lib.source()
     sizes = parse_sizes(values.batch_sizes)
     check_root_path(values.root_path)
+    extras.need("The page", "serve", "starlette", "uvicorn")
     # Taken before anything takes time; nobody can connect until it listens.
     listener = bind(values.host, values.port)
   programs.setup()

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from drift_jax.system import paths
+from drift_jax.system import extras, paths
 from drift_jax.system.console import logger
 from drift_jax.system.errors import DataError
 from drift_jax.tasks.policy.demonstrations import Demonstrations
@@ -41,8 +41,8 @@ def read_robomimic(
   try:
     import h5py
   except ImportError as error:
-    remedy = "pip install -r requirements-robots.txt"
-    raise DataError(f"{path}: HDF5 files need h5py: {remedy}") from error
+    line = extras.install_line("robots")
+    raise DataError(f"{path}: HDF5 files need h5py: {line}") from error
   path = pathlib.Path(paths.expand(path))
   with reading(path), h5py.File(path, "r") as file:
     group: Any = file.get("data")

@@ -6,7 +6,6 @@ import hashlib
 import json
 import pathlib
 import re
-import runpy
 import shlex
 import signal
 import subprocess
@@ -134,7 +133,7 @@ def run(arguments: Sequence[str]) -> None:
     ConfigError, OSError, ValueError: what can't be run.
   """
   file, base = _base()
-  module = runpy.run_path(str(file))
+  module = config_lib.run_config(file)
   if len(arguments) != 1:
     raise config_lib.ConfigError(
       f"name one table, got {list(arguments)}; valid options are "
@@ -173,7 +172,7 @@ def _base() -> tuple[pathlib.Path, str]:
   """(the file of ablations, the base's name) of --config."""
   argument, _ = config_lib.config_arguments(sys.argv)
   assert argument is not None
-  name, colon, variant = argument.partition(":")
+  name, colon, variant = config_lib.find_config(argument).partition(":")
   file = pathlib.Path(name).parent / "ablations.py"
   if not file.is_file():
     raise config_lib.ConfigError(

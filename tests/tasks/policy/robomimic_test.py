@@ -171,5 +171,5 @@ def test_files_that_are_none(robomimic, tmp_path, monkeypatch):
     with pytest.raises(DataError, match=message):
       read_robomimic(file, ["object"])
   monkeypatch.setitem(sys.modules, "h5py", None)
-  with pytest.raises(DataError, match="h5py: .*requirements-robots.txt"):
+  with pytest.raises(DataError, match="h5py: pip install .*robots"):
     read_robomimic(path, ["object"])

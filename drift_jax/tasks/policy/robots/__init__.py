@@ -1,7 +1,7 @@
 """Robots: control tasks, experts that solve them, and judges of policies.
 
-Without the packages of requirements-robots.txt there is 'obstacle'; the others
-say what to install.
+Without the packages of the extra robots there is 'obstacle'; the others say
+what to install.
 
   ENVIRONMENTS, make      control tasks by name
   Environment, Step       an environment, and the result of an action

@@ -33,7 +33,7 @@ def make(
 
   Raises:
     RobotError: an unknown name or observation.
-    ExtraError: a missing package of requirements-robots.txt.
+    ExtraError: a missing package of the extra robots.
   """
   if name not in ENVIRONMENTS:
     raise RobotError(

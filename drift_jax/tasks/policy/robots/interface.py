@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from drift_jax.system import extras
 from drift_jax.system.errors import UserError
 from drift_jax.tasks.policy.selection import parse
 
@@ -26,8 +27,8 @@ class RobotError(UserError, ValueError):
   """
 
 
-class ExtraError(RobotError):
-  """A package of requirements-robots.txt is missing."""
+class ExtraError(RobotError, extras.ExtraError):
+  """A package of the extra robots is missing."""
 
 
 def import_extras(environment: str, *modules: str) -> Any:
@@ -53,7 +54,7 @@ def import_extras(environment: str, *modules: str) -> Any:
       missing = (error.name or module).partition(".")[0]
       raise ExtraError(
         f"environment {environment!r} needs the package {missing!r}: "
-        f"pip install -r requirements-robots.txt ({error})"
+        f"{extras.install_line('robots')} ({error})"
       ) from error
   return imported
 
