@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -62,7 +63,7 @@ MISTAKES = {
   "drift_jax.main": (f"{CONFIG} --config.sed=1", "sed='1': did you mean seed?"),
   "drift_jax.sample": ("--from=x --out=x.bmp", "'.bmp' is none of ['.png', "),
   "drift_jax.evaluate": (
-    *("--from=x --alphas=1,two", "--alphas: could not convert string"),
+    *("--from=tests --alphas=1,two", "--alphas: could not convert string"),
   ),
   "drift_jax.serve": ("--from=x --batch_sizes=0", "--batch_sizes=0: "),
   "drift_jax.tools.ablate": (
@@ -160,13 +161,21 @@ def test_all_programs_are_here():
   assert {name.removesuffix(".__main__") for name in programs} == set(MISTAKES)
 
 
-def test_help_imports_nothing_heavy():
-  programs = [*MISTAKES, *BENCHMARKS]
-  told = start_each((program, "--help") for program in programs)
-  for program, (code, said, imported) in zip(programs, told, strict=True):
+def test_help_has_what_is_needed_and_imports_nothing_heavy():
+  needs = {name: "" for name in BENCHMARKS} | {
+    k: v[0] for k, v in NEEDS.items()
+  }
+  told = start_each(
+    [name, *re.findall(r"(?<!\S)\w+", line), "--help"]
+    for name, line in needs.items()
+  )
+  for (program, line), (code, said, imported) in zip(
+    needs.items(), told, strict=True
+  ):
     assert "usage:" in said.lower() or "flags:" in said, (program, said)
     assert code in (0, 1)  # absl's is 1
     assert imported and not imported & HEAVY, program
+    assert {*re.findall(r"--\w+", line)} <= {*re.findall(r"--\w+", said)}
 
 
 def mistakes() -> Iterator[tuple[str, str, str]]:

@@ -14,6 +14,10 @@ from drift_jax.config.parsing import check_override
 from drift_jax.system import options, paths
 from drift_jax.system.errors import ConfigError
 
+# Flags that are defined here belong to the program that asks for them, in whose
+# --help they are.
+flags.disclaim_key_flags()
+
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
   """Parses the command line; a mistake in it ends the process with one line."""

@@ -57,16 +57,22 @@ RANKING = (
 
 
 def is_run(source: str) -> bool:
-  """Whether this is the workdir of a run, local or in a bucket.
+  """Whether this is a run's workdir, and no export or weights.
 
   Raises:
-    ConfigError: a config that can't be read.
+    ConfigError: there is nothing, or a config that can't be read.
     StorageError: a bucket that can't be read.
   """
   if source.startswith(storage.HUB):
     return False
   storage.check(source)
-  file = epath.Path(source) / CONFIG_FILE
+  folder = epath.Path(source)
+  if not folder.exists():
+    raise ConfigError(
+      f"there is no {source}: give the folder of a run, an export or weights, "
+      "or hf://NAME"
+    )
+  file = folder / CONFIG_FILE
   return file.exists() and "task" in storage.read_json(file, dict)
 
 
