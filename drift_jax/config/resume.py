@@ -67,7 +67,7 @@ def is_run(source: str) -> bool:
     return False
   storage.check(source)
   folder = epath.Path(source)
-  if not folder.exists():
+  if not storage.is_remote(source) and not folder.exists():
     raise ConfigError(
       f"there is no {source}: give the folder of a run, an export or weights, "
       "or hf://NAME"
