@@ -1,7 +1,7 @@
 """Figures of a generator or of images: python -m drift_jax.evaluate ...
 
-  python -m drift_jax.evaluate --workdir=DIR [--alphas=1,1.5] ...
-  python -m drift_jax.evaluate --weights=DIR --inception=DIR
+  python -m drift_jax.evaluate --from=WORKDIR [--alphas=1,1.5] ...
+  python -m drift_jax.evaluate --from=EXPORT|hf://NAME --inception=DIR
       --inception_reference=FILE --num_samples=50000 ...
   python -m drift_jax.evaluate --images=DIR|FILE.npz --inception=DIR
       --inception_reference=FILE
@@ -20,9 +20,7 @@ from drift_jax.system.errors import naming
 from drift_jax.tasks.generator.config import EVAL_METRICS
 from drift_jax.tasks.generator.protocols import PROTOCOLS, of_request
 
-# Whose images are judged: one of these.
-SOURCES = ("workdir", "weights", "images")
-# Flags of the first of these alone, and of the first two.
+# Flags that go with a run alone, and with any generator.
 _OF_RUN = ("step", "ema_decay", "encoder", "data_source", "data_dir")
 _OF_RUN += ("neighbours", "neighbour_space", "neighbour_samples")
 _OF_GENERATOR = ("alphas", "labels", "samples_out", "vae")
@@ -39,15 +37,18 @@ def define_flags() -> None:
   """Defines the flags: not on import, as other programs have the same names."""
   path, integer = paths.define_flag, flags.DEFINE_integer
   # 1. Whose images.
-  path("workdir", None, "Folder of a run.")
-  path("weights", None, "Exported weights: their folder, or hf://NAME.")
-  path("vae", "", "Autoencoder of --weights; of --workdir, if it has moved.")
+  config_lib.define_source_flag(
+    f"A generator: {config_lib.GENERATORS}.",
+    *("workdir", "weights"),
+    required=False,
+  )
+  path("images", None, "Or a folder or an ADM .npz of images from elsewhere.")
+  path("vae", "", "Autoencoder of weights; of a run, if it has moved.")
   flags.DEFINE_multi_string(
     "encoder", [], "NAME=DIR, once for each: where encoders.NAME.path is now."
   )
   flags.DEFINE_string("data_source", None, "Where the run's data are now.")
   path("data_dir", None, "The folder that the run's data start from now.")
-  path("images", None, "Folder or ADM .npz of images from elsewhere.")
   # 2. Which samples, and which figures.
   flags.DEFINE_list("alphas", None, "Guidance scales; default: the config's.")
   flags.DEFINE_list(
@@ -112,8 +113,8 @@ def define_flags() -> None:
   path(
     "out",
     None,
-    "JSON to write, pictures beside it; default: evaluation.json, in WORKDIR "
-    "if there is one.",
+    "JSON to write, pictures beside it; default: evaluation.json, of a run in "
+    "its workdir.",
   )
   config_lib.define_process_flags(waits=True)
 
@@ -165,16 +166,16 @@ def judge(values: flags.FlagValues, arguments: dict[str, Any]) -> None:
   )
   from drift_jax.training.workdir import alone_with
 
-  asked = Request(**arguments)
+  source, asked = config_lib.source(), Request(**arguments)
   with alone_with(asked.out):
-    if values.workdir is not None:
-      report = report_on_run(
-        values.workdir, asked, step=values.step, ema_decay=values.ema_decay
-      )
-    elif values.weights is not None:
-      report = report_on_weights(values.weights, asked, vae=values.vae)
-    else:
+    if source is None:
       report = report_on_images(values.images, asked)
+    elif config_lib.is_run(source):
+      report = report_on_run(
+        source, asked, step=values.step, ema_decay=values.ema_decay
+      )
+    else:
+      report = report_on_weights(source, asked, vae=values.vae)
     if processes.is_first():
       print(table(report))
       for text in report.get("protocol", {}).get("differs", ()):
@@ -189,21 +190,24 @@ def request(values: flags.FlagValues) -> dict[str, Any]:
   Raises:
     ConfigError: flags that don't go together, or a value that is none.
   """
-  sources = [name for name in SOURCES if values[name].value is not None]
-  if len(sources) != 1:
-    given = [f"--{name}" for name in sources] or "none"
+  source = config_lib.source()
+  if (source is None) == (values.images is None):
     raise config_lib.ConfigError(
-      f"give one of {[f'--{name}' for name in SOURCES]}, got {given}"
+      "give --from=SOURCE of a generator, or --images=DIR|FILE.npz; got "
+      f"{'neither' if source is None else 'both'}"
     )
-  for names, allowed in ((_OF_RUN, 1), (_OF_GENERATOR, 2)):
+  is_run = source is not None and config_lib.is_run(source)
+  judged = f"--images={values.images}" if source is None else f"--from={source}"
+  for names, allowed, kind in (
+    (_OF_RUN, is_run, "a run"),
+    (_OF_GENERATOR, source is not None, "a generator, --from=SOURCE"),
+  ):
     for name in names:
-      if values[name].present and sources[0] not in SOURCES[:allowed]:
+      if values[name].present and not allowed:
         raise config_lib.ConfigError(
-          f"--{name}={values[name].value} with --{sources[0]}: it goes with --"
-          + " or --".join(SOURCES[:allowed])
+          f"--{name}={values[name].value} with {judged}: it goes with {kind}"
         )
-  folder = "" if values.workdir is None else f"{values.workdir}/"
-  out = values.out or f"{folder}evaluation.json"
+  out = values.out or f"{f'{source}/' if is_run else ''}evaluation.json"
   for name, path, suffix in (
     ("samples_out", values.samples_out, ".npz"),
     ("out", out, ".json"),

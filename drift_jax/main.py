@@ -1,4 +1,4 @@
-"""The entry point: python -m drift_jax.main --config=FILE --workdir=DIR.
+"""The entry point: python -m drift_jax.main --config=FILE [--workdir=DIR].
 
 Several processes: the same command in each of them with
 --coordinator=HOST:PORT --num_processes=N --process_id=I, or --coordinator=auto.
@@ -9,6 +9,7 @@ from ml_collections import config_flags
 
 from drift_jax import config as config_lib
 from drift_jax.system import paths, programs, storage
+from drift_jax.system.console import logger
 from drift_jax.tasks import parse, trainer
 
 
@@ -18,8 +19,7 @@ def define_flags() -> None:
     "workdir",
     None,
     "Folder of the run, local or gs://BUCKET/PATH; a run found there is "
-    "continued.",
-    required=True,
+    "continued. Default: runs/NAME, by the config's file and variants.",
   )
   config_flags.DEFINE_config_file(
     "config",
@@ -32,12 +32,22 @@ def define_flags() -> None:
 
 def main(argv: list[str]) -> None:
   """Validates the config, then runs the task that it names."""
-  workdir = flags.FLAGS.workdir
+  values = flags.FLAGS
+  default = config_lib.default_workdir(
+    config_flags.get_config_filename(values["config"])
+  )
+  workdir = default if values.workdir is None else values.workdir
   with programs.checking(argv):
-    config = parse(flags.FLAGS.config)
+    config = parse(values.config)
     storage.check(workdir, write=True)
+
+  def program() -> None:
+    if values.workdir is None:
+      logger.info("The run is in %s; --workdir=DIR takes another.", workdir)
+    trainer(config.task).train_and_evaluate(config, workdir)
+
   programs.run(
-    lambda: trainer(config.task).train_and_evaluate(config, workdir),
+    program,
     processes=config_lib.process_flags(),
     resumes=True,
     workdir=workdir,

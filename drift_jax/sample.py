@@ -25,7 +25,7 @@ FILES = (*options.PICTURES, ".npz", ".gif")
 def define_flags() -> None:
   """Defines the flags: not on import, as other programs have the same names."""
   integer = flags.DEFINE_integer
-  config_lib.define_source_flags()
+  config_lib.define_generator_flags()
   flags.DEFINE_list(
     "labels",
     None,
@@ -80,8 +80,8 @@ def check_out(out: str, interpolate: int | None) -> str:
 def main(argv: list[str]) -> None:
   """Writes what the flags ask for."""
   values = flags.FLAGS
+  source = config_lib.source()
   with programs.checking(argv):
-    source = config_lib.source()
     suffix = check_out(values.out, values.interpolate)
     style = parse_style(values.style)
 

@@ -554,3 +554,18 @@ def test_common_defaults_are_the_ablation_settings():
   assert (config.optim.b1, config.optim.b2) == (0.9, 0.95)
   assert config.optim.grad_clip == 2.0
   assert config.guidance.exponent == 3.0
+
+
+@pytest.mark.parametrize(
+  ("argument", "workdir"),
+  [
+    ("configs/imagenet_pixel.py", "runs/imagenet_pixel"),
+    ("imagenet_pixel:b16,folder", "runs/imagenet_pixel_b16_folder"),
+    ("/a b/my config.py:x=*?[1]", "runs/my_config_x_1"),
+    ("configs/ablations.py:mnist:cpu/t/row", "runs/ablations_mnist_cpu_t_row"),
+  ],
+)
+def test_a_run_without_a_workdir_has_a_name_without_odd_characters(
+  argument, workdir
+):
+  assert config_lib.default_workdir(argument) == workdir

@@ -453,13 +453,15 @@ def test_a_protocol_of_images_and_of_a_run(answers, protocols):
 # Arguments, and below them what the job must say.
 MISTAKES = """
 
-give one of ['--workdir', '--weights', '--images'], got none
+give --from=SOURCE of a generator, or --images=DIR|FILE.npz; got neither
 {gen} --images=b
-got ['--weights', '--images']
+give --from=SOURCE of a generator, or --images=DIR|FILE.npz; got both
 --images=a --data_dir=a
---data_dir=a with --images: it goes with --workdir
+--data_dir=a with --images=a: it goes with a run
 --images=a --alphas=2
---alphas=['2'] with --images: it goes with --workdir or --weights
+--alphas=['2'] with --images=a: it goes with a generator, --from=SOURCE
+{few} --neighbours=10
+--neighbours=10 with --from={pixels}: it goes with a run
 --images=nowhere.npz
 Error: [Errno 2] No such file
 {run} --ema_decay=0
@@ -471,7 +473,7 @@ data.data_dir: d of the run in
 {few} --samples_out=a.png
 a.png: the suffix '.png' says in which format
 {few} --metrics=fd_pixel
-metrics='fd_pixel' needs a run (--workdir): valid options are
+metrics='fd_pixel' needs a run (--from=WORKDIR): valid options are
 {run} --num_samples=5400 --metrics=fd_pixel
 training images, fewer than the 540 generated
 {gen} {other} {frechet} {reference} --num_samples=25
@@ -486,7 +488,7 @@ holds a model of kind 'gen', want one of
 holds ['fid', 'inception_score'], but eval.inception.path=
 {few} {other} {frechet} --inception_reference=nowhere.npz
 there are no reference statistics nowhere.npz: python -m
---weights={tmp}/gen --num_samples=20 {other} {frechet} {reference}
+--from={tmp}/gen --num_samples=20 {other} {frechet} {reference}
 samples of 4 channels are the latents of an autoencoder: give it
 {few} {other} {frechet} --inception_reference={tmp}/narrow.npz
 narrow.npz holds statistics of 6 dimensions, expected 128
@@ -500,16 +502,16 @@ clip' holds a model 'clip', want 'dinov2'
 alpha=0.5 must be at least 1
 {run} --num_samples=20 --metrics=fd_pixel --neighbours=2000 --neighbour_space=pixel
 2000 nearest training images are asked for, there are 1257
---workdir={tmp}/renamed --num_samples=20 --metrics=fd_pixel
+--from={tmp}/renamed --num_samples=20 --metrics=fd_pixel
 began with other data (class 0 was '9', now '0'; class 1 was '8'
 {gen} --protocol=wflow --pixels=truncate
 --pixels=truncate with --protocol=wflow, which says the same
 {run} --protocol=adm --num_samples=500
 --num_samples=500 with --protocol=adm, which says the same
 --images=a --protocol=adm --label_order=class
---label_order=class with --images: it goes with --workdir or
+--label_order=class with --images=a: it goes with a generator
 {few} --label_order=class {other} {frechet} --metrics=fd_pixel
-metrics='fd_pixel' needs a run (--workdir): valid options
+metrics='fd_pixel' needs a run (--from=WORKDIR): valid options
 {run} --coordinator=127.0.0.1:1 --num_processes=2 --process_id=2
 process_id=2 must lie in [0, num_processes=2)
 """  # noqa: E501
@@ -532,8 +534,9 @@ def mistakes(tmp_path_factory, workdir, judges):
   text = MISTAKES.format(
     tmp=tmp_path,
     gen=f"--weights={pixels}",
-    few=f"--weights={pixels} --num_samples=20",
-    run=f"--workdir={workdir}",
+    pixels=pixels,
+    few=f"--from={pixels} --num_samples=20",
+    run=f"--from={workdir}",
     other=other,
     reference=reference,
     published=f"--inception={judges / 'published'}",

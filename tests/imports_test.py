@@ -104,7 +104,9 @@ def test_no_global_statements_and_no_unpickling():
     assert "pickle" not in path.read_text(), path
 
 
-def test_a_run_of_the_digits_imports_at_most_80_modules(tmp_path):
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+  """(folder that it starts in, what it said, modules that it imported)."""
   program = (
     "import atexit, runpy, sys\n"
     "atexit.register(lambda: print(*sys.modules))\n"
@@ -116,12 +118,24 @@ def test_a_run_of_the_digits_imports_at_most_80_modules(tmp_path):
     "eval.every": 1,
     "checkpoint.best_metric": "",
   }
+  folder = tmp_path_factory.mktemp("digits")
   done = process.call(
-    *("-c", program, "--config=configs/digits.py:smoke"),
-    f"--workdir={tmp_path}/run",
+    *("-c", program, f"--config={process.ROOT}/configs/digits.py:smoke"),
     *(f"--config.{key}={value}" for key, value in settings.items()),
+    cwd=folder,
   )
   assert done.returncode == 0, done.stderr
-  names = [x for x in done.stdout.split() if x.startswith("drift_jax")]
+  return folder, done.stderr, done.stdout.split()
+
+
+def test_a_run_of_the_digits_imports_at_most_80_modules(digits_run):
+  names = [x for x in digits_run[2] if x.startswith("drift_jax")]
   assert {"drift_jax.drift.loss", "drift_jax.training.loop"} <= {*names}
   assert len(names) <= 80, names
+
+
+def test_a_run_without_a_workdir_is_named_by_its_config(digits_run):
+  folder, said, _ = digits_run
+  (checkpoint,) = (folder / "runs/digits_smoke/checkpoints").glob("[0-9]*")
+  assert checkpoint.name == "1"
+  assert sum("runs/digits_smoke;" in line for line in said.splitlines()) == 1

@@ -73,7 +73,11 @@ def call_together(
 
 
 def call(
-  *command: object, devices: int = 1, timeout: float = 300, **variables: str
+  *command: object,
+  devices: int = 1,
+  timeout: float = 300,
+  cwd: str | os.PathLike[str] = ROOT,
+  **variables: str,
 ) -> subprocess.CompletedProcess[str]:
   """Runs python with these arguments to its end; returns what it said.
 
@@ -81,11 +85,12 @@ def call(
     *command: arguments of python, such as "-m", "drift_jax.main".
     devices: number of CPU devices.
     timeout: seconds after which the process is killed.
+    cwd: the folder it starts in.
     **variables: more environment variables.
   """
   return subprocess.run(
     [sys.executable, *map(str, command)],
-    cwd=ROOT,
+    cwd=cwd,
     env=process_environment(devices) | variables,
     capture_output=True,
     text=True,

@@ -370,9 +370,7 @@ def test_mistakes(folder, tmp_path):
     ("a.gif", {}, "a .gif is a walk"),
     ("a.png", {"interpolate": 3}, "only a .gif is"),
     ("a.png", {"style": ["x"]}, "--style: invalid literal"),
-    ("a.png", {"from": None}, "got neither"),
-    ("a.png", {"workdir": "runs"}, "got both"),
-    ("a.png", {"from": "/nowhere"}, "no exported model in /nowhere"),
+    ("a.png", {"from": "/nowhere"}, "there is no /nowhere: give"),
     ("a.png", {"step": 3}, "step=3 chooses among a run's"),
   ):
     code = run_command(tmp_path / out, **{"from": folder} | flags)

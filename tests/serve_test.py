@@ -525,7 +525,6 @@ def test_mistakes(folder):
   with socket.create_server(("127.0.0.1", 0)) as taken:
     port = taken.getsockname()[1]
     cases = {
-      "give --from=SOURCE, or --workdir=DIR of a run; got neither": (),
       f"--port={port}: Address already in use": (source, f"--port={port}"),
       "--host=256.0.0.1 --port=0: ": (source, "--host=256.0.0.1", "--port=0"),
       "--host= is empty": (source, "--host="),

@@ -12,9 +12,12 @@ be valid.
 
 from drift_jax.config.checks import check_new
 from drift_jax.config.command_line import (
+  GENERATORS,
   config_arguments,
+  default_workdir,
+  define_generator_flags,
   define_process_flags,
-  define_source_flags,
+  define_source_flag,
   find_config,
   load_config,
   parse_flags,
@@ -24,11 +27,13 @@ from drift_jax.config.command_line import (
 )
 from drift_jax.config.parsing import check_override
 from drift_jax.config.resume import (
+  CONFIG_FILE,
   RESUMABLE,
   RESUMABLE_ENDS,
   check_resumable,
   flat_values,
   flatten,
+  is_run,
   to_json,
 )
 from drift_jax.config.sections import (

@@ -17,6 +17,10 @@ from drift_jax.config.parsing import check_override
 from drift_jax.system import options, paths
 from drift_jax.system.errors import ConfigError
 
+# Flags that are defined here belong to the program that asks for them, in whose
+# --help they are.
+flags.disclaim_key_flags()
+
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
   """Parses the command line; a mistake in it ends the process with one line."""
@@ -34,7 +38,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
       message = _explain(str(error), config, overrides)
       raise ConfigError(message) from error
   except (ConfigError, flags.Error, paths.PathError) as error:
-    sys.exit(f"Error: {error}")
+    sys.exit(f"Error: {'; '.join(str(error).splitlines())}")
 
 
 def _with_file(argv: Sequence[str]) -> list[str]:
@@ -79,15 +83,48 @@ def process_flags() -> tuple[str, int | None, int | None]:
   return values.coordinator, values.num_processes, values.process_id
 
 
-def define_source_flags() -> None:
+# What --from may name if it is a generator.
+GENERATORS = (
+  "a run's workdir, an export, an artifact's folder, hf://NAME of the authors' "
+  "release or hf://OWNER/NAME[@REVISION][/FOLDER]"
+)
+
+
+class _Once(flags.Flag[Any]):
+  """A flag of several names, which is given once."""
+
+  def parse(self, argument: Any) -> None:
+    if self.present:
+      raise flags.IllegalFlagValueError(
+        f"--{self.name}={argument}: {self.value} is given already (former "
+        f"names of --{self.name} mean the same); leave one of them out"
+      )
+    super().parse(argument)
+
+
+def define_source_flag(
+  help: str,
+  *former: str,
+  required: bool = True,
+  parser: flags.ArgumentParser[Any] | None = None,
+) -> None:
+  """Defines --from: the run, the export or the weights that a program reads.
+
+  Args:
+    help: what it may name.
+    *former: names that it had, which still answer.
+    required: whether the program needs it.
+    parser: of the value; None: of one path.
+  """
+  flag = _Once(parser or paths.FlagParser(), None, "from", None, help)
+  flags.DEFINE_flag(flag, required=required)
+  for name in former:
+    flags.DEFINE_alias(name, "from")
+
+
+def define_generator_flags() -> None:
   """Defines the flags that name a generator to draw with."""
-  paths.define_flag(
-    "from",
-    None,
-    "A run's workdir, an export, an artifact's folder, hf://NAME of the "
-    "authors' release or hf://OWNER/NAME[@REVISION][/FOLDER].",
-  )
-  paths.define_flag("workdir", None, "The same, of a run.")
+  define_source_flag(f"The generator: {GENERATORS}.", "workdir")
   paths.define_flag(
     "vae",
     "",
@@ -104,23 +141,9 @@ def define_source_flags() -> None:
   )
 
 
-def source() -> str:
-  """Returns the one place that --from and --workdir name.
-
-  Raises:
-    ConfigError: both or neither is given.
-  """
-  found: tuple[str | None, str | None] = (
-    flags.FLAGS["from"].value,
-    flags.FLAGS.workdir,
-  )
-  given = [value for value in found if value is not None]
-  if len(given) != 1:
-    raise ConfigError(
-      "give --from=SOURCE, or --workdir=DIR of a run; got "
-      f"{'both' if given else 'neither'}"
-    )
-  return given[0]
+def source() -> Any:
+  """Returns the value of --from: `from` is no attribute's name."""
+  return flags.FLAGS["from"].value
 
 
 def config_arguments(
@@ -217,6 +240,17 @@ def _folder() -> pathlib.Path:
   package = pathlib.Path(__file__).resolve().parent.parent
   inside = package / "configs"
   return inside if inside.is_dir() else package.parent / "configs"
+
+
+def default_workdir(argument: str) -> str:
+  """The workdir of a run of --config=FILE[:VARIANT] that is given none.
+
+  It is runs/NAME: the file's name and the variant, without characters that
+  shells, Orbax or URLs read otherwise.
+  """
+  name, _, variant = argument.partition(":")
+  words = re.findall(r"[\w.-]+", f"{pathlib.Path(name).stem} {variant}", re.A)
+  return f"runs/{'_'.join(words)}"
 
 
 def _configs(file: pathlib.Path) -> str:

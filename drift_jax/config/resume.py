@@ -6,9 +6,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from etils import epath
+
 from drift_jax.config.sections import RunConfig
-from drift_jax.system import paths
+from drift_jax.system import paths, storage
 from drift_jax.system.errors import ConfigError
+
+# The resolved config in a run's workdir.
+CONFIG_FILE = "config.json"
 
 # Keys that a resumed run may change; any other change is another experiment.
 RESUMABLE = (
@@ -49,6 +54,26 @@ RANKING = (
   "eval.num_samples",
   "eval.pixels",
 )
+
+
+def is_run(source: str) -> bool:
+  """Whether this is a run's workdir, and no export or weights.
+
+  Raises:
+    ConfigError: there is nothing, or a config that can't be read.
+    StorageError: a bucket that can't be read.
+  """
+  if source.startswith(storage.HUB):
+    return False
+  storage.check(source)
+  folder = epath.Path(source)
+  if not storage.is_remote(source) and not folder.exists():
+    raise ConfigError(
+      f"there is no {source}: give the folder of a run, an export or weights, "
+      "or hf://NAME"
+    )
+  file = folder / CONFIG_FILE
+  return file.exists() and "task" in storage.read_json(file, dict)
 
 
 def to_json(config: RunConfig) -> str:
@@ -103,8 +128,8 @@ def check_resumable(old: str, new: str) -> None:
   ]
   if changed:
     raise ConfigError(
-      "the workdir holds a run with another config; use a new workdir or the "
-      f"old values. Changed: {'; '.join(changed)} (only "
+      "the workdir holds a run with another config; use a new workdir "
+      f"(--workdir=DIR) or the old values. Changed: {'; '.join(changed)} (only "
       f"{[*RESUMABLE, *RESUMABLE_ENDS]} may change in a resumed run)"
     )
   if "train.num_steps" in different:

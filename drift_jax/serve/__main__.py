@@ -25,7 +25,7 @@ from drift_jax.system import extras, programs
 def define_flags() -> None:
   """Defines the flags: not on import, as other programs have the same names."""
   integer = flags.DEFINE_integer
-  config_lib.define_source_flags()
+  config_lib.define_generator_flags()
   flags.DEFINE_string(
     "host", "127.0.0.1", "Address to listen on; 0.0.0.0: all of this machine's."
   )
@@ -89,8 +89,8 @@ def bind(host: str, port: int) -> socket.socket:
 def main(argv: list[str]) -> None:
   """Serves until it is told to end."""
   values = flags.FLAGS
+  source = config_lib.source()
   with programs.checking(argv):
-    source = config_lib.source()
     sizes = parse_sizes(values.batch_sizes)
     check_root_path(values.root_path)
     extras.need("The page", "serve", "starlette", "uvicorn")

@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import logging as absl_logging
 from tqdm import tqdm
@@ -82,6 +82,26 @@ class Parser(argparse.ArgumentParser):
 
   def error(self, message: str) -> NoReturn:
     sys.exit(f"Error: {message} (see {self.prog} --help)")
+
+
+class Once(argparse.Action):
+  """Stores the value of an argument of several names, which is given once."""
+
+  def __call__(
+    self,
+    parser: argparse.ArgumentParser,
+    namespace: argparse.Namespace,
+    values: Any,
+    option_string: str | None = None,
+  ) -> None:
+    given = getattr(namespace, self.dest)
+    if given is not self.default:
+      parser.error(
+        f"{option_string}={values}: {given} is given already "
+        f"({' and '.join(self.option_strings)} mean the same); leave one of "
+        "them out"
+      )
+    setattr(namespace, self.dest, values)
 
 
 class Progress:

@@ -81,7 +81,7 @@ def check_suffix(path: str | os.PathLike[str], valid: Sequence[str]) -> str:
   return suffix
 
 
-class _Parser(flags.ArgumentParser[str]):
+class FlagParser(flags.ArgumentParser[str]):
   """`expand` as absl has it."""
 
   def parse(self, argument: str) -> str:
@@ -95,7 +95,7 @@ def define_flag(
   name: str, default: str | None, help: str, *, required: bool = False
 ) -> flags.FlagHolder[Any]:
   """Defines a flag of absl that holds a path, which is expanded."""
-  return flags.DEFINE(_Parser(), name, default, help, required=required)
+  return flags.DEFINE(FlagParser(), name, default, help, required=required)
 
 
 def is_hidden(name: str) -> bool:

@@ -10,8 +10,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from absl import app
-
 from drift_jax.system import console
 from drift_jax.system.errors import ERRORS, UserError
 
@@ -36,7 +34,7 @@ def checking(argv: Sequence[str] = ()) -> Iterator[None]:
     argv: the program's name and what is no flag; there must be none.
   """
   if argv[1:]:
-    raise app.UsageError(f"unexpected arguments {list(argv[1:])}")
+    sys.exit(f"Error: unexpected arguments {list(argv[1:])} (see --help)")
   try:
     yield
   except ERRORS as error:

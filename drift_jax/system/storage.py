@@ -9,18 +9,22 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import json
 import logging
 import os
 import tokenize
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from etils import epath
+
+from drift_jax.system.errors import ConfigError
 
 if TYPE_CHECKING:
   import numpy as np
 
 PathLike = str | os.PathLike[str]
+_Json = TypeVar("_Json", dict[str, Any], list[Any])
 # Start of an address on the hub; see system.hub.
 HUB = "hf:"
 
@@ -70,6 +74,24 @@ def entries(folder: PathLike, ending: str = "") -> list[epath.Path]:
   if not folder.is_dir():
     return []
   return sorted(path for path in folder.iterdir() if path.name.endswith(ending))
+
+
+def read_json(file: epath.Path, kind: type[_Json]) -> _Json:
+  """Reads a JSON file of this package, a dict or a list.
+
+  Raises:
+    ConfigError: it is damaged.
+  """
+  try:
+    values = json.loads(file.read_text())
+  except ValueError as error:
+    raise ConfigError(f"{file} is no JSON: {error}") from error
+  if not isinstance(values, kind):
+    raise ConfigError(
+      f"{file} is damaged: it holds {type(values).__name__}, want "
+      f"{kind.__name__}"
+    )
+  return values
 
 
 def check_characters(path: PathLike) -> None:

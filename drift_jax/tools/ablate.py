@@ -49,11 +49,13 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
   """Runs what is left of the table; a mistake is one line."""
+  with programs.checking(argv[1:]):  # what comes after the table's name
+    table = argv[1:]
 
   def program() -> None:
     from drift_jax.tools.work import ablate
 
-    ablate.run(argv[1:])
+    ablate.run(table)
 
   programs.run(program, errors=(ValueError,))
 

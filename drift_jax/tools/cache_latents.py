@@ -15,18 +15,11 @@ import argparse
 import functools
 from collections.abc import Sequence
 
-from drift_jax.system import options, paths, programs
+from drift_jax.system import console, options, paths, programs
 
 
-def _parser() -> argparse.ArgumentParser:
-  description, _, details = (__doc__ or "").partition("\n")
-  parser = argparse.ArgumentParser(
-    prog="python -m drift_jax.tools.cache_latents",
-    description=description,
-    epilog=details,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+def _parser() -> console.Parser:
+  parser = programs.parser("drift_jax.tools.cache_latents", __doc__)
   add = parser.add_argument
   path = functools.partial(add, type=paths.argument)
   number = functools.partial(add, type=int)

@@ -1,22 +1,22 @@
 """Published weights into our format, one sub-command for each model.
 
-  python -m drift_jax.tools.convert_weights vae --source=FILE --out=DIR
-  python -m drift_jax.tools.convert_weights vae --source=DIR --out=DIR
+  python -m drift_jax.tools.convert_weights vae --from=FILE --out=DIR
+  python -m drift_jax.tools.convert_weights vae --from=DIR --out=DIR
   python -m drift_jax.tools.convert_weights vae \\
-      --source=hf://stabilityai/sd-vae-ft-mse --out=DIR
+      --from=hf://stabilityai/sd-vae-ft-mse --out=DIR
   python -m drift_jax.tools.convert_weights inception --out=DIR
   python -m drift_jax.tools.convert_weights convnext \\
-      --source=hf://timm/convnextv2_base.fcmae_ft_in22k_in1k --out=DIR
+      --from=hf://timm/convnextv2_base.fcmae_ft_in22k_in1k --out=DIR
   python -m drift_jax.tools.convert_weights moco \\
-      --source=moco_v2_800ep_pretrain.pth.tar --out=DIR
+      --from=moco_v2_800ep_pretrain.pth.tar --out=DIR
   python -m drift_jax.tools.convert_weights simclr \\
-      --source=resnet50-1x.pth --out=DIR
+      --from=resnet50-1x.pth --out=DIR
   python -m drift_jax.tools.convert_weights dinov2 \\
-      --source=hf://facebook/dinov2-large --out=DIR
+      --from=hf://facebook/dinov2-large --out=DIR
   python -m drift_jax.tools.convert_weights clip \\
-      --source=hf://openai/clip-vit-large-patch14 --out=DIR
+      --from=hf://openai/clip-vit-large-patch14 --out=DIR
   python -m drift_jax.tools.convert_weights wflow --size=l2 \\
-      --source=hf://jiaqihan99/W-Flow --out=DIR
+      --from=hf://jiaqihan99/W-Flow --out=DIR
 
 The weights' names and shapes are checked before anything is written, and
 reading them executes nothing: .safetensors holds arrays and names only, and
@@ -40,7 +40,10 @@ def _parser() -> console.Parser:
   for name, model in published.MODELS.items():
     command = models.add_parser(name, help=model.summary, allow_abbrev=False)
     command.add_argument(
-      "--source",
+      *("--from", "--source"),
+      dest="source",
+      action=console.Once,
+      metavar="SOURCE",
       type=paths.argument,
       required=model.url is None,
       default=model.url,

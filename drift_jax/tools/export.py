@@ -1,7 +1,7 @@
 """A generator for use without this package.
 
-  python -m drift_jax.tools.export --workdir=runs/digits --out=exports/digits
-  python -m drift_jax.tools.export --init_from=hf://latent_L_sota \\
+  python -m drift_jax.tools.export --from=runs/digits --out=exports/digits
+  python -m drift_jax.tools.export --from=hf://latent_L_sota \\
       --dtype=bfloat16 --out=exports/imagenet
 
   OUT/manifest.json                what there is: shapes, classes, checksums
@@ -22,6 +22,7 @@ With --formats=...:
 import argparse
 from collections.abc import Callable, Sequence
 
+from drift_jax import config as config_lib
 from drift_jax.system import console, options, paths, programs
 from drift_jax.system.console import logger
 
@@ -44,24 +45,25 @@ def _names(*valid: str) -> Callable[[str], list[str]]:
 def _parser() -> console.Parser:
   parser = programs.parser("drift_jax.tools.export", __doc__)
   add = parser.add_argument
-  source = parser.add_mutually_exclusive_group(required=True)
-  source.add_argument("--workdir", type=paths.argument, help="of a run")
-  source.add_argument(
-    "--init_from",
+  add(
+    *("--from", "--workdir", "--init_from"),
+    dest="source",
+    action=console.Once,
     type=paths.argument,
-    help="an artifact's folder, hf://NAME of the authors' release, or "
-    "hf://OWNER/NAME[@REVISION][/FOLDER]",
+    required=True,
+    metavar="SOURCE",
+    help=config_lib.GENERATORS,
   )
   add("--out", type=paths.argument, required=True, help="a new folder")
   add(
     "--vae",
     type=paths.argument,
     default="",
-    help="autoencoder of --init_from, a folder or hf://OWNER/NAME; of "
-    "--workdir, if it has moved",
+    help="autoencoder of weights, a folder or hf://OWNER/NAME; of a run, if it "
+    "has moved",
   )
-  add("--step", type=int, help="of --workdir: checkpoint")
-  add("--ema_decay", type=float, help="of --workdir: which EMA")
+  add("--step", type=int, help="of a run: checkpoint")
+  add("--ema_decay", type=float, help="of a run: which EMA")
   add("--dtype", choices=options.DTYPES, help="of computation (default: as is)")
   for name, valid, default in (
     ("formats", options.FORMATS, "stablehlo"),
@@ -79,13 +81,12 @@ def _parser() -> console.Parser:
 def main(argv: Sequence[str] | None = None) -> None:
   """Exports what the command line asks for; a mistake is one line."""
   arguments = vars(_parser().parse_args(argv))
-  workdir, weights = arguments.pop("workdir"), arguments.pop("init_from")
-  out = arguments.pop("out")
+  source, out = arguments.pop("source"), arguments.pop("out")
 
   def program() -> None:
     from drift_jax.tools.work import export
 
-    manifest = export.export(workdir or weights, out, **arguments)
+    manifest = export.export(source, out, **arguments)
     files = manifest["files"].values()
     logger.info(
       "Wrote %s: %d files, %.4g MB, %s.",

@@ -1,7 +1,7 @@
 """Policies side by side: drift_jax.tools.table for runs of task 'policy' alone.
 
   python -m drift_jax.tools.policy_table --out=runs/table \\
-      --workdirs=runs/push-0,runs/push-1,runs/diffusion-0,runs/diffusion-1
+      --from=runs/push-0,runs/push-1,runs/diffusion-0,runs/diffusion-1
 """
 
 import functools

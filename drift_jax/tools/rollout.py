@@ -1,6 +1,6 @@
 """Rolls out a trained policy: python -m drift_jax.tools.rollout ...
 
-  python -m drift_jax.tools.rollout --workdir=runs/push --episodes=100 \
+  python -m drift_jax.tools.rollout --from=runs/push --episodes=100 \
     --video=push.gif
 
 Prints the success rate and the latency of an action chunk as JSON. The
@@ -18,7 +18,7 @@ from drift_jax.system import paths, programs
 
 def define_flags() -> None:
   """Defines the flags: not on import, as other programs have the same names."""
-  paths.define_flag("workdir", None, "Folder of the run.", required=True)
+  config_lib.define_source_flag("The run's workdir.", "workdir")
   for name, default, least, text in (
     ("step", None, None, "Checkpoint; the newest if not given."),
     ("episodes", None, 1, "Number of episodes; the config's if not given."),
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
     from drift_jax.metrics.files import report_text, write_report
     from drift_jax.tools.work import rollout
 
-    report = rollout.run(values)
+    report = rollout.run(config_lib.source(), values)
     sys.stdout.write(report_text(report) + "\n")
     if values.json:
       write_report(values.json, report)

@@ -11,7 +11,7 @@ import pathlib
 import struct
 import sys
 import zlib
-from typing import Any
+from typing import Any, NoReturn
 
 import ml_dtypes  # comes with jax
 import numpy as np
@@ -85,8 +85,13 @@ def class_index(text: str, names: list[str], count: int) -> int:
   return index
 
 
+class Parser(argparse.ArgumentParser):
+  def error(self, message: str) -> NoReturn:
+    sys.exit(f"Error: {message} (see --help)")
+
+
 def main() -> None:
-  parser = argparse.ArgumentParser()
+  parser = Parser(allow_abbrev=False)
   parser.add_argument("--labels", nargs="+", default=["0"])
   parser.add_argument("--count", type=int, default=8)
   parser.add_argument("--alpha", type=float, default=1.0)

@@ -1,7 +1,7 @@
 """Finished runs of one task side by side, as a table over seeds.
 
   python -m drift_jax.tools.table --out=runs/table \\
-      --workdirs=runs/push-0,runs/push-1,runs/diffusion-0,runs/diffusion-1
+      --from=runs/push-0,runs/push-1,runs/diffusion-0,runs/diffusion-1
 
 Reads what runs leave (config.json, figures.json, metrics.jsonl) and writes
 table.md, a row for all runs that differ in their seed alone, and table.csv, a
@@ -36,14 +36,16 @@ class Values(flags.ListParser):
 
 def define_flags() -> None:
   """Defines the flags: not on import, as other programs have the same names."""
-  flags.DEFINE_list("workdirs", None, "Finished runs.", required=True)
+  config_lib.define_source_flag(
+    "Workdirs of finished runs.", "workdirs", parser=flags.ListParser()
+  )
   paths.define_flag("out", None, "Folder of the table.", required=True)
 
 
 def main(argv: Sequence[str], task: str | None = None) -> None:
   """Writes and prints the table; with a task, runs of others are refused."""
   with programs.checking(argv):
-    workdirs = [paths.expand(workdir) for workdir in flags.FLAGS.workdirs]
+    workdirs = [paths.expand(workdir) for workdir in config_lib.source()]
 
   def program() -> None:
     from drift_jax.tools.work import table

@@ -41,9 +41,8 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
   """Runs the table of the command line."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments {list(argv[1:])}")
-  _, overrides = config_lib.config_arguments(sys.argv[1:])
+  with programs.checking(argv):
+    _, overrides = config_lib.config_arguments(sys.argv[1:])
 
   def program() -> None:
     from drift_jax.tools.work import toy_table
@@ -56,11 +55,9 @@ def main(argv: Sequence[str]) -> None:
 
 def _flags(argv: Sequence[str]) -> list[str]:
   """--config.KEY=VALUE are read by main itself: each toy has its own config."""
-  own = [a for a in argv if not a.startswith(("--config.", "-config."))]
-  try:
-    return flags.FLAGS(own)
-  except flags.Error as error:
-    sys.exit(f"Error: {error}")
+  return config_lib.parse_flags(
+    [a for a in argv if not a.startswith(("--config.", "-config."))]
+  )
 
 
 if __name__ == "__main__":

@@ -4,9 +4,8 @@ In a run that is resumed, data position, queue and class embeddings refer to the
 images that it began with, in their order, by their labels.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -14,6 +13,7 @@ from etils import epath
 from drift_jax import config as config_lib
 from drift_jax.data.order import check_labels
 from drift_jax.data.sources import labels_sha256, names_sha256
+from drift_jax.system import storage
 
 CLASSES_FILE = "classes.json"
 DATA_FILE = "data.json"
@@ -27,7 +27,6 @@ _CHECKSUMS = {
   "values_sha256": "their values are others",
 }
 _LISTED = 3
-_Facts = TypeVar("_Facts", dict[str, Any], list[Any])
 
 
 def image_facts(kind: str, source: Any) -> Facts:
@@ -59,27 +58,9 @@ def recorded(path: epath.Path) -> tuple[list[str], Facts]:
   """
   names, facts = path / CLASSES_FILE, path / DATA_FILE
   return (
-    read_facts(names, list) if names.exists() else [],
-    read_facts(facts, dict) if facts.exists() else {},
+    storage.read_json(names, list) if names.exists() else [],
+    storage.read_json(facts, dict) if facts.exists() else {},
   )
-
-
-def read_facts(file: epath.Path, kind: type[_Facts]) -> _Facts:
-  """Reads a JSON file of a workdir, a dict or a list.
-
-  Raises:
-    ConfigError: it is damaged.
-  """
-  try:
-    values = json.loads(file.read_text())
-  except ValueError as error:
-    raise config_lib.ConfigError(f"{file} is no JSON: {error}") from error
-  if not isinstance(values, kind):
-    raise config_lib.ConfigError(
-      f"{file} is damaged: it holds {type(values).__name__}, want "
-      f"{kind.__name__}"
-    )
-  return values
 
 
 def differences(

@@ -21,7 +21,6 @@ from drift_jax.system.lease import Lease
 from drift_jax.training import checkpoint, places
 from drift_jax.training import facts as facts_lib
 
-CONFIG_FILE = "config.json"
 LOCK_FILE = "run.lock"
 WEIGHTS_FILE = "frozen_weights.json"
 CHECKPOINTS = "checkpoints"
@@ -146,11 +145,11 @@ def open_workdir(
   names_of_first, facts_of_first = processes.from_first(
     functools.partial(_write_facts, path, config, frozen, class_names, facts)
   )
-  if not (path / CONFIG_FILE).exists():
+  if not (path / config_lib.CONFIG_FILE).exists():
     raise config_lib.ConfigError(
       f"--workdir={workdir}: process {processes.index()} does not see the "
-      f"{CONFIG_FILE} that process 0 wrote there: give a folder that all "
-      "processes share"
+      f"{config_lib.CONFIG_FILE} that process 0 wrote there: give a folder "
+      "that all processes share"
     )
   found = facts_lib.differences(
     names_of_first, facts_of_first, class_names, facts
@@ -174,7 +173,7 @@ def _write_facts(
   if any(
     entry.name[0].isdecimal() for entry in storage.entries(path / CHECKPOINTS)
   ):
-    if (path / CONFIG_FILE).exists():
+    if (path / config_lib.CONFIG_FILE).exists():
       try:
         _check_resumable(path, config, frozen, class_names, facts)
       except config_lib.ConfigError as error:
@@ -196,7 +195,7 @@ def _write_facts(
   else:
     config_lib.check_new(config)
   path.mkdir(parents=True, exist_ok=True)
-  with replacing(path / CONFIG_FILE) as file:
+  with replacing(path / config_lib.CONFIG_FILE) as file:
     file.write_text(text)
   places.write_started(path)
   if class_names:
@@ -224,7 +223,7 @@ def _check_resumable(
   known by checksums, may lie anywhere; a source of the same text starts at
   data.data_dir, which may change.
   """
-  written = facts_lib.read_facts(path / CONFIG_FILE, dict)
+  written = storage.read_json(path / config_lib.CONFIG_FILE, dict)
   # A key that is younger than the run has its default there; of another task's
   # config all keys are compared below.
   with contextlib.suppress(config_lib.ConfigError):
@@ -251,7 +250,7 @@ def _check_resumable(
 def _frozen_before(path: epath.Path) -> dict[str, str]:
   """Reads the checksums of the weights that a run began with."""
   file = path / WEIGHTS_FILE
-  return facts_lib.read_facts(file, dict) if file.exists() else {}
+  return storage.read_json(file, dict) if file.exists() else {}
 
 
 def check_frozen(path: epath.Path, frozen: Mapping[str, str]) -> None:

@@ -407,7 +407,8 @@ def _metrics(request: Request) -> tuple[str, ...]:
   for name in names:
     if name not in valid:
       raise config_lib.ConfigError(
-        f"metrics={name!r} needs a run (--workdir): valid options are {valid}"
+        f"metrics={name!r} needs a run (--from=WORKDIR): valid options are "
+        f"{valid}"
       )
   return names
 

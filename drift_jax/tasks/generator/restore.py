@@ -27,10 +27,9 @@ from drift_jax.tasks.generator.setup import (
 )
 from drift_jax.tasks.generator.step import FeatureSpace, GeneratorTask
 from drift_jax.training import artifacts, autoencoders, checkpoint, places
-from drift_jax.training.facts import CLASSES_FILE, read_facts
+from drift_jax.training.facts import CLASSES_FILE
 from drift_jax.training.frozen import frozen_sums, load_vae
 from drift_jax.training.workdir import (
-  CONFIG_FILE,
   check_frozen,
   make_checkpointer,
 )
@@ -99,7 +98,7 @@ def open_generator(
       of no known autoencoder that are to be decoded.
     StorageError: a bucket that can't be read.
   """
-  if _is_run(source):
+  if config_lib.is_run(source):
     paths = {"vae.path": vae} if vae else {}
     run = open_run(source, mesh, step=step, ema_decay=ema_decay, paths=paths)
     if decoded and run.vae is None:
@@ -123,14 +122,6 @@ def _check_images(model_config: Mapping[str, Any]) -> None:
       "it, vae=hf://OWNER/NAME of diffusers' or vae=FOLDER "
       "(drift_jax.tools.convert_weights vae writes it)"
     )
-
-
-def _is_run(source: str) -> bool:
-  if source.startswith(storage.HUB):
-    return False
-  storage.check(source)
-  file = epath.Path(source) / CONFIG_FILE
-  return file.exists() and "task" in read_facts(file, dict)
 
 
 def open_run(
@@ -181,7 +172,7 @@ def open_run(
   step, params = _restore(workdir, config, task, mesh, step, decay)
   # 3. What is known of it.
   file = epath.Path(workdir) / CLASSES_FILE
-  names = read_facts(file, list) if file.exists() else []
+  names = storage.read_json(file, list) if file.exists() else []
   published = artifacts.abstract("gen", arguments).metadata["model_config"]
   return OpenedGenerator(
     task=task,
@@ -200,10 +191,10 @@ def open_run(
 
 def _read_config(workdir: str, paths: Mapping[str, str]) -> GeneratorConfig:
   storage.check(workdir)
-  file = epath.Path(workdir) / CONFIG_FILE
+  file = epath.Path(workdir) / config_lib.CONFIG_FILE
   if not file.exists():
     raise config_lib.ConfigError(f"no run in {workdir}: {file} is missing")
-  values = places.of_run(read_facts(file, dict), workdir, paths)
+  values = places.of_run(storage.read_json(file, dict), workdir, paths)
   return parse_as(values, GeneratorConfig, workdir)
 
 

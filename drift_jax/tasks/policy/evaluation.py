@@ -17,7 +17,7 @@ from drift_jax import config as config_lib
 from drift_jax.metrics.files import report_text, write_report
 from drift_jax.metrics.plots import plot_policy
 from drift_jax.metrics.writers import MetricWriter, read_jsonl
-from drift_jax.system import paths, processes, sharding
+from drift_jax.system import paths, processes, sharding, storage
 from drift_jax.system.console import logger
 from drift_jax.system.errors import naming
 from drift_jax.tasks import parse_as
@@ -26,9 +26,8 @@ from drift_jax.tasks.policy.config import PolicyConfig
 from drift_jax.tasks.policy.setup import init_policy, policy_task
 from drift_jax.tasks.policy.step import PolicyTask, act_step
 from drift_jax.tasks.policy.windows import Normalizer
-from drift_jax.training.facts import read_facts
 from drift_jax.training.state import TrainState
-from drift_jax.training.workdir import CONFIG_FILE, make_checkpointer
+from drift_jax.training.workdir import make_checkpointer
 
 # File of a workdir that `load_policy` needs beside config and checkpoint.
 SHAPES_FILE = "shapes.json"
@@ -191,14 +190,14 @@ def load_policy(
   """
   workdir = paths.expand(workdir)
   path = epath.Path(workdir)
-  for name in (CONFIG_FILE, SHAPES_FILE):
+  for name in (config_lib.CONFIG_FILE, SHAPES_FILE):
     if not (path / name).exists():
       raise config_lib.ConfigError(
         f"no policy's run in {workdir}: {path / name} is missing"
       )
-  values = read_facts(path / CONFIG_FILE, dict)
+  values = storage.read_json(path / config_lib.CONFIG_FILE, dict)
   config = parse_as(values, PolicyConfig, workdir)
-  shapes = read_facts(path / SHAPES_FILE, dict)
+  shapes = storage.read_json(path / SHAPES_FILE, dict)
   task = policy_task(config, shapes)
   found = jax.eval_shape(init_policy(config, task, shapes), jax.random.key(0))
   abstract = sharding.abstract(found, sharding.infer_sharding(found, mesh))

@@ -105,7 +105,7 @@ class Run:
     if self.alphas and not self.over_alpha()[0]:
       yield [
         *(sys.executable, "-m", "drift_jax.evaluate"),
-        *(f"--workdir={self.path}", f"--step={step}"),
+        *(f"--from={self.path}", f"--step={step}"),
         f"--alphas={','.join(f'{alpha:g}' for alpha in self.alphas)}",
         f"--out={self.report}",
       ]

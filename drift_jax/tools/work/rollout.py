@@ -10,7 +10,7 @@ from drift_jax.tasks.policy import evaluation, robots
 from drift_jax.training.run import open_mesh
 
 
-def run(values: flags.FlagValues) -> dict[str, dict[str, float]]:
+def run(workdir: str, values: flags.FlagValues) -> dict[str, dict[str, float]]:
   """Rolls out the policy; returns {sampler: figures}.
 
   Raises:
@@ -22,7 +22,7 @@ def run(values: flags.FlagValues) -> dict[str, dict[str, float]]:
   if values.video:  # A mistake there, before it is drawn.
     robots.video_ending(values.video)
   policy = evaluation.load_policy(
-    values.workdir,
+    workdir,
     open_mesh(config_lib.Mesh(data=-1, fsdp=1)),
     step=values.step,
   )
@@ -38,7 +38,7 @@ def run(values: flags.FlagValues) -> dict[str, dict[str, float]]:
   config.check()
   if not config.environment:
     raise config_lib.ConfigError(
-      f"{values.workdir}: environment='' has nothing to roll out in; valid "
+      f"{workdir}: environment='' has nothing to roll out in; valid "
       f"options are {list(robots.ENVIRONMENTS)}"
     )
   samplers = evaluation.policy_samplers(config)

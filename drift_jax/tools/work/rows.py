@@ -17,8 +17,8 @@ from drift_jax import config as config_lib
 from drift_jax.config.sections import RunConfig
 from drift_jax.metrics.files import PathLike, replacing
 from drift_jax.metrics.writers import EVALUATION, read_jsonl
+from drift_jax.system import storage
 from drift_jax.tasks import parse
-from drift_jax.training.facts import read_facts
 
 # Keys that say how a run is computed, not what: runs on other machines may
 # have other values.
@@ -190,7 +190,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     raise config_lib.ConfigError(
       f"no finished run in {path.parent}: {path} is missing"
     )
-  return read_facts(epath.Path(path), dict)
+  return storage.read_json(epath.Path(path), dict)
 
 
 def changes(
