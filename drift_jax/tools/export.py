@@ -12,14 +12,19 @@
   OUT/generate.stablehlo           (weights, labels, alpha, noise, style)
                                    -> images
   OUT/run.py                       draws from it with jax and numpy alone
+and of a run, run_config.json.
 With --formats=...:
   release  OUT/params_ema/...      the weights as the authors' tools read them
   onnx     OUT/generate.onnx       generate with the weights in it; needs
                                    `pip install onnx-ir` and
                                    `pip install --no-deps jax2onnx`
+With --push=OWNER/NAME, the export goes to the Hugging Face hub, with a model
+card (README.md) and samples.png: drift_jax.load("hf://OWNER/NAME"). An export
+that is in OUT already is pushed as it is: a push that ended early goes on.
 """
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 
 from drift_jax.system import console, options, paths, programs
@@ -44,7 +49,7 @@ def _names(*valid: str) -> Callable[[str], list[str]]:
 def _parser() -> console.Parser:
   parser = programs.parser("drift_jax.tools.export", __doc__)
   add = parser.add_argument
-  source = parser.add_mutually_exclusive_group(required=True)
+  source = parser.add_mutually_exclusive_group()
   source.add_argument("--workdir", type=paths.argument, help="of a run")
   source.add_argument(
     "--init_from",
@@ -63,6 +68,9 @@ def _parser() -> console.Parser:
   add("--step", type=int, help="of --workdir: checkpoint")
   add("--ema_decay", type=float, help="of --workdir: which EMA")
   add("--dtype", choices=options.DTYPES, help="of computation (default: as is)")
+  add("--push", metavar="OWNER/NAME", help="repository on the hub")
+  add("--private", action="store_true", help="of --push: if it is a new one")
+  add("--license", default="unknown", help="of --push: for the model card")
   for name, valid, default in (
     ("formats", options.FORMATS, "stablehlo"),
     ("platforms", options.PLATFORMS, ",".join(options.PLATFORMS)),
@@ -78,14 +86,33 @@ def _parser() -> console.Parser:
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Exports what the command line asks for; a mistake is one line."""
-  arguments = vars(_parser().parse_args(argv))
-  workdir, weights = arguments.pop("workdir"), arguments.pop("init_from")
-  out = arguments.pop("out")
+  parser = _parser()
+  arguments = vars(parser.parse_args(argv))
+  source = arguments.pop("workdir") or arguments["init_from"]
+  del arguments["init_from"]
+  out, repository = arguments.pop("out"), arguments.pop("push")
+  shared = {name: arguments.pop(name) for name in ("private", "license")}
+  is_there = repository is not None and os.path.exists(out)
+  if source is None and not is_there:
+    parser.error("one of the arguments --workdir --init_from is required")
 
   def program() -> None:
+    if repository is None:
+      return write()
+    from drift_jax.tools.work import push
+
+    push.check(repository)  # before the export
+    if is_there:
+      push.check_export(out, source)
+    else:
+      write()
+    address = push.push(out, repository, **shared)
+    logger.info("Pushed: drift_jax.load(%r) reads it.", address)
+
+  def write() -> None:
     from drift_jax.tools.work import export
 
-    manifest = export.export(workdir or weights, out, **arguments)
+    manifest = export.export(source, out, **arguments)
     files = manifest["files"].values()
     logger.info(
       "Wrote %s: %d files, %.4g MB, %s.",
