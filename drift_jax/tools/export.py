@@ -88,12 +88,12 @@ def main(argv: Sequence[str] | None = None) -> None:
   """Exports what the command line asks for; a mistake is one line."""
   parser = _parser()
   arguments = vars(parser.parse_args(argv))
-  source = arguments.pop("workdir") or arguments["init_from"]
-  del arguments["init_from"]
+  workdir, weights = arguments.pop("workdir"), arguments.pop("init_from")
+  source: str = workdir or weights or ""
   out, repository = arguments.pop("out"), arguments.pop("push")
   shared = {name: arguments.pop(name) for name in ("private", "license")}
   is_there = repository is not None and os.path.exists(out)
-  if source is None and not is_there:
+  if not source and not is_there:
     parser.error("one of the arguments --workdir --init_from is required")
 
   def program() -> None:

@@ -151,7 +151,7 @@ def test_what_is_refused(exported, tmp_path, on, monkeypatch):
   with pytest.raises(ConfigError, match="needs a token"):
     push.check("me/digits")
   with pytest.raises(ConfigError, match="is no export"):
-    push.check_export(str(tmp_path), None)
+    push.check_export(str(tmp_path), "")
   with pytest.raises(ConfigError, match="is there already, as the export of"):
     push.check_export(str(exported), "runs/other")
   with pytest.raises(SystemExit, match="--workdir --init_from is required"):

@@ -37,19 +37,19 @@ def check(repository: str) -> None:
     )
 
 
-def check_export(folder: str, source: str | None) -> None:
+def check_export(folder: str, source: str) -> None:
   """Checks that a folder holds the export that is asked for, and says so.
 
   Args:
     folder: which is there.
-    source: of the export; None for any.
+    source: of the export; '' for any.
 
   Raises:
     ConfigError: no export, or that of something else.
   """
   made_of = _read_manifest(folder)["provenance"]
   before = made_of.get("workdir", made_of.get("weights"))
-  if source not in (None, before):
+  if source not in ("", before):
     raise ConfigError(
       f"--out={folder} is there already, as the export of {before}, not of "
       f"{source}: give another folder"
