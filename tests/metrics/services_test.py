@@ -64,7 +64,7 @@ def wandb_records(path):
 def wandb_run(folder):
   """(id, config, [{name: value} of each line]) of an offline run."""
   (path,) = folder.glob("*.wandb")
-  identity, config, lines = "", {}, []
+  identity, config, lines, axes = "", {}, [], {}
   for record in wandb_records(path):
     if record.HasField("run"):
       identity = record.run.run_id
@@ -74,8 +74,11 @@ def wandb_run(folder):
       items = record.history.item
       names = {item.key or "/".join(item.nested_key): item for item in items}
       lines.append({k: json.loads(v.value_json) for k, v in names.items()})
+    if record.HasField("metric"):
+      axes[record.metric.glob_name] = record.metric.step_metric
     if record.HasField("exit"):
       assert record.exit.exit_code == 0
+  assert axes["*"] == "step"  # W&B's own counter may not go back
   return identity, config, lines
 
 
