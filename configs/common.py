@@ -73,6 +73,9 @@ def _shared(task: str) -> ConfigDict:
   # Compiled programs stay on the disk for the next start: docs/one_gpu.md.
   config.train.keep_compiled = True
 
+  # Where numbers and pictures go: also 'wandb', 'trackio' (docs/sharing.md).
+  config.writers = ("jsonl", "tensorboard")
+
   config.checkpoint = ConfigDict()
   config.checkpoint.every = 1_000  # steps
   config.checkpoint.keep_latest = 2

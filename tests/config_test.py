@@ -72,6 +72,9 @@ GENERATOR = [
   ("optim.eps", 1e-50, "must be positive"),  # 0 in float32
   ("ema.decays", (), ""),
   ("ema.decays", (0.9, 0.9), "twice"),
+  ("writers", ("jsonl", "wanb"), "did you mean 'wandb'"),
+  ("writers", ("jsonl", "jsonl"), "twice"),
+  ("writers", ("tensorboard", "wandb"), "lacks 'jsonl'"),
   ("data.source", "folders:x", "'latents:DIR'.*mean 'folder:D"),
   ("data.source", "tar:", "valid options"),
   ("data.source", "digits:x", "valid options"),
@@ -458,6 +461,7 @@ def test_resumed_runs_may_change_what_is_harmless():
       "mesh.fsdp": 8,
       "vae.sharding": "replicated",
       "data.num_threads": 4,
+      "writers": ("jsonl", "trackio"),
       "queue.with_replacement": True,
       "train.accum_labels": 4,
       # Both are what to change when a run ends on a damaged image, or is slow.

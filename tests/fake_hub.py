@@ -1,5 +1,6 @@
-"""A hub of models on this machine, for tests of downloads."""
+"""A hub of models on this machine, for tests of downloads and pushes."""
 
+import base64
 import contextlib
 import hashlib
 import http.server
@@ -8,6 +9,10 @@ import re
 import threading
 
 COMMIT = 40 * "a"
+# May write, to repositories of OWNER.
+TOKEN, OWNER = "hf_of_tests", "me"
+# The hub asks for files of more bytes as large ones.
+_REGULAR = 10_000
 
 
 @contextlib.contextmanager
@@ -25,7 +30,15 @@ def serving(handler):
 
 
 @contextlib.contextmanager
-def hub(repositories, *, cut=(), claimed=None, downloads=None):
+def hub(
+  repositories,
+  *,
+  cut=(),
+  claimed=None,
+  downloads=None,
+  private=(),
+  uploads=None,
+):
   """A hub on this machine -> its address.
 
   Args:
@@ -34,6 +47,9 @@ def hub(repositories, *, cut=(), claimed=None, downloads=None):
     claimed: {FILE: its size, as the hub tells it}, if it isn't that.
     downloads: list to which (OWNER/NAME, FILE, first byte) of each download is
       added.
+    private: set of repositories that are; pushes add to it.
+    uploads: {SHA-256: bytes} of large files that were pushed; None refuses
+      them.
   """
   uncut = set()
 
@@ -87,10 +103,91 @@ def hub(repositories, *, cut=(), claimed=None, downloads=None):
       self.answer(False)
 
     def do_GET(self) -> None:
-      if self.path.startswith("/api/models/"):
+      if not self.path.startswith("/api/models/"):
+        self.answer(True)
+      elif "/tree/" in self.path:
         self.list_files()
       else:
-        self.answer(True)
+        name = self.path.removeprefix("/api/models/")
+        if name not in repositories:
+          return self.answer(True)
+        self.send_json(
+          {
+            "id": name,
+            "sha": COMMIT,
+            "private": name in private,
+            "siblings": [{"rfilename": x} for x in repositories.get(name, {})],
+          }
+        )
+
+    def do_POST(self) -> None:
+      """Answers what huggingface_hub.HfApi.upload_folder asks without Xet."""
+      body = self.rfile.read(int(self.headers["Content-Length"]))
+      path = self.path.partition("?")[0]
+      repository = path.removeprefix("/api/models/").removeprefix("/")
+      repository = "/".join(repository.split("/")[:2]).removesuffix(".git")
+      if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+        self.send_json({"error": "Invalid username or password."}, 401)
+      elif path == "/api/validate-yaml":
+        self.send_json({})
+      elif path == "/api/repos/create":
+        self.create(json.loads(body))
+      elif "/preupload/" in path:
+        files = [
+          {
+            "path": file["path"],
+            "uploadMode": "lfs" if file["size"] > _REGULAR else "regular",
+            "shouldIgnore": False,
+          }
+          for file in json.loads(body)["files"]
+        ]
+        self.send_json({"files": files})
+      elif path.endswith("/info/lfs/objects/batch"):
+        objects = json.loads(body)["objects"]
+        self.send_json({"objects": [self.large(**x) for x in objects]})
+      else:
+        assert "/commit/" in path, path
+        self.commit(repository, [json.loads(x) for x in body.splitlines()])
+
+    def create(self, asked) -> None:
+      repository = f"{asked['organization']}/{asked['name']}"
+      answer = {"url": f"{address}/{repository}"}
+      if asked["organization"] != OWNER:
+        self.send_json({"error": "You don't have the rights"}, 403)
+      elif repository in repositories:
+        self.send_json(answer | {"error": "You already created it"}, 409)
+      else:
+        repositories[repository] = {}
+        if asked.get("visibility") == "private":
+          private.add(repository)
+        self.send_json(answer)
+
+    def large(self, oid, size):
+      """What is to be done for a large file: nothing if it is here."""
+      upload = {"upload": {"href": f"{address}/lfs/{oid}"}}
+      is_here = uploads is not None and oid in uploads
+      return {"oid": oid, "size": size} | (
+        {} if is_here else {"actions": upload}
+      )
+
+    def do_PUT(self) -> None:
+      body = self.rfile.read(int(self.headers["Content-Length"]))
+      if uploads is None:
+        self.send_json({"error": "no space"}, 403)
+      else:
+        uploads[self.path.rpartition("/")[2]] = body
+        self.send_json({})
+
+    def commit(self, repository, lines) -> None:
+      for line in lines:
+        value = line["value"]
+        if line["key"] == "file":
+          body = base64.b64decode(value["content"])
+          repositories[repository][value["path"]] = body
+        elif line["key"] == "lfsFile":
+          repositories[repository][value["path"]] = uploads[value["oid"]]
+      url = f"{address}/{repository}/commit/{COMMIT}"
+      self.send_json({"commitUrl": url, "commitOid": COMMIT})
 
     def list_files(self) -> None:
       repository = self.path.removeprefix("/api/models/").split("/tree/")[0]
@@ -98,8 +195,11 @@ def hub(repositories, *, cut=(), claimed=None, downloads=None):
         {"type": "file", "path": name, "size": len(body), "oid": COMMIT}
         for name, body in repositories.get(repository, {}).items()
       ]
-      body = json.dumps(entries).encode()
-      self.send_response(200)
+      self.send_json(entries)
+
+    def send_json(self, value, status=200) -> None:
+      body = json.dumps(value).encode()
+      self.send_response(status)
       self.send_header("Content-Type", "application/json")
       self.send_header("Content-Length", str(len(body)))
       self.end_headers()

@@ -591,7 +591,7 @@ def page(chromium):
 
   Chromium itself says there which requests were refused.
   """
-  context = chromium.new_context(viewport={"width": 1180, "height": 860})
+  context = chromium.new_context(viewport={"width": 1280, "height": 800})
   context.set_default_timeout(60_000)
   page = context.new_page()
   said, asked = [], []
@@ -616,6 +616,7 @@ def test_page(model, served, page):
   page.goto(served.url)
   expect = sync_api.expect
   expect(page.locator("#generate")).to_be_enabled()
+  expect(page).to_have_title("small · drift_jax")
   assert page.locator("#chosen li").count() == 4  # All, of so few.
   page.get_by_role("button", name="Clear").click()
   # By name: two of four; Enter chooses the first, a click another.
@@ -654,22 +655,71 @@ def test_page(model, served, page):
   grid = saved(download.value)
   assert (grid[..., 3] == 255).all() and (grid.shape[2]) == 4
   np.testing.assert_array_equal(grid[..., :3], expected.grid())
-  with page.expect_download() as download:
-    images.nth(7).click()
-  assert download.value.suggested_filename == "seed12_image7_class3.png"
-  np.testing.assert_array_equal(
-    saved(download.value), expected.pixels()[7].repeat(3, axis=-1)
-  )
+  # Of a size that one can see, or as it is.
+  for scale in (32, 1):
+    page.get_by_label("Image size").select_option(str(scale))
+    with page.expect_download() as download:
+      images.nth(7).click()
+    assert download.value.suggested_filename == "seed12_image7_class3.png"
+    pixels = expected.pixels()[7].repeat(3, axis=-1)
+    pixels = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
+    np.testing.assert_array_equal(saved(download.value)[..., :3], pixels)
   command = page.locator("#command").inner_text()
   assert "--labels=2,3 --count=5 --alpha=1.5 --seed=12" in command
-  # Mistakes, in words.
+  assert page.url.endswith("/?classes=2-3&alpha=1.5&seed=12&count=5")
+  # Mistakes, in words, and in sight.
   page.get_by_label("Per class").fill("40")
   page.get_by_role("button", name="Generate").click()
   expect(page.get_by_role("alert")).to_contain_text("80 images are too many")
+  for name in ("#generate", "#error"):
+    box = page.locator(name).bounding_box()
+    assert 0 <= box["y"] and box["y"] + box["height"] <= 800
   page.get_by_label("Per class").fill("1")
   page.get_by_label("Style").fill("16")
   page.get_by_label("Style").press("Enter")
   expect(page.get_by_role("alert")).to_contain_text("16 is not in [0, 16)")
+
+
+@pytest.mark.system
+def test_a_link_draws_the_same_images(model, served, page):
+  """Or says what is wrong with it."""
+  expect, link = sync_api.expect, "classes=0,2-3&alpha=1.5&seed=12&count=2"
+  page.goto(f"{served.url}/?{link}&style=3")
+  expect(page.locator("#figures")).to_be_visible()
+  assert page.url.endswith(f"?{link}&style=3")
+  asked = {"count": 2, "alpha": 1.5, "seed": 12, "style": 3}
+  with page.expect_download() as download:
+    page.get_by_role("button", name="Download grid").click()
+  grid = saved(download.value)[..., :3]
+  expected = model.sample([0, 2, 3], **asked, batch_size=8).grid()
+  np.testing.assert_array_equal(grid, expected)
+  for wrong, message in (
+    ("classes=2-4", "classes=2-4: want indices from 0 to 3"),
+    ("classes=1&alpha=9", "alpha=9: want 1 to 3"),
+    ("classes=1&seed=-1", "Seed: want a whole number"),
+  ):
+    page.goto(f"{served.url}/?{wrong}")
+    expect(page.get_by_role("alert")).to_contain_text(message)
+    assert page.locator("#grid img").count() == 0
+
+
+@pytest.mark.system
+def test_page_of_one_class(served, page):
+  """There is nothing to choose; no label before the images."""
+
+  def describe(route):
+    about = route.fetch().json()
+    about.update(num_classes=1, class_names=["0"])
+    route.fulfill(json=about)
+
+  page.route("**/api/model", describe)
+  page.goto(served.url)
+  page.get_by_role("button", name="Generate").click()
+  sync_api.expect(page.locator("#figures")).to_be_visible()
+  assert not page.locator("#classes").is_visible()
+  assert not page.locator("#grid h2").is_visible()
+  assert page.locator("#grid img").count() == 8
+  assert "classes" not in page.locator("#about").inner_text()
 
 
 @pytest.mark.system
@@ -712,17 +762,20 @@ def test_page_while_it_waits(model, page):
 
 @pytest.mark.system
 def test_page_of_a_thousand_classes(served, page):
-  """Without names, whose indices are what is known."""
+  """Without names, or with indices as names: each is shown once."""
 
   def describe(route):
     about = route.fetch().json()
-    about.update(num_classes=1000, class_names=[], style_tokens=0)
+    names = [str(i) for i in range(1000)]
+    about.update(num_classes=1000, class_names=names, style_tokens=0)
     route.fulfill(json=about)
 
   page.route("**/api/model", describe)
   page.goto(served.url)
   sync_api.expect(page.locator("#classes li")).to_have_count(1000)
   assert page.locator("#chosen li").count() == 10
+  first = page.locator("#classes label").first
+  assert first.inner_text().strip() == "0"
   assert not page.locator("#style").is_visible()
   page.get_by_label("Search classes").fill("99")
   assert page.locator("#classes li:visible").count() == 11

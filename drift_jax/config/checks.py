@@ -93,6 +93,12 @@ def check_run(config: sections.RunConfig) -> None:
   """Raises ConfigError for what no task allows."""
   check_values(config)
   profile_window(config.train.profile)
+  check_distinct("writers", config.writers)
+  require(
+    "jsonl" in config.writers,
+    f"writers={config.writers} lacks 'jsonl': plots and tables are made from "
+    "metrics.jsonl",
+  )
   optim, mesh = config.optim, config.mesh
   for name in ("learning_rate", "grad_clip", "eps"):
     value = getattr(optim, name)

@@ -28,6 +28,7 @@ RESUMABLE = (
   "checkpoint.",
   "mesh.",
   "processes.",
+  "writers",
   "data.data_dir",
   "data.in_memory",
   "data.max_corrupt",

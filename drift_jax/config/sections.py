@@ -220,6 +220,7 @@ class RunConfig(Section):
   checkpoint: Checkpoint
   mesh: Mesh
   processes: Processes
+  writers: tuple[options.Writer, ...] = ("jsonl", "tensorboard")  # earlier runs
 
   def check(self) -> None:
     """Raises ConfigError if values are out of range or contradict."""

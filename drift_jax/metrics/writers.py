@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from drift_jax.metrics import files
-from drift_jax.system import storage
+from drift_jax.system import options, storage
 
 _CLU_MODULE = "clu.metric_writers.summary_writer"
 
@@ -255,6 +255,8 @@ def create_writer(
   resume_step: int,
   is_main: bool,
   evaluated: bool = True,
+  names: Sequence[options.Writer] = ("jsonl", "tensorboard"),
+  config: Mapping[str, Any] | None = None,
 ) -> MultiWriter:
   """clu's MultiWriter for a training run.
 
@@ -267,23 +269,34 @@ def create_writer(
       file.
     evaluated: False if resume_step will be evaluated again: figures of it
       are dropped from metrics.jsonl too.
+    names: where to write.
+    config: the resolved config, for services.
 
   Returns:
     A writer whose write_scalars(step, {name: number}) and write_images(step,
     {name: uint8 [H, W, 3]}) may be called any number of times a step.
+
+  Raises:
+    ConfigError: a service that can't start.
   """
   if not is_main:
     return MultiWriter([])
+  services: list[Any] = []
+  if asked := [name for name in names if name in options.SERVICES]:
+    from drift_jax.metrics.services import start
+
+    services = start(asked, workdir, config or {})
   folder = pathlib.Path(workdir)
   if storage.is_remote(workdir):
     folder = pathlib.Path(tempfile.mkdtemp(prefix="drift_jax_"))
     earlier = epath.Path(workdir) / _FILE
     if earlier.exists():
       (folder / _FILE).write_bytes(earlier.read_bytes())
-  writers: list[Any] = [
-    JsonlWriter(folder / _FILE, resume_step, evaluated=evaluated),
-    SummaryWriter(str(folder), purge_step=resume_step + 1),
-  ]
+  writers: list[Any] = []
+  if "jsonl" in names:
+    writers += [JsonlWriter(folder / _FILE, resume_step, evaluated=evaluated)]
+  if "tensorboard" in names:
+    writers += [SummaryWriter(str(folder), purge_step=resume_step + 1)]
   if storage.is_remote(workdir):
-    return _Uploading(writers, folder, workdir)
-  return MultiWriter(writers)
+    writers = [_Uploading(writers, folder, workdir)]
+  return MultiWriter([*writers, *services])

@@ -8,7 +8,6 @@ Everything is compiled before the port opens. Ctrl-C or SIGTERM ends it.
 """
 
 import contextlib
-import os
 import re
 import signal
 import socket
@@ -19,7 +18,7 @@ from typing import NoReturn
 from absl import app, flags
 
 from drift_jax import config as config_lib
-from drift_jax.system import extras, programs
+from drift_jax.system import extras, programs, storage
 
 
 def define_flags() -> None:
@@ -138,7 +137,7 @@ def serve(
     model,
     drawing,
     limits.Limits(values.max_images, values.requests_per_minute),
-    name=os.path.basename(source.rstrip("/")),
+    name="/".join(storage.without_scheme(source).strip("/").split("/")[-2:]),
     hosts=[host, *values.allowed_hosts],
     root_path=values.root_path,
   )

@@ -23,6 +23,8 @@ class EvaluationError(UserError, ValueError):
   """Samples that can't be judged; the message says which and why."""
 
 
+# Characters of another library's message.
+_MAX_FAILURE = 300
 # Errors that end a program with their message alone. The message of an OSError
 # has the path of the file.
 ERRORS = (UserError, OSError)
@@ -40,3 +42,9 @@ def naming(section: str) -> Iterator[None]:
     if not text.startswith(f"{section}."):  # a key names the section already
       text = f"{section}: {text}"
     raise ConfigError(text) from error
+
+
+def one_line(error: BaseException) -> str:
+  """Another library's message, on one line of bounded length."""
+  text = " ".join(str(error).split()) or type(error).__name__
+  return text if len(text) <= _MAX_FAILURE else f"{text[:_MAX_FAILURE]}..."

@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import huggingface_hub
 from huggingface_hub import constants, errors
 
+from drift_jax.system.errors import one_line
+
 _ADDRESS = re.compile(
   r"hf://(?P<repository>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?"
   r"(?:/(?P<path>.+))?"
 )
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHA1 = re.compile(r"[0-9a-f]{40}")
-_MAX_FAILURE = 300  # characters of another library's message
 
 
 class HubError(OSError):
@@ -243,9 +244,3 @@ def _check(path: pathlib.Path, size: int, changed: int) -> None:
       f"{path} ({size} bytes) is damaged: its checksum is "
       f"{checksum}, not {blob.name}; remove {blob} and try again"
     )
-
-
-def one_line(error: BaseException) -> str:
-  """Another library's message, on one line of bounded length."""
-  text = " ".join(str(error).split()) or type(error).__name__
-  return text if len(text) <= _MAX_FAILURE else f"{text[:_MAX_FAILURE]}..."

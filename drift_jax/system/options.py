@@ -42,6 +42,9 @@ Decoder = Literal["pillow", "simplejpeg"]
 # Crops of statistics of real images, and how many single features are kept.
 CROPS = ("center", "pad", "none")
 NUM_FEATURES = 10_000
+# Where a run's numbers go; the services are other packages.
+Writer = Literal["jsonl", "tensorboard", "wandb", "trackio"]
+SERVICES = ("wandb", "trackio")
 # Dtypes of a network's computation, and of latents on a disk.
 DTYPES = ("float32", "bfloat16")
 LATENT_DTYPES = ("float16", "bfloat16")

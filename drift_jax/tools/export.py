@@ -12,14 +12,19 @@
   OUT/generate.stablehlo           (weights, labels, alpha, noise, style)
                                    -> images
   OUT/run.py                       draws from it with jax and numpy alone
+and of a run, run_config.json.
 With --formats=...:
   release  OUT/params_ema/...      the weights as the authors' tools read them
   onnx     OUT/generate.onnx       generate with the weights in it; needs
                                    `pip install onnx-ir` and
                                    `pip install --no-deps jax2onnx`
+With --push=OWNER/NAME, the export goes to the Hugging Face hub, with a model
+card (README.md) and samples.png: drift_jax.load("hf://OWNER/NAME"). An export
+that is in OUT already is pushed as it is: a push that ended early goes on.
 """
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 
 from drift_jax import config as config_lib
@@ -50,7 +55,6 @@ def _parser() -> console.Parser:
     dest="source",
     action=console.Once,
     type=paths.argument,
-    required=True,
     metavar="SOURCE",
     help=config_lib.GENERATORS,
   )
@@ -65,6 +69,9 @@ def _parser() -> console.Parser:
   add("--step", type=int, help="of a run: checkpoint")
   add("--ema_decay", type=float, help="of a run: which EMA")
   add("--dtype", choices=options.DTYPES, help="of computation (default: as is)")
+  add("--push", metavar="OWNER/NAME", help="repository on the hub")
+  add("--private", action="store_true", help="of --push: if it is a new one")
+  add("--license", default="unknown", help="of --push: for the model card")
   for name, valid, default in (
     ("formats", options.FORMATS, "stablehlo"),
     ("platforms", options.PLATFORMS, ",".join(options.PLATFORMS)),
@@ -80,10 +87,29 @@ def _parser() -> console.Parser:
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Exports what the command line asks for; a mistake is one line."""
-  arguments = vars(_parser().parse_args(argv))
-  source, out = arguments.pop("source"), arguments.pop("out")
+  parser = _parser()
+  arguments = vars(parser.parse_args(argv))
+  source: str = arguments.pop("source") or ""
+  out, repository = arguments.pop("out"), arguments.pop("push")
+  shared = {name: arguments.pop(name) for name in ("private", "license")}
+  is_there = repository is not None and os.path.exists(out)
+  if not source and not is_there:
+    parser.error("the following arguments are required: --from")
 
   def program() -> None:
+    if repository is None:
+      return write()
+    from drift_jax.tools.work import push
+
+    push.check(repository)  # before the export
+    if is_there:
+      push.check_export(out, source)
+    else:
+      write()
+    address = push.push(out, repository, **shared)
+    logger.info("Pushed: drift_jax.load(%r) reads it.", address)
+
+  def write() -> None:
     from drift_jax.tools.work import export
 
     manifest = export.export(source, out, **arguments)

@@ -12,8 +12,8 @@ The JSON of our own artifacts also has the SHA-256 of the parameters' file;
 loading checks it. Loading executes nothing: both kinds of file hold arrays and
 names only.
 
-A folder may be on the hub: hf://OWNER/NAME[@REVISION][/FOLDER], or hf://NAME
-for an artifact of the release.
+A folder, or an export, may be on the hub: hf://OWNER/NAME[@REVISION][/FOLDER],
+or hf://NAME for an artifact of the release.
 """
 
 import dataclasses
@@ -45,6 +45,7 @@ TENSORS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 # An export (tools/export.py) is a folder of such folders.
 MANIFEST_FILE = "manifest.json"
+RUN_CONFIG_FILE = "run_config.json"
 EXPORTED, EXPORTED_VAE = "generator", "vae"
 
 Format = Literal["release", "safetensors"]
@@ -411,6 +412,15 @@ def _find(source: str) -> tuple[epath.Path, Layout]:
     "makes one of published weights, python -m drift_jax.tools.export of a "
     "generator's run)"
   )
+
+
+def exported_vae(source: str) -> str:
+  """The autoencoder of an export, here or on the hub; '' if it has none."""
+  place = f"{source.rstrip('/')}/{EXPORTED_VAE}"
+  if not source.startswith(storage.HUB):
+    return place if epath.Path(place).exists() else ""
+  manifest = _hub().manifest(source) or {}
+  return place if EXPORTED_VAE in manifest.get("weights", ()) else ""
 
 
 def _hub() -> Any:

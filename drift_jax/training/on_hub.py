@@ -1,6 +1,8 @@
 """Artifacts on the hub: hf://NAME of the release, or any repository's."""
 
+import json
 import pathlib
+from typing import Any
 
 from etils import epath
 
@@ -33,12 +35,32 @@ def fetch(source: str) -> tuple[epath.Path, artifacts.Layout]:
   return metadata.parent, layout
 
 
+def manifest(source: str) -> dict[str, Any] | None:
+  """An export's manifest.json; None if no export is there, or none known of."""
+  address = hub.parse(source)
+  if address is None:
+    return None
+  name = str(pathlib.PurePosixPath(address.path, artifacts.MANIFEST_FILE))
+  try:
+    file = hub.fetch(address._replace(path=name))
+    found = json.loads(file.read_text()) if file is not None else None
+  # Offline it may be unknown: what else is asked for says what is wrong.
+  except (hub.HubError, ValueError):
+    return None
+  # Other programs have a manifest.json too.
+  is_ours = isinstance(found, dict) and "drift_jax" in found
+  return found if is_ours else None
+
+
 def find(source: str) -> tuple[epath.Path, hub.Remote, artifacts.Layout]:
   """Finds an artifact's two files; downloads its metadata only."""
   address = hub.parse(source)
   name, _, revision = source.removeprefix("hf://").partition("@")
   there = f"the authors' release has {released.listed()}"
   if address is not None:
+    if manifest(source) is not None:
+      folder = pathlib.PurePosixPath(address.path, artifacts.EXPORTED)
+      address = address._replace(path=str(folder))
     places = [address]
   elif name and not set("/:") & set(f"{name}{revision}"):
     places = [

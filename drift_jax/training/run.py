@@ -122,6 +122,8 @@ def run(
         resume_step=step or -1,
         evaluated=step == 0 or checkpointer.evaluated(step),
         is_main=processes.is_first(),
+        names=config.writers,
+        config=dataclasses.asdict(config),
       )
     stack.callback(writer.close)
     watch = None

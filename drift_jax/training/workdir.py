@@ -15,7 +15,7 @@ from drift_jax import config as config_lib
 from drift_jax.config.parsing import build
 from drift_jax.config.sections import RunConfig
 from drift_jax.metrics.files import replacing
-from drift_jax.system import exits, paths, processes, storage
+from drift_jax.system import exits, options, paths, processes, storage
 from drift_jax.system.console import logger
 from drift_jax.system.lease import Lease
 from drift_jax.training import checkpoint, places
@@ -62,7 +62,8 @@ def alone(train: _Train) -> _Train:
   """Makes a task's (config, workdir) -> state the only run in its workdir.
 
   It raises ConfigError before anything is read or written if another run is
-  going on there, or the workdir can't be written. A run that was not heard of
+  going on there, the workdir can't be written, or a service that the run
+  reports to can't be used. A run that was not heard of
   for a minute may lose the workdir to another one: its process ends then.
   """
 
@@ -70,10 +71,18 @@ def alone(train: _Train) -> _Train:
   def run(config: Any, workdir: str, **options: Any) -> Any:
     workdir = paths.expand(workdir)
     check_workdir(workdir)
+    _check_services(getattr(config, "writers", ()))
     with holding(epath.Path(workdir) / LOCK_FILE, f"--workdir={workdir}"):
       return train(config, workdir, **options)
 
   return cast(_Train, run)
+
+
+def _check_services(writers: Sequence[str]) -> None:
+  if names := [name for name in writers if name in options.SERVICES]:
+    from drift_jax.metrics import services
+
+    processes.from_first(functools.partial(services.check, names))
 
 
 @contextlib.contextmanager

@@ -111,6 +111,8 @@ def test_weights_are_hashed_once(tmp_path, monkeypatch):
     link.symlink_to(blob)
 
   def download(repository, name, *, dry_run, **_):
+    if name == artifacts.MANIFEST_FILE:
+      raise errors.LocalEntryNotFoundError("no export")
     there = types.SimpleNamespace(
       will_download=False, commit_hash=COMMIT, file_size=0
     )

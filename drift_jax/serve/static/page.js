@@ -3,6 +3,8 @@
 // Images in a row of the downloaded grid, where more of a class are asked for.
 const MAX_COLUMNS = 16;
 const SHOWN_CHIPS = 12;
+// Pixels of a downloaded image at least, if it is not wanted as it is.
+const DOWNLOADED = 256;
 const $ = (id) => document.getElementById(id);
 
 let model = null;
@@ -10,7 +12,11 @@ let request = null; // AbortController of the request under way.
 let shown = null; // What the grid shows: {asked, images}.
 const chosen = new Set();
 
-const nameOf = (label) => model.class_names[label] ?? "";
+// A class that is called by its index shows it once.
+function nameOf(label) {
+  const name = model.class_names[label] ?? "";
+  return name === String(label) ? "" : name;
+}
 const titleOf = (label) => `${label} ${nameOf(label)}`.trim();
 
 function element(tag, properties = {}, ...children) {
@@ -29,7 +35,6 @@ function say(error) {
 function listClasses() {
   const entries = Array.from({ length: model.num_classes }, (_, label) => {
     const box = element("input", { type: "checkbox", value: label });
-    // A class of which nothing but its index is known shows it once.
     const name = element("span", { textContent: nameOf(label) });
     const index = element("span", { textContent: label });
     box.addEventListener("change", () => choose([label], box.checked));
@@ -126,9 +131,48 @@ function showTotal() {
   const total = labels.length * (count || 0);
   const classes = labels.length === 1 ? "class" : "classes";
   $("total").textContent =
-    `${labels.length} ${classes} × ${count || 0} = ${total} images ` +
-    `(at most ${model.max_images})`;
+    `${labels.length} ${classes} × ${count || 0} = ${total} images`;
   $("alpha-value").textContent = Number($("alpha").value).toFixed(2);
+}
+
+// The request in the page's address.
+
+function showLink({ labels, count, alpha, seed, style }) {
+  const ranges = [];
+  for (const label of labels) {
+    const last = ranges.at(-1);
+    if (last?.[1] === label - 1) last[1] = label;
+    else ranges.push([label, label]);
+  }
+  const classes = ranges.map(([a, b]) => (a === b ? a : `${a}-${b}`)).join();
+  const styles = style ? `&style=${style.join()}` : "";
+  const link = `classes=${classes}&alpha=${alpha}&seed=${seed}&count=${count}`;
+  history.replaceState(null, "", `?${link}${styles}`);
+}
+
+// Fills in the form from the address; returns what is wrong there, in words.
+function followLink(link) {
+  const text = link.get("classes");
+  const labels = text.split(",").flatMap((part) => {
+    const match = /^(\d+)(?:-(\d+))?$/.exec(part);
+    const [low, high] = [match?.[1], match?.[2] ?? match?.[1]].map(Number);
+    if (!(low <= high && high < model.num_classes)) return [NaN];
+    return Array.from({ length: high - low + 1 }, (_, i) => low + i);
+  });
+  if (labels.includes(NaN)) {
+    const last = model.num_classes - 1;
+    return `The link's classes=${text}: want indices from 0 to ${last}.`;
+  }
+  choose(labelsChosen(), false);
+  choose(labels, true);
+  for (const id of ["alpha", "seed", "count", "style"]) {
+    if (link.has(id)) $(id).value = link.get(id);
+  }
+  const [low, high] = model.alpha_range;
+  const alpha = link.get("alpha") ?? low;
+  showTotal();
+  if (Number(alpha) >= low && Number(alpha) <= high) return "";
+  return `The link's alpha=${alpha}: want ${low} to ${high}.`;
 }
 
 async function* linesOf(response) {
@@ -179,6 +223,7 @@ async function generate() {
   const start = performance.now();
   const total = asked.labels.length * asked.count;
   setBusy(true);
+  showLink(asked);
   showCells(asked);
   if (matchMedia("(max-width: 52rem)").matches) $("result").scrollIntoView();
   $("status").textContent = `Waiting for ${total} images…`;
@@ -252,12 +297,17 @@ function addImage({ index, label, png }) {
   const src = URL.createObjectURL(new Blob([bytes], { type: "image/png" }));
   const { seed, count } = shown.asked;
   const image = element("img", { src, alt: `Image ${index}: ${titleOf(label)}` });
-  const link = element("a", {
-    href: src,
-    download: `seed${seed}_image${index}_class${label}.png`,
-    title: "Download",
-  });
+  const download = `seed${seed}_image${index}_class${label}.png`;
+  const link = element("a", { href: src, download, title: "Download" });
   link.append(image);
+  link.addEventListener("click", (event) => {
+    const scale = Number($("size").value);
+    if (!(scale > 1)) return;
+    event.preventDefault();
+    const { canvas, draw } = blank(scale * image.naturalWidth, scale * image.naturalHeight);
+    draw(image, 0, 0, canvas.width, canvas.height);
+    saveCanvas(canvas, download);
+  });
   const row = $("grid").children[Math.floor(index / count)];
   row.querySelectorAll("ul > li")[index % count].replaceChildren(link);
   shown.images[index] = image;
@@ -290,6 +340,23 @@ function save(blob, name) {
   URL.revokeObjectURL(href);
 }
 
+// A white picture, and what draws images on it without smoothing them.
+function blank(width, height) {
+  const canvas = element("canvas", { width, height });
+  const context = canvas.getContext("2d");
+  context.imageSmoothingEnabled = false;
+  context.fillStyle = "white";
+  context.fillRect(0, 0, width, height);
+  return { canvas, draw: context.drawImage.bind(context) };
+}
+
+function saveCanvas(canvas, name) {
+  canvas.toBlob((blob) => {
+    if (blob) save(blob, name);
+    else say("The picture is too large for this browser.");
+  }, "image/png");
+}
+
 // As drift_jax.sample lays it out.
 async function downloadGrid() {
   const [height, width] = model.image_shape;
@@ -300,24 +367,17 @@ async function downloadGrid() {
   const rows = Math.ceil(images.length / columns);
   const stepX = scale * width + padding;
   const stepY = scale * height + padding;
-  const canvas = element("canvas", {
-    width: columns * stepX + padding,
-    height: rows * stepY + padding,
-  });
-  const context = canvas.getContext("2d");
-  context.imageSmoothingEnabled = false;
-  context.fillStyle = "white";
-  context.fillRect(0, 0, canvas.width, canvas.height);
+  const { canvas, draw } = blank(
+    columns * stepX + padding,
+    rows * stepY + padding,
+  );
   await Promise.all(images.map((image) => image?.decode()));
   images.forEach((image, i) => {
     const x = padding + (i % columns) * stepX;
     const y = padding + Math.floor(i / columns) * stepY;
-    if (image) context.drawImage(image, x, y, scale * width, scale * height);
+    if (image) draw(image, x, y, scale * width, scale * height);
   });
-  canvas.toBlob((blob) => {
-    if (blob) save(blob, `seed${asked.seed}_alpha${asked.alpha}.png`);
-    else say("The grid is too large for a picture of this browser.");
-  }, "image/png");
+  saveCanvas(canvas, `seed${asked.seed}_alpha${asked.alpha}.png`);
 }
 
 // Start.
@@ -326,7 +386,7 @@ function setUp() {
   const [low, high] = model.alpha_range;
   const [height, width] = model.image_shape;
   const facts = [
-    `${model.num_classes} classes`,
+    model.num_classes > 1 ? `${model.num_classes} classes` : "",
     `${height}×${width} pixels`,
     model.step === null ? "" : `step ${model.step}`,
     model.ema_decay === null ? "" : `EMA ${model.ema_decay}`,
@@ -347,16 +407,27 @@ function setUp() {
   $("seed").max = model.max_seed;
   $("style-field").hidden = !model.style_tokens;
   $("style-hint").textContent =
-    `One index from 0 to ${model.style_vocab - 1}, or ${model.style_tokens} ` +
-    "of them; empty: random.";
+    `0 to ${model.style_vocab - 1}, or ${model.style_tokens} of them`;
 
   const longest = Math.max(height, width);
+  const scale = Math.ceil(DOWNLOADED / longest);
+  const sizes = scale > 1 ? [scale, 1] : [];
+  $("size").replaceChildren(
+    ...sizes.map((value) => {
+      const pixels = `${value * width}×${value * height}`;
+      return element("option", { value, textContent: `${pixels} pixels` });
+    }),
+  );
+  $("size").hidden = $("size-label").hidden = scale === 1;
   const cell = [32, 64, 128].findIndex((size) => longest <= size);
   const size = [64, 96, 128, 192][cell < 0 ? 3 : cell];
   $("grid").style.setProperty("--cell", `${size}px`);
   $("grid").style.setProperty("--ratio", `${width} / ${height}`);
   $("grid").classList.toggle("pixels", longest < size);
-  $("grid").classList.toggle("named", model.class_names.length > 0);
+  const all = Array.from({ length: model.num_classes }, (_, label) => label);
+  $("grid").classList.toggle("named", all.some(nameOf));
+  $("grid").classList.toggle("single", model.num_classes === 1);
+  $("classes-field").hidden = model.num_classes === 1;
 
   listClasses();
   const first = Math.min(model.num_classes, 10);
@@ -403,6 +474,11 @@ async function begin() {
     return;
   }
   setUp();
+  const link = new URLSearchParams(location.search);
+  if (!link.has("classes")) return; // A proxy's own, perhaps.
+  const wrong = followLink(link);
+  if (wrong) say(wrong);
+  else generate();
 }
 
 begin();

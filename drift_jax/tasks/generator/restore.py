@@ -267,10 +267,8 @@ def open_artifact(
     )
   metadata, about = described.metadata, {}
   dtype = "float32"
-  if not vae and not source.startswith(storage.HUB):
-    exported = epath.Path(source) / artifacts.EXPORTED_VAE
-    # In the precision in which it decodes the export's images.
-    vae, dtype = (str(exported), "") if exported.exists() else ("", dtype)
+  if not vae and (vae := artifacts.exported_vae(source)):
+    dtype = ""  # the precision in which it decodes the export's images
   if not vae:
     vae = autoencoders.belonging_to(source, described)
     about = {"vae": vae} if vae else {}

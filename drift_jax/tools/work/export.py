@@ -15,10 +15,12 @@ import jax.export
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import traverse_util
 
 import drift_jax
 from drift_jax import config as config_lib
+from drift_jax.metrics.writers import read_jsonl
 from drift_jax.models import release
 from drift_jax.models.precision import rounded
 from drift_jax.system import options, sharding, storage
@@ -31,6 +33,7 @@ from drift_jax.tasks.generator.restore import (
 )
 from drift_jax.tasks.generator.samplers import sample_step
 from drift_jax.tasks.generator.step import GeneratorTask
+from drift_jax.tools.work.rows import last_figures
 from drift_jax.training import artifacts
 from drift_jax.training.conversions import weight_files
 from drift_jax.training.frozen import decoding
@@ -118,6 +121,9 @@ def export(
       functions = _write_stablehlo(folder, made, flat, platforms)
       shutil.copyfile(_RUN, folder / "run.py")
     # 3. What there is
+    if opened.config is not None:
+      text = config_lib.to_json(opened.config)
+      (folder / artifacts.RUN_CONFIG_FILE).write_text(text)
     manifest = {
       "format": VERSION,
       "drift_jax": drift_jax.__version__,
@@ -128,6 +134,7 @@ def export(
       **_ranges(opened, task),
       **facts,
       **trained_for,
+      "figures": _figures(opened),
       "provenance": dict(opened.provenance),
       "files": _checksums(folder),
     }
@@ -155,6 +162,21 @@ def _ranges(opened: OpenedGenerator, task: GeneratorTask) -> dict[str, Any]:
       "style": [0, max(task.style_vocab - 1, 0)],
     },
   }
+
+
+def _figures(opened: OpenedGenerator) -> dict[str, dict[str, float]] | None:
+  """Figures of these weights and of real images, if their run has judged them.
+
+  None for those of another average than the one that the run evaluates.
+  """
+  config = opened.config
+  if config is None or opened.ema_decay != config.eval.ema_decay:
+    return None
+  file = epath.Path(opened.provenance["workdir"]) / "metrics.jsonl"
+  records = read_jsonl(file) if file.exists() else []
+  generated, real = last_figures(records, opened.step or 0)
+  found = {"generated": generated, "real": real}
+  return found if generated else None
 
 
 def _save_vae(

@@ -22,6 +22,7 @@ from flax import traverse_util
 from drift_jax.metrics import files
 from drift_jax.system import hub, paths, storage
 from drift_jax.system.console import logger
+from drift_jax.system.errors import one_line
 from drift_jax.training.conversions.layouts import CONFIG_FILE, WeightsError
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".tar")  # MoCo: .pth.tar
@@ -154,7 +155,7 @@ def download(url: str, sha256: str, folder: pathlib.Path) -> pathlib.Path:
         )
   except (OSError, http.client.HTTPException) as error:
     raise WeightsError(
-      f"{url}: {hub.one_line(error)} (or download the file elsewhere and give"
+      f"{url}: {one_line(error)} (or download the file elsewhere and give"
       " its path)"
     ) from error
   return path
@@ -178,7 +179,7 @@ def read_weights(path: pathlib.Path) -> dict[str, np.ndarray]:
         beginning = file.read(8)
       raise WeightsError(
         f"{path} ({path.stat().st_size} bytes, beginning with {beginning!r})"
-        f" is no complete safetensors file: {hub.one_line(error)}"
+        f" is no complete safetensors file: {one_line(error)}"
       ) from error
   if path.suffix == ".msgpack":
     return _read_flax(path)
@@ -199,7 +200,7 @@ def _read_flax(path: pathlib.Path) -> dict[str, np.ndarray]:
   except Exception as error:
     raise WeightsError(
       f"{path} ({path.stat().st_size} bytes) is no complete msgpack of arrays"
-      f" by name: {hub.one_line(error)}"
+      f" by name: {one_line(error)}"
     ) from error
   for name, array in flat.items():
     if not isinstance(array, np.ndarray):
