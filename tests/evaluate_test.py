@@ -486,6 +486,8 @@ holds a model of kind 'gen', want one of
 holds ['fid', 'inception_score'], but eval.inception.path=
 {few} {other} {frechet} --inception_reference=nowhere.npz
 there are no reference statistics nowhere.npz: python -m
+{few} --inception=none --inception_reference=nowhere.npz
+eval.inception.path='none': the Inception-v3 of FID (95 MB): python -m
 --weights={tmp}/gen --num_samples=20 {other} {frechet} {reference}
 samples of 4 channels are the latents of an autoencoder: give it
 {few} {other} {frechet} --inception_reference={tmp}/narrow.npz
