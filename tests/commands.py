@@ -24,6 +24,10 @@ _READ = """if True:
     told = io.StringIO()
     try:
       program = importlib.import_module(module)
+      if hasattr(program, "__path__"):  # the page's server
+        program = importlib.import_module(f"{module}.__main__")
+        program.bind = lambda *arguments: contextlib.nullcontext()
+        program.serve = lambda *arguments: None
       with contextlib.redirect_stderr(told):
         if hasattr(program, "define_flags"):
           for name in set(flags.FLAGS) - before:

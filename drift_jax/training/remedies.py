@@ -67,7 +67,9 @@ def line(entry: Input, error: Exception, config: ImageConfig | None) -> str:
   """
   found = None if os.path.exists(entry.value) else _remedy(entry, config)
   if found is None:
-    return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    named = text.startswith((entry.key.partition(".")[0], "hf://"))
+    return text if named else f"{entry.key}: {text}"
   size = f" ({found.size})" if found.size else ""
   commands = ", or ".join(found.commands)
   return f"{entry.key}={entry.value!r}: {found.what}{size}: {commands}"
