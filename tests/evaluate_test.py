@@ -496,7 +496,7 @@ narrow.npz holds statistics of 6 dimensions, expected 128
 'inception_score' needs at least 10 samples and 0 single
 {run} --metrics=fid {published} {reference}
 or another network than asked for: network_sha256 found
-{few} --metrics=fd_dinov2 --dinov2={tmp}/clip --dinov2_reference=a.npz
+{few} --metrics=fd_dinov2 --dinov2={tmp}/clip --dinov2_reference={tmp}/narrow.npz
 clip' holds a model 'clip', want 'dinov2'
 {few} {other} {frechet} {reference} --alphas=0.5
 alpha=0.5 must be at least 1

@@ -43,6 +43,7 @@ _CONVERTED = {
     "1.21 GB",
   ),
 }
+_BASE_WIDTHS = (128, 256, 512, 1024)  # of ConvNeXt-V2 base
 # ImageNet's two layouts, as configs/common.py names them, and its splits' sizes
 # in a latent cache.
 _TFDS, _FOLDER = "tfds:imagenet2012", "folder:data/imagenet"
@@ -80,12 +81,12 @@ def _remedy(entry: Input, config: ImageConfig | None) -> Remedy | None:
   section, name, *_ = f"{entry.key}..".split(".")
   if entry.value.startswith("hf:"):
     return None
-  if section == "vae":
-    return _converted("vae", entry.value)
   if section == "eval" and entry.key.endswith(".path"):
     return _converted(name, entry.value)
   if config is None:
     return None
+  if section == "vae" and config.vae.model.get("latent_channels", 4) == 4:
+    return _converted("vae", entry.value)
   if section == "encoders":
     return _encoder(entry, config)
   if section == "eval":
@@ -99,7 +100,7 @@ def _converted(model: str, out: str) -> Remedy | None:
   if model not in _CONVERTED:
     return None
   what, arguments, size = _CONVERTED[model]
-  command = f"{_TOOLS}.convert_weights {arguments} --out={out}"
+  command = f"{_TOOLS}.convert_weights {arguments} --out={shlex.quote(out)}"
   return Remedy(what, size, (command,))
 
 
@@ -112,6 +113,8 @@ def _encoder(entry: Input, config: Any) -> Remedy | None:
     kind = "simclr" if plain else "moco"
   if not kind:
     return _trained(entry)
+  if kind == "convnext" and tuple(model["widths"]) != _BASE_WIDTHS:
+    return None
   if kind != "mae":
     return _converted(kind, entry.value)
   # 32 x 32 cells, of latents or of patches.
@@ -124,7 +127,7 @@ def _encoder(entry: Input, config: Any) -> Remedy | None:
       folder = ",folder" if _images(config)[0].startswith("folder:") else ""
       train = (
         f"python -m drift_jax.main --config=configs/mae_{of}.py:{width}{folder}"
-        f" --workdir={entry.value.removesuffix('/encoder')}"
+        f" --workdir={shlex.quote(entry.value.removesuffix('/encoder'))}"
       )
       return Remedy(
         f"the {of} encoder of width {width}",
@@ -242,4 +245,4 @@ def _data(entry: Input, config: ImageConfig) -> Remedy | None:
 
 def _command(tool: str, flags: dict[str, Any]) -> str:
   given = [f"--{name}={value}" for name, value in flags.items() if value]
-  return " ".join([f"{_TOOLS}.{tool}", *given])
+  return f"{_TOOLS}.{tool} {shlex.join(given)}"
