@@ -428,7 +428,7 @@ def frozen_model(kind: str, model: ConfigDict) -> ConfigDict:
 def judge_by_fid(config: ConfigDict) -> None:
   """Evaluates a long run on ImageNet at 256 px as papers do.
 
-  docs/evaluation.md says how the two files are made.
+  docs/imagenet.md says how the two files are made.
   """
   config.eval.update(every=5_000, metrics=("fid", "inception_score"))
   config.eval.inception.path = "weights/inception"

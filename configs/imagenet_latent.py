@@ -6,9 +6,9 @@
 reads a latent cache (drift_jax.tools.cache_latents), the autoencoder that made
 it, and an encoder: --config.encoders.mae.path=hf://mae_latent_640 (for the
 ablation hf://mae_latent_256), one trained by configs/mae_latent.py, or a
-converted one of pixels (docs/data.md has the commands); and for its FID the
-Inception-v3 and statistics of the training images (docs/evaluation.md).
-Variants, joined by commas:
+converted one of pixels; and for its FID the
+Inception-v3 and statistics of the training images (docs/imagenet.md has all
+commands). Variants, joined by commas:
   ablation  (or none) B/2, 30k steps, encoder mae_latent.py:256
   b2        B/2, 200k steps, encoder mae_latent.py:640
   l2        L/2, 200k steps, encoder mae_latent.py:640

@@ -4,10 +4,9 @@
     --workdir=runs/imagenet_l16
 
 reads ImageNet, an encoder (--config.encoders.mae.path=hf://mae_pixel_640, or
-one trained by configs/mae_pixel.py), and an exported ConvNeXt-V2 base
-(docs/encoders.md has the command); and for its FID the Inception-v3 and
-statistics of the training images (docs/evaluation.md). Variants, joined by
-commas:
+one trained by configs/mae_pixel.py), and an exported ConvNeXt-V2 base; and for
+its FID the Inception-v3 and statistics of the training images (docs/imagenet.md
+has all commands). Variants, joined by commas:
   b16    (or none) B/16, 100k steps
   l16    L/16, 100k steps
   folder ImageNet as an ImageFolder: data/imagenet/{train,val}/WNID/FILE

@@ -488,6 +488,8 @@ holds a model of kind 'gen', want one of
 holds ['fid', 'inception_score'], but eval.inception.path=
 {few} {other} {frechet} --inception_reference=nowhere.npz
 there are no reference statistics nowhere.npz: python -m
+{few} --inception=none --inception_reference=nowhere.npz
+eval.inception.path='none': the Inception-v3 of FID (95 MB): python -m
 --from={tmp}/gen --num_samples=20 {other} {frechet} {reference}
 samples of 4 channels are the latents of an autoencoder: give it
 {few} {other} {frechet} --inception_reference={tmp}/narrow.npz
@@ -496,7 +498,7 @@ narrow.npz holds statistics of 6 dimensions, expected 128
 'inception_score' needs at least 10 samples and 0 single
 {run} --metrics=fid {published} {reference}
 or another network than asked for: network_sha256 found
-{few} --metrics=fd_dinov2 --dinov2={tmp}/clip --dinov2_reference=a.npz
+{few} --metrics=fd_dinov2 --dinov2={tmp}/clip --dinov2_reference={tmp}/narrow.npz
 clip' holds a model 'clip', want 'dinov2'
 {few} {other} {frechet} {reference} --alphas=0.5
 alpha=0.5 must be at least 1
@@ -555,5 +557,5 @@ def test_mistakes(answers, mistakes):
   for message in requests:
     _, end = answers[message]
     assert end.startswith("Error: ") and message in end, end
-    assert "\n" not in end
+    assert "\n" not in end or " inputs are missing:\n" in end
   assert not out.exists()

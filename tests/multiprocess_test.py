@@ -306,6 +306,7 @@ def two(folder):
     [
       (GENERATOR, GROUPED | {"mesh.data": 3}, "bad"),
       (GENERATOR, GROUPED | {"batch.labels": 6}, "bad"),
+      ("configs/imagenet_latent.py:smoke", {}, "bad"),
       (GENERATOR, GROUPED, "grouped2"),
       (GENERATOR, QUEUE, "whole"),
       (ENCODER, MAE, "mae2"),
@@ -381,7 +382,7 @@ def test_a_queue_for_each_of_two_processes(folder, two):
 def test_mistakes_in_the_config_are_told_by_all(folder, two):
   """Before anything is read or written."""
   for process in range(2):
-    mesh, labels = [
+    mesh, labels, missing = [
       line.removeprefix("failed: ")
       for line in two.output(process).splitlines()
       if line.startswith("failed: ")
@@ -389,6 +390,8 @@ def test_mistakes_in_the_config_are_told_by_all(folder, two):
     assert "mesh data=3, fsdp=2 does not fit 4 devices: give sizes" in mesh
     assert "batch.labels=6 can't be split over the 4 devices" in labels
     assert "use a multiple of 4" in labels
+    listed = "inputs are missing, which process 0 lists"
+    assert missing == ("3 inputs are missing:" if process == 0 else listed)
   assert not (folder / "bad").exists()
 
 

@@ -40,6 +40,23 @@ COVERAGE_NEIGHBOURS = 5
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 
 
+def check_singles(name: str, figures: Sequence[str], there: bool) -> None:
+  """Raises ValueError if figures lack the features of single real images.
+
+  Args:
+    name: of the network.
+    figures: of it that are asked for.
+    there: whether the reference statistics hold features.
+  """
+  single = [figure for figure in figures if figure in FROM_FEATURES]
+  if single and not there:
+    raise ValueError(
+      f"{name}: {single} compare with features of single real images, which"
+      " the reference statistics do not hold: make them by python -m"
+      " drift_jax.tools.reference_stats with --num_features=10000"
+    )
+
+
 class NetworkEvaluator:
   """Figures of the generated images in one network's features and logits.
 
@@ -88,12 +105,8 @@ class NetworkEvaluator:
     single = [f for f in figures if f in FROM_FEATURES]
     self._real = np.empty((0, 0))
     if single and reference is not None:
-      if reference.features is None:
-        raise ValueError(
-          f"{name}: {single} compare with features of single real images, which"
-          " the reference statistics do not hold: make them by python -m"
-          " drift_jax.tools.reference_stats with --num_features=10000"
-        )
+      check_singles(name, figures, reference.features is not None)
+      assert reference.features is not None
       self._real = reference.features
     for figure in figures:
       least, reals = LEAST.get(figure, (2, 0))

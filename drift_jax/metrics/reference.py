@@ -150,6 +150,17 @@ def load_reference(
   return reference
 
 
+def has_features(path: files.PathLike) -> bool:
+  """Whether a file of statistics holds features of single images.
+
+  Raises:
+    FileNotFoundError, ValueError: as `load_reference`.
+  """
+  path = paths.expand(path)
+  with files.reading_npz(path), np.load(path) as archive:
+    return "features" in archive.files
+
+
 def _read(archive: np.lib.npyio.NpzFile) -> dict[str, np.ndarray]:
   """The arrays of one form and what goes with them, not the others."""
   complete = [form for form in _FORMS if set(form) <= set(archive.files)]

@@ -75,6 +75,15 @@ def check_space(generator: artifacts.Described, vae: str) -> None:
         f"{error}; it is the autoencoder of latents: vae=FOLDER or "
         "hf://OWNER/NAME takes another of the same"
       ) from error
+  require_space(needs)
+
+
+def require_space(needs: Sequence[hub.Need]) -> None:
+  """Says what is to be downloaded and written, if anything is.
+
+  Raises:
+    ArtifactError: a disk can't take it.
+  """
   if not (wanted := hub.listed(needs)):
     return
   logger.info("To be downloaded and written: %s.", wanted)

@@ -135,6 +135,20 @@ def _opened(
   return opened
 
 
+def find(key: str, path: str) -> Sequence[Any]:
+  """Looks for a frozen network; returns hub.Need of what is to be downloaded.
+
+  Raises:
+    ArtifactError: it is not there, or the hub can't be reached.
+  """
+  with _naming(key):
+    if key == "vae" and path.startswith(storage.HUB):
+      from drift_jax.training import autoencoders  # converters take a while
+
+      return autoencoders.missing(path)
+    return artifacts.describe(path).missing
+
+
 @contextlib.contextmanager
 def _naming(key: str) -> Iterator[None]:
   """Puts a name of the config before the message of an ArtifactError."""

@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import os
 import pathlib
-from collections.abc import Callable
-from typing import TypeVar
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
@@ -13,17 +15,141 @@ from drift_jax.config.sections import ImageConfig
 from drift_jax.data import sources as sources_lib
 from drift_jax.data.loader import Loader
 from drift_jax.data.readers import ArrayReader, Reader
-from drift_jax.system import storage
+from drift_jax.system import paths, processes, storage
 from drift_jax.system.console import logger
-from drift_jax.system.errors import naming
-from drift_jax.training import artifacts
+from drift_jax.system.errors import ERRORS, naming
+from drift_jax.training import artifacts, frozen
 from drift_jax.training.facts import Facts, image_facts
+from drift_jax.training.places import in_lines
 
 _Config = TypeVar("_Config", bound=ImageConfig)
 LATENTS = "latents:"
 # Which images are held out does not change with the run's seed: runs of
 # several seeds are judged by the same images.
 HELD_OUT_SEED = 0
+
+
+class Input(NamedTuple):
+  """A file or folder that a run reads.
+
+  Attributes:
+    key, value: of the config that names it.
+    check: raises what opening it would if it is not there; returns hub.Need of
+      what is to be downloaded. It opens nothing and costs little.
+    split: of a latent cache, which has a folder for each.
+  """
+
+  key: str
+  value: str
+  check: Callable[[], Sequence[Any]]
+  split: str = ""
+
+
+def require(wanted: Sequence[Input], config: ImageConfig | None) -> None:
+  """Looks for all inputs of a run before any is opened or downloaded.
+
+  Args:
+    wanted: in the order in which they are made.
+    config: of the run, for what makes them; None if there is none.
+
+  Raises:
+    UserError, OSError: the error of the only one that is missing.
+    ConfigError: several are; a line for each says what makes it.
+    PeerError: the same, in the other processes.
+  """
+  # 1. Each by itself, then the space that downloads take together.
+  missing: list[tuple[Input, Exception]] = []
+  needs: list[Any] = []
+  for entry in wanted:
+    try:
+      needs += entry.check()
+    except ERRORS as error:
+      missing.append((entry, error))
+  if needs:
+    from drift_jax.training import autoencoders  # converters take a while
+
+    try:
+      autoencoders.require_space(needs)
+    except ERRORS as error:
+      missing.append((Input("", "", lambda: ()), error))
+  # 2. What all processes lack, said once.
+  lines = []
+  if missing:
+    from drift_jax.training import remedies
+
+    lines = [remedies.line(entry, error, config) for entry, error in missing]
+  where: dict[str, list[int]] = {}
+  for index, told in enumerate(processes.from_all(lambda: lines)):
+    for text in told:
+      where.setdefault(text, []).append(index)
+  if len(where) <= 1:
+    for _, error in missing:
+      raise error
+    return
+  if not processes.is_first():
+    raise processes.PeerError("inputs are missing, which process 0 lists")
+  most = max(map(len, where.values()))
+  raise config_lib.ConfigError(
+    in_lines(
+      [
+        text + f" (in processes {at})" * (len(at) < most)
+        for text, at in where.items()
+      ]
+    )
+  )
+
+
+def frozen_input(key: str, path: str) -> Input:
+  """The weights of the frozen network KEY.path."""
+  return Input(f"{key}.path", path, functools.partial(frozen.find, key, path))
+
+
+def image_inputs(
+  config: ImageConfig, *, is_new: bool, tested: bool
+) -> list[Input]:
+  """What every task of images reads: autoencoder, data, first weights.
+
+  Args:
+    config: of the run.
+    is_new: whether it begins, and not goes on from a checkpoint.
+    tested: whether held-out images will be read.
+  """
+  data, wanted = config.data, []
+  if config.vae.path:
+    wanted.append(frozen_input("vae", config.vae.path))
+  splits = [data.train_split]
+  if tested and data.source.startswith(LATENTS):
+    splits.append(data.test_split)
+  for split in splits:
+    check = functools.partial(_find_data, data, split)
+    wanted.append(Input("data.source", data.source, check, split))
+  if config.init_from and is_new:
+    check = functools.partial(frozen.find, "init_from", config.init_from)
+    wanted.append(Input("init_from", config.init_from, check))
+  return wanted
+
+
+def _find_data(settings: config_lib.Data, split: str) -> Sequence[Any]:
+  """Raises what opening a split would if nothing is at its place."""
+  kind, _, place = settings.source.partition(":")
+  root = settings.data_dir
+  if kind == "tfds" and not place.startswith(("/", ".", "~")):
+    root = root or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    place = re.split("[:/]", place)[0]
+  elif kind == "latents":
+    place = os.path.join(place, split)
+  path = os.path.join(paths.expand(root), paths.expand(place))
+  elsewhere = storage.is_remote(settings.source) or storage.is_remote(root)
+  if not place or elsewhere or os.path.exists(path):
+    return ()
+  with naming("data"):
+    if kind == "latents":
+      from drift_jax.data.latent_format import load_manifest
+
+      load_manifest(os.path.dirname(path), split)
+    else:
+      _Sources(settings).open(split)
+  return ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +251,8 @@ class _Sources:
   def __init__(self, settings: config_lib.Data):
     self._settings = settings
 
-  def _open(self, split: str) -> sources_lib.Source:
+  def open(self, split: str) -> sources_lib.Source:
+    """Opens a split of that name."""
     settings = self._settings
     return sources_lib.open_source(
       settings.source,
@@ -142,7 +269,7 @@ class _Sources:
     if not self._settings.test_split:
       return None
     try:
-      return self._open(self._settings.test_split)
+      return self.open(self._settings.test_split)
     except sources_lib.NoSplitError as error:
       if self._settings.held_out:
         return None
@@ -163,7 +290,7 @@ class _Sources:
       self._settings.train_split,
     )
     return sources_lib.held_out(
-      self._open(self._settings.train_split),
+      self.open(self._settings.train_split),
       per_class=per_class,
       seed=HELD_OUT_SEED,
     )
@@ -171,7 +298,7 @@ class _Sources:
   def train(self) -> sources_lib.Source:
     """Returns the training images: the whole split if nothing is held out."""
     if not self._settings.held_out or self._own_test is not None:
-      return self._open(self._settings.train_split)
+      return self.open(self._settings.train_split)
     return self._divided[0]
 
   def test(self) -> sources_lib.Source:

@@ -146,7 +146,7 @@ def absolute(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_there(config: RunConfig, workdir: str, keys: Sequence[str]) -> None:
-  """Raises ConfigError for a path among these keys that leads nowhere.
+  """Raises ConfigError for all paths among these keys that lead nowhere.
 
   Args:
     config: config of a run, from `of_run`.
@@ -155,6 +155,7 @@ def check_there(config: RunConfig, workdir: str, keys: Sequence[str]) -> None:
   """
   values = json.loads(config_lib.to_json(config))
   started = read_started(epath.Path(workdir))
+  missing = []
   for key, path in _paths(values):
     wanted = any(fnmatch.fnmatchcase(key, pattern) for pattern in keys)
     if not wanted or _is_elsewhere(path) or os.path.exists(path):
@@ -166,10 +167,19 @@ def check_there(config: RunConfig, workdir: str, keys: Sequence[str]) -> None:
     )
     others = sorted({*_places(path, started, workdir)} - {path})
     also = f", nor is there {' or '.join(others)}" if others else ""
-    raise config_lib.ConfigError(
+    missing.append(
       f"{key}: {path} of the run in {workdir} is not there{also}; give its "
       f"place: {flag.replace('NAME', key.split('.')[1])}"
     )
+  if missing:
+    raise config_lib.ConfigError(in_lines(missing))
+
+
+def in_lines(missing: Sequence[str]) -> str:
+  """One message of several: the only one, or a line for each."""
+  if len(missing) == 1:
+    return missing[0]
+  return "\n  ".join([f"{len(missing)} inputs are missing:", *missing])
 
 
 def _paths(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -124,6 +124,13 @@ def holding(path: epath.Path, what: str) -> Iterator[None]:
       lease.release()
 
 
+def has_checkpoints(path: epath.Path) -> bool:
+  """Whether a folder holds a run that goes on from a checkpoint."""
+  return any(
+    entry.name[0].isdecimal() for entry in storage.entries(path / CHECKPOINTS)
+  )
+
+
 def open_workdir(
   workdir: str,
   config: RunConfig,
@@ -179,9 +186,7 @@ def _write_facts(
   facts: facts_lib.Facts,
 ) -> tuple[Sequence[str], facts_lib.Facts]:
   text = config_lib.to_json(config)
-  if any(
-    entry.name[0].isdecimal() for entry in storage.entries(path / CHECKPOINTS)
-  ):
+  if has_checkpoints(path):
     if (path / config_lib.CONFIG_FILE).exists():
       try:
         _check_resumable(path, config, frozen, class_names, facts)

@@ -143,6 +143,10 @@ def test_what_stayed_behind_is_named_and_can_be_given(
     ({"encoders.mae.path": "a"}, "encoders.mae.path: a of the run"),
     ({"data.data_dir": "d", "data.source": "folder:e"}, "data.data_dir: d of"),
     ({"vae.path": "v"}, "vae.path='v': the run in .* has none"),
+    (
+      {"data.data_dir": "d", "encoders.mae.path": "a"},
+      "2 inputs are missing:\n  data.data_dir: d of .*\n  encoders.mae.path: a",
+    ),
   ],
 )
 def test_mistakes_in_what_is_given(moved, paths, message):

@@ -6,6 +6,7 @@ tasks/generator/config.py, and add a function to BY_REALS here.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -39,7 +40,7 @@ from drift_jax.tasks.generator.judges import (
   network_fn,
 )
 from drift_jax.tasks.generator.setup import decoded_encoders
-from drift_jax.training import artifacts
+from drift_jax.training import artifacts, inputs
 from drift_jax.training.inputs import LATENTS, Readers
 from drift_jax.training.run import pad_to_mesh
 
@@ -154,13 +155,47 @@ def _judge(
   return artifact
 
 
+def judge_inputs(
+  names: Sequence[str], judges: Mapping[str, Judge]
+) -> list[inputs.Input]:
+  """The networks and statistics that figures read, as `network_evaluators`."""
+  wanted = []
+  for name, figures in JUDGED_METRICS.items():
+    asked = [metric for metric in names if metric in figures]
+    if not asked:
+      continue
+    path, reference = judges[name].path, judges[name].reference
+    wanted.append(inputs.frozen_input(f"eval.{name}", path))
+    if reference:
+      check = functools.partial(_find_statistics, name, reference, asked)
+      wanted.append(inputs.Input(f"eval.{name}.reference", reference, check))
+  return wanted
+
+
+def _find_statistics(
+  name: str, path: str, figures: Sequence[str]
+) -> Sequence[Any]:
+  """Raises ConfigError if statistics or their single features are missing."""
+  from drift_jax.metrics.network import check_singles
+  from drift_jax.metrics.reference import has_features
+
+  with naming(f"eval.{name}"):
+    check_singles(name, figures, _reading(path, has_features))
+  return ()
+
+
 def _reference(path: str, **of: Any) -> Any:
   """Loads statistics of real images; `of` says what they must be of."""
   from drift_jax.metrics.reference import load_reference  # seldom wanted
 
+  return _reading(path, functools.partial(load_reference, **of))
+
+
+def _reading(path: str, read: Callable[[str], Any]) -> Any:
+  """What is read of a file of statistics; ConfigError if there is none."""
   storage.check_local("reference statistics", path)
   try:
-    return load_reference(path, **of)
+    return read(path)
   except FileNotFoundError as error:
     raise config_lib.ConfigError(
       f"there are no reference statistics {path}: python -m "

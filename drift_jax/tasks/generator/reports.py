@@ -38,6 +38,7 @@ from drift_jax.tasks.generator.config import (
 )
 from drift_jax.tasks.generator.evaluators import (
   evaluation_labels,
+  judge_inputs,
   needs_reals,
   network_evaluators,
   run_evaluators,
@@ -62,7 +63,7 @@ from drift_jax.tasks.generator.setup import (
 from drift_jax.training import places
 from drift_jax.training.facts import check_data
 from drift_jax.training.frozen import frozen_sums, load_encoders
-from drift_jax.training.inputs import open_readers
+from drift_jax.training.inputs import open_readers, require
 from drift_jax.training.run import pad_to_mesh
 from drift_jax.training.workdir import check_frozen
 
@@ -171,19 +172,25 @@ def report_on_run(
   """
   # 1. The run, with the evaluation that is asked for.
   mesh = sharding.make_mesh()
+
+  def check(config: GeneratorConfig) -> None:
+    config = _requested_config(config, request, ema_decay)
+    keys = _files_of(config.eval, *_wanted(config.eval, request))
+    places.check_there(config, workdir, keys)
+
   run = open_run(
-    workdir, mesh, step=step, ema_decay=ema_decay, paths=request.paths
+    workdir,
+    mesh,
+    step=step,
+    ema_decay=ema_decay,
+    paths=request.paths,
+    check=check,
   )
   assert run.config is not None
   config = _requested_config(run.config, request, ema_decay)
   chosen = config.eval
   # 2. What it reads: encoders and real images, if a figure needs them.
-  wants_encoder = "fd_encoder" in chosen.metrics or (
-    request.neighbours > 0 and request.neighbour_space == "encoder"
-  )
-  wants_reals = needs_reals(chosen) or request.neighbours > 0
-  needed = ["encoders.*"] * wants_encoder + ["data.*"] * wants_reals
-  places.check_there(config, workdir, [*needed, *_judged(chosen.metrics)])
+  wants_encoder, wants_reals = _wanted(chosen, request)
   encoders = load_encoders(config.encoders, mesh) if wants_encoder else {}
   check_frozen(epath.Path(workdir), frozen_sums(encoders, None))
   readers = None
@@ -245,12 +252,22 @@ def report_on_run(
   return report
 
 
-def _judged(names: Sequence[str]) -> list[str]:
-  """Returns patterns of the config's keys that name files of figures."""
-  return ["eval.labels"] + [
+def _wanted(chosen: GeneratorEval, request: Request) -> tuple[bool, bool]:
+  """Returns whether a report reads the encoders, and real images."""
+  encoder = "fd_encoder" in chosen.metrics or (
+    request.neighbours > 0 and request.neighbour_space == "encoder"
+  )
+  return encoder, needs_reals(chosen) or request.neighbours > 0
+
+
+def _files_of(chosen: GeneratorEval, encoder: bool, reals: bool) -> list[str]:
+  """Returns patterns of the config's keys that name files of a report."""
+  keys = ["vae.path", "eval.labels"]
+  keys += ["encoders.*"] * encoder + ["data.*"] * reals
+  return keys + [
     f"eval.{judge}.*"
     for judge, figures in JUDGED_METRICS.items()
-    if set(figures) & set(names)
+    if set(figures) & set(chosen.metrics)
   ]
 
 
@@ -306,7 +323,7 @@ def report_on_weights(
   for alpha in alphas:
     if not alpha >= 1:
       raise config_lib.ConfigError(f"alpha={alpha} must be at least 1")
-  _judges(request)  # before anything is downloaded
+  require(judge_inputs(_metrics(request), _judges(request)), None)
   mesh = sharding.make_mesh()
   generator = open_artifact(weights, vae, mesh, decoded=True)
   count = request.count(generator.num_classes)
@@ -375,6 +392,7 @@ def report_on_images(path: str, request: Request) -> dict[str, Any]:
       f"num_samples={request.num_samples}, but {path} holds {len(images)} "
       "images: all of them are scored, leave it out"
     )
+  require(judge_inputs(_metrics(request), _judges(request)), None)
   evaluators, facts = _by_files(
     request, count=len(images), resolution=images.shape[0], mesh=mesh
   )

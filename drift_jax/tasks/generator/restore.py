@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -131,6 +131,7 @@ def open_run(
   step: int | None = None,
   ema_decay: float | None = None,
   paths: Mapping[str, str] | None = None,
+  check: Callable[[GeneratorConfig], None] = lambda config: None,
 ) -> OpenedGenerator:
   """Restores one EMA of a run, without optimiser, queue or encoders.
 
@@ -142,6 +143,7 @@ def open_run(
     ema_decay: which average; None takes the one that the run evaluates.
     paths: {dotted key of the config: where it is now}, of what is not found;
       see `places.of_run`.
+    check: called with the run's config before anything else of it is read.
 
   Raises:
     ConfigError: no run there, not a generator's, an unknown decay, or an
@@ -159,6 +161,7 @@ def open_run(
     raise config_lib.ConfigError(
       f"ema_decay={decay} was not kept: valid options are {config.ema.decays}"
     )
+  check(config)
   places.check_there(config, workdir, ["vae.path"])
   vae = load_vae(config.vae, mesh)
   check_frozen(epath.Path(workdir), frozen_sums({}, vae))

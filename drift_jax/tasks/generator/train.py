@@ -3,16 +3,19 @@
 import functools
 from typing import Any
 
+from etils import epath
+
 from drift_jax.tasks import parse_as
 from drift_jax.tasks.generator import setup
 from drift_jax.tasks.generator.config import GeneratorConfig
 from drift_jax.tasks.generator.evaluation import Evaluation
+from drift_jax.tasks.generator.evaluators import judge_inputs, needs_reals
 from drift_jax.training import frozen, inputs
 from drift_jax.training.drifting import drift_arguments
 from drift_jax.training.places import of_resumed
 from drift_jax.training.run import at_end, open_mesh, run
 from drift_jax.training.state import TrainState
-from drift_jax.training.workdir import alone, open_workdir
+from drift_jax.training.workdir import alone, has_checkpoints, open_workdir
 
 
 @alone
@@ -43,6 +46,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   mesh = open_mesh(config.mesh)
   setup.check_labels(config, mesh)
   config = of_resumed(config, workdir)
+  inputs.require(_inputs(config, workdir), config)
   vae = frozen.load_vae(config.vae, mesh)
   readers = inputs.open_readers(config, vae)
   config = inputs.with_num_classes(config, readers.train)
@@ -72,3 +76,20 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
       best_metric=evaluation.best_metric,
       images=config.batch.labels * config.batch.generated,
     )
+
+
+def _inputs(config: GeneratorConfig, workdir: str) -> list[inputs.Input]:
+  """All that a run reads, in the order in which it is made."""
+  chosen = config.eval
+  metrics = chosen.metrics if chosen.every else ()
+  wanted = inputs.image_inputs(
+    config,
+    is_new=not has_checkpoints(epath.Path(workdir)),
+    tested=bool(metrics) and needs_reals(chosen),
+  )
+  wanted += [
+    inputs.frozen_input(f"encoders.{name}", encoder.path)
+    for name, encoder in config.encoders.items()
+  ]
+  judges = {"inception": chosen.inception, "dinov2": chosen.dinov2}
+  return wanted + judge_inputs(metrics, judges)

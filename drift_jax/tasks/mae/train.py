@@ -4,6 +4,8 @@ import dataclasses
 import functools
 from typing import Any
 
+from etils import epath
+
 from drift_jax.models import release
 from drift_jax.system import processes
 from drift_jax.system.console import logger
@@ -13,11 +15,16 @@ from drift_jax.tasks.mae.config import MaeConfig
 from drift_jax.tasks.mae.evaluation import held_out_evaluation, plot
 from drift_jax.training import artifacts
 from drift_jax.training.frozen import frozen_sums, load_vae, start_params
-from drift_jax.training.inputs import open_readers, with_num_classes
+from drift_jax.training.inputs import (
+  image_inputs,
+  open_readers,
+  require,
+  with_num_classes,
+)
 from drift_jax.training.places import of_resumed
 from drift_jax.training.run import at_end, check_divides, open_mesh, run
 from drift_jax.training.state import TrainState
-from drift_jax.training.workdir import alone, open_workdir
+from drift_jax.training.workdir import alone, has_checkpoints, open_workdir
 
 # Folder of the trained encoder in the workdir: encoders.NAME.path of a
 # generator's config points at it.
@@ -50,6 +57,14 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   mesh = open_mesh(config.mesh)
   check_divides("mae.batch_size", config.mae.batch_size, mesh)
   config = of_resumed(config, workdir)
+  require(
+    image_inputs(
+      config,
+      is_new=not has_checkpoints(epath.Path(workdir)),
+      tested=config.eval.every > 0,
+    ),
+    config,
+  )
   vae = load_vae(config.vae, mesh)
   readers = open_readers(config, vae)
   config = with_num_classes(config, readers.train)
