@@ -13,7 +13,11 @@ from drift_jax.tasks.mae.config import MaeConfig
 from drift_jax.tasks.mae.evaluation import held_out_evaluation, plot
 from drift_jax.training import artifacts
 from drift_jax.training.frozen import frozen_sums, load_vae, start_params
-from drift_jax.training.inputs import open_readers, with_num_classes
+from drift_jax.training.inputs import (
+  check_reals,
+  open_readers,
+  with_num_classes,
+)
 from drift_jax.training.places import of_resumed
 from drift_jax.training.run import at_end, check_divides, open_mesh, run
 from drift_jax.training.state import TrainState
@@ -53,6 +57,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   vae = load_vae(config.vae, mesh)
   readers = open_readers(config, vae)
   config = with_num_classes(config, readers.train)
+  check_reals(config.generator, readers, judged=config.eval.every > 0)
   # Images are encoded on the device, cached latents are not.
   encoding = None if readers.train.grid is None else vae
   task = setup.mae_task(config, encoding)
