@@ -146,14 +146,14 @@ def _cpu(config: ConfigDict) -> None:
   config.batch.update(labels=8, generated=16, unconditional=8)
   config.queue.update(push_per_step=16, prefill=1_000)
   config.optim.update(
-    schedule="cosine", learning_rate=2e-3, warmup_steps=100, weight_decay=0.0
+    schedule="cosine", learning_rate=2e-3, warmup_steps=50, weight_decay=0.0
   )
   config.ema.decays = (0.99,)
-  config.train.update(num_steps=800, log_every=25)
+  config.train.update(num_steps=400, log_every=25)
   config.eval.update(
-    every=200, batch_size=100, alphas=(1.0,), ema_decay=0.99, grid_per_class=8
+    every=100, batch_size=100, alphas=(1.0,), ema_decay=0.99, grid_per_class=8
   )
-  config.checkpoint.every = 200
+  config.checkpoint.every = 100
 
 
 def _encoder(size: str, smoke: bool) -> ConfigDict:

@@ -256,8 +256,8 @@ def check_reals(drawn: Reals, readers: Readers, judged: bool) -> None:
   train = readers.train
   labels, names = train.labels, train.class_names
   with naming(
-    "the generator that config.generator describes (generator.labels=0 trains "
-    "the encoder all the same)"
+    "the generator that will drift in this encoder's features (its batch.* are "
+    "generator.* here; generator.labels=0 trains the encoder all the same)"
   ):
     if drawn.reals == "class_grouped":
       sizes = drawn.labels, drawn.positives, drawn.unconditional
