@@ -30,6 +30,10 @@ def get_config(variant: str = "") -> ConfigDict:
   )
   if smoke:
     _smoke(config)
+  if task == "encoder":
+    common.for_generator(
+      config, get_config("generator,smoke" if smoke else "generator")
+    )
   return config
 
 

@@ -23,8 +23,9 @@ def _shared(task: str) -> ConfigDict:
   config.data.data_dir = ""
   config.data.train_split = "train"
   config.data.test_split = "test"  # held-out images, for evaluation
-  # Images of each class that are held out where there is no such split.
-  config.data.held_out = 0
+  # Images of each class that are held out where there is no such split; below
+  # 1 the share of each class.
+  config.data.held_out = 0.0
   config.data.class_order = ""  # '': sorted names; 'imagenet': the standard one
   config.data.image_size = 256  # pixels
   config.data.channels = 3  # 1: grey
@@ -239,6 +240,14 @@ def mae() -> ConfigDict:
   config.mae.classification_ramp = 1_000  # steps to the full weight
   config.mae.classification_weight = 0.1
 
+  # What the generator that will drift in its features draws of the same data
+  # (its config.batch), checked when the encoder starts; labels=0: not checked.
+  config.generator = ConfigDict()
+  config.generator.reals = "queue"
+  config.generator.labels = 0
+  config.generator.positives = 1
+  config.generator.unconditional = 0
+
   config.optim.learning_rate = 4e-3
   config.optim.warmup_steps = 4_000
   config.ema.decays = (0.9995,)
@@ -434,6 +443,12 @@ def judge_by_fid(config: ConfigDict) -> None:
   config.eval.inception.path = "weights/inception"
   config.eval.inception.reference = "weights/imagenet256_train.npz"
   config.checkpoint.update(every=5_000, best_metric="fid")
+
+
+def for_generator(config: ConfigDict, generator: ConfigDict) -> None:
+  """Tells an encoder's config which generator will read the same data."""
+  for key in config.generator:
+    config.generator[key] = generator.batch[key]
 
 
 def smoke_generator(config: ConfigDict) -> None:

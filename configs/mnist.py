@@ -37,6 +37,7 @@ def get_config(variant: str = "") -> ConfigDict:
     _cpu_generator(config)
   elif size == "cpu_encoder":
     _cpu_encoder(config)
+    common.for_generator(config, get_config("cpu"))
   return config
 
 

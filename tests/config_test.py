@@ -101,6 +101,7 @@ GENERATOR = [
   ("checkpoint.every", 500, r"eval.every=250 and checkpoint.every=500: only"),
   ("eval.every", 0, r"'fd_pixel' with eval.every=0 and checkpoint.every=250"),
   ("train.accum_labels", 5, "does not divide batch.labels=16"),
+  ("data.held_out", 1.5, "a number of images of each class, or a share"),
   ("data.test_split", "train", "are both 'train'.*not be trained on"),
   ("data.source", "latents:x", r"needs vae\.path.*convert_weig"),
   ("vae.path", "x", "with data.source='digits'.*latent cache"),
@@ -359,6 +360,7 @@ def test_every_key_is_read(reads, no_steps, tmp_path):
   """No dead options: digits and images together look at every field."""
   encoder = digits.get_config("encoder,smoke")
   encoder.model.base_channels = 4
+  encoder.generator.labels = 1
   train_mae.train_and_evaluate(encoder, str(tmp_path / "mae"))
   config = digits.get_config("features,smoke")
   config.encoders.mae.path = str(tmp_path / "mae" / "encoder")
@@ -476,7 +478,7 @@ def test_resumed_runs_may_change_what_is_harmless():
   [
     ("optim.learning_rate", 1e-3, 5e-4),
     ("train.accum_labels", 2, 4),
-    ("data.held_out", 0, 1),
+    ("data.held_out", 0.0, 1.0),
   ],
 )
 def test_resumed_runs_may_not_become_another_experiment(key, before, after):

@@ -1,5 +1,6 @@
 """Every config file parses; the published ones hold Table 8's values."""
 
+import dataclasses
 import importlib
 
 import pytest
@@ -8,6 +9,10 @@ from drift_jax.tasks import parse
 
 VARIANTS = {
   "cifar10": ["", "encoder", "smoke", "encoder,smoke"],
+  "images": [
+    *("", "64", "128", "256", "cpu", "256,smoke", "smoke"),
+    *("64,encoder", "128,encoder", "cpu,encoder", "128,encoder,smoke"),
+  ],
   "imagenet_latent": [
     *("", "ablation", "b2", "l2", "l2,smoke", "smoke"),
     *("convnext", "convnext,smoke", "moco", "simclr"),
@@ -235,6 +240,35 @@ def test_encoders_of_the_paper(name, variant):
   assert config.ema.decays == (0.9995,)
   assert (config.data.crop, config.data.crop_scale) == ("random", (0.2, 1.0))
   assert config.model.layers == (3, 4, 6, 3)
+
+
+# Side, patch of the generator, patch of the encoder.
+IMAGES = {"64": (64, 4, 2), "128": (128, 8, 4), "cpu": (32, 8, 1)}
+
+
+@pytest.mark.parametrize("variant", IMAGES)
+def test_own_images(variant):
+  """50 of a class are enough, and the encoder's start checks what is drawn."""
+  generator, encoder = (
+    get("images", variant),
+    get("images", variant + ",encoder"),
+  )
+  side, patch, folded = IMAGES[variant]
+  assert generator.model.input_size == generator.data.image_size == side
+  assert encoder.data.image_size == side
+  assert (generator.model.patch_size, encoder.model.input_patch_size) == (
+    patch,
+    folded,
+  )
+  for config in (generator, encoder):
+    assert config.data.source == "folder:data/images"
+    assert (config.data.held_out, config.model.num_classes) == (0.1, 0)
+  batch = generator.batch
+  assert batch.positives <= 50 - round(50 * generator.data.held_out)
+  assert dataclasses.asdict(encoder.generator) == {
+    name: getattr(batch, name)
+    for name in ("reals", "labels", "positives", "unconditional")
+  }
 
 
 def test_small_images_take_what_small_batches_want():

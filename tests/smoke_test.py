@@ -9,6 +9,8 @@ from PIL import Image
 
 import drift_jax
 from drift_jax.metrics.writers import read_jsonl
+from drift_jax.serve import requests
+from drift_jax.system.errors import ERRORS
 from drift_jax.tasks.generator import train as train_generator
 from drift_jax.tasks.mae import train as train_mae
 from drift_jax.tools.cache_latents import parse
@@ -16,6 +18,7 @@ from drift_jax.tools.work import cache_latents
 from drift_jax.training import artifacts, released
 from tests.autoencoders import save_vae
 from tests.builders import save_model
+from tests.data import pictures
 from tests.fake_hub import hub
 from tests.models.small import CONVNEXT
 from tests.process import call
@@ -183,3 +186,40 @@ def test_pixels(tmp_path, images):
   assert len(names) == 1000 and names[0] == "tench, Tinca tinca"
   with Image.open(workdir / "samples" / "step_0000002.png") as grid:
     assert grid.size == (2 * (SIDE + 2) + 2, 2 * (SIDE + 2) + 2)
+
+
+def test_images_without_classes_train_encoder_and_generator(tmp_path):
+  """A flat folder, to the samples of its one class."""
+  for seed in range(50):
+    pictures.write(tmp_path / "images" / f"{seed}.jpg", seed, (40, 36))
+  source = {"source": f"folder:{tmp_path / 'images'}", "image_size": 32}
+  train("images", "cpu,encoder,smoke", tmp_path / "encoder", data=source)
+  encoder = tmp_path / "encoder" / train_mae.EXPORT
+  workdir = tmp_path / "generator"
+  last = train(
+    "images",
+    "cpu,smoke",
+    workdir,
+    data=source,
+    encoders={"mae": {"path": str(encoder)}},
+    batch={"labels": LABELS},
+    queue={"push_per_step": LABELS},
+    eval={"metrics": ("fd_encoder", "label_accuracy")},
+  )
+  assert np.isfinite([last["loss"], last["eval/fd_encoder/alpha_1.0"]]).all()
+  assert not any("label_accuracy" in key for key in last)
+  config = json.loads((workdir / "config.json").read_text())
+  assert config["guidance"]["maximum"] == 1 == config["model"]["num_classes"]
+  assert config["batch"]["unconditional"] == 0
+  assert json.loads((workdir / "classes.json").read_text()) == ["images"]
+  # The same command finds its run, and samples need no labels.
+  model = drift_jax.load(str(workdir))
+  samples = model.sample(count=3, seed=0)
+  assert samples.images.shape == (3, 32, 32, 3)
+  assert samples.labels.tolist() == [0, 0, 0]
+  assert requests.read_request(b'{"count": 2}', model, 8).labels.tolist() == [
+    0,
+    0,
+  ]
+  with pytest.raises(ERRORS, match="alpha=2.0"):
+    model.sample(count=1, alpha=2.0)

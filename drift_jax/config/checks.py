@@ -148,6 +148,11 @@ def check_images(config: sections.ImageConfig) -> None:
     f"data.train_split and data.test_split are both {data.train_split!r}: "
     "held-out images must not be trained on",
   )
+  require(
+    data.held_out < 1 or data.held_out.is_integer(),
+    f"data.held_out={data.held_out}: want a number of images of each class, or "
+    "a share between 0 and 1",
+  )
   check_frozen("vae", vae)
   if not data.source.startswith("latents:"):
     return
@@ -158,9 +163,10 @@ def check_images(config: sections.ImageConfig) -> None:
   )
   require(
     data.held_out == 0,
-    f"data.held_out={data.held_out} with data.source={data.source!r}: a latent "
-    "cache is not divided; cache the held-out images as a split of their own "
-    "(data.test_split) and set data.held_out=0",
+    f"data.held_out={data.held_out:g} with data.source={data.source!r}: a "
+    "latent cache is not divided; cache the held-out images as a split of "
+    "their own (data.test_split; tools.cache_latents --held_out) and set "
+    "data.held_out=0",
   )
   require(
     vae.path != "",

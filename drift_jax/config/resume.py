@@ -35,8 +35,9 @@ RESUMABLE = (
   "data.num_threads",
   "data.num_workers",
   "data.prefetch",
-  # It lets data pass at the start; no draw depends on it.
+  # They let data pass at the start; no draw depends on them.
   "queue.with_replacement",
+  "generator.",
 )
 # The same of keys that lie deeper: how frozen weights lie on the mesh.
 RESUMABLE_ENDS = (".sharding",)

@@ -55,7 +55,7 @@ class Data(RunData):
   data_dir: Path
   train_split: str
   test_split: str
-  held_out: Count
+  held_out: Annotated[float, AtLeast(0)]
   class_order: options.ClassOrder
   image_size: Size
   channels: Literal[1, 3]
@@ -68,6 +68,19 @@ class Data(RunData):
   max_corrupt: Count
   num_threads: Size
   num_workers: Count
+
+
+class Reals(Section):
+  """Reals that a generator's step draws: N_c labels, each N_pos and N_unc.
+
+  `reals` says how positives and unconditional reals are drawn: from the sample
+  queue, or by index, class by class. 0 labels stand for no generator.
+  """
+
+  reals: Literal["queue", "class_grouped"]
+  labels: Count
+  positives: Size
+  unconditional: Count
 
 
 class Frozen(Section):

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from drift_jax.data import bank as bank_lib
 from drift_jax.data.loader import Batch, IndexedFeed, Loader, share
-from drift_jax.data.order import ClassGrouped, check_counts
+from drift_jax.data.order import ClassGrouped, check_queue
 from drift_jax.data.readers import Reader
 from drift_jax.system import console, streams
 
@@ -197,15 +197,8 @@ class QueueFeed:
       )
     self._images = np.bincount(reader.labels, minlength=len(reader.class_names))
     if not with_replacement:
-      check_counts(
-        self._images,
-        reader.class_names,
-        num_positives,
-        f"batch.positives={num_positives} are drawn",
-        num_unconditional,
-        f"batch.unconditional={num_unconditional} are drawn for each label",
-        remedy="or set queue.with_replacement=True, which repeats them",
-        empty_classes=True,
+      check_queue(
+        self._images, reader.class_names, num_positives, num_unconditional
       )
     self._loader = loader
     # One process folds nothing in: there is nothing to tell it from.

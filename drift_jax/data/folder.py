@@ -1,12 +1,13 @@
 """Folders of images by class, and uncompressed tar files of such folders.
 
 Two layouts: DIR/SPLIT/CLASS/FILE, or DIR/CLASS/FILE, which is one training
-split. Images are the files ending in .jpg, .jpeg, .png or .webp, in capitals
-or not; other files, and what does not lie directly in a class folder, are left
-out with a warning; hidden ones (`paths.is_hidden`: .git, @eaDir) without.
-Classes and files come in the order of their names, compared as code points. In
-a folder symbolic links are followed; in a tar links are an error. A tar may be
-several archives one after the other; all of them are read.
+split. Without class folders (DIR/FILE, DIR/SPLIT/FILE) all images are of one
+class, ONE_CLASS. Images are the files ending in .jpg, .jpeg, .png or .webp, in
+capitals or not; other files, and what does not lie directly in a class folder,
+are left out with a warning; hidden ones (`paths.is_hidden`: .git, @eaDir)
+without. Classes and files come in the order of their names, compared as code
+points. In a folder symbolic links are followed; in a tar links are an error. A
+tar may be several archives one after the other; all of them are read.
 """
 
 import bisect
@@ -31,7 +32,9 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # Folders with these names are splits, never the one folder that a tar was
 # made of.
 SPLITS = ("train", "test", "val", "validation")
-_LAYOUT = "the layout is SPLIT/CLASS/FILE or CLASS/FILE"
+# Name of the class of images without class folders.
+ONE_CLASS = "images"
+_LAYOUT = "the layout is SPLIT/CLASS/FILE, CLASS/FILE or, of one class, FILE"
 _LISTED = 5
 _LOG_SECONDS = 10.0
 # By their first bytes.
@@ -102,6 +105,10 @@ def _find_split(tree: _Tree, split: str) -> tuple[str, str]:
     if tree.holds_classes(_join(base, name))
     or (name in ("train", split) and tree.folders(_join(base, name)))
   ]
+  if len(inside) > 1 and all(
+    name in SPLITS and tree.has_images(_join(base, name)) for name in inside
+  ):
+    splits = list(inside)  # of images without class folders
   classes = [
     name
     for name in inside
@@ -117,8 +124,8 @@ def _find_split(tree: _Tree, split: str) -> tuple[str, str]:
       )
     labels_from = "train" if "train" in splits else split
     return _join(base, split), _join(base, labels_from)
-  if not inside:
-    raise ValueError(f"{tree.name} holds no class folders: {_LAYOUT}")
+  if not inside and not tree.has_images(base):
+    raise ValueError(f"{tree.name} holds no images: {_LAYOUT}")
   if splits:
     mixed = f" beside the class folders {classes[:_LISTED]}" * bool(classes)
     raise sources.NoSplitError(
@@ -127,10 +134,30 @@ def _find_split(tree: _Tree, split: str) -> tuple[str, str]:
     )
   if split != "train":
     raise sources.NoSplitError(
-      f"{tree.name} has no split {split!r}: it holds class folders directly, "
-      "which are its split 'train'"
+      f"{tree.name} has no split {split!r}: it holds class folders or images "
+      "directly, which are its split 'train'"
     )
   return base, base
+
+
+def _classes(tree: _Tree, root: str) -> dict[str, str]:
+  """{class name: its folder} of a split's folder.
+
+  Raises:
+    ValueError: it holds images and folders of images.
+  """
+  folders = {name: _join(root, name) for name in tree.folders(root)}
+  if not tree.has_images(root):
+    return folders
+  mixed = [name for name in folders if tree.has_images(folders[name])]
+  if mixed:
+    image = next(filter(tree.is_image, tree.files(root)))
+    raise ValueError(
+      f"{_join(tree.name, root)} holds images ({image}, ...) and folders of "
+      f"images {mixed[:_LISTED]}: move the images into class folders, or, for "
+      "one class without labels, these folders out"
+    )
+  return {ONE_CLASS: root}
 
 
 class _FileSource(encoded.EncodedSource):
@@ -141,7 +168,7 @@ class _FileSource(encoded.EncodedSource):
   ):
     # 1. The classes, by which the labels number those of every split.
     root, labels_from = _find_split(tree, split)
-    classes, known = tree.folders(root), tree.folders(labels_from)
+    classes, known = _classes(tree, root), list(_classes(tree, labels_from))
     class_names, label_of = sources.order_classes(known, class_order)
     unknown = sorted(set(classes) - set(known))
     if unknown:
@@ -151,9 +178,11 @@ class _FileSource(encoded.EncodedSource):
       )
     # 2. Their images, and what is left out.
     images: dict[str, list[str]] = {}
-    files = [_join(root, name) for name in tree.files(root)]
+    files: list[str] = []
     folders: list[str] = []
-    for folder in (_join(root, name) for name in classes):
+    if root not in classes.values():
+      files = [_join(root, name) for name in tree.files(root)]
+    for folder in classes.values():
       images[folder] = list(filter(tree.is_image, tree.files(folder)))
       others = itertools.filterfalse(tree.is_image, tree.files(folder))
       files += [_join(folder, name) for name in others]
@@ -194,7 +223,7 @@ class _FileSource(encoded.EncodedSource):
   def _inside(self, index: int) -> str:
     """Path of an image within the tree."""
     folder = self._folders[bisect.bisect_right(self._ends, index)]
-    return f"{folder}/{os.fsdecode(self._names[index])}"
+    return _join(folder, os.fsdecode(self._names[index]))
 
   def path(self, index: int) -> str:
     """FOLDER/FILE or TAR/MEMBER."""

@@ -118,6 +118,25 @@ def check_counts(
     )
 
 
+def check_queue(
+  counts: np.ndarray,
+  class_names: Sequence[str],
+  num_positives: int,
+  num_unconditional: int,
+) -> None:
+  """Raises ValueError for fewer images than a sample queue's labels draw."""
+  check_counts(
+    counts,
+    class_names,
+    num_positives,
+    f"batch.positives={num_positives} are drawn",
+    num_unconditional,
+    f"batch.unconditional={num_unconditional} are drawn for each label",
+    remedy="or set queue.with_replacement=True, which repeats them",
+    empty_classes=True,
+  )
+
+
 class Shuffled:
   """Every record once an epoch, each epoch in a new order, without end.
 

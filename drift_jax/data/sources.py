@@ -156,22 +156,31 @@ class Subset(Source):
     return self.parent.names_sha256()
 
 
-def _drawn(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
-  """[N] bool: `per_class` images of every class, by one permutation of all."""
+def _drawn(
+  labels: np.ndarray, per_class: int | np.ndarray, seed: int
+) -> np.ndarray:
+  """[N] bool: `per_class` images of every class, by one permutation of all.
+
+  Args:
+    labels: [N] of every image.
+    per_class: the same number for all classes, or [K] one for each.
+    seed: of the permutation.
+  """
   # RandomState's streams are the same for every version of NumPy.
   order = np.random.RandomState(seed).permutation(len(labels))
   # By class, in the permutation's order within each.
   order = order[np.argsort(labels[order], kind="stable")]
-  counts = np.bincount(labels)
+  counts = np.bincount(labels, minlength=np.size(per_class))
   starts = np.cumsum(counts) - counts
   rank = np.arange(len(labels)) - starts[labels[order]]
   is_drawn = np.zeros(len(labels), bool)
-  is_drawn[order[rank < per_class]] = True
+  limit = np.broadcast_to(per_class, counts.shape)[labels[order]]
+  is_drawn[order[rank < limit]] = True
   return is_drawn
 
 
 def held_out(
-  source: Source, *, per_class: int, seed: int
+  source: Source, *, per_class: float, seed: int
 ) -> tuple[Subset, Subset]:
   """Splits a source that has no test split: (train, test), both in its order.
 
@@ -179,20 +188,30 @@ def held_out(
   permutation that depends on the labels and the seed alone. Classes of which
   the source has no image at all are passed over.
 
+  Args:
+    source: images to divide.
+    per_class: how many of each class, a whole number; or below 1 the share of
+      each class, rounded, and at least one image.
+    seed: of the permutation.
+
   Raises:
     ValueError: a class has no image left to train on.
   """
   labels = source.labels
   counts = np.bincount(labels, minlength=len(source.class_names))
-  few = np.flatnonzero((counts > 0) & (counts <= per_class))
+  taken = np.full(len(counts), int(per_class))
+  if per_class < 1:
+    taken = np.maximum(1, np.rint(per_class * counts).astype(int))
+  few = np.flatnonzero((counts > 0) & (counts <= taken))
   if few.size:
     label = int(few[0])
     raise ValueError(
-      f"data.held_out={per_class} images of each class, but class {label} "
-      f"({source.class_names[label]!r}) has {counts[label]} in all, and "
-      f"{few.size - 1} other classes are as small"
+      f"data.held_out={per_class:g}: {taken[label]} images of class {label} "
+      f"({source.class_names[label]!r}) of {counts[label]} in all would leave "
+      f"none to train on, and {few.size - 1} other classes are as small: lower "
+      "it, add images, or remove the class"
     )
-  is_test = _drawn(labels, per_class, seed)
+  is_test = _drawn(labels, taken, seed)
   train, test = np.flatnonzero(~is_test), np.flatnonzero(is_test)
   return Subset(source, train), Subset(source, test)
 

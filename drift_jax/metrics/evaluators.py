@@ -117,7 +117,9 @@ def class_subset(
     if len(members) < count:
       raise ValueError(
         f"class {label} has {len(members)} training images, fewer than"
-        f" the {count} generated ones that they stand in for"
+        f" the {count} generated ones that they stand in for: lower"
+        " data.held_out (a share such as 0.1 suits classes of any size), set"
+        " eval.num_samples to fewer (0: as many as are held out), or add images"
       )
     chosen.append(random.permutation(members)[:count])
   return np.concatenate(chosen)

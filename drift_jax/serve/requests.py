@@ -58,7 +58,8 @@ def read_request(
     if key not in _KEYS:
       _refuse(f"unknown key {_show(key)}: valid keys are {list(_KEYS)}")
   count = _integer("count", values.get("count", 1), 1, max_images + 1)
-  labels = values.get("labels")
+  # Nothing to choose in a model of one class.
+  labels = values.get("labels", [0] if model.num_classes == 1 else None)
   if not isinstance(labels, list) or not 1 <= len(labels) <= max_images:
     _refuse(
       f"labels={_show(labels)} must be a list of 1 to {max_images} class "

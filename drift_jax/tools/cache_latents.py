@@ -17,6 +17,8 @@ from collections.abc import Sequence
 
 from drift_jax.system import console, options, paths, programs
 
+SPLITS = ("train", "test")  # with --held_out
+
 
 def _parser() -> console.Parser:
   parser = programs.parser("drift_jax.tools.cache_latents", __doc__)
@@ -29,6 +31,13 @@ def _parser() -> console.Parser:
     "drawn before, as the authors' cache",
   )
   add("--split", default="train", help="of the source (default: train)")
+  add(
+    "--held_out",
+    type=float,
+    default=0.0,
+    help="images of each class, below 1 their share, that are split 'test' "
+    "where the source has none (0)",
+  )
   path("--vae", help="folder of the autoencoder, or hf://OWNER/NAME")
   path("--out", required=True, help="folder of the cache")
   add("--verify", action="store_true", help="only compare --out's checksums")
@@ -73,6 +82,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
           f"--{name}={value}: of images only; the latents of "
           f"{arguments.source} are kept as they are"
         )
+  held_out = arguments.held_out
+  if held_out and (
+    held_out < 0
+    or (held_out > 1 and not held_out.is_integer())
+    or arguments.split not in SPLITS
+    or (arguments.source or "").startswith(options.DRAWN_SOURCE)
+  ):
+    parser.error(
+      f"--held_out={held_out:g} --split={arguments.split}: want a number of "
+      "images of each class, or a share between 0 and 1, of a source of "
+      f"images, and --split one of {list(SPLITS)}"
+    )
   for name in ("batch_size", "num_threads"):
     value = getattr(arguments, name)
     if value is not None and value < 1:

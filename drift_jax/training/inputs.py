@@ -9,11 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 
 from drift_jax import config as config_lib
-from drift_jax.config.sections import ImageConfig
+from drift_jax.config.sections import ImageConfig, Reals
 from drift_jax.data import sources as sources_lib
 from drift_jax.data.loader import Loader
+from drift_jax.data.order import ClassGrouped, check_queue
 from drift_jax.data.readers import ArrayReader, Reader
 from drift_jax.system import paths, processes, storage
 from drift_jax.system.console import logger
@@ -193,7 +195,7 @@ def open_readers(
         _open_latents, settings, settings.test_split, vae
       )
     else:
-      sources = _Sources(settings)
+      sources = Splits(settings)
       source = sources.train()
       train = _reader(source, settings)
 
@@ -245,7 +247,7 @@ def _open_latents(
   return reader
 
 
-class _Sources:
+class Splits:
   """Splits of the data; none of their images is read."""
 
   def __init__(self, settings: config_lib.Data):
@@ -284,9 +286,11 @@ class _Sources:
     """The training split without its held-out images, and these."""
     per_class = self._settings.held_out
     logger.info(
-      "data: no split %r, %d images of each class are held out of %r.",
+      "data: no split %r, %s of each class are held out of %r.",
       self._settings.test_split,
-      per_class,
+      f"{per_class:.3g} of the images"
+      if per_class < 1
+      else f"{per_class:g} images",
       self._settings.train_split,
     )
     return sources_lib.held_out(
@@ -359,6 +363,37 @@ def with_num_classes(config: _Config, reader: Reader) -> _Config:
   config = dataclasses.replace(config, model=model)
   config.check()
   return config
+
+
+def check_reals(drawn: Reals, readers: Readers, judged: bool) -> None:
+  """Checks when an encoder starts that its generator will have enough images.
+
+  Args:
+    drawn: what a step of that generator draws; nothing if it has no labels.
+    readers: the data of both.
+    judged: whether held-out images are compared with as many training images.
+
+  Raises:
+    ConfigError: too few images of a class, with what to set.
+  """
+  if not drawn.labels:
+    return
+  from drift_jax.metrics.evaluators import class_subset  # for those who use it
+
+  train = readers.train
+  labels, names = train.labels, train.class_names
+  with naming(
+    "the generator that will drift in this encoder's features (its batch.* are "
+    "generator.* here; generator.labels=0 trains the encoder all the same)"
+  ):
+    if drawn.reals == "class_grouped":
+      sizes = drawn.labels, drawn.positives, drawn.unconditional
+      ClassGrouped(labels, names, 0, *sizes)
+    else:
+      counts = np.bincount(labels, minlength=len(names))
+      check_queue(counts, names, drawn.positives, drawn.unconditional)
+    if judged:
+      class_subset(labels, readers.test().labels, 0)
 
 
 def check_shape(reader: Reader, shape: tuple[int, ...], what: str) -> None:

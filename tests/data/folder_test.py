@@ -72,6 +72,8 @@ def test_split_folders(kind, root, tmp_path):
     (["train/a/0.png", "test/b/0.png"], "test", r"\['b'\].*not classes of"),
     (["train/a/0.png"], "val", r"no split 'val'.*\['train'\]"),
     (["a/0.png"], "test", "no split 'test'.* its split 'train'"),
+    (["train/a.png", "train/red/b.png"], "train", r"train holds .*\['red'\]"),
+    (["train/0.png", "val/1.png"], "test", r"no split 'test': its splits"),
     (
       ["doll/a.png", "train/a.png", "train/red/b.png"],
       "train",
@@ -94,7 +96,7 @@ def test_layouts_that_are_refused(kind, names, split, message, tmp_path):
 
 @both
 def test_what_is_left_out_is_named_and_counted(kind, root, tmp_path, caplog):
-  for name in ("train/cat/Thumbs.db", "train/stray.png", "train/dog/x.gif"):
+  for name in ("train/cat/Thumbs.db", "train/stray.gif", "train/dog/x.gif"):
     (root / name).write_bytes(b"x")
   write(root / "train/cat/raw/a.png", 0)
   for hidden in ("train/cat/@eaDir", "__MACOSX/train/cat", "train/.cache"):
@@ -106,6 +108,41 @@ def test_what_is_left_out_is_named_and_counted(kind, root, tmp_path, caplog):
   for part in ("1 folders in", "3 files that", "cat/raw", "Thumbs", "stray"):
     assert part in said
   assert "eaDir" not in said and "a.png" not in said
+
+
+@both
+@pytest.mark.parametrize("folder", ["", "train"])
+def test_images_without_class_folders_are_one_class(kind, folder, tmp_path):
+  """Those of splits too; the folder at the top of a tar is a class' own."""
+  root = tmp_path / "pets"
+  for seed, name in enumerate(("a.png", "b.PNG")):
+    write(root / folder / name, seed)
+  (root / folder / "notes").mkdir()
+  if folder:
+    write(root / "test" / "c.png", 2)
+    test = make(kind, root, tmp_path, split="test")
+    assert test.class_names == ("images",) and seeds_of(test) == [2]
+  source = make(kind, root, tmp_path)
+  name = "images" if kind == "folder" or folder else "pets"
+  assert source.class_names == (name,) and source.labels.tolist() == [0, 0]
+  assert source.path(1).endswith(f"/{folder}/b.PNG" if folder else "s/b.PNG")
+  assert seeds_of(source) == [0, 1]
+
+
+@pytest.mark.parametrize(
+  ("names", "split", "message"),
+  [
+    ([], "train", "pets holds no images: the layout is .* of one class, FILE"),
+    (["0.png"], "test", "no split 'test'.* its split 'train'"),
+    (["0.png", "red/1.png"], "train", r"s \(0.png, .*\['red'\]: move the ima"),
+  ],
+)
+def test_folders_of_images_that_are_refused(names, split, message, tmp_path):
+  (tmp_path / "pets").mkdir()
+  for name in names:
+    write(tmp_path / "pets" / name, 0)
+  with pytest.raises(ValueError, match=message):
+    make("folder", tmp_path / "pets", tmp_path, split)
 
 
 @both

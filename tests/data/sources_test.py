@@ -51,6 +51,16 @@ def test_held_out_takes_the_same_number_of_each_class():
       assert part.labels[index] == labels[part.indices[index]]
 
 
+def test_held_out_takes_a_share_of_each_class():
+  """Rounded, and at least one image; none may be left without."""
+  source = Labelled([0] * 50 + [1] * 14 + [2] * 2, 4)
+  train, test = sources.held_out(source, per_class=0.1, seed=0)
+  assert np.bincount(test.labels).tolist() == [5, 1, 1]
+  assert sorted([*train.indices, *test.indices]) == list(range(66))
+  with pytest.raises(ValueError, match="0.9: 2 images of class 2 .'c'. of 2"):
+    sources.held_out(source, per_class=0.9, seed=0)
+
+
 def test_held_out_is_uniform_and_the_same_for_every_version():
   """Tested images must never become training images."""
   source = Labelled([0, 1] * 10, 2)

@@ -18,13 +18,14 @@ import pytest
 from numpy.testing import assert_array_equal
 from PIL import Image
 
-from drift_jax.data import encoded, latents, transforms
+from drift_jax.data import encoded, latents, sources, transforms
 from drift_jax.data.latent_format import LatentCacheError
 from drift_jax.system import console
 from drift_jax.system.errors import DataError
 from drift_jax.tools import cache_latents
 from drift_jax.tools.work import cache_latents as work
 from drift_jax.training import artifacts
+from drift_jax.training.inputs import HELD_OUT_SEED
 from tests.autoencoders import save_vae
 from tests.conftest import assert_close
 from tests.data.pictures import opened
@@ -243,6 +244,23 @@ def test_other_settings_are_refused(whole, pictures, vae, tmp_path):
       run(pictures, vae, whole, **changes)
 
 
+def test_a_folder_without_a_test_split_is_divided(
+  whole, pictures, vae, tmp_path
+):
+  """As training divides it: what is held out is in one split alone."""
+  for split in ("train", "test"):
+    assert run(pictures, vae, tmp_path, split=split, held_out=0.25)
+  source = opened(f"folder:{pictures}")
+  divided = sources.held_out(source, per_class=0.25, seed=HELD_OUT_SEED)
+  every = latents.LatentReader(whole, "train", dtype="float32")
+  for split, part in zip(("train", "test"), divided, strict=True):
+    reader = latents.LatentReader(tmp_path, split, dtype="float32")
+    assert_array_equal(reader.labels, part.labels)
+    values = reader.fixed(np.arange(len(reader)))
+    assert_close(values, every.fixed(part.indices), 1e-3)
+  assert np.bincount(reader.labels).tolist() == [2, 2, 2]
+
+
 @pytest.mark.parametrize(
   ("changes", "part"),
   [
@@ -372,6 +390,8 @@ def test_half_precision(pictures, vae, tmp_path, whole):
     (["--batch_size=0"], "--batch_size=0 must be at least 1"),
     (["--dtype=int8"], "invalid choice: 'int8'"),
     (["--source=torch:d", "--dtype=bfloat16"], "--dtype=bfloat16: of images"),
+    (["--held_out=1.5"], "--held_out=1.5 --split=train: want a number"),
+    (["--held_out=2", "--split=val"], "one of ['train', 'test']"),
     (["--source=torch:d", "--max_corrupt=1"], "--max_corrupt=1: of images"),
   ],
 )

@@ -1,5 +1,6 @@
 """Which images train and which judge; data that do not fit the config."""
 
+import contextlib
 import dataclasses
 import shutil
 import types
@@ -10,10 +11,12 @@ from ml_collections import ConfigDict
 
 from configs import cifar10, imagenet_latent
 from drift_jax import config as config_lib
+from drift_jax.config import sections
 from drift_jax.system.errors import ERRORS
 from drift_jax.tasks import parse
-from drift_jax.tasks.generator.setup import generator_feed
+from drift_jax.tasks.generator.setup import generator_feed, with_classes
 from drift_jax.training.inputs import (
+  check_reals,
   check_shape,
   open_readers,
   with_num_classes,
@@ -133,7 +136,10 @@ def test_nothing_held_out_trains_but_can_not_judge(
   ("changes", "message"),
   [
     ({"source": "folder:nowhere"}, "^data.source='folder:.* not a folder"),
-    ({"held_out": 6, "test_split": ""}, "^data.held_out=6 .*class 0 .'cat'.*6"),
+    (
+      {"held_out": 6, "test_split": ""},
+      "^data.held_out=6: .*class 0 .'cat'.*6",
+    ),
     ({"train_split": "trian"}, "no split 'trian': its splits are"),
     ({"class_order": "imagenet"}, "^data.class_order.*'cat'.* WordNet ids"),
     ({"wire": "bfloat16"}, "data.wire='bfloat16'.*'uint8', 'float32'"),
@@ -212,6 +218,50 @@ def test_reals_that_the_data_can_not_give(images, changes, message):
   reader = open_readers(config, None).train
   with pytest.raises(config_lib.ConfigError, match=message):
     generator_feed(config, reader)
+
+
+@pytest.mark.parametrize(
+  ("drawn", "held_out", "message"),
+  [
+    (("queue", 8, 7, 0), 2, r"generator.labels=0 .*cat\) has 4 images.*=7"),
+    (("class_grouped", 8, 2, 0), 2, r"cat\) has 4 images.*can draw 8"),
+    (("queue", 8, 2, 0), 4, "class 0 has 2 training .*4 gen.*data.held_out"),
+    (("queue", 8, 2, 0), 2, ""),
+    (("queue", 0, 99, 99), 5, ""),
+  ],
+)
+def test_an_encoder_is_told_what_its_generator_would_lack(
+  images, drawn, held_out, message
+):
+  config = make(f"folder:{images}/one", held_out=held_out)
+  names = ("reals", "labels", "positives", "unconditional")
+  reals = sections.Reals(**dict(zip(names, drawn, strict=True)))
+  told = contextlib.nullcontext()
+  if message:
+    told = pytest.raises(config_lib.ConfigError, match=message)
+  with told:
+    check_reals(reals, open_readers(config, None), judged=True)
+
+
+def test_one_class_is_not_guided(images):
+  """Unless the config says model.num_classes=1, as runs of before may."""
+  config = make(f"folder:{images}/one/cat", held_out=1)
+  metrics = ("fd_pixel", "label_accuracy")
+  config = dataclasses.replace(
+    config, eval=dataclasses.replace(config.eval, metrics=metrics)
+  )
+  reader = open_readers(config, None).train
+  alone = with_classes(config, reader)
+  assert alone.guidance.minimum == alone.guidance.maximum == 1
+  assert alone.batch.unconditional == 0 and alone.model.num_classes == 1
+  assert alone.eval.alphas == (1.0,) and alone.eval.metrics == ("fd_pixel",)
+  assert with_classes(alone, reader) == alone
+  given = dataclasses.replace(
+    config, model=dataclasses.replace(config.model, num_classes=1)
+  )
+  assert with_classes(given, reader) == given
+  several = open_readers(make(f"folder:{images}/one", held_out=1), None).train
+  assert with_classes(config, several).guidance == config.guidance
 
 
 def test_a_class_that_has_not_come_up_in_the_queue_repeats(images):

@@ -51,18 +51,11 @@ class Guidance(sections.Section):
   no_cfg_frac: sections.Fraction
 
 
-class Batch(sections.Section):
-  """Sizes of one step: N_c labels, each with N, N_pos and N_unc samples.
+class Batch(sections.Reals):
+  """Sizes of one step: N_c labels, each with N, N_pos and N_unc samples."""
 
-  `reals` says how positives and unconditional reals are drawn: from the sample
-  queue, or by index, class by class.
-  """
-
-  reals: Literal["queue", "class_grouped"]
   labels: sections.Size
   generated: sections.Size
-  positives: sections.Size
-  unconditional: sections.Count
 
 
 class Queue(sections.Section):

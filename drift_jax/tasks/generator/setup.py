@@ -14,13 +14,14 @@ from drift_jax.data.feed import GroupedFeed, QueueFeed
 from drift_jax.data.readers import Reader
 from drift_jax.drift.many import Kernel
 from drift_jax.models.generator import build_generator
+from drift_jax.system.console import logger
 from drift_jax.system.errors import naming
 from drift_jax.tasks.generator import step as step_lib
 from drift_jax.tasks.generator.config import GeneratorConfig
 from drift_jax.training import artifacts
 from drift_jax.training.drifting import drift_arguments, init_drift
 from drift_jax.training.frozen import decoding
-from drift_jax.training.inputs import make_loader
+from drift_jax.training.inputs import make_loader, with_num_classes
 from drift_jax.training.run import Recipe, check_divides
 from drift_jax.training.step import apply
 
@@ -218,6 +219,34 @@ def generator_feed(
     queue = dataclasses.asdict(config.queue)
     pushed = config.queue.push_per_step * jax.process_count()
     return QueueFeed(make_loader(config, reader, pushed), **sizes, **queue)
+
+
+def with_classes(config: GeneratorConfig, reader: Reader) -> GeneratorConfig:
+  """Returns the config with the data's classes; without guidance for one class.
+
+  Guidance repels samples from reals of other classes. If the data turn out to
+  have one class (model.num_classes=0), alpha stays 1, no unconditional reals
+  are drawn, and no classifier judges.
+
+  Raises:
+    ConfigError: see inputs.with_num_classes.
+  """
+  if config.model.num_classes or len(reader.class_names) != 1:
+    return with_num_classes(config, reader)
+  logger.info(
+    "data: one class %r, so there is no guidance: guidance.maximum=1, "
+    "batch.unconditional=0, eval.alphas=(1.0,).",
+    *reader.class_names,
+  )
+  replace = dataclasses.replace
+  metrics = (name for name in config.eval.metrics if name != "label_accuracy")
+  config = replace(
+    config,
+    guidance=replace(config.guidance, minimum=1.0, maximum=1.0),
+    batch=replace(config.batch, unconditional=0),
+    eval=replace(config.eval, alphas=(1.0,), metrics=tuple(metrics)),
+  )
+  return with_num_classes(config, reader)
 
 
 def check_labels(config: GeneratorConfig, mesh: Mesh) -> None:

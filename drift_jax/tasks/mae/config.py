@@ -25,11 +25,19 @@ class MaeLoss(sections.Section):
   classification_weight: sections.Fraction
 
 
+NO_GENERATOR = sections.Reals(
+  reals="queue", labels=0, positives=1, unconditional=0
+)
+
+
 class MaeConfig(sections.ImageConfig):
   """A run that trains a feature encoder: config.task = 'mae'."""
 
   model: MaeModel
   mae: MaeLoss
+  # What the generator that will drift in its features draws of the same data:
+  # earlier runs have none.
+  generator: sections.Reals = NO_GENERATOR
 
   def check(self) -> None:
     """Raises ConfigError if values are out of range or contradict."""

@@ -16,6 +16,7 @@ from drift_jax.tasks.mae.evaluation import held_out_evaluation, plot
 from drift_jax.training import artifacts
 from drift_jax.training.frozen import frozen_sums, load_vae, start_params
 from drift_jax.training.inputs import (
+  check_reals,
   image_inputs,
   open_readers,
   require,
@@ -68,6 +69,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   vae = load_vae(config.vae, mesh)
   readers = open_readers(config, vae)
   config = with_num_classes(config, readers.train)
+  check_reals(config.generator, readers, judged=config.eval.every > 0)
   # Images are encoded on the device, cached latents are not.
   encoding = None if readers.train.grid is None else vae
   task = setup.mae_task(config, encoding)

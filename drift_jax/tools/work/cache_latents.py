@@ -29,7 +29,9 @@ from drift_jax.data.sources import (
 from drift_jax.system import console, options, paths, sharding, storage
 from drift_jax.system.console import logger
 from drift_jax.system.devices import find_devices
+from drift_jax.tools.cache_latents import SPLITS
 from drift_jax.training import artifacts, autoencoders
+from drift_jax.training.inputs import Splits
 
 # Batches decoded ahead of the device, and batches that the device has besides
 # the one whose result is fetched.
@@ -190,6 +192,15 @@ def open_images(arguments: argparse.Namespace) -> EncodedSource:
         split=arguments.split,
         class_order=arguments.class_order,
       )
+    elif arguments.held_out:
+      train_split, test_split = SPLITS
+      names = dict(train_split=train_split, test_split=test_split)
+      settings: Any = argparse.Namespace(
+        **vars(arguments), **names, decoder="pillow"
+      )
+      divided = Splits(settings)
+      is_test = arguments.split == test_split
+      source = divided.test() if is_test else divided.train()
     else:
       source = open_source(
         arguments.source,
