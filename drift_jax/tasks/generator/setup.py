@@ -137,6 +137,7 @@ def generator_task(
     generator = build_generator(**dataclasses.asdict(model))
   generator = generator.clone(
     attention_kernel=attention_kernel_for(config.train.kernels, mesh),
+    remat=remat_for(model.remat, mesh),
     unroll=unroll_for(model.depth, mesh),
   )
   return step_lib.GeneratorTask(
@@ -185,7 +186,8 @@ def generator_recipe(task: step_lib.GeneratorTask, frozen: Any) -> Recipe:
     batch=step_lib.GeneratorBatch,
     frozen=frozen,
     computed=f"{np.dtype(generator.dtype)}, kernels: "
-    f"{generator.attention_kernel} for attention, {task.kernel} for losses",
+    f"{generator.attention_kernel} for attention, {task.kernel} for losses, "
+    f"remat: {generator.remat}",
   )
 
 
@@ -237,6 +239,17 @@ def attention_kernel_for(kernels: str, mesh: Mesh) -> str:
   if kernels == "auto" and major.isdigit() and int(major) >= 8:
     return "cudnn"
   return kernel_for(kernels, mesh)
+
+
+def remat_for(remat: str, mesh: Mesh) -> str:
+  """What 'auto' is on the mesh's devices, see Generator; others as they are.
+
+  GPUs have less memory for what they compute: docs/scaling.md has the table.
+  """
+  if remat != "auto":
+    return remat
+  on_gpu = mesh.devices.flat[0].platform == "gpu"
+  return "branches" if on_gpu else "attention"
 
 
 def kernels_there(kernels: str, mesh: Mesh) -> str:
