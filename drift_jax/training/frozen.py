@@ -113,15 +113,15 @@ def _open(
 
 
 def _as_cudnn_takes(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-  """A kernel [..., H, W, I, O] that lies in memory as [..., O, H, W, I].
+  """A kernel [..., H, W, I, O] that lies in memory as [O, ..., H, W, I].
 
-  cuDNN's convolutions take no other order, and a step would copy all kernels.
-  Anything else is as it was.
+  cuDNN's convolutions take no other order, and a step would copy all kernels;
+  in a stack XLA has O first. Anything else is as it was.
   """
   if len(x.shape) < 4 or x.shape[-2] == 1:
     return x
   *others, outputs = range(len(x.shape))
-  order = (*others[:-3], outputs, *others[-3:])
+  order = (outputs, *others)
   return jax.ShapeDtypeStruct(
     x.shape, x.dtype, sharding=Format(Layout(order), x.sharding)
   )

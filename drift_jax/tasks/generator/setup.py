@@ -238,7 +238,7 @@ def attention_kernel_for(kernels: str, mesh: Mesh) -> str:
   major = capability.partition(".")[0]
   if kernels == "auto" and major.isdigit() and int(major) >= 8:
     return "cudnn"
-  return kernel_for(kernels, mesh)
+  return "pallas" if kernel_for(kernels, mesh) == "pallas" else "xla"
 
 
 def remat_for(remat: str, mesh: Mesh) -> str:
@@ -275,7 +275,7 @@ def kernel_for(kernels: str, mesh: Mesh) -> Kernel:
       "devices: 'auto' takes what there is, 'xla' runs anywhere"
     )
   if kernels == "auto":
-    return "pallas" if platform == "tpu" else "xla"
+    return {"tpu": "pallas", "gpu": "early"}.get(platform, "xla")
   return "xla" if kernels == "xla" else "pallas"
 
 
