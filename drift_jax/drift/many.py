@@ -287,8 +287,8 @@ def _early(
     return jax.value_and_grad(function, has_aux=True)(x, *others)
 
   def backward(gradient: Array, cotangents: Any) -> Any:
-    scaled = (cotangents[0] * gradient).astype(gradient.dtype)
-    return (scaled, None, None, None)
+    scaled = cotangents[0] * gradient.astype(cotangents[0].dtype)
+    return (scaled.astype(gradient.dtype), None, None, None)
 
   early = jax.custom_vjp(function)
   early.defvjp(forward, backward)
