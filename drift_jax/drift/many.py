@@ -264,7 +264,7 @@ def _by_xla(
     )
     return losses.mean(), info
 
-  one = _early(loss_of) if early else loss_of
+  one: Callable[..., Any] = _early(loss_of) if early else loss_of
   if len(values) == 1:
     shared = jax.tree.map(lambda x: x[0], scalars)
     return jax.tree.map(lambda x: x[None], one(*values[0], weight, shared))

@@ -275,7 +275,8 @@ def kernel_for(kernels: str, mesh: Mesh) -> Kernel:
       "devices: 'auto' takes what there is, 'xla' runs anywhere"
     )
   if kernels == "auto":
-    return {"tpu": "pallas", "gpu": "early"}.get(platform, "xla")
+    theirs: dict[str, Kernel] = {"tpu": "pallas", "gpu": "early"}
+    return theirs.get(platform, "xla")
   return "xla" if kernels == "xla" else "pallas"
 
 
