@@ -87,11 +87,10 @@ def drift_losses(
     num_positives: P.
     temperatures, affinity_floor, normalization, attraction, repulsion,
       axis_name: see `drift_loss`.
-    kernel: 'xla'; 'early' for GPUs: the same, but keeps each feature's
-      gradient in its own dtype, not what it is computed from in float32;
-      'pallas' for TPUs: few passes over the features, see `drift.fused`;
-      'interpret' is that without a TPU. Other variants than the paper's and
-      W-Flow's are computed by 'xla'.
+    kernel: 'xla'; 'early' for GPUs: that, but keeps gradients, in the features'
+      dtype, not what makes them; 'pallas' for TPUs: few passes over the
+      features, see `drift.fused`; 'interpret' is that without a TPU. Other
+      variants than the paper's and W-Flow's are computed by 'xla'.
     scalars: see `drift_loss`; arrays [F] in the order of the report of the
       larger batch, which is the order here.
     variant, temperature_scale: see `drift_loss`.
@@ -132,15 +131,11 @@ def drift_losses(
   stops = [num_positives]
   if variant.negatives == "independent":
     stops.append(num_positives + (num_unconditional or 0))
-  by_xla = functools.partial(
-    _by_xla, loss=loss, stops=stops, early=kernel == "early"
-  )
+  early = kernel == "early"
+  by_xla = functools.partial(_by_xla, loss=loss, stops=stops, early=early)
   on_chip, fits_chip = by_xla, lambda x: False
-  if (
-    kernel in ("pallas", "interpret")
-    and variant.has_kernel
-    and temperature_scale is None
-  ):
+  has_kernel = variant.has_kernel and temperature_scale is None
+  if has_kernel and kernel in ("pallas", "interpret"):
     on_chip, fits_chip = _on_chip(
       variant,
       num_unconditional or 0,

@@ -79,7 +79,7 @@ class Generator(nn.Module):
       'none': everything is kept; 'attention': the results of attention and
       MLP, and the MLP's wide products; 'branches': without these products;
       'full': only the block's input; 'auto': as 'attention', but a run on GPUs
-      takes 'branches'. The numbers are the same for all.
+      takes 'full'. The numbers are the same for all.
     gather: applied by each block to its parameters before it uses them, e.g.
       to gather them from several devices.
     attention_kernel: see layers.Attention.

@@ -249,7 +249,7 @@ def remat_for(remat: str, mesh: Mesh) -> str:
   if remat != "auto":
     return remat
   on_gpu = mesh.devices.flat[0].platform == "gpu"
-  return "branches" if on_gpu else "attention"
+  return "full" if on_gpu else "attention"
 
 
 def kernels_there(kernels: str, mesh: Mesh) -> str:

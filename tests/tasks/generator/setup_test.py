@@ -199,8 +199,8 @@ def test_kernels_follow_the_devices(kernels, device, expected, attention):
   assert kernel_for(kernels, mesh) == expected
   assert attention_kernel_for(kernels, mesh) == attention
   on_gpu = device.platform == "gpu"
-  assert remat_for("auto", mesh) == ("branches" if on_gpu else "attention")
-  assert remat_for("full", mesh) == "full"
+  assert remat_for("auto", mesh) == ("full" if on_gpu else "attention")
+  assert remat_for("branches", mesh) == "branches"
 
 
 def test_kernels_of_other_devices_are_an_error():
