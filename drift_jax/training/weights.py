@@ -136,7 +136,7 @@ def read_tree(
       if flat[name].sharding is not None:
         placed = jax.device_put(array, flat[name].sharding)
         if flat[name].format.layout is not None:
-          placed = jax.device_put(placed, flat[name].format, donate=True)
+          placed = jax.device_put(placed, flat[name].format)
         array = jax.block_until_ready(placed)
       found[name] = array
   return traverse_util.unflatten_dict({k: found[k] for k in flat}, sep="/")
