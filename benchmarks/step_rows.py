@@ -263,6 +263,10 @@ def _random(tree: Any) -> Any:
       return jax.random.key(0)
     if jnp.issubdtype(x.dtype, jnp.integer):
       return jnp.arange(x.size, dtype=x.dtype).reshape(x.shape)
-    return jnp.asarray(0.02 * rng.standard_normal(x.shape, np.float32), x.dtype)
+    numbers = 0.02 * rng.standard_normal(x.shape, np.float32)
+    array = jnp.asarray(numbers, x.dtype)
+    # Kernels lie as cuDNN takes them, see training/frozen.py.
+    laid = x.sharding is not None and x.format.layout is not None
+    return jax.device_put(array, x.format) if laid else array
 
   return structure.unflatten([value(leaf) for leaf in leaves])

@@ -154,7 +154,8 @@ def generator() -> ConfigDict:
   config.model.dtype = "float32"  # activations; parameters are float32
   config.model.attention_dtype = "float32"
   # What is recomputed in the backward pass: 'none', the inside of 'attention',
-  # that of both 'branches' of a block, or blocks in 'full'.
+  # that of both 'branches' of a block, or blocks in 'full'. 'auto': 'full' on
+  # GPUs, else 'attention'.
   config.model.remat = "none"
 
   # Frozen encoders, see add_encoder; those with in_loss=False only judge

@@ -146,6 +146,7 @@ def _one_gpu(config: ConfigDict, large: bool) -> None:
     config.model.remat = "branches"
     config.train.accum_labels = 8
     return
+  config.model.remat = "attention"  # it fits
   config.batch.update(labels=8, generated=16, positives=32)
   config.drift.temperatures = (0.1, 0.2, 0.4)
 

@@ -178,7 +178,7 @@ def _latent_generator() -> ConfigDict:
   config.out_channels = 4
   config.patch_size = 2  # latent cells
   config.attention_dtype = "bfloat16"
-  config.remat = "attention"  # see configs/common.py
+  config.remat = "auto"  # see configs/common.py
   return config
 
 

@@ -27,7 +27,7 @@ from drift_jax.drift.variant import (
   check_temperatures,
 )
 
-Kernel = Literal["xla", "pallas", "interpret"]
+Kernel = Literal["xla", "early", "pallas", "interpret"]
 
 
 @functools.partial(
@@ -87,9 +87,10 @@ def drift_losses(
     num_positives: P.
     temperatures, affinity_floor, normalization, attraction, repulsion,
       axis_name: see `drift_loss`.
-    kernel: 'xla'; 'pallas' for TPUs: few passes over the features, see
-      `drift.fused`; 'interpret' is that without a TPU. Other variants than the
-      paper's and W-Flow's are computed by 'xla'.
+    kernel: 'xla'; 'early' for GPUs: that, but keeps gradients, in the features'
+      dtype, not what makes them; 'pallas' for TPUs: few passes over the
+      features, see `drift.fused`; 'interpret' is that without a TPU. Other
+      variants than the paper's and W-Flow's are computed by 'xla'.
     scalars: see `drift_loss`; arrays [F] in the order of the report of the
       larger batch, which is the order here.
     variant, temperature_scale: see `drift_loss`.
@@ -130,9 +131,11 @@ def drift_losses(
   stops = [num_positives]
   if variant.negatives == "independent":
     stops.append(num_positives + (num_unconditional or 0))
-  by_xla = functools.partial(_by_xla, loss=loss, stops=stops)
+  early = kernel == "early"
+  by_xla = functools.partial(_by_xla, loss=loss, stops=stops, early=early)
   on_chip, fits_chip = by_xla, lambda x: False
-  if kernel != "xla" and variant.has_kernel and temperature_scale is None:
+  has_kernel = variant.has_kernel and temperature_scale is None
+  if has_kernel and kernel in ("pallas", "interpret"):
     on_chip, fits_chip = _on_chip(
       variant,
       num_unconditional or 0,
@@ -226,6 +229,7 @@ def _by_xla(
   *,
   stops: Sequence[int],
   loss: Callable[..., tuple[Array, DriftInfo]],
+  early: bool,
 ) -> tuple[Float[Array, " F"], DriftInfo]:
   """Losses of features of equal shapes, one after the other.
 
@@ -235,10 +239,12 @@ def _by_xla(
     scalars: of a larger batch.
     stops: where reals are split: positives, unconditional, independent.
     loss: drift_loss with its options.
+    early: whether gradients are taken with the losses.
   """
 
-  def loss_of(args: tuple[_Value, Scalars | None]) -> tuple[Array, DriftInfo]:
-    (x, y), scalars = args
+  def loss_of(
+    x: Array, y: Array, weight: Array, scalars: Scalars | None
+  ) -> tuple[Array, DriftInfo]:
     locations = x.shape[2]
     x, y = problems(x), problems(y)
     positives, unconditional, *independent = jnp.split(y, stops, axis=1)
@@ -253,8 +259,32 @@ def _by_xla(
     )
     return losses.mean(), info
 
+  one: Callable[..., Any] = _early(loss_of) if early else loss_of
   if len(values) == 1:
     shared = jax.tree.map(lambda x: x[0], scalars)
-    return jax.tree.map(lambda x: x[None], loss_of((values[0], shared)))
+    return jax.tree.map(lambda x: x[None], one(*values[0], weight, shared))
   stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *values)
-  return jax.lax.map(loss_of, (stacked, scalars))
+  return jax.lax.map(
+    lambda args: one(*args[0], weight, args[1]), (stacked, scalars)
+  )
+
+
+def _early(
+  function: Callable[..., tuple[Array, Any]],
+) -> Callable[..., tuple[Array, Any]]:
+  """A function (x, ...) -> (loss, aux) that takes its gradient by x at once.
+
+  It keeps the gradient, of x's dtype, and nothing else for the backward pass,
+  and multiplies it by the loss's cotangent there. By the others it has none.
+  """
+
+  def forward(x: Array, *others: Any) -> tuple[Any, Any]:
+    return jax.value_and_grad(function, has_aux=True)(x, *others)
+
+  def backward(gradient: Array, cotangents: Any) -> Any:
+    scaled = cotangents[0] * gradient.astype(cotangents[0].dtype)
+    return (scaled.astype(gradient.dtype), None, None, None)
+
+  early = jax.custom_vjp(function)
+  early.defvjp(forward, backward)
+  return early

@@ -28,13 +28,15 @@ def _saved(*names: str) -> Callable[..., Any]:
   return policy
 
 
+_ATTENTION = _saved(layers.ATTENTION, layers.WIDE, layers.MLP)
 # What a block keeps for its backward pass besides its input. The rest is
 # computed again, and gathered parameters are gathered again.
 _REMAT_POLICIES = {
   "none": None,
-  "attention": _saved(layers.ATTENTION, layers.WIDE, layers.MLP),
+  "attention": _ATTENTION,
   "branches": _saved(layers.ATTENTION, layers.MLP),
   "full": jax.checkpoint_policies.nothing_saveable,
+  "auto": _ATTENTION,
 }
 REMATS = tuple(_REMAT_POLICIES)
 
@@ -76,7 +78,8 @@ class Generator(nn.Module):
     remat: what a block keeps for its backward pass; the rest is recomputed.
       'none': everything is kept; 'attention': the results of attention and
       MLP, and the MLP's wide products; 'branches': without these products;
-      'full': only the block's input. The numbers are the same for all.
+      'full': only the block's input; 'auto': as 'attention', but a run on GPUs
+      takes 'full'. The numbers are the same for all.
     gather: applied by each block to its parameters before it uses them, e.g.
       to gather them from several devices.
     attention_kernel: see layers.Attention.

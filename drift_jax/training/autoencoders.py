@@ -3,6 +3,7 @@
 What is converted is kept in paths.user_cache(), a folder for each commit.
 """
 
+import fcntl
 import os
 import pathlib
 import shutil
@@ -51,6 +52,10 @@ def missing(source: str) -> Sequence[hub.Need]:
   weights = _find(source)
   if weights is None:
     return artifacts.describe(source).missing
+  return _needs(source, weights)
+
+
+def _needs(source: str, weights: hub.Remote) -> Sequence[hub.Need]:
   folder = _folder(weights.address)
   if artifacts.exists(folder):
     return []
@@ -87,6 +92,11 @@ def require_space(needs: Sequence[hub.Need]) -> None:
   if not (wanted := hub.listed(needs)):
     return
   logger.info("To be downloaded and written: %s.", wanted)
+  _require_space(needs)
+
+
+def _require_space(needs: Sequence[hub.Need]) -> None:
+  """Raises ArtifactError for a disk that can't take all that goes to it."""
   try:
     hub.require_space(needs)
   except hub.HubError as error:
@@ -100,17 +110,19 @@ def local(source: str) -> str:
   else the source itself.
 
   Raises:
-    ArtifactError: the hub can't be reached, or the autoencoder not be kept.
+    ArtifactError: the hub can't be reached, the autoencoder not be kept, or a
+      disk not take it.
     WeightsError: weights that are no AutoencoderKL's.
   """
   weights = _find(source)
   if weights is None:
     return source
   folder = _folder(weights.address)
-  if not artifacts.exists(folder):
+  if needs := _needs(source, weights):
     logger.info("Converting %s into %s.", source, folder)
+    _require_space(needs)
     try:
-      folder = _convert(source, weights, folder.parent)
+      folder = _convert(source, weights)
     except OSError as error:
       raise artifacts.ArtifactError(
         f"{source}: its conversion can't be kept: {error}; set XDG_CACHE_HOME "
@@ -119,25 +131,29 @@ def local(source: str) -> str:
   return str(folder)
 
 
-def _convert(
-  source: str, weights: hub.Remote, parent: pathlib.Path
-) -> pathlib.Path:
-  """Converts weights into their folder, which appears whole."""
+def _convert(source: str, weights: hub.Remote) -> pathlib.Path:
+  """Converts weights into their folder, which appears whole.
+
+  One process at a time: what is temporary then, a killed one has left.
+  """
+  parent = _parent()
   parent.mkdir(parents=True, exist_ok=True)
-  temporary = tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=parent)
-  try:
-    artifact = convert.convert("vae", source, temporary)
-    commit = artifact.metadata["source"]["revision"]
-    folder = _folder(weights.address._replace(revision=commit))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-      os.rename(temporary, folder)
-    except OSError:
-      # Another process may have been faster.
+  with open(parent / ".lock", "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    folder = _folder(weights.address)
+    if artifacts.exists(folder):
+      return folder
+    for left in list(parent.rglob(".*.tmp")):
+      shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(
+      prefix=".", suffix=".tmp", dir=parent, ignore_cleanup_errors=True
+    ) as temporary:
+      artifact = convert.convert("vae", source, temporary)
+      commit = artifact.metadata["source"]["revision"]
+      folder = _folder(weights.address._replace(revision=commit))
+      folder.parent.mkdir(parents=True, exist_ok=True)
       if not artifacts.exists(folder):
-        raise
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
+        os.rename(temporary, folder)
   return folder
 
 
@@ -156,13 +172,11 @@ def _find(source: str) -> hub.Remote | None:
   return None
 
 
+def _parent() -> pathlib.Path:
+  return paths.user_cache() / "autoencoders"
+
+
 def _folder(weights: hub.Address) -> pathlib.Path:
   """The folder of converted weights."""
   assert weights.revision is not None
-  return (
-    paths.user_cache()
-    / "autoencoders"
-    / weights.repository
-    / weights.revision
-    / weights.path
-  )
+  return _parent() / weights.repository / weights.revision / weights.path

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh
 
 from drift_jax import config as config_lib
@@ -22,6 +23,8 @@ from drift_jax.training.step import apply
 _PRECISION = ("use_bf16", "use_remat", "attn_fp32")
 
 
+# Platform of JAX whose convolutions are cuDNN's.
+_CUDNN = "gpu"
 # Kinds of models whose features a generator may drift in.
 ENCODERS = ("mae", "convnext", "resnet")
 
@@ -99,10 +102,29 @@ def _open(
   else:
     shardings = jax.tree.map(lambda _: sharding.replicated(mesh), params)
   params = sharding.abstract(params, shardings)
+  # Not an autoencoder, which is small, and exported from the mesh.
+  by_cudnn = mesh.devices.flat[0].platform == _CUDNN and artifact.kind != "vae"
+  if by_cudnn and section.sharding != "fsdp":
+    params = jax.tree.map(_as_cudnn_takes, params)
   if weights and opened is not None:
     with _naming(key):
       params = opened.read(params)
   return dataclasses.replace(artifact, module=module, params=params)
+
+
+def _as_cudnn_takes(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+  """A kernel [..., H, W, I, O] that lies in memory as [O, ..., H, W, I].
+
+  cuDNN's convolutions take no other order, and a step would copy all kernels;
+  in a stack XLA has O first. Anything else is as it was.
+  """
+  if len(x.shape) < 4 or x.shape[-2] == 1:
+    return x
+  *others, outputs = range(len(x.shape))
+  order = (outputs, *others)
+  return jax.ShapeDtypeStruct(
+    x.shape, x.dtype, sharding=Format(Layout(order), x.sharding)
+  )
 
 
 def _opened(

@@ -118,7 +118,8 @@ def read_tree(
     path: of the file.
     entries, stored: see `shapes`.
     wanted: a tree of ShapeDtypeStructs. Those that have a sharding are placed
-      before the next one is read; the others become NumPy's.
+      before the next one is read, in their layout if they have one; the others
+      become NumPy's.
 
   Raises:
     Damage: numbers that are not finite; the file ends before an array.
@@ -134,6 +135,8 @@ def read_tree(
         read(file, part, stored[part], out)
       if flat[name].sharding is not None:
         placed = jax.device_put(array, flat[name].sharding)
+        if flat[name].format.layout is not None:
+          placed = jax.device_put(placed, flat[name].format)
         array = jax.block_until_ready(placed)
       found[name] = array
   return traverse_util.unflatten_dict({k: found[k] for k in flat}, sep="/")

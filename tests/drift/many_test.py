@@ -281,8 +281,37 @@ def test_scalars_are_shared_over_devices(is_wflow):
     assert_close(grads[key] / 2, whole[2][key], 1e-5, key)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_early_gradients_are_the_plain_ones(dtype):
+  """They are kept in the features' dtype, and nothing of them in float32."""
+  inputs = make(dtype=dtype, keys=BOTH)
+  plain, early = (run(*inputs, kernel=kernel) for kernel in ("xla", "early"))
+  for a, b in zip(*map(jax.tree.leaves, (early, plain)), strict=True):
+    # A factor that is no power of two rounds the gradient once more.
+    rtol = 1e-5 if a.dtype == jnp.float32 else 2**-7
+    assert_close(a.astype(jnp.float32), b.astype(jnp.float32), rtol)
+
+  def kept(kernel):
+    def losses(generated):
+      return drift.drift_losses(
+        generated,
+        *inputs[1:],
+        num_positives=SIZES["positives"],
+        kernel=kernel,
+        **OPTIONS,
+      )[0]
+
+    shapes = jax.eval_shape(lambda x: jax.vjp(losses, x)[1], inputs[0])
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+
+  size = sum(x.nbytes for x in inputs[0].values())
+  assert kept("early") == size and kept("xla") >= sum(
+    4 * x.size for x in inputs[0].values()
+  )
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", ["xla", "interpret"])
+@pytest.mark.parametrize("kernel", ["xla", "interpret", "early"])
 def test_parts_with_the_scalars_of_the_whole(kernel):
   whole = make(keys=BOTH)
   losses, info, grads = run(*whole, kernel=kernel)

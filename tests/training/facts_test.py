@@ -127,6 +127,20 @@ def test_other_images_are_no_resume(run, change, message):
   check_refused(workdir, message, resume)
 
 
+@pytest.mark.parametrize(
+  "before, now", [("generator", "mae"), ("mae", "generator")]
+)
+def test_a_run_of_another_task_is_no_resume(tmp_path, before, now):
+  make_images(tmp_path / "images")
+  source = f"folder:{tmp_path / 'images'}"
+  start(tmp_path / "run", source, before)
+  check_refused(
+    tmp_path / "run",
+    f"another config; .*task: '{before}' -> '{now}'",
+    lambda: start(tmp_path / "run", source, now),
+  )
+
+
 def test_data_may_move(tmp_path):
   make_images(tmp_path / "here" / "images")
   changes = {"data.data_dir": str(tmp_path / "here")}

@@ -28,7 +28,7 @@ class GeneratorModel(sections.ImageModel):
   style_vocab: int
   style_tokens: int
   attention_dtype: sections.Dtype
-  remat: Literal["none", "attention", "branches", "full"]
+  remat: Literal["none", "attention", "branches", "full", "auto"]
 
 
 class Features(sections.Section):

@@ -138,6 +138,7 @@ def generator_task(
     generator = build_generator(**dataclasses.asdict(model))
   generator = generator.clone(
     attention_kernel=attention_kernel_for(config.train.kernels, mesh),
+    remat=remat_for(model.remat, mesh),
     unroll=unroll_for(model.depth, mesh),
   )
   return step_lib.GeneratorTask(
@@ -186,7 +187,8 @@ def generator_recipe(task: step_lib.GeneratorTask, frozen: Any) -> Recipe:
     batch=step_lib.GeneratorBatch,
     frozen=frozen,
     computed=f"{np.dtype(generator.dtype)}, kernels: "
-    f"{generator.attention_kernel} for attention, {task.kernel} for losses",
+    f"{generator.attention_kernel} for attention, {task.kernel} for losses, "
+    f"remat: {generator.remat}",
   )
 
 
@@ -265,7 +267,18 @@ def attention_kernel_for(kernels: str, mesh: Mesh) -> str:
   major = capability.partition(".")[0]
   if kernels == "auto" and major.isdigit() and int(major) >= 8:
     return "cudnn"
-  return kernel_for(kernels, mesh)
+  return "pallas" if kernel_for(kernels, mesh) == "pallas" else "xla"
+
+
+def remat_for(remat: str, mesh: Mesh) -> str:
+  """What 'auto' is on the mesh's devices, see Generator; others as they are.
+
+  GPUs have less memory for what they compute: docs/scaling.md has the table.
+  """
+  if remat != "auto":
+    return remat
+  on_gpu = mesh.devices.flat[0].platform == "gpu"
+  return "full" if on_gpu else "attention"
 
 
 def kernels_there(kernels: str, mesh: Mesh) -> str:
@@ -291,7 +304,8 @@ def kernel_for(kernels: str, mesh: Mesh) -> Kernel:
       "devices: 'auto' takes what there is, 'xla' runs anywhere"
     )
   if kernels == "auto":
-    return "pallas" if platform == "tpu" else "xla"
+    theirs: dict[str, Kernel] = {"tpu": "pallas", "gpu": "early"}
+    return theirs.get(platform, "xla")
   return "xla" if kernels == "xla" else "pallas"
 
 

@@ -1,6 +1,8 @@
 """Frozen networks: what they must be, and how they lie on the mesh."""
 
 import dataclasses
+import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,11 +20,14 @@ from drift_jax.tasks.generator.setup import (
   generator_task,
   init_generator,
   kernel_for,
+  remat_for,
 )
 from drift_jax.tasks.generator.step import GeneratorBatch, draw, generator_loss
-from drift_jax.training import artifacts
+from drift_jax.training import artifacts, frozen
 from drift_jax.training.frozen import load_encoders
+from drift_jax.training.step import apply
 from tests.builders import random_like, save_model
+from tests.conftest import assert_close
 from tests.models.small import RESNET
 
 MODEL = {**digits.get_config("encoder").model, "base_channels": 8}
@@ -56,6 +61,32 @@ def test_weights_lie_as_the_config_says(section, way):
   assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), params) == (
     jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), abstract.params)
   )
+
+
+def test_kernels_lie_as_cudnn_takes_them(section, tmp_path, monkeypatch):
+  """The same numbers and features, of kernels in another order."""
+  model = MODEL | {"layers": (5, 1, 1, 1)}
+  path = str(save_model(tmp_path, "mae", model))
+  section = dataclasses.replace(
+    section, path=path, model={}, dtype="float32", sharding="replicated"
+  )
+  mesh = sharding.make_mesh(8, 1)
+  usual = load_encoders({"mae": section}, mesh)["mae"]
+  monkeypatch.setattr(frozen, "_CUDNN", "cpu")
+  found = load(section, mesh)
+  jax.tree.map(np.testing.assert_array_equal, found, usual.params)
+  encoder = found["encoder"]
+  for name, order in {
+    "stem_conv": (0, 1, 2, 3),  # of one channel
+    "stage1_blocks/conv1": (4, 0, 1, 2, 3),
+    "stage2_block1/conv1": (3, 0, 1, 2),
+  }.items():
+    kernel = functools.reduce(operator.getitem, name.split("/"), encoder)
+    assert kernel["kernel"].format.layout.major_to_minor == order, name
+  encode = jax.jit(functools.partial(apply, usual.module, method="features"))
+  images = random_like(jax.ShapeDtypeStruct((8, 8, 8, 1), np.float32))
+  for key, want in encode(usual.params, images).items():
+    assert_close(encode(found, images)[key], want, 1e-5, key)
 
 
 def test_a_decoder_is_not_read(section, tmp_path):
@@ -152,9 +183,10 @@ class _Mesh(NamedTuple):
   ("kernels", "device", "expected", "attention"),
   [
     ("auto", _Device("tpu"), "pallas", "pallas"),
-    ("auto", _Device("gpu", "10.0"), "xla", "cudnn"),
-    ("auto", _Device("gpu", "7.5"), "xla", "xla"),
-    ("auto", _Device("gpu", "gfx90a"), "xla", "xla"),
+    ("auto", _Device("gpu", "10.0"), "early", "cudnn"),
+    ("auto", _Device("gpu", "7.5"), "early", "xla"),
+    ("auto", _Device("gpu", "gfx90a"), "early", "xla"),
+    ("xla", _Device("gpu", "10.0"), "xla", "xla"),
     ("auto", _Device("cpu"), "xla", "xla"),
     ("xla", _Device("tpu"), "xla", "xla"),
     ("pallas", _Device("tpu"), "pallas", "pallas"),
@@ -166,6 +198,9 @@ def test_kernels_follow_the_devices(kernels, device, expected, attention):
   mesh: Any = _Mesh(devices)
   assert kernel_for(kernels, mesh) == expected
   assert attention_kernel_for(kernels, mesh) == attention
+  on_gpu = device.platform == "gpu"
+  assert remat_for("auto", mesh) == ("full" if on_gpu else "attention")
+  assert remat_for("branches", mesh) == "branches"
 
 
 def test_kernels_of_other_devices_are_an_error():
