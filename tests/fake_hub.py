@@ -29,7 +29,8 @@ def hub(repositories, *, cut=(), claimed=None, downloads=None):
   """A hub on this machine -> its address.
 
   Args:
-    repositories: {'OWNER/NAME': {FILE: bytes}}.
+    repositories: {'OWNER/NAME' or 'datasets/OWNER/NAME': {FILE: bytes}}; None
+      for the files of a gated one.
     cut: FILEs whose first download ends halfway.
     claimed: {FILE: its size, as the hub tells it}, if it isn't that.
     downloads: list to which (OWNER/NAME, FILE, first byte) of each download is
@@ -45,7 +46,10 @@ def hub(repositories, *, cut=(), claimed=None, downloads=None):
       repository, _, rest = self.path.lstrip("/").partition("/resolve/")
       revision, _, name = rest.partition("/")
       files = repositories.get(repository)
-      if files is None or revision not in ("main", COMMIT):
+      if repository in repositories and files is None:
+        self.send_response(403)
+        self.send_header("X-Error-Code", "GatedRepo")
+      elif files is None or revision not in ("main", COMMIT):
         self.send_response(404)
         missing = "RepoNotFound" if files is None else "RevisionNotFound"
         self.send_header("X-Error-Code", missing)
@@ -87,18 +91,33 @@ def hub(repositories, *, cut=(), claimed=None, downloads=None):
       self.answer(False)
 
     def do_GET(self) -> None:
-      if self.path.startswith("/api/models/"):
+      if self.path.startswith("/api/"):
         self.list_files()
       else:
         self.answer(True)
 
     def list_files(self) -> None:
-      repository = self.path.removeprefix("/api/models/").split("/tree/")[0]
+      path = self.path.split("?")[0].removeprefix("/api/")
+      path, *tree = path.removeprefix("models/").split("/tree/")
+      repository, *revision = path.split("/revision/")
+      files = repositories.get(repository, {})
+      is_known = revision in ([], ["main"], [COMMIT])
+      if not tree and not (files and is_known):
+        self.send_response(404 if repository not in repositories else 403)
+        error = "GatedRepo" if files is None else "RepoNotFound"
+        self.send_header(
+          "X-Error-Code", error if is_known else "RevisionNotFound"
+        )
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+        return
       entries = [
         {"type": "file", "path": name, "size": len(body), "oid": COMMIT}
-        for name, body in repositories.get(repository, {}).items()
+        for name, body in files.items()
       ]
-      body = json.dumps(entries).encode()
+      siblings = [{"rfilename": e["path"], "size": e["size"]} for e in entries]
+      info = {"id": repository, "sha": COMMIT, "siblings": siblings}
+      body = json.dumps(entries if tree else info).encode()
       self.send_response(200)
       self.send_header("Content-Type", "application/json")
       self.send_header("Content-Length", str(len(body)))

@@ -32,8 +32,8 @@ def _parser() -> argparse.ArgumentParser:
   number = functools.partial(add, type=int)
   add(
     "--source",
-    help="folder:DIR, tar:FILE or tfds:NAME; torch:DIR has latents that were "
-    "drawn before, as the authors' cache",
+    help="folder:DIR, tar:FILE, tfds:NAME or hf://datasets/OWNER/NAME; "
+    "torch:DIR has latents that were drawn before, as the authors' cache",
   )
   add("--split", default="train", help="of the source (default: train)")
   path("--vae", help="folder of the autoencoder, or hf://OWNER/NAME")
@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
       choices=choices,
       help=help + " (default: the first)",
     )
+  add("--exif", action="store_true", help="turn images upright, as data.exif")
   path("--data_dir", default="", help="of relative sources, and of TFDS' data")
   number(
     "--max_corrupt",
@@ -73,7 +74,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   if missing and not arguments.verify:
     parser.error(f"the following arguments are required: {', '.join(missing)}")
   if (arguments.source or "").startswith(options.DRAWN_SOURCE):
-    for name in ("dtype", "compute_dtype", "max_corrupt"):
+    for name in ("dtype", "compute_dtype", "max_corrupt", "exif"):
       value = getattr(arguments, name)
       if value != parser.get_default(name):
         parser.error(

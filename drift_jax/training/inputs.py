@@ -134,6 +134,7 @@ class _Sources:
       class_order=settings.class_order,
       max_corrupt=settings.max_corrupt,
       decoder=settings.decoder,
+      exif=settings.exif,
     )
 
   @functools.cached_property
