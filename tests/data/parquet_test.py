@@ -1,14 +1,17 @@
 """Parquet files of data sets on a hub: columns, splits, row groups, damage."""
 
+import io
 import json
 import pickle
 import re
+import tarfile
 from concurrent import futures
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from drift_jax.data import hub_files, parquet, sources
 from drift_jax.data.images import ImageReader
@@ -203,6 +206,28 @@ def test_wordnet_ids_and_greyscale(served):
   assert source.labels.tolist() == [[281, 0, 999][i] for i in LABELS[:7]]
   want = np.asarray(picture(0).convert("L"))
   np.testing.assert_array_equal(np.asarray(source.image(3).convert("L")), want)
+
+
+def test_images_are_turned_upright_if_asked_wherever_they_lie(served, tmp_path):
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  data = encode(picture(0), "JPEG", exif=exif)
+  stored = np.asarray(Image.open(io.BytesIO(data)))
+  images = pa.array([{"bytes": data, "path": None}])
+  contents = table([0]).set_column(0, "image", images)
+  served({"train.parquet": parquet_bytes(contents)})
+  (tmp_path / "images" / "a").mkdir(parents=True)
+  (tmp_path / "images" / "a" / "0.jpg").write_bytes(data)
+  with tarfile.open(tmp_path / "images.tar", "w") as archive:
+    archive.add(tmp_path / "images", "images")
+  for spec in (SPEC, f"folder:{tmp_path}/images", f"tar:{tmp_path}/images.tar"):
+    np.testing.assert_array_equal(opened(spec)[0], stored)
+    upright = opened(spec, exif=True)
+    again = pickle.loads(pickle.dumps(upright))
+    np.testing.assert_array_equal(upright[0], np.rot90(stored, -1))
+    np.testing.assert_array_equal(again[0], upright[0])
+  with pytest.raises(ValueError, match="exif=True: the digits"):
+    opened("digits", exif=True)
 
 
 def test_an_image_that_can_not_be_decoded_is_replaced(served):
