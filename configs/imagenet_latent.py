@@ -52,8 +52,7 @@ encoder (mae_latent.py:640_512px) 2x2 for a cell of its grid, so that tokens,
 features, batch and schedule are those of b2 and l2. Cache and statistics are of
 512 px: `cache_latents --image_size=512 --out=data/imagenet_latents_512px`,
 `reference_stats --image_size=512 --out=weights/imagenet512_train.npz`. Neither
-the paper nor the release has this; it compiles for the hardware that
-docs/scaling.md names, and nobody has trained it.
+the paper nor the release has this, and nobody has trained it.
 """
 
 from typing import Any

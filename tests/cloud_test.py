@@ -110,8 +110,8 @@ def test_a_folder_of_images_in_a_bucket(bucket, tmp_path):
   for index in range(6):
     name = f"{('train', 'test')[index // 4]}/{'ab'[index % 2]}/{index}.png"
     bucket.write(f"own/{name}", write(tmp_path / name, index).read_bytes())
-  bucket.write("own/train/a/.hidden.png", b"")
-  bucket.write("own/train/", b"")
+  bucket.write("own/train/a/.hidden.png", b"-")
+  bucket.write("own/train/", b"-")
   there = f"folder:gs://{bucket.name}/own"
   for split in ("train", "test"):
     local, source = opened(f"folder:{tmp_path}", split), opened(there, split)

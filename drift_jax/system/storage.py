@@ -6,6 +6,7 @@ to and appears only when it is whole.
 """
 
 import contextlib
+import errno
 import importlib
 import importlib.util
 import io
@@ -179,8 +180,11 @@ def read(path: str) -> bytes:
   Raises:
     FileNotFoundError, StorageError: it is not there, or can't be read.
   """
-  with _one_line(path):
-    return _client(path).cat_file(path)
+  try:
+    with _one_line(path):
+      return _client(path).cat_file(path)
+  except FileNotFoundError as error:  # of another name
+    raise FileNotFoundError(errno.ENOENT, "no such object", path) from error
 
 
 def upload(source: PathLike, path: PathLike) -> None:
