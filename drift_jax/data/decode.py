@@ -111,8 +111,7 @@ def _pillow(data: bytes, exif: bool = False) -> Image.Image:
 
 def _upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
   """Pixels turned and mirrored as the image's EXIF or XMP orientation says."""
-  orientation = image.getexif().get(ExifTags.Base.Orientation)
-  method = _UPRIGHT.get(orientation)
+  method = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
   return pixels if method is None else pixels.transpose(method)
 
 

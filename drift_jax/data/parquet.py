@@ -35,11 +35,11 @@ _LISTED = 10  # names that an error shows
 
 
 class _Place(NamedTuple):
-  """Where a file belongs by its name; count: files of the split, 0: unknown."""
+  """Where a file belongs by its name; shards: files of the split, 0: unknown."""
 
   config: str
   split: str
-  count: int
+  shards: int
 
 
 def _parse(spec: str) -> tuple[hub.Address, dict[str, str]]:
@@ -49,7 +49,8 @@ def _parse(spec: str) -> tuple[hub.Address, dict[str, str]]:
     ValueError: another form.
   """
   place, colon, rest = spec.removeprefix(hub_files.DATASETS).partition(":")
-  columns = dict(pair.partition("=")[::2] for pair in rest.split(",") if colon)
+  pairs = [pair.partition("=") for pair in rest.split(",") if colon]
+  columns = {name: column for name, _, column in pairs}
   address = hub.parse(f"hf://{place}")
   if not spec.startswith(hub_files.DATASETS) or address is None:
     raise ValueError(f"data.source={spec!r}: want {_FORM}")
@@ -106,7 +107,7 @@ def _files_of(dataset: hub_files.Dataset, folder: str, split: str) -> list[str]:
     raise sources.NoSplitError(
       f"{dataset} has no split {split!r}: its splits are {splits[:_LISTED]}"
     )
-  count = max(places[name].count for name in chosen)
+  count = max(places[name].shards for name in chosen)
   if count and len(chosen) != count:
     raise DataError(
       f"{dataset} has {len(chosen)} files of split {split!r}, but they are "
