@@ -4,6 +4,9 @@
     --workdir=runs/cifar10_encoder
   python -m drift_jax.main --config=configs/cifar10.py --workdir=runs/cifar10
 
+With --config.data.source=hf://datasets/uoft-cs/cifar10 they come from the
+Hugging Face hub, else from TFDS, which must have prepared them (docs/data.md).
+
 Other images by one more flag, e.g. --config.data.source=folder:DIR, where DIR
 holds a folder of images for each class. Variants, joined by commas:
   (none)   a generator that drifts in the encoder's features

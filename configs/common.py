@@ -16,7 +16,8 @@ def _shared(task: str) -> ConfigDict:
   config.init_from = ""
 
   config.data = ConfigDict()
-  # 'digits', 'tfds:NAME', 'folder:DIR', 'tar:FILE' or 'latents:DIR'
+  # 'digits', 'tfds:NAME', 'folder:DIR', 'tar:FILE', 'hf://datasets/OWNER/NAME'
+  # or 'latents:DIR'
   config.data.source = ""
   # Where relative DIR and FILE start, and where TFDS keeps its data sets; '':
   # the working directory, and TFDS_DATA_DIR or ~/tensorflow_datasets.
@@ -37,6 +38,7 @@ def _shared(task: str) -> ConfigDict:
   config.data.wire = "uint8"
   config.data.in_memory = False  # decode once: for small sets
   config.data.decoder = "pillow"  # or 'simplejpeg', if it is installed
+  config.data.exif = False  # turn images upright, as their cameras noted
   config.data.max_corrupt = 0  # unreadable images that are tolerated
   config.data.num_threads = 16  # reader threads
   config.data.num_workers = 0  # reader processes; 0: threads of this one

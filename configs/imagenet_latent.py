@@ -1,4 +1,4 @@
-"""ImageNet at 256 px in the latents of the SD-VAE: ablation to XL/2, W-Flow.
+"""ImageNet in the latents of the SD-VAE: ablation to XL/2, W-Flow, 512 px.
 
   python -m drift_jax.main --config=configs/imagenet_latent.py:l2 \\
     --workdir=runs/imagenet_l2
@@ -12,6 +12,8 @@ commands). Variants, joined by commas:
   ablation  (or none) B/2, 30k steps, encoder mae_latent.py:256
   b2        B/2, 200k steps, encoder mae_latent.py:640
   l2        L/2, 200k steps, encoder mae_latent.py:640
+  b4_512px, l4_512px
+            B/4 and L/4: the last two for 512 px, see below
   convnext, moco, simclr
             the ablation in the features of ConvNeXt-V2 base, or of a ResNet-50
             of MoCo-v2 or SimCLR (Table 3), in place of the MAE's: of pixels, so
@@ -44,6 +46,13 @@ These are that code's figures: nobody has trained or evaluated any of the four
 with this one. Two things differ: it takes the scale and the drift's RMS over
 two labels at a time, this over all (docs/fields.md); and pushes into the queue
 and what the backward pass recomputes are as in the variants above.
+
+At 512 px latents are 64x64x4. The generator takes 4x4 cells for a token and the
+encoder (mae_latent.py:640_512px) 2x2 for a cell of its grid, so that tokens,
+features, batch and schedule are those of b2 and l2. Cache and statistics are of
+512 px: `cache_latents --image_size=512 --out=data/imagenet_latents_512px`,
+`reference_stats --image_size=512 --out=weights/imagenet512_train.npz`. Neither
+the paper nor the release has this, and nobody has trained it.
 """
 
 from typing import Any
@@ -66,7 +75,8 @@ WFLOW = {
   "wflow_xl2": (0.01, 1, 1.09),
 }
 ONE_GPU = ("one_gpu_24gb", "one_gpu_80gb")
-VARIANTS = ("ablation", "b2", "l2", *PIXEL_ENCODERS, *WFLOW, *ONE_GPU)
+LARGE = ("b4_512px", "l4_512px")
+VARIANTS = ("ablation", "b2", "l2", *LARGE, *PIXEL_ENCODERS, *WFLOW, *ONE_GPU)
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -97,7 +107,13 @@ def get_config(variant: str = "") -> ConfigDict:
       models.MAES[f"mae_{width}_latent"](),
     )
   published = size.removeprefix("wflow_")
-  {"b2": _b2, "l2": _l2, "xl2": _xl2}.get(published, _ablation)(config)
+  {
+    "b2": _b2,
+    "l2": _l2,
+    "xl2": _xl2,
+    "b4_512px": _b2,
+    "l4_512px": _l2,
+  }.get(published, _ablation)(config)
   if size in WFLOW:
     temperature, iterations, alpha = WFLOW[size]
     config.drift.update_from_flattened_dict(
@@ -108,6 +124,8 @@ def get_config(variant: str = "") -> ConfigDict:
     _one_gpu(config, large=size == "one_gpu_80gb")
   config.mesh.update(data=1, fsdp=-1)
   common.judge_by_fid(config)
+  if size in LARGE:
+    _of_512px(config, size)
   if smoke:
     common.smoke_generator(config)
   return config
@@ -125,6 +143,21 @@ def wflow_drift(temperature: float, iterations: float) -> dict[str, Any]:
     "own_in_scale": True,
     "reduction": "mean",
   }
+
+
+def _of_512px(config: ConfigDict, size: str) -> None:
+  config.data.source = "latents:data/imagenet_latents_512px"
+  config.data.image_size = 512
+  model = {
+    "b4_512px": models.generator_b4_latent,
+    "l4_512px": models.generator_l4_latent,
+  }
+  config.model = model[size]()
+  config.encoders.mae.path = "runs/mae_latent_640_512px/encoder"
+  config.encoders.mae.model = common.frozen_model(
+    "mae", models.mae_640_latent_512px()
+  )
+  config.eval.inception.reference = "weights/imagenet512_train.npz"
 
 
 def _ablation(config: ConfigDict) -> None:

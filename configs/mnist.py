@@ -4,6 +4,9 @@
     --workdir=runs/mnist_encoder
   python -m drift_jax.main --config=configs/mnist.py --workdir=runs/mnist
 
+With --config.data.source=hf://datasets/ylecun/mnist they come from the Hugging
+Face hub, else from TFDS, which must have prepared them (docs/data.md).
+
 Variants, joined by commas:
   (none)       for one GPU: the generator of configs/cifar10.py
   encoder      for one GPU: the ResNet-MAE whose features that one drifts in

@@ -30,6 +30,16 @@ def generator_xl2_latent() -> ConfigDict:
   return config
 
 
+def generator_b4_latent() -> ConfigDict:
+  """B/4 on 64x64x4 latents of 512 px: as many tokens as B/2, 133 M."""
+  return _of_512px(generator_b2_latent())
+
+
+def generator_l4_latent() -> ConfigDict:
+  """L/4 on 64x64x4 latents of 512 px: as many tokens as L/2, 463 M."""
+  return _of_512px(generator_l2_latent())
+
+
 def generator_b16_pixel() -> ConfigDict:
   """B/16 on 256x256x3 pixels: 134 M parameters."""
   return _generator_base(_pixel_generator())
@@ -48,6 +58,11 @@ def mae_256_latent() -> ConfigDict:
 def mae_640_latent() -> ConfigDict:
   """Latent-MAE of base width 640: 2.7 G parameters."""
   return _mae(base_channels=640, in_channels=4, input_patch_size=1)
+
+
+def mae_640_latent_512px() -> ConfigDict:
+  """Latent-MAE of base width 640 on 2x2 cells of 64x64x4 latents: 2.7 G."""
+  return _mae(base_channels=640, in_channels=4, input_patch_size=2)
 
 
 def mae_640_pixel() -> ConfigDict:
@@ -138,12 +153,15 @@ GENERATORS = {
   "generator_b2_latent": generator_b2_latent,
   "generator_l2_latent": generator_l2_latent,
   "generator_xl2_latent": generator_xl2_latent,
+  "generator_b4_latent": generator_b4_latent,
+  "generator_l4_latent": generator_l4_latent,
   "generator_b16_pixel": generator_b16_pixel,
   "generator_l16_pixel": generator_l16_pixel,
 }
 MAES = {
   "mae_256_latent": mae_256_latent,
   "mae_640_latent": mae_640_latent,
+  "mae_640_latent_512px": mae_640_latent_512px,
   "mae_640_pixel": mae_640_pixel,
 }
 CONVNEXTS = {"convnextv2_base": convnextv2_base}
@@ -179,6 +197,11 @@ def _latent_generator() -> ConfigDict:
   config.patch_size = 2  # latent cells
   config.attention_dtype = "bfloat16"
   config.remat = "auto"  # see configs/common.py
+  return config
+
+
+def _of_512px(config: ConfigDict) -> ConfigDict:
+  config.update(input_size=64, patch_size=4)  # latent cells
   return config
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import pathlib
+import pickle
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from drift_jax.system import lease, storage
 from drift_jax.tasks.mae import train as train_mae
 from drift_jax.training import artifacts, checkpoint, checksums, loop
 from tests import fake_bucket
+from tests.data.pictures import opened, seeds_of, write
 from tests.process import process_environment, wait_for
 from tests.tasks.generator.train_test import (
   ROOT,
@@ -101,6 +103,33 @@ def committed(bucket, workdir):
     if name.count("/") == 1 and name.endswith("/commit_success.txt")
     if name[0].isdigit()
   )
+
+
+def test_a_folder_of_images_in_a_bucket(bucket, tmp_path):
+  """As the same on the disk; not of a locked bucket, nor what is gone."""
+  for index in range(6):
+    name = f"{('train', 'test')[index // 4]}/{'ab'[index % 2]}/{index}.png"
+    bucket.write(f"own/{name}", write(tmp_path / name, index).read_bytes())
+  bucket.write("own/train/a/.hidden.png", b"-")
+  bucket.write("own/train/", b"-")
+  there = f"folder:gs://{bucket.name}/own"
+  for split in ("train", "test"):
+    local, source = opened(f"folder:{tmp_path}", split), opened(there, split)
+    assert seeds_of(source) == seeds_of(local)
+    assert source.labels.tolist() == local.labels.tolist()
+    assert source.names_sha256() == local.names_sha256()
+    assert pickle.loads(pickle.dumps(source))[1].tolist() == source[1].tolist()
+  assert source.path(0) == f"gs://{bucket.name}/own/test/a/4.png"
+  assert len(opened("folder:own", data_dir=f"gs://{bucket.name}")) == 4
+  bucket.delete("own/test/a/4.png")
+  for refused, words in (
+    (lambda: source[0], "own/test/a/4.png"),
+    (lambda: opened(f"{there}/none"), "nothing is there"),
+    (lambda: opened(f"folder:gs://{fake_bucket.LOCKED}/own"), "locked/own: "),
+    (lambda: opened(there, "val"), r"no split 'val'.*\['test', 'train'\]"),
+  ):
+    with pytest.raises((ValueError, OSError), match=words):
+      refused()
 
 
 @dataclasses.dataclass

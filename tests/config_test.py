@@ -125,6 +125,7 @@ ENCODER = [
 LATENTS = [
   ("data.wire", "uint8", "can't hold latents.*'bfloat16'"),
   ("data.held_out", 5, "with data.source='latents:.*not divided"),
+  ("data.exif", True, "with data.source='latents:.*cache_latents --exif"),
 ]
 PIXELS = [("encoders.mae.decode", True, r"needs vae\.path.*decode=False")]
 
@@ -445,6 +446,20 @@ def test_home_folders_are_expanded(monkeypatch):
   policies = policy.get_config().to_dict()
   policies["data"]["source"] = "zarr:~/x.zarr"
   assert parse(policies).data.source == "zarr:/home/me/x.zarr"
+
+
+def test_runs_of_before_exif_resume_without_it():
+  config = digits.get_config()
+  new = config_lib.to_json(parse(config))
+  old = json.loads(new)
+  del old["data"]["exif"]
+  config_lib.check_resumable(json.dumps(old), new)
+  config.data.exif = True
+  with pytest.raises(config_lib.ConfigError, match="data.exif: False -> True"):
+    config_lib.check_resumable(
+      json.dumps(old), config_lib.to_json(parse(config))
+    )
+  assert parse(old).data.exif is False
 
 
 def test_resumed_runs_may_change_what_is_harmless():

@@ -42,7 +42,8 @@ def hub(
   """A hub on this machine -> its address.
 
   Args:
-    repositories: {'OWNER/NAME': {FILE: bytes}}.
+    repositories: {'OWNER/NAME' or 'datasets/OWNER/NAME': {FILE: bytes}}; None
+      for the files of a gated one.
     cut: FILEs whose first download ends halfway.
     claimed: {FILE: its size, as the hub tells it}, if it isn't that.
     downloads: list to which (OWNER/NAME, FILE, first byte) of each download is
@@ -61,7 +62,10 @@ def hub(
       repository, _, rest = self.path.lstrip("/").partition("/resolve/")
       revision, _, name = rest.partition("/")
       files = repositories.get(repository)
-      if files is None or revision not in ("main", COMMIT):
+      if repository in repositories and files is None:
+        self.send_response(403)
+        self.send_header("X-Error-Code", "GatedRepo")
+      elif files is None or revision not in ("main", COMMIT):
         self.send_response(404)
         missing = "RepoNotFound" if files is None else "RevisionNotFound"
         self.send_header("X-Error-Code", missing)
@@ -103,22 +107,10 @@ def hub(
       self.answer(False)
 
     def do_GET(self) -> None:
-      if not self.path.startswith("/api/models/"):
-        self.answer(True)
-      elif "/tree/" in self.path:
+      if self.path.startswith("/api/"):
         self.list_files()
       else:
-        name = self.path.removeprefix("/api/models/")
-        if name not in repositories:
-          return self.answer(True)
-        self.send_json(
-          {
-            "id": name,
-            "sha": COMMIT,
-            "private": name in private,
-            "siblings": [{"rfilename": x} for x in repositories.get(name, {})],
-          }
-        )
+        self.answer(True)
 
     def do_POST(self) -> None:
       """Answers what huggingface_hub.HfApi.upload_folder asks without Xet."""
@@ -190,12 +182,29 @@ def hub(
       self.send_json({"commitUrl": url, "commitOid": COMMIT})
 
     def list_files(self) -> None:
-      repository = self.path.removeprefix("/api/models/").split("/tree/")[0]
+      path = self.path.split("?")[0].removeprefix("/api/")
+      path, *tree = path.removeprefix("models/").split("/tree/")
+      repository, *revision = path.split("/revision/")
+      files = repositories.get(repository, {})
+      is_known = revision in ([], ["main"], [COMMIT])
+      is_here = repository in repositories and files is not None
+      if not tree and not (is_here and is_known):
+        self.send_response(404 if repository not in repositories else 403)
+        error = "GatedRepo" if files is None else "RepoNotFound"
+        self.send_header(
+          "X-Error-Code", error if is_known else "RevisionNotFound"
+        )
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+        return
       entries = [
         {"type": "file", "path": name, "size": len(body), "oid": COMMIT}
-        for name, body in repositories.get(repository, {}).items()
+        for name, body in files.items()
       ]
-      self.send_json(entries)
+      siblings = [{"rfilename": e["path"], "size": e["size"]} for e in entries]
+      info = {"id": repository, "sha": COMMIT, "siblings": siblings}
+      info["private"] = repository in private
+      self.send_json(entries if tree else info)
 
     def send_json(self, value, status=200) -> None:
       body = json.dumps(value).encode()

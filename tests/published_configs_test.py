@@ -5,6 +5,7 @@ import importlib
 
 import pytest
 
+from drift_jax.config import flatten
 from drift_jax.tasks import parse
 
 VARIANTS = {
@@ -18,10 +19,14 @@ VARIANTS = {
     *("convnext", "convnext,smoke", "moco", "simclr"),
     *("l2,folder", "ablation,folder,smoke"),
     *("wflow_ablation", "wflow_b2", "wflow_l2", "wflow_xl2,smoke"),
+    *("b4_512px", "l4_512px", "b4_512px,folder", "l4_512px,smoke"),
     *("one_gpu_24gb", "one_gpu_80gb", "one_gpu_24gb,smoke"),
   ],
   "imagenet_pixel": ["", "b16", "l16", "l16,smoke", "l16,folder"],
-  "mae_latent": ["", "256", "640", "640,smoke", "640,folder"],
+  "mae_latent": [
+    *("", "256", "640", "640,smoke", "640,folder"),
+    *("640_512px", "640_512px,smoke"),
+  ],
   "mae_pixel": ["", "640", "smoke", "folder,smoke"],
   "mnist": ["", "encoder", "smoke", "encoder,smoke"],
 }
@@ -210,6 +215,37 @@ def test_wflow(variant):
   assert sizes == (model.hidden_size, model.depth, model.num_heads)
   assert model.cond_dim == model.hidden_size
   assert config.encoders["mae"].model["base_channels"] == width
+
+
+@pytest.mark.parametrize(
+  ("name", "variant", "smaller"),
+  [
+    ("imagenet_latent", "b4_512px", "b2"),
+    ("imagenet_latent", "l4_512px", "l2"),
+    ("mae_latent", "640_512px", "640"),
+  ],
+)
+def test_512_px_changes_what_depends_on_the_size_alone(name, variant, smaller):
+  module = importlib.import_module(f"configs.{name}")
+  large, small = module.get_config(variant), module.get_config(smaller)
+  flat = [flatten(c.to_dict()) for c in (large, small)]
+  changed = {key for key in flat[0] | flat[1] if flat[0][key] != flat[1][key]}
+  assert changed == (
+    {"data.image_size", "model.input_patch_size"}
+    if name == "mae_latent"
+    else {
+      *("data.image_size", "data.source"),
+      *("model.input_size", "model.patch_size"),
+      *("encoders.mae.path", "encoders.mae.model.input_patch_size"),
+      "eval.inception.reference",
+    }
+  )
+  assert large.data.image_size == 512
+  if name == "imagenet_latent":
+    encoder = importlib.import_module("configs.mae_latent").get_config(
+      "640_512px"
+    )
+    assert {"kind": "mae", **encoder.model} == dict(large.encoders.mae.model)
 
 
 # Base width, steps, steps of classification.

@@ -162,6 +162,11 @@ def check_images(config: sections.ImageConfig) -> None:
     "use 'bfloat16' or 'float16'",
   )
   require(
+    not data.exif,
+    f"data.exif=True with data.source={data.source!r}: latents are upright if "
+    "the cache was made so: cache_latents --exif",
+  )
+  require(
     data.held_out == 0,
     f"data.held_out={data.held_out:g} with data.source={data.source!r}: a "
     "latent cache is not divided; cache the held-out images as a split of "

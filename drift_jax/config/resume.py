@@ -8,7 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from drift_jax.config.sections import RunConfig
+from drift_jax.config.sections import Data, RunConfig
 from drift_jax.system import paths, storage
 from drift_jax.system.errors import ConfigError
 
@@ -117,7 +117,10 @@ def check_resumable(old: str, new: str) -> None:
   group of labels has scalars of its own, and the keys of RANKING while a best
   checkpoint is kept.
   """
-  before, after = flat_values(old), flat_values(new)
+  after = flat_values(new)
+  # Earlier versions wrote no such key, and did what is its default.
+  added = {"data.exif": Data.exif} if "data.exif" in after else {}
+  before = added | flat_values(old)
   different = {
     key: f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
     for key in sorted(set(before) | set(after))

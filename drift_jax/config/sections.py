@@ -68,6 +68,7 @@ class Data(RunData):
   max_corrupt: Count
   num_threads: Size
   num_workers: Count
+  exif: bool = False  # earlier versions have no such key
 
 
 class Reals(Section):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin
 
 from drift_jax.system.errors import DataError
 from drift_jax.system.options import check_choice
@@ -25,6 +25,17 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 # What Pillow's three decoders raise for bytes that they can't make sense of.
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError)
 DAMAGE += (OverflowError, struct.error)
+
+# How a camera's orientation is undone; 1 is upright.
+_UPRIGHT = {
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
+}
 
 
 class DecodeError(ValueError):
@@ -93,9 +104,15 @@ def opened(file: str | bytes) -> Iterator[Image.Image]:
     raise DecodeError(str(error) or type(error).__name__) from error
 
 
-def _pillow(data: bytes) -> Image.Image:
+def _pillow(data: bytes, exif: bool = False) -> Image.Image:
   with opened(data) as image:
-    return _to_rgb(image)
+    return _upright(_to_rgb(image), image) if exif else _to_rgb(image)
+
+
+def _upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
+  """Pixels turned and mirrored as the image's EXIF or XMP orientation says."""
+  method = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+  return pixels if method is None else pixels.transpose(method)
 
 
 def _simplejpeg(data: bytes) -> np.ndarray | None:
@@ -111,11 +128,18 @@ def _simplejpeg(data: bytes) -> np.ndarray | None:
     return None
 
 
-def decode_image(data: bytes, decoder: str) -> Image.Image:
-  """Like `decode`, as a PIL image of mode RGB: no copy with 'pillow'."""
+def decode_image(data: bytes, decoder: str, exif: bool = False) -> Image.Image:
+  """Like `decode`, as a PIL image of mode RGB: no copy with 'pillow'.
+
+  With `exif` it is turned upright, as PIL.ImageOps.exif_transpose does.
+  """
   if decoder == "simplejpeg" and (pixels := _simplejpeg(data)) is not None:
-    return Image.fromarray(pixels)
-  return _pillow(data)
+    image = Image.fromarray(pixels)
+    if not exif:
+      return image
+    with opened(data) as header:  # of which no pixel is decoded
+      return _upright(image, header)
+  return _pillow(data, exif)
 
 
 def decode(data: bytes, decoder: str) -> np.ndarray:

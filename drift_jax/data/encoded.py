@@ -39,12 +39,17 @@ class EncodedSource(Reopening, Source):
   _UNSENT = ("_lock", "corrupt")
 
   def __init__(
-    self, class_names: Sequence[str], max_corrupt: int, decoder: str
+    self,
+    class_names: Sequence[str],
+    max_corrupt: int,
+    decoder: str,
+    exif: bool = False,
   ):
     decode.check_decoder(decoder)
     self.class_names = tuple(class_names)
     self._max_corrupt = max_corrupt
     self._decoder = decoder
+    self._exif = exif
     self._open()
 
   def _open(self) -> None:
@@ -88,7 +93,9 @@ class EncodedSource(Reopening, Source):
       raise IndexError(f"index {index} of {len(self)} images")
     for candidate in self._candidates(index):
       try:
-        return decode.decode_image(self.read_bytes(candidate), self._decoder)
+        return decode.decode_image(
+          self.read_bytes(candidate), self._decoder, self._exif
+        )
       except decode.LimitError as error:
         raise decode.LimitError(f"{self.path(candidate)}: {error}") from error
       except decode.DecodeError as error:

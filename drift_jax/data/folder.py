@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from drift_jax.data import encoded, sources
-from drift_jax.system import console, paths
+from drift_jax.system import console, paths, storage
 from drift_jax.system.storage import PathLike
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -163,9 +163,7 @@ def _classes(tree: _Tree, root: str) -> dict[str, str]:
 class _FileSource(encoded.EncodedSource):
   """Images of one split of a tree, in the order of their paths."""
 
-  def __init__(
-    self, path: pathlib.Path, tree: _Tree, split, class_order, **rest
-  ):
+  def __init__(self, path: PathLike, tree: _Tree, split, class_order, **rest):
     # 1. The classes, by which the labels number those of every split.
     root, labels_from = _find_split(tree, split)
     classes, known = _classes(tree, root), list(_classes(tree, labels_from))
@@ -415,3 +413,31 @@ class TarSource(_FileSource):
         "short after it was indexed"
       )
     return data
+
+
+class BucketSource(_FileSource):
+  """Images in class folders of a gs:// bucket, each a request when read.
+
+  So a set that fits (data.in_memory) is read once; copy large ones to disks.
+  """
+
+  def __init__(self, path: str, **options: Any):
+    """Lists the objects; arguments and errors as of `FolderSource`.
+
+    Raises:
+      StorageError: a missing package, or a bucket that can't be read.
+    """
+    names = storage.find(path)
+    shown = [n for n in names if not any(map(paths.is_hidden, n.split("/")))]
+    if not shown:
+      raise ValueError(f"data.source='folder:{path}': nothing is there")
+    tree = _tree_of(path, dict.fromkeys(shown, True))
+    super().__init__(path, tree, **options)
+
+  def read_bytes(self, index: int) -> bytes:
+    """The object's content.
+
+    Raises:
+      FileNotFoundError, StorageError: it is gone, or can't be read.
+    """
+    return storage.read(self.path(index))

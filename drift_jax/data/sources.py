@@ -30,6 +30,7 @@ _ENCODED = {
   "folder": ("folder", "FolderSource"),
   "tar": ("folder", "TarSource"),
   "tfds": ("tfds", "TfdsSource"),
+  "hf": ("parquet", "ParquetSource"),
 }
 _DIGITS = "sklearn/datasets/data/digits.csv.gz"
 
@@ -289,6 +290,18 @@ def order_classes(names: Names, class_order: str) -> tuple[Names, np.ndarray]:
   return tuple(known.values()), labels
 
 
+def described(spec: str, exif: bool) -> str:
+  """A source as records of what was made from it name it."""
+  return f"{spec}, upright by EXIF" if exif else spec
+
+
+def _bucket_folder(folder: str, data_dir: str) -> str:
+  """The URL of a folder in a gs:// bucket; '' if it is elsewhere."""
+  start = data_dir if storage.is_remote(data_dir) else ""
+  url = folder if storage.is_remote(folder) else f"{start}/{folder}"
+  return url if url.startswith("gs://") else ""
+
+
 def open_source(
   spec: str,
   *,
@@ -297,12 +310,13 @@ def open_source(
   class_order: str,
   max_corrupt: int,
   decoder: str,
+  exif: bool = False,
 ) -> Source:
   """The source that a config names.
 
   Args:
     spec: 'digits'; 'folder:DIR' or 'tar:FILE' (see `folder`); 'tfds:NAME'
-      (see `tfds.TfdsSource`).
+      (see `tfds.TfdsSource`); 'hf://datasets/OWNER/NAME' (see `parquet`).
     split: e.g. 'train'; the data set's own name for it.
     data_dir: where relative DIR and FILE start, and where TFDS keeps its data
       sets; '' for the working directory and TFDS' default.
@@ -310,6 +324,7 @@ def open_source(
       `order_classes`).
     max_corrupt: images that may turn out undecodable before it is an error.
     decoder: see `decode.decode`.
+    exif: turn images upright, see `decode.decode_image`.
 
   Raises:
     NoSplitError: the data have no such split.
@@ -320,6 +335,8 @@ def open_source(
   data_dir = paths.expand(data_dir)
   kind, _, rest = spec.partition(":")
   if spec == "digits":
+    if exif:
+      raise ValueError("data.exif=True: the digits have no orientation")
     if class_order:
       what = f"data.class_order={class_order!r}"
       raise ValueError(f"{what}: the digits have their own, use ''")
@@ -328,13 +345,17 @@ def open_source(
     check_choice("data.source", spec, options.IMAGE_SOURCES)
   module, name = _ENCODED[kind]
   settings: Any = dict(class_order=class_order, max_corrupt=max_corrupt)
-  settings |= dict(split=split, decoder=decoder)
+  settings |= dict(split=split, decoder=decoder, exif=exif)
   if kind == "tfds":
     from drift_jax.system import extras
 
     extras.need(f"data.source={spec!r}", "tfds", "tensorflow_datasets")
     storage.check_data(rest if storage.is_remote(rest) else data_dir)
     settings |= dict(data_dir=data_dir)
+  elif kind == "hf":
+    rest = spec
+  elif kind == "folder" and (url := _bucket_folder(rest, data_dir)):
+    name, rest = "BucketSource", url
   else:
     storage.check_local(f"data.source={spec!r}", rest, data_dir)
     rest = pathlib.Path(data_dir) / paths.expand(rest)

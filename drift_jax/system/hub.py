@@ -20,7 +20,8 @@ from huggingface_hub import constants, errors
 from drift_jax.system.errors import one_line
 
 _ADDRESS = re.compile(
-  r"hf://(?P<repository>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?"
+  r"hf://(?P<repository>[^/@]+/[^/@]+)"
+  r"(?:@(?P<revision>refs/(?:convert|pr)/[^/]+|[^/]+))?"
   r"(?:/(?P<path>.+))?"
 )
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -99,7 +100,7 @@ def fetch(address: Address) -> pathlib.Path | None:
     return None
   path = pathlib.Path(path)
   stat = path.stat()
-  _check(path, stat.st_size, stat.st_mtime_ns)
+  check_sum(path, stat.st_size, stat.st_mtime_ns)
   return path
 
 
@@ -109,7 +110,7 @@ def _asked(address: Address, *, dry_run: bool) -> Any:
   None if the repository has no such file.
   """
   repository, revision, name = address
-  _check_endpoint()
+  check_endpoint()
   download: Callable[..., Any] = huggingface_hub.hf_hub_download
   try:
     return download(repository, name, revision=revision, dry_run=dry_run)
@@ -118,7 +119,7 @@ def _asked(address: Address, *, dry_run: bool) -> Any:
   except Exception as error:  # The library's own classes have no base.
     if _is_known_to_lack(address, error):
       return None
-    raise HubError(f"{name}: {one_line(error)}{_variables()}") from error
+    raise HubError(f"{name}: {one_line(error)}{variables()}") from error
 
 
 def downloads() -> pathlib.Path:
@@ -173,7 +174,7 @@ def _is_known_to_lack(address: Address, error: BaseException) -> bool:
   return cached is not None and not isinstance(cached, str)
 
 
-def _check_endpoint() -> None:
+def check_endpoint() -> None:
   """Raises HubError for an address that no request can be sent to."""
   if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
     return
@@ -186,7 +187,7 @@ def _check_endpoint() -> None:
     )
 
 
-def _variables() -> str:
+def variables() -> str:
   """Names of the variables that decide how the hub is asked."""
   names = [
     name
@@ -223,7 +224,7 @@ def folders(address: Address) -> list[str]:
 
 
 @functools.cache  # a file that has not changed is not summed again
-def _check(path: pathlib.Path, size: int, changed: int) -> None:
+def check_sum(path: pathlib.Path, size: int, changed: int) -> None:
   """Raises HubError unless the bytes are those that the file is named by.
 
   The cache holds a link to a file whose name is its content's: the SHA-256 of a

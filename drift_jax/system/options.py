@@ -28,7 +28,14 @@ LabelOrder = Literal["given", "class"]
 LABEL_ORDERS = get_args(LabelOrder)
 # Where images may come from (data.source), and what `open_source` opens: a
 # latent cache is opened with its autoencoder.
-SOURCES = ("digits", "tfds:NAME", "folder:DIR", "tar:FILE", "latents:DIR")
+SOURCES = (
+  "digits",
+  "tfds:NAME",
+  "folder:DIR",
+  "tar:FILE",
+  "hf://datasets/OWNER/NAME",
+  "latents:DIR",
+)
 IMAGE_SOURCES = SOURCES[:-1]
 # Order of a source's classes; '': its own.
 ClassOrder = Literal["", "imagenet"]

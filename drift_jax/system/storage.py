@@ -6,6 +6,7 @@ to and appears only when it is whole.
 """
 
 import contextlib
+import errno
 import importlib
 import importlib.util
 import io
@@ -176,8 +177,36 @@ def check_local(what: str, *paths: str) -> None:
   for path in filter(is_remote, paths):
     raise StorageError(
       f"{what}: {path} is a URL, but these are read from disks only: copy it "
-      "(`gcloud storage cp -r`), or mount the bucket (gcsfuse)"
+      "to each machine (`gcloud storage rsync -r URL DIR`, a file with "
+      "`gcloud storage cp`), or mount the bucket (gcsfuse)"
     )
+
+
+def find(folder: str) -> list[str]:
+  """Objects below a folder of a gs:// bucket, by their paths in it, sorted.
+
+  Raises:
+    StorageError: a missing package, or a bucket that can't be listed.
+  """
+  start = f"{without_scheme(folder).rstrip('/')}/"
+  with _one_line(folder, f". {_HINT}"):
+    names = _client(folder).find(start)
+  # Programs mark empty folders by objects whose names end in a slash.
+  names = [name.removeprefix(start) for name in names]
+  return sorted(name for name in names if name and not name.endswith("/"))
+
+
+def read(path: str) -> bytes:
+  """An object of a gs:// bucket.
+
+  Raises:
+    FileNotFoundError, StorageError: it is not there, or can't be read.
+  """
+  try:
+    with _one_line(path):
+      return _client(path).cat_file(path)
+  except FileNotFoundError as error:  # of another name
+    raise FileNotFoundError(errno.ENOENT, "no such object", path) from error
 
 
 def upload(source: PathLike, path: PathLike) -> None:

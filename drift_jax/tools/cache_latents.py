@@ -27,8 +27,8 @@ def _parser() -> console.Parser:
   number = functools.partial(add, type=int)
   add(
     "--source",
-    help="folder:DIR, tar:FILE or tfds:NAME; torch:DIR has latents that were "
-    "drawn before, as the authors' cache",
+    help="folder:DIR, tar:FILE, tfds:NAME or hf://datasets/OWNER/NAME; "
+    "torch:DIR has latents that were drawn before, as the authors' cache",
   )
   add("--split", default="train", help="of the source (default: train)")
   add(
@@ -55,6 +55,7 @@ def _parser() -> console.Parser:
       choices=choices,
       help=help + " (default: the first)",
     )
+  add("--exif", action="store_true", help="turn images upright, as data.exif")
   path("--data_dir", default="", help="of relative sources, and of TFDS' data")
   number(
     "--max_corrupt",
@@ -75,7 +76,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   if missing and not arguments.verify:
     parser.error(f"the following arguments are required: {', '.join(missing)}")
   if (arguments.source or "").startswith(options.DRAWN_SOURCE):
-    for name in ("dtype", "compute_dtype", "max_corrupt"):
+    for name in ("dtype", "compute_dtype", "max_corrupt", "exif"):
       value = getattr(arguments, name)
       if value != parser.get_default(name):
         parser.error(

@@ -25,7 +25,7 @@ from drift_jax.system import console, options, paths, programs
 
 # Flags that say which images of a source are meant.
 _SOURCE_FLAGS = ("split", "image_size", "crop", "channels", "data_dir")
-_SOURCE_FLAGS += ("class_order", "max_corrupt", "num_threads")
+_SOURCE_FLAGS += ("class_order", "max_corrupt", "exif", "num_threads")
 # The least values of numbers.
 _AT_LEAST = {"num_features": 0, "batch_size": 1, "seed": 0, "num_threads": 1}
 
@@ -33,7 +33,7 @@ _AT_LEAST = {"num_features": 0, "batch_size": 1, "seed": 0, "num_threads": 1}
 def _parser() -> console.Parser:
   parser = programs.parser("drift_jax.tools.reference_stats", __doc__)
   what = parser.add_mutually_exclusive_group(required=True)
-  what.add_argument("--source", help="digits, folder:DIR, tar:FILE, tfds:NAME")
+  what.add_argument("--source", help=", ".join(options.IMAGE_SOURCES))
   what.add_argument(
     "--public",
     type=paths.argument,
@@ -69,6 +69,7 @@ def _parser() -> console.Parser:
   )
   add("--class_order", help="as data.class_order (default: the source's own)")
   add("--max_corrupt", type=int, help="as data.max_corrupt (default: 0)")
+  add("--exif", action="store_true", default=None, help="as data.exif")
   add("--num_threads", type=int, help="that decode (default: one a core)")
   add = parser.add_argument_group("with several processes").add_argument
   add("--coordinator", default="", help="HOST:PORT of process 0, or 'auto'")

@@ -263,6 +263,7 @@ class Splits:
       class_order=settings.class_order,
       max_corrupt=settings.max_corrupt,
       decoder=settings.decoder,
+      exif=settings.exif,
     )
 
   @functools.cached_property

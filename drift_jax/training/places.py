@@ -195,7 +195,8 @@ def _paths(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
       kind, _, path = value.partition(":")
       below = flat.get("data.data_dir") and not os.path.isabs(path)
       named = kind == "tfds" and not path.startswith(("/", "."))
-      if kind not in _KINDS or below or named:
+      on_hub = value.startswith(storage.HUB)
+      if kind not in _KINDS or below or named or on_hub:
         continue
       value = path
     if value and not value.startswith("~"):

@@ -6,7 +6,7 @@ import io
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
-from PIL import Image, PngImagePlugin
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
 from drift_jax.data import decode
 
@@ -45,6 +45,30 @@ def test_exif_orientation_is_not_applied_to_grey():
   exif[0x0112] = 6  # turned by 90 degrees
   pixels = decode.decode(encode(noise("L"), "JPEG", exif=exif), "pillow")
   assert pixels.shape == (17, 23, 3) and (pixels == pixels[..., :1]).all()
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_images_are_turned_as_pillow_turns_them(orientation):
+  """All eight, in which 0 and 9 mean nothing; by EXIF and by XMP."""
+  exif = Image.Exif()
+  exif[ExifTags.Base.Orientation] = orientation
+  xmp = f'<x xmlns:tiff="t" tiff:Orientation="{orientation}"/>'.encode()
+  for data in (
+    encode(noise(), "JPEG", exif=exif),
+    encode(noise("L"), "JPEG", exif=exif),
+    encode(noise(), "JPEG", xmp=xmp),
+    encode(noise(), "PNG", exif=exif),
+    encode(noise(), "WEBP", exif=exif, lossless=True),
+  ):
+    stored = Image.open(io.BytesIO(data))
+    want = ImageOps.exif_transpose(stored).convert("RGB")
+    assert want.size == ((17, 23) if orientation in range(5, 9) else (23, 17))
+    for decoder in ("pillow", "simplejpeg")[: 1 + HAS_SIMPLEJPEG]:
+      image = decode.decode_image(data, decoder, exif=True)
+      assert_array_equal(np.asarray(image), np.asarray(want))
+      plain = decode.decode_image(data, decoder)
+      assert_array_equal(np.asarray(plain), decode.decode(data, decoder))
+      assert plain.size == (23, 17)
 
 
 def test_alpha_is_dropped_not_composited():

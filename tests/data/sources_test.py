@@ -95,8 +95,10 @@ def test_files_and_some_of_them(tmp_path):
 @pytest.mark.parametrize(
   ("spec", "data_dir", "message"),
   [
-    ("folder:gs://bucket/x", "", "gs://bucket/x is a URL, .*disks only"),
-    ("tar:x", "gs://bucket", "gs://bucket is a URL, .*disks only"),
+    ("folder:s3://bucket/x", "", "s3://bucket/x is a URL, .*disks only"),
+    ("folder:gs://bucket/x", "", "gs://bucket/x: .*pip install gcsfs"),
+    ("folder:x", "gs://bucket", "gs://bucket/x: .*pip install gcsfs"),
+    ("tar:x", "gs://bucket", "gs://bucket is a URL, .*gcloud storage rsync"),
     ("tfds:mnist", "gs://bucket/x", "gs://bucket/x: .*pip install gcsfs"),
     ("tfds:gs://bucket/mnist", "", "gs://bucket/mnist: .*pip install gcsfs"),
     ("tfds:mnist", "s3://bucket/x", "s3://bucket/x: .*local disks and gs://"),

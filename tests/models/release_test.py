@@ -53,6 +53,12 @@ every_preset = pytest.mark.parametrize(
     if name in SHAPES
   ],
 )
+# Of 512 px: kind, the preset of 256 px that folds less, parameters.
+OF_512PX = {
+  "generator_b4_latent": ("gen", "generator_b2_latent", 132_782_656),
+  "generator_l4_latent": ("gen", "generator_l2_latent", 463_007_808),
+  "mae_640_latent_512px": ("mae", "mae_640_latent", 2_687_943_416),
+}
 # W-Flow's, which its authors give as 679 M parameters.
 XL2, XL2_PARAMETERS = "generator_xl2_latent", 678_929_872
 # Models that the release lacks: kind -> presets, builder, parameters of each.
@@ -107,7 +113,7 @@ def test_every_preset_has_golden_shapes_and_every_golden_a_preset():
     if callable(value) and not name.startswith("_") and name != "ConfigDict"
   }
   others = {name for _, _, counts in OTHERS.values() for name in counts}
-  assert functions == SHAPES.keys() | others | {XL2}
+  assert functions == SHAPES.keys() | others | {XL2} | OF_512PX.keys()
 
 
 @pytest.mark.slow
@@ -152,6 +158,36 @@ def test_preset_has_the_published_parameters(kind, name, golden_json):
     lambda params: release.from_release(kind, config, params)[1], there
   )
   assert back == shapes["params"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_512PX)
+def test_presets_of_512_px_differ_in_what_they_fold(name):
+  """Each folded layer has more parameters; tokens and features are as many."""
+  kind, smaller, parameters = OF_512PX[name]
+  module, variables = _preset(kind, name)
+  leaves = traverse_util.flatten_dict(variables["params"])
+  assert sum(leaf.size for leaf in leaves.values()) == parameters
+  other, others = _preset(kind, smaller)
+  same = {
+    path
+    for path, leaf in traverse_util.flatten_dict(others["params"]).items()
+    if leaf.shape == leaves[path].shape
+  }
+  assert 1 <= len(leaves) - len(same) <= 4 and same < leaves.keys()
+  if kind == "gen":
+    assert (module.input_size, other.input_size) == (64, 32)
+    assert module.clone(input_size=32, patch_size=2) == other
+  else:
+    shapes = [
+      _features(net, of, jax.ShapeDtypeStruct((2, side, side, 4), jnp.float32))
+      for net, of, side in ((module, variables, 64), (other, others, 32))
+    ]
+    assert shapes[0].keys() == shapes[1].keys()
+    differ = {
+      key for key, shape in shapes[0].items() if shapes[1][key] != shape
+    }
+    assert differ == {"global", "norm_x"}  # the latent itself
 
 
 @pytest.mark.slow

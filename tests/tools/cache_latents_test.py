@@ -28,7 +28,7 @@ from drift_jax.training import artifacts
 from drift_jax.training.inputs import HELD_OUT_SEED
 from tests.autoencoders import save_vae
 from tests.conftest import assert_close
-from tests.data.pictures import opened
+from tests.data.pictures import opened, picture
 from tests.process import process_environment
 from tests.tools.published import as_tensors, fake_torch
 
@@ -266,7 +266,7 @@ def test_a_folder_without_a_test_split_is_divided(
   [
     ({"image_size": 17}, "image_size=17 must be a positive multiple"),
     ({"source": "folder:/nowhere"}, "--source=folder:/nowhere --split=train: "),
-    ({"source": "digits"}, "no 8-bit RGB.* valid options are folder:DIR"),
+    ({"source": "digits"}, "no 8-bit RGB.* valid options are .*folder:DIR"),
     ({"split": "test"}, "--split=test: .* has no split 'test'"),
   ],
 )
@@ -369,6 +369,27 @@ def test_a_file_of_something_else(
     run("", vae, tmp_path / "out", source=f"torch:{folder}")
   assert content is None or str(path) in str(error.value)
   assert not (tmp_path / "out/train/manifest.json").exists()
+
+
+def test_images_are_turned_upright_and_the_cache_says_so(vae, tmp_path):
+  exif = Image.Exif()
+  exif[0x0112] = 3
+  for name in ("turned", "upright"):
+    (tmp_path / name / "a").mkdir(parents=True)
+  file = tmp_path / "turned" / "a" / "0.jpg"
+  picture(0, (SIZE, SIZE)).save(file, exif=exif)
+  upright = Image.open(file).transpose(Image.Transpose.ROTATE_180)
+  upright.save(tmp_path / "upright" / "a" / "0.png")
+  shards = {}
+  for name, also in (("turned", ["--exif"]), ("upright", [])):
+    out = tmp_path / f"{name}_latents"
+    given = flags(tmp_path / name, vae, out) + also
+    assert work.run(cache_latents.parse(given))
+    (shard,) = (out / "train").glob("*.arrayrecord")
+    shards[name] = shard.read_bytes()
+    reader = latents.LatentReader(out, "train", dtype="float32")
+    assert ("EXIF" in reader.settings.source) == bool(also)
+  assert shards["turned"] == shards["upright"]
 
 
 def test_half_precision(pictures, vae, tmp_path, whole):

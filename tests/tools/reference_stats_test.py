@@ -235,6 +235,21 @@ def test_crops_and_channels(vit, crops, run, tmp_path):
     assert_close(loaded.features, direct(vit, want), 1e-6)
 
 
+def test_images_are_turned_upright_if_asked(tmp_path):
+  exif = Image.Exif()
+  exif[0x0112] = 8
+  file = tmp_path / "a" / "0.jpg"
+  file.parent.mkdir()
+  pixels = picture(np.random.default_rng(0), SIZE, SIZE)
+  Image.fromarray(pixels).save(file, exif=exif)
+  stored = np.asarray(Image.open(file))
+  for turned, given in ((0, {}), (1, {"exif": True})):
+    images = work.open_images(f"folder:{tmp_path}", image_size=SIZE, **given)
+    assert images.facts["source"].endswith("upright by EXIF") == bool(turned)
+    (first,) = images.pixels(np.arange(1))
+    np.testing.assert_array_equal(first, np.rot90(stored, turned))
+
+
 def test_splits_and_class_order(pictures, run, refuses, out, tmp_path):
   (tmp_path / "data").mkdir()
   (tmp_path / "data/validation").symlink_to(pictures)

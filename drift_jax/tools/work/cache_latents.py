@@ -23,6 +23,7 @@ from drift_jax.data.order import check_labels
 from drift_jax.data.sources import (
   ArraySource,
   Source,
+  described,
   labels_sha256,
   open_source,
 )
@@ -209,6 +210,7 @@ def open_images(arguments: argparse.Namespace) -> EncodedSource:
         class_order=arguments.class_order,
         max_corrupt=arguments.max_corrupt,
         decoder="pillow",
+        exif=arguments.exif,
       )
     check_labels(source.labels, source.class_names)
   except ValueError as error:
@@ -218,7 +220,8 @@ def open_images(arguments: argparse.Namespace) -> EncodedSource:
   if isinstance(source, ArraySource):
     raise LatentCacheError(
       f"--source={arguments.source}: these images are no 8-bit RGB, which the "
-      "autoencoder takes; valid options are folder:DIR, tar:FILE and tfds:NAME"
+      "autoencoder takes; valid options are "
+      f"{[name for name in options.IMAGE_SOURCES if name != 'digits']}"
     )
   return cast(EncodedSource, source)
 
@@ -263,7 +266,7 @@ def run(arguments: argparse.Namespace) -> bool:
   # 2. What the cache is made from, and which shards are to be written.
   module: Any = vae.module
   settings = Settings(
-    source=arguments.source,
+    source=described(arguments.source, arguments.exif),
     split=arguments.split,
     num_images=len(source),
     labels_sha256=labels_sha256(source.labels),

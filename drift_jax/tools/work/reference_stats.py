@@ -14,7 +14,7 @@ import numpy as np
 
 from drift_jax.data.images import ImageReader
 from drift_jax.data.readers import ArrayReader
-from drift_jax.data.sources import ArraySource, open_source
+from drift_jax.data.sources import ArraySource, described, open_source
 from drift_jax.metrics.batches import local_batches
 from drift_jax.metrics.evaluators import features_of
 from drift_jax.metrics.frechet import (
@@ -292,12 +292,14 @@ def open_images(
   data_dir: str = "",
   class_order: str = "",
   max_corrupt: int = 0,
+  exif: bool = False,
   num_threads: int | None = None,
 ) -> Images:
   """The images that the command line names, none of them read.
 
   Args:
-    spec, split, data_dir, class_order, max_corrupt: see `data.open_source`.
+    spec, split, data_dir, class_order, max_corrupt, exif: see
+      `data.open_source`.
     image_size, crop, channels: see `data.ImageReader`; grey images become
       three equal channels for the network.
     num_threads: that decode; None for one for each core.
@@ -305,7 +307,7 @@ def open_images(
   Raises:
     StatsError: no such source, or images that the other arguments do not fit.
   """
-  name = spec
+  name = described(spec, exif)
   try:
     source = open_source(
       spec,
@@ -314,6 +316,7 @@ def open_images(
       class_order=class_order,
       max_corrupt=max_corrupt,
       decoder="pillow",
+      exif=exif,
     )
     if isinstance(source, ArraySource):
       pixels = _array_pixels(source, image_size, crop, channels)
