@@ -35,7 +35,7 @@ _LISTED = 10  # names that an error shows
 
 
 class _Place(NamedTuple):
-  """Where a file belongs by its name; shards: files of the split, 0: unknown."""
+  """Where a file belongs by its name; shards: files of the split, or 0."""
 
   config: str
   split: str
