@@ -9,6 +9,7 @@ from setuptools import find_packages, setup
 ROOT = pathlib.Path(__file__).parent
 # Lines of requirements.txt that not every user needs.
 EXTRAS = {
+  "hub": ("pyarrow",),
   "serve": ("starlette", "uvicorn"),
   "tfds": ("tensorflow-datasets",),
 }

@@ -45,9 +45,9 @@ echo "2/3 The generator: drifts in pixel space, judged by that encoder too."
   --workdir="$folder/generator" \
   --config.encoders.mae.path="$folder/encoder/encoder"
 echo "3/3 The figures of its best checkpoint, with fresh noise."
-.venv/bin/python -m drift_jax.evaluate --workdir="$folder/generator" \
+.venv/bin/python -m drift_jax.evaluate --from="$folder/generator" \
   --neighbours=10
-.venv/bin/python -m drift_jax.sample --workdir="$folder/generator" \
+.venv/bin/python -m drift_jax.sample --from="$folder/generator" \
   --out="$folder/samples.png"
 
 cat <<END

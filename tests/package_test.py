@@ -110,12 +110,13 @@ def test_metadata(built):
   def wanted(file):
     return {Requirement(x.partition(";")[0]) for x in lines(ROOT / file)}
 
-  union = found[""] | found["serve"] | found["tfds"]
+  parts = [found[k] for k in ("", "hub", "serve", "tfds")]
+  union = set.union(*parts)
   assert union == wanted("requirements.txt")
-  assert len(union) == sum(len(found[k]) for k in ("", "serve", "tfds"))
+  assert len(union) == sum(map(len, parts))
   assert found["robots"] == wanted("requirements-robots.txt")
   assert found["dev"] == wanted("requirements-dev.txt")
-  assert found["all"] == {Requirement("drift_jax[robots,serve,tfds]")}
+  assert found["all"] == {Requirement("drift_jax[hub,robots,serve,tfds]")}
   # No link of the README leads to a neighbour that is not there.
   targets = re.findall(r"\]\(([^)]*)\)", metadata.get_payload())
   assert targets and all(x.startswith(("https://", "#")) for x in targets)

@@ -32,6 +32,11 @@ _ENCODED = {
   "tfds": ("tfds", "TfdsSource"),
   "hf": ("parquet", "ParquetSource"),
 }
+# Those of an extra: its name, its package.
+_EXTRAS = {
+  "tfds": ("tfds", "tensorflow_datasets"),
+  "hf": ("hub", "pyarrow"),
+}
 _DIGITS = "sklearn/datasets/data/digits.csv.gz"
 
 
@@ -346,10 +351,11 @@ def open_source(
   module, name = _ENCODED[kind]
   settings: Any = dict(class_order=class_order, max_corrupt=max_corrupt)
   settings |= dict(split=split, decoder=decoder, exif=exif)
-  if kind == "tfds":
+  if kind in _EXTRAS:
     from drift_jax.system import extras
 
-    extras.need(f"data.source={spec!r}", "tfds", "tensorflow_datasets")
+    extras.need(f"data.source={spec!r}", *_EXTRAS[kind])
+  if kind == "tfds":
     storage.check_data(rest if storage.is_remote(rest) else data_dir)
     settings |= dict(data_dir=data_dir)
   elif kind == "hf":

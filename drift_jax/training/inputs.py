@@ -150,7 +150,7 @@ def _find_data(settings: config_lib.Data, split: str) -> Sequence[Any]:
 
       load_manifest(os.path.dirname(path), split)
     else:
-      _Sources(settings).open(split)
+      Splits(settings).open(split)
   return ()
 
 

@@ -108,8 +108,6 @@ def test_the_method_needs_jax_and_jaxtyping_alone():
   ("package", "heading"), [("flax", "Flax NNX"), ("equinox", "Equinox")]
 )
 def test_the_loop_of_another_library_learns_the_circle(package, heading):
-  if importlib.util.find_spec(package) is None:
-    pytest.skip(f"{package} is not installed")
   page = blocks()
   ((distance,), imported) = run("", page["Three loops"] + page[heading])
   assert distance < 0.4 and package in imported

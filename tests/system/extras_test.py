@@ -31,12 +31,19 @@ def test_line(installed):
   )
 
 
-def test_tfds(installed, monkeypatch):
-  monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-  line = 'drift_jax\\[tfds\\]"$' if installed else "-r requirements.txt$"
-  with pytest.raises(extras.ExtraError, match=f"'tfds:mnist' .*{line}"):
+@pytest.mark.parametrize(
+  ("source", "extra", "package"),
+  [
+    ("tfds:mnist", "tfds", "tensorflow_datasets"),
+    ("hf://datasets/ylecun/mnist", "hub", "pyarrow"),
+  ],
+)
+def test_data(source, extra, package, installed, monkeypatch):
+  monkeypatch.setitem(sys.modules, package, None)
+  line = f'drift_jax\\[{extra}\\]"$' if installed else "-r requirements.txt$"
+  with pytest.raises(extras.ExtraError, match=f"'{source}' .*{line}"):
     sources.open_source(
-      "tfds:mnist",
+      source,
       data_dir="",
       split="train",
       class_order="",
