@@ -26,9 +26,13 @@ For 256, once for each of the splits train and test:
   python -m drift_jax.main --config=configs/images.py:256 \\
     --workdir=runs/images --config.data.source=latents:data/latents
 
-`cpu` was run on two CPU cores (docs/your_images.md has times and pictures). The
-others were compiled for an RTX 4090 only (docs/one_gpu.md has their memory):
-nobody has trained them, and no time or FID is known.
+`cpu` was run on two CPU cores (docs/your_images.md has times and pictures): 400
+steps are a first look, more (train.num_steps) should do better. Nobody has
+trained or compiled 64, 128 and 256; no time, memory or FID of theirs is known.
+256 has the batch of imagenet_latent.py:one_gpu_24gb, which takes 12.6 GB by the
+compiler; 64 and 128 have as many samples of as many tokens as cifar10.py, which
+takes 6.8 GB, but are wider, as is their encoder. docs/one_gpu.md says how to
+check what fits.
 """
 
 from ml_collections import ConfigDict
