@@ -1,6 +1,5 @@
 """The method without this package's other needs: docs/drift_loss.md."""
 
-import importlib.util
 import json
 import re
 
