@@ -1,6 +1,6 @@
 """Drifting Policy: robot control in one evaluation (5.3, Table 7).
 
-  python -m drift_jax.main --config=configs/policy.py:obstacle \
+  python -m drift_jax.main --config=configs/policy.py:obstacle \\
     --workdir=runs/obstacle
 
 Without more than this package, on two CPU cores: `obstacle`, a point with two

@@ -1,6 +1,6 @@
 """Rolls out a trained policy: python -m drift_jax.tools.rollout ...
 
-  python -m drift_jax.tools.rollout --from=runs/push --episodes=100 \
+  python -m drift_jax.tools.rollout --from=runs/push --episodes=100 \\
     --video=push.gif
 
 Prints the success rate and the latency of an action chunk as JSON. The

@@ -3,7 +3,7 @@
   python -m drift_jax.tools.verify_released --out=released
   python -m drift_jax.tools.verify_released --only=latent_B_sota --fid \\
       --inception=weights/inception \\
-      --inception_reference=weights/imagenet256_train.npz --out=released
+      --inception_reference=imagenet_256_fid_stats.npz --out=released
 
 Downloads each generator and its autoencoder, draws 10 images into
 OUT/NAME.png and prints a line of a table. With --fid it also computes the FID

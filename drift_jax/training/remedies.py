@@ -18,28 +18,28 @@ _TOOLS = "python -m drift_jax.tools"
 _CONVERTED = {
   "vae": (
     "the autoencoder of latents",
-    f"vae --source={released.AUTOENCODER}",
+    f"vae --from={released.AUTOENCODER}",
     "335 MB",
   ),
   "convnext": (
     "ConvNeXt-V2 base",
-    "convnext --source=hf://timm/convnextv2_base.fcmae_ft_in22k_in1k",
+    "convnext --from=hf://timm/convnextv2_base.fcmae_ft_in22k_in1k",
     "351 MB",
   ),
   "moco": (
     "MoCo-v2's ResNet-50",
-    "moco --source=moco_v2_800ep_pretrain.pth.tar",
+    "moco --from=moco_v2_800ep_pretrain.pth.tar",
     "94 MB",
   ),
   "simclr": (
     "SimCLR's ResNet-50",
-    "simclr --source=resnet50-1x.pth",
+    "simclr --from=resnet50-1x.pth",
     "94 MB",
   ),
   "inception": ("the Inception-v3 of FID", "inception", "95 MB"),
   "dinov2": (
     "DINOv2 L/14",
-    "dinov2 --source=hf://facebook/dinov2-large",
+    "dinov2 --from=hf://facebook/dinov2-large",
     "1.21 GB",
   ),
 }
@@ -214,6 +214,7 @@ def _data(entry: Input, config: ImageConfig) -> Remedy | None:
       "source": source,
       "class_order": class_order,
       "split": entry.split,
+      "held_out": "" if is_imagenet else data.held_out or "",
       "vae": config.vae.path,
       "out": os.path.join(data.data_dir, data.source.removeprefix(LATENTS)),
     }

@@ -84,7 +84,7 @@ def _locate_on_hub(source: str, names: Sequence[str]) -> Located:
   address = hub.parse(source)
   if address is None:
     raise WeightsError(
-      f"--source={source}: want hf://OWNER/NAME, hf://OWNER/NAME/FILE or"
+      f"--from={source}: want hf://OWNER/NAME, hf://OWNER/NAME/FILE or"
       " hf://OWNER/NAME@REVISION/FILE"
     )
   places = candidates(address, names)
