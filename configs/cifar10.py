@@ -8,7 +8,8 @@ With --config.data.source=hf://datasets/uoft-cs/cifar10 they come from the
 Hugging Face hub, else from TFDS, which must have prepared them (docs/data.md).
 
 Other images by one more flag, e.g. --config.data.source=folder:DIR, where DIR
-holds a folder of images for each class, or images alone. Variants, joined by commas:
+holds a folder of images for each class, or images alone. Variants, joined by
+commas:
   (none)   a generator that drifts in the encoder's features
   encoder  the ResNet-MAE whose features those are
   smoke    the same code path in minutes on two CPU cores
