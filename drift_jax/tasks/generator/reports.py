@@ -172,19 +172,13 @@ def report_on_run(
   """
   # 1. The run, with the evaluation that is asked for.
   mesh = sharding.make_mesh()
-
-  def check(config: GeneratorConfig) -> None:
-    config = _requested_config(config, request, ema_decay)
-    keys = _files_of(config.eval, *_wanted(config.eval, request))
-    places.check_there(config, workdir, keys)
-
   run = open_run(
     workdir,
     mesh,
     step=step,
     ema_decay=ema_decay,
     paths=request.paths,
-    check=check,
+    check=lambda config: _check_files(config, workdir, request, ema_decay),
   )
   assert run.config is not None
   config = _requested_config(run.config, request, ema_decay)
@@ -250,6 +244,18 @@ def report_on_run(
       )
     report["neighbours"] = _save_neighbours(memorisation, request)
   return report
+
+
+def _check_files(
+  config: GeneratorConfig,
+  workdir: str,
+  request: Request,
+  ema_decay: float | None,
+) -> None:
+  """Raises ConfigError for all files that a report would not find."""
+  config = _requested_config(config, request, ema_decay)
+  keys = _files_of(config.eval, *_wanted(config.eval, request))
+  places.check_there(config, workdir, keys)
 
 
 def _wanted(chosen: GeneratorEval, request: Request) -> tuple[bool, bool]:

@@ -131,7 +131,7 @@ def open_run(
   step: int | None = None,
   ema_decay: float | None = None,
   paths: Mapping[str, str] | None = None,
-  check: Callable[[GeneratorConfig], None] = lambda config: None,
+  check: Callable[[GeneratorConfig], None] | None = None,
 ) -> OpenedGenerator:
   """Restores one EMA of a run, without optimiser, queue or encoders.
 
@@ -143,7 +143,8 @@ def open_run(
     ema_decay: which average; None takes the one that the run evaluates.
     paths: {dotted key of the config: where it is now}, of what is not found;
       see `places.of_run`.
-    check: called with the run's config before anything else of it is read.
+    check: looks for the files of the run's config that will be read, vae.path
+      among them; None looks for that alone.
 
   Raises:
     ConfigError: no run there, not a generator's, an unknown decay, or an
@@ -161,8 +162,10 @@ def open_run(
     raise config_lib.ConfigError(
       f"ema_decay={decay} was not kept: valid options are {config.ema.decays}"
     )
-  check(config)
-  places.check_there(config, workdir, ["vae.path"])
+  if check is None:
+    places.check_there(config, workdir, ["vae.path"])
+  else:
+    check(config)
   vae = load_vae(config.vae, mesh)
   check_frozen(epath.Path(workdir), frozen_sums({}, vae))
   # 2. The network on these devices, and its parameters.
