@@ -243,13 +243,15 @@ def mae() -> ConfigDict:
   config.mae.classification_ramp = 1_000  # steps to the full weight
   config.mae.classification_weight = 0.1
 
-  # What the generator that will drift in its features draws of the same data
-  # (its config.batch), checked when the encoder starts; labels=0: not checked.
+  # What the generator that will drift in its features takes of the same data
+  # (its config.batch, and eval.num_samples), checked when the encoder starts;
+  # labels=0: not checked.
   config.generator = ConfigDict()
   config.generator.reals = "queue"
   config.generator.labels = 0
   config.generator.positives = 1
   config.generator.unconditional = 0
+  config.generator.num_samples = 0
 
   config.optim.learning_rate = 4e-3
   config.optim.warmup_steps = 4_000
@@ -450,8 +452,10 @@ def judge_by_fid(config: ConfigDict) -> None:
 
 def for_generator(config: ConfigDict, generator: ConfigDict) -> None:
   """Tells an encoder's config which generator will read the same data."""
-  for key in config.generator:
-    config.generator[key] = generator.batch[key]
+  needs = config.generator
+  for key in needs:
+    section = generator.eval if key == "num_samples" else generator.batch
+    needs[key] = section[key]
 
 
 def smoke_generator(config: ConfigDict) -> None:

@@ -17,7 +17,9 @@ from configs import (
   common,
   digits,
   imagenet_latent,
+  images,
   mae_latent,
+  mnist,
   policy,
   toy,
 )
@@ -558,6 +560,25 @@ def test_a_key_that_is_younger_than_a_run_has_its_default():
   config = parse(values)
   assert (config.eval.pixels, config.eval.label_order) == ("truncate", "given")
   assert config.drift.own_in_scale is False
+
+
+@pytest.mark.parametrize(
+  ("configs", "encoder", "generator"),
+  [
+    (cifar10, "encoder", "generator"),
+    (cifar10, "encoder,smoke", "generator,smoke"),
+    (mnist, "cpu_encoder", "cpu"),
+    (mnist, "encoder", "generator"),
+    (images, "cpu,encoder,smoke", "cpu,smoke"),
+  ],
+)
+def test_an_encoder_knows_what_its_generator_takes(configs, encoder, generator):
+  needs = parse(configs.get_config(encoder)).generator
+  config = parse(configs.get_config(generator))
+  taken = config.batch, config.eval
+  for field in dataclasses.fields(needs):
+    section = taken[field.name == "num_samples"]
+    assert getattr(needs, field.name) == getattr(section, field.name)
 
 
 def test_common_defaults_are_the_ablation_settings():

@@ -304,7 +304,7 @@ def test_own_images(variant):
   assert dataclasses.asdict(encoder.generator) == {
     name: getattr(batch, name)
     for name in ("reals", "labels", "positives", "unconditional")
-  }
+  } | {"num_samples": generator.eval.num_samples}
 
 
 def test_small_images_take_what_small_batches_want():

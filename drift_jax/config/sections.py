@@ -84,6 +84,12 @@ class Reals(Section):
   unconditional: Count
 
 
+class GeneratorReals(Reals):
+  """Reals that a generator draws, and its eval.num_samples."""
+
+  num_samples: Count = 0  # earlier runs have none
+
+
 class Frozen(Section):
   """A frozen network: an exported directory and its precision.
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from drift_jax import config as config_lib
-from drift_jax.config.sections import ImageConfig, Reals
+from drift_jax.config.sections import GeneratorReals, ImageConfig
 from drift_jax.data import sources as sources_lib
 from drift_jax.data.loader import Loader
 from drift_jax.data.order import ClassGrouped, check_queue
@@ -366,35 +366,41 @@ def with_num_classes(config: _Config, reader: Reader) -> _Config:
   return config
 
 
-def check_reals(drawn: Reals, readers: Readers, judged: bool) -> None:
+def check_reals(needs: GeneratorReals, readers: Readers, judged: bool) -> None:
   """Checks when an encoder starts that its generator will have enough images.
 
   Args:
-    drawn: what a step of that generator draws; nothing if it has no labels.
+    needs: what that generator takes; nothing if it has no labels.
     readers: the data of both.
-    judged: whether held-out images are compared with as many training images.
+    judged: whether held-out images are compared with training images, which
+      stand in for generated ones.
 
   Raises:
     ConfigError: too few images of a class, with what to set.
   """
-  if not drawn.labels:
+  if not needs.labels:
     return
   from drift_jax.metrics.evaluators import class_subset  # for those who use it
+  from drift_jax.metrics.generation import balanced_labels
 
   train = readers.train
   labels, names = train.labels, train.class_names
   with naming(
-    "the generator that will drift in this encoder's features (its batch.* are "
-    "generator.* here; generator.labels=0 trains the encoder all the same)"
+    "the generator that will drift in this encoder's features (its batch.* and "
+    "eval.num_samples are generator.* here; generator.labels=0 trains the "
+    "encoder all the same)"
   ):
-    if drawn.reals == "class_grouped":
-      sizes = drawn.labels, drawn.positives, drawn.unconditional
+    if needs.reals == "class_grouped":
+      sizes = needs.labels, needs.positives, needs.unconditional
       ClassGrouped(labels, names, 0, *sizes)
     else:
       counts = np.bincount(labels, minlength=len(names))
-      check_queue(counts, names, drawn.positives, drawn.unconditional)
+      check_queue(counts, names, needs.positives, needs.unconditional)
     if judged:
-      class_subset(labels, readers.test().labels, 0)
+      test = readers.test().labels
+      count = needs.num_samples
+      generated = balanced_labels(count, len(names)) if count else test
+      class_subset(labels, generated, 0)
 
 
 def check_shape(reader: Reader, shape: tuple[int, ...], what: str) -> None:

@@ -1,5 +1,6 @@
 """A run goes on with the data that it began with, wherever these lie."""
 
+import functools
 import json
 import shutil
 import tarfile
@@ -54,6 +55,8 @@ def start(workdir, source, task="generator", **changes):
     config.eval.metrics = ()
     config.model.input_size = 8
     config.batch.update(positives=1, unconditional=1)
+  else:
+    config.generator.labels = 0
   config.update_from_flattened_dict(changes)
   if task == "generator":
     train.train_and_evaluate(config, str(workdir))
@@ -87,6 +90,18 @@ def run(request, tmp_path):
 
   resume()
   return images, workdir, resume
+
+
+def test_an_encoder_of_before_goes_on_with_few_images(tmp_path):
+  """What its generator will take is asked for when it begins."""
+  images = tmp_path / "images"
+  make_images(images)
+  few = {"generator.labels": 1, "generator.positives": 99}
+  go = functools.partial(start, source=f"folder:{images}", task="mae")
+  with pytest.raises(config_lib.ConfigError, match="batch.positives=99"):
+    go(tmp_path / "new", **few)
+  go(tmp_path / "old")
+  go(tmp_path / "old", **few)
 
 
 def rename_class(images):

@@ -223,19 +223,24 @@ def test_reals_that_the_data_can_not_give(images, changes, message):
 @pytest.mark.parametrize(
   ("drawn", "held_out", "message"),
   [
-    (("queue", 8, 7, 0), 2, r"generator.labels=0 .*cat\) has 4 images.*=7"),
-    (("class_grouped", 8, 2, 0), 2, r"cat\) has 4 images.*can draw 8"),
-    (("queue", 8, 2, 0), 4, "class 0 has 2 training .*4 gen.*data.held_out"),
-    (("queue", 8, 2, 0), 2, ""),
-    (("queue", 0, 99, 99), 5, ""),
+    (("queue", 8, 7, 0, 0), 2, r"generator.labels=0 .*cat\) has 4 images.*=7"),
+    (("class_grouped", 8, 2, 0, 0), 2, r"cat\) has 4 images.*can draw 8"),
+    (("queue", 8, 2, 0, 0), 4, "class 0 has 2 training .*4 gen.*data.held_out"),
+    (("queue", 8, 2, 0, 0), 2, ""),
+    (("queue", 0, 99, 99, 99), 5, ""),
+    # More samples than are held out.
+    (("queue", 8, 2, 0, 15), 2, "class 0 has 4 .* 5 gen.*eval.num_samples"),
+    (("queue", 8, 2, 0, 12), 2, ""),
+    (("queue", 8, 2, 0, 6), 4, ""),
+    (("queue", 8, 2, 0, 7), 2, "num_samples=7 cannot be balanced"),
   ],
 )
 def test_an_encoder_is_told_what_its_generator_would_lack(
   images, drawn, held_out, message
 ):
   config = make(f"folder:{images}/one", held_out=held_out)
-  names = ("reals", "labels", "positives", "unconditional")
-  reals = sections.Reals(**dict(zip(names, drawn, strict=True)))
+  names = ("reals", "labels", "positives", "unconditional", "num_samples")
+  reals = sections.GeneratorReals(**dict(zip(names, drawn, strict=True)))
   told = contextlib.nullcontext()
   if message:
     told = pytest.raises(config_lib.ConfigError, match=message)

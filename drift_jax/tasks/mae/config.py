@@ -25,7 +25,7 @@ class MaeLoss(sections.Section):
   classification_weight: sections.Fraction
 
 
-NO_GENERATOR = sections.Reals(
+NO_GENERATOR = sections.GeneratorReals(
   reals="queue", labels=0, positives=1, unconditional=0
 )
 
@@ -35,9 +35,9 @@ class MaeConfig(sections.ImageConfig):
 
   model: MaeModel
   mae: MaeLoss
-  # What the generator that will drift in its features draws of the same data:
+  # What the generator that will drift in its features takes of the same data:
   # earlier runs have none.
-  generator: sections.Reals = NO_GENERATOR
+  generator: sections.GeneratorReals = NO_GENERATOR
 
   def check(self) -> None:
     """Raises ConfigError if values are out of range or contradict."""

@@ -58,18 +58,14 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   mesh = open_mesh(config.mesh)
   check_divides("mae.batch_size", config.mae.batch_size, mesh)
   config = of_resumed(config, workdir)
-  require(
-    image_inputs(
-      config,
-      is_new=not has_checkpoints(epath.Path(workdir)),
-      tested=config.eval.every > 0,
-    ),
-    config,
-  )
+  is_new = not has_checkpoints(epath.Path(workdir))
+  tested = config.eval.every > 0
+  require(image_inputs(config, is_new=is_new, tested=tested), config)
   vae = load_vae(config.vae, mesh)
   readers = open_readers(config, vae)
   config = with_num_classes(config, readers.train)
-  check_reals(config.generator, readers, judged=config.eval.every > 0)
+  if is_new:
+    check_reals(config.generator, readers, judged=tested)
   # Images are encoded on the device, cached latents are not.
   encoding = None if readers.train.grid is None else vae
   task = setup.mae_task(config, encoding)
