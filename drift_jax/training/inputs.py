@@ -57,7 +57,7 @@ def require(wanted: Sequence[Input], config: ImageConfig | None) -> None:
   Raises:
     UserError, OSError: the error of the only one that is missing.
     ConfigError: several are; a line for each says what makes it.
-    PeerError: the same, in the other processes.
+    PeerError: other processes lack some, or the first one lists them.
   """
   # 1. Each by itself, then the space that downloads take together.
   missing: list[tuple[Input, Exception]] = []
@@ -74,31 +74,33 @@ def require(wanted: Sequence[Input], config: ImageConfig | None) -> None:
       autoencoders.require_space(needs)
     except ERRORS as error:
       missing.append((Input("", "", lambda: ()), error))
-  # 2. What all processes lack, said once.
+  # 2. What the processes lack, said once.
   lines = []
   if missing:
     from drift_jax.training import remedies
 
-    lines = [remedies.line(entry, error, config) for entry, error in missing]
+    told_once = dict.fromkeys(
+      remedies.line(entry, error, config) for entry, error in missing
+    )
+    lines = list(told_once)
+  told = processes.from_all(lambda: lines)
   where: dict[str, list[int]] = {}
-  for index, told in enumerate(processes.from_all(lambda: lines)):
-    for text in told:
+  for index, texts in enumerate(told):
+    for text in texts:
       where.setdefault(text, []).append(index)
-  if len(where) <= 1:
-    for _, error in missing:
-      raise error
+  if not where:
     return
+  if len(where) == 1 and missing:
+    raise missing[0][1]
   if not processes.is_first():
     raise processes.PeerError("inputs are missing, which process 0 lists")
-  most = max(map(len, where.values()))
-  raise config_lib.ConfigError(
-    in_lines(
-      [
-        text + f" (in processes {at})" * (len(at) < most)
-        for text, at in where.items()
-      ]
-    )
+  text = in_lines(
+    [
+      text + f" (in processes {at})" * (len(at) < len(told))
+      for text, at in where.items()
+    ]
   )
+  raise config_lib.ConfigError(text) if missing else processes.PeerError(text)
 
 
 def frozen_input(key: str, path: str) -> Input:

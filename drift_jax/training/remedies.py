@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from drift_jax import config as config_lib
 from drift_jax.config.sections import ImageConfig
-from drift_jax.data.sources import imagenet_classes
-from drift_jax.system import options
+from drift_jax.data.sources import SPLITS, imagenet_classes
+from drift_jax.system import hub, options
 from drift_jax.training import released
 from drift_jax.training.inputs import LATENTS, Input
 
@@ -44,10 +44,14 @@ _CONVERTED = {
   ),
 }
 _BASE_WIDTHS = (128, 256, 512, 1024)  # of ConvNeXt-V2 base
-# ImageNet's two layouts, as configs/common.py names them, and its splits' sizes
-# in a latent cache.
+# ImageNet's two layouts, as configs/common.py names them, and the images of its
+# splits.
 _TFDS, _FOLDER = "tfds:imagenet2012", "folder:data/imagenet"
-_CACHED = {"train": "42 GB", "val": "1.7 GB", "validation": "1.7 GB"}
+_COUNTS = {"train": 1_281_167, "val": 50_000, "validation": 50_000}
+# Sides of the patches that encoders of pixels and of latents fold into a cell.
+_PATCHES = {"pixel": 8, "latent": 1}
+# Of each class, where images that are to be cached are not divided.
+_HELD_OUT = 0.1
 
 
 class Remedy(NamedTuple):
@@ -121,18 +125,22 @@ def _encoder(entry: Input, config: Any) -> Remedy | None:
   if config.model.input_size != 32 * model["input_patch_size"]:
     return None
   of = "latent" if model["in_channels"] == 4 else "pixel"
-  width = model["base_channels"]
+  width, fold = model["base_channels"], model["input_patch_size"]
+  folder = ",folder" if _images(config)[0].startswith("folder:") else ""
+  workdir = shlex.quote(entry.value.removesuffix("/encoder"))
+  train = (
+    f"python -m drift_jax.main --config=configs/mae_{of}.py:{width}%s{folder}"
+    f" --workdir={workdir}"
+  )
+  what = f"the {of} encoder of width {width}"
+  if (of, width, fold) == ("latent", 640, 2):
+    return Remedy(f"{what} for 512 px", "", (train % "_512px",))
   for artifact in released.released():
-    if artifact.name == f"mae_{of}_{width}":
-      folder = ",folder" if _images(config)[0].startswith("folder:") else ""
-      train = (
-        f"python -m drift_jax.main --config=configs/mae_{of}.py:{width}{folder}"
-        f" --workdir={shlex.quote(entry.value.removesuffix('/encoder'))}"
-      )
+    if artifact.name == f"mae_{of}_{width}" and fold == _PATCHES[of]:
       return Remedy(
-        f"the {of} encoder of width {width}",
+        what,
         f"{artifact.gigabytes:g} GB",
-        (f"--config.{entry.key}=hf://{artifact.name}", train),
+        (f"--config.{entry.key}=hf://{artifact.name}", train % ""),
       )
   return None
 
@@ -182,11 +190,16 @@ def _images(config: ImageConfig) -> tuple[str, str]:
   return _TFDS, ""
 
 
-def _statistics(judge: str, out: str, config: Any) -> Remedy:
+def _image_size(config: Any) -> int:
+  """Side of a run's images in pixels."""
   data, vae = config.data, config.vae.model
-  size = data.image_size
-  if data.source.startswith(LATENTS) and vae:
-    size = config.model.input_size * 2 ** (len(vae["widths"]) - 1)
+  if data.source.startswith(LATENTS) and vae and config.task == "generator":
+    return config.model.input_size * 2 ** (len(vae["widths"]) - 1)
+  return data.image_size
+
+
+def _statistics(judge: str, out: str, config: Any) -> Remedy:
+  data, size = config.data, _image_size(config)
   flags = {
     "source": _images(config)[0],
     "split": data.train_split,
@@ -209,18 +222,23 @@ def _data(entry: Input, config: ImageConfig) -> Remedy | None:
   if data.source.startswith(LATENTS):
     source, class_order = _images(config)
     is_imagenet = config.model.num_classes == len(imagenet_classes())
-    cached = _CACHED.get(entry.split) if is_imagenet else None
+    size = _image_size(config)
+    each = size**2 // 2  # bytes: moments of an image and of its mirror image
+    count = _COUNTS.get(entry.split) if is_imagenet else None
+    # A source that has both splits is not divided all the same.
+    divided = not is_imagenet and SPLITS == (data.train_split, data.test_split)
     flags = {
       "source": source,
       "class_order": class_order,
       "split": entry.split,
-      "held_out": "" if is_imagenet else data.held_out or "",
+      "held_out": _HELD_OUT if divided else "",
+      "image_size": size if size != 256 else "",
       "vae": config.vae.path,
       "out": os.path.join(data.data_dir, data.source.removeprefix(LATENTS)),
     }
     return Remedy(
       f"the latents of the split {entry.split!r}",
-      cached or "33 kB an image",
+      hub.in_bytes(count * each) if count else f"{hub.in_bytes(each)} an image",
       (_command("cache_latents", flags),),
     )
   if data.source == _TFDS:

@@ -1,5 +1,6 @@
 """Inputs that are missing: all at once, each with what makes it."""
 
+import functools
 import importlib
 import re
 import shlex
@@ -9,12 +10,15 @@ import types
 import numpy as np
 import pytest
 
-from drift_jax.system import sharding
+from drift_jax.data import hub_files
+from drift_jax.system import hub as hub_lib
+from drift_jax.system import processes, sharding
 from drift_jax.system.errors import ERRORS, ConfigError
+from drift_jax.system.processes import PeerError
 from drift_jax.tasks import parse
 from drift_jax.tasks.generator.evaluators import network_evaluators
 from drift_jax.tasks.generator.train import _inputs
-from drift_jax.training import frozen, inputs, released
+from drift_jax.training import frozen, inputs, released, remedies
 from tests import commands
 from tests.autoencoders import save_vae
 from tests.fake_hub import hub
@@ -40,7 +44,11 @@ EMPTY = {
   "imagenet_latent:simclr": [
     *("vae.path", "data.source", "encoders.simclr.path", *JUDGES),
   ],
+  "imagenet_latent:b4_512px": OF_LATENTS,
+  "imagenet_latent:l4_512px,folder": OF_LATENTS,
   "mae_latent:640": ["vae.path", "data.source"],
+  "mae_latent:640_512px": ["vae.path", "data.source"],
+  "images:256": ["vae.path", "data.source", "data.source", "encoders.mae.path"],
   # Which config trains its encoder only the command line says.
   "cifar10:generator": ["data.source", "encoders.mae"],
 }
@@ -53,7 +61,12 @@ def empty(tmp_path, monkeypatch):
   return tmp_path
 
 
+# What these would ask the hub for.
+HERE = {"images:256": {"vae.path": "vae", "encoders.mae.path": "encoder"}}
+
+
 def get(name, **changes):
+  changes = HERE.get(name, {}) | changes
   file, _, variant = name.partition(":")
   config = importlib.import_module(f"configs.{file}").get_config(variant)
   config.update_from_flattened_dict(changes)
@@ -129,6 +142,98 @@ def test_every_command_is_one_of_its_program(monkeypatch):
     every.append(command.replace("--config=", "--config=configs/", 1))
   assert len(every) > 30
   assert commands.mistakes(sorted(set(every))) == {}
+
+
+@pytest.mark.parametrize(
+  ("name", "flags", "encoder", "size"),
+  [
+    ("imagenet_latent:b2", "", "mae_latent.py:640 ", "42 GB"),
+    (
+      "imagenet_latent:b4_512px",
+      "--image_size=512",
+      "mae_latent.py:640_512px ",
+      "168 GB",
+    ),
+    (
+      "imagenet_latent:l4_512px,folder",
+      "--image_size=512",
+      "mae_latent.py:640_512px,folder ",
+      "168 GB",
+    ),
+    ("images:256", "--held_out=0.1", "mae_latent.py:256,", "32.8 kB an image"),
+  ],
+)
+def test_latents_and_their_encoder_are_of_the_images(
+  name, flags, encoder, size
+):
+  found = lines(get(name))
+  latents = [line for line in found if line.startswith("data.source")]
+  told = [line for line in found if line.startswith("encoders.mae")]
+  for line in latents:
+    others = {"--image_size", "--held_out"} - {flags.partition("=")[0]}
+    assert f"({size})" in line and flags in line
+    assert not any(flag in line for flag in others)
+  assert encoder in told[0] and len(told) == 1
+  assert ("hf://" in told[0]) == ("512px" not in name)
+
+
+def test_an_encoder_that_nobody_trains_has_no_command():
+  """Patches of another size than published weights fold."""
+  changes = {
+    "model.input_size": 64,
+    "model.patch_size": 4,
+    "encoders.mae.model.input_patch_size": 2,
+  }
+  for line in lines(get("imagenet_latent:ablation", **changes)):
+    if line.startswith("encoders.mae"):
+      assert "--config" not in line
+
+
+TWO, ONE = [["a", "b"], ["a"]], [["a"], ["a"]]
+
+
+@pytest.mark.parametrize(
+  ("told", "own", "error", "text"),
+  [
+    ([[], []], 0, None, ""),
+    (ONE, 0, OSError, "a"),
+    (ONE, 1, OSError, "a"),
+    # The first process has all, or lacks what the other one has.
+    ([[], ["a"]], 0, PeerError, r"^a \(in processes \[1\]\)$"),
+    ([[], ["a"]], 1, OSError, "^a$"),
+    ([["a"], []], 0, OSError, "^a$"),
+    ([["a"], []], 1, PeerError, "process 0"),
+    # Several.
+    (TWO, 0, ConfigError, r"2 inputs.*\n  a\n  b \(in processes \[0\]\)$"),
+    (TWO, 1, PeerError, "process 0"),
+    ([[], ["a", "b"]], 0, PeerError, r"a \(in processes \[1\]\)\n  b \("),
+    ([[], ["a", "b"]], 1, PeerError, "process 0"),
+    ([["a"], ["b"], []], 2, PeerError, "process 0"),
+    ([["a"], ["b"], []], 0, ConfigError, r"a .*\[0\]\)\n  b .*\[1\]\)"),
+  ],
+)
+def test_no_process_goes_on_alone(monkeypatch, told, own, error, text):
+  monkeypatch.setattr(processes, "is_first", lambda: own == 0)
+
+  def from_all(function):
+    assert function() == told[own]
+    return told
+
+  def missing(name):
+    raise OSError(name)
+
+  monkeypatch.setattr(processes, "from_all", from_all)
+  monkeypatch.setattr(remedies, "line", lambda entry, error, config: str(error))
+  wanted = [
+    inputs.Input("key", name, functools.partial(missing, name))
+    for name in (*told[own], *told[own])
+  ]
+  if error is None:
+    inputs.require(wanted, None)
+    return
+  with pytest.raises(error, match=text) as caught:
+    inputs.require(wanted, None)
+  assert type(caught.value) is error
 
 
 def test_a_wrong_flag_would_be_seen():
