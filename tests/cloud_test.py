@@ -21,8 +21,9 @@ from PIL import Image
 from configs import digits
 from drift_jax import config as config_lib
 from drift_jax.system import lease, storage
+from drift_jax.tasks import parse
 from drift_jax.tasks.mae import train as train_mae
-from drift_jax.training import artifacts, checkpoint, checksums, loop
+from drift_jax.training import artifacts, checkpoint, checksums, inputs, loop
 from tests import fake_bucket
 from tests.data.pictures import opened, seeds_of, write
 from tests.process import process_environment, wait_for
@@ -130,6 +131,23 @@ def test_a_folder_of_images_in_a_bucket(bucket, tmp_path):
   ):
     with pytest.raises((ValueError, OSError), match=words):
       refused()
+  # Before anything of a run is opened.
+  config = digits.get_config("smoke")
+  for source, words in (
+    (there, ""),
+    (f"{there}/none", "nothing is there"),
+    (f"folder:gs://{fake_bucket.LOCKED}/own", "locked/own: "),
+    (f"tar:gs://{bucket.name}/own.tar", "copy it to each machine"),
+    (f"tfds:gs://{bucket.name}/none", "no dataset_info.json"),
+  ):
+    config.data.update(source=source, image_size=8)
+    (entry,) = inputs.image_inputs(parse(config), is_new=True, tested=False)
+    with (
+      pytest.raises((ValueError, OSError), match=words)
+      if words
+      else contextlib.nullcontext()
+    ):
+      assert entry.check() == ()
 
 
 @dataclasses.dataclass

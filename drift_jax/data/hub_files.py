@@ -6,7 +6,6 @@ so that nobody takes a part of a data set for all of it when the hub is not
 reached.
 """
 
-import functools
 import glob
 import json
 import pathlib
@@ -97,6 +96,26 @@ def _downloaded(repository: str, revision: str | None) -> Dataset | None:
   return Dataset(repository, folder.name, files)
 
 
+def _cached(dataset: Dataset, name: str) -> str | None:
+  """Where the hub's cache has a file."""
+  path = huggingface_hub.try_to_load_from_cache(
+    dataset.repository, name, revision=dataset.commit, repo_type="dataset"
+  )
+  return path if isinstance(path, str) else None
+
+
+def _missing(dataset: Dataset, names: Sequence[str]) -> list[str]:
+  return [name for name in names if not _cached(dataset, name)]
+
+
+def need(dataset: Dataset, names: Sequence[str]) -> hub.Need:
+  """What is to be downloaded before all of these files are there."""
+  missing = _missing(dataset, names)
+  what = f"{len(missing)} of {len(names)} files of {dataset}"
+  size = sum(dataset.files[name] for name in missing)
+  return hub.Need(what, size, hub.downloads())
+
+
 def fetch_dataset(dataset: Dataset, names: Sequence[str]) -> list[pathlib.Path]:
   """Some files in the hub's cache; those that are missing are downloaded.
 
@@ -107,19 +126,12 @@ def fetch_dataset(dataset: Dataset, names: Sequence[str]) -> list[pathlib.Path]:
     hub.HubError: not reached, no space, or not the bytes that the hub names the
       files by.
   """
-  cached = functools.partial(
-    huggingface_hub.try_to_load_from_cache,
-    dataset.repository,
-    revision=dataset.commit,
-    repo_type="dataset",
-  )
-  missing = [name for name in names if not isinstance(cached(name), str)]
+  missing = _missing(dataset, names)
   if missing:
-    what = f"{len(missing)} of {len(names)} files of {dataset}"
-    size = sum(dataset.files[name] for name in missing)
-    need = hub.Need(what, size, hub.downloads())
-    hub.require_space([need])
-    console.logger.info("Downloading %s to %s", hub.listed([need]), need.folder)
+    lacking = need(dataset, names)
+    text = hub.listed([lacking])
+    hub.require_space([lacking])
+    console.logger.info("Downloading %s to %s", text, lacking.folder)
     try:
       huggingface_hub.snapshot_download(
         dataset.repository,
@@ -129,10 +141,8 @@ def fetch_dataset(dataset: Dataset, names: Sequence[str]) -> list[pathlib.Path]:
       )
     except Exception as error:  # The library's own classes have no base.
       reason = _reason(error, dataset.repository, dataset.commit)
-      raise hub.HubError(
-        f"{hub.listed([need])} are not there: {reason}"
-      ) from error
-  found = [pathlib.Path(str(cached(name))) for name in names]
+      raise hub.HubError(f"{text} are not there: {reason}") from error
+  found = [pathlib.Path(str(_cached(dataset, name))) for name in names]
   for name, path in zip(names, found, strict=True):
     if name in missing:
       stat = path.stat()

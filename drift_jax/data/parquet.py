@@ -116,6 +116,18 @@ def _files_of(dataset: hub_files.Dataset, folder: str, split: str) -> list[str]:
   return chosen
 
 
+def _listed(spec: str, split: str) -> tuple[hub_files.Dataset, list[str]]:
+  """The data set, and the names of the split's files."""
+  address, _ = _parse(spec)
+  dataset = hub_files.list_dataset(address.repository, address.revision)
+  return dataset, _files_of(dataset, address.path, split)
+
+
+def missing(spec: str, split: str) -> Sequence[hub.Need]:
+  """What a source would download; for errors see `ParquetSource`."""
+  return [hub_files.need(*_listed(spec, split))]
+
+
 def _matching(
   dataset: hub_files.Dataset, names: Sequence[str], pattern: str
 ) -> list[str]:
@@ -254,9 +266,8 @@ class ParquetSource(encoded.EncodedSource):
         no column of images, or labels that are no numbers.
     """
     # 1. The files.
-    address, asked = _parse(spec)
-    dataset = hub_files.list_dataset(address.repository, address.revision)
-    names = _files_of(dataset, address.path, split)
+    _, asked = _parse(spec)
+    dataset, names = _listed(spec, split)
     self._files = hub_files.fetch_dataset(dataset, names)
     self._name, self._file_names = str(dataset), names
     # 2. Their columns and row groups, and the labels.

@@ -307,6 +307,33 @@ def _bucket_folder(folder: str, data_dir: str) -> str:
   return url if url.startswith("gs://") else ""
 
 
+def _check_extra(spec: str, kind: str) -> None:
+  """Raises ExtraError if a package that the kind needs is missing."""
+  if kind in _EXTRAS:
+    from drift_jax.system import extras
+
+    extras.need(f"data.source={spec!r}", *_EXTRAS[kind])
+
+
+def missing(spec: str, split: str) -> Sequence[Any]:
+  """What is to be downloaded before a split on the hub can be opened.
+
+  Args:
+    spec, split: see `open_source`; the spec is 'hf://datasets/OWNER/NAME'.
+
+  Returns:
+    hub.Need of its files, which open_source fetches.
+
+  Raises:
+    NoSplitError, HubError, DataError, ExtraError: see `parquet`.
+    ValueError: another form.
+  """
+  _check_extra(spec, "hf")
+  from drift_jax.data import parquet
+
+  return parquet.missing(spec, split)
+
+
 def open_source(
   spec: str,
   *,
@@ -351,10 +378,7 @@ def open_source(
   module, name = _ENCODED[kind]
   settings: Any = dict(class_order=class_order, max_corrupt=max_corrupt)
   settings |= dict(split=split, decoder=decoder, exif=exif)
-  if kind in _EXTRAS:
-    from drift_jax.system import extras
-
-    extras.need(f"data.source={spec!r}", *_EXTRAS[kind])
+  _check_extra(spec, kind)
   if kind == "tfds":
     storage.check_data(rest if storage.is_remote(rest) else data_dir)
     settings |= dict(data_dir=data_dir)

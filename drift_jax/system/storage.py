@@ -154,22 +154,28 @@ def check(path: PathLike, *, write: bool = False) -> None:
     ) from error
 
 
-def check_data(path: PathLike) -> None:
+def check_data(path: PathLike) -> bool:
   """Makes sure that data in a bucket, if they are in one, can be listed.
+
+  Returns:
+    Whether anything is there; True of local data, which are not looked at.
 
   Raises:
     StorageError: a URL that is not gs://, a missing package, or no permission.
   """
   if not is_remote(path):
-    return
+    return True
   if not os.fspath(path).startswith("gs://"):
     raise StorageError(
       f"{os.fspath(path)}: prepared data sets are read from local disks and "
       "gs:// buckets only: copy them, or mount them as a folder"
     )
-  # Whoever looks there says what is missing.
-  with contextlib.suppress(FileNotFoundError), _one_line(path, f". {_HINT}"):
-    _client(path).ls(without_scheme(path), max_results=1, timeout=_SECONDS)
+  try:
+    with _one_line(path, f". {_HINT}"):
+      name = without_scheme(path)
+      return bool(_client(path).ls(name, max_results=1, timeout=_SECONDS))
+  except FileNotFoundError:
+    return False  # whoever looks there says what is missing
 
 
 def check_local(what: str, *paths: str) -> None:

@@ -25,6 +25,7 @@ from drift_jax.training.facts import Facts, image_facts
 from drift_jax.training.places import in_lines
 
 _Config = TypeVar("_Config", bound=ImageConfig)
+_Read = TypeVar("_Read")
 LATENTS = "latents:"
 # Which images are held out does not change with the run's seed: runs of
 # several seeds are judged by the same images.
@@ -122,7 +123,11 @@ def image_inputs(
   if config.vae.path:
     wanted.append(frozen_input("vae", config.vae.path))
   splits = [data.train_split]
-  if tested and data.source.startswith(LATENTS):
+  if (tested and data.source.startswith(LATENTS)) or (
+    (tested or data.held_out)
+    and data.source.startswith(storage.HUB)
+    and data.test_split
+  ):
     splits.append(data.test_split)
   for split in splits:
     check = functools.partial(_find_data, data, split)
@@ -137,14 +142,23 @@ def _find_data(settings: config_lib.Data, split: str) -> Sequence[Any]:
   """Raises what opening a split would if nothing is at its place."""
   kind, _, place = settings.source.partition(":")
   root = settings.data_dir
-  if kind == "tfds" and not place.startswith(("/", ".", "~")):
+  if kind == "hf":
+    with naming("data"):
+      return Splits(settings).missing(split)
+  if kind == "latents":
+    _check_local_latents(settings)
+    place = os.path.join(place, split)
+  elif kind == "tfds" and not place.startswith(("/", ".", "~", "gs://")):
     root = root or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     place = re.split("[:/]", place)[0]
-  elif kind == "latents":
-    place = os.path.join(place, split)
-  path = os.path.join(paths.expand(root), paths.expand(place))
-  elsewhere = storage.is_remote(settings.source) or storage.is_remote(root)
-  if not place or elsewhere or os.path.exists(path):
+  path = paths.expand(place)
+  if not storage.is_remote(place):
+    path = os.path.join(paths.expand(root), path)
+  if kind in ("folder", "tfds") and path.startswith("gs://"):
+    is_there = storage.check_data(path)
+  else:
+    is_there = os.path.exists(path)
+  if not place or is_there:
     return ()
   with naming("data"):
     if kind == "latents":
@@ -223,11 +237,7 @@ def _open_latents(
     StorageError: a URL.
     ValueError: a cache that is incomplete, damaged or of another autoencoder.
   """
-  storage.check_local(
-    f"data.source={settings.source!r}",
-    settings.source.removeprefix(LATENTS),
-    settings.data_dir,
-  )
+  _check_local_latents(settings)
   from drift_jax.data.latents import LatentReader  # for those who use it
 
   reader = LatentReader(
@@ -249,6 +259,12 @@ def _open_latents(
   return reader
 
 
+def _check_local_latents(settings: config_lib.Data) -> None:
+  place = settings.source.removeprefix(LATENTS)
+  what = f"data.source={settings.source!r}"
+  storage.check_local(what, place, settings.data_dir)
+
+
 class Splits:
   """Splits of the data; none of their images is read."""
 
@@ -268,13 +284,24 @@ class Splits:
       exif=settings.exif,
     )
 
+  def missing(self, split: str) -> Sequence[Any]:
+    """hub.Need of what is to be downloaded of a split that is on the hub."""
+    find = functools.partial(sources_lib.missing, self._settings.source)
+    if split == self._settings.train_split:
+      return find(split)
+    return self._of_test(find) or ()
+
   @functools.cached_property
   def _own_test(self) -> sources_lib.Source | None:
     """The data's own test split, if they have one."""
     if not self._settings.test_split:
       return None
+    return self._of_test(self.open)
+
+  def _of_test(self, read: Callable[[str], _Read]) -> _Read | None:
+    """Reads the data's own test split; None if others are held out instead."""
     try:
-      return self.open(self._settings.test_split)
+      return read(self._settings.test_split)
     except sources_lib.NoSplitError as error:
       if self._settings.held_out:
         return None

@@ -314,6 +314,58 @@ def test_images_that_are_not_there(kind):
   assert raised(inputs.require, wanted, config) == opening
 
 
+def of_hub(monkeypatch, names, size=1):
+  """Data of the hub: a data set of such files, all still to be downloaded."""
+  dataset = hub_files.Dataset("o/n", 40 * "a", dict.fromkeys(names, size))
+  monkeypatch.setattr(hub_files, "list_dataset", lambda *_: dataset)
+  return {"data.source": "hf://datasets/o/n"}
+
+
+SHARDS = ("train-00000-of-00001.parquet", "test-00000-of-00001.parquet")
+
+
+@pytest.mark.parametrize(
+  ("names", "tested", "held_out", "sizes"),
+  [
+    (SHARDS, False, 0, [10]),
+    (SHARDS, True, 0, [10, 10]),
+    # Whether there is a test split decides what is trained on.
+    (SHARDS, False, 2, [10, 10]),
+    (SHARDS[:1], True, 2, [10]),
+  ],
+)
+def test_data_of_the_hub_are_among_the_downloads(
+  monkeypatch, empty, names, tested, held_out, sizes
+):
+  monkeypatch.setattr(hub_lib, "downloads", lambda: empty)
+  changes = of_hub(monkeypatch, names, 10) | {"data.held_out": held_out}
+  config = get("cifar10:smoke", **changes)
+  wanted = inputs.image_inputs(config, is_new=True, tested=tested)
+  needs = [need for entry in wanted for need in entry.check()]
+  assert [need.size for need in needs] == sizes
+  assert all("files of hf://datasets/o/n@aaa" in need.what for need in needs)
+
+
+def test_data_of_the_hub_that_do_not_fit_or_lack_a_split(monkeypatch):
+  changes = of_hub(monkeypatch, SHARDS, 10**18) | {"data.held_out": 0}
+  config = get("cifar10:smoke", **changes)
+  wanted = inputs.image_inputs(config, is_new=True, tested=True)
+  assert "(1e+09 GB)" in raised(inputs.require, wanted, config)
+  of_hub(monkeypatch, SHARDS[:1])
+  assert "no split 'test'" in raised(inputs.require, wanted, config)
+
+
+def test_a_hub_that_is_not_reached_is_one_line(monkeypatch):
+  def fail(*_):
+    raise hub_lib.HubError("hf://datasets/o/n@main: no network")
+
+  monkeypatch.setattr(hub_files, "list_dataset", fail)
+  changes = {"data.source": "hf://datasets/o/n", "data.held_out": 2}
+  data, encoder = lines(get("cifar10:generator", **changes))
+  assert data == "hf://datasets/o/n@main: no network"
+  assert encoder.startswith("encoders.mae")
+
+
 def test_statistics_without_single_images(there, empty):
   file = str(empty / "statistics.npz")
   np.savez(file, mu=np.zeros(128), sigma=np.eye(128))
