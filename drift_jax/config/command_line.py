@@ -181,6 +181,8 @@ def find_config(argument: str) -> str:
   ours = _folder() / file.name
   if file.parent == pathlib.Path("configs") and not file.is_file():
     file = ours if ours.is_file() else file
+  if not name:  # pathlib would say '.'
+    return argument
   return f"{file}{colon}{variant}"
 
 
