@@ -54,6 +54,8 @@ def start(workdir, source, task="generator", **changes):
     config.eval.metrics = ()
     config.model.input_size = 8
     config.batch.update(positives=1, unconditional=1)
+  else:
+    config.generator.labels = 0
   config.update_from_flattened_dict(changes)
   if task == "generator":
     train.train_and_evaluate(config, str(workdir))
