@@ -54,6 +54,8 @@ def start(workdir, source, task="generator", **changes):
     config.eval.metrics = ()
     config.model.input_size = 8
     config.batch.update(positives=1, unconditional=1)
+  else:
+    config.generator.labels = 0
   config.update_from_flattened_dict(changes)
   if task == "generator":
     train.train_and_evaluate(config, str(workdir))
@@ -194,6 +196,25 @@ def test_runs_that_have_not_recorded_their_data_go_on(run, caplog):
   resume()
   assert "has not recorded its data" in caplog.text
   assert (workdir / "data.json").read_text() == facts
+
+
+def test_the_one_class_of_a_split_may_have_its_name_of_before(tmp_path):
+  """Earlier versions named it by the folder: train, where only that lay."""
+  workdir = tmp_path / "run"
+
+  def resume():
+    start(workdir, f"folder:{tmp_path}/images")
+
+  for index in range(9):
+    write(tmp_path / "images" / "train" / f"{index}.png", index, (8, 8))
+  resume()
+  names = workdir / "classes.json"
+  assert json.loads(names.read_text()) == ["images"]
+  names.write_text('["train"]')
+  write(tmp_path / "images" / "test" / "0.png", 9, (8, 8))
+  resume()
+  names.write_text('["cat"]')
+  check_refused(workdir, "class 0 was 'cat', now 'images'", resume)
 
 
 def test_without_a_checkpoint_any_data_will_do(run):
