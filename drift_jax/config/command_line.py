@@ -155,7 +155,7 @@ def config_arguments(
     PathError: see `paths.expand`, for --config=~USER/FILE.
   """
   path, overrides = None, {}
-  for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+  for argument, following in zip(argv, [*argv[1:], ""], strict=False):
     name, equals, value = argument.partition("=")
     value = value if equals else following
     if name in ("--config", "-config"):
@@ -181,6 +181,8 @@ def find_config(argument: str) -> str:
   ours = _folder() / file.name
   if file.parent == pathlib.Path("configs") and not file.is_file():
     file = ours if ours.is_file() else file
+  if not name:  # pathlib would say '.'
+    return argument
   return f"{file}{colon}{variant}"
 
 

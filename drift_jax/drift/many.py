@@ -125,14 +125,18 @@ def drift_losses(
     "repulsion": repulsion,
     "axis_name": axis_name,
   }
-  loss = functools.partial(
-    drift_loss, **static, variant=variant, temperature_scale=temperature_scale
-  )
+  loss = functools.partial(drift_loss, **static, variant=variant)
   stops = [num_positives]
   if variant.negatives == "independent":
     stops.append(num_positives + (num_unconditional or 0))
   early = kernel == "early"
-  by_xla = functools.partial(_by_xla, loss=loss, stops=stops, early=early)
+  by_xla = functools.partial(
+    _by_xla,
+    temperature_scale=temperature_scale,
+    loss=loss,
+    stops=stops,
+    early=early,
+  )
   on_chip, fits_chip = by_xla, lambda x: False
   has_kernel = variant.has_kernel and temperature_scale is None
   if has_kernel and kernel in ("pallas", "interpret"):
@@ -227,6 +231,7 @@ def _by_xla(
   weight: Float[Array, " L"],
   scalars: Scalars | None,
   *,
+  temperature_scale: Array | None,
   stops: Sequence[int],
   loss: Callable[..., tuple[Array, DriftInfo]],
   early: bool,
@@ -237,13 +242,18 @@ def _by_xla(
     values: generated and real features.
     weight: weight of each label's unconditional reals.
     scalars: of a larger batch.
+    temperature_scale: of drift_loss.
     stops: where reals are split: positives, unconditional, independent.
     loss: drift_loss with its options.
     early: whether gradients are taken with the losses.
   """
 
   def loss_of(
-    x: Array, y: Array, weight: Array, scalars: Scalars | None
+    x: Array,
+    y: Array,
+    weight: Array,
+    scalars: Scalars | None,
+    temperature_scale: Array | None,
   ) -> tuple[Array, DriftInfo]:
     locations = x.shape[2]
     x, y = problems(x), problems(y)
@@ -255,6 +265,7 @@ def _by_xla(
       unconditional,
       weight_neg=jnp.broadcast_to(weights, unconditional.shape[:2]),
       scalars=scalars,
+      temperature_scale=temperature_scale,
       independent=independent[0] if independent else None,
     )
     return losses.mean(), info
@@ -262,10 +273,13 @@ def _by_xla(
   one: Callable[..., Any] = _early(loss_of) if early else loss_of
   if len(values) == 1:
     shared = jax.tree.map(lambda x: x[0], scalars)
-    return jax.tree.map(lambda x: x[None], one(*values[0], weight, shared))
+    return jax.tree.map(
+      lambda x: x[None], one(*values[0], weight, shared, temperature_scale)
+    )
   stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *values)
   return jax.lax.map(
-    lambda args: one(*args[0], weight, args[1]), (stacked, scalars)
+    lambda args: one(*args[0], weight, args[1], temperature_scale),
+    (stacked, scalars),
   )
 
 
@@ -279,11 +293,13 @@ def _early(
   """
 
   def forward(x: Array, *others: Any) -> tuple[Any, Any]:
-    return jax.value_and_grad(function, has_aux=True)(x, *others)
+    loss, gradient = jax.value_and_grad(function, has_aux=True)(x, *others)
+    return loss, (gradient, (None,) * len(others))
 
-  def backward(gradient: Array, cotangents: Any) -> Any:
+  def backward(kept: Any, cotangents: Any) -> Any:
+    gradient, others = kept
     scaled = cotangents[0] * gradient.astype(cotangents[0].dtype)
-    return (scaled.astype(gradient.dtype), None, None, None)
+    return (scaled.astype(gradient.dtype), *others)
 
   early = jax.custom_vjp(function)
   early.defvjp(forward, backward)

@@ -310,6 +310,24 @@ def test_early_gradients_are_the_plain_ones(dtype):
   )
 
 
+@pytest.mark.parametrize("kernel", ["xla", "early"])
+def test_a_temperature_scale_has_no_gradient(kernel):
+  generated, *others = make(keys=BOTH)
+
+  @jax.checkpoint
+  def loss(generated, scale):
+    return drift.drift_losses(
+      *(generated, *others),
+      num_positives=SIZES["positives"],
+      kernel=kernel,
+      temperature_scale=scale,
+      **OPTIONS,
+    )[0].sum()
+
+  gradients = jax.grad(loss, argnums=(0, 1))(generated, jnp.float32(1.5))
+  assert gradients[1] == 0 and all(x.any() for x in gradients[0].values())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["xla", "interpret", "early"])
 def test_parts_with_the_scalars_of_the_whole(kernel):

@@ -65,12 +65,12 @@ def test_a_user_who_is_not_there():
   with pytest.raises(argparse.ArgumentTypeError, match="nobody-here"):
     paths.argument("~nobody-here/x")
   with pytest.raises(ValueError, match="nobody-here"):
-    paths._Parser().parse("~nobody-here/x")
+    paths.FlagParser().parse("~nobody-here/x")
 
 
 def test_every_option_that_holds_a_path_is_expanded(home):
   """A new option is a path, or is listed above."""
-  assert paths._Parser().parse("~/x") == paths.argument("~/x") == f"{home}/x"
+  assert paths.FlagParser().parse("~/x") == paths.argument("~/x") == f"{home}/x"
   found = set()
   for file in PACKAGE.rglob("*.py"):
     if file.name == "run_export.py":  # without this package
