@@ -13,11 +13,17 @@
 # CIFAR-10 and a generator in its features, with a picture. One that fails or
 # takes too long is named in the JSON.
 set -uo pipefail
-cd "$(dirname "$0")/.."
-[ $# -ge 1 ] && [ $# -le 2 ] || {
-  echo "Error: want OUT [DATA]; see the head of $0" >&2
-  exit 1
-}
+source "$(dirname "$0")/../launch/common.sh"
+case "${1:-} ${2:-}" in
+  *-h\ * | *' -h' | *--help*)
+    usage
+    exit 0
+    ;;
+  -* | *' -'*) die "there are no options but --help: want OUT [DATA], not '$*'" ;;
+esac
+[ $# -ge 1 ] && [ $# -le 2 ] ||
+  die "want OUT [DATA]; see bash $0 --help"
+cd "$root" || exit 1
 mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 1
 data=${2:-tfds:cifar10}
 python=${PYTHON:-python}

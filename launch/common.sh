@@ -115,7 +115,8 @@ check_workdir() {
   case $workdir in
     gs://*)
       [[ $workdir =~ ^gs://[a-z0-9][a-z0-9._-]*/. ]] ||
-        die "--workdir='$workdir': want gs://BUCKET/PATH"
+        die "--workdir='$workdir': want gs://BUCKET/PATH; names of buckets" \
+          "are lower case, e.g. gs://my-bucket/run"
       return
       ;;
     *://*) ;;

@@ -70,7 +70,8 @@ case $command in
       "--env=MAX_RESTARTS=$max_restarts" ${gpus:+--gpus=all})
     home data
     if [ -n "$data" ]; then
-      [ -d "$data" ] || die "--data='$data': there is no such folder"
+      [ -n "$dry_run" ] || [ -d "$data" ] ||
+        die "--data='$data': there is no such folder"
       data=$(absolute "$data")
       mount "$data" ,readonly
     fi

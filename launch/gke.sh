@@ -46,6 +46,7 @@ esac
 parse_flags "--name --namespace --context $flags" "$switches" "$@"
 require name
 label='[a-z0-9]([-a-z0-9]*[a-z0-9])?'
+named='a Kubernetes name: lower-case letters, digits and -'
 # The names of its pods are longer, and may have 63 characters.
 check name '[a-z]([-a-z0-9]{0,38}[a-z0-9])?' \
   "lower-case letters, digits and -, at most 40"
@@ -55,7 +56,7 @@ check name '[a-z]([-a-z0-9]{0,38}[a-z0-9])?' \
 kube=(kubectl)
 [ -z "$context" ] || kube+=("--context=$context")
 if [ -n "$namespace" ]; then
-  check namespace "$label" "a Kubernetes name"
+  check namespace "$label" "$named"
   kube+=("--namespace=$namespace")
 fi
 pods=jobset.sigs.k8s.io/jobset-name=$name
@@ -147,8 +148,8 @@ case $command in
     check max-restarts '[0-9]+' "a number from 0"
     check grace-seconds '[0-9]+' "a number from 0"
     [ -z "$service_account" ] ||
-      check service-account "$label" "a Kubernetes name"
-    [ -z "$claim" ] || check claim "$label" "a Kubernetes name"
+      check service-account "$label" "$named"
+    [ -z "$claim" ] || check claim "$label" "$named"
     tool
     # Read by manifest, by name.
     # shellcheck disable=SC2034

@@ -12,6 +12,8 @@
 #   run       trains, detached, and starts again after a crash:
 #             --config=FILE[:VARIANT] --workdir=DIR [--config.KEY=VALUE ...]
 #             --max-restarts=100
+#   exec      -- COMMAND [ARGUMENT ...], on all workers at once, in the
+#             repository; attached, and not started again
 #   status    of the slice and of the run on each worker
 #   logs      follows worker 0, or --worker=N, or --worker=all
 #   stop      the run; it saves a checkpoint first
@@ -33,21 +35,22 @@ case $command in
   setup) flags='--repository --ref' switches='' ;;
   run) flags='--config --workdir --max-restarts' switches='' ;;
   logs) flags='--worker' switches='' ;;
+  exec) flags='' switches='' ;;
   teardown) flags='' switches='--queued' ;;
   status | stop) flags='' switches='' ;;
   -h | --help)
     usage
     exit 0
     ;;
-  *) die "command '$command': valid options are create setup run status logs" \
-    "stop teardown" ;;
+  *) die "command '$command': valid options are create setup run exec status" \
+    "logs stop teardown" ;;
 esac
 parse_flags "--name --zone --project $flags" "$switches" "$@"
 require name zone
 check name '[a-z]([-a-z0-9]{0,61}[a-z0-9])?' \
   "lower-case letters, digits and -, at most 63"
 check zone '[a-z]+-[a-z]+[0-9]+-[a-z]' "a zone, e.g. us-east5-b"
-[ "$command" = run ] || [ ${#overrides[@]} -eq 0 ] ||
+[ "$command" = run ] || [ "$command" = exec ] || [ ${#overrides[@]} -eq 0 ] ||
   die "unexpected argument '${overrides[0]}': only run takes it"
 where=("--zone=$zone" ${project:+"--project=$project"})
 
@@ -142,6 +145,12 @@ case $command in
     start='bash launch/daemon.sh start'
     [ -z "$max_restarts" ] || start="MAX_RESTARTS=$max_restarts $start"
     on all 'cd drift_jax' "$start $(quote "${training[@]}")"
+    ;;
+  exec)
+    [[ ${overrides[0]:-} == [!-]* ]] ||
+      die "exec wants -- COMMAND [ARGUMENT ...] after its flags"
+    tool
+    on all 'cd drift_jax' "$(quote "${overrides[@]}")"
     ;;
   status)
     tool

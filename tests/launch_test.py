@@ -131,6 +131,7 @@ def test_shellcheck():
     ("tpu_pod.sh", "gcloud", ("setup", *POD, "--project=mine")),
     ("tpu_pod.sh", "gcloud", ("setup", *POD, "--repository=https://a/b c")),
     ("tpu_pod.sh", "gcloud", ("run", *POD, *TRAIN)),
+    ("tpu_pod.sh", "gcloud", ("exec", *POD, "--", "ls", "it's a")),
     ("tpu_pod.sh", "gcloud", ("logs", *POD, "--worker=3")),
     ("tpu_pod.sh", "gcloud", ("teardown", *POD, "--queued")),
     ("gke.sh", "kubectl", ("logs", "--name=b2", "--worker=3")),
@@ -195,6 +196,9 @@ def test_a_tool_that_is_missing():
     ("tpu_pod.sh stop POD --config.seed=1", "'--config.seed=1': only run"),
     ("tpu_pod.sh setup POD --ref=main", "--ref='main' needs --repository=URL"),
     ("tpu_pod.sh run POD CONFIG --workdir=runs/a", "'runs/a': valid options"),
+    ("tpu_pod.sh run POD CONFIG --workdir=gs://BUCKET/a", "are lower case"),
+    ("tpu_pod.sh exec POD --config.seed=1", "exec wants -- COMMAND"),
+    ("tpu_pod.sh exec POD", "exec wants -- COMMAND"),
     ("tpu_pod.sh run POD CONFIG --config.seed", "write --config.seed=VALUE"),
     ("tpu_pod.sh run RUN --config=configs/digit.py", "configs/ablations.py c"),
     ("tpu_pod.sh run RUN --config=digit:smoke", "configs/ablations.py c"),
@@ -202,6 +206,7 @@ def test_a_tool_that_is_missing():
     ("gke.sh JOBSET --topology=4x16", "'4x16': valid options are 1x1 2x2 2x4"),
     ("gke.sh V5P --topology=4x4x6", "want one of 2x2x1 2x2x2 2x2x4 2x4x4, or"),
     ("gke.sh JOBSET --image=a;b", "--image='a;b': want an image"),
+    ("gke.sh JOBSET --claim=NAME", "--claim='NAME': want a Kubernetes name: l"),
     ("gke.sh JOBSET --workdir=runs/a", "absolute path on a volume"),
     ("docker.sh build --accelerator=rocm", "options are cpu cuda12 cuda13 tpu"),
     ("docker.sh run CONFIG --workdir=a --data=no/such", "no such folder"),
@@ -267,6 +272,10 @@ def test_pod_run():
   training += [".venv/bin/python", "-m", "drift_jax.main"]
   training += [*TRAIN[:2], "--coordinator=auto", ODD, "-v=1", "a b"]
   assert remote(words) == training
+  evaluation = (".venv/bin/python", "-m", "drift_jax.evaluate", ODD, "-v=1")
+  (words,) = dry_run("tpu_pod.sh", "exec", *POD, "--", *evaluation)
+  assert "--worker=all" in words
+  assert remote(words) == ["cd", "drift_jax", "&&", *evaluation]
   workdir = "--workdir=/mnt/shared/it's a"
   (words,) = dry_run(
     *("tpu_pod.sh", "run", *POD, TRAIN[0], "--max-restarts=3", workdir)
@@ -648,7 +657,6 @@ def test_image_installs(stand_in, monkeypatch):
 
 
 def test_docker_run(tmp_path):
-  (tmp_path / "images").mkdir()
   made, ran = dry_run(
     *("docker.sh", "run", TRAIN[0], ODD, "--workdir=my runs", "--data=images"),
     *("--gpus", "--image=drift_jax:cuda13"),
@@ -666,3 +674,18 @@ def test_docker_run(tmp_path):
     *("bash", "launch/restart.sh", "python", "-m", "drift_jax.main"),
     *(TRAIN[0], f"--workdir={runs}", ODD),
   ]
+
+
+# What measures a GPU.
+
+
+@pytest.mark.parametrize(
+  ("line", "code"), [("--help", 0), ("out -h", 0), ("--tiny", 2), ("", 2)]
+)
+def test_gpu_check_begins_nothing(tmp_path, line, code):
+  script = ROOT / "benchmarks" / "gpu_check.sh"
+  done = call(script, *line.split(), cwd=tmp_path)
+  assert done.returncode == code
+  told = done.stderr if code else done.stdout
+  assert "gpu_check.sh OUT [DATA]" in told or "want OUT [DATA]" in told
+  assert not (ROOT / "out").exists()

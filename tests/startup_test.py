@@ -75,7 +75,7 @@ MISTAKES = {
     *("--out=x --source=digits", "required: --vae"),
   ),
   "drift_jax.tools.compile_check": (
-    *(f"{CONFIG} --topology=v6e", "--topology='v6e': want GENERATION:CHIPS"),
+    *(f"{CONFIG} --topology=v6e", "--topology='v6e': want GENERATION:AxB"),
   ),
   "drift_jax.tools.convert_weights": ("vea", "invalid choice: 'vea'"),
   "drift_jax.tools.export": (

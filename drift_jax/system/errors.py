@@ -1,7 +1,8 @@
 """The errors that end a program with one line."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 
 class UserError(Exception):
@@ -42,6 +43,25 @@ def naming(section: str) -> Iterator[None]:
     if not text.startswith(f"{section}."):  # a key names the section already
       text = f"{section}: {text}"
     raise ConfigError(text) from error
+
+
+def results_of(*calls: Callable[[], Any]) -> list[Any]:
+  """What each call returns, or one error that holds those of all calls.
+
+  Raises:
+    UserError: that of the only call that fails; a ConfigError of several.
+  """
+  results, found = [], []
+  for call in calls:
+    try:
+      results.append(call())
+    except UserError as error:
+      found.append(error)
+  if len(found) == 1:
+    raise found[0]
+  if found:
+    raise ConfigError("; ".join(map(str, found)))
+  return results
 
 
 def one_line(error: BaseException) -> str:

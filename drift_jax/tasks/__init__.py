@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import ml_collections
 
 from drift_jax.config.parsing import build
-from drift_jax.config.sections import ImageConfig, RunConfig
+from drift_jax.config.sections import RunConfig
 from drift_jax.system.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -98,12 +98,6 @@ def programs(config: RunConfig, mesh: "Mesh") -> "list[Program]":
     raise ConfigError(
       f"task={config.task!r} needs no check beforehand: it fits any device; "
       f"valid options here are {list(_COMPILED)}"
-    )
-  assert isinstance(config, ImageConfig)
-  if not config.model.num_classes:
-    raise ConfigError(
-      "model.num_classes=0 takes as many as the data have, but no data are "
-      "read here: set it"
     )
   module = importlib.import_module(f"drift_jax.tasks.{config.task}.programs")
   return module.programs(config, mesh)

@@ -144,15 +144,28 @@ def check_topology(topology: str) -> None:
     extra, kind = "tpu", "TPUs"
   else:
     raise config_lib.ConfigError(
-      f"--topology={topology!r}: want GENERATION:CHIPS of TPUs, e.g. v6e:8x16, "
+      f"--topology={topology!r}: want GENERATION:AxB of TPUs, e.g. v6e:8x16, "
       "or CARD, CARD:GPUS or CARD:HOSTSxGPUS of NVIDIA GPUs, e.g. h100:2x8; "
-      f"cards are {', '.join(devices_lib.CARDS)}"
+      f"{_same(topology)}cards are {', '.join(devices_lib.CARDS)}"
     )
   if there is None:
     raise config_lib.ConfigError(
       f"--topology={topology!r}: JAX's compiler for {kind} is not installed "
       f"({kind} are not needed): {install_line(extra)}"
     )
+
+
+def _same(topology: str) -> str:
+  """The form of a type of Cloud TPU such as v6e-64, for a message."""
+  given = re.fullmatch(
+    r"(v6e|v5e|v5litepod)-(1|4|8|16|32|64|128|256)", topology
+  )
+  if not given:
+    return ""
+  chips = int(given[2])
+  width = 2 ** ((chips.bit_length() - 1) // 2)
+  generation = given[1].replace("litepod", "e")
+  return f"{topology} is {generation}:{width}x{chips // width}; "
 
 
 def install_line(extra: str) -> str:

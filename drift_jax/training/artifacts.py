@@ -165,7 +165,6 @@ def save(
   layout = _LAYOUTS[format]
   directory = paths.expand(directory)
   folder = epath.Path(directory) / layout.subdirectory
-  folder.mkdir(parents=True, exist_ok=True)
   params = jax.tree.map(np.asarray, jax.device_get(params))
   # In both formats: it checks names and shapes.
   tree = models.release.to_release(kind, model_config, params)
@@ -189,6 +188,7 @@ def save(
     metadata["source"] = dict(source)
   metadata |= facts or {}
   # 3. Both files under temporary names, then in place
+  folder.mkdir(parents=True, exist_ok=True)
   contents = {
     layout.params: data,
     layout.metadata: json.dumps(metadata, indent=2).encode(),

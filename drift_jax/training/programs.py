@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from drift_jax.system import sharding
+from drift_jax.system.errors import ConfigError
 
 
 class Program(NamedTuple):
@@ -22,6 +23,15 @@ class Program(NamedTuple):
   name: str
   jitted: Any
   arguments: dict[str, Any]
+
+
+def check_classes(num_classes: int) -> None:
+  """Raises ConfigError if the data would have to tell model.num_classes."""
+  if not num_classes:
+    raise ConfigError(
+      "model.num_classes=0 takes as many as the data have, but no data are "
+      "read here: set it"
+    )
 
 
 def abstract_batch(mesh: Mesh, *shape: int, dtype: Any = jnp.float32) -> Any:

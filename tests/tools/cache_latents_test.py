@@ -445,7 +445,7 @@ def test_main(whole, pictures, vae, tmp_path, monkeypatch, caplog):
   shard.write_bytes(data)
   with pytest.raises(SystemExit, match=f"Error: 1 of 6 shards: {shard} is dam"):
     cache_latents.main(["--verify", f"--out={tmp_path}"])
-  with pytest.raises(SystemExit, match="Error: no exported model in /nowhere"):
+  with pytest.raises(SystemExit, match="convert_weights vae .*--out=/nowhere"):
     cache_latents.main(flags(pictures, "/nowhere", tmp_path))
   # It is not damaged, so that --max_corrupt does not pass over it.
   monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)

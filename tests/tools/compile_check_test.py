@@ -7,7 +7,7 @@ import re
 import jax
 import pytest
 
-from configs import cifar10, digits
+from configs import cifar10, digits, imagenet_latent, mae_latent
 from drift_jax import config as config_lib
 from drift_jax import tasks as tasks_lib
 from drift_jax.system import devices, sharding
@@ -132,7 +132,9 @@ def test_kernels_compile_for_every_generation():
 
 
 _MISTAKES = {
-  "--topology=v6e": "--topology='v6e': want GENERATION:CHIPS",
+  "--topology=v6e": "--topology='v6e': want GENERATION:AxB",
+  "--topology=v6e-64": "v6e-64 is v6e:8x8;",
+  "--topology=v5litepod-128": "v5litepod-128 is v5e:8x16;",
   "--topology=h300:2x8": "'h300:2x8': want .*h100, h200, b200.*rtx4090",
   "--topology=h100:0": "'h100:0': want .*CARD:GPUS",
   "--topology=v9z:4x4": "v9z:4x4.*valid ones",
@@ -492,6 +494,21 @@ def test_configs_that_can_not_be_compiled():
   config.batch.labels = 12
   with pytest.raises(config_lib.ConfigError, match=r"batch\.labels=12.*8"):
     compile_check.check(parse(config), jax.devices())
+
+
+@pytest.mark.parametrize(
+  ("config", "batch"),
+  [
+    (imagenet_latent.get_config("l2,smoke"), "batch.labels"),
+    (mae_latent.get_config("256,smoke"), "mae.batch_size"),
+  ],
+)
+def test_all_that_stands_in_the_way_is_told_at_once(config, batch):
+  config.update_from_flattened_dict({batch: 12})
+  with pytest.raises(config_lib.ConfigError) as error:
+    compile_check.check(parse(config), jax.devices())
+  for part in ("model.num_classes=0", f"{batch}=12", "vae.path="):
+    assert part in str(error.value)
 
 
 @pytest.mark.parametrize(

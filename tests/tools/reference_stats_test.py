@@ -400,9 +400,9 @@ def test_single_images_of_another_file(
 # Mistakes.
 
 
-def test_mistakes(refuses, pictures):
+def test_mistakes(refuses, pictures, tmp_path):
   for changes, message in (
-    ({"network": "/nowhere"}, "no exported model in /nowhere"),
+    ({"network": "/nowhere"}, "convert_weights inception --out=/nowhere "),
     ({"source": "folder:/nowhere"}, "--source=folder:/nowhere --split=train: "),
     ({"source": "floppy:a"}, "valid options are .*'digits', 'tfds:NAME'"),
     ({"image_size": 0}, "data.image_size=0"),
@@ -416,6 +416,9 @@ def test_mistakes(refuses, pictures):
     ({"out": "/"}, "--out=/ is a folder"),
   ):
     assert "\n" not in refuses(message, **changes)
+  new = tmp_path / "weights"
+  refuses("no exported model", network="/nowhere", out=new / "stats.npz")
+  assert not new.exists()
   refuses("one of the arguments --source --publi", "--network=x", "--out=y")
   public = flags(public="x", network="x", out="y", crop="center")
   refuses("--crop goes with --source, not with", *public)

@@ -8,6 +8,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from drift_jax.system import sharding
+from drift_jax.system.errors import results_of
 from drift_jax.tasks.generator import setup
 from drift_jax.tasks.generator.config import (
   JUDGED_METRICS,
@@ -19,7 +20,7 @@ from drift_jax.tasks.generator.samplers import jit_sampler
 from drift_jax.tasks.generator.step import GeneratorBatch, GeneratorTask
 from drift_jax.training import artifacts
 from drift_jax.training.frozen import decoding, load_encoders, load_vae
-from drift_jax.training.programs import Program, abstract_batch
+from drift_jax.training.programs import Program, abstract_batch, check_classes
 from drift_jax.training.run import make_training, pad_to_mesh
 
 # Arguments of a published Inception-v3, for runs whose weights are not there.
@@ -29,9 +30,12 @@ _INCEPTION = {"width": 16, "num_classes": 1008}
 def programs(config: GeneratorConfig, mesh: Mesh) -> list[Program]:
   """Training step, sampler and evaluation steps; see tasks.programs."""
   sizes = config.batch
-  setup.check_labels(config, mesh)
-  vae = load_vae(config.vae, mesh, weights=False)
-  encoders = load_encoders(config.encoders, mesh, weights=False)
+  *_, vae, encoders = results_of(
+    lambda: check_classes(config.model.num_classes),
+    lambda: setup.check_labels(config, mesh),
+    lambda: load_vae(config.vae, mesh, weights=False),
+    lambda: load_encoders(config.encoders, mesh, weights=False),
+  )
   task = setup.generator_task(config, encoders, mesh, vae)
   setup.check_encoders(config, task, encoders, vae)
   frozen = setup.frozen_params(task, encoders, vae)

@@ -6,20 +6,24 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from drift_jax.system.errors import results_of
 from drift_jax.system.streams import stream
 from drift_jax.tasks.mae import setup
 from drift_jax.tasks.mae.config import MaeConfig
 from drift_jax.tasks.mae.step import MaeBatch
 from drift_jax.training.frozen import load_vae
 from drift_jax.training.inputs import LATENTS
-from drift_jax.training.programs import Program, abstract_batch
+from drift_jax.training.programs import Program, abstract_batch, check_classes
 from drift_jax.training.run import check_divides, make_training, pad_to_mesh
 
 
 def programs(config: MaeConfig, mesh: Mesh) -> list[Program]:
   """Training and evaluation step of an encoder; see tasks.programs."""
-  check_divides("mae.batch_size", config.mae.batch_size, mesh)
-  vae = load_vae(config.vae, mesh, weights=False)
+  *_, vae = results_of(
+    lambda: check_classes(config.model.num_classes),
+    lambda: check_divides("mae.batch_size", config.mae.batch_size, mesh),
+    lambda: load_vae(config.vae, mesh, weights=False),
+  )
   side, channels = config.data.image_size, config.data.channels
   sample_shape = (side, side, channels)
   if config.data.source.startswith(LATENTS):

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import pathlib
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -31,7 +32,7 @@ from drift_jax.system import console, options, paths, sharding, storage
 from drift_jax.system.console import logger
 from drift_jax.system.devices import find_devices
 from drift_jax.tools.cache_latents import SPLITS
-from drift_jax.training import artifacts, autoencoders
+from drift_jax.training import artifacts, autoencoders, released
 from drift_jax.training.inputs import Splits
 
 # Batches decoded ahead of the device, and batches that the device has besides
@@ -254,6 +255,13 @@ def run(arguments: argparse.Namespace) -> bool:
   if index is None:
     index, count = jax.process_index(), jax.process_count()
   source = open_images(arguments)
+  on_hub = arguments.vae.startswith(storage.HUB)
+  if not on_hub and not artifacts.exists(arguments.vae):
+    raise artifacts.ArtifactError(
+      f"no exported model in {arguments.vae}, which is --vae: python -m "
+      f"drift_jax.tools.convert_weights vae --from={released.AUTOENCODER} "
+      f"--out={shlex.quote(arguments.vae)}"
+    )
   opened = artifacts.opened(
     autoencoders.local(arguments.vae), dtype=arguments.compute_dtype
   )

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import os
 import pathlib
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -30,7 +31,7 @@ from drift_jax.metrics.reference import (
   save_reference,
 )
 from drift_jax.metrics.sample_files import open_images as open_image_file
-from drift_jax.system import console, options, processes, sharding
+from drift_jax.system import console, options, processes, sharding, storage
 from drift_jax.system.console import logger
 from drift_jax.system.devices import find_devices
 from drift_jax.system.errors import UserError
@@ -40,6 +41,7 @@ from drift_jax.tasks.generator.judges import (
   name_of,
   network_fn,
 )
+from drift_jax.training import artifacts
 from drift_jax.training.conversions import weight_files
 from drift_jax.training.run import pad_to_mesh
 
@@ -86,7 +88,16 @@ class Network:
       ArtifactError: there is none.
     """
     self._mesh = sharding.make_mesh(devices=find_devices(local=True))
-    self.artifact = load_judge(path, self._mesh)
+    try:
+      self.artifact = load_judge(path, self._mesh)
+    except artifacts.ArtifactError as error:
+      if path.startswith(storage.HUB) or artifacts.exists(path):
+        raise
+      raise artifacts.ArtifactError(
+        f"no exported model in {path}, which is --network: python -m "
+        "drift_jax.tools.convert_weights inception "
+        f"--out={shlex.quote(path)} makes the Inception-v3 of FID"
+      ) from error
     self.path = path
     self._outputs = network_fn(self.artifact, self._mesh)
 
@@ -403,17 +414,16 @@ def run(arguments: argparse.Namespace, of_source: Mapping[str, Any]) -> None:
     StatsError, DataError, ArtifactError, OSError: see `statistics`.
   """
   out = pathlib.Path(arguments.out)
-  if processes.is_first():
-    # Before the work is done, not after it.
-    if out.is_dir():
-      raise StatsError(f"--out={out} is a folder, want the name of a file")
-    out.parent.mkdir(parents=True, exist_ok=True)
+  if out.is_dir():
+    raise StatsError(f"--out={out} is a folder, want the name of a file")
   if arguments.source is not None:
     images, public = open_images(arguments.source, **of_source), None
     network = Network(arguments.network)
   else:
     network = Network(arguments.network)
     images, public = open_public(arguments.public, network, arguments.images)
+  if processes.is_first():  # before the work is done, not after it
+    out.parent.mkdir(parents=True, exist_ok=True)
   reference = statistics(
     images,
     network,
