@@ -249,7 +249,7 @@ def start_jobs(folder, count, devices, jobs):
     folder: of the workdirs.
     count, devices: processes, and devices of each.
     jobs: (config, changed values, name of the workdir, (name of another one,
-      its step) to begin with a copy of); each that is to fail is called 'bad'.
+      its step) to begin with a copy of); those that are to fail: 'bad...'.
   """
   described = [
     {
@@ -259,7 +259,7 @@ def start_jobs(folder, count, devices, jobs):
       "copy": [str(folder / source[0]), str(folder / name), str(source[1])]
       if source
       else [],
-      "fails": name == "bad",
+      "fails": name.startswith("bad"),
     }
     for config, changes, name, *sources in jobs
     for source in sources or [None]
@@ -292,6 +292,8 @@ def two(folder):
   what the one began.
   """
   few = {"eval.every": 0}
+  (folder / "bad_lines").mkdir()
+  (folder / "bad_lines" / "metrics.jsonl").write_text("[1]\n")
   one = start_jobs(
     folder,
     *(1, 4),
@@ -307,6 +309,7 @@ def two(folder):
       (GENERATOR, GROUPED | {"mesh.data": 3}, "bad"),
       (GENERATOR, GROUPED | {"batch.labels": 6}, "bad"),
       ("configs/imagenet_latent.py:smoke", {}, "bad"),
+      (GENERATOR, GROUPED, "bad_lines"),
       (GENERATOR, GROUPED, "grouped2"),
       (GENERATOR, QUEUE, "whole"),
       (ENCODER, MAE, "mae2"),
@@ -382,7 +385,7 @@ def test_a_queue_for_each_of_two_processes(folder, two):
 def test_mistakes_in_the_config_are_told_by_all(folder, two):
   """Before anything is read or written."""
   for process in range(2):
-    mesh, labels, missing = [
+    mesh, labels, missing, lines = [
       line.removeprefix("failed: ")
       for line in two.output(process).splitlines()
       if line.startswith("failed: ")
@@ -392,6 +395,9 @@ def test_mistakes_in_the_config_are_told_by_all(folder, two):
     assert "use a multiple of 4" in labels
     listed = "inputs are missing, which process 0 lists"
     assert missing == ("3 inputs are missing:" if process == 0 else listed)
+    # Of what the first one alone does.
+    assert "metrics.jsonl, line 1 is no JSON object" in lines
+    assert lines.startswith("process 0 failed") == (process == 1)
   assert not (folder / "bad").exists()
 
 

@@ -18,6 +18,7 @@ from huggingface_hub import constants, errors
 
 from drift_jax.data.files import replacing
 from drift_jax.system import console, hub, paths
+from drift_jax.system.errors import one_line
 
 # Start of an address.
 DATASETS = "hf://datasets/"
@@ -52,12 +53,14 @@ def list_dataset(repository: str, revision: str | None) -> Dataset:
       repository, revision=revision, files_metadata=True
     )
   except Exception as error:  # The library's own classes have no base.
-    answered = isinstance(error, errors.HfHubHTTPError | ValueError)
-    known = None if answered else known or _downloaded(repository, revision)
+    known = (
+      None if _is_answer(error) else known or _downloaded(repository, revision)
+    )
     if known is None:
       reason = _reason(error, repository, revision)
       raise hub.HubError(f"{DATASETS}{name}: {reason}") from error
-    console.logger.info("%s: taken from the cache, the hub is not asked", known)
+    why = one_line(error)
+    console.logger.info("%s is taken from the cache: %s", known, why)
     return known
   files = {entry.rfilename: entry.size or 0 for entry in info.siblings or ()}
   dataset = Dataset(repository, info.sha or "", files)
@@ -65,6 +68,14 @@ def list_dataset(repository: str, revision: str | None) -> Dataset:
   with replacing(file) as temporary:
     temporary.write_text(json.dumps(dataset._asdict()))
   return dataset
+
+
+def _is_answer(error: Exception) -> bool:
+  """Whether the hub has refused; not if it is out of order or overloaded."""
+  if isinstance(error, errors.HfHubHTTPError):
+    status = error.response.status_code
+    return status < 500 and status != 429
+  return isinstance(error, ValueError)
 
 
 def _kept(file: pathlib.Path) -> Dataset | None:
@@ -160,4 +171,4 @@ def _reason(error: Exception, repository: str, revision: str | None) -> str:
     return f"the hub has no such data set, or it is private: {sign_in}"
   if isinstance(error, errors.RevisionNotFoundError):
     return f"it has no revision {revision!r}"
-  return f"{hub.one_line(error)}{hub.variables()}"
+  return f"{one_line(error)}{hub.variables()}"

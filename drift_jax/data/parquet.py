@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from drift_jax.data import encoded, hub_files, sources
 from drift_jax.system import console, hub
-from drift_jax.system.errors import DataError
+from drift_jax.system.errors import DataError, one_line
 
 # Of row groups that a process keeps.
 _KEPT_BYTES = 2**28
@@ -176,8 +176,9 @@ def _columns(
   # 1. What the hub's programs wrote of the columns.
   stored = (schema.metadata or {}).get(b"huggingface", b"{}")
   try:
-    features: dict[str, Any] = json.loads(stored)
-    features = features.get("info", {}).get("features", {})
+    described = json.loads(stored).get("info", {}).get("features", {})
+    # A list of something is a list with its feature.
+    features = {k: v for k, v in described.items() if isinstance(v, dict)}
   except (ValueError, AttributeError) as error:
     raise DataError(f"{where}: its 'huggingface' metadata: {error}") from error
   unknown = [
@@ -225,7 +226,7 @@ def _reading(path: pathlib.Path) -> Iterator[None]:
     yield
   except (pa.ArrowException, OSError) as error:
     raise DataError(
-      f"{path} can't be read as parquet ({hub.one_line(error)}): remove "
+      f"{path} can't be read as parquet ({one_line(error)}): remove "
       f"{path.resolve()}, and the next start downloads it anew"
     ) from error
 

@@ -1,9 +1,11 @@
-"""Writers to Weights & Biases and trackio, whose packages are extras."""
+"""Writers to Weights & Biases and trackio: `pip install wandb`, or trackio."""
 
 import contextlib
+import contextvars
 import importlib.util
 import os
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +16,7 @@ from etils import epath
 
 from drift_jax.metrics import files
 from drift_jax.metrics.writers import MultiWriter
-from drift_jax.system import storage
+from drift_jax.system import exits, storage
 from drift_jax.system.console import logger
 from drift_jax.system.errors import ConfigError, one_line
 
@@ -23,6 +25,9 @@ PROJECT = "drift_jax"
 ID_FILE = "run_id.txt"
 # W&B may take so long to upload at the end; `wandb sync` sends the rest.
 _END_SECONDS = 300.0
+# Each service at the end of a run that was told to stop: a machine that is
+# taken away is there for half a minute.
+_STOP_SECONDS = 10.0
 _REMEDIES = {
   "wandb": "log in (wandb login), set WANDB_MODE=offline",
   "trackio": "look at TRACKIO_SPACE_ID, TRACKIO_SERVER_URL and TRACKIO_DIR",
@@ -40,13 +45,13 @@ class ServiceWriter(MultiWriter):
     name: str,
     log: Callable[[int, dict[str, Any]], None],
     image: Callable[[np.ndarray], Any],
-    finish: Callable[[], None],
+    finish: Callable[[bool], None],
   ):
     """Args:
     name: of the service.
     log: called with (step, {name: number, or what `image` returns}).
     image: called with uint8 [H, W, 3].
-    finish: ends the service's run.
+    finish: ends the service's run; called with whether it failed.
     """
     super().__init__([])  # ignores all but scalars and images
     self._name, self._log, self._image = name, log, image
@@ -65,9 +70,33 @@ class ServiceWriter(MultiWriter):
         self._log(step, {k: self._image(v) for k, v in images.items()})
 
   def close(self) -> None:
+    """Sends what is left; the exception that ends the run is the current one.
+
+    After a request to stop it takes 10 s at most.
+    """
+    error = sys.exc_info()[1]
+    if not isinstance(error, exits.Preempted):
+      self._end(error is not None)
+      return
+    # trackio finds its run by the context.
+    context = contextvars.copy_context()
+    thread = threading.Thread(
+      target=context.run, args=(self._end, True), daemon=True
+    )
+    thread.start()
+    thread.join(_STOP_SECONDS)
+    if thread.is_alive():
+      exits.leave_behind()
+      logger.warning(
+        "%s did not take the rest of this run within %g s.",
+        self._name,
+        _STOP_SECONDS,
+      )
+
+  def _end(self, failed: bool) -> None:
     with self._surviving() as goes_on:
       if goes_on:
-        self._finish()
+        self._finish(failed)
     self._ended = True
 
   @contextlib.contextmanager
@@ -179,8 +208,7 @@ def _wandb(
     "wandb",
     lambda step, values: run.log({"step": step, **values}),
     wandb.Image,
-    # While an exception ends the run, it is the one of sys.exc_info.
-    lambda: run.finish(exit_code=int(sys.exc_info()[0] is not None)),
+    lambda failed: run.finish(exit_code=int(failed)),
   )
 
 
@@ -201,5 +229,6 @@ def _trackio(
     "trackio",
     lambda step, values: run.log(values, step=step),
     trackio.Image,
-    trackio.finish,  # not the run's own: it would end again at exit
+    # Not the run's own: it would end again at exit.
+    lambda failed: trackio.finish(),
   )

@@ -291,8 +291,19 @@ def _leave(code: int, again: str) -> None:
     _only_once()
     jax.distributed.shutdown()
     _exit_now(code)
+  if _left_behind.is_set():
+    _exit_now(code)
   if code:
     sys.exit(code)
+
+
+# Set once something may hold up an orderly end of this process.
+_left_behind = threading.Event()
+
+
+def leave_behind() -> None:
+  """Lets this process end without waiting for what its libraries still do."""
+  _left_behind.set()
 
 
 def _only_once() -> None:

@@ -24,12 +24,15 @@ that is in OUT already is pushed as it is: a push that ended early goes on.
 """
 
 import argparse
+import functools
 import os
 from collections.abc import Callable, Sequence
 
 from drift_jax import config as config_lib
 from drift_jax.system import console, options, paths, programs
 from drift_jax.system.console import logger
+
+_SHARED = ("private", "license")  # options of the push
 
 
 def _names(*valid: str) -> Callable[[str], list[str]]:
@@ -59,27 +62,27 @@ def _parser() -> console.Parser:
     help=config_lib.GENERATORS,
   )
   add("--out", type=paths.argument, required=True, help="a new folder")
-  add(
+  # Not in the arguments unless they are given.
+  ask = functools.partial(add, default=argparse.SUPPRESS)
+  ask(
     "--vae",
     type=paths.argument,
-    default="",
     help="autoencoder of weights, a folder or hf://OWNER/NAME; of a run, if it "
     "has moved",
   )
-  add("--step", type=int, help="of a run: checkpoint")
-  add("--ema_decay", type=float, help="of a run: which EMA")
-  add("--dtype", choices=options.DTYPES, help="of computation (default: as is)")
+  ask("--step", type=int, help="of a run: checkpoint")
+  ask("--ema_decay", type=float, help="of a run: which EMA")
+  ask("--dtype", choices=options.DTYPES, help="of computation (default: as is)")
   add("--push", metavar="OWNER/NAME", help="repository on the hub")
-  add("--private", action="store_true", help="of --push: if it is a new one")
-  add("--license", default="unknown", help="of --push: for the model card")
+  ask("--private", action="store_true", help="of --push: if it is a new one")
+  ask("--license", help="of --push: for the model card (default: unknown)")
   for name, valid, default in (
     ("formats", options.FORMATS, "stablehlo"),
     ("platforms", options.PLATFORMS, ",".join(options.PLATFORMS)),
   ):
-    add(
+    ask(
       f"--{name}",
       type=_names(*valid),
-      default=default,
       help=f"of {','.join(valid)} (default: {default})",
     )
   return parser
@@ -91,7 +94,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   arguments = vars(parser.parse_args(argv))
   source: str = arguments.pop("source") or ""
   out, repository = arguments.pop("out"), arguments.pop("push")
-  shared = {name: arguments.pop(name) for name in ("private", "license")}
+  shared = {k: arguments.pop(k) for k in _SHARED if k in arguments}
+  if shared and repository is None:
+    parser.error(f"--{next(iter(shared))} is of --push, which is not given")
   is_there = repository is not None and os.path.exists(out)
   if not source and not is_there:
     parser.error("the following arguments are required: --from")
@@ -103,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     push.check(repository)  # before the export
     if is_there:
-      push.check_export(out, source)
+      push.check_export(out, source, arguments)
     else:
       write()
     address = push.push(out, repository, **shared)

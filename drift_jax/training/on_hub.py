@@ -43,11 +43,19 @@ def manifest(source: str) -> dict[str, Any] | None:
   name = str(pathlib.PurePosixPath(address.path, artifacts.MANIFEST_FILE))
   try:
     file = hub.fetch(address._replace(path=name))
-    found = json.loads(file.read_text()) if file is not None else None
+    return parse_manifest(file.read_text()) if file is not None else None
   # Offline it may be unknown: what else is asked for says what is wrong.
   except (hub.HubError, ValueError):
     return None
-  # Other programs have a manifest.json too.
+
+
+def parse_manifest(text: str) -> dict[str, Any] | None:
+  """What an export's manifest.json holds; None of another program's file.
+
+  Raises:
+    ValueError: no JSON.
+  """
+  found = json.loads(text)
   is_ours = isinstance(found, dict) and "drift_jax" in found
   return found if is_ours else None
 

@@ -116,15 +116,19 @@ def run(
         f"train.num_steps={config.train.num_steps}, but {path} holds a run of "
         f"{step} steps: raise it or use a new workdir"
       )
+    start_writer = functools.partial(
+      create_writer,
+      path,
+      resume_step=step or -1,
+      evaluated=step == 0 or checkpointer.evaluated(step),
+      names=config.writers,
+      config=dataclasses.asdict(config),
+    )
+    started: list[Any] = []
     with naming("metrics.jsonl"):
-      writer = create_writer(
-        path,
-        resume_step=step or -1,
-        evaluated=step == 0 or checkpointer.evaluated(step),
-        is_main=processes.is_first(),
-        names=config.writers,
-        config=dataclasses.asdict(config),
-      )
+      # The others hear of its failure here, not as a lost peer in a step.
+      processes.from_first(lambda: started.append(start_writer(is_main=True)))
+    (writer,) = started or [start_writer(is_main=False)]
     stack.callback(writer.close)
     watch = None
     if config.train.profile:
@@ -186,8 +190,9 @@ def at_end(action: Callable[[], None]) -> Iterator[None]:
     yield
   except BaseException as error:
     if exits.cause_of(error) is None:
-      # On a full disk it fails as well: the first error is what counts.
-      with contextlib.suppress(OSError):
+      # On a full disk, or of damaged numbers, it fails as well: the first
+      # error is what counts.
+      with contextlib.suppress(OSError, ValueError):
         action()
     raise
   action()

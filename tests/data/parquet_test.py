@@ -1,5 +1,7 @@
 """Parquet files of data sets on a hub: columns, splits, row groups, damage."""
 
+import functools
+import http.server
 import io
 import json
 import pickle
@@ -7,6 +9,7 @@ import re
 import tarfile
 from concurrent import futures
 
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,7 +22,7 @@ from drift_jax.data.loader import Loader
 from drift_jax.system.errors import DataError
 from tests.data.decode_test import encode
 from tests.data.pictures import opened, picture, seeds_of
-from tests.fake_hub import COMMIT, hub
+from tests.fake_hub import COMMIT, hub, serving
 from tests.process import call, call_together
 
 NAMES = ["cat", "dog", "eel"]
@@ -195,6 +198,21 @@ def test_columns(served, options, spec, class_names, labels):
   assert seeds_of(source) == list(range(7))
 
 
+def test_columns_of_lists_are_left_alone(served):
+  contents = table(range(7)).append_column("caps", pa.array([["a", "b"]] * 7))
+  described = json.loads(contents.schema.metadata[b"huggingface"])
+  described["info"]["features"]["caps"] = [{"dtype": "string"}]
+  contents = contents.replace_schema_metadata(
+    {"huggingface": json.dumps(described)}
+  )
+  served({"train.parquet": parquet_bytes(contents)})
+  source = opened(SPEC)
+  assert source.class_names == tuple(NAMES)
+  assert seeds_of(source) == list(range(7))
+  with pytest.raises(DataError, match="labels 'caps' are no integers"):
+    opened(f"{SPEC}:label=caps")
+
+
 def test_wordnet_ids_and_greyscale(served):
   names = ["n02123045", "n01440764", "n15075141"]
   contents = table(range(7), names=names)
@@ -300,6 +318,39 @@ def test_a_split_that_is_not_there(served):
       opened(SPEC, split)
 
 
+@pytest.mark.parametrize("status", [404, 429, 503])
+def test_a_hub_that_is_out_of_order_is_done_without(
+  status, tmp_path, monkeypatch, caplog
+):
+  """But not what it says: a data set that is gone is gone."""
+
+  class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, format, *args):
+      del format, args
+
+    def do_GET(self):
+      self.send_response(status)
+      self.send_header("Content-Length", "0")
+      self.end_headers()
+
+  def listed(address):
+    api = functools.partial(huggingface_hub.HfApi, endpoint=address)
+    monkeypatch.setattr(hub_files.huggingface_hub, "HfApi", api)
+    return hub_files.list_dataset("someone/pictures", None)
+
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  caplog.set_level("INFO", "drift_jax")
+  with hub({"datasets/someone/pictures": {"train.parquet": b"1"}}) as address:
+    known = listed(address)
+  with serving(Handler) as address:
+    if status == 404:
+      with pytest.raises(hub_files.hub.HubError, match="someone/pictures"):
+        listed(address)
+      return
+    assert listed(address) == known and known.files == {"train.parquet": 1}
+  assert str(status) in caplog.text
+
+
 OPEN_EACH = """
 import sys
 from huggingface_hub import constants
@@ -368,7 +419,7 @@ def test_a_hub_is_asked_once_and_the_cache_from_then_on(tmp_path):
   # 4. Without the hub: what is there, and no part of a split.
   offline = cache | {"HF_HUB_OFFLINE": "1"}
   lines, told = said(SPEC, f"{SPEC}@{COMMIT}", f"{SPEC}!test", **offline)
-  assert lines[:2] == ["7 10", "7 10"] and "taken from the cache" in told
+  assert lines[:2] == ["7 10", "7 10"] and "is taken from the cache" in told
   assert "1 of 1 files" in lines[2] and "are not there" in lines[2]
   ((line,), _) = said("hf://datasets/someone/unseen", **offline)
   assert "HF_HUB_OFFLINE" in line

@@ -159,7 +159,7 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path):
 
 def test_a_lost_service_is_told_once(tmp_path, monkeypatch, caplog):
   """The run's numbers go on; what the service raises never reaches it."""
-  sent = []
+  sent, failed = [], []
 
   def log(step, values):
     if step == 2:
@@ -168,7 +168,9 @@ def test_a_lost_service_is_told_once(tmp_path, monkeypatch, caplog):
 
   def start(names, workdir, config):
     assert (names, config) == (["wandb"], {"seed": 0})
-    return [services.ServiceWriter("wandb", log, lambda x: x.shape, sent.clear)]
+    return [
+      services.ServiceWriter("wandb", log, lambda x: x.shape, failed.append)
+    ]
 
   monkeypatch.setattr(services, "start", start)
   writer = create_writer(
@@ -185,4 +187,37 @@ def test_a_lost_service_is_told_once(tmp_path, monkeypatch, caplog):
   assert sent == [(1, {"grid": (4, 5, 3)}), (1, {"loss": 1.0})]
   (told,) = caplog.messages
   assert told.endswith("ConnectionError: the server is gone")
-  assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 3
+  assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 3 and not failed
+
+
+# A service that never takes the rest of a run.
+STUCK = """
+import threading
+from drift_jax.metrics import services
+from drift_jax.system import console, exits
+
+services._STOP_SECONDS = 0.2
+
+def wait(failed):
+  assert failed
+  threading.Event().wait()
+
+def program():
+  console.setup()
+  # As a library's own hook at the end of the process.
+  threading.Thread(target=threading.Event().wait).start()
+  writer = services.ServiceWriter("wandb", print, print, wait)
+  try:
+    raise exits.Preempted("Told to stop: step 3 is saved")
+  finally:
+    writer.close()
+
+exits.run(program)
+"""
+
+
+@pytest.mark.system
+def test_a_service_that_hangs_keeps_no_preempted_process():
+  done = process.call("-c", STUCK, timeout=60)
+  assert done.returncode == 75, done.stderr
+  assert "wandb did not take the rest" in done.stderr

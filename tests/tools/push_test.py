@@ -1,6 +1,7 @@
 """Exports on a hub of this machine: pushed, interrupted, refused, loaded."""
 
 import functools
+import hashlib
 import json
 import pathlib
 import re
@@ -75,6 +76,24 @@ def files_of(folder):
   }
 
 
+def assert_pushed(pushed, out):
+  """All of a folder, byte for byte, but no path of this machine."""
+  kept = files_of(out)
+  assert pushed.keys() == kept.keys()
+  manifest = json.loads(pushed["manifest.json"])
+  for name, data in pushed.items():
+    if name in manifest["files"]:
+      digest = hashlib.sha256(data).hexdigest()
+      of_file = {"bytes": len(data), "sha256": digest}
+      assert manifest["files"][name] == of_file
+    if name.endswith(".json"):
+      assert str(out.parent).encode() not in data
+      assert b'"/' not in data and b":/" not in data
+    else:
+      assert data == kept[name]
+  assert manifest["provenance"]["workdir"] == "digits"
+
+
 @pytest.mark.system
 def test_a_run_is_pushed_and_loaded_from_the_hub(run, tmp_path, on):
   """After an attempt that ended early; then from the cache, offline."""
@@ -99,7 +118,8 @@ def test_a_run_is_pushed_and_loaded_from_the_hub(run, tmp_path, on):
   with hub(repositories, private=private, uploads=uploads) as address:
     on(address)
     command.main(flags)
-    assert repositories["me/digits"] == files_of(out) and uploads
+    assert_pushed(repositories["me/digits"], out)
+    assert uploads
     assert repositories["me/digits"][push.CARD].endswith(b"Mine.\n")
     sources = [str(out), "hf://me/digits", f"hf://me/digits@{COMMIT}"]
     sources += [latents, "hf://me/latents"]
@@ -142,17 +162,62 @@ def test_what_is_refused(exported, tmp_path, on, monkeypatch):
       ("me/public", True, "is there and is public"),
     ):
       with pytest.raises(ConfigError, match=message) as caught:
-        push.push(
-          str(exported), repository, private=is_private, license="unknown"
-        )
+        push.push(str(exported), repository, private=is_private)
       assert "\n" not in str(caught.value) and TOKEN not in str(caught.value)
   assert theirs == {"me/theirs": {"model.bin": b"1"}, "me/public": {}}
   monkeypatch.setattr(push.huggingface_hub, "get_token", lambda: None)
   with pytest.raises(ConfigError, match="needs a token"):
     push.check("me/digits")
   with pytest.raises(ConfigError, match="is no export"):
-    push.check_export(str(tmp_path), "")
+    push.check_export(str(tmp_path), "", {})
+  for text in ('{"files": []}', "[1]", "{"):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(ConfigError, match="is no export"):
+      push.check_export(str(tmp_path), "", {})
   with pytest.raises(ConfigError, match="is there already, as the export of"):
-    push.check_export(str(exported), "runs/other")
+    push.check_export(str(exported), "runs/other", {})
+  with pytest.raises(ConfigError, match="--license=gpl: .*README.md"):
+    (exported / push.CARD).write_text("---\nlicense: mit\n---\n")
+    monkeypatch.setattr(push, "check", lambda repository: None)
+    push.push(str(exported), "me/digits", license="gpl")
+  (exported / push.CARD).unlink()
+
+
+def test_what_an_export_that_is_there_was_made_of(
+  exported, run, tmp_path, monkeypatch
+):
+  """By any path to it, and with the same options."""
+  monkeypatch.chdir(pathlib.Path(run).parent)
+  for source in (
+    "",
+    run,
+    f"{run}/",
+    "digits",
+    "./digits/",
+    f"../{pathlib.Path(run).parent.name}/digits",
+  ):
+    options = {"platforms": ["cpu"], "step": 1, "dtype": "float32"}
+    push.check_export(str(exported), source, options)
+  for name, value in (
+    ("step", 2),
+    ("ema_decay", 0.5),
+    ("dtype", "bfloat16"),
+    ("formats", ["release"]),
+    ("platforms", ["cpu", "cuda"]),
+    ("vae", "vae"),
+  ):
+    with pytest.raises(ConfigError, match=f"--{name}: --out=.* is there"):
+      push.check_export(str(exported), run, {name: value})
+
+
+def test_options_that_nothing_would_read(exported, tmp_path, on):
+  for flags, message in (
+    (["--license=mit"], "--license is of --push"),
+    (["--private"], "--private is of --push"),
+  ):
+    with pytest.raises(SystemExit, match=message):
+      command.main(["--from=x", f"--out={tmp_path / 'new'}", *flags])
+  with pytest.raises(SystemExit, match="--step: --out"):
+    command.main([f"--out={exported}", "--push=me/digits", "--step=9"])
   with pytest.raises(SystemExit, match="required: --from"):
     command.main([f"--out={tmp_path / 'new'}", "--push=me/digits"])

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib
 import json
+import os
 import pathlib
 import shutil
 import tempfile
@@ -39,6 +40,7 @@ from drift_jax.training.conversions import weight_files
 from drift_jax.training.frozen import decoding
 
 VERSION = 1
+_PATHS = ("workdir", "weights", "vae")  # of provenance and options
 _RUN = pathlib.Path(__file__).parents[1] / "run_export.py"
 
 
@@ -70,6 +72,7 @@ def export(
     ConfigError: a folder that is there, a missing converter.
     ArtifactError, CheckpointError: weights that can't be loaded.
   """
+  lists = {"formats": [*formats], "platforms": [*platforms]}
   with _new_folder(out) as folder:
     # 1. The weights, in the precision of the computation
     mesh = sharding.make_mesh(1, 1, find_devices()[:1])
@@ -110,10 +113,8 @@ def export(
     # 2. Functions of them
     task = sampling_task(module)
     made = _functions(task, decode)
-    flat = {
-      name: dict(traverse_util.flatten_dict(tree, sep="/"))
-      for name, tree in weights.items()
-    }
+    flatten = functools.partial(traverse_util.flatten_dict, sep="/")
+    flat = {name: flatten(tree) for name, tree in weights.items()}
     functions: dict[str, Any] = {}
     if "onnx" in formats:
       _write_onnx(folder / "generate.onnx", made["generate"], flat)
@@ -135,13 +136,26 @@ def export(
       **facts,
       **trained_for,
       "figures": _figures(opened),
-      "provenance": dict(opened.provenance),
+      "provenance": as_recorded(opened.provenance),
+      "options": as_recorded({"vae": vae, **lists}),
       "files": _checksums(folder),
     }
-    (folder / artifacts.MANIFEST_FILE).write_text(
-      json.dumps(manifest, indent=1)
-    )
+    text = json.dumps(manifest, indent=1)
+    (folder / artifacts.MANIFEST_FILE).write_text(text)
   return manifest
+
+
+def as_recorded(options: Mapping[str, Any]) -> dict[str, Any]:
+  """Options or provenance as a manifest has them: paths hold anywhere."""
+  return {
+    name: absolute(value) if name in _PATHS and value else value
+    for name, value in options.items()
+  }
+
+
+def absolute(source: str) -> str:
+  """A path that holds in any folder, without needless parts; or an address."""
+  return source if storage.is_remote(source) else os.path.abspath(source)
 
 
 def _ranges(opened: OpenedGenerator, task: GeneratorTask) -> dict[str, Any]:
