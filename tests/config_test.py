@@ -453,12 +453,11 @@ def test_runs_of_before_exif_resume_without_it():
   new = config_lib.to_json(parse(config))
   old = json.loads(new)
   del old["data"]["exif"]
-  config_lib.check_resumable(json.dumps(old), new)
+  before = json.dumps(config_lib.completed(old, parse(config)))
+  config_lib.check_resumable(before, new)
   config.data.exif = True
   with pytest.raises(config_lib.ConfigError, match="data.exif: False -> True"):
-    config_lib.check_resumable(
-      json.dumps(old), config_lib.to_json(parse(config))
-    )
+    config_lib.check_resumable(before, config_lib.to_json(parse(config)))
   assert parse(old).data.exif is False
 
 

@@ -117,7 +117,7 @@ NEEDS = {
     *("wflow --from=x --out=x", "--size=two", "MODEL", "source"),
   ),
   "drift_jax.tools.export": (
-    *("--from=x --out=x", "--step=two", "--from", "workdir", "init_from"),
+    *("--from=x --out=x", "--step=two", "--out", "workdir", "init_from"),
   ),
   "drift_jax.tools.policy_table": (
     *("--from=x --out=x", "--from=two", "--from", "workdirs"),

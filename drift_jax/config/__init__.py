@@ -31,7 +31,7 @@ from drift_jax.config.resume import (
   RESUMABLE,
   RESUMABLE_ENDS,
   check_resumable,
-  flat_values,
+  completed,
   flatten,
   is_run,
   to_json,

@@ -159,7 +159,7 @@ def config_arguments(
     PathError: see `paths.expand`, for --config=~USER/FILE.
   """
   path, overrides = None, {}
-  for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+  for argument, following in zip(argv, [*argv[1:], ""], strict=False):
     name, equals, value = argument.partition("=")
     value = value if equals else following
     if name in ("--config", "-config"):

@@ -8,7 +8,8 @@ from typing import Any
 
 from etils import epath
 
-from drift_jax.config.sections import Data, RunConfig
+from drift_jax.config.parsing import build
+from drift_jax.config.sections import RunConfig
 from drift_jax.system import paths, storage
 from drift_jax.system.errors import ConfigError
 
@@ -83,6 +84,17 @@ def to_json(config: RunConfig) -> str:
   return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True)
 
 
+def completed(written: Mapping[str, Any], like: RunConfig) -> Mapping[str, Any]:
+  """Returns a run's written values with defaults for keys that are younger.
+
+  Those of another task's run stay as they are.
+  """
+  try:
+    return json.loads(to_json(build(type(like), written)))
+  except ConfigError:
+    return written
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   """Flattens a nested dict to {'section.key': value}."""
   flat: dict[str, Any] = {}
@@ -115,12 +127,9 @@ def check_resumable(old: str, new: str) -> None:
   Keys under RESUMABLE may differ, with three exceptions: train.num_steps where
   the course of the training depends on its end, train.accum_labels where each
   group of labels has scalars of its own, and the keys of RANKING while a best
-  checkpoint is kept.
+  checkpoint is kept. The old one must be `completed`.
   """
-  after = flat_values(new)
-  # Earlier versions wrote no such key, and did what is its default.
-  added = {"data.exif": Data.exif} if "data.exif" in after else {}
-  before = added | flat_values(old)
+  before, after = flat_values(old), flat_values(new)
   different = {
     key: f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
     for key in sorted(set(before) | set(after))

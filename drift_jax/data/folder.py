@@ -1,13 +1,14 @@
 """Folders of images by class, and uncompressed tar files of such folders.
 
 Two layouts: DIR/SPLIT/CLASS/FILE, or DIR/CLASS/FILE, which is one training
-split. Without class folders (DIR/FILE, DIR/SPLIT/FILE) all images are of one
-class, ONE_CLASS. Images are the files ending in .jpg, .jpeg, .png or .webp, in
-capitals or not; other files, and what does not lie directly in a class folder,
-are left out with a warning; hidden ones (`paths.is_hidden`: .git, @eaDir)
-without. Classes and files come in the order of their names, compared as code
-points. In a folder symbolic links are followed; in a tar links are an error. A
-tar may be several archives one after the other; all of them are read.
+split. Without class folders (DIR/FILE, or DIR/SPLIT/FILE with SPLITS alone) all
+images are of one class, sources.ONE_CLASS. Images are the files ending in .jpg,
+.jpeg, .png or .webp, in capitals or not; other files, and what does not lie
+directly in a class folder, are left out with a warning; hidden ones
+(`paths.is_hidden`: .git, @eaDir) without. Classes and files come in the order
+of their names, compared as code points. In a folder symbolic links are
+followed; in a tar links are an error. A tar may be several archives one after
+the other; all of them are read.
 """
 
 import bisect
@@ -32,8 +33,6 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # Folders with these names are splits, never the one folder that a tar was
 # made of.
 SPLITS = ("train", "test", "val", "validation")
-# Name of the class of images without class folders.
-ONE_CLASS = "images"
 _LAYOUT = "the layout is SPLIT/CLASS/FILE, CLASS/FILE or, of one class, FILE"
 _LISTED = 5
 _LOG_SECONDS = 10.0
@@ -105,7 +104,7 @@ def _find_split(tree: _Tree, split: str) -> tuple[str, str]:
     if tree.holds_classes(_join(base, name))
     or (name in ("train", split) and tree.folders(_join(base, name)))
   ]
-  if len(inside) > 1 and all(
+  if (len(inside) > 1 or "train" in inside) and all(
     name in SPLITS and tree.has_images(_join(base, name)) for name in inside
   ):
     splits = list(inside)  # of images without class folders
@@ -143,21 +142,12 @@ def _find_split(tree: _Tree, split: str) -> tuple[str, str]:
 def _classes(tree: _Tree, root: str) -> dict[str, str]:
   """{class name: its folder} of a split's folder.
 
-  Raises:
-    ValueError: it holds images and folders of images.
+  One class, if images lie there and no folders of images.
   """
   folders = {name: _join(root, name) for name in tree.folders(root)}
-  if not tree.has_images(root):
-    return folders
-  mixed = [name for name in folders if tree.has_images(folders[name])]
-  if mixed:
-    image = next(filter(tree.is_image, tree.files(root)))
-    raise ValueError(
-      f"{_join(tree.name, root)} holds images ({image}, ...) and folders of "
-      f"images {mixed[:_LISTED]}: move the images into class folders, or, for "
-      "one class without labels, these folders out"
-    )
-  return {ONE_CLASS: root}
+  if tree.has_images(root) and not any(map(tree.has_images, folders.values())):
+    return {sources.ONE_CLASS: root}
+  return folders
 
 
 class _FileSource(encoded.EncodedSource):
@@ -180,6 +170,14 @@ class _FileSource(encoded.EncodedSource):
     folders: list[str] = []
     if root not in classes.values():
       files = [_join(root, name) for name in tree.files(root)]
+      if strays := list(filter(tree.is_image, files)):
+        console.logger.warning(
+          f"{tree.name}: {len(strays)} images ({strays[0]}, ...) are left out, "
+          f"as they lie beside class folders {list(classes)[:_LISTED]}: move "
+          "them into class folders or, if all images are of one class, move "
+          "these folders away"
+        )
+        files = list(itertools.filterfalse(tree.is_image, files))
     for folder in classes.values():
       images[folder] = list(filter(tree.is_image, tree.files(folder)))
       others = itertools.filterfalse(tree.is_image, tree.files(folder))

@@ -20,6 +20,8 @@ from drift_jax.system.options import check_choice
 Names = Sequence[str]
 _LISTED = 10  # names that an error shows
 SPLITS = ("train", "test")
+# Name of the class of images without class folders.
+ONE_CLASS = "images"
 # Held out of every class of the digits: enough to judge by, and the same
 # number for each class.
 DIGITS_TEST_PER_CLASS = 54

@@ -273,10 +273,13 @@ def _by_xla(
   one: Callable[..., Any] = _early(loss_of) if early else loss_of
   if len(values) == 1:
     shared = jax.tree.map(lambda x: x[0], scalars)
-    return jax.tree.map(lambda x: x[None], one(*values[0], weight, shared, temperature_scale))
+    return jax.tree.map(
+      lambda x: x[None], one(*values[0], weight, shared, temperature_scale)
+    )
   stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *values)
   return jax.lax.map(
-    lambda args: one(*args[0], weight, args[1], temperature_scale), (stacked, scalars)
+    lambda args: one(*args[0], weight, args[1], temperature_scale),
+    (stacked, scalars),
   )
 
 

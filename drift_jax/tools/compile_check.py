@@ -292,7 +292,7 @@ def compile_program(
       report.fits = False
       report.message = text.split(" See https")[0]
       report.peak = needed_bytes(text)
-      report.advice = advice(report, config, mesh.size)
+      report.advice = advice(report, config, mesh)
       return report
     report.seconds = time.perf_counter() - start
     # As the compiler wrote it on its way: libtpu 0.0.52 can't give the text of
@@ -324,7 +324,7 @@ def compile_program(
     if hlo_folder:
       _keep(hlo_folder, program.name, {"": text, "_memory": usage})
   if report.fits is False:
-    report.advice = advice(report, config, mesh.size)
+    report.advice = advice(report, config, mesh)
   report.advice += whole_sums(report)
   return report
 

@@ -74,7 +74,7 @@ class Report:
   message: str = ""
 
 
-def advice(report: Report, config: Any, devices: int) -> list[str]:
+def advice(report: Report, config: Any, mesh: Any) -> list[str]:
   """Changes by which a program takes less memory, the cheapest first."""
   training = report.program == "train"
   encoders = getattr(config, "encoders", {})
@@ -82,6 +82,11 @@ def advice(report: Report, config: Any, devices: int) -> list[str]:
   state = ("params", "optimizer", "ema")
   trained = sum(report.arguments.get(name, 0) for name in state)
   remat = True if config.task == "mae" else "full"
+  stored = config.model.remat if training else remat
+  if stored == "auto":
+    from drift_jax.tasks.generator import setup
+
+    stored = setup.remat_for("auto", mesh)
   recomputed = "in the backward pass instead of storing them"
   almost = _ALMOST_ALL * (report.memory or 0)
   choices = [
@@ -93,7 +98,7 @@ def advice(report: Report, config: Any, devices: int) -> list[str]:
     ),
     (not training, "a smaller eval.batch_size"),
     (
-      training and config.model.remat not in (True, "full"),
+      stored not in (True, "full"),
       f"model.remat={remat}: recomputes blocks {recomputed}",
     ),
     (
@@ -126,9 +131,9 @@ def advice(report: Report, config: Any, devices: int) -> list[str]:
     labels = config.batch.labels
     at_once = config.train.accum_labels or labels
     text = (
-      f"train.accum_labels={devices}: so many of the {labels} labels at once"
+      f"train.accum_labels={mesh.size}: so many of the {labels} labels at once"
     )
-    choices.append((at_once > devices, text))
+    choices.append((at_once > mesh.size, text))
   text = "more devices, or a smaller batch (batch.labels, batch.generated; "
   choices.append((training, text + "mae.batch_size)"))
   return [text for applies, text in choices if applies]

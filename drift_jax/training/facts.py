@@ -12,7 +12,7 @@ from etils import epath
 
 from drift_jax import config as config_lib
 from drift_jax.data.order import check_labels
-from drift_jax.data.sources import labels_sha256, names_sha256
+from drift_jax.data.sources import ONE_CLASS, labels_sha256, names_sha256
 from drift_jax.system import storage
 
 CLASSES_FILE = "classes.json"
@@ -141,7 +141,12 @@ def check_same_data(paths: Sequence[epath.Path]) -> None:
 
 
 def renamed(before: Sequence[str], now: Sequence[str]) -> list[str]:
-  """Tells how class names differ, by label."""
+  """Tells how class names differ, by label.
+
+  Earlier versions named the one class of DIR/train/FILE by its folder.
+  """
+  if (*before, *now) == ("train", ONE_CLASS):
+    return []
   if len(before) == len(now):
     return _listed(
       f"class {label} was {old!r}, now {new!r}"

@@ -12,7 +12,6 @@ from typing import Any, TypeVar, cast
 from etils import epath
 
 from drift_jax import config as config_lib
-from drift_jax.config.parsing import build
 from drift_jax.config.sections import RunConfig
 from drift_jax.metrics.files import replacing
 from drift_jax.system import exits, options, paths, processes, storage
@@ -237,11 +236,9 @@ def _check_resumable(
   known by checksums, may lie anywhere; a source of the same text starts at
   data.data_dir, which may change.
   """
-  written = storage.read_json(path / config_lib.CONFIG_FILE, dict)
-  # A key that is younger than the run has its default there; of another task's
-  # config all keys are compared below.
-  with contextlib.suppress(config_lib.ConfigError):
-    written = json.loads(config_lib.to_json(build(type(config), written)))
+  written = config_lib.completed(
+    storage.read_json(path / config_lib.CONFIG_FILE, dict), config
+  )
   new = json.loads(config_lib.to_json(config))
   old = places.of_run(written, os.fspath(path), {})
   before, after = (

@@ -1,8 +1,11 @@
 """Tables of ablations: the numbers, the words, and runs that are killed."""
 
+import contextlib
 import csv
+import functools
 import json
 import math
+import operator
 import os
 import re
 import shlex
@@ -14,9 +17,10 @@ import types
 import pytest
 from PIL import Image
 
-from configs import ablations
+from configs import ablations, mnist
 from drift_jax import config as config_lib
 from drift_jax.system import console, exits
+from drift_jax.tasks import parse
 from drift_jax.tools.work import ablate, ablation_table, rows
 from tests import process
 
@@ -28,6 +32,14 @@ SMALL = """
   train.num_steps=4 optim.warmup_steps=1 checkpoint.every=2 eval.every=0
   eval.num_samples=20 eval.metrics=('fd_pixel',)
 """.split()
+# What a run of one class has instead of its config's.
+UNGUIDED = {
+  "guidance.minimum": 1.0,
+  "guidance.maximum": 1.0,
+  "batch.unconditional": 0,
+  "eval.alphas": [1.0],
+  "eval.metrics": [],
+}
 ROWS = "--rows=antisymmetric,attraction_only"
 
 
@@ -153,6 +165,41 @@ def test_a_workdir_is_for_one_base_and_its_overrides(tmp_path, monkeypatch):
   )
   with pytest.raises(config_lib.ConfigError, match=message):
     ablate.check_workdir([])
+
+
+@pytest.mark.parametrize(
+  ("before", "asked", "refused"),
+  [
+    ({}, {}, ""),  # as many classes as the data have
+    ({"data.exif": None, "writers": None}, {}, ""),  # of an earlier version
+    ({"data.exif": None}, {"data.exif": True}, "data.exif: False -> True"),
+    # One class: with guidance in an earlier version, without it now.
+    ({"model.num_classes": 1}, {}, ""),
+    ({"model.num_classes": 1, **UNGUIDED}, {}, ""),
+    ({"model.num_classes": 2, **UNGUIDED}, {}, r"guidance.maximum: 1.0 -> "),
+  ],
+)
+def test_a_workdir_goes_on_with_its_runs(
+  tmp_path, monkeypatch, before, asked, refused
+):
+  """Those of earlier versions, too, that lack the younger keys."""
+  monkeypatch.setattr(ablate, "FLAGS", types.SimpleNamespace(workdir=tmp_path))
+  base = mnist.get_config("smoke").to_dict()
+  base["checkpoint"]["best_metric"], base["eval"]["metrics"] = "", ()
+  old = json.loads(config_lib.to_json(parse(base)))
+  rows.set_values(base, asked)
+  run = types.SimpleNamespace(path=tmp_path / "run", config=parse(base))
+  rows.set_values(old, {"model.num_classes": 10} | before)
+  for key in [key for key, value in before.items() if value is None]:
+    *sections, name = key.split(".")
+    del functools.reduce(operator.getitem, sections, old)[name]
+  run.path.mkdir()
+  (run.path / "config.json").write_text(json.dumps(old))
+  told = contextlib.nullcontext()
+  if refused:
+    told = pytest.raises(config_lib.ConfigError, match=refused)
+  with told:
+    ablate.check_workdir([run])
 
 
 @pytest.mark.system

@@ -416,11 +416,11 @@ def test_half_precision(pictures, vae, tmp_path, whole):
     (["--source=torch:d", "--max_corrupt=1"], "--max_corrupt=1: of images"),
   ],
 )
-def test_usage(argv, part, capsys):
+def test_usage(argv, part):
   needed = ["--source=s", "--vae=v"] if argv else []
   with pytest.raises(SystemExit) as error:
     cache_latents.main(["--out=o", *needed, *argv])
-  assert error.value.code == 2 and part in capsys.readouterr().err
+  assert part in str(error.value.code)
 
 
 def test_main(whole, pictures, vae, tmp_path, monkeypatch, caplog):

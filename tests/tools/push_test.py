@@ -154,5 +154,5 @@ def test_what_is_refused(exported, tmp_path, on, monkeypatch):
     push.check_export(str(tmp_path), "")
   with pytest.raises(ConfigError, match="is there already, as the export of"):
     push.check_export(str(exported), "runs/other")
-  with pytest.raises(SystemExit, match="--workdir --init_from is required"):
+  with pytest.raises(SystemExit, match="required: --from"):
     command.main([f"--out={tmp_path / 'new'}", "--push=me/digits"])

@@ -127,6 +127,23 @@ def test_a_table_of_any_task(tmp_path):
     table.run(runs, str(tmp_path / "policies"), "policy")
 
 
+def test_seeds_of_an_earlier_version_are_of_the_same_row(tmp_path):
+  """They lack the younger keys."""
+  config = digits.get_config("smoke")
+  records = [{"step": config.train.num_steps, "eval/fd_pixel/alpha_1.0": 3.0}]
+  runs = [
+    leave(tmp_path / str(seed), config, {"seed": seed}, records=records)
+    for seed in (0, 1)
+  ]
+  file = tmp_path / "0" / "config.json"
+  values = json.loads(file.read_text())
+  del values["data"]["exif"]
+  file.write_text(json.dumps(values))
+  assert list(table.runs_by_config([rows.read(run) for run in runs])) == [
+    "generator"
+  ]
+
+
 def test_what_is_no_finished_run(tmp_path):
   unfinished = drifting(tmp_path / "a")
   (tmp_path / "a" / "figures.json").unlink()

@@ -516,8 +516,9 @@ def test_a_sum_goes_on_where_a_save_has_stopped_it(tmp_path, mesh, monkeypatch):
   saver.save(1, make_state(mesh), make_feed())
   while not begun.is_set():
     saver.poll()
+  state = make_state(mesh)
   threading.Timer(0.3, go_on.set).start()
-  saver.save(2, make_state(mesh), make_feed())
+  saver.save(2, state, make_feed())
   assert len(read) == 5 and not (tmp_path / "1" / "checksums.json").exists()
   saver.close()
   twice = [name for name, n in collections.Counter(read).items() if n > 1]

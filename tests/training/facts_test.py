@@ -15,6 +15,7 @@ from drift_jax import tasks
 from drift_jax.data import sources
 from drift_jax.data.sources import names_sha256
 from drift_jax.system import processes
+from drift_jax.tasks import parse
 from drift_jax.tasks.generator import train
 from drift_jax.tasks.mae import train as train_mae
 from drift_jax.tasks.policy import train as train_policy
@@ -54,6 +55,8 @@ def start(workdir, source, task="generator", **changes):
     config.eval.metrics = ()
     config.model.input_size = 8
     config.batch.update(positives=1, unconditional=1)
+  else:
+    config.generator.labels = 0
   config.update_from_flattened_dict(changes)
   if task == "generator":
     train.train_and_evaluate(config, str(workdir))
@@ -194,6 +197,55 @@ def test_runs_that_have_not_recorded_their_data_go_on(run, caplog):
   resume()
   assert "has not recorded its data" in caplog.text
   assert (workdir / "data.json").read_text() == facts
+
+
+def test_runs_of_one_class_go_on_with_their_guidance(tmp_path):
+  """The same command, before and after one class came without guidance."""
+  workdir = tmp_path / "run"
+  file = workdir / "config.json"
+  for index in range(9):
+    write(tmp_path / "images" / f"{index}.png", index, (8, 8))
+
+  def resume(**changes):
+    start(workdir, f"folder:{tmp_path}/images", **changes)
+    return json.loads(file.read_text())
+
+  # 1. A new run has none, whatever the command says, and goes on so.
+  asked = parse(cifar10.get_config("smoke"))
+  values = resume()
+  assert values["guidance"]["maximum"] == 1 < asked.guidance.maximum
+  assert resume() == values and values["eval"]["alphas"] == [1.0]
+  # 2. A run of before has it, and keeps it.
+  values["guidance"]["maximum"] = asked.guidance.maximum
+  values["batch"]["unconditional"] = 1
+  values["eval"]["alphas"] = list(asked.eval.alphas)
+  del values["data"]["exif"], values["writers"]
+  file.write_text(json.dumps(values))
+  written = resume()
+  assert written["guidance"] == values["guidance"]
+  assert written["batch"] == values["batch"]
+  assert resume(**{"eval.alphas": (1.0, 2.5)})["eval"]["alphas"] == [1.0, 2.5]
+  changes = {"guidance.maximum": 2.5}
+  check_refused(workdir, "guidance.maximum: ", lambda: resume(**changes))
+
+
+def test_the_one_class_of_a_split_may_have_its_name_of_before(tmp_path):
+  """Earlier versions named it by the folder: train, where only that lay."""
+  workdir = tmp_path / "run"
+
+  def resume():
+    start(workdir, f"folder:{tmp_path}/images")
+
+  for index in range(9):
+    write(tmp_path / "images" / "train" / f"{index}.png", index, (8, 8))
+  resume()
+  names = workdir / "classes.json"
+  assert json.loads(names.read_text()) == ["images"]
+  names.write_text('["train"]')
+  write(tmp_path / "images" / "test" / "0.png", 9, (8, 8))
+  resume()
+  names.write_text('["cat"]')
+  check_refused(workdir, "class 0 was 'cat', now 'images'", resume)
 
 
 def test_without_a_checkpoint_any_data_will_do(run):

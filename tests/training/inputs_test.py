@@ -243,7 +243,7 @@ def test_an_encoder_is_told_what_its_generator_would_lack(
     check_reals(reals, open_readers(config, None), judged=True)
 
 
-def test_one_class_is_not_guided(images):
+def test_one_class_is_not_guided(images, tmp_path):
   """Unless the config says model.num_classes=1, as runs of before may."""
   config = make(f"folder:{images}/one/cat", held_out=1)
   metrics = ("fd_pixel", "label_accuracy")
@@ -251,17 +251,18 @@ def test_one_class_is_not_guided(images):
     config, eval=dataclasses.replace(config.eval, metrics=metrics)
   )
   reader = open_readers(config, None).train
-  alone = with_classes(config, reader)
+  workdir = str(tmp_path)
+  alone = with_classes(config, reader, workdir)
   assert alone.guidance.minimum == alone.guidance.maximum == 1
   assert alone.batch.unconditional == 0 and alone.model.num_classes == 1
   assert alone.eval.alphas == (1.0,) and alone.eval.metrics == ("fd_pixel",)
-  assert with_classes(alone, reader) == alone
+  assert with_classes(alone, reader, workdir) == alone
   given = dataclasses.replace(
     config, model=dataclasses.replace(config.model, num_classes=1)
   )
-  assert with_classes(given, reader) == given
+  assert with_classes(given, reader, workdir) == given
   several = open_readers(make(f"folder:{images}/one", held_out=1), None).train
-  assert with_classes(config, several).guidance == config.guidance
+  assert with_classes(config, several, workdir).guidance == config.guidance
 
 
 def test_a_class_that_has_not_come_up_in_the_queue_repeats(images):

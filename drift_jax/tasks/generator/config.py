@@ -1,11 +1,15 @@
 """Config of task 'generator', and what may go together in it."""
 
+import contextlib
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from drift_jax.config import checks, sections
+from drift_jax.config.parsing import build
 from drift_jax.system import options
+from drift_jax.system.errors import ConfigError
 
 
 class GeneratorModel(sections.ImageModel):
@@ -166,6 +170,38 @@ RANKING_METRICS = (
   "kid",
   *(name for name in EVAL_METRICS if name.startswith("fd_")),
 )
+
+
+def of_one_class(
+  config: GeneratorConfig, written: Mapping[str, Any] | None = None
+) -> GeneratorConfig:
+  """Returns the config of a run whose data have one class: without guidance.
+
+  Guidance repels samples from reals of other classes. There are none, so alpha
+  stays 1, no unconditional reals are drawn, and no classifier judges.
+
+  Args:
+    config: a config that takes the data's classes.
+    written: values of the run if it goes on; those of an earlier version have
+      guidance, and keep it.
+  """
+  replace = dataclasses.replace
+
+  def unguided(config: GeneratorConfig) -> GeneratorConfig:
+    metrics = (name for name in config.eval.metrics if name != "label_accuracy")
+    return replace(
+      config,
+      guidance=replace(config.guidance, minimum=1.0, maximum=1.0),
+      batch=replace(config.batch, unconditional=0),
+      eval=replace(config.eval, alphas=(1.0,), metrics=tuple(metrics)),
+    )
+
+  if written is not None:
+    with contextlib.suppress(ConfigError):
+      before = build(GeneratorConfig, written)
+      if unguided(before) != before:
+        return config
+  return unguided(config)
 
 
 def _check_batch(config: GeneratorConfig) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from drift_jax import config as config_lib
@@ -14,16 +15,18 @@ from drift_jax.data.feed import GroupedFeed, QueueFeed
 from drift_jax.data.readers import Reader
 from drift_jax.drift.many import Kernel
 from drift_jax.models.generator import build_generator
+from drift_jax.system import storage
 from drift_jax.system.console import logger
 from drift_jax.system.errors import naming
 from drift_jax.tasks.generator import step as step_lib
-from drift_jax.tasks.generator.config import GeneratorConfig
+from drift_jax.tasks.generator.config import GeneratorConfig, of_one_class
 from drift_jax.training import artifacts
 from drift_jax.training.drifting import drift_arguments, init_drift
 from drift_jax.training.frozen import decoding
 from drift_jax.training.inputs import make_loader, with_num_classes
 from drift_jax.training.run import Recipe, check_divides
 from drift_jax.training.step import apply
+from drift_jax.training.workdir import has_checkpoints
 
 # Those whose `features` has the options of the config's section `features`.
 _RESIDUAL = ("mae", "resnet")
@@ -223,31 +226,26 @@ def generator_feed(
     return QueueFeed(make_loader(config, reader, pushed), **sizes, **queue)
 
 
-def with_classes(config: GeneratorConfig, reader: Reader) -> GeneratorConfig:
-  """Returns the config with the data's classes; without guidance for one class.
-
-  Guidance repels samples from reals of other classes. If the data turn out to
-  have one class (model.num_classes=0), alpha stays 1, no unconditional reals
-  are drawn, and no classifier judges.
+def with_classes(
+  config: GeneratorConfig, reader: Reader, workdir: str
+) -> GeneratorConfig:
+  """Returns the config with the data's classes; see `of_one_class`.
 
   Raises:
-    ConfigError: see inputs.with_num_classes.
+    ConfigError: see inputs.with_num_classes; a damaged config in the workdir.
   """
-  if config.model.num_classes or len(reader.class_names) != 1:
-    return with_num_classes(config, reader)
-  logger.info(
-    "data: one class %r, so there is no guidance: guidance.maximum=1, "
-    "batch.unconditional=0, eval.alphas=(1.0,).",
-    *reader.class_names,
-  )
-  replace = dataclasses.replace
-  metrics = (name for name in config.eval.metrics if name != "label_accuracy")
-  config = replace(
-    config,
-    guidance=replace(config.guidance, minimum=1.0, maximum=1.0),
-    batch=replace(config.batch, unconditional=0),
-    eval=replace(config.eval, alphas=(1.0,), metrics=tuple(metrics)),
-  )
+  if not config.model.num_classes and len(reader.class_names) == 1:
+    file = epath.Path(workdir) / config_lib.CONFIG_FILE
+    goes_on = has_checkpoints(epath.Path(workdir)) and file.exists()
+    written = storage.read_json(file, dict) if goes_on else None
+    new = of_one_class(config, written)
+    if new != config:
+      logger.info(
+        "data: one class %r, so there is no guidance: guidance.maximum=1, "
+        "batch.unconditional=0, eval.alphas=(1.0,).",
+        *reader.class_names,
+      )
+    config = new
   return with_num_classes(config, reader)
 
 

@@ -49,7 +49,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   inputs.require(_inputs(config, workdir), config)
   vae = frozen.load_vae(config.vae, mesh)
   readers = inputs.open_readers(config, vae)
-  config = setup.with_classes(config, readers.train)
+  config = setup.with_classes(config, readers.train, workdir)
   encoders = frozen.load_encoders(config.encoders, mesh)
   task = setup.generator_task(config, encoders, mesh, vae)
   setup.check_encoders(config, task, encoders, vae)

@@ -22,10 +22,10 @@ from tqdm import tqdm
 from drift_jax import config as config_lib
 from drift_jax.metrics.files import replacing
 from drift_jax.metrics.writers import read_jsonl
-from drift_jax.system import console, exits
+from drift_jax.system import console, exits, storage
 from drift_jax.system.console import logger
 from drift_jax.tasks import parse
-from drift_jax.tasks.generator.config import GeneratorConfig
+from drift_jax.tasks.generator.config import GeneratorConfig, of_one_class
 from drift_jax.tools.work import ablation_table
 from drift_jax.tools.work.ablation_table import Row, Table
 from drift_jax.tools.work.rows import (
@@ -337,13 +337,19 @@ def check_workdir(runs: Sequence[Run]) -> None:
         "give it those again or use another workdir"
       )
   for run in runs:
-    file = run.path / "config.json"
+    file = epath.Path(run.path) / config_lib.CONFIG_FILE
     if not file.exists():
       continue
-    before = config_lib.flat_values(file.read_text())
-    after = config_lib.flat_values(config_lib.to_json(run.config))
-    if after["model.num_classes"] == 0:  # as many as the data have
-      after["model.num_classes"] = before.get("model.num_classes")
+    config = run.config
+    written = config_lib.completed(storage.read_json(file, dict), config)
+    before = config_lib.flatten(written)
+    classes = before.get("model.num_classes")
+    is_of_data = config.model.num_classes == 0  # as many as the data have
+    if is_of_data and classes == 1:
+      config = of_one_class(config, written)
+    after = config_lib.flatten(json.loads(config_lib.to_json(config)))
+    if is_of_data:
+      after["model.num_classes"] = classes
     changed = [
       f"{key}: {old!r} -> {new!r}"
       for key, (old, new) in changes(before, after, MACHINE).items()

@@ -33,7 +33,7 @@ class FinishedRun(NamedTuple):
   Attributes:
     path: workdir.
     config: parsed config.
-    values: {dotted key: value} of the config.
+    values: {dotted key: value} of the config; see config.completed.
     figures: {figure: number} at the end; nested figures have dotted names.
   """
 
@@ -169,9 +169,10 @@ def read(workdir: PathLike) -> FinishedRun:
     ConfigError: a folder without a finished run.
   """
   path = pathlib.Path(workdir)
-  values = _read_json(path / "config.json")
-  config = parse(values)
-  run = FinishedRun(path, config, config_lib.flatten(values), {})
+  written = _read_json(path / "config.json")
+  config = parse(written)
+  values = config_lib.flatten(config_lib.completed(written, config))
+  run = FinishedRun(path, config, values, {})
   if config.task in ("toy", "policy"):
     figures = config_lib.flatten(_read_json(path / "figures.json"))
   else:
