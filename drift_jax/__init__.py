@@ -29,4 +29,4 @@ _HOMES = {
   "train": "drift_jax.tasks.generator.train",
   "train_mae": "drift_jax.tasks.mae.train",
 }
-__getattr__ = lazy.names(__name__, _HOMES)
+__getattr__, __dir__ = lazy.names(__name__, _HOMES)

@@ -3,10 +3,12 @@
 starts one of the programs below; drift-jax COMMAND --help lists its flags.
 """
 
+import importlib
 import os
 import sys
 
 import drift_jax
+from drift_jax.system import lazy
 
 # {name: (module, what it does)}.
 COMMANDS = {
@@ -45,8 +47,13 @@ def main() -> None:
   elif name not in COMMANDS:
     sys.exit(f"Error: command {name!r}: valid options are {list(COMMANDS)}")
   else:
-    # As python -m does: its worker processes need the program as __main__.
     module = f"drift_jax.{COMMANDS[name][0]}"
+    try:
+      with lazy.needs():
+        importlib.import_module(module)
+    except lazy.MissingError as error:
+      sys.exit(f"Error: {error}")
+    # As python -m does: its worker processes need the program as __main__.
     os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
 
 

@@ -45,7 +45,10 @@ def define_flags() -> None:
   integer("batch_size", options.BATCH_SIZE, "Images at a time.", 1)
   integer("interpolate", None, "Frames of a walk between two noises, .gif.", 2)
   paths.define_flag(
-    "out", "grid.png", "FILE.png, .jpg, .webp, .npz, .gif, or a folder."
+    "out",
+    "grid.png",
+    "FILE.png, .jpg, .webp, .npz, .gif, or a folder. An existing file is "
+    "overwritten, a folder goes on.",
   )
   config_lib.define_process_flags(waits=True)
 

@@ -238,9 +238,11 @@ def test_notebook_knows_the_address_of_pyproject():
 def test_notebook_runs_from_a_wheel_beside_it(built, tmp_path, monkeypatch):
   # 1. A folder with the notebook's wheel, where pip installs no other package
   folder, site = tmp_path / "content", tmp_path / "site"
-  workdir = folder / "runs" / "notebook"
+  workdir = folder / "runs" / "tiny.py"
   folder.mkdir()
   shutil.copy(built[1], folder)
+  # What Colab calls a second upload; pip refuses the name.
+  shutil.copy(built[1], folder / f"{built[1].stem} (1).whl")
   (tmp_path / "tiny.py").write_text(CONFIG)
   variables = process_environment() | {
     "DRIFT_JAX_CONFIG": str(tmp_path / "tiny.py"),

@@ -81,14 +81,14 @@ MISTAKES = {
   "drift_jax.tools.export": (
     *("--from=x --out=y --formats=onnx,pickle", "'pickle': valid options"),
   ),
-  "drift_jax.tools.policy_table": ("--out=x", "--from must have"),
+  "drift_jax.tools.policy_table": ("--out=x", "--from is missing: "),
   "drift_jax.tools.reference_stats": (
     "--source=x --network=y --out=z --batch_size=0",
     "--batch_size=0 must be at least 1",
   ),
   "drift_jax.tools.rollout": ("--from=x --episodes=0", "--episodes=0"),
   "drift_jax.tools.run_export": ("--count=two", "--count: invalid int"),
-  "drift_jax.tools.table": ("--from=x", "--out must have"),
+  "drift_jax.tools.table": ("--from=x", "--out is missing: "),
   "drift_jax.tools.toy_table": (
     "--workdir=x --seeds=1,1",
     "--seeds=1,1: it must hold at least one value and none twice",

@@ -38,7 +38,11 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
       message = _explain(str(error), config, overrides)
       raise ConfigError(message) from error
   except (ConfigError, flags.Error, paths.PathError) as error:
-    sys.exit(f"Error: {'; '.join(str(error).splitlines())}")
+    text = "; ".join(str(error).splitlines())
+    lacking = re.match(r"flag --(\w+)=None: .* other than None", text)
+    if lacking is not None:
+      text = f"--{lacking[1]} is missing: {flags.FLAGS[lacking[1]].help}"
+    sys.exit(f"Error: {text}")
 
 
 def _with_file(argv: Sequence[str]) -> list[str]:

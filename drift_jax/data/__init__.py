@@ -15,4 +15,4 @@ _NAMES = {
   "tasks.policy.replay": ("read_replay", "write_replay"),
   "tasks.policy.robomimic": ("read_robomimic",),
 }
-__getattr__ = lazy.names(__name__, lazy.homes("drift_jax", _NAMES))
+__getattr__, __dir__ = lazy.names(__name__, lazy.homes("drift_jax", _NAMES))

@@ -52,4 +52,4 @@ _NAMES = {
   "reference": ("paper_loss",),
   "variant": ("PAPER", "Variant"),
 }
-__getattr__ = lazy.names(__name__, lazy.homes(__name__, _NAMES))
+__getattr__, __dir__ = lazy.names(__name__, lazy.homes(__name__, _NAMES))

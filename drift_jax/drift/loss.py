@@ -173,7 +173,10 @@ def _check_features(
   arrays = {"gen": ("B N C", gen), "pos": ("B P C", pos), "neg": ("B M C", neg)}
   if independent is not None:
     arrays["independent"] = ("B I C", independent)
-  check_axes("of a single problem [N, C], give gen[None] and so on", **arrays)
+  remedy = "of a single problem [N, C], give gen[None] and so on"
+  if any(array.ndim > 3 for _, array in arrays.values()):
+    remedy = "flatten what follows N, as gen.reshape(B, N, -1) does"
+  check_axes(remedy, **arrays)
   return neg
 
 

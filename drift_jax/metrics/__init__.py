@@ -15,4 +15,4 @@ _NAMES = {
   "system.errors": ("EvaluationError",),
 }
 HOMES = lazy.homes("drift_jax", _NAMES)
-__getattr__ = lazy.names(__name__, HOMES)
+__getattr__, __dir__ = lazy.names(__name__, HOMES)

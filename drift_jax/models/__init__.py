@@ -19,4 +19,4 @@ _NAMES = {
   "tasks.policy.observations": ("ObservationEncoder",),
   "tasks.policy.unet1d": ("ConditionalUnet1d",),
 }
-__getattr__ = lazy.names(__name__, lazy.homes("drift_jax", _NAMES))
+__getattr__, __dir__ = lazy.names(__name__, lazy.homes("drift_jax", _NAMES))

@@ -57,7 +57,7 @@ def read_request(
   for key in values:
     if key not in _KEYS:
       _refuse(f"unknown key {_show(key)}: valid keys are {list(_KEYS)}")
-  count = _integer("count", values.get("count", 1), 1, max_images + 1)
+  count = _integer("count", values.get("count", 1), 1, max_images)
   # Nothing to choose in a model of one class.
   labels = values.get("labels", [0] if model.num_classes == 1 else None)
   if not isinstance(labels, list) or not 1 <= len(labels) <= max_images:
@@ -66,7 +66,7 @@ def read_request(
       "indices"
     )
   for i, label in enumerate(labels):
-    _integer(f"labels[{i}]", label, 0, model.num_classes)
+    _integer(f"labels[{i}]", label, 0, model.num_classes - 1)
   if len(labels) * count > max_images:
     _refuse(
       f"{len(labels)} labels with count={count} are {len(labels) * count} "
@@ -81,7 +81,7 @@ def read_request(
   return Asked(
     labels=np.repeat(np.array(labels, np.int32), count),
     alpha=float(alpha),
-    seed=_integer("seed", values.get("seed", 0), 0, options.MAX_SEED + 1),
+    seed=_integer("seed", values.get("seed", 0), 0, options.MAX_SEED),
     style=_style(values.get("style"), model),
   )
 
@@ -129,9 +129,9 @@ def _style(values: Any, model: sampling.Sampler) -> tuple[int, ...] | None:
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:
-  """An integer in [low, high)."""
-  if type(value) is not int or not low <= value < high:
-    _refuse(f"{name}={_show(value)} must be an integer in [{low}, {high})")
+  """An integer in [low, high]."""
+  if type(value) is not int or not low <= value <= high:
+    _refuse(f"{name}={_show(value)} must be an integer in [{low}, {high}]")
   return value
 
 

@@ -71,7 +71,7 @@ def run(program: Callable[[], None], *, again: str = AGAIN) -> None:
     _exit_now(RESTART)
   except Preempted as error:
     logger.info("%s; %s.", error, again)
-    _leave(RESTART, again)
+    _leave(INTERRUPTED if _interrupted.is_set() else RESTART, again)
   except KeyboardInterrupt:
     _end(INTERRUPTED, f"Interrupted: {again}.")
   except Exception as error:
@@ -347,6 +347,8 @@ def _exit_now(code: int) -> NoReturn:
   os._exit(code)
 
 
+# Whether Ctrl-C was the reason to stop.
+_interrupted = threading.Event()
 # Numbers the questions whether to stop: JAX wants one increasing series, the
 # same in all processes.
 _questions = itertools.count(1)
@@ -356,6 +358,7 @@ _questions = itertools.count(1)
 def preemption() -> Iterator[Callable[[], bool]]:
   """Yields a function that tells whether to stop now, by SIGTERM.
 
+  In a single process also by Ctrl-C; a second one interrupts at once.
   A SIGTERM to any process makes all of them stop at the same question, if all
   ask equally often: between training steps and the batches of evaluations.
   Nobody else may ask JAX, and after a yes nobody may ask again.
@@ -370,21 +373,40 @@ def preemption() -> Iterator[Callable[[], bool]]:
     yield lambda: False  # Only the main thread may handle signals.
     return
   told = threading.Event()
-  before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+
+  def handle(number: int, frame: FrameType | None) -> None:
+    del frame
+    told.set()
+    if number == signal.SIGINT:
+      _interrupted.set()
+      signal.signal(number, signal.default_int_handler)
+      logger.info("Interrupted: this step ends and is saved (again: at once).")
+
+  before = {
+    number: signal.signal(number, handle)
+    for number in (signal.SIGTERM, signal.SIGINT)
+    # A shell that starts a program with & has it ignored.
+    if signal.getsignal(number) is not signal.SIG_IGN
+  }
   try:
     yield told.is_set
   finally:
-    if not told.is_set():  # Else a second one must not disturb the end.
-      signal.signal(signal.SIGTERM, before)
+    if not told.is_set():  # Else a second SIGTERM must not disturb the end.
+      for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def stop_on_sigterm() -> None:
-  """Until `preemption` takes over: SIGTERM ends a program that has no state."""
+  """Until `preemption` takes over: SIGTERM ends a program that has no state.
+
+  At once: what a handler raises is lost if it comes while Python calls back
+  from C++, and Python's own end may crash on what XLA still does.
+  """
 
   def handle(number: int, frame: FrameType | None) -> NoReturn:
     del number, frame
     logger.info("Told to stop before the first step; %s.", AGAIN)
-    raise SystemExit(RESTART)  # not an Exception, which others would wrap
+    _exit_now(RESTART)
 
   if not processes.several():
     signal.signal(signal.SIGTERM, handle)

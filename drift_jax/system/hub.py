@@ -112,14 +112,49 @@ def _asked(address: Address, *, dry_run: bool) -> Any:
   repository, revision, name = address
   check_endpoint()
   download: Callable[..., Any] = huggingface_hub.hf_hub_download
+  unreached = _unreached()
   try:
-    return download(repository, name, revision=revision, dry_run=dry_run)
+    return download(
+      repository,
+      name,
+      revision=revision,
+      dry_run=dry_run,
+      local_files_only=bool(unreached),
+    )
   except errors.RemoteEntryNotFoundError:
     return None
   except Exception as error:  # The library's own classes have no base.
     if _is_known_to_lack(address, error):
       return None
-    raise HubError(f"{name}: {one_line(error)}{variables()}") from error
+    text = f"{name}: {one_line(error)}"
+    if unreached and isinstance(error, errors.LocalEntryNotFoundError):
+      text = (
+        f"{unreached}, and {name} is not in the cache (HF_HOME); once loaded "
+        "it needs no network"
+      )
+    raise HubError(f"{text}{variables()}") from None
+
+
+def _unreached() -> str:
+  """Says that the hub can't be reached, and why; '' if it answers.
+
+  The library would try to reach it for half a minute, for each file.
+  """
+  try:
+    if not huggingface_hub.is_offline_mode():
+      _reach(constants.ENDPOINT)
+  except Exception as error:  # those of a client, of TLS, of names
+    host = constants.ENDPOINT.partition("://")[2]
+    reason = re.sub(r"^\[Errno -?\d+\] ", "", one_line(error))
+    return f"{host} cannot be reached ({reason})"
+  return ""
+
+
+@functools.cache  # of an answer, not of an error
+def _reach(endpoint: str) -> None:
+  """Asks the hub for anything, once."""
+  session = huggingface_hub.get_session()
+  session.head(endpoint, timeout=constants.HF_HUB_ETAG_TIMEOUT)
 
 
 def downloads() -> pathlib.Path:

@@ -1,12 +1,43 @@
 """Public names of a package, imported when they are asked for."""
 
+import contextlib
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from drift_jax.system.errors import UserError
 
-def names(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-  """A package's `__getattr__` (PEP 562).
+
+class MissingError(UserError, ImportError):
+  """A package that all of drift_jax needs is missing."""
+
+
+@contextlib.contextmanager
+def needs() -> Iterator[None]:
+  """Turns the absence of a package that ours import into a MissingError."""
+  try:
+    yield
+  except ModuleNotFoundError as error:
+    frames = traceback.walk_tb(error.__traceback__)
+    importers = [frame.f_globals.get("__name__", "") for frame, _ in frames]
+    package = (error.name or "").partition(".")[0]
+    if package == "drift_jax" or not importers[-1].startswith("drift_jax."):
+      raise
+    raise MissingError(
+      f"the package {package!r} is missing: drift_jax was installed without "
+      "its needs; install it again without --no-deps, or, in a clone, by "
+      "launch/install.sh"
+    ) from None
+
+
+def names(
+  package: str, homes: Mapping[str, str]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+  """A package's `__getattr__` and `__dir__` (PEP 562).
+
+  `__dir__` has the names of `__all__`, if the package has it, else all.
 
   Args:
     package: its `__name__`.
@@ -16,10 +47,15 @@ def names(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
   def get(name: str) -> Any:
     if name not in homes:
       raise AttributeError(f"module {package!r} has no attribute {name!r}")
-    module = importlib.import_module(homes[name])
+    with needs():
+      module = importlib.import_module(homes[name])
     return getattr(module, name, module)
 
-  return get
+  def listed() -> list[str]:
+    has = vars(sys.modules[package])
+    return sorted({*has, *has.get("__all__", homes)})
+
+  return get, listed
 
 
 def homes(package: str, names: Mapping[str, Sequence[str]]) -> dict[str, str]:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from drift_jax.system import console
+from drift_jax.system import console, lazy
 from drift_jax.system.errors import ERRORS, UserError
 
 
@@ -71,8 +71,9 @@ def run(
       do; see `numerics.keep_compiled`.
     **timeouts: see `exits.join`.
   """
-  setup()
-  from drift_jax.system import exits, numerics
+  with checking(), lazy.needs():
+    setup()
+    from drift_jax.system import exits, numerics
 
   again = exits.AGAIN if resumes else exits.ANEW
 
@@ -84,7 +85,8 @@ def run(
     if resumes:
       exits.stop_on_sigterm()
     try:
-      program()
+      with lazy.needs():
+        program()
     except errors as error:
       raise UserError(str(error)) from error
 

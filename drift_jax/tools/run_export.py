@@ -1,6 +1,6 @@
 """Images from an export: pip install jax flatbuffers
 
-python run.py --labels 3 7 --count 8 --alpha 1.5 --seed 0 --out grid.png
+python run.py --labels 3,7 --count 8 --alpha 1.5 --seed 0 --out grid.png
 """
 
 import argparse
@@ -102,8 +102,11 @@ def main() -> None:
   asked = parser.parse_args()
   try:
     draw(asked)
+  except ImportError as error:
+    sys.exit(f"Error: pip install jax flatbuffers ({error})")
   except (OSError, ValueError) as error:
     sys.exit(f"Error: {error}")
+  print("Wrote", asked.out)
 
 
 def draw(asked: argparse.Namespace) -> None:
@@ -112,7 +115,14 @@ def draw(asked: argparse.Namespace) -> None:
   manifest = json.loads((HERE / "manifest.json").read_text())
   check(asked, manifest)
   names, count = manifest["class_names"] or [], manifest["num_classes"]
-  chosen = [class_index(label, names, count) for label in asked.labels]
+  chosen = [
+    class_index(label, names, count)
+    for text in asked.labels
+    # A name may hold a comma.
+    for label in (
+      [text] if text.removeprefix("name:") in names else text.split(",")
+    )
+  ]
   print("Classes:", *(f"{i} {names[i]!r}" if names else i for i in chosen))
   labels = np.repeat(np.array(chosen, np.int32), asked.count)
   weights = {
@@ -140,7 +150,7 @@ def draw(asked: argparse.Namespace) -> None:
   scale = max(1, 48 // pixels.shape[1])
   pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
   pixels = np.broadcast_to(pixels, (*pixels.shape[:3], 3))
-  rows = pixels.reshape(len(asked.labels), asked.count, *pixels.shape[1:])
+  rows = pixels.reshape(len(chosen), asked.count, *pixels.shape[1:])
   grid = np.concatenate(np.concatenate(rows, axis=1), axis=1)
   out.write_bytes(png(grid))
 

@@ -100,7 +100,7 @@ def _require_space(needs: Sequence[hub.Need]) -> None:
   try:
     hub.require_space(needs)
   except hub.HubError as error:
-    raise artifacts.ArtifactError(str(error)) from error
+    raise artifacts.ArtifactError(str(error)) from None
 
 
 def local(source: str) -> str:
@@ -168,7 +168,7 @@ def _find(source: str) -> hub.Remote | None:
       if weights is not None:
         return weights
   except hub.HubError as error:
-    raise artifacts.ArtifactError(f"{source}: {error}") from error
+    raise artifacts.ArtifactError(f"{source}: {error}") from None
   return None
 
 

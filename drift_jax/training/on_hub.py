@@ -31,7 +31,7 @@ def fetch(source: str) -> tuple[epath.Path, artifacts.Layout]:
   try:
     hub.fetch(params.address)
   except hub.HubError as error:
-    raise artifacts.ArtifactError(f"{source}: {error}") from error
+    raise artifacts.ArtifactError(f"{source}: {error}") from None
   return metadata.parent, layout
 
 
@@ -65,6 +65,10 @@ def find(source: str) -> tuple[epath.Path, hub.Remote, artifacts.Layout]:
   address = hub.parse(source)
   name, _, revision = source.removeprefix("hf://").partition("@")
   there = f"the authors' release has {released.listed()}"
+  names = [entry.name for entry in released.released()]
+  # Of the release's own artifacts: there may be newer ones.
+  is_new = address is None and name not in names
+  hint = f"; {name!r} is none of the known names {names}" * is_new
   if address is not None:
     if manifest(source) is not None:
       folder = pathlib.PurePosixPath(address.path, artifacts.EXPORTED)
@@ -104,7 +108,7 @@ def find(source: str) -> tuple[epath.Path, hub.Remote, artifacts.Layout]:
       }
       there = f"it has {sorted(has)}"
   except hub.HubError as error:
-    raise artifacts.ArtifactError(f"{source}: {error}") from error
+    raise artifacts.ArtifactError(f"{source}: {error}{hint}") from None
   raise artifacts.ArtifactError(
     f"{source}: {places[0].repository} holds no artifact "
     f"{' or '.join(place.path or '.' for place in places)}; {there}"

@@ -42,11 +42,18 @@ RUN = """if True:
 ALL = """if True:
   import jax
   import jax.numpy as jnp
-  import drift_jax.drift
+  import drift_jax
   from drift_jax import drift
+  assert {"load", "released"} <= {*dir(drift_jax)}
+  try:
+    drift_jax.load
+  except ImportError as error:
+    assert type(error).__name__ == "MissingError", error
+    assert error.__suppress_context__ and "--no-deps" in str(error)
 
   for names in drift._NAMES.values():
     [getattr(drift, name) for name in names]
+    assert {*names} <= {*dir(drift)}
   import drift_jax.drift.fused
 
   def every(x, y, z):

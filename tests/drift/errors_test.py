@@ -71,6 +71,7 @@ TABLE = [
     lambda: loss((4, 2)),
     r"gen has .*\(4, 2\), want \[B, N, C\]: .*gen\[None\]",
   ),
+  (lambda: loss((1, 4, 8, 2)), r"gen .* want \[B, N, C\]: flatten"),
   (lambda: loss(pos=(1, 8, 6)), r"pos has shape \(1, 8, 6\)"),
   (
     lambda: loss(independent=ones(4, 2), **INDEPENDENT),

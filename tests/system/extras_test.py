@@ -7,7 +7,7 @@ import pytest
 
 from drift_jax.data import sources
 from drift_jax.system import extras
-from tests.process import call
+from tests.process import ROOT, call
 
 
 @pytest.fixture(params=[True, False], ids=["installed", "clone"])
@@ -67,3 +67,15 @@ def test_the_page_before_anything_heavy():
   done = call("-c", program)
   assert done.returncode == 1 and done.stderr.count("\n") == 1
   assert "'uvicorn': pip install" in done.stderr
+
+
+@pytest.mark.parametrize("package", ["ml_collections", "PIL", "jax"])
+def test_an_installation_without_its_needs(package, tmp_path):
+  (tmp_path / "sitecustomize.py").write_text(
+    f"import sys; sys.modules[{package!r}] = None"
+  )
+  path = f"{tmp_path}:{ROOT}"
+  command = ("-m", "drift_jax", "sample", "--from=x")
+  done = call(*command, cwd=tmp_path, PYTHONPATH=path)
+  assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+  assert f"'{package}'" in done.stderr and "--no-deps" in done.stderr

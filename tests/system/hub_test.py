@@ -84,6 +84,14 @@ def test_online_then_offline(repositories, tmp_path):
   ):
     assert words in line, line
 
+  sources = ("hf://latent_B_sota", "hf://latent_L_sota", "hf://latent_L_soto")
+  done = call("-c", TRY_EACH, *sources, HF_ENDPOINT=address, **cache)
+  found, unreached, mistyped = done.stdout.splitlines()
+  assert found == generator and not done.stderr  # no word of retries
+  for line in (unreached, mistyped):
+    assert f"{address.removeprefix('http://')} cannot be reached (" in line
+  assert "'latent_L_sota'" in mistyped and "known" not in unreached
+
   offline = cache | {"HF_HUB_OFFLINE": "1"}
   (blob,) = [
     path.resolve()
@@ -149,6 +157,7 @@ def test_whatever_the_library_raises_is_one_line(monkeypatch, error):
   with pytest.raises(artifacts.ArtifactError, match="hf://a/b: ") as caught:
     artifacts.load("hf://a/b")
   text = str(caught.value)
+  assert caught.value.__suppress_context__
   assert "\n" not in text and "HF_TOKEN" in text and "secret" not in text
   assert hub_lib.folders(hub_lib.Address("a/b", None, "")) == []
 

@@ -76,6 +76,13 @@ BARE = """if True:
   for name in ("flax", "drift_jax"):
     assert importlib.util.find_spec(name) is None, name
   _, script, *asked = sys.argv
+  sys.argv = [script, "--count=1"]
+  sys.modules["flatbuffers"] = None
+  try:
+    runpy.run_path(script, run_name="__main__")
+  except SystemExit as end:
+    assert "Error: pip install jax flatbuffers" in end.code, end.code
+  del sys.modules["flatbuffers"]
   for out in ("grid.png", "images.npy"):
     sys.argv = [script, *asked, f"--out={out}"]
     runpy.run_path(script, run_name="__main__")
@@ -84,7 +91,14 @@ BARE = """if True:
 
 @pytest.mark.system
 def test_runs_with_jax_and_numpy_alone(exported, tmp_path):
-  asked = ["--labels", "3", "1", "--count=4", "--alpha=1.5", "--seed=11"]
+  asked = [
+    "--labels",
+    "3,1",
+    "index:2",
+    "--count=4",
+    "--alpha=1.5",
+    "--seed=11",
+  ]
   done = subprocess.run(
     # -S: no site-packages.
     [sys.executable, "-S", "-c", BARE, exported / "run.py", *asked],
@@ -94,14 +108,15 @@ def test_runs_with_jax_and_numpy_alone(exported, tmp_path):
     text=True,
   )
   assert done.returncode == 0, done.stderr
+  assert done.stdout.endswith("Wrote images.npy\n")
   images = np.load(tmp_path / "images.npy")
   expected = drift_jax.load(str(exported)).sample(
-    [3, 1], count=4, alpha=1.5, seed=11
+    [3, 1, 2], count=4, alpha=1.5, seed=11
   )
   assert_close(images, expected.images, 1e-5)
   with Image.open(tmp_path / "grid.png") as image:
     grid = np.asarray(image)
-  assert grid.shape == (2 * 48, 4 * 48, 3)
+  assert grid.shape == (3 * 48, 4 * 48, 3)
   pixels = expected.pixels()[5].astype(int)  # second row, second column
   assert np.abs(grid[48:96:6, 48:96:6, :1] - pixels).max() <= 1
 

@@ -98,7 +98,7 @@ def _locate_on_hub(source: str, names: Sequence[str]) -> Located:
         pinned = address._replace(revision=commit, path=config)
         return Located(weights, hub.fetch(pinned), commit)
   except hub.HubError as error:
-    raise WeightsError(f"{source}: {error}") from error
+    raise WeightsError(f"{source}: {error}") from None
   raise WeightsError(f"{source}: the repository holds none of {list(names)}")
 
 

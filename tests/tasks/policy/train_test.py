@@ -207,13 +207,13 @@ def test_the_rollout_tool(trained, tmp_path):
   with Image.open(video) as gif:
     assert gif.n_frames > 2
   flags = dict.fromkeys(("step", "episodes", "seed", "samplers", "video"))
-  flags |= {"workdir": str(workdir), "videos": 4}
+  flags |= {"videos": 4}
   for changes, text in (
     ({"samplers": ["ddim:3"]}, "valid samplers are 'ddpm:10' and 'ddim:N'"),
     ({"video": str(video)}, "--video is of one sampler"),
   ):
     with pytest.raises(config_lib.ConfigError, match=text):
-      rollout.run(types.SimpleNamespace(**flags | changes))
+      rollout.run(str(workdir), types.SimpleNamespace(**flags | changes))
 
 
 @pytest.fixture(scope="module")
