@@ -107,6 +107,7 @@ def _open(
   if by_cudnn and section.sharding != "fsdp":
     params = jax.tree.map(_as_cudnn_takes, params)
   if weights and opened is not None:
+    logger.info("%s: the weights of %s.", key, section.path)
     with _naming(key):
       params = opened.read(params)
   return dataclasses.replace(artifact, module=module, params=params)

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from drift_jax.system import console, exits
+from tests import process
 
 
 @pytest.fixture
@@ -50,15 +51,45 @@ def test_how_programs_end(lines):
   ]
 
 
-def test_sigterm_before_the_first_step(lines, sigterm):
-  def program():
-    exits.stop_on_sigterm()
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(10)
+def test_sigterm_before_the_first_step_ends_even_in_a_callback():
+  """What a handler raises there is lost, and the run would go on."""
+  program = """if True:
+    import gc, os, signal
+    from drift_jax.system import console, exits
 
-  assert code_of(program) == 75
-  (line,) = lines()
-  assert line.startswith("Told to stop before the first step; the same command")
+    console.setup(0)
+    exits.stop_on_sigterm()
+    gc.callbacks.append(lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    gc.collect()
+    print("went on")
+  """
+  done = process.call("-c", program)
+  assert done.returncode == 75 and not done.stdout
+  assert "Told to stop before the first step; the same" in done.stderr
+
+
+def test_ctrl_c_saves_and_a_second_one_does_not_wait(lines):
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+  def stopped():
+    with exits.preemption() as preempted:
+      os.kill(os.getpid(), signal.SIGINT)
+      assert preempted()
+    raise exits.Preempted("Told to stop: step 3 is saved")
+
+  def impatient():
+    with exits.preemption():
+      os.kill(os.getpid(), signal.SIGINT)
+      os.kill(os.getpid(), signal.SIGINT)
+      time.sleep(10)
+
+  for program in (stopped, impatient):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert code_of(program) == 130
+  exits._interrupted.clear()
+  signal.signal(signal.SIGINT, before)
+  assert lines()[1].startswith("Told to stop: step 3 is saved; the same")
+  assert lines()[3].startswith("Interrupted: the same command goes on")
 
 
 def test_sigterm_between_steps_and_again_at_the_end(lines, sigterm):
