@@ -24,7 +24,7 @@ PACKAGE = pathlib.Path(drift_jax.__file__).parent
 # `data_source` is expanded as the config's, `root_path` is of URLs.
 NO_PATHS = set(
   "class_order compute_dtype coordinator crop data_source dtype figure host "
-  "mesh only root_path size source split topology variant".split()
+  "mesh only push root_path size source split topology variant".split()
 )
 
 
