@@ -28,11 +28,9 @@ For 256, once for each of the splits train and test:
 
 `cpu` was run on two CPU cores (docs/your_images.md has times and pictures): 400
 steps are a first look, more (train.num_steps) should do better. Nobody has
-trained or compiled 64, 128 and 256; no time, memory or FID of theirs is known.
-256 has the batch of imagenet_latent.py:one_gpu_24gb, which takes 12.6 GB by the
-compiler; 64 and 128 have as many samples of as many tokens as cifar10.py, which
-takes 6.8 GB, but are wider, as is their encoder. docs/one_gpu.md says how to
-check what fits.
+trained 64, 128 and 256; no time or FID of theirs is known. By the compiler 64
+takes 9.2 GB of an RTX 4090, 128 9.3 GB, their encoders less (docs/scaling.md).
+256 has the batch of imagenet_latent.py:one_gpu_24gb, which takes 12.6 GB.
 """
 
 from ml_collections import ConfigDict
