@@ -129,14 +129,9 @@ def drift_losses(
   stops = [num_positives]
   if variant.negatives == "independent":
     stops.append(num_positives + (num_unconditional or 0))
+  parts = {"temperature_scale": temperature_scale, "stops": stops}
   early = kernel == "early"
-  by_xla = functools.partial(
-    _by_xla,
-    temperature_scale=temperature_scale,
-    loss=loss,
-    stops=stops,
-    early=early,
-  )
+  by_xla = functools.partial(_by_xla, **parts, loss=loss, early=early)
   on_chip, fits_chip = by_xla, lambda x: False
   has_kernel = variant.has_kernel and temperature_scale is None
   if has_kernel and kernel in ("pallas", "interpret"):
