@@ -48,7 +48,7 @@ EACH = """if True:
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         said.seek(0)
         text, _, names = said.read().rpartition("\\nimported: ")
-        print(json.dumps([code, text, names.split()]))
+        print(json.dumps([code, text, names.split()]), flush=True)
         continue
       os.dup2(said.fileno(), 1)
       os.dup2(1, 2)
