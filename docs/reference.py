@@ -1,4 +1,4 @@
-"""What mkdocs needs beside mkdocs.yml: names of the reference, equations.
+"""Hooks of mkdocs: names of the reference, equations of docstrings.
 
 mkdocs calls the functions `on_...`; the docstrings' reader calls Equations.
 """

@@ -118,7 +118,7 @@ def define_source_flag(
     help: what it may name.
     *former: names that it had, which still answer.
     required: whether the program needs it.
-    parser: of the value; None: of one path.
+    parser: reads the value; None reads one path.
   """
   flag = _Once(parser or paths.FlagParser(), None, "from", None, help)
   flags.DEFINE_flag(flag, required=required)

@@ -87,7 +87,7 @@ def _kept(file: pathlib.Path) -> Dataset | None:
 
 
 def _downloaded(repository: str, revision: str | None) -> Dataset | None:
-  """What another program, e.g. `hf download`, left in the cache, if whole."""
+  """Lists a whole copy that another program left in the cache; else None."""
   try:
     folder = pathlib.Path(
       huggingface_hub.snapshot_download(
@@ -120,7 +120,7 @@ def _missing(dataset: Dataset, names: Sequence[str]) -> list[str]:
 
 
 def need(dataset: Dataset, names: Sequence[str]) -> hub.Need:
-  """What is to be downloaded before all of these files are there."""
+  """Sums the files that are still to be downloaded."""
   missing = _missing(dataset, names)
   what = f"{len(missing)} of {len(names)} files of {dataset}"
   size = sum(dataset.files[name] for name in missing)
