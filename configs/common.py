@@ -141,9 +141,10 @@ def generator() -> ConfigDict:
   # Of attention and drifting losses: 'pallas' on TPUs, 'xla' anywhere; 'auto'
   # takes the first that runs, and from NVIDIA's Ampere on cuDNN's attention.
   config.train.kernels = "auto"
-  # Labels that are computed at once, over all devices; 0: all of batch.labels.
-  # Fewer need less memory: their gradients are added up.
-  config.train.accum_labels = 0
+  # Labels that are computed at once, over all devices; 0: all of batch.labels;
+  # -1: all, or of large models on GPUs as many as fit (docs/scaling.md). Fewer
+  # need less memory: their gradients are added up.
+  config.train.accum_labels = -1
   # The field's scalars (A.6) of such a group: its own ('group'), or those of
   # the whole batch ('exact'), from two more passes without gradients.
   config.train.accum_scalars = "exact"

@@ -210,6 +210,25 @@ def memory_fraction() -> float:
   return fraction
 
 
+def available_memory(device: Any) -> tuple[int | None, int | None]:
+  """Bytes that programs may use on a device, and all; None if nobody says.
+
+  Raises:
+    DeviceError: see memory_fraction.
+  """
+  kind = device.device_kind
+  if kind in TPU_MEMORY:
+    whole = int(TPU_MEMORY[kind])
+    return whole, whole
+  try:
+    stats = device.memory_stats() or {}
+  except (RuntimeError, NotImplementedError):  # it is not there
+    stats = {}
+  whole = {card.kind: card.memory for card in CARDS.values()}.get(kind)
+  part = whole and int(memory_fraction() * whole)
+  return stats.get("bytes_limit", part), whole
+
+
 def find_devices(*, local: bool = False) -> list[Any]:
   """All devices, or those of this process.
 

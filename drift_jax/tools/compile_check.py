@@ -291,7 +291,7 @@ def compile_program(
     flops=jaxprs.matmul_flops(traced.jaxpr, mesh.size),
     asked=hlo.totals(hlo.requested_collectives(traced.jaxpr)),
   )
-  report.available, report.memory = _available(device)
+  report.available, report.memory = devices_lib.available_memory(device)
   # 2. The compiler, which may refuse it
   with tempfile.TemporaryDirectory() as folder:
     options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
@@ -428,22 +428,6 @@ def _device_bytes(tree: Any) -> int:
     return math.prod(shape) * leaf.dtype.itemsize
 
   return sum(size(leaf) for leaf in jax.tree.leaves(tree))
-
-
-def _available(device: Any) -> tuple[int | None, int | None]:
-  """Bytes that programs may use on a device, and all; None if nobody says."""
-  kind = device.device_kind
-  if kind in devices_lib.TPU_MEMORY:
-    whole = int(devices_lib.TPU_MEMORY[kind])
-    return whole, whole
-  try:
-    stats = device.memory_stats() or {}
-  except (RuntimeError, NotImplementedError):  # it is not there
-    stats = {}
-  memory = {card.kind: card.memory for card in devices_lib.CARDS.values()}
-  whole = memory.get(kind)
-  part = whole and int(devices_lib.memory_fraction() * whole)
-  return stats.get("bytes_limit", part), whole
 
 
 def needed_bytes(message: str) -> int | None:

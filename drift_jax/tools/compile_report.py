@@ -129,7 +129,9 @@ def advice(report: Report, config: Any, mesh: Any) -> list[str]:
   )
   if training and config.task == "generator":
     labels = config.batch.labels
-    at_once = config.train.accum_labels or labels
+    from drift_jax.tasks.generator import setup
+
+    at_once = setup.labels_at_once(config, mesh)
     text = (
       f"train.accum_labels={mesh.size}: so many of the {labels} labels at once"
     )

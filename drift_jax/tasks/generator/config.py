@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from drift_jax.config import checks, sections
 from drift_jax.config.parsing import build
@@ -81,12 +81,12 @@ class GeneratorTrain(sections.Train):
 
   `kernels` of attention and drifting losses: 'pallas' for TPUs, 'xla'
   anywhere, 'auto' the first that the devices run and, on NVIDIA GPUs, cuDNN's
-  attention. `accum_labels` at once, if not 0, with the field's scalars by
-  `accum_scalars`, 'group' or 'exact'.
+  attention. `accum_labels` at once, all (0), or all that fit a GPU (-1), with
+  the field's scalars by `accum_scalars`, 'group' or 'exact'.
   """
 
   kernels: Literal["auto", "pallas", "xla"]
-  accum_labels: sections.Count
+  accum_labels: Annotated[int, sections.AtLeast(-1)]
   accum_scalars: Literal["group", "exact"]
 
 
@@ -217,7 +217,7 @@ def _check_batch(config: GeneratorConfig) -> None:
   if batch.reals == "queue":
     _check_queue(config)
   checks.require(
-    not at_once or batch.labels % at_once == 0,
+    at_once <= 0 or batch.labels % at_once == 0,
     f"train.accum_labels={at_once} does not divide batch.labels="
     f"{batch.labels}: groups of labels are of one size; 0 for one group",
   )

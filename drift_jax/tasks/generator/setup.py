@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from drift_jax.data.feed import GroupedFeed, QueueFeed
 from drift_jax.data.readers import Reader
 from drift_jax.drift.many import Kernel
 from drift_jax.models.generator import build_generator
-from drift_jax.system import storage
+from drift_jax.system import devices, storage
 from drift_jax.system.console import logger
 from drift_jax.system.errors import naming
 from drift_jax.tasks.generator import step as step_lib
@@ -30,6 +31,16 @@ from drift_jax.training.workdir import has_checkpoints
 
 # Those whose `features` has the options of the config's section `features`.
 _RESIDUAL = ("mae", "resnet")
+# Of generators from B on, whose width is this, with blocks recomputed in full:
+# bytes of a GPU for each image (generated, positive or unconditional) of the
+# labels that it computes at once, and for all else. No less than what was
+# compiled: docs/scaling.md has the table.
+_LARGE = 768
+_GPU_BYTES = {
+  "latents": (4e9, 19e6),
+  "latents, 640": (12e9, 32e6),
+  "pixels": (12e9, 160e6),
+}
 
 
 def decoded_encoders(
@@ -126,7 +137,7 @@ def generator_task(
     ConfigError: a model that can't be, kernels that don't run there.
   """
   model = config.model
-  at_once = config.train.accum_labels or config.batch.labels
+  at_once = labels_at_once(config, mesh)
   kernel = kernel_for(config.train.kernels, mesh)
   of_drift = drift_arguments(config.drift)
   has_kernel = of_drift["variant"].has_kernel
@@ -191,7 +202,9 @@ def generator_recipe(task: step_lib.GeneratorTask, frozen: Any) -> Recipe:
     frozen=frozen,
     computed=f"{np.dtype(generator.dtype)}, kernels: "
     f"{generator.attention_kernel} for attention, {task.kernel} for losses, "
-    f"remat: {generator.remat}",
+    f"remat: {generator.remat}"
+    + f", in {task.groups} groups of labels"
+    * (task.groups > 1),
   )
 
 
@@ -252,7 +265,7 @@ def with_classes(
 def check_labels(config: GeneratorConfig, mesh: Mesh) -> None:
   """Raises ConfigError if labels can't be split over the mesh."""
   check_divides("batch.labels", config.batch.labels, mesh)
-  check_divides("train.accum_labels", config.train.accum_labels, mesh)
+  check_divides("train.accum_labels", labels_at_once(config, mesh), mesh)
 
 
 def attention_kernel_for(kernels: str, mesh: Mesh) -> str:
@@ -277,6 +290,50 @@ def remat_for(remat: str, mesh: Mesh) -> str:
     return remat
   on_gpu = mesh.devices.flat[0].platform == "gpu"
   return "full" if on_gpu else "attention"
+
+
+def labels_at_once(config: GeneratorConfig, mesh: Mesh) -> int:
+  """Labels of a step that are computed at once, over all devices.
+
+  train.accum_labels, or where that is -1: on GPUs whose memory is known, as
+  many as fit, of generators in the published sizes; else all. Groups cost
+  operations, and groups with scalars of their own are another loss, which
+  nobody gets unasked.
+
+  Raises:
+    DeviceError: see devices.memory_fraction.
+  """
+  batch, asked = config.batch, config.train.accum_labels
+  device = mesh.devices.flat[0]
+  if asked > 0:
+    return asked
+  if (
+    asked == 0
+    or device.platform != "gpu"
+    or config.model.hidden_size < _LARGE
+    or config.train.accum_scalars == "group"
+  ):
+    return batch.labels
+  memory, _ = devices.available_memory(device)
+  if memory is None:
+    return batch.labels
+  rest, an_image = _GPU_BYTES[_load(config)]
+  images = batch.generated + batch.positives + batch.unconditional
+  fitting = int((memory - rest) / (images * an_image)) * mesh.size
+  return max(
+    n
+    for n in range(mesh.size, batch.labels + 1, mesh.size)
+    if batch.labels % n == 0 and (n <= fitting or n == mesh.size)
+  )
+
+
+def _load(config: GeneratorConfig) -> str:
+  """A key of _GPU_BYTES: the larger one in doubt."""
+  encoders = [e for e in config.encoders.values() if e.in_loss]
+  if not config.vae.path or any(e.decode for e in encoders):
+    return "pixels"
+  widths = [e.model.get("base_channels", math.inf) for e in encoders]
+  return "latents" if max(widths, default=0) <= 256 else "latents, 640"
 
 
 def kernels_there(kernels: str, mesh: Mesh) -> str:

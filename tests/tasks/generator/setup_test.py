@@ -4,15 +4,16 @@ import dataclasses
 import functools
 import operator
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import common, digits
+from configs import common, digits, imagenet_latent
 from drift_jax import config as config_lib
-from drift_jax.system import sharding
+from drift_jax.system import devices, sharding
 from drift_jax.tasks import parse, programs
 from drift_jax.tasks.generator import setup as networks
 from drift_jax.tasks.generator.setup import (
@@ -20,6 +21,7 @@ from drift_jax.tasks.generator.setup import (
   generator_task,
   init_generator,
   kernel_for,
+  labels_at_once,
   remat_for,
 )
 from drift_jax.tasks.generator.step import GeneratorBatch, draw, generator_loss
@@ -232,6 +234,32 @@ def test_label_groups_are_the_configs():
   ):
     train = dataclasses.replace(config.train, accum_labels=4)
     programs(dataclasses.replace(config, train=train), sharding.make_mesh())
+
+
+@pytest.mark.parametrize(
+  ("card", "count", "changes", "expected"),
+  [
+    ("h100", 8, {}, 64),
+    ("h100", 1, {"batch.labels": 4}, 4),
+    ("rtx4090", 1, {}, 1),
+    ("h100", 8, {"train.accum_labels": 8}, 8),
+    ("h100", 8, {"train.accum_labels": 0}, 128),
+    ("h100", 8, {"train.accum_scalars": "group"}, 128),
+    ("unknown", 8, {}, 128),
+    ("TPU v6 lite", 8, {}, 128),
+  ],
+)
+def test_as_many_labels_at_once_as_fit_a_gpu(card, count, changes, expected):
+  config = imagenet_latent.get_config("l2")
+  config.update_from_flattened_dict(changes)
+  known = devices.CARDS.get(card)
+  device = mock.Mock(
+    platform="tpu" if card.startswith("TPU") else "gpu",
+    device_kind=known.kind if known else card,
+    memory_stats=dict,
+  )
+  mesh = mock.Mock(devices=np.array([device] * count), size=count)
+  assert labels_at_once(parse(config), mesh) == expected
 
 
 def test_few_blocks_are_unrolled_on_a_cpu():
