@@ -29,8 +29,8 @@ For 256, once for each of the splits train and test:
 `cpu` was run on two CPU cores (docs/your_images.md has times and pictures): 400
 steps are a first look, more (train.num_steps) should do better. Nobody has
 trained 64, 128 and 256; no time or FID of theirs is known. By the compiler 64
-takes 9.2 GB of an RTX 4090, 128 9.3 GB, their encoders less (docs/scaling.md).
-256 has the batch of imagenet_latent.py:one_gpu_24gb, which takes 12.6 GB.
+takes 9.2 GB of an RTX 4090, 128 9.3 GB, 256 7.9 GB, encoders less
+(docs/scaling.md).
 """
 
 from ml_collections import ConfigDict

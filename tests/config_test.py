@@ -508,6 +508,12 @@ def test_resumed_runs_may_not_become_another_experiment(key, before, after):
     check_resumed(config, {key: after})
 
 
+def test_all_labels_at_once_are_all_that_fit_for_scalars_of_a_group():
+  config = generator()
+  config.train.update(accum_scalars="group", accum_labels=0)
+  check_resumed(config, {"train.accum_labels": -1})
+
+
 def test_runs_whose_course_depends_on_their_end_keep_it():
   config = generator()
   config.optim.schedule = "cosine"

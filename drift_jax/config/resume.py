@@ -149,7 +149,9 @@ def check_resumable(old: str, new: str) -> None:
   if "train.num_steps" in different:
     _check_new_end(different["train.num_steps"], before)
   groups = different.get("train.accum_labels")
-  if groups and before.get("train.accum_scalars") == "group":
+  # With scalars of a group 0 and -1 are one: all labels.
+  sizes = {max(0, x.get("train.accum_labels", 0)) for x in (before, after)}
+  if groups and len(sizes) > 1 and before["train.accum_scalars"] == "group":
     raise ConfigError(
       f"the workdir holds a run with other groups of labels; use a new workdir "
       f"or the old value. Changed: {groups} (a resumed run may change it only "
