@@ -39,7 +39,7 @@ def get_config(variant: str = "") -> ConfigDict:
   if smoke:
     _smoke(config)
   if task == "cpu_judge":
-    common.classifier(config, 1_200)
+    common.classifier(config, 1_600)
     config.data.update(num_threads=2, crop_scale=(0.5, 1.0))
     config.model.input_patch_size = 2
   if task == "encoder":

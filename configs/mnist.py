@@ -43,6 +43,8 @@ def get_config(variant: str = "") -> ConfigDict:
   elif size == "cpu_encoder":
     _cpu_encoder(config)
     common.for_generator(config, get_config("cpu"))
+  elif size == "cpu_judge":
+    common.classifier(config, 900)
   return config
 
 
