@@ -219,6 +219,9 @@ def generator() -> ConfigDict:
   config.eval.dinov2 = ConfigDict()  # of 'fd_dinov2'
   config.eval.dinov2.path = ""
   config.eval.dinov2.reference = ""
+  # An encoder's export whose features and head judge samples as they are: one
+  # that no generator drifts in (configs/digits.py:classifier).
+  config.eval.classifier = ConfigDict({"path": ""})
   config.eval.coverage_k = 5  # neighbours of density and coverage
   config.eval.grid_classes = 10  # rows of the sample grid
   config.eval.grid_per_class = 10  # its columns
