@@ -123,7 +123,10 @@ def _mae_parts(
   else:  # nothing is hidden, so there is nothing to reconstruct
     _, logits = step_lib.apply(task.mae, params, inputs, method="classify")
     output = mae_lib.MAEOutput(rest.mask, logits, rest.mask, rest.mask)
-  return mae_lib.mae_loss(output, rest.labels, lam)
+  parts = mae_lib.mae_loss(output, rest.labels, lam)
+  if not task.mask_ratio:
+    del parts["recon_loss"]
+  return parts
 
 
 def mae_eval_step(
@@ -160,6 +163,7 @@ def mae_eval_step(
   return {
     name: jnp.sum(jnp.where(valid, parts[name], 0.0))
     for name in ("recon_loss", "accuracy")
+    if name in parts
   }
 
 
