@@ -1,7 +1,8 @@
 """Figures of a run's evaluation: a second network's, and refused ones."""
 
+import functools
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import linalg
@@ -18,7 +19,7 @@ from drift_jax.training import artifacts
 from drift_jax.training.inputs import open_readers
 from tests.builders import save_model
 from tests.conftest import assert_close
-from tests.models.small import INCEPTION, MAE
+from tests.models.small import MAE, VAE
 
 LABELS = np.repeat(np.arange(10, dtype=np.int32), 10)
 
@@ -68,15 +69,9 @@ def test_a_second_network_judges_as_a_float64_oracle(tmp_path):
   noise = np.random.default_rng(0).normal(0, 0.1, (len(LABELS), 8, 8, 1))
   fake = (real[5:105] + noise).astype(np.float32)
 
-  @jax.jit
-  def see(images):
-    """(features, logits), of a call that hides nothing."""
-    of = {"params": artifact.params}
-    features = artifact.module.apply(of, images, method="pooled")
-    mask = jnp.zeros((*images.shape[:3], 1))
-    return features, artifact.module.apply(of, images, mask).logits
-
-  seen = [np.asarray(x, np.float64) for x in see(np.concatenate([real, fake]))]
+  see = jax.jit(functools.partial(artifact.module.apply, method="classify"))
+  every = see({"params": artifact.params}, np.concatenate([real, fake]))
+  seen = [np.asarray(x, np.float64) for x in every]
   features = np.split(seen[0], [len(real)])
   classes = np.split(np.argmax(seen[1], axis=1), [len(real)])
   expected = oracle(*features, 3)
@@ -100,7 +95,7 @@ def test_a_second_network_judges_as_a_float64_oracle(tmp_path):
 def test_a_network_that_can_not_judge_is_named(tmp_path):
   save_classifier(tmp_path / "colour", in_channels=3)
   save_classifier(tmp_path / "five", num_classes=5)
-  save_model(tmp_path / "other", "inception", INCEPTION)
+  save_model(tmp_path / "other", "vae", VAE)
   for name, metrics, message in (
     ("colour", CLASSIFIER_METRICS, "needs in_channels=3"),
     ("five", CLASSIFIER_METRICS, "knows 5 classes, the data have 10: leave"),
