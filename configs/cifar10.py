@@ -12,20 +12,24 @@ holds a folder of images for each class, or images alone. Variants, joined by
 commas:
   (none)   a generator that drifts in the encoder's features
   encoder  the ResNet-MAE whose features those are
-  smoke    the same code path in minutes on two CPU cores
+  cpu_judge  for two CPU cores: a small classifier, to judge a generator with
+           --config.eval.classifier.path=WORKDIR/encoder
+  smoke    the first two in minutes on two CPU cores
 """
 
 from ml_collections import ConfigDict
 
 from configs import common
 
-VARIANTS = ("generator", "encoder")
+VARIANTS = ("generator", "encoder", "cpu_judge")
 
 
 def get_config(variant: str = "") -> ConfigDict:
   """The config of the named variants."""
   task, smoke = common.choose(variant, VARIANTS)
-  config = _encoder() if task == "encoder" else _generator()
+  if smoke and task == "cpu_judge":
+    raise ValueError(f"variants {task!r} and 'smoke' exclude each other")
+  config = _generator() if task == "generator" else _encoder()
   config.data.update(
     source="tfds:cifar10",
     image_size=32,
@@ -34,6 +38,10 @@ def get_config(variant: str = "") -> ConfigDict:
   )
   if smoke:
     _smoke(config)
+  if task == "cpu_judge":
+    common.classifier(config, 1_600)
+    config.data.update(num_threads=2, crop_scale=(0.5, 1.0))
+    config.model.input_patch_size = 2
   if task == "encoder":
     common.for_generator(
       config, get_config("generator,smoke" if smoke else "generator")

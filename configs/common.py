@@ -220,6 +220,9 @@ def generator() -> ConfigDict:
   config.eval.dinov2 = ConfigDict()  # of 'fd_dinov2'
   config.eval.dinov2.path = ""
   config.eval.dinov2.reference = ""
+  # An encoder's export whose features and head judge samples as they are: one
+  # that no generator drifts in (configs/digits.py:classifier).
+  config.eval.classifier = ConfigDict({"path": ""})
   config.eval.coverage_k = 5  # neighbours of density and coverage
   config.eval.grid_classes = 10  # rows of the sample grid
   config.eval.grid_per_class = 10  # its columns
@@ -239,7 +242,7 @@ def mae() -> ConfigDict:
 
   config.mae = ConfigDict()  # A.3
   config.mae.batch_size = 8_192
-  config.mae.mask_ratio = 0.5
+  config.mae.mask_ratio = 0.5  # 0: a classifier alone
   config.mae.classification_steps = 3_000  # last steps; 0: no fine-tune
   config.mae.classification_ramp = 1_000  # steps to the full weight
   config.mae.classification_weight = 0.1
@@ -457,6 +460,32 @@ def for_generator(config: ConfigDict, generator: ConfigDict) -> None:
   for key in needs:
     section = generator.eval if key == "num_samples" else generator.batch
     needs[key] = section[key]
+
+
+def classifier(config: ConfigDict, steps: int) -> None:
+  """Makes an encoder's config one of a classifier for two CPU cores.
+
+  It sees whole images, and their labels from the first step on: a network that
+  judges a generator (eval.classifier) and that no generator drifts in.
+  """
+  config.seed = 1  # another one than the encoder's
+  config.model.update(
+    base_channels=24, layers=(1, 2, 2, 1), norm_groups=4, dtype="float32"
+  )
+  config.mae.update(
+    batch_size=128,
+    mask_ratio=0.0,
+    classification_steps=steps,
+    classification_ramp=1,
+    classification_weight=1.0,
+  )
+  config.optim.update(
+    schedule="cosine", learning_rate=3e-3, warmup_steps=50, weight_decay=0.05
+  )
+  config.ema.decays = (0.99,)
+  config.train.update(num_steps=steps, log_every=50)
+  config.eval.update(every=steps // 4, batch_size=500, ema_decay=0.99)
+  config.checkpoint.every = steps // 4
 
 
 def smoke_generator(config: ConfigDict) -> None:

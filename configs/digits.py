@@ -7,6 +7,8 @@ Variants, joined by commas, e.g. `configs/digits.py:encoder,smoke`:
   encoder   the ResNet-MAE that `judge` and `features` read
   judge     (none), judged in that encoder's features as well (fd_encoder)
   features  a generator that drifts in that encoder's features
+  classifier  a network that judges them all, --config.eval.classifier.path=
+            WORKDIR/encoder
   smoke     the same code path in a minute
 `judge` and `features` need --config.encoders.mae.path=WORKDIR/encoder, where
 WORKDIR is that of `encoder`.
@@ -29,7 +31,7 @@ DATA = {
   "wire": "float32",
   "num_threads": 1,
 }
-VARIANTS = ("encoder", "judge", "features", "smoke")
+VARIANTS = ("encoder", "judge", "features", "classifier", "smoke")
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -43,6 +45,9 @@ def get_config(variant: str = "") -> ConfigDict:
     raise ValueError(f"variants {tasks} exclude each other")
   if "encoder" in names:
     config = _encoder()
+  elif "classifier" in names:
+    config = _encoder()
+    common.classifier(config, 400)
   else:
     config = _generator()
     if tasks:

@@ -13,6 +13,8 @@ Variants, joined by commas:
   cpu          for two CPU cores: a small generator that drifts in raw pixels,
                judged in the features of the next
   cpu_encoder  for two CPU cores: a small ResNet-MAE
+  cpu_judge    for two CPU cores: a small classifier, to judge `cpu` with
+               --config.eval.classifier.path=WORKDIR/encoder
   smoke        the first two in minutes on two CPU cores
 """
 
@@ -20,7 +22,7 @@ from ml_collections import ConfigDict
 
 from configs import cifar10, common
 
-VARIANTS = ("generator", "encoder", "cpu", "cpu_encoder")
+VARIANTS = ("generator", "encoder", "cpu", "cpu_encoder", "cpu_judge")
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -28,7 +30,7 @@ def get_config(variant: str = "") -> ConfigDict:
   size, smoke = common.choose(variant, VARIANTS)
   if smoke and size.startswith("cpu"):
     raise ValueError(f"variants {size!r} and 'smoke' exclude each other")
-  task = "encoder" if size.endswith("encoder") else "generator"
+  task = {"cpu_encoder": "encoder", "cpu": "generator"}.get(size, size)
   config = cifar10.get_config(f"{task},smoke" if smoke else task)
   config.data.update(source="tfds:mnist", channels=1, crop="pad", flip=False)
   if config.task == "mae":
@@ -41,6 +43,8 @@ def get_config(variant: str = "") -> ConfigDict:
   elif size == "cpu_encoder":
     _cpu_encoder(config)
     common.for_generator(config, get_config("cpu"))
+  elif size == "cpu_judge":
+    common.classifier(config, 900)
   return config
 
 

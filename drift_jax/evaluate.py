@@ -22,6 +22,7 @@ from drift_jax.tasks.generator.protocols import PROTOCOLS, of_request
 
 # Flags that go with a run alone, and with any generator.
 _OF_RUN = ("step", "ema_decay", "encoder", "data_source", "data_dir")
+_OF_RUN += ("classifier",)
 _OF_RUN += ("neighbours", "neighbour_space", "neighbour_samples")
 _OF_GENERATOR = ("alphas", "labels", "samples_out", "vae")
 _OF_GENERATOR += ("label_order", "pixels")
@@ -101,6 +102,7 @@ def define_flags() -> None:
   path("inception_reference", None, "Its statistics of real images, .npz.")
   path("dinov2", None, "Folder of a converted DINOv2.")
   path("dinov2_reference", None, "Its statistics of real images, .npz.")
+  path("classifier", None, "WORKDIR/encoder of a classifier of the run's data.")
   integer("neighbours", 0, "Nearest training images; 10 in B.4.", 0)
   path("neighbour_space", "encoder", "encoder, pixel, or a network's folder.")
   integer("neighbour_samples", 1000, "Samples with neighbours, at least.", 1)
@@ -222,6 +224,7 @@ def request(values: flags.FlagValues) -> dict[str, Any]:
     ("inception", "reference"): values.inception_reference,
     ("dinov2", "path"): values.dinov2,
     ("dinov2", "reference"): values.dinov2_reference,
+    ("classifier", "path"): values.classifier,
   }
   given = {name: values[name].value for name in _OF_REQUEST}
   given |= {"alphas": alphas}

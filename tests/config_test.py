@@ -114,11 +114,13 @@ GENERATOR = [
   ("eval.metrics", ("fid",), r"\['fid'\], which need eval\.inception\.path"),
   ("eval.metrics", ("fd_dinov2",), r"eval\.dinov2\.path: .* dinov2 writ"),
   ("eval.metrics", ("fd_encoder", "fd_pixel"), "there are no encoders"),
+  ("eval.metrics", ("fd_classifier",), r"need eval\.classifier\.path"),
   ("eval.num_samples", 55, "can't be balanced"),
   ("model.out_channels", 3, "in_channels=1 and model.out_channels=3"),
 ]
 ENCODER = [
   ("mae.mask_ratio", 1.0, ""),
+  ("mae.mask_ratio", 0.0, "only classification trains.*make them equal"),
   ("mae.classification_steps", 10**6, ""),
   ("model.layers", (1, 1), ""),
   ("checkpoint.best_metric", "fd_pixel", "valid options"),
@@ -560,11 +562,13 @@ def test_ranks_do_not_mix(key, value):
 
 def test_a_key_that_is_younger_than_a_run_has_its_default():
   values = json.loads(config_lib.to_json(parse(generator())))
-  del values["eval"]["pixels"], values["eval"]["label_order"]
+  for key in ("pixels", "label_order", "classifier"):
+    del values["eval"][key]
   del values["drift"]["own_in_scale"]
   config = parse(values)
   assert (config.eval.pixels, config.eval.label_order) == ("truncate", "given")
   assert config.drift.own_in_scale is False
+  assert config.eval.classifier.path == ""
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from drift_jax.config import flatten
 from drift_jax.tasks import parse
 
 VARIANTS = {
-  "cifar10": ["", "encoder", "smoke", "encoder,smoke"],
+  "cifar10": ["", "encoder", "smoke", "encoder,smoke", "cpu_judge"],
   "images": [
     *("", "64", "128", "256", "cpu", "256,smoke", "smoke"),
     *("64,encoder", "128,encoder", "cpu,encoder", "128,encoder,smoke"),
@@ -28,7 +28,7 @@ VARIANTS = {
     *("640_512px", "640_512px,smoke"),
   ],
   "mae_pixel": ["", "640", "smoke", "folder,smoke"],
-  "mnist": ["", "encoder", "smoke", "encoder,smoke"],
+  "mnist": ["", "encoder", "smoke", "encoder,smoke", "cpu_judge"],
 }
 
 

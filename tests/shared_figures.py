@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drift_jax.metrics.evaluators import FrechetEvaluator
+from drift_jax.metrics.evaluators import FeatureEvaluator
 from drift_jax.metrics.frechet import FeatureStats
 from drift_jax.metrics.generation import evaluate
 from drift_jax.metrics.network import NetworkEvaluator
 from drift_jax.metrics.reference import Provenance, ReferenceStats
-from drift_jax.metrics.small_sets import CoverageEvaluator, DuplicatesEvaluator
+from drift_jax.metrics.small_sets import DuplicatesEvaluator
 from drift_jax.system import sharding
 
 
@@ -42,6 +42,11 @@ def figures_of_few(pictures, real, mesh):
     features = pixels.reshape(len(pixels), -1).astype(jnp.float32) / 255.0
     return features, 5.0 * features[:, :6]
 
+  @jax.jit
+  def classifier(images):
+    flat = images.reshape(len(images), -1)
+    return flat, flat[:, :2]
+
   reference = ReferenceStats.from_stats(
     FeatureStats.from_features(real.reshape(len(real), -1)),
     Provenance(
@@ -61,15 +66,16 @@ def figures_of_few(pictures, real, mesh):
   train, test = Reals(real[:20]), Reals(real[20:])
   evaluators = [
     judged,
-    FrechetEvaluator(
-      "fd_pixel",
-      jax.jit(lambda x: x.reshape(len(x), -1)),
+    FeatureEvaluator(
+      "pixel",
+      classifier,
+      ["fd_pixel", "coverage", "accuracy"],
       *(train, test),
       labels=labels,
       batch_size=2 * count,
       seed=0,
+      k=3,
     ),
-    CoverageEvaluator(train, test, k=3, labels=labels, seed=0),
     DuplicatesEvaluator(train, test, grid=np.linspace(-1, 1, 256)),
   ]
   results = evaluate(

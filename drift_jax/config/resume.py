@@ -47,6 +47,7 @@ RESUMABLE_ENDS = (".sharding",)
 RANKING = (
   "checkpoint.best_metric",
   "eval.alphas",
+  "eval.classifier.path",
   "eval.dinov2.path",
   "eval.dinov2.reference",
   "eval.ema_decay",

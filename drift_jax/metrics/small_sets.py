@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from drift_jax.metrics.batches import Batch
-from drift_jax.metrics.coverage import density_coverage, duplicates
-from drift_jax.metrics.distances import check_neighbours
-from drift_jax.metrics.evaluators import Figures, Reals, class_subset
+from drift_jax.metrics.coverage import duplicates
+from drift_jax.metrics.evaluators import Figures, Reals
 from drift_jax.system import devices, processes
 from drift_jax.system.errors import EvaluationError
 
@@ -44,15 +43,14 @@ def _check_size(
 class _SmallSet:
   """Base of these evaluators: reads reals, keeps what was generated.
 
-  Subclasses define `_figures(images [N, H W C], labels [N])`, and set
-  `_stand_in` to the (images, labels) that take the place of generated ones in
-  the baseline: training images, unless the held-out ones themselves will do.
+  Subclasses define `_figures(images [N, H W C], labels [N])`. The held-out
+  images take the place of generated ones in the baseline.
   """
 
   def __init__(self, name: str, test: Reals):
     self.name = name
     self._test = self._read(test, "held-out", np.arange(len(test.labels)))
-    self._stand_in = self._test, np.asarray(test.labels)
+    self._labels = np.asarray(test.labels)
     self.reset()
 
   def _read(self, reals: Reals, what: str, indices: np.ndarray) -> np.ndarray:
@@ -96,45 +94,10 @@ class _SmallSet:
 
   @functools.cached_property
   def _baseline(self) -> Figures:
-    return self._figures(*self._stand_in)
+    return self._figures(self._test, self._labels)
 
   def _figures(self, images: np.ndarray, labels: np.ndarray) -> Figures:
     raise NotImplementedError
-
-
-class CoverageEvaluator(_SmallSet):
-  """`density` and `coverage` (`density_coverage`) against held-out reals.
-
-  Raw pixels are the features. For small data sets: keeps all images and takes
-  at most MAX_IMAGES of each kind.
-  """
-
-  def __init__(
-    self, train: Reals, test: Reals, *, k: int, labels: np.ndarray, seed: int
-  ):
-    """Reads the images that it compares.
-
-    Args:
-      train: reals that stand in for generated images in the baseline.
-      test: held-out reals, the reference.
-      k: neighbours that set the radius around a held-out image.
-      labels: [M] integers, those of the images that will be generated.
-      seed: picks the training images of the baseline.
-
-    Raises:
-      ValueError: for no or too many images, too few training images of a class,
-        or k out of range.
-    """
-    super().__init__("coverage", test)
-    check_neighbours(k, len(self._test), "real")
-    chosen = class_subset(train.labels, labels, seed)
-    images = self._read(train, "training", chosen)
-    self._stand_in = images, train.labels[chosen]
-    self._k = k
-
-  def _figures(self, images: np.ndarray, labels: np.ndarray) -> Figures:
-    density, coverage = density_coverage(self._test, images, self._k)
-    return {"density": density, "coverage": coverage}
 
 
 class LabelAccuracyEvaluator(_SmallSet):

@@ -169,7 +169,8 @@ class MAE(nn.Module):
   with `build_mae`, which checks the arguments.
 
   `mae.apply(variables, x, ...)` reconstructs and classifies a masked input;
-  with method='features' or 'pooled' it encodes an unmasked one.
+  with method='features' or 'pooled' it encodes an unmasked one, with 'classify'
+  it classifies one too.
 
   Attributes:
     in_channels: channels of the input.
@@ -303,6 +304,13 @@ class MAE(nn.Module):
     """
     outputs, _ = self.encoder(self._fold(jnp.asarray(x)))
     return jnp.mean(outputs[-1].astype(jnp.float32), axis=(1, 2))
+
+  def classify(
+    self, x: Float[ArrayLike, "B H W C"]
+  ) -> tuple[Float[Array, "B D"], Float[Array, "B K"]]:
+    """`pooled` of the unmasked input, and the class logits of it."""
+    pooled = self.pooled(x)
+    return pooled, self.classifier(pooled)
 
   def _fold(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
     _, height, width, channels = x.shape

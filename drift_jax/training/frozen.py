@@ -146,7 +146,7 @@ def _opened(
   with _naming(key):
     opened = artifacts.opened(section.path, dtype=section.dtype or None)
   artifact = opened.artifact
-  _check_kind(f"{path} holds", artifact.kind, kinds)
+  check_kind(f"{path} holds", artifact.kind, kinds)
   if section.model:
     _check_same(
       path,
@@ -181,7 +181,8 @@ def _naming(key: str) -> Iterator[None]:
     raise artifacts.ArtifactError(f"{key}: {error}") from error
 
 
-def _check_kind(what: str, kind: str, kinds: Sequence[str]) -> None:
+def check_kind(what: str, kind: str, kinds: Sequence[str]) -> None:
+  """Raises ArtifactError unless a model is of one of the kinds."""
   if kind not in kinds:
     raise artifacts.ArtifactError(
       f"{what} a model of kind {kind!r}, want one of {list(kinds)}: encoder "
@@ -196,7 +197,7 @@ def _described(
   """Makes the model that KEY.model describes, with shapes for parameters."""
   arguments = dict(section.model)
   kind = arguments.pop("kind")
-  _check_kind(f"{key}.model is", kind, kinds)
+  check_kind(f"{key}.model is", kind, kinds)
   with _naming(f"{key}.model"):
     return artifacts.abstract(kind, arguments, dtype=section.dtype)
 

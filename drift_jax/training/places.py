@@ -29,6 +29,7 @@ _FLAGS = {
   "eval.inception.reference": "--inception_reference=FILE",
   "eval.dinov2.path": "--dinov2=DIR",
   "eval.dinov2.reference": "--dinov2_reference=FILE",
+  "eval.classifier.path": "--classifier=DIR",
   "eval.labels": "--labels=FILE",
   "data.data_dir": "--data_dir=DIR",
   "data.source": "--data_source=KIND:PATH",

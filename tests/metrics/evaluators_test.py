@@ -3,9 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from drift_jax.metrics.coverage import density_coverage
 from drift_jax.metrics.evaluators import (
   Evaluator,
-  FrechetEvaluator,
+  FeatureEvaluator,
   baselines,
   class_subset,
   merge_figures,
@@ -28,7 +29,9 @@ def pixels(images):
 
 def build(digits, feature_fn=features, name="fd_test", seed=0, batch_size=32):
   settings = {"labels": labels_of(20), "batch_size": batch_size, "seed": seed}
-  return FrechetEvaluator(name, feature_fn, *digits.reals, **settings)
+  return FeatureEvaluator(
+    name, lambda x: (feature_fn(x),), [name], *digits.reals, **settings
+  )
 
 
 def statistics(images):
@@ -80,6 +83,41 @@ def test_feature_fn_sees_one_shape_and_each_image_once(digits):
   assert len(batches) == 17
   held_out = np.concatenate(batches[5:])[:540]
   assert np.array_equal(held_out, digits.test_images)
+
+
+def test_coverage_in_pixels_is_that_of_the_held_out_images(digits):
+  labels = labels_of(54)
+  evaluator = FeatureEvaluator(
+    *("coverage", lambda x: (pixels(x),), ["coverage"], *digits.reals),
+    **dict(labels=labels, batch_size=32, seed=1, k=5),
+  )
+  with pytest.raises(ValueError, match="no features"):
+    evaluator.result()
+  chosen = class_subset(digits.train_labels, labels, seed=1)
+  stand_in, test = digits.train_images[chosen], pixels(digits.test_images)
+  density, covered = density_coverage(test, pixels(stand_in), 5)
+  expected = {"density": density, "coverage": covered}
+  assert evaluator.baseline() == expected
+  # 540 real digits against 540 others.
+  assert 0.95 < covered <= 1.0 and 0.9 < density < 1.15
+  feed(evaluator, -stand_in, labels)
+  evaluator.reset()
+  for part in (slice(0, 100), slice(100, 101), slice(101, None)):
+    feed(evaluator, jnp.asarray(stand_in[part]), labels[part], part.start)
+  assert evaluator.result() == expected
+  means = [
+    stand_in[digits.train_labels[chosen] == label].mean(axis=0)
+    for label in labels
+  ]
+  evaluator.reset()
+  feed(evaluator, np.stack(means), labels)
+  collapsed = evaluator.result()
+  assert collapsed["density"] > 3.0 and collapsed["coverage"] < 0.7
+  with pytest.raises(ValueError, match="k = 540 .*1 to 539"):
+    FeatureEvaluator(
+      *("coverage", lambda x: (x,), ["coverage"], *digits.reals),
+      **dict(labels=labels, batch_size=32, seed=1, k=540),
+    )
 
 
 def test_class_subset():

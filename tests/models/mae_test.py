@@ -279,6 +279,13 @@ def test_pooled_is_the_spatial_mean_of_the_last_stage(run: Run):
   assert relative_error(pooled(rough, rounded), expected) < 4e-2
 
 
+def test_classifies_as_a_call_that_hides_nothing(small: Small):
+  x = _digits()
+  whole = small.apply(small.variables, x, jnp.zeros((3, 8, 8, 1)))
+  classify = jax.jit(functools.partial(small.mae.apply, method="classify"))
+  assert_close(classify(small.variables, x)[1], whole.logits, 1e-5)
+
+
 def _output(seed: int) -> MAEOutput:
   random = np.random.RandomState(seed)
   mask = random.randint(2, size=(4, 3, 5, 1)).astype(np.float32)

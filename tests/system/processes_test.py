@@ -134,7 +134,7 @@ def test_statistics_of_both_are_those_of_all(results, data):
 def test_a_process_without_a_sample_joins_in_every_figure(results, data):
   mesh = sharding.make_mesh(2, 2, jax.devices()[:4])
   alone = shared_figures.figures_of_few(data["pictures"], data["real"], mesh)
-  assert len(alone) == 15
+  assert len(alone) == 16
   for result in results:
     assert_close(result["few"], np.asarray(list(alone.values())), 1e-9)
 

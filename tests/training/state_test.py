@@ -10,17 +10,24 @@ import numpy as np
 import optax
 import pytest
 
-from drift_jax.models.mae import MAEOutput
+from drift_jax.models.mae import MAEOutput, build_mae
 from drift_jax.tasks.generator.step import (
   FeatureSpace,
   GeneratorBatch,
   GeneratorTask,
   train_step,
 )
-from drift_jax.tasks.mae.step import MaeBatch, MaeTask, mae_eval_step, mae_step
+from drift_jax.tasks.mae.step import (
+  MaeBatch,
+  MaeTask,
+  mae_eval_step,
+  mae_gradients,
+  mae_step,
+)
 from drift_jax.training import state as state_lib
-from tests.builders import make_state
+from tests.builders import make_state, random_like
 from tests.conftest import assert_close
+from tests.models.small import MAE
 
 
 def at(state, step):
@@ -164,6 +171,36 @@ def mae():
     classification_weight=0.0,
   )
   return task, {"fill": jnp.ones(1)}, batch
+
+
+def test_a_classifier_alone_has_the_gradients_of_masks_that_hide_nothing(mae):
+  """Where no patch is ever hidden, the decoder may as well be left out."""
+  _, _, batch = mae
+  classify = functools.partial(
+    MaeTask,
+    mae=build_mae(**MAE),
+    vae=None,
+    classification_start=0,
+    classification_ramp=1,
+    classification_weight=1.0,
+  )
+  shapes = jax.eval_shape(
+    classify(mask_ratio=0.0).mae.init, jax.random.key(0), batch.images
+  )
+  params = random_like(shapes)["params"]
+  key = jax.random.key(0)
+  grads, metrics = {}, {}
+  for ratio in (0.0, 1e-30):
+    gradients = functools.partial(
+      mae_gradients, task=classify(mask_ratio=ratio)
+    )
+    metrics[ratio], grads[ratio] = jax.jit(gradients)(
+      params, batch, None, key, 1.0
+    )
+  assert metrics[1e-30].pop("recon_loss") == 0
+  for of_ratio in (metrics, grads):
+    jax.tree.map(functools.partial(assert_close, rtol=1e-5), *of_ratio.values())
+  assert float(metrics[0.0]["loss"]) == float(metrics[0.0]["cls_loss"]) > 0
 
 
 def test_evaluation_counts_the_valid_images_alone(mae):

@@ -90,10 +90,15 @@ class GeneratorTrain(sections.Train):
   accum_scalars: Literal["group", "exact"]
 
 
-class Judge(sections.Section):
-  """A network that judges images, and statistics of real ones' features."""
+class Network(sections.Section):
+  """A network that judges samples."""
 
   path: sections.Path
+
+
+class Judge(Network):
+  """A network that judges images, and statistics of real ones' features."""
+
   reference: sections.Path
 
 
@@ -108,6 +113,7 @@ class GeneratorEval(sections.ImageEval):
   metrics: tuple[str, ...]
   inception: Judge
   dinov2: Judge
+  classifier: Network = Network(path="")  # earlier runs have none
   coverage_k: sections.Size
   grid_classes: sections.Size
   grid_per_class: sections.Size
@@ -152,10 +158,20 @@ JUDGED_METRICS = {
 }
 
 
+# Figures of eval.classifier, an export of task 'mae' that no generator drifts
+# in: of held-out images and samples as they are, pixels or latents.
+CLASSIFIER_METRICS = (
+  "fd_classifier",
+  "coverage_classifier",
+  "classifier_accuracy",
+)
+
+
 # The figures that the generator's evaluation can compute.
 EVAL_METRICS = (
   *JUDGED_METRICS["inception"],
   *JUDGED_METRICS["dinov2"],
+  *CLASSIFIER_METRICS,
   "fd_pixel",
   "fd_encoder",
   "coverage",
@@ -188,7 +204,8 @@ def of_one_class(
   replace = dataclasses.replace
 
   def unguided(config: GeneratorConfig) -> GeneratorConfig:
-    metrics = (name for name in config.eval.metrics if name != "label_accuracy")
+    of_many = ("label_accuracy", "classifier_accuracy")
+    metrics = (name for name in config.eval.metrics if name not in of_many)
     return replace(
       config,
       guidance=replace(config.guidance, minimum=1.0, maximum=1.0),
@@ -300,6 +317,13 @@ def _check_evaluation(config: GeneratorConfig) -> None:
   )
   check_judges(
     chosen.metrics, {"inception": chosen.inception, "dinov2": chosen.dinov2}
+  )
+  wanted = [name for name in chosen.metrics if name in CLASSIFIER_METRICS]
+  checks.require(
+    not wanted or chosen.classifier.path != "",
+    f"eval.metrics holds {wanted}, which need eval.classifier.path: give the "
+    "WORKDIR/encoder of a classifier, such as python -m drift_jax.main "
+    "--config=digits:classifier trains",
   )
   checks.require(
     chosen.num_samples != 1, "eval.num_samples=1: figures need at least 2"

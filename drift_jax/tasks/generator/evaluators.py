@@ -15,23 +15,25 @@ import numpy as np
 from jax.sharding import Mesh
 
 from drift_jax import config as config_lib
-from drift_jax.metrics.evaluators import Evaluator, FeatureFn, FrechetEvaluator
+from drift_jax.metrics.evaluators import Evaluator, FeatureEvaluator, JudgeFn
 from drift_jax.metrics.frechet import check_frechet_width
 from drift_jax.metrics.generation import balanced_labels, in_order, read_labels
 from drift_jax.metrics.small_sets import (
-  CoverageEvaluator,
   DuplicatesEvaluator,
   LabelAccuracyEvaluator,
 )
-from drift_jax.system import storage
+from drift_jax.system import devices, storage
 from drift_jax.system.errors import EvaluationError, naming
 from drift_jax.tasks.generator.config import (
+  CLASSIFIER_METRICS,
   JUDGED_METRICS,
   GeneratorConfig,
   GeneratorEval,
   Judge,
+  Network,
 )
 from drift_jax.tasks.generator.judges import (
+  classifier_fn,
   encoder_fn,
   flatten_fn,
   image_size,
@@ -43,6 +45,9 @@ from drift_jax.tasks.generator.setup import decoded_encoders
 from drift_jax.training import artifacts, inputs
 from drift_jax.training.inputs import LATENTS, Readers
 from drift_jax.training.run import pad_to_mesh
+
+# Of a feature that coverage keeps: as it came, and joined to the others.
+_BYTES = 8
 
 
 class Judged(NamedTuple):
@@ -92,11 +97,7 @@ def network_evaluators(
 
     judge = judges[name]
     artifact = _judge(name, judge, wanted, mesh)
-    facts: dict[str, Any] = {
-      "path": judge.path,
-      "sha256": artifact.sha256,
-      "source": artifact.metadata.get("source"),
-    }
+    facts = _facts(judge, artifact)
     network = network_fn(artifact, mesh)
     pixels = (mesh.size, resolution, resolution, 3)
     features, *_ = jax.eval_shape(
@@ -131,14 +132,29 @@ def network_evaluators(
   return made
 
 
+def _facts(network: Network, artifact: artifacts.Artifact) -> dict[str, Any]:
+  return {
+    "path": network.path,
+    "sha256": artifact.sha256,
+    "source": artifact.metadata.get("source"),
+  }
+
+
+def _loaded(
+  name: str, network: Network, mesh: Mesh, *kinds: Sequence[str]
+) -> artifacts.Artifact:
+  """Loads the network of eval.NAME."""
+  try:
+    return load_judge(network.path, mesh, *kinds)
+  except artifacts.ArtifactError as error:
+    raise artifacts.ArtifactError(f"eval.{name}: {error}") from error
+
+
 def _judge(
   name: str, judge: Judge, wanted: Sequence[str], mesh: Mesh
 ) -> artifacts.Artifact:
   """Loads the network of eval.NAME, and checks that its figures mean it."""
-  try:
-    artifact = load_judge(judge.path, mesh)
-  except artifacts.ArtifactError as error:
-    raise artifacts.ArtifactError(f"eval.{name}: {error}") from error
+  artifact = _loaded(name, judge, mesh)
   source = artifact.metadata.get("source") or {}
   found = source.get("family", artifact.kind)
   if found != name:
@@ -156,10 +172,14 @@ def _judge(
 
 
 def judge_inputs(
-  names: Sequence[str], judges: Mapping[str, Judge]
+  names: Sequence[str],
+  judges: Mapping[str, Judge],
+  classifier: Network | None = None,
 ) -> list[inputs.Input]:
   """The networks and statistics that figures read, as `network_evaluators`."""
   wanted = []
+  if classifier is not None and set(names) & set(CLASSIFIER_METRICS):
+    wanted.append(inputs.frozen_input("eval.classifier", classifier.path))
   for name, figures in JUDGED_METRICS.items():
     asked = [metric for metric in names if metric in figures]
     if not asked:
@@ -278,8 +298,10 @@ def run_evaluators(
     shuffle=shuffle,
   )
   evaluators = [entry.evaluator for entry in judged.values()]
+  facts = {name: entry.facts for name, entry in judged.items()}
   compared = [name for name in config.eval.metrics if name in BY_REALS]
-  if compared:
+  seen = [name for name in config.eval.metrics if name in CLASSIFIER_METRICS]
+  if compared or seen:
     assert readers is not None
     context = _Context(
       config=config,
@@ -291,7 +313,11 @@ def run_evaluators(
       mesh=mesh,
     )
     evaluators += [BY_REALS[name](context) for name in compared]
-  return evaluators, {name: entry.facts for name, entry in judged.items()}
+    if seen:
+      artifact = _loaded("classifier", config.eval.classifier, mesh, ("mae",))
+      facts["classifier"] = _facts(config.eval.classifier, artifact)
+      evaluators.append(_by_classifier(seen, artifact, context))
+  return evaluators, facts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -307,48 +333,76 @@ class _Context:
   mesh: Mesh
 
 
-def _frechet(name: str, features: FeatureFn, of: _Context) -> Evaluator:
+def _in_features(
+  name: str, figures: Sequence[str], network: JudgeFn, of: _Context
+) -> Evaluator:
   samples = (of.mesh.size, *of.train.sample_shape)
-  width = jax.eval_shape(
-    features, jax.ShapeDtypeStruct(samples, np.float32)
-  ).shape[1]
+  features, *_ = jax.eval_shape(
+    network, jax.ShapeDtypeStruct(samples, np.float32)
+  )
+  width, count = features.shape[1], len(of.labels) + len(of.test.labels)
   try:
-    check_frechet_width(width, name)
+    for figure in figures:
+      if figure.startswith("fd_"):
+        check_frechet_width(width, figure)
+      elif figure.startswith("coverage"):
+        devices.check_fits(
+          _BYTES * width * count,
+          f"{figure}: {count} generated and held-out images are kept as {width}"
+          f" features of {_BYTES} bytes",
+        )
   except EvaluationError as error:
     raise config_lib.ConfigError(
-      f"eval.metrics holds {name!r}: {error}; ask for a distance in a "
-      "network's features: 'fid' or 'fd_inception' (eval.inception), "
-      "'fd_dinov2' (eval.dinov2)"
+      f"eval.metrics holds {name!r}: {error}; ask for figures in a network's "
+      "features: 'fid' or 'fd_inception' (eval.inception), 'fd_dinov2' "
+      "(eval.dinov2), 'fd_classifier' (eval.classifier)"
     ) from error
-  return FrechetEvaluator(
+  return FeatureEvaluator(
     name,
-    features,
+    network,
+    figures,
     of.train,
     of.test,
     batch_size=pad_to_mesh(of.config.eval.batch_size, of.mesh),
     labels=of.labels,
     seed=of.config.seed,
+    k=of.config.eval.coverage_k,
   )
 
 
 def _fd_encoder(of: _Context) -> Evaluator:
   decoded = decoded_encoders(of.config.encoders)
   features = encoder_fn(of.encoders, decoded, of.vae, of.mesh)
-  return _frechet("fd_encoder", features, of)
-
-
-def _fd_pixel(of: _Context) -> Evaluator:
-  return _frechet("fd_pixel", flatten_fn(of.mesh), of)
-
-
-def _coverage(of: _Context) -> Evaluator:
-  return CoverageEvaluator(
-    of.train,
-    of.test,
-    k=of.config.eval.coverage_k,
-    labels=of.labels,
-    seed=of.config.seed,
+  return _in_features(
+    "fd_encoder", ["fd_encoder"], lambda x: (features(x),), of
   )
+
+
+def _in_pixels(figure: str, of: _Context) -> Evaluator:
+  flat = flatten_fn(of.mesh)
+  return _in_features(figure, [figure], lambda x: (flat(x),), of)
+
+
+def _by_classifier(
+  figures: Sequence[str], artifact: artifacts.Artifact, of: _Context
+) -> Evaluator:
+  """Makes the evaluator of eval.classifier.
+
+  Raises:
+    ConfigError: samples or classes that are not the network's.
+  """
+  module: Any = artifact.module
+  path, classes = of.config.eval.classifier.path, of.config.model.num_classes
+  if "classifier_accuracy" in figures and module.num_classes != classes:
+    raise config_lib.ConfigError(
+      f"eval.classifier.path={path!r} knows {module.num_classes} classes, the "
+      f"data have {classes}: leave 'classifier_accuracy' out of eval.metrics, "
+      "or train one on these data"
+    )
+  shape = of.train.sample_shape
+  with naming(f"eval.classifier.path={path!r} on samples of shape {shape}"):
+    network = classifier_fn(artifact, of.mesh)
+    return _in_features("classifier", figures, network, of)
 
 
 def _label_accuracy(of: _Context) -> Evaluator:
@@ -367,8 +421,8 @@ def _duplicates(of: _Context) -> Evaluator:
 # Figures of generated and held-out images.
 BY_REALS: Mapping[str, Callable[[_Context], Evaluator]] = {
   "fd_encoder": _fd_encoder,
-  "fd_pixel": _fd_pixel,
-  "coverage": _coverage,
+  "fd_pixel": functools.partial(_in_pixels, "fd_pixel"),
+  "coverage": functools.partial(_in_pixels, "coverage"),
   "label_accuracy": _label_accuracy,
   "duplicates": _duplicates,
 }

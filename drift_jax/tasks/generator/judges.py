@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,12 +11,12 @@ from jax.sharding import Mesh
 
 from drift_jax import config as config_lib
 from drift_jax.metrics.batches import PixelsFn
-from drift_jax.metrics.evaluators import FeatureFn
+from drift_jax.metrics.evaluators import FeatureFn, JudgeFn
 from drift_jax.metrics.images import Images, to_rgb
 from drift_jax.system import options, sharding
 from drift_jax.training import artifacts
 from drift_jax.training import step as step_lib
-from drift_jax.training.frozen import decoding
+from drift_jax.training.frozen import check_kind, decoding
 
 _KINDS = ("inception", "vit")
 
@@ -78,19 +78,17 @@ def image_size(
   return sample_shape[0] * module.downsampling
 
 
-def load_judge(path: str, mesh: Mesh) -> artifacts.Artifact:
-  """Loads a network that judges 8-bit RGB images, a copy on every device.
+def load_judge(
+  path: str, mesh: Mesh, kinds: Sequence[str] = _KINDS
+) -> artifacts.Artifact:
+  """Loads a network that judges, of 8-bit RGB images, a copy on every device.
 
   Raises:
     ArtifactError: for anything that can't be loaded.
   """
   opened = artifacts.opened(path)
   artifact = opened.artifact
-  if artifact.kind not in _KINDS:
-    raise artifacts.ArtifactError(
-      f"{path} holds a model of kind {artifact.kind!r}, want one of "
-      f"{list(_KINDS)}: python -m drift_jax.tools.convert_weights writes them"
-    )
+  check_kind(f"{path} holds", artifact.kind, kinds)
   shardings = jax.tree.map(lambda _: sharding.replicated(mesh), artifact.params)
   params = opened.read(sharding.abstract(artifact.params, shardings))
   return dataclasses.replace(artifact, params=params)
@@ -169,6 +167,14 @@ def encoder_fn(
     (encoder.params, vae.params),
     mesh,
   )
+
+
+def classifier_fn(artifact: artifacts.Artifact, mesh: Mesh) -> JudgeFn:
+  """Samples -> (pooled features, logits) of an autoencoder with its head."""
+  classify = functools.partial(
+    step_lib.apply, artifact.module, method="classify"
+  )
+  return on_mesh(classify, artifact.params, mesh)
 
 
 def flatten_fn(mesh: Mesh) -> FeatureFn:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from etils import epath
@@ -29,11 +29,13 @@ from drift_jax.system import options, processes, sharding, storage
 from drift_jax.system.console import logger
 from drift_jax.system.errors import naming
 from drift_jax.tasks.generator.config import (
+  CLASSIFIER_METRICS,
   EVAL_METRICS,
   JUDGED_METRICS,
   GeneratorConfig,
   GeneratorEval,
   Judge,
+  Network,
   check_judges,
 )
 from drift_jax.tasks.generator.evaluators import (
@@ -67,6 +69,10 @@ from drift_jax.training.inputs import open_readers, require
 from drift_jax.training.run import pad_to_mesh
 from drift_jax.training.workdir import check_frozen
 
+_Network = TypeVar("_Network", bound=Network)
+# Figures of the networks that a config's eval names.
+_BY_NETWORK = {**JUDGED_METRICS, "classifier": CLASSIFIER_METRICS}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
@@ -84,7 +90,7 @@ class Request:
     seed: seeds noise and style; a run's default is config.seed + 1, which its
       own evaluations (they chose the best checkpoint) did not use.
     paths: {dotted key of a run's config: where it is now}, see places.of_run.
-    judges: {('inception' or 'dinov2', 'path' or 'reference'): where}.
+    judges: {('inception' or another, 'path' or 'reference'): where}.
     neighbours: nearest training images of each sample; 0 for none.
     neighbour_space: see `feature_space`.
     neighbour_samples: samples whose neighbours are sought; at least so many.
@@ -111,13 +117,10 @@ class Request:
   samples_out: str | None = None
   out: str = "evaluation.json"
 
-  def judge(self, name: str, default: Judge | None = None) -> Judge:
+  def judge(self, name: str, default: _Network) -> _Network:
     """Returns the network that the request names, or else the default's."""
-    path, reference = (
-      self.judges.get((name, key), getattr(default, key) if default else "")
-      for key in ("path", "reference")
-    )
-    return Judge(path=path, reference=reference)
+    given = {key: path for (of, key), path in self.judges.items() if of == name}
+    return dataclasses.replace(default, **given)
 
   def count(self, num_classes: int) -> int | None:
     """Returns the samples for each alpha; None for the default's."""
@@ -272,7 +275,7 @@ def _files_of(chosen: GeneratorEval, encoder: bool, reals: bool) -> list[str]:
   keys += ["encoders.*"] * encoder + ["data.*"] * reals
   return keys + [
     f"eval.{judge}.*"
-    for judge, figures in JUDGED_METRICS.items()
+    for judge, figures in _BY_NETWORK.items()
     if set(figures) & set(chosen.metrics)
   ]
 
@@ -292,6 +295,7 @@ def _requested_config(
     "ema_decay": ema_decay,
     "inception": request.judge("inception", config.eval.inception),
     "dinov2": request.judge("dinov2", config.eval.dinov2),
+    "classifier": request.judge("classifier", config.eval.classifier),
   }
   evaluation = dataclasses.replace(
     config.eval, **{k: v for k, v in given.items() if v is not None}
@@ -439,7 +443,8 @@ def _metrics(request: Request) -> tuple[str, ...]:
 
 def _judges(request: Request) -> dict[str, Any]:
   """Returns the networks that judge; ConfigError if one is missing."""
-  judges = {name: request.judge(name) for name in JUDGED_METRICS}
+  none = Judge(path="", reference="")
+  judges = {name: request.judge(name, none) for name in JUDGED_METRICS}
   check_judges(_metrics(request), judges)
   return judges
 

@@ -92,4 +92,4 @@ def _inputs(config: GeneratorConfig, workdir: str) -> list[inputs.Input]:
     for name, encoder in config.encoders.items()
   ]
   judges = {"inception": chosen.inception, "dinov2": chosen.dinov2}
-  return wanted + judge_inputs(metrics, judges)
+  return wanted + judge_inputs(metrics, judges, chosen.classifier)

@@ -44,8 +44,14 @@ class MaeConfig(sections.ImageConfig):
     checks.check_images(self)
     mae = self.mae
     checks.require(
-      0 < mae.mask_ratio < 1,
-      f"mae.mask_ratio={mae.mask_ratio} must lie strictly between 0 and 1",
+      0 <= mae.mask_ratio < 1,
+      f"mae.mask_ratio={mae.mask_ratio} must lie in [0, 1)",
+    )
+    checks.require(
+      mae.mask_ratio > 0 or mae.classification_steps == self.train.num_steps,
+      "mae.mask_ratio=0 hides nothing, so only classification trains, for "
+      f"mae.classification_steps={mae.classification_steps} of train.num_steps="
+      f"{self.train.num_steps}: make them equal",
     )
     checks.require(
       0 <= mae.classification_steps <= self.train.num_steps,

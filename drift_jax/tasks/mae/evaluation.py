@@ -87,5 +87,5 @@ def plot(path: epath.Path) -> None:
   if not processes.is_first() or not (path / "metrics.jsonl").exists():
     return
   records = read_jsonl(path / "metrics.jsonl")
-  if any("recon_loss" in record for record in records):
+  if any("accuracy" in record for record in records):
     plot_mae(records, path / "plots" / "mae.png")

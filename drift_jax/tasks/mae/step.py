@@ -31,7 +31,7 @@ class MaeTask:
   Attributes:
     mae: the encoder with its decoder.
     vae: encodes the images into the latents that the encoder takes, or None.
-    mask_ratio: probability that a patch is hidden.
+    mask_ratio: probability that a patch is hidden; 0 leaves the decoder out.
     classification_start: step at which the fine-tune begins.
     classification_ramp: steps until its weight is full.
     classification_weight: the full weight.
@@ -118,8 +118,15 @@ def _mae_parts(
 ) -> dict[str, Float[Array, " B"]]:
   """Returns the parts of the loss of each image."""
   inputs = mae_inputs(images, vae_params, rest.noise, task)
-  output = step_lib.apply(task.mae, params, inputs, mask=rest.mask)
-  return mae_lib.mae_loss(output, rest.labels, lam)
+  if task.mask_ratio:
+    output = step_lib.apply(task.mae, params, inputs, mask=rest.mask)
+  else:  # nothing is hidden, so there is nothing to reconstruct
+    _, logits = step_lib.apply(task.mae, params, inputs, method="classify")
+    output = mae_lib.MAEOutput(rest.mask, logits, rest.mask, rest.mask)
+  parts = mae_lib.mae_loss(output, rest.labels, lam)
+  if not task.mask_ratio:
+    del parts["recon_loss"]
+  return parts
 
 
 def mae_eval_step(
@@ -156,6 +163,7 @@ def mae_eval_step(
   return {
     name: jnp.sum(jnp.where(valid, parts[name], 0.0))
     for name in ("recon_loss", "accuracy")
+    if name in parts
   }
 
 

@@ -19,12 +19,13 @@ Paper = float | tuple[float, float] | None
 
 # Figures that are better if higher; all others are better if lower.
 _HIGHER = ("inception_score", "precision", "recall", "density", "coverage")
-_HIGHER += ("label_accuracy",)
+_HIGHER += ("label_accuracy", "classifier_accuracy")
 # Entries of eval.metrics whose figures have other names.
 _FIGURES = {
   "precision_recall": ("precision", "recall"),
   "coverage": ("coverage", "density"),
   "coverage_inception": ("coverage_inception", "density_inception"),
+  "coverage_classifier": ("coverage_classifier", "density_classifier"),
   "duplicates": ("near_duplicates", "exact_duplicates"),
 }
 
@@ -135,7 +136,8 @@ def figures_of(names: Sequence[str]) -> list[str]:
 
 def higher_is_better(figure: str) -> bool:
   """Whether a higher value is better."""
-  return figure.removesuffix("_inception") in _HIGHER
+  space = "_inception" if figure.endswith("_inception") else "_classifier"
+  return figure.removesuffix(space) in _HIGHER
 
 
 def ordering(table: Table) -> str:
