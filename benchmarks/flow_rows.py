@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +37,7 @@ from drift_jax.training.run import (
 from drift_jax.training.state import TrainState
 from drift_jax.training.workdir import alone, has_checkpoints, open_workdir
 
+FILE = "flow_matching.jsonl"
 # The generator's input alpha is TIME_SCALE t: its embedding's fastest wave has
 # a period of 2 pi.
 TIME_SCALE = 1000.0
@@ -243,7 +244,8 @@ def make_sampler(
         slope = (slope + v(x + width * slope, t + width)) / 2
       return x + width * slope, None
 
-    return jax.lax.scan(advance, x, jnp.arange(steps) * width)[0]
+    times = jnp.linspace(0.0, 1.0, steps, endpoint=False)
+    return jax.lax.scan(advance, x, times)[0]
 
   step = jax.jit(sharding.over_batch(sample, of.mesh, sharding.specs(params)))
   return lambda *batch: step(params, *sharding.put_batch(batch, of.mesh))
@@ -277,7 +279,7 @@ def judge(
     for count in counts
     if solver == "euler" or count % 2 == 0
   ]
-  file = of.path / "flow_matching.jsonl"
+  file = of.path / FILE
   for solver, count, scale in ways:
     guided = scale != 1
     sample = make_sampler(of, params, solver, count, guided)
