@@ -47,7 +47,7 @@ def define_flags() -> None:
   )
   flags.DEFINE_list(
     "guidance",
-    ["1"],
+    ["1", "2"],
     "Scales of classifier-free guidance; any but 1 evaluates the network "
     "twice for a velocity.",
   )

@@ -37,10 +37,14 @@ def main(argv: Sequence[str]) -> None:
   )
   real: dict[str, float] = {}
   for folder in map(pathlib.Path, argv[1:]):
+    if not (folder / "metrics.jsonl").exists():
+      raise SystemExit(f"Error: {folder} holds no run: it has no metrics.jsonl")
     add = flow_matching if (folder / FILE).exists() else drifting
     add(folder, points, real)
     seconds = train_seconds(folder)
     print(f"{folder}: {add.__name__}, {seconds:.0f} s of training")
+  if not real:
+    raise SystemExit(f"Error: none of {argv[1:]} has been evaluated yet")
   print(table(points, real))
   draw(pathlib.Path(argv[0]), points, real)
 
@@ -75,16 +79,24 @@ def drifting(
       points[figure, method][1].append(value)
 
 
+def shown(points: Points) -> list[str]:
+  """The figures, without those that count copies of training images."""
+  names = dict.fromkeys(figure for figure, _ in points)
+  return [
+    name for name in names if "duplicate" not in name and "near" not in name
+  ]
+
+
 def table(points: Points, real: dict[str, float]) -> str:
   """Markdown: a row for each method and number of evaluations."""
-  figures = list(dict.fromkeys(figure for figure, _ in points))
+  figures = shown(points)
   ways = {(m, n) for (_, m), of in points.items() for n in of}
   lines = [
     f"| method | evaluations | {' | '.join(figures)} |",
     "|---" * (2 + len(figures)) + "|",
   ]
   for method, count in sorted(ways):
-    cells = [spread(points[figure, method][count]) for figure in figures]
+    cells = [spread(points[f, method].get(count, [])) for f in figures]
     lines.append(f"| {method} | {count} | {' | '.join(cells)} |")
   cells = [spread([real[f]] if f in real else []) for f in figures]
   return "\n".join([*lines, f"| real images | | {' | '.join(cells)} |"])
@@ -100,9 +112,7 @@ def spread(values: Sequence[float]) -> str:
 
 def draw(path: pathlib.Path, points: Points, real: dict[str, float]) -> None:
   """A panel for each figure that real images have too."""
-  figures = [
-    f for f in dict.fromkeys(figure for figure, _ in points) if f in real
-  ]
+  figures = [figure for figure in shown(points) if figure in real]
   methods = sorted({method for _, method in points})
   size = 7.5, 2.8 * len(figures)
   figure, axes = plots.new_figure(size, len(figures), 1, sharex=True)

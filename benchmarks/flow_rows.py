@@ -19,6 +19,7 @@ from etils import epath
 
 from drift_jax.metrics import generation
 from drift_jax.metrics.evaluators import baselines
+from drift_jax.metrics.files import PathLike
 from drift_jax.metrics.images import save_image
 from drift_jax.metrics.writers import read_jsonl
 from drift_jax.system import sharding, storage
@@ -77,9 +78,9 @@ def velocity(
 ) -> jax.Array:
   """v(x, t, class), [B, H, W, C]; with scales w [B] v_all + w (v - v_all)."""
   if scale is not None:
-    both = [jnp.concatenate([x, x]), jnp.concatenate([t, t])]
+    x, t = (jnp.concatenate([each, each]) for each in (x, t))
     null = jnp.full_like(labels, generator.num_classes - 1)
-    both = velocity(generator, params, *both, jnp.concatenate([labels, null]))
+    both = velocity(generator, params, x, t, jnp.concatenate([labels, null]))
     own, of_all = jnp.split(both, 2)
     return of_all + scale[:, None, None, None] * (own - of_all)
   return step_lib.apply(generator, params, labels, TIME_SCALE * t, noise=x)
@@ -330,11 +331,11 @@ def samples_per_second(
   return size / min(seconds)
 
 
-def train_seconds(path: epath.Path) -> float:
+def train_seconds(workdir: PathLike) -> float:
   """Seconds of the steps of a run of any task, by its metrics.jsonl."""
   logged = [
     (record["step"], record["perf/steps_per_second"])
-    for record in read_jsonl(path / "metrics.jsonl")
+    for record in read_jsonl(epath.Path(workdir) / "metrics.jsonl")
     if "perf/steps_per_second" in record
   ]
   before = [0, *(step for step, _ in logged)]

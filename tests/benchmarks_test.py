@@ -282,22 +282,18 @@ def test_flow_matching_runs_and_is_drawn_beside_drifting(tmp_path, capsys):
     "benchmarks/flow_matching.py",
     "--config=configs/digits.py:smoke",
     f"--workdir={workdir}",
-    "--config.train.num_steps=2",
+    "--config.train.num_steps=5",
     "--config.model.depth=1",
     "--config.batch.generated=2",
-    "--evaluations=1,2",
-    "--guidance=1,2",
+    "--evaluations=2",
+    "--guidance=2",
   )
   done = process.call(*command)
   assert done.returncode == 0, done.stderr
   rows = [json.loads(line) for line in done.stdout.splitlines()]
-  assert [
-    (row["solver"], row["guidance"], row["evaluations"]) for row in rows
-  ] == [
-    *(("euler", 1, 1), ("euler", 1, 2), ("heun", 1, 2)),
-    *(("euler", 2, 2), ("euler", 2, 4), ("heun", 2, 4)),
-  ]
-  assert len(list((workdir / "samples").glob("*.png"))) == 6
+  ways = [(row["solver"], row["evaluations"]) for row in rows]
+  assert ways == [("euler", 4), ("heun", 4)]  # each with and without a class
+  assert len(list((workdir / "samples").glob("*.png"))) == 2
   for row in rows:
     assert row["figures"]["fd_pixel"] > 0 and row["samples_per_second"] > 0
   drifting = tmp_path / "drifting"
