@@ -53,9 +53,8 @@ def flow_matching(
   folder: pathlib.Path, points: Points, real: dict[str, float]
 ) -> None:
   """Adds a run of benchmarks/flow_matching.py."""
-  first, *rows = map(json.loads, (folder / FILE).read_text().splitlines())
-  real |= first["real"]
-  for row in rows:
+  for row in map(json.loads, (folder / FILE).read_text().splitlines()):
+    real |= row["real"]
     guided = f", guidance {row['guidance']:g}" * (row["guidance"] != 1)
     for figure, value in row["figures"].items():
       method = f"flow matching, {row['solver']}{guided}"
