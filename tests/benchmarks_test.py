@@ -4,14 +4,27 @@ import itertools
 import json
 import os
 import pathlib
+import types
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from benchmarks import gpu_step, plain, step_tpu, timing
+from benchmarks import (
+  flow_picture,
+  flow_rows,
+  gpu_step,
+  plain,
+  step_tpu,
+  timing,
+)
 from drift_jax.data import transforms
+from drift_jax.system import sharding
+from drift_jax.training.state import TrainState
 from tests import process
 from tests.data import pictures
 
@@ -183,3 +196,113 @@ def test_a_gpu_s_check_runs_its_step(tmp_path):
     "parts": {"step_xla": step},
     "ends": {"encoder": {"code": 124, "seconds": 120, "last_line": "step 3"}},
   }
+
+
+class _Lines(nn.Module):
+  """The velocity of data that are one image of each class; or the time."""
+
+  num_classes: int = 3
+  times: bool = False
+
+  @nn.compact
+  def __call__(self, labels, alpha, *, noise):
+    images = self.param("images", nn.initializers.zeros, (3, 2, 2, 1))
+    t = (alpha / flow_rows.TIME_SCALE)[:, None, None, None]
+    return t + 0 * noise if self.times else (images[labels] - noise) / (1 - t)
+
+
+def _sample(generator: _Lines, *how: Any, scale: float = 1.0) -> np.ndarray:
+  """Samples of classes 0 and 1, whose images are 0 and 1, that of all is 2."""
+  task = types.SimpleNamespace(
+    generator=generator, noise_shape=(2, 2, 1), style_tokens=0, style_vocab=0
+  )
+  mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+  run: Any = types.SimpleNamespace(
+    config=types.SimpleNamespace(seed=0), task=task, mesh=mesh
+  )
+  images = jnp.broadcast_to(jnp.arange(3.0)[:, None, None, None], (3, 2, 2, 1))
+  params = jax.device_put({"images": images}, sharding.replicated(mesh))
+  sample = flow_rows.make_sampler(run, params, *how)
+  index = np.arange(2, dtype=np.int32)
+  return np.asarray(sample(index, np.full(2, scale, np.float32), index))
+
+
+def test_flow_matching_s_samplers_solve_what_is_known():
+  own = np.broadcast_to(np.arange(2.0)[:, None, None, None], (2, 2, 2, 1))
+  for count in (1, 3, 10):  # lines are straight: each step lies on them
+    samples = _sample(_Lines(), "euler", count, False)
+    np.testing.assert_allclose(samples, own, atol=1e-5)
+  guided = _sample(_Lines(), "euler", 1, True, scale=3.0)
+  np.testing.assert_allclose(guided, 2 + 3 * (own - 2), atol=1e-5)
+  noise = _sample(_Lines(times=True), "euler", 1, False)  # at 0 it stays
+  for solver, count, end in (
+    ("euler", 5, 0.4),
+    ("heun", 2, 0.5),  # exact: the velocity is linear in time
+    ("heun", 10, 0.5),
+  ):
+    moved = _sample(_Lines(times=True), solver, count, False) - noise
+    np.testing.assert_allclose(moved, end, rtol=1e-5)
+
+
+def test_flow_matching_s_loss_vanishes_at_the_true_velocity():
+  def step(images: jax.Array) -> tuple[float, np.ndarray]:
+    params, optimizer = {"images": images}, optax.sgd(-1.0)
+    state = TrainState(
+      step=jnp.zeros((), jnp.int32),
+      rng=jax.random.key_data(jax.random.key(0)),
+      params=params,
+      opt_state=optimizer.init(params),
+      ema={},
+    )
+    image = jnp.broadcast_to(data, (256, 2, 2, 1))
+    after, metrics = flow_rows.train_step(
+      state,
+      flow_rows.FlowBatch(image, jnp.ones(256, jnp.int32)),
+      {},
+      generator=_Lines(),
+      optimizer=optimizer,
+      schedule=optax.constant_schedule(1.0),
+    )
+    moved = np.abs(np.asarray(after.params["images"] - images)).sum((1, 2, 3))
+    return float(metrics["loss"]), moved
+
+  data = jnp.array([0.25, -0.5, 1.0, -1.0]).reshape(2, 2, 1)
+  images = jnp.stack([data] * 3)
+  loss, _ = step(images)
+  assert loss < 1e-6
+  loss, moved = step(images + 1.0)
+  # Classes: another, that of the batch, and the one that stands for all.
+  assert loss > 1 and moved[0] == 0 and moved[1] > moved[2] > 0
+
+
+@pytest.mark.system
+def test_flow_matching_runs_and_is_drawn_beside_drifting(tmp_path, capsys):
+  workdir = tmp_path / "flow"
+  command = (
+    "benchmarks/flow_matching.py",
+    "--config=configs/digits.py:smoke",
+    f"--workdir={workdir}",
+    "--config.train.num_steps=5",
+    "--config.model.depth=1",
+    "--config.batch.generated=2",
+    "--evaluations=2",
+    "--guidance=2",
+  )
+  done = process.call(*command)
+  assert done.returncode == 0, done.stderr
+  rows = [json.loads(line) for line in done.stdout.splitlines()]
+  ways = [(row["solver"], row["evaluations"]) for row in rows]
+  assert ways == [("euler", 4), ("heun", 4)]  # each with and without a class
+  assert len(list((workdir / "samples").glob("*.png"))) == 2
+  for row in rows:
+    assert row["figures"]["fd_pixel"] > 0 and row["samples_per_second"] > 0
+  drifting = tmp_path / "drifting"
+  drifting.mkdir()
+  record = {"step": 9, "perf/steps_per_second": 3.0}
+  record |= {"eval/fd_pixel/alpha_1.0": 0.7, "eval/fd_pixel/baseline": 0.4}
+  (drifting / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+  flow_picture.main([f"{tmp_path}/x.png", str(workdir), str(drifting)])
+  told = capsys.readouterr().out
+  assert f"{drifting}: drifting, 3 s of training" in told
+  assert "| drifting, α = 1 | 1 | 0.7 |" in told
+  assert (tmp_path / "x.png").stat().st_size > 10_000
