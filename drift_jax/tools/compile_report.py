@@ -136,8 +136,9 @@ def advice(report: Report, config: Any, mesh: Any) -> list[str]:
       f"train.accum_labels={mesh.size}: so many of the {labels} labels at once"
     )
     choices.append((at_once > mesh.size, text))
-  text = "more devices, or a smaller batch (batch.labels, batch.generated; "
-  choices.append((training, text + "mae.batch_size)"))
+  batch = "batch.labels, batch.generated"
+  batch = "mae.batch_size" if config.task == "mae" else batch
+  choices.append((training, f"more devices, or a smaller batch ({batch})"))
   return [text for applies, text in choices if applies]
 
 
