@@ -443,6 +443,32 @@ def frozen_model(kind: str, model: ConfigDict) -> ConfigDict:
   return ConfigDict({"kind": kind, **model})
 
 
+def cpu_generator(config: ConfigDict) -> None:
+  """A small generator of 32 x 32 pixels that drifts in them, for two CPU cores.
+
+  Its encoder judges.
+  """
+  config.data.num_threads = 2
+  config.model.update(
+    patch_size=8,
+    hidden_size=128,
+    depth=4,
+    num_heads=4,
+    cond_dim=128,
+    context_tokens=2,
+    style_vocab=16,
+    style_tokens=4,
+    dtype="float32",
+    attention_dtype="float32",
+    remat="none",
+  )
+  config.encoders.mae.update(in_loss=False, dtype="float32")
+  config.drift.temperatures = (0.05, 0.1, 0.2)
+  config.batch.unconditional = 8
+  config.optim.update(schedule="cosine", learning_rate=2e-3, weight_decay=0.0)
+  config.eval.alphas = (1.0,)
+
+
 def judge_by_fid(config: ConfigDict) -> None:
   """Evaluates a long run on ImageNet at 256 px as papers do.
 

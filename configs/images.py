@@ -129,31 +129,15 @@ def _latents(config: ConfigDict) -> None:
 
 
 def _cpu(config: ConfigDict) -> None:
-  config.data.update(num_threads=2, in_memory=True)
-  config.model.update(
-    patch_size=8,
-    hidden_size=128,
-    depth=4,
-    num_heads=4,
-    cond_dim=128,
-    context_tokens=2,
-    style_vocab=16,
-    style_tokens=4,
-    dtype="float32",
-    attention_dtype="float32",
-    remat="none",
-  )
-  config.encoders.mae.update(in_loss=False, dtype="float32")
-  config.drift.temperatures = (0.05, 0.1, 0.2)
-  config.batch.update(labels=8, generated=16, unconditional=8)
+  common.cpu_generator(config)
+  config.data.in_memory = True
+  config.batch.update(labels=8, generated=16)
   config.queue.update(push_per_step=16, prefill=1_000)
-  config.optim.update(
-    schedule="cosine", learning_rate=2e-3, warmup_steps=50, weight_decay=0.0
-  )
+  config.optim.warmup_steps = 50
   config.ema.decays = (0.99,)
   config.train.update(num_steps=400, log_every=25)
   config.eval.update(
-    every=100, batch_size=100, alphas=(1.0,), ema_decay=0.99, grid_per_class=8
+    every=100, batch_size=100, ema_decay=0.99, grid_per_class=8
   )
   config.checkpoint.every = 100
 

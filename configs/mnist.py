@@ -49,33 +49,15 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def _cpu_generator(config: ConfigDict) -> None:
-  config.data.num_threads = 2
-  config.model.update(
-    patch_size=8,
-    hidden_size=128,
-    depth=4,
-    num_heads=4,
-    cond_dim=128,
-    context_tokens=2,
-    style_vocab=16,
-    style_tokens=4,
-    dtype="float32",
-    attention_dtype="float32",
-    remat="none",
-  )
-  config.encoders.mae.update(in_loss=False, dtype="float32")
-  config.drift.temperatures = (0.05, 0.1, 0.2)
-  config.batch.update(labels=16, generated=32, positives=64, unconditional=8)
-  config.optim.update(
-    schedule="cosine", learning_rate=2e-3, warmup_steps=100, weight_decay=0.0
-  )
+  common.cpu_generator(config)
+  config.batch.update(labels=16, generated=32, positives=64)
+  config.optim.warmup_steps = 100
   config.ema.decays = (0.99, 0.995)
   config.train.update(num_steps=2_000, log_every=50)
   config.eval.update(
     every=250,
     num_samples=2_000,
     batch_size=500,
-    alphas=(1.0,),
     ema_decay=0.995,
     metrics=("fd_encoder", "fd_pixel", "coverage"),
   )

@@ -5,6 +5,7 @@ samples = model.sample([3, 7], count=8)
 samples.show()
 """
 
+import sys
 from typing import TYPE_CHECKING
 
 from drift_jax.system import lazy
@@ -29,4 +30,6 @@ _HOMES = {
   "train": "drift_jax.tasks.generator.train",
   "train_mae": "drift_jax.tasks.mae.train",
 }
+if sys.argv[:1] == ["-m"]:  # which looks for a program
+  lazy.end_in_one_line()
 __getattr__, __dir__ = lazy.names(__name__, _HOMES)

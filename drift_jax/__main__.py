@@ -3,12 +3,10 @@
 starts one of the programs below; drift-jax COMMAND --help lists its flags.
 """
 
-import importlib
 import os
 import sys
 
 import drift_jax
-from drift_jax.system import lazy
 
 # {name: (module, what it does)}.
 COMMANDS = {
@@ -48,11 +46,6 @@ def main() -> None:
     sys.exit(f"Error: command {name!r}: valid options are {list(COMMANDS)}")
   else:
     module = f"drift_jax.{COMMANDS[name][0]}"
-    try:
-      with lazy.needs():
-        importlib.import_module(module)
-    except lazy.MissingError as error:
-      sys.exit(f"Error: {error}")
     # As python -m does: its worker processes need the program as __main__.
     os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
 

@@ -203,6 +203,16 @@ def test_a_mistake_is_one_line_and_imports_nothing_heavy():
     assert imported and not imported & HEAVY, command
 
 
+def test_a_package_that_a_program_lacks_is_one_line(tmp_path):
+  block = "import sys; sys.modules['ml_collections'] = None"
+  (tmp_path / "sitecustomize.py").write_text(block)
+  for program in (("drift_jax", "sample"), ("drift_jax.main",)):
+    done = call("-m", *program, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.startswith("Error: the package 'ml_collections' is miss")
+    assert done.stderr.count("\n") == 1
+
+
 def test_the_package_alone_imports_nothing_heavy():
   code = "import drift_jax, sys; print(*sys.modules)"
   names = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT)

@@ -193,7 +193,7 @@ class QueueFeed:
       raise ValueError(
         f"batch.labels={num_labels} over {processes} processes takes "
         f"{len(rows)} labels from the newest queue.push_per_step="
-        f"{push_per_step} samples: raise queue.push_per_step"
+        f"{push_per_step} samples: raise queue.push_per_step to {len(rows)}"
       )
     self._images = np.bincount(reader.labels, minlength=len(reader.class_names))
     if not with_replacement:

@@ -58,7 +58,7 @@ def list_dataset(repository: str, revision: str | None) -> Dataset:
     )
     if known is None:
       reason = _reason(error, repository, revision)
-      raise hub.HubError(f"{DATASETS}{name}: {reason}") from error
+      raise hub.HubError(f"{DATASETS}{name}: {reason}") from None
     why = one_line(error)
     console.logger.info("%s is taken from the cache: %s", known, why)
     return known
@@ -152,7 +152,7 @@ def fetch_dataset(dataset: Dataset, names: Sequence[str]) -> list[pathlib.Path]:
       )
     except Exception as error:  # The library's own classes have no base.
       reason = _reason(error, dataset.repository, dataset.commit)
-      raise hub.HubError(f"{text} are not there: {reason}") from error
+      raise hub.HubError(f"{text} are not there: {reason}") from None
   found = [pathlib.Path(str(_cached(dataset, name))) for name in names]
   for name, path in zip(names, found, strict=True):
     if name in missing:

@@ -83,38 +83,48 @@ def check_labels(labels: np.ndarray, class_names: Sequence[str]) -> None:
 def check_counts(
   counts: np.ndarray,
   class_names: Sequence[str],
-  need: int,
-  drawn: str,
-  need_in_all: int,
-  drawn_of_all: str,
+  num_positives: int,
+  num_unconditional: int,
   *,
+  section: str,
   remedy: str,
-  empty_classes: bool = False,
+  in_step: int = 1,
+  num_labels: int = 0,
 ) -> None:
   """Raises ValueError for fewer images than are drawn without replacement.
 
   Args:
     counts: [K] images of each class.
     class_names: one for each label.
-    need: images that a class must have.
-    drawn: what draws them.
-    need_in_all: images that all classes must have together.
-    drawn_of_all: what draws them.
-    remedy: what the message says to do besides lowering the numbers.
-    empty_classes: a class may have no images, as it is never drawn.
+    num_positives: of a label.
+    num_unconditional: for each label.
+    section: of the config that has these numbers.
+    remedy: what the message says to do besides lowering them.
+    in_step: labels of a step that may be of one class.
+    num_labels: of a step, whose images all differ; 0 if only those of a label
+      do, and classes without images are never drawn.
   """
-  few = np.flatnonzero((counts < need) & ((counts > 0) | (not empty_classes)))
+  need = in_step * num_positives
+  few = np.flatnonzero((counts < need) & ((counts > 0) | (num_labels > 0)))
+  step = f"a step of {section}.labels={num_labels} and " * (num_labels > 0)
   if few.size:
     label = int(few[np.argmin(counts[few])])
+    has, name = int(counts[label]), f"{section}.positives"
+    lower = f"lower {name} to {has // in_step}, " * (has >= in_step)
     raise ValueError(
-      f"class {label} ({class_names[label]}) has {int(counts[label])} images, "
-      f"but {drawn} of it without replacement; {few.size} of the {len(counts)} "
-      f"classes have too few: lower batch.positives, data.held_out, {remedy}"
+      f"class {label} ({class_names[label]}) has {has} images, but {step}"
+      f"{name}={num_positives} can draw {need} of it without replacement; "
+      f"{few.size} of the {len(counts)} classes have too few: {lower}add "
+      f"images, {remedy}"
     )
-  if counts.sum() < need_in_all:
+  groups = num_labels or 1
+  total, has = groups * num_unconditional, int(counts.sum())
+  if has < total:
+    name = f"{section}.unconditional"
+    lower = f"lower {name} to {has // groups}, " * (has >= groups)
     raise ValueError(
-      f"the data hold {int(counts.sum())} images, but {drawn_of_all} without "
-      f"replacement: lower batch.unconditional, {remedy}"
+      f"the data hold {has} images, but {step}{name}={num_unconditional} draws "
+      f"{total} without replacement: {lower}add images, {remedy}"
     )
 
 
@@ -123,17 +133,21 @@ def check_queue(
   class_names: Sequence[str],
   num_positives: int,
   num_unconditional: int,
+  *,
+  section: str = "batch",
+  remedy: str = "or set queue.with_replacement=True, which repeats them",
 ) -> None:
-  """Raises ValueError for fewer images than a sample queue's labels draw."""
+  """Raises ValueError for fewer images than a sample queue's labels draw.
+
+  See `check_counts`.
+  """
   check_counts(
     counts,
     class_names,
     num_positives,
-    f"batch.positives={num_positives} are drawn",
     num_unconditional,
-    f"batch.unconditional={num_unconditional} are drawn for each label",
-    remedy="or set queue.with_replacement=True, which repeats them",
-    empty_classes=True,
+    section=section,
+    remedy=remedy,
   )
 
 
@@ -266,6 +280,17 @@ class DistinctStream:
     return np.concatenate(parts)
 
 
+def _in_step(num_classes: int, num_labels: int) -> int:
+  """How often a class can come in a step of a stream of permutations."""
+  if num_labels <= num_classes:
+    if DistinctStream(num_classes, num_labels, 1, 0, "labels").fresh:
+      return 1
+  # A step's block starts at most this far into a permutation, and may touch
+  # the following ones.
+  latest = num_classes - math.gcd(num_classes, num_labels)
+  return (latest + num_labels - 1) // num_classes + 1
+
+
 class ClassGrouped:
   """Labels, their positives and unconditional reals, by index
   without a queue.
@@ -297,6 +322,10 @@ class ClassGrouped:
     num_labels: int,
     num_positives: int,
     num_unconditional: int,
+    *,
+    section: str = "batch",
+    remedy: str = "or take the sample queue, batch.reals='queue', with "
+    "queue.with_replacement=True",
   ):
     """Sorts the data by class.
 
@@ -307,6 +336,7 @@ class ClassGrouped:
       num_labels: N_c.
       num_positives: N_pos.
       num_unconditional: N_unc, may be 0.
+      section, remedy: see `check_counts`.
 
     Raises:
       ValueError: fewer images of a class (or in all) than one step can draw;
@@ -316,28 +346,29 @@ class ClassGrouped:
     self.rows = ("batch.labels", num_labels)
     self._each = (num_positives, num_unconditional)
     # 1. The classes' stream, and how often one can come in a step.
-    num_classes, in_step = len(class_names), 1
-    self._labels = DistinctStream(num_classes, num_labels, 1, seed, "labels")
-    if num_classes < num_labels or not self._labels.fresh:
-      # A step's block starts at most this far into a permutation, and may touch
-      # the following ones.
-      latest = num_classes - math.gcd(num_classes, num_labels)
-      in_step = (latest + num_labels - 1) // num_classes + 1
-      self._labels = DistinctStream(num_classes, 1, 1, seed, "labels")
+    num_classes = len(class_names)
+    in_step = _in_step(num_classes, num_labels)
+    block = num_labels if in_step == 1 else 1
+    self._labels = DistinctStream(num_classes, block, 1, seed, "labels")
     # 2. Enough images of each class and in all.
     counts = np.bincount(labels, minlength=num_classes)
-    need, total = in_step * num_positives, num_labels * num_unconditional
+    total = num_labels * num_unconditional
+    most = counts.min() // max(num_positives, 1)
+    if in_step > most:
+      fitting = [
+        n for n in range(1, num_labels) if _in_step(num_classes, n) <= most
+      ]
+      if fitting:
+        remedy = f"lower {section}.labels to {fitting[-1]}, {remedy}"
     check_counts(
       counts,
       class_names,
-      need,
-      f"a step of batch.labels={num_labels} and batch.positives="
-      f"{num_positives} can draw {need}",
-      total,
-      f"a step draws batch.labels={num_labels} x batch.unconditional="
-      f"{num_unconditional} = {total}",
-      remedy="batch.labels, or take the sample queue, batch.reals='queue', "
-      "with queue.with_replacement=True",
+      num_positives,
+      num_unconditional,
+      section=section,
+      remedy=remedy,
+      in_step=in_step,
+      num_labels=num_labels,
     )
     # 3. Their streams.
     self._by_class = np.argsort(labels, kind="stable").astype(np.int32)

@@ -212,12 +212,13 @@ def held_out(
     taken = np.maximum(1, np.rint(per_class * counts).astype(int))
   few = np.flatnonzero((counts > 0) & (counts <= taken))
   if few.size:
-    label = int(few[0])
+    label, least = int(few[0]), int(counts[few].min())
+    lower = f"lower it to {least - 1 if per_class >= 1 else 0.1}, "
     raise ValueError(
       f"data.held_out={per_class:g}: {taken[label]} images of class {label} "
       f"({source.class_names[label]!r}) of {counts[label]} in all would leave "
-      f"none to train on, and {few.size - 1} other classes are as small: lower "
-      "it, add images, or remove the class"
+      f"none to train on, and {few.size - 1} other classes are as small: "
+      f"{lower * (least > 1)}add images, or remove the class"
     )
   is_test = _drawn(labels, taken, seed)
   train, test = np.flatnonzero(~is_test), np.flatnonzero(is_test)

@@ -100,7 +100,10 @@ class Reals(Protocol):
 
 
 def class_subset(
-  labels: np.ndarray, wanted: np.ndarray, seed: int
+  labels: np.ndarray,
+  wanted: np.ndarray,
+  seed: int,
+  key: str = "eval.num_samples",
 ) -> np.ndarray:
   """Indices of as many samples of each class as `wanted` holds labels of it.
 
@@ -108,6 +111,7 @@ def class_subset(
     labels: [N] integers, class of each sample.
     wanted: [M > 0] integers, class of each sample to stand in for.
     seed: fixes the draw, which is without replacement.
+    key: of the config that says how many are wanted, for the message.
 
   Returns:
     [M] indices in ascending order of class.
@@ -116,18 +120,24 @@ def class_subset(
     ValueError: when a class has fewer samples, naming it and its count.
   """
   random = np.random.default_rng(seed)
-  chosen = []
-  for label, count in zip(*np.unique(wanted, return_counts=True), strict=True):
-    members = np.flatnonzero(labels == label)
-    if len(members) < count:
+  classes, counts = np.unique(wanted, return_counts=True)
+  members = [np.flatnonzero(labels == label) for label in classes]
+  fewest = min(map(len, members))
+  for label, count, there in zip(classes, counts, members, strict=True):
+    if len(there) < count:
+      fitting = f"set {key}={fewest * len(classes)}, " * (fewest > 0)
       raise ValueError(
-        f"class {label} has {len(members)} training images, fewer than"
-        f" the {count} generated ones that they stand in for: lower"
-        " data.held_out (a share such as 0.1 suits classes of any size), set"
-        " eval.num_samples to fewer (0: as many as are held out), or add images"
+        f"class {label} has {len(there)} training images, fewer than"
+        f" the {count} generated ones that they stand in for: {fitting}hold out"
+        f" fewer (data.held_out=0.1 suits classes of any size with {key}=0), or"
+        " add images"
       )
-    chosen.append(random.permutation(members)[:count])
-  return np.concatenate(chosen)
+  return np.concatenate(
+    [
+      random.permutation(there)[:count]
+      for count, there in zip(counts, members, strict=True)
+    ]
+  )
 
 
 def features_of(

@@ -10,11 +10,11 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from absl import logging
 from jaxtyping import Float64
 from numpy.typing import ArrayLike
 
 from drift_jax.system import devices, processes
+from drift_jax.system.console import logger
 
 # Matrices [D, D] of float64 that a distance keeps at a time, at most: the
 # reference's, a stream's, its result's and one factor, then a covariance, its
@@ -148,6 +148,7 @@ def check_frechet_width(dimensions: int, name: str) -> None:
     _MATRICES * 8 * dimensions**2,
     f"{name}: a Frechet distance of {dimensions} features needs {_MATRICES}"
     f" matrices of {dimensions} x {dimensions} float64 numbers",
+    f"leave {name} out of eval.metrics",
   )
 
 
@@ -302,7 +303,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     )
   counts = [moments.count for moments in (a, b)]
   if any(count is not None and count <= dimensions for count in counts):
-    logging.warning(
+    logger.warning(
       "Frechet distance from %s feature vectors of dimension %d: at least %d of"
       " each are needed for covariances of full rank. With fewer it is biased"
       " upwards; compare equal counts only.",

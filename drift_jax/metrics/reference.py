@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from absl import logging
 from jaxtyping import Float32, Float64
 
 from drift_jax.metrics import files, frechet
 from drift_jax.system import paths
+from drift_jax.system.console import logger
 
 _FORMS = (("mu", "sigma"), ("ref_mu", "ref_sigma"))
 # Regular expressions of Provenance's texts that are more than not empty.
@@ -250,7 +250,7 @@ def _check_asked(
   asked = {key: value for key, value in asked.items() if value is not None}
   if provenance is None:
     if asked:
-      logging.warning(
+      logger.warning(
         "%s does not record what it was computed from; it is taken to be of %s",
         path,
         ", ".join(f"{key} {value}" for key, value in asked.items()),

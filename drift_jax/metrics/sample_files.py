@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator
 from concurrent import futures
 
 import numpy as np
-from absl import logging
 
 from drift_jax.data import decode
 from drift_jax.metrics import files
 from drift_jax.metrics.sample_folder import FACTS_FILE
 from drift_jax.system import options, paths
+from drift_jax.system.console import logger
 
 IMAGES, LABELS = "arr_0", "arr_1"
 _READ_BYTES = 2**24
@@ -239,7 +239,7 @@ def _listed(path: pathlib.Path) -> list[str]:
       is_image = name.lower().endswith(options.PICTURES)
       (images if is_image else others).append(os.path.join(folder, name))
   if others:
-    logging.warning(
+    logger.warning(
       "%s: %d files do not end in %s and are left out, e.g. %s",
       path,
       len(others),

@@ -30,13 +30,14 @@ def _check_size(
   if count > MAX_IMAGES:
     raise EvaluationError(
       f"{name}: {count} {what} images; this evaluator is for small data sets"
-      f" and takes at most {MAX_IMAGES}"
+      f" and takes at most {MAX_IMAGES}: leave it out of eval.metrics"
     )
   values = math.prod(shape)
   devices.check_fits(
     _BYTES * count * values,
     f"{name}: {count} {what} images of {values} values are kept in {_BYTES}"
     " bytes for each value",
+    "leave it out of eval.metrics",
   )
 
 

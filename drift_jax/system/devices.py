@@ -261,12 +261,13 @@ def machine_memory() -> int:
   return memory
 
 
-def check_fits(needed: int, what: str) -> None:
+def check_fits(needed: int, what: str, remedy: str) -> None:
   """Refuses memory that the system would kill the process for.
 
   Args:
     needed: bytes.
     what: begins the message: who takes them, with the arithmetic.
+    remedy: ends it.
 
   Raises:
     EvaluationError: more than half of the machine's memory.
@@ -275,5 +276,6 @@ def check_fits(needed: int, what: str) -> None:
   if needed > _SHARE * memory:
     raise EvaluationError(
       f"{what}: {needed / 1e9:.3g} GB, but this machine has"
-      f" {memory / 1e9:.3g} GB, of which a figure may take half"
+      f" {memory / 1e9:.3g} GB, of which a figure may take half:"
+      f" {remedy}"
     )

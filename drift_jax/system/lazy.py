@@ -14,22 +14,44 @@ class MissingError(UserError, ImportError):
   """A package that all of drift_jax needs is missing."""
 
 
+def _missing(error: ModuleNotFoundError) -> MissingError | None:
+  """What to say of a package that ours import; None if others do."""
+  *_, frame = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+  spec = frame.f_globals.get("__spec__")  # has the name of __main__, too
+  importer = "" if spec is None else f"{spec.name}."
+  package = (error.name or "").partition(".")[0]
+  if package == "drift_jax" or not importer.startswith("drift_jax."):
+    return None
+  return MissingError(
+    f"the package {package!r} is missing: drift_jax was installed without "
+    "its needs; install it again without --no-deps, or, in a clone, by "
+    "launch/install.sh"
+  )
+
+
 @contextlib.contextmanager
 def needs() -> Iterator[None]:
   """Turns the absence of a package that ours import into a MissingError."""
   try:
     yield
   except ModuleNotFoundError as error:
-    frames = traceback.walk_tb(error.__traceback__)
-    importers = [frame.f_globals.get("__name__", "") for frame, _ in frames]
-    package = (error.name or "").partition(".")[0]
-    if package == "drift_jax" or not importers[-1].startswith("drift_jax."):
+    if (missing := _missing(error)) is None:
       raise
-    raise MissingError(
-      f"the package {package!r} is missing: drift_jax was installed without "
-      "its needs; install it again without --no-deps, or, in a clone, by "
-      "launch/install.sh"
-    ) from None
+    raise missing from None
+
+
+def end_in_one_line() -> None:
+  """Has a program end so if what it imports at its start is missing."""
+  before = sys.excepthook
+
+  def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    missing = isinstance(error, ModuleNotFoundError) and _missing(error)
+    if missing:
+      print(f"Error: {missing}", file=sys.stderr)
+    else:
+      before(kind, error, trace)
+
+  sys.excepthook = hook
 
 
 def names(

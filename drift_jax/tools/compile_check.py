@@ -395,7 +395,8 @@ def _read_program(report: Report, text: str) -> None:
     name or "rest": {"bytes": size}
     for name, (_, size) in analysed.parts.items()
   }
-  if analysed.cycles:
+  report.overflown = analysed.cycles >= hlo.OVERFLOWN
+  if analysed.cycles and not report.overflown:
     report.estimated_seconds = analysed.cycles / hlo.CYCLES_PER_SECOND
     for name, (cycles, _) in analysed.parts.items():
       part = report.parts[name or "rest"]

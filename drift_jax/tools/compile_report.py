@@ -39,6 +39,7 @@ class Report:
       operations take and give.
     estimated_seconds: the compiler's cycles at 1.75 GHz, without collectives;
       None if it gives none.
+    overflown: whether it gives one that is no number of cycles.
     parts: {module: {'seconds', 'bytes'}}: the same two of each Flax module with
       its gradient, 'rest' of all else; bytes by the shapes that operations take
       and give, which is close to XLA's count, not equal; no seconds if the
@@ -65,6 +66,7 @@ class Report:
   flops: float | None = None
   bytes_accessed: float | None = None
   estimated_seconds: float | None = None
+  overflown: bool = False
   parts: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
   kernels: dict[str, int] = dataclasses.field(default_factory=dict)
   attention: str = ""
@@ -136,8 +138,9 @@ def advice(report: Report, config: Any, mesh: Any) -> list[str]:
       f"train.accum_labels={mesh.size}: so many of the {labels} labels at once"
     )
     choices.append((at_once > mesh.size, text))
-  text = "more devices, or a smaller batch (batch.labels, batch.generated; "
-  choices.append((training, text + "mae.batch_size)"))
+  batch = "batch.labels, batch.generated"
+  batch = "mae.batch_size" if config.task == "mae" else batch
+  choices.append((training, f"more devices, or a smaller batch ({batch})"))
   return [text for applies, text in choices if applies]
 
 
@@ -208,6 +211,8 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
     work = f"{report.flops / 1e12:.4g} TFLOP, {accessed} accessed"
     if seconds is not None:
       work += f", about {seconds * 1e3:.3g} ms at 1.75 GHz"
+    elif report.overflown:
+      work += ", no time: the compiler's estimate has overflowed"
     yield "work", work
   shown = [
     f"{name} {part['seconds'] * 1e3:.3g} ms"

@@ -20,6 +20,8 @@ KINDS = (
 )
 # An assumption, to give cycles a unit: ratios mean something, seconds do not.
 CYCLES_PER_SECOND = 1.75e9
+# No program takes so many: the compiler gives 2^63 - 1 for what it can't count.
+OVERFLOWN = 2**62
 # A custom call (Pallas) carries no estimate: it is counted at the roofline of
 # its declared cost. Of a TPU v6e, as the cycles' unit: in bf16, and per second.
 PEAK_FLOPS = 918e12
@@ -118,7 +120,7 @@ class Program:
     collectives: all of them.
     cycles: sum of the compiler's estimates, without collectives; 0 if it gives
       none (it does for TPUs). Custom calls count at the roofline of
-      their declared cost.
+      their declared cost. OVERFLOWN or more if an estimate means nothing.
     bytes: read and written in memory, by the shapes of what the scheduled
       operations take and give.
     bytes_once: the same with each loop's body counted once, as XLA's own

@@ -480,9 +480,12 @@ class Checkpointer:
 
   def _shapes(self, step: int) -> Any:
     """Tree of the saved feed's shapes."""
-    with ocp.PyTreeCheckpointer() as reader:
-      metadata = reader.metadata(self._directory / str(step) / "feed")
-    return metadata.item_metadata.tree
+    # A checkpointer would also look for a step's metadata, which no item has.
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+      return handler.metadata(self._directory / str(step) / "feed").tree
+    finally:
+      handler.close()
 
   def _problem(
     self, step: int, item: str = "", arrays: Collection[str] | None = None

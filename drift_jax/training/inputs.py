@@ -414,22 +414,23 @@ def check_reals(needs: GeneratorReals, readers: Readers, judged: bool) -> None:
 
   train = readers.train
   labels, names = train.labels, train.class_names
+  sizes = needs.positives, needs.unconditional
+  remedy = "or set generator.labels=0, which trains the encoder all the same"
+  told = {"section": "generator", "remedy": remedy}
   with naming(
     "the generator that will drift in this encoder's features (its batch.* and "
-    "eval.num_samples are generator.* here; generator.labels=0 trains the "
-    "encoder all the same)"
+    "eval.num_samples are generator.* here: change both)"
   ):
     if needs.reals == "class_grouped":
-      sizes = needs.labels, needs.positives, needs.unconditional
-      ClassGrouped(labels, names, 0, *sizes)
+      ClassGrouped(labels, names, 0, needs.labels, *sizes, **told)
     else:
       counts = np.bincount(labels, minlength=len(names))
-      check_queue(counts, names, needs.positives, needs.unconditional)
+      check_queue(counts, names, *sizes, **told)
     if judged:
       test = readers.test().labels
       count = needs.num_samples
       generated = balanced_labels(count, len(names)) if count else test
-      class_subset(labels, generated, 0)
+      class_subset(labels, generated, 0, "generator.num_samples")
 
 
 def check_shape(reader: Reader, shape: tuple[int, ...], what: str) -> None:

@@ -201,6 +201,25 @@ def test_sums_of_square_slices_are_told(others):
   ), text
 
 
+@pytest.mark.parametrize(
+  ("cycles", "seconds"), [(1750, 1e-6), (2**63 - 1, None)]
+)
+def test_a_time_that_has_overflowed_is_none(cycles, seconds):
+  report = compile_check.Report("train", True, 1.0, {}, flops=1e12)
+  text = f"""HloModule m, is_scheduled=true
+
+ENTRY %main (x: f32[8]) -> f32[8] {{
+  %x = f32[8] parameter(0)
+  ROOT %y = f32[8] copy(%x), backend_config={{"estimated_cycles":"{cycles}"}}
+}}
+"""
+  compile_check._read_program(report, text)
+  assert report.estimated_seconds == seconds
+  assert report.overflown == (seconds is None)
+  has_time = any("seconds" in part for part in report.parts.values())
+  assert has_time == (seconds is not None)
+
+
 @pytest.mark.system
 def test_what_does_not_fit_is_told(others):
   (_, report), ends = others

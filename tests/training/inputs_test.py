@@ -1,7 +1,7 @@
 """Which images train and which judge; data that do not fit the config."""
 
-import contextlib
 import dataclasses
+import re
 import shutil
 import types
 
@@ -223,13 +223,25 @@ def test_reals_that_the_data_can_not_give(images, changes, message):
 @pytest.mark.parametrize(
   ("drawn", "held_out", "message"),
   [
-    (("queue", 8, 7, 0, 0), 2, r"generator.labels=0 .*cat\) has 4 images.*=7"),
-    (("class_grouped", 8, 2, 0, 0), 2, r"cat\) has 4 images.*can draw 8"),
+    (
+      ("queue", 8, 7, 0, 0),
+      2,
+      r"cat\) has 4 images, .*generator.positives to 4, ",
+    ),
+    (
+      ("class_grouped", 8, 2, 0, 0),
+      2,
+      "4 images.* draw 8.*positives to 1.*labels to 6",
+    ),
     (("queue", 8, 2, 0, 0), 4, "class 0 has 2 training .*4 gen.*data.held_out"),
     (("queue", 8, 2, 0, 0), 2, ""),
     (("queue", 0, 99, 99, 99), 5, ""),
     # More samples than are held out.
-    (("queue", 8, 2, 0, 15), 2, "class 0 has 4 .* 5 gen.*eval.num_samples"),
+    (
+      ("queue", 8, 2, 0, 15),
+      2,
+      "class 0 has 4 .* 5 gen.*generator.num_samples=12",
+    ),
     (("queue", 8, 2, 0, 12), 2, ""),
     (("queue", 8, 2, 0, 6), 4, ""),
     (("queue", 8, 2, 0, 7), 2, "num_samples=7 cannot be balanced"),
@@ -241,11 +253,16 @@ def test_an_encoder_is_told_what_its_generator_would_lack(
   config = make(f"folder:{images}/one", held_out=held_out)
   names = ("reals", "labels", "positives", "unconditional", "num_samples")
   reals = sections.GeneratorReals(**dict(zip(names, drawn, strict=True)))
-  told = contextlib.nullcontext()
-  if message:
-    told = pytest.raises(config_lib.ConfigError, match=message)
-  with told:
-    check_reals(reals, open_readers(config, None), judged=True)
+  readers = open_readers(config, None)
+  if not message:
+    return check_reals(reals, readers, judged=True)
+  with pytest.raises(config_lib.ConfigError, match=message) as caught:
+    check_reals(reals, readers, judged=True)
+  # Any one of the changes is enough.
+  remedies = str(caught.value).rpartition(": ")[2]
+  for key, value in re.findall(r"r\.(\w+)(?: to |=)(\d+)[, ]", remedies):
+    changed = dataclasses.replace(reals, **{key: int(value)})
+    check_reals(changed, readers, judged=True)
 
 
 def test_one_class_is_not_guided(images, tmp_path):

@@ -392,7 +392,7 @@ def _check_queue(config: GeneratorConfig) -> None:
     checks.require(
       have >= want,
       f"queue.{size}={have} can't give batch.{drawn}={want} without "
-      "replacement: raise it or set queue.with_replacement=True",
+      f"replacement: raise it to {want}, or set queue.with_replacement=True",
     )
   drawn = max(
     ("positives", "unconditional"), key=lambda name: getattr(batch, name)
@@ -404,6 +404,6 @@ def _check_queue(config: GeneratorConfig) -> None:
     f"queue.prefill={queue.prefill} and queue.push_per_step="
     f"{queue.push_per_step} leave {pushes * queue.push_per_step} samples in "
     f"the queue at the first step, fewer than batch.{drawn}="
-    f"{getattr(batch, drawn)}: raise queue.prefill or set "
+    f"{getattr(batch, drawn)}: raise queue.prefill to as many, or set "
     "queue.with_replacement=True",
   )

@@ -190,6 +190,7 @@ def check_memorisation(
     8 * count * width,
     f"the neighbours of {len(generated)} generated and {len(test)} held-out "
     f"images need two arrays of {count} x {width} float32 numbers",
+    "choose another --neighbour_space, or fewer --neighbour_samples",
   )
   held_out = np.concatenate(list(_features(space, test, batch_size)))
   found = nearest_neighbours(
