@@ -114,33 +114,23 @@ def _convolve(
   XLA's convolution of those, or its gradient, takes up to a hundred times as
   long on a CPU.
   """
-  padded = [
-    side + sum(pads) for side, pads in zip(x.shape[1:3], padding, strict=True)
-  ]
-  size = kernel.shape[0]
-  outputs = [
-    (side - size) // stride + 1
-    for side, stride in zip(padded, strides, strict=True)
-  ]
-  if min(*x.shape[1:3], *outputs) >= size:
+  size, stride = len(kernel), strides[0]
+  sides = x.shape[1:3]
+  if -(-min(sides) // stride) >= size:
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, **rest)
-
-  def inside(axis: int) -> list[int]:
-    """The kernel's places that see more than padding."""
-    reach = (outputs[axis] - 1) * strides[axis]
-    first, last = padding[axis][0], padding[axis][0] + x.shape[axis + 1] - 1
-    places = range(size)
-    return [i for i in places if i <= last and i + reach >= first]
-
-  taps = [(i, j) for i in inside(0) for j in inside(1)]
   wide = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-  reach = [(o - 1) * s + 1 for o, s in zip(outputs, strides, strict=True)]
-  seen = [
-    wide[:, i : i + reach[0] : strides[0], j : j + reach[1] : strides[1]]
-    for i, j in taps
-  ]
-  weights = jnp.concatenate([kernel[i, j] for i, j in taps])
-  return jnp.concatenate(seen, axis=-1) @ weights
+  down, right = (_seen(side, size, stride) for side in sides)
+  patches = [wide[:, rows, columns] for rows in down for columns in right]
+  taps = [kernel[i.start, j.start] for i in down for j in right]
+  return jnp.concatenate(patches, axis=-1) @ jnp.concatenate(taps)
+
+
+def _seen(side: int, size: int, stride: int) -> list[slice]:
+  """What each tap of a kernel sees of a padded side; not only padding."""
+  reach = (side - 1) // stride * stride
+  first = size // 2
+  taps = range(max(0, first - reach), min(size, first + side))
+  return [slice(tap, tap + reach + 1, stride) for tap in taps]
 
 
 class GroupNorm(nn.Module):

@@ -41,6 +41,33 @@ def test_bfloat16_attention_keeps_logits_and_softmax_in_float32():
   assert float(out[0, 0, 0, 0]) == pytest.approx(expected, rel=2**-8)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 2), (4, 3), (1, 5)])
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_convolutions_of_small_maps_are_convolutions(
+  size, height, width, stride
+):
+  layer = layers.conv(6, size, jnp.dtype("float32"), "conv", stride)
+  kernel = _normal(0, size, size, 4, 6)
+  x = _normal(1, 2, height, width, 4)
+  padded = np.pad(
+    x.astype(np.float64), ((0, 0), *2 * [2 * (size // 2,)], (0, 0))
+  )
+  expected = np.array(
+    [
+      [
+        np.einsum(
+          "bijc,ijcd->bd", padded[:, h : h + size, w : w + size], kernel
+        )
+        for w in range(0, width, stride)
+      ]
+      for h in range(0, height, stride)
+    ]
+  )
+  out = layer.apply({"params": {"kernel": kernel}}, x)
+  assert_close(out, np.moveaxis(expected, 2, 0), 1e-6)
+
+
 def test_rotary_turns_half_split_pairs_by_position():
   x = _normal(0, 1, 7, 2, 6)
   out = layers.apply_rotary(jnp.asarray(x))
