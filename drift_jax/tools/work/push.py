@@ -170,7 +170,7 @@ def _one_line(repository: str) -> Iterator[None]:
     raise ConfigError(
       f"--push={repository}: {one_line(error)}{why}; if the token may write "
       "there, the same command goes on"
-    ) from error
+    ) from None
 
 
 def _check_there(
