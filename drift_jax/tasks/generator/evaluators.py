@@ -350,10 +350,11 @@ def _in_features(
           _BYTES * width * count,
           f"{figure}: {count} generated and held-out images are kept as {width}"
           f" features of {_BYTES} bytes",
+          f"leave {figure} out of eval.metrics",
         )
   except EvaluationError as error:
     raise config_lib.ConfigError(
-      f"eval.metrics holds {name!r}: {error}; ask for figures in a network's "
+      f"eval.metrics holds {name!r}: {error}, or ask for figures in a network's "
       "features: 'fid' or 'fd_inception' (eval.inception), 'fd_dinov2' "
       "(eval.dinov2), 'fd_classifier' (eval.classifier)"
     ) from error
