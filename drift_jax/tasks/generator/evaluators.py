@@ -354,8 +354,8 @@ def _in_features(
         )
   except EvaluationError as error:
     raise config_lib.ConfigError(
-      f"eval.metrics holds {name!r}: {error}, or ask for figures in a network's "
-      "features: 'fid' or 'fd_inception' (eval.inception), 'fd_dinov2' "
+      f"eval.metrics holds {name!r}: {error}, or ask for figures in a "
+      "network's features: 'fid', 'fd_inception' (eval.inception), 'fd_dinov2' "
       "(eval.dinov2), 'fd_classifier' (eval.classifier)"
     ) from error
   return FeatureEvaluator(
