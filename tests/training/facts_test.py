@@ -99,7 +99,7 @@ def test_an_encoder_of_before_goes_on_with_few_images(tmp_path):
   make_images(images)
   few = {"generator.labels": 1, "generator.positives": 99}
   go = functools.partial(start, source=f"folder:{images}", task="mae")
-  with pytest.raises(config_lib.ConfigError, match="batch.positives=99"):
+  with pytest.raises(config_lib.ConfigError, match="generator.positives=99"):
     go(tmp_path / "new", **few)
   go(tmp_path / "old")
   go(tmp_path / "old", **few)
