@@ -38,7 +38,7 @@ _RESIDUAL = ("mae", "resnet")
 _LARGE = 768
 _GPU_BYTES = {
   "latents": (4e9, 19e6),
-  "latents, 640": (12e9, 32e6),
+  "latents, 640": (11e9, 41e6),
   "pixels": (12e9, 160e6),
 }
 
@@ -319,11 +319,17 @@ def labels_at_once(config: GeneratorConfig, mesh: Mesh) -> int:
     return batch.labels
   rest, an_image = _GPU_BYTES[_load(config)]
   images = batch.generated + batch.positives + batch.unconditional
-  fitting = int((memory - rest) / (images * an_image)) * mesh.size
+
+  def takes(labels: int) -> float:
+    return rest + labels / mesh.size * images * an_image
+
+  if takes(batch.labels) <= memory:
+    return batch.labels
+  # Small groups cost no more than large ones: room is left.
+  sizes = range(mesh.size, batch.labels, mesh.size)
   return max(
-    n
-    for n in range(mesh.size, batch.labels + 1, mesh.size)
-    if batch.labels % n == 0 and (n <= fitting or n == mesh.size)
+    (n for n in sizes if batch.labels % n == 0 and takes(n) <= 0.8 * memory),
+    default=mesh.size,
   )
 
 

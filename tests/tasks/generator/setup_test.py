@@ -239,7 +239,7 @@ def test_label_groups_are_the_configs():
 @pytest.mark.parametrize(
   ("card", "count", "changes", "expected"),
   [
-    ("h100", 8, {}, 64),
+    ("h100", 8, {}, 32),
     ("h100", 1, {"batch.labels": 4}, 4),
     ("rtx4090", 1, {}, 1),
     ("h100", 8, {"train.accum_labels": 8}, 8),
