@@ -125,6 +125,8 @@ def test_runs_with_jax_and_numpy_alone(exported, tmp_path):
 def run(exported, tmp_path, monkeypatch):
   """(run.py as a module, what it says when it is called with arguments)."""
   monkeypatch.chdir(tmp_path)
+  # Else a cache of it lies in the export, which others list.
+  monkeypatch.setattr(sys, "dont_write_bytecode", True)
   spec = importlib.util.spec_from_file_location("run", exported / "run.py")
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
