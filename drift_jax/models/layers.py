@@ -111,8 +111,8 @@ def _convolve(
 ) -> Float[Array, "B h w D"]:
   """lax.conv_general_dilated; of maps smaller than the kernel, a product.
 
-  XLA's convolution of those, or its gradient, takes up to a hundred times as
-  long on a CPU.
+  XLA's convolution of those, or its gradient, takes many times as long on a
+  CPU: docs/performance.md.
   """
   size, stride = len(kernel), strides[0]
   sides = x.shape[1:3]
