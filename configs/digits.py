@@ -13,8 +13,8 @@ Variants, joined by commas, e.g. `configs/digits.py:encoder,smoke`:
 `judge` and `features` need --config.encoders.mae.path=WORKDIR/encoder, where
 WORKDIR is that of `encoder`.
 
-On two CPU cores, as measured in docs/results.md: encoder 2 minutes, judge 3.5,
-features 23 beside other work.
+On two CPU cores, as measured in docs/results.md: encoder 1 minute, judge 3,
+features 9.
 """
 
 from ml_collections import ConfigDict
