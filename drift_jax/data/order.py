@@ -96,13 +96,13 @@ def check_counts(
   Args:
     counts: [K] images of each class.
     class_names: one for each label.
-    num_positives: of a label.
-    num_unconditional: for each label.
-    section: of the config that has these numbers.
-    remedy: what the message says to do besides lowering them.
-    in_step: labels of a step that may be of one class.
-    num_labels: of a step, whose images all differ; 0 if only those of a label
-      do, and classes without images are never drawn.
+    num_positives: number of positives that each label draws.
+    num_unconditional: number of unconditional reals that each label draws.
+    section: section of the config that sets these numbers.
+    remedy: advice that the message gives besides lowering them.
+    in_step: how many labels of one step may be the same class.
+    num_labels: number of labels of a step that draws no image twice; 0 if only
+      a label draws no image twice, and if empty classes are never drawn.
   """
   need = in_step * num_positives
   few = np.flatnonzero((counts < need) & ((counts > 0) | (num_labels > 0)))

@@ -111,7 +111,7 @@ def class_subset(
     labels: [N] integers, class of each sample.
     wanted: [M > 0] integers, class of each sample to stand in for.
     seed: fixes the draw, which is without replacement.
-    key: of the config that says how many are wanted, for the message.
+    key: config key that sets how many are wanted; the message names it.
 
   Returns:
     [M] indices in ascending order of class.
