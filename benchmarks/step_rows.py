@@ -19,7 +19,7 @@ from drift_jax.tasks.generator import setup as networks
 from drift_jax.tasks.generator.setup import kernel_for
 from drift_jax.training.frozen import load_encoders, load_vae
 from drift_jax.training.programs import Program
-from drift_jax.training.run import adamw
+from drift_jax.training.run import make_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def rows(report: timing.Report, name: str, overrides: Sequence[str]) -> None:
   encoders = load_encoders(config.encoders, mesh, weights=False)
   vae = load_vae(config.vae, mesh, weights=False)
   task = networks.generator_task(config, encoders, mesh, vae)
-  optimizer, _ = adamw(config.optim, config.train.num_steps)
+  optimizer, _ = make_optimizer(config.optim, config.train.num_steps)
   plain = jax.jit(
     functools.partial(
       plain_step.train_step,

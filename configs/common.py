@@ -64,6 +64,8 @@ def _shared(task: str) -> ConfigDict:
   config.optim.eps = 1e-8
   config.optim.weight_decay = 0.01
   config.optim.grad_clip = 2.0  # global norm
+  # Peak for the kernels of blocks, which Muon moves then; 0: AdamW moves all.
+  config.optim.muon_learning_rate = 0.0
 
   config.ema = ConfigDict()
   config.ema.decays = (0.999,)  # one average for each

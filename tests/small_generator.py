@@ -12,7 +12,7 @@ from drift_jax.system import sharding
 from drift_jax.tasks import parse
 from drift_jax.tasks.generator.setup import generator_task, init_generator
 from drift_jax.training import checkpoint, state
-from drift_jax.training.run import adamw
+from drift_jax.training.run import make_optimizer
 from tests.builders import random_like, save_model
 
 NAMES = ("tench, Tinca tinca", "goldfish", "white shark, shark", "hammer shark")
@@ -50,7 +50,7 @@ def save_checkpoint(workdir: pathlib.Path, config, change=lambda state: state):
   mesh = sharding.make_mesh()
   abstract, _ = state.abstract_and_init(
     init_generator(generator_task(config, {}, mesh)),
-    adamw(config.optim, config.train.num_steps)[0],
+    make_optimizer(config.optim, config.train.num_steps)[0],
     ema_decays=config.ema.decays,
     seed=config.seed,
     mesh=mesh,

@@ -169,7 +169,7 @@ class Drift(Section):
 
 
 class Optim(Section):
-  """AdamW, its schedule and the gradient clip."""
+  """AdamW, its schedule and the gradient clip, and Muon."""
 
   schedule: Literal["constant", "cosine"]
   learning_rate: float
@@ -179,6 +179,7 @@ class Optim(Section):
   eps: float
   weight_decay: Annotated[float, AtLeast(0)]
   grad_clip: float
+  muon_learning_rate: Annotated[float, AtLeast(0)] = 0.0  # earlier runs: none
 
 
 class Ema(Section):

@@ -216,7 +216,7 @@ class Training:
 
 def make_training(config: RunConfig, mesh: Mesh, recipe: Recipe) -> Training:
   """State and step of a run on a mesh, whose devices need not be there."""
-  optimizer, schedule = adamw(config.optim, config.train.num_steps)
+  optimizer, schedule = make_optimizer(config.optim, config.train.num_steps)
   if recipe.make_optimizer is not None:
     optimizer = recipe.make_optimizer(schedule)
   abstract, init = state_lib.abstract_and_init(
@@ -243,10 +243,10 @@ def make_training(config: RunConfig, mesh: Mesh, recipe: Recipe) -> Training:
   return Training(abstract, init, jitted)
 
 
-def adamw(
+def make_optimizer(
   config: config_lib.Optim, num_steps: int
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-  """AdamW as the section says, and the schedule that it follows."""
+  """AdamW, or Muon beside it, as the section says, and AdamW's schedule."""
   schedule = state_lib.learning_rate_schedule(
     kind=config.schedule,
     peak=config.learning_rate,
@@ -255,7 +255,11 @@ def adamw(
   )
   names = ("b1", "b2", "eps", "weight_decay", "grad_clip")
   settings = {name: getattr(config, name) for name in names}
-  return state_lib.make_optimizer(schedule, **settings), schedule
+  muon_rate = config.muon_learning_rate / config.learning_rate
+  return (
+    state_lib.make_optimizer(schedule, **settings, muon_rate=muon_rate),
+    schedule,
+  )
 
 
 def check_divides(name: str, size: int, mesh: Mesh) -> None:

@@ -8,6 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from optax import contrib
 
 from drift_jax.system import sharding, streams
 
@@ -131,13 +132,56 @@ def make_optimizer(
   eps: float,
   weight_decay: float,
   grad_clip: float,
+  muon_rate: float = 0.0,
 ) -> optax.GradientTransformation:
-  """Clip by the global norm, then AdamW with decoupled weight decay."""
-  optimizer = optax.chain(
-    optax.clip_by_global_norm(grad_clip),
-    optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
-  )
+  """Clip by the global norm, then AdamW with decoupled weight decay.
+
+  Args:
+    schedule: learning rate of a step.
+    b1, b2, eps, weight_decay: of AdamW.
+    grad_clip: largest global norm of a gradient.
+    muon_rate: Muon's learning rate over AdamW's; if above 0 Muon
+      (kellerjordan.github.io/posts/muon) moves the kernels of blocks, and AdamW
+      the rest.
+  """
+  rule = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+  if muon_rate:
+    muon = contrib.muon(
+      lambda step: muon_rate * schedule(step),
+      weight_decay=weight_decay,
+      muon_weight_dimension_numbers=_muon_axes,
+    )
+    rule = optax.partition({True: muon, False: rule}, _are_kernels_of_blocks)
+  optimizer = optax.chain(optax.clip_by_global_norm(grad_clip), rule)
   return with_standard_promotion(optimizer)
+
+
+def _are_kernels_of_blocks(params: Params) -> Any:
+  """Whether each parameter is a kernel of a block: {..: True or False}."""
+
+  def is_one(path: Any, _: Any) -> bool:
+    *names, last = _names(path)
+    return last == "kernel" and any("block" in name for name in names)
+
+  return jax.tree_util.tree_map_with_path(is_one, params)
+
+
+def _muon_axes(kernels: Params) -> Any:
+  """Axes of each kernel as a matrix.
+
+  Kernels are [..., inputs, outputs], and [layers, ...] of scanned blocks; the
+  positions of a convolution count among its inputs.
+  """
+
+  def axes(path: Any, x: jax.Array) -> contrib.MuonDimensionNumbers:
+    first, last = int("blocks" in _names(path)), x.ndim - 1
+    return contrib.MuonDimensionNumbers(tuple(range(first, last)), last)
+
+  return jax.tree_util.tree_map_with_path(axes, kernels)
+
+
+def _names(path: Any) -> list[str]:
+  return jax.tree_util.keystr(path, simple=True, separator="/").split("/")
 
 
 def with_standard_promotion(

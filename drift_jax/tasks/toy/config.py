@@ -74,6 +74,11 @@ class ToyConfig(sections.RunConfig):
     model, batch, drift = self.model, self.batch, self.drift
     checks.check_drift(drift, batch.positives)
     checks.require(
+      not self.optim.muon_learning_rate,
+      f"optim.muon_learning_rate={self.optim.muon_learning_rate}: no toy has "
+      "blocks that Muon could move; set it to 0",
+    )
+    checks.require(
       len(model.location) == 2,
       f"model.location={model.location} must be the two coordinates of a point",
     )

@@ -35,7 +35,7 @@ from drift_jax.tasks.generator.step import (
 from drift_jax.tasks.mae.step import MaeTask, classification_lambda, mae_inputs
 from drift_jax.training import state as state_lib
 from drift_jax.training.drifting import drift_metrics
-from drift_jax.training.run import adamw, make_training
+from drift_jax.training.run import make_optimizer, make_training
 from drift_jax.training.step import from_wire
 from tests.autoencoders import ARGUMENTS as VAE
 from tests.builders import make_state, random_like
@@ -392,7 +392,9 @@ OPTIM = config_lib.Optim(
 )
 
 
-def run_toy(mesh, task, num_steps: int, fsdp=True) -> list[dict[str, float]]:
+def run_toy(
+  mesh, task, num_steps: int, fsdp=True, optim=OPTIM
+) -> list[dict[str, float]]:
   """Losses and gradient norms of the jitted step on a mesh.
 
   Args:
@@ -400,6 +402,7 @@ def run_toy(mesh, task, num_steps: int, fsdp=True) -> list[dict[str, float]]:
     task: the static part.
     num_steps: how many.
     fsdp: whether frozen weights are sharded.
+    optim: of the optimiser.
   """
   frozen = encoder_params(task)
   host = mesh or sharding.make_mesh(1, 1, jax.devices()[:1])
@@ -411,13 +414,13 @@ def run_toy(mesh, task, num_steps: int, fsdp=True) -> list[dict[str, float]]:
   )
   config = parse(digits.get_config())
   training = make_training(
-    dataclasses.replace(config, optim=OPTIM),
+    dataclasses.replace(config, optim=optim),
     host,
     generator_recipe(task, frozen),
   )
   step, state = training.step, training.init()
   if mesh is None:
-    optimizer, schedule = adamw(OPTIM, 5)
+    optimizer, schedule = make_optimizer(optim, 5)
     step = jax.jit(
       functools.partial(
         train_step, task=task, optimizer=optimizer, schedule=schedule
@@ -457,6 +460,17 @@ def test_every_mesh_trains_the_same(one_device, shape, fsdp):
   task = with_encoder(toy_task(depth=3))
   many = run_toy(sharding.make_mesh(*shape), task, 5, fsdp)
   assert_same_histories(many, one_device, 1e-4)
+
+
+@pytest.mark.slow
+def test_every_mesh_trains_the_same_by_muon():
+  optim = dataclasses.replace(OPTIM, muon_learning_rate=0.02)
+  task = toy_task(depth=3)
+  one, many = (
+    run_toy(mesh, task, 5, optim=optim)
+    for mesh in (None, sharding.make_mesh(2, 4))
+  )
+  assert_same_histories(many, one, 1e-4)
 
 
 @pytest.mark.slow

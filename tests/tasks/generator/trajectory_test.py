@@ -26,7 +26,7 @@ from drift_jax.system import sharding
 from drift_jax.tasks.generator.setup import init_generator
 from drift_jax.tasks.generator.step import train_step
 from drift_jax.training import state as state_lib
-from drift_jax.training.run import adamw
+from drift_jax.training.run import make_optimizer
 from tests.tasks.generator.step_test import (
   OPTIM,
   encoder_params,
@@ -133,7 +133,7 @@ def trajectory(groups, floor):
     drift={**task.drift, "affinity_floor": floor},
   )
   frozen = encoder_params(task)
-  optimizer, schedule = adamw(OPTIM, 5)
+  optimizer, schedule = make_optimizer(OPTIM, 5)
   _, init = state_lib.abstract_and_init(
     init_generator(task),
     optimizer,
