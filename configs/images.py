@@ -14,8 +14,7 @@ joined by commas:
   128      128 x 128 pixels, one GPU of 24 GB
   256      256 x 256 pixels in latents, one GPU of 24 GB: reads a cache, in the
            features of the authors' encoder hf://mae_latent_256 (see below)
-  cpu      32 x 32 pixels, two CPU cores: drifts in raw pixels, judged in the
-           features of its encoder
+  cpu      32 x 32 pixels, two CPU cores
   encoder  the ResNet-MAE of 64, 128 or cpu
   smoke    the same code path in minutes on two CPU cores
 
@@ -133,7 +132,6 @@ def _cpu(config: ConfigDict) -> None:
   config.data.in_memory = True
   config.batch.update(labels=8, generated=16)
   config.queue.update(push_per_step=16, prefill=1_000)
-  config.optim.warmup_steps = 50
   config.ema.decays = (0.99,)
   config.train.update(num_steps=400, log_every=25)
   config.eval.update(
@@ -150,17 +148,13 @@ def _encoder(size: str, smoke: bool) -> ConfigDict:
   config.mae.batch_size = 256
   config.data.in_memory = False
   if size == "cpu":
-    config.data.update(num_threads=2, in_memory=True)
-    config.model.update(
-      base_channels=16, layers=(1, 1, 1, 1), norm_groups=4, dtype="float32"
-    )
+    common.cpu_encoder(config)
+    config.data.in_memory = True
     config.mae.update(
-      batch_size=64, classification_steps=50, classification_ramp=25
+      batch_size=64, classification_steps=100, classification_ramp=50
     )
-    config.optim.update(learning_rate=2e-3, warmup_steps=50)
-    config.ema.decays = (0.99,)
     config.train.update(num_steps=200, log_every=25)
-    config.eval.update(every=100, batch_size=100, ema_decay=0.99)
+    config.eval.update(every=100, batch_size=100)
     config.checkpoint.every = 100
   if smoke:
     common.smoke_mae(config)

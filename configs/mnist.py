@@ -10,8 +10,8 @@ Face hub, else from TFDS, which must have prepared them (docs/data.md).
 Variants, joined by commas:
   (none)       for one GPU: the generator of configs/cifar10.py
   encoder      for one GPU: the ResNet-MAE whose features that one drifts in
-  cpu          for two CPU cores: a small generator that drifts in raw pixels,
-               judged in the features of the next
+  cpu          for two CPU cores: a small generator that drifts in the features
+               of the next
   cpu_encoder  for two CPU cores: a small ResNet-MAE
   cpu_judge    for two CPU cores: a small classifier, to judge `cpu` with
                --config.eval.classifier.path=WORKDIR/encoder
@@ -50,30 +50,25 @@ def get_config(variant: str = "") -> ConfigDict:
 
 def _cpu_generator(config: ConfigDict) -> None:
   common.cpu_generator(config)
-  config.batch.update(labels=16, generated=32, positives=64)
-  config.optim.warmup_steps = 100
+  config.batch.update(labels=8, generated=32, positives=64)
   config.ema.decays = (0.99, 0.995)
-  config.train.update(num_steps=2_000, log_every=50)
+  config.train.update(num_steps=3_000, log_every=50)
   config.eval.update(
-    every=250,
+    every=500,
     num_samples=2_000,
     batch_size=500,
     ema_decay=0.995,
     metrics=("fd_encoder", "fd_pixel", "coverage"),
   )
-  config.checkpoint.update(every=250, best_metric="fd_encoder")
+  config.checkpoint.every = 500
 
 
 def _cpu_encoder(config: ConfigDict) -> None:
-  config.data.update(num_threads=2, crop="pad")
-  config.model.update(
-    base_channels=16, layers=(1, 1, 1, 1), norm_groups=4, dtype="float32"
-  )
+  common.cpu_encoder(config)
+  config.data.crop = "pad"
   config.mae.update(
-    batch_size=128, classification_steps=300, classification_ramp=100
+    batch_size=128, classification_steps=1_000, classification_ramp=100
   )
-  config.optim.update(learning_rate=2e-3, warmup_steps=50)
-  config.ema.decays = (0.99,)
-  config.train.update(num_steps=900, log_every=50)
-  config.eval.update(every=300, batch_size=500, ema_decay=0.99)
-  config.checkpoint.every = 300
+  config.train.update(num_steps=2_000, log_every=50)
+  config.eval.update(every=1_000, batch_size=500)
+  config.checkpoint.every = 1_000

@@ -10,6 +10,7 @@ from drift_jax.training.drifting import drift_arguments
 BASES = (
   "imagenet_latent",
   "digits",
+  "digits:judge",
   "digits:features",
   "mnist",
   "mnist:cpu",
@@ -19,7 +20,7 @@ BASES = (
 IMPOSSIBLE = {
   ("digits", "table3"): "which has no encoder: take a base that has one",
   ("digits", "features"): "which has no encoder: take a base that has one",
-  ("mnist:cpu", "features"): "whose encoders only judge",
+  ("digits:judge", "features"): "whose encoders only judge",
 }
 CASES = [(base, table) for base in BASES for table in ablations.TABLES]
 
