@@ -341,8 +341,9 @@ def test_judged_by_a_network_in_the_loop(folder, eight):
 
 
 def train_encoder(workdir):
-  """The smoke form of the encoder's training, of half its steps."""
+  """The smoke form of the encoder's training by Muon, of half its steps."""
   shorter = {
+    "optim.muon_learning_rate": 0.02,
     "mae.classification_steps": 5,
     "mae.classification_ramp": 3,
     "train.num_steps": ENCODER_STEPS,
