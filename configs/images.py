@@ -25,9 +25,8 @@ For 256, once for each of the splits train and test:
   python -m drift_jax.main --config=configs/images.py:256 \\
     --workdir=runs/images --config.data.source=latents:data/latents
 
-`cpu` was run on two CPU cores (docs/your_images.md has times and pictures): 400
-steps are a first look, more (train.num_steps) should do better. Nobody has
-trained 64, 128 and 256; no time or FID of theirs is known. By the compiler 64
+`cpu` was run on two CPU cores: docs/your_images.md has times and pictures. Nobody
+has trained 64, 128 and 256; no time or FID of theirs is known. By the compiler 64
 takes 9.2 GB of an RTX 4090, 128 9.3 GB, 256 7.9 GB, encoders less
 (docs/scaling.md).
 """
@@ -133,11 +132,11 @@ def _cpu(config: ConfigDict) -> None:
   config.batch.update(labels=8, generated=16)
   config.queue.update(push_per_step=16, prefill=1_000)
   config.ema.decays = (0.99,)
-  config.train.update(num_steps=400, log_every=25)
+  config.train.update(num_steps=1_500, log_every=50)
   config.eval.update(
-    every=100, batch_size=100, ema_decay=0.99, grid_per_class=8
+    every=250, batch_size=100, ema_decay=0.99, grid_per_class=8
   )
-  config.checkpoint.every = 100
+  config.checkpoint.every = 250
 
 
 def _encoder(size: str, smoke: bool) -> ConfigDict:
