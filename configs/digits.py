@@ -7,6 +7,8 @@ Variants, joined by commas, e.g. `configs/digits.py:encoder,smoke`:
   encoder   the ResNet-MAE that `judge` and `features` read
   judge     (none), judged in that encoder's features as well (fd_encoder)
   features  a generator that drifts in that encoder's features
+  style     (none), of a slant and thickness that are asked for beside the class:
+            docs/conditions.md
   classifier  a network that judges them all, --config.eval.classifier.path=
             WORKDIR/encoder
   smoke     the same code path in a minute
@@ -31,7 +33,7 @@ DATA = {
   "wire": "float32",
   "num_threads": 1,
 }
-VARIANTS = ("encoder", "judge", "features", "classifier", "smoke")
+VARIANTS = ("encoder", "judge", "features", "style", "classifier", "smoke")
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -50,7 +52,9 @@ def get_config(variant: str = "") -> ConfigDict:
     common.classifier(config, 400)
   else:
     config = _generator()
-    if tasks:
+    if "style" in names:
+      _style(config)
+    elif tasks:
       common.add_encoder(config, "mae", "")
       config.encoders.mae.update(dtype="float32", in_loss="features" in names)
       config.eval.metrics = ("fd_encoder", *config.eval.metrics)
@@ -116,6 +120,19 @@ def _features(config: ConfigDict) -> None:
   """Without the 4x4 patches and with fewer positives, to save time."""
   config.features.update(patch_mean_size=(2,), patch_std_size=(2,))
   config.batch.positives = 64
+
+
+def _style(config: ConfigDict) -> None:
+  """Of conditions, which benchmarks/style.py measures."""
+  config.data.conditions = "runs/digits_style.npz"
+  config.batch.update(
+    reals="condition_grouped",
+    labels=32,
+    generated=16,
+    positives=16,
+    unconditional=4,
+  )
+  config.eval.alphas = (1.0,)
 
 
 def _encoder() -> ConfigDict:
