@@ -7,7 +7,7 @@ Variants, joined by commas, e.g. `configs/digits.py:encoder,smoke`:
   encoder   the ResNet-MAE that `judge` and `features` read
   judge     (none), judged in that encoder's features as well (fd_encoder)
   features  a generator that drifts in that encoder's features
-  style     (none), of a slant and thickness that are asked for beside the class:
+  style     (none), of a slant and thickness asked for beside the class:
             docs/conditions.md
   classifier  a network that judges them all, --config.eval.classifier.path=
             WORKDIR/encoder

@@ -231,7 +231,7 @@ class Generator(nn.Module):
     labels: Int[ArrayLike, " B"],
     alpha: Float[ArrayLike, "*B"] | float | int,
     style: Int[ArrayLike, "B S"],
-    conditions: Float[ArrayLike, "B ... D"] | None = None,
+    conditions: Float[ArrayLike, "B ... E"] | None = None,
   ) -> Float[Array, "B D"]:
     """Conditioning vector, float32.
 
@@ -254,15 +254,16 @@ class Generator(nn.Module):
       out = out + jnp.sum(rows.astype(jnp.float32), axis=1)
     if self.condition_size:
       given = jnp.asarray(conditions, jnp.float32)
-      given = given.reshape(len(labels), -1, self.condition_size)
-      out = out + self.condition_embed(jnp.mean(given, axis=1))
+      if self.condition_tokens:
+        given = jnp.mean(given, axis=1)
+      out = out + self.condition_embed(given)
     return out + ALPHA_EMBEDDING_WEIGHT * self.alpha_embed(alpha)
 
   def __call__(
     self,
     labels: Int[ArrayLike, " B"],
     alpha: Float[ArrayLike, "*B"] | float | int,
-    conditions: Float[ArrayLike, "B ... D"] | None = None,
+    conditions: Float[ArrayLike, "B ... E"] | None = None,
     *,
     noise: Float[ArrayLike, "B H W C"] | None = None,
     style: Int[ArrayLike, "B S"] | None = None,

@@ -54,7 +54,7 @@ def generate(
   alpha: Float[Array, " n"],
   noise: Float[Array, "n H W C"],
   style: Int[Array, "n S"],
-  *conditions: Float[Array, "n ... D"],
+  *conditions: Float[Array, "n ... E"],
   task: GeneratorTask,
   layout: sharding.Layout | None = None,
 ) -> Float[Array, "n H W F"]:
@@ -85,7 +85,7 @@ def sample_step(
   labels: Int[Array, " n"],
   alpha: Float[Array, " n"],
   index: Int[Array, " n"],
-  *conditions: Float[Array, "n ... D"],
+  *conditions: Float[Array, "n ... E"],
   seed: int | Int[Array, ""],
   task: GeneratorTask,
   style: Int[Array, " S"] | None = None,

@@ -50,7 +50,7 @@ class GeneratorBatch(NamedTuple):
   positives: Shaped[Array, "L P H W C"]
   unconditional: Shaped[Array, "L U H W C"]
   # Those of each label, if the model has any.
-  conditions: Float[Array, "L ... D"] | None = None
+  conditions: Float[Array, "L ... E"] | None = None
 
 
 # Labels that are computed at once: all, or those of a group.

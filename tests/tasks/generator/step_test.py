@@ -392,7 +392,9 @@ OPTIM = config_lib.Optim(
 )
 
 
-def run_toy(mesh, task, num_steps: int, fsdp=True) -> list[dict[str, float]]:
+def run_toy(
+  mesh, task, num_steps: int, fsdp=True, batch_of=toy_batch
+) -> list[dict[str, float]]:
   """Losses and gradient norms of the jitted step on a mesh.
 
   Args:
@@ -400,6 +402,7 @@ def run_toy(mesh, task, num_steps: int, fsdp=True) -> list[dict[str, float]]:
     task: the static part.
     num_steps: how many.
     fsdp: whether frozen weights are sharded.
+    batch_of: (number of labels, seed) -> batch.
   """
   frozen = encoder_params(task)
   host = mesh or sharding.make_mesh(1, 1, jax.devices()[:1])
@@ -425,7 +428,7 @@ def run_toy(mesh, task, num_steps: int, fsdp=True) -> list[dict[str, float]]:
     )
 
   def placed(seed: int) -> GeneratorBatch:
-    batch = toy_batch(8, seed)._asdict()
+    batch = batch_of(8, seed)._asdict()
     return GeneratorBatch(**sharding.put_batch(batch, host))
 
   compiled = step.lower(state, placed(0), frozen).compile()
