@@ -121,6 +121,9 @@ def judge(workdir: str, path: str, splits: dict[str, sources.Source]) -> Any:
   )
   many = grey(many.pixels()).reshape(len(chosen), _EACH, *samples.shape[1:])
   spread = {"generated": [], "real": [], "class": []}
+  frame = (
+    many.shape[-1] - held_out[0].shape[0]
+  ) // 2  # of config.data.crop=pad
   for images, i in zip(many, chosen, strict=True):
     members = np.flatnonzero(trained.labels == labels[i])
     far = np.sum((near[members] - asked[i]) ** 2, axis=1)
@@ -131,6 +134,7 @@ def judge(workdir: str, path: str, splits: dict[str, sources.Source]) -> Any:
     spread["generated"].append(distance(images))
     for name, rows in reals.items():
       real = np.concatenate([grey(trained[int(r)][None]) for r in rows])
+      real = np.pad(real, ((0, 0), (frame, frame), (frame, frame)))
       spread[name].append(distance(real))
   return {
     "samples": len(labels),

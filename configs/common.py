@@ -475,6 +475,18 @@ def cpu_generator(config: ConfigDict) -> None:
   config.eval.alphas = (1.0,)
 
 
+def by_style(config: ConfigDict, conditions: str) -> None:
+  """Makes it of two numbers beside the class, as benchmarks/style.py writes."""
+  config.data.conditions = conditions
+  config.batch.update(
+    reals="condition_grouped",
+    labels=32,  # conditions
+    generated=16,
+    positives=16,  # the image itself and 15 of the nearest conditions
+    unconditional=4,
+  )
+
+
 def judge_by_fid(config: ConfigDict) -> None:
   """Evaluates a long run on ImageNet at 256 px as papers do.
 

@@ -53,7 +53,8 @@ def get_config(variant: str = "") -> ConfigDict:
   else:
     config = _generator()
     if "style" in names:
-      _style(config)
+      common.by_style(config, "runs/digits_style.npz")
+      config.eval.alphas = (1.0,)
     elif tasks:
       common.add_encoder(config, "mae", "")
       config.encoders.mae.update(dtype="float32", in_loss="features" in names)
@@ -120,19 +121,6 @@ def _features(config: ConfigDict) -> None:
   """Without the 4x4 patches and with fewer positives, to save time."""
   config.features.update(patch_mean_size=(2,), patch_std_size=(2,))
   config.batch.positives = 64
-
-
-def _style(config: ConfigDict) -> None:
-  """Of conditions, which benchmarks/style.py measures."""
-  config.data.conditions = "runs/digits_style.npz"
-  config.batch.update(
-    reals="condition_grouped",
-    labels=32,
-    generated=16,
-    positives=16,
-    unconditional=4,
-  )
-  config.eval.alphas = (1.0,)
 
 
 def _encoder() -> ConfigDict:
