@@ -97,12 +97,14 @@ def read_conditions(
   if not shape and path is None:
     return []
   if not shape or path is None:
-    want = f"want an .npz of [n, {shape}]" if shape else "there are none here"
+    want = f"want an .npz of {['n', *shape]}" if shape else "there are none"
     raise ValueError(f"--conditions {path}: {want}")
   with np.load(path) as archive:
     given = archive["conditions"].astype(np.float32)
   if list(given.shape[1:]) != shape or not np.isfinite(given).all():
-    raise ValueError(f"--conditions {path}: {given.shape}, want [n, {shape}]")
+    raise ValueError(
+      f"--conditions {path}: {given.shape}, want {['n', *shape]}"
+    )
   return [given]
 
 

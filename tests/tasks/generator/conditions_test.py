@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import runpy
 import types
 
 import flax.linen as nn
@@ -20,6 +21,7 @@ from drift_jax.tasks.generator.evaluators import (
   evaluation_conditions,
   evaluation_labels,
 )
+from drift_jax.tasks.generator.programs import programs
 from drift_jax.tasks.generator.reports import (
   Request,
   report_on_run,
@@ -220,6 +222,31 @@ def test_models_without_conditions_are_as_they_were():
     )
 
 
+def test_conditions_survive_the_releases_format():
+  task = conditional(toy_task(), 2)
+  arguments = train_test.config_of("smoke").model.to_dict()
+  published = release.published_config(
+    "gen", arguments | {"condition_size": SIZE, "condition_tokens": 2}
+  )
+  module, shapes = release.describe("gen", published)
+  assert module.condition_shape == task.condition_shape
+  params = random_like(shapes)
+  stored = release.to_release("gen", published, params)
+  _, found = release.from_release("gen", published, stored)
+  jax.tree.map(np.testing.assert_array_equal, found, params)
+
+
+def test_what_a_run_compiles_is_known_without_its_data():
+  config = train_test.config_of("style,smoke")
+  mesh = sharding.make_mesh()
+  with pytest.raises(ConfigError, match="condition_size=0 takes what"):
+    programs(parse(config), mesh)
+  config.model.condition_size = 2
+  for program in programs(parse(config), mesh):
+    out = jax.eval_shape(program.jitted, *program.arguments.values())
+    assert jax.tree.leaves(out)
+
+
 def readers_of(labels) -> types.SimpleNamespace:
   labels = np.asarray(labels)
   conditions = np.arange(len(labels), dtype=np.float32)[:, None]
@@ -338,8 +365,19 @@ def test_a_run_goes_on_bit_equal(whole):
     )
 
 
+def call_example(folder, monkeypatch, *arguments) -> str:
+  """What an export's run.py ends with; '' if all is well."""
+  monkeypatch.setattr("sys.dont_write_bytecode", True)
+  monkeypatch.setattr("sys.argv", ["run.py", *arguments])
+  try:
+    runpy.run_path(str(folder / "run.py"), run_name="__main__")
+  except SystemExit as ended:
+    return str(ended.code)
+  return ""
+
+
 @pytest.mark.slow
-def test_a_runs_export_gives_its_samples(whole, tmp_path):
+def test_a_runs_export_gives_its_samples(whole, tmp_path, monkeypatch):
   folder, changes = whole
   workdir = str(folder / "whole")
   model = drift_jax.load(workdir)
@@ -359,6 +397,18 @@ def test_a_runs_export_gives_its_samples(whole, tmp_path):
     *(np.uint32(7), np.full(manifest["style_tokens"], -1, np.int32), given),
   )
   assert_close(found, want.images, 1e-5)
+  np.savez(tmp_path / "given.npz", conditions=given)
+  asked = ["--labels=3", "--count=2", f"--out={tmp_path / 'a.npy'}"]
+  file = f"--conditions={tmp_path / 'given.npz'}"
+  assert call_example(out, monkeypatch, *asked) == (
+    "Error: --conditions None: want an .npz of ['n', 2]"
+  )
+  assert call_example(out, monkeypatch, *asked, "--labels=0,1", file) == (
+    "Error: 2 labels with 5 conditions"
+  )
+  assert call_example(out, monkeypatch, *asked, file, "--seed=7") == ""
+  want = model.sample([3], condition=given, count=2, seed=7)
+  assert_close(np.load(tmp_path / "a.npy"), want.images, 1e-5)
   with pytest.raises(ConfigError, match="give its run"):
     report_on_weights(str(out), Request(metrics=()))
 
