@@ -14,9 +14,14 @@ they follow (docs/conditions.md).
 import argparse
 import json
 import pathlib
+import sys
 from typing import Any
 
 import numpy as np
+
+if not __package__:
+  # Python looks for a script's imports in the script's folder.
+  sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
 
 import drift_jax
 from drift_jax.data import sources
@@ -96,14 +101,16 @@ def followed(asked: np.ndarray, ink: np.ndarray, scale: Any) -> dict[str, Any]:
   }
 
 
-def judge(workdir: str, path: str, splits: dict[str, sources.Source]) -> Any:
+def judge(
+  workdir: str, path: str, splits: dict[str, sources.Source], step: int | None
+) -> Any:
   """Figures of a run's samples of the held-out styles and classes."""
   with np.load(path) as archive:
     scale = archive["mean"], archive["deviation"]
   (train, trained), (test, held_out) = splits.items()
   conditions = Conditions(path)
   near, asked = conditions.of(trained, train), conditions.of(held_out, test)
-  model = drift_jax.load(workdir)
+  model = drift_jax.load(workdir, step=step)
   rng = np.random.default_rng(0)
   # 1. One sample of each held-out image's style and class. By chance: of the
   # styles of other images of the class.
@@ -138,6 +145,7 @@ def judge(workdir: str, path: str, splits: dict[str, sources.Source]) -> Any:
       spread[name].append(distance(real))
   return {
     "samples": len(labels),
+    "step": model.generator.step,
     "asked": followed(asked, samples, scale),
     "other styles of the class": followed(others, samples, scale),
     "spread": {name: float(np.mean(x)) for name, x in spread.items()},
@@ -151,6 +159,7 @@ def main() -> None:
   parser.add_argument("--splits", default="train,test")
   parser.add_argument("--out", default="", help="of write: the .npz")
   parser.add_argument("--from", default="", dest="workdir", help="of judge")
+  parser.add_argument("--step", type=int, help="of judge: default: the best")
   parser.add_argument("--json", default="", help="of judge: written too")
   asked = parser.parse_args()
   data = {"source": asked.source, "conditions": asked.out}
@@ -170,7 +179,7 @@ def main() -> None:
   }
   if asked.what == "write":
     return write(asked.out, splits)
-  found = judge(asked.workdir, data["conditions"], splits)
+  found = judge(asked.workdir, data["conditions"], splits, asked.step)
   print(json.dumps(found, indent=1))
   if asked.json:
     pathlib.Path(asked.json).write_text(json.dumps(found, indent=1))
