@@ -139,6 +139,7 @@ def drift() -> ConfigDict:
 def generator() -> ConfigDict:
   """Defaults of task 'generator'; the model's sizes are left to the config."""
   config = _shared("generator")
+  config.data.conditions = ""  # .npz of a condition of each image, if any
 
   # Of attention and drifting losses: 'pallas' on TPUs, 'xla' anywhere; 'auto'
   # takes the first that runs, and from NVIDIA's Ampere on cuDNN's attention.
@@ -156,6 +157,10 @@ def generator() -> ConfigDict:
   config.model.context_tokens = 16  # prepended in-context tokens
   config.model.style_vocab = 64  # entries of each style table
   config.model.style_tokens = 32  # random style indices per sample
+  # Numbers of a condition other than the class, and of tokens how many; 0: as
+  # data.conditions has them, or none without it.
+  config.model.condition_size = 0
+  config.model.condition_tokens = 0
   config.model.dtype = "float32"  # activations; parameters are float32
   config.model.attention_dtype = "float32"
   # What is recomputed in the backward pass: 'none', the inside of 'attention',
@@ -184,7 +189,8 @@ def generator() -> ConfigDict:
   config.guidance.no_cfg_frac = 0.0  # probability of alpha = 1
 
   config.batch = ConfigDict()
-  # How positives are found: 'queue' (A.8), or 'class_grouped': by index.
+  # How positives are found: 'queue' (A.8), or 'class_grouped': by index; or
+  # 'condition_grouped': those of data.conditions.
   config.batch.reals = "queue"
   config.batch.labels = 64  # N_c, over all devices
   config.batch.generated = 64  # N, for each label
@@ -494,6 +500,18 @@ def cpu_encoder(config: ConfigDict) -> None:
   config.optim.update(learning_rate=2e-3, warmup_steps=50)
   config.ema.decays = (0.99,)
   config.eval.ema_decay = 0.99
+
+
+def by_style(config: ConfigDict, conditions: str) -> None:
+  """Makes it of two numbers beside the class, as benchmarks/style.py writes."""
+  config.data.conditions = conditions
+  config.batch.update(
+    reals="condition_grouped",
+    labels=32,  # conditions
+    generated=16,
+    positives=16,  # the image itself and 15 of the nearest conditions
+    unconditional=4,
+  )
 
 
 def judge_by_fid(config: ConfigDict) -> None:

@@ -7,6 +7,8 @@ Variants, joined by commas, e.g. `configs/digits.py:encoder,smoke`:
   encoder   the ResNet-MAE that `judge` and `features` read
   judge     (none), judged in that encoder's features as well (fd_encoder)
   features  a generator that drifts in that encoder's features
+  style     (none), of a slant and thickness asked for beside the class:
+            docs/conditions.md
   classifier  a network that judges them all, --config.eval.classifier.path=
             WORKDIR/encoder
   smoke     the same code path in a minute
@@ -31,7 +33,7 @@ DATA = {
   "wire": "float32",
   "num_threads": 1,
 }
-VARIANTS = ("encoder", "judge", "features", "classifier", "smoke")
+VARIANTS = ("encoder", "judge", "features", "style", "classifier", "smoke")
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -50,7 +52,10 @@ def get_config(variant: str = "") -> ConfigDict:
     common.classifier(config, 400)
   else:
     config = _generator()
-    if tasks:
+    if "style" in names:
+      common.by_style(config, "runs/digits_style.npz")
+      config.eval.alphas = (1.0,)
+    elif tasks:
       common.add_encoder(config, "mae", "")
       config.encoders.mae.update(dtype="float32", in_loss="features" in names)
       config.eval.metrics = ("fd_encoder", *config.eval.metrics)

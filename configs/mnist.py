@@ -13,6 +13,8 @@ Variants, joined by commas:
   cpu          for two CPU cores: a small generator that drifts in the features
                of the next
   cpu_encoder  for two CPU cores: a small ResNet-MAE
+  style        `cpu`, of a slant and thickness asked for beside the class:
+               docs/conditions.md
   cpu_judge    for two CPU cores: a small classifier, to judge `cpu` with
                --config.eval.classifier.path=WORKDIR/encoder
   smoke        the first two in minutes on two CPU cores
@@ -22,15 +24,29 @@ from ml_collections import ConfigDict
 
 from configs import cifar10, common
 
-VARIANTS = ("generator", "encoder", "cpu", "cpu_encoder", "cpu_judge")
+VARIANTS = (
+  "generator",
+  "encoder",
+  "cpu",
+  "style",
+  "cpu_encoder",
+  "cpu_judge",
+)
+# Those of two CPU cores, and the variant of configs/cifar10.py that each is of.
+SMALL = {
+  "cpu": "generator",
+  "style": "generator",
+  "cpu_encoder": "encoder",
+  "cpu_judge": "cpu_judge",
+}
 
 
 def get_config(variant: str = "") -> ConfigDict:
   """The config of the named variants."""
   size, smoke = common.choose(variant, VARIANTS)
-  if smoke and size.startswith("cpu"):
+  if smoke and size in SMALL:
     raise ValueError(f"variants {size!r} and 'smoke' exclude each other")
-  task = {"cpu_encoder": "encoder", "cpu": "generator"}.get(size, size)
+  task = SMALL.get(size, size)
   config = cifar10.get_config(f"{task},smoke" if smoke else task)
   config.data.update(source="tfds:mnist", channels=1, crop="pad", flip=False)
   if config.task == "mae":
@@ -38,8 +54,10 @@ def get_config(variant: str = "") -> ConfigDict:
   else:
     config.model.update(in_channels=1, out_channels=1)
     config.encoders.mae.path = "runs/mnist_encoder/encoder"
-  if size == "cpu":
+  if size in ("cpu", "style"):
     _cpu_generator(config)
+  if size == "style":
+    common.by_style(config, "runs/mnist_style.npz")
   elif size == "cpu_encoder":
     _cpu_encoder(config)
     common.for_generator(config, get_config("cpu"))

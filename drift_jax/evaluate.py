@@ -22,7 +22,7 @@ from drift_jax.tasks.generator.protocols import PROTOCOLS, of_request
 
 # Flags that go with a run alone, and with any generator.
 _OF_RUN = ("step", "ema_decay", "encoder", "data_source", "data_dir")
-_OF_RUN += ("classifier",)
+_OF_RUN += ("classifier", "conditions")
 _OF_RUN += ("neighbours", "neighbour_space", "neighbour_samples")
 _OF_GENERATOR = ("alphas", "labels", "samples_out", "vae")
 _OF_GENERATOR += ("label_order", "pixels")
@@ -49,6 +49,7 @@ def define_flags() -> None:
     "encoder", [], "NAME=DIR, once for each: where encoders.NAME.path is now."
   )
   flags.DEFINE_string("data_source", None, "Where the run's data are now.")
+  path("conditions", None, "Where the run's data.conditions are now.")
   path("data_dir", None, "The folder that the run's data start from now.")
   # 2. Which samples, and which figures.
   flags.DEFINE_list("alphas", None, "Guidance scales; default: the config's.")
@@ -264,6 +265,7 @@ def _paths(values: flags.FlagValues) -> dict[str, str]:
     "vae.path": values.vae,
     "data.source": values.data_source,
     "data.data_dir": values.data_dir,
+    "data.conditions": values.conditions,
   }
   for text in values.encoder:
     name, _, path = text.partition("=")

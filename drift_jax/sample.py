@@ -4,6 +4,8 @@
   python -m drift_jax.sample --from=hf://latent_L_sota \\
       --labels="golden retriever" --count=16 --out=dogs.png
   python -m drift_jax.sample --from=export --count=50 --out=samples/
+  python -m drift_jax.sample --from=runs/style --labels=3 \\
+      --conditions=styles.npz --out=styles.png
   python -m drift_jax.sample --from=export --interpolate=24 --out=walk.gif
 
 --out says what is written: a grid (.png, .jpg, .webp), all images in ADM's
@@ -33,6 +35,12 @@ def define_flags() -> None:
     "with a comma: '\"great white shark, white shark\"'. Classes called by "
     "numbers: index:3 or name:3.",
   )
+  paths.define_flag(
+    "conditions",
+    None,
+    "FILE.npz of an array 'conditions', for a generator of such: --count "
+    "images of each, of one of --labels for all or one for each.",
+  )
   flags.DEFINE_float("alpha", 1.0, "Guidance scale.")
   integer("seed", 0, "Of noise and style.", 0, options.MAX_SEED)
   flags.DEFINE_list(
@@ -41,7 +49,9 @@ def define_flags() -> None:
     "Style indices that all images share: one for all tokens, or one for each; "
     "-1 leaves one to chance; default: all of them.",
   )
-  integer("count", 10, "Images of each label: a row of the grid.", 1)
+  integer(
+    "count", 10, "Images of each label or condition: a row of the grid.", 1
+  )
   integer("batch_size", options.BATCH_SIZE, "Images at a time.", 1)
   integer("interpolate", None, "Frames of a walk between two noises, .gif.", 2)
   paths.define_flag(
@@ -94,6 +104,7 @@ def main(argv: list[str]) -> None:
     drawing.draw(
       {
         "labels": values.labels,
+        "conditions": values.conditions,
         "count": values.count,
         "alpha": values.alpha,
         "seed": values.seed,

@@ -27,6 +27,7 @@ from drift_jax.metrics.files import PathLike
 from drift_jax.metrics.generation import generate
 from drift_jax.metrics.images import require_finite, save_image, to_uint8
 from drift_jax.system import numerics, options, paths, sharding
+from drift_jax.system.errors import naming
 from drift_jax.tasks.generator.judges import make_decoder, make_pixels
 from drift_jax.tasks.generator.restore import (
   OpenedGenerator,
@@ -41,11 +42,14 @@ from drift_jax.tasks.generator.samplers import (
   jit_interpolator,
   jit_sampler,
 )
+from drift_jax.training.conditions import check_values
 from drift_jax.training.run import pad_to_mesh
 
 _LISTED = 5
 # Classes as people give them: one or several, indices, ranges or names.
 Labels = str | int | Iterable[str | int]
+# Conditions [n, D] or [n, T, D], or one without the first axis.
+Conditions = np.ndarray | jax.Array | Sequence[Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -153,6 +157,8 @@ class Sampler:
     class_names: one for each label, or () if nobody recorded them.
     alpha_range: guidance scales that it was trained for.
     image_shape: (H, W, C).
+    condition_shape: of a condition, (D,) or (T, D); () if it knows classes
+      alone.
   """
 
   def __init__(self, generator: OpenedGenerator, mesh: jax.sharding.Mesh):
@@ -160,6 +166,7 @@ class Sampler:
     self.num_classes = generator.num_classes
     self.class_names = generator.class_names
     self.alpha_range = generator.alpha_range
+    self.condition_shape = generator.task.condition_shape
     self._mesh = mesh
     self._step = jit_sampler(generator.task, mesh)
     self._between = jit_interpolator(generator.task, mesh)
@@ -195,6 +202,55 @@ class Sampler:
     if not indices:
       raise ConfigError(f"labels={list(names)} names no class")
     return np.array(indices, np.int32)
+
+  def asked(
+    self,
+    labels: Labels | None = None,
+    condition: Conditions | None = None,
+    count: int = 1,
+  ) -> tuple[np.ndarray, np.ndarray | None]:
+    """Class [n * count] and condition of each image that `sample` draws.
+
+    Raises:
+      ConfigError: a condition that the model does not take, or none though it
+        takes one.
+    """
+    count, shape = _integer("count", count, 1), self.condition_shape
+    if not shape:
+      if condition is not None:
+        raise ConfigError("condition: this generator knows classes alone")
+      return np.repeat(self.labels(labels), count), None
+    if condition is None:
+      raise ConfigError(
+        f"condition: this generator needs one of shape {shape} for each image "
+        "(--conditions=FILE.npz, or sample(condition=array))"
+      )
+    if labels is None and self.num_classes > 1:
+      raise ConfigError(
+        f"labels: this generator has {self.num_classes} classes beside its "
+        "conditions, name one for all conditions or one for each"
+      )
+    given = np.asarray(condition)
+    given = given[None] if given.shape == shape else given
+    if given.shape[1:] != shape or given.dtype.kind not in "fiu":
+      want = ", ".join(map(str, ("n", *shape)))
+      raise ConfigError(
+        f"condition is {given.dtype} {given.shape}, this generator was trained "
+        f"on conditions of shape {shape}: want [{want}]"
+      )
+    with naming("condition"):
+      given = check_values("condition", given.astype(np.float32))
+    chosen = self.labels(labels)
+    number = max(len(chosen), len(given))
+    if {len(chosen), len(given)} - {1, number}:
+      raise ConfigError(
+        f"{len(chosen)} labels with {len(given)} conditions: give one for all, "
+        "or as many"
+      )
+    return (
+      np.repeat(np.resize(chosen, number), count),
+      np.repeat(np.resize(given, (number, *shape)), count, axis=0),
+    )
 
   def describe(self, labels: np.ndarray) -> str:
     """The classes among labels [n], for people: index and name of each."""
@@ -297,16 +353,20 @@ class Sampler:
     self,
     labels: Labels | None = None,
     *,
+    condition: Conditions | None = None,
     count: int = 1,
     alpha: float = 1.0,
     seed: int = 0,
     style: int | Sequence[int] | None = None,
     batch_size: int = options.BATCH_SIZE,
   ) -> Samples:
-    """Draws `count` images of each label.
+    """Draws `count` images of each label, or of each condition.
 
     Args:
-      labels: see `labels`; None for all classes.
+      labels: see `labels`; None for all classes. With conditions one for all of
+        them, or one for each.
+      condition: [n, *condition_shape], or one of that shape for all labels, of
+        a generator that was trained on such.
       count: images of each.
       alpha: guidance scale, inside the trained range.
       seed: of noise and style, in [0, 2**32).
@@ -317,9 +377,11 @@ class Sampler:
     Raises:
       ConfigError: for anything out of range, naming it.
     """
-    each = np.repeat(self.labels(labels), _integer("count", count, 1))
+    each, conditions = self.asked(labels, condition, count)
     batches = self.batches(
-      each, alpha=alpha, seed=seed, style=style, batch_size=batch_size
+      *(each, conditions),
+      **{"alpha": alpha, "seed": seed, "style": style},
+      batch_size=batch_size,
     )
     images = [gathered(batch, self._decode(batch.samples)) for batch in batches]
     return Samples(np.concatenate(images), each, count)
@@ -328,6 +390,7 @@ class Sampler:
   def batches(
     self,
     labels: np.ndarray,
+    conditions: np.ndarray | None = None,
     *,
     alpha: float,
     seed: int,
@@ -343,6 +406,7 @@ class Sampler:
 
     Args:
       labels: class indices.
+      conditions: [n, *condition_shape], see `asked`; None if it has none.
       alpha, seed, style, batch_size: see `sample`.
       numbers: numbers of the images to draw; None for all n.
 
@@ -358,6 +422,7 @@ class Sampler:
       self._mesh,
       seed,
       self._style(style),
+      conditions,
     )
     count = len(labels) if numbers is None else len(numbers)
     batches = generate(
@@ -377,6 +442,7 @@ class Sampler:
     self,
     labels: Labels | None = None,
     *,
+    condition: Conditions | None = None,
     frames: int = 16,
     count: int = 1,
     alpha: float = 1.0,
@@ -390,7 +456,7 @@ class Sampler:
     `sample`, b that of image n + i; style indices are a's.
 
     Args:
-      labels, count, alpha, seed, style: see `sample`.
+      labels, condition, count, alpha, seed, style: see `sample`.
       frames: at least 2, both ends included.
 
     Raises:
@@ -398,18 +464,18 @@ class Sampler:
     """
     self._check(alpha, seed, options.BATCH_SIZE)
     _integer("frames", frames, 2)
-    each = np.repeat(self.labels(labels), _integer("count", count, 1))
+    each, conditions = self.asked(labels, condition, count)
     size = self.padded(len(each))
     index = np.arange(size, dtype=np.int32)
-    of_each = sharding.put_batch(
-      (
-        np.resize(each, size),
-        np.full(size, alpha, np.float32),
-        index,
-        index + np.int32(len(each)),
-      ),
-      self._mesh,
+    given = (
+      np.resize(each, size),
+      np.full(size, alpha, np.float32),
+      index,
+      index + np.int32(len(each)),
     )
+    if conditions is not None:
+      given += (np.resize(conditions, (size, *self.condition_shape)),)
+    of_each = sharding.put_batch(given, self._mesh)
     shared = (self.generator.params, np.uint32(seed), self._style(style))
     walk = []
     for angle in np.linspace(0, np.pi / 2, frames, dtype=np.float32):

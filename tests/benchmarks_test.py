@@ -20,12 +20,14 @@ from benchmarks import (
   gpu_step,
   plain,
   step_tpu,
+  style,
   timing,
 )
 from drift_jax.data import transforms
 from drift_jax.system import sharding
 from drift_jax.training.state import TrainState
 from tests import process
+from tests.conftest import assert_close
 from tests.data import pictures
 
 
@@ -107,6 +109,22 @@ def test_evaluation_measures_every_part(tmp_path):
       assert difference < 1e-5, row
     if name.endswith(": memory"):
       assert row["unit"] == "MB"
+
+
+def test_styles_are_those_of_strokes_that_were_drawn():
+  """Of straight strokes of known shear and width, soft at their edge."""
+  rows, columns = np.mgrid[:32, :32] - 15.5
+  for shear in (-0.5, 0.0, 0.3):
+    for width in (3.0, 5.0):
+      middle = -shear * rows
+      across = np.abs(columns - middle)
+      ink = np.clip((width + 1) / 2 - across, 0, 1)
+      ink[np.abs(rows) > 11] = 0
+      ((slant, thickness),) = style.measure(ink[None])
+      assert abs(slant - shear) < 0.02
+      # The ends belong to the edge as well.
+      area, edge = width * 23, 2 * 23 * np.hypot(1, shear) + 2 * width
+      assert_close(thickness, 2 * area / edge, 0.1)
 
 
 def test_comparison_takes_turns():

@@ -307,6 +307,30 @@ def test_folder_goes_on_where_it_was_interrupted(folder, model, tmp_path):
   assert "no samples.json that says" in run_command(out, **flags)
 
 
+def test_folder_is_of_the_same_conditions(tmp_path):
+  source = save_generator(tmp_path / "generator", condition_size=2)
+  files = [tmp_path / f"{name}.npz" for name in "ab"]
+  given = np.random.default_rng(0).normal(size=(2, 3, 2)).astype(np.float32)
+  for file, conditions in zip(files, given, strict=True):
+    np.savez(file, conditions=conditions)
+  out, flags = tmp_path / "samples", {"from": source, "labels": ["2"]}
+  flags |= {"count": 2}
+  message = run_command(f"{out}/", conditions=str(files[0]), **flags)
+  assert message == ""
+  expected = drift_jax.load(source).sample(
+    [2], condition=given[0], count=2, seed=7
+  )
+  assert len([*out.glob("*.png")]) == 6
+  with Image.open(out / "000005.png") as picture:
+    difference = np.asarray(picture).astype(int) - expected.pixels()[5]
+    assert np.abs(difference).max() <= 1
+  message = run_command(out, conditions=str(files[1]), **flags)
+  assert "holds images of another request (conditions: " in message
+  assert "this generator needs one of shape (2,)" in run_command(out, **flags)
+  none = run_command(out, conditions=str(tmp_path / "no.npz"), **flags)
+  assert "no.npz" in none and "No such file" in none
+
+
 def test_folder_is_of_one_autoencoder(tmp_path, monkeypatch):
   monkeypatch.setattr(sampling.Sampler, "batches", lambda *_, **__: iter(()))
   flags = {"from": str(GOLDEN / "artifact_gen")}

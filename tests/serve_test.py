@@ -520,8 +520,9 @@ def test_failing_model(model, caplog):
 
 
 @pytest.mark.system
-def test_mistakes(folder):
+def test_mistakes(folder, tmp_path):
   source = f"--from={folder}"
+  of_conditions = save_generator(tmp_path, condition_size=2)
   with socket.create_server(("127.0.0.1", 0)) as taken:
     port = taken.getsockname()[1]
     cases = {
@@ -531,6 +532,7 @@ def test_mistakes(folder):
       "--root_path=me must be": (source, "--root_path=me"),
       "--batch_sizes=8,0: ['0'] must be": (source, "--batch_sizes=8,0"),
       "nowhere": ("--from=nowhere", "--port=0"),
+      "which the page does not ask": (f"--from={of_conditions}", "--port=0"),
     }
     told = call_each("drift_jax.serve.__main__", cases.values())
   for part, (_, line) in zip(cases, told, strict=True):

@@ -75,10 +75,11 @@ class Reals(Section):
   """Reals that a generator's step draws: N_c labels, each N_pos and N_unc.
 
   `reals` says how positives and unconditional reals are drawn: from the sample
-  queue, or by index, class by class. 0 labels stand for no generator.
+  queue, or by index, class by class or condition by condition (then labels are
+  conditions). 0 labels stand for no generator.
   """
 
-  reals: Literal["queue", "class_grouped"]
+  reals: Literal["queue", "class_grouped", "condition_grouped"]
   labels: Count
   positives: Size
   unconditional: Count

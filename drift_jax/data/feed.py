@@ -57,10 +57,12 @@ class GroupedFeed(IndexedFeed):
         few images.
     """
     self._each = (num_positives, num_unconditional)
-    self._order = ClassGrouped(
-      reader.labels, reader.class_names, seed, num_labels, *self._each
-    )
+    self._order = self._ordered(reader, seed, num_labels, *self._each)
     super().__init__(reader, self._order, seed=seed, **reading)
+
+  def _ordered(self, reader: Reader, *sizes: int) -> ClassGrouped:
+    """The order of a reader's records: by (seed, N_c, N_pos, N_unc)."""
+    return ClassGrouped(reader.labels, reader.class_names, *sizes)
 
   def __next__(self) -> Batch:
     labels = self._order.labels(self.position)[list(self.rows)]

@@ -216,14 +216,14 @@ class _FileSource(encoded.EncodedSource):
     names = b"".join(self._names.tolist())
     return hashlib.sha256(names + ends.tobytes()).hexdigest()
 
-  def _inside(self, index: int) -> str:
+  def name(self, index: int) -> str:
     """Path of an image within the tree."""
     folder = self._folders[bisect.bisect_right(self._ends, index)]
     return _join(folder, os.fsdecode(self._names[index]))
 
   def path(self, index: int) -> str:
     """FOLDER/FILE or TAR/MEMBER."""
-    return f"{self._path}/{self._inside(index)}"
+    return f"{self._path}/{self.name(index)}"
 
 
 class FolderSource(_FileSource):
@@ -388,7 +388,7 @@ class TarSource(_FileSource):
       except tarfile.TarError as error:
         raise ValueError(f"{tar} can't be indexed: {error}") from error
     super().__init__(tar, _tree_of(str(tar), places), **options)
-    inside = [places[self._inside(index)] for index in range(len(self))]
+    inside = [places[self.name(index)] for index in range(len(self))]
     self._places = np.array(inside, np.int64)
 
   def _open(self) -> None:

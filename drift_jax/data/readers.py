@@ -23,12 +23,15 @@ class Reader(sources.Labelled):
     grid: ascending float32, the values that `fixed` can take; None if they
       are continuous.
     chunk: records that one call should take for speed.
+    conditions: [N, D] or [N, T, D] of the records, float16 or float32; None if
+      they have none (data/conditions.py).
   """
 
   sample_shape: tuple[int, int, int]
   dtype: np.dtype
   grid: Any = None
   chunk = 1024
+  conditions: Any = None
 
   def read(self, indices: np.ndarray, rngs: Generators) -> np.ndarray:
     """[c, H, W, C] of `dtype`: record i augmented by rngs[i] alone."""

@@ -55,9 +55,11 @@ class Generator(nn.Module):
                               noise=noise, style=style)
     samples = generator.apply({'params': p}, labels, alpha,
                               rngs={'noise': key})
+    samples = generator.apply({'params': p}, labels, alpha, conditions, ...)
 
   The second draws noise and style: the same numbers that method='draw' returns
-  for the batch size and the same key.
+  for the batch size and the same key. The third is of a model of conditions,
+  condition_size > 0.
 
   Attributes:
     input_size: height and width of noise and samples, in pixels.
@@ -80,6 +82,10 @@ class Generator(nn.Module):
       MLP, and the MLP's wide products; 'branches': without these products;
       'full': only the block's input; 'auto': as 'attention', but a run on GPUs
       takes 'full'. The numbers are the same for all.
+    condition_size: D, numbers of a condition, or of each of its tokens; 0: the
+      class is the only condition.
+    condition_tokens: T, tokens of a condition [T, D], which are in-context
+      tokens; 0: it is one vector [D].
     gather: applied by each block to its parameters before it uses them, e.g.
       to gather them from several devices.
     attention_kernel: see layers.Attention.
@@ -102,17 +108,29 @@ class Generator(nn.Module):
   dtype: jnp.dtype
   attention_dtype: jnp.dtype
   remat: str
+  condition_size: int
+  condition_tokens: int
   gather: Callable[[Any], Any] | None = None
   attention_kernel: str = "xla"
   unroll: int = 1
 
   @property
   def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Smallest inputs of a call: labels and alpha."""
-    return (
+    """Smallest inputs of a call: labels, alpha, conditions if any."""
+    inputs = (
       jax.ShapeDtypeStruct((1,), jnp.int32),
       jax.ShapeDtypeStruct((), jnp.float32),
     )
+    if not self.condition_size:
+      return inputs
+    shape = (1, *self.condition_shape)
+    return (*inputs, jax.ShapeDtypeStruct(shape, jnp.float32))
+
+  @property
+  def condition_shape(self) -> tuple[int, ...]:
+    """Shape of a condition: (D,) or (T, D); () if the model has none."""
+    tokens, size = self.condition_tokens, self.condition_size
+    return tuple(n for n in (tokens, size) if n)
 
   def setup(self) -> None:
     # 1. Embeddings of class, style and guidance scale
@@ -130,6 +148,8 @@ class Generator(nn.Module):
         (self.style_tokens, self.style_vocab, self.cond_dim),
       )
     self.alpha_embed = layers.ScalarEmbedding(self.cond_dim)
+    if self.condition_size:
+      self.condition_embed = layers.VectorEmbedding(self.cond_dim)
     # 2. Tokens: patches with positions, and context
     project = functools.partial(
       nn.Dense, dtype=self.dtype, kernel_init=layers.linear_init
@@ -146,6 +166,13 @@ class Generator(nn.Module):
         "context_embed",
         layers.embedding_init,
         (1, self.context_tokens, self.hidden_size),
+      )
+    if self.condition_tokens:
+      self.condition_proj = project(self.hidden_size)
+      self.condition_pos = self.param(
+        "condition_pos",
+        layers.embedding_init,
+        (1, self.condition_tokens, self.hidden_size),
       )
     # 3. Blocks, as a loop over depth
     block = layers.Block
@@ -204,16 +231,19 @@ class Generator(nn.Module):
     labels: Int[ArrayLike, " B"],
     alpha: Float[ArrayLike, "*B"] | float | int,
     style: Int[ArrayLike, "B S"],
+    conditions: Float[ArrayLike, "B ... E"] | None = None,
   ) -> Float[Array, "B D"]:
     """Conditioning vector, float32.
 
     class embedding + sum of the style tokens' embeddings
-    + 0.02 RMSNorm(MLP(sinusoidal(alpha))).
+    + 0.02 RMSNorm(MLP(sinusoidal(alpha))) + MLP(condition), of tokens their
+    mean.
 
     Args:
       labels: class indices in [0, num_classes); others give NaN.
       alpha: guidance scale >= 1, one for all samples or one each.
       style: index in [0, style_vocab) into each style token's own table.
+      conditions: if the model has any.
     """
     labels = jnp.asarray(labels)
     style = jnp.asarray(style)
@@ -222,12 +252,18 @@ class Generator(nn.Module):
     if self.style_tokens:
       rows = self.style_embed[jnp.arange(self.style_tokens), style]
       out = out + jnp.sum(rows.astype(jnp.float32), axis=1)
+    if self.condition_size:
+      given = jnp.asarray(conditions, jnp.float32)
+      if self.condition_tokens:
+        given = jnp.mean(given, axis=1)
+      out = out + self.condition_embed(given)
     return out + ALPHA_EMBEDDING_WEIGHT * self.alpha_embed(alpha)
 
   def __call__(
     self,
     labels: Int[ArrayLike, " B"],
     alpha: Float[ArrayLike, "*B"] | float | int,
+    conditions: Float[ArrayLike, "B ... E"] | None = None,
     *,
     noise: Float[ArrayLike, "B H W C"] | None = None,
     style: Int[ArrayLike, "B S"] | None = None,
@@ -238,6 +274,8 @@ class Generator(nn.Module):
       labels: class indices in [0, num_classes).
       alpha: guidance scale >= 1, one for all samples or one each; may be
         traced.
+      conditions: [B, condition_size], or [B, condition_tokens, condition_size];
+        None if the model has none.
       noise: standard normal, [B, input_size, input_size, in_channels].
       style: [B, style_tokens], uniform in [0, style_vocab).
 
@@ -254,15 +292,22 @@ class Generator(nn.Module):
     if style is None:
       style = jnp.zeros((batch, 0), jnp.int32)
     noise, style = jnp.asarray(noise), jnp.asarray(style)
+    given = None if conditions is None else jnp.asarray(conditions)
     self._check_shapes(
-      batch, noise.shape, style.shape, jnp.asarray(alpha).shape
+      *(batch, noise.shape, style.shape, jnp.asarray(alpha).shape),
+      () if given is None else given.shape,
     )
-    condition = self.condition(labels, alpha, style)
+    condition = self.condition(labels, alpha, style, given)
 
     x = layers.patchify(noise.astype(self.dtype), self.patch_size)
     side = x.shape[1]
     x = self.patch_embed(x.reshape(batch, side * side, -1))
     x = x + self.pos_embed.astype(self.dtype)
+    if self.condition_tokens:
+      assert given is not None  # its shape has been checked
+      tokens = self.condition_proj(given.astype(self.dtype))
+      tokens = tokens + self.condition_pos.astype(self.dtype)
+      x = jnp.concatenate([tokens, x], axis=1)
     if self.context_tokens:
       context = self.context_proj(condition)[:, None, :]
       context = context + self.context_embed.astype(self.dtype)
@@ -270,7 +315,8 @@ class Generator(nn.Module):
     x, _ = self.blocks(x, condition)
     x = self.final(x, condition)
     self.sow("intermediates", "final_output", x)
-    x = x[:, self.context_tokens :].reshape(batch, side, side, -1)
+    first = self.context_tokens + self.condition_tokens
+    x = x[:, first:].reshape(batch, side, side, -1)
     return layers.unpatchify(x, self.patch_size)
 
   def _check_shapes(
@@ -279,12 +325,15 @@ class Generator(nn.Module):
     noise: tuple[Any, ...],
     style: tuple[Any, ...],
     alpha: tuple[Any, ...],
+    conditions: tuple[Any, ...],
   ) -> None:
     size = self.input_size
+    of_each = self.condition_shape
     for name, shape, valid in (
       ("noise", noise, [(batch, size, size, self.in_channels)]),
       ("style", style, [(batch, self.style_tokens)]),
       ("alpha", alpha, [(), (batch,)]),
+      ("conditions", conditions, [(batch, *of_each) if of_each else ()]),
     ):
       if shape not in valid:
         raise ValueError(
@@ -296,12 +345,14 @@ class Generator(nn.Module):
 def build_generator(**arguments: Any) -> Generator:
   """Builds the generator from its attributes, dtypes by name.
 
-  Attributes that have a default are not arguments: `clone` sets them.
+  Attributes that have a default are not arguments: `clone` sets them. Those of
+  conditions may be left out, and are 0 then.
 
   Raises:
     ValueError: an unknown or missing argument, or values that contradict each
       other.
   """
+  arguments = {"condition_size": 0, "condition_tokens": 0, **arguments}
   style_tokens = arguments.get("style_tokens", 0)
   generator = build(
     Generator,
@@ -310,6 +361,8 @@ def build_generator(**arguments: Any) -> Generator:
       "context_tokens": 0,
       "style_tokens": 0,
       "style_vocab": 1 if style_tokens else 0,
+      "condition_size": 1 if arguments["condition_tokens"] else 0,
+      "condition_tokens": 0,
     },
     choices={"remat": REMATS},
   )

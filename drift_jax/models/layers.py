@@ -494,6 +494,17 @@ class ScalarEmbedding(nn.Module):
     return RMSNorm(name="norm")(x)
 
 
+class VectorEmbedding(nn.Module):
+  """MLP(v) in float32: D -> features -> features, SiLU between."""
+
+  features: int
+
+  @nn.compact
+  def __call__(self, v: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
+    dense = functools.partial(Dense, self.features, jnp.dtype(jnp.float32))
+    return dense(name="linear_out")(nn.silu(dense(name="linear_in")(v)))
+
+
 def sincos_position_init(side: int) -> nn.initializers.Initializer:
   """Initialiser of a [1, side^2, C] table: fixed 2-D sin-cos codes.
 

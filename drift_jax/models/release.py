@@ -34,6 +34,8 @@ IMAGENET_CLASSES = 1000
 
 # Arguments that are published as yes or no: use_bf16, attn_fp32, use_remat.
 _FLAGS = ("dtype", "attention_dtype", "remat")
+# Arguments of generators that are published if they are not 0.
+_OF_CONDITIONS = ("condition_size", "condition_tokens")
 
 _LINEAR = {"kernel": "Dense_0/kernel", "bias": "Dense_0/bias"}
 _DIT = "LightningDiT_0"
@@ -48,6 +50,11 @@ _GENERATOR_NAMES = Naming(
     "patch_embed": f"{_DIT}/TorchLinear_0",
     "context_embed": f"{_DIT}/cls_embed",
     "context_proj": f"{_DIT}/TorchLinear_1",
+    # The release has no conditions: names are those here.
+    "condition_embed/linear_in": "condition_embed/linear_in",
+    "condition_embed/linear_out": "condition_embed/linear_out",
+    "condition_proj": f"{_DIT}/condition_proj",
+    "condition_pos": f"{_DIT}/condition_pos",
     "final/norm": f"{_DIT}/FinalLayer_0/RMSNorm_0",
     "final/modulation/linear": f"{_DIT}/FinalLayer_0/TorchLinear_0",
     "final/linear": f"{_DIT}/FinalLayer_0/TorchLinear_1",
@@ -197,7 +204,12 @@ _KINDS = {
     only=dict.fromkeys(
       ("use_qknorm", "use_swiglu", "use_rope", "use_rmsnorm"), True
     ),
-    optional={"use_bf16": False, "attn_fp32": True, "use_remat": False},
+    optional={
+      "use_bf16": False,
+      "attn_fp32": True,
+      "use_remat": False,
+      **dict.fromkeys(_OF_CONDITIONS, 0),
+    },
     names=_GENERATOR_NAMES,
   ),
   "mae": _Kind(
@@ -330,7 +342,7 @@ def published_config(kind: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
   Returns:
     Plain values only, fit for JSON. The `remat` of 'mae' and 'vae' has no
     counterpart and is left out; norm_groups is there if it is not the 32 of
-    every published model.
+    every published model, sizes of conditions if they are not 0.
 
   Raises:
     ValueError: unknown kind; an argument that is missing.
@@ -341,6 +353,8 @@ def published_config(kind: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
   flags = [x for x in _FLAGS if x in argument_types(described.module)]
   if kind != "gen":
     flags = [name for name in flags if name != "remat"]
+  if kind == "gen":
+    arguments = {**dict.fromkeys(_OF_CONDITIONS, 0), **arguments}
   missing = [name for name in (*keys, *flags) if name not in arguments]
   if missing:
     raise ValueError(f"arguments of {kind!r} lack {', '.join(missing)}")
@@ -356,6 +370,9 @@ def published_config(kind: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
   if kind == "gen":
     config["attn_fp32"] = arguments["attention_dtype"] == "float32"
     config["use_remat"] = arguments["remat"] == "full"
+    for key in _OF_CONDITIONS:
+      if not config[key]:
+        del config[key]
   return config
 
 

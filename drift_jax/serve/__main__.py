@@ -129,6 +129,12 @@ def serve(
   model = sampling.load(
     source, vae=values.vae, step=values.step, ema_decay=values.ema_decay
   )
+  if model.condition_shape:
+    raise config_lib.ConfigError(
+      f"--from={source}: this generator needs a condition of shape "
+      f"{model.condition_shape} for each image, which the page does not ask "
+      "for: python -m drift_jax.sample --conditions=FILE.npz takes them"
+    )
   drawing = worker.Worker(model, sizes, values.max_waiting)
   logger.info("Compiling for batches of %s.", list(drawing.batch_sizes))
   drawing.warm_up()

@@ -85,6 +85,29 @@ def class_index(text: str, names: list[str], count: int) -> int:
   return index
 
 
+def read_conditions(
+  path: str | None, manifest: dict[str, Any]
+) -> list[np.ndarray]:
+  """The conditions of a model that has any, in a list.
+
+  Raises:
+    ValueError: a file without need, none, or another shape.
+  """
+  _, *shape = manifest.get("conditions", ["b"])
+  if not shape and path is None:
+    return []
+  if not shape or path is None:
+    want = f"want an .npz of {['n', *shape]}" if shape else "there are none"
+    raise ValueError(f"--conditions {path}: {want}")
+  with np.load(path) as archive:
+    given = archive["conditions"].astype(np.float32)
+  if list(given.shape[1:]) != shape or not np.isfinite(given).all():
+    raise ValueError(
+      f"--conditions {path}: {given.shape}, want {['n', *shape]}"
+    )
+  return [given]
+
+
 class Parser(argparse.ArgumentParser):
   def error(self, message: str) -> NoReturn:
     sys.exit(f"Error: {message} (see --help)")
@@ -93,6 +116,7 @@ class Parser(argparse.ArgumentParser):
 def main() -> None:
   parser = Parser(allow_abbrev=False)
   parser.add_argument("--labels", nargs="+", default=["0"])
+  parser.add_argument("--conditions", help=".npz of an array 'conditions'")
   parser.add_argument("--count", type=int, default=8)
   parser.add_argument("--alpha", type=float, default=1.0)
   parser.add_argument("--seed", type=int, default=0)
@@ -104,7 +128,7 @@ def main() -> None:
     draw(asked)
   except ImportError as error:
     sys.exit(f"Error: pip install jax flatbuffers ({error})")
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, KeyError) as error:
     sys.exit(f"Error: {error}")
   print("Wrote", asked.out)
 
@@ -124,6 +148,11 @@ def draw(asked: argparse.Namespace) -> None:
     )
   ]
   print("Classes:", *(f"{i} {names[i]!r}" if names else i for i in chosen))
+  conditions = read_conditions(asked.conditions, manifest)
+  for given in conditions:
+    if len(chosen) not in (1, len(given)):
+      raise ValueError(f"{len(chosen)} labels with {len(given)} conditions")
+    chosen = chosen * len(given) if len(chosen) == 1 else chosen
   labels = np.repeat(np.array(chosen, np.int32), asked.count)
   weights = {
     name: read_safetensors(read_file(file, manifest))
@@ -137,6 +166,7 @@ def draw(asked: argparse.Namespace) -> None:
     np.arange(len(labels), dtype=np.int32),  # the images' numbers
     np.uint32(asked.seed),
     np.full(manifest["style_tokens"], -1, np.int32),  # -1: at random
+    *(given.repeat(asked.count, axis=0) for given in conditions),
   )
   images = np.asarray(images)
   if not np.isfinite(images).all():

@@ -25,6 +25,7 @@ _CHECKSUMS = {
   "labels_sha256": "their labels come in another order",
   "names_sha256": "their files have other names or another order",
   "values_sha256": "their values are others",
+  "conditions_sha256": "their conditions are others",
 }
 _LISTED = 3
 

@@ -132,10 +132,26 @@ def image_inputs(
   for split in splits:
     check = functools.partial(_find_data, data, split)
     wanted.append(Input("data.source", data.source, check, split))
+  if file := conditions_file(config):
+    check = functools.partial(_find_file, "data.conditions", file)
+    wanted.append(Input("data.conditions", file, check))
   if config.init_from and is_new:
     check = functools.partial(frozen.find, "init_from", config.init_from)
     wanted.append(Input("init_from", config.init_from, check))
   return wanted
+
+
+def conditions_file(config: ImageConfig) -> str:
+  """The file of the images' conditions, which generators alone have; or ''."""
+  return getattr(config.data, "conditions", "")
+
+
+def _find_file(key: str, path: str) -> Sequence[Any]:
+  """Raises ConfigError if a local file is not there."""
+  storage.check_local(key, path)
+  if not os.path.isfile(paths.expand(path)):
+    raise config_lib.ConfigError(f"{key}={path!r}: there is no such file")
+  return ()
 
 
 def _find_data(settings: config_lib.Data, split: str) -> Sequence[Any]:
@@ -203,22 +219,32 @@ def open_readers(
   """
   settings = config.data
   kind = settings.source.partition(":")[0]
+  conditioned = _conditioned(conditions_file(config))
   with naming("data"):
     if settings.source.startswith(LATENTS):
       assert vae is not None  # the config's checks ask for vae.path
       train = source = _open_latents(settings, settings.train_split, vae)
-      open_test = functools.partial(
-        _open_latents, settings, settings.test_split, vae
-      )
+
+      def open_test() -> Reader:
+        reader = _open_latents(settings, settings.test_split, vae)
+        return conditioned(reader, reader, settings.test_split)
+
     else:
       sources = Splits(settings)
       source = sources.train()
       train = _reader(source, settings)
 
       def open_test() -> Reader:
-        return _reader(sources.test(), settings)
+        test = sources.test()
+        split = sources.split_of(test)
+        return conditioned(_reader(test, settings), test, split)
 
     facts = image_facts(kind, source)
+    train = conditioned(train, source, settings.train_split)
+    if train.conditions is not None:
+      from drift_jax.training.conditions import sha256
+
+      facts = {**facts, "conditions_sha256": sha256(train.conditions)}
 
   @functools.cache
   def held_out() -> Reader:
@@ -226,6 +252,23 @@ def open_readers(
       return open_test()
 
   return Readers(train, held_out, facts)
+
+
+def _conditioned(file: str) -> Callable[[Reader, Any, str], Reader]:
+  """(reader, its source, split) -> the reader with the file's conditions."""
+  if not file:
+    return lambda reader, source, split: reader
+  from drift_jax.training.conditions import Conditions  # for those who use it
+
+  with naming("data.conditions"):
+    conditions = Conditions(file)
+
+  def conditioned(reader: Reader, source: Any, split: str) -> Reader:
+    with naming("data.conditions"):
+      reader.conditions = conditions.of(source, split)
+    return reader
+
+  return conditioned
 
 
 def _open_latents(
@@ -329,6 +372,11 @@ class Splits:
       seed=HELD_OUT_SEED,
     )
 
+  def split_of(self, test: sources_lib.Source) -> str:
+    """The name of the split of held-out images, or that they are divided of."""
+    own = test is self._own_test
+    return self._settings.test_split if own else self._settings.train_split
+
   def train(self) -> sources_lib.Source:
     """Returns the training images: the whole split if nothing is held out."""
     if not self._settings.held_out or self._own_test is not None:
@@ -423,7 +471,7 @@ def check_reals(needs: GeneratorReals, readers: Readers, judged: bool) -> None:
   ):
     if needs.reals == "class_grouped":
       ClassGrouped(labels, names, 0, needs.labels, *sizes, **told)
-    else:
+    elif needs.reals == "queue":
       counts = np.bincount(labels, minlength=len(names))
       check_queue(counts, names, *sizes, **told)
     if judged:

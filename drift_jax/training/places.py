@@ -31,6 +31,7 @@ _FLAGS = {
   "eval.dinov2.reference": "--dinov2_reference=FILE",
   "eval.classifier.path": "--classifier=DIR",
   "eval.labels": "--labels=FILE",
+  "data.conditions": "--conditions=FILE",
   "data.data_dir": "--data_dir=DIR",
   "data.source": "--data_source=KIND:PATH",
   "init_from": "",

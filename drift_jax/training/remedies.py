@@ -95,7 +95,7 @@ def _remedy(entry: Input, config: ImageConfig | None) -> Remedy | None:
     return _encoder(entry, config)
   if section == "eval":
     return _statistics(name, entry.value, config)
-  if section == "data":
+  if entry.key == "data.source":
     return _data(entry, config)
   return None
 

@@ -33,6 +33,14 @@ class GeneratorModel(sections.ImageModel):
   style_tokens: int
   attention_dtype: sections.Dtype
   remat: Literal["none", "attention", "branches", "full", "auto"]
+  condition_size: sections.Count = 0  # earlier runs have neither of these
+  condition_tokens: sections.Count = 0
+
+
+class GeneratorData(sections.Data):
+  """Real images, and a file of conditions for each (training/conditions.py)."""
+
+  conditions: sections.Path = ""  # earlier runs have none
 
 
 class Features(sections.Section):
@@ -122,6 +130,7 @@ class GeneratorEval(sections.ImageEval):
 class GeneratorConfig(sections.ImageConfig):
   """A run that trains a generator: config.task = 'generator'."""
 
+  data: GeneratorData
   model: GeneratorModel
   encoders: Mapping[str, sections.Encoder]
   features: Features
@@ -136,6 +145,7 @@ class GeneratorConfig(sections.ImageConfig):
     """Raises ConfigError if values are out of range or contradict."""
     checks.check_images(self)
     _check_batch(self)
+    _check_conditions(self)
     checks.check_drift(self.drift, self.batch.positives)
     _check_guidance(self.guidance, self.batch)
     _check_features(self)
@@ -194,7 +204,8 @@ def of_one_class(
   """Returns the config of a run whose data have one class: without guidance.
 
   Guidance repels samples from reals of other classes. There are none, so alpha
-  stays 1, no unconditional reals are drawn, and no classifier judges.
+  stays 1, no unconditional reals are drawn, and no classifier judges. Reals of
+  other conditions repel all the same.
 
   Args:
     config: a config that takes the data's classes.
@@ -206,6 +217,9 @@ def of_one_class(
   def unguided(config: GeneratorConfig) -> GeneratorConfig:
     of_many = ("label_accuracy", "classifier_accuracy")
     metrics = (name for name in config.eval.metrics if name not in of_many)
+    if config.data.conditions:
+      judged = replace(config.eval, metrics=tuple(metrics))
+      return replace(config, eval=judged)
     return replace(
       config,
       guidance=replace(config.guidance, minimum=1.0, maximum=1.0),
@@ -237,6 +251,39 @@ def _check_batch(config: GeneratorConfig) -> None:
     at_once <= 0 or batch.labels % at_once == 0,
     f"train.accum_labels={at_once} does not divide batch.labels="
     f"{batch.labels}: groups of labels are of one size; 0 for one group",
+  )
+
+
+def _check_conditions(config: GeneratorConfig) -> None:
+  path, model, chosen = config.data.conditions, config.model, config.eval
+  by_condition = config.batch.reals == "condition_grouped"
+  checks.require(
+    by_condition == (path != ""),
+    f"batch.reals={config.batch.reals!r} with data.conditions={path!r}: "
+    + (
+      "give the .npz of conditions (docs/conditions.md)"
+      if by_condition
+      else "conditions need batch.reals='condition_grouped'"
+    ),
+  )
+  for name in ("condition_size", "condition_tokens"):
+    size = getattr(model, name)
+    checks.require(
+      path != "" or size == 0,
+      f"model.{name}={size} without data.conditions: give the .npz of "
+      "conditions, or 0",
+    )
+  if not path:
+    return
+  checks.require(
+    chosen.labels == "",
+    f"eval.labels={chosen.labels!r} with data.conditions: samples are of the "
+    "conditions and classes of held-out images; leave it empty",
+  )
+  checks.require(
+    config.data.max_corrupt == 0,
+    f"data.max_corrupt={config.data.max_corrupt} with data.conditions: an "
+    "image in another's place would have its condition; use 0",
   )
 
 
@@ -330,7 +377,10 @@ def _check_evaluation(config: GeneratorConfig) -> None:
   )
   classes = config.model.num_classes
   checks.require(
-    chosen.labels != "" or classes == 0 or chosen.num_samples % classes == 0,
+    chosen.labels != ""
+    or config.data.conditions != ""
+    or classes == 0
+    or chosen.num_samples % classes == 0,
     f"eval.num_samples={chosen.num_samples} can't be balanced over "
     f"model.num_classes={classes}: use a multiple, a list of labels "
     "(eval.labels), or 0 for as many as are held out",

@@ -1,6 +1,8 @@
 """Evaluation of a generator in the loop: figures, sample grid, plots."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,16 +13,23 @@ from drift_jax.metrics.generation import evaluate, evaluation_scalars
 from drift_jax.metrics.images import save_image
 from drift_jax.metrics.plots import plot_diagnostics, plot_drift, plot_frechet
 from drift_jax.metrics.writers import MetricWriter, read_jsonl
-from drift_jax.system import processes
+from drift_jax.system import processes, sharding
 from drift_jax.system.console import logger
 from drift_jax.system.errors import EvaluationError, naming
 from drift_jax.tasks.generator.config import GeneratorConfig
 from drift_jax.tasks.generator.evaluators import (
+  evaluation_conditions,
   evaluation_labels,
   run_evaluators,
 )
 from drift_jax.tasks.generator.judges import make_decoder, make_pixels
-from drift_jax.tasks.generator.samplers import make_sampler, sample_grid
+from drift_jax.tasks.generator.samplers import (
+  draw_images,
+  evenly,
+  grid_image,
+  make_sampler,
+  sample_grid,
+)
 from drift_jax.tasks.generator.step import GeneratorTask
 from drift_jax.training import artifacts
 from drift_jax.training.inputs import Readers
@@ -45,13 +54,16 @@ class Evaluation:
     self._to_pixels = make_pixels(self._decode, config.eval.pixels)
     self._sampler = make_sampler(task, mesh, config.seed)
     self._batch_size = pad_to_mesh(config.eval.batch_size, mesh)
+    self._readers, self._mesh = readers, mesh
     self._evaluators: list[Evaluator] = []
+    self._conditions: dict[str, np.ndarray] = {}
     self._baselines: dict[str, float] = {}
     if config.eval.every and config.eval.metrics:
       with naming("eval"):
         self._labels = evaluation_labels(
           config.eval, config.model.num_classes, readers
         )
+        self._conditions = evaluation_conditions(config.eval, readers)
         self._evaluators, _ = run_evaluators(
           config, encoders, readers, self._labels, vae, mesh
         )
@@ -89,7 +101,8 @@ class Evaluation:
   ) -> tuple[dict[float, dict[str, float]], np.ndarray]:
     """(figures for each alpha, grid of samples)."""
     config = self._config.eval
-    sample_fn = self._sampler(state.ema[str(config.ema_decay)])
+    params = state.ema[str(config.ema_decay)]
+    sample_fn = self._sampler(params, **self._conditions)
     results = {}
     if self._evaluators:
       results = evaluate(
@@ -102,6 +115,8 @@ class Evaluation:
         check=check,
       )
     check()
+    if self._readers.train.conditions is not None:
+      return results, self._grid_of_conditions(params)
     grid = sample_grid(
       sample_fn,
       self._decode,
@@ -112,6 +127,36 @@ class Evaluation:
       batch_size=self._batch_size,
     )
     return results, grid
+
+  def _grid_of_conditions(self, params: Any) -> np.ndarray:
+    """A row for each of some held-out images: itself, samples of its condition.
+
+    They are of training images if none are held out.
+    """
+    config = self._config.eval
+    images = self._readers.train
+    if self._conditions:
+      images = self._readers.test()
+    rows = evenly(len(images), min(config.grid_classes, len(images)))
+    each = np.repeat(rows, config.grid_per_class)
+    draw = functools.partial(
+      draw_images, decode=self._decode, alpha=config.alphas[0]
+    )
+    samples = draw(
+      self._sampler(params, conditions=images.conditions[each]),
+      labels=images.labels[each].astype(np.int32),
+      batch_size=self._batch_size,
+    )
+    reals = draw(
+      lambda labels, alpha, index: sharding.put_batch(
+        images.fixed(rows[index]), self._mesh
+      ),
+      labels=images.labels[rows].astype(np.int32),
+      batch_size=pad_to_mesh(len(rows), self._mesh),
+    )
+    samples = samples.reshape(len(rows), -1, *samples.shape[1:])
+    table = np.concatenate([reals[:, None], samples], axis=1)
+    return grid_image(np.concatenate(table), table.shape[1])
 
   def _describe(self, figures: dict[str, float]) -> str:
     return ", ".join(

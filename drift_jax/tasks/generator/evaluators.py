@@ -41,6 +41,7 @@ from drift_jax.tasks.generator.judges import (
   load_judge,
   network_fn,
 )
+from drift_jax.tasks.generator.samplers import evenly
 from drift_jax.tasks.generator.setup import decoded_encoders
 from drift_jax.training import artifacts, inputs
 from drift_jax.training.inputs import LATENTS, Readers
@@ -224,8 +225,11 @@ def _reading(path: str, read: Callable[[str], Any]) -> Any:
     ) from error
 
 
-def needs_reals(chosen: GeneratorEval) -> bool:
-  """Returns whether an evaluation reads real images."""
+def needs_reals(config: GeneratorConfig) -> bool:
+  """Returns whether an evaluation reads real images, or their conditions."""
+  chosen = config.eval
+  if config.data.conditions:
+    return True
   judged = [n for names in JUDGED_METRICS.values() for n in names]
   return any(name not in judged for name in chosen.metrics) or (
     chosen.num_samples == 0 and not chosen.labels
@@ -238,7 +242,8 @@ def evaluation_labels(
   """Labels of the images that an evaluation generates.
 
   They are those of eval.labels; else balanced, or those of the held-out images
-  if eval.num_samples is 0; in the order of eval.label_order.
+  if eval.num_samples is 0; in the order of eval.label_order. Where images have
+  conditions, they are those of `evaluation_rows`.
 
   Raises:
     ValueError: a list of labels that does not fit.
@@ -247,12 +252,43 @@ def evaluation_labels(
     labels = read_labels(
       chosen.labels, num_classes=num_classes, count=chosen.num_samples or None
     )
+  elif (rows := evaluation_rows(chosen, readers)) is not None:
+    assert readers is not None
+    return readers.test().labels[rows].astype(np.int32)
   elif chosen.num_samples == 0:
     assert readers is not None
     labels = np.asarray(readers.test().labels, np.int32)
   else:
     labels = balanced_labels(chosen.num_samples, num_classes)
   return in_order(labels, chosen.label_order)
+
+
+def evaluation_rows(
+  chosen: GeneratorEval, readers: Readers | None
+) -> np.ndarray | None:
+  """Held-out images [n] whose conditions samples are of; None without any.
+
+  All of them or, of eval.num_samples, evenly spaced ones, which repeat if there
+  are fewer; in the order of eval.label_order.
+  """
+  if readers is None or readers.train.conditions is None:
+    return None
+  labels = readers.test().labels
+  rows = evenly(len(labels), chosen.num_samples or len(labels))
+  if chosen.label_order == "class":
+    rows = rows[np.argsort(labels[rows], kind="stable")]
+  return rows
+
+
+def evaluation_conditions(
+  chosen: GeneratorEval, readers: Readers | None
+) -> dict[str, np.ndarray]:
+  """{'conditions': those of `evaluation_labels`}; empty without any."""
+  rows = evaluation_rows(chosen, readers)
+  if rows is None:
+    return {}
+  assert readers is not None
+  return {"conditions": readers.test().conditions[rows]}
 
 
 def reference_crop(settings: config_lib.Data) -> str:

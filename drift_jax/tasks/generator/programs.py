@@ -32,6 +32,7 @@ def programs(config: GeneratorConfig, mesh: Mesh) -> list[Program]:
   sizes = config.batch
   *_, vae, encoders = results_of(
     lambda: check_classes(config.model.num_classes),
+    lambda: setup.check_condition_size(config),
     lambda: setup.check_labels(config, mesh),
     lambda: load_vae(config.vae, mesh, weights=False),
     lambda: load_encoders(config.encoders, mesh, weights=False),
@@ -46,9 +47,12 @@ def programs(config: GeneratorConfig, mesh: Mesh) -> list[Program]:
     for count in (sizes.positives, sizes.unconditional)
   )
   labels = abstract_batch(mesh, sizes.labels, dtype=jnp.int32)
+  conditions = task.of_conditions(
+    lambda shape: abstract_batch(mesh, sizes.labels, *shape)
+  )
   train = {
     "state": training.abstract,
-    "batch": GeneratorBatch(labels, *reals),
+    "batch": GeneratorBatch(labels, *reals, **conditions),
     "frozen": frozen,
   }
   count = pad_to_mesh(config.eval.batch_size, mesh)
@@ -60,6 +64,7 @@ def programs(config: GeneratorConfig, mesh: Mesh) -> list[Program]:
     "labels": indices,
     "alpha": abstract_batch(mesh, count),
     "index": indices,
+    **task.of_conditions(lambda shape: abstract_batch(mesh, count, *shape)),
   }
   return [
     Program("train", training.step, train),

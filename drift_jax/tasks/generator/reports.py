@@ -39,6 +39,7 @@ from drift_jax.tasks.generator.config import (
   check_judges,
 )
 from drift_jax.tasks.generator.evaluators import (
+  evaluation_conditions,
   evaluation_labels,
   judge_inputs,
   needs_reals,
@@ -187,7 +188,7 @@ def report_on_run(
   config = _requested_config(run.config, request, ema_decay)
   chosen = config.eval
   # 2. What it reads: encoders and real images, if a figure needs them.
-  wants_encoder, wants_reals = _wanted(chosen, request)
+  wants_encoder, wants_reals = _wanted(config, request)
   encoders = load_encoders(config.encoders, mesh) if wants_encoder else {}
   check_frozen(epath.Path(workdir), frozen_sums(encoders, None))
   readers = None
@@ -197,6 +198,7 @@ def report_on_run(
   # 3. The evaluators; a mistake shows before anything is generated.
   with naming("eval"):
     labels = evaluation_labels(chosen, config.model.num_classes, readers)
+    conditions = evaluation_conditions(chosen, readers)
     evaluators, facts = run_evaluators(
       config, encoders, readers, labels, run.vae, mesh, request.shuffle
     )
@@ -206,7 +208,7 @@ def report_on_run(
       check_searchable(readers, request.neighbours)
   # 4. Figures.
   seed = config.seed + 1 if request.seed is None else request.seed
-  sample_fn = make_sampler(run.task, mesh, seed)(run.params)
+  sample_fn = make_sampler(run.task, mesh, seed)(run.params, **conditions)
   batch_size = pad_to_mesh(chosen.batch_size, mesh)
   decode = make_decoder(run.vae, mesh)
   to_pixels = make_pixels(decode, chosen.pixels)
@@ -236,7 +238,9 @@ def report_on_run(
       )
       memorisation = check_memorisation(
         sample_fn,
-        _at_least(request.neighbour_samples, config.model.num_classes),
+        np.resize(labels, request.neighbour_samples)
+        if conditions
+        else _at_least(request.neighbour_samples, config.model.num_classes),
         chosen.alphas[0],
         readers,
         space,
@@ -257,16 +261,16 @@ def _check_files(
 ) -> None:
   """Raises ConfigError for all files that a report would not find."""
   config = _requested_config(config, request, ema_decay)
-  keys = _files_of(config.eval, *_wanted(config.eval, request))
+  keys = _files_of(config.eval, *_wanted(config, request))
   places.check_there(config, workdir, keys)
 
 
-def _wanted(chosen: GeneratorEval, request: Request) -> tuple[bool, bool]:
+def _wanted(config: GeneratorConfig, request: Request) -> tuple[bool, bool]:
   """Returns whether a report reads the encoders, and real images."""
-  encoder = "fd_encoder" in chosen.metrics or (
+  encoder = "fd_encoder" in config.eval.metrics or (
     request.neighbours > 0 and request.neighbour_space == "encoder"
   )
-  return encoder, needs_reals(chosen) or request.neighbours > 0
+  return encoder, needs_reals(config) or request.neighbours > 0
 
 
 def _files_of(chosen: GeneratorEval, encoder: bool, reals: bool) -> list[str]:
@@ -336,6 +340,11 @@ def report_on_weights(
   require(judge_inputs(_metrics(request), _judges(request)), None)
   mesh = sharding.make_mesh()
   generator = open_artifact(weights, vae, mesh, decoded=True)
+  if generator.task.condition_shape:
+    raise config_lib.ConfigError(
+      f"{weights} is of a generator of conditions, which are those of held-out "
+      "images: give its run, --from=WORKDIR"
+    )
   count = request.count(generator.num_classes)
   count = options.NUM_SAMPLES if count is None else count
   with naming("labels"):

@@ -345,6 +345,7 @@ def sampling_task(module: Any) -> GeneratorTask:
     noise_shape=(module.input_size, module.input_size, module.in_channels),
     style_tokens=module.style_tokens,
     style_vocab=module.style_vocab,
+    condition_shape=module.condition_shape,
     num_generated=1,
     drift={},
     guidance={},

@@ -54,24 +54,30 @@ def generate(
   alpha: Float[Array, " n"],
   noise: Float[Array, "n H W C"],
   style: Int[Array, "n S"],
-  *,
+  *conditions: Float[Array, "n ... E"],
   task: GeneratorTask,
   layout: sharding.Layout | None = None,
 ) -> Float[Array, "n H W F"]:
-  """Generates samples by one forward pass, on a mesh with a layout."""
+  """Generates samples by one forward pass, on a mesh with a layout.
+
+  There is one array of conditions, or none.
+  """
 
   def local(params: Any, *inputs: jax.Array) -> jax.Array:
     generator = task.generator
     if layout is not None:
       generator, params = gather_blockwise(generator, params, layout)
-    labels, alpha, noise, style = inputs
-    return apply(generator, params, labels, alpha, noise=noise, style=style)
+    labels, alpha, noise, style, *given = inputs
+    return apply(
+      generator, params, labels, alpha, *given, noise=noise, style=style
+    )
 
+  inputs = (labels, alpha, noise, style, *conditions)
   if layout is not None:
     local = sharding.over_devices(
-      local, layout.mesh, (layout.params, *[SPLIT] * 4), SPLIT
+      local, layout.mesh, (layout.params, *[SPLIT] * len(inputs)), SPLIT
     )
-  return local(params, labels, alpha, noise, style)
+  return local(params, *inputs)
 
 
 def sample_step(
@@ -79,7 +85,7 @@ def sample_step(
   labels: Int[Array, " n"],
   alpha: Float[Array, " n"],
   index: Int[Array, " n"],
-  *,
+  *conditions: Float[Array, "n ... E"],
   seed: int | Int[Array, ""],
   task: GeneratorTask,
   style: Int[Array, " S"] | None = None,
@@ -91,14 +97,16 @@ def sample_step(
   samples.
   """
   noise, style = sample_inputs(index, seed=seed, task=task, style=style)
-  return generate(params, labels, alpha, noise, style, task=task, layout=layout)
+  inputs = (labels, alpha, noise, style, *conditions)
+  return generate(params, *inputs, task=task, layout=layout)
 
 
 def jit_sampler(task: GeneratorTask, mesh: Mesh) -> Any:
   """Jitted (params, seed, style, labels, alpha, index) -> samples.
 
-  Samples, labels, alpha and index are split over the mesh; all samples share
-  seed and style, see sample_step.
+  Samples, labels, alpha and index are split over the mesh, and conditions,
+  which a model of such has after them; all samples share seed and style, see
+  sample_step.
   """
 
   def sample(
@@ -115,6 +123,8 @@ def jit_sampler(task: GeneratorTask, mesh: Mesh) -> Any:
 def jit_interpolator(task: GeneratorTask, mesh: Mesh) -> Any:
   """Jitted (params, seed, style, angle, labels, alpha, index, other) -> images.
 
+  A model of conditions has them after the others.
+
   The noise is cos(angle) a + sin(angle) b, a the noise of the number `index`
   and b that of `other`: a standard normal for any angle. The style is a's.
   """
@@ -128,24 +138,28 @@ def jit_interpolator(task: GeneratorTask, mesh: Mesh) -> Any:
     alpha: jax.Array,
     index: jax.Array,
     other: jax.Array,
+    *conditions: jax.Array,
   ) -> jax.Array:
     draw = functools.partial(sample_inputs, seed=seed, style=style, task=task)
     noise, style = draw(index)
     noise = jnp.cos(angle) * noise + jnp.sin(angle) * draw(other)[0]
     layout = sharding.Layout(mesh, sharding.infer_specs(params, mesh))
-    return generate(
-      params, labels, alpha, noise, style, task=task, layout=layout
-    )
+    inputs = (labels, alpha, noise, style, *conditions)
+    return generate(params, *inputs, task=task, layout=layout)
 
   return jax.jit(sample, out_shardings=sharding.batch_sharding(mesh))
 
 
 def make_sampler(
   task: GeneratorTask, mesh: Mesh, seed: int
-) -> Callable[[Any], SampleFn]:
-  """params -> sample_fn(labels, alpha, index) -> images; compiled once."""
+) -> Callable[..., SampleFn]:
+  """params -> sample_fn(labels, alpha, index) -> images; compiled once.
+
+  Of a model of conditions (params, conditions=...): see bind_sampler.
+  """
   step = jit_sampler(task, mesh)
-  return lambda params: bind_sampler(step, params, task, mesh, seed)
+  bind = functools.partial(bind_sampler, step, task=task, mesh=mesh, seed=seed)
+  return bind
 
 
 def bind_sampler(
@@ -155,6 +169,7 @@ def bind_sampler(
   mesh: Mesh,
   seed: int,
   style: Sequence[int] | np.ndarray | None = None,
+  conditions: np.ndarray | None = None,
 ) -> SampleFn:
   """Binds a step of `jit_sampler`: sample_fn(labels, alpha, index).
 
@@ -165,6 +180,8 @@ def bind_sampler(
     mesh: where it runs.
     seed: seeds noise and style.
     style: indices that all samples share; -1 leaves one to chance. None: all.
+    conditions: [n, ...], that of each sample by its number modulo n; None if
+      the model has none.
   """
   shared = (
     np.uint32(seed),
@@ -175,8 +192,11 @@ def bind_sampler(
   def sample(
     labels: np.ndarray, alpha: np.ndarray, index: np.ndarray
   ) -> jax.Array:
-    of_each = sharding.put_batch((labels, alpha, index), mesh)
-    return step(params, *shared, *of_each)
+    of_each = (labels, alpha, index)
+    if conditions is not None:
+      given = np.take(conditions, index, axis=0, mode="wrap")
+      of_each = (*of_each, given.astype(np.float32))
+    return step(params, *shared, *sharding.put_batch(of_each, mesh))
 
   return sample
 
@@ -202,18 +222,32 @@ def sample_grid(
     alpha: guidance scale.
     batch_size: samples per call of sample_fn.
   """
-  rows = min(classes, num_classes)
-  shown = np.arange(rows, dtype=np.int32) * num_classes // rows
+  shown = evenly(num_classes, min(classes, num_classes))
+  labels = np.repeat(shown.astype(np.int32), per_class)
+  images = draw_images(sample_fn, decode, labels, alpha, batch_size)
+  return grid_image(images, per_class)
+
+
+def evenly(count: int, chosen: int) -> np.ndarray:
+  """[chosen] indices in [0, count), evenly spaced; they repeat beyond it."""
+  return np.arange(chosen) * count // chosen
+
+
+def draw_images(
+  sample_fn: SampleFn,
+  decode: Callable[[Images], Images],
+  labels: np.ndarray,
+  alpha: float,
+  batch_size: int,
+) -> np.ndarray:
+  """Draws an image for each label, in all processes: float32 [n, H, W, C]."""
   images = [
     gathered(batch, decode(batch.samples))
     for batch in generation.generate(
-      sample_fn,
-      np.repeat(shown.astype(np.int32), per_class),
-      alpha,
-      batch_size=batch_size,
+      sample_fn, labels, alpha, batch_size=batch_size
     )
   ]
-  return grid_image(np.concatenate(images), per_class)
+  return np.concatenate(images)
 
 
 def gathered(batch: Batch, values: Images) -> np.ndarray:

@@ -162,6 +162,7 @@ def generator_task(
     noise_shape=(model.input_size, model.input_size, model.in_channels),
     style_tokens=model.style_tokens,
     style_vocab=model.style_vocab,
+    condition_shape=generator.condition_shape,
     num_generated=config.batch.generated,
     **of_drift,
     guidance=dataclasses.asdict(config.guidance),
@@ -180,6 +181,7 @@ def init_generator(task: step_lib.GeneratorTask) -> Callable[[jax.Array], Any]:
       {"params": params_key, "noise": noise_key},
       np.zeros(1, np.int32),
       np.ones(1, np.float32),
+      **task.of_conditions(lambda shape: np.zeros((1, *shape), np.float32)),
     )["params"]
 
   return init
@@ -217,7 +219,7 @@ def generator_feed(
     ConfigError: too few images of a class, or labels that the processes
       can't share.
   """
-  batch = config.batch
+  batch, feed = config.batch, GroupedFeed
   sizes = {
     "seed": config.seed,
     "num_labels": batch.labels,
@@ -225,8 +227,10 @@ def generator_feed(
     "num_unconditional": batch.unconditional,
   }
   with naming("data"):
-    if batch.reals == "class_grouped":
-      return GroupedFeed(
+    if batch.reals == "condition_grouped":
+      from drift_jax.data.conditions import ConditionFeed as feed  # seldom
+    if batch.reals != "queue":
+      return feed(
         reader,
         **sizes,
         num_threads=config.data.num_threads,
@@ -259,7 +263,40 @@ def with_classes(
         *reader.class_names,
       )
     config = new
-  return with_num_classes(config, reader)
+  return with_num_classes(_with_conditions(config, reader), reader)
+
+
+def _with_conditions(
+  config: GeneratorConfig, reader: Reader
+) -> GeneratorConfig:
+  """Returns the config with the sizes of the data's conditions.
+
+  Raises:
+    ConfigError: other sizes than the data's.
+  """
+  if reader.conditions is None:
+    return config
+  *tokens, size = reader.conditions.shape[1:]
+  found = {"condition_size": size, "condition_tokens": sum(tokens)}
+  for name, value in found.items():
+    if getattr(config.model, name) not in (0, value):
+      raise config_lib.ConfigError(
+        f"data.conditions={config.data.conditions!r} holds conditions of shape "
+        f"{reader.conditions.shape[1:]}, model.{name}="
+        f"{getattr(config.model, name)}: set it to {value}, or to 0 for what "
+        "the data have"
+      )
+  model = dataclasses.replace(config.model, **found)
+  return dataclasses.replace(config, model=model)
+
+
+def check_condition_size(config: GeneratorConfig) -> None:
+  """Raises ConfigError if the data would have to tell model.condition_size."""
+  if config.data.conditions and not config.model.condition_size:
+    raise config_lib.ConfigError(
+      "model.condition_size=0 takes what data.conditions has, but no data are "
+      "read here: set it"
+    )
 
 
 def check_labels(config: GeneratorConfig, mesh: Mesh) -> None:

@@ -41,12 +41,16 @@ class Draws(NamedTuple):
 class GeneratorBatch(NamedTuple):
   """One step's reals: positives of each label and unconditional ones.
 
+  Where images have conditions, a label stands for one of them: its class.
+
   Images are as they travel: see from_wire.
   """
 
   labels: Int[Array, " L"]
   positives: Shaped[Array, "L P H W C"]
   unconditional: Shaped[Array, "L U H W C"]
+  # Those of each label, if the model has any.
+  conditions: Float[Array, "L ... E"] | None = None
 
 
 # Labels that are computed at once: all, or those of a group.
@@ -121,6 +125,7 @@ class GeneratorTask:
     noise_shape: of one sample's noise, (H, W, C).
     style_tokens, style_vocab: number and range of style indices.
     num_generated: N, samples of a label.
+    condition_shape: of a condition, (D,) or (T, D); () if there are none.
     drift: keyword arguments of drift.drift_losses.
     guidance: keyword arguments of drift.sample_alpha.
     variant: departure from the paper's loss; see drift.Variant.
@@ -148,6 +153,14 @@ class GeneratorTask:
   kernel: Kernel = "xla"
   groups: int = 1
   exact: bool = False
+  condition_shape: tuple[int, ...] = ()
+
+  def of_conditions(
+    self, make: Callable[[tuple[int, ...]], Any]
+  ) -> dict[str, Any]:
+    """{'conditions': what is made of a condition's shape}; {} if none are."""
+    shape = self.condition_shape
+    return {"conditions": make(shape)} if shape else {}
 
 
 def draw(key: PRNGKeyArray, task: GeneratorTask, num_labels: int) -> Draws:
@@ -211,9 +224,10 @@ def generator_loss(
   def generated_from(noise: jax.Array, style: jax.Array) -> jax.Array:
     labels = jnp.repeat(batch.labels, task.num_generated)
     alpha = jnp.repeat(draws.alpha, task.num_generated)
-    return step_lib.apply(
-      generator, params, labels, alpha, noise=noise, style=style
-    )
+    given = [labels, alpha]
+    if batch.conditions is not None:
+      given += [jnp.repeat(batch.conditions, task.num_generated, axis=0)]
+    return step_lib.apply(generator, params, *given, noise=noise, style=style)
 
   # 1. Samples x = f(noise, label, alpha), and the reals that move them.
   samples = generated_from(draws.noise, draws.style)

@@ -85,7 +85,7 @@ def _inputs(config: GeneratorConfig, workdir: str) -> list[inputs.Input]:
   wanted = inputs.image_inputs(
     config,
     is_new=not has_checkpoints(epath.Path(workdir)),
-    tested=bool(metrics) and needs_reals(chosen),
+    tested=bool(metrics) and needs_reals(config),
   )
   wanted += [
     inputs.frozen_input(f"encoders.{name}", encoder.path)

@@ -168,6 +168,7 @@ def _ranges(opened: OpenedGenerator, task: GeneratorTask) -> dict[str, Any]:
     "noise_shape": ["b", *task.noise_shape],
     "style_tokens": task.style_tokens,
     "style_vocab": task.style_vocab,
+    **task.of_conditions(lambda shape: ["b", *shape]),
     "num_classes": opened.num_classes,
     "ranges": {
       "labels": [0, opened.num_classes - 1],
@@ -251,11 +252,10 @@ def _functions(
       samples = decode(_tree(weights[artifacts.EXPORTED_VAE]), samples)
     return samples.astype(jnp.float32)
 
-  def sample(params: Any, labels: Any, alpha: Any, index: Any, *shared: Any):
-    seed, style = shared
-    return sample_step(
-      params, labels, alpha, index, seed=seed, style=style, task=task
-    )
+  def sample(params: Any, labels: Any, alpha: Any, index: Any, *rest: Any):
+    seed, style, *given = rest
+    inputs = (labels, alpha, index, *given)
+    return sample_step(params, *inputs, seed=seed, style=style, task=task)
 
   generate = functools.partial(samplers.generate, task=task)
   shape = jax.ShapeDtypeStruct
@@ -274,11 +274,15 @@ def _functions(
     "noise": shape((batch, *task.noise_shape), jnp.float32),
     "style": shape((batch, tokens), jnp.int32),
   }
+  conditions = task.of_conditions(
+    lambda size: shape((batch, *size), jnp.float32)
+  )
   return {
-    "sample": _Function(functools.partial(images, sample), of_each | by_seed),
-    "generate": _Function(
-      functools.partial(images, generate), of_each | by_noise
-    ),
+    name: _Function(functools.partial(images, call), inputs | conditions)
+    for name, call, inputs in (
+      ("sample", sample, of_each | by_seed),
+      ("generate", generate, of_each | by_noise),
+    )
   }
 
 

@@ -112,6 +112,12 @@ def push(
   # 1. The card
   path = pathlib.Path(folder)
   if not (path / GRID).exists():
+    if manifest.get("conditions"):
+      raise ConfigError(
+        f"--push={repository}: {path / GRID}, which the card shows, needs "
+        f"conditions: python -m drift_jax.sample --from={folder} --conditions="
+        f"FILE.npz --out={path / GRID} draws it; then push again"
+      )
     _draw(path)
   card = path / CARD
   if not card.exists():
@@ -243,10 +249,15 @@ def _card(repository: str, manifest: Mapping[str, Any], license: str) -> str:
   names = manifest["class_names"] or ()
   more = ", ..." * (len(names) > _NAMED)
   files, functions = manifest["files"], manifest["functions"]
+  given = ", condition=conditions" if manifest.get("conditions") else ""
+  flag = " --conditions FILE.npz" if given else ""
   size = sum(files[file]["bytes"] for file in manifest["weights"].values())
   facts = {
     "images": functions["sample"]["result"] if functions else None,
     "classes": manifest["num_classes"],
+    "conditions": f"[{', '.join(map(str, manifest['conditions']))}]"
+    if given
+    else None,
     "their names": ", ".join(names[:_NAMED]) + more or None,
     "guidance scale alpha": f"{low:g} to {high:g}",
     "training steps": manifest["step"],
@@ -290,13 +301,13 @@ A one-step image generator, trained by drifting
 import drift_jax
 
 model = drift_jax.load("hf://{repository}")
-model.sample([0], count=8, alpha={low:g}, seed=0).show()
+model.sample([0]{given}, count=8, alpha={low:g}, seed=0).show()
 ```
 
 Without drift_jax, with jax and numpy alone, in a copy of this repository:
 
 ```bash
-python run.py --labels 0 --count 8 --alpha {low:g} --seed 0 --out grid.png
+python run.py --labels 0{flag} --count 8 --alpha {low:g} --seed 0 --out grid.png
 ```
 
 ## Facts

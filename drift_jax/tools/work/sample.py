@@ -15,6 +15,7 @@ from drift_jax.system import console, options, processes
 from drift_jax.system.console import logger
 from drift_jax.system.errors import naming
 from drift_jax.tasks.generator.restore import identity
+from drift_jax.training.conditions import CONDITIONS, read_arrays, sha256
 
 _FRAME_MS = 80
 
@@ -31,15 +32,23 @@ def draw(
   """Writes images of a generator, with all processes.
 
   Args:
-    asked: labels, count, alpha, seed and style; see sampling.Sampler.sample.
+    asked: labels, count, alpha, seed and style, see sampling.Sampler.sample;
+      'conditions' is a file or None.
     out: a file, or a folder.
     suffix: the file's suffix; '' for a folder.
     generator: arguments of sampling.load.
     batch_size: images at a time, on all devices.
     frames: number of frames of a walk (.gif only).
   """
+  asked = dict(asked)
+  if file := asked.pop("conditions"):
+    with naming("--conditions"):
+      found = read_arrays(file, (CONDITIONS,))
+    asked["condition"] = found[CONDITIONS]
   model = sampling.load(**generator)
-  labels = np.repeat(model.labels(asked["labels"]), asked["count"])
+  labels, conditions = model.asked(
+    asked["labels"], asked.get("condition"), asked["count"]
+  )
   provenance = model.generator.provenance.items()
   logger.info(
     "Sampling from %s.",
@@ -57,7 +66,7 @@ def draw(
   else:
     facts = {name: asked[name] for name in ("alpha", "seed", "style")}
     with naming("out"):
-      write_each(model, labels, facts, batch_size, out, suffix)
+      write_each(model, (labels, conditions), facts, batch_size, out, suffix)
   logger.info("Wrote %s.", out)
 
 
@@ -79,7 +88,7 @@ def write_gif(frames: Sequence[sampling.Samples], out: str) -> None:
 
 def write_each(
   model: sampling.Sampler,
-  labels: np.ndarray,
+  of_each: tuple[np.ndarray, np.ndarray | None],
   facts: Mapping[str, Any],
   batch_size: int,
   out: str,
@@ -91,12 +100,15 @@ def write_each(
   Raises:
     ValueError: a folder of other images.
   """
+  labels, conditions = of_each
   numbers = np.arange(len(labels), dtype=np.int32)
   if suffix == ".npz":
     writer = SampleWriter([out], labels)
     writer.reset()
   else:
     known = {**facts, **identity(model.generator)}
+    if conditions is not None:
+      known["conditions"] = sha256(conditions)
     about = model.generator.provenance
     writer = SampleFolder(out, known, labels.tolist(), about)
     numbers = writer.missing()
@@ -107,7 +119,7 @@ def write_each(
   try:
     if len(numbers):
       for batch in model.batches(
-        labels, **facts, batch_size=batch_size, numbers=numbers
+        labels, conditions, **facts, batch_size=batch_size, numbers=numbers
       ):
         writer.update(batch)
         # Of all processes, about.

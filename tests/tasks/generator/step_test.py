@@ -393,7 +393,7 @@ OPTIM = config_lib.Optim(
 
 
 def run_toy(
-  mesh, task, num_steps: int, fsdp=True, optim=OPTIM
+  mesh, task, num_steps: int, fsdp=True, optim=OPTIM, batch_of=toy_batch
 ) -> list[dict[str, float]]:
   """Losses and gradient norms of the jitted step on a mesh.
 
@@ -403,6 +403,7 @@ def run_toy(
     num_steps: how many.
     fsdp: whether frozen weights are sharded.
     optim: of the optimiser.
+    batch_of: (number of labels, seed) -> batch.
   """
   frozen = encoder_params(task)
   host = mesh or sharding.make_mesh(1, 1, jax.devices()[:1])
@@ -428,7 +429,7 @@ def run_toy(
     )
 
   def placed(seed: int) -> GeneratorBatch:
-    batch = toy_batch(8, seed)._asdict()
+    batch = batch_of(8, seed)._asdict()
     return GeneratorBatch(**sharding.put_batch(batch, host))
 
   compiled = step.lower(state, placed(0), frozen).compile()
