@@ -122,6 +122,7 @@ CASES: dict[str, Any] = {
     {"temperatures": (0.05,)},
     {},
   ),
+  "extra negatives": ({"unconditional": 3 + 4, "keys": MAP}, {}, {}),
   # A rounding of the gradient apart where float32 rounds the other way.
   "bfloat16": (
     *({"dtype": jnp.bfloat16, "keys": ON_CHIP}, {}),
