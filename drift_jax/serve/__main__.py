@@ -129,6 +129,12 @@ def serve(
   model = sampling.load(
     source, vae=values.vae, step=values.step, ema_decay=values.ema_decay
   )
+  if not model.are_images:
+    raise config_lib.ConfigError(
+      f"{source} makes arrays of shape {model.image_shape} that nothing here "
+      "decodes, and a page shows images: python -m drift_jax.sample "
+      "--out=FILE.npz writes them"
+    )
   drawing = worker.Worker(model, sizes, values.max_waiting)
   logger.info("Compiling for batches of %s.", list(drawing.batch_sizes))
   drawing.warm_up()

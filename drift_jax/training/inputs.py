@@ -195,7 +195,8 @@ def open_readers(
 
   Args:
     config: config of the run.
-    vae: autoencoder that must have made the latents of a cache.
+    vae: autoencoder that must have made the latents of a cache; None of one of
+      arrays.
 
   Raises:
     ConfigError: data that are not there, are damaged, or do not fit the
@@ -205,7 +206,6 @@ def open_readers(
   kind = settings.source.partition(":")[0]
   with naming("data"):
     if settings.source.startswith(LATENTS):
-      assert vae is not None  # the config's checks ask for vae.path
       train = source = _open_latents(settings, settings.train_split, vae)
       open_test = functools.partial(
         _open_latents, settings, settings.test_split, vae
@@ -229,7 +229,7 @@ def open_readers(
 
 
 def _open_latents(
-  settings: config_lib.Data, split: str, vae: artifacts.Artifact
+  settings: config_lib.Data, split: str, vae: artifacts.Artifact | None
 ) -> Reader:
   """Opens a split of a latent cache.
 
@@ -245,8 +245,15 @@ def _open_latents(
     split,
     dtype=settings.wire,
     flip=settings.flip,
-    expected_vae_sha256=vae.sha256,
+    expected_vae_sha256=vae.sha256 if vae else None,
   )
+  if vae is None:
+    if reader.settings.vae_sha256:
+      raise ValueError(
+        f"{settings.source} needs vae.path, the autoencoder that made the "
+        "latents: python -m drift_jax.tools.convert_weights vae writes it"
+      )
+    return reader
   # The checksum is that of the parameters alone.
   cached = reader.settings.scaling_factor
   scaling_factor = vae.metadata["model_config"]["scaling_factor"]

@@ -90,7 +90,8 @@ def open_generator(
       hf://OWNER/NAME; runs, exports and the authors' release know theirs, a
       run's may be given if it is not found.
     step, ema_decay: which parameters of a run; see open_run.
-    decoded: whether its samples must be images.
+    decoded: whether its samples must be images, or arrays of a run that has
+      no autoencoder.
 
   Raises:
     ArtifactError, CheckpointError: weights that can't be loaded.
@@ -100,10 +101,7 @@ def open_generator(
   """
   if config_lib.is_run(source):
     paths = {"vae.path": vae} if vae else {}
-    run = open_run(source, mesh, step=step, ema_decay=ema_decay, paths=paths)
-    if decoded and run.vae is None:
-      _check_images(run.model_config)
-    return run
+    return open_run(source, mesh, step=step, ema_decay=ema_decay, paths=paths)
   for name, value in (("step", step), ("ema_decay", ema_decay)):
     if value is not None:
       raise config_lib.ConfigError(
@@ -278,7 +276,7 @@ def open_artifact(
   if not vae:
     vae = autoencoders.belonging_to(source, described)
     about = {"vae": vae} if vae else {}
-  if decoded and not vae:
+  if decoded and not (vae or metadata.get("arrays")):
     _check_images(metadata["model_config"])
   # 2. Parameters, the smaller ones first.
   autoencoders.check_space(described, vae)

@@ -174,8 +174,8 @@ def draw(key: PRNGKeyArray, task: GeneratorTask, num_labels: int) -> Draws:
   noise, style = _inputs(noise_key, style_key, task, (count,))
   repelling = negatives = None
   if task.variant.negatives == "independent":
-    keys = jax.random.split(jax.random.fold_in(key, 1))
-    repelling = _inputs(*keys, task, (count,))
+    first, second = jax.random.split(jax.random.fold_in(key, 1))
+    repelling = _inputs(first, second, task, (count,))
   if task.num_negatives:
     negatives = jax.random.split(
       jax.random.fold_in(key, 2), num_labels * task.num_negatives
