@@ -34,7 +34,10 @@ def get_config(variant: str = "") -> ConfigDict:
     test_split="val" if folder else "validation",
     wire="bfloat16",
   )
-  config.model = models.generator_b1_rae()
+  config.model = models.generator_b2_latent()
+  config.model.update(
+    input_size=16, in_channels=768, out_channels=768, patch_size=1
+  )
   config.features.update(sample=False, tokens=True)
   config.guidance.exponent = 3.0
   config.batch.update(

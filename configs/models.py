@@ -40,13 +40,6 @@ def generator_l4_latent() -> ConfigDict:
   return _of_512px(generator_l2_latent())
 
 
-def generator_b1_rae() -> ConfigDict:
-  """B/1 on 16x16x768 features of a DINOv2 B/14 at 224 px: 133 M parameters."""
-  config = _generator_base(_latent_generator())
-  config.update(input_size=16, in_channels=768, out_channels=768, patch_size=1)
-  return config
-
-
 def generator_b16_pixel() -> ConfigDict:
   """B/16 on 256x256x3 pixels: 134 M parameters."""
   return _generator_base(_pixel_generator())
@@ -160,7 +153,6 @@ GENERATORS = {
   "generator_b2_latent": generator_b2_latent,
   "generator_l2_latent": generator_l2_latent,
   "generator_xl2_latent": generator_xl2_latent,
-  "generator_b1_rae": generator_b1_rae,
   "generator_b4_latent": generator_b4_latent,
   "generator_l4_latent": generator_l4_latent,
   "generator_b16_pixel": generator_b16_pixel,

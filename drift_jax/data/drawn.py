@@ -19,7 +19,7 @@ import numpy as np
 
 from drift_jax.data.folder import FolderSource
 from drift_jax.system.errors import DataError
-from drift_jax.system.storage import PathLike
+from drift_jax.system.storage import PathLike, read_npy
 
 _KEYS = ("moments", "moments_flip")
 
@@ -121,8 +121,8 @@ class ArrayLatents(FolderSource):
     """[1 or 2, h, h, c] of any float dtype."""
     path = self.path(index)
     try:
-      array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+      array = read_npy(path)
+    except (OSError, ValueError) as error:
       raise DataError(
         f"{path} can't be read as an array ({error}): make or copy it again"
       ) from error

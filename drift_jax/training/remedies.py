@@ -223,7 +223,7 @@ def _data(entry: Input, config: ImageConfig) -> Remedy | None:
   if data.source.startswith(LATENTS) and not config.vae.path:
     flags = {"source": f"{options.ARRAYS_SOURCE}DIR", "split": entry.split}
     return Remedy(
-      f"arrays of the split {entry.split!r}, or their autoencoder as vae.path",
+      f"arrays of the split {entry.split!r}",
       "of any size",
       (_command("cache_latents", {**flags, "out": out}),),
     )
