@@ -596,6 +596,7 @@ def test_common_defaults_are_the_ablation_settings():
     "reals": "queue",
     "labels": 64,
     "generated": 64,
+    "negatives": 0,
     "positives": 64,
     "unconditional": 16,
   }
