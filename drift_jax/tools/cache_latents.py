@@ -85,7 +85,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.error(f"the following arguments are required: {', '.join(missing)}")
   if is_drawn:
     of_images = ("dtype", "compute_dtype", "max_corrupt", "exif")
-    for name in (*of_images, *(("vae", "image_size") if of_arrays else ())):
+    for name in (*of_images, *(("image_size", "vae") if of_arrays else ())):
       value = getattr(arguments, name)
       if value != parser.get_default(name):
         parser.error(
