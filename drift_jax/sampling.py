@@ -27,11 +27,7 @@ from drift_jax.metrics.files import PathLike
 from drift_jax.metrics.generation import generate
 from drift_jax.metrics.images import require_finite, save_image, to_uint8
 from drift_jax.system import numerics, options, paths, sharding
-from drift_jax.tasks.generator.judges import (
-  are_images,
-  make_decoder,
-  make_pixels,
-)
+from drift_jax.tasks.generator.judges import make_decoder, make_pixels
 from drift_jax.tasks.generator.restore import (
   OpenedGenerator,
   check_alpha,
@@ -170,7 +166,7 @@ class Sampler:
     self._step = jit_sampler(generator.task, mesh)
     self._between = jit_interpolator(generator.task, mesh)
     self._decode = make_decoder(generator.vae, mesh)
-    self.are_images = are_images(generator.task.sample_shape, generator.vae)
+    self.are_images = not generator.arrays
     height, width, channels = generator.task.sample_shape
     if generator.vae is not None:
       module: Any = generator.vae.module

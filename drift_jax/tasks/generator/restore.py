@@ -19,6 +19,7 @@ from drift_jax.system import numerics, processes, sharding, storage
 from drift_jax.system.errors import naming
 from drift_jax.tasks import parse_as
 from drift_jax.tasks.generator.config import GeneratorConfig
+from drift_jax.tasks.generator.judges import are_images
 from drift_jax.tasks.generator.setup import (
   attention_kernel_for,
   init_generator,
@@ -56,6 +57,8 @@ class OpenedGenerator:
     ema_decay: of the average, if known.
     provenance: where it comes from, fit for JSON.
     config: of its run; None for an artifact.
+    arrays: whether samples are arrays of an encoder's space, which nothing
+      decodes; else images, or latents of an autoencoder.
   """
 
   task: GeneratorTask
@@ -69,6 +72,7 @@ class OpenedGenerator:
   ema_decay: float | None
   provenance: Mapping[str, Any]
   config: GeneratorConfig | None = None
+  arrays: bool = False
 
 
 def open_generator(
@@ -190,6 +194,7 @@ def open_run(
     ema_decay=decay,
     provenance={"workdir": workdir, "step": step, "ema_decay": decay},
     config=config,
+    arrays=not are_images(task.sample_shape, vae),
   )
 
 
@@ -306,6 +311,7 @@ def open_artifact(
     num_classes=module.num_classes,
     class_names=readable_classes(names or ()),
     alpha_range=tuple(alphas),
+    arrays=not vae and bool(metadata.get("arrays")),
     provenance={
       "weights": source,
       "sha256": artifact.sha256,

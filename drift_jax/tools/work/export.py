@@ -27,7 +27,6 @@ from drift_jax.models.precision import rounded
 from drift_jax.system import options, sharding, storage
 from drift_jax.system.devices import find_devices
 from drift_jax.tasks.generator import samplers
-from drift_jax.tasks.generator.judges import are_images
 from drift_jax.tasks.generator.restore import (
   OpenedGenerator,
   open_generator,
@@ -89,8 +88,8 @@ def export(
       "alpha_range": list(opened.alpha_range),
       "class_names": list(opened.class_names) or None,
     }
-    if not are_images(opened.task.sample_shape, opened.vae):
-      facts["arrays"] = True  # by no autoencoder of ours: not to be decoded
+    if opened.arrays:
+      facts["arrays"] = True
     trained_for = {"step": opened.step, "ema_decay": opened.ema_decay}
     save = functools.partial(
       artifacts.save,
