@@ -135,6 +135,35 @@ def test_chunks_groups_and_meshes_train_the_same():
   assert_same_histories(run_toy(mesh, task, 4), whole, 1e-4)
 
 
+def temporary_bytes(task, count: int, at_once: int) -> int:
+  """Of a step's gradients, with so many extra negatives of each label."""
+  task = dataclasses.replace(
+    task, num_negatives=count, detached_at_once=at_once
+  )
+  arguments = (
+    *(random_params(task), toy_batch(LABELS)),
+    *(draw(jax.random.key(1), task, LABELS), encoder_params(task)),
+  )
+  step = jax.jit(functools.partial(generator_gradients, task=task))
+  analysis = step.lower(*arguments).compile().memory_analysis()
+  return analysis.temp_size_in_bytes
+
+
+@pytest.mark.slow
+def test_memory_grows_with_features_alone():
+  """Not with activations: measured, 2 copies of the features.
+
+  Without tokens: matrices of distances are no smaller than their features.
+  """
+  task = with_encoder(toy_task(depth=3))
+  image = jax.ShapeDtypeStruct((1, 4, 4, 1), np.float32)
+  features = jax.eval_shape(task.features, encoder_params(task), image)
+  each = sum(4 * x.size for x in features.values())
+  few, many = (temporary_bytes(task, count, 4) for count in (64, 256))
+  assert many - few < 3 * each * LABELS * (256 - 64)
+  assert temporary_bytes(task, 256, 256) > 2 * many
+
+
 @pytest.mark.parametrize("size", [0, 1, 3, 4, 7, 9])
 def test_chunks_give_every_row_once(size):
   rows = {"a": jnp.arange(7.0), "b": jnp.arange(14.0).reshape(7, 2)}
