@@ -151,6 +151,9 @@ def generator() -> ConfigDict:
   # The field's scalars (A.6) of such a group: its own ('group'), or those of
   # the whole batch ('exact'), from two more passes without gradients.
   config.train.accum_scalars = "exact"
+  # Of what has no gradient, reals and batch.negatives, so many samples of a
+  # label at once; 0: all reals, and as many negatives as batch.generated.
+  config.train.detached_at_once = 0
 
   config.model = ConfigDict()
   config.model.mlp_ratio = 4.0
@@ -174,6 +177,7 @@ def generator() -> ConfigDict:
 
   config.features = ConfigDict()  # A.5
   config.features.sample = True  # the flattened sample itself
+  config.features.tokens = False  # its grid, each place a problem of its own
   config.features.every_k_block = 2  # output of every second block
   config.features.patch_mean_size = (2, 4)  # side of the pooled patches
   config.features.patch_std_size = (2, 4)
@@ -194,6 +198,8 @@ def generator() -> ConfigDict:
   config.batch.reals = "queue"
   config.batch.labels = 64  # N_c, over all devices
   config.batch.generated = 64  # N, for each label
+  # More generated samples of each label that repel, without gradient.
+  config.batch.negatives = 0
   config.batch.positives = 64  # N_pos, for each label
   config.batch.unconditional = 16  # N_unc, for each label
 

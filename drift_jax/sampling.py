@@ -159,6 +159,8 @@ class Sampler:
     image_shape: (H, W, C).
     condition_shape: of a condition, (D,) or (T, D); () if it knows classes
       alone.
+    are_images: whether samples are images; else arrays of an encoder's space,
+      for which there is no decoder here.
   """
 
   def __init__(self, generator: OpenedGenerator, mesh: jax.sharding.Mesh):
@@ -171,6 +173,7 @@ class Sampler:
     self._step = jit_sampler(generator.task, mesh)
     self._between = jit_interpolator(generator.task, mesh)
     self._decode = make_decoder(generator.vae, mesh)
+    self.are_images = not generator.arrays
     height, width, channels = generator.task.sample_shape
     if generator.vae is not None:
       module: Any = generator.vae.module

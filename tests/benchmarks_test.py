@@ -18,6 +18,7 @@ from benchmarks import (
   flow_picture,
   flow_rows,
   gpu_step,
+  negatives,
   plain,
   step_tpu,
   style,
@@ -66,6 +67,17 @@ def test_steps_are_compared_in_the_table_of_all(tmp_path):
   note = rows[losses, "value and gradient"]["note"]
   values, gradients = (float(word.strip(",")) for word in note.split()[3::3])
   assert values < 1e-5 and gradients < 1e-3, note
+
+
+@pytest.mark.slow
+def test_extra_negatives_are_as_good_as_samples_with_a_gradient():
+  """And as many positives leave no bias of the field 'kl'."""
+  few, extra, more, fewer_positives = (
+    negatives.figures("kl", *sizes)
+    for sizes in ((16, 0, 64), (16, 48, 64), (64, 0, 64), (16, 48, 16))
+  )
+  assert extra[0] > 1.2 * few[0] and abs(extra[0] / more[0] - 1) < 0.05
+  assert few[1] > 0.08 and abs(extra[1]) < 0.03 and fewer_positives[1] < -0.08
 
 
 @pytest.mark.system

@@ -105,7 +105,6 @@ GENERATOR = [
   ("train.accum_labels", 5, "does not divide batch.labels=16"),
   ("data.held_out", 1.5, "a number of images of each class, or a share"),
   ("data.test_split", "train", "are both 'train'.*not be trained on"),
-  ("data.source", "latents:x", r"needs vae\.path.*convert_weig"),
   ("vae.path", "x", "with data.source='digits'.*latent cache"),
   ("batch.positives", 500, "queue.class_size=128 can't give"),
   ("batch.unconditional", 0, "maximum=4.0 > 1 needs unconditional reals"),
@@ -597,6 +596,7 @@ def test_common_defaults_are_the_ablation_settings():
     "reals": "queue",
     "labels": 64,
     "generated": 64,
+    "negatives": 0,
     "positives": 64,
     "unconditional": 16,
   }

@@ -22,6 +22,7 @@ VARIANTS = {
     *("b4_512px", "l4_512px", "b4_512px,folder", "l4_512px,smoke"),
     *("one_gpu_24gb", "one_gpu_80gb", "one_gpu_24gb,smoke"),
   ],
+  "imagenet_rae": ["", "b1", "b1,folder", "smoke"],
   "imagenet_pixel": ["", "b16", "l16", "l16,smoke", "l16,folder"],
   "mae_latent": [
     *("", "256", "640", "640,smoke", "640,folder"),

@@ -173,11 +173,6 @@ def check_images(config: sections.ImageConfig) -> None:
     "their own (data.test_split; tools.cache_latents --held_out) and set "
     "data.held_out=0",
   )
-  require(
-    vae.path != "",
-    f"data.source={data.source!r} needs vae.path, the autoencoder that made "
-    "the latents: python -m drift_jax.tools.convert_weights vae writes it",
-  )
 
 
 def check_frozen(path: str, frozen: sections.Frozen) -> None:

@@ -24,6 +24,7 @@ RESUMABLE = (
   "train.keep_compiled",
   "train.kernels",
   "train.accum_labels",
+  "train.detached_at_once",
   "model.remat",
   "eval.",
   "checkpoint.",

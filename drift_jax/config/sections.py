@@ -112,7 +112,8 @@ class Frozen(Section):
 class Vae(Frozen):
   """The autoencoder of a generator of latents.
 
-  The latent cache must have been made with it. It decodes samples for pictures
+  The latent cache must have been made with it; a cache of arrays has none, and
+  path is ''. It decodes samples for pictures
   and for encoders of pixels (Encoder's `decode`), and encodes images if an
   encoder of latents is trained on them.
   """

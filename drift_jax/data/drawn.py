@@ -1,9 +1,13 @@
-"""Latents that were drawn before, one torch file an image: the authors' cache.
+"""Latents that were drawn before, one file an image.
 
   DIR/SPLIT/CLASS/FILE.pt    {'moments': [h, w, c], 'moments_flip': [h, w, c]}
+  DIR/SPLIT/CLASS/FILE.npy   [2, h, w, c], or [h, w, c], of any grid and width
 
-float32. The names mislead: they hold a latent that was sampled and scaled, of
-the image and of its mirror image.
+The first is the authors' cache, float32. The names mislead: they hold a latent
+that was sampled and scaled, of the image and of its mirror image. The second is
+of whatever encoder made it, such as the features of a DINOv2 that a
+representation autoencoder decodes (RAE): of the image and of its mirror image,
+or of it alone; float32 or float16.
 """
 
 import importlib
@@ -15,7 +19,7 @@ import numpy as np
 
 from drift_jax.data.folder import FolderSource
 from drift_jax.system.errors import DataError
-from drift_jax.system.storage import PathLike
+from drift_jax.system.storage import PathLike, read_npy
 
 _KEYS = ("moments", "moments_flip")
 
@@ -86,3 +90,72 @@ class DrawnLatents(FolderSource):
       if not np.isfinite(array).all():
         raise DataError(f"{path}: {key} holds numbers that are not finite")
     return np.stack(arrays)
+
+
+class ArrayLatents(FolderSource):
+  """Arrays of one split, in the order of their paths.
+
+  Attributes:
+    latent_shape: (h, w, c) of the first, which all must have.
+  """
+
+  suffixes = (".npy",)
+
+  def __init__(self, path: PathLike, *, split: str, class_order: str):
+    """Lists the files; see FolderSource.
+
+    Raises:
+      DataError: a first file that is damaged or holds something else.
+      ValueError: as FolderSource.
+    """
+    super().__init__(
+      path,
+      split=split,
+      class_order=class_order,
+      max_corrupt=0,
+      decoder="pillow",
+    )
+    self.latent_shape = self._read(0).shape[1:]
+
+  def _read(self, index: int) -> np.ndarray:
+    """[1 or 2, h, h, c] of any float dtype."""
+    path = self.path(index)
+    try:
+      array = read_npy(path)
+    except (OSError, ValueError) as error:
+      raise DataError(
+        f"{path} can't be read as an array ({error}): make or copy it again"
+      ) from error
+    array = array[None] if array.ndim == 3 else array
+    if (
+      array.ndim != 4
+      or array.dtype not in (np.float16, np.float32)
+      or len(array) not in (1, 2)
+      or array.shape[1] != array.shape[2]
+    ):
+      raise DataError(
+        f"{path} is {array.dtype} of shape {array.shape}: want float32 or "
+        "float16 [2, h, h, c], an image's latent and its mirror image's, or "
+        "[h, h, c]"
+      )
+    return array
+
+  def latents(self, index: int, shape: tuple[int, int, int]) -> np.ndarray:
+    """[2, h, w, c] float32; the same twice where there is no mirror image's.
+
+    Args:
+      index: number of the image in the source.
+      shape: (h, w, c) that they must have.
+
+    Raises:
+      DataError: naming a file that is damaged or holds something else.
+    """
+    array = self._read(index)
+    if array.shape[1:] != shape:
+      raise DataError(
+        f"{self.path(index)} has latents of shape {array.shape[1:]}, but those "
+        f"of {self.path(0)} have {shape}: all must have one"
+      )
+    if not np.isfinite(array).all():
+      raise DataError(f"{self.path(index)} holds numbers that are not finite")
+    return np.broadcast_to(array, (2, *shape)).astype(np.float32)

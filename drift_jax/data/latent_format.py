@@ -63,8 +63,9 @@ class Settings:
     num_images: number of the source's images.
     labels_sha256: checksum of the source's labels as little-endian int32.
     class_names: one for each label.
-    image_size: side of the square centre crop (ADM's), in pixels.
-    vae_sha256: identity of the autoencoder's parameters.
+    image_size: side of the square centre crop (ADM's), in pixels; of arrays
+      (drawn.ArrayLatents) that of their grid.
+    vae_sha256: identity of the autoencoder's parameters; '' of arrays.
     scaling_factor: sampled latents are multiplied with it when read.
     downsampling: pixels for each latent, along one side.
     latent_channels: c.

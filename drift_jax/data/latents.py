@@ -68,6 +68,11 @@ class LatentReader(Reopening, Reader):
       latent_format.verify(directory, split, checksum=False)
     )
     settings = self.settings
+    if expected_vae_sha256 and not settings.vae_sha256:
+      raise LatentCacheError(
+        f"the latents of {directory} are arrays that no autoencoder of ours "
+        "made: leave vae.path empty"
+      )
     if expected_vae_sha256 not in (None, settings.vae_sha256):
       raise LatentCacheError(
         f"the latents of {directory} come from the autoencoder with SHA-256 "

@@ -43,6 +43,8 @@ _BLOCK = 2 * 2**20
 # Narrower features have their distances by subtraction, as in
 # field.squared_distances; wider ones don't fit on chip.
 _WIDTHS = range(MAX_DIRECT_CHANNELS + 1, 8193)
+# Most bytes of a problem's float32 features, read twice ahead in 64 MiB.
+_LARGEST = 12 * 2**20
 # Figures of a problem fit a row of lanes: 12 * 13 / 2 products, 2 * 12 more.
 _MAX_TEMPERATURES = 12
 
@@ -52,7 +54,8 @@ class Features(NamedTuple):
 
   Attributes:
     x: generated features.
-    y: real features: positives, then unconditional ones.
+    y: real features: positives, unconditional ones, then independent
+      generated ones.
     weight_x, weight_y: weights of them as targets.
   """
 
@@ -62,10 +65,14 @@ class Features(NamedTuple):
   weight_y: Float[Array, "B 1 R"]
 
 
-def fits(x: Float[Array, "L N T C"], temperatures: tuple[float, ...]) -> bool:
+def fits(
+  x: Float[Array, "L N T C"], num_reals: int, temperatures: tuple[float, ...]
+) -> bool:
   """Whether the kernels compute the loss of such features."""
+  channels = x.shape[3]
+  small = 4 * (x.shape[1] + num_reals) * channels <= _LARGEST
   few = len(temperatures) <= _MAX_TEMPERATURES
-  return few and x.shape[3] in _WIDTHS and x.dtype != "float64"
+  return few and small and channels in _WIDTHS and x.dtype != "float64"
 
 
 def plan_of(variant: Variant, num_unconditional: int, **static: Any) -> Plan:
@@ -93,6 +100,7 @@ def losses_of_group(
   scalars: Scalars | None,
   *,
   plan: Plan,
+  num_unconditional: int | None,
 ) -> tuple[Float[Array, " F"], DriftInfo]:
   """Losses of features of equal width together.
 
@@ -101,6 +109,7 @@ def losses_of_group(
     weight: weight of each label's unconditional reals.
     scalars: of a larger batch, arrays [F].
     plan: what is computed.
+    num_unconditional: U; None: all reals but the positives.
   """
   locations = tuple(x.shape[2] for x, _ in values)
   # Joined first, so that they are transposed once.
@@ -110,9 +119,12 @@ def losses_of_group(
   )
   at = jnp.arange(y.shape[1])
   unweighted = at < plan.num_positives
-  if plan.transport is not None:
-    # The independent batch follows the unconditional reals.
-    unweighted |= at >= plan.num_positives + plan.transport.num_unconditional
+  # Independent samples follow the unconditional reals.
+  num_reals = plan.num_positives + (num_unconditional or 0)
+  if plan.transport is not None or (
+    num_unconditional is not None and y.shape[1] > num_reals
+  ):
+    unweighted |= at >= num_reals
   weight_y = jnp.where(
     unweighted,
     1.0,

@@ -55,7 +55,7 @@ def drift_loss(
   pos: Float[Array, "B P C"],
   neg: Float[Array, "B M C"] | None,
   *,
-  weight_gen: Float[Array, "B I"] | None = None,
+  weight_gen: Float[Array, "B G"] | None = None,
   weight_pos: Float[Array, "B P"] | None = None,
   weight_neg: Float[Array, "B M"] | None = None,
   temperatures: Temperatures,
@@ -80,16 +80,17 @@ def drift_loss(
   whole, all labels and locations of the global batch, or split it evenly over
   mapped axes that are named.
   Row b is one drift problem (a label at a location). Its negatives are its
-  own N generated samples, each masked for itself, and `neg`. The gradient by
-  gen is -2 V / (N C s), by all else 0; the loss of a temperature averages to 1
-  over B, that of K temperatures to at most K^2.
+  own N generated samples, each masked for itself, `independent` generated ones
+  if there are any, and `neg`. The gradient by gen is -2 V / (N C s), by all
+  else 0; the loss of a temperature averages to 1 over B, that of K temperatures
+  to at most K^2.
 
   Args:
     gen: generated features of any float dtype; float64 keeps its own (x64).
     pos: features of the positives, P real samples.
     neg: features of unconditional real samples, or None for M = 0.
-    weight_gen, weight_pos: weight of each generated sample as a negative, and
-      of each positive; None means 1.
+    weight_gen, weight_pos: weight of each generated sample as a negative, gen
+      before `independent`, and of each positive; None means 1.
     weight_neg: weight of each unconditional negative, see
       `guidance.unconditional_weight`; None means 1. Weights multiply the
       affinities after normalisation: a target of weight 0 still counts in the
@@ -103,7 +104,9 @@ def drift_loss(
     axis_name: names of the mapped axes (jax.shard_map) that B is split over.
     scalars: those of a larger batch, used and returned in place of B's.
     variant: another field, other negatives, guidance or normalisation.
-    independent: samples that repel in place of gen; of variants with them.
+    independent: generated samples without gradient, any number, that repel as
+      gen does, of weight 1 and counted in S: in place of gen in variants with
+      independent negatives, which need them, else beside it.
     temperature_scale: > 0, multiplies all temperatures.
 
   Returns:
@@ -112,13 +115,13 @@ def drift_loss(
 
   Raises:
     ValueError: bad temperatures, floor or normalization, shapes that disagree,
-      independent samples that the variant does not ask for or lacks.
+      independent samples that the variant lacks.
   """
   temperatures = check_temperatures(temperatures)
   # 1. Problems: samples, their targets, the distances between them.
   neg = _check_features(gen, pos, neg, weight_neg, independent, variant)
   gen = gen.astype(wide_dtype(gen, pos, neg))
-  targets = (gen if independent is None else independent, neg, pos)
+  targets = (_repelling(gen, independent, variant), neg, pos)
   weights = (weight_gen, weight_neg, weight_pos)
   problem, self_pairs = _problem(gen, targets, weights, variant)
   # 2. The scale S that all problems share, and the units that it gives.
@@ -163,10 +166,9 @@ def _check_features(
   """Raises a ValueError unless they go together; returns neg, M = 0 if None."""
   if neg is None and weight_neg is not None:
     raise ValueError("weight_neg is given but neg is None")
-  if (variant.negatives == "independent") != (independent is not None):
+  if variant.negatives == "independent" and independent is None:
     raise ValueError(
-      f"variant.negatives={variant.negatives!r}, but independent samples are "
-      f"{'not ' if independent is None else ''}given"
+      "variant.negatives='independent', but independent samples are not given"
     )
   if neg is None:
     neg = jnp.zeros((*gen.shape[:1], 0, *gen.shape[2:]), pos.dtype)
@@ -178,6 +180,17 @@ def _check_features(
     remedy = "flatten what follows N, as gen.reshape(B, N, -1) does"
   check_axes(remedy, **arrays)
   return neg
+
+
+def _repelling(
+  gen: Float[Array, "B N C"],
+  independent: Float[Array, "B I C"] | None,
+  variant: Variant,
+) -> Float[Array, "B _ C"]:
+  """All generated negatives; where gen is among them it comes first."""
+  if independent is None or variant.negatives == "independent":
+    return gen if independent is None else independent
+  return jnp.concatenate([gen, independent.astype(gen.dtype)], axis=1)
 
 
 def _problem(

@@ -81,8 +81,7 @@ def drift_losses(
       {key: [L, N, T, C]}: T locations and C channels are each key's own. A
       label at a location is one drift problem.
     real: those of the reals, {key: [L, R, T, C]}: positives first, then
-      unconditional ones, then the independent samples of a variant that has
-      them.
+      unconditional ones, then `independent` generated samples of drift_loss.
     weight_unconditional: weight of a label's unconditional reals as negatives.
     num_positives: P.
     temperatures, affinity_floor, normalization, attraction, repulsion,
@@ -127,17 +126,21 @@ def drift_losses(
   }
   loss = functools.partial(drift_loss, **static, variant=variant)
   stops = [num_positives]
-  if variant.negatives == "independent":
-    stops.append(num_positives + (num_unconditional or 0))
+  num_reals = num_positives + (num_unconditional or 0)
+  has_more = any(real[key].shape[1] > num_reals for key in generated)
+  if variant.negatives == "independent" or (
+    num_unconditional is not None and has_more
+  ):
+    stops.append(num_reals)
   parts = {"temperature_scale": temperature_scale, "stops": stops}
   early = kernel == "early"
   by_xla = functools.partial(_by_xla, **parts, loss=loss, early=early)
-  on_chip, fits_chip = by_xla, lambda x: False
+  on_chip, fits_chip = by_xla, lambda x, num_reals: False
   has_kernel = variant.has_kernel and temperature_scale is None
   if has_kernel and kernel in ("pallas", "interpret"):
     on_chip, fits_chip = _on_chip(
       variant,
-      num_unconditional or 0,
+      num_unconditional,
       **static,
       num_positives=num_positives,
       interpret=kernel == "interpret",
@@ -184,12 +187,12 @@ def _check_features(
 def _groups(
   generated: Mapping[str, Array],
   real: Mapping[str, Array],
-  fits_chip: Callable[[Array], bool],
+  fits_chip: Callable[[Array, int], bool],
 ) -> dict[tuple[Any, ...], list[str]]:
   """{(whether the kernels compute it, ...): keys that are compiled as one}."""
   groups: dict[tuple[Any, ...], list[str]] = {}
   for key, x in generated.items():
-    fits = fits_chip(x)
+    fits = fits_chip(x, real[key].shape[1])
     alike = x.shape[3] if fits else x.shape
     group = (fits, alike, x.dtype, real[key].dtype)
     groups.setdefault(group, []).append(key)
@@ -197,17 +200,19 @@ def _groups(
 
 
 def _on_chip(
-  variant: Variant, num_unconditional: int, **static: Any
-) -> tuple[Callable[..., Any], Callable[[Array], bool]]:
+  variant: Variant, num_unconditional: int | None, **static: Any
+) -> tuple[Callable[..., Any], Callable[[Array, int], bool]]:
   """What computes a group of features by kernels, and whether a feature fits.
 
-  Arguments as of fused.plan_of.
+  Arguments as of drift_losses.
   """
   from drift_jax.drift import fused  # Pallas takes a while to import.
 
-  plan = fused.plan_of(variant, num_unconditional, **static)
+  plan = fused.plan_of(variant, num_unconditional or 0, **static)
   return (
-    functools.partial(fused.losses_of_group, plan=plan),
+    functools.partial(
+      fused.losses_of_group, plan=plan, num_unconditional=num_unconditional
+    ),
     functools.partial(fused.fits, temperatures=static["temperatures"]),
   )
 
@@ -238,7 +243,7 @@ def _by_xla(
     weight: weight of each label's unconditional reals.
     scalars: of a larger batch.
     temperature_scale: of drift_loss.
-    stops: where reals are split: positives, unconditional, independent.
+    stops: where reals are split: positives, unconditional, independent ones.
     loss: drift_loss with its options.
     early: whether gradients are taken with the losses.
   """

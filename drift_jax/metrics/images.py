@@ -116,8 +116,14 @@ def image_grid(
     uint8 [rows (scale H + padding) + padding, columns (...) + padding, 3].
 
   Raises:
-    EvaluationError: images that are not finite.
+    EvaluationError: images that are not finite, or of other channels.
   """
+  if images.shape[-1] not in (1, 3):
+    raise EvaluationError(
+      f"a picture shows images [N, H, W, 1 or 3], got shape {images.shape}: "
+      "latents need their autoencoder (vae.path), and arrays of another "
+      "encoder have no picture"
+    )
   require_finite(images)
   pixels = to_uint8(images).repeat(scale, axis=1).repeat(scale, axis=2)
   count, height, width, _ = pixels.shape

@@ -135,6 +135,12 @@ def serve(
       f"{model.condition_shape} for each image, which the page does not ask "
       "for: python -m drift_jax.sample --conditions=FILE.npz takes them"
     )
+  if not model.are_images:
+    raise config_lib.ConfigError(
+      f"{source} makes arrays of shape {model.image_shape} that nothing here "
+      "decodes, and a page shows images: python -m drift_jax.sample "
+      "--out=FILE.npz writes them"
+    )
   drawing = worker.Worker(model, sizes, values.max_waiting)
   logger.info("Compiling for batches of %s.", list(drawing.batch_sizes))
   drawing.warm_up()

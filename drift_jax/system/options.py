@@ -55,8 +55,10 @@ SERVICES = ("wandb", "trackio")
 # Dtypes of a network's computation, and of latents on a disk.
 DTYPES = ("float32", "bfloat16")
 LATENT_DTYPES = ("float16", "bfloat16")
-# Before the folder of latents that were drawn before: the authors' cache.
+# Before the folder of latents that were drawn before: the authors' cache; and
+# arrays of an encoder that is none of ours.
 DRAWN_SOURCE = "torch:"
+ARRAYS_SOURCE = "npy:"
 # Formats of an export, and platforms that it runs on.
 FORMATS = ("stablehlo", "release", "onnx")
 PLATFORMS = ("cpu", "cuda", "tpu")

@@ -4,6 +4,9 @@
       --vae=DIR --out=DIR
   python -m drift_jax.tools.cache_latents --verify --split=train --out=DIR
 
+  python -m drift_jax.tools.cache_latents --source=npy:DIR --split=train \\
+      --out=DIR
+
 Every image is cropped (ADM's centre crop) and encoded twice, itself and its
 mirror image; the moments of both posteriors are stored, not samples of them.
 Run the same command again after a crash: finished shards are checked and kept.
@@ -28,7 +31,8 @@ def _parser() -> console.Parser:
   add(
     "--source",
     help="folder:DIR, tar:FILE, tfds:NAME or hf://datasets/OWNER/NAME; "
-    "torch:DIR has latents that were drawn before, as the authors' cache",
+    "torch:DIR has latents that were drawn before, as the authors' cache; "
+    "npy:DIR arrays [2, h, h, c] of any encoder (without --vae)",
   )
   add("--split", default="train", help="of the source (default: train)")
   add(
@@ -72,11 +76,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """The arguments of a command line; ends the program if one is wrong."""
   parser = _parser()
   arguments = parser.parse_args(argv)
-  missing = [f"--{n}" for n in ("source", "vae") if not getattr(arguments, n)]
+  source = arguments.source or ""
+  of_arrays = source.startswith(options.ARRAYS_SOURCE)
+  is_drawn = of_arrays or source.startswith(options.DRAWN_SOURCE)
+  needed = ("source",) if of_arrays else ("source", "vae")
+  missing = [f"--{n}" for n in needed if not getattr(arguments, n)]
   if missing and not arguments.verify:
     parser.error(f"the following arguments are required: {', '.join(missing)}")
-  if (arguments.source or "").startswith(options.DRAWN_SOURCE):
-    for name in ("dtype", "compute_dtype", "max_corrupt", "exif"):
+  if is_drawn:
+    of_images = ("dtype", "compute_dtype", "max_corrupt", "exif")
+    for name in (*of_images, *(("image_size", "vae") if of_arrays else ())):
       value = getattr(arguments, name)
       if value != parser.get_default(name):
         parser.error(
@@ -88,7 +97,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     held_out < 0
     or (held_out > 1 and not held_out.is_integer())
     or arguments.split not in SPLITS
-    or (arguments.source or "").startswith(options.DRAWN_SOURCE)
+    or is_drawn
   ):
     parser.error(
       f"--held_out={held_out:g} --split={arguments.split}: want a number of "

@@ -138,6 +138,12 @@ def advice(report: Report, config: Any, mesh: Any) -> list[str]:
       f"train.accum_labels={mesh.size}: so many of the {labels} labels at once"
     )
     choices.append((at_once > mesh.size, text))
+    most = config.train.detached_at_once or config.batch.generated
+    text = (
+      f"train.detached_at_once={max(1, most // 4)}: so many reals and extra "
+      "negatives of a label at once"
+    )
+    choices.append((config.batch.negatives > 0 and most > 1, text))
   batch = "batch.labels, batch.generated"
   batch = "mae.batch_size" if config.task == "mae" else batch
   choices.append((training, f"more devices, or a smaller batch ({batch})"))

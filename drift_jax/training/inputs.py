@@ -211,7 +211,8 @@ def open_readers(
 
   Args:
     config: config of the run.
-    vae: autoencoder that must have made the latents of a cache.
+    vae: autoencoder that must have made the latents of a cache; None of one of
+      arrays.
 
   Raises:
     ConfigError: data that are not there, are damaged, or do not fit the
@@ -222,7 +223,6 @@ def open_readers(
   conditioned = _conditioned(conditions_file(config))
   with naming("data"):
     if settings.source.startswith(LATENTS):
-      assert vae is not None  # the config's checks ask for vae.path
       train = source = _open_latents(settings, settings.train_split, vae)
 
       def open_test() -> Reader:
@@ -272,7 +272,7 @@ def _conditioned(file: str) -> Callable[[Reader, Any, str], Reader]:
 
 
 def _open_latents(
-  settings: config_lib.Data, split: str, vae: artifacts.Artifact
+  settings: config_lib.Data, split: str, vae: artifacts.Artifact | None
 ) -> Reader:
   """Opens a split of a latent cache.
 
@@ -288,8 +288,15 @@ def _open_latents(
     split,
     dtype=settings.wire,
     flip=settings.flip,
-    expected_vae_sha256=vae.sha256,
+    expected_vae_sha256=vae.sha256 if vae else None,
   )
+  if vae is None:
+    if reader.settings.vae_sha256:
+      raise ValueError(
+        f"{settings.source} needs vae.path, the autoencoder that made the "
+        "latents: python -m drift_jax.tools.convert_weights vae writes it"
+      )
+    return reader
   # The checksum is that of the parameters alone.
   cached = reader.settings.scaling_factor
   scaling_factor = vae.metadata["model_config"]["scaling_factor"]

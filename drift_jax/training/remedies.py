@@ -219,6 +219,14 @@ def _statistics(judge: str, out: str, config: Any) -> Remedy:
 
 def _data(entry: Input, config: ImageConfig) -> Remedy | None:
   data = config.data
+  out = os.path.join(data.data_dir, data.source.removeprefix(LATENTS))
+  if data.source.startswith(LATENTS) and not config.vae.path:
+    flags = {"source": f"{options.ARRAYS_SOURCE}DIR", "split": entry.split}
+    return Remedy(
+      f"arrays of the split {entry.split!r}",
+      "of any size",
+      (_command("cache_latents", {**flags, "out": out}),),
+    )
   if data.source.startswith(LATENTS):
     source, class_order = _images(config)
     is_imagenet = config.model.num_classes == len(imagenet_classes())
@@ -234,7 +242,7 @@ def _data(entry: Input, config: ImageConfig) -> Remedy | None:
       "held_out": _HELD_OUT if divided else "",
       "image_size": size if size != 256 else "",
       "vae": config.vae.path,
-      "out": os.path.join(data.data_dir, data.source.removeprefix(LATENTS)),
+      "out": out,
     }
     return Remedy(
       f"the latents of the split {entry.split!r}",

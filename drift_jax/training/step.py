@@ -32,6 +32,34 @@ def from_wire(images: Shaped[Array, "..."]) -> Float[Array, "..."]:
   return images.astype(jnp.float32)
 
 
+def in_chunks(function: Callable[[Any], Any], inputs: Any, size: int) -> Any:
+  """function(inputs), some rows after the others, in memory for these.
+
+  Args:
+    function: of arrays [m, ...], row by row: gives arrays [m, ...].
+    inputs: arrays [n, ...].
+    size: rows at a time, the last ones may be fewer; 0: all.
+  """
+  count = len(jax.tree.leaves(inputs)[0])
+  if not 0 < size < count:
+    return function(inputs)
+  whole = count - count % size
+
+  def rows(start: int, stop: int) -> Any:
+    return jax.tree.map(lambda x: x[start:stop], inputs)
+
+  parts = jax.tree.map(
+    lambda x: x.reshape(-1, size, *x.shape[1:]), rows(0, whole)
+  )
+  found = jax.tree.map(
+    lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(function, parts)
+  )
+  if whole == count:
+    return found
+  rest = function(rows(whole, count))
+  return jax.tree.map(lambda *x: jnp.concatenate(x), found, rest)
+
+
 def early_dtype(module: Any) -> Callable[[str, jnp.dtype], jnp.dtype]:
   """Returns (path, dtype) -> dtype in which the module uses a parameter.
 

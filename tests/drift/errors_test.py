@@ -104,10 +104,6 @@ TABLE = [
   # Weights, and samples that are given or not.
   (lambda: loss(weight_gen=ones(1, 5)), r"weight_gen .*\(1, 6\)"),
   (lambda: loss(neg=None, weight_neg=ones(1, 4)), "neg is None"),
-  (
-    lambda: loss(independent=ones(1, 4, 2)),
-    "'own', but independent .* are given",
-  ),
   (lambda: loss(**INDEPENDENT), "'independent', .* are not given"),
   (lambda: v(mask_self=True), "as many rows; got 4 and 3"),
   (

@@ -185,12 +185,19 @@ def by_loss(x, pos, unc=None, **options):
 
 
 @pytest.mark.parametrize(("field", "options", "guidance"), GUIDED)
-@pytest.mark.parametrize("negatives", ["own", "own_with_self", "independent"])
-def test_float64_oracle(field, options, negatives, guidance):
-  """V on raw features, of a single temperature."""
+@pytest.mark.parametrize(
+  ("negatives", "extra"),
+  [("own", 0), ("own_with_self", 0), ("independent", 0), ("own", 4)],
+)
+def test_float64_oracle(field, options, negatives, extra, guidance):
+  """V on raw features, of a single temperature; extra negatives are more."""
   x, pos, gen, unc = arrays()
   alpha, velocity = 1.7, guidance == "velocity"
-  total = (alpha - 1) * (1 if velocity else len(gen) - 1)
+  independent = gen[:extra] if negatives == "own" else gen
+  repelling = gen
+  if negatives != "independent":
+    repelling = jnp.concatenate([x, gen[:extra]])
+  total = (alpha - 1) * (1 if velocity else len(repelling) - 1)
   v, loss, _ = by_loss(
     x,
     pos,
@@ -205,10 +212,12 @@ def test_float64_oracle(field, options, negatives, guidance):
       normalize_features=False,
       normalize_drift=False,
     ),
-    independent=gen[None] if negatives == "independent" else None,
+    independent=independent[None]
+    if negatives == "independent" or extra
+    else None,
   )
   expected = oracle(
-    *(x, pos, gen if negatives == "independent" else x, unc),
+    *(x, pos, repelling, unc),
     field=field,
     options=options,
     temperature=0.8,

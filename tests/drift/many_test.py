@@ -122,6 +122,7 @@ CASES: dict[str, Any] = {
     {"temperatures": (0.05,)},
     {},
   ),
+  "extra negatives": ({"unconditional": 3 + 4, "keys": MAP}, {}, {}),
   # A rounding of the gradient apart where float32 rounds the other way.
   "bfloat16": (
     *({"dtype": jnp.bfloat16, "keys": ON_CHIP}, {}),
@@ -150,12 +151,18 @@ def wflow_variant(cost, iterations, own_in_scale):
 def test_kernels_of_wflow_give_the_plain_numbers(
   cost, iterations, temperatures, own_in_scale
 ):
-  """Positives, unconditional reals, and a second batch of 8."""
+  """Positives, unconditional reals, and a second batch of 11."""
   variant = wflow_variant(cost, iterations, own_in_scale)
   assert variant.has_kernel
-  inputs = make(unconditional=3 + 8, keys=ON_CHIP)
+  inputs = make(unconditional=3 + 11, keys=ON_CHIP)
   options = (("variant", variant), ("temperatures", temperatures))
   assert_same(inputs, options)
+
+
+def test_many_wide_targets_are_not_on_chip():
+  """12 MiB of a problem's features in float32 are the most."""
+  x = jnp.zeros((1, 64, 1, 8192), jnp.bfloat16)
+  assert fused.fits(x, 320, (0.1,)) and not fused.fits(x, 321, (0.1,))
 
 
 @pytest.mark.parametrize(

@@ -414,6 +414,8 @@ def test_half_precision(pictures, vae, tmp_path, whole):
     (["--held_out=1.5"], "--held_out=1.5 --split=train: want a number"),
     (["--held_out=2", "--split=val"], "one of ['train', 'test']"),
     (["--source=torch:d", "--max_corrupt=1"], "--max_corrupt=1: of images"),
+    (["--source=npy:d", "--image_size=9"], "--image_size=9: of images only"),
+    (["--source=npy:d", "--vae=v"], "--vae=v: of images only; the latents of"),
   ],
 )
 def test_usage(argv, part):

@@ -337,11 +337,13 @@ def test_latents(cache):
   [
     ({"sha256": "b" * 64}, "data: .* SHA-256 a{64}, but the one given has b"),
     ({"scaling_factor": 1.0}, "data: .*scaled by 0.18215, .*factor of 1.0: gi"),
+    (None, r"data: .*needs vae\.path.*convert_weights vae"),
   ],
 )
 def test_latents_of_another_autoencoder(cache, other, message):
+  vae = None if other is None else autoencoder(**other)
   with pytest.raises(config_lib.ConfigError, match=message):
-    open_readers(latents(f"latents:{cache}/cache"), autoencoder(**other))
+    open_readers(latents(f"latents:{cache}/cache"), vae)
 
 
 @pytest.mark.parametrize("crop", ["none", "random"])

@@ -117,6 +117,13 @@ def test_an_empty_folder_lacks_all_of_them(name, empty):
   assert not list(empty.iterdir())
 
 
+def test_arrays_of_another_encoder_that_are_not_there(empty):
+  found, _ = lines(get("imagenet_rae", init_from="nowhere"))
+  (command,) = resolved("imagenet_rae", found)
+  assert "cache_latents --source=npy:DIR --split=train" in command
+  assert commands.mistakes([command]) == {}
+
+
 def test_every_command_is_one_of_its_program(monkeypatch):
   """And so are those of an encoder that another variant of the file trains."""
   every = [

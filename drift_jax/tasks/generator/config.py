@@ -44,7 +44,10 @@ class GeneratorData(sections.Data):
 
 
 class Features(sections.Section):
-  """Feature vectors that enter the loss (A.5)."""
+  """Feature vectors that enter the loss (A.5).
+
+  `tokens`: the sample's grid [H, W, C] as H W problems of C channels.
+  """
 
   sample: bool
   every_k_block: sections.Size
@@ -52,6 +55,7 @@ class Features(sections.Section):
   patch_std_size: tuple[sections.Size, ...]
   use_mean: bool
   use_std: bool
+  tokens: bool = False  # earlier runs have none
 
 
 class Guidance(sections.Section):
@@ -64,10 +68,14 @@ class Guidance(sections.Section):
 
 
 class Batch(sections.Reals):
-  """Sizes of one step: N_c labels, each with N, N_pos and N_unc samples."""
+  """Sizes of one step: N_c labels, each with N, N_pos and N_unc samples.
+
+  `negatives` more generated samples of a label repel, without gradient.
+  """
 
   labels: sections.Size
   generated: sections.Size
+  negatives: sections.Count = 0  # earlier runs have none
 
 
 class Queue(sections.Section):
@@ -90,12 +98,15 @@ class GeneratorTrain(sections.Train):
   `kernels` of attention and drifting losses: 'pallas' for TPUs, 'xla'
   anywhere, 'auto' the first that the devices run and, on NVIDIA GPUs, cuDNN's
   attention. `accum_labels` at once, all (0), or all that fit a GPU (-1), with
-  the field's scalars by `accum_scalars`, 'group' or 'exact'.
+  the field's scalars by `accum_scalars`, 'group' or 'exact'. Of what has no
+  gradient, reals and batch.negatives, `detached_at_once` samples of a label at
+  once; 0: all reals, and as many negatives as batch.generated.
   """
 
   kernels: Literal["auto", "pallas", "xla"]
   accum_labels: Annotated[int, sections.AtLeast(-1)]
   accum_scalars: Literal["group", "exact"]
+  detached_at_once: sections.Count = 0  # earlier runs have none
 
 
 class Network(sections.Section):
@@ -240,10 +251,11 @@ def _check_batch(config: GeneratorConfig) -> None:
   checks.require(
     batch.generated >= 2
     or batch.unconditional >= 1
+    or batch.negatives >= 1
     or config.drift.negatives != "own",
     f"batch.generated={batch.generated} with batch.unconditional=0: a single "
     "sample has no negative but itself, which is masked, so nothing repels "
-    "it; use at least 2",
+    "it; use at least 2, or batch.negatives",
   )
   if batch.reals == "queue":
     _check_queue(config)
@@ -303,9 +315,11 @@ def _check_guidance(guidance: Guidance, batch: Batch) -> None:
 def _check_features(config: GeneratorConfig) -> None:
   checks.require(
     config.features.sample
+    or config.features.tokens
     or any(encoder.in_loss for encoder in config.encoders.values()),
     "features.sample=False with no encoder in the loss leaves no features to "
-    "drift in: set features.sample=True or encoders.NAME.in_loss=True",
+    "drift in: set features.sample=True, features.tokens=True or "
+    "encoders.NAME.in_loss=True",
   )
   for name, encoder in config.encoders.items():
     checks.check_frozen(f"encoders.{name}", encoder)

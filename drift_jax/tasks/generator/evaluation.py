@@ -22,7 +22,11 @@ from drift_jax.tasks.generator.evaluators import (
   evaluation_labels,
   run_evaluators,
 )
-from drift_jax.tasks.generator.judges import make_decoder, make_pixels
+from drift_jax.tasks.generator.judges import (
+  are_images,
+  make_decoder,
+  make_pixels,
+)
 from drift_jax.tasks.generator.samplers import (
   draw_images,
   evenly,
@@ -50,6 +54,7 @@ class Evaluation:
     mesh: jax.sharding.Mesh,
   ):
     self._config = config
+    self._drawn = are_images(task.sample_shape, vae)
     self._decode = make_decoder(vae, mesh)
     self._to_pixels = make_pixels(self._decode, config.eval.pixels)
     self._sampler = make_sampler(task, mesh, config.seed)
@@ -77,7 +82,7 @@ class Evaluation:
     writer: MetricWriter,
     path: epath.Path,
   ) -> dict[str, float]:
-    """Scalars under eval/; writes the sample grid and the plots.
+    """Scalars under eval/; writes the sample grid, of images, and the plots.
 
     Raises:
       EvaluationError: samples that are not finite, naming the step.
@@ -86,9 +91,10 @@ class Evaluation:
       results, grid = self._judge(state, check)
     except EvaluationError as error:
       raise EvaluationError(f"evaluation of step {step}: {error}") from error
-    if processes.is_first():
-      save_image(grid, path / "samples" / f"step_{step:07d}.png")
-    writer.write_images(step, {"samples": grid})
+    if grid is not None:
+      if processes.is_first():
+        save_image(grid, path / "samples" / f"step_{step:07d}.png")
+      writer.write_images(step, {"samples": grid})
     for alpha, figures in results.items():
       logger.info(
         "eval step %d, alpha %g: %s", step, alpha, self._describe(figures)
@@ -98,8 +104,8 @@ class Evaluation:
 
   def _judge(
     self, state: TrainState, check: Callable[[], None]
-  ) -> tuple[dict[float, dict[str, float]], np.ndarray]:
-    """(figures for each alpha, grid of samples)."""
+  ) -> tuple[dict[float, dict[str, float]], np.ndarray | None]:
+    """(figures for each alpha, grid of samples that are images)."""
     config = self._config.eval
     params = state.ema[str(config.ema_decay)]
     sample_fn = self._sampler(params, **self._conditions)
@@ -115,6 +121,8 @@ class Evaluation:
         check=check,
       )
     check()
+    if not self._drawn:
+      return results, None
     if self._readers.train.conditions is not None:
       return results, self._grid_of_conditions(params)
     grid = sample_grid(

@@ -33,6 +33,7 @@ from drift_jax.tasks.generator.config import (
   Network,
 )
 from drift_jax.tasks.generator.judges import (
+  are_images,
   classifier_fn,
   encoder_fn,
   flatten_fn,
@@ -49,6 +50,10 @@ from drift_jax.training.run import pad_to_mesh
 
 # Of a feature that coverage keeps: as it came, and joined to the others.
 _BYTES = 8
+
+
+# Figures of networks that look at images.
+_OF_IMAGES = [name for names in JUDGED_METRICS.values() for name in names]
 
 
 class Judged(NamedTuple):
@@ -230,8 +235,7 @@ def needs_reals(config: GeneratorConfig) -> bool:
   chosen = config.eval
   if config.data.conditions:
     return True
-  judged = [n for names in JUDGED_METRICS.values() for n in names]
-  return any(name not in judged for name in chosen.metrics) or (
+  return any(name not in _OF_IMAGES for name in chosen.metrics) or (
     chosen.num_samples == 0 and not chosen.labels
   )
 
@@ -323,6 +327,14 @@ def run_evaluators(
     ArtifactError, ConfigError: see `network_evaluators`.
     ValueError: figures that the data don't allow.
   """
+  shape = (config.model.input_size, config.model.out_channels)
+  of_images = [n for n in config.eval.metrics if n in _OF_IMAGES]
+  if of_images and not are_images(shape, vae):
+    raise config_lib.ConfigError(
+      f"eval.metrics holds {of_images}, which look at images, but samples are "
+      f"arrays of {shape[-1]} channels, which nothing decodes (vae.path=''): "
+      "ask for 'fd_pixel', 'coverage' or 'fd_classifier'"
+    )
   judged = network_evaluators(
     config.eval.metrics,
     {"inception": config.eval.inception, "dinov2": config.eval.dinov2},

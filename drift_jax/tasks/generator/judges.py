@@ -68,6 +68,13 @@ def make_pixels(
   return lambda samples: to_rgb(decode(samples), pixels)
 
 
+def are_images(
+  sample_shape: tuple[int, ...], vae: artifacts.Artifact | None
+) -> bool:
+  """Whether samples are, or become, images; else arrays without a decoder."""
+  return vae is not None or sample_shape[-1] in (1, 3)
+
+
 def image_size(
   sample_shape: tuple[int, ...], vae: artifacts.Artifact | None
 ) -> int:

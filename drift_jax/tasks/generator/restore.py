@@ -19,6 +19,7 @@ from drift_jax.system import numerics, processes, sharding, storage
 from drift_jax.system.errors import naming
 from drift_jax.tasks import parse_as
 from drift_jax.tasks.generator.config import GeneratorConfig
+from drift_jax.tasks.generator.judges import are_images
 from drift_jax.tasks.generator.setup import (
   attention_kernel_for,
   init_generator,
@@ -56,6 +57,8 @@ class OpenedGenerator:
     ema_decay: of the average, if known.
     provenance: where it comes from, fit for JSON.
     config: of its run; None for an artifact.
+    arrays: whether samples are arrays of an encoder's space, which nothing
+      decodes; else images, or latents of an autoencoder.
   """
 
   task: GeneratorTask
@@ -69,6 +72,7 @@ class OpenedGenerator:
   ema_decay: float | None
   provenance: Mapping[str, Any]
   config: GeneratorConfig | None = None
+  arrays: bool = False
 
 
 def open_generator(
@@ -90,7 +94,8 @@ def open_generator(
       hf://OWNER/NAME; runs, exports and the authors' release know theirs, a
       run's may be given if it is not found.
     step, ema_decay: which parameters of a run; see open_run.
-    decoded: whether its samples must be images.
+    decoded: whether its samples must be images, or arrays of a run that has
+      no autoencoder.
 
   Raises:
     ArtifactError, CheckpointError: weights that can't be loaded.
@@ -100,10 +105,7 @@ def open_generator(
   """
   if config_lib.is_run(source):
     paths = {"vae.path": vae} if vae else {}
-    run = open_run(source, mesh, step=step, ema_decay=ema_decay, paths=paths)
-    if decoded and run.vae is None:
-      _check_images(run.model_config)
-    return run
+    return open_run(source, mesh, step=step, ema_decay=ema_decay, paths=paths)
   for name, value in (("step", step), ("ema_decay", ema_decay)):
     if value is not None:
       raise config_lib.ConfigError(
@@ -192,6 +194,7 @@ def open_run(
     ema_decay=decay,
     provenance={"workdir": workdir, "step": step, "ema_decay": decay},
     config=config,
+    arrays=not are_images(task.sample_shape, vae),
   )
 
 
@@ -278,7 +281,7 @@ def open_artifact(
   if not vae:
     vae = autoencoders.belonging_to(source, described)
     about = {"vae": vae} if vae else {}
-  if decoded and not vae:
+  if decoded and not (vae or metadata.get("arrays")):
     _check_images(metadata["model_config"])
   # 2. Parameters, the smaller ones first.
   autoencoders.check_space(described, vae)
@@ -308,6 +311,7 @@ def open_artifact(
     num_classes=module.num_classes,
     class_names=readable_classes(names or ()),
     alpha_range=tuple(alphas),
+    arrays=not vae and bool(metadata.get("arrays")),
     provenance={
       "weights": source,
       "sha256": artifact.sha256,

@@ -100,7 +100,7 @@ def feature_space(
 ) -> step_lib.FeatureSpace:
   """Describes the feature vectors that enter the loss (A.5)."""
   features = dataclasses.asdict(config.features)
-  sample = features.pop("sample")
+  sample, tokens = features.pop("sample"), features.pop("tokens")
   in_loss = {n: a for n, a in encoders.items() if config.encoders[n].in_loss}
   decoded = decoded_encoders(config.encoders) & in_loss.keys()
   decoder: Any = None
@@ -114,6 +114,7 @@ def feature_space(
       for name, a in in_loss.items()
     },
     sample=sample,
+    tokens=tokens,
     decoded=decoded,
     vae=decoder,
   )
@@ -169,6 +170,8 @@ def generator_task(
     kernel=kernel,
     groups=config.batch.labels // at_once,
     exact=config.train.accum_scalars == "exact",
+    num_negatives=config.batch.negatives,
+    detached_at_once=config.train.detached_at_once,
   )
 
 
@@ -356,6 +359,7 @@ def labels_at_once(config: GeneratorConfig, mesh: Mesh) -> int:
     return batch.labels
   rest, an_image = _GPU_BYTES[_load(config)]
   images = batch.generated + batch.positives + batch.unconditional
+  images += batch.negatives
 
   def takes(labels: int) -> float:
     return rest + labels / mesh.size * images * an_image

@@ -1,6 +1,7 @@
 """The generator's step: drifting loss, gradients, update; sampling."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ FeatureDict = dict[str, Float[Array, "n T D"]]
 
 # The key of the sample itself, flattened: the drifting loss with no encoder.
 SAMPLE_KEY = "global"
+# That of its grid, each place a problem of its own.
+TOKENS_KEY = "tokens"
 # The autoencoder's parameters among the frozen ones; no encoder has that name.
 VAE_KEY = "vae"
 
@@ -36,6 +39,8 @@ class Draws(NamedTuple):
   style: Int[Array, "LN S"]
   # Those of the independent samples that repel, if the variant has them.
   repelling: tuple[Float[Array, "LN H W C"], Int[Array, "LN S"]] | None = None
+  # Keys of the noise and style of extra negatives, if there are any.
+  negatives: PRNGKeyArray | None = None
 
 
 class GeneratorBatch(NamedTuple):
@@ -65,6 +70,7 @@ class FeatureSpace:
     encoders: {name: module with a `features` method}; may be empty.
     options: {name: keyword arguments of that encoder's `features`}.
     sample: whether the flattened sample itself is one more feature.
+    tokens: whether its grid is: H * W problems of C channels.
     decoded: names of the encoders that read decoded samples.
     vae: decodes samples for them; None if none reads decoded ones.
   """
@@ -74,6 +80,7 @@ class FeatureSpace:
   sample: bool
   decoded: Collection[str] = ()
   vae: nn.Module | None = None
+  tokens: bool = False
 
   @property
   def recomputes(self) -> bool:
@@ -101,6 +108,8 @@ class FeatureSpace:
     out: FeatureDict = {}
     if self.sample:
       out[SAMPLE_KEY] = images.reshape(len(images), 1, -1)
+    if self.tokens:
+      out[TOKENS_KEY] = images.reshape(len(images), -1, images.shape[-1])
     for name, encoder in self.encoders.items():
       features = step_lib.apply(
         encoder,
@@ -126,6 +135,7 @@ class GeneratorTask:
     style_tokens, style_vocab: number and range of style indices.
     num_generated: N, samples of a label.
     condition_shape: of a condition, (D,) or (T, D); () if there are none.
+    num_negatives: E, extra generated samples of a label, without gradient.
     drift: keyword arguments of drift.drift_losses.
     guidance: keyword arguments of drift.sample_alpha.
     variant: departure from the paper's loss; see drift.Variant.
@@ -136,6 +146,8 @@ class GeneratorTask:
       their gradients added up, in memory for one. 1: all at once.
     exact: whether the field's scalars are those of all groups, by two passes
       ahead without gradients, or each group's own.
+    detached_at_once: samples of a label without gradient, reals and extra
+      negatives, that are computed at once; 0: all reals, and N negatives.
   """
 
   generator: nn.Module
@@ -161,6 +173,8 @@ class GeneratorTask:
     """{'conditions': what is made of a condition's shape}; {} if none are."""
     shape = self.condition_shape
     return {"conditions": make(shape)} if shape else {}
+  num_negatives: int = 0
+  detached_at_once: int = 0
 
 
 def draw(key: PRNGKeyArray, task: GeneratorTask, num_labels: int) -> Draws:
@@ -170,19 +184,30 @@ def draw(key: PRNGKeyArray, task: GeneratorTask, num_labels: int) -> Draws:
   """
   alpha_key, noise_key, style_key = jax.random.split(key, 3)
   count = num_labels * task.num_generated
-
-  def inputs(noise_key: jax.Array, style_key: jax.Array) -> Any:
-    noise = jax.random.normal(noise_key, (count, *task.noise_shape))
-    shape = (count, task.style_tokens)
-    vocab = max(task.style_vocab, 1)
-    return noise, jax.random.randint(style_key, shape, 0, vocab)
-
-  noise, style = inputs(noise_key, style_key)
-  repelling = None
+  noise, style = _inputs(noise_key, style_key, task, (count,))
+  repelling = negatives = None
   if task.variant.negatives == "independent":
-    repelling = inputs(*jax.random.split(jax.random.fold_in(key, 1)))
+    first, second = jax.random.split(jax.random.fold_in(key, 1))
+    repelling = _inputs(first, second, task, (count,))
+  if task.num_negatives:
+    negatives = jax.random.split(
+      jax.random.fold_in(key, 2), num_labels * task.num_negatives
+    )
   alpha = sample_alpha(alpha_key, (num_labels,), **task.guidance)
-  return Draws(alpha, noise, style, repelling)
+  return Draws(alpha, noise, style, repelling, negatives)
+
+
+def _inputs(
+  noise_key: PRNGKeyArray,
+  style_key: PRNGKeyArray,
+  task: GeneratorTask,
+  shape: tuple[int, ...],
+) -> tuple[Float[Array, "*n H W C"], Int[Array, "*n S"]]:
+  """Noise and style indices of samples [*shape]."""
+  noise = jax.random.normal(noise_key, (*shape, *task.noise_shape))
+  tokens = (*shape, task.style_tokens)
+  vocab = max(task.style_vocab, 1)
+  return noise, jax.random.randint(style_key, tokens, 0, vocab)
 
 
 def by_label(
@@ -221,13 +246,20 @@ def generator_loss(
   if layout is not None:
     generator, params = gather_blockwise(generator, params, layout)
 
-  def generated_from(noise: jax.Array, style: jax.Array) -> jax.Array:
-    labels = jnp.repeat(batch.labels, task.num_generated)
-    alpha = jnp.repeat(draws.alpha, task.num_generated)
-    given = [labels, alpha]
+  def of_each(count: int) -> list[jax.Array]:
+    given = [batch.labels, draws.alpha]
     if batch.conditions is not None:
-      given += [jnp.repeat(batch.conditions, task.num_generated, axis=0)]
-    return step_lib.apply(generator, params, *given, noise=noise, style=style)
+      given.append(batch.conditions)
+    return [jnp.repeat(x, count, axis=0) for x in given]
+
+  def generated_from(noise: jax.Array, style: jax.Array) -> jax.Array:
+    return step_lib.apply(
+      generator,
+      params,
+      *of_each(task.num_generated),
+      noise=noise,
+      style=style,
+    )
 
   # 1. Samples x = f(noise, label, alpha), and the reals that move them.
   samples = generated_from(draws.noise, draws.style)
@@ -245,14 +277,29 @@ def generator_loss(
     reals = reals.reshape(-1, *reals.shape[2:])
 
   # 2. Features of both, by the frozen encoders (A.5).
-  features = _features_of(task, layout)
+  features = _features_of(task, layout, num_labels)
   generated, real_features = features(frozen, samples, reals)
+  extra: FeatureDict = {}
+  if draws.negatives is not None:
+    # Nothing but their features is kept of those without gradient.
+    extra = _negative_features(
+      functools.partial(
+        step_lib.apply, generator, jax.lax.stop_gradient(params)
+      ),
+      (draws.negatives, *of_each(task.num_negatives)),
+      frozen if layout is None else sharding.gather(frozen, layout.frozen),
+      task,
+    )
+    extra = by_label(extra, num_labels)
 
   # 3. The drifting loss of each feature (eq. 13), and their sum (eq. 14).
   weight = _unconditional_weight(batch, draws, task)
   losses, report = drift_losses(
     by_label(generated, num_labels),
-    by_label(real_features, num_labels),
+    {
+      key: jnp.concatenate([x, extra[key]], axis=1) if extra else x
+      for key, x in by_label(real_features, num_labels).items()
+    },
     weight,
     num_positives=num_positives,
     **task.drift,
@@ -267,8 +314,38 @@ def generator_loss(
   return total, {"samples": samples, "losses": losses, "report": report}
 
 
+def _negative_features(
+  generate: Callable[..., jax.Array],
+  inputs: tuple[PRNGKeyArray, *tuple[jax.Array, ...]],
+  frozen: Mapping[str, Any],
+  task: GeneratorTask,
+) -> FeatureDict:
+  """Features of extra negatives, in memory for those of a chunk.
+
+  Args:
+    generate: (labels, alpha, conditions if there are any, noise=, style=) ->
+      samples, without gradient.
+    inputs: key, label, alpha (and condition) of each.
+    frozen: see FeatureSpace; whole.
+    task: static part of the step.
+  """
+
+  def features(inputs: Any) -> FeatureDict:
+    keys, *given = inputs
+    draw_one = functools.partial(_inputs, task=task, shape=())
+    noise, style = jax.vmap(draw_one)(
+      *jax.vmap(jax.random.split, out_axes=1)(keys)
+    )
+    samples = generate(*given, noise=noise, style=style)
+    return task.features(frozen, samples)
+
+  num_labels = len(inputs[0]) // task.num_negatives
+  at_once = task.detached_at_once or task.num_generated
+  return step_lib.in_chunks(features, inputs, num_labels * at_once)
+
+
 def _features_of(
-  task: GeneratorTask, layout: sharding.Layout | None
+  task: GeneratorTask, layout: sharding.Layout | None, num_labels: int
 ) -> Callable[..., tuple[FeatureDict, FeatureDict]]:
   """(frozen, samples, reals) -> features of samples, and of reals."""
 
@@ -277,7 +354,12 @@ def _features_of(
   ) -> tuple[FeatureDict, FeatureDict]:
     if layout is not None:
       frozen = sharding.gather(frozen, layout.frozen)
-    real_features = jax.lax.stop_gradient(task.features(frozen, reals))
+    real_features = step_lib.in_chunks(
+      lambda reals: task.features(frozen, reals),
+      reals,
+      num_labels * task.detached_at_once,
+    )
+    real_features = jax.lax.stop_gradient(real_features)
     return task.features(frozen, samples), real_features
 
   # regather's checkpoint policy also applies inside of rematerialised blocks,
@@ -338,7 +420,9 @@ def _unconditional_weight(
     return jnp.ones_like(draws.alpha)
   if task.variant.guidance == "velocity":
     return (draws.alpha - 1.0) / count
-  return unconditional_weight(draws.alpha, task.num_generated, count)
+  # A.7's N - 1 generated negatives of a sample are with extra ones more.
+  generated = task.num_generated + task.num_negatives
+  return unconditional_weight(draws.alpha, generated, count)
 
 
 def _scalars(
@@ -364,6 +448,7 @@ def _scalars(
       unconditional = 0  # they are left out of the scale
     weight = jnp.mean(
       task.num_generated
+      + task.num_negatives
       + task.num_generated * task.variant.own_in_scale
       + batch.positives.shape[1]
       + unconditional * _unconditional_weight(batch, draws, task)

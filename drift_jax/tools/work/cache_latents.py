@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from drift_jax.data import latent_format, latent_writer, transforms
-from drift_jax.data.drawn import DrawnLatents
+from drift_jax.data.drawn import ArrayLatents, DrawnLatents
 from drift_jax.data.encoded import EncodedSource
 from drift_jax.data.latent_format import LatentCacheError, Settings
 from drift_jax.data.order import check_labels
@@ -39,6 +39,11 @@ from drift_jax.training.inputs import Splits
 # the one whose result is fetched.
 _DECODED_AHEAD = 3
 _ENCODED_AHEAD = 1
+# Sources of latents that were drawn before.
+_DRAWN: dict[str, type[DrawnLatents] | type[ArrayLatents]] = {
+  options.DRAWN_SOURCE: DrawnLatents,
+  options.ARRAYS_SOURCE: ArrayLatents,
+}
 
 
 class Piece(NamedTuple):
@@ -186,10 +191,10 @@ def open_images(arguments: argparse.Namespace) -> EncodedSource:
       without a class name, or torch missing where it is needed.
   """
   try:
-    if arguments.source.startswith(options.DRAWN_SOURCE):
-      rest = arguments.source.removeprefix(options.DRAWN_SOURCE)
+    prefix, _, rest = arguments.source.partition(":")
+    if kind := _DRAWN.get(f"{prefix}:"):
       storage.check_local("--source", rest, arguments.data_dir)
-      source = DrawnLatents(
+      source = kind(
         pathlib.Path(arguments.data_dir) / paths.expand(rest),
         split=arguments.split,
         class_order=arguments.class_order,
@@ -227,6 +232,50 @@ def open_images(arguments: argparse.Namespace) -> EncodedSource:
   return cast(EncodedSource, source)
 
 
+def _open_vae(arguments: argparse.Namespace) -> Any:
+  """The autoencoder that --vae names, its parameters not read yet."""
+  on_hub = arguments.vae.startswith(storage.HUB)
+  if not on_hub and not artifacts.exists(arguments.vae):
+    raise artifacts.ArtifactError(
+      f"no exported model in {arguments.vae}, which is --vae: python -m "
+      f"drift_jax.tools.convert_weights vae --from={released.AUTOENCODER} "
+      f"--out={shlex.quote(arguments.vae)}"
+    )
+  opened = artifacts.opened(
+    autoencoders.local(arguments.vae), dtype=arguments.compute_dtype
+  )
+  kind = opened.artifact.kind
+  if kind != "vae":
+    raise LatentCacheError(
+      f"{arguments.vae} holds a model of kind {kind!r}, want 'vae': make "
+      "one with python -m drift_jax.tools.convert_weights vae"
+    )
+  return opened
+
+
+def _space(
+  arguments: argparse.Namespace, source: Source, opened: Any
+) -> dict[str, Any]:
+  """The settings that say which latents these are."""
+  if isinstance(source, ArrayLatents):
+    side, _, channels = source.latent_shape
+    return {
+      "image_size": side,
+      "vae_sha256": "",
+      "scaling_factor": 1.0,
+      "downsampling": 1,
+      "latent_channels": channels,
+    }
+  module: Any = opened.artifact.module
+  return {
+    "image_size": arguments.image_size,
+    "vae_sha256": opened.artifact.sha256,
+    "scaling_factor": float(module.scaling_factor),
+    "downsampling": module.downsampling,
+    "latent_channels": module.latent_channels,
+  }
+
+
 def run(arguments: argparse.Namespace) -> bool:
   """Encodes this process' shards that are not finished, or verifies a cache.
 
@@ -255,35 +304,16 @@ def run(arguments: argparse.Namespace) -> bool:
   if index is None:
     index, count = jax.process_index(), jax.process_count()
   source = open_images(arguments)
-  on_hub = arguments.vae.startswith(storage.HUB)
-  if not on_hub and not artifacts.exists(arguments.vae):
-    raise artifacts.ArtifactError(
-      f"no exported model in {arguments.vae}, which is --vae: python -m "
-      f"drift_jax.tools.convert_weights vae --from={released.AUTOENCODER} "
-      f"--out={shlex.quote(arguments.vae)}"
-    )
-  opened = artifacts.opened(
-    autoencoders.local(arguments.vae), dtype=arguments.compute_dtype
-  )
-  vae, is_drawn = opened.artifact, isinstance(source, DrawnLatents)
-  if vae.kind != "vae":
-    raise LatentCacheError(
-      f"{arguments.vae} holds a model of kind {vae.kind!r}, want 'vae': make "
-      "one with python -m drift_jax.tools.convert_weights vae"
-    )
+  is_drawn = isinstance(source, tuple(_DRAWN.values()))
+  opened = None if isinstance(source, ArrayLatents) else _open_vae(arguments)
   # 2. What the cache is made from, and which shards are to be written.
-  module: Any = vae.module
   settings = Settings(
     source=described(arguments.source, arguments.exif),
     split=arguments.split,
     num_images=len(source),
     labels_sha256=labels_sha256(source.labels),
     class_names=tuple(source.class_names),
-    image_size=arguments.image_size,
-    vae_sha256=vae.sha256,
-    scaling_factor=float(module.scaling_factor),
-    downsampling=module.downsampling,
-    latent_channels=module.latent_channels,
+    **_space(arguments, source, opened),
     dtype=latent_format.DRAWN_DTYPE if is_drawn else arguments.dtype,
     compute_dtype="" if is_drawn else arguments.compute_dtype,
     images_per_shard=arguments.images_per_shard,
@@ -297,13 +327,14 @@ def run(arguments: argparse.Namespace) -> bool:
     batch_size = -(-arguments.batch_size // mesh.size) * mesh.size
     pool = concurrent.futures.ThreadPoolExecutor(arguments.num_threads)
     try:
-      if isinstance(source, DrawnLatents):
+      if isinstance(source, DrawnLatents | ArrayLatents):
         read = functools.partial(source.latents, shape=settings.latent_shape)
       else:
         read = functools.partial(_crop, source, settings.image_size)
-        vae = dataclasses.replace(vae, params=opened.read(vae.params))
       moments = read_batches(read, settings, todo, batch_size, pool)
-      if not is_drawn:
+      if not is_drawn and opened is not None:
+        vae = opened.artifact
+        vae = dataclasses.replace(vae, params=opened.read(vae.params))
         moments = encode_batches(
           moments, vae, batch_size, mesh, arguments.compute_dtype
         )

@@ -88,6 +88,8 @@ def export(
       "alpha_range": list(opened.alpha_range),
       "class_names": list(opened.class_names) or None,
     }
+    if opened.arrays:
+      facts["arrays"] = True
     trained_for = {"step": opened.step, "ema_decay": opened.ema_decay}
     save = functools.partial(
       artifacts.save,

@@ -9,11 +9,12 @@ from PIL import Image
 
 from drift_jax import sampling
 from drift_jax.metrics.files import replacing
+from drift_jax.metrics.sample_files import IMAGES, LABELS
 from drift_jax.metrics.sample_folder import SampleFolder
 from drift_jax.metrics.sample_writer import SampleWriter
 from drift_jax.system import console, options, processes
 from drift_jax.system.console import logger
-from drift_jax.system.errors import naming
+from drift_jax.system.errors import ConfigError, naming
 from drift_jax.tasks.generator.restore import identity
 from drift_jax.training.conditions import CONDITIONS, read_arrays, sha256
 
@@ -46,6 +47,11 @@ def draw(
       found = read_arrays(file, (CONDITIONS,))
     asked["condition"] = found[CONDITIONS]
   model = sampling.load(**generator)
+  if not model.are_images and suffix != ".npz":
+    raise ConfigError(
+      f"--out={out}: samples are arrays of shape {model.image_shape} that "
+      "nothing here decodes: give an .npz, for float32 arrays"
+    )
   labels, conditions = model.asked(
     asked["labels"], asked.get("condition"), asked["count"]
   )
@@ -63,11 +69,22 @@ def draw(
     if processes.is_first():
       with naming("out"):
         samples.save(out)
+  elif not model.are_images:
+    samples = model.sample(**asked, batch_size=batch_size)
+    if processes.is_first():
+      write_arrays(samples, out)
   else:
     facts = {name: asked[name] for name in ("alpha", "seed", "style")}
     with naming("out"):
       write_each(model, (labels, conditions), facts, batch_size, out, suffix)
   logger.info("Wrote %s.", out)
+
+
+def write_arrays(samples: sampling.Samples, out: str) -> None:
+  """An .npz of arrays as they are, float32, under the names of ADM's format."""
+  arrays = {IMAGES: samples.images, LABELS: samples.labels.astype(np.int64)}
+  with replacing(out) as temporary, temporary.open("wb") as file:
+    np.savez(file, **arrays)
 
 
 def write_gif(frames: Sequence[sampling.Samples], out: str) -> None:

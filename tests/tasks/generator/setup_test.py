@@ -242,6 +242,7 @@ def test_label_groups_are_the_configs():
     ("h100", 8, {}, 32),
     ("h100", 1, {"batch.labels": 4}, 4),
     ("rtx4090", 1, {}, 1),
+    ("h100", 8, {"batch.negatives": 192}, 16),
     ("h100", 8, {"train.accum_labels": 8}, 8),
     ("h100", 8, {"train.accum_labels": 0}, 128),
     ("h100", 8, {"train.accum_scalars": "group"}, 128),

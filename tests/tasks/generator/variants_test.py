@@ -35,7 +35,8 @@ def small(**changes):
 
 @pytest.mark.slow
 def test_a_learned_scale_is_in_the_checkpoint(tmp_path):
-  """4 steps are 2 and 2 more, to the bit, with a field that has everything."""
+  """4 steps are 2 and 2 more, to the bit, with a field that has everything,
+  extra negatives too."""
   changes = {
     "field": "sinkhorn",
     "negatives": "independent",
@@ -45,10 +46,12 @@ def test_a_learned_scale_is_in_the_checkpoint(tmp_path):
     "diagnostics": True,
     "temperature_scale": {"kind": "learned", "rate": 0.1},
   }
-  whole = train.train_and_evaluate(small(**changes), str(tmp_path / "whole"))
+  config = small(**changes)
+  config.batch.negatives, config.train.detached_at_once = 3, 2
+  whole = train.train_and_evaluate(config, str(tmp_path / "whole"))
   shutil.copytree(tmp_path / "whole", tmp_path / "parts")
   shutil.rmtree(tmp_path / "parts" / "checkpoints" / "4")
-  parts = train.train_and_evaluate(small(**changes), str(tmp_path / "parts"))
+  parts = train.train_and_evaluate(config, str(tmp_path / "parts"))
   jax.tree.map(np.testing.assert_array_equal, parts, whole)
   assert float(np.exp(whole.drift["log_scale"])) != 1.0
   records = read_jsonl(tmp_path / "whole" / "metrics.jsonl")
