@@ -7,11 +7,13 @@ Variants, joined by commas, e.g. `configs/digits.py:encoder,smoke`:
   encoder   the ResNet-MAE that `judge` and `features` read
   judge     (none), judged in that encoder's features as well (fd_encoder)
   features  a generator that drifts in that encoder's features
+  fd_tune   that generator, tuned by Frechet distances: docs/fd_tune.md
   classifier  a network that judges them all, --config.eval.classifier.path=
             WORKDIR/encoder
   smoke     the same code path in a minute
-`judge` and `features` need --config.encoders.mae.path=WORKDIR/encoder, where
-WORKDIR is that of `encoder`.
+`judge`, `features` and `fd_tune` need
+--config.encoders.mae.path=WORKDIR/encoder, where WORKDIR is that of `encoder`;
+`fd_tune` needs --config.init_from=EXPORT too, an export of `features`.
 
 On two CPU cores, as measured in docs/results.md: encoder 1 minute, judge 3,
 features 9.
@@ -31,7 +33,10 @@ DATA = {
   "wire": "float32",
   "num_threads": 1,
 }
-VARIANTS = ("encoder", "judge", "features", "classifier", "smoke")
+VARIANTS = (
+  *("encoder", "judge", "features", "fd_tune", "classifier"),
+  "smoke",
+)
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -52,10 +57,12 @@ def get_config(variant: str = "") -> ConfigDict:
     config = _generator()
     if tasks:
       common.add_encoder(config, "mae", "")
-      config.encoders.mae.update(dtype="float32", in_loss="features" in names)
+      config.encoders.mae.update(dtype="float32", in_loss="judge" not in names)
       config.eval.metrics = ("fd_encoder", *config.eval.metrics)
     if "features" in names:
       _features(config)
+    if "fd_tune" in names:
+      _fd_tune(config)
   if "smoke" in names:
     _smoke(config)
   return config
@@ -116,6 +123,15 @@ def _features(config: ConfigDict) -> None:
   """Without the 4x4 patches and with fewer positives, to save time."""
   config.features.update(patch_mean_size=(2,), patch_std_size=(2,))
   config.batch.positives = 64
+
+
+def _fd_tune(config: ConfigDict) -> None:
+  common.fd_tune(config, population=10_000, start="exports/digits")
+  config.eval.classifier.path = "runs/digits_classifier/encoder"
+  config.batch.labels = 512
+  config.fd_loss.trust = 0.1
+  config.optim.learning_rate = 1e-4
+  config.train.num_steps = 1_000
 
 
 def _encoder() -> ConfigDict:
