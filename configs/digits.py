@@ -169,3 +169,6 @@ def _smoke(config: ConfigDict) -> None:
     )
   else:
     config.eval.update(num_samples=100, batch_size=100)
+    if config.fd_loss.population:
+      config.batch.labels = 64
+      config.fd_loss.population = 320

@@ -246,6 +246,7 @@ def _check_batch(config: GeneratorConfig) -> None:
   checks.require(
     batch.generated >= 2
     or batch.unconditional >= 1
+    or config.fd_loss.population > 0
     or config.drift.negatives != "own",
     f"batch.generated={batch.generated} with batch.unconditional=0: a single "
     "sample has no negative but itself, which is masked, so nothing repels "

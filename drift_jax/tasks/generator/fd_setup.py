@@ -110,8 +110,14 @@ class Tuning:
     """Makes the feed of labels.
 
     Raises:
-      ConfigError: labels that the processes can't share.
+      ConfigError: labels that the processes can't share, or too few images for
+        the dimensions of a space.
     """
+    for name, width in self._widths.items():
+      if not self._reference(name):
+        count = self._num_reals(reader)
+        source = "training images (data.source, fd_loss.reals)"
+        _check_count(source, count, name, width)
     with naming("data"):
       return LabelFeed(
         reader.labels,
@@ -179,7 +185,7 @@ class Tuning:
     unless that is in a bucket: there, each start takes them again.
 
     Raises:
-      ConfigError: too few images for the dimensions, a file that can't be used.
+      ConfigError: a file that can't be used, or of too few images.
     """
     found = {}
     for name, width in self._widths.items():
@@ -190,20 +196,23 @@ class Tuning:
         if processes.is_first() and not storage.is_remote(kept):
           save_reference(kept, stats)
       if stats.count is not None:
-        _check_count(
-          "training images (data.source, fd_loss.reals)",
-          stats.count,
-          name,
-          width,
-        )
+        _check_count("images of the statistics", stats.count, name, width)
       found[name] = frechet.reference(stats.mean, stats.covariance())
     return jax.device_put(found, sharding.replicated(self._mesh))
 
+  def _reference(self, name: str) -> str:
+    """The file of statistics that the config names for a space, or ''."""
+    if name not in fd_networks(self._config):
+      return ""
+    return getattr(self._config.fd_loss, name).reference
+
+  def _num_reals(self, reader: Reader) -> int:
+    count = len(reader.labels)
+    return min(self._config.fd_loss.reals or count, count)
+
   def _given(self, name: str, kept: epath.Path) -> ReferenceStats | None:
     """Statistics from a file, if there is one."""
-    path = ""
-    if name in fd_networks(self._config):
-      path = getattr(self._config.fd_loss, name).reference
+    path = self._reference(name)
     if not path:
       local = not storage.is_remote(kept)
       if not (local and processes.from_first(kept.exists)):
@@ -220,16 +229,10 @@ class Tuning:
 
   def _measured(self, name: str, reader: Reader) -> ReferenceStats:
     """Statistics of training images."""
-    config, count = self._config, len(reader.labels)
-    order = DistinctStream(count, 1, 1, config.seed, "fd_reals")
-    chosen = order.take(0, min(config.fd_loss.reals or count, count))
+    config, count = self._config, self._num_reals(reader)
+    order = DistinctStream(len(reader.labels), 1, 1, config.seed, "fd_reals")
+    chosen = order.take(0, count)
     chosen.sort()  # neighbours in a file are read together
-    _check_count(
-      "training images (data.source, fd_loss.reals)",
-      len(chosen),
-      name,
-      self._widths[name],
-    )
     spaces = self.task.spaces
 
     def apply(params: Any, images: jax.Array) -> jax.Array:
