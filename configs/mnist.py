@@ -10,9 +10,11 @@ Face hub, else from TFDS, which must have prepared them (docs/data.md).
 Variants, joined by commas:
   (none)       for one GPU: the generator of configs/cifar10.py
   encoder      for one GPU: the ResNet-MAE whose features that one drifts in
+  fd_tune      for one GPU: that generator, tuned by Frechet distances
   cpu          for two CPU cores: a small generator that drifts in raw pixels,
                judged in the features of the next
   cpu_encoder  for two CPU cores: a small ResNet-MAE
+  cpu_fd_tune  for two CPU cores: `cpu` tuned in that encoder's features
   cpu_judge    for two CPU cores: a small classifier, to judge `cpu` with
                --config.eval.classifier.path=WORKDIR/encoder
   smoke        the first two in minutes on two CPU cores
@@ -22,7 +24,10 @@ from ml_collections import ConfigDict
 
 from configs import cifar10, common
 
-VARIANTS = ("generator", "encoder", "cpu", "cpu_encoder", "cpu_judge")
+VARIANTS = (
+  *("generator", "encoder", "fd_tune", "cpu", "cpu_encoder", "cpu_fd_tune"),
+  "cpu_judge",
+)
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -30,7 +35,8 @@ def get_config(variant: str = "") -> ConfigDict:
   size, smoke = common.choose(variant, VARIANTS)
   if smoke and size.startswith("cpu"):
     raise ValueError(f"variants {size!r} and 'smoke' exclude each other")
-  task = {"cpu_encoder": "encoder", "cpu": "generator"}.get(size, size)
+  tasks = {"cpu_encoder": "encoder", "cpu": "generator"}
+  task = (tasks | {"cpu_fd_tune": "generator"}).get(size, size)
   config = cifar10.get_config(f"{task},smoke" if smoke else task)
   config.data.update(source="tfds:mnist", channels=1, crop="pad", flip=False)
   if config.task == "mae":
@@ -38,8 +44,14 @@ def get_config(variant: str = "") -> ConfigDict:
   else:
     config.model.update(in_channels=1, out_channels=1)
     config.encoders.mae.path = "runs/mnist_encoder/encoder"
-  if size == "cpu":
+  if size == "fd_tune":
+    config.init_from = "exports/mnist"
+    config.eval.classifier.path = "runs/mnist_judge/encoder"
+  elif size == "cpu":
     _cpu_generator(config)
+  elif size == "cpu_fd_tune":
+    _cpu_generator(config)
+    _cpu_fd_tune(config)
   elif size == "cpu_encoder":
     _cpu_encoder(config)
     common.for_generator(config, get_config("cpu"))
@@ -62,6 +74,15 @@ def _cpu_generator(config: ConfigDict) -> None:
     metrics=("fd_encoder", "fd_pixel", "coverage"),
   )
   config.checkpoint.update(every=250, best_metric="fd_encoder")
+
+
+def _cpu_fd_tune(config: ConfigDict) -> None:
+  cifar10.fd_tune(config, "mnist")
+  config.encoders.mae.in_loss = True
+  config.fd_loss.population = 10_000
+  config.batch.labels = 128
+  config.optim.learning_rate = 2e-4
+  config.train.num_steps = 1_000
 
 
 def _cpu_encoder(config: ConfigDict) -> None:

@@ -83,7 +83,8 @@ def history(mesh, task, steps=5):
   )
   config = dataclasses.replace(parse(digits.get_config()), optim=OPTIM)
   training = make_training(config, mesh, recipe)
-  state, found = training.init(), []
+  at_start = jax.device_put(params, sharding.infer_sharding(params, mesh))
+  state, found = dataclasses.replace(training.init(), params=at_start), []
   for step in range(steps):
     labels = np.random.default_rng(step).integers(0, 3, 16).astype(np.int32)
     batch = fd_step.LabelBatch(sharding.put_batch(labels, mesh))
