@@ -17,13 +17,15 @@ from drift_jax.metrics.reference import load_reference
 from drift_jax.metrics.writers import read_jsonl
 from drift_jax.system import sharding
 from drift_jax.system.errors import UserError
-from drift_jax.tasks import parse
+from drift_jax.tasks import parse, programs
 from drift_jax.tasks.generator import fd_step, train
+from drift_jax.tasks.generator.judges import load_judge, network_fn
 from drift_jax.tasks.generator.setup import init_generator
 from drift_jax.training import artifacts
 from drift_jax.training.run import Recipe, make_training
 from tests.builders import random_like, save_model
 from tests.conftest import assert_close
+from tests.judges import save_inception, save_vit
 from tests.small_generator import arguments, save_generator
 from tests.tasks.generator.step_test import (
   OPTIM,
@@ -94,20 +96,47 @@ def history(mesh, task, steps=5):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(8, 1), (2, 4)])
-def test_every_mesh_tunes_the_same(shape):
+def test_every_mesh_tunes_the_same():
   one = sharding.make_mesh(1, 1, jax.devices()[:1])
   expected, state = history(one, toy())
-  many, other = history(sharding.make_mesh(*shape), toy())
-  assert_same_histories(many, expected, 1e-4)
-  for a, b in zip(
-    jax.tree.leaves(other.drift), jax.tree.leaves(state.drift), strict=True
-  ):
-    assert_close(a, b, 1e-4)
+  for shape in ((8, 1), (2, 4)):
+    many, other = history(sharding.make_mesh(*shape), toy())
+    assert_same_histories(many, expected, 1e-4)
+    pairs = zip(*map(jax.tree.leaves, (other.drift, state.drift)), strict=True)
+    for a, b in pairs:
+      assert_close(a, b, 1e-4)
   # Two steps fill the population; what moves after them is the samples.
   norms = [metrics["grad_norm"] for metrics in expected]
   assert norms[0] == norms[1] == 0 and min(norms[2:]) > 0
   assert len({float(metrics["trust"]) for metrics in expected[2:]}) == 3
+
+
+def test_judges_see_what_they_see_in_an_evaluation(tmp_path):
+  """Of 8-bit images, that is; beyond black and white nothing counts."""
+  mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+  paths = {"dinov2": save_vit(tmp_path / "vit")}
+  paths |= {"inception": save_inception(tmp_path / "inception")}
+  judges = {name: load_judge(str(path), mesh) for name, path in paths.items()}
+  spaces = fd_step.Spaces(
+    *({}, (), {name: judge.module for name, judge in judges.items()}),
+    sample=False,
+    vae=None,
+  )
+  params = {name: judge.params for name, judge in judges.items()}
+  rgb = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1), np.uint8)
+  rgb[0, 0, 0], rgb[0, 0, 1] = 0, 255
+  images = np.float32(rgb) / 127.5 - 1
+  beyond = images.copy()
+  beyond[0, 0, 0], beyond[0, 0, 1] = -1.5, 1.5
+  see = jax.jit(lambda params, images: spaces(params, images))
+  for seen in (see(params, images), see(params, beyond)):
+    for name, judge in judges.items():
+      expected, *_ = network_fn(judge, mesh)(np.repeat(rgb, 3, axis=3))
+      assert_close(seen[name], expected, 1e-5, name)
+  slope = jax.jit(
+    jax.grad(lambda x: sum(map(jnp.sum, see(params, x).values())))
+  )
+  assert np.all(slope(beyond)[0, 0, :2] == 0) and np.any(slope(images) != 0)
 
 
 def test_an_average_has_the_variance_of_its_population():
@@ -222,3 +251,16 @@ def test_what_is_found_before_the_first_step(
   with pytest.raises(UserError, match=message) as error:
     train.train_and_evaluate(small(weights, **changes), str(tmp_path / "run"))
   assert "\n" not in str(error.value)
+
+
+def test_a_tuned_run_is_described_without_data_or_judges(weights):
+  """compile_check's programs, the step's arguments among them."""
+  changes = {"fd_loss.inception.path": "/later", "fd_loss.population": 5000}
+  config = parse(small(weights, **changes))
+  train_program, *_ = programs(config, sharding.make_mesh(2, 4))
+  state, batch, frozen = train_program.arguments.values()
+  assert batch.labels.shape == (40,)
+  assert set(frozen.references) == {"mae", "inception"} == set(state.drift)
+  assert state.drift["inception"].second.shape == (2048, 2048)
+  kernels = [x for x in jax.tree.leaves(frozen.start) if len(x.shape) > 2]
+  assert any("fsdp" in x.sharding.spec for x in kernels)
