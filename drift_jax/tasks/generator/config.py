@@ -159,8 +159,7 @@ class GeneratorConfig(sections.ImageConfig):
     _check_features(self)
     _check_network(self)
     _check_evaluation(self)
-    if self.fd_loss.population:
-      _check_fd_loss(self)
+    _check_fd_loss(self)
 
 
 # Figures of eval.inception and eval.dinov2. 'fd_inception' is what FID is of
@@ -382,6 +381,13 @@ def _check_fd_loss(config: GeneratorConfig) -> None:
   tuned, guidance, chosen = config.fd_loss, config.guidance, config.eval
   at_once, batch = config.train.accum_labels, config.batch
   step = batch.labels * batch.generated
+  if not tuned.population:
+    checks.require(
+      tuned == FdLoss(),
+      "fd_loss.population=0 leaves out the loss that other keys of fd_loss "
+      "set: give the number of samples, 50000 is usual, or remove them",
+    )
+    return
   checks.require(
     tuned.population >= step,
     f"fd_loss.population={tuned.population} is less than the {step} samples of "

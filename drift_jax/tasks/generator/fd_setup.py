@@ -138,26 +138,45 @@ class Tuning:
       found["init_from"] = start.sha256
     return found
 
-  def recipe(
-    self, references: Mapping[str, frechet.Reference], start: Any
-  ) -> Recipe:
-    """How the generator is tuned.
+  def prepare(
+    self,
+    reader: Reader,
+    workdir: epath.Path,
+    start_params: Callable[[], Any] | None,
+  ) -> tuple[Recipe, Callable[[], Any]]:
+    """Returns how the generator is tuned, and what gives its first parameters.
 
     Args:
-      references: moments of real features, or their shapes.
-      start: its first parameters, or their shapes.
+      reader: training images.
+      workdir: see references.
+      start_params: reads the parameters of init_from.
+
+    Raises:
+      ArtifactError: parameters that can't be loaded.
+      ConfigError: see references.
     """
+    assert start_params is not None  # the config's checks ask for init_from
+    start = None
+    if self.task.trust:
+      params = start_params()
+      shardings = sharding.infer_sharding(params, self._mesh)
+      start = jax.device_put(params, shardings)
+    recipe = self._recipe(self.references(reader, workdir), start)
+    return recipe, start_params if start is None else lambda: start
+
+  def _recipe(
+    self, references: Mapping[str, frechet.Reference], start: Any
+  ) -> Recipe:
     base: Any = self.task.base.generator
-    kept = start if self.task.trust else None
+    spaces = ", ".join(f"{name} ({n})" for name, n in self._widths.items())
     return Recipe(
       name="generator",
       init_params=init_generator(self.task.base),
       init_drift=functools.partial(fd_step.init_moments, references),
       step=functools.partial(fd_step.train_step, task=self.task),
       batch=fd_step.LabelBatch,
-      frozen=fd_step.Frozen(self._params, references, kept),
-      computed=f"{np.dtype(base.dtype)}, Frechet distances in "
-      f"{', '.join(f'{n} ({w})' for n, w in self._widths.items())}, "
+      frozen=fd_step.Frozen(self._params, references, start),
+      computed=f"{np.dtype(base.dtype)}, Frechet distances in {spaces}, "
       f"remat: {base.remat}",
     )
 
@@ -172,8 +191,8 @@ class Tuning:
 
     whole = sharding.replicated(self._mesh)
     shardings = sharding.infer_sharding(params, self._mesh)
-    start = sharding.abstract(params, shardings)
-    return self.recipe({n: real(w) for n, w in self._widths.items()}, start)
+    start = sharding.abstract(params, shardings) if self.task.trust else None
+    return self._recipe({n: real(w) for n, w in self._widths.items()}, start)
 
   def references(
     self, reader: Reader, workdir: epath.Path
@@ -271,16 +290,3 @@ def _check_count(source: str, count: int, name: str, width: int) -> None:
       f"the space {name!r}: give at least {least}, or leave the space out of "
       "the loss"
     )
-
-
-def place_start(
-  start_params: Callable[[], Any] | None, mesh: Mesh
-) -> tuple[Any, Callable[[], Any]]:
-  """Returns the first parameters on the mesh, and a function that gives them.
-
-  The weights are read once.
-  """
-  assert start_params is not None  # the config's checks ask for init_from
-  params = start_params()
-  placed = jax.device_put(params, sharding.infer_sharding(params, mesh))
-  return placed, lambda: params

@@ -41,6 +41,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     PeerError: any of these, in the first of several processes.
     Preempted: by SIGTERM, with the step saved.
   """
+  # 1. What the run reads, and its networks.
   config = parse_as(config, GeneratorConfig)
   drift_arguments(config.drift)  # a mistake there, before data
   mesh = open_mesh(config.mesh)
@@ -54,6 +55,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   task = setup.generator_task(config, encoders, mesh, vae)
   setup.check_encoders(config, task, encoders, vae)
   inputs.check_shape(readers.train, task.sample_shape, "the model makes")
+  # 2. How it trains, and what it draws from.
   start_params = frozen.start_params(config, readers.train.class_names)
   sums, tuning = frozen.frozen_sums(encoders, vae), None
   if config.fd_loss.population:
@@ -73,10 +75,9 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     params = setup.frozen_params(task, encoders, vae)
     recipe = setup.generator_recipe(task, params)
   else:
-    start, start_params = fd_setup.place_start(start_params, mesh)
-    references = tuning.references(readers.train, path)
-    recipe = tuning.recipe(references, start)
+    recipe, start_params = tuning.prepare(readers.train, path, start_params)
 
+  # 3. The steps.
   with at_end(functools.partial(evaluation.plot, path)):
     return run(
       config,
@@ -97,9 +98,8 @@ def _inputs(config: GeneratorConfig, workdir: str) -> list[inputs.Input]:
   metrics = chosen.metrics if chosen.every else ()
   wanted = inputs.image_inputs(
     config,
-    # A tuned run also goes on from what it began with.
-    is_new=not has_checkpoints(epath.Path(workdir))
-    or config.fd_loss.population > 0,
+    # Trust needs what the run began with in all its starts.
+    is_new=not has_checkpoints(epath.Path(workdir)) or config.fd_loss.trust > 0,
     tested=bool(metrics) and needs_reals(chosen),
   )
   wanted += [

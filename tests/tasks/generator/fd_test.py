@@ -212,6 +212,7 @@ def test_a_stopped_run_goes_on_bit_equal(weights, tmp_path):
 
 ERRORS = (
   ({"init_from": ""}, "init_from is empty"),
+  ({"fd_loss.population": 0}, "population=0 leaves out"),
   ({"fd_loss.population": 79}, r"population=79 is less than the 80 samples"),
   ({"guidance.maximum": 2.0}, r"guidance.minimum=1.0, .*set both"),
   ({"train.accum_labels": 8}, "train.accum_labels=8"),
