@@ -490,7 +490,7 @@ def fd_tune(config: ConfigDict, population: int, start: str) -> None:
   config.fd_loss.population = population
   config.guidance.update(minimum=1.0, maximum=1.0, no_cfg_frac=0.0)
   config.batch.generated = 1  # each sample has a label of its own
-  config.optim.update(schedule="constant", warmup_steps=0, weight_decay=0.0)
+  config.optim.update(schedule="cosine", warmup_steps=0, weight_decay=0.0)
   config.eval.alphas = (1.0,)
   config.eval.metrics = (
     *("fd_classifier", "coverage_classifier", "classifier_accuracy"),

@@ -126,12 +126,13 @@ def _features(config: ConfigDict) -> None:
 
 
 def _fd_tune(config: ConfigDict) -> None:
-  common.fd_tune(config, population=5_000, start="exports/digits")
+  common.fd_tune(config, population=10_000, start="exports/digits")
   config.eval.classifier.path = "runs/digits_classifier/encoder"
-  config.batch.labels = 128
+  config.batch.labels = 512
   config.fd_loss.trust = 0.1
-  config.optim.learning_rate = 2e-4
-  config.train.num_steps = 1_000
+  config.optim.learning_rate = 1e-4
+  config.train.num_steps = 500
+  config.eval.ema_decay = 0.99
 
 
 def _encoder() -> ConfigDict:

@@ -80,9 +80,9 @@ def _cpu_fd_tune(config: ConfigDict) -> None:
   cifar10.fd_tune(config, "mnist")
   config.encoders.mae.in_loss = True
   config.fd_loss.population = 10_000
-  config.batch.labels = 128
-  config.optim.learning_rate = 2e-4
-  config.train.num_steps = 1_000
+  config.optim.learning_rate = 1e-4
+  config.train.num_steps = 500
+  config.eval.ema_decay = 0.99
 
 
 def _cpu_encoder(config: ConfigDict) -> None:
