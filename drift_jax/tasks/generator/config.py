@@ -378,6 +378,7 @@ def _check_evaluation(config: GeneratorConfig) -> None:
 
 
 def _check_fd_loss(config: GeneratorConfig) -> None:
+  # 1. What the loss needs, and what no such step can do.
   tuned, guidance, chosen = config.fd_loss, config.guidance, config.eval
   at_once, batch = config.train.accum_labels, config.batch
   step = batch.labels * batch.generated
@@ -411,6 +412,7 @@ def _check_fd_loss(config: GeneratorConfig) -> None:
     f"train.accum_labels={at_once} with fd_loss.population: a step of this "
     "loss is computed at once, with a batch as small as need be; set it to 0",
   )
+  # 2. Judges that the loss does not know.
   taken = in_fd_loss(config)
   held_out = [
     name

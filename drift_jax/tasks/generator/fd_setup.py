@@ -68,7 +68,18 @@ class Tuning:
     vae: artifacts.Artifact | None,
     mesh: Mesh,
   ):
-    """Raises ConfigError for spaces of one name or images without colours."""
+    """Describes the spaces; nothing is read.
+
+    Args:
+      config: of the run.
+      base: the generator's task.
+      encoders, judges, vae: networks on the mesh, or shapes for parameters.
+      mesh: where it runs.
+
+    Raises:
+      ConfigError: two spaces of one name, or a population too small for the
+        dimensions of one.
+    """
     self._config, self._mesh, self._vae = config, mesh, vae
     in_loss = {n: a for n, a in encoders.items() if config.encoders[n].in_loss}
     for name in (fd_step.SAMPLE, *judges):
