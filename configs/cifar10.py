@@ -12,16 +12,17 @@ holds a folder of images for each class, or images alone. Variants, joined by
 commas:
   (none)   a generator that drifts in the encoder's features
   encoder  the ResNet-MAE whose features those are
+  fd_tune  that generator, tuned by Frechet distances: docs/fd_tune.md
   cpu_judge  for two CPU cores: a small classifier, to judge a generator with
            --config.eval.classifier.path=WORKDIR/encoder
-  smoke    the first two in minutes on two CPU cores
+  smoke    the first three in minutes on two CPU cores
 """
 
 from ml_collections import ConfigDict
 
 from configs import common
 
-VARIANTS = ("generator", "encoder", "cpu_judge")
+VARIANTS = ("generator", "encoder", "fd_tune", "cpu_judge")
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -29,13 +30,15 @@ def get_config(variant: str = "") -> ConfigDict:
   task, smoke = common.choose(variant, VARIANTS)
   if smoke and task == "cpu_judge":
     raise ValueError(f"variants {task!r} and 'smoke' exclude each other")
-  config = _generator() if task == "generator" else _encoder()
+  config = _encoder() if task in ("encoder", "cpu_judge") else _generator()
   config.data.update(
     source="tfds:cifar10",
     image_size=32,
     in_memory=True,
     held_out=100,
   )
+  if task == "fd_tune":
+    fd_tune(config, "cifar10")
   if smoke:
     _smoke(config)
   if task == "cpu_judge":
@@ -95,6 +98,17 @@ def _generator() -> ConfigDict:
   return config
 
 
+def fd_tune(config: ConfigDict, name: str) -> None:
+  """Tunes the generator of runs/NAME in its encoder's features alone."""
+  common.fd_tune(config, population=50_000, start=f"exports/{name}")
+  config.eval.classifier.path = f"runs/{name}_judge/encoder"
+  config.features.sample = False
+  config.batch.labels = 512
+  config.fd_loss.trust = 0.1
+  config.optim.learning_rate = 5e-5
+  config.train.num_steps = 5_000
+
+
 def _encoder() -> ConfigDict:
   config = common.mae()
   config.data.crop = "random"
@@ -141,4 +155,9 @@ def _smoke(config: ConfigDict) -> None:
   )
   config.batch.update(labels=8, generated=8, positives=16, unconditional=4)
   config.features.update(patch_mean_size=(2,), patch_std_size=(2,))
-  config.eval.update(alphas=(1.0,), metrics=("fd_encoder",))
+  metrics = ("fd_encoder",)
+  if config.fd_loss.population:
+    config.fd_loss.update(population=1_024, reals=1_000)
+    config.batch.update(labels=64, generated=1)
+    metrics = ("fd_encoder", "fd_classifier")
+  config.eval.update(alphas=(1.0,), metrics=metrics)

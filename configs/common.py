@@ -186,6 +186,17 @@ def generator() -> ConfigDict:
 
   config.drift = drift()
 
+  # Tuning by Frechet distances in place of drifting: docs/fd_tune.md.
+  config.fd_loss = ConfigDict()
+  # Samples that the moments of what is generated stand for; 0: no tuning.
+  config.fd_loss.population = 0
+  config.fd_loss.reals = 0  # training images of the real moments; 0: all
+  config.fd_loss.trust = 0.0  # weight of the distance from init_from's samples
+  # Networks in the loss beside the encoders, exported by tools.convert_weights,
+  # and statistics of real images in them; '': of the data's.
+  config.fd_loss.inception = ConfigDict({"path": "", "reference": ""})
+  config.fd_loss.dinov2 = ConfigDict({"path": "", "reference": ""})
+
   config.guidance = ConfigDict()  # p(alpha) ~ alpha^-exponent (A.7)
   config.guidance.minimum = 1.0
   config.guidance.maximum = 4.0
@@ -518,6 +529,30 @@ def by_style(config: ConfigDict, conditions: str) -> None:
     positives=16,  # the image itself and 15 of the nearest conditions
     unconditional=4,
   )
+
+
+def fd_tune(config: ConfigDict, population: int, start: str) -> None:
+  """Makes a generator's config one that tunes it: docs/fd_tune.md.
+
+  By the encoders in the loss and, if features.sample, the samples themselves;
+  the judge in the loop is another network, eval.classifier. Set fd_loss.trust.
+  """
+  config.init_from = start
+  config.fd_loss.population = population
+  config.guidance.update(minimum=1.0, maximum=1.0, no_cfg_frac=0.0)
+  config.batch.generated = 1  # each sample has a label of its own
+  config.optim.update(
+    schedule="cosine",
+    warmup_steps=0,
+    weight_decay=0.0,
+    muon_learning_rate=0.0,
+  )
+  config.eval.alphas = (1.0,)
+  config.eval.metrics = (
+    *("fd_classifier", "coverage_classifier", "classifier_accuracy"),
+    *(x for x in config.eval.metrics if x not in ("label_accuracy", "fid")),
+  )
+  config.checkpoint.best_metric = "fd_classifier"
 
 
 def judge_by_fid(config: ConfigDict) -> None:

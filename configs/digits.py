@@ -9,11 +9,13 @@ Variants, joined by commas, e.g. `configs/digits.py:encoder,smoke`:
   features  a generator that drifts in that encoder's features
   style     (none), of a slant and thickness asked for beside the class:
             docs/conditions.md
+  fd_tune   that generator, tuned by Frechet distances: docs/fd_tune.md
   classifier  a network that judges them all, --config.eval.classifier.path=
             WORKDIR/encoder
   smoke     the same code path in a minute
-`judge` and `features` need --config.encoders.mae.path=WORKDIR/encoder, where
-WORKDIR is that of `encoder`.
+`judge`, `features` and `fd_tune` need
+--config.encoders.mae.path=WORKDIR/encoder, where WORKDIR is that of `encoder`;
+`fd_tune` needs --config.init_from=EXPORT too, an export of `features`.
 
 On two CPU cores, as measured in docs/results.md: encoder 1 minute, judge 3,
 features 9.
@@ -33,7 +35,10 @@ DATA = {
   "wire": "float32",
   "num_threads": 1,
 }
-VARIANTS = ("encoder", "judge", "features", "style", "classifier", "smoke")
+VARIANTS = (
+  *("encoder", "judge", "features", "fd_tune", "style", "classifier"),
+  "smoke",
+)
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -57,10 +62,12 @@ def get_config(variant: str = "") -> ConfigDict:
       config.eval.alphas = (1.0,)
     elif tasks:
       common.add_encoder(config, "mae", "")
-      config.encoders.mae.update(dtype="float32", in_loss="features" in names)
+      config.encoders.mae.update(dtype="float32", in_loss="judge" not in names)
       config.eval.metrics = ("fd_encoder", *config.eval.metrics)
     if "features" in names:
       _features(config)
+    if "fd_tune" in names:
+      _fd_tune(config)
   if "smoke" in names:
     _smoke(config)
   return config
@@ -123,6 +130,16 @@ def _features(config: ConfigDict) -> None:
   config.batch.positives = 64
 
 
+def _fd_tune(config: ConfigDict) -> None:
+  common.fd_tune(config, population=10_000, start="exports/digits")
+  config.eval.classifier.path = "runs/digits_classifier/encoder"
+  config.batch.labels = 512
+  config.fd_loss.trust = 0.1
+  config.optim.learning_rate = 1e-4
+  config.train.num_steps = 500
+  config.eval.ema_decay = 0.99
+
+
 def _encoder() -> ConfigDict:
   config = common.mae()
   config.data.update(DATA)
@@ -158,3 +175,6 @@ def _smoke(config: ConfigDict) -> None:
     )
   else:
     config.eval.update(num_samples=100, batch_size=100)
+    if config.fd_loss.population:
+      config.batch.labels = 64
+      config.fd_loss.population = 320

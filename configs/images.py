@@ -25,9 +25,9 @@ For 256, once for each of the splits train and test:
   python -m drift_jax.main --config=configs/images.py:256 \\
     --workdir=runs/images --config.data.source=latents:data/latents
 
-`cpu` was run on two CPU cores: docs/your_images.md has times and pictures. Nobody
-has trained 64, 128 and 256; no time or FID of theirs is known. By the compiler 64
-takes 9.2 GB of an RTX 4090, 128 9.3 GB, 256 7.9 GB, encoders less
+`cpu` was run on two CPU cores: docs/your_images.md has times and pictures.
+Nobody has trained 64, 128 and 256; no time or FID of theirs is known. By the
+compiler 64 takes 9.2 GB of an RTX 4090, 128 9.3 GB, 256 7.9 GB, encoders less
 (docs/scaling.md).
 """
 

@@ -10,9 +10,11 @@ Face hub, else from TFDS, which must have prepared them (docs/data.md).
 Variants, joined by commas:
   (none)       for one GPU: the generator of configs/cifar10.py
   encoder      for one GPU: the ResNet-MAE whose features that one drifts in
+  fd_tune      for one GPU: that generator, tuned by Frechet distances
   cpu          for two CPU cores: a small generator that drifts in the features
                of the next
   cpu_encoder  for two CPU cores: a small ResNet-MAE
+  cpu_fd_tune  for two CPU cores: `cpu` tuned in that encoder's features
   style        `cpu`, of a slant and thickness asked for beside the class:
                docs/conditions.md
   cpu_judge    for two CPU cores: a small classifier, to judge `cpu` with
@@ -27,7 +29,9 @@ from configs import cifar10, common
 VARIANTS = (
   "generator",
   "encoder",
+  "fd_tune",
   "cpu",
+  "cpu_fd_tune",
   "style",
   "cpu_encoder",
   "cpu_judge",
@@ -35,6 +39,7 @@ VARIANTS = (
 # Those of two CPU cores, and the variant of configs/cifar10.py that each is of.
 SMALL = {
   "cpu": "generator",
+  "cpu_fd_tune": "generator",
   "style": "generator",
   "cpu_encoder": "encoder",
   "cpu_judge": "cpu_judge",
@@ -54,9 +59,14 @@ def get_config(variant: str = "") -> ConfigDict:
   else:
     config.model.update(in_channels=1, out_channels=1)
     config.encoders.mae.path = "runs/mnist_encoder/encoder"
-  if size in ("cpu", "style"):
+  if SMALL.get(size) == "generator":
     _cpu_generator(config)
-  if size == "style":
+  if size == "fd_tune":
+    config.init_from = "exports/mnist"
+    config.eval.classifier.path = "runs/mnist_judge/encoder"
+  elif size == "cpu_fd_tune":
+    _cpu_fd_tune(config)
+  elif size == "style":
     common.by_style(config, "runs/mnist_style.npz")
   elif size == "cpu_encoder":
     _cpu_encoder(config)
@@ -79,6 +89,14 @@ def _cpu_generator(config: ConfigDict) -> None:
     metrics=("fd_encoder", "fd_pixel", "coverage"),
   )
   config.checkpoint.every = 500
+
+
+def _cpu_fd_tune(config: ConfigDict) -> None:
+  cifar10.fd_tune(config, "mnist")
+  config.fd_loss.population = 10_000
+  config.optim.learning_rate = 1e-4
+  config.train.num_steps = 500
+  config.eval.ema_decay = 0.99
 
 
 def _cpu_encoder(config: ConfigDict) -> None:

@@ -9,7 +9,10 @@ from drift_jax.config import flatten
 from drift_jax.tasks import parse
 
 VARIANTS = {
-  "cifar10": ["", "encoder", "smoke", "encoder,smoke", "cpu_judge"],
+  "cifar10": [
+    *("", "encoder", "smoke", "encoder,smoke", "cpu_judge"),
+    *("fd_tune", "fd_tune,smoke"),
+  ],
   "images": [
     *("", "64", "128", "256", "cpu", "256,smoke", "smoke"),
     *("64,encoder", "128,encoder", "cpu,encoder", "128,encoder,smoke"),
@@ -29,7 +32,10 @@ VARIANTS = {
     *("640_512px", "640_512px,smoke"),
   ],
   "mae_pixel": ["", "640", "smoke", "folder,smoke"],
-  "mnist": ["", "encoder", "smoke", "encoder,smoke", "cpu_judge"],
+  "mnist": [
+    *("", "encoder", "smoke", "encoder,smoke", "cpu_judge"),
+    *("fd_tune", "fd_tune,smoke", "cpu_fd_tune"),
+  ],
 }
 
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from drift_jax.data import bank as bank_lib
 from drift_jax.data.loader import Batch, IndexedFeed, Loader, share
-from drift_jax.data.order import ClassGrouped, check_queue
+from drift_jax.data.order import ClassGrouped, DistinctStream, check_queue
 from drift_jax.data.readers import Reader
 from drift_jax.system import console, streams
 
@@ -73,6 +73,66 @@ class GroupedFeed(IndexedFeed):
       for group, each in zip(groups, self._each, strict=True)
     )
     return dict(labels=labels, positives=positives, unconditional=unconditional)
+
+
+class LabelFeed:
+  """Labels alone, as often as the data have them.
+
+  Batches are {'labels': [l] int32}, those of the images of consecutive blocks
+  of a stream of permutations: a pure function of (seed, position). Process p of
+  P holds the contiguous part [p N_c / P, (p + 1) N_c / P).
+
+  Attributes:
+    position: number of the next batch.
+  """
+
+  def __init__(
+    self,
+    labels: np.ndarray,
+    *,
+    seed: int,
+    num_labels: int,
+    process_index: int = 0,
+    process_count: int = 1,
+  ):
+    """Raises ValueError for labels that the processes can't share.
+
+    Args:
+      labels: [N] of the images.
+      seed: of the order.
+      num_labels: N_c, of a step over all processes.
+      process_index, process_count: whose part to give.
+    """
+    name = "batch.labels"
+    self._rows = share(name, num_labels, process_index, process_count)
+    self._labels, self._count = np.asarray(labels, np.int32), num_labels
+    self._stream = DistinctStream(len(labels), 1, 1, seed, "fd_labels")
+    self.position = 0
+
+  def __next__(self) -> Batch:
+    first = self.position * self._count
+    chosen = self._stream.take(first, first + self._count)[list(self._rows)]
+    self.position += 1
+    return {"labels": self._labels[chosen]}
+
+  def start(self) -> None:
+    """Nothing to prepare."""
+
+  def close(self) -> None:
+    """Nothing to stop."""
+
+  def state(self) -> dict[str, Any]:
+    """The next batch's number, the same on every process."""
+    return {"position": np.asarray(self.position, np.int64)}
+
+  def abstract(self, saved: Any) -> dict[str, Any]:
+    """Shapes of `state()`, to restore into; they are the same in every run."""
+    del saved
+    return self.state()
+
+  def restore(self, state: dict[str, Any]) -> None:
+    """Continues where `state` was taken, by however many processes."""
+    self.position = int(state["position"])
 
 
 def _host_device() -> Any:

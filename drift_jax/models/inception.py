@@ -73,8 +73,12 @@ def preprocess(
     ValueError: another dtype or shape.
   """
   images = require_rgb(images, "Inception's")
-  pixels = resize_bilinear(images.astype(jnp.float32), IMAGE_SIZE)
-  return (pixels - 128) / 128
+  return scaled(images.astype(jnp.float32))
+
+
+def scaled(pixels: Float[Array, "B H W C"]) -> Float[Array, "B 299 299 C"]:
+  """`preprocess` of pixels in [0, 255] that need not be whole numbers."""
+  return (resize_bilinear(pixels, IMAGE_SIZE) - 128) / 128
 
 
 # Pools are sums and maxima of slices: on CPUs they are faster than XLA's
@@ -284,6 +288,10 @@ class Inception(nn.Module):
       ValueError: images of another dtype or shape.
     """
     return self.network(preprocess(images))
+
+  def smooth(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
+    """pool3 of RGB in [0, 255], not rounded: it has a gradient."""
+    return self.network(scaled(pixels)).pool3
 
   @nn.compact
   def network(self, x: Float[Array, "B 299 299 3"]) -> InceptionOutput:

@@ -76,9 +76,15 @@ def preprocess(
   """
   images = require_rgb(images, "the Vision Transformer's")
   pixels = resize_bicubic(images.astype(jnp.float32), image_size)
-  pixels = jnp.clip(jnp.round(pixels), 0, 255) / 255
-  mean = jnp.asarray(image_mean, jnp.float32)
-  return (pixels - mean) / jnp.asarray(image_std, jnp.float32)
+  return _normalized(jnp.round(pixels), image_mean, image_std)
+
+
+def _normalized(
+  pixels: Float[Array, "B H W C"], mean: Sequence[float], std: Sequence[float]
+) -> Float[Array, "B H W C"]:
+  pixels = jnp.clip(pixels, 0, 255) / 255
+  pixels = pixels - jnp.asarray(mean, jnp.float32)
+  return pixels / jnp.asarray(std, jnp.float32)
 
 
 def _dense(features: int, name: str) -> nn.Dense:
@@ -211,6 +217,11 @@ class Vit(nn.Module):
         image_std=self.image_std,
       )
     )
+
+  def smooth(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
+    """Features of RGB in [0, 255], not rounded: they have a gradient."""
+    pixels = resize_bicubic(pixels, self.image_size)
+    return self.network(_normalized(pixels, self.image_mean, self.image_std))
 
   @nn.compact
   def network(

@@ -24,7 +24,10 @@ Evaluate = Callable[[int, TrainState, Callable[[], None]], dict[str, float]]
 # state that a checkpoint of this step would hold is finite.
 WATCHED = ("loss", "grad_norm", "param_norm")
 # Starts of the names that the console line shows, if a task has them.
-CONSOLE = ("loss", "recon_loss", "accuracy", "drift_rms/", "grad_norm")
+CONSOLE = (
+  *("loss", "recon_loss", "accuracy", "drift_rms/", "fd/", "trust"),
+  "grad_norm",
+)
 
 
 class NonFiniteError(UserError, FloatingPointError):

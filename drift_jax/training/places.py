@@ -35,6 +35,8 @@ _FLAGS = {
   "data.data_dir": "--data_dir=DIR",
   "data.source": "--data_source=KIND:PATH",
   "init_from": "",
+  "fd_loss.*.path": "",
+  "fd_loss.*.reference": "",
 }
 # Kinds of data.source whose other half may be a path; the last two hold
 # demonstrations.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from drift_jax.data.feed import GroupedFeed, QueueFeed
+from drift_jax.data.feed import GroupedFeed, LabelFeed, QueueFeed
 from drift_jax.data.loader import Loader
 from drift_jax.data.order import ClassGrouped
 from drift_jax.system import streams
@@ -389,3 +389,25 @@ def test_records_that_do_not_divide_the_new_batch_are_not_lost():
     both = np.concatenate([next(half)["image"] for half in halves])
     one = np.concatenate([next(expected)["image"] for _ in range(2)])
     assert_array_equal(both, one)
+
+
+def test_labels_alone_are_as_frequent_as_the_datas():
+  """In an epoch each image's label once; two processes share a batch."""
+  labels = np.repeat(np.arange(3), (1, 5, 6))
+  one = LabelFeed(labels, seed=0, num_labels=4)
+  batches = [next(one)["labels"] for _ in range(6)]
+  for epoch in np.split(np.concatenate(batches), 2):
+    assert_array_equal(np.bincount(epoch), (1, 5, 6))
+  assert not np.array_equal(batches[:3], batches[3:])
+  parts = [
+    LabelFeed(
+      labels, seed=0, num_labels=4, process_index=index, process_count=2
+    )
+    for index in range(2)
+  ]
+  for feed in parts:
+    feed.restore({"position": np.asarray(2)})
+  joined = np.concatenate([next(feed)["labels"] for feed in parts])
+  assert_array_equal(joined, batches[2])
+  with pytest.raises(ValueError, match="batch.labels=3"):
+    LabelFeed(labels, seed=0, num_labels=3, process_count=2)

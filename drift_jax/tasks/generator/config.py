@@ -121,6 +121,23 @@ class Judge(Network):
   reference: sections.Path
 
 
+class FdLoss(sections.Section):
+  """Tuning by Frechet distances in place of drifting (docs/fd_tune.md).
+
+  The spaces are the encoders with in_loss, by their pooled features; the sample
+  itself (features.sample); and the networks that have a path here. `population`
+  is how many samples the generated moments stand for, 0: no such loss; `reals`
+  how many training images the real ones are taken from, at most, 0: all.
+  `trust` weighs the mean squared distance from the samples of init_from.
+  """
+
+  population: sections.Count = 0
+  reals: sections.Count = 0
+  trust: Annotated[float, sections.AtLeast(0)] = 0.0
+  inception: Judge = Judge(path="", reference="")
+  dinov2: Judge = Judge(path="", reference="")
+
+
 class GeneratorEval(sections.ImageEval):
   """Evaluation in the loop."""
 
@@ -151,6 +168,7 @@ class GeneratorConfig(sections.ImageConfig):
   queue: Queue
   train: GeneratorTrain
   eval: GeneratorEval
+  fd_loss: FdLoss = FdLoss()  # earlier runs have none
 
   def check(self) -> None:
     """Raises ConfigError if values are out of range or contradict."""
@@ -162,6 +180,7 @@ class GeneratorConfig(sections.ImageConfig):
     _check_features(self)
     _check_network(self)
     _check_evaluation(self)
+    _check_fd_loss(self)
 
 
 # Figures of eval.inception and eval.dinov2. 'fd_inception' is what FID is of
@@ -252,6 +271,7 @@ def _check_batch(config: GeneratorConfig) -> None:
     batch.generated >= 2
     or batch.unconditional >= 1
     or batch.negatives >= 1
+    or config.fd_loss.population > 0
     or config.drift.negatives != "own",
     f"batch.generated={batch.generated} with batch.unconditional=0: a single "
     "sample has no negative but itself, which is masked, so nothing repels "
@@ -419,6 +439,85 @@ def _check_evaluation(config: GeneratorConfig) -> None:
     "can be ranked; make eval.every a multiple of checkpoint.every, or "
     "checkpoint.best_metric=''",
   )
+
+
+def _check_fd_loss(config: GeneratorConfig) -> None:
+  # 1. What the loss needs, and what no such step can do.
+  tuned, guidance, chosen = config.fd_loss, config.guidance, config.eval
+  at_once, batch = config.train.accum_labels, config.batch
+  step = batch.labels * batch.generated
+  if not tuned.population:
+    checks.require(
+      tuned == FdLoss(),
+      "fd_loss.population=0 leaves out the loss that other keys of fd_loss "
+      "set: give the number of samples, 50000 is usual, or remove them",
+    )
+    return
+  checks.require(
+    tuned.population >= step,
+    f"fd_loss.population={tuned.population} is less than the {step} samples of "
+    "a step (batch.labels x batch.generated): raise it, 50000 is usual",
+  )
+  checks.require(
+    config.init_from != "",
+    "fd_loss.population tunes a generator that is trained already, but "
+    "init_from is empty: give the folder of its export (python -m "
+    "drift_jax.tools.export)",
+  )
+  checks.require(
+    config.data.conditions == "",
+    f"data.conditions={config.data.conditions} with fd_loss.population: this "
+    "loss draws samples of classes alone; set fd_loss.population=0",
+  )
+  checks.require(
+    guidance.minimum == guidance.maximum,
+    f"guidance.minimum={guidance.minimum}, guidance.maximum="
+    f"{guidance.maximum} with fd_loss.population: the samples of several "
+    "alphas are no distribution of images; set both to the alpha that samples "
+    "will be drawn with",
+  )
+  checks.require(
+    at_once <= 0,
+    f"train.accum_labels={at_once} with fd_loss.population: a step of this "
+    "loss is computed at once, with a batch as small as need be; set it to 0",
+  )
+  # 2. Judges that the loss does not know.
+  taken = in_fd_loss(config)
+  held_out = [
+    name
+    for name in chosen.metrics
+    if name in RANKING_METRICS and name not in taken
+  ]
+  checks.require(
+    not chosen.metrics or len(held_out) > 0,
+    f"eval.metrics={chosen.metrics} holds no distance but those that the "
+    f"samples are tuned by, {sorted(taken)}: add one of a network or space "
+    "that is not in the loss, such as 'fd_classifier' (eval.classifier.path)",
+  )
+  best = config.checkpoint.best_metric
+  checks.require(
+    best not in taken,
+    f"checkpoint.best_metric={best!r} is what the samples are tuned by: choose "
+    f"one of {held_out} or ''",
+  )
+
+
+def in_fd_loss(config: GeneratorConfig) -> frozenset[str]:
+  """Names the figures that a tuned run's samples are tuned by."""
+  encoders = [e.path for e in config.encoders.values() if e.in_loss]
+  taken = {"fd_pixel"} if config.features.sample else set()
+  taken |= {"fd_encoder"} if encoders else set()
+  if config.eval.classifier.path in encoders:
+    taken |= set(CLASSIFIER_METRICS)
+  for name in fd_networks(config):
+    taken |= set(JUDGED_METRICS[name])
+  return frozenset(taken)
+
+
+def fd_networks(config: GeneratorConfig) -> dict[str, str]:
+  """{name: path} of the networks of 8-bit images that are in the loss."""
+  paths = {name: getattr(config.fd_loss, name).path for name in JUDGED_METRICS}
+  return {name: path for name, path in paths.items() if path}
 
 
 def check_judges(names: Sequence[str], judges: Mapping[str, Judge]) -> None:

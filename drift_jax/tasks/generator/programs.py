@@ -1,6 +1,7 @@
 """What a run compiles, with abstract arguments: no data, weights or devices."""
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from drift_jax.tasks.generator.config import (
   JUDGED_METRICS,
   GeneratorConfig,
   GeneratorEval,
+  fd_networks,
 )
 from drift_jax.tasks.generator.judges import image_size, jit_network, judging
 from drift_jax.tasks.generator.samplers import jit_sampler
@@ -39,21 +41,32 @@ def programs(config: GeneratorConfig, mesh: Mesh) -> list[Program]:
   )
   task = setup.generator_task(config, encoders, mesh, vae)
   setup.check_encoders(config, task, encoders, vae)
-  frozen = setup.frozen_params(task, encoders, vae)
-  training = make_training(config, mesh, setup.generator_recipe(task, frozen))
-  wire = jnp.dtype(config.data.wire)
-  reals = (
-    abstract_batch(mesh, sizes.labels, count, *task.sample_shape, dtype=wire)
-    for count in (sizes.positives, sizes.unconditional)
-  )
   labels = abstract_batch(mesh, sizes.labels, dtype=jnp.int32)
-  conditions = task.of_conditions(
-    lambda shape: abstract_batch(mesh, sizes.labels, *shape)
-  )
+  if config.fd_loss.population:
+    from drift_jax.tasks.generator import fd_setup  # seldom wanted
+    from drift_jax.tasks.generator.fd_step import LabelBatch
+
+    judges = _judges("fd_loss", fd_networks(config), mesh)
+    tuning = fd_setup.Tuning(config, task, encoders, judges, vae, mesh)
+    params = jax.eval_shape(setup.init_generator(task), jax.random.key(0))
+    recipe, batch = tuning.abstract(params), LabelBatch(labels)
+  else:
+    frozen = setup.frozen_params(task, encoders, vae)
+    recipe = setup.generator_recipe(task, frozen)
+    wire = jnp.dtype(config.data.wire)
+    reals = (
+      abstract_batch(mesh, sizes.labels, count, *task.sample_shape, dtype=wire)
+      for count in (sizes.positives, sizes.unconditional)
+    )
+    conditions = task.of_conditions(
+      lambda shape: abstract_batch(mesh, sizes.labels, *shape)
+    )
+    batch = GeneratorBatch(labels, *reals, **conditions)
+  training = make_training(config, mesh, recipe)
   train = {
     "state": training.abstract,
-    "batch": GeneratorBatch(labels, *reals, **conditions),
-    "frozen": frozen,
+    "batch": batch,
+    "frozen": recipe.frozen,
   }
   count = pad_to_mesh(config.eval.batch_size, mesh)
   indices = abstract_batch(mesh, count, dtype=jnp.int32)
@@ -87,33 +100,42 @@ def _evaluation_programs(
     yield Program("decode", decode, {"params": vae.params, "samples": samples})
   side = image_size(task.sample_shape, vae)
   pixels = abstract_batch(mesh, count, side, side, 3, dtype=jnp.uint8)
-  for name, artifact in _judges(chosen).items():
-    params = sharding.abstract(
-      artifact.params,
-      jax.tree.map(lambda _: sharding.replicated(mesh), artifact.params),
-    )
+  wanted = {
+    name: getattr(chosen, name).path
+    for name, figures in JUDGED_METRICS.items()
+    if set(figures) & set(chosen.metrics)
+  }
+  for name, artifact in _judges("eval", wanted, mesh).items():
+    params = artifact.params
     judge = jit_network(judging(artifact), params, mesh)
     yield Program(f"judge {name}", judge, {"params": params, "pixels": pixels})
 
 
 def _judges(
-  chosen: GeneratorEval,
+  section: str, paths: Mapping[str, str], mesh: Mesh
 ) -> dict[str, artifacts.Artifact]:
-  """The networks of the figures that an evaluation asks for."""
-  sections = {"inception": chosen.inception, "dinov2": chosen.dinov2}
+  """Networks of 8-bit images, with shapes for parameters, on every device.
+
+  Args:
+    section: of the config that names them.
+    paths: {name: where its weights will be}.
+    mesh: where they will run.
+  """
   found = {}
-  for name, figures in JUDGED_METRICS.items():
-    if not set(figures) & set(chosen.metrics):
-      continue
-    path = sections[name].path
+  for name, path in paths.items():
     if epath.Path(path).exists():
-      found[name] = artifacts.load(path)
+      artifact = artifacts.load(path)
     elif name == "inception":
-      found[name] = artifacts.abstract(name, _INCEPTION)
+      artifact = artifacts.abstract(name, _INCEPTION)
     else:
       raise artifacts.ArtifactError(
-        f"eval.{name}.path={path!r} is not there, and nothing else says which "
-        "model it will be: convert it first, or leave its figures out of "
-        "eval.metrics"
+        f"{section}.{name}.path={path!r} is not there, and nothing else says "
+        "which model it will be: convert it first, or do without its figures "
+        "and losses"
       )
+    shardings = jax.tree.map(
+      lambda _: sharding.replicated(mesh), artifact.params
+    )
+    params = sharding.abstract(artifact.params, shardings)
+    found[name] = dataclasses.replace(artifact, params=params)
   return found

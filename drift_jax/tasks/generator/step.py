@@ -173,6 +173,7 @@ class GeneratorTask:
     """{'conditions': what is made of a condition's shape}; {} if none are."""
     shape = self.condition_shape
     return {"conditions": make(shape)} if shape else {}
+
   num_negatives: int = 0
   detached_at_once: int = 0
 

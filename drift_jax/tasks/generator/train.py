@@ -7,7 +7,7 @@ from etils import epath
 
 from drift_jax.tasks import parse_as
 from drift_jax.tasks.generator import setup
-from drift_jax.tasks.generator.config import GeneratorConfig
+from drift_jax.tasks.generator.config import GeneratorConfig, fd_networks
 from drift_jax.tasks.generator.evaluation import Evaluation
 from drift_jax.tasks.generator.evaluators import judge_inputs, needs_reals
 from drift_jax.training import frozen, inputs
@@ -41,6 +41,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     PeerError: any of these, in the first of several processes.
     Preempted: by SIGTERM, with the step saved.
   """
+  # 1. What the run reads, and its networks.
   config = parse_as(config, GeneratorConfig)
   drift_arguments(config.drift)  # a mistake there, before data
   mesh = open_mesh(config.mesh)
@@ -54,23 +55,36 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   task = setup.generator_task(config, encoders, mesh, vae)
   setup.check_encoders(config, task, encoders, vae)
   inputs.check_shape(readers.train, task.sample_shape, "the model makes")
-  feed = setup.generator_feed(config, readers.train)
+  # 2. How it trains, and what it draws from.
+  start_params = frozen.start_params(config, readers.train.class_names)
+  sums, tuning = frozen.frozen_sums(encoders, vae), None
+  if config.fd_loss.population:
+    from drift_jax.tasks.generator import fd_setup  # seldom wanted
+
+    judges = fd_setup.load_judges(config, mesh)
+    tuning = fd_setup.Tuning(config, task, encoders, judges, vae, mesh)
+    sums |= tuning.sums()
+    feed = tuning.feed(readers.train)
+  else:
+    feed = setup.generator_feed(config, readers.train)
   evaluation = Evaluation(config, encoders, task, readers, vae, mesh)
   path = open_workdir(
-    workdir,
-    config,
-    frozen.frozen_sums(encoders, vae),
-    readers.train.class_names,
-    readers.facts,
+    workdir, config, sums, readers.train.class_names, readers.facts
   )
+  if tuning is None:
+    params = setup.frozen_params(task, encoders, vae)
+    recipe = setup.generator_recipe(task, params)
+  else:
+    recipe, start_params = tuning.prepare(readers.train, path, start_params)
 
+  # 3. The steps.
   with at_end(functools.partial(evaluation.plot, path)):
     return run(
       config,
       path,
       mesh,
-      setup.generator_recipe(task, setup.frozen_params(task, encoders, vae)),
-      start_params=frozen.start_params(config, readers.train.class_names),
+      recipe,
+      start_params=start_params,
       feed=feed,
       evaluate=functools.partial(evaluation, path=path),
       best_metric=evaluation.best_metric,
@@ -84,12 +98,17 @@ def _inputs(config: GeneratorConfig, workdir: str) -> list[inputs.Input]:
   metrics = chosen.metrics if chosen.every else ()
   wanted = inputs.image_inputs(
     config,
-    is_new=not has_checkpoints(epath.Path(workdir)),
+    # Trust needs what the run began with in all its starts.
+    is_new=not has_checkpoints(epath.Path(workdir)) or config.fd_loss.trust > 0,
     tested=bool(metrics) and needs_reals(config),
   )
   wanted += [
     inputs.frozen_input(f"encoders.{name}", encoder.path)
     for name, encoder in config.encoders.items()
+  ]
+  wanted += [
+    inputs.frozen_input(f"fd_loss.{name}", path)
+    for name, path in fd_networks(config).items()
   ]
   judges = {"inception": chosen.inception, "dinov2": chosen.dinov2}
   return wanted + judge_inputs(metrics, judges, chosen.classifier)
