@@ -42,7 +42,7 @@ def draw(
     frames: number of frames of a walk (.gif only).
   """
   asked = dict(asked)
-  if file := asked.pop("conditions"):
+  if file := asked.pop("conditions", ""):
     with naming("--conditions"):
       found = read_arrays(file, (CONDITIONS,))
     asked["condition"] = found[CONDITIONS]
