@@ -35,13 +35,13 @@ from tests.tasks.generator.train_test import (
   command,
 )
 
-STEPS = 16
+STEPS = 20
 OPTIONS = (
   SMOKE,
   *TINY,
   "--config.eval.every=8",
   "--config.eval.metrics=('fd_pixel',)",
-  "--config.checkpoint.keep_latest=3",
+  "--config.checkpoint.keep_latest=4",  # a killed run keeps its first ones
   f"--config.train.num_steps={STEPS}",
 )
 # Draws from a run and evaluates it.
