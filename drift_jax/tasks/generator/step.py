@@ -333,10 +333,9 @@ def _negative_features(
 
   def features(inputs: Any) -> FeatureDict:
     keys, *given = inputs
-    draw_one = functools.partial(_inputs, task=task, shape=())
-    noise, style = jax.vmap(draw_one)(
-      *jax.vmap(jax.random.split, out_axes=1)(keys)
-    )
+    noise, style = jax.vmap(
+      lambda noise_key, style_key: _inputs(noise_key, style_key, task, ())
+    )(*jax.vmap(jax.random.split, out_axes=1)(keys))
     samples = generate(*given, noise=noise, style=style)
     return task.features(frozen, samples)
 
