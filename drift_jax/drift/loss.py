@@ -80,10 +80,9 @@ def drift_loss(
   whole, all labels and locations of the global batch, or split it evenly over
   mapped axes that are named.
   Row b is one drift problem (a label at a location). Its negatives are its
-  own N generated samples, each masked for itself, `independent` generated ones
-  if there are any, and `neg`. The gradient by gen is -2 V / (N C s), by all
-  else 0; the loss of a temperature averages to 1 over B, that of K temperatures
-  to at most K^2.
+  own N generated samples, each masked for itself, `independent` ones and `neg`.
+  The gradient by gen is -2 V / (N C s), by all else 0; a temperature's loss
+  averages to 1 over B, that of K temperatures to at most K^2.
 
   Args:
     gen: generated features of any float dtype; float64 keeps its own (x64).
@@ -104,9 +103,8 @@ def drift_loss(
     axis_name: names of the mapped axes (jax.shard_map) that B is split over.
     scalars: those of a larger batch, used and returned in place of B's.
     variant: another field, other negatives, guidance or normalisation.
-    independent: generated samples without gradient, any number, that repel as
-      gen does, of weight 1 and counted in S: in place of gen in variants with
-      independent negatives, which need them, else beside it.
+    independent: any number of generated samples that repel, of weight 1 and
+      counted in S: in place of gen in variants that need them, else beside it.
     temperature_scale: > 0, multiplies all temperatures.
 
   Returns:
@@ -114,8 +112,7 @@ def drift_loss(
     info: diagnostics of all of B, without gradient.
 
   Raises:
-    ValueError: bad temperatures, floor or normalization, shapes that disagree,
-      independent samples that the variant lacks.
+    ValueError: bad arguments, shapes that disagree, no independent samples.
   """
   temperatures = check_temperatures(temperatures)
   # 1. Problems: samples, their targets, the distances between them.

@@ -100,8 +100,7 @@ def drift_losses(
     report: without gradient.
 
   Raises:
-    ValueError: an unknown kernel, features or shapes that don't go together;
-      as `drift_loss`.
+    ValueError: an unknown kernel, unlike features; as `drift_loss`.
   """
   # 1. Checked arguments; reals and weights without gradient.
   check_choice("kernel", kernel, get_args(Kernel))
@@ -128,9 +127,8 @@ def drift_losses(
   stops = [num_positives]
   num_reals = num_positives + (num_unconditional or 0)
   has_more = any(real[key].shape[1] > num_reals for key in generated)
-  if variant.negatives == "independent" or (
-    num_unconditional is not None and has_more
-  ):
+  counted = num_unconditional is not None
+  if variant.negatives == "independent" or (counted and has_more):
     stops.append(num_reals)
   parts = {"temperature_scale": temperature_scale, "stops": stops}
   early = kernel == "early"

@@ -198,7 +198,6 @@ def report_on_run(
   # 3. The evaluators; a mistake shows before anything is generated.
   with naming("eval"):
     labels = evaluation_labels(chosen, config.model.num_classes, readers)
-    conditions = evaluation_conditions(chosen, readers)
     evaluators, facts = run_evaluators(
       config, encoders, readers, labels, run.vae, mesh, request.shuffle
     )
@@ -208,7 +207,8 @@ def report_on_run(
       check_searchable(readers, request.neighbours)
   # 4. Figures.
   seed = config.seed + 1 if request.seed is None else request.seed
-  sample_fn = make_sampler(run.task, mesh, seed)(run.params, **conditions)
+  sampler = make_sampler(run.task, mesh, seed)
+  sample_fn = sampler(run.params, **evaluation_conditions(chosen, readers))
   batch_size = pad_to_mesh(chosen.batch_size, mesh)
   decode = make_decoder(run.vae, mesh)
   to_pixels = make_pixels(decode, chosen.pixels)
@@ -231,19 +231,16 @@ def report_on_run(
   # 5. Nearest training images.
   if request.neighbours:
     assert readers is not None
-    decoded = decoded_encoders(config.encoders)
     with naming("neighbours"):
       space = feature_space(
-        request.neighbour_space, encoders, run.vae, to_pixels, mesh, decoded
+        request.neighbour_space,
+        *(encoders, run.vae, to_pixels, mesh),
+        decoded_encoders(config.encoders),
       )
       memorisation = check_memorisation(
         sample_fn,
-        np.resize(labels, request.neighbour_samples)
-        if conditions
-        else _at_least(request.neighbour_samples, config.model.num_classes),
-        chosen.alphas[0],
-        readers,
-        space,
+        _neighbour_labels(request, config, labels),
+        *(chosen.alphas[0], readers, space),
         k=request.neighbours,
         batch_size=batch_size,
         decode=decode,
@@ -508,8 +505,16 @@ def _conditions(
   }
 
 
-def _at_least(count: int, num_classes: int) -> np.ndarray:
-  """Returns the fewest balanced labels that are at least `count`."""
+def _neighbour_labels(
+  request: Request, config: GeneratorConfig, labels: np.ndarray
+) -> np.ndarray:
+  """Returns the fewest balanced labels that are at least as many as asked for.
+
+  Of conditions `labels`, which go with them, as often as need be.
+  """
+  count, num_classes = request.neighbour_samples, config.model.num_classes
+  if config.data.conditions:
+    return np.resize(labels, count)
   return balanced_labels(-(-count // num_classes) * num_classes, num_classes)
 
 

@@ -87,9 +87,8 @@ def export(
     facts = {
       "alpha_range": list(opened.alpha_range),
       "class_names": list(opened.class_names) or None,
+      **({"arrays": True} if opened.arrays else {}),
     }
-    if opened.arrays:
-      facts["arrays"] = True
     trained_for = {"step": opened.step, "ema_decay": opened.ema_decay}
     save = functools.partial(
       artifacts.save,
