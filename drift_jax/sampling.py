@@ -157,8 +157,8 @@ class Sampler:
     class_names: one for each label, or () if nobody recorded them.
     alpha_range: guidance scales that it was trained for.
     image_shape: (H, W, C).
-    condition_shape: of a condition, (D,) or (T, D); () if it knows classes
-      alone.
+    condition_shape: shape of a condition, (D,) or (T, D); () for a generator of
+      classes alone.
     are_images: whether samples are images; else arrays of an encoder's space,
       for which there is no decoder here.
   """

@@ -41,7 +41,7 @@ class ConditionGrouped(ClassGrouped):
       num_labels: N_c.
       num_positives: N_pos.
       num_unconditional: N_unc, may be 0.
-      section: of the config that sets these numbers.
+      section: section of the config that sets these numbers.
 
     Raises:
       ValueError: fewer images of a class (or in all) than one step can draw;

@@ -6,8 +6,8 @@
 The first is the authors' cache, float32. The names mislead: they hold a latent
 that was sampled and scaled, of the image and of its mirror image. The second is
 of whatever encoder made it, such as the features of a DINOv2 that a
-representation autoencoder decodes (RAE): of the image and of its mirror image,
-or of it alone; float32 or float16.
+representation autoencoder decodes (RAE). A file holds the latent of the image
+and that of its mirror image, or the first alone, in float32 or float16.
 """
 
 import importlib

@@ -16,7 +16,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from drift_jax.data import bank as bank_lib
-from drift_jax.data.loader import Batch, IndexedFeed, Loader, share
+from drift_jax.data.loader import (
+  Batch,
+  IndexedFeed,
+  Loader,
+  NumberedFeed,
+  share,
+)
 from drift_jax.data.order import ClassGrouped, DistinctStream, check_queue
 from drift_jax.data.readers import Reader
 from drift_jax.system import console, streams
@@ -75,7 +81,7 @@ class GroupedFeed(IndexedFeed):
     return dict(labels=labels, positives=positives, unconditional=unconditional)
 
 
-class LabelFeed:
+class LabelFeed(NumberedFeed):
   """Labels alone, as often as the data have them.
 
   Batches are {'labels': [l] int32}, those of the images of consecutive blocks
@@ -99,7 +105,7 @@ class LabelFeed:
 
     Args:
       labels: [N] of the images.
-      seed: of the order.
+      seed: seed of the order.
       num_labels: N_c, of a step over all processes.
       process_index, process_count: whose part to give.
     """
@@ -107,32 +113,12 @@ class LabelFeed:
     self._rows = share(name, num_labels, process_index, process_count)
     self._labels, self._count = np.asarray(labels, np.int32), num_labels
     self._stream = DistinctStream(len(labels), 1, 1, seed, "fd_labels")
-    self.position = 0
 
   def __next__(self) -> Batch:
     first = self.position * self._count
     chosen = self._stream.take(first, first + self._count)[list(self._rows)]
     self.position += 1
     return {"labels": self._labels[chosen]}
-
-  def start(self) -> None:
-    """Nothing to prepare."""
-
-  def close(self) -> None:
-    """Nothing to stop."""
-
-  def state(self) -> dict[str, Any]:
-    """The next batch's number, the same on every process."""
-    return {"position": np.asarray(self.position, np.int64)}
-
-  def abstract(self, saved: Any) -> dict[str, Any]:
-    """Shapes of `state()`, to restore into; they are the same in every run."""
-    del saved
-    return self.state()
-
-  def restore(self, state: dict[str, Any]) -> None:
-    """Continues where `state` was taken, by however many processes."""
-    self.position = int(state["position"])
 
 
 def _host_device() -> Any:

@@ -106,7 +106,40 @@ def _start_worker(number: int, count: int) -> None:
     threading.Thread(target=wait, name="end-of-worker", daemon=True).start()
 
 
-class IndexedFeed:
+class NumberedFeed:
+  """A feed whose future follows from the number of its next batch.
+
+  Attributes:
+    position: number of the next batch.
+  """
+
+  position: int = 0
+
+  def start(self) -> None:
+    """Nothing to prepare: any batch can come first."""
+
+  def close(self) -> None:
+    """Nothing to stop."""
+
+  def seek(self, position: int) -> None:
+    """Makes batch number `position` the next one."""
+    self.position = position
+
+  def state(self) -> dict[str, Any]:
+    """The next batch's number, the same on every process."""
+    return {"position": np.asarray(self.position, np.int64)}
+
+  def abstract(self, saved: Any) -> dict[str, Any]:
+    """Shapes of `state()`, to restore into; they are the same in every run."""
+    del saved
+    return self.state()
+
+  def restore(self, state: dict[str, Any]) -> None:
+    """Continues where `state` was taken, by however many processes."""
+    self.seek(int(state["position"]))
+
+
+class IndexedFeed(NumberedFeed):
   """One process' part of the batches of an order, resumable in O(1).
 
   Up to one batch is read ahead. With worker processes, each of them also
@@ -188,22 +221,6 @@ class IndexedFeed:
       # Readers would otherwise live on with what they read ahead.
       self._iterator.close()
       self._iterator = None
-
-  def start(self) -> None:
-    """Nothing to prepare: any batch can be read first."""
-
-  def state(self) -> dict[str, Any]:
-    """The next batch's number, the same on every process."""
-    return {"position": np.asarray(self.position, np.int64)}
-
-  def abstract(self, saved: Any) -> dict[str, Any]:
-    """Shapes of `state()`, to restore into; they are the same in every run."""
-    del saved
-    return self.state()
-
-  def restore(self, state: dict[str, Any]) -> None:
-    """Continues where `state` was taken, by however many processes."""
-    self.seek(int(state["position"]))
 
   def __iter__(self) -> Self:
     return self

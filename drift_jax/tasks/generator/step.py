@@ -134,7 +134,7 @@ class GeneratorTask:
     noise_shape: of one sample's noise, (H, W, C).
     style_tokens, style_vocab: number and range of style indices.
     num_generated: N, samples of a label.
-    condition_shape: of a condition, (D,) or (T, D); () if there are none.
+    condition_shape: shape of a condition, (D,) or (T, D); () if there are none.
     num_negatives: E, extra generated samples of a label, without gradient.
     drift: keyword arguments of drift.drift_losses.
     guidance: keyword arguments of drift.sample_alpha.

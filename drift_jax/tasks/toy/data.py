@@ -5,11 +5,11 @@ Draws are stateless: the points of a step follow from (seed, step) alone.
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from drift_jax.data.loader import Batch, share
+from drift_jax.data.loader import Batch, NumberedFeed, share
 from drift_jax.data.order import generator
 from drift_jax.tasks.toy.config import ToyConfig
 
@@ -142,7 +142,7 @@ def modes_of(name: str, noise: float) -> Modes | None:
   return Modes(centres, masses, distribution.extent + 4 * noise)
 
 
-class ToyFeed:
+class ToyFeed(NumberedFeed):
   """Batches of points, {'positives': [l, N_pos, 2] float32}.
 
   The points of step s and problem k follow from (seed, s, k) alone, whatever
@@ -166,14 +166,13 @@ class ToyFeed:
     self._rows = share(
       "batch.labels", config.batch.labels, process_index, process_count
     )
-    self._position = 0
 
   def __iter__(self) -> Iterator[Batch]:
     return self
 
   def __next__(self) -> Batch:
-    config, step = self._config, self._position
-    self._position += 1
+    config, step = self._config, self.position
+    self.position += 1
     points = [
       draw_points(
         config.data.distribution,
@@ -184,22 +183,3 @@ class ToyFeed:
       for label in self._rows
     ]
     return {"positives": np.stack(points)}
-
-  def start(self) -> None:
-    """Nothing to prepare: any step can be drawn first."""
-
-  def state(self) -> dict[str, Any]:
-    """The next step's number, the same on every process."""
-    return {"position": np.asarray(self._position, np.int64)}
-
-  def abstract(self, saved: Any) -> dict[str, Any]:
-    """Shapes of `state()`, to restore into; they are the same in every run."""
-    del saved
-    return self.state()
-
-  def restore(self, state: dict[str, Any]) -> None:
-    """Continues from `state`, whatever the number of processes that took it."""
-    self._position = int(state["position"])
-
-  def close(self) -> None:
-    """Nothing to stop."""
