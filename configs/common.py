@@ -178,6 +178,9 @@ def generator() -> ConfigDict:
   config.features = ConfigDict()  # A.5
   config.features.sample = True  # the flattened sample itself
   config.features.tokens = False  # its grid, each place a problem of its own
+  # Encoders see a step's images moved by up to so many pixels; 2 keeps specks
+  # out that hide between patches of 4 (docs/recipes.md).
+  config.features.shift = 0
   config.features.every_k_block = 2  # output of every second block
   config.features.patch_mean_size = (2, 4)  # side of the pooled patches
   config.features.patch_std_size = (2, 4)

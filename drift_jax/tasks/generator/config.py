@@ -46,7 +46,8 @@ class GeneratorData(sections.Data):
 class Features(sections.Section):
   """Feature vectors that enter the loss (A.5).
 
-  `tokens`: the sample's grid [H, W, C] as H W problems of C channels.
+  `tokens`: the sample's grid [H, W, C] as H W problems of C channels. `shift`:
+  encoders see each step's images moved by up to so many pixels.
   """
 
   sample: bool
@@ -56,6 +57,7 @@ class Features(sections.Section):
   use_mean: bool
   use_std: bool
   tokens: bool = False  # earlier runs have none
+  shift: sections.Count = 0  # nor this
 
 
 class Guidance(sections.Section):
@@ -340,6 +342,12 @@ def _check_features(config: GeneratorConfig) -> None:
     "features.sample=False with no encoder in the loss leaves no features to "
     "drift in: set features.sample=True, features.tokens=True or "
     "encoders.NAME.in_loss=True",
+  )
+  side = config.model.input_size
+  checks.require(
+    config.features.shift < side,
+    f"features.shift={config.features.shift} moves samples of {side} pixels "
+    "(model.input_size) out of sight: 2 is usual, 0 leaves them in place",
   )
   for name, encoder in config.encoders.items():
     checks.check_frozen(f"encoders.{name}", encoder)

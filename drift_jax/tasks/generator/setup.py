@@ -100,7 +100,7 @@ def feature_space(
 ) -> step_lib.FeatureSpace:
   """Describes the feature vectors that enter the loss (A.5)."""
   features = dataclasses.asdict(config.features)
-  sample, tokens = features.pop("sample"), features.pop("tokens")
+  sample, tokens, shift = map(features.pop, ("sample", "tokens", "shift"))
   in_loss = {n: a for n, a in encoders.items() if config.encoders[n].in_loss}
   decoded = decoded_encoders(config.encoders) & in_loss.keys()
   decoder: Any = None
@@ -115,6 +115,7 @@ def feature_space(
     },
     sample=sample,
     tokens=tokens,
+    shift=shift,
     decoded=decoded,
     vae=decoder,
   )

@@ -41,6 +41,8 @@ class Draws(NamedTuple):
   repelling: tuple[Float[Array, "LN H W C"], Int[Array, "LN S"]] | None = None
   # Keys of the noise and style of extra negatives, if there are any.
   negatives: PRNGKeyArray | None = None
+  # Where encoders see the images of this step, the same for all labels.
+  offset: Int[Array, "L 2"] | None = None
 
 
 class GeneratorBatch(NamedTuple):
@@ -71,6 +73,7 @@ class FeatureSpace:
     options: {name: keyword arguments of that encoder's `features`}.
     sample: whether the flattened sample itself is one more feature.
     tokens: whether its grid is: H * W problems of C channels.
+    shift: encoders see images moved by up to so many pixels: see `moved`.
     decoded: names of the encoders that read decoded samples.
     vae: decodes samples for them; None if none reads decoded ones.
   """
@@ -81,6 +84,7 @@ class FeatureSpace:
   decoded: Collection[str] = ()
   vae: nn.Module | None = None
   tokens: bool = False
+  shift: int = 0
 
   @property
   def recomputes(self) -> bool:
@@ -89,7 +93,10 @@ class FeatureSpace:
     return any(getattr(network, "remat", False) for network in networks)
 
   def __call__(
-    self, frozen: Mapping[str, Any], images: Float[Array, "n H W C"]
+    self,
+    frozen: Mapping[str, Any],
+    images: Float[Array, "n H W C"],
+    offset: Int[Array, " 2"] | None = None,
   ) -> FeatureDict:
     """All feature vectors {key: [n, T, D]} of A.5.
 
@@ -99,6 +106,7 @@ class FeatureSpace:
       frozen: {name: parameters} of the encoders and, as VAE_KEY, of the
         autoencoder.
       images: samples or reals; latents if there is an autoencoder.
+      offset: where encoders see them, in [0, 2 shift]; None: as they are.
     """
     pixels = images
     if self.vae is not None:
@@ -111,16 +119,31 @@ class FeatureSpace:
     if self.tokens:
       out[TOKENS_KEY] = images.reshape(len(images), -1, images.shape[-1])
     for name, encoder in self.encoders.items():
+      seen = pixels if name in self.decoded else images
+      if offset is not None:
+        seen = moved(seen, offset, self.shift)
       features = step_lib.apply(
         encoder,
         frozen[name],
-        pixels if name in self.decoded else images,
+        seen,
         method="features",
         **self.options[name],
       )
       prefix = f"{name}/" if len(self.encoders) > 1 else ""
       out |= {prefix + k: v for k, v in features.items() if k != SAMPLE_KEY}
     return out
+
+
+def moved(
+  images: Float[Array, "n H W C"], offset: Int[Array, " 2"], shift: int
+) -> Float[Array, "n H W C"]:
+  """Images moved by shift - offset pixels down and right.
+
+  What comes in over the border mirrors what is inside.
+  """
+  edge = (shift, shift)
+  wide = jnp.pad(images, ((0, 0), edge, edge, (0, 0)), mode="reflect")
+  return jax.lax.dynamic_slice(wide, (0, offset[0], offset[1], 0), images.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +209,7 @@ def draw(key: PRNGKeyArray, task: GeneratorTask, num_labels: int) -> Draws:
   alpha_key, noise_key, style_key = jax.random.split(key, 3)
   count = num_labels * task.num_generated
   noise, style = _inputs(noise_key, style_key, task, (count,))
-  repelling = negatives = None
+  repelling = negatives = offset = None
   if task.variant.negatives == "independent":
     first, second = jax.random.split(jax.random.fold_in(key, 1))
     repelling = _inputs(first, second, task, (count,))
@@ -194,8 +217,11 @@ def draw(key: PRNGKeyArray, task: GeneratorTask, num_labels: int) -> Draws:
     negatives = jax.random.split(
       jax.random.fold_in(key, 2), num_labels * task.num_negatives
     )
+  if shift := task.features.shift:
+    one = jax.random.randint(jax.random.fold_in(key, 3), (2,), 0, 2 * shift + 1)
+    offset = jnp.broadcast_to(one, (num_labels, 2))
   alpha = sample_alpha(alpha_key, (num_labels,), **task.guidance)
-  return Draws(alpha, noise, style, repelling, negatives)
+  return Draws(alpha, noise, style, repelling, negatives, offset)
 
 
 def _inputs(
@@ -278,8 +304,9 @@ def generator_loss(
     reals = reals.reshape(-1, *reals.shape[2:])
 
   # 2. Features of both, by the frozen encoders (A.5).
+  offset = None if draws.offset is None else draws.offset[0]
   features = _features_of(task, layout, num_labels)
-  generated, real_features = features(frozen, samples, reals)
+  generated, real_features = features(frozen, samples, reals, offset)
   extra: FeatureDict = {}
   if draws.negatives is not None:
     # Nothing but their features is kept of those without gradient.
@@ -289,6 +316,7 @@ def generator_loss(
       ),
       (draws.negatives, *of_each(task.num_negatives)),
       frozen if layout is None else sharding.gather(frozen, layout.frozen),
+      offset,
       task,
     )
     extra = by_label(extra, num_labels)
@@ -319,6 +347,7 @@ def _negative_features(
   generate: Callable[..., jax.Array],
   inputs: tuple[PRNGKeyArray, *tuple[jax.Array, ...]],
   frozen: Mapping[str, Any],
+  offset: Int[Array, " 2"] | None,
   task: GeneratorTask,
 ) -> FeatureDict:
   """Features of extra negatives, in memory for those of a chunk.
@@ -327,7 +356,7 @@ def _negative_features(
     generate: (labels, alpha, conditions if there are any, noise=, style=) ->
       samples, without gradient.
     inputs: key, label, alpha (and condition) of each.
-    frozen: see FeatureSpace; whole.
+    frozen, offset: see FeatureSpace; frozen is whole.
     task: static part of the step.
   """
 
@@ -337,7 +366,7 @@ def _negative_features(
       lambda noise_key, style_key: _inputs(noise_key, style_key, task, ())
     )(*jax.vmap(jax.random.split, out_axes=1)(keys))
     samples = generate(*given, noise=noise, style=style)
-    return task.features(frozen, samples)
+    return task.features(frozen, samples, offset)
 
   num_labels = len(inputs[0]) // task.num_negatives
   at_once = task.detached_at_once or task.num_generated
@@ -347,20 +376,23 @@ def _negative_features(
 def _features_of(
   task: GeneratorTask, layout: sharding.Layout | None, num_labels: int
 ) -> Callable[..., tuple[FeatureDict, FeatureDict]]:
-  """(frozen, samples, reals) -> features of samples, and of reals."""
+  """(frozen, samples, reals, offset) -> features of samples, and of reals."""
 
   def features(
-    frozen: Any, samples: jax.Array, reals: jax.Array
+    frozen: Any,
+    samples: jax.Array,
+    reals: jax.Array,
+    offset: jax.Array | None,
   ) -> tuple[FeatureDict, FeatureDict]:
     if layout is not None:
       frozen = sharding.gather(frozen, layout.frozen)
     real_features = step_lib.in_chunks(
-      lambda reals: task.features(frozen, reals),
+      lambda reals: task.features(frozen, reals, offset),
       reals,
       num_labels * task.detached_at_once,
     )
     real_features = jax.lax.stop_gradient(real_features)
-    return task.features(frozen, samples), real_features
+    return task.features(frozen, samples, offset), real_features
 
   # regather's checkpoint policy also applies inside of rematerialised blocks,
   # and would store what they are to recompute. With remat the gathered weights

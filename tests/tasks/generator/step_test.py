@@ -53,8 +53,8 @@ RUNS = {"run0": 3, "run1": 1}
 class GoldenFeatures(FeatureSpace):
   """The release's features less the two that are constant there."""
 
-  def __call__(self, encoder_params, images):
-    features = super().__call__(encoder_params, images)
+  def __call__(self, frozen, images, offset=None):
+    features = super().__call__(frozen, images, offset)
     return {
       key: value
       for key, value in features.items()
