@@ -22,18 +22,15 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-VARIANTS = (
-  *("generator", "encoder", "fd_tune", "cpu", "cpu_encoder", "cpu_judge"),
-)
+VARIANTS = ("generator", "encoder", "fd_tune", "cpu_judge")
 
 
 def get_config(variant: str = "") -> ConfigDict:
   """The config of the named variants."""
   task, smoke = common.choose(variant, VARIANTS)
-  if smoke and task.startswith("cpu"):
+  if smoke and task == "cpu_judge":
     raise ValueError(f"variants {task!r} and 'smoke' exclude each other")
-  encoders = ("encoder", "cpu_encoder", "cpu_judge")
-  config = _encoder() if task in encoders else _generator()
+  config = _encoder() if task in ("encoder", "cpu_judge") else _generator()
   config.data.update(
     source="tfds:cifar10",
     image_size=32,
@@ -44,11 +41,6 @@ def get_config(variant: str = "") -> ConfigDict:
     fd_tune(config, "cifar10")
   if smoke:
     _smoke(config)
-  if task == "cpu":
-    _cpu_generator(config)
-  if task == "cpu_encoder":
-    _cpu_encoder(config)
-    common.for_generator(config, get_config("cpu"))
   if task == "cpu_judge":
     common.classifier(config, 1_600)
     config.data.update(num_threads=2, crop_scale=(0.5, 1.0))
@@ -135,33 +127,6 @@ def _encoder() -> ConfigDict:
   config.eval.update(every=2_500, batch_size=500, ema_decay=0.999)
   config.checkpoint.every = 2_500
   return config
-
-
-def _cpu_generator(config: ConfigDict) -> None:
-  common.cpu_generator(config)
-  config.model.patch_size = 4
-  config.batch.update(labels=8, generated=32, positives=64)
-  config.ema.decays = (0.99, 0.995)
-  config.train.update(num_steps=4_000, log_every=50)
-  config.eval.update(
-    every=500,
-    num_samples=2_000,
-    batch_size=500,
-    ema_decay=0.995,
-    metrics=("fd_encoder", "fd_pixel", "coverage"),
-  )
-  config.checkpoint.update(every=500, best_metric="")
-
-
-def _cpu_encoder(config: ConfigDict) -> None:
-  common.cpu_encoder(config)
-  config.data.crop_scale = (0.5, 1.0)
-  config.mae.update(
-    batch_size=128, classification_steps=2_000, classification_ramp=200
-  )
-  config.train.update(num_steps=4_000, log_every=50)
-  config.eval.update(every=1_000, batch_size=500)
-  config.checkpoint.every = 1_000
 
 
 def _smoke(config: ConfigDict) -> None:

@@ -78,6 +78,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
 def _cpu_generator(config: ConfigDict) -> None:
   common.cpu_generator(config)
+  config.features.shift = 2  # the encoder folds patches of 4 pixels
   config.batch.update(labels=8, generated=32, positives=64)
   config.ema.decays = (0.99, 0.995)
   config.train.update(num_steps=3_000, log_every=50)
