@@ -178,8 +178,7 @@ def generator() -> ConfigDict:
   config.features = ConfigDict()  # A.5
   config.features.sample = True  # the flattened sample itself
   config.features.tokens = False  # its grid, each place a problem of its own
-  # Encoders see a step's images moved by up to so many pixels; 2 keeps specks
-  # out that hide between patches of 4 (docs/recipes.md).
+  # Pixels by which each step at most moves what encoders see: docs/encoders.md.
   config.features.shift = 0
   config.features.every_k_block = 2  # output of every second block
   config.features.patch_mean_size = (2, 4)  # side of the pooled patches

@@ -12,7 +12,7 @@ Variants, joined by commas:
   encoder      for one GPU: the ResNet-MAE whose features that one drifts in
   fd_tune      for one GPU: that generator, tuned by Frechet distances
   cpu          for two CPU cores: a small generator that drifts in the features
-               of the next; better from raw pixels on: docs/results.md
+               of the next; raw pixels first: docs/results.md
   cpu_encoder  for two CPU cores: a small ResNet-MAE
   cpu_fd_tune  for two CPU cores: `cpu` tuned in that encoder's features
   style        `cpu`, of a slant and thickness asked for beside the class:

@@ -47,7 +47,7 @@ class Features(sections.Section):
   """Feature vectors that enter the loss (A.5).
 
   `tokens`: the sample's grid [H, W, C] as H W problems of C channels. `shift`:
-  encoders see each step's images moved by up to so many pixels.
+  the most pixels by which a step moves the images that encoders see.
   """
 
   sample: bool

@@ -73,7 +73,7 @@ class FeatureSpace:
     options: {name: keyword arguments of that encoder's `features`}.
     sample: whether the flattened sample itself is one more feature.
     tokens: whether its grid is: H * W problems of C channels.
-    shift: encoders see images moved by up to so many pixels: see `moved`.
+    shift: the most pixels by which encoders see images moved: see `moved`.
     decoded: names of the encoders that read decoded samples.
     vae: decodes samples for them; None if none reads decoded ones.
   """
