@@ -33,8 +33,6 @@ folder=${1:-runs/quickstart${smoke/,/-}}
 
 source launch/environment.sh
 make_environment requirements.txt
-# Large pages for XLA's buffers: a third faster on Linux CPUs (glibc 2.35 on).
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 start=$SECONDS
 
 echo "1/3 The encoder: a masked autoencoder of 8x8 digits."
