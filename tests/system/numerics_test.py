@@ -111,7 +111,7 @@ def test_every_program_pins_them():
   others = {PACKAGE / "__main__.py", PACKAGE / "tools" / "run_export.py"}
   for path in {*PACKAGE.rglob("*.py")} - others:
     text = path.read_text()
-    if '"__main__"' in text:
+    if '__name__ == "__main__"' in text:
       pins = ("programs.run(", "programs.setup()", "table.main")
       assert any(name in text for name in pins), path
 
