@@ -69,6 +69,13 @@ def test_steps_are_compared_in_the_table_of_all(tmp_path):
   assert values < 1e-5 and gradients < 1e-3, note
 
 
+@pytest.mark.system
+def test_rows_to_compare_peers_with(tmp_path):
+  rows = _run("peers.py", tmp_path)
+  assert len(rows) == 5
+  assert all(row["value"] > 0 and row["times"] is None for row in rows.values())
+
+
 @pytest.mark.slow
 def test_extra_negatives_are_as_good_as_samples_with_a_gradient():
   """And as many positives leave no bias of the field 'kl'."""
