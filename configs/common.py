@@ -541,6 +541,7 @@ def fd_tune(config: ConfigDict, population: int, start: str) -> None:
   """
   config.init_from = start
   config.fd_loss.population = population
+  config.features.shift = 0
   config.guidance.update(minimum=1.0, maximum=1.0, no_cfg_frac=0.0)
   config.batch.generated = 1  # each sample has a label of its own
   config.optim.update(

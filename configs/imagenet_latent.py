@@ -22,6 +22,9 @@ commands). Variants, joined by commas:
   folder    the cache is one of an ImageFolder: its splits are train and val
   wflow_ablation, wflow_b2, wflow_l2, wflow_xl2
             W-Flow, see below
+  l2_fd_tune
+            the authors' L/2 (or init_from), tuned by Frechet distances in
+            DINOv2's features and judged by FID: docs/fd_tune.md
   one_gpu_24gb, one_gpu_80gb
             the ablation on one GPU of that memory, encoder hf://mae_latent_256:
             8 labels, 16 generated and 32 positive samples each, temperatures
@@ -76,7 +79,10 @@ WFLOW = {
 }
 ONE_GPU = ("one_gpu_24gb", "one_gpu_80gb")
 LARGE = ("b4_512px", "l4_512px")
-VARIANTS = ("ablation", "b2", "l2", *LARGE, *PIXEL_ENCODERS, *WFLOW, *ONE_GPU)
+VARIANTS = (
+  *("ablation", "b2", "l2", "l2_fd_tune"),
+  *(*LARGE, *PIXEL_ENCODERS, *WFLOW, *ONE_GPU),
+)
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -110,6 +116,7 @@ def get_config(variant: str = "") -> ConfigDict:
   {
     "b2": _b2,
     "l2": _l2,
+    "l2_fd_tune": _l2_fd_tune,
     "xl2": _xl2,
     "b4_512px": _b2,
     "l4_512px": _l2,
@@ -206,6 +213,18 @@ def _l2(config: ConfigDict) -> None:
   config.guidance.update(exponent=3.0, no_cfg_frac=0.5)
   config.queue.push_per_step = 64
   config.optim.weight_decay = 0.01
+
+
+def _l2_fd_tune(config: ConfigDict) -> None:
+  _l2(config)
+  common.fd_tune(config, population=50_000, start="hf://latent_L_sota")
+  config.encoders = ConfigDict()
+  config.features.sample = False
+  config.fd_loss.dinov2.path = "weights/dinov2"
+  config.fd_loss.trust = 0.1
+  config.batch.labels = 1_024
+  config.optim.learning_rate = 1e-5
+  config.train.num_steps = 2_000
 
 
 def _xl2(config: ConfigDict) -> None:

@@ -24,6 +24,7 @@ VARIANTS = {
     *("wflow_ablation", "wflow_b2", "wflow_l2", "wflow_xl2,smoke"),
     *("b4_512px", "l4_512px", "b4_512px,folder", "l4_512px,smoke"),
     *("one_gpu_24gb", "one_gpu_80gb", "one_gpu_24gb,smoke"),
+    *("l2_fd_tune", "l2_fd_tune,folder"),
   ],
   "imagenet_rae": ["", "b1", "b1,folder", "smoke"],
   "imagenet_pixel": ["", "b16", "l16", "l16,smoke", "l16,folder"],

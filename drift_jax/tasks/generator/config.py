@@ -338,7 +338,8 @@ def _check_features(config: GeneratorConfig) -> None:
   checks.require(
     config.features.sample
     or config.features.tokens
-    or any(encoder.in_loss for encoder in config.encoders.values()),
+    or any(encoder.in_loss for encoder in config.encoders.values())
+    or len(fd_networks(config)) > 0,
     "features.sample=False with no encoder in the loss leaves no features to "
     "drift in: set features.sample=True, features.tokens=True or "
     "encoders.NAME.in_loss=True",
@@ -489,6 +490,13 @@ def _check_fd_loss(config: GeneratorConfig) -> None:
     f"train.accum_labels={at_once} with fd_loss.population: a step of this "
     "loss is computed at once, with a batch as small as need be; set it to 0",
   )
+  for name in ("tokens", "shift"):
+    value = getattr(config.features, name)
+    checks.require(
+      not value,
+      f"features.{name}={value} with fd_loss.population: this loss compares "
+      f"whole samples where they are; set it to {type(value)()}",
+    )
   # 2. Judges that the loss does not know.
   taken = in_fd_loss(config)
   held_out = [

@@ -216,6 +216,8 @@ ERRORS = (
   ({"fd_loss.population": 79}, r"population=79 is less than the 80 samples"),
   ({"guidance.maximum": 2.0}, r"guidance.minimum=1.0, .*set both"),
   ({"train.accum_labels": 8}, "train.accum_labels=8"),
+  ({"features.shift": 2}, "features.shift=2 .* set it to 0"),
+  ({"features.tokens": True}, "features.tokens=True .* set it to False"),
   ({"eval.metrics": ("fd_encoder",)}, r"no distance but .*'fd_encoder'"),
   (
     {"checkpoint.best_metric": "fd_encoder", "eval.every": 2},
@@ -254,14 +256,16 @@ def test_what_is_found_before_the_first_step(
   assert "\n" not in str(error.value)
 
 
-def test_a_tuned_run_is_described_without_data_or_judges(weights):
+@pytest.mark.parametrize("encoders", [{"mae"}, set()])
+def test_a_tuned_run_is_described_without_data_or_judges(weights, encoders):
   """compile_check's programs, the step's arguments among them."""
   changes = {"fd_loss.inception.path": "/later", "fd_loss.population": 5000}
+  changes["encoders.mae.in_loss"] = len(encoders) > 0
   config = parse(small(weights, **changes))
   train_program, *_ = programs(config, sharding.make_mesh(2, 4))
   state, batch, frozen = train_program.arguments.values()
   assert batch.labels.shape == (40,)
-  assert set(frozen.references) == {"mae", "inception"} == set(state.drift)
+  assert set(frozen.references) == {"inception"} | encoders == set(state.drift)
   assert state.drift["inception"].second.shape == (2048, 2048)
   kernels = [x for x in jax.tree.leaves(frozen.start) if len(x.shape) > 2]
   assert any("fsdp" in x.sharding.spec for x in kernels)
