@@ -112,11 +112,10 @@ def get_config(variant: str = "") -> ConfigDict:
       "mae",
       models.MAES[f"mae_{width}_latent"](),
     )
-  published = size.removeprefix("wflow_")
+  published = size.removeprefix("wflow_").removesuffix("_fd_tune")
   {
     "b2": _b2,
     "l2": _l2,
-    "l2_fd_tune": _l2_fd_tune,
     "xl2": _xl2,
     "b4_512px": _b2,
     "l4_512px": _l2,
@@ -133,9 +132,24 @@ def get_config(variant: str = "") -> ConfigDict:
   common.judge_by_fid(config)
   if size in LARGE:
     _of_512px(config, size)
+  if size == "l2_fd_tune":
+    _fd_tune(config)
   if smoke:
     common.smoke_generator(config)
   return config
+
+
+def _fd_tune(config: ConfigDict) -> None:
+  common.fd_tune(config, population=50_000, start="hf://latent_L_sota")
+  common.judge_by_fid(config)
+  config.encoders = ConfigDict()
+  config.features.sample = False
+  config.fd_loss.update(reals=50_000, trust=0.1)
+  config.fd_loss.dinov2.path = "weights/dinov2"
+  config.batch.labels = 1_024
+  config.optim.learning_rate = 1e-5
+  config.train.num_steps = 2_000
+  config.eval.every = config.checkpoint.every = 500
 
 
 def wflow_drift(temperature: float, iterations: float) -> dict[str, Any]:
@@ -213,18 +227,6 @@ def _l2(config: ConfigDict) -> None:
   config.guidance.update(exponent=3.0, no_cfg_frac=0.5)
   config.queue.push_per_step = 64
   config.optim.weight_decay = 0.01
-
-
-def _l2_fd_tune(config: ConfigDict) -> None:
-  _l2(config)
-  common.fd_tune(config, population=50_000, start="hf://latent_L_sota")
-  config.encoders = ConfigDict()
-  config.features.sample = False
-  config.fd_loss.dinov2.path = "weights/dinov2"
-  config.fd_loss.trust = 0.1
-  config.batch.labels = 1_024
-  config.optim.learning_rate = 1e-5
-  config.train.num_steps = 2_000
 
 
 def _xl2(config: ConfigDict) -> None:
