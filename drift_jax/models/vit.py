@@ -247,7 +247,8 @@ class Vit(nn.Module):
     if self.pre_norm:
       x = _norm(self.epsilon, "pre_norm")(x)
     blocks = nn.scan(
-      Block,
+      # Of what a gradient would keep of each block, only its input.
+      nn.remat(Block, prevent_cse=False),
       variable_axes={"params": 0},
       split_rngs={"params": True},
       length=self.depth,

@@ -163,3 +163,24 @@ def test_whole_is_the_network_of_preprocessed_images():
   np.testing.assert_allclose(
     bare.apply({"params": params}, images) @ kernel, features, rtol=1e-5
   )
+
+
+def test_a_gradient_keeps_a_block_s_input_alone():
+  """Else the published networks don't fit beside a generator."""
+
+  def planned(depth):
+    vit = build_vit(**VIT | {"depth": depth})
+    pixels = jnp.zeros((8, 28, 28, 3))
+    shapes = jax.eval_shape(vit.init, jax.random.key(0), np.uint8(pixels))
+
+    @jax.grad
+    def gradient(pixels, variables):
+      return vit.apply(variables, pixels, method="smooth").sum()
+
+    compiled = jax.jit(gradient).lower(pixels, shapes).compile()
+    tokens = (vit.image_size // vit.patch_size) ** 2 + 1
+    kept = 4 * len(pixels) * tokens * vit.hidden_size
+    return compiled.memory_analysis().temp_size_in_bytes, kept
+
+  (few, kept), (many, _) = planned(4), planned(20)
+  assert (many - few) / 16 < 2 * kept
