@@ -146,7 +146,7 @@ def _fd_tune(config: ConfigDict) -> None:
   config.features.sample = False
   config.fd_loss.update(reals=50_000, trust=0.1)
   config.fd_loss.dinov2.path = "weights/dinov2"
-  config.batch.labels = 1_024
+  config.batch.update(reals="class_grouped", labels=1_024)
   config.optim.learning_rate = 1e-5
   config.train.num_steps = 2_000
   config.eval.every = config.checkpoint.every = 500

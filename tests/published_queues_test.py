@@ -36,6 +36,8 @@ def published():
       configs[name] = ablations.get_config(name)
   first = {}
   for name, config in configs.items():
+    if config.fd_loss.population:  # draws labels alone
+      continue
     assert config.batch.reals == "queue"
     sections = config.batch.to_json() + config.queue.to_json()
     first.setdefault(sections, (name, config))

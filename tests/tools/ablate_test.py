@@ -261,7 +261,11 @@ def killed(tmp_path_factory):
     text=True,
   )
   logs = "*repulsion=0.0-*/seed_0.log"
-  process.wait_for(lambda: [*workdir.glob(logs)], 120)
+
+  def has_child():  # the log is there a moment before it
+    return any(log.stat().st_size for log in workdir.glob(logs))
+
+  process.wait_for(has_child, 120)
   running.send_signal(signal.SIGTERM)
   try:
     _, words = running.communicate(timeout=60)
