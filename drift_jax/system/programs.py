@@ -140,7 +140,7 @@ def ask_for_large_pages() -> None:
 
 
 def _mode() -> str:
-  """What Linux says of large pages; '' elsewhere."""
+  """Linux's setting of large pages; '' on other systems."""
   try:
     return _MODE.read_text()
   except OSError:

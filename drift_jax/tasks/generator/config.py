@@ -490,13 +490,6 @@ def _check_fd_loss(config: GeneratorConfig) -> None:
     f"train.accum_labels={at_once} with fd_loss.population: a step of this "
     "loss is computed at once, with a batch as small as need be; set it to 0",
   )
-  for name in ("tokens", "shift"):
-    value = getattr(config.features, name)
-    checks.require(
-      not value,
-      f"features.{name}={value} with fd_loss.population: this loss compares "
-      f"whole samples where they are; set it to {type(value)()}",
-    )
   # 2. Judges that the loss does not know.
   taken = in_fd_loss(config)
   held_out = [
@@ -516,6 +509,20 @@ def _check_fd_loss(config: GeneratorConfig) -> None:
     f"checkpoint.best_metric={best!r} is what the samples are tuned by: choose "
     f"one of {held_out} or ''",
   )
+
+
+def check_tuned(config: GeneratorConfig) -> None:
+  """Raises ConfigError for what a new tuned run would not read.
+
+  Runs of earlier versions may have it: they are opened, and go on with it.
+  """
+  for name in ("tokens", "shift"):
+    value = getattr(config.features, name)
+    checks.require(
+      not config.fd_loss.population or not value,
+      f"features.{name}={value} with fd_loss.population: this loss compares "
+      f"whole samples where they are; set it to {type(value)()}",
+    )
 
 
 def in_fd_loss(config: GeneratorConfig) -> frozenset[str]:

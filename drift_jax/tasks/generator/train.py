@@ -7,7 +7,11 @@ from etils import epath
 
 from drift_jax.tasks import parse_as
 from drift_jax.tasks.generator import setup
-from drift_jax.tasks.generator.config import GeneratorConfig, fd_networks
+from drift_jax.tasks.generator.config import (
+  GeneratorConfig,
+  check_tuned,
+  fd_networks,
+)
 from drift_jax.tasks.generator.evaluation import Evaluation
 from drift_jax.tasks.generator.evaluators import judge_inputs, needs_reals
 from drift_jax.training import frozen, inputs
@@ -44,6 +48,8 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   # 1. What the run reads, and its networks.
   config = parse_as(config, GeneratorConfig)
   drift_arguments(config.drift)  # a mistake there, before data
+  if not has_checkpoints(epath.Path(workdir)):
+    check_tuned(config)
   mesh = open_mesh(config.mesh)
   setup.check_labels(config, mesh)
   config = of_resumed(config, workdir)
