@@ -13,6 +13,9 @@ commas:
   (none)   a generator that drifts in the encoder's features
   encoder  the ResNet-MAE whose features those are
   fd_tune  that generator, tuned by Frechet distances: docs/fd_tune.md
+  cpu      for two CPU cores: a small generator that drifts in the features of
+           the next; raw pixels first: docs/results.md
+  cpu_encoder  for two CPU cores: a small ResNet-MAE
   cpu_judge  for two CPU cores: a small classifier, to judge a generator with
            --config.eval.classifier.path=WORKDIR/encoder
   smoke    the first three in minutes on two CPU cores
@@ -22,15 +25,17 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-VARIANTS = ("generator", "encoder", "fd_tune", "cpu_judge")
+CPU = ("cpu", "cpu_encoder", "cpu_judge")
+VARIANTS = ("generator", "encoder", "fd_tune", *CPU)
 
 
 def get_config(variant: str = "") -> ConfigDict:
   """The config of the named variants."""
   task, smoke = common.choose(variant, VARIANTS)
-  if smoke and task == "cpu_judge":
+  if smoke and task in CPU:
     raise ValueError(f"variants {task!r} and 'smoke' exclude each other")
-  config = _encoder() if task in ("encoder", "cpu_judge") else _generator()
+  encoders = ("encoder", "cpu_encoder", "cpu_judge")
+  config = _encoder() if task in encoders else _generator()
   config.data.update(
     source="tfds:cifar10",
     image_size=32,
@@ -41,6 +46,8 @@ def get_config(variant: str = "") -> ConfigDict:
     fd_tune(config, "cifar10")
   if smoke:
     _smoke(config)
+  if task == "cpu":
+    _cpu_generator(config)
   if task == "cpu_judge":
     common.classifier(config, 1_600)
     config.data.update(num_threads=2, crop_scale=(0.5, 1.0))
@@ -49,6 +56,9 @@ def get_config(variant: str = "") -> ConfigDict:
     common.for_generator(
       config, get_config("generator,smoke" if smoke else "generator")
     )
+  if task == "cpu_encoder":
+    _cpu_encoder(config)
+    common.for_generator(config, get_config("cpu"))
   return config
 
 
@@ -127,6 +137,33 @@ def _encoder() -> ConfigDict:
   config.eval.update(every=2_500, batch_size=500, ema_decay=0.999)
   config.checkpoint.every = 2_500
   return config
+
+
+def _cpu_generator(config: ConfigDict) -> None:
+  common.cpu_generator(config)
+  config.model.patch_size = 4
+  config.features.shift = 2  # the encoder folds patches of 4 pixels
+  config.batch.update(labels=8, generated=32, positives=64)
+  config.ema.decays = (0.99, 0.995)
+  config.train.update(num_steps=3_000, log_every=50)
+  config.eval.update(
+    every=500,
+    num_samples=2_000,
+    batch_size=500,
+    ema_decay=0.995,
+    metrics=("fd_encoder", "fd_pixel", "coverage"),
+  )
+  config.checkpoint.every = 500
+
+
+def _cpu_encoder(config: ConfigDict) -> None:
+  common.cpu_encoder(config)
+  config.mae.update(
+    batch_size=128, classification_steps=1_000, classification_ramp=100
+  )
+  config.train.update(num_steps=2_000, log_every=50)
+  config.eval.update(every=1_000, batch_size=500)
+  config.checkpoint.every = 1_000
 
 
 def _smoke(config: ConfigDict) -> None:

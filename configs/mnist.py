@@ -38,10 +38,10 @@ VARIANTS = (
 )
 # Those of two CPU cores, and the variant of configs/cifar10.py that each is of.
 SMALL = {
-  "cpu": "generator",
-  "cpu_fd_tune": "generator",
-  "style": "generator",
-  "cpu_encoder": "encoder",
+  "cpu": "cpu",
+  "cpu_fd_tune": "cpu",
+  "style": "cpu",
+  "cpu_encoder": "cpu_encoder",
   "cpu_judge": "cpu_judge",
 }
 
@@ -59,8 +59,8 @@ def get_config(variant: str = "") -> ConfigDict:
   else:
     config.model.update(in_channels=1, out_channels=1)
     config.encoders.mae.path = "runs/mnist_encoder/encoder"
-  if SMALL.get(size) == "generator":
-    _cpu_generator(config)
+  if SMALL.get(size) == "cpu":
+    config.model.patch_size = 8
   if size == "fd_tune":
     config.init_from = "exports/mnist"
     config.eval.classifier.path = "runs/mnist_judge/encoder"
@@ -68,28 +68,9 @@ def get_config(variant: str = "") -> ConfigDict:
     _cpu_fd_tune(config)
   elif size == "style":
     common.by_style(config, "runs/mnist_style.npz")
-  elif size == "cpu_encoder":
-    _cpu_encoder(config)
-    common.for_generator(config, get_config("cpu"))
   elif size == "cpu_judge":
     common.classifier(config, 900)
   return config
-
-
-def _cpu_generator(config: ConfigDict) -> None:
-  common.cpu_generator(config)
-  config.features.shift = 2  # the encoder folds patches of 4 pixels
-  config.batch.update(labels=8, generated=32, positives=64)
-  config.ema.decays = (0.99, 0.995)
-  config.train.update(num_steps=3_000, log_every=50)
-  config.eval.update(
-    every=500,
-    num_samples=2_000,
-    batch_size=500,
-    ema_decay=0.995,
-    metrics=("fd_encoder", "fd_pixel", "coverage"),
-  )
-  config.checkpoint.every = 500
 
 
 def _cpu_fd_tune(config: ConfigDict) -> None:
@@ -98,14 +79,3 @@ def _cpu_fd_tune(config: ConfigDict) -> None:
   config.optim.learning_rate = 1e-4
   config.train.num_steps = 500
   config.eval.ema_decay = 0.99
-
-
-def _cpu_encoder(config: ConfigDict) -> None:
-  common.cpu_encoder(config)
-  config.data.crop = "pad"
-  config.mae.update(
-    batch_size=128, classification_steps=1_000, classification_ramp=100
-  )
-  config.train.update(num_steps=2_000, log_every=50)
-  config.eval.update(every=1_000, batch_size=500)
-  config.checkpoint.every = 1_000
