@@ -44,7 +44,7 @@ def density_coverage(
   real, fake = distances.as_points(real=real, fake=fake)
   distances.check_neighbours(k, len(real), "real")
   radii = distances.neighbour_radii(real, k)
-  in_ball, _ = distances.ball_counts(real, radii, fake, closed=False)
+  in_ball = distances.ball_counts(real, radii, fake)
   density = int(in_ball.sum()) / (k * len(fake))
   return density, int(np.count_nonzero(in_ball)) / len(real)
 
@@ -81,14 +81,11 @@ def precision_recall(
   real, fake = distances.as_points(real=real, fake=fake)
   distances.check_neighbours(k, len(real), "real")
   distances.check_neighbours(k, len(fake), "fake")
-  return _fraction_inside(real, fake, k), _fraction_inside(fake, real, k)
-
-
-def _fraction_inside(centres: np.ndarray, points: np.ndarray, k: int) -> float:
-  """Fraction of points in the balls around centres."""
-  radii = distances.neighbour_radii(centres, k)
-  _, around_point = distances.ball_counts(centres, radii, points, closed=True)
-  return float(np.mean(around_point > 0))
+  of_real, of_fake = distances.covered(
+    *(real, distances.neighbour_radii(real, k)),
+    *(fake, distances.neighbour_radii(fake, k)),
+  )
+  return float(of_fake.mean()), float(of_real.mean())
 
 
 def _grid_codes(values: np.ndarray, grid: np.ndarray) -> list[bytes]:

@@ -12,11 +12,12 @@ about 7, and twice as many if nearly all pairs of a block have to be summed, as
 between points that are equal but for rounding.
 """
 
+import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Bool, Float, Float64, Int64
 from numpy.typing import ArrayLike
 
 from drift_jax.metrics import frechet
@@ -26,6 +27,8 @@ BLOCK_ENTRIES = 2**22
 # Squares and sums of float64 numbers up to here do not overflow.
 _LARGEST = 1e140
 _FIRST_COLUMNS = 32
+# With a greater share of a block's pairs to sum, tighter bounds are faster.
+_FEW = 1e-3
 
 Points = Float[np.ndarray, "N D"]
 
@@ -89,27 +92,38 @@ def slices(count: int, side: int, first: int | None = None) -> Iterator[slice]:
 
 def _bounds(
   rows: np.ndarray, columns: np.ndarray, centre: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-  """(lower, upper) bounds [R, C] of what `_squared_distances` returns."""
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """(lower, upper) bounds [R, C] of what `_squared_distances` returns.
+
+  First those of a float32 product, unless they would overflow or underflow,
+  then those of a float64 product, which are tighter and take twice as long.
+  """
   rows = rows - centre
   columns = columns - centre
   row_norms = np.einsum("nd,nd->n", rows, rows)
   column_norms = np.einsum("nd,nd->n", columns, columns)
-  # A sum of D rounded products is off by D eps / 2 of the sum of magnitudes at
-  # most, here |x|^2 + |y|^2 + 2 |x.y| <= 2 (|x|^2 + |y|^2). The sum of squared
-  # differences and the shift by the centre are rounded too: twice that, and a
-  # few terms more; what underflows is less than the smallest normal number.
-  info = np.finfo(np.float64)
-  slack = row_norms[:, None] + column_norms
-  slack *= 2.0 * (rows.shape[1] + 8) * info.eps
-  slack += info.tiny
-  upper = rows @ columns.T
-  upper *= -2.0
-  upper += row_norms[:, None]
-  upper += column_norms
-  lower = upper - slack
-  upper += slack
-  return lower, upper
+  largest = max(row_norms.max(), column_norms.max())
+  for dtype in (np.float32, np.float64):
+    info = np.finfo(dtype)
+    tiny, eps = float(info.tiny), float(info.eps)
+    if dtype == np.float32 and not tiny / eps**2 < largest < info.max / 8:
+      continue
+    # A sum of D rounded products is off by D eps / 2 of the sum of magnitudes
+    # at most, here |x|^2 + |y|^2 + 2 |x.y| <= 2 (|x|^2 + |y|^2). The sum of
+    # squared differences and the shift by the centre are rounded too: twice
+    # that, and a few terms more; what underflows is less than the smallest
+    # normal number.
+    slack = 2.0 * (rows.shape[1] + 8) * eps
+    least = (rows.shape[1] + 8) * tiny
+    product = (-2.0 * rows).astype(dtype) @ columns.astype(dtype).T
+    lower, upper = (
+      product
+      + ((1 + sign * slack) * row_norms + sign * least).astype(dtype)[:, None]
+      for sign in (-1, 1)
+    )
+    lower += ((1 - slack) * column_norms).astype(dtype)
+    upper += ((1 + slack) * column_norms).astype(dtype)
+    yield lower, upper
 
 
 def _squared_distances(
@@ -190,18 +204,22 @@ def _candidates(
     own: the diagonal whose pairs are a point and itself, if any are.
   """
   k = known.shape[1]
-  lower, upper = _bounds(rows, columns, centre)
-  if own is not None:
-    itself = np.eye(len(rows), len(columns), own, dtype=bool)
-    lower[itself] = np.nan  # is never below a limit
-    upper[itself] = np.inf
-  limit = known[:, -1].copy()
-  unknown = np.isinf(limit)
-  if unknown.any() and len(columns) >= k:
-    limit[unknown] = np.partition(upper[unknown], k - 1, axis=1)[:, k - 1]
-  # Nothing is nearer than 0, and of equally near columns the first ones win.
-  limit[known[:, -1] == 0.0] = -np.inf
-  return np.nonzero(lower <= limit[:, None])
+  pairs: tuple[np.ndarray, ...] = ()
+  for lower, upper in _bounds(rows, columns, centre):
+    if own is not None:
+      itself = np.eye(len(rows), len(columns), own, dtype=bool)
+      lower[itself] = np.nan  # is never below a limit
+      upper[itself] = np.inf
+    limit = known[:, -1].astype(lower.dtype)
+    unknown = np.isinf(limit)
+    if unknown.any() and len(columns) >= k:
+      limit[unknown] = np.partition(upper[unknown], k - 1, axis=1)[:, k - 1]
+    # Nothing is nearer than 0, and of equally near columns the first ones win.
+    limit[known[:, -1] == 0.0] = -np.inf
+    pairs = np.nonzero(lower <= limit[:, None])
+    if len(pairs[0]) <= k * len(rows) + _FEW * lower.size:
+      break
+  return pairs
 
 
 def neighbour_radii(points: Points, k: int) -> Float64[np.ndarray, " N"]:
@@ -213,34 +231,87 @@ def ball_counts(
   centres: Float[np.ndarray, "N D"],
   radii: Float64[np.ndarray, " N"],
   points: Float[np.ndarray, "M D"],
-  *,
-  closed: bool,
-) -> tuple[Int64[np.ndarray, " N"], Int64[np.ndarray, " M"]]:
-  """Counts points in balls.
+) -> Int64[np.ndarray, " N"]:
+  """How many points each open ball holds.
 
   Args:
     centres: [N, D] of the balls.
     radii: [N] squared radii of the balls.
     points: [M, D].
-    closed: whether points on a ball's surface are inside.
-
-  Returns:
-    (for each ball, how many points it holds; for each point, how many balls
-    hold it).
   """
-  side = block_side(centres.shape[1])
-  middle = centres.mean(axis=0, dtype=np.float64)
-  in_ball = np.zeros(len(centres), np.int64)
-  around_point = np.zeros(len(points), np.int64)
-  for columns in slices(len(points), side):
-    for rows in slices(len(centres), side):
-      lower, upper = _bounds(centres[rows], points[columns], middle)
-      limit = radii[rows, None]
-      inside = upper < limit
-      pairs = np.nonzero((lower <= limit) & ~inside)
-      squared = _squared_distances(centres[rows], points[columns], pairs)
-      limits = radii[rows][pairs[0]]
-      inside[pairs] = squared <= limits if closed else squared < limits
-      in_ball[rows] += inside.sum(axis=1)
-      around_point[columns] += inside.sum(axis=0)
-  return in_ball, around_point
+  counts = np.zeros(len(centres), np.int64)
+  for rows, _, nearer in _pairs(centres, points):
+    (inside,) = nearer([radii[rows, None]], closed=False)
+    counts[rows] += inside.sum(axis=1)
+  return counts
+
+
+def covered(
+  first: Float[np.ndarray, "N D"],
+  first_radii: Float64[np.ndarray, " N"],
+  second: Float[np.ndarray, "M D"],
+  second_radii: Float64[np.ndarray, " M"],
+) -> tuple[Bool[np.ndarray, " N"], Bool[np.ndarray, " M"]]:
+  """Which points of each set lie in a closed ball around one of the other set.
+
+  Args:
+    first: [N, D] points.
+    first_radii: [N] squared radii of the balls around them.
+    second: [M, D] points.
+    second_radii: [M] squared radii of the balls around them.
+  """
+  of_first = np.zeros(len(first), bool)
+  of_second = np.zeros(len(second), bool)
+  for rows, columns, nearer in _pairs(first, second):
+    limits = [first_radii[rows, None], second_radii[None, columns]]
+    around_first, around_second = nearer(limits, closed=True)
+    of_second[columns] |= around_first.any(axis=0)
+    of_first[rows] |= around_second.any(axis=1)
+  return of_first, of_second
+
+
+def _pairs(
+  first: np.ndarray, second: np.ndarray
+) -> Iterator[tuple[slice, slice, Callable[..., list[np.ndarray]]]]:
+  """Blocks of pairs: rows of `first`, of `second`, and `_nearer` of them."""
+  side = block_side(first.shape[1])
+  middle = first.mean(axis=0, dtype=np.float64)
+  for columns in slices(len(second), side):
+    for rows in slices(len(first), side):
+      yield (
+        rows,
+        columns,
+        functools.partial(_nearer, first[rows], second[columns], middle),
+      )
+
+
+def _nearer(
+  rows: np.ndarray,
+  columns: np.ndarray,
+  centre: np.ndarray,
+  limits: Sequence[np.ndarray],
+  *,
+  closed: bool,
+) -> list[np.ndarray]:
+  """[R, C] for each limits: whether a pair's squared distance is below them.
+
+  Args:
+    limits: each [R, 1] or [1, C].
+    closed: whether it may be equal.
+  """
+  inside: list[np.ndarray] = []
+  unsure: list[tuple[np.ndarray, ...]] = []
+  for lower, upper in _bounds(rows, columns, centre):
+    rounded = [limit.astype(lower.dtype) for limit in limits]
+    inside = [upper < limit for limit in rounded]
+    unsure = [
+      np.nonzero((lower <= limit) & ~found)
+      for limit, found in zip(rounded, inside, strict=True)
+    ]
+    if max(len(pairs[0]) for pairs in unsure) <= _FEW * lower.size:
+      break
+  for limit, found, pairs in zip(limits, inside, unsure, strict=True):
+    squared = _squared_distances(rows, columns, pairs)
+    threshold = np.broadcast_to(limit, found.shape)[pairs]
+    found[pairs] = squared <= threshold if closed else squared < threshold
+  return inside

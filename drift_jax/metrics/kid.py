@@ -12,32 +12,43 @@ it can be trusted for small sets; it may be slightly negative. As with the FID,
 the name is for Inception-v3 features (2048 of pool3). All sums are float64.
 """
 
+import math
+
 import numpy as np
 from numpy.typing import ArrayLike
 
 from drift_jax.metrics import distances
 
 
-def _sum_across(x: np.ndarray, y: np.ndarray) -> float:
-  """Sum of k over all pairs of a point of x and one of y, in blocks."""
-  # Imported at use: it takes a second.
+def _kernels(x: np.ndarray, y: np.ndarray | None = None) -> float:
+  """Sum of k over all pairs of a point of x and one of y, or of x twice."""
+  # Imported at use: it takes a second. By default of degree 3, divided by D,
+  # plus 1; of equal points it computes half.
   from sklearn.metrics.pairwise import polynomial_kernel
 
+  rows = x.astype(np.float64)
+  columns = None if y is None else y.astype(np.float64)
+  return float(polynomial_kernel(rows, columns).sum())
+
+
+def _sum_across(x: np.ndarray, y: np.ndarray) -> float:
+  """Sum of k over all pairs of a point of x and one of y, in blocks."""
   side = distances.block_side(x.shape[1])
-  total = 0.0
-  for first in distances.slices(len(x), side):
-    rows = x[first].astype(np.float64)
-    for second in distances.slices(len(y), side):
-      columns = y[second].astype(np.float64)
-      # By default of degree 3, divided by D, plus 1.
-      total += float(polynomial_kernel(rows, columns).sum())
-  return total
+  return math.fsum(
+    _kernels(x[rows], y[columns])
+    for rows in distances.slices(len(x), side)
+    for columns in distances.slices(len(y), side)
+  )
 
 
 def _sum_within(x: np.ndarray) -> float:
   """Sum of k over all pairs of different points of x."""
   norms = np.einsum("nd,nd->n", x, x, dtype=np.float64)
-  return _sum_across(x, x) - float(((norms / x.shape[1] + 1.0) ** 3).sum())
+  total = -float(((norms / x.shape[1] + 1.0) ** 3).sum())
+  for rows in distances.slices(len(x), distances.block_side(x.shape[1])):
+    total += _kernels(x[rows])
+    total += 2.0 * _sum_across(x[rows], x[rows.stop :])
+  return total
 
 
 def _estimate(real: np.ndarray, fake: np.ndarray) -> float:

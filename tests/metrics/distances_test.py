@@ -51,22 +51,28 @@ def test_bounds_enclose_the_distance(dtype, offset, spread):
   rows = (offset + points(0, 50, 300)).astype(dtype)
   columns = (rows[::-1] + spread * points(1, 50, 300)).astype(dtype)
   centre = rows.mean(axis=0, dtype=np.float64)
-  lower, upper = distances._bounds(rows, columns, centre)
   wide = rows[:, None].astype(np.longdouble) - columns.astype(np.longdouble)
   exact = np.square(wide).sum(axis=-1)
-  assert (lower <= exact).all() and (exact <= upper).all()
-  # 3e-13 of the squared norms after centring: worth the name of a bound.
   scale = np.square(rows - centre).sum(axis=1).max()
   scale += np.square(columns - centre).sum(axis=1).max()
-  assert (upper - lower).max() <= 4 * 310 * np.finfo(np.float64).eps * scale
+  bounds = list(distances._bounds(rows, columns, centre))
+  assert [lower.dtype for lower, _ in bounds] == [np.float32, np.float64]
+  for lower, upper in bounds:
+    assert (lower <= exact).all() and (exact <= upper).all()
+    # 1.5e-4 and 3e-13 of the squared norms after centring: worth the name.
+    eps = np.finfo(lower.dtype).eps
+    assert (upper - lower).max() <= 4 * 310 * eps * scale
 
 
-def test_bounds_allow_for_underflow():
-  rows, columns = 1e-161 * points(0, 40, 6), 1e-161 * points(1, 40, 6)
-  lower, upper = distances._bounds(rows, columns, rows.mean(axis=0))
+@pytest.mark.parametrize("size", [1e-161, 1e-22, 1e-10, 1e17, 1e30, 1e130])
+def test_bounds_allow_for_small_and_large_numbers(size):
+  rows, columns = size * points(0, 40, 6), size * points(1, 40, 6)
   squared = distance.cdist(rows, columns, "sqeuclidean")
-  assert squared.any() and (squared < np.finfo(np.float64).tiny).all()
-  assert (lower <= squared).all() and (squared <= upper).all()
+  bounds = list(distances._bounds(rows, columns, rows.mean(axis=0)))
+  assert squared.any() and len(bounds) == (2 if 1e-20 < size < 1e20 else 1)
+  for lower, upper in bounds:
+    assert (lower <= squared).all() and (squared <= upper).all()
+    assert np.isfinite(lower).all() and np.isfinite(upper).all()
 
 
 @BLOCKS
@@ -98,16 +104,19 @@ def test_radii_oracle(block):
 
 
 @BLOCKS
-@pytest.mark.parametrize("closed", [True, False])
-def test_balls_with_points_on_their_surface(closed, block):
+def test_balls_with_points_on_their_surface(block):
   centres, inner = lattice(9, 40), lattice(10, 60)
   radii = np.arange(40) % 5 + np.where(np.arange(40) % 2, 0.5, 0.0)
-  counts = distances.ball_counts(centres, radii, inner, closed=closed)
   squared = distance.cdist(centres, inner, "sqeuclidean")
-  expected = squared <= radii[:, None] if closed else squared < radii[:, None]
   assert (squared == radii[:, None]).sum() > 100
-  assert np.array_equal(counts[0], expected.sum(axis=1))
-  assert np.array_equal(counts[1], expected.sum(axis=0))
+  counts = distances.ball_counts(centres, radii, inner)
+  assert np.array_equal(counts, (squared < radii[:, None]).sum(axis=1))
+  small, large = radii / 3, np.where(np.arange(60) % 20, -1.0, 2.0)
+  of_centres, of_inner = distances.covered(centres, small, inner, large)
+  assert (squared == small[:, None]).any() and (squared == large).any()
+  assert np.array_equal(of_inner, (squared <= small[:, None]).any(axis=0))
+  assert np.array_equal(of_centres, (squared <= large).any(axis=1))
+  assert 0 < of_inner.sum() < 60 and 0 < of_centres.sum() < 40
 
 
 @pytest.mark.parametrize("block", [2**13], indirect=True)
@@ -116,9 +125,9 @@ def test_few_pairs_are_summed(summed, block):
   squared, _, _ = distances.nearest(rows, [columns], 3)
   assert sum(summed) < 25 * len(rows)
   summed.clear()
-  distances.ball_counts(rows, squared[:, -1], columns, closed=True)
-  # Those that lie on the surfaces, which the search found.
-  assert sum(summed) == len(rows)
+  distances.covered(rows, squared[:, -1], columns, np.zeros(len(columns)))
+  # Those that lie on the surfaces, which the search found, and few more.
+  assert len(rows) <= sum(summed) < 2 * len(rows)
   summed.clear()
   collapsed = np.repeat(points(13, 1, 64), 400, axis=0)
   assert not distances.neighbour_radii(collapsed, 3).any()
@@ -135,7 +144,7 @@ def test_memory_is_bounded_by_blocks(cluster, block):
   assert distances.block_side(64) == 128 and distances.block_side(2**20) == 1
   tracemalloc.start()
   radii = distances.neighbour_radii(rows, 3)
-  distances.ball_counts(rows, radii, rows, closed=True)
+  distances.covered(rows, radii, rows, radii)
   peak = tracemalloc.get_traced_memory()[1]
   tracemalloc.stop()
   # All distances are 22 blocks.
