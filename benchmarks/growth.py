@@ -17,6 +17,7 @@ import math
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 if not __package__:
   # Python looks for a script's imports in the script's folder.
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
 
-def table(rows: Sequence[dict]) -> str:
+def table(rows: Sequence[dict[str, Any]]) -> str:
   """Markdown: a line for each quantity."""
   lines = [
     "| | sizes | ms | slope | memory, MB | slope | it must | |",

@@ -77,6 +77,15 @@ def test_rows_to_compare_peers_with(tmp_path):
 
 
 @pytest.mark.slow
+def test_growth_doubles_what_it_says(tmp_path):
+  flags = ("--doublings=1", "--quantities=devices")
+  (row,) = _run("growth.py", tmp_path, *flags).values()
+  assert row["sizes"] == [1, 2] and min(row["seconds"]) > 0
+  # Two devices share the batch, and each has all parameters.
+  assert 0.5 < row["memory"][1] / row["memory"][0] < 1
+
+
+@pytest.mark.slow
 def test_extra_negatives_are_as_good_as_samples_with_a_gradient():
   """And as many positives leave no bias of the field 'kl'."""
   few, extra, more, fewer_positives = (
