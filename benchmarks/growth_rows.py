@@ -32,7 +32,7 @@ class Quantity:
 
 
 QUANTITIES = {
-  "labels": Quantity(8, ("batch.labels",), "1"),
+  "labels": Quantity(4, ("batch.labels",), "1"),
   "generated": Quantity(32, ("batch.generated",), "1; losses 2"),
   "positives": Quantity(64, ("batch.positives",), "1 of the encoder, losses"),
   "temperatures": Quantity(3, ("drift.temperatures",), "1 of the losses"),
@@ -58,7 +58,7 @@ def base(tiny: bool) -> dict[str, Any]:
   if tiny:
     values["model"].update(hidden_size=32, cond_dim=32, depth=1)
     values["features"].update(patch_mean_size=(), patch_std_size=())
-    values["batch"].update(labels=2, generated=8)
+    values["batch"].update(labels=2, generated=16, positives=32)
     values["encoders"]["mae"]["model"]["base_channels"] = 16
   return values
 
@@ -80,7 +80,7 @@ def rows(
     quantity = QUANTITIES[name]
     start = quantity.start
     if tiny and name in ("labels", "generated", "positives", "channels"):
-      start //= 4
+      start //= 2
     sizes = [start << n for n in range(doublings + 1)]
     values: list[tuple[float, float, str]] = []
     for size in sizes:

@@ -49,7 +49,7 @@ def get_config(variant: str = "") -> ConfigDict:
   if task == "cpu":
     _cpu_generator(config)
   if task == "cpu_judge":
-    common.classifier(config, 1_600)
+    common.classifier(config, 4_000)
     config.data.update(num_threads=2, crop_scale=(0.5, 1.0))
     config.model.input_patch_size = 2
   if task == "encoder":
@@ -143,7 +143,7 @@ def _cpu_generator(config: ConfigDict) -> None:
   common.cpu_generator(config)
   config.model.patch_size = 4
   config.features.shift = 2  # the encoder folds patches of 4 pixels
-  config.batch.update(labels=8, generated=32, positives=64)
+  config.batch.update(labels=4, generated=32, positives=64)
   config.ema.decays = (0.99, 0.995)
   config.train.update(num_steps=3_000, log_every=50)
   config.eval.update(

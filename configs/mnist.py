@@ -61,6 +61,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.encoders.mae.path = "runs/mnist_encoder/encoder"
   if SMALL.get(size) == "cpu":
     config.model.patch_size = 8
+    config.batch.labels = 8
   if size == "fd_tune":
     config.init_from = "exports/mnist"
     config.eval.classifier.path = "runs/mnist_judge/encoder"
@@ -68,6 +69,8 @@ def get_config(variant: str = "") -> ConfigDict:
     _cpu_fd_tune(config)
   elif size == "style":
     common.by_style(config, "runs/mnist_style.npz")
+  elif size == "cpu_encoder":
+    common.for_generator(config, get_config("cpu"))
   elif size == "cpu_judge":
     common.classifier(config, 900)
   return config

@@ -575,6 +575,7 @@ def test_a_key_that_is_younger_than_a_run_has_its_default():
   [
     (cifar10, "encoder", "generator"),
     (cifar10, "encoder,smoke", "generator,smoke"),
+    (cifar10, "cpu_encoder", "cpu"),
     (mnist, "cpu_encoder", "cpu"),
     (mnist, "encoder", "generator"),
     (images, "cpu,encoder,smoke", "cpu,smoke"),

@@ -11,7 +11,7 @@ from drift_jax.tasks import parse
 VARIANTS = {
   "cifar10": [
     *("", "encoder", "smoke", "encoder,smoke", "cpu_judge"),
-    *("fd_tune", "fd_tune,smoke"),
+    *("fd_tune", "fd_tune,smoke", "cpu", "cpu_encoder"),
   ],
   "images": [
     *("", "64", "128", "256", "cpu", "256,smoke", "smoke"),
@@ -35,7 +35,7 @@ VARIANTS = {
   "mae_pixel": ["", "640", "smoke", "folder,smoke"],
   "mnist": [
     *("", "encoder", "smoke", "encoder,smoke", "cpu_judge"),
-    *("fd_tune", "fd_tune,smoke", "cpu_fd_tune"),
+    *("fd_tune", "fd_tune,smoke", "cpu_fd_tune", "cpu", "cpu_encoder"),
   ],
 }
 
