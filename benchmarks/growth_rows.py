@@ -59,7 +59,7 @@ def base(tiny: bool) -> dict[str, Any]:
     values["model"].update(hidden_size=32, cond_dim=32, depth=1)
     values["features"].update(patch_mean_size=(), patch_std_size=())
     values["batch"].update(labels=2, generated=16, positives=32)
-    values["encoders"]["mae"]["model"]["base_channels"] = 16
+    values["encoders"]["mae"]["model"]["base_channels"] = 32
   return values
 
 
