@@ -37,6 +37,12 @@ def loss(x: jax.Array, pos: jax.Array, neg: jax.Array) -> jax.Array:
   return losses.mean()
 
 
+def plain_loss(x: jax.Array, pos: jax.Array, neg: jax.Array) -> jax.Array:
+  """The same as the paper's text has it: unstable softmaxes, whole products."""
+  weight = jnp.ones(neg.shape[:2])
+  return drift.paper_loss(x, pos, neg, weight, TEMPERATURES).mean()
+
+
 def generator(tiny: bool) -> tuple[Callable[..., jax.Array], Any]:
   """(samples [n, 32, 32, 4] of parameters and labels, parameters) of B/2."""
   mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
@@ -87,12 +93,24 @@ def rows(report: timing.Report, tiny: bool) -> None:
   """All of the table."""
 
   def add(
-    section: str, name: str, unit: str, function: Any, *inputs: Any
+    section: str,
+    name: str,
+    unit: str,
+    function: Any,
+    *inputs: Any,
+    plain: Any = None,
   ) -> None:
-    compiled = Compiled(jax.jit(function), inputs)
-    case = timing.Case(lambda: jax.block_until_ready(compiled.run(*inputs)))
-    note = f"{compiled.memory / 1e6:.0f} MB"
-    report.compare(section, unit, 1, None, {name: case}, notes={name: note})
+    def case(function: Any) -> tuple[timing.Case, str]:
+      compiled = Compiled(jax.jit(function), inputs)
+      run = timing.Case(lambda: jax.block_until_ready(compiled.run(*inputs)))
+      return run, f"{compiled.memory / 1e6:.0f} MB"
+
+    ours, note = case(function)
+    beside = None
+    if plain is not None:
+      beside, memory = case(plain)
+      note += f"; plain {memory}"
+    report.compare(section, unit, 1, beside, {name: ours}, notes={name: note})
 
   for problems, channels in ((2, 8),) if tiny else LOSSES:
     arrays = [
@@ -101,7 +119,8 @@ def rows(report: timing.Report, tiny: bool) -> None:
     ]
     name = f"{problems} problems of {channels} channels"
     section = "drifting loss and gradient"
-    add(section, name, "ms", jax.value_and_grad(loss), *arrays)
+    gradient, plain = map(jax.value_and_grad, (loss, plain_loss))
+    add(section, name, "ms", gradient, *arrays, plain=plain)
   samples, params = generator(tiny)
   labels = jnp.arange(1 if tiny else 8)
   section = f"generator B/2, {len(labels)} samples"

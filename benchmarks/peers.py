@@ -3,7 +3,8 @@
   python benchmarks/peers.py [--json=FILE] [--seconds=5] [--tiny]
 
 runs from the repository's root and prints a Markdown table. Weights and inputs
-are random. Memory is what the compiler plans beside arguments.
+are random. Memory is what the compiler plans beside arguments. "Plain" is
+drift.paper_loss, the paper's loss as its text has it.
 """
 
 import argparse
