@@ -34,6 +34,8 @@ from drift_jax.training import checksums
 
 # The parts of a checkpoint.
 _ITEMS = ("state", "feed")
+# Arrays are written in pieces of so many bytes: each is copied to be encoded.
+_CHUNK_BYTES = 2**25
 # A folder that an unfinished save writes to, on a disk.
 _UNFINISHED = re.compile(rf"\d+{re.escape(ocp.utils.TMP_DIR_SUFFIX)}.*")
 # In the metadata of a checkpoint that was saved before its evaluation.
@@ -116,6 +118,11 @@ def _read_json(path: epath.Path) -> dict[str, Any] | None:
   except ValueError:
     logger.warning("%s is damaged and left out.", path)
     return None
+
+
+def _in_chunks(tree: Any) -> ocp.args.StandardSave:
+  chunks = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
+  return ocp.args.StandardSave(tree, jax.tree.map(lambda _: chunks, tree))
 
 
 class Checkpointer:
@@ -268,9 +275,7 @@ class Checkpointer:
     with self._writing():
       saving = not self._read_only and self._manager.save(
         step,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardSave(state), feed=ocp.args.StandardSave(feed)
-        ),
+        args=ocp.args.Composite(state=_in_chunks(state), feed=_in_chunks(feed)),
         custom_metadata=_DUE if evaluation_due else None,
       )
     if not saving:

@@ -7,6 +7,7 @@ import math
 import pathlib
 import resource
 import shutil
+import sys
 import threading
 import zlib
 
@@ -20,6 +21,7 @@ from etils import epath
 from drift_jax.data import bank as bank_lib
 from drift_jax.system import sharding, storage
 from drift_jax.training import checkpoint, checksums
+from tests import process
 from tests.process import wait_for
 
 
@@ -154,6 +156,35 @@ def test_saving_does_not_see_later_changes(tmp_path, mesh):
       state = bump(state)
     saver.wait()
     assert_restores(saver, mesh, 1.0)
+
+
+# Saves 256 MB and prints the most memory that this took, in units of them.
+SAVES = """
+import pathlib, sys
+import jax.numpy as jnp
+import numpy as np
+from benchmarks import timing
+from drift_jax.training.checkpoint import Checkpointer
+
+saver = Checkpointer(sys.argv[1], keep_latest=2)
+saver.save(1, {"w": np.ones(2)}, {"queue": np.ones(2)})
+saver.wait()
+queue = jnp.ones((1, 64, 64, 256, 256), jnp.uint8).block_until_ready()
+before = timing.resident()
+pathlib.Path("/proc/self/clear_refs").write_text("5")
+saver.save(2, {"w": np.ones(2)}, {"queue": queue})
+saver.wait()
+print((timing.highest() - before) / queue.nbytes)
+saver.close()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.system
+def test_a_large_array_is_saved_in_pieces(tmp_path):
+  done = process.call("-c", SAVES, str(tmp_path))
+  assert done.returncode == 0, done.stderr
+  assert float(done.stdout.split()[-1]) < 0.5
 
 
 def largest_file(directory: pathlib.Path) -> pathlib.Path:
