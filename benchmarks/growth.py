@@ -24,6 +24,7 @@ if not __package__:
   sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
 
 from benchmarks import timing
+from drift_jax import config as config_lib
 from drift_jax.tools import compile_check
 
 # Largest number of devices that is simulated.
@@ -46,7 +47,10 @@ def main(argv: Sequence[str] | None = None) -> None:
   flags = parser.parse_args(argv)
   if flags.doublings < 1:
     parser.error(f"--doublings={flags.doublings}: want 1 or more")
-  compile_check.check_topology(flags.topology)
+  try:
+    compile_check.check_topology(flags.topology)
+  except config_lib.ConfigError as error:
+    parser.error(str(error))
   if flags.topology:
     compile_check.prepare_compilers()
   else:
@@ -60,9 +64,12 @@ def main(argv: Sequence[str] | None = None) -> None:
   if unknown := sorted(set(chosen) - set(names)):
     parser.error(f"--quantities: {unknown} are none of {', '.join(names)}")
   facts = timing.machine()
-  rows = growth_rows.rows(
-    chosen, flags.doublings, flags.topology, flags.seconds, flags.tiny
-  )
+  try:
+    rows = growth_rows.rows(
+      chosen, flags.doublings, flags.topology, flags.seconds, flags.tiny
+    )
+  except config_lib.ConfigError as error:
+    parser.error(str(error))
   print(timing.in_words(facts), table(rows), sep="\n\n")
   if flags.json:
     flags.json.write_text(

@@ -1,13 +1,12 @@
 """Rows of benchmarks/growth.py: one step for each size of each quantity."""
 
 import dataclasses
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from benchmarks import configs, step_rows
+from benchmarks import configs, step_rows, timing
 from drift_jax import config as config_lib
 from drift_jax import tasks
 from drift_jax.system import sharding
@@ -72,6 +71,11 @@ def rows(
 ) -> list[dict[str, Any]]:
   """Sizes, seconds and bytes of one device for each quantity."""
   devices = compile_check.find_devices(topology)
+  if "devices" in names and 2**doublings > len(devices):
+    raise config_lib.ConfigError(
+      f"--doublings={doublings}: {2**doublings} devices are wanted, there are "
+      f"{len(devices)}; leave 'devices' out of --quantities, or double less"
+    )
   measure = _compiled if topology else _timed
   # All quantities start from the same step.
   known: dict[tuple[str, int], tuple[float, float, str]] = {}
@@ -86,11 +90,6 @@ def rows(
     for size in sizes:
       config = _config(name, size, tiny)
       count = size if name == "devices" else 1
-      if count > len(devices):
-        raise ValueError(
-          f"--doublings={doublings}: wants {sizes[-1]} devices, there are "
-          f"{len(devices)}"
-        )
       key = config_lib.to_json(config), count
       if key not in known:
         mesh = sharding.make_mesh(count, 1, devices[:count])
@@ -114,12 +113,8 @@ def rows(
 def _config(name: str, size: int, tiny: bool) -> Any:
   """The step's config with the quantity at its size."""
   values = base(tiny)
-  for key in QUANTITIES[name].keys:
-    *sections, last = key.split(".")
-    section = values
-    for part in sections:
-      section = section[part]
-    section[last] = size
+  keys = QUANTITIES[name].keys
+  configs.change(values, [f"{key}={size}" for key in keys])
   if name == "temperatures":
     values["drift"]["temperatures"] = _temperatures(size)
   return tasks.parse(values)
@@ -135,14 +130,9 @@ def _timed(config: Any, mesh: Any, seconds: float) -> tuple[float, float, str]:
   inputs = step_rows.random_inputs(config, program)
   compiled = step_rows.Compiled(program.jitted, tuple(inputs))
   run = step_rows.Chain(compiled.run, inputs[0], inputs[1:])
-  run()
-  times: list[float] = []
-  stop = time.monotonic() + seconds
-  while len(times) < 5 or time.monotonic() < stop:
-    start = time.perf_counter()
-    run()
-    times.append(time.perf_counter() - start)
-  return float(np.median(times)), compiled.arguments + compiled.memory, ""
+  report = timing.Report(seconds)
+  report.compare("", "s", 1, None, {"step": timing.Case(run)})
+  return report.rows[-1].value, compiled.arguments + compiled.memory, ""
 
 
 def _compiled(

@@ -34,7 +34,7 @@ from drift_jax.training import checksums
 
 # The parts of a checkpoint.
 _ITEMS = ("state", "feed")
-# Arrays are written in pieces of so many bytes: each is copied to be encoded.
+# Bytes of a piece of an array. A piece is copied before it is written.
 _CHUNK_BYTES = 2**25
 # A folder that an unfinished save writes to, on a disk.
 _UNFINISHED = re.compile(rf"\d+{re.escape(ocp.utils.TMP_DIR_SUFFIX)}.*")
