@@ -182,6 +182,7 @@ class Optim(Section):
   weight_decay: Annotated[float, AtLeast(0)]
   grad_clip: float
   muon_learning_rate: Annotated[float, AtLeast(0)] = 0.0  # earlier runs: none
+  muon_kernels: Literal["blocks", "all"] = "blocks"  # earlier runs: these
 
 
 class Ema(Section):

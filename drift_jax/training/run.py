@@ -253,7 +253,7 @@ def make_optimizer(
     warmup_steps=config.warmup_steps,
     total_steps=num_steps,
   )
-  names = ("b1", "b2", "eps", "weight_decay", "grad_clip")
+  names = ("b1", "b2", "eps", "weight_decay", "grad_clip", "muon_kernels")
   settings = {name: getattr(config, name) for name in names}
   muon_rate = config.muon_learning_rate / config.learning_rate
   return (

@@ -1,6 +1,7 @@
 """The training state, made in its shards by one jit, and the optimiser."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -133,6 +134,7 @@ def make_optimizer(
   weight_decay: float,
   grad_clip: float,
   muon_rate: float = 0.0,
+  muon_kernels: str = "blocks",
 ) -> optax.GradientTransformation:
   """Clip by the global norm, then AdamW with decoupled weight decay.
 
@@ -141,8 +143,8 @@ def make_optimizer(
     b1, b2, eps, weight_decay: of AdamW.
     grad_clip: largest global norm of a gradient.
     muon_rate: Muon's learning rate over AdamW's; if above 0 Muon
-      (kellerjordan.github.io/posts/muon) moves the kernels of blocks, and AdamW
-      the rest.
+      (kellerjordan.github.io/posts/muon) moves kernels, and AdamW the rest.
+    muon_kernels: whose, those of 'blocks' or of 'all' layers.
   """
   rule = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
   if muon_rate:
@@ -151,17 +153,19 @@ def make_optimizer(
       weight_decay=weight_decay,
       muon_weight_dimension_numbers=_muon_axes,
     )
-    rule = optax.partition({True: muon, False: rule}, _are_kernels_of_blocks)
+    chosen = functools.partial(_are_kernels, of=muon_kernels)
+    rule = optax.partition({True: muon, False: rule}, chosen)
   optimizer = optax.chain(optax.clip_by_global_norm(grad_clip), rule)
   return with_standard_promotion(optimizer)
 
 
-def _are_kernels_of_blocks(params: Params) -> Any:
-  """Whether each parameter is a kernel of a block: {..: True or False}."""
+def _are_kernels(params: Params, of: str) -> Any:
+  """Whether each parameter is a kernel, of a block or of any: {..: bool}."""
 
   def is_one(path: Any, _: Any) -> bool:
     *names, last = _names(path)
-    return last == "kernel" and any("block" in name for name in names)
+    inside = of == "all" or any("block" in name for name in names)
+    return last == "kernel" and inside
 
   return jax.tree_util.tree_map_with_path(is_one, params)
 

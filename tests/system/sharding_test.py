@@ -100,7 +100,8 @@ def test_clip_then_adamw():
   assert_close(updates["w"], [-0.1 * (1 + 1), -0.1 * (-1 - 2)], 1e-5)
 
 
-def test_muon_turns_the_kernels_of_blocks_and_adamw_moves_the_rest():
+@pytest.mark.parametrize("chosen", ["blocks", "all"])
+def test_muon_turns_kernels_and_adamw_moves_the_rest(chosen):
   """A first step of singular values near the rate; others by their sign."""
   rng = np.random.RandomState(0)
   params = {
@@ -113,15 +114,26 @@ def test_muon_turns_the_kernels_of_blocks_and_adamw_moves_the_rest():
   params = jax.tree.map(jax.numpy.float32, params)
   settings = {"b1": 0.9, "b2": 0.95, "eps": 1e-8, "grad_clip": 1.0}
   optimizer = state_lib.make_optimizer(
-    optax.constant_schedule(0.1), **settings, weight_decay=0.0, muon_rate=2.0
+    optax.constant_schedule(0.1),
+    **settings,
+    weight_decay=0.0,
+    muon_rate=2.0,
+    muon_kernels=chosen,
   )
   gradients = jax.tree.map(lambda x: x + np.sign(x), params)
   updates, _ = optimizer.update(gradients, optimizer.init(params), params)
   stacked = updates["blocks"]["mlp"]["kernel"]
   conv = updates["stage1_block1"]["conv1"]["kernel"].reshape(36, 6)
+  head, bias = updates["head"]["kernel"], updates["blocks"]["mlp"]["bias"]
   # By sqrt(max(1, outputs / inputs)), which is 2 and 1.
-  for matrix, rate in [*((layer, 0.4) for layer in stacked), (conv, 0.2)]:
+  turned = [*((layer, 0.4) for layer in stacked), (conv, 0.2)]
+  moved = [bias]
+  if chosen == "all":
+    turned.append((head, 0.4))
+  else:
+    moved.append(head)
+  for matrix, rate in turned:
     values = np.linalg.svd(matrix, compute_uv=False) / rate
     assert 0.6 < values.min() and values.max() < 1.3
-  for update in (updates["head"]["kernel"], updates["blocks"]["mlp"]["bias"]):
+  for update in moved:
     np.testing.assert_allclose(abs(update), 0.1, rtol=1e-5)

@@ -464,8 +464,11 @@ def test_every_mesh_trains_the_same(one_device, shape, fsdp):
 
 
 @pytest.mark.slow
-def test_every_mesh_trains_the_same_by_muon():
-  optim = dataclasses.replace(OPTIM, muon_learning_rate=0.02)
+@pytest.mark.parametrize("kernels", ["blocks", "all"])
+def test_every_mesh_trains_the_same_by_muon(kernels):
+  optim = dataclasses.replace(
+    OPTIM, muon_learning_rate=0.02, muon_kernels=kernels
+  )
   task = toy_task(depth=3)
   one, many = (
     run_toy(mesh, task, 5, optim=optim)
