@@ -1,4 +1,4 @@
-"""Rows of benchmarks/fields.py: a field's loss and gradient."""
+"""Rows of benchmarks/fields.py: a field's loss and gradient, and its step."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import timing
-from drift_jax import drift
+from benchmarks import configs, growth_rows, timing
+from drift_jax import drift, tasks
+from drift_jax.system import sharding
 
 # (name, labels x locations, channels, generated, positives, unconditional)
 SHAPES = (
@@ -33,6 +34,27 @@ VARIANTS = {
   "softmax, adaptive temperature": drift.Variant(neighbours=4.0),
   "softmax, learned temperature": drift.Variant(learned=True),
   "softmax, diagnostics": drift.Variant(diagnostics=True),
+}
+# The settings of its ablation: docs/fields.md.
+WFLOW = [
+  "drift.field=sinkhorn",
+  "drift.options.sinkhorn.cost=quadratic",
+  "drift.options.sinkhorn.iterations=10",
+  "drift.temperatures=[0.05]",
+  "drift.negatives=independent",
+  "drift.guidance=velocity",
+  "drift.own_in_scale=true",
+  "drift.reduction=mean",
+]
+STEPS = {
+  **{
+    name: [f"drift.field={name}"] for name in ("mmd", "kl", "gaussian", "sharp")
+  },
+  "W-Flow": WFLOW,
+  "W-Flow, three temperatures": [
+    *WFLOW,
+    "drift.temperatures=[0.05, 0.1, 0.2]",
+  ],
 }
 
 
@@ -73,3 +95,20 @@ def rows(report: timing.Report, shapes: Sequence[Any]) -> None:
     plain = case(drift.PAPER, *sizes)
     cases = {key: case(v, *sizes) for key, v in VARIANTS.items()}
     report.compare(name, "ms", 1, plain, cases)
+
+
+def step_rows(report: timing.Report, tiny: bool) -> None:
+  """A whole step of each field, with growth.py's sizes."""
+  mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+  found = {}
+  for name, changes in {"softmax": [], **STEPS}.items():
+    values = growth_rows.base(tiny)
+    configs.change(values, changes)
+    found[name] = growth_rows.timed_step(tasks.parse(values), mesh)
+  plain, memory = found.pop("softmax")
+  section = f"step of cifar10.py:cpu, softmax: {memory / 1e6:.0f} MB"
+  report.compare(
+    *(section, "ms", 1, plain),
+    {name: case for name, (case, _) in found.items()},
+    notes={name: f"{size / 1e6:.0f} MB" for name, (_, size) in found.items()},
+  )

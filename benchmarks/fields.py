@@ -1,4 +1,4 @@
-"""What each drifting field costs: loss and gradient of one feature key.
+"""What each drifting field costs: loss and gradient of a feature key, and steps.
 
   python benchmarks/fields.py [--tiny] [--seconds=S] [--json=FILE]
 
@@ -6,8 +6,8 @@ Each row is the jitted loss with its gradient, three temperatures, on random
 features; "plain" is the default field on the same features, in turns with it,
 so that "times" above 1 is cheaper than the default. Shapes: one of the digits
 generator (raw pixels), and one layer of a latent encoder on one label. The
-second batch of sinkhorn, two batches, is given: what its generator costs is in
-benchmarks/step.py's forward pass.
+second batch of sinkhorn, two batches, is given there. The last rows are whole
+steps of cifar10.py:cpu in an encoder's features, the second batch made.
 """
 
 import argparse
@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   report = timing.Report(0.01 if flags.tiny else flags.seconds)
   facts = timing.machine()
   field_rows.rows(report, field_rows.TINY if flags.tiny else field_rows.SHAPES)
+  field_rows.step_rows(report, flags.tiny)
   print(timing.in_words(facts), report.table(), sep="\n\n")
   if flags.json:
     flags.json.write_text(report.json(facts))

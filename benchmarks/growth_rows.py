@@ -126,13 +126,19 @@ def _temperatures(count: int) -> tuple[float, ...]:
 
 def _timed(config: Any, mesh: Any, seconds: float) -> tuple[float, float, str]:
   """Median time here, and what the compiler plans."""
+  case, memory = timed_step(config, mesh)
+  report = timing.Report(seconds)
+  report.compare("", "s", 1, None, {"step": case})
+  return report.rows[-1].value, memory, ""
+
+
+def timed_step(config: Any, mesh: Any) -> tuple[timing.Case, int]:
+  """A training step of random inputs, and the bytes that it needs."""
   program = tasks.programs(config, mesh)[0]
   inputs = step_rows.random_inputs(config, program)
   compiled = step_rows.Compiled(program.jitted, tuple(inputs))
   run = step_rows.Chain(compiled.run, inputs[0], inputs[1:])
-  report = timing.Report(seconds)
-  report.compare("", "s", 1, None, {"step": timing.Case(run)})
-  return report.rows[-1].value, compiled.arguments + compiled.memory, ""
+  return timing.Case(run), compiled.arguments + compiled.memory
 
 
 def _compiled(

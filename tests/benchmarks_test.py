@@ -78,6 +78,17 @@ def test_rows_to_compare_peers_with(tmp_path):
 
 
 @pytest.mark.slow
+def test_every_field_has_a_loss_and_a_step(tmp_path):
+  rows = _run("fields.py", tmp_path)
+  assert all(row["times"] > 0 for row in rows.values())
+  names = [name for _, name in rows]
+  assert {"mmd", "kl", "gaussian", "sharp"} <= {
+    name for name in names if names.count(name) == 2
+  }
+  assert "W-Flow" in names
+
+
+@pytest.mark.slow
 def test_growth_doubles_what_it_says(tmp_path):
   flags = ("--doublings=1", "--quantities=devices")
   (row,) = _run("growth.py", tmp_path, *flags).values()
