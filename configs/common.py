@@ -64,9 +64,10 @@ def _shared(task: str) -> ConfigDict:
   config.optim.eps = 1e-8
   config.optim.weight_decay = 0.01
   config.optim.grad_clip = 2.0  # global norm
-  # Peak for the kernels that Muon moves; 0: AdamW moves all.
+  # Peak for the kernels that Muon moves, of blocks or of all layers; 0: AdamW
+  # moves all.
   config.optim.muon_learning_rate = 0.0
-  config.optim.muon_kernels = "all"  # or those of 'blocks'
+  config.optim.muon_kernels = "blocks"  # or 'all'
 
   config.ema = ConfigDict()
   config.ema.decays = (0.999,)  # one average for each

@@ -62,6 +62,7 @@ def get_config(variant: str = "") -> ConfigDict:
   if SMALL.get(size) == "cpu":
     config.model.patch_size = 8
     config.batch.labels = 8
+    config.optim.muon_kernels = "all"  # not of photographs: docs/recipes.md
   if size == "fd_tune":
     config.init_from = "exports/mnist"
     config.eval.classifier.path = "runs/mnist_judge/encoder"
