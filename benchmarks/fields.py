@@ -1,4 +1,4 @@
-"""What each drifting field costs: loss and gradient of a feature key, and steps.
+"""What drifting fields cost: loss and gradient of a feature key, and steps.
 
   python benchmarks/fields.py [--tiny] [--seconds=S] [--json=FILE]
 
