@@ -6,7 +6,9 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
+from drift_jax import config as config_lib
 from drift_jax.system import sharding
+from drift_jax.training import run as run_lib
 from drift_jax.training import state as state_lib
 from tests.conftest import assert_close
 
@@ -113,13 +115,16 @@ def test_muon_turns_kernels_and_adamw_moves_the_rest(chosen):
   }
   params = jax.tree.map(jax.numpy.float32, params)
   settings = {"b1": 0.9, "b2": 0.95, "eps": 1e-8, "grad_clip": 1.0}
-  optimizer = state_lib.make_optimizer(
-    optax.constant_schedule(0.1),
+  optim = config_lib.Optim(
     **settings,
+    schedule="constant",
+    learning_rate=0.1,
+    warmup_steps=0,
     weight_decay=0.0,
-    muon_rate=2.0,
+    muon_learning_rate=0.2,
     muon_kernels=chosen,
   )
+  optimizer, _ = run_lib.make_optimizer(optim, num_steps=1)
   gradients = jax.tree.map(lambda x: x + np.sign(x), params)
   updates, _ = optimizer.update(gradients, optimizer.init(params), params)
   stacked = updates["blocks"]["mlp"]["kernel"]
