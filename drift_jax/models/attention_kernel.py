@@ -33,6 +33,22 @@ _MOST_TOGETHER = 4
 _VMEM_LIMIT = 64 * 2**20
 
 
+class Options(NamedTuple):
+  """How attention is computed.
+
+  Attributes:
+    heads: number of heads.
+    dtype: of the products' operands.
+    epsilon: of the norms.
+    interpret: without a TPU.
+  """
+
+  heads: int
+  dtype: jnp.dtype
+  epsilon: float
+  interpret: bool = False
+
+
 def _rotate(x: Any, cos: Any, sin: Any) -> Any:
   """Rotates the channel pairs (i, i + D/2); with -sin, back again."""
   half = x.shape[-1] // 2
@@ -40,12 +56,12 @@ def _rotate(x: Any, cos: Any, sin: Any) -> Any:
   return x * cos + turned * sin
 
 
-def _inverse_rms(x: Any, epsilon: float) -> Any:
+def inverse_rms(x: Any, epsilon: float) -> Any:
   mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
   return jax.lax.rsqrt(mean_square + epsilon)
 
 
-def _dot(a: Any, b: Any, contract: tuple[int, int]) -> Any:
+def dot(a: Any, b: Any, contract: tuple[int, int]) -> Any:
   """Sums over axis contract[0] of a and contract[1] of b, in float32."""
   return jax.lax.dot_general(
     a,
@@ -76,11 +92,16 @@ def _over_heads(heads: int, head_dim: int, body: Any) -> None:
 
 
 def _part(
-  ref: Any, start: Any, heads: int, head_dim: int, bias_ref: Any = None
+  ref: Any,
+  sample: Any,
+  start: Any,
+  heads: int,
+  head_dim: int,
+  bias_ref: Any = None,
 ) -> list[Any]:
   """Reads the [T, D] matrices of a group of heads, with their bias."""
   at = pl.ds(start, heads * head_dim)
-  block = ref[0, :, at]
+  block = ref[sample, :, at]
   if bias_ref is not None:
     block = (block.astype(jnp.float32) + bias_ref[:, at]).astype(block.dtype)
   return [block[:, i * head_dim : (i + 1) * head_dim] for i in range(heads)]
@@ -89,22 +110,46 @@ def _part(
 def _forward_kernel(
   qkv_ref, bias_ref, scales_ref, cos_ref, sin_ref, out_ref, *, options
 ):
+  tables = cos_ref[...], sin_ref[...]
+  attend(qkv_ref, 0, scales_ref[...], tables, out_ref, options, bias_ref)
+
+
+def attend(
+  qkv_ref: Any,
+  sample: Any,
+  scales: Any,
+  tables: tuple[Any, Any],
+  out_ref: Any,
+  options: Options,
+  bias_ref: Any = None,
+) -> None:
+  """Writes a sample's attention: heads of qkv_ref[sample] to out_ref[sample].
+
+  Args:
+    qkv_ref: [_, T, 3 C].
+    sample: index into its first axis, and out_ref's.
+    scales: [2, D].
+    tables: see fused_attention.
+    out_ref: [_, T, C].
+    options: of attention.
+    bias_ref: of qkv [1, 3 C], if it has not been added.
+  """
   heads, dtype, epsilon, _ = options
   width = qkv_ref.shape[-1] // 3
   head_dim = width // heads
-  cos, sin = cos_ref[...], sin_ref[...]
 
   def body(start, count):
     qs, ks, vs = (
-      _part(qkv_ref, i * width + start, count, head_dim, bias_ref)
+      _part(qkv_ref, sample, i * width + start, count, head_dim, bias_ref)
       for i in range(3)
     )
     outs = []
     for q, k, v in zip(qs, ks, vs, strict=True):
-      weights, *_ = _weights(q, k, scales_ref[...], cos, sin, dtype, epsilon)
-      outs.append(_dot(weights.astype(dtype), v.astype(dtype), (1, 0)))
+      weights, *_ = _weights(q, k, scales, *tables, dtype, epsilon)
+      outs.append(dot(weights.astype(dtype), v.astype(dtype), (1, 0)))
+    at = pl.ds(start, count * head_dim)
     out = jnp.concatenate(outs, axis=-1)
-    out_ref[0, :, pl.ds(start, count * head_dim)] = out.astype(out_ref.dtype)
+    out_ref[sample, :, at] = out.astype(out_ref.dtype)
 
   _over_heads(heads, head_dim, body)
 
@@ -112,18 +157,17 @@ def _forward_kernel(
 def _weights(q, k, scales, cos, sin, dtype, epsilon):
   """(w, q', k', n(q), n(k), 1 / rms(q), 1 / rms(k)), see the module."""
   q, k = q.astype(jnp.float32), k.astype(jnp.float32)
-  rq, rk = _inverse_rms(q, epsilon), _inverse_rms(k, epsilon)
+  rq, rk = inverse_rms(q, epsilon), inverse_rms(k, epsilon)
   nq, nk = q * rq, k * rk
   q = _rotate(nq * scales[0:1], cos, sin).astype(dtype)
   k = _rotate(nk * scales[1:2], cos, sin).astype(dtype)
-  logits = _dot(q, k, (1, 1)) * q.shape[-1] ** -0.5
+  logits = dot(q, k, (1, 1)) * q.shape[-1] ** -0.5
   kernel = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
   weights = kernel / jnp.sum(kernel, axis=-1, keepdims=True)
   return weights, q, k, nq, nk, rq, rk
 
 
 def _backward_kernel(*refs, options):
-  heads, dtype, epsilon, _ = options
   qkv_ref, bias_ref, scales_ref, cos_ref, sin_ref, dout_ref = refs[:6]
   dqkv_ref, dbias_ref, dscales_ref = refs[6:]
 
@@ -133,25 +177,51 @@ def _backward_kernel(*refs, options):
     dbias_ref[...] = jnp.zeros_like(dbias_ref)
     dscales_ref[...] = jnp.zeros_like(dscales_ref)
 
+  attend_gradients(
+    *(qkv_ref, 0, scales_ref[...], (cos_ref[...], sin_ref[...])),
+    *(dout_ref, dqkv_ref, dbias_ref, dscales_ref, options, bias_ref),
+  )
+
+
+def attend_gradients(
+  qkv_ref: Any,
+  sample: Any,
+  scales: Any,
+  tables: tuple[Any, Any],
+  dout_ref: Any,
+  dqkv_ref: Any,
+  dbias_ref: Any,
+  dscales_ref: Any,
+  options: Options,
+  bias_ref: Any = None,
+  out_ref: Any = None,
+) -> None:
+  """Gradients of `attend`: writes that of qkv, adds those of bias and scales.
+
+  Writes attention's result again if there is an out_ref.
+  """
+  heads, dtype, epsilon, _ = options
   width = qkv_ref.shape[-1] // 3
   head_dim = width // heads
-  cos, sin, scales = cos_ref[...], sin_ref[...], scales_ref[...]
+  cos, sin = tables
 
   def body(start, count):
     qs, ks, vs = (
-      _part(qkv_ref, i * width + start, count, head_dim, bias_ref)
+      _part(qkv_ref, sample, i * width + start, count, head_dim, bias_ref)
       for i in range(3)
     )
-    douts = _part(dout_ref, start, count, head_dim)
-    grads = ([], [], [])
+    douts = _part(dout_ref, sample, start, count, head_dim)
+    grads, outs = ([], [], []), []
     for q, k, v, dout in zip(qs, ks, vs, douts, strict=True):
       weights, q, k, nq, nk, rq, rk = _weights(
         q, k, scales, cos, sin, dtype, epsilon
       )
       # 1. dv = w^T dout, and dw = dout v^T
-      dout = dout.astype(dtype)
-      grads[2].append(_dot(weights.astype(dtype), dout, (0, 0)))
-      dweights = _dot(dout, v.astype(dtype), (1, 1))
+      dout, v, narrow = (x.astype(dtype) for x in (dout, v, weights))
+      grads[2].append(dot(narrow, dout, (0, 0)))
+      dweights = dot(dout, v, (1, 1))
+      if out_ref is not None:
+        outs.append(dot(narrow, v, (1, 0)))
       # 2. Softmax: dlogits = w (dw - sum(w dw)), then the 1 / sqrt(D)
       dlogits = weights * dweights
       dlogits -= weights * jnp.sum(dlogits, axis=-1, keepdims=True)
@@ -160,8 +230,8 @@ def _backward_kernel(*refs, options):
       # d x / d n(x) is 1 / rms(x) (d - n(x) mean(d n(x)))
       for part, (d, normal, inverse) in enumerate(
         (
-          (_dot(dlogits, k, (1, 0)), nq, rq),
-          (_dot(dlogits, q, (0, 0)), nk, rk),
+          (dot(dlogits, k, (1, 0)), nq, rq),
+          (dot(dlogits, q, (0, 0)), nk, rk),
         )
       ):
         d = _rotate(d, cos, -sin)
@@ -174,26 +244,14 @@ def _backward_kernel(*refs, options):
     for part, grad in enumerate(grads):
       at = pl.ds(part * width + start, count * head_dim)
       joined = jnp.concatenate(grad, axis=-1)
-      dqkv_ref[0, :, at] = joined.astype(dqkv_ref.dtype)
+      dqkv_ref[sample, :, at] = joined.astype(dqkv_ref.dtype)
       dbias_ref[:, at] += jnp.sum(joined, axis=0, keepdims=True)
+    if out_ref is not None:
+      at = pl.ds(start, count * head_dim)
+      out = jnp.concatenate(outs, axis=-1)
+      out_ref[sample, :, at] = out.astype(out_ref.dtype)
 
   _over_heads(heads, head_dim, body)
-
-
-class Options(NamedTuple):
-  """How attention is computed.
-
-  Attributes:
-    heads: number of heads.
-    dtype: of the products' operands.
-    epsilon: of the norms.
-    interpret: without a TPU.
-  """
-
-  heads: int
-  dtype: jnp.dtype
-  epsilon: float
-  interpret: bool = False
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -89,6 +89,7 @@ class Generator(nn.Module):
     gather: applied by each block to its parameters before it uses them, e.g.
       to gather them from several devices.
     attention_kernel: see layers.Attention.
+    memory_on_chip: see layers.Block.
     unroll: how many blocks are one round of the loop over depth.
   """
 
@@ -112,6 +113,7 @@ class Generator(nn.Module):
   condition_tokens: int
   gather: Callable[[Any], Any] | None = None
   attention_kernel: str = "xla"
+  memory_on_chip: int = 0
   unroll: int = 1
 
   @property
@@ -199,6 +201,7 @@ class Generator(nn.Module):
       dtype=self.dtype,
       attention_dtype=self.attention_dtype,
       kernel=self.attention_kernel,
+      memory_on_chip=self.memory_on_chip,
     )
     self.final = layers.FinalLayer(
       self.patch_size**2 * self.out_channels, self.dtype

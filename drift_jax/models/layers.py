@@ -48,16 +48,22 @@ class Dense(nn.Module):
     product, bias = self.parts(x)
     return (product.astype(jnp.float32) + bias).astype(self.dtype)
 
-  @nn.compact
   def parts(
     self, x: Float[Array, "*B C"]
   ) -> tuple[Float[Array, "*B F"], Float[Array, " F"]]:
     """(x W, b): the bias in float32."""
-    shape = (x.shape[-1], self.features)
+    kernel, bias = self.weights(x.shape[-1])
+    return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype)), bias
+
+  @nn.compact
+  def weights(
+    self, channels: int
+  ) -> tuple[Float[Array, "C F"], Float[Array, " F"]]:
+    """(W, b), float32."""
+    shape = (channels, self.features)
     kernel = self.param("kernel", self.kernel_init, shape)
     bias = self.param("bias", nn.initializers.zeros, (self.features,))
-    product = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
-    return product, jnp.asarray(bias, jnp.float32)
+    return kernel, jnp.asarray(bias, jnp.float32)
 
 
 class RMSNorm(nn.Module):
@@ -67,13 +73,18 @@ class RMSNorm(nn.Module):
   dtype; the caller casts it if it needs less.
   """
 
-  @nn.compact
   def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
-    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+    scale = self.weights(x.shape[-1])
     x = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
     x = x * jax.lax.rsqrt(mean_square + NORM_EPSILON)
-    return x * scale.astype(jnp.float32)
+    return x * scale
+
+  @nn.compact
+  def weights(self, channels: int) -> Float[Array, " C"]:
+    """The scale, float32."""
+    scale = self.param("scale", nn.initializers.ones, (channels,))
+    return jnp.asarray(scale, jnp.float32)
 
 
 def conv(
@@ -279,14 +290,6 @@ def attention(
   return jnp.einsum("bhts,bshd->bthd", weights.astype(dtype), value)
 
 
-class _NormScale(nn.Module):
-  """The scale of an RMSNorm that is computed elsewhere."""
-
-  @nn.compact
-  def __call__(self, features: int) -> Float[Array, " C"]:
-    return self.param("scale", nn.initializers.ones, (features,))
-
-
 class Attention(nn.Module):
   """Multi-head self-attention with QK-norm, then rotary positions.
 
@@ -304,19 +307,18 @@ class Attention(nn.Module):
   attention_dtype: jnp.dtype
   kernel: str = "xla"
 
-  @nn.compact
   def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
     batch, tokens, channels = x.shape
-    project = Dense(3 * channels, dtype=self.dtype, name="qkv")
+    project, q_norm, k_norm, out_project = self.layers(channels)
     on_cudnn = self._on_cudnn(tokens, channels // self.num_heads)
     on_chip = self.kernel in ("pallas", "interpret")
     if on_chip and tokens <= MAX_TOKENS_ON_CHIP:
-      out = self._on_chip(*project.parts(x))
+      out = self._on_chip(*project.parts(x), (q_norm, k_norm))
     else:
       qkv = project(x).reshape(batch, tokens, 3, self.num_heads, -1)
       query, key, value = (qkv[:, :, i] for i in range(3))
-      query = apply_rotary(RMSNorm(name="q_norm")(query))
-      key = apply_rotary(RMSNorm(name="k_norm")(key))
+      query = apply_rotary(q_norm(query))
+      key = apply_rotary(k_norm(key))
       if on_cudnn:
         out = jax.nn.dot_product_attention(
           *(x.astype(jnp.bfloat16) for x in (query, key, value)),
@@ -328,7 +330,17 @@ class Attention(nn.Module):
     out = out.astype(self.dtype)
     if not on_cudnn:
       out = checkpoint_name(out, ATTENTION)
-    return Dense(channels, dtype=self.dtype, name="out")(out)
+    return out_project(out)
+
+  @nn.compact
+  def layers(self, channels: int) -> tuple[Dense, RMSNorm, RMSNorm, Dense]:
+    """First projection, norms of queries and keys, last projection."""
+    return (
+      Dense(3 * channels, dtype=self.dtype, name="qkv"),
+      RMSNorm(name="q_norm"),
+      RMSNorm(name="k_norm"),
+      Dense(channels, dtype=self.dtype, name="out"),
+    )
 
   def _on_cudnn(self, tokens: int, head_dim: int) -> bool:
     return (
@@ -339,29 +351,64 @@ class Attention(nn.Module):
     )
 
   def _on_chip(
-    self, qkv: Float[Array, "B T _"], bias: Float[Array, " _"]
+    self,
+    qkv: Float[Array, "B T _"],
+    bias: Float[Array, " _"],
+    norms: tuple[RMSNorm, RMSNorm],
   ) -> Float[Array, "B T C"]:
     # Pallas takes a while to import.
     from drift_jax.models import attention_kernel
 
     head_dim = qkv.shape[-1] // (3 * self.num_heads)
-    angles = np.tile(rotary_angles(qkv.shape[1], head_dim), 2)
-    scales = [_NormScale(name=f"{x}_norm")(head_dim) for x in "qk"]
     return attention_kernel.fused_attention(
       qkv,
       bias[None],
-      jnp.stack(scales).astype(jnp.float32),
-      (
-        jnp.asarray(np.cos(angles), jnp.float32),
-        jnp.asarray(np.sin(angles), jnp.float32),
-      ),
-      attention_kernel.Options(
-        self.num_heads,
-        self.attention_dtype,
-        NORM_EPSILON,
-        self.kernel == "interpret",
-      ),
+      jnp.stack([norm.weights(head_dim) for norm in norms]),
+      _rotary_tables(qkv.shape[1], head_dim),
+      _kernel_options(self.num_heads, self.attention_dtype, self.kernel),
     )
+
+  def matrices(self, channels: int) -> int:
+    """How many numbers its matrices have."""
+    return 4 * channels**2
+
+  def branch(self, norm: Float[Array, "1 C"], tokens: int) -> tuple[Any, Any]:
+    """(weights, tables) of branch_kernels."""
+    from drift_jax.models import branch_kernels
+
+    channels = norm.shape[-1]
+    head_dim = channels // self.num_heads
+    project, q_norm, k_norm, out_project = self.layers(channels)
+    qkv, qkv_bias = project.weights(channels)
+    out, out_bias = out_project.weights(channels)
+    weights = branch_kernels.Attention(
+      norm=norm,
+      qkv=qkv,
+      qkv_bias=qkv_bias[None],
+      out=out,
+      out_bias=out_bias[None],
+      scales=jnp.stack([x.weights(head_dim) for x in (q_norm, k_norm)]),
+    )
+    return weights, _rotary_tables(tokens, head_dim)
+
+
+def _rotary_tables(
+  tokens: int, head_dim: int
+) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
+  """Cosines and sines, for the kernels."""
+  angles = np.tile(rotary_angles(tokens, head_dim), 2)
+  return (
+    jnp.asarray(np.cos(angles), jnp.float32),
+    jnp.asarray(np.sin(angles), jnp.float32),
+  )
+
+
+def _kernel_options(heads: int, dtype: jnp.dtype, kernel: str) -> Any:
+  from drift_jax.models import attention_kernel
+
+  return attention_kernel.Options(
+    heads, dtype, NORM_EPSILON, kernel == "interpret"
+  )
 
 
 def swiglu_width(hidden_size: int, mlp_ratio: float) -> int:
@@ -375,13 +422,37 @@ class SwiGLU(nn.Module):
   width: int
   dtype: jnp.dtype
 
-  @nn.compact
   def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
-    gate = Dense(self.width, dtype=self.dtype, name="gate")(x)
-    up = Dense(self.width, dtype=self.dtype, name="up")(x)
-    gate, up = checkpoint_name(gate, WIDE), checkpoint_name(up, WIDE)
-    hidden = nn.silu(gate) * up
-    return Dense(x.shape[-1], dtype=self.dtype, name="down")(hidden)
+    gate, up, down = self.layers(x.shape[-1])
+    hidden = nn.silu(checkpoint_name(gate(x), WIDE))
+    hidden = hidden * checkpoint_name(up(x), WIDE)
+    return checkpoint_name(down(hidden), MLP)
+
+  @nn.compact
+  def layers(self, channels: int) -> tuple[Dense, Dense, Dense]:
+    """Gate, up and down."""
+    return (
+      Dense(self.width, dtype=self.dtype, name="gate"),
+      Dense(self.width, dtype=self.dtype, name="up"),
+      Dense(channels, dtype=self.dtype, name="down"),
+    )
+
+  def matrices(self, channels: int) -> int:
+    """How many numbers its matrices have."""
+    return 3 * channels * self.width
+
+  def branch(self, norm: Float[Array, "1 C"], tokens: int) -> tuple[Any, Any]:
+    """(weights, no tables) of branch_kernels."""
+    from drift_jax.models import branch_kernels
+
+    del tokens
+    channels = norm.shape[-1]
+    gate, up, down = self.layers(channels)
+    weights = (gate.weights(channels), up.weights(channels))
+    found = [norm]
+    for kernel, bias in (*weights, down.weights(self.width)):
+      found += [kernel, bias[None]]
+    return branch_kernels.Mlp(*found), ()
 
 
 class Modulation(nn.Module):
@@ -412,6 +483,12 @@ class Block(nn.Module):
   f is attention, then SwiGLU. Shift, scale and gate come from the condition
   in float32. Shaped as the body of a scan over depth: the carry is x, there
   is no per-block output. Each output is sown as 'intermediates/output'.
+
+  Attributes:
+    kernel: of attention.
+    memory_on_chip: bytes that a kernel of a branch may take, for 'pallas' and
+      'interpret', see branch_kernels; 0 for no such kernel. XLA computes
+      branches that don't fit.
   """
 
   num_heads: int
@@ -419,30 +496,71 @@ class Block(nn.Module):
   dtype: jnp.dtype
   attention_dtype: jnp.dtype
   kernel: str = "xla"
+  memory_on_chip: int = 0
 
   @nn.compact
   def __call__(
     self, x: Float[Array, "B T C"], condition: Float[Array, "B D"]
   ) -> tuple[Float[Array, "B T C"], None]:
     modulation = Modulation(6, x.shape[-1], name="modulation")(condition)
-    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
-    hidden = RMSNorm(name="attention_norm")(x) * (1 + scale_a) + shift_a
-    hidden = Attention(
+    attention = Attention(
       self.num_heads,
       self.dtype,
       self.attention_dtype,
       self.kernel,
       name="attention",
-    )(hidden.astype(self.dtype))
-    x = x + (gate_a * hidden.astype(jnp.float32)).astype(self.dtype)
-    hidden = RMSNorm(name="mlp_norm")(x) * (1 + scale_m) + shift_m
-    hidden = SwiGLU(self.mlp_width, self.dtype, name="mlp")(
-      hidden.astype(self.dtype)
     )
-    hidden = checkpoint_name(hidden, MLP)
-    x = x + (gate_m * hidden.astype(jnp.float32)).astype(self.dtype)
+    mlp = SwiGLU(self.mlp_width, self.dtype, name="mlp")
+    x = self._branch(x, modulation[:3], attention)
+    x = self._branch(x, modulation[3:], mlp)
     self.sow("intermediates", "output", x)
     return x, None
+
+  def _branch(
+    self,
+    x: Float[Array, "B T C"],
+    modulation: tuple[Float[Array, "B 1 C"], ...],
+    f: Any,
+  ) -> Float[Array, "B T C"]:
+    """x + gate * f(norm(x) * (1 + scale) + shift)."""
+    norm = RMSNorm(name=f"{f.name}_norm")
+    if self.memory_on_chip:
+      fused = self._on_chip(x, modulation, norm, f)
+      if fused is not None:
+        return fused
+    shift, scale, gate = modulation
+    hidden = f((norm(x) * (1 + scale) + shift).astype(self.dtype))
+    return x + (gate * hidden.astype(jnp.float32)).astype(self.dtype)
+
+  def _on_chip(
+    self,
+    x: Float[Array, "B T C"],
+    modulation: tuple[Float[Array, "B 1 C"], ...],
+    norm: RMSNorm,
+    f: Any,
+  ) -> Float[Array, "B T C"] | None:
+    # Pallas takes a while to import.
+    from drift_jax.models import branch_kernels
+
+    channels = x.shape[-1]
+    samples = branch_kernels.samples_together(
+      x.shape, f.matrices(channels), self.dtype, self.memory_on_chip
+    )
+    if not samples:
+      return None
+    weights, tables = f.branch(norm.weights(channels)[None], x.shape[1])
+    out = branch_kernels.fused_branch(
+      x,
+      jnp.concatenate(modulation, axis=1),
+      weights,
+      tables,
+      branch_kernels.Options(
+        samples,
+        self.memory_on_chip,
+        _kernel_options(self.num_heads, self.attention_dtype, self.kernel),
+      ),
+    )
+    return checkpoint_name(out, f.name)
 
 
 class FinalLayer(nn.Module):

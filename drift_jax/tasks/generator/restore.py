@@ -24,6 +24,7 @@ from drift_jax.tasks.generator.setup import (
   attention_kernel_for,
   init_generator,
   kernels_there,
+  memory_on_chip_for,
   unroll_for,
 )
 from drift_jax.tasks.generator.step import FeatureSpace, GeneratorTask
@@ -336,6 +337,7 @@ def _computed_on(module: Any, mesh: Mesh, kernels: str) -> Any:
   """Returns the generator with the kernels of a mesh's devices."""
   return module.clone(
     attention_kernel=attention_kernel_for(kernels, mesh),
+    memory_on_chip=memory_on_chip_for(kernels, mesh),
     unroll=unroll_for(module.depth, mesh),
   )
 

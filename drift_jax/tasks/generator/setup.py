@@ -154,6 +154,7 @@ def generator_task(
     generator = build_generator(**dataclasses.asdict(model))
   generator = generator.clone(
     attention_kernel=attention_kernel_for(config.train.kernels, mesh),
+    memory_on_chip=memory_on_chip_for(config.train.kernels, mesh),
     remat=remat_for(model.remat, mesh),
     unroll=unroll_for(model.depth, mesh),
   )
@@ -320,6 +321,22 @@ def attention_kernel_for(kernels: str, mesh: Mesh) -> str:
   if kernels == "auto" and major.isdigit() and int(major) >= 8:
     return "cudnn"
   return "pallas" if kernel_for(kernels, mesh) == "pallas" else "xla"
+
+
+# Bytes on chip that a kernel may take, of those that have enough for an MLP's
+# weights and their gradients: 128 and 64 MiB, less what the compiler needs.
+_MEMORY_ON_CHIP = {
+  "TPU v5 lite": 110 * 2**20,
+  "TPU v6 lite": 110 * 2**20,
+  "TPU v5": 56 * 2**20,
+}
+
+
+def memory_on_chip_for(kernels: str, mesh: Mesh) -> int:
+  """Bytes for the MLP's kernel on the mesh's devices, see layers.Block."""
+  if kernel_for(kernels, mesh) != "pallas":
+    return 0
+  return _MEMORY_ON_CHIP.get(mesh.devices.flat[0].device_kind, 0)
 
 
 def remat_for(remat: str, mesh: Mesh) -> str:
