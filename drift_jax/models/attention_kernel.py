@@ -3,20 +3,23 @@
 The same numbers as the plain form of `layers.Attention`, up to rounding. For
 each head, with R the rotation by position and n(x) = x / rms(x):
 
-  q' = R(n(q) * scale_q),  k' = R(n(k) * scale_k)
-  w = softmax(q' k'^T / sqrt(D)),  out = w v
+  q' = R(n(q) * scale_q / sqrt(D)),  k' = R(n(k) * scale_k)
+  w = softmax(q' k'^T),  out = w v
 
 Norm, rotation and softmax are float32; the operands of all products have the
 dtype of the options, and products are summed in float32.
 
-A program of the grid is one sample. It reads all heads once, straight from the
-projection's product, and adds the projection's bias: elsewhere the bias'
-gradient would be another pass over all heads. No [T, T] matrix leaves the chip:
-the backward pass computes the weights again from q and k.
+Tokens lie along the lanes of registers: queries are [D, T], and w is [keys,
+queries]. So norm and softmax reduce over whole registers, and a rotation moves
+none. No [T, T] matrix leaves the chip: the backward pass computes w again.
+
+`fused_attention` is attention alone: a program of its grid is one sample. It
+reads all heads once, straight from the projection's product, and adds the
+projection's bias: elsewhere the bias' gradient would be another pass over all
+heads. With what is around it, it is a kernel of branch_kernels.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,10 +29,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-_LANES = 128
-# All of a group is on chip at once: 16 heads of 72 and 272 tokens take 28 MB of
-# a v4's 16.
-_MOST_TOGETHER = 4
+# Rows of a register of bfloat16.
+_TILE = 16
+# Heads of a group, at most: see _over_heads.
+_TOGETHER = 4
 _VMEM_LIMIT = 64 * 2**20
 
 
@@ -49,18 +52,6 @@ class Options(NamedTuple):
   interpret: bool = False
 
 
-def _rotate(x: Any, cos: Any, sin: Any) -> Any:
-  """Rotates the channel pairs (i, i + D/2); with -sin, back again."""
-  half = x.shape[-1] // 2
-  turned = jnp.concatenate([-x[..., half:], x[..., :half]], axis=-1)
-  return x * cos + turned * sin
-
-
-def inverse_rms(x: Any, epsilon: float) -> Any:
-  mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-  return jax.lax.rsqrt(mean_square + epsilon)
-
-
 def dot(a: Any, b: Any, contract: tuple[int, int]) -> Any:
   """Sums over axis contract[0] of a and contract[1] of b, in float32."""
   return jax.lax.dot_general(
@@ -71,47 +62,71 @@ def dot(a: Any, b: Any, contract: tuple[int, int]) -> Any:
   )
 
 
-def _over_heads(heads: int, head_dim: int, body: Any) -> None:
-  """Calls body(first channel, number of heads) for groups of heads.
+def _rotate(x: Any, cos: Any, sin: Any) -> Any:
+  """Rotates the channel pairs (i, i + D/2); with -sin, back again."""
+  half = x.shape[0] // 2
+  turned = jnp.concatenate([-x[half:], x[:half]], axis=0)
+  return x * cos + turned * sin
 
-  A read at a multiple of 128 channels, the lanes of a register, is one load:
-  a group is the fewest heads whose channels fill whole registers. If there are
-  no whole groups, or they are of many heads, each head is read on its own.
+
+def _over_heads(heads: int, head_dim: int, body: Any) -> None:
+  """Calls body(first channel of each) for groups of heads.
+
+  Heads of a group fill each other's gaps in the schedule.
   """
-  together = math.lcm(head_dim, _LANES) // head_dim
-  if heads % together or together > _MOST_TOGETHER:
-    for head in range(heads):
-      body(head * head_dim, 1)
+  together = max(n for n in range(1, _TOGETHER + 1) if heads % n == 0)
+  channels = [head * head_dim for head in range(together)]
+  groups, step = heads // together, together * head_dim
+  if head_dim % _TILE:  # heads begin amid registers
+    for i in range(groups):
+      body([i * step + channel for channel in channels])
     return
 
   def group(i, _):
-    body(pl.multiple_of(i * (together * head_dim), _LANES), together)
+    body([pl.multiple_of(i * step + at, _TILE) for at in channels])
     return 0
 
-  jax.lax.fori_loop(0, heads // together, group, 0)
+  jax.lax.fori_loop(0, groups, group, 0)
 
 
-def _part(
-  ref: Any,
-  sample: Any,
-  start: Any,
-  heads: int,
-  head_dim: int,
-  bias_ref: Any = None,
+def _head(
+  qkv_ref: Any, sample: Any, start: Any, head_dim: int, bias_ref: Any
 ) -> list[Any]:
-  """Reads the [T, D] matrices of a group of heads, with their bias."""
-  at = pl.ds(start, heads * head_dim)
-  block = ref[sample, :, at]
-  if bias_ref is not None:
-    block = (block.astype(jnp.float32) + bias_ref[:, at]).astype(block.dtype)
-  return [block[:, i * head_dim : (i + 1) * head_dim] for i in range(heads)]
+  """q, k and v of the head [D, T], with their bias."""
+  width = qkv_ref.shape[1] // 3
+  found = []
+  for i in range(3):
+    at = pl.ds(i * width + start, head_dim)
+    part = qkv_ref[sample, at]
+    if bias_ref is not None:
+      part = (part.astype(jnp.float32) + bias_ref[at]).astype(part.dtype)
+    found.append(part)
+  return found
 
 
-def _forward_kernel(
-  qkv_ref, bias_ref, scales_ref, cos_ref, sin_ref, out_ref, *, options
-):
-  tables = cos_ref[...], sin_ref[...]
-  attend(qkv_ref, 0, scales_ref[...], tables, out_ref, options, bias_ref)
+def _prepare(
+  x: Any, scale: Any, tables: tuple[Any, Any], options: Options
+) -> tuple[Any, Any, Any]:
+  """(R(n(x) * scale) in the dtype of the products, n(x), 1 / rms(x))"""
+  x = x.astype(jnp.float32)
+  mean_square = jnp.mean(jnp.square(x), axis=0, keepdims=True)
+  inverse = jax.lax.rsqrt(mean_square + options.epsilon)
+  normal = x * inverse
+  turned = _rotate(normal * scale, *tables)
+  return turned.astype(options.dtype), normal, inverse
+
+
+def _exponentials(logits: Any) -> Any:
+  """e [keys, queries], where w is e over its sums."""
+  return jnp.exp(logits - jnp.max(logits, axis=0, keepdims=True))
+
+
+def _mean(e: Any, v: Any) -> tuple[Any, Any]:
+  """(e's sums of v [D, queries], 1 / e's sums [1, queries])"""
+  # The sums are one more product's: v's channels don't fill the matrix unit.
+  ones = jnp.ones((_TILE, v.shape[1]), v.dtype)
+  sums = dot(jnp.concatenate([v, ones], axis=0), e, (1, 0))
+  return sums[: len(v)], 1 / sums[len(v) : len(v) + 1]
 
 
 def attend(
@@ -126,61 +141,31 @@ def attend(
   """Writes a sample's attention: heads of qkv_ref[sample] to out_ref[sample].
 
   Args:
-    qkv_ref: [_, T, 3 C].
+    qkv_ref: [_, 3 C, T].
     sample: index into its first axis, and out_ref's.
-    scales: [2, D].
+    scales: [D, 2].
     tables: see fused_attention.
-    out_ref: [_, T, C].
+    out_ref: [_, C, T].
     options: of attention.
-    bias_ref: of qkv [1, 3 C], if it has not been added.
+    bias_ref: of qkv [3 C, 1], if it has not been added.
   """
-  heads, dtype, epsilon, _ = options
-  width = qkv_ref.shape[-1] // 3
-  head_dim = width // heads
+  head_dim = qkv_ref.shape[1] // (3 * options.heads)
+  root = head_dim**-0.5
 
-  def body(start, count):
-    qs, ks, vs = (
-      _part(qkv_ref, sample, i * width + start, count, head_dim, bias_ref)
-      for i in range(3)
-    )
-    outs = []
-    for q, k, v in zip(qs, ks, vs, strict=True):
-      weights, *_ = _weights(q, k, scales, *tables, dtype, epsilon)
-      outs.append(dot(weights.astype(dtype), v.astype(dtype), (1, 0)))
-    at = pl.ds(start, count * head_dim)
-    out = jnp.concatenate(outs, axis=-1)
-    out_ref[sample, :, at] = out.astype(out_ref.dtype)
+  def body(starts):
+    heads = [_head(qkv_ref, sample, x, head_dim, bias_ref) for x in starts]
+    logits = []
+    for q, k, _ in heads:
+      q, *_ = _prepare(q, scales[:, 0:1] * root, tables, options)
+      k, *_ = _prepare(k, scales[:, 1:2], tables, options)
+      logits.append(dot(k, q, (0, 0)))
+    es = [_exponentials(x).astype(options.dtype) for x in logits]
+    for start, e, (_, _, v) in zip(starts, es, heads, strict=True):
+      sums, inverse = _mean(e, v.astype(options.dtype))
+      out = (sums * inverse).astype(out_ref.dtype)
+      out_ref[sample, pl.ds(start, head_dim)] = out
 
-  _over_heads(heads, head_dim, body)
-
-
-def _weights(q, k, scales, cos, sin, dtype, epsilon):
-  """(w, q', k', n(q), n(k), 1 / rms(q), 1 / rms(k)), see the module."""
-  q, k = q.astype(jnp.float32), k.astype(jnp.float32)
-  rq, rk = inverse_rms(q, epsilon), inverse_rms(k, epsilon)
-  nq, nk = q * rq, k * rk
-  q = _rotate(nq * scales[0:1], cos, sin).astype(dtype)
-  k = _rotate(nk * scales[1:2], cos, sin).astype(dtype)
-  logits = dot(q, k, (1, 1)) * q.shape[-1] ** -0.5
-  kernel = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-  weights = kernel / jnp.sum(kernel, axis=-1, keepdims=True)
-  return weights, q, k, nq, nk, rq, rk
-
-
-def _backward_kernel(*refs, options):
-  qkv_ref, bias_ref, scales_ref, cos_ref, sin_ref, dout_ref = refs[:6]
-  dqkv_ref, dbias_ref, dscales_ref = refs[6:]
-
-  # Programs run in turn, and all add to the same sums of bias and scales.
-  @pl.when(pl.program_id(0) == 0)
-  def _():
-    dbias_ref[...] = jnp.zeros_like(dbias_ref)
-    dscales_ref[...] = jnp.zeros_like(dscales_ref)
-
-  attend_gradients(
-    *(qkv_ref, 0, scales_ref[...], (cos_ref[...], sin_ref[...])),
-    *(dout_ref, dqkv_ref, dbias_ref, dscales_ref, options, bias_ref),
-  )
+  _over_heads(options.heads, head_dim, body)
 
 
 def attend_gradients(
@@ -200,75 +185,98 @@ def attend_gradients(
 
   Writes attention's result again if there is an out_ref.
   """
-  heads, dtype, epsilon, _ = options
-  width = qkv_ref.shape[-1] // 3
-  head_dim = width // heads
+  dtype = options.dtype
+  width = qkv_ref.shape[1] // 3
+  head_dim = width // options.heads
   cos, sin = tables
+  root = head_dim**-0.5
 
-  def body(start, count):
-    qs, ks, vs = (
-      _part(qkv_ref, sample, i * width + start, count, head_dim, bias_ref)
-      for i in range(3)
-    )
-    douts = _part(dout_ref, sample, start, count, head_dim)
-    grads, outs = ([], [], []), []
-    for q, k, v, dout in zip(qs, ks, vs, douts, strict=True):
-      weights, q, k, nq, nk, rq, rk = _weights(
-        q, k, scales, cos, sin, dtype, epsilon
-      )
-      # 1. dv = w^T dout, and dw = dout v^T
-      dout, v, narrow = (x.astype(dtype) for x in (dout, v, weights))
-      grads[2].append(dot(narrow, dout, (0, 0)))
-      dweights = dot(dout, v, (1, 1))
+  def body(starts):
+    spans = [pl.ds(start, head_dim) for start in starts]
+    heads = [_head(qkv_ref, sample, x, head_dim, bias_ref) for x in starts]
+    qs = [
+      _prepare(q, scales[:, 0:1] * root, tables, options) for q, *_ in heads
+    ]
+    ks = [_prepare(k, scales[:, 1:2], tables, options) for _, k, _ in heads]
+    vs = [v.astype(dtype) for *_, v in heads]
+    douts = [dout_ref[sample, at].astype(dtype) for at in spans]
+    # 1. The forward pass; dv = w^T dout, and dw = dout v^T
+    pairs = zip(qs, ks, strict=True)
+    es = [_exponentials(dot(k, q, (0, 0))) for (q, *_), (k, *_) in pairs]
+    dweights = [dot(v, d, (0, 0)) for v, d in zip(vs, douts, strict=True)]
+    dlogits, dvs = [], []
+    for at, e, v, dout, dw in zip(spans, es, vs, douts, dweights, strict=True):
+      sums, inverse = _mean(e.astype(dtype), v)
+      out, weights = sums * inverse, e * inverse
       if out_ref is not None:
-        outs.append(dot(narrow, v, (1, 0)))
-      # 2. Softmax: dlogits = w (dw - sum(w dw)), then the 1 / sqrt(D)
-      dlogits = weights * dweights
-      dlogits -= weights * jnp.sum(dlogits, axis=-1, keepdims=True)
-      dlogits = (dlogits * head_dim**-0.5).astype(dtype)
-      # 3. From q' and k' back through rotation, scale and norm:
-      # d x / d n(x) is 1 / rms(x) (d - n(x) mean(d n(x)))
-      for part, (d, normal, inverse) in enumerate(
+        out_ref[sample, at] = out.astype(out_ref.dtype)
+      dvs.append(dot(dout, weights.astype(dtype), (1, 1)))
+      # 2. Softmax: dlogits = w (dw - sum(w dw)), which sum is that of dout out
+      total = jnp.sum(dout.astype(jnp.float32) * out, axis=0, keepdims=True)
+      dlogits.append((weights * (dw - total)).astype(dtype))
+    # 3. From q' and k' back through rotation, scale and norm:
+    # d x / d n(x) is 1 / rms(x) (d - n(x) mean(d n(x)))
+    for start, d, q, k, dv in zip(starts, dlogits, qs, ks, dvs, strict=True):
+      grads = []
+      for part, (each, (_, normal, inverse)) in enumerate(
         (
-          (dot(dlogits, k, (1, 0)), nq, rq),
-          (dot(dlogits, q, (0, 0)), nk, rk),
+          (dot(k[0], d, (1, 0)) * root, q),
+          (dot(q[0], d, (1, 1)), k),
         )
       ):
-        d = _rotate(d, cos, -sin)
-        dscales_ref[part : part + 1] += jnp.sum(
-          d * normal, axis=0, keepdims=True
+        each = _rotate(each, cos, -sin)
+        dscales_ref[:, part : part + 1] += jnp.sum(
+          each * normal, axis=1, keepdims=True
         )
-        d *= scales[part : part + 1]
-        shift = normal * jnp.mean(d * normal, axis=-1, keepdims=True)
-        grads[part].append(inverse * (d - shift))
-    for part, grad in enumerate(grads):
-      at = pl.ds(part * width + start, count * head_dim)
-      joined = jnp.concatenate(grad, axis=-1)
-      dqkv_ref[sample, :, at] = joined.astype(dqkv_ref.dtype)
-      dbias_ref[:, at] += jnp.sum(joined, axis=0, keepdims=True)
-    if out_ref is not None:
-      at = pl.ds(start, count * head_dim)
-      out = jnp.concatenate(outs, axis=-1)
-      out_ref[sample, :, at] = out.astype(out_ref.dtype)
+        each *= scales[:, part : part + 1]
+        shift = normal * jnp.mean(each * normal, axis=0, keepdims=True)
+        grads.append(inverse * (each - shift))
+      for part, grad in enumerate((*grads, dv)):
+        at = pl.ds(part * width + start, head_dim)
+        dqkv_ref[sample, at] = grad.astype(dqkv_ref.dtype)
+        dbias_ref[at] += jnp.sum(grad, axis=1, keepdims=True)
 
-  _over_heads(heads, head_dim, body)
+  _over_heads(options.heads, head_dim, body)
+
+
+def _forward_kernel(
+  qkv_ref, bias_ref, scales_ref, cos_ref, sin_ref, out_ref, *, options
+):
+  tables = cos_ref[...], sin_ref[...]
+  attend(qkv_ref, 0, scales_ref[...], tables, out_ref, options, bias_ref)
+
+
+def _backward_kernel(*refs, options):
+  qkv_ref, bias_ref, scales_ref, cos_ref, sin_ref, dout_ref = refs[:6]
+  dqkv_ref, dbias_ref, dscales_ref = refs[6:]
+
+  # Programs run in turn, and all add to the same sums of bias and scales.
+  @pl.when(pl.program_id(0) == 0)
+  def _():
+    dbias_ref[...] = jnp.zeros_like(dbias_ref)
+    dscales_ref[...] = jnp.zeros_like(dscales_ref)
+
+  attend_gradients(
+    *(qkv_ref, 0, scales_ref[...], (cos_ref[...], sin_ref[...])),
+    *(dout_ref, dqkv_ref, dbias_ref, dscales_ref, options, bias_ref),
+  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def fused_attention(
-  qkv: Float[Array, "B T C3"],
-  bias: Float[Array, "1 C3"],
-  scales: Float[Array, "2 D"],
-  tables: tuple[Float[Array, "T D"], Float[Array, "T D"]],
+  qkv: Float[Array, "B C3 T"],
+  bias: Float[Array, "C3 1"],
+  scales: Float[Array, "D 2"],
+  tables: tuple[Float[Array, "D T"], Float[Array, "D T"]],
   options: Options,
-) -> Float[Array, "B T C"]:
+) -> Float[Array, "B C T"]:
   """Attention of all heads, from the joint projection [3, heads, D].
 
   Args:
     qkv: queries, keys and values, without their bias.
     bias: of the projection, float32.
     scales: of the RMS norms of queries and keys.
-    tables: cosines and sines [T, D] of the positions' angles.
+    tables: cosines and sines [D, T] of the positions' angles.
     options: the result's dtype is that of qkv, whatever that of the products.
   """
   return _forward(qkv, bias, scales, tables, options)[0]
@@ -290,7 +298,7 @@ def _call(
     products: of [T, T] by [T, D] for each head; XLA schedules by their cost.
     options: of attention.
   """
-  batch, tokens, width = operands[0].shape
+  batch, width, tokens = operands[0].shape
 
   def spec(array: Any) -> pl.BlockSpec:
     if array.ndim == 3:
@@ -321,7 +329,8 @@ def _call(
 def _forward(
   qkv: Any, bias: Any, scales: Any, tables: Any, options: Options
 ) -> tuple[Any, Any]:
-  out = jax.ShapeDtypeStruct((*qkv.shape[:2], qkv.shape[2] // 3), qkv.dtype)
+  batch, width, tokens = qkv.shape
+  out = jax.ShapeDtypeStruct((batch, width // 3, tokens), qkv.dtype)
   operands = (qkv, bias, scales, *tables)
   (result,) = _call(_forward_kernel, operands, [out], 2, options)
   return result, operands
@@ -332,7 +341,7 @@ def _backward(
 ) -> tuple[Any, Any, Any, None]:
   results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[:3]]
   inputs = (*operands, cotangent)
-  return (*_call(_backward_kernel, inputs, results, 5, options), None)
+  return (*_call(_backward_kernel, inputs, results, 6, options), None)
 
 
 fused_attention.defvjp(_forward, _backward)

@@ -24,7 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from drift_jax.models import attention_kernel
-from drift_jax.models.attention_kernel import dot, inverse_rms
+from drift_jax.models.attention_kernel import dot
 
 # Rows of a program: the gradients of the weights are products over rows, which
 # the matrix unit takes 256 at once.
@@ -40,11 +40,11 @@ class Attention(NamedTuple):
   """Weights of the branch of attention, float32."""
 
   norm: Float[Array, "1 C"]
-  qkv: Float[Array, "C 3*C"]
-  qkv_bias: Float[Array, "1 3*C"]
+  qkv: Float[Array, "3*C C"]
+  qkv_bias: Float[Array, "3*C 1"]
   out: Float[Array, "C C"]
   out_bias: Float[Array, "1 C"]
-  scales: Float[Array, "2 D"]  # of the norms of queries and keys
+  scales: Float[Array, "D 2"]  # of the norms of queries and keys
 
 
 class Mlp(NamedTuple):
@@ -87,7 +87,8 @@ def _slices(x_ref: Any, modulation_ref: Any) -> list[slice]:
 def _normal(x: Any, epsilon: float) -> tuple[Any, Any]:
   """(n(x), 1 / rms(x)) in float32."""
   x = x.astype(jnp.float32)
-  inverse = inverse_rms(x, epsilon)
+  mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+  inverse = jax.lax.rsqrt(mean_square + epsilon)
   return x * inverse, inverse
 
 
@@ -204,19 +205,32 @@ def _mlp_backward(hidden, dy, weights, grads, tables, scratch, options):
   return y + weights.down_bias[...], dhidden
 
 
+def _spread(part: Any, ref: Any, at: slice) -> None:
+  """Writes some channels of all samples, [F, samples T] to [samples, F, T]."""
+  samples, _, tokens = ref.shape
+  part = part.astype(ref.dtype)
+  for i in range(samples):
+    ref[i, at] = part[:, i * tokens : (i + 1) * tokens]
+
+
+def _joined(ref: Any, at: slice) -> Any:
+  """Reads what _spread writes."""
+  return jnp.concatenate([ref[i, at] for i in range(ref.shape[0])], axis=1)
+
+
 def _project(hidden: Any, weights: Attention, qkv_ref: Any) -> None:
-  """Writes queries, keys and values of all heads, [samples, T, 3 C]."""
-  samples, tokens, width = qkv_ref.shape
-  for at in _chunks(width):
-    part = dot(hidden, weights.qkv[:, at], (1, 0)) + weights.qkv_bias[:, at]
-    part = part.astype(qkv_ref.dtype)
-    for i in range(samples):
-      qkv_ref[i, :, at] = part[i * tokens : (i + 1) * tokens]
+  """Writes queries, keys and values of all heads, [samples, 3 C, T]."""
+  for at in _chunks(qkv_ref.shape[1]):
+    part = dot(weights.qkv[at], hidden, (1, 1)) + weights.qkv_bias[at]
+    _spread(part, qkv_ref, at)
 
 
-def _rows(ref: Any) -> Any:
-  """[samples, T, F] -> [samples T, F]"""
-  return jnp.concatenate([ref[i] for i in range(ref.shape[0])], axis=0)
+def _results(out_ref: Any, weights: Attention) -> Any:
+  """The last projection of all samples."""
+  parts = [
+    dot(out_ref[i], weights.out[...], (0, 0)) for i in range(out_ref.shape[0])
+  ]
+  return jnp.concatenate(parts, axis=0) + weights.out_bias[...]
 
 
 def _attention_forward(hidden, weights, tables, scratch, options):
@@ -229,21 +243,18 @@ def _attention_forward(hidden, weights, tables, scratch, options):
     return 0
 
   jax.lax.fori_loop(0, qkv_ref.shape[0], attend, 0)
-  y = dot(_rows(out_ref), weights.out[...], (1, 0))
-  return y + weights.out_bias[...]
+  return _results(out_ref, weights)
 
 
 def _attention_backward(hidden, dy, weights, grads, tables, scratch, options):
   qkv_ref, out_ref, dqkv_ref, dout_ref = scratch
-  samples, tokens, width = qkv_ref.shape
   _project(hidden, weights, qkv_ref)
   scales, tables = weights.scales[...], tuple(table[...] for table in tables)
   # 1. Through the last projection, but for its gradient.
   grads.out_bias[...] += jnp.sum(dy, axis=0, keepdims=True)
   dy = dy.astype(hidden.dtype)
-  dout = dot(dy, weights.out[...], (1, 1)).astype(hidden.dtype)
-  for i in range(samples):
-    dout_ref[i] = dout[i * tokens : (i + 1) * tokens]
+  for at in _chunks(hidden.shape[1]):
+    _spread(dot(weights.out[at], dy, (1, 1)), dout_ref, at)
 
   # 2. Through attention, whose result is made again.
   def attend(i, _):
@@ -254,17 +265,16 @@ def _attention_backward(hidden, dy, weights, grads, tables, scratch, options):
     )
     return 0
 
-  jax.lax.fori_loop(0, samples, attend, 0)
-  out = _rows(out_ref)
-  grads.out[...] += dot(out, dy, (0, 0))
-  y = dot(out, weights.out[...], (1, 0)) + weights.out_bias[...]
-  # 3. Through the first.
-  dqkv = _rows(dqkv_ref)
+  jax.lax.fori_loop(0, qkv_ref.shape[0], attend, 0)
+  # 3. The projections' own.
+  for at in _chunks(hidden.shape[1]):
+    grads.out[at] += dot(_joined(out_ref, at), dy, (1, 0))
   dhidden = jnp.zeros(hidden.shape, jnp.float32)
-  for at in _chunks(width):
-    grads.qkv[:, at] += dot(hidden, dqkv[:, at], (0, 0))
-    dhidden += dot(dqkv[:, at], weights.qkv[:, at], (1, 1))
-  return y, dhidden
+  for at in _chunks(qkv_ref.shape[1]):
+    part = _joined(dqkv_ref, at)
+    grads.qkv[at] += dot(part, hidden, (1, 0))
+    dhidden += dot(part, weights.qkv[at], (0, 0))
+  return _results(out_ref, weights), dhidden
 
 
 class _Branch(NamedTuple):
@@ -277,7 +287,7 @@ class _Branch(NamedTuple):
     forward: (hidden, weights, tables, scratch, options) -> y, float32.
     backward: (hidden, dy, weights, grads, tables, scratch, options) -> (y,
       dhidden), float32; adds the gradients of the weights.
-    scratch: channels over x's of arrays [samples, T, _] on chip: what `forward`
+    scratch: channels over x's of arrays [samples, _, T] on chip: what `forward`
       has, and what `backward` has twice.
   """
 
@@ -348,7 +358,7 @@ def fused_branch(
   x: Float[Array, "B T C"],
   modulation: Float[Array, "B 3 C"],
   weights: Attention | Mlp,
-  tables: tuple[Float[Array, "T D"], ...],
+  tables: tuple[Float[Array, "D T"], ...],
   options: Options,
 ) -> Float[Array, "B T C"]:
   """x + gate * f(n(x) * scale_n * (1 + scale) + shift), see the module.
@@ -408,7 +418,7 @@ def _call(
     out_specs=[spec(result) for result in results],
     out_shape=results,
     scratch_shapes=[
-      pltpu.VMEM((options.samples, tokens, n * channels), x.dtype)
+      pltpu.VMEM((options.samples, n * channels, tokens), x.dtype)
       for n in branch.scratch * min(passes, 2)
     ],
     compiler_params=pltpu.CompilerParams(

@@ -313,7 +313,7 @@ class Attention(nn.Module):
     on_cudnn = self._on_cudnn(tokens, channels // self.num_heads)
     on_chip = self.kernel in ("pallas", "interpret")
     if on_chip and tokens <= MAX_TOKENS_ON_CHIP:
-      out = self._on_chip(*project.parts(x), (q_norm, k_norm))
+      out = self._on_chip(x, *project.weights(channels), (q_norm, k_norm))
     else:
       qkv = project(x).reshape(batch, tokens, 3, self.num_heads, -1)
       query, key, value = (qkv[:, :, i] for i in range(3))
@@ -352,21 +352,25 @@ class Attention(nn.Module):
 
   def _on_chip(
     self,
-    qkv: Float[Array, "B T _"],
+    x: Float[Array, "B T C"],
+    kernel: Float[Array, "C _"],
     bias: Float[Array, " _"],
     norms: tuple[RMSNorm, RMSNorm],
   ) -> Float[Array, "B T C"]:
     # Pallas takes a while to import.
     from drift_jax.models import attention_kernel
 
-    head_dim = qkv.shape[-1] // (3 * self.num_heads)
-    return attention_kernel.fused_attention(
-      qkv,
-      bias[None],
-      jnp.stack([norm.weights(head_dim) for norm in norms]),
-      _rotary_tables(qkv.shape[1], head_dim),
+    _, tokens, channels = x.shape
+    head_dim = channels // self.num_heads
+    x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+    out = attention_kernel.fused_attention(
+      jnp.einsum("btc,cf->bft", x, kernel),
+      bias[:, None],
+      jnp.stack([norm.weights(head_dim) for norm in norms], axis=1),
+      _rotary_tables(tokens, head_dim),
       _kernel_options(self.num_heads, self.attention_dtype, self.kernel),
     )
+    return jnp.swapaxes(out, 1, 2)
 
   def matrices(self, channels: int) -> int:
     """How many numbers its matrices have."""
@@ -383,20 +387,20 @@ class Attention(nn.Module):
     out, out_bias = out_project.weights(channels)
     weights = branch_kernels.Attention(
       norm=norm,
-      qkv=qkv,
-      qkv_bias=qkv_bias[None],
+      qkv=qkv.T,
+      qkv_bias=qkv_bias[:, None],
       out=out,
       out_bias=out_bias[None],
-      scales=jnp.stack([x.weights(head_dim) for x in (q_norm, k_norm)]),
+      scales=jnp.stack([x.weights(head_dim) for x in (q_norm, k_norm)], axis=1),
     )
     return weights, _rotary_tables(tokens, head_dim)
 
 
 def _rotary_tables(
   tokens: int, head_dim: int
-) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
+) -> tuple[Float[Array, "D T"], Float[Array, "D T"]]:
   """Cosines and sines, for the kernels."""
-  angles = np.tile(rotary_angles(tokens, head_dim), 2)
+  angles = np.tile(rotary_angles(tokens, head_dim), 2).T
   return (
     jnp.asarray(np.cos(angles), jnp.float32),
     jnp.asarray(np.sin(angles), jnp.float32),
