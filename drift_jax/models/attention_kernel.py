@@ -13,8 +13,8 @@ Tokens lie along the lanes of registers: queries are [D, T], and w is [keys,
 queries]. So norm and softmax reduce over whole registers, and a rotation moves
 none. No [T, T] matrix leaves the chip: the backward pass computes w again.
 
-`fused_attention` is attention alone: a program of its grid is one sample. It
-reads all heads once, straight from the projection's product, and adds the
+`fused_attention` is attention alone: a program of its grid is some heads of one
+sample. It reads them once, straight from the projection's product, and adds the
 projection's bias: elsewhere the bias' gradient would be another pass over all
 heads. With what is around it, it is a kernel of branch_kernels.
 """
@@ -31,7 +31,7 @@ from jaxtyping import Array, Float
 
 # Rows of a register of bfloat16.
 _TILE = 16
-# Heads of a group, at most: see _over_heads.
+# Heads of a group, at most.
 _TOGETHER = 4
 _VMEM_LIMIT = 64 * 2**20
 
@@ -69,24 +69,37 @@ def _rotate(x: Any, cos: Any, sin: Any) -> Any:
   return x * cos + turned * sin
 
 
-def _over_heads(heads: int, head_dim: int, body: Any) -> None:
-  """Calls body(first channel of each) for groups of heads.
+def heads_together(heads: int, head_dim: int) -> int:
+  """Heads of a group: they fill each other's gaps in the schedule."""
+  divisors = [n for n in range(1, _TOGETHER + 1) if heads % n == 0]
+  # Groups begin where registers do.
+  fits = [n for n in divisors if n * head_dim % _TILE == 0]
+  return max(fits, default=heads)
 
-  Heads of a group fill each other's gaps in the schedule.
-  """
-  together = max(n for n in range(1, _TOGETHER + 1) if heads % n == 0)
-  channels = [head * head_dim for head in range(together)]
-  groups, step = heads // together, together * head_dim
+
+def by_groups(qkv: Any, heads: int) -> Any:
+  """[..., 3 C] of a projection as fused_attention takes it: group by group."""
+  head_dim = qkv.shape[-1] // (3 * heads)
+  groups = heads // heads_together(heads, head_dim)
+  split = qkv.reshape(*qkv.shape[:-1], 3, groups, -1)
+  return jnp.swapaxes(split, -3, -2).reshape(qkv.shape)
+
+
+def _over_heads(heads: int, head_dim: int, body: Any) -> None:
+  """Calls body(first channel of each) for groups of heads."""
   if head_dim % _TILE:  # heads begin amid registers
-    for i in range(groups):
-      body([i * step + channel for channel in channels])
+    for head in range(heads):
+      body([head * head_dim])
     return
 
+  together = heads_together(heads, head_dim)
+
   def group(i, _):
-    body([pl.multiple_of(i * step + at, _TILE) for at in channels])
+    starts = [(i * together + head) * head_dim for head in range(together)]
+    body([pl.multiple_of(start, _TILE) for start in starts])
     return 0
 
-  jax.lax.fori_loop(0, groups, group, 0)
+  jax.lax.fori_loop(0, heads // together, group, 0)
 
 
 def _head(
@@ -242,6 +255,7 @@ def attend_gradients(
 def _forward_kernel(
   qkv_ref, bias_ref, scales_ref, cos_ref, sin_ref, out_ref, *, options
 ):
+  options = options._replace(heads=out_ref.shape[1] // scales_ref.shape[0])
   tables = cos_ref[...], sin_ref[...]
   attend(qkv_ref, 0, scales_ref[...], tables, out_ref, options, bias_ref)
 
@@ -249,11 +263,18 @@ def _forward_kernel(
 def _backward_kernel(*refs, options):
   qkv_ref, bias_ref, scales_ref, cos_ref, sin_ref, dout_ref = refs[:6]
   dqkv_ref, dbias_ref, dscales_ref = refs[6:]
+  options = options._replace(heads=dout_ref.shape[1] // scales_ref.shape[0])
 
-  # Programs run in turn, and all add to the same sums of bias and scales.
-  @pl.when(pl.program_id(0) == 0)
+  # Programs run in turn, those of a group one after the other: they add to the
+  # sums of its bias, and all to those of scales.
+  group, sample = pl.program_id(0), pl.program_id(1)
+
+  @pl.when(sample == 0)
   def _():
     dbias_ref[...] = jnp.zeros_like(dbias_ref)
+
+  @pl.when(group + sample == 0)
+  def _():
     dscales_ref[...] = jnp.zeros_like(dscales_ref)
 
   attend_gradients(
@@ -270,10 +291,10 @@ def fused_attention(
   tables: tuple[Float[Array, "D T"], Float[Array, "D T"]],
   options: Options,
 ) -> Float[Array, "B C T"]:
-  """Attention of all heads, from the joint projection [3, heads, D].
+  """Attention of all heads, from their joint projection.
 
   Args:
-    qkv: queries, keys and values, without their bias.
+    qkv: queries, keys and values, see by_groups, without their bias.
     bias: of the projection, float32.
     scales: of the RMS norms of queries and keys.
     tables: cosines and sines [D, T] of the positions' angles.
@@ -289,34 +310,41 @@ def _call(
   products: int,
   options: Options,
 ) -> Any:
-  """Runs the kernel for each sample.
+  """Runs the kernel for each group of heads of each sample.
 
   Args:
     kernel: takes references to operands and results.
-    operands: arrays with a leading axis of samples, or shared by all.
+    operands: qkv, arrays of each sample and its heads, then what is shared.
     results: their shapes and dtypes, likewise.
     products: of [T, T] by [T, D] for each head; XLA schedules by their cost.
     options: of attention.
   """
   batch, width, tokens = operands[0].shape
 
+  head_dim = width // (3 * options.heads)
+  groups = options.heads // heads_together(options.heads, head_dim)
+
   def spec(array: Any) -> pl.BlockSpec:
     if array.ndim == 3:
-      return pl.BlockSpec((1, *array.shape[1:]), lambda b: (b, 0, 0))
-    return pl.BlockSpec(array.shape, lambda b: (0, 0))
+      shape = (1, array.shape[1] // groups, tokens)
+      return pl.BlockSpec(shape, lambda g, b: (b, g, 0))
+    if len(array) == width:
+      return pl.BlockSpec((width // groups, 1), lambda g, b: (g, 0))
+    return pl.BlockSpec(array.shape, lambda g, b: (0, 0))
 
   matrices = batch * options.heads * tokens**2
   return pl.pallas_call(
     functools.partial(kernel, options=options),
-    grid=(batch,),
+    grid=(groups, batch),
     in_specs=[spec(operand) for operand in operands],
     out_specs=[spec(result) for result in results],
     out_shape=results,
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("arbitrary",), vmem_limit_bytes=_VMEM_LIMIT
+      dimension_semantics=("arbitrary", "arbitrary"),
+      vmem_limit_bytes=_VMEM_LIMIT,
     ),
     cost_estimate=pl.CostEstimate(
-      flops=2 * matrices * (width // (3 * options.heads)) * products,
+      flops=2 * matrices * head_dim * products,
       bytes_accessed=sum(
         array.size * array.dtype.itemsize for array in (*operands, *results)
       ),

@@ -470,9 +470,10 @@ def _backward(options: Options, residuals: Any, cotangent: Any) -> Any:
   x, modulation, weights, tables = residuals
   operands = _operands(*residuals, options)
   results = [
-    jax.ShapeDtypeStruct(array.shape, array.dtype)
-    for array in (*operands[:2], *weights)
+    jax.ShapeDtypeStruct(array.shape, array.dtype) for array in operands[:2]
   ]
+  # Sums of many: float32, even if the weights are not.
+  results += [jax.ShapeDtypeStruct(w.shape, jnp.float32) for w in weights]
   inputs = (*operands, _grouped(cotangent, options))
   branch = _BRANCHES[type(weights)]
   # Each product has two in its gradient, and is made again.
@@ -482,7 +483,9 @@ def _backward(options: Options, residuals: Any, cotangent: Any) -> Any:
   return (
     dx.reshape(x.shape),
     dmodulation.reshape(modulation.shape),
-    type(weights)(*grads),
+    jax.tree.map(
+      lambda d, w: d.astype(w.dtype), type(weights)(*grads), weights
+    ),
     tuple(None for _ in tables),
   )
 

@@ -362,6 +362,9 @@ class Attention(nn.Module):
 
     _, tokens, channels = x.shape
     head_dim = channels // self.num_heads
+    kernel, bias = (
+      attention_kernel.by_groups(x, self.num_heads) for x in (kernel, bias)
+    )
     x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
     out = attention_kernel.fused_attention(
       jnp.einsum("btc,cf->bft", x, kernel),

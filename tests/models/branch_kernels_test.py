@@ -47,6 +47,10 @@ def inputs(samples, tokens, channels, heads, dtype):
   module = block(heads, dtype, "xla", 0)
   shapes = jax.eval_shape(module.init, jax.random.key(0), x, condition)
   params = jax.tree_util.tree_map_with_path(draw, shapes["params"])
+  # As a step hands them on: matrices in the dtype of the products.
+  params = jax.tree_util.tree_map_with_path(
+    lambda path, w: w.astype(dtype) if path[-1].key == "kernel" else w, params
+  )
   return params, x, condition, normal(*x.shape).astype(dtype)
 
 

@@ -93,6 +93,7 @@ import jax, jax.numpy as jnp
 from drift_jax import drift
 from drift_jax.system import sharding
 from drift_jax.models import layers
+from drift_jax.tasks.generator.setup import memory_on_chip_for
 from drift_jax.tools import compile_check
 
 compile_check.prepare_compilers()
@@ -122,6 +123,22 @@ for topology in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
     )
     total = lambda p, x: attention.apply(p, x).astype(jnp.float32).sum()
     jax.jit(jax.grad(total, argnums=(0, 1))).lower(params, x).compile()
+  # Both branches of a block, where there is memory for them.
+  memory = memory_on_chip_for("auto", mesh)
+  assert bool(memory) == (not topology.startswith("v4"))
+  if memory:
+    block = layers.Block(
+      2, 544, jnp.dtype("bfloat16"), jnp.dtype("bfloat16"), "pallas", memory
+    )
+    x, condition = shape(4, 16, 128), shape(4, 8, dtype=jnp.float32)
+    params = jax.tree.map(
+      lambda p: shape(*p.shape, dtype=p.dtype),
+      jax.eval_shape(block.init, jax.random.key(0), x, condition),
+    )
+    total = lambda p, *of: block.apply(p, *of)[0].astype(jnp.float32).sum()
+    gradient = jax.jit(jax.grad(total, argnums=(0, 1)))
+    compiled = gradient.lower(params, x, condition).compile().as_text()
+    assert compiled.count('custom_call_target="tpu_custom_call"') == 3
   print(topology)
 """
 

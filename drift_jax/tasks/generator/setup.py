@@ -208,7 +208,9 @@ def generator_recipe(task: step_lib.GeneratorTask, frozen: Any) -> Recipe:
     batch=step_lib.GeneratorBatch,
     frozen=frozen,
     computed=f"{np.dtype(generator.dtype)}, kernels: "
-    f"{generator.attention_kernel} for attention, {task.kernel} for losses, "
+    f"{generator.attention_kernel} for "
+    f"{'blocks' if generator.memory_on_chip else 'attention'}, "
+    f"{task.kernel} for losses, "
     f"remat: {generator.remat}"
     + f", in {task.groups} groups of labels"
     * (task.groups > 1),

@@ -22,6 +22,7 @@ from drift_jax.tasks.generator.setup import (
   init_generator,
   kernel_for,
   labels_at_once,
+  memory_on_chip_for,
   remat_for,
 )
 from drift_jax.tasks.generator.step import GeneratorBatch, draw, generator_loss
@@ -175,6 +176,7 @@ def test_other_models_are_refused(section):
 class _Device(NamedTuple):
   platform: str
   compute_capability: str = ""
+  device_kind: str = ""
 
 
 class _Mesh(NamedTuple):
@@ -203,6 +205,18 @@ def test_kernels_follow_the_devices(kernels, device, expected, attention):
   on_gpu = device.platform == "gpu"
   assert remat_for("auto", mesh) == ("full" if on_gpu else "attention")
   assert remat_for("branches", mesh) == "branches"
+
+
+def test_branches_are_computed_on_chips_with_the_memory():
+  def memory(kernels, kind):
+    devices = np.empty(1, object)
+    devices[0] = _Device("tpu", device_kind=kind)
+    mesh: Any = _Mesh(devices)
+    return memory_on_chip_for(kernels, mesh)
+
+  assert memory("auto", "TPU v6 lite") == memory("pallas", "TPU v5 lite")
+  assert 0 < memory("auto", "TPU v5") < memory("auto", "TPU v5 lite") < 2**27
+  assert memory("auto", "TPU v4") == memory("xla", "TPU v6 lite") == 0
 
 
 def test_kernels_of_other_devices_are_an_error():
