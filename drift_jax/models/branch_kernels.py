@@ -328,7 +328,7 @@ _BRANCHES = {
 
 
 def samples_together(
-  shape: tuple[int, int, int],
+  shape: tuple[int, ...],
   numbers: int,
   dtype: jnp.dtype,
   memory: int,
@@ -484,7 +484,7 @@ def _backward(options: Options, residuals: Any, cotangent: Any) -> Any:
     dx.reshape(x.shape),
     dmodulation.reshape(modulation.shape),
     jax.tree.map(
-      lambda d, w: d.astype(w.dtype), type(weights)(*grads), weights
+      lambda d, w: d.astype(w.dtype), branch.weights(*grads), weights
     ),
     tuple(None for _ in tables),
   )

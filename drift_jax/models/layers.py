@@ -366,7 +366,7 @@ class Attention(nn.Module):
       attention_kernel.by_groups(x, self.num_heads) for x in (kernel, bias)
     )
     x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-    out = attention_kernel.fused_attention(
+    out: Any = attention_kernel.fused_attention(
       jnp.einsum("btc,cf->bft", x, kernel),
       bias[:, None],
       jnp.stack([norm.weights(head_dim) for norm in norms], axis=1),

@@ -255,10 +255,11 @@ def analyse(text: str) -> Program:
         flax_module = _MODULE.search(instruction.rest)
         part = flax_module[1] if flax_module else ""
         cycles, moved = parts.get(part, (0.0, 0))
-        cycles += times * _cycles(instruction)
+        for call in (instruction, *_fused_calls(instruction, module)):
+          cycles += times * _cycles(call)
+          if kernel := _kernel(call):
+            kernels[kernel] += times
         parts[part] = cycles, moved + times * size
-        if kernel := _kernel(instruction):
-          kernels[kernel] += times
       kind = instruction.opcode.removesuffix("-start")
       if kind in KINDS:
         collectives.append(_collective(instruction, kind, name, times, inside))
@@ -293,6 +294,16 @@ def analyse(text: str) -> Program:
 def _is_fusion(instruction: Instruction) -> bool:
   """Whether it runs its computation as one kernel; GPUs may start it early."""
   return instruction.opcode in ("fusion", "fusion-start")
+
+
+def _fused_calls(
+  instruction: Instruction, module: Mapping[str, Computation]
+) -> list[Instruction]:
+  """Custom calls in a fusion, e.g. one that writes their result to a stack."""
+  if not _is_fusion(instruction):
+    return []
+  fused = module.get(instruction.called.get("calls", ""), {})
+  return [inner for inner in fused.values() if _DECLARED.search(inner.rest)]
 
 
 def _kernel(instruction: Instruction) -> str | None:

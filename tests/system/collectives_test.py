@@ -237,3 +237,13 @@ def test_a_kernel_counts_at_the_roofline_of_its_declared_cost():
   cost = '"bytes_accessed":"3200000","flops":"918000000","transcendentals":"7"'
   text = _CUSTOM.replace("COST", cost)
   assert hlo.analyse(text).cycles == 100 + 3500
+  # Inside a fusion too, which has no estimate of its own.
+  start, _, main = text.partition("ENTRY %main")
+  found = hlo.analyse(
+    f"""{start}%fused{main}
+ENTRY %main (y: f32[8]) -> f32[8] {{
+  %y = f32[8] parameter(0)
+  ROOT %out = f32[8] fusion(%y), kind=kCustom, calls=%fused
+}}"""
+  )
+  assert (found.cycles, found.kernels) == (3500, {"tpu_custom_call": 1})
