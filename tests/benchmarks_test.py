@@ -237,6 +237,19 @@ def test_parts_of_the_step_are_compiled(monkeypatch):
 
 
 @pytest.mark.system
+def test_kernels_are_scheduled_for_a_tpu(tmp_path):
+  file = tmp_path / "kernels.json"
+  done = process.call(
+    *("benchmarks/kernels_tpu.py", "--tiny", "--kernels=mlp", f"--json={file}")
+  )
+  assert done.returncode == 0, done.stderr
+  forward, backward = json.loads(file.read_text())["rows"]
+  # It computes three times as much.
+  assert 2 < backward["scheduled_ms"] / forward["scheduled_ms"] < 6
+  assert backward["roofline_ms"] > forward["roofline_ms"] > 0
+
+
+@pytest.mark.system
 def test_a_gpu_s_check_runs_its_step(tmp_path):
   """On a CPU, whose peak nobody knows."""
   file = tmp_path / "step_xla.json"

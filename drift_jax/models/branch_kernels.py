@@ -468,7 +468,7 @@ def _forward(
 
 def _backward(options: Options, residuals: Any, cotangent: Any) -> Any:
   x, modulation, weights, tables = residuals
-  operands = _operands(*residuals, options)
+  operands = _operands(x, modulation, weights, tables, options)
   results = [
     jax.ShapeDtypeStruct(array.shape, array.dtype) for array in operands[:2]
   ]
