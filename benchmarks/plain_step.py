@@ -60,7 +60,7 @@ def train_step(
   labels, n = len(batch.labels), task.num_generated
   draws = draw(state.key(), task, labels)
   generator = task.generator.clone(
-    attention_kernel="xla", remat="none", unroll=1
+    attention_kernel="xla", memory_on_chip=0, remat="none", unroll=1
   )
 
   def loss_of(params: Any) -> jax.Array:

@@ -17,7 +17,11 @@ from drift_jax.tasks.generator.samplers import (
   jit_sampler,
   sample_step,
 )
-from drift_jax.tasks.generator.setup import attention_kernel_for, unroll_for
+from drift_jax.tasks.generator.setup import (
+  attention_kernel_for,
+  memory_on_chip_for,
+  unroll_for,
+)
 from drift_jax.training import artifacts
 from drift_jax.training.step import apply
 
@@ -54,6 +58,7 @@ def open_random(
   task = sampling_task(
     module.clone(
       attention_kernel=attention_kernel_for("auto", mesh),
+      memory_on_chip=memory_on_chip_for("auto", mesh),
       unroll=unroll_for(module.depth, mesh),
     )
   )
@@ -153,7 +158,9 @@ def _flops(opened: OpenedGenerator) -> float:
       seed=0,
       task=dataclasses.replace(
         opened.task,
-        generator=opened.task.generator.clone(attention_kernel="xla"),
+        generator=opened.task.generator.clone(
+          attention_kernel="xla", memory_on_chip=0
+        ),
       ),
     )
     if opened.vae is None:
