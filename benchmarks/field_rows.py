@@ -103,6 +103,7 @@ def step_rows(report: timing.Report, tiny: bool) -> None:
   found = {}
   for name, changes in {"softmax": [], **STEPS}.items():
     values = growth_rows.base(tiny)
+    values["encoders"]["mae"]["in_loss"] = not tiny
     configs.change(values, changes)
     found[name] = growth_rows.timed_step(tasks.parse(values), mesh)
   plain, memory = found.pop("softmax")

@@ -59,11 +59,11 @@ class Dense(nn.Module):
   def weights(
     self, channels: int
   ) -> tuple[Float[Array, "C F"], Float[Array, " F"]]:
-    """(W, b), float32."""
+    """(W, b): the bias in float32."""
     shape = (channels, self.features)
     kernel = self.param("kernel", self.kernel_init, shape)
     bias = self.param("bias", nn.initializers.zeros, (self.features,))
-    return kernel, jnp.asarray(bias, jnp.float32)
+    return jnp.asarray(kernel), jnp.asarray(bias, jnp.float32)
 
 
 class RMSNorm(nn.Module):
