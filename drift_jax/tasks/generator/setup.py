@@ -335,7 +335,7 @@ _MEMORY_ON_CHIP = {
 
 
 def memory_on_chip_for(kernels: str, mesh: Mesh) -> int:
-  """Bytes for the MLP's kernel on the mesh's devices, see layers.Block."""
+  """Bytes for the kernel of a branch on the mesh's devices: layers.Block."""
   if kernel_for(kernels, mesh) != "pallas":
     return 0
   return _MEMORY_ON_CHIP.get(mesh.devices.flat[0].device_kind, 0)
