@@ -10,7 +10,8 @@ from jaxtyping import Array, ArrayLike, Float
 
 from drift_jax.drift.features import pooled_features, root_mean_square
 from drift_jax.models.arguments import build
-from drift_jax.models.layers import NORM_EPSILON, LayerNorm
+from drift_jax.models.convolutions import LayerNorm
+from drift_jax.models.layers import NORM_EPSILON
 
 INPUT_SIZE = 224
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -9,7 +9,8 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from drift_jax.drift.features import root_mean_square
 from drift_jax.models.arguments import build
-from drift_jax.models.layers import GroupNorm, conv, patchify
+from drift_jax.models.convolutions import GroupNorm, conv
+from drift_jax.models.layers import patchify
 from drift_jax.models.stages import (
   Maps,
   run_stage,

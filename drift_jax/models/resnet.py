@@ -15,7 +15,7 @@ from drift_jax.models.convnext import (
   require_pixels,
   resize_input,
 )
-from drift_jax.models.layers import conv
+from drift_jax.models.convolutions import conv
 from drift_jax.models.stages import (
   Maps,
   run_stage,

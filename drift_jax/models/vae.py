@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from drift_jax.models.arguments import build, require_multiple
-from drift_jax.models.layers import GroupNorm, attention
+from drift_jax.models.convolutions import GroupNorm
+from drift_jax.models.layers import attention
 
 SCALING_FACTOR = 0.18215
 # Limits of the logarithm of the posterior's variance.

@@ -12,6 +12,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from drift_jax.models import layers
 from drift_jax.models.generator import build_generator
 from tests.conftest import assert_close, kernel_costs
+from tests.models.kernels import assert_same, params_like
 from tests.models.small import GENERATOR as SMALL
 from tests.models.small import LABELS
 
@@ -24,24 +25,16 @@ def run(params, x, cotangent, *, heads, dtype, kernel):
   return out, vjp(cotangent.astype(out.dtype))
 
 
-def like(shapes):
-  """Parameters at which nothing is flat: norms' scales are about 1."""
-  rng = np.random.default_rng(1)
-
-  def draw(path, leaf):
-    fan_in = leaf.shape[-2] if leaf.ndim > 1 else 12
-    values = rng.normal(size=leaf.shape) / fan_in**0.5
-    return np.float32(values + (path[-1].key == "scale"))
-
-  return jax.tree_util.tree_map_with_path(draw, shapes)
-
-
 def inputs(tokens, channels, heads, dtype):
   rng = np.random.default_rng(0)
   x = jnp.asarray(rng.normal(size=(2, tokens, channels)), dtype)
   module = layers.Attention(heads, x.dtype, jnp.dtype(jnp.float32))
   shapes = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
-  return like(shapes), x, jnp.asarray(rng.normal(size=x.shape), jnp.float32)
+  return (
+    params_like(shapes),
+    x,
+    jnp.asarray(rng.normal(size=x.shape), jnp.float32),
+  )
 
 
 # Heads that fill the lanes two by two, one by one, not at all, and 16 together,
@@ -67,12 +60,7 @@ def test_same_numbers_as_the_plain_form(
     run(*arguments, heads=heads, dtype=dtype, kernel=kernel)
     for kernel in ("xla", "interpret")
   )
-  for form, other, rtol in zip(plain, fused, tolerances, strict=True):
-    leaves = jax.tree_util.tree_leaves_with_path(form)
-    for (path, a), b in zip(leaves, jax.tree.leaves(other), strict=True):
-      assert a.dtype == b.dtype
-      a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-      assert_close(b, a, rtol, jax.tree_util.keystr(path))
+  assert_same(plain, fused, tolerances)
 
 
 def test_no_matrix_of_tokens_is_kept_for_the_backward_pass():
@@ -114,7 +102,7 @@ def test_a_generator_has_the_same_parameters_and_samples_either_way():
     for model in (plain, fused)
   )
   assert same == shapes
-  params = like(shapes)
+  params = params_like(shapes)
   images = [
     jax.jit(model.apply)(
       {"params": params}, LABELS, 2.0, rngs={"noise": jax.random.key(3)}

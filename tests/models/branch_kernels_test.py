@@ -9,7 +9,8 @@ import pytest
 
 from drift_jax.models import branch_kernels, layers
 from drift_jax.models.generator import build_generator
-from tests.conftest import assert_close, kernel_costs
+from tests.conftest import kernel_costs
+from tests.models.kernels import assert_same, params_like
 from tests.models.small import GENERATOR, LABELS
 
 MEMORY = 64 * 2**20
@@ -32,24 +33,20 @@ def run(params, x, condition, cotangent, *, module):
 
 
 def inputs(samples, tokens, channels, heads, dtype):
-  """Parameters at which nothing is flat, tokens, condition, cotangent."""
+  """Parameters, tokens, condition, cotangent."""
   rng = np.random.default_rng(0)
 
   def normal(*shape):
     return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
-  def draw(path, leaf):
-    fan_in = leaf.shape[-2] if leaf.ndim > 1 else 12
-    return normal(*leaf.shape) / fan_in**0.5 + float(path[-1].key == "scale")
-
   x = normal(samples, tokens, channels).astype(dtype)
   condition = normal(samples, 40)
   module = block(heads, dtype, "xla", 0)
   shapes = jax.eval_shape(module.init, jax.random.key(0), x, condition)
-  params = jax.tree_util.tree_map_with_path(draw, shapes["params"])
   # As a step hands them on: matrices in the dtype of the products.
   params = jax.tree_util.tree_map_with_path(
-    lambda path, w: w.astype(dtype) if path[-1].key == "kernel" else w, params
+    lambda path, w: w.astype(dtype) if path[-1].key == "kernel" else w,
+    params_like(shapes["params"]),
   )
   return params, x, condition, normal(*x.shape).astype(dtype)
 
@@ -77,12 +74,7 @@ def test_same_numbers_as_the_plain_form(
     run(*arguments, module=block(heads, dtype, *form))
     for form in (("xla", 0), ("interpret", MEMORY))
   )
-  for form, other, rtol in zip(plain, fused, tolerances, strict=True):
-    leaves = jax.tree_util.tree_leaves_with_path(form)
-    for (path, a), b in zip(leaves, jax.tree.leaves(other), strict=True):
-      assert a.dtype == b.dtype
-      a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-      assert_close(b, a, rtol, jax.tree_util.keystr(path))
+  assert_same(plain, fused, tolerances)
 
 
 def test_samples_go_together_as_they_fit():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, Shaped
 
-from drift_jax.models.layers import GroupNorm, conv
+from drift_jax.models.convolutions import GroupNorm, conv
 
 # ResNet-18: basic blocks of these channels, two of each.
 _STAGES = (64, 128, 256, 512)

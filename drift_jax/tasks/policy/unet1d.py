@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from drift_jax.models.arguments import require_multiple
-from drift_jax.models.layers import GroupNorm, sinusoidal_embedding
+from drift_jax.models.convolutions import GroupNorm
+from drift_jax.models.layers import sinusoidal_embedding
 
 # Uniform in +-1 / sqrt(fan-in), as in the published code: FiLM's scales are
 # then small at first, and what a block adds as well.
