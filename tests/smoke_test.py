@@ -97,12 +97,9 @@ def test_latents(tmp_path, images, vae):
       "use_std": False,
     },
   }
-  for variant, folder in (
-    ("smoke", workdir),
-    ("wflow_ablation,smoke", tmp_path / "wflow"),
-  ):
-    last = train("imagenet_latent", variant, folder, **frozen, **changes)
-    assert np.isfinite(last["loss"]) and "scale/layer1" in last
+  variant = "wflow_ablation,smoke"
+  last = train("imagenet_latent", variant, workdir, **frozen, **changes)
+  assert np.isfinite(last["loss"]) and "scale/layer1" in last
   # Two classes of two images: decoded, not latents.
   with Image.open(workdir / "samples" / "step_0000002.png") as grid:
     assert grid.size == (2 * (SIDE + 2) + 2, 2 * (SIDE + 2) + 2)
