@@ -19,6 +19,7 @@ from benchmarks import (
   flow_rows,
   gpu_step,
   negatives,
+  noise,
   plain,
   step_tpu,
   style,
@@ -106,6 +107,12 @@ def test_extra_negatives_are_as_good_as_samples_with_a_gradient():
   )
   assert extra[0] > 1.2 * few[0] and abs(extra[0] / more[0] - 1) < 0.05
   assert few[1] > 0.08 and abs(extra[1]) < 0.03 and fewer_positives[1] < -0.08
+
+
+def test_a_drift_sees_noise_in_few_dimensions_alone():
+  images = noise.digits()
+  whole, pixels = (noise.cosine(images, 0.05, side=side) for side in (8, 1))
+  assert abs(whole) < 0.02 and pixels < -0.2
 
 
 @pytest.mark.system
