@@ -64,7 +64,7 @@ def _convolve(
 
 
 def _seen(side: int, size: int, stride: int) -> list[slice]:
-  """What each tap of a kernel sees of a padded side; not only padding."""
+  """The part of a padded side under each tap that meets more than padding."""
   reach = (side - 1) // stride * stride
   first = size // 2
   taps = range(max(0, first - reach), min(size, first + side))
