@@ -1,12 +1,13 @@
 """A table and a picture of drifting beside flow matching, over evaluations.
 
-  python benchmarks/flow_picture.py OUT.png WORKDIR ...
+  python benchmarks/flow_picture.py OUT.png WORKDIR ... [--figures=fd_pixel]
 
 with the workdirs of benchmarks/flow_matching.py and of drifting runs, as many
 of each as there are seeds: points are means, bars sample standard deviations.
 Of drifting it takes the last evaluation, each alpha by itself.
 """
 
+import argparse
 import collections
 import json
 import pathlib
@@ -30,13 +31,18 @@ Points = dict[tuple[str, str], dict[int, list[float]]]
 
 def main(argv: Sequence[str]) -> None:
   """Prints and draws."""
-  if len(argv) < 2:
-    raise SystemExit(__doc__)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("out", type=pathlib.Path)
+  parser.add_argument("workdirs", nargs="+", type=pathlib.Path)
+  parser.add_argument("--figures", help="some, by commas; default: all")
+  args = parser.parse_args(argv)
   points: Points = collections.defaultdict(
     lambda: collections.defaultdict(list)
   )
   real: dict[str, float] = {}
-  for folder in map(pathlib.Path, argv[1:]):
+  for folder in args.workdirs:
     if not (folder / "metrics.jsonl").exists():
       raise SystemExit(f"Error: {folder} holds no run: it has no metrics.jsonl")
     add = flow_matching if (folder / FILE).exists() else drifting
@@ -44,9 +50,18 @@ def main(argv: Sequence[str]) -> None:
     seconds = train_seconds(folder)
     print(f"{folder}: {add.__name__}, {seconds:.0f} s of training")
   if not real:
-    raise SystemExit(f"Error: none of {argv[1:]} has been evaluated yet")
-  print(table(points, real))
-  draw(pathlib.Path(argv[0]), points, real)
+    folders = ", ".join(map(str, args.workdirs))
+    raise SystemExit(f"Error: none of {folders} has been evaluated yet")
+  figures = shown(points)
+  if args.figures:
+    figures = args.figures.split(",")
+    for name in figures:
+      if name not in real:
+        raise SystemExit(
+          f"Error: --figures: {name!r}: the runs have {', '.join(real)}"
+        )
+  print(table(points, real, figures))
+  draw(args.out, points, real, figures)
 
 
 def flow_matching(
@@ -86,9 +101,10 @@ def shown(points: Points) -> list[str]:
   ]
 
 
-def table(points: Points, real: dict[str, float]) -> str:
+def table(
+  points: Points, real: dict[str, float], figures: Sequence[str]
+) -> str:
   """Markdown: a row for each method and number of evaluations."""
-  figures = shown(points)
   ways = {(m, n) for (_, m), of in points.items() for n in of}
   lines = [
     f"| method | evaluations | {' | '.join(figures)} |",
@@ -109,9 +125,14 @@ def spread(values: Sequence[float]) -> str:
   return text + (f" ± {np.std(values, ddof=1):.2g}" if values[1:] else "")
 
 
-def draw(path: pathlib.Path, points: Points, real: dict[str, float]) -> None:
+def draw(
+  path: pathlib.Path,
+  points: Points,
+  real: dict[str, float],
+  figures: Sequence[str],
+) -> None:
   """A panel for each figure that real images have too."""
-  figures = [figure for figure in shown(points) if figure in real]
+  figures = [figure for figure in figures if figure in real]
   methods = sorted({method for _, method in points})
   size = 7.5, 2.8 * len(figures)
   figure, axes = plots.new_figure(size, len(figures), 1, sharex=True)

@@ -379,8 +379,12 @@ def test_flow_matching_runs_and_is_drawn_beside_drifting(tmp_path, capsys):
   record = {"step": 9, "perf/steps_per_second": 3.0}
   record |= {"eval/fd_pixel/alpha_1.0": 0.7, "eval/fd_pixel/baseline": 0.4}
   (drifting / "metrics.jsonl").write_text(json.dumps(record) + "\n")
-  flow_picture.main([f"{tmp_path}/x.png", str(workdir), str(drifting)])
+  flow_picture.main(
+    [f"{tmp_path}/x.png", str(workdir), str(drifting), "--figures=fd_pixel"]
+  )
   told = capsys.readouterr().out
   assert f"{drifting}: drifting, 3 s of training" in told
   assert "| drifting, α = 1 | 1 | 0.7 |" in told
   assert (tmp_path / "x.png").stat().st_size > 10_000
+  with pytest.raises(SystemExit, match="--figures: 'fid'.* fd_pixel"):
+    flow_picture.main([f"{tmp_path}/x.png", str(workdir), "--figures=fid"])
