@@ -43,7 +43,10 @@ def define_flags() -> None:
   flags.DEFINE_list(
     "evaluations",
     ["1", "2", "8", "50"],
-    "Evaluations of the velocity for a sample; even ones by Heun's method too.",
+    "Evaluations of the velocity for a sample; Heun's method has even ones.",
+  )
+  flags.DEFINE_multi_enum(
+    "solver", ["euler", "heun"], ["euler", "heun"], "Draws the samples."
   )
   flags.DEFINE_list(
     "guidance",
@@ -71,7 +74,7 @@ def main(argv: list[str]) -> None:
     from benchmarks import flow_rows
 
     state, run = flow_rows.train(config, values.workdir, minutes=values.minutes)
-    flow_rows.judge(state, run, counts, scales)
+    flow_rows.judge(state, run, counts, scales, values.solver)
 
   programs.run(
     program,

@@ -259,7 +259,11 @@ def make_sampler(
 
 
 def judge(
-  state: TrainState, of: Run, counts: Sequence[int], scales: Sequence[float]
+  state: TrainState,
+  of: Run,
+  counts: Sequence[int],
+  scales: Sequence[float],
+  solvers: Sequence[str],
 ) -> None:
   """Prints and writes the figures of each way to draw samples."""
   # 1. What judges, and what all lines say.
@@ -282,7 +286,7 @@ def judge(
   ways = [
     (solver, count, scale)
     for scale in scales
-    for solver in ("euler", "heun")
+    for solver in solvers
     for count in counts
     if solver == "euler" or count % 2 == 0
   ]
