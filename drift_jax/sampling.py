@@ -57,7 +57,7 @@ class Samples:
   """Images with their labels.
 
   Attributes:
-    images: [n, H, W, C] float32 in [-1, 1].
+    images: [n, H, W, C] float32 in about [-1, 1]: not clipped, `pixels` is.
     labels: [n] int32.
     columns: of the grid.
   """
