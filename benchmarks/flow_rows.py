@@ -166,7 +166,7 @@ def train(
   encoders = frozen.load_encoders(config.encoders, mesh)
   config = replace(
     config,
-    model=replace(config.model, style_tokens=0),
+    model=replace(config.model, style_tokens=0, clip=False),
     eval=replace(config.eval, every=0),
     checkpoint=replace(config.checkpoint, best_metric=""),
   )

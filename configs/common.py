@@ -166,6 +166,7 @@ def generator() -> ConfigDict:
   # data.conditions has them, or none without it.
   config.model.condition_size = 0
   config.model.condition_tokens = 0
+  config.model.clip = False  # samples end at black and white: docs/recipes.md
   config.model.dtype = "float32"  # activations; parameters are float32
   config.model.attention_dtype = "float32"
   # What is recomputed in the backward pass: 'none', the inside of 'attention',

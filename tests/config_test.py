@@ -234,6 +234,15 @@ def test_an_encoder_is_not_called_as_the_autoencoder():
     parse(values)
 
 
+def test_latents_do_not_end_at_black_and_white():
+  values = imagenet_latent.get_config().to_dict()
+  values["model"]["clip"] = True
+  with pytest.raises(
+    config_lib.ConfigError, match=r"model\.clip=True .*=False"
+  ):
+    parse(values)
+
+
 def test_without_a_best_evaluations_and_saves_are_independent():
   values = generator().to_dict()
   values["checkpoint"].update(best_metric="", every=100)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from drift_jax.models import layers
-from drift_jax.models.arguments import build, require_multiple
+from drift_jax.models.arguments import NOT_IN_PAPER, build, require_multiple
 
 # Weight of the guidance scale's embedding in the conditioning vector.
 ALPHA_EMBEDDING_WEIGHT = 0.02
@@ -86,6 +86,8 @@ class Generator(nn.Module):
       class is the only condition.
     condition_tokens: T, tokens of a condition [T, D], which are in-context
       tokens; 0: it is one vector [D].
+    clip: whether samples end at black and white, -1 and 1; a value that is
+      beyond has no gradient.
     gather: applied by each block to its parameters before it uses them, e.g.
       to gather them from several devices.
     attention_kernel: see layers.Attention.
@@ -111,6 +113,7 @@ class Generator(nn.Module):
   remat: str
   condition_size: int
   condition_tokens: int
+  clip: bool
   gather: Callable[[Any], Any] | None = None
   attention_kernel: str = "xla"
   memory_on_chip: int = 0
@@ -320,7 +323,8 @@ class Generator(nn.Module):
     self.sow("intermediates", "final_output", x)
     first = self.context_tokens + self.condition_tokens
     x = x[:, first:].reshape(batch, side, side, -1)
-    return layers.unpatchify(x, self.patch_size)
+    x = layers.unpatchify(x, self.patch_size)
+    return jnp.clip(x, -1, 1) if self.clip else x
 
   def _check_shapes(
     self,
@@ -349,13 +353,13 @@ def build_generator(**arguments: Any) -> Generator:
   """Builds the generator from its attributes, dtypes by name.
 
   Attributes that have a default are not arguments: `clone` sets them. Those of
-  conditions may be left out, and are 0 then.
+  NOT_IN_PAPER may be left out.
 
   Raises:
     ValueError: an unknown or missing argument, or values that contradict each
       other.
   """
-  arguments = {"condition_size": 0, "condition_tokens": 0, **arguments}
+  arguments = {**NOT_IN_PAPER, **arguments}
   style_tokens = arguments.get("style_tokens", 0)
   generator = build(
     Generator,

@@ -15,7 +15,11 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from drift_jax.models.arguments import argument_types, require_choice
+from drift_jax.models.arguments import (
+  NOT_IN_PAPER,
+  argument_types,
+  require_choice,
+)
 from drift_jax.models.naming import (
   Entry,
   Naming,
@@ -34,8 +38,6 @@ IMAGENET_CLASSES = 1000
 
 # Arguments that are published as yes or no: use_bf16, attn_fp32, use_remat.
 _FLAGS = ("dtype", "attention_dtype", "remat")
-# Arguments of generators that are published if they are not 0.
-_OF_CONDITIONS = ("condition_size", "condition_tokens")
 
 _LINEAR = {"kernel": "Dense_0/kernel", "bias": "Dense_0/bias"}
 _DIT = "LightningDiT_0"
@@ -208,7 +210,7 @@ _KINDS = {
       "use_bf16": False,
       "attn_fp32": True,
       "use_remat": False,
-      **dict.fromkeys(_OF_CONDITIONS, 0),
+      **NOT_IN_PAPER,
     },
     names=_GENERATOR_NAMES,
   ),
@@ -354,7 +356,7 @@ def published_config(kind: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
   if kind != "gen":
     flags = [name for name in flags if name != "remat"]
   if kind == "gen":
-    arguments = {**dict.fromkeys(_OF_CONDITIONS, 0), **arguments}
+    arguments = {**NOT_IN_PAPER, **arguments}
   missing = [name for name in (*keys, *flags) if name not in arguments]
   if missing:
     raise ValueError(f"arguments of {kind!r} lack {', '.join(missing)}")
@@ -370,8 +372,8 @@ def published_config(kind: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
   if kind == "gen":
     config["attn_fp32"] = arguments["attention_dtype"] == "float32"
     config["use_remat"] = arguments["remat"] == "full"
-    for key in _OF_CONDITIONS:
-      if not config[key]:
+    for key, value in NOT_IN_PAPER.items():
+      if config[key] == value:
         del config[key]
   return config
 

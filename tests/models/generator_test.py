@@ -218,6 +218,18 @@ def test_samples_of_a_batch_do_not_mix(small: Small):
   assert np.isnan(samples[3]).all()
 
 
+def test_samples_may_end_at_black_and_white(small: Small):
+  apply = jax.jit(build_generator(**GENERATOR, clip=True).apply)
+  plain = 3 * small.apply(small.params, LABELS, 1.0, **_inputs())
+  last = small.params["params"]["final"]["linear"]
+  scaled = jax.tree.map(lambda x: 3 * x, last)
+  final = small.params["params"]["final"] | {"linear": scaled}
+  params = {"params": small.params["params"] | {"final": final}}
+  found = apply(params, LABELS, 1.0, **_inputs())
+  assert 0.1 < np.mean(np.abs(plain) > 1) < 0.9
+  np.testing.assert_allclose(found, np.clip(plain, -1, 1), rtol=0, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_remat_changes_neither_samples_nor_gradients(small: Small):
   def objective(remat, variables):

@@ -35,6 +35,7 @@ class GeneratorModel(sections.ImageModel):
   remat: Literal["none", "attention", "branches", "full", "auto"]
   condition_size: sections.Count = 0  # earlier runs have neither of these
   condition_tokens: sections.Count = 0
+  clip: bool = False  # nor this
 
 
 class GeneratorData(sections.Data):
@@ -377,6 +378,12 @@ def _check_network(config: GeneratorConfig) -> None:
     f"vae.path={config.vae.path!r} with data.source={config.data.source!r}: a "
     "generator of latents reads a latent cache; make one by python -m "
     "drift_jax.tools.cache_latents and set data.source=latents:DIR",
+  )
+  checks.require(
+    not (model.clip and config.data.source.startswith("latents:")),
+    "model.clip=True keeps samples within [-1, 1], but those of "
+    f"data.source={config.data.source!r} are latents, which have no such "
+    "bounds: set model.clip=False",
   )
   checks.require(
     model.in_channels == model.out_channels,

@@ -221,14 +221,13 @@ def test_models_without_conditions_are_as_they_were():
     )
 
 
-def test_conditions_survive_the_releases_format():
+def test_what_the_release_lacks_survives_its_format():
   task = conditional(toy_task(), 2)
   arguments = train_test.config_of("smoke").model.to_dict()
-  published = release.published_config(
-    "gen", arguments | {"condition_size": SIZE, "condition_tokens": 2}
-  )
+  own = {"condition_size": SIZE, "condition_tokens": 2, "clip": True}
+  published = release.published_config("gen", arguments | own)
   module, shapes = release.describe("gen", published)
-  assert module.condition_shape == task.condition_shape
+  assert module.condition_shape == task.condition_shape and module.clip
   params = random_like(shapes)
   stored = release.to_release("gen", published, params)
   _, found = release.from_release("gen", published, stored)
