@@ -21,10 +21,6 @@ if not __package__:
 
 import numpy as np
 
-from benchmarks.flow_rows import FILE, train_seconds
-from drift_jax.metrics import plots
-from drift_jax.metrics.writers import read_jsonl
-
 # {(figure, method): {evaluations: values of the seeds}}
 Points = dict[tuple[str, str], dict[int, list[float]]]
 
@@ -38,6 +34,8 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("workdirs", nargs="+", type=pathlib.Path)
   parser.add_argument("--figures", help="some, by commas; default: all")
   args = parser.parse_args(argv)
+  from benchmarks.flow_rows import FILE, train_seconds
+
   points: Points = collections.defaultdict(
     lambda: collections.defaultdict(list)
   )
@@ -68,6 +66,8 @@ def flow_matching(
   folder: pathlib.Path, points: Points, real: dict[str, float]
 ) -> None:
   """Adds a run of benchmarks/flow_matching.py."""
+  from benchmarks.flow_rows import FILE
+
   for row in map(json.loads, (folder / FILE).read_text().splitlines()):
     real |= row["real"]
     guided = f", guidance {row['guidance']:g}" * (row["guidance"] != 1)
@@ -80,6 +80,8 @@ def drifting(
   folder: pathlib.Path, points: Points, real: dict[str, float]
 ) -> None:
   """Adds the last evaluation of a drifting run."""
+  from drift_jax.metrics.writers import read_jsonl
+
   records = read_jsonl(folder / "metrics.jsonl")
   last: dict[str, Any] = next(
     (r for r in reversed(records) if any(k.startswith("eval/") for k in r)), {}
@@ -132,6 +134,8 @@ def draw(
   figures: Sequence[str],
 ) -> None:
   """A panel for each figure that real images have too."""
+  from drift_jax.metrics import plots
+
   figures = [figure for figure in figures if figure in real]
   methods = sorted({method for _, method in points})
   size = 7.5, 2.8 * len(figures)
