@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Shaped
 
 DTYPES = ("float32", "bfloat16")
-# Arguments of the generator that the paper's lacks, as if it had them.
+# Arguments that the paper's generator lacks, and what they are of one like it.
 NOT_IN_PAPER = {"condition_size": 0, "condition_tokens": 0, "clip": False}
 
 Module = TypeVar("Module", bound=nn.Module)

@@ -228,6 +228,10 @@ def test_samples_may_end_at_black_and_white(small: Small):
   found = apply(params, LABELS, 1.0, **_inputs())
   assert 0.1 < np.mean(np.abs(plain) > 1) < 0.9
   np.testing.assert_allclose(found, np.clip(plain, -1, 1), rtol=0, atol=1e-5)
+  # Each pixel has one bias, and those beyond have no gradient.
+  slopes = jax.grad(lambda p: jnp.sum(apply(p, LABELS, 1.0, **_inputs())))
+  bias = slopes(params)["params"]["final"]["linear"]["bias"]
+  assert jnp.sum(bias) == pytest.approx(np.sum(np.abs(plain) < 1), rel=1e-6)
 
 
 @pytest.mark.slow
