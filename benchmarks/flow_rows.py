@@ -20,7 +20,7 @@ from etils import epath
 from drift_jax.metrics import generation
 from drift_jax.metrics.evaluators import baselines
 from drift_jax.metrics.files import PathLike
-from drift_jax.metrics.images import save_image
+from drift_jax.metrics.images import as_shown, save_image
 from drift_jax.metrics.writers import read_jsonl
 from drift_jax.system import sharding, storage
 from drift_jax.system.console import logger
@@ -252,7 +252,8 @@ def make_sampler(
       return x + width * slope, None
 
     times = jnp.linspace(0.0, 1.0, steps, endpoint=False)
-    return jax.lax.scan(advance, x, times)[0]
+    x = jax.lax.scan(advance, x, times)[0]
+    return as_shown(x) if of.task.pixels else x
 
   step = jax.jit(sharding.over_batch(sample, of.mesh, sharding.specs(params)))
   return lambda *batch: step(params, *sharding.put_batch(batch, of.mesh))

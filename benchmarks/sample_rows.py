@@ -60,7 +60,8 @@ def open_random(
       attention_kernel=attention_kernel_for("auto", mesh),
       memory_on_chip=memory_on_chip_for("auto", mesh),
       unroll=unroll_for(module.depth, mesh),
-    )
+    ),
+    vae,
   )
   return OpenedGenerator(
     task=task,

@@ -57,7 +57,8 @@ class Samples:
   """Images with their labels.
 
   Attributes:
-    images: [n, H, W, C] float32 in about [-1, 1]: not clipped, `pixels` is.
+    images: [n, H, W, C] float32 in [-1, 1]; arrays that are no images
+      have no bounds.
     labels: [n] int32.
     columns: of the grid.
   """

@@ -1,5 +1,6 @@
 """Samples of a loaded generator: what they depend on, and what is refused."""
 
+import dataclasses
 import functools
 import io
 import json
@@ -61,6 +62,20 @@ def test_images_are_those_of_the_step(model):
   np.testing.assert_array_equal(samples.labels, labels)
   fewer = model.sample(labels[:2].tolist(), alpha=1.5, seed=seed)
   assert_close(samples.images[:2], fewer.images, 1e-6)
+
+
+def test_images_end_at_black_and_white(model):
+  """A generator's values are not bounded, and nobody sees what is beyond."""
+  opened = model.generator
+  params = jax.tree.map(lambda x: 3 * x, opened.params)
+  inputs = sample_inputs(np.arange(4, dtype=np.int32), seed=0, task=opened.task)
+  of_each = (np.arange(4), np.ones(4, np.float32), *inputs)
+  made, seen = (
+    np.asarray(generate(params, *of_each, task=task))
+    for task in (dataclasses.replace(opened.task, pixels=False), opened.task)
+  )
+  assert made.min() < -1.5 and made.max() > 1.5
+  np.testing.assert_array_equal(seen, np.clip(made, -1, 1))
 
 
 def test_label_alpha_seed_and_style_change_an_image(model):
@@ -232,6 +247,7 @@ def test_latents_need_their_autoencoder(tmp_path):
   model = drift_jax.load(source, vae=vae)
   assert model.image_shape == (16, 16, 3) and model.class_names == ()
   assert model.alpha_range == (1.0, 4.0)
+  assert not model.generator.task.pixels
   images = model.sample([1], count=2, seed=3).images
   assert images.shape == (2, 16, 16, 3)
   autoencoder = model.generator.vae
@@ -239,7 +255,7 @@ def test_latents_need_their_autoencoder(tmp_path):
   decoded = jax.jit(decode)(
     jax.device_get(autoencoder.params), drawn(model, [1, 1], 1.0, range(2), 3)
   )
-  assert_close(images, decoded, 1e-4)
+  assert_close(images, np.clip(decoded, -1, 1), 1e-4)
   with pytest.raises(ConfigError, match="names of its .* are not known"):
     model.labels(["tench"])
 

@@ -71,6 +71,14 @@ def to_rgb(images: jax.Array, pixels: options.Pixels = "truncate") -> jax.Array:
   return jnp.broadcast_to(levels.astype(jnp.uint8), (*levels.shape[:3], 3))
 
 
+def as_shown(images: jax.Array) -> jax.Array:
+  """Images in [-1, 1]: what lies beyond is black or white, as on a screen.
+
+  Any shape. What is not finite stays so, for those who check it.
+  """
+  return jnp.where(jnp.isfinite(images), jnp.clip(images, -1, 1), images)
+
+
 def real_pixels(images: np.ndarray) -> np.ndarray:
   """Real images [n, H, W, 1 or 3] in [-1, 1] -> uint8 [n, H, W, 3], rounded.
 

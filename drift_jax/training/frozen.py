@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from drift_jax import config as config_lib
 from drift_jax.config.sections import ImageConfig, ImageModel
 from drift_jax.data.sources import readable_classes
+from drift_jax.metrics.images import as_shown
 from drift_jax.system import sharding, storage
 from drift_jax.system.console import logger
 from drift_jax.training import artifacts
@@ -249,8 +250,12 @@ def frozen_sums(
 
 
 def decoding(vae: artifacts.Artifact) -> Callable[[Any, jax.Array], jax.Array]:
-  """(params, latents) -> images."""
-  return functools.partial(apply, vae.module, method="decode")
+  """(params, latents) -> images, see as_shown."""
+
+  def decode(params: Any, latents: jax.Array) -> jax.Array:
+    return as_shown(apply(vae.module, params, latents, method="decode"))
+
+  return decode
 
 
 def start_params(

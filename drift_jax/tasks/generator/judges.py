@@ -61,6 +61,13 @@ def make_decoder(
   return on_mesh(decoding(vae), vae.params, mesh)
 
 
+def are_pixels(
+  sample_shape: tuple[int, ...], vae: artifacts.Artifact | None
+) -> bool:
+  """Whether samples are images themselves, which no VAE decodes."""
+  return vae is None and are_images(sample_shape, vae)
+
+
 def make_pixels(
   decode: Callable[[Images], Images], pixels: options.Pixels = "truncate"
 ) -> PixelsFn:

@@ -19,7 +19,7 @@ from drift_jax.system import numerics, processes, sharding, storage
 from drift_jax.system.errors import naming
 from drift_jax.tasks import parse_as
 from drift_jax.tasks.generator.config import GeneratorConfig
-from drift_jax.tasks.generator.judges import are_images
+from drift_jax.tasks.generator.judges import are_images, are_pixels
 from drift_jax.tasks.generator.setup import (
   attention_kernel_for,
   init_generator,
@@ -176,7 +176,7 @@ def open_run(
   with naming("model"):
     module = build_generator(**arguments)
   task = sampling_task(
-    _computed_on(module, mesh, kernels_there(config.train.kernels, mesh))
+    _computed_on(module, mesh, kernels_there(config.train.kernels, mesh)), vae
   )
   step, params = _restore(workdir, config, task, mesh, step, decay)
   # 3. What is known of it.
@@ -305,7 +305,7 @@ def open_artifact(
     names = list(imagenet_classes())
   known = artifacts.trained_for(metadata)
   return OpenedGenerator(
-    task=sampling_task(_computed_on(module, mesh, "auto")),
+    task=sampling_task(_computed_on(module, mesh, "auto"), autoencoder),
     params=params,
     vae=autoencoder,
     model_config=metadata["model_config"],
@@ -342,12 +342,14 @@ def _computed_on(module: Any, mesh: Mesh, kernels: str) -> Any:
   )
 
 
-def sampling_task(module: Any) -> GeneratorTask:
+def sampling_task(module: Any, vae: artifacts.Artifact | None) -> GeneratorTask:
   """The static part of a generator that is sampled and not trained."""
+  sample_shape = module.input_size, module.input_size, module.out_channels
   return GeneratorTask(
     generator=module,
     features=FeatureSpace(encoders={}, options={}, sample=True),
-    sample_shape=(module.input_size, module.input_size, module.out_channels),
+    sample_shape=sample_shape,
+    pixels=are_pixels(sample_shape, vae),
     noise_shape=(module.input_size, module.input_size, module.in_channels),
     style_tokens=module.style_tokens,
     style_vocab=module.style_vocab,

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from drift_jax.metrics import generation
 from drift_jax.metrics.batches import Batch
 from drift_jax.metrics.generation import SampleFn
-from drift_jax.metrics.images import Images, image_grid
+from drift_jax.metrics.images import Images, as_shown, image_grid
 from drift_jax.system import processes, sharding, streams
 from drift_jax.tasks.generator.step import GeneratorTask, gather_blockwise
 from drift_jax.training.step import SPLIT, apply
@@ -60,7 +60,8 @@ def generate(
 ) -> Float[Array, "n H W F"]:
   """Generates samples by one forward pass, on a mesh with a layout.
 
-  There is one array of conditions, or none.
+  There is one array of conditions, or none. Samples that are images lie in
+  [-1, 1], see as_shown.
   """
 
   def local(params: Any, *inputs: jax.Array) -> jax.Array:
@@ -77,7 +78,8 @@ def generate(
     local = sharding.over_devices(
       local, layout.mesh, (layout.params, *[SPLIT] * len(inputs)), SPLIT
     )
-  return local(params, *inputs)
+  samples = local(params, *inputs)
+  return as_shown(samples) if task.pixels else samples
 
 
 def sample_step(

@@ -21,6 +21,7 @@ from drift_jax.system.console import logger
 from drift_jax.system.errors import naming
 from drift_jax.tasks.generator import step as step_lib
 from drift_jax.tasks.generator.config import GeneratorConfig, of_one_class
+from drift_jax.tasks.generator.judges import are_pixels
 from drift_jax.training import artifacts
 from drift_jax.training.drifting import drift_arguments, init_drift
 from drift_jax.training.frozen import decoding
@@ -158,10 +159,12 @@ def generator_task(
     remat=remat_for(model.remat, mesh),
     unroll=unroll_for(model.depth, mesh),
   )
+  sample_shape = model.input_size, model.input_size, model.out_channels
   return step_lib.GeneratorTask(
     generator=generator,
     features=feature_space(config, encoders, vae),
-    sample_shape=(model.input_size, model.input_size, model.out_channels),
+    sample_shape=sample_shape,
+    pixels=are_pixels(sample_shape, vae),
     noise_shape=(model.input_size, model.input_size, model.in_channels),
     style_tokens=model.style_tokens,
     style_vocab=model.style_vocab,

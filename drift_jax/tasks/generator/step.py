@@ -155,6 +155,8 @@ class GeneratorTask:
     features: of the loss.
     sample_shape: (H, W, C).
     noise_shape: of one sample's noise, (H, W, C).
+    pixels: whether samples are images, which end at black and white when they
+      are drawn to be seen or judged; not so in the loss.
     style_tokens, style_vocab: number and range of style indices.
     num_generated: N, samples of a label.
     condition_shape: shape of a condition, (D,) or (T, D); () if there are none.
@@ -189,6 +191,7 @@ class GeneratorTask:
   groups: int = 1
   exact: bool = False
   condition_shape: tuple[int, ...] = ()
+  pixels: bool = False
 
   def of_conditions(
     self, make: Callable[[tuple[int, ...]], Any]
