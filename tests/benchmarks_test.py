@@ -292,7 +292,11 @@ class _Lines(nn.Module):
 def _sample(generator: _Lines, *how: Any, scale: float = 1.0) -> np.ndarray:
   """Samples of classes 0 and 1, whose images are 0 and 1, that of all is 2."""
   task = types.SimpleNamespace(
-    generator=generator, noise_shape=(2, 2, 1), style_tokens=0, style_vocab=0
+    generator=generator,
+    pixels=False,
+    noise_shape=(2, 2, 1),
+    style_tokens=0,
+    style_vocab=0,
   )
   mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
   run: Any = types.SimpleNamespace(
