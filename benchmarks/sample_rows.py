@@ -61,7 +61,7 @@ def open_random(
       memory_on_chip=memory_on_chip_for("auto", mesh),
       unroll=unroll_for(module.depth, mesh),
     ),
-    vae,
+    pixels=vae is None,
   )
   return OpenedGenerator(
     task=task,

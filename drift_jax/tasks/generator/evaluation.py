@@ -54,7 +54,7 @@ class Evaluation:
     mesh: jax.sharding.Mesh,
   ):
     self._config = config
-    self._drawn = are_images(task.sample_shape, vae)
+    self._drawn = are_images(config, vae)
     self._decode = make_decoder(vae, mesh)
     self._to_pixels = make_pixels(self._decode, config.eval.pixels)
     self._sampler = make_sampler(task, mesh, config.seed)

@@ -327,12 +327,12 @@ def run_evaluators(
     ArtifactError, ConfigError: see `network_evaluators`.
     ValueError: figures that the data don't allow.
   """
-  shape = (config.model.input_size, config.model.out_channels)
   of_images = [n for n in config.eval.metrics if n in _OF_IMAGES]
-  if of_images and not are_images(shape, vae):
+  if of_images and not are_images(config, vae):
+    channels = config.model.out_channels
     raise config_lib.ConfigError(
       f"eval.metrics holds {of_images}, which look at images, but samples are "
-      f"arrays of {shape[-1]} channels, which nothing decodes (vae.path=''): "
+      f"arrays of {channels} channels, which nothing decodes (vae.path=''): "
       "ask for 'fd_pixel', 'coverage' or 'fd_classifier'"
     )
   judged = network_evaluators(

@@ -14,9 +14,11 @@ from drift_jax.metrics.batches import PixelsFn
 from drift_jax.metrics.evaluators import FeatureFn, JudgeFn
 from drift_jax.metrics.images import Images, to_rgb
 from drift_jax.system import options, sharding
+from drift_jax.tasks.generator.config import GeneratorConfig
 from drift_jax.training import artifacts
 from drift_jax.training import step as step_lib
 from drift_jax.training.frozen import check_kind, decoding
+from drift_jax.training.inputs import LATENTS
 
 _KINDS = ("inception", "vit")
 
@@ -61,13 +63,6 @@ def make_decoder(
   return on_mesh(decoding(vae), vae.params, mesh)
 
 
-def are_pixels(
-  sample_shape: tuple[int, ...], vae: artifacts.Artifact | None
-) -> bool:
-  """Whether samples are images themselves, which no VAE decodes."""
-  return vae is None and are_images(sample_shape, vae)
-
-
 def make_pixels(
   decode: Callable[[Images], Images], pixels: options.Pixels = "truncate"
 ) -> PixelsFn:
@@ -75,11 +70,15 @@ def make_pixels(
   return lambda samples: to_rgb(decode(samples), pixels)
 
 
-def are_images(
-  sample_shape: tuple[int, ...], vae: artifacts.Artifact | None
-) -> bool:
+def are_images(config: GeneratorConfig, vae: artifacts.Artifact | None) -> bool:
   """Whether samples are, or become, images; else arrays without a decoder."""
-  return vae is not None or sample_shape[-1] in (1, 3)
+  return vae is not None or are_pixels(config)
+
+
+def are_pixels(config: GeneratorConfig) -> bool:
+  """Whether samples are images themselves, and no latents or features."""
+  channels = config.model.out_channels
+  return channels in (1, 3) and not config.data.source.startswith(LATENTS)
 
 
 def image_size(

@@ -176,7 +176,8 @@ def open_run(
   with naming("model"):
     module = build_generator(**arguments)
   task = sampling_task(
-    _computed_on(module, mesh, kernels_there(config.train.kernels, mesh)), vae
+    _computed_on(module, mesh, kernels_there(config.train.kernels, mesh)),
+    pixels=are_pixels(config),
   )
   step, params = _restore(workdir, config, task, mesh, step, decay)
   # 3. What is known of it.
@@ -195,7 +196,7 @@ def open_run(
     ema_decay=decay,
     provenance={"workdir": workdir, "step": step, "ema_decay": decay},
     config=config,
-    arrays=not are_images(task.sample_shape, vae),
+    arrays=not are_images(config, vae),
   )
 
 
@@ -304,15 +305,17 @@ def open_artifact(
   if names is None and module.num_classes == len(imagenet_classes()):
     names = list(imagenet_classes())
   known = artifacts.trained_for(metadata)
+  arrays = not vae and bool(metadata.get("arrays"))
+  pixels = not (vae or arrays) and module.out_channels in (1, 3)
   return OpenedGenerator(
-    task=sampling_task(_computed_on(module, mesh, "auto"), autoencoder),
+    task=sampling_task(_computed_on(module, mesh, "auto"), pixels=pixels),
     params=params,
     vae=autoencoder,
     model_config=metadata["model_config"],
     num_classes=module.num_classes,
     class_names=readable_classes(names or ()),
     alpha_range=tuple(alphas),
-    arrays=not vae and bool(metadata.get("arrays")),
+    arrays=arrays,
     provenance={
       "weights": source,
       "sha256": artifact.sha256,
@@ -342,14 +345,13 @@ def _computed_on(module: Any, mesh: Mesh, kernels: str) -> Any:
   )
 
 
-def sampling_task(module: Any, vae: artifacts.Artifact | None) -> GeneratorTask:
+def sampling_task(module: Any, *, pixels: bool) -> GeneratorTask:
   """The static part of a generator that is sampled and not trained."""
-  sample_shape = module.input_size, module.input_size, module.out_channels
   return GeneratorTask(
     generator=module,
     features=FeatureSpace(encoders={}, options={}, sample=True),
-    sample_shape=sample_shape,
-    pixels=are_pixels(sample_shape, vae),
+    sample_shape=(module.input_size, module.input_size, module.out_channels),
+    pixels=pixels,
     noise_shape=(module.input_size, module.input_size, module.in_channels),
     style_tokens=module.style_tokens,
     style_vocab=module.style_vocab,

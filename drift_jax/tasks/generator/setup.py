@@ -159,12 +159,11 @@ def generator_task(
     remat=remat_for(model.remat, mesh),
     unroll=unroll_for(model.depth, mesh),
   )
-  sample_shape = model.input_size, model.input_size, model.out_channels
   return step_lib.GeneratorTask(
     generator=generator,
     features=feature_space(config, encoders, vae),
-    sample_shape=sample_shape,
-    pixels=are_pixels(sample_shape, vae),
+    sample_shape=(model.input_size, model.input_size, model.out_channels),
+    pixels=are_pixels(config),
     noise_shape=(model.input_size, model.input_size, model.in_channels),
     style_tokens=model.style_tokens,
     style_vocab=model.style_vocab,

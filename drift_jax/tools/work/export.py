@@ -112,7 +112,7 @@ def export(
       weights[artifacts.EXPORTED_VAE] = jax.device_get(opened.vae.params)
       _save_vae(folder, opened.vae, weights[artifacts.EXPORTED_VAE])
     # 2. Functions of them
-    task = sampling_task(module, opened.vae)
+    task = sampling_task(module, pixels=opened.task.pixels)
     made = _functions(task, decode)
     flatten = functools.partial(traverse_util.flatten_dict, sep="/")
     flat = {name: flatten(tree) for name, tree in weights.items()}

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 import drift_jax
-from configs import imagenet_rae
+from configs import digits, imagenet_rae
 from drift_jax.data import latents
 from drift_jax.metrics.writers import read_jsonl
 from drift_jax.system import sharding
 from drift_jax.system.errors import DataError, UserError
 from drift_jax.tasks import parse
-from drift_jax.tasks.generator import train
+from drift_jax.tasks.generator import judges, train
 from drift_jax.tasks.generator.evaluators import run_evaluators
 from drift_jax.tools import cache_latents
 from drift_jax.tools.work import cache_latents as work
@@ -70,6 +70,15 @@ def test_the_cache_holds_the_arrays(arrays, cached):
   flipped = [np.random.default_rng(i).random() < 0.5 for i in range(32)]
   np.testing.assert_array_equal(read[:32], pair[np.int32(flipped)])
   np.testing.assert_array_equal(read[32:], np.stack([single] * 32))
+
+
+def test_latents_of_three_channels_are_no_images(tmp_path):
+  """They are not clipped, and not drawn."""
+  changes = dict.fromkeys(("model.in_channels", "model.out_channels"), 3)
+  latents_of_3 = parse(small(tmp_path, **changes))
+  assert not judges.are_pixels(latents_of_3)
+  assert not judges.are_images(latents_of_3, None)
+  assert judges.are_pixels(parse(digits.get_config("smoke")))
 
 
 @pytest.mark.slow
