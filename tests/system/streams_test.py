@@ -86,7 +86,11 @@ def test_every_user_takes_its_own_stream(monkeypatch):
 
   taken.clear()
   task = types.SimpleNamespace(
-    generator=Noise(), noise_shape=(2, 2, 1), style_tokens=1, style_vocab=1
+    generator=Noise(),
+    pixels=False,
+    noise_shape=(2, 2, 1),
+    style_tokens=1,
+    style_vocab=1,
   )
   index = jnp.arange(3)
   images = sample_step({}, index, index, index, seed=5, task=task)
