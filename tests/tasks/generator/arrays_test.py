@@ -14,10 +14,12 @@ from drift_jax.system.errors import DataError, UserError
 from drift_jax.tasks import parse
 from drift_jax.tasks.generator import judges, train
 from drift_jax.tasks.generator.evaluators import run_evaluators
+from drift_jax.tasks.generator.setup import generator_task
 from drift_jax.tools import cache_latents
 from drift_jax.tools.work import cache_latents as work
 from drift_jax.tools.work import export
 from drift_jax.tools.work import sample as drawing
+from tests.small_generator import save_run
 
 SIDE, CHANNELS, CLASSES, IMAGES = 4, 6, 2, 12
 
@@ -75,10 +77,16 @@ def test_the_cache_holds_the_arrays(arrays, cached):
 def test_latents_of_three_channels_are_no_images(tmp_path):
   """They are not clipped, and not drawn."""
   changes = dict.fromkeys(("model.in_channels", "model.out_channels"), 3)
+  changes["model.num_classes"] = CLASSES
   latents_of_3 = parse(small(tmp_path, **changes))
-  assert not judges.are_pixels(latents_of_3)
   assert not judges.are_images(latents_of_3, None)
-  assert judges.are_pixels(parse(digits.get_config("smoke")))
+  # What training samples and judges by; that of a loaded run likewise.
+  mesh = sharding.make_mesh()
+  assert not generator_task(latents_of_3, {}, mesh).pixels
+  pixels = parse(digits.get_config("smoke"))
+  assert judges.are_images(pixels, None)
+  assert generator_task(pixels, {}, mesh).pixels
+  assert drift_jax.load(save_run(tmp_path)).generator.task.pixels
 
 
 @pytest.mark.slow
