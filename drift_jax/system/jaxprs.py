@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from jax.interpreters import partial_eval
+
 _KERNEL = "pallas_call"
 # JAX's names of cuDNN's attention, and its products of queries with keys.
 _CUDNN = {
@@ -12,14 +14,32 @@ _CUDNN = {
 }
 
 
-def equations(
-  jaxpr: Any, times: int = 1, local: bool = False
-) -> Iterator[tuple[Any, int, bool]]:
+def equations(jaxpr: Any) -> Iterator[tuple[Any, int, bool]]:
   """Yields (equation, how often it runs, whether it is inside jax.shard_map).
 
-  Of branches each counts, of loops without a known end one round.
+  Of branches each counts, of loops without a known end one round. What no
+  result needs is left out, as XLA leaves it out: of what is computed again for
+  a gradient, the part that the gradient doesn't take.
   """
-  for equation in jaxpr.eqns:
+  needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+  yield from _equations(needed, 1, False)
+
+
+def _needed(jaxpr: Any) -> list[Any]:
+  """Its equations without the kernels, which JAX keeps, of unused results."""
+  used = set(map(id, jaxpr.outvars))
+  equations = []
+  for equation in reversed(jaxpr.eqns):
+    if equation.effects or not used.isdisjoint(map(id, equation.outvars)):
+      equations.append(equation)
+      used.update(map(id, equation.invars))
+  return equations[::-1]
+
+
+def _equations(
+  jaxpr: Any, times: int, local: bool
+) -> Iterator[tuple[Any, int, bool]]:
+  for equation in _needed(jaxpr):
     yield equation, times, local
     name = equation.primitive.name
     if name == _KERNEL:
@@ -29,7 +49,7 @@ def equations(
       for entry in value if isinstance(value, (tuple, list)) else (value,):
         entry = getattr(entry, "jaxpr", entry)
         if hasattr(entry, "eqns"):
-          yield from equations(entry, rounds, local or name == "shard_map")
+          yield from _equations(entry, rounds, local or name == "shard_map")
 
 
 def matmul_flops(closed: Any, num_devices: int) -> int:

@@ -3,8 +3,10 @@
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 from configs import common, digits
 from drift_jax.system import jaxprs, sharding
@@ -174,6 +176,46 @@ def test_counts_of_a_program_written_by_hand():
   assert hlo.totals(asked) == found.by_kind()
   with pytest.raises(ValueError, match="no ENTRY"):
     hlo.analyse("HloModule empty")
+
+
+def test_operations_are_those_that_a_result_needs():
+  """Two products in each of 5 blocks, and their gradients; of what is
+  computed again for them, the second product is not needed."""
+  n, depth = 8, 5
+
+  def loss(weights, x):
+    block = jax.checkpoint(lambda x, w: (jnp.sin(x @ w) @ w, None))
+    return jax.lax.scan(block, x, weights)[0].sum()
+
+  arrays = jnp.ones((depth, n, n)), jnp.ones((n, n))
+  product = 2 * n**3
+  forward = jax.jit(loss).trace(*arrays)
+  assert jaxprs.matmul_flops(forward.jaxpr, 1) == depth * 2 * product
+  both = jax.jit(jax.value_and_grad(loss)).trace(*arrays)
+  assert jaxprs.matmul_flops(both.jaxpr, 1) == depth * (2 + 1 + 4) * product
+
+
+def test_a_kernel_whose_result_is_not_needed_counts_nothing():
+  def kernel(x_ref, out_ref):
+    out_ref[...] = x_ref[...]
+
+  def run(x):
+    return pl.pallas_call(
+      kernel,
+      out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+      cost_estimate=pl.CostEstimate(3, 0, 0),
+      interpret=True,
+    )(x)
+
+  def block(x):
+    y = jax.jit(run)(x)
+    return run(x @ x), y, jnp.sum(run(x))
+
+  for results, needed in ((slice(3), 3 * 3 + 2 * 8**3), (slice(1, 2), 3)):
+    traced = jax.jit(lambda x, part=results: block(x)[part]).trace(
+      jnp.ones((8, 8))
+    )
+    assert jaxprs.matmul_flops(traced.jaxpr, 1) == needed
 
 
 _FUSIONS = """HloModule m
