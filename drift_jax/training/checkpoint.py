@@ -36,6 +36,9 @@ from drift_jax.training import checksums
 _ITEMS = ("state", "feed")
 # Bytes of a piece of an array. A piece is copied before it is written.
 _CHUNK_BYTES = 2**25
+# Copies of an array, on several devices, are written in parts of at least so many
+# bytes: for each part of each shape JAX compiles a program.
+_SLICE_BYTES = 2**20
 # A folder that an unfinished save writes to, on a disk.
 _UNFINISHED = re.compile(rf"\d+{re.escape(ocp.utils.TMP_DIR_SUFFIX)}.*")
 # In the metadata of a checkpoint that was saved before its evaluation.
@@ -120,9 +123,29 @@ def _read_json(path: epath.Path) -> dict[str, Any] | None:
     return None
 
 
-def _in_chunks(tree: Any) -> ocp.args.StandardSave:
+def _handler() -> ocp.PyTreeCheckpointHandler:
+  """Writes an array that is on several devices in parts, if they are large."""
+  arrays = ocp.type_handlers.ArrayHandler(
+    min_slice_bytes_for_replica_parallel=_SLICE_BYTES
+  )
+  return ocp.PyTreeCheckpointHandler(
+    type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+      (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())
+    )
+  )
+
+
+def _to_save(tree: Any) -> ocp.args.PyTreeSave:
   chunks = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
-  return ocp.args.StandardSave(tree, jax.tree.map(lambda _: chunks, tree))
+  return ocp.args.PyTreeSave(tree, jax.tree.map(lambda _: chunks, tree))
+
+
+def _to_restore(abstract: Any, partial: bool = False) -> ocp.args.PyTreeRestore:
+  return ocp.args.PyTreeRestore(
+    item=abstract,
+    restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+    partial_restore=partial,
+  )
 
 
 class Checkpointer:
@@ -178,7 +201,7 @@ class Checkpointer:
         # In a bucket it would delete every folder that has no marker.
         cleanup_tmp_directories=False,
       ),
-      item_names=_ITEMS,
+      item_handlers={item: _handler() for item in _ITEMS},
     )
     self._retention.scores.clear()  # of what may have been set aside
     for step in manager.all_steps():
@@ -275,7 +298,7 @@ class Checkpointer:
     with self._writing():
       saving = not self._read_only and self._manager.save(
         step,
-        args=ocp.args.Composite(state=_in_chunks(state), feed=_in_chunks(feed)),
+        args=ocp.args.Composite(state=_to_save(state), feed=_to_save(feed)),
         custom_metadata=_DUE if evaluation_due else None,
       )
     if not saving:
@@ -457,8 +480,8 @@ class Checkpointer:
       if problem is None:
         try:
           items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract_state),
-            feed=ocp.args.StandardRestore(abstract_feed(self._shapes(chosen))),
+            state=_to_restore(abstract_state),
+            feed=_to_restore(abstract_feed(self._shapes(chosen))),
           )
           restored = self._manager.restore(chosen, args=items)
           return restored["state"], restored["feed"]
@@ -630,9 +653,5 @@ class Checkpointer:
     with ocp.PyTreeCheckpointer() as checkpointer:
       return checkpointer.restore(
         self._directory / str(step) / item,
-        args=ocp.args.PyTreeRestore(
-          item=abstract,
-          restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-          partial_restore=True,
-        ),
+        args=_to_restore(abstract, partial=True),
       )
