@@ -187,6 +187,31 @@ def test_a_large_array_is_saved_in_pieces(tmp_path):
   assert float(done.stdout.split()[-1]) < 0.5
 
 
+def test_parts_of_copies_are_compiled_for_large_arrays_alone(
+  tmp_path, monkeypatch
+):
+  """Of an array of 16 MB on 8 devices each writes a part, of small ones one."""
+  place = sharding.replicated(sharding.make_mesh(8, 1))
+  large, small = jnp.arange(2.0**22).reshape(8, -1), jnp.ones((8, 32))
+  state = jax.device_put({"large": large, "small": small}, place)
+  sliced = []
+  cut = jax.lax.slice_in_dim
+
+  def watched(array, *arguments, **named):
+    sliced.append(array.shape)
+    return cut(array, *arguments, **named)
+
+  monkeypatch.setattr(jax.lax, "slice_in_dim", watched)
+  with open_(tmp_path) as saver:
+    saver.save(1, state, make_feed())
+    saver.wait()
+    places = jax.tree.map(lambda _: place, state)
+    _, restored = saver.restore_subtree(sharding.abstract(state, places))
+  assert sliced == [large.shape] * 8
+  for name, value in state.items():
+    np.testing.assert_array_equal(restored[name], value)
+
+
 def largest_file(directory: pathlib.Path) -> pathlib.Path:
   files = [
     p
