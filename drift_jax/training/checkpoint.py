@@ -36,8 +36,8 @@ from drift_jax.training import checksums
 _ITEMS = ("state", "feed")
 # Bytes of a piece of an array. A piece is copied before it is written.
 _CHUNK_BYTES = 2**25
-# Copies of an array, on several devices, are written in parts of at least so many
-# bytes: for each part of each shape JAX compiles a program.
+# Bytes of a part of an array, at least, where each of the devices that hold a
+# copy writes one: for each part of each shape JAX compiles a program.
 _SLICE_BYTES = 2**20
 # A folder that an unfinished save writes to, on a disk.
 _UNFINISHED = re.compile(rf"\d+{re.escape(ocp.utils.TMP_DIR_SUFFIX)}.*")
