@@ -4,8 +4,6 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from jax.interpreters import partial_eval
-
 _KERNEL = "pallas_call"
 # JAX's names of cuDNN's attention, and its products of queries with keys.
 _CUDNN = {
@@ -21,6 +19,8 @@ def equations(jaxpr: Any) -> Iterator[tuple[Any, int, bool]]:
   result needs is left out, as XLA leaves it out: of what is computed again for
   a gradient, the part that the gradient doesn't take.
   """
+  from jax.interpreters import partial_eval
+
   needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
   yield from _equations(needed, 1, False)
 
