@@ -162,10 +162,10 @@ def make_chain(setup, archive, run, count):
   )
 
   @jax.jit
-  def one(state, batch, draws):
+  def one(state, batch, draws, frozen):
     # train_step, spelt out: it keeps neither gradients nor samples.
     (loss, aux), grads = jax.value_and_grad(generator_loss, has_aux=True)(
-      state.params, batch, draws, {"mae": mae_params}, task
+      state.params, batch, draws, frozen, task
     )
     metrics = {
       "loss": loss,
@@ -179,7 +179,8 @@ def make_chain(setup, archive, run, count):
     out = []
     for step in range(count):
       data = under(f"{run}/step{step}/", archive)
-      after, metrics, aux, grads = one(state, *golden_batch(data))
+      inputs = *golden_batch(data), {"mae": mae_params}
+      after, metrics, aux, grads = one(state, *inputs)
       out.append(Step(data, settings, state, after, metrics, aux, grads))
       state = after
     return out
