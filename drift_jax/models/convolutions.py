@@ -13,6 +13,11 @@ from jaxtyping import Array, Float
 
 from drift_jax.models.layers import NORM_EPSILON
 
+# Locations of all maps together, at most, of which a convolution is a product
+# if it gives twice as many channels: a convolution's gradient turns the kernel,
+# which is larger then.
+_FEW = 512
+
 
 def conv(
   channels: int,
@@ -47,20 +52,23 @@ def _convolve(
   padding: list[tuple[int, int]],
   **rest: Any,
 ) -> Float[Array, "B h w D"]:
-  """lax.conv_general_dilated; of maps smaller than the kernel, a product.
+  """lax.conv_general_dilated; of small or few maps, a product.
 
   XLA's convolution of those, or its gradient, takes many times as long on a
   CPU: docs/performance.md.
   """
-  size, stride = len(kernel), strides[0]
-  sides = x.shape[1:3]
-  if -(-min(sides) // stride) >= size:
+  size, stride, channels = len(kernel), strides[0], kernel.shape[-1]
+  high, wide = (-(-side // stride) for side in x.shape[1:3])
+  few = len(x) * high * wide <= min(_FEW, channels // 2)
+  if min(high, wide) >= size and not few:
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, **rest)
-  wide = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-  down, right = (_seen(side, size, stride) for side in sides)
-  patches = [wide[:, rows, columns] for rows in down for columns in right]
-  taps = [kernel[i.start, j.start] for i in down for j in right]
-  return jnp.concatenate(patches, axis=-1) @ jnp.concatenate(taps)
+  padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+  down, right = (_seen(side, size, stride) for side in x.shape[1:3])
+  patches = [padded[:, rows, columns] for rows in down for columns in right]
+  taps = kernel[
+    down[0].start : down[-1].start + 1, right[0].start : right[-1].start + 1
+  ]
+  return jnp.concatenate(patches, axis=-1) @ taps.reshape(-1, channels)
 
 
 def _seen(side: int, size: int, stride: int) -> list[slice]:

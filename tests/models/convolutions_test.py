@@ -38,6 +38,31 @@ def test_convolutions_of_small_maps_are_convolutions(
   assert_close(out, np.moveaxis(expected, 2, 0), 1e-6)
 
 
+def test_convolutions_of_few_maps_are_convolutions_and_so_are_their_gradients():
+  """Of 8 maps of 4 x 4 locations with 512 channels, by one map at a time."""
+  layer = convolutions.conv(512, 3, jnp.dtype("float32"), "conv", 2)
+  params = {"kernel": 0.1 * _normal(0, 3, 3, 5, 512)}
+  maps, cotangents = _normal(1, 40, 8, 8, 5), _normal(2, 40, 4, 4, 512)
+
+  @jax.jit
+  def both(x, cotangent):
+    apply = lambda params, x: layer.apply({"params": params}, x)  # noqa: E731
+    out, vjp = jax.vjp(apply, params, x)
+    return out, *vjp(cotangent)
+
+  assert "conv_general" in str(jax.make_jaxpr(both)(maps, cotangents))
+  out, gradient, by_x = both(maps, cotangents)
+  parts = [slice(start, start + 8) for start in range(0, 40, 8)]
+  few = [both(maps[part], cotangents[part]) for part in parts]
+  traced = jax.make_jaxpr(both)(maps[:8], cotangents[:8])
+  assert "conv_general" not in str(traced)
+  outs, gradients, by_xs = zip(*few, strict=True)
+  assert_close(np.concatenate(outs), out, 1e-6)
+  assert_close(np.concatenate(by_xs), by_x, 1e-6)
+  total = sum(g["kernel"] for g in gradients)
+  assert_close(total, gradient["kernel"], 1e-6)
+
+
 @pytest.mark.parametrize(
   ("channels", "groups"), [(4, 4), (32, 32), (48, 24), (96, 32), (37, 1)]
 )

@@ -1,5 +1,6 @@
 """Inception-v3: torch-fidelity's numbers at full size, then its properties."""
 
+import functools
 from typing import Any
 
 import jax
@@ -49,8 +50,9 @@ def full(golden):
   assert release.published_config("inception", arguments) == model_config
   inception = build_inception(**arguments)
   variables = {"params": jax.device_put(params)}
-  network = jax.jit(lambda x: inception.apply(variables, x, method="network"))
-  return arrays, draw_images(), network
+  # The weights are an argument: constants take long to compile.
+  network = jax.jit(functools.partial(inception.apply, method="network"))
+  return arrays, draw_images(), functools.partial(network, variables)
 
 
 @pytest.mark.slow
