@@ -13,7 +13,11 @@ from benchmarks.step_rows import Compiled
 from configs import models
 from drift_jax import drift
 from drift_jax.system import sharding
-from drift_jax.tasks.generator.setup import remat_for, unroll_for
+from drift_jax.tasks.generator.setup import (
+  attention_kernel_for,
+  remat_for,
+  unroll_for,
+)
 from drift_jax.training import artifacts
 
 # Labels x locations, channels; 64 samples, 64 positives, 16 unconditional.
@@ -52,7 +56,9 @@ def generator(tiny: bool) -> tuple[Callable[..., jax.Array], Any]:
   found = artifacts.abstract("gen", arguments)
   module: Any = found.module
   module = module.clone(
-    remat=remat_for("auto", mesh), unroll=unroll_for(module.depth, mesh)
+    attention_kernel=attention_kernel_for("auto", mesh),
+    remat=remat_for("auto", mesh),
+    unroll=unroll_for(module.depth, mesh),
   )
 
   def samples(params: Any, labels: jax.Array) -> jax.Array:

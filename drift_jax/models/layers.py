@@ -18,6 +18,8 @@ NORM_EPSILON = 1e-6
 ROPE_THETA = 10_000.0
 # The [T, T] matrices of more tokens don't fit on chip; see attention_kernel.
 MAX_TOKENS_ON_CHIP = 1024
+# Of fewer tokens all heads together are as fast; see attention_by_head.
+_FEWEST_TOKENS_BY_HEAD = 32
 
 embedding_init = nn.initializers.normal(stddev=0.02)
 linear_init = nn.initializers.xavier_uniform()
@@ -119,19 +121,53 @@ def attention(
   The products take operands of `dtype`; the softmax is float32 for every
   dtype. The result has `dtype`.
   """
+  axes = "bthd,bshd->bhts", "bhts,bshd->bthd"
+  return _attend(query, key, value, dtype, axes)
+
+
+def _attend(
+  query: Array,
+  key: Array,
+  value: Array,
+  dtype: jnp.dtype,
+  axes: tuple[str, str],
+) -> Array:
+  """See attention; `axes` are those of its two products."""
   query, key, value = (x.astype(dtype) for x in (query, key, value))
-  logits = jnp.einsum(
-    "bthd,bshd->bhts", query, key, preferred_element_type=jnp.float32
-  )
+  logits = jnp.einsum(axes[0], query, key, preferred_element_type=jnp.float32)
   weights = jax.nn.softmax(logits * query.shape[-1] ** -0.5, axis=-1)
-  return jnp.einsum("bhts,bshd->bthd", weights.astype(dtype), value)
+  return jnp.einsum(axes[1], weights.astype(dtype), value)
+
+
+def attention_by_head(
+  query: Float[Array, "B T H D"],
+  key: Float[Array, "B T H D"],
+  value: Float[Array, "B T H D"],
+  *,
+  dtype: jnp.dtype,
+) -> Float[Array, "B T H D"]:
+  """`attention` of one head after the other, for CPUs.
+
+  XLA's products of all heads together take two to three times as long there,
+  but for a few tokens: docs/performance.md.
+  """
+  arrays = query, key, value
+  if query.shape[1] < _FEWEST_TOKENS_BY_HEAD:
+    return attention(*arrays, dtype=dtype)
+  axes = "btd,bsd->bts", "bts,bsd->btd"
+  heads = (
+    _attend(*(x[:, :, i] for x in arrays), dtype, axes)
+    for i in range(query.shape[2])
+  )
+  return jnp.stack(list(heads), axis=2)
 
 
 class Attention(nn.Module):
   """Multi-head self-attention with QK-norm, then rotary positions.
 
   Attributes:
-    kernel: who computes it. 'xla' runs everywhere. 'pallas' runs on TPUs and
+    kernel: who computes it. 'xla' runs everywhere, and 'xla_by_head' too, which
+      is faster on CPUs, see attention_by_head. 'pallas' runs on TPUs and
       keeps everything on chip, see attention_kernel; XLA computes sequences
       that don't fit. 'interpret' is the same without a TPU. 'cudnn' is the
       fused attention of NVIDIA GPUs; XLA computes what it does not take:
@@ -162,7 +198,9 @@ class Attention(nn.Module):
           implementation="cudnn",
         )
       else:
-        out = attention(query, key, value, dtype=self.attention_dtype)
+        by_head = self.kernel == "xla_by_head"
+        computed = attention_by_head if by_head else attention
+        out = computed(query, key, value, dtype=self.attention_dtype)
       out = out.reshape(batch, tokens, channels)
     out = out.astype(self.dtype)
     if not on_cudnn:

@@ -11,8 +11,16 @@ def _normal(seed: int, *shape: int) -> np.ndarray:
   return np.random.RandomState(seed).randn(*shape).astype(np.float32)
 
 
-def test_attention_equals_a_float64_oracle():
-  query, key, value = (_normal(i, 2, 5, 3, 4) for i in range(3))
+@pytest.mark.parametrize(
+  ("attention", "tokens"),
+  [
+    (layers.attention, 5),
+    (layers.attention_by_head, 5),
+    (layers.attention_by_head, 40),
+  ],
+)
+def test_attention_equals_a_float64_oracle(attention, tokens):
+  query, key, value = (_normal(i, 2, tokens, 3, 4) for i in range(3))
   q, k, v = (x.astype(np.float64) for x in (query, key, value))
   expected = np.zeros(q.shape)
   for b, h in np.ndindex(2, 3):
@@ -21,11 +29,31 @@ def test_attention_equals_a_float64_oracle():
     weights /= weights.sum(axis=1, keepdims=True)
     expected[b, :, h] = weights @ v[b, :, h]
   arrays = [jnp.asarray(x) for x in (query, key, value)]
-  out = layers.attention(*arrays, dtype=jnp.dtype("float32"))
+  out = attention(*arrays, dtype=jnp.dtype("float32"))
   assert_close(out, expected, 1e-6)
-  out = layers.attention(*arrays, dtype=jnp.dtype("bfloat16"))
+  out = attention(*arrays, dtype=jnp.dtype("bfloat16"))
   assert out.dtype == jnp.bfloat16
   assert_close(out, expected, 1e-2)
+
+
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_one_head_after_the_other_where_there_are_many_tokens(tokens):
+  """As many products as heads, and the gradients of all at once."""
+  arrays = [jnp.asarray(_normal(i, 2, tokens, 3, 4)) for i in range(4)]
+
+  def gradients(attend):
+    def loss(*arrays):
+      return jnp.sum(
+        attend(*arrays[:3], dtype=jnp.dtype("float32")) * arrays[3]
+      )
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+
+  both = [gradients(layers.attention), gradients(layers.attention_by_head)]
+  for expected, actual in zip(*(f(*arrays) for f in both), strict=True):
+    assert_close(actual, expected, 1e-6)
+  one, each = (str(jax.make_jaxpr(f)(*arrays)).count("dot_gen") for f in both)
+  assert each == one * (3 if tokens >= 32 else 1)
 
 
 def test_bfloat16_attention_keeps_logits_and_softmax_in_float32():

@@ -324,6 +324,8 @@ def attention_kernel_for(kernels: str, mesh: Mesh) -> str:
   major = capability.partition(".")[0]
   if kernels == "auto" and major.isdigit() and int(major) >= 8:
     return "cudnn"
+  if kernels == "auto" and mesh.devices.flat[0].platform == "cpu":
+    return "xla_by_head"
   return "pallas" if kernel_for(kernels, mesh) == "pallas" else "xla"
 
 
