@@ -151,15 +151,14 @@ def attention_by_head(
   XLA's products of all heads together take two to three times as long there,
   but for a few tokens: docs/performance.md.
   """
-  arrays = query, key, value
   if query.shape[1] < _FEWEST_TOKENS_BY_HEAD:
-    return attention(*arrays, dtype=dtype)
+    return attention(query, key, value, dtype=dtype)
   axes = "btd,bsd->bts", "bts,bsd->btd"
-  heads = (
-    _attend(*(x[:, :, i] for x in arrays), dtype, axes)
+  heads = [
+    _attend(query[:, :, i], key[:, :, i], value[:, :, i], dtype, axes)
     for i in range(query.shape[2])
-  )
-  return jnp.stack(list(heads), axis=2)
+  ]
+  return jnp.stack(heads, axis=2)
 
 
 class Attention(nn.Module):
