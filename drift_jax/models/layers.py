@@ -148,8 +148,8 @@ def attention_by_head(
 ) -> Float[Array, "B T H D"]:
   """`attention` of one head after the other, for CPUs.
 
-  XLA's products of all heads together take two to three times as long there,
-  but for a few tokens: docs/performance.md.
+  XLA's products of all heads together take up to three times as long there:
+  docs/performance.md.
   """
   if query.shape[1] < _FEWEST_TOKENS_BY_HEAD:
     return attention(query, key, value, dtype=dtype)
