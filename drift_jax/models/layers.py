@@ -148,10 +148,10 @@ def attention_by_head(
 ) -> Float[Array, "B T H D"]:
   """`attention` of one head after the other, for CPUs.
 
-  XLA's products of all heads together take up to three times as long there:
-  docs/performance.md.
+  XLA's products of all heads together take up to three times as long there, if
+  they are float32 and of many tokens: docs/performance.md. Others are left.
   """
-  if query.shape[1] < _FEWEST_TOKENS_BY_HEAD:
+  if query.shape[1] < _FEWEST_TOKENS_BY_HEAD or dtype != jnp.float32:
     return attention(query, key, value, dtype=dtype)
   axes = "btd,bsd->bts", "bts,bsd->btd"
   heads = [
