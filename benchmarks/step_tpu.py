@@ -50,7 +50,7 @@ class Setting:
   release: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
 
-# Of the authors' release, compiled by the same compiler on the same settings.
+# Of the authors' release, by jax 0.10.2 and libtpu 0.0.52 on the same settings.
 SETTINGS = {
   "ablation": Setting(
     "configs/imagenet_latent.py:ablation",

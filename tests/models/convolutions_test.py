@@ -39,7 +39,7 @@ def test_convolutions_of_small_maps_are_convolutions(
 
 
 def test_convolutions_of_few_maps_are_convolutions_and_so_are_their_gradients():
-  """Of 8 maps of 4 x 4 locations with 512 channels, by one map at a time."""
+  """8 maps of 4 x 4 locations at a time, which is a product, by all 40."""
   layer = convolutions.conv(512, 3, jnp.dtype("float32"), "conv", 2)
   params = {"kernel": 0.1 * _normal(0, 3, 3, 5, 512)}
   maps, cotangents = _normal(1, 40, 8, 8, 5), _normal(2, 40, 4, 4, 512)
